@@ -1,0 +1,7 @@
+"""The per-token maths of every loss, each formula once. Surrogates, penalties, and how a user adds one: :mod:`.base`."""
+
+from . import penalties as penalties
+from . import surrogates as surrogates
+from .base import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
+
+__all__ = ["LEAVES", "RULES", "WEIGHTS", "Rule", "TokenWeight", "rule", "weight"]

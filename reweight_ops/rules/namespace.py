@@ -1,0 +1,56 @@
+"""``xp`` for torch: the functions that a formula may use, with the conventions every backend shares.
+
+The traced namespace of :mod:`reweight_ops.codegen` has exactly these names. Ties: ``minimum`` and ``maximum`` of two equal
+arguments may split the gradient (torch) or send it to the first (generated code), so a rule must not depend on it; ``clip``
+passes the gradient on the bounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: The closed vocabulary of ``xp``, besides arithmetic, comparison and ``& | ~`` of comparisons.
+FUNCTIONS = (
+    "exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs", "minimum", "maximum", "clip", "where", "stop_gradient",
+)  # fmt: skip
+
+
+class TorchNamespace:
+    """The reference implementation of ``xp`` in one floating dtype; autograd differentiates it."""
+
+    exp = staticmethod(torch.exp)
+    expm1 = staticmethod(torch.expm1)
+    log = staticmethod(torch.log)
+    log1p = staticmethod(torch.log1p)
+    sigmoid = staticmethod(torch.sigmoid)
+    tanh = staticmethod(torch.tanh)
+    abs = staticmethod(torch.abs)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def _lift(self, value: Any, device: torch.device) -> Tensor:
+        # Without the dtype a literal such as 1.05 would be rounded to fp32 inside an fp64 reference.
+        return value if isinstance(value, Tensor) else torch.full((), value, dtype=self.dtype, device=device)
+
+    def _pair(self, a: Any, b: Any) -> tuple[Tensor, Tensor]:
+        device = (a if isinstance(a, Tensor) else b).device
+        return self._lift(a, device), self._lift(b, device)
+
+    def minimum(self, a: Any, b: Any) -> Tensor:
+        return torch.minimum(*self._pair(a, b))
+
+    def maximum(self, a: Any, b: Any) -> Tensor:
+        return torch.maximum(*self._pair(a, b))
+
+    def clip(self, x: Tensor, low: Any, high: Any) -> Tensor:
+        return torch.clamp(x, self._lift(low, x.device), self._lift(high, x.device))
+
+    def where(self, condition: Tensor, a: Any, b: Any) -> Tensor:
+        return torch.where(condition, self._lift(a, condition.device), self._lift(b, condition.device))
+
+    def stop_gradient(self, x: Any) -> Any:
+        return x.detach() if isinstance(x, Tensor) else x

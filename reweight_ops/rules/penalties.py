@@ -1,0 +1,96 @@
+"""Penalties: terms that read no advantage. KL estimators follow Schulman's "Approximating KL divergence" (2020).
+
+``d = ref_logp - logp``. The argument of k2, k3 and of the straight-through forms is clipped to ``±clamp`` with zero gradient
+outside: bare ``exp`` overflows in fp32. ``clamp=inf`` is TRL's bare form.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .base import Rule, rule
+
+
+def _k3(xp, d):
+    return xp.expm1(d) - d
+
+
+@rule("k1", kind="penalty")
+class K1(Rule):
+    """``logp - ref_logp``. Its gradient is not the gradient of the KL: expectation zero on-policy."""
+
+    def loss(self, xp, t):
+        return t.logp - t.ref_logp
+
+
+@rule("k2", kind="penalty")
+class K2(Rule):
+    """``d²/2``. Its gradient is the gradient of the KL, on-policy."""
+
+    clamp: float = 20.0
+
+    def loss(self, xp, t):
+        d = xp.clip(t.ref_logp - t.logp, -self.clamp, self.clamp)
+        return 0.5 * d * d
+
+
+@rule("k3", kind="penalty")
+class K3(Rule):
+    """``min(exp(d) - d - 1, cap)``: GRPO's KL (DeepSeekMath, arXiv:2402.03300, eq. 4); verl's ``low_var_kl`` has ``cap=10``."""
+
+    clamp: float = 20.0
+    cap: float = math.inf
+
+    def loss(self, xp, t):
+        d = xp.clip(t.ref_logp - t.logp, -self.clamp, self.clamp)
+        return xp.clip(_k3(xp, d), -self.cap, self.cap)
+
+
+@rule("absolute", kind="penalty")
+class Absolute(Rule):
+    """``|d|`` (verl's ``abs``)."""
+
+    def loss(self, xp, t):
+        return xp.abs(t.ref_logp - t.logp)
+
+
+@rule("k3_corrected", kind="penalty")
+class K3Corrected(Rule):
+    """``r·(exp(d) - d - 1)``: k3 times the importance ratio, gradient through both (DeepSeek-V3.2, arXiv:2512.02556; TRL's
+    ``use_bias_correction_kl``)."""
+
+    clamp: float = 20.0
+
+    def loss(self, xp, t):
+        d = xp.clip(t.ref_logp - t.logp, -self.clamp, self.clamp)
+        return xp.exp(t.log_ratio) * _k3(xp, d)
+
+
+@rule("k1_straight_through", kind="penalty")
+class K1StraightThrough(Rule):
+    """The value of k1 with the gradient of k2 (verl's ``k1+``)."""
+
+    def loss(self, xp, t):
+        k2 = 0.5 * (t.ref_logp - t.logp) * (t.ref_logp - t.logp)
+        return k2 + xp.stop_gradient(t.logp - t.ref_logp - k2)
+
+
+@rule("k3_straight_through", kind="penalty")
+class K3StraightThrough(Rule):
+    """The value of k3 with the gradient of k2 (verl's ``k3+`` and ``low_var_kl+``, with ``cap=10``)."""
+
+    clamp: float = 20.0
+    cap: float = math.inf
+
+    def loss(self, xp, t):
+        k2 = 0.5 * (t.ref_logp - t.logp) * (t.ref_logp - t.logp)
+        k3 = _k3(xp, xp.clip(t.ref_logp - t.logp, -self.clamp, self.clamp))
+        return k2 + xp.stop_gradient(xp.clip(k3, -self.cap, self.cap) - k2)
+
+
+@rule("entropy_bonus", kind="penalty")
+class EntropyBonus(Rule):
+    """``-H``, with the entropy's real gradient; a positive coefficient rewards entropy."""
+
+    def loss(self, xp, t):
+        return -t.entropy
