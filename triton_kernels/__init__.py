@@ -1,0 +1,1 @@
+"""Triton kernels; installed as ``reweight_ops.triton_kernels``."""
