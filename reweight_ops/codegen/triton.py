@@ -96,7 +96,7 @@ def program_py(program: Program) -> str:
         if name not in imports:
             out.append(rule_function(cls) if issubclass(cls, Rule) else weight_function(cls))
 
-    offset = 1
+    offset = 2  # after the two bounds of the log-ratio
 
     def loads(cls: type) -> str:
         nonlocal offset
@@ -110,10 +110,10 @@ def program_py(program: Program) -> str:
         coefficient, offset = offset, offset + 1
         terms.append((k, coefficient, f"rule_{name}({leaves}{loads(RULES[name])})"))
     body = [
-        "clamp = tl.load(params)",
+        "clamp_low, clamp_high = tl.load(params), tl.load(params + 1)",
         "drift = logp - old_logp",
-        "log_ratio = math.clip(drift, -clamp, clamp)",
-        "inside = (-clamp <= drift) & (drift <= clamp)",
+        "log_ratio = math.clip(drift, clamp_low, clamp_high)",
+        "inside = (clamp_low <= drift) & (drift <= clamp_high)",
         "surrogate_weight = 1.0",
         "all_weight = 1.0",
     ]
