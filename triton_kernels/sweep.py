@@ -28,8 +28,9 @@ _UNFIXED = tl.constexpr(9.094947017729282e-13)
 
 @triton.jit
 def row_offset(row, per_batch, batch_stride, row_stride):
-    """Elements from the start of the tensor to row ``row`` (int64)."""
-    return (row // per_batch) * batch_stride + (row % per_batch) * row_stride
+    """Elements from the start of the tensor to row ``row`` (a 32-bit number, as are all counts of rows): int64."""
+    batch = row // per_batch
+    return batch.to(tl.int64) * batch_stride + (row - batch * per_batch).to(tl.int64) * row_stride
 
 
 @triton.jit
@@ -56,16 +57,58 @@ def capped(z, softcap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _pairwise(x, R: tl.constexpr, E: tl.constexpr):
+def cap_slope(w, softcap, CAP: tl.constexpr):
+    """``dw/dz = 1 - (w / softcap)²``."""
+    if CAP:
+        r = w / softcap
+        return (1.0 - r) * (1.0 + r)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _halves(x, R: tl.constexpr, E: tl.constexpr):
+    return tl.split(tl.reshape(x, [R, E // 2, 2]) if E > 2 else x)
+
+
+@triton.jit
+def _sum(x, R: tl.constexpr, E: tl.constexpr):
     """``[R, E]`` to ``[R]``: the sum of each slot, in an order that no layout can change."""
     if E == 8:
-        a, b = tl.split(tl.reshape(x, [R, 4, 2]))
+        a, b = _halves(x, R, 8)
         x = a + b
     if E >= 4:
-        a, b = tl.split(tl.reshape(x, [R, 2, 2]))
+        a, b = _halves(x, R, 4)
         x = a + b
-    a, b = tl.split(x)
+    a, b = _halves(x, R, 2)
     return a + b
+
+
+@triton.jit
+def _dot2(x, y, total, R: tl.constexpr):
+    x1, x2 = _halves(x, R, 2)
+    y1, y2 = _halves(y, R, 2)
+    return tl.fma(x2, y2, tl.fma(x1, y1, total))
+
+
+@triton.jit
+def _dot4(x, y, total, R: tl.constexpr):
+    x1, x2 = _halves(x, R, 4)
+    y1, y2 = _halves(y, R, 4)
+    return _dot2(x2, y2, _dot2(x1, y1, total, R), R)
+
+
+@triton.jit
+def _dot(x, y, total, R: tl.constexpr, E: tl.constexpr):
+    """``total`` plus the scalar product of each slot, likewise."""
+    if E == 8:
+        x1, x2 = _halves(x, R, 8)
+        y1, y2 = _halves(y, R, 8)
+        total = _dot4(x2, y2, _dot4(x1, y1, total, R), R)
+    else:
+        tl.static_assert(E == 4)
+        total = _dot4(x, y, total, R)
+    return total
 
 
 @triton.jit
@@ -78,10 +121,10 @@ def _tile(z, m, s, u, q, k, softcap, R: tl.constexpr, E: tl.constexpr, CAP: tl.c
     x = (w - top[:, None]) * k
     e = tl.exp2(x)
     if ENTROPY:
-        u = tl.fma(scale, tl.fma(tl.maximum(shift, FLOOR), s, u), _pairwise(e * tl.maximum(x, FLOOR), R, E))
+        u = _dot(e, tl.maximum(x, FLOOR), scale * tl.fma(tl.maximum(shift, FLOOR), s, u), R, E)
     if P_SQ:
-        q = tl.fma(scale * scale, q, _pairwise(e * e, R, E))
-    return top, tl.fma(scale, s, _pairwise(e, R, E)), u, q
+        q = _dot(e, e, scale * scale * q, R, E)
+    return top, tl.fma(scale, s, _sum(e, R, E)), u, q
 
 
 @triton.jit
@@ -155,8 +198,8 @@ def row_state(
 
 
 @triton.jit
-def gradient_tile(z, cols, y, at_target, c, k, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
-    """``p·(A + B·log2 p + C·p)`` with ``log2 p = (w - c)·k + b``, times the slope of the cap; ``at_target`` in the target's column."""
+def gradient_tile(z, c, k, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
+    """``p·(A + B·log2 p + C·p)`` with ``log2 p = (w - c)·k + b``, times the slope of the cap."""
     w = capped(z, softcap, CAP)
     log2_p = tl.fma(w - c, k, b)
     p = tl.exp2(log2_p)
@@ -166,10 +209,8 @@ def gradient_tile(z, cols, y, at_target, c, k, b, A, B, C, softcap, CAP: tl.cons
     if P_SQ:
         factor = tl.fma(C, p, factor)
     g = p * factor
-    g = tl.where(cols == y, at_target, g)
     if CAP:
-        r = w / softcap
-        g = tl.where(z == float("-inf"), g, g * ((1.0 - r) * (1.0 + r)))
+        g = tl.where(z == float("-inf"), g, g * cap_slope(w, softcap, CAP))
     return g
 
 
@@ -185,36 +226,37 @@ def round_to(g, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def gradient_sweep(
-    X, OUT, start, stop, V, width, y, at_target, c, k, b, A, B, C, softcap,
+    X, OUT, start, stop, V, y, at_target, c, k, b, A, B, C, softcap,
     BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the columns ``start`` to ``stop``, last tile first: what was read last is still in L2.
+    """Write the gradient of the columns ``start`` (a multiple of BLOCK) to ``stop``, last tile first: what was read last is still in L2.
 
-    ``V`` columns are in the softmax, up to ``width`` they get zeros. ``start`` is a multiple of BLOCK.
+    Columns from ``V`` on are not in the softmax, they get zeros. The target's column ``y`` (-1: none) is written over at the end.
     """
     cols = tl.arange(0, BLOCK // E)[:, None] * E + tl.arange(0, E)[None, :]
-    tiles = tl.cdiv(stop - start, BLOCK)
-    for i in range(0, tiles):
-        first = start + (tiles - 1 - i) * BLOCK
-        at = first + cols
-        if first + BLOCK <= V:
-            z = tl.load(X + at, eviction_policy="evict_first").to(tl.float32)
-            g = gradient_tile(z, at, y, at_target, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
-            tl.store(OUT + at, round_to(g, OUT.dtype.element_ty, EMULATE), eviction_policy="evict_first")
-        else:
-            z = tl.load(X + at, mask=at < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-            g = gradient_tile(z, at, y, at_target, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
-            g = tl.where(at < V, g, 0.0)
-            tl.store(OUT + at, round_to(g, OUT.dtype.element_ty, EMULATE), mask=at < width, eviction_policy="evict_first")
+    full = tl.maximum(start, tl.minimum(stop, V) // BLOCK * BLOCK)
+    for first in range(full, stop, BLOCK):
+        z = tl.load(X + first + cols, mask=first + cols < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        g = gradient_tile(z, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
+        g = tl.where(first + cols < V, g, 0.0)
+        tl.store(OUT + first + cols, round_to(g, OUT.dtype.element_ty, EMULATE), mask=first + cols < stop, eviction_policy="evict_first")
+    for i in range(0, (full - start) // BLOCK):
+        first = full - (i + 1) * BLOCK
+        z = tl.load(X + first + cols, eviction_policy="evict_first").to(tl.float32)
+        g = gradient_tile(z, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
+        tl.store(OUT + first + cols, round_to(g, OUT.dtype.element_ty, EMULATE), eviction_policy="evict_first")
+    if (y >= start) & (y < stop):
+        tl.debug_barrier()  # another thread has just written this column
+        tl.store(OUT + y, round_to(at_target, OUT.dtype.element_ty, EMULATE))
 
 
 @triton.jit
-def zero_sweep(OUT, start, stop, width, BLOCK: tl.constexpr, E: tl.constexpr):
+def zero_sweep(OUT, start, stop, BLOCK: tl.constexpr, E: tl.constexpr):
     """Exact zeros, without reading anything."""
     cols = tl.arange(0, BLOCK // E)[:, None] * E + tl.arange(0, E)[None, :]
     zero = tl.zeros([BLOCK // E, E], OUT.dtype.element_ty)
-    for first in range(start, stop, BLOCK):
-        if first + BLOCK <= width:
-            tl.store(OUT + first + cols, zero, eviction_policy="evict_first")
-        else:
-            tl.store(OUT + first + cols, zero, mask=first + cols < width, eviction_policy="evict_first")
+    full = start + (stop - start) // BLOCK * BLOCK
+    for first in range(start, full, BLOCK):
+        tl.store(OUT + first + cols, zero, eviction_policy="evict_first")
+    if full < stop:
+        tl.store(OUT + full + cols, zero, mask=full + cols < stop, eviction_policy="evict_first")
