@@ -49,8 +49,8 @@ def partial_kernel(
     _, keep, bad, _ = _target(IDS, row, 0, vocab_total, V)
     if keep & (bad == 0):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-        k = base2_scale(tl.load(T + row * t_stride))
-        m, s, u, q = segment_state(X, start, tl.minimum(V, start + SEGMENT), k, softcap, BLOCK, E, CAP, True, True, KEEP)
+        k, k_low = base2_scale(tl.load(T + row * t_stride))
+        m, s, u, q = segment_state(X, start, tl.minimum(V, start + SEGMENT), k, k_low, softcap, BLOCK, E, CAP, True, True, KEEP)
         P = PARTIAL + pid.to(tl.int64) * 4
         tl.store(P, m)
         tl.store(P + 1, s)
@@ -74,7 +74,8 @@ def stats_kernel(
         t = tl.load(T + row * t_stride)
         w_y = load_target(X, y, inside, softcap, CAP)
         P = PARTIAL + row.to(tl.int64) * (tl.cdiv(V, SEGMENT) * 4)
-        m, s, u, q = row_state(X, P, V, base2_scale(t), softcap, SEGMENT, SPLIT, BLOCK, E, CAP, STATS[1] >= 0, STATS[3] >= 0, False)
+        k, k_low = base2_scale(t)
+        m, s, u, q = row_state(X, P, V, k, k_low, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, STATS[1] >= 0, STATS[3] >= 0, False)
         logp, entropy, lse, log_p_sq, max_logp = _finish(m, s, u, q, w_y, inside, t)
     result = (logp, entropy, lse, log_p_sq, max_logp)
     for i in tl.static_range(5):
@@ -127,9 +128,9 @@ def loss_grad_kernel(
     live = keep & (bad != 0)
     if keep & (bad == 0):
         t = tl.load(T + row * t_stride)
-        k = base2_scale(t)
+        k, k_low = base2_scale(t)
         P = PARTIAL + row.to(tl.int64) * (tl.cdiv(V, SEGMENT) * 4)
-        m, s, u, q = row_state(X, P, V, k, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, True, READS_P_SQ, True)
+        m, s, u, q = row_state(X, P, V, k, k_low, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, True, READS_P_SQ, True)
         w_y = load_target(X, y, inside, softcap, CAP)
         tl.debug_barrier()  # every thread has it before one writes the gradient over it
         logp, entropy, _, log_sum_p_sq, _ = _finish(m, s, u, q, w_y, inside, t)
@@ -150,7 +151,7 @@ def loss_grad_kernel(
             tl.store(G + 5 * N, at_target)
         elif live:
             OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
-            gradient_sweep(X, OUT, 0, width, V, column, at_target, m, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+            gradient_sweep(X, OUT, 0, width, V, column, at_target, m, k, k_low, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
     if SPLIT:
         tl.store(TABLE + 6 * N + row, tl.where(live, 1.0, 0.0))
     elif live == 0:
@@ -227,11 +228,11 @@ def gradient_kernel(
     G = TABLE + row
     if tl.load(G + 6 * N) != 0.0:
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-        k = base2_scale(tl.load(T + row * t_stride))
+        k, k_low = base2_scale(tl.load(T + row * t_stride))
         local = tl.load(IDS + row) - vocab_start
         column = tl.where((local >= 0) & (local < V), local, -1).to(tl.int32)
         c, b, A, B, C = tl.load(G), tl.load(G + N), tl.load(G + 2 * N), tl.load(G + 3 * N), tl.load(G + 4 * N)
         at_target = tl.load(G + 5 * N)
-        gradient_sweep(X, OUT, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+        gradient_sweep(X, OUT, start, stop, V, column, at_target, c, k, k_low, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
     else:
         zero_sweep(OUT, start, stop, BLOCK, E)
