@@ -5,16 +5,23 @@ shard (``vocab_start``) and the whole vocabulary (``vocab_total``). None of them
 ``ALIGN`` is the number of bytes to which all rows are aligned (a class: 16, 4, or the element's size).
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
 from . import math
-from .sweep import LN2, LOG2E, base2_scale, cap_slope, capped, gradient_sweep, load_target, row_offset, row_state, segment_state, zero_sweep
+from .sweep import LN2, base2_scale, cap_slope, capped, gradient_sweep, load_target, row_offset, row_state, segment_state, zero_sweep
 
 OUT_OF_LOSS = tl.constexpr(-100)
 
 #: Columns of the table that gradient_kernel reads, ``[GRADIENT_TABLE, N]`` fp32.
 GRADIENT_TABLE = 7
+
+
+def kernel(fn):
+    """``triton.jit`` that specializes on types and constants alone: no value and no address of an argument compiles anything."""
+    return triton.jit(fn, do_not_specialize=[name for name, kind in inspect.signature(fn).parameters.items() if kind.annotation is not tl.constexpr])
 
 
 @triton.jit
@@ -36,7 +43,7 @@ def _finish(m, S, U, Q, w_y, inside, T):
     return logp, log_s - U / S * LN2, m / T + log_s, math.log(Q) - 2.0 * log_s, 0.0 - log_s
 
 
-@triton.jit
+@kernel
 def partial_kernel(
     X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
     vocab_total: tl.int64, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, KEEP: tl.constexpr,
@@ -58,7 +65,7 @@ def partial_kernel(
         tl.store(P + 3, q)
 
 
-@triton.jit
+@kernel
 def stats_kernel(
     X, IDS, T, PARTIAL, OUT, N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32,
     softcap, vocab_start: tl.int64, vocab_total: tl.int64, STATS: tl.constexpr,
@@ -81,6 +88,20 @@ def stats_kernel(
     for i in tl.static_range(5):
         if STATS[i] >= 0:
             tl.store(OUT + STATS[i] * N + row, tl.where(bad, float("nan"), result[i]))
+
+
+@triton.jit
+def _reference_point(w, r, T, k):
+    """``(c, b)`` with ``log2 p = (w_v - c)·k + b``, given ``lse = w/T + r``.
+
+    c is ``T·lse`` and b the small rest of its rounding (exact, by two-sum): near c, where p is large, the difference then has no
+    error of the size of lse.
+    """
+    c = tl.fma(T, r, w)
+    s = w - c
+    v = s - w
+    lost = (w - (s - v)) - (c + v)
+    return c, (tl.fma(T, r, s) + lost) * -k
 
 
 @triton.jit
@@ -110,7 +131,7 @@ def _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_sum_p
     return A / T, B / T, C / T, tl.where(dead, 0.0, at_target * cap_slope(w_y, softcap, CAP)) / T
 
 
-@triton.jit
+@kernel
 def loss_grad_kernel(
     X, OUT, IDS, T, W, OLD, ADV, REF, SAMPLING, PARAMS, PARTIAL, ROWS, TABLE,
     N: tl.int64, t_stride: tl.int32, w_stride: tl.int64, has_old: tl.int32,
@@ -125,7 +146,7 @@ def loss_grad_kernel(
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
     zero = tl.full((), 0.0, tl.float32)
     logp, entropy, weighted, loss, by_logp, by_entropy = zero, zero, zero, zero, zero, zero
-    live = keep & (bad != 0)
+    live = y != y
     if keep & (bad == 0):
         t = tl.load(T + row * t_stride)
         k, k_low = base2_scale(t)
@@ -139,11 +160,11 @@ def loss_grad_kernel(
         weighted, loss, by_logp, by_entropy, by_p_sq = PROGRAM(PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq)
         live = (by_logp != 0.0) | (by_entropy != 0.0) | (by_p_sq != 0.0)
         A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, t, softcap, CAP, ENTROPY, P_SQ)
-        b = 0.0 - math.log(s) * LOG2E
+        c, b = _reference_point(m, math.log(s), t, k)
         column = tl.where(inside, y, -1).to(tl.int32)
         if SPLIT:
             G = TABLE + row
-            tl.store(G, m)
+            tl.store(G, c)
             tl.store(G + N, b)
             tl.store(G + 2 * N, A)
             tl.store(G + 3 * N, B)
@@ -151,7 +172,7 @@ def loss_grad_kernel(
             tl.store(G + 5 * N, at_target)
         elif live:
             OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
-            gradient_sweep(X, OUT, 0, width, V, column, at_target, m, k, k_low, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+            gradient_sweep(X, OUT, 0, width, V, column, at_target, c, k, k_low, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
     if SPLIT:
         tl.store(TABLE + 6 * N + row, tl.where(live, 1.0, 0.0))
     elif live == 0:
@@ -166,7 +187,7 @@ def loss_grad_kernel(
     tl.store(R + 5 * N, tl.where(bad, float("nan"), by_entropy))
 
 
-@triton.jit
+@kernel
 def prepare_kernel(
     X, IDS, T, LOGP, LSE, H, LOG_P_SQ, BY_LOGP, BY_H, BY_LSE, BY_P_SQ, TABLE,
     N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
@@ -176,7 +197,7 @@ def prepare_kernel(
     """``TABLE[:, row]`` for gradient_kernel, ROWS rows a program; BY says which of (logp, entropy, lse, log_sum_p_sq) have coefficients.
 
     It reads the targets' logits before gradient_kernel may write over them. ``log p`` of a column is ``(w - w_y)/T + logp`` where that
-    rounds less than ``w/T - lse``: the reference point is the smaller of the two.
+    rounds less than ``w/T - lse``.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < N
@@ -200,9 +221,11 @@ def prepare_kernel(
     w_y = capped(tl.load(X + at, mask=there & inside & live, other=float("-inf")).to(tl.float32), softcap, CAP)
     by_target = inside & (w_y > float("-inf")) & (tl.abs(logp) < tl.abs(lse))
     A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, t, softcap, CAP, ENTROPY, P_SQ)
+    k, _ = base2_scale(t)
+    c, b = _reference_point(tl.where(by_target, w_y, 0.0), tl.where(by_target, -logp, lse), t, k)
     G = TABLE + row
-    tl.store(G, tl.where(by_target, w_y, 0.0), mask=there)
-    tl.store(G + N, tl.where(by_target, logp, -lse) * LOG2E, mask=there)
+    tl.store(G, c, mask=there)
+    tl.store(G + N, b, mask=there)
     tl.store(G + 2 * N, A, mask=there)
     tl.store(G + 3 * N, B, mask=there)
     tl.store(G + 4 * N, C, mask=there)
@@ -210,7 +233,7 @@ def prepare_kernel(
     tl.store(G + 6 * N, tl.where(live, 1.0, 0.0), mask=there)
 
 
-@triton.jit
+@kernel
 def gradient_kernel(
     X, OUT, IDS, T, TABLE,
     N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64,
