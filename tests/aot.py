@@ -24,6 +24,7 @@ from triton.runtime.driver import driver
 
 from reweight_ops.backends import triton as backend
 from reweight_ops.backends.base import COEFS, Head, Program, RowInputs
+from reweight_ops.triton_kernels.config import Config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
@@ -76,7 +77,9 @@ def inspect(target: str, name: str, dtype: str, kernel) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        out = subprocess.run([str(tool) if tool.exists() else "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [str(tool) if tool.exists() else "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", out.stdout).groups()  # LOCAL stays 0 when registers spill: STACK tells
     ptx = kernel.asm["ptx"]
     loads, stores = (len(re.findall(rf"{kind}\.global\S*\.v4\.b32", ptx)) for kind in ("ld", "st"))
@@ -100,7 +103,7 @@ class Recorder:
         backend._launch, backend._wave = self._launch, self._wave
 
     def launch(self, kernel, programs, *args, warps, **meta):
-        compiled = kernel.warmup(*args, grid=(programs,), **meta, num_warps=warps, enable_fp_fusion=False)
+        compiled = kernel.warmup(*args, grid=(programs,), **meta, **backend._options(warps, TARGETS[self.target].backend == "hip"))
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
 
@@ -141,10 +144,18 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
     """Compilations of each kernel over calls that differ in everything that must not matter, for one dtype, program and alignment."""
     program = Program(("clip", "k3"))
     with Recorder(target) as recorder:
-        for rows, length, temperature, beta, softcap in ((4, 8, 1.0, 0.1, 20.0), (1, 1, 0.7, 0.0, 30.0), (33, 16, 2.0, 1.0, 21.5), (1, 17, 1.0, 0.1, 1.0)):
+        for rows, length, temperature, beta, softcap in (
+            (4, 8, 1.0, 0.1, 20.0),
+            (1, 1, 0.7, 0.0, 30.0),
+            (33, 16, 2.0, 1.0, 21.5),
+            (1, 17, 1.0, 0.1, 1.0),
+        ):
             for vocab in (32000, 32768, 31000 // 8 * 8):
                 n = rows * length
-                for logits in (torch.empty(rows, length, vocab, dtype=torch.bfloat16), torch.empty(rows, length + 1, vocab, dtype=torch.bfloat16)[:, :-1]):
+                for logits in (
+                    torch.empty(rows, length, vocab, dtype=torch.bfloat16),
+                    torch.empty(rows, length + 1, vocab, dtype=torch.bfloat16)[:, :-1],
+                ):
                     ids, head = torch.zeros(n, dtype=torch.int64), Head(vocab, softcap)
                     for t in (torch.full((1,), temperature), torch.full((n,), temperature)):
                         spare = torch.zeros(3 * n + 1)
@@ -161,12 +172,11 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
 
 def oversized(target: str) -> list[Compiled]:
     """The negative control: tiles far too large for the registers."""
-    keep = backend.config_for
-    backend.config_for = lambda columns, itemsize, wave: keep(columns, itemsize, wave)._replace(block=1 << 15, warps=4, segment=1 << 16)
-    try:
-        return compile_all(target, (torch.bfloat16,))
-    finally:
-        backend.config_for = keep
+    backend.config_for = lambda columns, itemsize, wave: Config(1 << (15 if wave == 64 else 14), 16 // itemsize, 4, 1 << 16)
+    logits = torch.empty(4, 1 << 17, dtype=torch.bfloat16)
+    with Recorder(target) as recorder:
+        backend.token_stats(logits, torch.zeros(4, dtype=torch.int64), torch.ones(1), Head(1 << 17), ("logp", "entropy"))
+    return [inspect(target, name, "bfloat16", kernel) for name, kernel in recorder.kernels.values()]
 
 
 if __name__ == "__main__":

@@ -110,7 +110,10 @@ def oracle(batch: Batch, dtype: torch.dtype):
     t.__dict__.update({k: v.to(dtype) for k, v in stored.items() if v is not None})
     made = [(dict(zip(names, (next(params) for _ in names), strict=True)), cls) for cls, names in rows_in(batch.program)]
     terms, weights = made[: len(batch.program.terms)], made[len(batch.program.terms) :]
-    us = [(cls(**fields).weight(xp, t, None).detach(), scope) for (fields, cls), (_, scope) in zip(weights, batch.program.weights, strict=True)]
+    us = [
+        (cls(**fields).weight(xp, t, None).detach(), scope)
+        for (fields, cls), (_, scope) in zip(weights, batch.program.weights, strict=True)
+    ]
     loss = weighted = torch.zeros_like(logp)
     for k, (fields, cls) in enumerate(terms):
         factor = torch.full_like(logp, fields.pop("coef"))
@@ -151,8 +154,10 @@ def assert_close(what: str, got: torch.Tensor, truth: torch.Tensor, yardstick: t
     assert rms <= 1.5 * allowed.square().mean().sqrt(), f"{what}: rms {rms:.2e}, torch {allowed.square().mean().sqrt():.2e}"
 
 
-def check_gradient(batch: Batch, got: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor, scale: torch.Tensor) -> None:
-    """``scale``: the sum of the absolute coefficients of each row."""
+def check_gradient(
+    batch: Batch, got: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor, scale: torch.Tensor, given: torch.Tensor | float = 0.0
+) -> None:
+    """``scale``: the sum of the absolute coefficients of each row; ``given``: relative error of p that the statistics came with."""
     v, n, dtype = batch.head.vocab_size, batch.ids.numel(), batch.logits.dtype
     flat = got.reshape(n, got.size(-1))
     assert torch.equal(flat[:, v:], torch.zeros_like(flat[:, v:])), "columns of padding have a gradient"
@@ -160,7 +165,10 @@ def check_gradient(batch: Batch, got: torch.Tensor, truth: torch.Tensor, yardsti
     usable = (batch.ids >= 0) & (batch.ids < batch.head.total())
     assert torch.equal(flat[~usable], torch.zeros_like(flat[~usable])), "a row that is out has a gradient"
     # The floor of the criterion, and below fp16's and bf16's normal range half a unit of the subnormals.
-    floor = (4 * U * scale / batch.temperature.double().view(-1)).expand(n)[:, None].expand(n, v) + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    floor = (4 * U * scale / batch.temperature.double().view(-1)).expand(n)[:, None].expand(n, v) + torch.finfo(
+        dtype
+    ).smallest_normal * torch.finfo(dtype).eps
+    floor = floor + truth.abs() * torch.as_tensor(given).view(-1, 1)
     target = torch.zeros(n, v, dtype=torch.bool)
     local = batch.ids - batch.head.vocab_start
     inside = usable & (local >= 0) & (local < v)
@@ -237,13 +245,16 @@ def check_grad(batch: Batch, names: tuple[str, ...] = COEFS, in_place: bool = Fa
     yardstick = torch.empty(batch.logits.shape, dtype=torch.float32)
     of_reference = dataclasses.replace(batch, logits=batch.logits.float())
     reference.token_grad(of_reference.logits, batch.ids, batch.temperature, batch.head, stats, coefs, yardstick)
-    check_gradient(batch, out.cpu(), truth, yardstick.reshape(n, -1)[:, : batch.head.vocab_size], sum(c.double().abs() for c in used.values()))
+    given = U * torch.minimum(stats["logp"].abs(), stats["lse"].abs()).double()  # log p comes from one of them, each rounded to fp32
+    check_gradient(
+        batch, out.cpu(), truth, yardstick.reshape(n, -1)[:, : batch.head.vocab_size], sum(c.double().abs() for c in used.values()), given
+    )
 
 
 # --- batches --------------------------------------------------------------------------------------------------------------------
 
 
-def make(dtype=torch.float32, n=40, v=400, program=RICH, seed=0, **change) -> Batch:
+def make(dtype=torch.float32, n=24, v=400, program=RICH, seed=0, **change) -> Batch:
     """Logits with outliers, targets with real mass, both sides of the clip, both sides of the clamp."""
     g = torch.Generator().manual_seed(seed)
     logits = (torch.randn(n, v, generator=g) * 2.5).to(dtype)
@@ -271,9 +282,9 @@ def make(dtype=torch.float32, n=40, v=400, program=RICH, seed=0, **change) -> Ba
 def strided(dtype) -> Batch:
     """Two leading dimensions, sliced out of a larger tensor full of NaN, with padding columns: every stride matters."""
     batch = make(dtype)
-    big = torch.full((3, 21, 500), math.nan, dtype=dtype)
-    view = big[1:, :20, 4:444]
-    view[..., :400] = batch.logits.view(2, 20, 400)
+    big = torch.full((3, 13, 500), math.nan, dtype=dtype)
+    view = big[1:, :12, 4:444]
+    view[..., :400] = batch.logits.view(2, 12, 400)
     return dataclasses.replace(batch, logits=view)
 
 
@@ -289,9 +300,9 @@ def masked(dtype) -> Batch:
 def minus_infinity(dtype) -> Batch:
     """Whole tiles and the first tile of -inf, single columns, and all but one."""
     batch = make(dtype)
-    keep = torch.zeros(40, 400, dtype=torch.bool)
-    keep[torch.arange(40), batch.ids] = True
-    dead = torch.rand(40, 400, generator=torch.Generator().manual_seed(3)) < 0.3
+    keep = torch.zeros(24, 400, dtype=torch.bool)
+    keep[torch.arange(24), batch.ids] = True
+    dead = torch.rand(24, 400, generator=torch.Generator().manual_seed(3)) < 0.3
     dead[0, :300] = dead[3, 100:] = dead[7] = True
     logits = torch.where(dead & ~keep, -math.inf, batch.logits.float()).to(dtype)
     return make(dtype, logits=logits, ids=batch.ids)
@@ -303,8 +314,10 @@ CONDITIONS = {
     "rows that are out": masked,
     "-inf": minus_infinity,
     "softcap": lambda dtype: make(dtype, head=Head(400, softcap=5.0)),
-    "softcap and -inf": lambda dtype: make(dtype, logits=minus_infinity(dtype).logits, ids=minus_infinity(dtype).ids, head=Head(400, softcap=30.0)),
-    "a temperature each row": lambda dtype: make(dtype, temperature=torch.linspace(0.3, 2.5, 40)),
+    "softcap and -inf": lambda dtype: make(
+        dtype, logits=minus_infinity(dtype).logits, ids=minus_infinity(dtype).ids, head=Head(400, softcap=30.0)
+    ),
+    "a temperature each row": lambda dtype: make(dtype, temperature=torch.linspace(0.3, 2.5, 24)),
     "a large common shift": lambda dtype: make(dtype, logits=make(dtype).logits + 300),
     "padded vocabulary": lambda dtype: make(dtype, head=Head(350), ids=make(dtype).ids % 350),
     "an odd vocabulary": lambda dtype: make(dtype, v=397),
@@ -315,8 +328,9 @@ CONDITIONS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_conditions(condition, dtype, small_tiles):
-    check_stats(CONDITIONS[condition](dtype))
-    check_grad(CONDITIONS[condition](dtype))
+    if dtype != torch.float16:  # the other verbs differ from this one in no conversion
+        check_stats(CONDITIONS[condition](dtype))
+        check_grad(CONDITIONS[condition](dtype))
     check_loss_grad(CONDITIONS[condition](dtype))
 
 
@@ -326,7 +340,10 @@ def test_rules(name):
     check_loss_grad(make(program=Program(terms)))
 
 
-@pytest.mark.parametrize("program", [Program(("clip", "k1", "k2", "entropy_bonus")), Program(("cispo", "k3_corrected"), (("truncated_importance", "surrogate"),))])
+@pytest.mark.parametrize(
+    "program",
+    [Program(("clip", "k1", "k2", "entropy_bonus")), Program(("cispo", "k3_corrected"), (("truncated_importance", "surrogate"),))],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_programs(program, dtype):
     check_loss_grad(make(dtype, program=program))
@@ -379,8 +396,9 @@ def test_splitting_rows_changes_no_bit(dtype, small_tiles, monkeypatch):
         launched = []
         launch = backend._launch
         monkeypatch.setattr(backend, "_launch", lambda kernel, *a, **k: (launched.append(kernel), launch(kernel, *a, **k))[1])  # noqa: B023
-        stats = backend.token_stats(*(x.to(DEVICE) for x in (make(dtype).logits, make(dtype).ids, make(dtype).temperature)), Head(400), STATS)
-        results.append((stats, *run_loss_grad(make(dtype))))
+        batch = make(dtype, n=8)
+        stats = backend.token_stats(batch.logits.to(DEVICE), batch.ids.to(DEVICE), batch.temperature.to(DEVICE), batch.head, STATS)
+        results.append((stats, *run_loss_grad(batch)))
         assert (backend.kernels.partial_kernel in launched) == yes
         monkeypatch.setattr(backend, "_launch", launch)
     for one, other in zip(*results, strict=True):
@@ -388,7 +406,7 @@ def test_splitting_rows_changes_no_bit(dtype, small_tiles, monkeypatch):
 
 
 def test_a_row_is_the_same_bits_wherever_it_stands(small_tiles):
-    batch = make(torch.bfloat16)
+    batch = make(torch.bfloat16, n=10)
     rows, out = run_loss_grad(batch)
     order = torch.tensor([7, 2, 2, 9, 0])
     inputs = RowInputs(*(None if x is None else x[..., order].contiguous() for x in batch.inputs))
@@ -400,7 +418,9 @@ def test_a_row_is_the_same_bits_wherever_it_stands(small_tiles):
 
 def test_both_verbs_give_the_same_logp(small_tiles):
     batch = make(torch.bfloat16, head=Head(400, softcap=20.0))
-    stats = backend.token_stats(batch.logits.to(DEVICE), batch.ids.to(DEVICE), batch.temperature.to(DEVICE), batch.head, ("logp", "entropy")).cpu()
+    stats = backend.token_stats(
+        batch.logits.to(DEVICE), batch.ids.to(DEVICE), batch.temperature.to(DEVICE), batch.head, ("logp", "entropy")
+    ).cpu()
     assert torch.equal(stats, run_loss_grad(batch)[0][:2])
     alone = backend.token_stats(batch.logits.to(DEVICE), batch.ids.to(DEVICE), batch.temperature.to(DEVICE), batch.head, ("logp",)).cpu()
     assert torch.equal(alone[0], stats[0])
@@ -438,7 +458,7 @@ def test_a_target_of_minus_infinity():
     assert rows[0, 5] == -math.inf
     assert out[5, batch.ids[5]] == 0
     assert out[5].isfinite().all()
-    truth = flow(batch, torch.float64, {"logp": torch.zeros(40), "entropy": rows[5]})
+    truth = flow(batch, torch.float64, {"logp": torch.zeros(24), "entropy": rows[5]})
     truth[5] -= rows[4, 5] * torch.softmax(batch.logits[5].double() / 0.8, -1) / 0.8
     usable = torch.arange(400) != batch.ids[5]
     assert torch.allclose(out[5, usable].double(), truth[5, usable], rtol=1e-5, atol=1e-9)
@@ -455,7 +475,7 @@ def test_two_shards_are_one_vocabulary():
         assert torch.equal(stats["logp"] == -math.inf, (batch.ids < start) | (batch.ids >= stop))
         halves.append((part, stats))
     # token_grad of a shard, from the statistics of the whole
-    g = torch.randn(40, generator=torch.Generator().manual_seed(2))
+    g = torch.randn(24, generator=torch.Generator().manual_seed(2))
     outs = []
     for part, _ in [(batch, None), *halves]:
         out = torch.full(part.logits.shape, math.nan, device=DEVICE)
@@ -471,10 +491,12 @@ def test_no_rows_and_no_live_rows():
     ids, t = torch.empty(0, dtype=torch.int64, device=DEVICE), torch.ones(1, device=DEVICE)
     assert backend.token_stats(empty, ids, t, Head(8), STATS).shape == (len(STATS), 0)
     inputs = RowInputs(torch.empty(1, 0, device=DEVICE), adv=torch.empty(0, device=DEVICE))
-    rows = backend.token_loss_grad(empty, ids, t, Head(8), inputs, Program(("reinforce",)), default_params(Program(("reinforce",))).to(DEVICE), empty)
+    rows = backend.token_loss_grad(
+        empty, ids, t, Head(8), inputs, Program(("reinforce",)), default_params(Program(("reinforce",))).to(DEVICE), empty
+    )
     assert rows.shape == (len(LOSS_ROWS), 0)
     batch = make(program=Program(("clip",)))
-    batch.inputs = batch.inputs._replace(weights=torch.zeros(1, 40))
+    batch.inputs = batch.inputs._replace(weights=torch.zeros(1, 24))
     rows, out = run_loss_grad(batch)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(rows[2:], torch.zeros_like(rows[2:]))
@@ -483,10 +505,18 @@ def test_no_rows_and_no_live_rows():
 def test_dead_rows_are_not_read_by_token_grad():
     batch = make()
     batch.logits = torch.full_like(batch.logits, math.nan)
-    zeros = {k: torch.zeros(40, device=DEVICE) for k in ("logp", "lse", "entropy", "log_sum_p_sq")}
+    zeros = {k: torch.zeros(24, device=DEVICE) for k in ("logp", "lse", "entropy", "log_sum_p_sq")}
     out = torch.full(batch.logits.shape, math.nan, device=DEVICE)
-    backend.token_grad(batch.logits.to(DEVICE), batch.ids.to(DEVICE), batch.temperature.to(DEVICE), batch.head, zeros, dict.fromkeys(COEFS, zeros["logp"]), out)
-    assert torch.equal(out.cpu(), torch.zeros(40, 400))
+    backend.token_grad(
+        batch.logits.to(DEVICE),
+        batch.ids.to(DEVICE),
+        batch.temperature.to(DEVICE),
+        batch.head,
+        zeros,
+        dict.fromkeys(COEFS, zeros["logp"]),
+        out,
+    )
+    assert torch.equal(out.cpu(), torch.zeros(24, 400))
 
 
 # --- user rules -----------------------------------------------------------------------------------------------------------------

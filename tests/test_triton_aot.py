@@ -17,14 +17,20 @@ pytest.importorskip("triton")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
 #: 16-byte loads and stores that each kernel's loops over full tiles need, at least.
-STREAMING = {"stats_kernel": (1, 0), "partial_kernel": (1, 0), "gradient_kernel": (1, 1), "loss_grad_kernel": (2, 1)}
+WHOLE_ROWS = {"stats_kernel": (1, 0), "gradient_kernel": (1, 1), "loss_grad_kernel": (2, 1)}
+SPLIT_ROWS = {"partial_kernel": (1, 0), "gradient_kernel": (1, 1)}
 
 
 @pytest.fixture(scope="module")
 def aot(tmp_path_factory):
     """Runs tests/aot.py and returns what it prints."""
     folder = tmp_path_factory.mktemp("aot")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "REWEIGHT_OPS_CACHE": str(folder / "ours"), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "REWEIGHT_OPS_CACHE": str(folder / "ours"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     environment.pop("TRITON_INTERPRET", None)
 
     def run(*arguments: str):
@@ -36,11 +42,11 @@ def aot(tmp_path_factory):
     return run
 
 
-def assert_sound(compiled: list[dict], wide: bool = True) -> None:
+def assert_sound(compiled: list[dict], streaming: dict[str, tuple[int, int]]) -> None:
     assert compiled
     for kernel in compiled:
         assert kernel["spilled"] == 0, kernel
-        loads, stores = STREAMING.get(kernel["kernel"], (0, 0)) if wide else (0, 0)
+        loads, stores = streaming.get(kernel["kernel"], (0, 0))
         assert kernel["wide_loads"] >= loads, kernel
         assert kernel["wide_stores"] >= stores, kernel
 
@@ -53,7 +59,7 @@ def test_every_verb_and_dtype_compiles_without_spills_and_streams_16_bytes_at_a_
         for kernel in ("stats_kernel", "prepare_kernel", "gradient_kernel", "loss_grad_kernel")
         for dtype in ("bfloat16", "float16", "float32")
     }
-    assert_sound(compiled)
+    assert_sound(compiled, WHOLE_ROWS)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
@@ -61,8 +67,8 @@ def test_variants_compile(aot, target):
     """Split rows, a softcap, and rows that are not aligned: those may load narrowly, but do not spill."""
     compiled = aot("variants", target)
     assert any(k["kernel"] == "partial_kernel" for k in compiled)
-    assert_sound([k for k in compiled if k["dtype"] == "bfloat16"])
-    assert_sound([k for k in compiled if k["dtype"] == "float32"], wide=False)
+    assert_sound([k for k in compiled if k["dtype"] == "bfloat16"], SPLIT_ROWS)
+    assert_sound([k for k in compiled if k["dtype"] == "float32"], {})
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

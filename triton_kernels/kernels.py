@@ -21,7 +21,9 @@ GRADIENT_TABLE = 7
 
 def kernel(fn):
     """``triton.jit`` that specializes on types and constants alone: no value and no address of an argument compiles anything."""
-    return triton.jit(fn, do_not_specialize=[name for name, kind in inspect.signature(fn).parameters.items() if kind.annotation is not tl.constexpr])
+    return triton.jit(
+        fn, do_not_specialize=[name for name, kind in inspect.signature(fn).parameters.items() if kind.annotation is not tl.constexpr]
+    )
 
 
 @triton.jit
@@ -105,7 +107,21 @@ def _reference_point(w, r, T, k):
 
 
 @triton.jit
-def _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_sum_p_sq, w_y, T, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
+def _gradient_row(
+    logp,
+    entropy,
+    by_logp,
+    by_entropy,
+    by_lse,
+    by_p_sq,
+    log_sum_p_sq,
+    w_y,
+    T,
+    softcap,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+):
     """``(A, B, C, at_target)`` of :func:`.sweep.gradient_tile`, 1/T folded in.
 
     The gradient is ``p·(by_lse - by_logp - by_entropy·(log p + H) + 2·by_p_sq·(p/Σp² - 1))``, plus ``by_logp`` in the target's column:
@@ -157,9 +173,13 @@ def loss_grad_kernel(
         logp, entropy, _, log_sum_p_sq, _ = _finish(m, s, u, q, w_y, inside, t)
         old = tl.where(has_old != 0, tl.load(OLD + row), logp)
         adv, ref, sampling = tl.load(ADV + row), tl.load(REF + row), tl.load(SAMPLING + row)
-        weighted, loss, by_logp, by_entropy, by_p_sq = PROGRAM(PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq)
+        weighted, loss, by_logp, by_entropy, by_p_sq = PROGRAM(
+            PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq
+        )
         live = (by_logp != 0.0) | (by_entropy != 0.0) | (by_p_sq != 0.0)
-        A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, t, softcap, CAP, ENTROPY, P_SQ)
+        A, B, C, at_target = _gradient_row(
+            logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, t, softcap, CAP, ENTROPY, P_SQ
+        )
         c, b = _reference_point(m, math.log(s), t, k)
         column = tl.where(inside, y, -1).to(tl.int32)
         if SPLIT:

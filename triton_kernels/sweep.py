@@ -202,7 +202,9 @@ def row_state(
             P = PARTIAL + i * 4
             m2, s2, u2, q2 = tl.load(P), tl.load(P + 1), tl.load(P + 2), tl.load(P + 3)
         else:
-            m2, s2, u2, q2 = segment_state(X, i * SEGMENT, tl.minimum(V, i * SEGMENT + SEGMENT), k, k_low, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, KEEP)
+            m2, s2, u2, q2 = segment_state(
+                X, i * SEGMENT, tl.minimum(V, i * SEGMENT + SEGMENT), k, k_low, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, KEEP
+            )
         m, s, u, q = merge(m, s, u, q, m2, s2, u2, q2, k, k_low)
     return m, tl.where(s > 0.0, s, float("nan")), u, q
 

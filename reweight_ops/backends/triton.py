@@ -18,7 +18,7 @@ except ImportError as error:
 
 from ..codegen.triton import facts
 from ..triton_kernels import kernels
-from ..triton_kernels.config import Config, config_for
+from ..triton_kernels.config import MAX_REGISTERS, Config, config_for
 from .triton_programs import program_function
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,8 +66,13 @@ def _launch(kernel: Any, programs: int, *args: Any, warps: int, **meta: Any) -> 
 
         with numpy.errstate(all="ignore"):  # it warns of every 0 * inf in a branch that a select then drops
             kernel[(programs,)](*args, **meta)
-    else:  # contraction off: kernels that share a sweep must round alike
-        kernel[(programs,)](*args, **meta, num_warps=warps, enable_fp_fusion=False)
+    else:
+        kernel[(programs,)](*args, **meta, **_options(warps, torch.version.hip is not None))
+
+
+def _options(warps: int, hip: bool) -> dict[str, Any]:
+    # Contraction off: kernels that share a sweep must round alike. A bound on registers, or ptxas spills to reach an occupancy nobody needs.
+    return {"num_warps": warps, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": MAX_REGISTERS})
 
 
 def _alignment(*tensors: Tensor) -> int:
