@@ -17,14 +17,14 @@ from pathlib import Path
 
 assert os.environ.get("TRITON_INTERPRET") != "1", "this module compiles: start it without TRITON_INTERPRET"
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
 
-from reweight_ops.backends import triton as backend
-from reweight_ops.backends.base import COEFS, Head, Program, RowInputs
-from reweight_ops.triton_kernels.config import Config
+from reweight_ops.backends import triton as backend  # noqa: E402
+from reweight_ops.backends.base import COEFS, Head, Program, RowInputs  # noqa: E402
+from reweight_ops.triton_kernels.config import Config  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
@@ -117,7 +117,7 @@ def call_all(dtype: torch.dtype, vocab: int, rows: int = 4, softcap: float = flo
     ids, temperature, head = torch.zeros(rows, dtype=torch.int64), torch.ones(1), Head(vocab, softcap)
     backend.token_stats(logits, ids, temperature, head, ("logp", "entropy", "lse"))
     stats = {name: torch.zeros(rows) for name in ("logp", "lse", "entropy", "log_sum_p_sq")}
-    backend.token_grad(logits, ids, temperature, head, stats, {name: stats["logp"] for name in COEFS}, logits)
+    backend.token_grad(logits, ids, temperature, head, stats, dict.fromkeys(COEFS, stats["logp"]), logits)
     inputs = RowInputs(torch.ones(len(program.terms), rows), *(stats["logp"] for _ in range(4)))
     backend.token_loss_grad(logits, ids, temperature, head, inputs, program, PARAMS, logits)
 

@@ -78,6 +78,6 @@ def test_the_spill_gate_fires(aot, target):
 
 
 def test_nothing_recompiles_that_need_not(aot):
-    """Temperature, hyper-parameters, softcap, N, lengths, strides, V, per-row temperature, on-policy or not, alignment of the rows' inputs."""
+    """Temperature, hyper-parameters, softcap, N, lengths, strides, V, a temperature per row, on-policy or not, the rows' addresses."""
     counts = aot("count")
     assert counts == {"gradient_kernel": 1, "loss_grad_kernel": 1, "prepare_kernel": 1, "stats_kernel": 1}

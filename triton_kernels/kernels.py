@@ -48,7 +48,8 @@ def _finish(m, S, U, Q, w_y, inside, T):
 @kernel
 def partial_kernel(
     X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
-    vocab_total: tl.int64, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, KEEP: tl.constexpr,
+    vocab_total: tl.int64,
+    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """A program each segment: ``PARTIAL[row, segment] = (m, S, U, Q)``."""
     segments = tl.cdiv(V, SEGMENT)
@@ -69,11 +70,11 @@ def partial_kernel(
 
 @kernel
 def stats_kernel(
-    X, IDS, T, PARTIAL, OUT, N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32,
-    softcap, vocab_start: tl.int64, vocab_total: tl.int64, STATS: tl.constexpr,
+    X, IDS, T, PARTIAL, OUT, N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64,
+    V: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64, STATS: tl.constexpr,
     SPLIT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``OUT[STATS[name], row]``; STATS has the row of each of (logp, entropy, lse, log_sum_p_sq, max_logp), -1 for what nobody asked for."""
+    """``OUT[STATS[name], row]``; STATS: the row of each of (logp, entropy, lse, log_sum_p_sq, max_logp), -1 for what nobody asked for."""
     row = tl.program_id(0)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     zero = tl.full((), 0.0, tl.float32)
@@ -154,7 +155,8 @@ def loss_grad_kernel(
     per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64, out_row_stride: tl.int64,
     V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
     PROGRAM: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, READS_P_SQ: tl.constexpr,
-    SPLIT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+    SPLIT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     """A row in one program: statistics, ``PROGRAM``, gradient. SPLIT: statistics from PARTIAL, and the gradient's constants to TABLE."""
     row = tl.program_id(0)
@@ -261,7 +263,7 @@ def gradient_kernel(
     ENTROPY: tl.constexpr, P_SQ: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of rows whose constants are in TABLE, CHUNK columns a program. The target of a row in another shard is no column here."""
+    """The gradient of rows whose constants are in TABLE, CHUNK columns a program; a target in another shard is no column here."""
     chunks = tl.cdiv(width, CHUNK)
     pid = tl.program_id(0)
     row = pid // chunks

@@ -197,7 +197,7 @@ def row_state(
     s = tl.full((), 0.0, tl.float32)
     u = s
     q = s
-    for i in range(0, tl.cdiv(V, SEGMENT)):
+    for i in range(tl.cdiv(V, SEGMENT)):
         if SPLIT:
             P = PARTIAL + i * 4
             m2, s2, u2, q2 = tl.load(P), tl.load(P + 1), tl.load(P + 2), tl.load(P + 3)
@@ -252,7 +252,7 @@ def gradient_sweep(
         g = gradient_tile(z, c, k, k_low, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
         g = tl.where(first + cols < V, g, 0.0)
         tl.store(OUT + first + cols, round_to(g, OUT.dtype.element_ty, EMULATE), mask=first + cols < stop, eviction_policy="evict_first")
-    for i in range(0, (full - start) // BLOCK):
+    for i in range((full - start) // BLOCK):
         first = full - (i + 1) * BLOCK
         z = tl.load(X + first + cols, eviction_policy="evict_first").to(tl.float32)
         g = gradient_tile(z, c, k, k_low, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
