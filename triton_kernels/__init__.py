@@ -1,5 +1,1 @@
-<<<<<<< HEAD
-"""Triton kernels; installed as ``reweight_ops.triton_kernels``."""
-=======
-"""The Triton kernels. Nothing here is imported before a Triton backend is asked for."""
->>>>>>> codegen
+"""Triton kernels: imported only when a GPU call, or a test, asks for them. Installed as ``reweight_ops.triton_kernels``."""
