@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ from .keywords import DataOptions
 from .reduction import Divisors
 from .rows import Rows
 from .rules.namespace import TorchNamespace
-from .spec import PolicyLossSpec, formula_values
-from .terms import Leaves, Term, TermResult, Terms, bind, evaluate, safe_where
+from .spec import PolicyLossSpec, resolved
+from .terms import Leaves, Term, TermResult, Terms, evaluate, safe_where
 from .weights import BatchStatistics
 
 #: The statistics of the current policy that the middle differentiates through.
@@ -36,12 +37,16 @@ class LossCall:
     factor: Tensor | None
     adv_per_sequence: bool = False
 
-    def row_weights(self, leaves: dict[str, Tensor] | None = None) -> Tensor:
-        """``[K, N]``: every term's row weight, ``loss_scale`` included. ``leaves`` are needed only if a reduction is over a weight."""
+    def released(self) -> LossCall:
+        """The same without the call's arguments (kept for error messages): a result must not keep the logits alive."""
+        return dataclasses.replace(self, rows=dataclasses.replace(self.rows, tensors={}))
+
+    def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
+        """``[K, N]``: every term's row weight, ``loss_scale`` included. ``statistics`` are needed only if a reduction is over a weight."""
         found: dict[Any, Tensor] = {}
         for reduction in self.spec.reductions:
             if id(reduction) not in found:
-                u = None if reduction.weight is None else self._evaluate_weight(reduction.weight, leaves)
+                u = None if reduction.weight is None else self._evaluate_weight(reduction.weight, statistics)
                 w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
                 scaled = not (isinstance(self.loss_scale, (int, float)) and self.loss_scale == 1)
                 found[id(reduction)] = w * self.loss_scale if scaled else w
@@ -49,49 +54,44 @@ class LossCall:
         if self.factor is None and len(found) == 1:
             return per_term[0].expand(len(per_term), -1)
         if self.factor is not None:
-            # Selects instead of multiplying: a factor of 0 is 0 even where the weight is not finite.
-            per_term[0] = torch.where(self.factor == 0, torch.zeros_like(self.factor), per_term[0] * self.factor)
+            per_term[0] = per_term[0] * self.factor
         return torch.stack(per_term)
 
-    def inputs(self, leaves: dict[str, Tensor] | None = None) -> RowInputs:
-        return RowInputs(self.row_weights(leaves), self.old_logp, self.adv, self.ref_logp, self.sampling_logp)
+    def inputs(self) -> RowInputs:
+        """What a one-pass kernel reads per row."""
+        return RowInputs(self.row_weights(), self.old_logp, self.adv, self.ref_logp, self.sampling_logp)
 
     def terms(self) -> Terms:
         """The spec's rules and weights bound to this call's values (per-row hyper-parameters as ``[N]``)."""
         spec, per_row = self.spec, self.rows.per_row
         coefs = [1.0, *(p.coef for p in spec.penalties)]
-        terms = [Term(bind(type(r), formula_values(r, per_row)), c) for r, c in zip(spec.rules, coefs, strict=True)]
-        weights = [bind(type(w), formula_values(w, per_row), {"scope": w.scope, "detach": w.detach}) for w in spec.weights]
-        return Terms(terms, weights, spec.ratio.bounds())
+        terms = [Term(resolved(rule, per_row), coef) for rule, coef in zip(spec.rules, coefs, strict=True)]
+        return Terms(terms, [resolved(weight, per_row) for weight in spec.weights])
 
     def log_ratio(self, logp: Tensor) -> Tensor:
         """The clamped log-ratio at the spec's level."""
         old = logp.detach() if self.old_logp is None else self.old_logp
         return self.spec.ratio.log_ratio(self.rows, logp, old)
 
-    def evaluate(self, leaves: dict[str, Tensor]) -> TermResult:
-        """The middle of two_pass: per-row losses from :data:`STATISTICS`, exact under autograd."""
-        return evaluate(
-            self.terms(),
-            leaves,
-            self.inputs(leaves),
-            self.rows.keep,
-            log_ratio=self.log_ratio(leaves["logp"]),
-            batch=BatchStatistics(self.rows),
-        )
-
-    def all_leaves(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Every leaf that this call can give a formula, rows that are out replaced by harmless values."""
-        logp = leaves["logp"]
-        found = {**leaves, "old_logp": logp.detach() if self.old_logp is None else self.old_logp, "log_ratio": self.log_ratio(logp)}
+    def leaves(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every leaf that this call can give a formula."""
+        logp = statistics["logp"]
+        found = {**statistics, "old_logp": logp.detach() if self.old_logp is None else self.old_logp, "log_ratio": self.log_ratio(logp)}
         stored = {"adv": self.adv, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
-        found |= {name: value for name, value in stored.items() if value is not None}
-        return safe_where(self.rows.keep, found)
+        return found | {name: value for name, value in stored.items() if value is not None}
 
-    def _evaluate_weight(self, weight: Any, leaves: dict[str, Tensor] | None) -> Tensor:
-        assert leaves is not None, "a spec whose reduction is over a weight takes two passes"
-        bound = bind(type(weight), formula_values(weight, self.rows.per_row), {"scope": weight.scope, "detach": True})
-        u: Tensor = bound.weight(TorchNamespace(self.rows.dtype), Leaves(self.all_leaves(leaves)), BatchStatistics(self.rows))
+    def safe_leaves(self, statistics: dict[str, Tensor]) -> Leaves:
+        """The same, with harmless values in the rows that are out."""
+        return Leaves(safe_where(self.rows.keep, self.leaves(statistics)))
+
+    def evaluate(self, statistics: dict[str, Tensor]) -> TermResult:
+        """The middle of two_pass: per-row losses from :data:`STATISTICS`, exact under autograd."""
+        leaves = self.leaves(statistics)
+        return evaluate(self.terms(), leaves, self.row_weights(statistics), self.rows.keep, BatchStatistics(self.rows))
+
+    def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
+        assert statistics is not None, "a spec whose reduction is over a weight takes two passes"
+        u: Tensor = resolved(weight, self.rows.per_row).weight(TorchNamespace(self.rows.dtype), self.safe_leaves(statistics), BatchStatistics(self.rows))
         return u.detach()
 
     @property
@@ -100,24 +100,25 @@ class LossCall:
         return parameter_vector(self.spec.parameter_values, self.rows.dtype, self.rows.device)
 
 
-_constants: dict[tuple[Any, ...], Tensor] = {}
+_constants: dict[str, Tensor] = {}
 
 
 @torch.compiler.assume_constant_result
-def _constant_vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Uploaded once and kept: an upload inside a call would synchronise, and is illegal under CUDA-graph capture.
-    key = (values, dtype, device)
+def _upload(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> str:
+    # Uploaded once and kept: an upload inside a call would synchronise, and is illegal under CUDA-graph capture. Returns a key and no
+    # tensor, so that torch.compile finds the finished tensor in the global above.
+    key = f"{values} {dtype} {device}"
     if key not in _constants:
         with torch.inference_mode(False):
             _constants[key] = torch.tensor(values, dtype=dtype, device=device)
-    return _constants[key]
+    return key
 
 
 def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers and 0-d tensors as one vector. Numbers are cached per device; tensors must live on the device already."""
     if not any(isinstance(v, Tensor) for v in values):
-        return _constant_vector(tuple(float(v) for v in values), dtype, device)
-    fixed = _constant_vector(tuple(0.0 if isinstance(v, Tensor) else float(v) for v in values), dtype, device)
+        return _constants[_upload(tuple([float(v) for v in values]), dtype, device)]
+    fixed = _constants[_upload(tuple([0.0 if isinstance(v, Tensor) else float(v) for v in values]), dtype, device)]
     return torch.stack([v.detach().to(dtype) if isinstance(v, Tensor) else fixed[i] for i, v in enumerate(values)])
 
 

@@ -16,7 +16,6 @@ from .errors import InvalidCall
 from .loss_call import LossCall
 from .ratio import SequenceRatio
 from .rules.namespace import TorchNamespace
-from .terms import Leaves
 
 #: Metrics that are a minimum or maximum; ``tokens``, ``sequences`` and ``rows_skipped`` are sums, all others means.
 _EXTREMA = {"clip_ratio/low_min": "min", "clip_ratio/high_max": "max", "ratio/max": "max"}
@@ -91,22 +90,21 @@ def _reduced(names: tuple[str, ...], total: Tensor, low: Tensor, high: Tensor) -
 def policy_metrics(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None) -> Metrics:
     """The metrics of a call from its row statistics; ``by`` are the loss's derivatives by logp and entropy, if known."""
     rows, spec = call.rows, call.spec
-    xp, everything = TorchNamespace(rows.dtype), call.all_leaves(leaves)
-    t = Leaves(everything)
+    xp, t, known = TorchNamespace(rows.dtype), call.safe_leaves(leaves), call.leaves(leaves)
     keep = rows.keep.to(rows.dtype)
     count = keep.sum()
     found: dict[str, tuple[Tensor, Any]] = {}
     if "entropy" in leaves:
         found["entropy"] = ((t.entropy * keep).sum(), count)
     for penalty, bound in zip(spec.penalties, call.terms().terms[1:], strict=True):
-        if "ref_logp" in everything and penalty.rule.name != "entropy_bonus":
+        if "ref_logp" in known and penalty.rule.name != "entropy_bonus":
             found["kl"] = ((bound.rule.loss(xp, t) * keep).sum(), count)
             break
     clipped = call.terms().terms[0].rule.clipped(xp, t)
     if clipped is not None:
         found |= _clip_metrics(call, *(c.to(rows.dtype) * keep for c in clipped), count)
     if "log_ratio" in spec.requires:
-        ratio = everything["log_ratio"].exp()
+        ratio = t.log_ratio.exp()
         found["ratio/mean"] = ((ratio * keep).sum(), count)
         found["ratio/max"] = (torch.where(rows.keep, ratio, -math.inf).max(), 1)
         found["approx_kl"] = (((t.old_logp - t.logp) * keep).sum(), count)

@@ -13,7 +13,6 @@ from torch.utils import _pytree
 from .loss_call import STATISTICS, LossCall
 from .metrics import Metrics, policy_metrics
 from .rules.namespace import TorchNamespace
-from .terms import Leaves
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class PolicyLossOutput:
 
     @cached_property
     def is_clipped(self) -> Tensor:
-        rows, leaves = self._call.rows, Leaves(self._call.all_leaves(self._leaves))
+        rows, leaves = self._call.rows, self._call.safe_leaves(self._leaves)
         clipped = self._call.terms().terms[0].rule.clipped(TorchNamespace(rows.dtype), leaves)
         nothing = torch.zeros_like(rows.keep)
         return rows.unflatten(nothing if clipped is None else (clipped[0] | clipped[1]) & rows.keep)

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..terms import evaluate, parse_params
 from .base import COEFS, OUT, Backend, Head, Program, Request, RowInputs
+from .program import run_program
 
 
 def _unsupported_reason(request: Request) -> str | None:
@@ -94,19 +94,10 @@ def token_loss_grad(
 ) -> Tensor:
     names = ("logp", "entropy", "lse", "log_sum_p_sq")
     stats = dict(zip(names, token_stats(logits, ids, temperature, head, names), strict=True))
-    terms = parse_params(program, params)
-    with torch.enable_grad():
-        leaves = {name: stats[name].detach().requires_grad_() for name in ("logp", "entropy", "log_sum_p_sq")}
-        result = evaluate(terms, leaves, inputs, ids != OUT)
-        total = result.weighted_loss.sum()
-        by = [torch.zeros_like(stats["logp"])] * 3
-        if total.requires_grad:
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-            by = [zero if g is None else g for g, zero in zip(found, by, strict=True)]
+    result = run_program(program, params, stats, inputs, ids != OUT)
+    token_grad(logits, ids, temperature, head, stats, result.coefs, out)
     bad = (ids != OUT) & ((ids < 0) | (ids >= head.total()))
-    coefs = {"logp": by[0], "entropy": by[1], "log_sum_p_sq": by[2]}
-    token_grad(logits, ids, temperature, head, stats, coefs, out)
-    rows = torch.stack([stats["logp"], stats["entropy"], result.weighted_loss.detach(), result.loss.detach(), by[0], by[1]])
+    rows = torch.stack([stats["logp"], stats["entropy"], result.weighted_loss, result.loss, result.coefs["logp"], result.coefs["entropy"]])
     return torch.where(bad, math.nan, rows)
 
 
