@@ -20,11 +20,22 @@ import reweight_ops as rw  # noqa: E402
 from reweight_ops.integrations import trl as integration  # noqa: E402
 from reweight_ops.integrations.trl import ReweightGRPOTrainer, patch_trl  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+
 B, P, T, V = 8, 5, 12, 300
 TINY = dict(
     vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
     max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The model is so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -484,24 +495,37 @@ def test_patch_and_undo(make_trainer, trio):
 
 
 # --- a real training run ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("ours", [{}, {"fuse_loss": True}], ids=["token", "fused"])
-def test_training_run(make_trainer, ours):
-    """Generation, accumulation and two passes a rollout: after six steps of SGD the same parameters to a millionth of the way moved."""
-    config = dict(
-        max_steps=6, num_iterations=2, gradient_accumulation_steps=2, per_device_train_batch_size=4, optim="sgd", learning_rate=1.0,
-        lr_scheduler_type="constant", entropy_coef=0.01, logging_steps=1, loss_type="dapo",
-    )  # fmt: skip
-    runs = []
-    for cls, options in ((trl.GRPOTrainer, {}), (ReweightGRPOTrainer, ours)):
-        trainer = make_trainer(cls, ours=options, **config)
+@pytest.fixture(scope="module")
+def train(make_trainer):
+    """``train(cls, ours) -> (trainer, how far its parameters moved, its log)``."""
+
+    def run(cls, ours):
+        trainer = make_trainer(
+            cls, ours=ours, max_steps=6, num_iterations=2, gradient_accumulation_steps=2, per_device_train_batch_size=4, optim="sgd",
+            learning_rate=1.0, lr_scheduler_type="constant", entropy_coef=0.01, logging_steps=1,
+        )  # fmt: skip
         start = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).clone()
         trainer.train()
-        logs = [{k: v for k, v in log.items() if "time" not in k and "runtime" not in k and "per_second" not in k} for log in trainer.state.log_history]
-        runs.append((torch.cat([p.detach().flatten() for p in trainer.model.parameters()]) - start, logs))
-    (stock, stock_logs), (moved, logs) = runs
+        timings = ("time", "runtime", "per_second")
+        log = [{k: v for k, v in entry.items() if not any(t in k for t in timings)} for entry in trainer.state.log_history]
+        return trainer, torch.cat([p.detach().flatten() for p in trainer.model.parameters()]) - start, log
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def stock_run(train):
+    return train(trl.GRPOTrainer, {})
+
+
+@pytest.mark.parametrize("ours", [{}, {"fuse_loss": True}], ids=["token", "fused"])
+def test_training_run(train, stock_run, ours):
+    """Generation, accumulation and two passes a rollout: six steps of SGD lead to the same parameters (1e-5 of the way moved) and logs."""
+    _, stock, stock_log = stock_run
+    trainer, moved, log = train(ReweightGRPOTrainer, ours)
     assert stock.norm() > 0.1
     assert (moved - stock).norm() <= 1e-5 * stock.norm()
-    assert len(logs) == len(stock_logs)
-    for theirs, our in zip(stock_logs, logs, strict=True):
+    assert len(log) == len(stock_log)
+    for theirs, our in zip(stock_log, log, strict=True):
         assert our == pytest.approx(theirs, abs=1e-5, rel=1e-4)
     assert trainer.delegated_calls == {} and trainer.fused_calls["policy_loss" if ours else "token_logps"] > 0

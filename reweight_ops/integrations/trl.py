@@ -38,6 +38,7 @@ from ..errors import BackendUnavailable, InvalidCall, UnsupportedRequest
 from ..output import PolicyLossOutput
 from ..policy_loss import policy_loss, policy_loss_from_logps, token_logps
 from ..rules.base import TokenWeight
+from ..rules.penalties import EntropyBonus
 from ..spec import PolicyLossSpec
 from .trl_spec import Normalized, normalize, resolve_passes, spec_of_trainer, with_weights, without_bonus
 
@@ -181,7 +182,7 @@ class Hooks:
             return original(model, inputs)  # type: ignore[no-any-return]
         trainer.fused_calls["policy_loss"] += 1
         train = trainer.model.training
-        spec, scaling = self._normalized(trainer, inputs, train)
+        spec, scaling = self._normalized(trainer, self._spec(trainer), inputs, train)
         ids, mask = inputs["completion_ids"], inputs["completion_mask"]
         logits = _logits(
             trainer,
@@ -210,16 +211,23 @@ class Hooks:
             **data,
             **scaling,
         )
-        _log(trainer, "train" if train else "eval", out, spec, {**data, **scaling}, inputs["advantages"])
+        _log(trainer, "train" if train else "eval", out)
+        if any(isinstance(p.rule, EntropyBonus) for p in spec.penalties):
+            bare, scaling = self._normalized(trainer, without_bonus(spec), inputs, train)
+            scaling.pop("loss_scale", None)
+            policy = policy_loss_from_logps(out.per_token_logps, inputs["advantages"], spec=bare, entropies=out.entropies, **data, **scaling)
+            _log_bonus(trainer, "train" if train else "eval", policy.loss)
         return out.loss
 
-    def _normalized(self, trainer: Any, inputs: dict[str, Any], train: bool) -> Normalized:
+    def _spec(self, trainer: Any) -> PolicyLossSpec:
         if self.passes:
             spec = self.passes[trainer._step // trainer.args.steps_per_generation % len(self.passes)]
         else:
             spec = spec_of_trainer(trainer)
-        if self.options.weights:
-            spec = with_weights(spec, self.options.weights)
+        return with_weights(spec, self.options.weights) if self.options.weights else spec
+
+    @staticmethod
+    def _normalized(trainer: Any, spec: PolicyLossSpec, inputs: dict[str, Any], train: bool) -> Normalized:
         return normalize(
             spec,
             accumulation_steps=trainer.current_gradient_accumulation_steps if train else 1,
@@ -296,20 +304,20 @@ def _fp32_head(base: Any, enabled: bool) -> Iterator[None]:
         head.forward = forward
 
 
-def _log(trainer: Any, mode: str, out: PolicyLossOutput, spec: PolicyLossSpec, call: dict[str, Any], advantages: Tensor) -> None:
+def _log(trainer: Any, mode: str, out: PolicyLossOutput) -> None:
     """TRL's metrics of the loss, over all processes."""
     metrics = out.metrics if trainer.accelerator.num_processes == 1 else out.metrics.all_reduce()
     values = metrics.as_floats()
     for name in _METRICS:
         if name in values:
             trainer._metrics[mode][name].append(values[name])
-    bare = without_bonus(spec)
-    if bare is not spec and bare != spec:
-        unscaled = {name: value for name, value in call.items() if name != "loss_scale"}
-        policy = policy_loss_from_logps(out.per_token_logps, advantages, spec=bare, entropies=out.entropies, **unscaled).loss
-        trainer._metrics[mode]["policy_loss"].append(trainer.accelerator.gather(policy).nanmean().item())
-        if mode == "train" and trainer.accelerator.sync_gradients:
-            trainer._metrics[mode]["entropy_coef"].append(trainer.entropy_coef)
+
+
+def _log_bonus(trainer: Any, mode: str, policy: Tensor) -> None:
+    """What TRL logs besides when there is an entropy bonus: the loss without it, and its coefficient."""
+    trainer._metrics[mode]["policy_loss"].append(trainer.accelerator.gather(policy.detach()).nanmean().item())
+    if mode == "train" and trainer.accelerator.sync_gradients:
+        trainer._metrics[mode]["entropy_coef"].append(trainer.entropy_coef)
 
 
 class ReweightGRPOTrainer(GRPOTrainer):  # type: ignore[misc]

@@ -72,7 +72,7 @@ def resolve_passes(spec: Any, args: Any) -> tuple[PolicyLossSpec, ...]:
     Raises:
         InvalidCall: the count of passes is wrong, or GRPOConfig sets options of TRL's loss that the spec would ignore.
     """
-    given: Sequence[Any] = (spec,) if isinstance(spec, (str, PolicyLossSpec)) else tuple(spec)
+    given: Sequence[Any] = spec if isinstance(spec, (tuple, list)) else (spec,)
     passes = tuple(method(s) if isinstance(s, str) else s for s in given)
     if not all(isinstance(s, PolicyLossSpec) for s in passes):
         raise InvalidCall(f"spec is {spec!r}, expected a PolicyLossSpec, the name of a method, or one of them for each pass over a rollout.")
