@@ -123,12 +123,12 @@ def test_fullgraph_token_logps(backend):
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_a_schedule_over_any_hyper_parameter_compiles_once(plan):
     """Every hyper-parameter a 0-d tensor whose value changes each step: one compilation, and each step's own value."""
-    values = [torch.tensor(x) for x in (0.2, 0.3, 1.15, 0.04, 0.01, 0.3, 1.0, 30.0, 1.5)]
+    values = [torch.tensor(x) for x in (0.2, 0.3, 1.5, 0.04, 0.01, 0.3, 1.0, 30.0, 1.5)]
     low, high, delta, beta, bonus, alpha, temperature, items, scale = values
     spec = rw.methods.dapo(epsilon_low=low, epsilon_high=high).replace(**{"surrogate.delta": delta})
     spec = spec.with_penalty(rw.Penalty(rw.rules.penalties.K3(), beta)).with_penalty(rw.Penalty(rw.rules.penalties.EntropyBonus(), bonus))
     spec = spec.with_weight(rw.weights.AdvantageReweighting(alpha=alpha))
-    batch = make_batch(spec, (3, 8), 29)
+    batch = make_batch(spec, (8, 16), 29)  # large enough that every hyper-parameter is active somewhere
     compilations = 0
 
     def counting(graph, inputs):
@@ -151,4 +151,4 @@ def test_a_schedule_over_any_hyper_parameter_compiles_once(plan):
         torch.testing.assert_close(got, want)
         seen.append(got)
     assert compilations == 1
-    assert all((a - b).abs().max() > 1e-9 for a, b in zip(seen, seen[1:], strict=False))
+    assert [i for i, (a, b) in enumerate(zip(seen, seen[1:], strict=False)) if (a - b).abs().max() < 1e-9] == []
