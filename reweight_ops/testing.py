@@ -222,11 +222,16 @@ def _floor(exact: Any, options: dict[str, Any]) -> Tensor:
     temperature = options.get("temperature", 1.0)
     by_logp, by_entropy = exact._derivatives
     size = exact._call.rows.unflatten(by_logp.abs() + by_entropy.abs())
-    scale = temperature if not isinstance(temperature, Tensor) or temperature.shape == size.shape else temperature.reshape(*temperature.shape, 1)
+    scale = (
+        temperature
+        if not isinstance(temperature, Tensor) or temperature.shape == size.shape
+        else temperature.reshape(*temperature.shape, 1)
+    )
     floor = ERROR_FLOOR * size / scale
     if options.get("drop_last"):
         floor = torch.cat([floor, floor.new_zeros(*floor.shape[:-1], 1)], -1)
-    return (floor + 1e-300)[..., None]
+    result: Tensor = (floor + 1e-300)[..., None]
+    return result
 
 
 def gradcheck(spec: PolicyLossSpec, batch: dict[str, Any], **options: Any) -> bool:

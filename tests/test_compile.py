@@ -9,7 +9,11 @@ from reweight_ops.backends.base import Request
 from reweight_ops.testing import make_batch
 
 SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01)
-BACKENDS = [b for b in ("reference", "cpu") if rw.backends.select.why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None]
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if rw.backends.select.why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None
+]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +35,9 @@ def ops_arguments(backend, drop_last):
     z = torch.randn(n, t + drop_last, v, generator=g)
     ids = torch.randint(v, (n * t,), generator=g)
     one = torch.ones(1)
-    logp, entropy, lse, p_sq = rw.kernels.token_stats(z[:, :t], ids, one, stats=("logp", "entropy", "lse", "log_sum_p_sq"), backend="reference")
+    logp, entropy, lse, p_sq = rw.kernels.token_stats(
+        z[:, :t], ids, one, stats=("logp", "entropy", "lse", "log_sum_p_sq"), backend="reference"
+    )
     tail = (v, float("inf"), bool(drop_last))
     params = torch.tensor([v if torch.is_tensor(v) else float(v) for v in SPEC.parameter_values])
     weights = torch.full((len(SPEC.rules), n * t), 0.1)

@@ -9,7 +9,11 @@ import reweight_ops as rw
 from reweight_ops.backends.base import Request
 from reweight_ops.backends.select import why_not
 
-CPU_BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None]
+CPU_BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None
+]
 PLANS = ["one_pass", "two_pass"]
 B, T, V = 3, 5, 13
 
@@ -74,7 +78,12 @@ def test_leading_dimensions(data, backend):
 
 
 def test_int32_ids(data, backend):
-    same(loss_and_grad(data["z"], data["ids"], 1.0, backend=backend), loss_and_grad(data["z"], data["ids"].int(), 1.0, backend=backend), rtol=0, atol=0)
+    same(
+        loss_and_grad(data["z"], data["ids"], 1.0, backend=backend),
+        loss_and_grad(data["z"], data["ids"].int(), 1.0, backend=backend),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_sequence_shapes_of_per_row_arguments(data, backend):
@@ -82,7 +91,12 @@ def test_sequence_shapes_of_per_row_arguments(data, backend):
     want = loss_and_grad(data["z"], data["ids"], per_sequence[:, None].expand(B, T), backend=backend)
     for shaped in (per_sequence, per_sequence[:, None]):
         same(want, loss_and_grad(data["z"], data["ids"], shaped, backend=backend), rtol=0, atol=0)
-    same(loss_and_grad(data["z"], data["ids"], torch.full((B,), 0.7), backend=backend), loss_and_grad(data["z"], data["ids"], 0.7, backend=backend), rtol=0, atol=0)
+    same(
+        loss_and_grad(data["z"], data["ids"], torch.full((B,), 0.7), backend=backend),
+        loss_and_grad(data["z"], data["ids"], 0.7, backend=backend),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_packed_rows_are_the_padded_rows(data, backend):
@@ -94,12 +108,22 @@ def test_packed_rows_are_the_padded_rows(data, backend):
     per_sequence = torch.tensor([0.5, -1.0, 2.0])
     index = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     for spec in ("gspo", "grpo", "dapo"):
-        padded = loss_and_grad(data["z"], data["ids"], per_sequence, spec, old_per_token_logps=data["old"], completion_mask=mask, backend=backend)
+        padded = loss_and_grad(
+            data["z"], data["ids"], per_sequence, spec, old_per_token_logps=data["old"], completion_mask=mask, backend=backend
+        )
         for sequences in ({"cu_seqlens": cu}, {"sequence_ids": index, "num_sequences": 3}):
             for adv in (per_sequence, per_sequence[:, None], per_sequence[index]):
                 out = loss_and_grad(packed["z"], packed["ids"], adv, spec, old_per_token_logps=packed["old"], backend=backend, **sequences)
                 same((padded[0], padded[1][mask]), out, rtol=1e-6, atol=1e-7)
-        one = loss_and_grad(packed["z"][None], packed["ids"][None], per_sequence, spec, old_per_token_logps=packed["old"][None], cu_seqlens=cu, backend=backend)
+        one = loss_and_grad(
+            packed["z"][None],
+            packed["ids"][None],
+            per_sequence,
+            spec,
+            old_per_token_logps=packed["old"][None],
+            cu_seqlens=cu,
+            backend=backend,
+        )
         same((padded[0], padded[1][mask]), (one[0], one[1][0]), rtol=1e-6, atol=1e-7)
 
 
@@ -143,7 +167,15 @@ def test_a_row_that_is_out_is_never_read(data, backend, plan, how):
         clean = {"ref_per_token_logps": data["old"]} if ref else {}
         out, grad = loss_and_grad(z, ids, adv, resolved, old_per_token_logps=old, plan=plan, backend=backend, **options, **ref)
         want, expected = loss_and_grad(
-            data["z"], data["ids"], data["adv"], resolved, old_per_token_logps=data["old"], completion_mask=data["mask"], plan=plan, backend=backend, **clean
+            data["z"],
+            data["ids"],
+            data["adv"],
+            resolved,
+            old_per_token_logps=data["old"],
+            completion_mask=data["mask"],
+            plan=plan,
+            backend=backend,
+            **clean,
         )
         same((out, grad), (want, expected), rtol=0, atol=0)
         for row in (out.per_token_logps, out.entropies, out.per_token_loss, out.coef, out.ratio, out.is_clipped.float()):
@@ -155,7 +187,9 @@ def test_a_row_that_is_out_is_never_read(data, backend, plan, how):
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_batch_with_every_row_out_is_a_differentiable_zero(data, backend, plan):
     for spec in ("grpo", "dapo", rw.methods.grpo(entropy_coef=0.1)):
-        out, grad = loss_and_grad(data["z"] * math.nan, data["ids"], data["adv"], spec, completion_mask=torch.zeros(B, T), plan=plan, backend=backend)
+        out, grad = loss_and_grad(
+            data["z"] * math.nan, data["ids"], data["adv"], spec, completion_mask=torch.zeros(B, T), plan=plan, backend=backend
+        )
         assert out.loss == 0 and (grad == 0).all()
 
 
@@ -193,7 +227,9 @@ def test_a_bad_id_is_an_error_on_the_cpu(data, bad):
 
 def test_a_bad_id_behind_a_mask_is_fine(data):
     ids = torch.where(data["mask"].bool(), data["ids"], 10**9)
-    torch.testing.assert_close(rw.token_logps(data["z"], ids, completion_mask=data["mask"]), rw.token_logps(data["z"], data["ids"], completion_mask=data["mask"]))
+    torch.testing.assert_close(
+        rw.token_logps(data["z"], ids, completion_mask=data["mask"]), rw.token_logps(data["z"], data["ids"], completion_mask=data["mask"])
+    )
 
 
 def test_the_kernel_itself_answers_a_bad_id_with_nan(data, backend):
@@ -262,7 +298,9 @@ def test_a_ratio_that_would_overflow(data, backend, plan):
     for spec in ("grpo", "sapo", "cispo", rw.methods.grpo(beta=0.1)):
         resolved = rw.method(spec) if isinstance(spec, str) else spec
         ref = {"ref_per_token_logps": old} if "ref_logp" in resolved.requires else {}
-        out, grad = loss_and_grad(data["z"], data["ids"], data["adv"].abs(), resolved, old_per_token_logps=old, plan=plan, backend=backend, **ref)
+        out, grad = loss_and_grad(
+            data["z"], data["ids"], data["adv"].abs(), resolved, old_per_token_logps=old, plan=plan, backend=backend, **ref
+        )
         assert out.loss.isfinite() and grad.isfinite().all()
         assert spec != "grpo" or (grad[0, 0] == 0).all()
 
@@ -282,11 +320,16 @@ def test_a_zero_weight_selects_zero(data, backend, plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_old_log_probs_is_on_policy(data, backend, plan):
     out, grad = loss_and_grad(data["z"], data["ids"], data["adv"], plan=plan, backend=backend)
-    plain, reinforce = loss_and_grad(data["z"], data["ids"], data["adv"], rw.methods.reinforce().replace(reduction=rw.SequenceMean()), plan=plan, backend=backend)
+    plain, reinforce = loss_and_grad(
+        data["z"], data["ids"], data["adv"], rw.methods.reinforce().replace(reduction=rw.SequenceMean()), plan=plan, backend=backend
+    )
     assert (out.ratio == 1).all()
     torch.testing.assert_close(grad, reinforce)
     own = rw.token_logps(data["z"], data["ids"], backend=backend)
-    assert (rw.policy_loss(data["z"], data["ids"], data["adv"], spec="grpo", old_per_token_logps=own, plan="two_pass", backend=backend).ratio == 1).all()
+    assert (
+        rw.policy_loss(data["z"], data["ids"], data["adv"], spec="grpo", old_per_token_logps=own, plan="two_pass", backend=backend).ratio
+        == 1
+    ).all()
     given, same_grad = loss_and_grad(data["z"], data["ids"], data["adv"], old_per_token_logps=own, plan=plan, backend=backend)
     assert (given.ratio == 1).all()
     torch.testing.assert_close(same_grad, grad, rtol=0, atol=0)
@@ -308,7 +351,9 @@ def test_factors_multiply_the_surrogate_only(data, backend, plan):
 def test_a_weight_multiplies_the_term_not_the_advantage(data, backend):
     """They differ for a negative factor: -L(A) is not L(-A) under a clip."""
     old = data["old"] - 1
-    flipped, _ = loss_and_grad(data["z"], data["ids"], data["adv"], "dapo", token_weights=-torch.ones(B, T), old_per_token_logps=old, backend=backend)
+    flipped, _ = loss_and_grad(
+        data["z"], data["ids"], data["adv"], "dapo", token_weights=-torch.ones(B, T), old_per_token_logps=old, backend=backend
+    )
     plain, _ = loss_and_grad(data["z"], data["ids"], data["adv"], "dapo", old_per_token_logps=old, backend=backend)
     negative, _ = loss_and_grad(data["z"], data["ids"], -data["adv"], "dapo", old_per_token_logps=old, backend=backend)
     torch.testing.assert_close(flipped.loss, -plain.loss)
@@ -349,7 +394,9 @@ def test_from_function_equals_the_reducer(data, backend):
 def test_no_reduction_takes_a_per_row_upstream(data, backend):
     spec = rw.methods.dapo().replace(reduction=rw.NoReduction())
     z = data["z"].clone().requires_grad_()
-    out = rw.policy_loss(z, data["ids"], data["adv"], spec=spec, completion_mask=data["mask"], old_per_token_logps=data["old"], backend=backend)
+    out = rw.policy_loss(
+        z, data["ids"], data["adv"], spec=spec, completion_mask=data["mask"], old_per_token_logps=data["old"], backend=backend
+    )
     assert out.plan == "two_pass" and out.loss.shape == (B, T) and (out.loss[data["mask"] == 0] == 0).all()
     upstream = torch.rand(B, T)
     (grad,) = torch.autograd.grad(out.loss, z, upstream)
