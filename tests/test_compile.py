@@ -1,5 +1,7 @@
 """Custom ops and torch.compile: opcheck, fullgraph through both plans, and schedules that compile once."""
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo
@@ -157,4 +159,4 @@ def test_a_schedule_over_any_hyper_parameter_compiles_once(plan):
         torch.testing.assert_close(got, want)
         seen.append(got)
     assert compilations == 1
-    assert [i for i, (a, b) in enumerate(zip(seen, seen[1:], strict=False)) if (a - b).abs().max() < 1e-9] == []
+    assert [i for i, (a, b) in enumerate(itertools.pairwise(seen)) if (a - b).abs().max() < 1e-9] == []

@@ -320,7 +320,7 @@ def test_a_zero_weight_selects_zero(data, backend, plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_old_log_probs_is_on_policy(data, backend, plan):
     out, grad = loss_and_grad(data["z"], data["ids"], data["adv"], plan=plan, backend=backend)
-    plain, reinforce = loss_and_grad(
+    _, reinforce = loss_and_grad(
         data["z"], data["ids"], data["adv"], rw.methods.reinforce().replace(reduction=rw.SequenceMean()), plan=plan, backend=backend
     )
     assert (out.ratio == 1).all()
@@ -400,7 +400,7 @@ def test_no_reduction_takes_a_per_row_upstream(data, backend):
     assert out.plan == "two_pass" and out.loss.shape == (B, T) and (out.loss[data["mask"] == 0] == 0).all()
     upstream = torch.rand(B, T)
     (grad,) = torch.autograd.grad(out.loss, z, upstream)
-    weighted, want = loss_and_grad(data["z"], data["ids"], data["adv"], rw.methods.dapo().replace(reduction=rw.TokenSum()), token_weights=upstream,
+    _, want = loss_and_grad(data["z"], data["ids"], data["adv"], rw.methods.dapo().replace(reduction=rw.TokenSum()), token_weights=upstream,
                                    completion_mask=data["mask"], old_per_token_logps=data["old"], backend=backend)  # fmt: skip
     torch.testing.assert_close(grad, want)
     # An expanded upstream gradient, as .sum() makes, is no special case.
