@@ -1,0 +1,55 @@
+"""Reweighted policy losses for LLM reinforcement learning, straight from vocabulary-sized logits. Start at :func:`policy_loss`."""
+
+from . import kernels, methods, rules, weights
+from .backends.select import NAMES as BACKENDS
+from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
+from .explain import Explanation, explain
+from .methods.registry import METHODS, method
+from .metrics import Metrics
+from .output import PolicyLossOutput, TokenStats
+from .policy_loss import policy_loss, policy_loss_from_logps, token_logps, token_stats
+from .ratio import Ratio, SegmentRatio, SequenceRatio, TokenRatio
+from .reduction import FromFunction, NoReduction, Reduction, SequenceMean, TokenMean, TokenSum
+from .rules.base import Rule, TokenWeight, rule, weight
+from .spec import Penalty, PolicyLossSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "METHODS",
+    "BackendUnavailable",
+    "Explanation",
+    "FromFunction",
+    "InvalidCall",
+    "Metrics",
+    "NoReduction",
+    "Penalty",
+    "PolicyLossOutput",
+    "PolicyLossSpec",
+    "Ratio",
+    "Reduction",
+    "ReweightOpsError",
+    "Rule",
+    "SegmentRatio",
+    "SequenceMean",
+    "SequenceRatio",
+    "TokenMean",
+    "TokenRatio",
+    "TokenStats",
+    "TokenSum",
+    "TokenWeight",
+    "UnsupportedRequest",
+    "explain",
+    "kernels",
+    "method",
+    "methods",
+    "policy_loss",
+    "policy_loss_from_logps",
+    "rule",
+    "rules",
+    "token_logps",
+    "token_stats",
+    "weight",
+    "weights",
+]

@@ -75,13 +75,13 @@ def rows_of(logits: Tensor) -> Rows:
 class Program(NamedTuple):
     """What ``token_loss_grad`` evaluates per row, by registry names; hashable, so backends cache what they compile for it.
 
-    With ``lr = clip(logp - old_logp, -clamp, clamp)`` (zero gradient outside) and the leaves of :data:`~reweight_ops.rules.base.LEAVES`::
+    With ``log_ratio = clip(logp - old_logp, clamp_low, clamp_high)`` (zero gradient outside) and the leaves of :data:`~reweight_ops.rules.base.LEAVES`::
 
         loss          = sum_k coef_k * u_k * rule_k(leaves)            u_0 = product of all weights, u_k = product of scope "all"
         weighted_loss = sum_k w_k * coef_k * u_k * rule_k(leaves)      w_k: the row weight of term k, an input
 
     A term whose ``w_k * coef_k * u_k`` is 0 contributes exactly 0 (never ``0 * inf``) to each of them and to the coefficients. ``params`` is one
-    fp32 vector: ``[clamp, (coef_k, fields of rule k in order)..., (fields of weight j in order)...]``. Term 0 is the surrogate.
+    fp32 vector: ``[clamp_low, clamp_high, (coef_k, fields of rule k)..., (fields of weight j)...]``. Term 0 is the surrogate.
     """
 
     terms: tuple[str, ...]
@@ -105,8 +105,6 @@ class Request:
     verb: Verb
     device: torch.device
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
     program: Program | None = None
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, dataclass_transform, overload
+from typing import Any, ClassVar, TypeVar, overload
+
+from typing_extensions import dataclass_transform
 
 from ..errors import InvalidCall
 

@@ -41,13 +41,15 @@ class TorchNamespace:
         return self._lift(a, device), self._lift(b, device)
 
     def minimum(self, a: Any, b: Any) -> Tensor:
-        return torch.minimum(*self._pair(a, b))
+        return a.clamp(max=b) if isinstance(b, (int, float)) else torch.minimum(*self._pair(a, b))
 
     def maximum(self, a: Any, b: Any) -> Tensor:
-        return torch.maximum(*self._pair(a, b))
+        return a.clamp(min=b) if isinstance(b, (int, float)) else torch.maximum(*self._pair(a, b))
 
     def clip(self, x: Tensor, low: Any, high: Any) -> Tensor:
-        return torch.clamp(x, self._lift(low, x.device), self._lift(high, x.device))
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            low, high = self._lift(low, x.device), self._lift(high, x.device)
+        return torch.clamp(x, low, high)
 
     def where(self, condition: Tensor, a: Any, b: Any) -> Tensor:
         return torch.where(condition, self._lift(a, condition.device), self._lift(b, condition.device))

@@ -1,0 +1,1 @@
+"""One definition, every backend: trace a formula, differentiate it, print it as C++ and Triton."""

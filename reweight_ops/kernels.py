@@ -1,0 +1,57 @@
+"""The raw verbs, for benchmarks and for drivers of one's own: no autograd, no checks beyond the backend's, see :mod:`.backends.base`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends.base import Head, Program, Request, RowInputs
+from .backends.select import choose, load
+
+__all__ = ["Head", "Program", "RowInputs", "token_grad", "token_loss_grad", "token_stats"]
+
+
+def _out(logits: Tensor, out: Tensor | None) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+
+
+def token_stats(
+    logits: Tensor, ids: Tensor, temperature: Tensor, *, head: Head | None = None, stats: tuple[str, ...] = ("logp", "entropy"), backend: str = "auto"
+) -> Tensor:
+    """``[len(stats), N]``."""
+    name = choose(Request("token_stats", logits.device, logits.dtype), backend)
+    return load(name).token_stats(logits, ids, temperature, head or Head(logits.size(-1)), stats)
+
+
+def token_grad(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    stats: dict[str, Tensor],
+    coefs: dict[str, Tensor | None],
+    *,
+    head: Head | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``dL/dlogits`` in ``out`` (``out=logits``: in place)."""
+    name, out = choose(Request("token_grad", logits.device, logits.dtype), backend), _out(logits, out)
+    load(name).token_grad(logits, ids, temperature, head or Head(logits.size(-1)), stats, coefs, out)
+    return out
+
+
+def token_loss_grad(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    inputs: RowInputs,
+    program: Program,
+    params: Tensor,
+    *,
+    head: Head | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``([len(LOSS_ROWS), N], dL/dlogits)``."""
+    name, out = choose(Request("token_loss_grad", logits.device, logits.dtype, program), backend), _out(logits, out)
+    return load(name).token_loss_grad(logits, ids, temperature, head or Head(logits.size(-1)), inputs, program, params, out), out

@@ -1,0 +1,171 @@
+"""One call of a policy loss, resolved: its rows, its spec, and everything per row as ``[N]``. Both plans and the metrics start from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.base import RowInputs
+from .keywords import DataOptions
+from .reduction import Divisors
+from .rows import Rows
+from .rules.namespace import TorchNamespace
+from .spec import PolicyLossSpec, formula_values
+from .terms import Leaves, Term, TermResult, Terms, bind, evaluate, safe_where
+from .weights import BatchStatistics
+
+#: The statistics of the current policy that the middle differentiates through.
+STATISTICS = ("logp", "entropy", "log_sum_p_sq")
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """``factor`` is the caller's detached factor of the surrogate (token weights, importance-sampling ratio), part of its row weight."""
+
+    spec: PolicyLossSpec
+    rows: Rows
+    divisors: Divisors
+    loss_scale: Any
+    adv: Tensor | None
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    sampling_logp: Tensor | None
+    factor: Tensor | None
+    adv_per_sequence: bool = False
+
+    def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
+        """``[K, N]``: every term's row weight, ``loss_scale`` included. ``statistics`` are needed only if a reduction is over a weight."""
+        found: dict[Any, Tensor] = {}
+        for reduction in self.spec.reductions:
+            if id(reduction) not in found:
+                u = None if reduction.weight is None else self._evaluate_weight(reduction.weight, statistics)
+                w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
+                scaled = not (isinstance(self.loss_scale, (int, float)) and self.loss_scale == 1)
+                found[id(reduction)] = w * self.loss_scale if scaled else w
+        per_term = [found[id(reduction)] for reduction in self.spec.reductions]
+        if self.factor is None and len(found) == 1:
+            return per_term[0].expand(len(per_term), -1)
+        if self.factor is not None:
+            per_term[0] = per_term[0] * self.factor
+        return torch.stack(per_term)
+
+    def inputs(self) -> RowInputs:
+        """What a one-pass kernel reads per row."""
+        return RowInputs(self.row_weights(), self.old_logp, self.adv, self.ref_logp, self.sampling_logp)
+
+    def terms(self) -> Terms:
+        """The spec's rules and weights bound to this call's values (per-row hyper-parameters as ``[N]``)."""
+        spec, per_row = self.spec, self.rows.per_row
+        coefs = [1.0, *(p.coef for p in spec.penalties)]
+        terms = [Term(bind(type(r), formula_values(r, per_row)), c) for r, c in zip(spec.rules, coefs, strict=True)]
+        weights = [bind(type(w), formula_values(w, per_row), {"scope": w.scope, "detach": w.detach}) for w in spec.weights]
+        return Terms(terms, weights)
+
+    def log_ratio(self, logp: Tensor) -> Tensor:
+        """The clamped log-ratio at the spec's level."""
+        old = logp.detach() if self.old_logp is None else self.old_logp
+        return self.spec.ratio.log_ratio(self.rows, logp, old)
+
+    def leaves(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every leaf that this call can give a formula."""
+        logp = statistics["logp"]
+        found = {**statistics, "old_logp": logp.detach() if self.old_logp is None else self.old_logp, "log_ratio": self.log_ratio(logp)}
+        stored = {"adv": self.adv, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
+        return found | {name: value for name, value in stored.items() if value is not None}
+
+    def safe_leaves(self, statistics: dict[str, Tensor]) -> Leaves:
+        """The same, with harmless values in the rows that are out."""
+        return Leaves(safe_where(self.rows.keep, self.leaves(statistics)))
+
+    def evaluate(self, statistics: dict[str, Tensor]) -> TermResult:
+        """The middle of two_pass: per-row losses from :data:`STATISTICS`, exact under autograd."""
+        leaves = self.leaves(statistics)
+        return evaluate(self.terms(), leaves, self.row_weights(statistics), self.rows.keep, BatchStatistics(self.rows))
+
+    def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
+        assert statistics is not None, "a spec whose reduction is over a weight takes two passes"
+        bound = bind(type(weight), formula_values(weight, self.rows.per_row), {"scope": weight.scope, "detach": True})
+        u: Tensor = bound.weight(TorchNamespace(self.rows.dtype), self.safe_leaves(statistics), BatchStatistics(self.rows))
+        return u.detach()
+
+    @property
+    def params(self) -> Tensor:
+        """The hyper-parameters as one vector on the rows' device: what crosses the op boundary."""
+        return parameter_vector(self.spec.parameter_values, self.rows.dtype, self.rows.device)
+
+
+_constants: dict[tuple[Any, ...], Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
+def _constant_vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Uploaded once and kept: an upload inside a call would synchronise, and is illegal under CUDA-graph capture.
+    key = (values, dtype, device)
+    if key not in _constants:
+        with torch.inference_mode(False):
+            _constants[key] = torch.tensor(values, dtype=dtype, device=device)
+    return _constants[key]
+
+
+def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers and 0-d tensors as one vector. Numbers are cached per device; tensors must live on the device already."""
+    if not any(isinstance(v, Tensor) for v in values):
+        return _constant_vector(tuple(float(v) for v in values), dtype, device)
+    fixed = _constant_vector(tuple(0.0 if isinstance(v, Tensor) else float(v) for v in values), dtype, device)
+    return torch.stack([v.detach().to(dtype) if isinstance(v, Tensor) else fixed[i] for i, v in enumerate(values)])
+
+
+def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: DataOptions) -> LossCall:
+    """Check a call's per-row arguments against what its spec reads, and flatten them."""
+    requires = spec.requires
+
+    def stored(name: str, leaf: str, why: str) -> Tensor | None:
+        value = getattr(data, name)
+        if value is None:
+            if leaf in requires and leaf != "old_logp":
+                raise rows.error(f"{why} needs {name}.")
+            return None
+        return rows.per_row(name, value, logps=True)
+
+    reader = next((r.name for r in spec.rules if r.kind == "penalty" and r.name != "entropy_bonus"), spec.surrogate.name)
+    old = stored("old_per_token_logps", "old_logp", "")
+    ref = stored("ref_per_token_logps", "ref_logp", f"the penalty {reader!r}")
+    sampling = stored("sampling_per_token_logps", "sampling_logp", f"a weight of the spec ({', '.join(w.name for w in spec.weights)})")
+    if advantages is None and "adv" in requires:
+        raise rows.error(f"the surrogate {spec.surrogate.name!r} reads advantages, which is None.")
+    divisors = Divisors(data.num_items_in_batch, data.num_sequences_in_batch)
+    _check_divisors(rows, spec, divisors)
+    adv = None if advantages is None else rows.per_row("advantages", advantages)
+    per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
+    scale = data.loss_scale
+    if isinstance(scale, Tensor) and scale.dim() != 0:
+        raise rows.error(f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights.")
+    return LossCall(spec, rows, divisors, scale, adv, old, ref, sampling, _factor(rows, data), per_sequence)
+
+
+def _factor(rows: Rows, data: DataOptions) -> Tensor | None:
+    factor = None
+    for name in ("importance_sampling_ratio", "token_weights"):
+        value = getattr(data, name)
+        if value is not None:
+            if name == "importance_sampling_ratio" and isinstance(value, Tensor) and value.requires_grad:
+                raise rows.error("importance_sampling_ratio requires grad; it is a detached factor. Factors with a gradient are token_weights.")
+            row = rows.per_row(name, value)
+            factor = row if factor is None else factor * row
+    return factor
+
+
+def _check_divisors(rows: Rows, spec: PolicyLossSpec, divisors: Divisors) -> None:
+    for name in ("num_items_in_batch", "num_sequences_in_batch"):
+        value = getattr(divisors, name)
+        if value is None:
+            continue
+        if isinstance(value, Tensor) and value.dim() != 0:
+            raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
+        if not any(name in r.reads and not getattr(r, "per_call", False) for r in spec.reductions):
+            reduction, other = type(spec.reduction).__name__, {"num_items_in_batch": "num_sequences_in_batch"}.get(name, "num_items_in_batch")
+            reads = f"divides by {other}" if other in spec.reduction.reads else "has no divisor"
+            raise rows.error(f"{reduction} {reads}; {name} would have no effect.")

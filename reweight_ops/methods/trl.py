@@ -1,0 +1,75 @@
+"""TRL's GRPO losses by GRPOConfig's own names and defaults; works without TRL."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..errors import InvalidCall
+from ..ratio import SequenceRatio, TokenRatio
+from ..reduction import Reduction, SequenceMean, TokenMean
+from ..rules.base import Rule
+from ..rules.penalties import K3, K3Corrected
+from ..rules.surrogates import Cispo, Clip, Sapo
+from ..spec import PolicyLossSpec
+from ..weights import TopEntropy
+from .parts import entropy, kl
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo")
+
+
+def trl(
+    loss_type: str = "dapo",
+    *,
+    epsilon: Any = 0.2,
+    epsilon_high: Any = None,
+    delta: Any = None,
+    beta: Any = 0.0,
+    importance_sampling_level: str = "token",
+    use_bias_correction_kl: bool = True,
+    max_completion_length: int | None = None,
+    top_entropy_quantile: Any = 1.0,
+    entropy_coef: Any = 0.0,
+    sapo_temperature_pos: Any = 1.0,
+    sapo_temperature_neg: Any = 1.05,
+) -> PolicyLossSpec:
+    """The loss of TRL's ``GRPOTrainer._compute_loss`` (1.15 and later), exactly: bare ``exp``, k3 without a clamp.
+
+    ``dapo`` and ``cispo`` divide by ``num_items_in_batch``, a call argument here: pass TRL's final normalizer (see
+    :mod:`reweight_ops.integrations.trl`). ``vespo`` is not offered yet.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise InvalidCall(f"methods.trl: loss_type is {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}.")
+    levels = {"token": TokenRatio(clamp=math.inf), "sequence": SequenceRatio(clamp=math.inf)}
+    if importance_sampling_level not in levels:
+        raise InvalidCall(f"methods.trl: importance_sampling_level is {importance_sampling_level!r}, expected 'token' or 'sequence'.")
+    if loss_type == "dr_grpo" and max_completion_length is None:
+        raise InvalidCall("methods.trl: loss_type='dr_grpo' divides by max_completion_length: pass it.")
+    high = epsilon if epsilon_high is None else epsilon_high
+    surrogate: Rule = Clip(epsilon_low=epsilon, epsilon_high=high, delta=math.inf if delta is None else delta)
+    if loss_type == "cispo":
+        surrogate = Cispo(ratio_max=high)
+    elif loss_type == "sapo":
+        surrogate = Sapo(temperature_pos=sapo_temperature_pos, temperature_neg=sapo_temperature_neg)
+    reductions: dict[str, Reduction] = {
+        "grpo": SequenceMean(),
+        "sapo": SequenceMean(),
+        "luspo": SequenceMean(per="token_sum"),
+        "dr_grpo": SequenceMean(per="constant", horizon=max_completion_length),
+        "bnpo": TokenMean(per_call=True),
+        "dapo": TokenMean(),
+        "cispo": TokenMean(),
+    }
+    masked = isinstance(top_entropy_quantile, (int, float)) and top_entropy_quantile >= 1
+    top = None if masked else TopEntropy(fraction=top_entropy_quantile)
+    estimator = K3Corrected(clamp=math.inf) if use_bias_correction_kl else K3(clamp=math.inf)
+    # The bonus is a mean over this call's tokens whatever the loss type divides by, and under a top-entropy mask over the masked ones.
+    bonus = entropy(entropy_coef, TokenMean(per_call=True, weight=top))
+    return PolicyLossSpec(
+        surrogate=surrogate,
+        penalties=(*kl(beta, estimator), *bonus),
+        ratio=levels[importance_sampling_level],
+        weights=() if top is None else (top,),
+        reduction=reductions[loss_type],
+        name=f"trl_{loss_type}",
+    )

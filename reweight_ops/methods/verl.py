@@ -1,0 +1,85 @@
+"""verl's policy losses by its own option names and defaults; works without verl."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..errors import InvalidCall
+from ..ratio import Ratio, SequenceRatio, TokenRatio
+from ..reduction import Reduction, SequenceMean, TokenMean, TokenSum
+from ..rules.base import Rule
+from ..rules.penalties import K1, K2, K3, Absolute, K1StraightThrough, K3StraightThrough
+from ..rules.surrogates import Cispo, Clip, DppoTV, DualClip, Reinforce, Sapo
+from ..spec import PolicyLossSpec
+from .parts import entropy, kl
+
+LOSS_MODES = ("vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv")
+LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+KL_TYPES: dict[str, Rule] = {
+    "kl": K1(), "k1": K1(), "abs": Absolute(), "mse": K2(clamp=math.inf), "k2": K2(clamp=math.inf), "low_var_kl": K3(cap=10.0), "k3": K3(cap=10.0),
+    "kl+": K1StraightThrough(), "k1+": K1StraightThrough(), "mse+": K2(clamp=math.inf), "k2+": K2(clamp=math.inf),
+    "low_var_kl+": K3StraightThrough(cap=10.0), "k3+": K3StraightThrough(cap=10.0),
+}  # fmt: skip
+
+
+def _reduction(mode: str, loss_scale_factor: float | None) -> Reduction:
+    reductions: dict[str, Reduction] = {
+        "token-mean": TokenMean(),
+        "token-sum": TokenSum(),
+        "seq-mean-token-sum": SequenceMean(per="token_sum", count="nonempty"),
+        "seq-mean-token-sum-norm": SequenceMean(per="constant", horizon=loss_scale_factor, count="nonempty"),
+        "seq-mean-token-mean": SequenceMean(per="token_mean", count="nonempty"),
+    }
+    if mode not in reductions:
+        raise InvalidCall(f"methods.verl: loss_agg_mode is {mode!r}, expected one of {', '.join(LOSS_AGG_MODES)}.")
+    if loss_scale_factor is not None and mode != "seq-mean-token-sum-norm":
+        raise InvalidCall(f"methods.verl: loss_scale_factor has no effect with loss_agg_mode={mode!r}.")
+    return reductions[mode]
+
+
+def verl(
+    loss_mode: str = "vanilla",
+    *,
+    loss_agg_mode: str = "token-mean",
+    clip_ratio: Any = 0.2,
+    clip_ratio_low: Any = None,
+    clip_ratio_high: Any = None,
+    clip_ratio_c: Any = 3.0,
+    tau_pos: Any = 1.0,
+    tau_neg: Any = 1.05,
+    loss_scale_factor: float | None = None,
+    use_kl_loss: bool = False,
+    kl_loss_coef: Any = 0.001,
+    kl_loss_type: str = "low_var_kl",
+    entropy_coeff: Any = 0.0,
+) -> PolicyLossSpec:
+    """A loss of verl's registry (0.9.1, ``core_algos.py``) with the KL and entropy terms that ``ppo_loss`` adds around it.
+
+    ``batch_num_tokens / dp_size`` is ``num_items_in_batch`` here, ``global_batch_size / dp_size`` is ``num_sequences_in_batch``.
+    As in verl, ``sapo`` averages its own term per sequence whatever ``loss_agg_mode`` is; KL and entropy follow ``loss_agg_mode``.
+    """
+    if loss_mode not in LOSS_MODES:
+        raise InvalidCall(f"methods.verl: loss_mode is {loss_mode!r}, expected one of {', '.join(LOSS_MODES)}.")
+    if use_kl_loss and kl_loss_type not in KL_TYPES:
+        raise InvalidCall(f"methods.verl: kl_loss_type is {kl_loss_type!r}, expected one of {', '.join(KL_TYPES)}.")
+    low = clip_ratio if clip_ratio_low is None else clip_ratio_low
+    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
+    surrogates: dict[str, Rule] = {
+        "vanilla": DualClip(epsilon_low=low, epsilon_high=high, clip_ratio_c=clip_ratio_c),
+        "gspo": Clip(epsilon_low=low, epsilon_high=high),
+        "sapo": Sapo(temperature_pos=tau_pos, temperature_neg=tau_neg),
+        "gpg": Reinforce(),
+        "cispo": Cispo(ratio_min=1 - low, ratio_max=1 + high),
+        "dppo_tv": DppoTV(divergence_low=low, divergence_high=high, ratio_max=clip_ratio_c),
+    }
+    ratio: Ratio = SequenceRatio(clamp=(-math.inf, 10.0), gradient="token") if loss_mode == "gspo" else TokenRatio()
+    own = _reduction(loss_agg_mode, loss_scale_factor)
+    around = own if loss_mode == "sapo" else None
+    return PolicyLossSpec(
+        surrogate=surrogates[loss_mode],
+        penalties=(*(kl(kl_loss_coef, KL_TYPES[kl_loss_type], around) if use_kl_loss else ()), *entropy(entropy_coeff, around)),
+        ratio=ratio,
+        reduction=SequenceMean(per="token_mean", count="nonempty") if loss_mode == "sapo" else own,
+        name=f"verl_{loss_mode}",
+    )

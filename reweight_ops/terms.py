@@ -1,0 +1,91 @@
+"""The middle of the computation, on ``[N]`` vectors: rules, weights and coefficients from row statistics to per-row losses.
+
+This is two_pass's middle, differentiated by autograd. One_pass runs its generated twin in the kernel (:mod:`.backends.program` in torch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rules.base import Formula, Rule, TokenWeight
+from .rules.namespace import TorchNamespace
+
+#: What a row that a term does not select is evaluated at: finite for every rule, so that its discarded derivative is no NaN.
+_SAFE = {
+    "logp": -1.0, "old_logp": -1.0, "log_ratio": 0.0, "ref_logp": -1.0, "sampling_logp": -1.0, "adv": 1.0, "entropy": 1.0, "log_sum_p_sq": -1.0,
+}  # fmt: skip
+
+
+class Leaves:
+    """What a formula reads of its tokens: attributes ``[N]``."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Tensor:
+        raise AttributeError(f"the formula reads {name!r}, which this call was not given")
+
+
+def safe_where(selected: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The leaves with harmless values in the rows that are not selected."""
+    return {name: torch.where(selected, value, _SAFE[name]) for name, value in values.items()}
+
+
+class Term(NamedTuple):
+    """One term of the loss: a rule whose fields are bound to values, and its coefficient (a number or 0-d tensor)."""
+
+    rule: Rule
+    coef: Any
+
+
+class Terms(NamedTuple):
+    """All terms (0 is the surrogate), and the weights, fields bound."""
+
+    terms: Sequence[Term]
+    weights: Sequence[TokenWeight]
+
+
+class TermResult(NamedTuple):
+    weighted_loss: Tensor  # [N]: sum_k w_k * coef_k * u_k * rule_k
+    loss: Tensor  # [N]: the same without w_k
+
+
+def bind(cls: type[Formula], values: dict[str, Any], settings: dict[str, Any] | None = None) -> Any:
+    """An instance of a rule or weight whose fields are the given values, tensors included; validated nowhere, they are validated already."""
+    instance = object.__new__(cls)
+    for name, value in {**values, **(settings or {})}.items():
+        object.__setattr__(instance, name, value)
+    return instance
+
+
+def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep: Tensor, batch: Any) -> TermResult:
+    """Per-row losses from every leaf (``log_ratio`` included) and the row weights ``[K, N]``.
+
+    A term selects the rows where its weight is not zero and evaluates only those, so that nothing of the others, not even an overflow,
+    reaches the loss or a gradient. A weight that requires grad selects every row: its gradient is not zero where it is.
+    """
+    xp = TorchNamespace(leaves["logp"].dtype)
+    scoped: dict[str, Tensor | None] = {"surrogate": None, "all": None}
+    if terms.weights:
+        inside = Leaves(safe_where(keep, leaves))
+        for w in terms.weights:
+            u = w.weight(xp, inside, batch)
+            u = u.detach() if w.detach else u
+            so_far = scoped[w.scope]
+            scoped[w.scope] = u if so_far is None else so_far * u
+
+    weighted = loss = torch.zeros_like(leaves["logp"])
+    for k, term in enumerate(terms.terms):
+        factor: Any = term.coef
+        for u in (scoped["all"], scoped["surrogate"] if k == 0 else None):
+            factor = factor if u is None else factor * u
+        total = row_weights[k] * factor
+        selected = keep if total.requires_grad else keep & (total != 0)
+        value = term.rule.loss(xp, Leaves(safe_where(selected, leaves)))
+        loss = loss + torch.where(selected, factor * value, 0)
+        weighted = weighted + torch.where(selected, total * value, 0)
+    return TermResult(weighted, loss)

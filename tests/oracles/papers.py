@@ -1,0 +1,130 @@
+"""The papers' objectives, sequence by sequence as their equations are written, negated to losses.
+
+``logp, old, ref, H``: ``[B,T]``; ``A``: ``[B]`` or ``[B,T]``; ``mask``: ``[B,T]``. A sequence ``o_i`` is the valid tokens of row i; ``G`` counts the rows
+(none of them empty). ``r = pi/pi_old``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def sequences(mask: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The valid tokens of each row, of every tensor; ``[B]`` and ``[B,1]`` are repeated over the tokens."""
+    full = [(x[:, None] if x.dim() == 1 else x).expand(mask.shape) for x in tensors]
+    return [tuple(x[i][mask[i] != 0] for x in full) for i in range(mask.shape[0])]
+
+
+def clipped_objective(r: Tensor, A: Tensor, low: float, high: float) -> Tensor:
+    return torch.minimum(r * A, r.clip(1 - low, 1 + high) * A)
+
+
+def ppo_clip(logp, old, A, mask, epsilon=0.2) -> Tensor:
+    """Schulman et al., arXiv:1707.06347, eq. 7: the mean over all timesteps."""
+    return -torch.cat([clipped_objective((lp - o).exp(), a, epsilon, epsilon) for lp, o, a in sequences(mask, logp, old, A)]).mean()
+
+
+def grpo(logp, old, ref, A, mask, epsilon=0.2, beta=0.04) -> Tensor:
+    """DeepSeekMath, arXiv:2402.03300, eq. 3 with the KL of eq. 4: ``1/G sum_i 1/|o_i| sum_t {min(..) - beta KL}``."""
+    terms = [
+        (clipped_objective((lp - o).exp(), a, epsilon, epsilon) - beta * k3(lp, rf)).mean() for lp, o, rf, a in sequences(mask, logp, old, ref, A)
+    ]
+    return -torch.stack(terms).mean()
+
+
+def dapo(logp, old, A, mask, epsilon_low=0.2, epsilon_high=0.28) -> Tensor:
+    """arXiv:2503.14476, eq. 8: ``1/sum_i|o_i| sum_i sum_t min(..)``, two clip bounds."""
+    terms = [clipped_objective((lp - o).exp(), a, epsilon_low, epsilon_high) for lp, o, a in sequences(mask, logp, old, A)]
+    return -sum(t.sum() for t in terms) / sum(len(t) for t in terms)
+
+
+def dr_grpo(logp, old, A, mask, epsilon=0.2, horizon: int = 1) -> Tensor:
+    """arXiv:2503.20783, fig. 1: ``1/G sum_i sum_t min(..)``; the authors' code divides by a constant ``horizon``."""
+    terms = [clipped_objective((lp - o).exp(), a, epsilon, epsilon).sum() for lp, o, a in sequences(mask, logp, old, A)]
+    return -torch.stack(terms).mean() / horizon
+
+
+def gspo(logp, old, A, mask, epsilon_low=3e-4, epsilon_high=4e-4) -> Tensor:
+    """arXiv:2507.18071, eq. 5 and 7: ``1/G sum_i min(s_i A_i, clip(s_i) A_i)``, ``s_i = exp(1/|y_i| sum_t log r)``; A is ``[B]``."""
+    terms = [clipped_objective((lp - o).mean().exp(), a[0], epsilon_low, epsilon_high) for lp, o, a in sequences(mask, logp, old, A)]
+    return -torch.stack(terms).mean()
+
+
+def gspo_token(logp, old, A, mask, epsilon_low=3e-4, epsilon_high=4e-4) -> Tensor:
+    """arXiv:2507.18071, eq. 13-14: ``s_it = sg[s_i] pi_t/sg[pi_t]``, a mean over tokens, then over sequences."""
+    terms = []
+    for lp, o, a in sequences(mask, logp, old, A):
+        s = (lp - o).mean().exp().detach() * (lp - lp.detach()).exp()
+        terms.append(clipped_objective(s, a, epsilon_low, epsilon_high).mean())
+    return -torch.stack(terms).mean()
+
+
+def cispo(logp, old, A, mask, epsilon_low=1.0, epsilon_high=4.0) -> Tensor:
+    """MiniMax-M1, arXiv:2506.13585, eq. 4-5: ``1/sum|o_i| sum sg(clip(r, 1-epsilon_low, 1+epsilon_high)) A log pi``."""
+    terms = [(lp - o).exp().clip(1 - epsilon_low, 1 + epsilon_high).detach() * a * lp for lp, o, a in sequences(mask, logp, old, A)]
+    return -sum(t.sum() for t in terms) / sum(len(t) for t in terms)
+
+
+def sapo(logp, old, A, mask, tau_pos=1.0, tau_neg=1.05) -> Tensor:
+    """arXiv:2511.20347, eq. 5-6: ``1/G sum_i 1/|y_i| sum_t f(r) A``, ``f(x) = sigmoid(tau(x-1)) 4/tau``."""
+    terms = []
+    for lp, o, a in sequences(mask, logp, old, A):
+        tau = torch.full_like(a, tau_neg).masked_fill(a > 0, tau_pos)
+        terms.append((torch.sigmoid(tau * ((lp - o).exp() - 1)) * 4 / tau * a).mean())
+    return -torch.stack(terms).mean()
+
+
+def gpg(logp, A, mask) -> Tensor:
+    """arXiv:2504.02546, eq. 6: ``1/sum|o_i| sum -log pi A``."""
+    terms = [lp * a for lp, a in sequences(mask, logp, A)]
+    return -sum(t.sum() for t in terms) / sum(len(t) for t in terms)
+
+
+def advantage_reweighting(loss: Callable[[Tensor], Tensor], A: Tensor, old: Tensor, alpha: float = 0.3) -> Tensor:
+    """AR, arXiv:2505.12929, eq. 8: the base ``loss`` of the advantages ``[alpha pi_old + (1 - alpha)] A``, one per token."""
+    return loss((alpha * old.exp() + (1 - alpha)) * (A[:, None] if A.dim() == 1 else A))
+
+
+def lopti(terms: Tensor, old: Tensor, mask: Tensor, eta: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Lopti, arXiv:2505.12929, section 4.2: the losses of the two updates, first ``pi_old < eta``, then the rest.
+
+    ``terms [B,T]``: all of a token's loss (surrogate, KL, entropy). Both divide by the count of *all* valid tokens, as in the authors' code.
+    """
+    low = (old.exp() < eta).to(terms.dtype)
+    valid = mask.to(terms.dtype)
+    return (terms * low * valid).sum() / valid.sum(), (terms * (1 - low) * valid).sum() / valid.sum()
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """``H = -sum_v p_v log p_v``."""
+    p = torch.softmax(logits, -1)
+    return -torch.xlogy(p, p).sum(-1)
+
+
+def entropy_grad(logits: Tensor) -> Tensor:
+    """``dH/dz_v = -p_v (log p_v + H)``, with ``0 log 0 = 0``."""
+    p = torch.softmax(logits, -1)
+    return -(torch.xlogy(p, p) + p * entropy(logits)[..., None])
+
+
+def logp_grad(logits: Tensor, ids: Tensor) -> Tensor:
+    """``d log p_y / dz_v = 1[v=y] - p_v``."""
+    return torch.nn.functional.one_hot(ids, logits.shape[-1]) - torch.softmax(logits, -1)
+
+
+def k1(logp: Tensor, ref: Tensor) -> Tensor:
+    """Schulman 2020, "Approximating KL divergence", of KL(pi||ref) with ``u = pi_ref/pi``: ``-log u``."""
+    return -(ref - logp)
+
+
+def k2(logp: Tensor, ref: Tensor) -> Tensor:
+    """``(log u)^2 / 2``."""
+    return (ref - logp) ** 2 / 2
+
+
+def k3(logp: Tensor, ref: Tensor) -> Tensor:
+    """``(u - 1) - log u``."""
+    return (ref - logp).exp() - 1 - (ref - logp)
