@@ -1,1 +1,40 @@
-"""One definition, every backend: trace a formula, differentiate it, print it as C++ and Triton."""
+"""One definition, every backend: trace a formula, differentiate it, print it as C++ and Triton.
+
+``python -m reweight_ops.codegen`` rewrites ``csrc/common/rules.inc`` and ``triton_kernels/rules.py`` from the package's rules and
+weights; with ``--check`` it writes nothing and exits 1 if one of them is stale.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def generated_files() -> dict[Path, str]:
+    """Path (relative to the repository) and text of each generated file."""
+    from .cpp import rules_inc
+    from .triton import rules_py
+
+    return {Path("csrc/common/rules.inc"): rules_inc(), Path("triton_kernels/rules.py"): rules_py()}
+
+
+def stale_files(root: Path = ROOT) -> list[Path]:
+    """The generated files below ``root`` that differ from what the rules say now."""
+    return [path for path, text in generated_files().items() if not (root / path).is_file() or (root / path).read_text() != text]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Other processes see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

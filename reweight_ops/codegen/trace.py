@@ -67,7 +67,9 @@ class Graph:
             return value
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return self.const(value)
-        raise TypeError(f"a formula computed with a {type(value).__name__}; numbers, self.<field>, t.<leaf> and xp.<function> are what a kernel knows.")
+        raise TypeError(
+            f"a formula computed with a {type(value).__name__}; numbers, self.<field>, t.<leaf> and xp.<function> are what a kernel knows."
+        )
 
     def number(self, value: Any) -> Expr:
         x = self.lift(value)
@@ -160,10 +162,10 @@ class Expr:
     def __ge__(self, other: Any) -> Expr:
         return self.graph.arithmetic("le", other, self)
 
-    def __eq__(self, other: Any) -> Expr:  # type: ignore[override]
+    def __eq__(self, other: object) -> Expr:  # type: ignore[override]
         return self.graph.arithmetic("eq", self, other)
 
-    def __ne__(self, other: Any) -> Expr:  # type: ignore[override]
+    def __ne__(self, other: object) -> Expr:  # type: ignore[override]
         return self.graph.arithmetic("ne", self, other)
 
     __hash__ = object.__hash__

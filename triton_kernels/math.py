@@ -1,0 +1,87 @@
+"""The functions that generated token rules call, from ``tl`` operations alone (Triton's interpreter has no libdevice).
+
+Scalar fp32, once per row: accuracy matters, speed does not. Every function returns NaN if an argument is NaN. ``tl.exp`` and
+``tl.log`` are the hardware's approximations: good to a few ulp, except the logarithm near 1 and differences of exponentials
+near 0, so ``log``, ``log1p`` and ``expm1`` are polynomials there.
+"""
+
+import triton
+import triton.language as tl
+
+_SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
+_LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: exact when multiplied by an exponent
+_LN2_LOW = tl.constexpr(-2.12194440e-4)
+
+
+@triton.jit
+def minimum(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def clip(x, low, high):
+    return minimum(maximum(x, low), high)
+
+
+@triton.jit
+def exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def expm1(x):
+    # Taylor to x⁹/9! on |x| < 1/2: the next term is below 2⁻³¹ of x. Outside, exp(x) - 1 loses at most one bit.
+    y = x * (1 / 40320 + x * (1 / 362880))
+    y = x * (1 / 720 + x * (1 / 5040 + y))
+    y = x * (1 / 24 + x * (1 / 120 + y))
+    y = x * (1 / 2 + x * (1 / 6 + y))
+    return tl.where(tl.abs(x) < 0.5, x + x * y, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log(x):
+    # x = 2ᵏ·(1 + f) with 1 + f in [√½, √2); log(1 + f) = f - f²/2 + s·(f²/2 + R), s = f/(2 + f) (Cephes/fdlibm's split).
+    tiny = x < 1.1754944e-38
+    y = tl.where(tiny, x * 33554432.0, x)  # 2²⁵: a subnormal has too few bits to split
+    bits = y.to(tl.int32, bitcast=True) - _SQRT_HALF_BITS
+    k = (bits >> 23).to(tl.float32) - tl.where(tiny, 25.0, 0.0)
+    f = ((bits & 0x7FFFFF) + _SQRT_HALF_BITS).to(tl.float32, bitcast=True) - 1.0
+    s = f / (2.0 + f)
+    z = s * s
+    r = z * (0.66666662693 + z * (0.40000972152 + z * (0.28498786688 + z * 0.24279078841)))
+    half = 0.5 * f * f
+    result = k * _LN2_HIGH - ((half - (s * (half + r) + k * _LN2_LOW)) - f)
+    result = tl.where(x == 0.0, float("-inf"), result)
+    result = tl.where(x == float("inf"), x, result)
+    return tl.where(x >= 0.0, result, float("nan"))
+
+
+@triton.jit
+def log1p(x):
+    u = 1.0 + x
+    lost = tl.where(tl.abs(x) < 1.0, x - (u - 1.0), 1.0 - (u - x))  # what rounding took from 1 + x, exactly
+    return tl.where((u > 0.0) & (u < float("inf")), log(u) + lost / u, log(u))
+
+
+@triton.jit
+def sigmoid(x):
+    # The exponential of -|x| only: it cannot overflow, and both tails keep their relative accuracy.
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def tanh(x):
+    e = expm1(-2.0 * tl.abs(x))
+    y = -e / (2.0 + e)
+    return tl.where(x < 0.0, -y, y)
+
+
+@triton.jit
+def abs(x):
+    return tl.abs(x)
