@@ -58,13 +58,17 @@ struct RowState {
     RW_METHOD RowStats finish(Real target, Real top) const {
         const Real ln2 = Real(0.693147180559945309417), log_s = log_sum();
         RowStats out;
-        out.logp = float(((target - ref) - log_s) * ln2);
-        out.entropy = float((log_s - dot / sum) * ln2);
+        out.logp = at_most_zero(((target - ref) - log_s) * ln2);
+        out.entropy = -at_most_zero((dot / sum - log_s) * ln2);
         out.lse = float((ref + log_s) * ln2);
-        out.log_sum_p_sq = float((std::log2(sum_sq) - 2 * log_s) * ln2);
-        out.max_logp = float(((top - ref) - log_s) * ln2);
+        out.log_sum_p_sq = at_most_zero((std::log2(sum_sq) - 2 * log_s) * ln2);
+        out.max_logp = at_most_zero(((top - ref) - log_s) * ln2);
         return out;
     }
+
+  private:
+    /// Rounding may leave the range by 1e-7 where p is 1; nobody expects a positive log-prob. NaN stays.
+    static RW_METHOD float at_most_zero(Real x) { return x > 0 ? 0.0f : float(x); }
 };
 
 }  // namespace

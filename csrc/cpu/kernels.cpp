@@ -1,6 +1,5 @@
 // The three verbs at one instruction-set level: this file is compiled once per level, with RW_LEVEL naming it.
 #include "parallel.h"
-#include "scratch.h"
 #include "stream.h"
 #include "sweeps.h"
 #include "verbs.h"
@@ -75,9 +74,9 @@ void fill(T* g, int64_t n, float value) {
     if (i < n) store2_partial(g + i, n - i, splat(value), splat(value));
 }
 
-/// Writes one gradient row. `sweep(coefs)` writes its columns away from the target.
-template <class T, class Sweep>
-void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, double lse2, T* g, const Sweep& sweep) {
+/// Writes one gradient row, which may be the row of logits.
+template <class T>
+void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, double lse2, T* g, const Softcap& softcap, const char* ahead) {
     const int64_t v = call.vocab_size;
     if (d.all_zero()) {
         fill(g, call.columns, 0.0f);
@@ -86,7 +85,14 @@ void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, doubl
     if (lse2 != lse2) {
         fill(g, v, kNaN);
     } else {
-        sweep(d.coefs(row.inverse_temperature));
+        const GradCoefs c = d.coefs(row.inverse_temperature);
+        if (softcap.on || d.p_sq_coef != 0) {
+            grad_row<T, Terms::full>(row.x, g, v, row.scale, lse2, c, softcap, ahead);
+        } else if (d.entropy_coef != 0) {
+            grad_row<T, Terms::entropy>(row.x, g, v, row.scale, lse2, c, softcap, ahead);
+        } else {
+            grad_row<T, Terms::plain>(row.x, g, v, row.scale, lse2, c, softcap, ahead);
+        }
         if (row.target >= 0) {
             const double slope = row.target_slope * row.inverse_temperature;
             store1(g + row.target, row.target_logit == -kInf ? 0.0f : float(d.at_target() * slope));
@@ -103,14 +109,14 @@ void token_stats(const StatsCall& call) {
     const auto put = [](float* to, int64_t i, float value) {
         if (to) to[i] = value;
     };
-    for_each_row(call.rows, call.vocab_size, threads_for(call.rows, call.vocab_size, call.threads), [&](int, int64_t i) {
+    for_each_row(call.rows, call.vocab_size, threads_for(call.rows, call.vocab_size, call.threads), [&](int, int64_t i, int64_t) {
         RowStats s{};
         if (is_invalid(call, i)) {
             const float bad = is_out(call, i) ? 0.0f : kNaN;
             s = {bad, bad, bad, bad, bad};
         } else {
             const Row<T> row(call, i, softcap);
-            s = row.finish(sweep_row<T, kSums, false>(row.x, call.vocab_size, row.scale, softcap));
+            s = row.finish(sweep_row<T, kSums>(row.x, call.vocab_size, row.scale, softcap));
         }
         put(call.logp, i, s.logp);
         put(call.entropy, i, s.entropy);
@@ -137,7 +143,7 @@ template <class T>
 void token_grad(const GradCall& call) {
     const Softcap softcap(call.softcap);
     const auto get = [](const float* from, int64_t i) { return from ? from[i] : 0.0f; };
-    for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int, int64_t i) {
+    for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int, int64_t i, int64_t) {
         T* g = (T*)call.out + call.out_strides.offset(i);
         if (is_invalid(call, i)) {
             fill(g, call.columns, 0.0f);
@@ -149,15 +155,7 @@ void token_grad(const GradCall& call) {
         // Both logp and lse are rounded to fp32; the smaller one gives lse with the smaller error.
         const bool by_logp = row.target >= 0 && std::fabs(d.logp) < std::fabs(call.lse[i]);
         const double lse2 = by_logp ? double(row.target_logit) * row.scale - kLog2e * d.logp : kLog2e * call.lse[i];
-        write_grad(call, row, d, lse2, g, [&](const GradCoefs& c) {
-            if (softcap.on || d.p_sq_coef != 0) {
-                grad_row<T, Terms::full>(row.x, g, call.vocab_size, row.scale, lse2, c, softcap);
-            } else if (d.entropy_coef != 0) {
-                grad_row<T, Terms::entropy>(row.x, g, call.vocab_size, row.scale, lse2, c, softcap);
-            } else {
-                grad_row<T, Terms::plain>(row.x, g, call.vocab_size, row.scale, lse2, c, softcap);
-            }
-        });
+        write_grad(call, row, d, lse2, g, softcap, nullptr);
     });
 }
 
@@ -180,13 +178,9 @@ template <class T, bool kFull>
 void token_loss_grad(const LossGradCall& call) {
     const Softcap softcap(call.softcap);
     const int threads = threads_for(call.rows, call.columns, call.threads);
-    // The exponentials of the first sweep are kept for the second: in the output row if that is fp32 and the logits are not needed again.
-    const bool keep_in_out = sizeof(T) == sizeof(float) && !call.entropy_gradient;
-    const int64_t blocks = (call.vocab_size + kBlock - 1) / kBlock;
-    Scratch scratch(threads, kFull ? 0 : blocks + (keep_in_out ? 0 : blocks * kBlock));
-
-    for_each_row(call.rows, call.columns, threads, [&](int worker, int64_t i) {
+    for_each_row(call.rows, call.columns, threads, [&](int, int64_t i, int64_t next) {
         T* g = (T*)call.out + call.out_strides.offset(i);
+        const char* ahead = (const char*)((const T*)call.logits + call.strides.offset(next < call.rows ? next : i));
         RowStats s{};
         RowLoss l{};
         if (is_invalid(call, i)) {
@@ -197,23 +191,12 @@ void token_loss_grad(const LossGradCall& call) {
             fill(g, call.columns, 0.0f);
         } else {
             const Row<T> row(call, i, softcap);
-            float* const refs = scratch.of(worker);
-            float* const kept = keep_in_out ? (float*)g : refs + blocks;
-            const RowSweep sweep = kFull ? sweep_row<T, Sums::full, false>(row.x, call.vocab_size, row.scale, softcap)
-                                         : sweep_row<T, Sums::entropy, true>(row.x, call.vocab_size, row.scale, softcap, kept, refs);
+            const RowSweep sweep = sweep_row<T, kFull ? Sums::full : Sums::entropy>(row.x, call.vocab_size, row.scale, softcap);
             s = row.finish(sweep);
             l = evaluate(call, i, s);
             const double lse2 = sweep.state.ref + sweep.state.log_sum();
             const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
-            write_grad(call, row, d, lse2, g, [&](const GradCoefs& c) {
-                if constexpr (kFull) {
-                    grad_row<T, Terms::full>(row.x, g, call.vocab_size, row.scale, lse2, c, softcap);
-                } else if (d.entropy_coef != 0) {
-                    grad_row_kept<T, Terms::entropy>(row.x, kept, refs, g, call.vocab_size, row.scale, lse2, c);
-                } else {
-                    grad_row_kept<T, Terms::plain>(row.x, kept, refs, g, call.vocab_size, row.scale, lse2, c);
-                }
-            });
+            write_grad(call, row, d, lse2, g, softcap, ahead);
         }
         call.logp[i] = s.logp;
         call.entropy[i] = s.entropy;

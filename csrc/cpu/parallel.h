@@ -34,16 +34,17 @@ template <class Body>
 void for_each_row(int64_t rows, int64_t columns, int threads, const Body& body) {
     const int64_t chunk = columns < kChunkElements ? kChunkElements / (columns > 0 ? columns : 1) : 1;
     if (threads <= 1) {
-        for (int64_t i = 0; i < rows; ++i) body(0, i);
+        for (int64_t i = 0; i < rows; ++i) body(0, i, i + 1);
         return;
     }
 #ifdef _OPENMP
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
-    for (;;) {
-        const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-        if (begin >= rows) break;
-        for (int64_t i = begin; i < rows && i < begin + chunk; ++i) body(omp_get_thread_num(), i);
+    for (int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed); begin < rows;) {
+        const int64_t following = next.fetch_add(chunk, std::memory_order_relaxed);
+        const int64_t end = begin + chunk < rows ? begin + chunk : rows;
+        for (int64_t i = begin; i < end; ++i) body(omp_get_thread_num(), i, i + 1 < end ? i + 1 : following);
+        begin = following;
     }
 #endif
 }

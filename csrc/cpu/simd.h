@@ -125,26 +125,40 @@ inline Vec power_of_two(Vec n) { return (Vec)((__builtin_convertvector(n, VecI) 
 
 // The polynomials come from csrc/cpu/fit_exp2.py, which also prints their errors.
 
-/// 2^t for t <= 127: relative error 1.5e-7, exactly 1 at 0, exactly 0 at -inf, NaN for NaN. Below 2^-126 it is 0 or subnormal.
-inline Vec exp2(Vec t) {
+/// Coefficients of 2^f on [0, 1] by degree. Degree 5 is exactly 1 at f = 0, so that the likeliest token of a sure row has p = 1.
+constexpr double kExp2Coefs[6][6] = {
+    {}, {}, {},
+    {9.999252186e-01, 6.958335405e-01, 2.260671555e-01, 7.802452261e-02},
+    {1.000002593e+00, 6.930038345e-01, 2.414427569e-01, 5.201146062e-02, 1.353416791e-02},
+    {1.0, 6.931513118e-01, 2.401644502e-01, 5.579991310e-02, 9.017030322e-03, 1.867130070e-03},
+};
+
+/// factor·2^t for t <= 127: exactly 0 at -inf, NaN for NaN, 0 or subnormal below 2^-126. Relative error 1e-4, 2.7e-6, 1.5e-7 for degree 3, 4, 5.
+template <int kDegree>
+struct Exp2 {
+    Vec c[kDegree + 1];
+
+    explicit Exp2(double factor) {
+        for (int i = 0; i <= kDegree; ++i) c[i] = splat(float(factor * kExp2Coefs[kDegree][i]));
+    }
+
+    Vec operator()(Vec t) const {
 #if defined(__AVX512F__)
-    const Vec f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t), and 0 at -inf
+        const Vec f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t), and 0 at -inf
 #else
-    t = max(splat(-127.0f), t);
-    const Vec n = floor(t), f = t - n;
+        t = max(splat(-127.0f), t);
+        const Vec n = floor(t), f = t - n;
 #endif
-    Vec p = splat(1.867130050e-03f);
-    p = fma(p, f, splat(9.017030708e-03f));
-    p = fma(p, f, splat(5.579991266e-02f));
-    p = fma(p, f, splat(2.401644439e-01f));
-    p = fma(p, f, splat(6.931512952e-01f));
-    p = fma(p, f, splat(1.0f));
+        Vec p = c[kDegree];
+#pragma GCC unroll 8
+        for (int i = kDegree - 1; i >= 0; --i) p = fma(p, f, c[i]);
 #if defined(__AVX512F__)
-    return _mm512_scalef_ps(p, t);  // p * 2^floor(t)
+        return _mm512_scalef_ps(p, t);  // p * 2^floor(t)
 #else
-    return p * power_of_two(n);
+        return p * power_of_two(n);
 #endif
-}
+    }
+};
 
 /// tanh, by expm1(2|u|) in base 2 so that small arguments keep their relative accuracy.
 inline Vec tanh(Vec u) {

@@ -19,6 +19,14 @@ constexpr double kLn2 = 0.693147180559945309417, kLog2e = 1.44269504088896340736
 
 /// What a sweep computes besides Σe: nothing, Σe·t, or that and Σe² with an optional softcap.
 enum class Sums { plain, entropy, full };
+/// Degree of the exponential in a gradient of this type: its error vanishes in the rounding of the result.
+template <class T>
+constexpr int kDegree = 5;
+template <>
+constexpr int kDegree<Bf16> = 3;
+template <>
+constexpr int kDegree<F16> = 4;
+
 /// What a gradient sweep evaluates: e·A, e·(A + B·t), or e·(A + B·t + D·e) times the softcap's slope.
 enum class Terms { plain, entropy, full };
 
@@ -51,8 +59,8 @@ template <Sums kSums>
 struct Accumulator {
     Vec top = splat(-kInf), sum{}, dot{}, sum_sq{};
 
-    /// One vector of logits; returns its exponentials.
-    Vec add(Vec x, Vec scale, Vec minus_ref, const Softcap& softcap) {
+    /// One vector of logits.
+    void add(Vec x, Vec scale, Vec minus_ref, const Exp2<5>& exponential, const Softcap& softcap) {
         if constexpr (kSums == Sums::full) {
             Vec slope;
             if (softcap.on) softcap.apply(x, slope);
@@ -60,40 +68,22 @@ struct Accumulator {
         top = max(top, x);
         Vec t = fma(x, scale, minus_ref);
         if constexpr (kSums != Sums::plain) t = max(splat(kFloor), t);
-        const Vec e = exp2(t);
+        const Vec e = exponential(t);
         sum += e;
         if constexpr (kSums != Sums::plain) dot = fma(e, t, dot);
         if constexpr (kSums == Sums::full) sum_sq = fma(e, e, sum_sq);
-        return e;
     }
 };
 
-/// Kept exponentials of fp32 may overlay the output row, which ends where it ends; those of 16-bit rows lie in a padded buffer of their own.
-template <class T>
-inline void keep_partial(float* kept, int64_t n, Vec a, Vec b) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-        store2_partial(kept, n, a, b);
-    } else {
-        store2(kept, a, b);
-    }
-}
-template <class T>
-inline void kept_partial(const float* kept, int64_t n, Vec& a, Vec& b) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-        load2_partial(kept, n, a, b);
-    } else {
-        load2(kept, a, b);
-    }
-}
-
-/// Sums of one block relative to `ref`. With kKeep the exponentials are stored to `kept` (in load2's order), which may be x itself.
-template <class T, Sums kSums, bool kKeep>
-inline BlockSums sweep_block(const T* x, int64_t n, float scale, float ref, const Softcap& softcap, float* kept) {
+/// Sums of one block relative to `ref`.
+template <class T, Sums kSums>
+inline BlockSums sweep_block(const T* x, int64_t n, float scale, float ref, const Softcap& softcap) {
     Accumulator<kSums> acc[4];
     const Vec k = splat(scale), minus_ref = splat(-ref);
-    const auto add2 = [&](Accumulator<kSums>* into, Vec& a, Vec& b) {
-        a = into[0].add(a, k, minus_ref, softcap);
-        b = into[1].add(b, k, minus_ref, softcap);
+    const Exp2<5> exponential(1.0);
+    const auto add2 = [&](Accumulator<kSums>* into, Vec a, Vec b) {
+        into[0].add(a, k, minus_ref, exponential, softcap);
+        into[1].add(b, k, minus_ref, exponential, softcap);
     };
     Vec a, b, c, d;
     int64_t i = 0;
@@ -102,20 +92,14 @@ inline BlockSums sweep_block(const T* x, int64_t n, float scale, float ref, cons
         load2(x + i + 2 * kWidth, c, d);
         add2(acc, a, b);
         add2(acc + 2, c, d);
-        if constexpr (kKeep) {
-            store2(kept + i, a, b);
-            store2(kept + i + 2 * kWidth, c, d);
-        }
     }
     for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
         load2(x + i, a, b);
         add2(acc, a, b);
-        if constexpr (kKeep) store2(kept + i, a, b);
     }
     if (i < n) {
         load2_partial(x + i, n - i, a, b);
         add2(acc + 2, a, b);
-        if constexpr (kKeep) keep_partial<T>(kept + i, n - i, a, b);
     }
     return {largest(max(max(acc[0].top, acc[1].top), max(acc[2].top, acc[3].top))), sum((acc[0].sum + acc[1].sum) + (acc[2].sum + acc[3].sum)),
             sum((acc[0].dot + acc[1].dot) + (acc[2].dot + acc[3].dot)), sum((acc[0].sum_sq + acc[1].sum_sq) + (acc[2].sum_sq + acc[3].sum_sq))};
@@ -141,7 +125,7 @@ inline float block_top(const T* x, int64_t n, const Softcap& softcap) {
     return top;
 }
 
-/// A row's online softmax, and the reference of each block's exponentials when they are kept.
+/// A row's online softmax and its largest capped logit.
 struct RowSweep {
     RowState<double> state;
     float top = -kInf;
@@ -149,29 +133,25 @@ struct RowSweep {
 
 inline float next_reference(float ref, float top) { return top > ref + kMargin ? top : ref; }
 
-/// `scale`: log2(e) / T. With kKeep, `kept` and `refs` receive each block's exponentials and what they are relative to.
-/// If `kept` overlays x, maxima are taken before a block is overwritten; the references, and so the results, are the same.
-template <class T, Sums kSums, bool kKeep>
-RowSweep sweep_row(const T* x, int64_t columns, float scale, const Softcap& softcap, float* kept = nullptr, float* refs = nullptr) {
+/// `scale`: log2(e) / T.
+template <class T, Sums kSums>
+RowSweep sweep_row(const T* x, int64_t columns, float scale, const Softcap& softcap) {
     RowSweep row;
-    const bool overlaid = kKeep && (const void*)kept == (const void*)x;
     for (int64_t begin = 0; begin < columns; begin += kBlock) {
         const int64_t n = columns - begin < kBlock ? columns - begin : kBlock;
         const T* block = x + begin;
-        float* keep = kKeep ? kept + begin : nullptr;
         float ref = float(row.state.ref);
-        if (overlaid || ref == -kInf) ref = next_reference(ref, block_top(block, n, softcap) * scale);
+        if (ref == -kInf) ref = next_reference(ref, block_top(block, n, softcap) * scale);
         // A block of -inf still has to be swept, relative to anything finite: it may hold a NaN.
-        BlockSums sums = sweep_block<T, kSums, kKeep>(block, n, scale, ref == -kInf ? 0.0f : ref, softcap, keep);
+        BlockSums sums = sweep_block<T, kSums>(block, n, scale, ref == -kInf ? 0.0f : ref, softcap);
         const float wanted = next_reference(ref, sums.top * scale);
         if (wanted != ref) {
             ref = wanted;
-            sums = sweep_block<T, kSums, kKeep>(block, n, scale, ref, softcap, keep);
+            sums = sweep_block<T, kSums>(block, n, scale, ref, softcap);
         }
         if (double(ref) != row.state.ref) row.state.rebase(ref);
         row.state.update(sums.sum, sums.dot, sums.sum_sq);
         row.top = sums.top > row.top ? sums.top : row.top;
-        if constexpr (kKeep) refs[begin / kBlock] = ref == -kInf ? 0.0f : ref;
     }
     return row;
 }
@@ -181,65 +161,38 @@ struct GradCoefs {
     double constant, log, p_coef;
 };
 
-/// The same for exponentials e = 2^t relative to `ref`: e·(a + b·t + d·e).
-struct BlockCoefs {
-    Vec a, b, d;
-    BlockCoefs(const GradCoefs& c, double ref, double lse2) {
-        const double p = std::exp2(ref - lse2);  // p = e · 2^(ref - lse2)
-        a = splat(float(p * (c.constant + c.log * kLn2 * (ref - lse2))));
-        b = splat(float(p * c.log * kLn2));
-        d = splat(float(p * p * c.p_coef));
-    }
-};
-
-/// One block of the gradient. kKept: `kept` holds the exponentials, else they are computed from x.
-template <class T, Terms kTerms, bool kKept>
-inline void grad_block(const T* x, const float* kept, T* g, int64_t n, float scale, float ref, const BlockCoefs& c, const Softcap& softcap) {
-    const Vec k = splat(scale), minus_ref = splat(-ref);
-    constexpr bool kReadsLogits = !kKept || kTerms != Terms::plain;
-    const auto one = [&](Vec x_v, Vec e) {
-        Vec slope = splat(1.0f), t{};
-        if constexpr (kTerms == Terms::full) {
-            if (softcap.on) softcap.apply(x_v, slope);
-        }
-        if constexpr (kReadsLogits) t = fma(x_v, k, minus_ref);
-        if constexpr (kTerms != Terms::plain) t = max(splat(kFloor), t);
-        if constexpr (!kKept) e = exp2(t);
-        Vec factor = c.a;
-        if constexpr (kTerms != Terms::plain) factor = fma(t, c.b, factor);
-        if constexpr (kTerms == Terms::full) factor = fma(e, c.d, factor) * slope;
-        return e * factor;
-    };
-    Vec a{}, b{}, ea{}, eb{};
-    int64_t i = 0;
-    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-        if constexpr (kReadsLogits) load2(x + i, a, b);
-        if constexpr (kKept) load2(kept + i, ea, eb);
-        store2(g + i, one(a, ea), one(b, eb));
-    }
-    if (i < n) {
-        if constexpr (kReadsLogits) load2_partial(x + i, n - i, a, b);
-        if constexpr (kKept) kept_partial<T>(kept + i, n - i, ea, eb);
-        store2_partial(g + i, n - i, one(a, ea), one(b, eb));
-    }
-}
-
 /// The gradient row from the logits, in one sweep. May be written over them.
 template <class T, Terms kTerms>
-void grad_row(const T* x, T* g, int64_t columns, float scale, double lse2, const GradCoefs& coefs, const Softcap& softcap) {
-    const float ref = float(lse2);  // what is lost to this rounding is in the coefficients
-    const BlockCoefs c(coefs, ref, lse2);
-    grad_block<T, kTerms, false>(x, nullptr, g, columns, scale, ref, c, softcap);
-}
-
-/// The gradient row from the exponentials that sweep_row kept.
-template <class T, Terms kTerms>
-void grad_row_kept(const T* x, const float* kept, const float* refs, T* g, int64_t columns, float scale, double lse2, const GradCoefs& coefs) {
-    const Softcap off(kInf);
-    for (int64_t begin = 0; begin < columns; begin += kBlock) {
-        const int64_t n = columns - begin < kBlock ? columns - begin : kBlock;
-        const float ref = refs[begin / kBlock];
-        grad_block<T, kTerms, true>(x + begin, kept + begin, g + begin, n, scale, ref, BlockCoefs(coefs, ref, lse2), off);
+void grad_row(const T* x, T* g, int64_t columns, float scale, double lse2, const GradCoefs& coefs, const Softcap& softcap, const char* ahead) {
+    // With e = 2^t relative to ref, p = e·2^(ref - lse2): what is lost by rounding lse2 to ref goes into the coefficients.
+    const float ref = float(lse2);
+    const double rest = ref - lse2, p = std::exp2(rest);
+    const Vec a = splat(float(p * (coefs.constant + coefs.log * kLn2 * rest))), b = splat(float(p * coefs.log * kLn2)), d = splat(float(p * p * coefs.p_coef));
+    const Exp2<kDegree<T>> exponential(kTerms == Terms::plain ? p * coefs.constant : 1.0);
+    const Vec k = splat(scale), minus_ref = splat(-ref);
+    const auto one = [&](Vec v) {
+        Vec slope = splat(1.0f);
+        if constexpr (kTerms == Terms::full) {
+            if (softcap.on) softcap.apply(v, slope);
+        }
+        Vec t = fma(v, k, minus_ref);
+        if constexpr (kTerms == Terms::plain) return exponential(t);
+        t = max(splat(kFloor), t);
+        const Vec e = exponential(t);
+        Vec factor = fma(t, b, a);
+        if constexpr (kTerms == Terms::full) factor = fma(e, d, factor) * slope;
+        return e * factor;
+    };
+    Vec v, w;
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= columns; i += 2 * kWidth) {
+        load2(x + i, v, w);
+        for (int64_t line = 0; line < int64_t(2 * kWidth * sizeof(T)); line += 64) __builtin_prefetch(ahead + i * sizeof(T) + line, 0, 2);
+        store2(g + i, one(v), one(w));
+    }
+    if (i < columns) {
+        load2_partial(x + i, columns - i, v, w);
+        store2_partial(g + i, columns - i, one(v), one(w));
     }
 }
 
