@@ -37,6 +37,8 @@ inline bool is_invalid(const Call& call, int64_t i) { return call.ids[i] < 0 || 
 
 // ---- the gradient row
 
+constexpr int64_t kCacheBytes = 8 << 20;
+
 /// Derivatives of the loss by the row's statistics, and those of the statistics that they multiply.
 struct Derivatives {
     float logp_coef, entropy_coef, lse_coef, p_sq_coef;
@@ -74,9 +76,15 @@ void fill(T* g, int64_t n, float value) {
     if (i < n) store2_partial(g + i, n - i, splat(value), splat(value));
 }
 
+/// A gradient of its own that no cache holds anyway is written past them: a store would first read the line from memory.
+template <class C>
+bool streams(const C& call, int64_t element) {
+    return call.out != call.logits && call.rows * call.columns * element > kCacheBytes;
+}
+
 /// Writes one gradient row, which may be the row of logits.
 template <class T>
-void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, double lse2, T* g, const Softcap& softcap, const char* ahead) {
+void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, double lse2, T* g, const Softcap& softcap, Fetch ahead, bool stream) {
     const int64_t v = call.vocab_size;
     if (d.all_zero()) {
         fill(g, call.columns, 0.0f);
@@ -86,13 +94,16 @@ void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, doubl
         fill(g, v, kNaN);
     } else {
         const GradCoefs c = d.coefs(row.inverse_temperature);
+        const auto sweep = [&](auto grad) { grad(row.x, g, v, row.scale, lse2, c, softcap, ahead); };
+        stream = stream && (uintptr_t)g % 64 == 0;
         if (softcap.on || d.p_sq_coef != 0) {
-            grad_row<T, Terms::full>(row.x, g, v, row.scale, lse2, c, softcap, ahead);
+            sweep(grad_row<T, Terms::full, false>);
         } else if (d.entropy_coef != 0) {
-            grad_row<T, Terms::entropy>(row.x, g, v, row.scale, lse2, c, softcap, ahead);
+            sweep(stream ? grad_row<T, Terms::entropy, true> : grad_row<T, Terms::entropy, false>);
         } else {
-            grad_row<T, Terms::plain>(row.x, g, v, row.scale, lse2, c, softcap, ahead);
+            sweep(stream ? grad_row<T, Terms::plain, true> : grad_row<T, Terms::plain, false>);
         }
+        if (stream) stream_fence();
         if (row.target >= 0) {
             const double slope = row.target_slope * row.inverse_temperature;
             store1(g + row.target, row.target_logit == -kInf ? 0.0f : float(d.at_target() * slope));
@@ -142,6 +153,7 @@ void token_stats_of(const StatsCall& call) {
 template <class T>
 void token_grad(const GradCall& call) {
     const Softcap softcap(call.softcap);
+    const bool stream = streams(call, sizeof(T));
     const auto get = [](const float* from, int64_t i) { return from ? from[i] : 0.0f; };
     for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int, int64_t i, int64_t) {
         T* g = (T*)call.out + call.out_strides.offset(i);
@@ -155,7 +167,7 @@ void token_grad(const GradCall& call) {
         // Both logp and lse are rounded to fp32; the smaller one gives lse with the smaller error.
         const bool by_logp = row.target >= 0 && std::fabs(d.logp) < std::fabs(call.lse[i]);
         const double lse2 = by_logp ? double(row.target_logit) * row.scale - kLog2e * d.logp : kLog2e * call.lse[i];
-        write_grad(call, row, d, lse2, g, softcap, nullptr);
+        write_grad(call, row, d, lse2, g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
     });
 }
 
@@ -177,10 +189,10 @@ RowLoss evaluate(const LossGradCall& call, int64_t i, const RowStats& s) {
 template <class T, bool kFull>
 void token_loss_grad(const LossGradCall& call) {
     const Softcap softcap(call.softcap);
-    const int threads = threads_for(call.rows, call.columns, call.threads);
-    for_each_row(call.rows, call.columns, threads, [&](int, int64_t i, int64_t next) {
+    const bool stream = streams(call, sizeof(T));
+    for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int, int64_t i, int64_t next) {
         T* g = (T*)call.out + call.out_strides.offset(i);
-        const char* ahead = (const char*)((const T*)call.logits + call.strides.offset(next < call.rows ? next : i));
+        const Fetch ahead{(const char*)((const T*)call.logits + call.strides.offset(next < call.rows ? next : i)), 2};
         RowStats s{};
         RowLoss l{};
         if (is_invalid(call, i)) {
@@ -196,7 +208,7 @@ void token_loss_grad(const LossGradCall& call) {
             l = evaluate(call, i, s);
             const double lse2 = sweep.state.ref + sweep.state.log_sum();
             const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
-            write_grad(call, row, d, lse2, g, softcap, ahead);
+            write_grad(call, row, d, lse2, g, softcap, ahead, stream);
         }
         call.logp[i] = s.logp;
         call.entropy[i] = s.entropy;

@@ -252,6 +252,28 @@ inline void load2(const F16* p, Vec& even, Vec& odd) {
 inline void store2(F16* p, Vec even, Vec odd) { store(p, narrow_f16(even) | narrow_f16(odd) << 16); }
 #endif
 
+/// store2 past the caches, where the level can; p must be aligned to 64 bytes.
+template <class T>
+inline void stream2(T* p, Vec a, Vec b) {
+#if defined(__AVX512F__)
+    alignas(64) T both[2 * kWidth];
+    store2(both, a, b);
+    for (size_t i = 0; i < sizeof both; i += 64) _mm512_stream_si512((__m512i*)((char*)p + i), _mm512_load_si512((char*)both + i));
+#elif defined(__AVX2__)
+    alignas(32) T both[2 * kWidth];
+    store2(both, a, b);
+    for (size_t i = 0; i < sizeof both; i += 32) _mm256_stream_si256((__m256i*)((char*)p + i), _mm256_load_si256((__m256i*)((char*)both + i)));
+#else
+    store2(p, a, b);
+#endif
+}
+/// Makes streamed stores visible to other threads.
+inline void stream_fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 /// The first n < 2 * kWidth elements at p, the rest -inf.
 template <class T>
 inline void load2_partial(const T* p, int64_t n, Vec& a, Vec& b) {

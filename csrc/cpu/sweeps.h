@@ -13,9 +13,23 @@ namespace {
 constexpr int64_t kBlock = 2048;
 /// The reference may lag the running maximum by 2^8: a block is redone only when it exceeds that, so maxima need no sweep of their own.
 constexpr float kMargin = 8.0f;
+/// How far ahead of a sweep to fetch: the hardware's own prefetch stops at every page of 4 KiB.
+constexpr int64_t kFetchAhead = 8192;
 /// Lower bound of an exponent: 2^-150 is 0, and 0 * -150 is 0 where 0 * -inf would be NaN.
 constexpr float kFloor = -150.0f;
 constexpr double kLn2 = 0.693147180559945309417, kLog2e = 1.442695040888963407360;
+
+/// Starts loading the cache lines of [p, p + bytes); any address will do.
+template <int64_t kBytes>
+inline void fetch(const char* p) {
+    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(p + line);
+}
+
+/// What a gradient sweep fetches while it runs: from `p`, 2^-shift bytes for each byte of its own.
+struct Fetch {
+    const char* p;
+    int shift;
+};
 
 /// What a sweep computes besides Σe: nothing, Σe·t, or that and Σe² with an optional softcap.
 enum class Sums { plain, entropy, full };
@@ -90,6 +104,7 @@ inline BlockSums sweep_block(const T* x, int64_t n, float scale, float ref, cons
     for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
         load2(x + i, a, b);
         load2(x + i + 2 * kWidth, c, d);
+        fetch<4 * kWidth * sizeof(T)>((const char*)(x + i) + kFetchAhead);
         add2(acc, a, b);
         add2(acc + 2, c, d);
     }
@@ -161,9 +176,9 @@ struct GradCoefs {
     double constant, log, p_coef;
 };
 
-/// The gradient row from the logits, in one sweep. May be written over them.
-template <class T, Terms kTerms>
-void grad_row(const T* x, T* g, int64_t columns, float scale, double lse2, const GradCoefs& coefs, const Softcap& softcap, const char* ahead) {
+/// The gradient row from the logits, in one sweep. May be written over them. kStream: past the caches, for which g must be aligned to 64.
+template <class T, Terms kTerms, bool kStream>
+void grad_row(const T* x, T* g, int64_t columns, float scale, double lse2, const GradCoefs& coefs, const Softcap& softcap, Fetch ahead) {
     // With e = 2^t relative to ref, p = e·2^(ref - lse2): what is lost by rounding lse2 to ref goes into the coefficients.
     const float ref = float(lse2);
     const double rest = ref - lse2, p = std::exp2(rest);
@@ -187,8 +202,12 @@ void grad_row(const T* x, T* g, int64_t columns, float scale, double lse2, const
     int64_t i = 0;
     for (; i + 2 * kWidth <= columns; i += 2 * kWidth) {
         load2(x + i, v, w);
-        for (int64_t line = 0; line < int64_t(2 * kWidth * sizeof(T)); line += 64) __builtin_prefetch(ahead + i * sizeof(T) + line, 0, 2);
-        store2(g + i, one(v), one(w));
+        fetch<2 * kWidth * sizeof(T)>(ahead.p + (i * sizeof(T) >> ahead.shift));
+        if constexpr (kStream) {
+            stream2(g + i, one(v), one(w));
+        } else {
+            store2(g + i, one(v), one(w));
+        }
     }
     if (i < columns) {
         load2_partial(x + i, columns - i, v, w);
