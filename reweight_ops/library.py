@@ -6,8 +6,6 @@ write the gradient over the logits and, being ops, bump the version counter: an 
 
 from __future__ import annotations
 
-import json
-
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -16,16 +14,6 @@ from .backends.base import LOSS_ROWS, Head, Program, RowInputs
 from .backends.select import load
 
 _NAMESPACE = "reweight_ops"
-
-
-def encode_program(program: Program) -> str:
-    """A program as the string that crosses the op boundary."""
-    return json.dumps([program.terms, program.weights])
-
-
-def _decode_program(text: str) -> Program:
-    terms, weights = json.loads(text)
-    return Program(tuple(terms), tuple((name, scope) for name, scope in weights))
 
 
 def _rows(logits: Tensor, drop_last: bool) -> Tensor:
@@ -123,7 +111,7 @@ def _loss_grad_into(
     out: Tensor, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, drop_last: bool, inputs: RowInputs, program: str, params: Tensor, backend: str
 ) -> Tensor:
     verb = load(backend).token_loss_grad
-    rows = verb(_rows(logits, drop_last), ids, temperature, head, inputs, _decode_program(program), params, _rows(out, drop_last))
+    rows = verb(_rows(logits, drop_last), ids, temperature, head, inputs, Program.decode(program), params, _rows(out, drop_last))
     _clear_last(out, drop_last)
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ from .keywords import DataOptions
 from .reduction import Divisors
 from .rows import Rows
 from .rules.namespace import TorchNamespace
-from .spec import PolicyLossSpec, formula_values
-from .terms import Leaves, Term, TermResult, Terms, bind, evaluate, safe_where
+from .spec import PolicyLossSpec, resolved
+from .terms import Leaves, Term, TermResult, Terms, evaluate, safe_where
 from .weights import BatchStatistics
 
 #: The statistics of the current policy that the middle differentiates through.
@@ -35,6 +36,10 @@ class LossCall:
     sampling_logp: Tensor | None
     factor: Tensor | None
     adv_per_sequence: bool = False
+
+    def released(self) -> LossCall:
+        """The same without the call's arguments (kept for error messages): a result must not keep the logits alive."""
+        return dataclasses.replace(self, rows=dataclasses.replace(self.rows, tensors={}))
 
     def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
         """``[K, N]``: every term's row weight, ``loss_scale`` included. ``statistics`` are needed only if a reduction is over a weight."""
@@ -60,9 +65,8 @@ class LossCall:
         """The spec's rules and weights bound to this call's values (per-row hyper-parameters as ``[N]``)."""
         spec, per_row = self.spec, self.rows.per_row
         coefs = [1.0, *(p.coef for p in spec.penalties)]
-        terms = [Term(bind(type(r), formula_values(r, per_row)), c) for r, c in zip(spec.rules, coefs, strict=True)]
-        weights = [bind(type(w), formula_values(w, per_row), {"scope": w.scope, "detach": w.detach}) for w in spec.weights]
-        return Terms(terms, weights)
+        terms = [Term(resolved(rule, per_row), coef) for rule, coef in zip(spec.rules, coefs, strict=True)]
+        return Terms(terms, [resolved(weight, per_row) for weight in spec.weights])
 
     def log_ratio(self, logp: Tensor) -> Tensor:
         """The clamped log-ratio at the spec's level."""
@@ -87,8 +91,7 @@ class LossCall:
 
     def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
         assert statistics is not None, "a spec whose reduction is over a weight takes two passes"
-        bound = bind(type(weight), formula_values(weight, self.rows.per_row), {"scope": weight.scope, "detach": True})
-        u: Tensor = bound.weight(TorchNamespace(self.rows.dtype), self.safe_leaves(statistics), BatchStatistics(self.rows))
+        u: Tensor = resolved(weight, self.rows.per_row).weight(TorchNamespace(self.rows.dtype), self.safe_leaves(statistics), BatchStatistics(self.rows))
         return u.detach()
 
     @property
@@ -97,24 +100,25 @@ class LossCall:
         return parameter_vector(self.spec.parameter_values, self.rows.dtype, self.rows.device)
 
 
-_constants: dict[tuple[Any, ...], Tensor] = {}
+_constants: dict[str, Tensor] = {}
 
 
 @torch.compiler.assume_constant_result
-def _constant_vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Uploaded once and kept: an upload inside a call would synchronise, and is illegal under CUDA-graph capture.
-    key = (values, dtype, device)
+def _upload(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> str:
+    # Uploaded once and kept: an upload inside a call would synchronise, and is illegal under CUDA-graph capture. Returns a key and no
+    # tensor, so that torch.compile finds the finished tensor in the global above.
+    key = f"{values} {dtype} {device}"
     if key not in _constants:
         with torch.inference_mode(False):
             _constants[key] = torch.tensor(values, dtype=dtype, device=device)
-    return _constants[key]
+    return key
 
 
 def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers and 0-d tensors as one vector. Numbers are cached per device; tensors must live on the device already."""
     if not any(isinstance(v, Tensor) for v in values):
-        return _constant_vector(tuple(float(v) for v in values), dtype, device)
-    fixed = _constant_vector(tuple(0.0 if isinstance(v, Tensor) else float(v) for v in values), dtype, device)
+        return _constants[_upload(tuple([float(v) for v in values]), dtype, device)]
+    fixed = _constants[_upload(tuple([0.0 if isinstance(v, Tensor) else float(v) for v in values]), dtype, device)]
     return torch.stack([v.detach().to(dtype) if isinstance(v, Tensor) else fixed[i] for i, v in enumerate(values)])
 
 

@@ -15,7 +15,6 @@ from .backends.base import Program, Request
 from .backends.select import candidates, choose, why_not
 from .errors import InvalidCall, UnsupportedRequest
 from .head import LogitsCall
-from .library import encode_program
 from .loss_call import LossCall
 from .output import PolicyLossOutput
 
@@ -49,11 +48,12 @@ def one_pass_obstacle(call: LossCall, logits: LogitsCall, differentiable_outputs
 
 
 @torch.compiler.assume_constant_result
-def pick(device: torch.device, dtype: torch.dtype, name: str, program: Program | None) -> Choice:
+def pick(device: torch.device, dtype: torch.dtype, name: str, program_text: str | None) -> Choice:
     """The backend for a call; with a program, one that runs it in one pass if any does.
 
     Never past a backend that serves the call in two passes to the reference just because that knows every program.
     """
+    program = None if program_text is None else Program.decode(program_text)
     if program is not None:
         for candidate in candidates(device.type, name):
             if candidate == "reference" and name == "auto" and _serves(candidate_before(candidate, device, name), device, dtype):
@@ -83,7 +83,7 @@ def choose_plan(call: LossCall, logits: LogitsCall, plan: str, differentiable_ou
     obstacle = one_pass_obstacle(call, logits, differentiable_outputs, insist=plan == "one_pass")
     if plan == "two_pass" or (obstacle is not None and (plan == "auto" or not logits.needs_grad)):
         return Choice("two_pass", pick(device, dtype, logits.backend, None).backend, obstacle or "plan='two_pass' was asked for")
-    choice = pick(device, dtype, logits.backend, call.spec.program) if obstacle is None else None
+    choice = pick(device, dtype, logits.backend, call.spec.program_text) if obstacle is None else None
     if plan == "one_pass" and (choice is None or choice.plan != "one_pass"):
         raise UnsupportedRequest(f"{call.rows.op}: plan='one_pass' is impossible: {obstacle or (choice and choice.why_not_one_pass)}.")
     assert choice is not None
@@ -101,12 +101,11 @@ def run(call: LossCall, logits: LogitsCall, choice: Choice, differentiable_outpu
 def _one_pass(call: LossCall, logits: LogitsCall, head: HeadCall) -> PolicyLossOutput:
     rows = call.rows
     assert rows.ids is not None
-    program = encode_program(call.spec.program)
-    loss, table = OnePassLoss.apply(logits.logits, rows.ids, logits.temperature, tuple(call.inputs()), call.params, program, head)
+    loss, table = OnePassLoss.apply(logits.logits, rows.ids, logits.temperature, tuple(call.inputs()), call.params, call.spec.program_text, head)
     logp, entropy, _, per_token, by_logp, by_entropy = table.unbind()
-    leaves = {"logp": logp, "entropy": entropy}
+    leaves, by = {"logp": logp, "entropy": entropy}, (by_logp, by_entropy)
     return PolicyLossOutput(
-        loss, rows.unflatten(logp), rows.unflatten(entropy), "one_pass", head.backend, call, leaves, per_token, (by_logp, by_entropy)
+        loss, rows.unflatten(logp), rows.unflatten(entropy), "one_pass", head.backend, call.released(), leaves, per_token, by
     )
 
 
@@ -132,4 +131,4 @@ def middle(call: LossCall, leaves: dict[str, Tensor], backend: str, differentiab
     detached = {name: value.detach() for name, value in leaves.items()}
     shown = leaves if differentiable_outputs else detached
     entropies = rows.unflatten(shown["entropy"]) if "entropy" in shown else None
-    return PolicyLossOutput(loss, rows.unflatten(shown["logp"]), entropies, "two_pass", backend, call, detached, result.loss.detach())
+    return PolicyLossOutput(loss, rows.unflatten(shown["logp"]), entropies, "two_pass", backend, call.released(), detached, result.loss.detach())

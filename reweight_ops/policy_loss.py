@@ -173,9 +173,19 @@ def _resolve(
     return resolve_loss(head.rows, advantages, _spec("policy_loss", spec), data), head
 
 
+_named: dict[str, PolicyLossSpec] = {}
+
+
+@torch.compiler.assume_constant_result
+def _build(name: str) -> None:
+    # A side effect on purpose: torch.compile runs this while tracing, and then reads the finished spec from the global above.
+    _named[name] = method(name)
+
+
 def _spec(op: str, spec: Any) -> PolicyLossSpec:
     if isinstance(spec, str):
-        return method(spec)
+        _build(spec)
+        return _named[spec]
     if not isinstance(spec, PolicyLossSpec):
         raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.")
     return spec

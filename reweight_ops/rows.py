@@ -85,7 +85,7 @@ class Rows:
             raise self.error(f"{name} is a {type(value).__name__}, expected a tensor or a number.")
         self._check(name, value, logps)
         flat = self._flat(name, value)
-        if flat.is_inference() and not torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and flat.is_inference() and not torch.is_inference_mode_enabled():
             flat = flat.clone()  # autograd refuses to save an inference tensor
         return flat.to(self.dtype).contiguous()
 

@@ -57,7 +57,7 @@ class BatchStatistics:
 class AdvantageReweighting(TokenWeight):
     """``α·p_old + 1 - α`` with the probability under the old policy: damps the gradient of unlikely tokens.
 
-    AR, arXiv:2505.12929, eq. 7, as the authors' code has it; the paper writes the current policy: :class:`CurrentAdvantageReweighting`.
+    AR, arXiv:2505.12929, section 4.1, as the authors' code has it; the paper writes the current policy: :class:`CurrentAdvantageReweighting`.
     """
 
     alpha: float = 0.3
@@ -68,7 +68,7 @@ class AdvantageReweighting(TokenWeight):
 
 @weight
 class CurrentAdvantageReweighting(TokenWeight):
-    """``α·p + 1 - α`` with the current probability, detached. AR as the paper writes it, arXiv:2505.12929, eq. 7."""
+    """``α·p + 1 - α`` with the current probability, detached. AR as the paper writes it, arXiv:2505.12929, section 4.1."""
 
     alpha: float = 0.3
 

@@ -1,1 +1,1 @@
-"""The Triton kernels. Nothing here is imported before a Triton backend is asked for."""
+"""Triton kernels; installed as ``reweight_ops.triton_kernels``."""

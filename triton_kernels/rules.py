@@ -118,3 +118,30 @@ def rule_sapo(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, 
     v2 = v0 * (v1 - 1.0)
     v3 = math.sigmoid(v2)
     return (((-v3) * 4.0) / v0) * adv, 0.0, -(((4.0 * ((v1 * v0) * (v3 * math.sigmoid(-v2)))) / v0) * adv), 0.0, 0.0
+
+
+@triton.jit
+def weight_advantage_reweighting(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, alpha):
+    return ((alpha * math.exp(old_logp)) + 1.0) - alpha
+
+
+@triton.jit
+def weight_current_advantage_reweighting(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, alpha):
+    return ((alpha * math.exp(logp)) + 1.0) - alpha
+
+
+@triton.jit
+def weight_masked_importance(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, ratio_min, ratio_max):
+    v0 = math.exp(old_logp - sampling_logp)
+    return tl.where((ratio_min <= v0) & (v0 <= ratio_max), v0, 0.0)
+
+
+@triton.jit
+def weight_probability_band(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, lower, upper):
+    v0 = math.exp(old_logp)
+    return tl.where((lower <= v0) & (v0 < upper), 1.0, 0.0)
+
+
+@triton.jit
+def weight_truncated_importance(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, ratio_min, ratio_max):
+    return math.clip(math.exp(old_logp - sampling_logp), ratio_min, ratio_max)

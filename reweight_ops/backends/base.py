@@ -18,6 +18,7 @@ logits are fp64: only the reference takes those). ``temperature`` has 1 or N ele
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -86,6 +87,17 @@ class Program(NamedTuple):
 
     terms: tuple[str, ...]
     weights: tuple[tuple[str, str], ...] = ()  # (name, scope)
+
+    def encode(self) -> str:
+        """As one string, which is what crosses the boundary of a custom op: ``clip,k3|advantage_reweighting:surrogate``."""
+        return f"{','.join(self.terms)}|{','.join(':'.join(pair) for pair in self.weights)}"
+
+    @staticmethod
+    @functools.lru_cache(maxsize=512)
+    def decode(text: str) -> Program:
+        terms, weights = text.split("|")
+        pairs = (pair.split(":") for pair in weights.split(",") if pair)
+        return Program(tuple(terms.split(",")), tuple((name, scope) for name, scope in pairs))
 
 
 class RowInputs(NamedTuple):

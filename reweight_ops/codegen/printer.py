@@ -39,11 +39,15 @@ class Language(NamedTuple):
         return f"{name}_" if taken else name
 
 
+def _value_of(x: Expr) -> Expr:
+    return _value_of(x.args[0]) if x.op == "stop" else x
+
+
 def statements(language: Language, roots: Sequence[Expr]) -> tuple[list[str], list[str]]:
     """Statements that compute ``roots``, and the expression of each root. What is used once is written where it is used."""
     nodes = walk(*roots)
-    uses = Counter(a.index for x in nodes for a in x.operands)
-    uses.update(x.index for x in roots)
+    uses = Counter(_value_of(a).index for x in nodes if x.op != "stop" for a in x.operands)
+    uses.update(_value_of(x).index for x in roots)
     lines: list[str] = []
     text: dict[int, tuple[str, bool]] = {}  # the second: may stand as an operand without parentheses
 

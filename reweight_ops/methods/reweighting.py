@@ -19,7 +19,7 @@ _AR_PAPER = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 def advantage_reweighting(
     alpha: Any = 0.3, probabilities: str = "old", epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, beta: Any = 0.0, entropy_coef: Any = 0.0
 ) -> PolicyLossSpec:
-    """Clip, each token's term times ``α·p + 1 - α`` (eq. 7), token mean.
+    """Clip, each token's term times ``α·p + 1 - α`` (section 4.1), token mean.
 
     ``probabilities``: ``"old"`` as the authors' code, ``"current"`` (detached) as the paper. α is 0.2 to 0.3 there, 0.1 for mathematics.
     """

@@ -1,0 +1,353 @@
+"""The generated C++ and Triton equal fp64 autograd of the formula they were printed from, value and every partial derivative.
+
+The error bound is the running error bound of the very expression that was printed (tests/running_error.py): the rounding of each of
+its fp32 operations, and nothing else, may separate the generated code from the truth. Inputs and hyper-parameters are fp32 numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from running_error import FUNCTION_ULPS, evaluate
+
+import reweight_ops.codegen as codegen
+from reweight_ops.codegen import cpp, triton
+from reweight_ops.codegen.derive import derive, value
+from reweight_ops.codegen.printer import own_rules, own_weights
+from reweight_ops.codegen.trace import trace_rule, trace_weight
+from reweight_ops.rules import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
+from reweight_ops.rules.base import DIFFERENTIABLE_LEAVES
+from reweight_ops.rules.namespace import TorchNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+XP = TorchNamespace(torch.float64)
+
+
+# Every function and operator once, so that the printers are tested beyond what the package happens to use. Registered for this file only.
+def _extra() -> tuple[type[Rule], type[TokenWeight]]:
+    @rule("every_function")
+    class EveryFunction(Rule):
+        adv_: float = 0.7  # together with the next: names that mean something else in the generated code
+        lp: float = 1.5
+
+        def loss(self, xp, t):
+            a = xp.exp(t.log_ratio) * xp.log(1.5 - t.logp) + xp.tanh(self.adv_ * t.entropy) ** 3
+            b = xp.log1p(xp.abs(t.log_sum_p_sq)) / (2 + xp.sigmoid(self.lp * t.logp)) - xp.expm1(xp.minimum(t.adv, 1.0))
+            c = xp.clip(a, -self.lp * t.entropy, xp.maximum(t.adv, t.entropy))
+            choice = ((a < b) | (t.adv >= 0.25)) & ~(t.entropy == 0) & (t.ref_logp != t.sampling_logp)
+            return xp.where(choice, a * b, c) + xp.stop_gradient(a) * t.logp
+
+    @weight("every_leaf")
+    class EveryLeaf(TokenWeight):
+        a: float = 0.3
+
+        def weight(self, xp, t, batch):
+            unlikely = xp.exp(t.old_logp) + xp.exp(xp.clip(t.logp - t.sampling_logp, -5.0, 5.0)) * xp.sigmoid(t.entropy - self.a)
+            return xp.where(t.log_sum_p_sq < -1, unlikely, xp.minimum(t.log_ratio * t.ref_logp, t.adv))
+
+    return EveryFunction, EveryLeaf
+
+
+@pytest.fixture(scope="module", autouse=True)
+def formulas():
+    """The package's own rules and weights and the two above, as one registry."""
+    saved = dict(RULES), dict(WEIGHTS)
+    extra = _extra()
+    rules, weights = {**own_rules(), "every_function": extra[0]}, {**own_weights(), "every_leaf": extra[1]}
+    yield SimpleNamespace(rules=dict(sorted(rules.items())), weights=dict(sorted(weights.items())))
+    for registry, content in zip((RULES, WEIGHTS), saved, strict=True):
+        registry.clear()
+        registry.update(content)
+
+
+def points() -> dict[str, torch.Tensor]:
+    """Leaves: random, and every place where a formula bends: no drift, no advantage, far outside each bound, the clamp itself."""
+    g = torch.Generator().manual_seed(0)
+    n = 4096
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(n, generator=g)
+
+    t = {"logp": uniform(-12, 0), "old_logp": uniform(-12, 0), "log_ratio": torch.randn(n, generator=g) * 0.4, "ref_logp": uniform(-12, 0)}
+    t |= {"sampling_logp": uniform(-12, 0), "adv": torch.randn(n, generator=g), "entropy": uniform(0, 6), "log_sum_p_sq": uniform(-6, 0)}
+    t["ref_logp"][::3] = t["logp"][::3] + 1e-3 * torch.randn(n, generator=g)[::3]  # small KL
+    t["log_ratio"][0:256] = 0.0
+    t["adv"][128:512] = 0.0
+    t["log_ratio"][512:640] = uniform(-3, -0.3)[512:640]  # below the lower bound
+    t["log_ratio"][640:768] = uniform(0.3, 3)[640:768]  # above the upper one
+    raw = torch.tensor([-1e4, -100.0, -20.0, 20.0, 100.0, 1e4]).repeat(32)  # as the kernels pass them: after the clamp of ±20
+    t["log_ratio"][768:960] = raw.clamp(-20, 20)
+    t["logp"][960:1024] = -100.0  # p = 0 in fp32, and a difference to the reference beyond the clamp of the penalties
+    t["ref_logp"][1024:1088] = -100.0
+    t["logp"][1088:1120] = t["ref_logp"][1088:1120] = 0.0
+    t["entropy"][1088:1120] = 0.0
+    return t
+
+
+def truth(cls, params: dict[str, float]) -> list[torch.Tensor]:
+    """fp64: a rule's loss and its derivatives by autograd, or a weight's value."""
+    leaves = {k: v.double().requires_grad_(k in DIFFERENTIABLE_LEAVES) for k, v in points().items()}
+    instance = cls(**params)
+    if issubclass(cls, TokenWeight):
+        return [instance.weight(XP, SimpleNamespace(**leaves), None).detach()]
+    loss = instance.loss(XP, SimpleNamespace(**leaves))
+    grads = torch.autograd.grad(loss.sum(), [leaves[k] for k in DIFFERENTIABLE_LEAVES], allow_unused=True, materialize_grads=True)
+    return [loss.detach(), *grads]
+
+
+def default_params(cls) -> dict[str, float]:
+    """The defaults, rounded to fp32 as kernels receive them; clamp and cap finite too, so that both sides are seen."""
+    params = {k: torch.tensor(v).float().item() for k, v in cls().parameters().items()}
+    return params | {k: v for k, v in {"cap": 10.0, "delta": 2.0}.items() if k in params}
+
+
+def assert_within_running_error(cls, got: torch.Tensor, params: dict[str, float]) -> None:
+    traced = trace_weight(cls) if issubclass(cls, TokenWeight) else trace_rule(cls)
+    roots = [value(traced)] if issubclass(cls, TokenWeight) else [value(traced), *derive(traced).values()]
+    environment = {k: v.double() for k, v in points().items()} | {k: torch.tensor(v, dtype=torch.float64) for k, v in params.items()}
+    outputs = ["value", *(f"d_{leaf}" for leaf in DIFFERENTIABLE_LEAVES)]
+    for name, have, want, (_, bound) in zip(outputs, got, truth(cls, params), evaluate(roots, environment), strict=False):
+        assert have.isfinite().all(), (cls.name, name)
+        excess = (have.double() - want).abs() - bound
+        worst = int(excess.argmax())
+        at = {k: v[worst].item() for k, v in points().items()}
+        assert excess[worst] <= 0, f"{cls.name}.{name}: {have[worst]} instead of {want[worst]}, bound {bound[worst]:.1e}, at {at}"
+        # The bound is no blank cheque: nearly everywhere it is a few hundred units in the last place.
+        tight = bound <= 2.0**-14 * (1 + want.abs())
+        assert tight.double().mean() > 0.9, (cls.name, name)
+
+
+# --- C++ ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(formulas, tmp_path_factory):
+    """rules.inc as it would be with the extra formulas, compiled by the host compiler."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++ or clang++) on PATH")
+    folder = tmp_path_factory.mktemp("cpp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpp, "own_rules", lambda: formulas.rules)
+        patch.setattr(cpp, "own_weights", lambda: formulas.weights)
+        (folder / "rules.inc").write_text(cpp.rules_inc().replace('"math.h"', '"common/math.h"'))
+    (folder / "host.cpp").write_text(
+        """
+        #include "common/math.h"
+        #include "rules.inc"
+        static Leaves leaves(const float* x, long n, long i) {
+          return Leaves{x[i], x[n + i], x[2 * n + i], x[3 * n + i], x[4 * n + i], x[5 * n + i], x[6 * n + i], x[7 * n + i]};
+        }
+        extern "C" void run_rule(int id, long n, const float* x, const float* p, float* out) {
+          for (long i = 0; i < n; ++i) {
+            const RuleOut r = apply_rule(id, leaves(x, n, i), p);
+            const float values[] = {r.loss, r.d_logp, r.d_log_ratio, r.d_entropy, r.d_log_sum_p_sq};
+            for (int k = 0; k < 5; ++k) out[k * n + i] = values[k];
+          }
+        }
+        extern "C" void run_weight(int id, long n, const float* x, const float* p, float* out) {
+          for (long i = 0; i < n; ++i) out[i] = apply_weight(id, leaves(x, n, i), p);
+        }
+        extern "C" void run_math(int id, long n, const float* x, float* out) {
+          for (long i = 0; i < n; ++i) {
+            const float all[] = {rw_exp(x[i]), rw_expm1(x[i]), rw_log(x[i]), rw_log1p(x[i]), rw_sigmoid(x[i]), rw_tanh(x[i]),
+                                 rw_min(x[i], 1.0f), rw_min(1.0f, x[i]), rw_max(x[i], 1.0f), rw_max(1.0f, x[i]), rw_clip(x[i], -1.0f, 1.0f), rw_abs(x[i])};
+            out[i] = all[id];
+          }
+        }
+        extern "C" int rule_count() { return kRuleCount; }
+        extern "C" const char* rule_name(int i) { return kRuleNames[i]; }
+        extern "C" int rule_params(int i) { return kRuleParamCounts[i]; }
+        extern "C" int weight_count() { return kWeightCount; }
+        extern "C" const char* weight_name(int i) { return kWeightNames[i]; }
+        """
+    )
+    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{ROOT}/csrc"]
+    subprocess.run([*command, "host.cpp", "-o", "host.so"], cwd=folder, check=True)
+    lib = ctypes.CDLL(str(folder / "host.so"))
+    lib.rule_name.restype = lib.weight_name.restype = ctypes.c_char_p
+    return lib
+
+
+def _pointer(x: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def run_cpp(library, kind: str, index: int, params: dict[str, float], outputs: int) -> torch.Tensor:
+    x = torch.stack([points()[leaf] for leaf in LEAVES]).contiguous()
+    out = torch.full((outputs, x.size(1)), float("nan"))
+    p = torch.tensor([*params.values(), float("nan")])
+    getattr(library, f"run_{kind}")(index, ctypes.c_long(x.size(1)), _pointer(x), _pointer(p), _pointer(out))
+    return out
+
+
+def test_cpp_rules(library, formulas):
+    for index, cls in enumerate(formulas.rules.values()):
+        params = default_params(cls)
+        assert_within_running_error(cls, run_cpp(library, "rule", index, params, 5), params)
+
+
+def test_cpp_weights(library, formulas):
+    for index, cls in enumerate(formulas.weights.values()):
+        params = default_params(cls)
+        assert_within_running_error(cls, run_cpp(library, "weight", index, params, 1), params)
+
+
+def test_cpp_tables(library, formulas):
+    assert [library.rule_name(i).decode() for i in range(library.rule_count())] == list(formulas.rules)
+    assert [library.rule_params(i) for i in range(library.rule_count())] == [len(c.parameter_names()) for c in formulas.rules.values()]
+    assert [library.weight_name(i).decode() for i in range(library.weight_count())] == list(formulas.weights)
+    assert run_cpp(library, "rule", 999, {}, 5).isnan().all()
+    assert run_cpp(library, "weight", -1, {}, 1).isnan().all()
+
+
+# --- Triton (interpreter, or the GPU if there is one) ------------------------------------------------------------------------------
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_triton(cls, params: dict[str, float], folder: Path) -> torch.Tensor:
+    pytest.importorskip("triton")
+    is_weight = issubclass(cls, TokenWeight)
+    name = f"{'weight' if is_weight else 'rule'}_{cls.name}"
+    outputs = 1 if is_weight else 5
+    loads = [f"tl.load(X + {j} * N + i)" for j in range(len(LEAVES))] + [f"tl.load(P + {j})" for j in range(len(params))]
+    source = [
+        triton._HEADER,
+        "from reweight_ops.triton_kernels import math\n",
+        triton.weight_function(cls) if is_weight else triton.rule_function(cls),
+    ]
+    source.append("@triton.jit\ndef kernel(X, P, O, N: tl.constexpr):\n    i = tl.arange(0, N)\n")
+    source.append(f"    out = {name}({', '.join(loads)})\n")
+    for k in range(outputs):
+        source.append(f"    tl.store(O + {k} * N + i, {'out' if is_weight else f'out[{k}]'} + tl.zeros([N], tl.float32))\n")
+    (path := folder / f"generated_{name}.py").write_text("\n".join(source))
+    x = torch.stack([points()[leaf] for leaf in LEAVES]).contiguous().to(DEVICE)
+    out = torch.full((outputs, x.size(1)), float("nan"), device=DEVICE)
+    p = torch.tensor([*params.values(), float("nan")], device=DEVICE)
+    load(path).kernel[(1,)](x, p, out, N=x.size(1))
+    return out.cpu()
+
+
+def test_triton_rules(formulas, tmp_path):
+    for cls in formulas.rules.values():
+        params = default_params(cls)
+        assert_within_running_error(cls, run_triton(cls, params, tmp_path), params)
+
+
+def test_triton_weights(formulas, tmp_path):
+    for cls in formulas.weights.values():
+        params = default_params(cls)
+        assert_within_running_error(cls, run_triton(cls, params, tmp_path), params)
+
+
+# --- the functions ----------------------------------------------------------------------------------------------------------------
+
+FUNCTIONS = ("exp", "expm1", "log", "log1p", "sigmoid", "tanh")
+SPECIAL = [0.0, float("inf"), float("-inf"), float("nan"), 1.0, -1.0, 2.0, -2.0]
+
+
+def arguments(function: str) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    n = 1 << 16
+    sign = torch.where(torch.rand(n, generator=g) < 0.5, -1.0, 1.0)
+    x = sign * torch.exp2(torch.rand(n, generator=g) * 46 - 40)
+    near_one = 1 + 0.2 * torch.randn(n, generator=g)
+    x = torch.cat([x, sign * near_one, 30 * torch.randn(n, generator=g)])
+    if function == "log":
+        x = torch.cat([x.abs(), torch.exp2(torch.rand(n, generator=g) * 250 - 126)])
+    if function == "log1p":
+        x = x[x > -1]
+    return x[: 1 << 17].clamp(-80, 80) if function != "log" else x[: 1 << 18]
+
+
+def math_in_cpp(library, function: str, x: torch.Tensor) -> torch.Tensor:
+    order = (*FUNCTIONS, "min", "min_swapped", "max", "max_swapped", "clip", "abs")
+    out = torch.empty_like(x)
+    library.run_math(order.index(function), ctypes.c_long(x.numel()), _pointer(x), _pointer(out))
+    return out
+
+
+def math_in_triton(function: str, x: torch.Tensor, folder: Path) -> torch.Tensor:
+    pytest.importorskip("triton")
+    call = {"min": "minimum(x, 1.0)", "min_swapped": "minimum(1.0, x)", "max": "maximum(x, 1.0)", "max_swapped": "maximum(1.0, x)"}
+    call |= {"clip": "clip(x, -1.0, 1.0)"}
+    call = call.get(function, f"{function}(x)")
+    body = f"    i = tl.arange(0, N)\n    x = tl.load(X + i, mask=i < n)\n    tl.store(O + i, math.{call}, mask=i < n)\n"
+    (path := folder / f"math_{function}.py").write_text(
+        f"{triton._HEADER}\nfrom reweight_ops.triton_kernels import math\n\n@triton.jit\ndef kernel(X, O, n, N: tl.constexpr):\n{body}"
+    )
+    source = x.to(DEVICE)
+    out = torch.empty_like(source)
+    load(path).kernel[(1,)](source, out, x.numel(), N=1 << (x.numel() - 1).bit_length())
+    return out.cpu()
+
+
+@pytest.fixture(params=["cpp", "triton"])
+def run_math(request, tmp_path):
+    if request.param == "triton":
+        return lambda function, x: math_in_triton(function, x, tmp_path)
+    library = request.getfixturevalue("library")
+    return lambda function, x: math_in_cpp(library, function, x)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value|divide by zero|overflow:RuntimeWarning")  # numpy, inside Triton's interpreter
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions_are_as_accurate_as_the_bounds_assume(function, run_math):
+    x = arguments(function)
+    want = getattr(torch, function)(x.double())
+    error = (run_math(function, x).double() - want).abs() / (want.abs() * 2.0**-24).clamp_min(2.0**-126)
+    worst = int(error.argmax())
+    assert error[worst] <= FUNCTION_ULPS, f"{function}({x[worst].item()}) is wrong by {error[worst]:.1f} units of 2^-24"
+    special = torch.tensor(SPECIAL)
+    got, torch_says = run_math(function, special), getattr(torch, function)(special)
+    assert torch.allclose(got, torch_says, rtol=FUNCTION_ULPS * 2.0**-24, atol=0, equal_nan=True), (got, torch_says)
+
+
+@pytest.mark.parametrize("function", ["min", "min_swapped", "max", "max_swapped", "clip", "abs"])
+def test_selection_propagates_nan_as_torch_does(function, run_math):
+    x = torch.tensor(SPECIAL)
+    one = torch.ones(())
+    torch_says = {"min": torch.minimum, "max": torch.maximum, "clip": lambda x, _: x.clamp(-1, 1), "abs": lambda x, _: x.abs()}[
+        function.split("_")[0]
+    ](x, one)
+    assert torch.equal(run_math(function, x).nan_to_num(99.0), torch_says.nan_to_num(99.0))
+
+
+# --- the files --------------------------------------------------------------------------------------------------------------------
+
+
+def test_committed_files_are_fresh():
+    assert codegen.stale_files() == [], "run python -m reweight_ops.codegen and commit the result"
+
+
+def test_check_names_a_stale_file_and_writes_nothing(tmp_path, monkeypatch):
+    for path, text in codegen.generated_files().items():
+        codegen.write_atomically(tmp_path / path, text)
+    assert codegen.stale_files(tmp_path) == []
+    (tmp_path / "csrc/common/rules.inc").write_text("old")
+    assert codegen.stale_files(tmp_path) == [Path("csrc/common/rules.inc")]
+    assert not list(tmp_path.rglob(".*.py.*"))
+
+
+def test_ids_are_positions_in_the_sorted_names_of_our_own_rules(formulas):
+    assert list(own_rules()) == sorted(own_rules())
+    assert "every_function" in RULES
+    assert "every_function" not in own_rules()
