@@ -182,4 +182,5 @@ def _absent(name: str) -> str:
         load(name)
     except BackendUnavailable as error:
         return str(error)
-    return "not asked for, or no device for it here"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return why_not(name, Request("token_stats", device, torch.float32)) or "not asked for"
