@@ -79,14 +79,7 @@ def resolve_logits(
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise fail("the last dimension of logits is not contiguous (any other stride is fine): pass logits.contiguous().")
 
-    total = logits.shape[-1]
-    vocab_size = total if options.vocab_size is None else options.vocab_size
-    if not 0 < vocab_size <= total:
-        raise fail(f"vocab_size is {vocab_size}, logits have {total} columns.")
-    softcap = math.inf if options.softcap is None else float(options.softcap)
-    if not softcap > 0:
-        raise fail(f"softcap is {options.softcap}, expected a positive number, or None for off.")
-
+    vocab_size, softcap = vocabulary(options, logits.shape[-1], fail)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = resolve_rows(op, shape, logits.device, dtype, tensors, vocab_size, validate)
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad
@@ -95,7 +88,7 @@ def resolve_logits(
     return LogitsCall(
         _collapsed(logits, fail),
         rows,
-        _temperature(rows, options.temperature, fail),
+        temperature_rows(rows, options.temperature, fail),
         vocab_size,
         softcap,
         options.drop_last,
@@ -116,7 +109,19 @@ def _collapsed(logits: Tensor, fail: Any) -> Tensor:
         ) from None
 
 
-def _temperature(rows: Rows, value: Any, fail: Any) -> Tensor:
+def vocabulary(options: HeadOptions, columns: int, fail: Any) -> tuple[int, float]:
+    """``(vocab_size, softcap)`` of a head with that many columns; an off soft cap is inf."""
+    vocab_size = columns if options.vocab_size is None else options.vocab_size
+    if not 0 < vocab_size <= columns:
+        raise fail(f"vocab_size is {vocab_size}, logits have {columns} columns.")
+    softcap = math.inf if options.softcap is None else float(options.softcap)
+    if not softcap > 0:
+        raise fail(f"softcap is {options.softcap}, expected a positive number, or None for off.")
+    return vocab_size, softcap
+
+
+def temperature_rows(rows: Rows, value: Any, fail: Any) -> Tensor:
+    """The temperature as ``[1]`` or ``[N]`` in the row dtype."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise fail("temperature requires grad, but no gradient flows to it: pass it detached.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +38,12 @@ class LossCall:
 
     def released(self) -> LossCall:
         """The same without the call's arguments (kept for error messages): a result must not keep the logits alive."""
-        return dataclasses.replace(self, rows=dataclasses.replace(self.rows, tensors={}))
+        # Written out: older versions of torch.compile do not trace dataclasses.replace.
+        rows = self.rows.released()
+        return LossCall(
+            self.spec, rows, self.divisors, self.loss_scale, self.adv, self.old_logp, self.ref_logp, self.sampling_logp, self.factor,
+            self.adv_per_sequence,
+        )  # fmt: skip
 
     def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
         """``[K, N]``: every term's row weight, ``loss_scale`` included. ``statistics`` are needed only if a reduction is over a weight."""
@@ -78,7 +82,7 @@ class LossCall:
         logp = statistics["logp"]
         found = {**statistics, "old_logp": logp.detach() if self.old_logp is None else self.old_logp, "log_ratio": self.log_ratio(logp)}
         stored = {"adv": self.adv, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
-        return found | {name: value for name, value in stored.items() if value is not None}
+        return {**found, **{name: value for name, value in stored.items() if value is not None}}
 
     def safe_leaves(self, statistics: dict[str, Tensor]) -> Leaves:
         """The same, with harmless values in the rows that are out."""
@@ -136,7 +140,8 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: DataOp
             return None
         return rows.per_row(name, value, logps=True)
 
-    reader = next((r.name for r in spec.rules if r.kind == "penalty" and r.name != "entropy_bonus"), spec.surrogate.name)
+    estimators = [r.name for r in spec.rules[1:] if r.name != "entropy_bonus"]
+    reader = estimators[0] if estimators else spec.surrogate.name
     old = stored("old_per_token_logps", "old_logp", "")
     ref = stored("ref_per_token_logps", "ref_logp", f"the penalty {reader!r}")
     sampling = stored("sampling_per_token_logps", "sampling_logp", f"a weight of the spec ({', '.join(w.name for w in spec.weights)})")

@@ -30,9 +30,19 @@ class Choice:
     why_not_one_pass: str | None
 
 
-def one_pass_obstacle(call: LossCall, logits: LogitsCall, differentiable_outputs: bool, insist: bool) -> str | None:
+@dataclass(frozen=True)
+class Target:
+    """What a plan depends on of the logits, materialised or not."""
+
+    device: torch.device
+    dtype: torch.dtype
+    needs_grad: bool
+    backend: str
+
+
+def one_pass_obstacle(call: LossCall, target: Target, differentiable_outputs: bool, insist: bool) -> str | None:
     """Why this call, whatever the backend, does not take one pass. ``insist``: the caller asked for it, which settles the matters of taste."""
-    if not logits.needs_grad:
+    if not target.needs_grad:
         return "no gradient is needed, so only statistics are computed"
     if call.spec.one_pass_obstacle is not None:
         return call.spec.one_pass_obstacle
@@ -40,9 +50,9 @@ def one_pass_obstacle(call: LossCall, logits: LogitsCall, differentiable_outputs
         return "differentiable_outputs=True puts log-probs and entropies into the graph"
     if any(t is not None and t.requires_grad for t in (call.adv, call.factor)):
         return "advantages or token_weights require grad"
-    if not insist and logits.logits.dtype == torch.float64:
+    if not insist and target.dtype == torch.float64:
         return "fp64 is for checking, and two_pass is the exact autograd"
-    if not insist and logits.logits.dtype == torch.float16 and isinstance(call.loss_scale, (int, float)) and call.loss_scale == 1:
+    if not insist and target.dtype == torch.float16 and isinstance(call.loss_scale, (int, float)) and call.loss_scale == 1:
         return "fp16 gradients are rounded in forward: pass GradScaler's factor as loss_scale"
     return None
 
@@ -68,23 +78,26 @@ def pick(device: torch.device, dtype: torch.dtype, name: str, program_text: str 
     return Choice("two_pass", serving[0], reason(serving[0], "token_loss_grad", program))
 
 
-def choose_plan(call: LossCall, logits: LogitsCall, plan: str, differentiable_outputs: bool, device: torch.device | None = None) -> Choice:
+def choose_plan(call: LossCall, target: Target, plan: str, differentiable_outputs: bool) -> Choice:
     """The plan and backend of a call, with the reason against one pass. Raises if the plan that was asked for is impossible."""
     if plan not in PLANS:
         raise InvalidCall(f"{call.rows.op}: plan is {plan!r}, expected one of {', '.join(PLANS)}.")
-    device = device or logits.logits.device
-    dtype = logits.logits.dtype
     if plan == "two_pass":
         obstacle: str | None = "plan='two_pass' was asked for"
     else:
-        obstacle = one_pass_obstacle(call, logits, differentiable_outputs, insist=plan == "one_pass")
+        obstacle = one_pass_obstacle(call, target, differentiable_outputs, insist=plan == "one_pass")
     if obstacle is None:
-        choice: Choice = pick(device, dtype, logits.backend, call.spec.program_text)
+        choice: Choice = pick(target.device, target.dtype, target.backend, call.spec.program_text)
     else:
-        choice = Choice("two_pass", pick(device, dtype, logits.backend, None).backend, obstacle)
-    if plan == "one_pass" and choice.plan != plan and logits.needs_grad:
+        choice = Choice("two_pass", pick(target.device, target.dtype, target.backend, None).backend, obstacle)
+    if plan == "one_pass" and choice.plan != plan and target.needs_grad:
         raise UnsupportedRequest(f"{call.rows.op}: plan='one_pass' is impossible: {choice.why_not_one_pass}.")
     return choice
+
+
+def target_of(logits: LogitsCall, device: torch.device | None = None) -> Target:
+    """The target of a call on materialised logits; ``device`` replaces theirs (for explaining a meta tensor)."""
+    return Target(device or logits.logits.device, logits.logits.dtype, logits.needs_grad, logits.backend)
 
 
 def run(call: LossCall, logits: LogitsCall, choice: Choice, differentiable_outputs: bool) -> PolicyLossOutput:

@@ -17,7 +17,7 @@ from .keywords import DataKeywords, DataOptions, HeadKeywords, HeadOptions, Poli
 from .loss_call import LossCall, resolve_loss
 from .methods.registry import method
 from .output import PolicyLossOutput, TokenStats
-from .plans import choose_plan, middle, pick, row_statistics, run
+from .plans import choose_plan, middle, pick, row_statistics, run, target_of
 from .rows import resolve_rows
 from .spec import PolicyLossSpec
 
@@ -165,7 +165,7 @@ def policy_loss(
     """
     options, data = all_options("policy_loss", dict(keywords), _POLICY_LOSS_OWN)
     call, head = _resolve(logits, completion_ids, advantages, spec, options, data)
-    return run(call, head, choose_plan(call, head, plan, differentiable_outputs), differentiable_outputs)
+    return run(call, head, choose_plan(call, target_of(head), plan, differentiable_outputs), differentiable_outputs)
 
 
 def _resolve(

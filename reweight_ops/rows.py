@@ -69,6 +69,12 @@ class Rows:
     def error(self, message: str) -> InvalidCall:
         return InvalidCall(f"{self.op}: {message} {describe(self.tensors)}")
 
+    def released(self) -> Rows:
+        """The same without the call's arguments."""
+        return Rows(
+            self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids
+        )  # fmt: skip
+
     def need_sequences(self, why: str) -> Groups:
         if self.sequences is None:
             raise self.error(f"{why} needs sequences: pass [B, T] tensors, or cu_seqlens, or sequence_ids with num_sequences.")
