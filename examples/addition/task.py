@@ -74,12 +74,16 @@ def noisy_batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int
         for _ in range(batch_size):
             a, b = rng.randrange(100), rng.randrange(100)
             answer = "".join(str(rng.randrange(10)) if rng.random() < NOISE else digit for digit in written(a + b, 3))
-            rows.append(tokenizer.encode(prompt(a, b) + answer) + [tokenizer.eos_token_id])
+            rows.append([*tokenizer.encode(prompt(a, b) + answer), tokenizer.eos_token_id])
         yield torch.tensor(rows)
 
 
 def warm_start(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int = 64, on_step: Callable[[float], None] = lambda loss: None
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    batch_size: int = 64,
+    on_step: Callable[[float], None] = lambda loss: None,
 ) -> None:
     """Next-token training on noisy answers, in place."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98))
