@@ -26,7 +26,10 @@ class Explanation:
     backends: dict[str, str | None]
 
     def __str__(self) -> str:
-        lines = [f"plan: {self.plan}" + (f" (not one_pass: {self.why_not_one_pass})" if self.why_not_one_pass else ""), f"backend: {self.backend}"]
+        lines = [
+            f"plan: {self.plan}" + (f" (not one_pass: {self.why_not_one_pass})" if self.why_not_one_pass else ""),
+            f"backend: {self.backend}",
+        ]
         return "\n".join([*lines, *(f"  {name}: {'available' if reason is None else reason}" for name, reason in self.backends.items())])
 
 

@@ -40,7 +40,9 @@ class LogitsCall:
             setattr(self.original, _CONSUMED, True)
 
 
-def resolve_logits(op: str, logits: Any, completion_ids: Any, options: HeadOptions, data: dict[str, Any], validate: bool = False) -> LogitsCall:
+def resolve_logits(
+    op: str, logits: Any, completion_ids: Any, options: HeadOptions, data: dict[str, Any], validate: bool = False
+) -> LogitsCall:
     """Check logits against ids and resolve the rows. ``data`` holds the other tensors of the call by their public names."""
     tensors = {"logits": logits, "completion_ids": completion_ids, "temperature": options.temperature, **data}
 
@@ -91,7 +93,15 @@ def resolve_logits(op: str, logits: Any, completion_ids: Any, options: HeadOptio
     if consume and logits.is_leaf:
         raise fail("consume_logits=True would overwrite a leaf that requires grad; it is for logits that a model computed.")
     return LogitsCall(
-        _collapsed(logits, fail), rows, _temperature(rows, options.temperature, fail), vocab_size, softcap, options.drop_last, consume, options.backend, logits
+        _collapsed(logits, fail),
+        rows,
+        _temperature(rows, options.temperature, fail),
+        vocab_size,
+        softcap,
+        options.drop_last,
+        consume,
+        options.backend,
+        logits,
     )
 
 
@@ -101,7 +111,9 @@ def _collapsed(logits: Tensor, fail: Any) -> Tensor:
     try:
         return logits.view(-1, *logits.shape[-2:])
     except RuntimeError:
-        raise fail(f"leading dimensions with strides {logits.stride()} are no single batch dimension: pass logits.contiguous() or [B, T, V].") from None
+        raise fail(
+            f"leading dimensions with strides {logits.stride()} are no single batch dimension: pass logits.contiguous() or [B, T, V]."
+        ) from None
 
 
 def _temperature(rows: Rows, value: Any, fail: Any) -> Tensor:

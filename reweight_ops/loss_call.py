@@ -91,7 +91,9 @@ class LossCall:
 
     def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
         assert statistics is not None, "a spec whose reduction is over a weight takes two passes"
-        u: Tensor = resolved(weight, self.rows.per_row).weight(TorchNamespace(self.rows.dtype), self.safe_leaves(statistics), BatchStatistics(self.rows))
+        u: Tensor = resolved(weight, self.rows.per_row).weight(
+            TorchNamespace(self.rows.dtype), self.safe_leaves(statistics), BatchStatistics(self.rows)
+        )
         return u.detach()
 
     @property
@@ -146,7 +148,9 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: DataOp
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
     scale = data.loss_scale
     if isinstance(scale, Tensor) and scale.dim() != 0:
-        raise rows.error(f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights.")
+        raise rows.error(
+            f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights."
+        )
     return LossCall(spec, rows, divisors, scale, adv, old, ref, sampling, _factor(rows, data), per_sequence)
 
 
@@ -156,7 +160,9 @@ def _factor(rows: Rows, data: DataOptions) -> Tensor | None:
         value = getattr(data, name)
         if value is not None:
             if name == "importance_sampling_ratio" and isinstance(value, Tensor) and value.requires_grad:
-                raise rows.error("importance_sampling_ratio requires grad; it is a detached factor. Factors with a gradient are token_weights.")
+                raise rows.error(
+                    "importance_sampling_ratio requires grad; it is a detached factor. Factors with a gradient are token_weights."
+                )
             row = rows.per_row(name, value)
             factor = row if factor is None else factor * row
     return factor
@@ -170,6 +176,9 @@ def _check_divisors(rows: Rows, spec: PolicyLossSpec, divisors: Divisors) -> Non
         if isinstance(value, Tensor) and value.dim() != 0:
             raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
         if not any(name in r.reads and not getattr(r, "per_call", False) for r in spec.reductions):
-            reduction, other = type(spec.reduction).__name__, {"num_items_in_batch": "num_sequences_in_batch"}.get(name, "num_items_in_batch")
+            reduction, other = (
+                type(spec.reduction).__name__,
+                {"num_items_in_batch": "num_sequences_in_batch"}.get(name, "num_items_in_batch"),
+            )
             reads = f"divides by {other}" if other in spec.reduction.reads else "has no divisor"
             raise rows.error(f"{reduction} {reads}; {name} would have no effect.")

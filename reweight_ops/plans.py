@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .autograd import HeadCall, OnePassLoss, RowStatistics
-from .backends.base import Program, Request
+from .backends.base import Program, Request, Verb
 from .backends.select import candidates, choose, why_not
 from .errors import InvalidCall, UnsupportedRequest
 from .head import LogitsCall
@@ -49,29 +49,23 @@ def one_pass_obstacle(call: LossCall, logits: LogitsCall, differentiable_outputs
 
 @torch.compiler.assume_constant_result
 def pick(device: torch.device, dtype: torch.dtype, name: str, program_text: str | None) -> Choice:
-    """The backend for a call; with a program, one that runs it in one pass if any does.
+    """The backend for a call; with a program, the first that runs it in one pass, if any does."""
 
-    Never past a backend that serves the call in two passes to the reference just because that knows every program.
-    """
-    program = None if program_text is None else Program.decode(program_text)
-    if program is not None:
-        for candidate in candidates(device.type, name):
-            if candidate == "reference" and name == "auto" and _serves(candidate_before(candidate, device, name), device, dtype):
-                break
-            if all(why_not(candidate, Request(verb, device, dtype, program)) is None for verb in ("token_loss_grad", "token_stats")):
-                return Choice("one_pass", candidate, None)
-    backend = choose(Request("token_stats", device, dtype), name)
-    reason = None if program is None else why_not(backend, Request("token_loss_grad", device, dtype, program))
-    return Choice("two_pass", backend, reason)
+    def reason(backend: str, verb: Verb, program: Program | None = None) -> str | None:
+        return why_not(backend, Request(verb, device, dtype, program))
 
-
-def candidate_before(name: str, device: torch.device, asked: str) -> tuple[str, ...]:
-    order = candidates(device.type, asked)
-    return order[: order.index(name)]
-
-
-def _serves(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> bool:
-    return any(why_not(name, Request("token_stats", device, dtype)) is None for name in names)
+    serving = [b for b in candidates(device.type, name) if reason(b, "token_stats") is None]
+    # The reference knows every program, which is no reason to prefer it to a fast backend that needs two passes.
+    serving = [b for b in serving if b != "reference"] or serving
+    if not serving:
+        choose(Request("token_stats", device, dtype), name)  # raises, with everybody's reason
+    if program_text is None:
+        return Choice("two_pass", serving[0], None)
+    program = Program.decode(program_text)
+    for backend in serving:
+        if reason(backend, "token_loss_grad", program) is None:
+            return Choice("one_pass", backend, None)
+    return Choice("two_pass", serving[0], reason(serving[0], "token_loss_grad", program))
 
 
 def choose_plan(call: LossCall, logits: LogitsCall, plan: str, differentiable_outputs: bool, device: torch.device | None = None) -> Choice:
@@ -80,13 +74,16 @@ def choose_plan(call: LossCall, logits: LogitsCall, plan: str, differentiable_ou
         raise InvalidCall(f"{call.rows.op}: plan is {plan!r}, expected one of {', '.join(PLANS)}.")
     device = device or logits.logits.device
     dtype = logits.logits.dtype
-    obstacle = one_pass_obstacle(call, logits, differentiable_outputs, insist=plan == "one_pass")
-    if plan == "two_pass" or (obstacle is not None and (plan == "auto" or not logits.needs_grad)):
-        return Choice("two_pass", pick(device, dtype, logits.backend, None).backend, obstacle or "plan='two_pass' was asked for")
-    choice = pick(device, dtype, logits.backend, call.spec.program_text) if obstacle is None else None
-    if plan == "one_pass" and (choice is None or choice.plan != "one_pass"):
-        raise UnsupportedRequest(f"{call.rows.op}: plan='one_pass' is impossible: {obstacle or (choice and choice.why_not_one_pass)}.")
-    assert choice is not None
+    if plan == "two_pass":
+        obstacle: str | None = "plan='two_pass' was asked for"
+    else:
+        obstacle = one_pass_obstacle(call, logits, differentiable_outputs, insist=plan == "one_pass")
+    if obstacle is None:
+        choice: Choice = pick(device, dtype, logits.backend, call.spec.program_text)
+    else:
+        choice = Choice("two_pass", pick(device, dtype, logits.backend, None).backend, obstacle)
+    if plan == "one_pass" and choice.plan != plan and logits.needs_grad:
+        raise UnsupportedRequest(f"{call.rows.op}: plan='one_pass' is impossible: {choice.why_not_one_pass}.")
     return choice
 
 
@@ -101,7 +98,9 @@ def run(call: LossCall, logits: LogitsCall, choice: Choice, differentiable_outpu
 def _one_pass(call: LossCall, logits: LogitsCall, head: HeadCall) -> PolicyLossOutput:
     rows = call.rows
     assert rows.ids is not None
-    loss, table = OnePassLoss.apply(logits.logits, rows.ids, logits.temperature, tuple(call.inputs()), call.params, call.spec.program_text, head)
+    loss, table = OnePassLoss.apply(  # type: ignore[no-untyped-call]
+        logits.logits, rows.ids, logits.temperature, tuple(call.inputs()), call.params, call.spec.program_text, head
+    )
     logp, entropy, _, per_token, by_logp, by_entropy = table.unbind()
     leaves, by = {"logp": logp, "entropy": entropy}, (by_logp, by_entropy)
     return PolicyLossOutput(
@@ -112,7 +111,9 @@ def _one_pass(call: LossCall, logits: LogitsCall, head: HeadCall) -> PolicyLossO
 def row_statistics(logits: LogitsCall, head: HeadCall, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Differentiable statistics by name, ``[N]``."""
     assert logits.rows.ids is not None
-    values = RowStatistics.apply(logits.logits, logits.rows.ids, logits.temperature, head, ",".join(names))
+    values = RowStatistics.apply(  # type: ignore[no-untyped-call]
+        logits.logits, logits.rows.ids, logits.temperature, head, ",".join(names)
+    )
     return dict(zip(names, values, strict=True))
 
 
@@ -131,4 +132,6 @@ def middle(call: LossCall, leaves: dict[str, Tensor], backend: str, differentiab
     detached = {name: value.detach() for name, value in leaves.items()}
     shown = leaves if differentiable_outputs else detached
     entropies = rows.unflatten(shown["entropy"]) if "entropy" in shown else None
-    return PolicyLossOutput(loss, rows.unflatten(shown["logp"]), entropies, "two_pass", backend, call.released(), detached, result.loss.detach())
+    return PolicyLossOutput(
+        loss, rows.unflatten(shown["logp"]), entropies, "two_pass", backend, call.released(), detached, result.loss.detach()
+    )

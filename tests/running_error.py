@@ -35,11 +35,20 @@ def evaluate(roots: list[Expr], values: dict[str, Tensor], u: float = 2.0**-24) 
     return [memo[x.index] for x in roots]
 
 
+def _extremum(op: str, a, b):
+    y = (torch.minimum if op == "min" else torch.maximum)(a[0], b[0])
+    apart = (a[0] - b[0]).abs() > a[1] + b[1]
+    return y, torch.where(apart, torch.where(y == a[0], a[1], b[1]), torch.maximum(a[1], b[1]))
+
+
 def _node(x: Expr, args, values, shape, u, lipschitz):  # one branch per operation: splitting it would only hide the table
     zero = torch.zeros(shape, dtype=torch.float64)
     v = [a[0] for a in args]
     e = [a[1] for a in args]
-    round_off = lambda y, k=1.0: k * u * y.abs() + TINY
+
+    def round_off(y, k=1.0):
+        return k * u * y.abs() + TINY
+
     match x.op:
         case "leaf" | "param":
             return values[x.args[0]].expand(shape), zero
@@ -70,9 +79,9 @@ def _node(x: Expr, args, values, shape, u, lipschitz):  # one branch per operati
             propagated = lipschitz(f, v[0], e[0], y)
             return y, propagated + round_off(y.abs() + propagated, FUNCTION_ULPS)
         case "min" | "max":
-            return (torch.minimum if x.op == "min" else torch.maximum)(*v), torch.maximum(*e)
+            return _extremum(x.op, *args)
         case "clip":
-            return torch.minimum(torch.maximum(v[0], v[1]), v[2]), torch.maximum(torch.maximum(e[0], e[1]), e[2])
+            return _extremum("min", _extremum("max", args[0], args[1]), args[2])
         case "lt" | "le" | "eq" | "ne":
             distance = torch.where(v[0] == v[1], 0.0, (v[0] - v[1]).abs())
             doubtful = (distance <= e[0] + e[1]) & (e[0] + e[1] > 0)

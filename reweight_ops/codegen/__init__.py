@@ -6,7 +6,6 @@ weights; with ``--check`` it writes nothing and exits 1 if one of them is stale.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -29,12 +28,8 @@ def stale_files(root: Path = ROOT) -> list[Path]:
 def write_atomically(path: Path, text: str) -> None:
     """Other processes see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        temporary = Path(file.name)
+        file.write(text)
+    temporary.chmod(0o644)
+    temporary.replace(path)

@@ -13,6 +13,13 @@ _INFIX = {
     "lt": "{} < {}", "le": "{} <= {}", "eq": "{} == {}", "ne": "{} != {}", "and": "{} && {}", "or": "{} || {}", "not": "!{}",
 }  # fmt: skip
 
+_KEYWORDS = frozenset({
+    "auto", "bool", "break", "case", "char", "const", "constexpr", "continue", "default", "delete", "do", "double", "else", "enum",
+    "export", "extern", "false", "float", "for", "if", "inline", "int", "long", "mutable", "new", "operator", "private", "protected",
+    "public", "register", "return", "short", "signed", "sizeof", "static", "struct", "switch", "template", "this", "throw", "true",
+    "try", "typedef", "typename", "union", "unsigned", "using", "virtual", "void", "volatile", "while", "params", "rule", "weight",
+})  # fmt: skip
+
 CPP = Language(
     templates=_INFIX
     | {f: f"rw_{f}({{}})" for f in _FUNCTIONS}
@@ -22,9 +29,7 @@ CPP = Language(
     number="{}f",
     infinity="RW_INF",
     leaf="t.{}",
-    reserved=frozenset(
-        ["auto", "bool", "break", "case", "char", "const", "constexpr", "continue", "default", "delete", "do", "double", "else", "enum", "export", "extern", "false", "float", "for", "if", "inline", "int", "long", "mutable", "new", "operator", "private", "protected", "public", "register", "return", "short", "signed", "sizeof", "static", "struct", "switch", "template", "this", "throw", "true", "try", "typedef", "typename", "union", "unsigned", "using", "virtual", "void", "volatile", "while", "params", "rule", "weight"]
-    ),
+    reserved=_KEYWORDS,
 )
 
 

@@ -25,8 +25,9 @@ BATCH_FUNCTIONS = ("mean", "sum", "min", "max", "quantile", "seq_mean", "seq_sum
 
 #: Names under which other libraries know a function of ``xp``.
 _ALIASES = {
-    "clamp": "clip", "clamp_min": "maximum", "clamp_max": "minimum", "min": "minimum", "max": "maximum", "fmin": "minimum", "fmax": "maximum",
-    "absolute": "abs", "fabs": "abs", "detach": "stop_gradient", "expit": "sigmoid", "relu": "maximum",
+    "clamp": "clip", "clamp_min": "maximum", "clamp_max": "minimum", "min": "minimum", "max": "maximum",
+    "fmin": "minimum", "fmax": "maximum", "relu": "maximum",
+    "absolute": "abs", "fabs": "abs", "detach": "stop_gradient", "expit": "sigmoid",
 }  # fmt: skip
 
 _NUMPY_OPERATORS = {

@@ -96,7 +96,7 @@ def program_py(program: Program) -> str:
         if name not in imports:
             out.append(rule_function(cls) if issubclass(cls, Rule) else weight_function(cls))
 
-    offset = 1
+    offset = 2  # after the two bounds of the log-ratio
 
     def loads(cls: type) -> str:
         nonlocal offset
@@ -110,10 +110,10 @@ def program_py(program: Program) -> str:
         coefficient, offset = offset, offset + 1
         terms.append((k, coefficient, f"rule_{name}({leaves}{loads(RULES[name])})"))
     body = [
-        "clamp = tl.load(params)",
+        "clamp_low, clamp_high = tl.load(params), tl.load(params + 1)",
         "drift = logp - old_logp",
-        "log_ratio = math.clip(drift, -clamp, clamp)",
-        "inside = (-clamp <= drift) & (drift <= clamp)",
+        "log_ratio = math.clip(drift, clamp_low, clamp_high)",
+        "inside = (clamp_low <= drift) & (drift <= clamp_high)",
         "surrogate_weight = 1.0",
         "all_weight = 1.0",
     ]
@@ -123,16 +123,17 @@ def program_py(program: Program) -> str:
     moves = facts(program).moves
     names = {"weighted_loss": "loss", "loss": "loss"} | {f"d_{x}": f"d_{x}" for x in DIFFERENTIABLE_LEAVES if x in moves}
     zero = "tl.full((), 0.0, tl.float32)"
-    body += [f"total_{name} = {zero}" for name in names]
+    body += [f"total_{name} = {zero}" for name in names] + ["sick = clamp_low != clamp_low"]
     for k, coefficient, call in terms:
         body += [
             f"scale = tl.load(params + {coefficient}) * {'all_weight' if k else 'surrogate_weight'}",
             f"factor = tl.load(w + {k} * w_stride) * scale",
             f"loss, {', '.join(f'd_{x}' for x in DIFFERENTIABLE_LEAVES)} = {call}",
         ]
-        # A factor of zero selects zero: a masked row may hold inf * 0.
+        # A factor of zero selects zero (a masked row may hold inf * 0), and a sick row is NaN whatever the rule's comparisons say.
         body += [f"total_{n} += tl.where(factor == 0.0, 0.0, {'scale' if n == 'loss' else 'factor'} * {v})" for n, v in names.items()]
-    d_logp = "total_d_logp" if "logp" in moves else zero
+        body.append("sick |= (factor != 0.0) & (logp != logp)")
+    d_logp = "tl.where(sick, logp, total_d_logp)" if "logp" in moves else "tl.where(sick, logp, 0.0)"
     if "log_ratio" in moves:
         d_logp += " + tl.where(inside, total_d_log_ratio, 0.0)"
     others = [f"total_d_{x}" if x in moves else zero for x in ("entropy", "log_sum_p_sq")]

@@ -1,0 +1,179 @@
+"""The Triton backend: NVIDIA from Ampere on, AMD's data-center GPUs, and Triton's interpreter (which runs on the CPU, for tests)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailable
+from .base import COEFS, LOSS_ROWS, STATS, Backend, Head, Program, Request, RowInputs, rows_of
+
+try:
+    import triton
+except ImportError as error:
+    raise BackendUnavailable(f"Triton cannot be imported ({error}); pip install triton (Linux, or triton-windows).") from error
+
+from ..codegen.triton import facts
+from ..triton_kernels import kernels
+from ..triton_kernels.config import Config, config_for
+from .triton_programs import program_function
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_STAT_ORDER = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
+#: Rows up to which a row is split over programs: below this many programs per multiprocessor a device idles.
+_ROWS_PER_PROCESSOR = 2
+
+
+def interpreted() -> bool:
+    """Whether the kernels were decorated for Triton's interpreter (``TRITON_INTERPRET=1`` when they were imported)."""
+    return not isinstance(kernels.stats_kernel, triton.runtime.JITFunction)
+
+
+def _unsupported_reason(request: Request) -> str | None:
+    if request.dtype not in _DTYPES:
+        return f"logits are {request.dtype}; the kernels take float16, bfloat16 and float32"
+    if interpreted():
+        return None if request.device.type == "cpu" else "TRITON_INTERPRET=1 is set: the kernels run on CPU tensors only"
+    if request.device.type != "cuda":
+        return f"logits are on {request.device.type}; Triton's kernels run on GPUs (set TRITON_INTERPRET=1 to run them on the CPU, slowly)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(request.device) < (8, 0):
+        return "the GPU is older than Ampere (compute capability 8.0)"
+    if torch.version.hip is not None and _wave(request.device) != 64:
+        return "the GPU is none of AMD's data-center line (gfx90a, gfx942, gfx950)"
+    return None
+
+
+@functools.lru_cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+def _wave(device: torch.device) -> int:
+    return 32 if device.type != "cuda" or torch.version.hip is None else int(_properties(device).warp_size)
+
+
+def _processors(device: torch.device) -> int:
+    return int(_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+def _launch(kernel: Any, programs: int, *args: Any, warps: int, **meta: Any) -> None:
+    """The one place where anything is launched."""
+    if interpreted():
+        import numpy
+
+        with numpy.errstate(all="ignore"):  # it warns of every 0 * inf in a branch that a select then drops
+            kernel[(programs,)](*args, **meta)
+    else:  # contraction off: kernels that share a sweep must round alike
+        kernel[(programs,)](*args, **meta, num_warps=warps, enable_fp_fusion=False)
+
+
+def _alignment(*tensors: Tensor) -> int:
+    """Bytes to which every row of every tensor is aligned: 16, 4, or that of an element."""
+    addresses = [a for t in tensors for a in (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))]
+    return next(n for n in (16, 4, 2) if n <= tensors[0].element_size() or all(a % n == 0 for a in addresses))
+
+
+class _Call:
+    """What the launches of one call have in common."""
+
+    def __init__(self, logits: Tensor, temperature: Tensor, head: Head, out: Tensor | None = None) -> None:
+        self.rows = rows_of(logits)
+        self.config: Config = config_for(head.vocab_size, logits.element_size(), _wave(logits.device))
+        self.segments = -(-head.vocab_size // self.config.segment)
+        self.split = self.segments > 1 and self.rows.count < _ROWS_PER_PROCESSOR * _processors(logits.device)
+        self.softcap = 1.0 if head.softcap == float("inf") else head.softcap
+        self.meta = {"CAP": head.softcap != float("inf")}
+        self.tile = {**self.meta, "BLOCK": self.config.block, "E": self.config.vector}
+        self.align = _alignment(logits, *([] if out is None else [out]))
+        self.t_stride = 0 if temperature.numel() == 1 else 1
+        self.where = (self.rows.per_batch, self.rows.batch_stride, self.rows.row_stride)
+        self.emulate = interpreted() and logits.dtype == torch.bfloat16
+        self.device = torch.device("cuda", logits.device.index or 0) if logits.device.type == "cuda" else logits.device
+
+    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, keep: bool) -> Tensor | None:
+        """The segments' states, if the rows are split."""
+        if not self.split:
+            return None
+        partial = torch.empty((self.rows.count, self.segments, 4), dtype=torch.float32, device=logits.device)
+        _launch(
+            kernels.partial_kernel, self.rows.count * self.segments, logits, ids, temperature, partial, self.t_stride, *self.where, head.vocab_size,
+            self.softcap, head.total(), SEGMENT=self.config.segment, **self.tile, ALIGN=self.align, KEEP=keep, warps=self.config.warps,
+        )  # fmt: skip
+        return partial
+
+    def gradient(
+        self, logits: Tensor, out: Tensor, ids: Tensor, temperature: Tensor, table: Tensor, head: Head, entropy: bool, p_sq: bool
+    ) -> None:
+        """The gradient from a table of row constants, a program each chunk of columns."""
+        width, to, chunk = out.size(-1), rows_of(out), self.config.block * 4
+        _launch(
+            kernels.gradient_kernel, self.rows.count * -(-width // chunk), logits, out, ids, temperature, table, self.rows.count, self.t_stride,
+            *self.where, to.batch_stride, to.row_stride, head.vocab_size, width, self.softcap, head.vocab_start,
+            ENTROPY=entropy, P_SQ=p_sq, CHUNK=chunk, **self.tile, ALIGN=self.align, EMULATE=self.emulate, warps=self.config.warps,
+        )  # fmt: skip
+
+
+def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
+    out = torch.empty((len(stats), ids.numel()), dtype=torch.float32, device=logits.device)
+    if not ids.numel():
+        return out
+    assert set(stats) <= set(STATS)
+    call = _Call(logits, temperature, head)
+    partial = call.partial(logits, ids, temperature, head, keep=False)
+    _launch(
+        kernels.stats_kernel, call.rows.count, logits, ids, temperature, out if partial is None else partial, out, call.rows.count, call.t_stride,
+        *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
+        STATS=tuple(stats.index(name) if name in stats else -1 for name in _STAT_ORDER), SPLIT=call.split, SEGMENT=call.config.segment,
+        **call.tile, ALIGN=call.align, warps=call.config.warps,
+    )  # fmt: skip
+    return out
+
+
+def token_grad(
+    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor
+) -> None:
+    n = ids.numel()
+    if not n:
+        return
+    call = _Call(logits, temperature, head, out)
+    table = torch.empty((kernels.GRADIENT_TABLE, n), dtype=torch.float32, device=logits.device)
+    by = [coefs.get(name) for name in COEFS]
+    rows = 128
+    _launch(
+        kernels.prepare_kernel, -(-n // rows), logits, ids, temperature, stats["logp"], stats["lse"], stats.get("entropy", table),
+        stats.get("log_sum_p_sq", table), *(table if c is None else c for c in by), table, n, call.t_stride, *call.where, head.vocab_size,
+        call.softcap, head.vocab_start, head.total(), ENTROPY=by[1] is not None, P_SQ=by[3] is not None, BY=tuple(c is not None for c in by),
+        ROWS=rows, **call.meta, warps=rows // _wave(logits.device),
+    )  # fmt: skip
+    call.gradient(logits, out, ids, temperature, table, head, by[1] is not None, by[3] is not None)
+
+
+def token_loss_grad(
+    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
+) -> Tensor:
+    n = ids.numel()
+    rows = torch.empty((len(LOSS_ROWS), n), dtype=torch.float32, device=logits.device)
+    if not n:
+        return rows
+    call = _Call(logits, temperature, head, out)
+    known = facts(program)
+    partial = call.partial(logits, ids, temperature, head, keep=True)
+    table = rows if partial is None else torch.empty((kernels.GRADIENT_TABLE, n), dtype=torch.float32, device=logits.device)
+    to, entropy, p_sq = rows_of(out), "entropy" in known.moves, "log_sum_p_sq" in known.moves
+    given = [rows if x is None else x for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)]
+    _launch(
+        kernels.loss_grad_kernel, n, logits, out, ids, temperature, inputs.weights, *given, params, rows if partial is None else partial, rows, table,
+        n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None), *call.where, to.batch_stride, to.row_stride,
+        head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
+        PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in known.reads,
+        SPLIT=call.split, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate, warps=call.config.warps,
+    )  # fmt: skip
+    if partial is not None:
+        call.gradient(logits, out, ids, temperature, table, head, entropy, p_sq)
+    return rows
+
+
+BACKEND = Backend("triton", _unsupported_reason, token_stats, token_grad, token_loss_grad)

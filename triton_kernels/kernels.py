@@ -1,0 +1,235 @@
+"""The kernels that are launched. Rows are programs; what a row needs is computed once, by scalars, before and between its sweeps.
+
+Arguments that every kernel takes: where the rows are (``per_batch, batch_stride, row_stride``), ``V`` columns in the softmax, the
+shard (``vocab_start``) and the whole vocabulary (``vocab_total``). None of them, nor ``N``, nor an address, recompiles anything;
+``ALIGN`` is the number of bytes to which all rows are aligned (a class: 16, 4, or the element's size).
+"""
+
+import triton
+import triton.language as tl
+
+from . import math
+from .sweep import LN2, LOG2E, base2_scale, capped, gradient_sweep, load_target, row_offset, row_state, segment_state, zero_sweep
+
+OUT_OF_LOSS = tl.constexpr(-100)
+
+#: Columns of the table that gradient_kernel reads, ``[GRADIENT_TABLE, N]`` fp32.
+GRADIENT_TABLE = 7
+
+
+@triton.jit
+def _target(IDS, row, vocab_start, vocab_total, V):
+    """``(y, keep, bad, inside)``: the id in this shard's columns; in the loss; outside of the vocabulary; inside of this shard."""
+    y = tl.load(IDS + row)
+    keep = y != OUT_OF_LOSS
+    bad = keep & ((y < 0) | (y >= vocab_total))
+    local = y - vocab_start
+    return local, keep, bad, keep & (bad == 0) & (local >= 0) & (local < V)
+
+
+@triton.jit
+def _finish(m, S, U, Q, w_y, inside, T):
+    """``(logp, entropy, lse, log_sum_p_sq, max_logp)`` of a row from its state."""
+    log_s = math.log(S)
+    d = (w_y - m) / T
+    logp = tl.where(inside, d - log_s, tl.where(S == S, float("-inf"), float("nan")))
+    return logp, log_s - U / S * LN2, m / T + log_s, math.log(Q) - 2.0 * log_s, 0.0 - log_s
+
+
+@triton.jit
+def partial_kernel(
+    X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
+    vocab_total: tl.int64, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """A program each segment: ``PARTIAL[row, segment] = (m, S, U, Q)``."""
+    segments = tl.cdiv(V, SEGMENT)
+    pid = tl.program_id(0)
+    row = (pid // segments).to(tl.int64)
+    start = (pid % segments) * SEGMENT
+    _, keep, bad, _ = _target(IDS, row, 0, vocab_total, V)
+    if keep & (bad == 0):
+        X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
+        k = base2_scale(tl.load(T + row * t_stride))
+        m, s, u, q = segment_state(X, start, tl.minimum(V, start + SEGMENT), k, softcap, BLOCK, E, CAP, True, True, KEEP)
+        P = PARTIAL + pid.to(tl.int64) * 4
+        tl.store(P, m)
+        tl.store(P + 1, s)
+        tl.store(P + 2, u)
+        tl.store(P + 3, q)
+
+
+@triton.jit
+def stats_kernel(
+    X, IDS, T, PARTIAL, OUT, N: tl.int64, t_stride: tl.int32, per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32,
+    softcap, vocab_start: tl.int64, vocab_total: tl.int64, STATS: tl.constexpr,
+    SPLIT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """``OUT[STATS[name], row]``; STATS has the row of each of (logp, entropy, lse, log_sum_p_sq, max_logp), -1 for what nobody asked for."""
+    row = tl.program_id(0).to(tl.int64)
+    y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
+    zero = tl.full((), 0.0, tl.float32)
+    logp, entropy, lse, log_p_sq, max_logp = zero, zero, zero, zero, zero
+    if keep & (bad == 0):
+        X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
+        t = tl.load(T + row * t_stride)
+        w_y = load_target(X, y, inside, softcap, CAP)
+        P = PARTIAL + row * tl.cdiv(V, SEGMENT) * 4
+        m, s, u, q = row_state(X, P, V, base2_scale(t), softcap, SEGMENT, SPLIT, BLOCK, E, CAP, STATS[1] >= 0, STATS[3] >= 0, False)
+        logp, entropy, lse, log_p_sq, max_logp = _finish(m, s, u, q, w_y, inside, t)
+    result = (logp, entropy, lse, log_p_sq, max_logp)
+    for i in tl.static_range(5):
+        if STATS[i] >= 0:
+            tl.store(OUT + STATS[i] * N + row, tl.where(bad, float("nan"), result[i]))
+
+
+@triton.jit
+def _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_sum_p_sq, w_y, T, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
+    """``(A, B, C, at_target)`` of :func:`.sweep.gradient_tile`, 1/T folded in.
+
+    The gradient is ``p·(by_lse - by_logp - by_entropy·(log p + H) + 2·by_p_sq·(p/Σp² - 1))``, plus ``by_logp`` in the target's column:
+    there ``1 - p`` is formed from ``logp``, because from a rounded p it would lose everything as p goes to 1.
+    """
+    A = by_lse - by_logp
+    B = 0.0 * A
+    C = 0.0 * A
+    if ENTROPY:
+        A -= tl.where(by_entropy == 0.0, 0.0, by_entropy * entropy)
+        B = by_entropy * -LN2
+    if P_SQ:
+        A -= 2.0 * by_p_sq
+        C = tl.where(by_p_sq == 0.0, 0.0, 2.0 * by_p_sq * math.exp(-log_sum_p_sq))
+    p = math.exp(logp)
+    rest = by_lse
+    if ENTROPY:
+        rest -= tl.where(by_entropy == 0.0, 0.0, by_entropy * (tl.maximum(logp, -200.0) + entropy))
+    if P_SQ:
+        rest += tl.where(by_p_sq == 0.0, 0.0, 2.0 * by_p_sq * math.expm1(logp - log_sum_p_sq))
+    at_target = p * rest - by_logp * math.expm1(logp)
+    at_target = tl.where((w_y == float("-inf")) & (at_target == at_target), 0.0, at_target)
+    return A / T, B / T, C / T, at_target / T
+
+
+@triton.jit
+def loss_grad_kernel(
+    X, OUT, IDS, T, W, OLD, ADV, REF, SAMPLING, PARAMS, PARTIAL, ROWS, TABLE,
+    N: tl.int64, t_stride: tl.int32, w_stride: tl.int64, has_old: tl.int32,
+    per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64, out_row_stride: tl.int64,
+    V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
+    PROGRAM: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, READS_P_SQ: tl.constexpr,
+    SPLIT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """A row in one program: statistics, ``PROGRAM``, gradient. SPLIT: statistics from PARTIAL, and the gradient's constants to TABLE."""
+    row = tl.program_id(0).to(tl.int64)
+    y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
+    X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
+    OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
+    zero = tl.full((), 0.0, tl.float32)
+    logp, entropy, weighted, loss, by_logp, by_entropy = zero, zero, zero, zero, zero, zero
+    live = keep & (bad != 0)
+    if keep & (bad == 0):
+        t = tl.load(T + row * t_stride)
+        k = base2_scale(t)
+        w_y = load_target(X, y, inside, softcap, CAP)
+        P = PARTIAL + row * tl.cdiv(V, SEGMENT) * 4
+        m, s, u, q = row_state(X, P, V, k, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, True, READS_P_SQ, True)
+        logp, entropy, _, log_sum_p_sq, _ = _finish(m, s, u, q, w_y, inside, t)
+        old = tl.where(has_old != 0, tl.load(OLD + row), logp)
+        adv, ref, sampling = tl.load(ADV + row), tl.load(REF + row), tl.load(SAMPLING + row)
+        weighted, loss, by_logp, by_entropy, by_p_sq = PROGRAM(PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq)
+        live = (by_logp != 0.0) | (by_entropy != 0.0) | (by_p_sq != 0.0)
+        A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, t, ENTROPY, P_SQ)
+        b = 0.0 - math.log(s) * LOG2E
+        column = tl.where(inside, y, -1).to(tl.int32)
+        if SPLIT:
+            G = TABLE + row
+            tl.store(G, m)
+            tl.store(G + N, b)
+            tl.store(G + 2 * N, A)
+            tl.store(G + 3 * N, B)
+            tl.store(G + 4 * N, C)
+            tl.store(G + 5 * N, at_target)
+        elif live:
+            gradient_sweep(X, OUT, 0, width, V, width, column, at_target, m, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+    if SPLIT:
+        tl.store(TABLE + 6 * N + row, tl.where(live, 1.0, 0.0))
+    elif live == 0:
+        zero_sweep(OUT, 0, width, width, BLOCK, E)
+    R = ROWS + row
+    tl.store(R, tl.where(bad, float("nan"), logp))
+    tl.store(R + N, tl.where(bad, float("nan"), entropy))
+    tl.store(R + 2 * N, tl.where(bad, float("nan"), weighted))
+    tl.store(R + 3 * N, tl.where(bad, float("nan"), loss))
+    tl.store(R + 4 * N, tl.where(bad, float("nan"), by_logp))
+    tl.store(R + 5 * N, tl.where(bad, float("nan"), by_entropy))
+
+
+@triton.jit
+def prepare_kernel(
+    X, IDS, T, LOGP, LSE, H, LOG_P_SQ, BY_LOGP, BY_H, BY_LSE, BY_P_SQ, TABLE,
+    N: tl.int64, t_stride: tl.int32, per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
+    vocab_start: tl.int64, vocab_total: tl.int64,
+    ENTROPY: tl.constexpr, P_SQ: tl.constexpr, BY: tl.constexpr, ROWS: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """``TABLE[:, row]`` for gradient_kernel, ROWS rows a program; BY says which of (logp, entropy, lse, log_sum_p_sq) have coefficients.
+
+    It reads the targets' logits before gradient_kernel may write over them. ``log p`` of a column is ``(w - w_y)/T + logp`` where that
+    rounds less than ``w/T - lse``: the reference point is the smaller of the two.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < N
+    y = tl.load(IDS + row, mask=there, other=-100)
+    keep = y != OUT_OF_LOSS
+    bad = (y < 0) | (y >= vocab_total)
+    local = y - vocab_start
+    inside = keep & (bad == 0) & (local >= 0) & (local < V)
+    zero = tl.zeros([ROWS], tl.float32)
+    by_logp = tl.load(BY_LOGP + row, mask=there, other=0.0) if BY[0] else zero
+    by_entropy = tl.load(BY_H + row, mask=there, other=0.0) if BY[1] else zero
+    by_lse = tl.load(BY_LSE + row, mask=there, other=0.0) if BY[2] else zero
+    by_p_sq = tl.load(BY_P_SQ + row, mask=there, other=0.0) if BY[3] else zero
+    entropy = tl.load(H + row, mask=there, other=0.0) if BY[1] else zero
+    log_p_sq = tl.load(LOG_P_SQ + row, mask=there, other=0.0) if BY[3] else zero
+    live = keep & (bad == 0) & ((by_logp != 0.0) | (by_entropy != 0.0) | (by_lse != 0.0) | (by_p_sq != 0.0))
+    logp = tl.load(LOGP + row, mask=there, other=0.0)
+    lse = tl.load(LSE + row, mask=there, other=0.0)
+    t = tl.load(T + row * t_stride, mask=there, other=1.0)
+    at = row_offset(row, per_batch, batch_stride, row_stride) + local
+    w_y = capped(tl.load(X + at, mask=there & inside & live, other=float("-inf")).to(tl.float32), softcap, CAP)
+    by_target = inside & (w_y > float("-inf")) & (tl.abs(logp) < tl.abs(lse))
+    A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, t, ENTROPY, P_SQ)
+    G = TABLE + row
+    tl.store(G, tl.where(by_target, w_y, 0.0), mask=there)
+    tl.store(G + N, tl.where(by_target, logp, -lse) * LOG2E, mask=there)
+    tl.store(G + 2 * N, A, mask=there)
+    tl.store(G + 3 * N, B, mask=there)
+    tl.store(G + 4 * N, C, mask=there)
+    tl.store(G + 5 * N, at_target, mask=there)
+    tl.store(G + 6 * N, tl.where(live, 1.0, 0.0), mask=there)
+
+
+@triton.jit
+def gradient_kernel(
+    X, OUT, IDS, T, TABLE,
+    N: tl.int64, t_stride: tl.int32, per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64,
+    out_row_stride: tl.int64, V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64,
+    ENTROPY: tl.constexpr, P_SQ: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of rows whose constants are in TABLE, CHUNK columns a program. The target of a row in another shard is no column here."""
+    chunks = tl.cdiv(width, CHUNK)
+    pid = tl.program_id(0)
+    row = (pid // chunks).to(tl.int64)
+    start = (pid % chunks) * CHUNK
+    stop = tl.minimum(width, start + CHUNK)
+    OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
+    G = TABLE + row
+    if tl.load(G + 6 * N) != 0.0:
+        X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
+        k = base2_scale(tl.load(T + row * t_stride))
+        local = tl.load(IDS + row) - vocab_start
+        column = tl.where((local >= 0) & (local < V), local, -1).to(tl.int32)
+        c, b, A, B, C = tl.load(G), tl.load(G + N), tl.load(G + 2 * N), tl.load(G + 3 * N), tl.load(G + 4 * N)
+        at_target = tl.load(G + 5 * N)
+        gradient_sweep(X, OUT, start, stop, V, width, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+    else:
+        zero_sweep(OUT, start, stop, width, BLOCK, E)
