@@ -34,9 +34,7 @@ def token_gradients(model: Any, rollout: dict[str, Any], temperature: float) -> 
         attention_mask=torch.cat([rollout["prompt_mask"], mask], 1),
         logits_to_keep=ids.size(1) + 1,
     ).logits
-    stats = rw.token_stats(
-        logits, ids, stats=("logps", "log_sum_p_sq"), completion_mask=mask, temperature=temperature, drop_last=True
-    )
+    stats = rw.token_stats(logits, ids, stats=("logps", "log_sum_p_sq"), completion_mask=mask, temperature=temperature, drop_last=True)
     p = stats.logps.exp()
     direction = (1 - 2 * p + stats.log_sum_p_sq.exp()).clamp(min=0).sqrt() / temperature
 

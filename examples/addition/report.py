@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .mechanism import QuartileShares
@@ -25,27 +26,30 @@ def smoothed(values: list[float]) -> list[float]:
     return [fmean(values[max(i - WINDOW + 1, 0) : i + 1]) for i in range(len(values))]
 
 
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(headings[0], no_wrap=True)
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
 def agreement_table(found: list[Agreement]) -> Table:
-    table = Table(title="One rollout, TRL's own loss against the fused op", title_justify="left")
-    for heading in ("update", "loss", "|difference|", "gradient, relative difference"):
-        table.add_column(heading, justify="right")
+    table = _table("One rollout: the fused op against TRL's own loss", "update", "loss", "difference", "gradient, relative difference")
     for a in found:
         policy = "on-policy" if a.update == 1 else "off-policy"
-        table.add_row(f"{a.update} ({policy})", f"{a.loss:+.3e}", f"{a.loss_difference:.1e}", f"{a.gradient_difference:.1e}")
+        table.add_row(f"{a.update} ({policy})", f"{a.loss:+.2e}", f"{a.loss_difference:.1e}", f"{a.gradient_difference:.1e}")
     return table
 
 
 def runs_table(runs: list[Run]) -> Table:
-    table = Table(title="Training runs: means of the first and last 5 rollouts, of the last 10 losses, of all off-policy updates' clipped share")
-    table.title_justify = "left"
-    table.add_column("run")
-    for heading in ("reward", "loss", "clipped", "entropy", "ms/update", "peak MiB*"):
-        table.add_column(heading, justify="right")
+    table = _table("Training runs", "run", "seed", "reward", "loss", "clipped", "entropy", "ms", "MiB")
     for run in runs:
         reward, loss = run.series("reward"), run.series("loss")
         table.add_row(
-            f"{run.name}, seed {run.seed}",
-            f"{fmean(reward[:WINDOW]):.3f} to {fmean(reward[-WINDOW:]):.3f}",
+            run.name,
+            str(run.seed),
+            f"{fmean(reward[:WINDOW]):.3f}→{fmean(reward[-WINDOW:]):.3f}",
             f"{fmean(loss[-10:]):+.4f}",
             f"{run.clip_fraction():.2%}",
             f"{run.series('entropy')[-1]:.3f}",
@@ -53,10 +57,10 @@ def runs_table(runs: list[Run]) -> Table:
             f"{run.peak_bytes / 2**20:.0f}",
         )
     table.caption = (
-        "* of forward, loss and backward on one rollout. Stock TRL's head has a buffer of constant size (32768 columns), "
-        "which a vocabulary of 64 does not fill: no prediction for real models."
+        f"reward: first and last {WINDOW} rollouts; loss: last 10 updates; clipped: share of tokens, off-policy updates; ms: an update.\n"
+        "MiB: peak of forward, loss and backward. Stock TRL's head has a buffer of 32768 columns for a vocabulary of any size, here 64: "
+        "no prediction for real models."
     )
-    table.caption_justify = "left"
     return table
 
 
@@ -71,16 +75,22 @@ def picture(stock: list[Run], others: list[Run], shares: QuartileShares, path: P
     curves = list(zip(*(smoothed(run.series("reward")) for run in stock), strict=True))
     x = [PASSES * i for i in range(len(curves))]
     left.fill_between(x, [min(c) for c in curves], [max(c) for c in curves], color=GREY, alpha=0.25, linewidth=0)
-    label = f"stock TRL: mean and range of {len(stock)} seeds" if len(stock) > 1 else "stock TRL"
-    left.plot(x, [fmean(c) for c in curves], color=GREY, linewidth=2, label=label)
+    for i, run in enumerate(stock):
+        label = f"stock TRL: {len(stock)} seeds and their range" if i == 0 else None
+        left.plot(x, smoothed(run.series("reward")), color=GREY, linewidth=1, label=label)
     for run in others:
-        style = "--" if run.name == "fused" else "-"
-        left.plot(x, smoothed(run.series("reward")), style, color=COLOURS[run.name], linewidth=1.6, label=f"{run.name} (seed {run.seed})")
-    left.set(xlabel="update", ylabel=f"reward: exact answers (mean of {WINDOW} rollouts)", title="Two-digit addition: the same curve through the fused op")
+        style = (0, (4, 3)) if run.name == "fused" else "-"
+        label = f"{run.name}, seed {run.seed}"
+        left.plot(x, smoothed(run.series("reward")), linestyle=style, color=COLOURS[run.name], linewidth=1.8, label=label)
+    left.set(
+        xlabel="update",
+        ylabel=f"reward: share of exact answers (mean of {WINDOW} rollouts)",
+        title="TRL's GRPOTrainer on two-digit addition",
+    )
     left.legend(frameon=False, loc="lower right")
 
     places = range(len(shares.plain))
-    for offset, values, colour, label in ((-0.2, shares.plain, GREY, "plain"), (0.2, shares.reweighted, ORANGE, "reweighted, α = 0.3")):
+    for offset, values, colour, label in ((-0.2, shares.plain, GREY, "plain"), (0.2, shares.reweighted, ORANGE, "reweighted: AR, α = 0.3")):
         bars = right.bar([i + offset for i in places], [100 * v for v in values], 0.38, color=colour, label=label)
         right.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
     lower = [0.0, *shares.upper[:-1]]
@@ -88,7 +98,7 @@ def picture(stock: list[Run], others: list[Run], shares: QuartileShares, path: P
     right.set(
         xlabel="probability of the token (quartiles)",
         ylabel="share of the logit-gradient norm (%)",
-        title="Advantage reweighting takes from unlikely tokens",
+        title="Which tokens the gradient comes from",
     )
     right.legend(frameon=False)
     for axes in (left, right):

@@ -55,6 +55,8 @@ class Run:
     seed: int
     seconds_per_update: float
     peak_bytes: int
+    fused_calls: dict[str, int]
+    delegated_calls: dict[str, int]
     log: list[dict[str, float]] = field(repr=False)
 
     def series(self, key: str) -> list[float]:
@@ -119,7 +121,8 @@ def train(kind: Kind, trainer: GRPOTrainer, on_step: Callable[[], None], peak_by
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start - getattr(trainer, "recording_seconds", 0.0)
-    return Run(kind.name, trainer.args.seed, seconds / trainer.args.max_steps, peak_bytes, trainer.state.log_history)
+    calls = (dict(getattr(trainer, name, {})) for name in ("fused_calls", "delegated_calls"))
+    return Run(kind.name, trainer.args.seed, seconds / trainer.args.max_steps, peak_bytes, *calls, trainer.state.log_history)
 
 
 @dataclass(frozen=True)
