@@ -407,3 +407,65 @@ def test_no_reduction_takes_a_per_row_upstream(data, backend):
     (ones,) = torch.autograd.grad(rw.token_logps(z, data["ids"], backend=backend).sum(), z)
     (reference,) = torch.autograd.grad(torch.log_softmax(z, -1).gather(-1, data["ids"][..., None]).sum(), z)
     torch.testing.assert_close(ones, reference)
+
+
+def test_advantages_may_be_none_where_nothing_reads_them(data, backend):
+    from reweight_ops.rules.base import RULES
+
+    @rw.rule("sft_nll")
+    class SftNll(rw.Rule):
+        def loss(self, xp, t):
+            return -t.logp
+
+    try:
+        out, grad = loss_and_grad(data["z"], data["ids"], None, rw.PolicyLossSpec(surrogate=SftNll()), completion_mask=data["mask"], backend=backend)
+        z = data["z"].clone().requires_grad_()
+        want = torch.nn.functional.cross_entropy(z.view(-1, V), data["ids"].where(data["mask"].bool(), -100).view(-1))
+        same((out, grad), (rw.policy_loss(z, data["ids"], None, spec=rw.PolicyLossSpec(surrogate=SftNll()), completion_mask=data["mask"]), torch.autograd.grad(want, z)[0]))
+        torch.testing.assert_close(out.loss, want)
+    finally:
+        del RULES["sft_nll"]
+
+
+def test_constants_are_uploaded_once(data):
+    from reweight_ops import loss_call
+
+    spec = rw.methods.grpo(epsilon_low=0.123)
+    rw.policy_loss(data["z"], data["ids"], 1.0, spec=spec)
+    before = dict(loss_call._constants)
+    z = data["z"].clone().requires_grad_()
+    for _ in range(3):
+        rw.policy_loss(z, data["ids"], 1.0, spec=spec, temperature=0.77)
+    new = set(loss_call._constants) - set(before)
+    assert len(new) <= 2 and all(loss_call._constants[key] is value for key, value in before.items())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_row_depends_on_itself_alone(data, backend, plan):
+    """Bitwise, wherever it stands in the batch and whatever is beside it."""
+    g = torch.Generator().manual_seed(9)
+    z = torch.randn(40, 1003, generator=g) * 3
+    ids, adv = torch.randint(1003, (40,), generator=g), torch.randn(40, generator=g)
+    spec = rw.methods.dapo(entropy_coef=0.1).replace(reduction=rw.TokenSum())
+    whole, grad = loss_and_grad(z, ids, adv, spec, plan=plan, backend=backend)
+    order = torch.randperm(40, generator=g)
+    shuffled, moved = loss_and_grad(z[order], ids[order], adv[order], spec, plan=plan, backend=backend)
+    assert torch.equal(whole.per_token_logps[order], shuffled.per_token_logps) and torch.equal(grad[order], moved)
+    for row in (0, 17, 39):
+        alone, own = loss_and_grad(z[row : row + 1], ids[row : row + 1], adv[row : row + 1], spec, plan=plan, backend=backend)
+        assert torch.equal(alone.per_token_logps[0], whole.per_token_logps[row]) and torch.equal(own[0], grad[row])
+    again, repeated = loss_and_grad(z, ids, adv, spec, plan=plan, backend=backend)
+    assert torch.equal(again.loss, whole.loss) and torch.equal(repeated, grad)
+
+
+def test_micro_batches_add_up(data, backend):
+    whole, grad = loss_and_grad(data["z"], data["ids"], data["adv"], "dapo", num_items_in_batch=11.0, backend=backend)
+    parts = [loss_and_grad(data["z"][i : i + 1], data["ids"][i : i + 1], data["adv"][i : i + 1], "dapo", num_items_in_batch=11.0, backend=backend) for i in range(B)]
+    torch.testing.assert_close(sum(p[0].loss for p in parts), whole.loss)
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]), grad)
+
+
+def test_a_shift_of_the_row_changes_nothing(data, backend):
+    plain = loss_and_grad(data["z"], data["ids"], data["adv"], backend=backend)
+    shifted = loss_and_grad(data["z"] - 300, data["ids"], data["adv"], backend=backend)
+    same(plain, shifted, rtol=1e-4, atol=1e-5)
