@@ -81,7 +81,15 @@ def picture(stock: list[Run], others: list[Run], shares: QuartileShares, path: P
     for run in others:
         style = (0, (4, 3)) if run.name == "fused" else "-"
         label = f"{run.name}, seed {run.seed}"
-        left.plot(x, smoothed(run.series("reward")), linestyle=style, color=COLOURS[run.name], linewidth=1.8, label=label)
+        left.plot(
+            x,
+            smoothed(run.series("reward")),
+            linestyle=style,
+            color=COLOURS[run.name],
+            linewidth=1.8,
+            label=label,
+            zorder=3 if run.name == "fused" else 2,
+        )
     left.set(
         xlabel="update",
         ylabel=f"reward: share of exact answers (mean of {WINDOW} rollouts)",
