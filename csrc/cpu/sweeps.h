@@ -66,7 +66,8 @@ struct Softcap {
 };
 
 struct BlockSums {
-    float top, sum, dot, sum_sq;  // top: the largest capped logit
+    float top;  // the largest capped logit
+    double sum, dot, sum_sq;
 };
 
 template <Sums kSums>
@@ -91,10 +92,9 @@ struct Accumulator {
 
 /// Sums of one block relative to `ref`.
 template <class T, Sums kSums>
-inline BlockSums sweep_block(const T* x, int64_t n, float scale, float ref, const Softcap& softcap) {
+inline BlockSums sweep_block(const T* x, int64_t n, float scale, float ref, const Exp2<5>& exponential, const Softcap& softcap) {
     Accumulator<kSums> acc[4];
     const Vec k = splat(scale), minus_ref = splat(-ref);
-    const Exp2<5> exponential(1.0);
     const auto add2 = [&](Accumulator<kSums>* into, Vec a, Vec b) {
         into[0].add(a, k, minus_ref, exponential, softcap);
         into[1].add(b, k, minus_ref, exponential, softcap);
@@ -116,8 +116,8 @@ inline BlockSums sweep_block(const T* x, int64_t n, float scale, float ref, cons
         load2_partial(x + i, n - i, a, b);
         add2(acc + 2, a, b);
     }
-    return {largest(max(max(acc[0].top, acc[1].top), max(acc[2].top, acc[3].top))), sum((acc[0].sum + acc[1].sum) + (acc[2].sum + acc[3].sum)),
-            sum((acc[0].dot + acc[1].dot) + (acc[2].dot + acc[3].dot)), sum((acc[0].sum_sq + acc[1].sum_sq) + (acc[2].sum_sq + acc[3].sum_sq))};
+    return {largest(max(max(acc[0].top, acc[1].top), max(acc[2].top, acc[3].top))), sum4(acc[0].sum, acc[1].sum, acc[2].sum, acc[3].sum),
+            sum4(acc[0].dot, acc[1].dot, acc[2].dot, acc[3].dot), sum4(acc[0].sum_sq, acc[1].sum_sq, acc[2].sum_sq, acc[3].sum_sq)};
 }
 
 /// The largest capped logit of a block.
@@ -152,22 +152,27 @@ inline float next_reference(float ref, float top) { return top > ref + kMargin ?
 template <class T, Sums kSums>
 RowSweep sweep_row(const T* x, int64_t columns, float scale, const Softcap& softcap) {
     RowSweep row;
+    const Exp2<5> exponential(1.0);
     for (int64_t begin = 0; begin < columns; begin += kBlock) {
         const int64_t n = columns - begin < kBlock ? columns - begin : kBlock;
         const T* block = x + begin;
         float ref = float(row.state.ref);
         if (ref == -kInf) ref = next_reference(ref, block_top(block, n, softcap) * scale);
         // A block of -inf still has to be swept, relative to anything finite: it may hold a NaN.
-        BlockSums sums = sweep_block<T, kSums>(block, n, scale, ref == -kInf ? 0.0f : ref, softcap);
+        BlockSums sums = sweep_block<T, kSums>(block, n, scale, ref == -kInf ? 0.0f : ref, exponential, softcap);
         const float wanted = next_reference(ref, sums.top * scale);
         if (wanted != ref) {
             ref = wanted;
-            sums = sweep_block<T, kSums>(block, n, scale, ref, softcap);
+            sums = sweep_block<T, kSums>(block, n, scale, ref, exponential, softcap);
         }
         if (double(ref) != row.state.ref) row.state.rebase(ref);
         row.state.update(sums.sum, sums.dot, sums.sum_sq);
         row.top = sums.top > row.top ? sums.top : row.top;
     }
+    // One column may be nearly all of the sum. Its exponential is put right, so that a log-prob near 0 is as exact as fp32 can hold it.
+    const double ref = row.state.ref, t = double(row.top) * scale - ref, exact = std::exp2(t);
+    const double summed = exponential(fma(splat(row.top), splat(scale), splat(float(-ref))))[0], missing = exact - summed;
+    if (std::fabs(missing) < exact) row.state.update(missing, missing * t, exact * exact - summed * summed);
     return row;
 }
 
