@@ -79,6 +79,13 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
+/// Whether fma rounds once.
+#if defined(__AVX2__) || defined(__ARM_NEON)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 /// a * b + c; one rounding where the processor has it. Never left to the compiler: two kernels must round alike.
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
