@@ -107,7 +107,7 @@ def show(method: str) -> None:
     for f in dataclasses.fields(spec):
         rows.add_row(f.name, str(getattr(spec, f.name)))
     rows.add_row("reads", ", ".join(sorted(spec.requires)))
-    rows.add_row("plan", spec.one_pass_obstacle and f"two passes: {spec.one_pass_obstacle}" or "one pass")
+    rows.add_row("plan", (spec.one_pass_obstacle and f"two passes: {spec.one_pass_obstacle}") or "one pass")
     console.print(rows)
     console.print(_slopes(m))
 
@@ -118,7 +118,9 @@ def _slopes(m: Method) -> Table:
     from .terms import Leaves
 
     xp, surrogate = TorchNamespace(torch.float64), m.build().surrogate
-    table = Table("ratio", "loss, A = +1", "slope", "loss, A = -1", "slope", title="surrogate of one token with p = 0.5 (slope: by its log-prob)")
+    table = Table(
+        "ratio", "loss, A = +1", "slope", "loss, A = -1", "slope", title="surrogate of one token with p = 0.5 (slope: by its log-prob)"
+    )
     for ratio in (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0):
         cells = []
         for adv in (1.0, -1.0):
@@ -141,8 +143,10 @@ def check(
 ) -> None:
     """Gradient-check every backend and method that runs here against the fp64 reference. Exit code 1 on failure."""
     todo = cases(backend or None, method or None, dtype)
-    table = Table("backend", "method", "dtype", "plan", "loss", "log-prob", "entropy", "grad, target", "grad, rest", "", title="worst error / allowed")
-    failed = []
+    table = Table(
+        "backend", "method", "dtype", "plan", "loss", "log-prob", "entropy", "grad, target", "grad, rest", "", title="worst error / allowed"
+    )
+    failed: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("checking", total=len(todo))
@@ -178,4 +182,5 @@ def _absent(name: str) -> str:
         load(name)
     except BackendUnavailable as error:
         return str(error)
-    return "not asked for, or no device for it here"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return why_not(name, Request("token_stats", device, torch.float32)) or "not asked for"

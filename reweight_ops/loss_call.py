@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +38,12 @@ class LossCall:
 
     def released(self) -> LossCall:
         """The same without the call's arguments (kept for error messages): a result must not keep the logits alive."""
-        return dataclasses.replace(self, rows=dataclasses.replace(self.rows, tensors={}))
+        # Written out: older versions of torch.compile do not trace dataclasses.replace.
+        rows = self.rows.released()
+        return LossCall(
+            self.spec, rows, self.divisors, self.loss_scale, self.adv, self.old_logp, self.ref_logp, self.sampling_logp, self.factor,
+            self.adv_per_sequence,
+        )  # fmt: skip
 
     def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
         """``[K, N]``: every term's row weight, ``loss_scale`` included. ``statistics`` are needed only if a reduction is over a weight."""
@@ -78,7 +82,7 @@ class LossCall:
         logp = statistics["logp"]
         found = {**statistics, "old_logp": logp.detach() if self.old_logp is None else self.old_logp, "log_ratio": self.log_ratio(logp)}
         stored = {"adv": self.adv, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
-        return found | {name: value for name, value in stored.items() if value is not None}
+        return {**found, **{name: value for name, value in stored.items() if value is not None}}
 
     def safe_leaves(self, statistics: dict[str, Tensor]) -> Leaves:
         """The same, with harmless values in the rows that are out."""
@@ -91,7 +95,9 @@ class LossCall:
 
     def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
         assert statistics is not None, "a spec whose reduction is over a weight takes two passes"
-        u: Tensor = resolved(weight, self.rows.per_row).weight(TorchNamespace(self.rows.dtype), self.safe_leaves(statistics), BatchStatistics(self.rows))
+        u: Tensor = resolved(weight, self.rows.per_row).weight(
+            TorchNamespace(self.rows.dtype), self.safe_leaves(statistics), BatchStatistics(self.rows)
+        )
         return u.detach()
 
     @property
@@ -134,7 +140,8 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: DataOp
             return None
         return rows.per_row(name, value, logps=True)
 
-    reader = next((r.name for r in spec.rules if r.kind == "penalty" and r.name != "entropy_bonus"), spec.surrogate.name)
+    estimators = [r.name for r in spec.rules[1:] if r.name != "entropy_bonus"]
+    reader = estimators[0] if estimators else spec.surrogate.name
     old = stored("old_per_token_logps", "old_logp", "")
     ref = stored("ref_per_token_logps", "ref_logp", f"the penalty {reader!r}")
     sampling = stored("sampling_per_token_logps", "sampling_logp", f"a weight of the spec ({', '.join(w.name for w in spec.weights)})")
@@ -146,7 +153,9 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: DataOp
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
     scale = data.loss_scale
     if isinstance(scale, Tensor) and scale.dim() != 0:
-        raise rows.error(f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights.")
+        raise rows.error(
+            f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights."
+        )
     return LossCall(spec, rows, divisors, scale, adv, old, ref, sampling, _factor(rows, data), per_sequence)
 
 
@@ -156,7 +165,9 @@ def _factor(rows: Rows, data: DataOptions) -> Tensor | None:
         value = getattr(data, name)
         if value is not None:
             if name == "importance_sampling_ratio" and isinstance(value, Tensor) and value.requires_grad:
-                raise rows.error("importance_sampling_ratio requires grad; it is a detached factor. Factors with a gradient are token_weights.")
+                raise rows.error(
+                    "importance_sampling_ratio requires grad; it is a detached factor. Factors with a gradient are token_weights."
+                )
             row = rows.per_row(name, value)
             factor = row if factor is None else factor * row
     return factor
@@ -170,6 +181,9 @@ def _check_divisors(rows: Rows, spec: PolicyLossSpec, divisors: Divisors) -> Non
         if isinstance(value, Tensor) and value.dim() != 0:
             raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
         if not any(name in r.reads and not getattr(r, "per_call", False) for r in spec.reductions):
-            reduction, other = type(spec.reduction).__name__, {"num_items_in_batch": "num_sequences_in_batch"}.get(name, "num_items_in_batch")
+            reduction, other = (
+                type(spec.reduction).__name__,
+                {"num_items_in_batch": "num_sequences_in_batch"}.get(name, "num_items_in_batch"),
+            )
             reads = f"divides by {other}" if other in spec.reduction.reads else "has no divisor"
             raise rows.error(f"{reduction} {reads}; {name} would have no effect.")

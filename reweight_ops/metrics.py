@@ -102,7 +102,8 @@ def policy_metrics(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, 
             break
     clipped = call.terms().terms[0].rule.clipped(xp, t)
     if clipped is not None:
-        found |= _clip_metrics(call, *(c.to(rows.dtype) * keep for c in clipped), count)
+        low, high = (c.to(rows.dtype) * keep for c in clipped)
+        found |= _clip_metrics(call, low, high, count)
     if "log_ratio" in spec.requires:
         ratio = t.log_ratio.exp()
         found["ratio/mean"] = ((ratio * keep).sum(), count)

@@ -24,10 +24,12 @@ class Leaves:
     """What a formula reads of its tokens: attributes ``[N]``."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
-        self.__dict__.update(values)
+        self.values = values
 
     def __getattr__(self, name: str) -> Tensor:
-        raise AttributeError(f"the formula reads {name!r}, which this call was not given")
+        if name not in self.values:
+            raise AttributeError(f"the formula reads {name!r}, which this call was not given")
+        return self.values[name]
 
 
 def safe_where(selected: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidCall
+from .output import PolicyLossOutput
 from .policy_loss import policy_loss
 from .ratio import SegmentRatio
 from .spec import PolicyLossSpec
@@ -198,7 +199,7 @@ def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto
             index = tuple(int(i) for i in at)
             worst = f"{name} column {index}: got {float(got[index]):.9g}, exact {float(truth[index]):.9g}"
     return Comparison(
-        loss=_value_error(out.loss, fp32.loss, exact.loss, exact.per_token_loss.abs().mean()),
+        loss=_value_error(out.loss, fp32.loss, exact.loss, _loss_size(exact)),
         logps=_value_error(out.per_token_logps, fp32.per_token_logps, exact.per_token_logps),
         entropies=_value_error(out.entropies, fp32.entropies, exact.entropies),
         grad_target=parts["target"][0],
@@ -211,10 +212,18 @@ def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto
     )
 
 
+def _loss_size(exact: PolicyLossOutput) -> Tensor:
+    """What the loss's roundings are relative to: the sum of its terms' sizes, and of their slopes times the log-probs they are read at."""
+    call, leaves = exact._call, exact._leaves
+    terms = call.evaluate(leaves).weighted_loss.abs().sum()
+    slopes = exact._derivatives[0].abs() * (1 + leaves["logp"].abs()) + exact._derivatives[1].abs() * (1 + leaves["entropy"])
+    return terms + slopes.sum()
+
+
 def _value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
     """The error over 1.5 times fp32's own plus four roundings of a number of the values' size (a difference of log-sum-exps is of that size)."""
     got, fp32, truth = got.detach().double(), fp32.detach().double(), truth.detach()
-    size = truth.abs().max() + (1 if scale is None else scale)
+    size = truth.abs().max() + 1 if scale is None else scale
     return float((got - truth).abs().max() / (ERROR_RATIO * (fp32 - truth).abs().max() + ERROR_FLOOR * size))
 
 
@@ -222,11 +231,16 @@ def _floor(exact: Any, options: dict[str, Any]) -> Tensor:
     temperature = options.get("temperature", 1.0)
     by_logp, by_entropy = exact._derivatives
     size = exact._call.rows.unflatten(by_logp.abs() + by_entropy.abs())
-    scale = temperature if not isinstance(temperature, Tensor) or temperature.shape == size.shape else temperature.reshape(*temperature.shape, 1)
+    scale = (
+        temperature
+        if not isinstance(temperature, Tensor) or temperature.shape == size.shape
+        else temperature.reshape(*temperature.shape, 1)
+    )
     floor = ERROR_FLOOR * size / scale
     if options.get("drop_last"):
         floor = torch.cat([floor, floor.new_zeros(*floor.shape[:-1], 1)], -1)
-    return (floor + 1e-300)[..., None]
+    result: Tensor = (floor + 1e-300)[..., None]
+    return result
 
 
 def gradcheck(spec: PolicyLossSpec, batch: dict[str, Any], **options: Any) -> bool:

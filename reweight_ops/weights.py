@@ -40,9 +40,11 @@ class BatchStatistics:
         return self._only(x, -math.inf).max()
 
     def quantile(self, x: Tensor, q: Any) -> Tensor:
-        """Linear interpolation between order statistics, as ``torch.quantile``."""
-        q = q.to(x) if isinstance(q, Tensor) else q
-        return self._only(x, math.nan).nanquantile(q)
+        """Linear interpolation between order statistics, as ``torch.quantile``, of any number of rows and without reading one on the host."""
+        ordered = self._only(x, math.inf).sort().values
+        at = q * (self._rows.keep.sum() - 1).clamp(min=0).to(x.dtype)
+        below, above = (ordered.gather(0, k.long().view(1)).view(()) for k in (at.floor(), at.ceil()))
+        return below + (at - at.floor()) * (above - below)
 
     def seq_sum(self, x: Tensor) -> Tensor:
         """``[N]``: every row gets its sequence's sum."""

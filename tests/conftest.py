@@ -6,3 +6,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The trainer tests build their own tiny models and must not look for others.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

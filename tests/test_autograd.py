@@ -13,7 +13,14 @@ import reweight_ops as rw
 from reweight_ops.testing import make_batch
 
 PLANS = ["one_pass", "two_pass"]
-BACKENDS = [b for b in ("reference", "cpu") if rw.backends.select.why_not(b, rw.backends.base.Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None]
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if rw.backends.select.why_not(
+        b, rw.backends.base.Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)
+    )
+    is None
+]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -48,7 +55,9 @@ def test_differentiable_outputs_select_two_pass(batch, backend):
     out = call(batch, z, differentiable_outputs=True, backend=backend)
     assert out.plan == "two_pass"
     (got,) = torch.autograd.grad(out.loss + 0.1 * out.entropies.sum() + (0.3 * out.per_token_logps).sum(), z)
-    logps, entropies = rw.token_logps(z, batch["completion_ids"], completion_mask=batch["completion_mask"], return_entropy=True, backend=backend)
+    logps, entropies = rw.token_logps(
+        z, batch["completion_ids"], completion_mask=batch["completion_mask"], return_entropy=True, backend=backend
+    )
     (want,) = torch.autograd.grad(call(batch, z, plan="two_pass", backend=backend).loss + 0.1 * entropies.sum() + (0.3 * logps).sum(), z)
     torch.testing.assert_close(got, want)
     with pytest.raises(rw.UnsupportedRequest, match="differentiable_outputs"):
@@ -228,7 +237,9 @@ def test_inputs_from_inference_mode(batch, backend):
     z = leaf(batch)
     for plan in PLANS:
         out = rw.policy_loss(z, ids, adv, spec="grpo", old_per_token_logps=old, completion_mask=mask, plan=plan, backend=backend)
-        torch.testing.assert_close(torch.autograd.grad(out.loss, z)[0], torch.autograd.grad(call(batch, z, plan=plan, backend=backend).loss, z)[0])
+        torch.testing.assert_close(
+            torch.autograd.grad(out.loss, z)[0], torch.autograd.grad(call(batch, z, plan=plan, backend=backend).loss, z)[0]
+        )
 
 
 def test_under_inference_mode_and_autocast(batch, backend):

@@ -1,5 +1,7 @@
 """Custom ops and torch.compile: opcheck, fullgraph through both plans, and schedules that compile once."""
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo
@@ -9,7 +11,11 @@ from reweight_ops.backends.base import Request
 from reweight_ops.testing import make_batch
 
 SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01)
-BACKENDS = [b for b in ("reference", "cpu") if rw.backends.select.why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None]
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if rw.backends.select.why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None
+]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +37,9 @@ def ops_arguments(backend, drop_last):
     z = torch.randn(n, t + drop_last, v, generator=g)
     ids = torch.randint(v, (n * t,), generator=g)
     one = torch.ones(1)
-    logp, entropy, lse, p_sq = rw.kernels.token_stats(z[:, :t], ids, one, stats=("logp", "entropy", "lse", "log_sum_p_sq"), backend="reference")
+    logp, entropy, lse, p_sq = rw.kernels.token_stats(
+        z[:, :t], ids, one, stats=("logp", "entropy", "lse", "log_sum_p_sq"), backend="reference"
+    )
     tail = (v, float("inf"), bool(drop_last))
     params = torch.tensor([v if torch.is_tensor(v) else float(v) for v in SPEC.parameter_values])
     weights = torch.full((len(SPEC.rules), n * t), 0.1)
@@ -151,4 +159,4 @@ def test_a_schedule_over_any_hyper_parameter_compiles_once(plan):
         torch.testing.assert_close(got, want)
         seen.append(got)
     assert compilations == 1
-    assert [i for i, (a, b) in enumerate(zip(seen, seen[1:], strict=False)) if (a - b).abs().max() < 1e-9] == []
+    assert [i for i, (a, b) in enumerate(itertools.pairwise(seen)) if (a - b).abs().max() < 1e-9] == []

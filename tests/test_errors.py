@@ -68,7 +68,11 @@ def test_wrong_calls(name):
 
 
 def test_classes_derive_from_what_a_caller_would_catch():
-    assert issubclass(rw.InvalidCall, ValueError) and issubclass(rw.UnsupportedRequest, NotImplementedError) and issubclass(rw.BackendUnavailable, ImportError)
+    assert (
+        issubclass(rw.InvalidCall, ValueError)
+        and issubclass(rw.UnsupportedRequest, NotImplementedError)
+        and issubclass(rw.BackendUnavailable, ImportError)
+    )
     assert all(issubclass(c, rw.ReweightOpsError) for c in (rw.InvalidCall, rw.UnsupportedRequest, rw.BackendUnavailable))
 
 
@@ -119,7 +123,11 @@ def test_the_environment_names_a_backend(monkeypatch):
 
 
 def test_impossible_plans_say_why():
-    for spec, why in (("gspo", "sequence level"), ("top_entropy", "batch statistics"), (rw.methods.grpo().replace(reduction=rw.NoReduction()), "not reduced")):
+    for spec, why in (
+        ("gspo", "sequence level"),
+        ("top_entropy", "batch statistics"),
+        (rw.methods.grpo().replace(reduction=rw.NoReduction()), "not reduced"),
+    ):
         with pytest.raises(rw.UnsupportedRequest, match=why):
             policy(Z.clone().requires_grad_(), spec=spec, plan="one_pass")
 

@@ -103,7 +103,9 @@ def test_verl(batch, loss_mode, mode, around):
 @pytest.mark.parametrize("kind", ["k1", "abs", "k2", "k3", "k1+", "k3+", "low_var_kl"])
 def test_verl_kl_types(batch, kind):
     logp, _ = statistics(batch)
-    theirs, _ = verl.policy_loss("gpg", logp, batch["adv"]["token"], batch["mask"], ref_logps=batch["ref"], kl_loss_coef=0.5, kl_loss_type=kind)
+    theirs, _ = verl.policy_loss(
+        "gpg", logp, batch["adv"]["token"], batch["mask"], ref_logps=batch["ref"], kl_loss_coef=0.5, kl_loss_type=kind
+    )
     spec = rw.methods.verl("gpg", use_kl_loss=True, kl_loss_coef=0.5, kl_loss_type=kind)
     same(ours(batch, spec, batch["adv"]["token"]).loss, theirs, batch["logits"])
 
@@ -132,7 +134,12 @@ PAPERS = {
     "cispo": lambda p, b: papers.cispo(p, b["old"], b["adv"]["token"], b["mask"], 1.0, 0.3),
     "dr_grpo": lambda p, b: papers.dr_grpo(p, b["old"], b["adv"]["token"], b["mask"], horizon=50),
 }  # fmt: skip
-OPTIONS = {"gspo": dict(epsilon_low=0.1, epsilon_high=0.2), "gspo_token": dict(epsilon_low=0.1, epsilon_high=0.2), "cispo": dict(ratio_max=1.3), "dr_grpo": dict(horizon=50)}
+OPTIONS = {
+    "gspo": dict(epsilon_low=0.1, epsilon_high=0.2),
+    "gspo_token": dict(epsilon_low=0.1, epsilon_high=0.2),
+    "cispo": dict(ratio_max=1.3),
+    "dr_grpo": dict(horizon=50),
+}
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -150,7 +157,9 @@ def test_paper_grpo_with_kl(batch):
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_advantage_reweighting(batch, plan):
     logp, _ = statistics(batch)
-    theirs = papers.advantage_reweighting(lambda A: papers.ppo_clip(logp, batch["old"], A, batch["mask"]), batch["adv"]["token"], batch["old"], 0.4)
+    theirs = papers.advantage_reweighting(
+        lambda A: papers.ppo_clip(logp, batch["old"], A, batch["mask"]), batch["adv"]["token"], batch["old"], 0.4
+    )
     same(ours(batch, rw.methods.advantage_reweighting(alpha=0.4), batch["adv"]["token"], plan=plan).loss, theirs, batch["logits"])
 
 

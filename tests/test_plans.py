@@ -12,7 +12,9 @@ METHODS = sorted(rw.METHODS)
 EXTRA = {
     "grpo_k3": rw.methods.grpo(beta=0.04, entropy_coef=0.01),
     "corrected_kl": rw.methods.trl("dapo", beta=0.04, entropy_coef=0.01),
-    "four_terms": rw.methods.dapo().with_penalty(rw.Penalty(rw.rules.penalties.K1(), 0.1)).with_penalty(rw.Penalty(rw.rules.penalties.K2(), 0.1))
+    "four_terms": rw.methods.dapo()
+    .with_penalty(rw.Penalty(rw.rules.penalties.K1(), 0.1))
+    .with_penalty(rw.Penalty(rw.rules.penalties.K2(), 0.1))
     .with_penalty(rw.Penalty(rw.rules.penalties.EntropyBonus(), 0.01)),
     "two_weights": rw.methods.advantage_reweighting().with_weight(rw.weights.ProbabilityBand(upper=0.5)),
     "truncated_is": rw.methods.grpo().with_weight(rw.weights.TruncatedImportance()),

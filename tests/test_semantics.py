@@ -9,7 +9,11 @@ import reweight_ops as rw
 from reweight_ops.backends.base import Request
 from reweight_ops.backends.select import why_not
 
-CPU_BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None]
+CPU_BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None
+]
 PLANS = ["one_pass", "two_pass"]
 B, T, V = 3, 5, 13
 
@@ -74,7 +78,12 @@ def test_leading_dimensions(data, backend):
 
 
 def test_int32_ids(data, backend):
-    same(loss_and_grad(data["z"], data["ids"], 1.0, backend=backend), loss_and_grad(data["z"], data["ids"].int(), 1.0, backend=backend), rtol=0, atol=0)
+    same(
+        loss_and_grad(data["z"], data["ids"], 1.0, backend=backend),
+        loss_and_grad(data["z"], data["ids"].int(), 1.0, backend=backend),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_sequence_shapes_of_per_row_arguments(data, backend):
@@ -82,7 +91,12 @@ def test_sequence_shapes_of_per_row_arguments(data, backend):
     want = loss_and_grad(data["z"], data["ids"], per_sequence[:, None].expand(B, T), backend=backend)
     for shaped in (per_sequence, per_sequence[:, None]):
         same(want, loss_and_grad(data["z"], data["ids"], shaped, backend=backend), rtol=0, atol=0)
-    same(loss_and_grad(data["z"], data["ids"], torch.full((B,), 0.7), backend=backend), loss_and_grad(data["z"], data["ids"], 0.7, backend=backend), rtol=0, atol=0)
+    same(
+        loss_and_grad(data["z"], data["ids"], torch.full((B,), 0.7), backend=backend),
+        loss_and_grad(data["z"], data["ids"], 0.7, backend=backend),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_packed_rows_are_the_padded_rows(data, backend):
@@ -94,12 +108,22 @@ def test_packed_rows_are_the_padded_rows(data, backend):
     per_sequence = torch.tensor([0.5, -1.0, 2.0])
     index = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     for spec in ("gspo", "grpo", "dapo"):
-        padded = loss_and_grad(data["z"], data["ids"], per_sequence, spec, old_per_token_logps=data["old"], completion_mask=mask, backend=backend)
+        padded = loss_and_grad(
+            data["z"], data["ids"], per_sequence, spec, old_per_token_logps=data["old"], completion_mask=mask, backend=backend
+        )
         for sequences in ({"cu_seqlens": cu}, {"sequence_ids": index, "num_sequences": 3}):
             for adv in (per_sequence, per_sequence[:, None], per_sequence[index]):
                 out = loss_and_grad(packed["z"], packed["ids"], adv, spec, old_per_token_logps=packed["old"], backend=backend, **sequences)
                 same((padded[0], padded[1][mask]), out, rtol=1e-6, atol=1e-7)
-        one = loss_and_grad(packed["z"][None], packed["ids"][None], per_sequence, spec, old_per_token_logps=packed["old"][None], cu_seqlens=cu, backend=backend)
+        one = loss_and_grad(
+            packed["z"][None],
+            packed["ids"][None],
+            per_sequence,
+            spec,
+            old_per_token_logps=packed["old"][None],
+            cu_seqlens=cu,
+            backend=backend,
+        )
         same((padded[0], padded[1][mask]), (one[0], one[1][0]), rtol=1e-6, atol=1e-7)
 
 
@@ -143,7 +167,15 @@ def test_a_row_that_is_out_is_never_read(data, backend, plan, how):
         clean = {"ref_per_token_logps": data["old"]} if ref else {}
         out, grad = loss_and_grad(z, ids, adv, resolved, old_per_token_logps=old, plan=plan, backend=backend, **options, **ref)
         want, expected = loss_and_grad(
-            data["z"], data["ids"], data["adv"], resolved, old_per_token_logps=data["old"], completion_mask=data["mask"], plan=plan, backend=backend, **clean
+            data["z"],
+            data["ids"],
+            data["adv"],
+            resolved,
+            old_per_token_logps=data["old"],
+            completion_mask=data["mask"],
+            plan=plan,
+            backend=backend,
+            **clean,
         )
         same((out, grad), (want, expected), rtol=0, atol=0)
         for row in (out.per_token_logps, out.entropies, out.per_token_loss, out.coef, out.ratio, out.is_clipped.float()):
@@ -155,7 +187,9 @@ def test_a_row_that_is_out_is_never_read(data, backend, plan, how):
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_batch_with_every_row_out_is_a_differentiable_zero(data, backend, plan):
     for spec in ("grpo", "dapo", rw.methods.grpo(entropy_coef=0.1)):
-        out, grad = loss_and_grad(data["z"] * math.nan, data["ids"], data["adv"], spec, completion_mask=torch.zeros(B, T), plan=plan, backend=backend)
+        out, grad = loss_and_grad(
+            data["z"] * math.nan, data["ids"], data["adv"], spec, completion_mask=torch.zeros(B, T), plan=plan, backend=backend
+        )
         assert out.loss == 0 and (grad == 0).all()
 
 
@@ -193,7 +227,9 @@ def test_a_bad_id_is_an_error_on_the_cpu(data, bad):
 
 def test_a_bad_id_behind_a_mask_is_fine(data):
     ids = torch.where(data["mask"].bool(), data["ids"], 10**9)
-    torch.testing.assert_close(rw.token_logps(data["z"], ids, completion_mask=data["mask"]), rw.token_logps(data["z"], data["ids"], completion_mask=data["mask"]))
+    torch.testing.assert_close(
+        rw.token_logps(data["z"], ids, completion_mask=data["mask"]), rw.token_logps(data["z"], data["ids"], completion_mask=data["mask"])
+    )
 
 
 def test_the_kernel_itself_answers_a_bad_id_with_nan(data, backend):
@@ -262,7 +298,9 @@ def test_a_ratio_that_would_overflow(data, backend, plan):
     for spec in ("grpo", "sapo", "cispo", rw.methods.grpo(beta=0.1)):
         resolved = rw.method(spec) if isinstance(spec, str) else spec
         ref = {"ref_per_token_logps": old} if "ref_logp" in resolved.requires else {}
-        out, grad = loss_and_grad(data["z"], data["ids"], data["adv"].abs(), resolved, old_per_token_logps=old, plan=plan, backend=backend, **ref)
+        out, grad = loss_and_grad(
+            data["z"], data["ids"], data["adv"].abs(), resolved, old_per_token_logps=old, plan=plan, backend=backend, **ref
+        )
         assert out.loss.isfinite() and grad.isfinite().all()
         assert spec != "grpo" or (grad[0, 0] == 0).all()
 
@@ -282,11 +320,16 @@ def test_a_zero_weight_selects_zero(data, backend, plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_old_log_probs_is_on_policy(data, backend, plan):
     out, grad = loss_and_grad(data["z"], data["ids"], data["adv"], plan=plan, backend=backend)
-    plain, reinforce = loss_and_grad(data["z"], data["ids"], data["adv"], rw.methods.reinforce().replace(reduction=rw.SequenceMean()), plan=plan, backend=backend)
+    _, reinforce = loss_and_grad(
+        data["z"], data["ids"], data["adv"], rw.methods.reinforce().replace(reduction=rw.SequenceMean()), plan=plan, backend=backend
+    )
     assert (out.ratio == 1).all()
     torch.testing.assert_close(grad, reinforce)
     own = rw.token_logps(data["z"], data["ids"], backend=backend)
-    assert (rw.policy_loss(data["z"], data["ids"], data["adv"], spec="grpo", old_per_token_logps=own, plan="two_pass", backend=backend).ratio == 1).all()
+    assert (
+        rw.policy_loss(data["z"], data["ids"], data["adv"], spec="grpo", old_per_token_logps=own, plan="two_pass", backend=backend).ratio
+        == 1
+    ).all()
     given, same_grad = loss_and_grad(data["z"], data["ids"], data["adv"], old_per_token_logps=own, plan=plan, backend=backend)
     assert (given.ratio == 1).all()
     torch.testing.assert_close(same_grad, grad, rtol=0, atol=0)
@@ -308,7 +351,9 @@ def test_factors_multiply_the_surrogate_only(data, backend, plan):
 def test_a_weight_multiplies_the_term_not_the_advantage(data, backend):
     """They differ for a negative factor: -L(A) is not L(-A) under a clip."""
     old = data["old"] - 1
-    flipped, _ = loss_and_grad(data["z"], data["ids"], data["adv"], "dapo", token_weights=-torch.ones(B, T), old_per_token_logps=old, backend=backend)
+    flipped, _ = loss_and_grad(
+        data["z"], data["ids"], data["adv"], "dapo", token_weights=-torch.ones(B, T), old_per_token_logps=old, backend=backend
+    )
     plain, _ = loss_and_grad(data["z"], data["ids"], data["adv"], "dapo", old_per_token_logps=old, backend=backend)
     negative, _ = loss_and_grad(data["z"], data["ids"], -data["adv"], "dapo", old_per_token_logps=old, backend=backend)
     torch.testing.assert_close(flipped.loss, -plain.loss)
@@ -349,14 +394,78 @@ def test_from_function_equals_the_reducer(data, backend):
 def test_no_reduction_takes_a_per_row_upstream(data, backend):
     spec = rw.methods.dapo().replace(reduction=rw.NoReduction())
     z = data["z"].clone().requires_grad_()
-    out = rw.policy_loss(z, data["ids"], data["adv"], spec=spec, completion_mask=data["mask"], old_per_token_logps=data["old"], backend=backend)
+    out = rw.policy_loss(
+        z, data["ids"], data["adv"], spec=spec, completion_mask=data["mask"], old_per_token_logps=data["old"], backend=backend
+    )
     assert out.plan == "two_pass" and out.loss.shape == (B, T) and (out.loss[data["mask"] == 0] == 0).all()
     upstream = torch.rand(B, T)
     (grad,) = torch.autograd.grad(out.loss, z, upstream)
-    weighted, want = loss_and_grad(data["z"], data["ids"], data["adv"], rw.methods.dapo().replace(reduction=rw.TokenSum()), token_weights=upstream,
+    _, want = loss_and_grad(data["z"], data["ids"], data["adv"], rw.methods.dapo().replace(reduction=rw.TokenSum()), token_weights=upstream,
                                    completion_mask=data["mask"], old_per_token_logps=data["old"], backend=backend)  # fmt: skip
     torch.testing.assert_close(grad, want)
     # An expanded upstream gradient, as .sum() makes, is no special case.
     (ones,) = torch.autograd.grad(rw.token_logps(z, data["ids"], backend=backend).sum(), z)
     (reference,) = torch.autograd.grad(torch.log_softmax(z, -1).gather(-1, data["ids"][..., None]).sum(), z)
     torch.testing.assert_close(ones, reference)
+
+
+def test_advantages_may_be_none_where_nothing_reads_them(data, backend):
+    from reweight_ops.rules.base import RULES
+
+    @rw.rule("sft_nll")
+    class SftNll(rw.Rule):
+        def loss(self, xp, t):
+            return -t.logp
+
+    try:
+        out, grad = loss_and_grad(data["z"], data["ids"], None, rw.PolicyLossSpec(surrogate=SftNll()), completion_mask=data["mask"], backend=backend)
+        z = data["z"].clone().requires_grad_()
+        want = torch.nn.functional.cross_entropy(z.view(-1, V), data["ids"].where(data["mask"].bool(), -100).view(-1))
+        same((out, grad), (rw.policy_loss(z, data["ids"], None, spec=rw.PolicyLossSpec(surrogate=SftNll()), completion_mask=data["mask"]), torch.autograd.grad(want, z)[0]))
+        torch.testing.assert_close(out.loss, want)
+    finally:
+        del RULES["sft_nll"]
+
+
+def test_constants_are_uploaded_once(data):
+    from reweight_ops import loss_call
+
+    spec = rw.methods.grpo(epsilon_low=0.123)
+    rw.policy_loss(data["z"], data["ids"], 1.0, spec=spec)
+    before = dict(loss_call._constants)
+    z = data["z"].clone().requires_grad_()
+    for _ in range(3):
+        rw.policy_loss(z, data["ids"], 1.0, spec=spec, temperature=0.77)
+    new = set(loss_call._constants) - set(before)
+    assert len(new) <= 2 and all(loss_call._constants[key] is value for key, value in before.items())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_row_depends_on_itself_alone(data, backend, plan):
+    """Bitwise, wherever it stands in the batch and whatever is beside it."""
+    g = torch.Generator().manual_seed(9)
+    z = torch.randn(40, 1003, generator=g) * 3
+    ids, adv = torch.randint(1003, (40,), generator=g), torch.randn(40, generator=g)
+    spec = rw.methods.dapo(entropy_coef=0.1).replace(reduction=rw.TokenSum())
+    whole, grad = loss_and_grad(z, ids, adv, spec, plan=plan, backend=backend)
+    order = torch.randperm(40, generator=g)
+    shuffled, moved = loss_and_grad(z[order], ids[order], adv[order], spec, plan=plan, backend=backend)
+    assert torch.equal(whole.per_token_logps[order], shuffled.per_token_logps) and torch.equal(grad[order], moved)
+    for row in (0, 17, 39):
+        alone, own = loss_and_grad(z[row : row + 1], ids[row : row + 1], adv[row : row + 1], spec, plan=plan, backend=backend)
+        assert torch.equal(alone.per_token_logps[0], whole.per_token_logps[row]) and torch.equal(own[0], grad[row])
+    again, repeated = loss_and_grad(z, ids, adv, spec, plan=plan, backend=backend)
+    assert torch.equal(again.loss, whole.loss) and torch.equal(repeated, grad)
+
+
+def test_micro_batches_add_up(data, backend):
+    whole, grad = loss_and_grad(data["z"], data["ids"], data["adv"], "dapo", num_items_in_batch=11.0, backend=backend)
+    parts = [loss_and_grad(data["z"][i : i + 1], data["ids"][i : i + 1], data["adv"][i : i + 1], "dapo", num_items_in_batch=11.0, backend=backend) for i in range(B)]
+    torch.testing.assert_close(sum(p[0].loss for p in parts), whole.loss)
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]), grad)
+
+
+def test_a_shift_of_the_row_changes_nothing(data, backend):
+    plain = loss_and_grad(data["z"], data["ids"], data["adv"], backend=backend)
+    shifted = loss_and_grad(data["z"] - 300, data["ids"], data["adv"], backend=backend)
+    same(plain, shifted, rtol=1e-4, atol=1e-5)

@@ -69,7 +69,11 @@ def test_a_users_rule_and_weight_work_with_every_path():
     # On the default backend of this machine, whatever plan it has for a rule that is not compiled in.
     assert compare(spec, make_batch(spec)).passed
     batch_spec = spec.replace(weights=(gated(a=3.0),))
-    assert "batch statistics" in batch_spec.one_pass_obstacle and gradcheck(batch_spec, batch) and compare(batch_spec, make_batch(batch_spec)).passed
+    assert (
+        "batch statistics" in batch_spec.one_pass_obstacle
+        and gradcheck(batch_spec, batch)
+        and compare(batch_spec, make_batch(batch_spec)).passed
+    )
 
 
 @pytest.mark.usefixtures("registry")
@@ -116,7 +120,9 @@ def test_requires_is_traced():
     assert rw.methods.reinforce().requires == {"adv", "logp"}
     assert rw.methods.grpo(beta=0.1).requires == {"adv", "log_ratio", "ref_logp", "logp"}
     assert rw.methods.advantage_reweighting().requires == {"adv", "log_ratio", "old_logp"}
-    assert "entropy" in rw.methods.top_entropy().requires and "entropy" in rw.methods.trl(entropy_coef=0.1, top_entropy_quantile=0.5).requires
+    assert (
+        "entropy" in rw.methods.top_entropy().requires and "entropy" in rw.methods.trl(entropy_coef=0.1, top_entropy_quantile=0.5).requires
+    )
     assert "sampling_logp" in rw.methods.grpo().with_weight(rw.weights.SequenceMaskedImportance()).requires
 
 
@@ -161,7 +167,13 @@ def test_batch_statistics():
     rw.policy_loss(**batch, spec=spec)
     adv, mask = batch["advantages"], batch["completion_mask"]
     valid = adv[mask]
-    for name, want in (("mean", valid.mean()), ("sum", valid.sum()), ("min", valid.min()), ("max", valid.max()), ("quantile", valid.quantile(0.3))):
+    for name, want in (
+        ("mean", valid.mean()),
+        ("sum", valid.sum()),
+        ("min", valid.min()),
+        ("max", valid.max()),
+        ("quantile", valid.quantile(0.3)),
+    ):
         torch.testing.assert_close(found[name], want)
     totals = (adv * mask).sum(-1, keepdim=True)
     torch.testing.assert_close(found["seq_sum"].view(4, 9), totals.expand(4, 9))
@@ -174,7 +186,10 @@ def test_weight_scopes():
     batch = make_batch(spec, (3, 8), 29)
     batch["advantages"] = batch["advantages"] * 0
     nothing = rw.weights.ProbabilityBand(lower=2.0)  # selects no token
-    out = {scope: rw.policy_loss(**batch, spec=spec.with_weight(dataclasses.replace(nothing, scope=scope))).loss for scope in ("surrogate", "all")}
+    out = {
+        scope: rw.policy_loss(**batch, spec=spec.with_weight(dataclasses.replace(nothing, scope=scope))).loss
+        for scope in ("surrogate", "all")
+    }
     assert out["all"] == 0 and out["surrogate"] < -0.1
 
 
@@ -182,7 +197,17 @@ def test_weight_scopes():
 def test_metrics_exist_only_where_they_apply():
     grpo = make_batch(rw.methods.grpo(beta=0.1), (3, 8), 29)
     names = set(rw.policy_loss(**grpo, spec=rw.methods.grpo(beta=0.1)).metrics)
-    assert {"entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_max", "ratio/mean", "ratio/max", "tokens", "sequences", "rows_skipped"} <= names
+    assert {
+        "entropy",
+        "kl",
+        "clip_ratio/low_mean",
+        "clip_ratio/high_max",
+        "ratio/mean",
+        "ratio/max",
+        "tokens",
+        "sequences",
+        "rows_skipped",
+    } <= names
     grpo.pop("ref_per_token_logps")
     reinforce = rw.policy_loss(**grpo, spec="reinforce").metrics
     assert not {"kl", "clip_ratio/low_mean", "ratio/mean", "weight/mean"} & set(reinforce)

@@ -55,7 +55,8 @@ class Head:
         return self.vocab_total or self.vocab_size
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class RowAddresses:
     """Where the rows of a logits tensor are: row ``i`` starts at ``(i // per_batch) * batch_stride + (i % per_batch) * row_stride``."""
 
     count: int
@@ -64,13 +65,13 @@ class Rows(NamedTuple):
     row_stride: int
 
 
-def rows_of(logits: Tensor) -> Rows:
+def rows_of(logits: Tensor) -> RowAddresses:
     """The addresses (in elements, relative to ``data_ptr()``) of the rows of logits with one or two leading dimensions."""
     if logits.dim() == 2:
         n = logits.size(0)
-        return Rows(n, max(n, 1), 0, logits.stride(0))
+        return RowAddresses(n, max(n, 1), 0, logits.stride(0))
     batch, length = logits.size(0), logits.size(1)
-    return Rows(batch * length, max(length, 1), logits.stride(0), logits.stride(1))
+    return RowAddresses(batch * length, max(length, 1), logits.stride(0), logits.stride(1))
 
 
 class Program(NamedTuple):

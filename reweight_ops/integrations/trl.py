@@ -44,7 +44,7 @@ from .trl_spec import Normalized, normalize, resolve_passes, spec_of_trainer, wi
 
 try:
     import trl
-    from trl import GRPOTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer
 except ImportError as error:
     raise BackendUnavailable("reweight_ops.integrations.trl needs TRL: pip install 'trl>=1.15'") from error
 
@@ -152,7 +152,8 @@ class Hooks:
             return original(model, input_ids, attention_mask, logits_to_keep, **chunks, **multimodal)  # type: ignore[no-any-return]
         trainer.fused_calls["token_logps"] += 1
         parts = []
-        for ids, mask in zip(*(x.split(batch_size or len(x)) for x in (input_ids, attention_mask)), strict=True):
+        for start in range(0, len(input_ids), batch_size or len(input_ids)):
+            ids, mask = (x[start : start + (batch_size or len(x))] for x in (input_ids, attention_mask))
             logits = _logits(trainer, model, ids, mask, logits_to_keep)
             parts.append(
                 token_logps(
@@ -215,7 +216,9 @@ class Hooks:
         if any(isinstance(p.rule, EntropyBonus) for p in spec.penalties):
             bare, scaling = self._normalized(trainer, without_bonus(spec), inputs, train)
             scaling.pop("loss_scale", None)
-            policy = policy_loss_from_logps(out.per_token_logps, inputs["advantages"], spec=bare, entropies=out.entropies, **data, **scaling)
+            policy = policy_loss_from_logps(
+                out.per_token_logps, inputs["advantages"], spec=bare, entropies=out.entropies, **data, **scaling
+            )
             _log_bonus(trainer, "train" if train else "eval", policy.loss)
         return out.loss
 
@@ -320,7 +323,7 @@ def _log_bonus(trainer: Any, mode: str, policy: Tensor) -> None:
         trainer._metrics[mode]["entropy_coef"].append(trainer.entropy_coef)
 
 
-class ReweightGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+class ReweightGRPOTrainer(GRPOTrainer):
     """``GRPOTrainer`` on our ops; takes all of its arguments, and these.
 
     Args:
@@ -383,8 +386,8 @@ class TrlPatch:
             return hooks(trainer).loss(trainer, loss.__get__(trainer), model, inputs)
 
         patched_loss._reweight_ops = True  # type: ignore[attr-defined]
-        GRPOTrainer._get_per_token_logps_and_entropies = patched_logps
-        GRPOTrainer._compute_loss = patched_loss
+        for name, function in zip(_SIGNATURES, (patched_logps, patched_loss), strict=True):
+            setattr(GRPOTrainer, name, function)
 
     def undo(self) -> None:
         """Restore TRL's methods; doing it twice does nothing."""

@@ -75,13 +75,19 @@ def resolve_passes(spec: Any, args: Any) -> tuple[PolicyLossSpec, ...]:
     given: Sequence[Any] = spec if isinstance(spec, (tuple, list)) else (spec,)
     passes = tuple(method(s) if isinstance(s, str) else s for s in given)
     if not all(isinstance(s, PolicyLossSpec) for s in passes):
-        raise InvalidCall(f"spec is {spec!r}, expected a PolicyLossSpec, the name of a method, or one of them for each pass over a rollout.")
+        raise InvalidCall(
+            f"spec is {spec!r}, expected a PolicyLossSpec, the name of a method, or one of them for each pass over a rollout."
+        )
     if len(passes) not in (1, args.num_iterations):
-        raise InvalidCall(f"spec has {len(passes)} passes over each rollout, GRPOConfig.num_iterations is {args.num_iterations}; make them equal.")
+        raise InvalidCall(
+            f"spec has {len(passes)} passes over each rollout, GRPOConfig.num_iterations is {args.num_iterations}; make them equal."
+        )
     defaults = {f.name: f.default for f in dataclasses.fields(args)}
     ignored = [f"{name}={getattr(args, name)!r}" for name in LOSS_FIELDS if getattr(args, name) != defaults[name]]
     if ignored:
-        raise InvalidCall(f"a spec of your own replaces TRL's loss, so GRPOConfig's {', '.join(ignored)} would have no effect: put it into the spec.")
+        raise InvalidCall(
+            f"a spec of your own replaces TRL's loss, so GRPOConfig's {', '.join(ignored)} would have no effect: put it into the spec."
+        )
     for s in passes:
         _check_beta(s, args.beta)
     return passes
@@ -97,7 +103,9 @@ def _check_beta(spec: PolicyLossSpec, beta: float) -> None:
         raise InvalidCall(f"GRPOConfig.beta={beta} would have no effect: the spec {spec.name!r} has penalty coefficients {coefs}.")
 
 
-def normalize(spec: PolicyLossSpec, *, accumulation_steps: int, num_items: Tensor, num_processes: int, steps_per_generation: int) -> Normalized:
+def normalize(
+    spec: PolicyLossSpec, *, accumulation_steps: int, num_items: Tensor, num_processes: int, steps_per_generation: int
+) -> Normalized:
     """TRL's normalization of one micro-batch (``accumulation_steps``: of the current window; in evaluation all counts are 1).
 
     A mean over ``num_items_in_batch`` (dapo, cispo) divides by the tokens of one accumulation window on one process; what each
