@@ -24,8 +24,8 @@ X86_LEVELS = {
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "v4_bf16": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"],
 }
-# GCC 12 warns about its own AVX-512 header.
-NO_FALSE_ALARM = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# GCC 12 warns about its own AVX-512 header, and about the ABI of vectors that never leave their file.
+NO_FALSE_ALARM = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 
 
 class NinjaBuild(build_ext):
