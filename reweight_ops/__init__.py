@@ -5,6 +5,7 @@ from .backends.select import NAMES as BACKENDS
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
 from .explain import Explanation, explain
 from .methods.registry import METHODS, method
+from .linear import Lora, linear_policy_loss, linear_token_logps
 from .metrics import Metrics
 from .output import PolicyLossOutput, TokenStats
 from .policy_loss import policy_loss, policy_loss_from_logps, token_logps, token_stats
@@ -22,6 +23,7 @@ __all__ = [
     "Explanation",
     "FromFunction",
     "InvalidCall",
+    "Lora",
     "Metrics",
     "NoReduction",
     "Penalty",
@@ -42,6 +44,8 @@ __all__ = [
     "UnsupportedRequest",
     "explain",
     "kernels",
+    "linear_policy_loss",
+    "linear_token_logps",
     "method",
     "methods",
     "policy_loss",

@@ -39,7 +39,7 @@ class RowStatistics(torch.autograd.Function):
         if fixed:
             ctx.mark_non_differentiable(*fixed)
         ctx.save_for_backward(logits, ids, temperature, *outputs)
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -66,7 +66,14 @@ class OnePassLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, inputs: tuple[Tensor | None, ...], params: Tensor, program: str, head: HeadCall
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        temperature: Tensor,
+        inputs: tuple[Tensor | None, ...],
+        params: Tensor,
+        program: str,
+        head: HeadCall,
     ) -> tuple[Tensor, Tensor]:
         arguments = (logits, ids, temperature, *inputs, params, program, head.vocab_size, head.softcap, head.drop_last, head.backend)
         if head.consume:

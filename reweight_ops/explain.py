@@ -12,7 +12,7 @@ from .backends.select import NAMES, why_not
 from .errors import InvalidCall
 from .head import resolve_logits
 from .keywords import all_options, head_options
-from .plans import choose_plan, pick
+from .plans import choose_plan, pick, target_of
 from .policy_loss import _POLICY_LOSS_OWN, _resolve, policy_loss, token_logps, token_stats
 
 
@@ -26,7 +26,10 @@ class Explanation:
     backends: dict[str, str | None]
 
     def __str__(self) -> str:
-        lines = [f"plan: {self.plan}" + (f" (not one_pass: {self.why_not_one_pass})" if self.why_not_one_pass else ""), f"backend: {self.backend}"]
+        lines = [
+            f"plan: {self.plan}" + (f" (not one_pass: {self.why_not_one_pass})" if self.why_not_one_pass else ""),
+            f"backend: {self.backend}",
+        ]
         return "\n".join([*lines, *(f"  {name}: {'available' if reason is None else reason}" for name, reason in self.backends.items())])
 
 
@@ -46,7 +49,7 @@ def explain(op: Any, *args: Any, device: torch.device | str | None = None, **key
         logits, ids, advantages = _positional(op, args, 3)
         call, head = _resolve(logits, ids, advantages, own.get("spec"), options, data)
         where = _device(head.logits, device)
-        choice = choose_plan(call, head, own.get("plan", "auto"), own.get("differentiable_outputs", False), where)
+        choice = choose_plan(call, target_of(head, where), own.get("plan", "auto"), own.get("differentiable_outputs", False))
         program, reason = call.spec.program, choice.why_not_one_pass
     elif op in (token_logps, token_stats):
         mask = keywords.pop("completion_mask", None)

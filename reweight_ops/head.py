@@ -40,7 +40,9 @@ class LogitsCall:
             setattr(self.original, _CONSUMED, True)
 
 
-def resolve_logits(op: str, logits: Any, completion_ids: Any, options: HeadOptions, data: dict[str, Any], validate: bool = False) -> LogitsCall:
+def resolve_logits(
+    op: str, logits: Any, completion_ids: Any, options: HeadOptions, data: dict[str, Any], validate: bool = False
+) -> LogitsCall:
     """Check logits against ids and resolve the rows. ``data`` holds the other tensors of the call by their public names."""
     tensors = {"logits": logits, "completion_ids": completion_ids, "temperature": options.temperature, **data}
 
@@ -77,21 +79,22 @@ def resolve_logits(op: str, logits: Any, completion_ids: Any, options: HeadOptio
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise fail("the last dimension of logits is not contiguous (any other stride is fine): pass logits.contiguous().")
 
-    total = logits.shape[-1]
-    vocab_size = total if options.vocab_size is None else options.vocab_size
-    if not 0 < vocab_size <= total:
-        raise fail(f"vocab_size is {vocab_size}, logits have {total} columns.")
-    softcap = math.inf if options.softcap is None else float(options.softcap)
-    if not softcap > 0:
-        raise fail(f"softcap is {options.softcap}, expected a positive number, or None for off.")
-
+    vocab_size, softcap = vocabulary(options, logits.shape[-1], fail)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = resolve_rows(op, shape, logits.device, dtype, tensors, vocab_size, validate)
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad
     if consume and logits.is_leaf:
         raise fail("consume_logits=True would overwrite a leaf that requires grad; it is for logits that a model computed.")
     return LogitsCall(
-        _collapsed(logits, fail), rows, _temperature(rows, options.temperature, fail), vocab_size, softcap, options.drop_last, consume, options.backend, logits
+        _collapsed(logits, fail),
+        rows,
+        temperature_rows(rows, options.temperature, fail),
+        vocab_size,
+        softcap,
+        options.drop_last,
+        consume,
+        options.backend,
+        logits,
     )
 
 
@@ -101,10 +104,24 @@ def _collapsed(logits: Tensor, fail: Any) -> Tensor:
     try:
         return logits.view(-1, *logits.shape[-2:])
     except RuntimeError:
-        raise fail(f"leading dimensions with strides {logits.stride()} are no single batch dimension: pass logits.contiguous() or [B, T, V].") from None
+        raise fail(
+            f"leading dimensions with strides {logits.stride()} are no single batch dimension: pass logits.contiguous() or [B, T, V]."
+        ) from None
 
 
-def _temperature(rows: Rows, value: Any, fail: Any) -> Tensor:
+def vocabulary(options: HeadOptions, columns: int, fail: Any) -> tuple[int, float]:
+    """``(vocab_size, softcap)`` of a head with that many columns; an off soft cap is inf."""
+    vocab_size = columns if options.vocab_size is None else options.vocab_size
+    if not 0 < vocab_size <= columns:
+        raise fail(f"vocab_size is {vocab_size}, logits have {columns} columns.")
+    softcap = math.inf if options.softcap is None else float(options.softcap)
+    if not softcap > 0:
+        raise fail(f"softcap is {options.softcap}, expected a positive number, or None for off.")
+    return vocab_size, softcap
+
+
+def temperature_rows(rows: Rows, value: Any, fail: Any) -> Tensor:
+    """The temperature as ``[1]`` or ``[N]`` in the row dtype."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise fail("temperature requires grad, but no gradient flows to it: pass it detached.")

@@ -16,7 +16,13 @@ def _out(logits: Tensor, out: Tensor | None) -> Tensor:
 
 
 def token_stats(
-    logits: Tensor, ids: Tensor, temperature: Tensor, *, head: Head | None = None, stats: tuple[str, ...] = ("logp", "entropy"), backend: str = "auto"
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    *,
+    head: Head | None = None,
+    stats: tuple[str, ...] = ("logp", "entropy"),
+    backend: str = "auto",
 ) -> Tensor:
     """``[len(stats), N]``."""
     name = choose(Request("token_stats", logits.device, logits.dtype), backend)

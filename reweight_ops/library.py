@@ -6,7 +6,7 @@ write the gradient over the logits and, being ops, bump the version counter: an 
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +16,6 @@ from .backends.base import LOSS_ROWS, Head, Program, RowInputs
 from .backends.select import load
 
 _NAMESPACE = "reweight_ops"
-
-
-def encode_program(program: Program) -> str:
-    """A program as the string that crosses the op boundary."""
-    return json.dumps([program.terms, program.weights])
-
-
-def _decode_program(text: str) -> Program:
-    terms, weights = json.loads(text)
-    return Program(tuple(terms), tuple((name, scope) for name, scope in weights))
 
 
 def _rows(logits: Tensor, drop_last: bool) -> Tensor:
@@ -50,12 +40,22 @@ def token_stats(
 
 
 @token_stats.register_fake
-def _(logits, ids, temperature, vocab_size, softcap, drop_last, stats, backend):
+def _(
+    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
+) -> Tensor:
     return logits.new_empty((len(stats.split(",")), ids.numel()), dtype=_row_dtype(logits))
 
 
 def _grad_into(
-    out: Tensor, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, drop_last: bool, stats: list[Tensor | None], coefs: list[Tensor | None], backend: str
+    out: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    head: Head,
+    drop_last: bool,
+    stats: list[Tensor | None],
+    coefs: list[Tensor | None],
+    backend: str,
 ) -> None:
     named = {name: t for name, t in zip(("logp", "lse", "entropy", "log_sum_p_sq"), stats, strict=True) if t is not None}
     by = dict(zip(("logp", "entropy", "lse", "log_sum_p_sq"), coefs, strict=True))
@@ -88,7 +88,7 @@ def token_grad(
 
 
 @token_grad.register_fake
-def _(logits, *args):
+def _(logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -115,15 +115,24 @@ def token_grad_(
 
 
 @token_grad_.register_fake
-def _(*args):
+def _(*args: Any) -> None:
     return None
 
 
 def _loss_grad_into(
-    out: Tensor, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, drop_last: bool, inputs: RowInputs, program: str, params: Tensor, backend: str
+    out: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    head: Head,
+    drop_last: bool,
+    inputs: RowInputs,
+    program: str,
+    params: Tensor,
+    backend: str,
 ) -> Tensor:
     verb = load(backend).token_loss_grad
-    rows = verb(_rows(logits, drop_last), ids, temperature, head, inputs, _decode_program(program), params, _rows(out, drop_last))
+    rows = verb(_rows(logits, drop_last), ids, temperature, head, inputs, Program.decode(program), params, _rows(out, drop_last))
     _clear_last(out, drop_last)
     return rows
 
@@ -151,7 +160,7 @@ def token_loss_grad(
 
 
 @token_loss_grad.register_fake
-def _(logits, ids, *args):
+def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty((len(LOSS_ROWS), ids.numel()), dtype=_row_dtype(logits)), logits.new_empty(logits.shape)
 
 
@@ -177,7 +186,7 @@ def token_loss_grad_(
 
 
 @token_loss_grad_.register_fake
-def _(logits, ids, *args):
+def _(logits: Tensor, ids: Tensor, *args: Any) -> Tensor:
     return logits.new_empty((len(LOSS_ROWS), ids.numel()), dtype=_row_dtype(logits))
 
 
@@ -192,5 +201,5 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
 
 
 @scale_.register_fake
-def _(*args):
+def _(*args: Any) -> None:
     return None

@@ -13,8 +13,8 @@ from .keywords import DataOptions
 from .reduction import Divisors
 from .rows import Rows
 from .rules.namespace import TorchNamespace
-from .spec import PolicyLossSpec, formula_values
-from .terms import Leaves, Term, TermResult, Terms, bind, evaluate, safe_where
+from .spec import PolicyLossSpec, resolved
+from .terms import Leaves, Term, TermResult, Terms, evaluate, safe_where
 from .weights import BatchStatistics
 
 #: The statistics of the current policy that the middle differentiates through.
@@ -35,6 +35,15 @@ class LossCall:
     sampling_logp: Tensor | None
     factor: Tensor | None
     adv_per_sequence: bool = False
+
+    def released(self) -> LossCall:
+        """The same without the call's arguments (kept for error messages): a result must not keep the logits alive."""
+        # Written out: older versions of torch.compile do not trace dataclasses.replace.
+        rows = self.rows.released()
+        return LossCall(
+            self.spec, rows, self.divisors, self.loss_scale, self.adv, self.old_logp, self.ref_logp, self.sampling_logp, self.factor,
+            self.adv_per_sequence,
+        )  # fmt: skip
 
     def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
         """``[K, N]``: every term's row weight, ``loss_scale`` included. ``statistics`` are needed only if a reduction is over a weight."""
@@ -60,9 +69,8 @@ class LossCall:
         """The spec's rules and weights bound to this call's values (per-row hyper-parameters as ``[N]``)."""
         spec, per_row = self.spec, self.rows.per_row
         coefs = [1.0, *(p.coef for p in spec.penalties)]
-        terms = [Term(bind(type(r), formula_values(r, per_row)), c) for r, c in zip(spec.rules, coefs, strict=True)]
-        weights = [bind(type(w), formula_values(w, per_row), {"scope": w.scope, "detach": w.detach}) for w in spec.weights]
-        return Terms(terms, weights)
+        terms = [Term(resolved(rule, per_row), coef) for rule, coef in zip(spec.rules, coefs, strict=True)]
+        return Terms(terms, [resolved(weight, per_row) for weight in spec.weights])
 
     def log_ratio(self, logp: Tensor) -> Tensor:
         """The clamped log-ratio at the spec's level."""
@@ -74,7 +82,7 @@ class LossCall:
         logp = statistics["logp"]
         found = {**statistics, "old_logp": logp.detach() if self.old_logp is None else self.old_logp, "log_ratio": self.log_ratio(logp)}
         stored = {"adv": self.adv, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
-        return found | {name: value for name, value in stored.items() if value is not None}
+        return {**found, **{name: value for name, value in stored.items() if value is not None}}
 
     def safe_leaves(self, statistics: dict[str, Tensor]) -> Leaves:
         """The same, with harmless values in the rows that are out."""
@@ -87,8 +95,9 @@ class LossCall:
 
     def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
         assert statistics is not None, "a spec whose reduction is over a weight takes two passes"
-        bound = bind(type(weight), formula_values(weight, self.rows.per_row), {"scope": weight.scope, "detach": True})
-        u: Tensor = bound.weight(TorchNamespace(self.rows.dtype), self.safe_leaves(statistics), BatchStatistics(self.rows))
+        u: Tensor = resolved(weight, self.rows.per_row).weight(
+            TorchNamespace(self.rows.dtype), self.safe_leaves(statistics), BatchStatistics(self.rows)
+        )
         return u.detach()
 
     @property
@@ -97,24 +106,25 @@ class LossCall:
         return parameter_vector(self.spec.parameter_values, self.rows.dtype, self.rows.device)
 
 
-_constants: dict[tuple[Any, ...], Tensor] = {}
+_constants: dict[str, Tensor] = {}
 
 
 @torch.compiler.assume_constant_result
-def _constant_vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Uploaded once and kept: an upload inside a call would synchronise, and is illegal under CUDA-graph capture.
-    key = (values, dtype, device)
+def _upload(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> str:
+    # Uploaded once and kept: an upload inside a call would synchronise, and is illegal under CUDA-graph capture. Returns a key and no
+    # tensor, so that torch.compile finds the finished tensor in the global above.
+    key = f"{values} {dtype} {device}"
     if key not in _constants:
         with torch.inference_mode(False):
             _constants[key] = torch.tensor(values, dtype=dtype, device=device)
-    return _constants[key]
+    return key
 
 
 def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers and 0-d tensors as one vector. Numbers are cached per device; tensors must live on the device already."""
     if not any(isinstance(v, Tensor) for v in values):
-        return _constant_vector(tuple(float(v) for v in values), dtype, device)
-    fixed = _constant_vector(tuple(0.0 if isinstance(v, Tensor) else float(v) for v in values), dtype, device)
+        return _constants[_upload(tuple([float(v) for v in values]), dtype, device)]
+    fixed = _constants[_upload(tuple([0.0 if isinstance(v, Tensor) else float(v) for v in values]), dtype, device)]
     return torch.stack([v.detach().to(dtype) if isinstance(v, Tensor) else fixed[i] for i, v in enumerate(values)])
 
 
@@ -130,7 +140,8 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: DataOp
             return None
         return rows.per_row(name, value, logps=True)
 
-    reader = next((r.name for r in spec.rules if r.kind == "penalty" and r.name != "entropy_bonus"), spec.surrogate.name)
+    estimators = [r.name for r in spec.rules[1:] if r.name != "entropy_bonus"]
+    reader = estimators[0] if estimators else spec.surrogate.name
     old = stored("old_per_token_logps", "old_logp", "")
     ref = stored("ref_per_token_logps", "ref_logp", f"the penalty {reader!r}")
     sampling = stored("sampling_per_token_logps", "sampling_logp", f"a weight of the spec ({', '.join(w.name for w in spec.weights)})")
@@ -142,7 +153,9 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: DataOp
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
     scale = data.loss_scale
     if isinstance(scale, Tensor) and scale.dim() != 0:
-        raise rows.error(f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights.")
+        raise rows.error(
+            f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights."
+        )
     return LossCall(spec, rows, divisors, scale, adv, old, ref, sampling, _factor(rows, data), per_sequence)
 
 
@@ -152,7 +165,9 @@ def _factor(rows: Rows, data: DataOptions) -> Tensor | None:
         value = getattr(data, name)
         if value is not None:
             if name == "importance_sampling_ratio" and isinstance(value, Tensor) and value.requires_grad:
-                raise rows.error("importance_sampling_ratio requires grad; it is a detached factor. Factors with a gradient are token_weights.")
+                raise rows.error(
+                    "importance_sampling_ratio requires grad; it is a detached factor. Factors with a gradient are token_weights."
+                )
             row = rows.per_row(name, value)
             factor = row if factor is None else factor * row
     return factor
@@ -166,6 +181,9 @@ def _check_divisors(rows: Rows, spec: PolicyLossSpec, divisors: Divisors) -> Non
         if isinstance(value, Tensor) and value.dim() != 0:
             raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
         if not any(name in r.reads and not getattr(r, "per_call", False) for r in spec.reductions):
-            reduction, other = type(spec.reduction).__name__, {"num_items_in_batch": "num_sequences_in_batch"}.get(name, "num_items_in_batch")
+            reduction, other = (
+                type(spec.reduction).__name__,
+                {"num_items_in_batch": "num_sequences_in_batch"}.get(name, "num_items_in_batch"),
+            )
             reads = f"divides by {other}" if other in spec.reduction.reads else "has no divisor"
             raise rows.error(f"{reduction} {reads}; {name} would have no effect.")

@@ -102,7 +102,8 @@ def policy_metrics(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, 
             break
     clipped = call.terms().terms[0].rule.clipped(xp, t)
     if clipped is not None:
-        found |= _clip_metrics(call, *(c.to(rows.dtype) * keep for c in clipped), count)
+        low, high = (c.to(rows.dtype) * keep for c in clipped)
+        found |= _clip_metrics(call, low, high, count)
     if "log_ratio" in spec.requires:
         ratio = t.log_ratio.exp()
         found["ratio/mean"] = ((ratio * keep).sum(), count)
@@ -121,20 +122,20 @@ def policy_metrics(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, 
 
 def _clip_metrics(call: LossCall, low: Tensor, high: Tensor, count: Tensor) -> dict[str, tuple[Tensor, Any]]:
     rows = call.rows
-    if call.spec.surrogate.name == "cispo":
-        return {"cispo_clip_ratio": (high.sum(), count)}
-    region = torch.maximum(low, high)
-    by_sequence = isinstance(call.spec.ratio, SequenceRatio) and rows.sequences is not None and call.adv_per_sequence
+    cispo = call.spec.surrogate.name == "cispo"
+    kinds = {"low": low, "high": high, "region": torch.maximum(low, high)}
+    names = {"high": "cispo_clip_ratio"} if cispo else {kind: f"clip_ratio/{kind}_mean" for kind in kinds}
     if rows.sequences is None:
-        return {f"clip_ratio/{name}_mean": (x.sum(), count) for name, x in (("low", low), ("high", high), ("region", region))}
+        return {name: (kinds[kind].sum(), count) for kind, name in names.items()}
     lengths = rows.sequences.sum(rows.keep.to(rows.dtype))
-    per_sequence = {name: rows.sequences.sum(x) / lengths for name, x in (("low", low), ("high", high), ("region", region))}
-    found: dict[str, tuple[Tensor, Any]] = {}
-    for name, x in (("low", low), ("high", high), ("region", region)):
-        if by_sequence:  # one ratio and one advantage a sequence: TRL then counts sequences, not tokens
-            found[f"clip_ratio/{name}_mean"] = (per_sequence[name].nan_to_num(0).sum(), torch.full_like(count, rows.sequences.count))
-        else:
-            found[f"clip_ratio/{name}_mean"] = (x.sum(), count)
-    found["clip_ratio/low_min"] = (torch.where(lengths > 0, per_sequence["low"], math.inf).min(), 1)
-    found["clip_ratio/high_max"] = (torch.where(lengths > 0, per_sequence["high"], -math.inf).max(), 1)
+    per_sequence = {kind: rows.sequences.sum(x) / lengths for kind, x in kinds.items()}
+    found: dict[str, tuple[Tensor, Any]]
+    if isinstance(call.spec.ratio, SequenceRatio) and call.adv_per_sequence:
+        # One ratio and one advantage a sequence: TRL then counts sequences, not tokens.
+        found = {name: (per_sequence[kind].nan_to_num(0).sum(), rows.sequences.count) for kind, name in names.items()}
+    else:
+        found = {name: (kinds[kind].sum(), count) for kind, name in names.items()}
+    if not cispo:
+        found["clip_ratio/low_min"] = (torch.where(lengths > 0, per_sequence["low"], math.inf).min(), 1)
+        found["clip_ratio/high_max"] = (torch.where(lengths > 0, per_sequence["high"], -math.inf).max(), 1)
     return found

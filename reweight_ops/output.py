@@ -20,7 +20,8 @@ class TokenStats:
     """Per-row statistics, shape R, fp32 (fp64 for fp64 logits), 0 where a row is out; what was not asked for is None.
 
     ``logps`` log-prob of the id · ``entropies`` · ``lse`` log-sum-exp of the scaled logits · ``log_sum_p_sq`` log Σp² · ``max_logp`` log-prob
-    of the likeliest token · ``is_top1`` bool: the id is a likeliest token · ``log1m_p`` log(1 - p) of the id. The first three are differentiable.
+    of the likeliest token · ``is_top1`` bool: the id is a likeliest token · ``log1m_p`` log(1 - p) of the id, from its log-prob (so its error
+    is an fp32 rounding over 1 - p). The first three are differentiable.
     """
 
     logps: Tensor | None = None

@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autograd import HeadCall, OnePassLoss, RowStatistics
-from .backends.base import Program, Request
+from .backends.base import Program, Request, Verb
 from .backends.select import candidates, choose, why_not
 from .errors import InvalidCall, UnsupportedRequest
 from .head import LogitsCall
-from .library import encode_program
 from .loss_call import LossCall
+from .methods.registry import method
 from .output import PolicyLossOutput
+from .spec import PolicyLossSpec
 
 PLANS = ("auto", "one_pass", "two_pass")
 
@@ -31,9 +33,19 @@ class Choice:
     why_not_one_pass: str | None
 
 
-def one_pass_obstacle(call: LossCall, logits: LogitsCall, differentiable_outputs: bool, insist: bool) -> str | None:
+@dataclass(frozen=True)
+class Target:
+    """What a plan depends on of the logits, materialised or not."""
+
+    device: torch.device
+    dtype: torch.dtype
+    needs_grad: bool
+    backend: str
+
+
+def one_pass_obstacle(call: LossCall, target: Target, differentiable_outputs: bool, insist: bool) -> str | None:
     """Why this call, whatever the backend, does not take one pass. ``insist``: the caller asked for it, which settles the matters of taste."""
-    if not logits.needs_grad:
+    if not target.needs_grad:
         return "no gradient is needed, so only statistics are computed"
     if call.spec.one_pass_obstacle is not None:
         return call.spec.one_pass_obstacle
@@ -41,53 +53,54 @@ def one_pass_obstacle(call: LossCall, logits: LogitsCall, differentiable_outputs
         return "differentiable_outputs=True puts log-probs and entropies into the graph"
     if any(t is not None and t.requires_grad for t in (call.adv, call.factor)):
         return "advantages or token_weights require grad"
-    if not insist and logits.logits.dtype == torch.float64:
+    if not insist and target.dtype == torch.float64:
         return "fp64 is for checking, and two_pass is the exact autograd"
-    if not insist and logits.logits.dtype == torch.float16 and isinstance(call.loss_scale, (int, float)) and call.loss_scale == 1:
+    if not insist and target.dtype == torch.float16 and isinstance(call.loss_scale, (int, float)) and call.loss_scale == 1:
         return "fp16 gradients are rounded in forward: pass GradScaler's factor as loss_scale"
     return None
 
 
 @torch.compiler.assume_constant_result
-def pick(device: torch.device, dtype: torch.dtype, name: str, program: Program | None) -> Choice:
-    """The backend for a call; with a program, one that runs it in one pass if any does.
+def pick(device: torch.device, dtype: torch.dtype, name: str, program_text: str | None) -> Choice:
+    """The backend for a call; with a program, the first that runs it in one pass, if any does."""
 
-    Never past a backend that serves the call in two passes to the reference just because that knows every program.
-    """
-    if program is not None:
-        for candidate in candidates(device.type, name):
-            if candidate == "reference" and name == "auto" and _serves(candidate_before(candidate, device, name), device, dtype):
-                break
-            if all(why_not(candidate, Request(verb, device, dtype, program)) is None for verb in ("token_loss_grad", "token_stats")):
-                return Choice("one_pass", candidate, None)
-    backend = choose(Request("token_stats", device, dtype), name)
-    reason = None if program is None else why_not(backend, Request("token_loss_grad", device, dtype, program))
-    return Choice("two_pass", backend, reason)
+    def reason(backend: str, verb: Verb, program: Program | None = None) -> str | None:
+        return why_not(backend, Request(verb, device, dtype, program))
 
-
-def candidate_before(name: str, device: torch.device, asked: str) -> tuple[str, ...]:
-    order = candidates(device.type, asked)
-    return order[: order.index(name)]
-
-
-def _serves(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> bool:
-    return any(why_not(name, Request("token_stats", device, dtype)) is None for name in names)
+    serving = [b for b in candidates(device.type, name) if reason(b, "token_stats") is None]
+    # The reference knows every program, which is no reason to prefer it to a fast backend that needs two passes.
+    serving = [b for b in serving if b != "reference"] or serving
+    if not serving:
+        choose(Request("token_stats", device, dtype), name)  # raises, with everybody's reason
+    if program_text is None:
+        return Choice("two_pass", serving[0], None)
+    program = Program.decode(program_text)
+    for backend in serving:
+        if reason(backend, "token_loss_grad", program) is None:
+            return Choice("one_pass", backend, None)
+    return Choice("two_pass", serving[0], reason(serving[0], "token_loss_grad", program))
 
 
-def choose_plan(call: LossCall, logits: LogitsCall, plan: str, differentiable_outputs: bool, device: torch.device | None = None) -> Choice:
+def choose_plan(call: LossCall, target: Target, plan: str, differentiable_outputs: bool) -> Choice:
     """The plan and backend of a call, with the reason against one pass. Raises if the plan that was asked for is impossible."""
     if plan not in PLANS:
         raise InvalidCall(f"{call.rows.op}: plan is {plan!r}, expected one of {', '.join(PLANS)}.")
-    device = device or logits.logits.device
-    dtype = logits.logits.dtype
-    obstacle = one_pass_obstacle(call, logits, differentiable_outputs, insist=plan == "one_pass")
-    if plan == "two_pass" or (obstacle is not None and (plan == "auto" or not logits.needs_grad)):
-        return Choice("two_pass", pick(device, dtype, logits.backend, None).backend, obstacle or "plan='two_pass' was asked for")
-    choice = pick(device, dtype, logits.backend, call.spec.program) if obstacle is None else None
-    if plan == "one_pass" and (choice is None or choice.plan != "one_pass"):
-        raise UnsupportedRequest(f"{call.rows.op}: plan='one_pass' is impossible: {obstacle or (choice and choice.why_not_one_pass)}.")
-    assert choice is not None
+    if plan == "two_pass":
+        obstacle: str | None = "plan='two_pass' was asked for"
+    else:
+        obstacle = one_pass_obstacle(call, target, differentiable_outputs, insist=plan == "one_pass")
+    if obstacle is None:
+        choice: Choice = pick(target.device, target.dtype, target.backend, call.spec.program_text)
+    else:
+        choice = Choice("two_pass", pick(target.device, target.dtype, target.backend, None).backend, obstacle)
+    if plan == "one_pass" and choice.plan != plan and target.needs_grad:
+        raise UnsupportedRequest(f"{call.rows.op}: plan='one_pass' is impossible: {choice.why_not_one_pass}.")
     return choice
+
+
+def target_of(logits: LogitsCall, device: torch.device | None = None) -> Target:
+    """The target of a call on materialised logits; ``device`` replaces theirs (for explaining a meta tensor)."""
+    return Target(device or logits.logits.device, logits.logits.dtype, logits.needs_grad, logits.backend)
 
 
 def run(call: LossCall, logits: LogitsCall, choice: Choice, differentiable_outputs: bool) -> PolicyLossOutput:
@@ -101,19 +114,22 @@ def run(call: LossCall, logits: LogitsCall, choice: Choice, differentiable_outpu
 def _one_pass(call: LossCall, logits: LogitsCall, head: HeadCall) -> PolicyLossOutput:
     rows = call.rows
     assert rows.ids is not None
-    program = encode_program(call.spec.program)
-    loss, table = OnePassLoss.apply(logits.logits, rows.ids, logits.temperature, tuple(call.inputs()), call.params, program, head)
+    loss, table = OnePassLoss.apply(  # type: ignore[no-untyped-call]
+        logits.logits, rows.ids, logits.temperature, tuple(call.inputs()), call.params, call.spec.program_text, head
+    )
     logp, entropy, _, per_token, by_logp, by_entropy = table.unbind()
-    leaves = {"logp": logp, "entropy": entropy}
+    leaves, by = {"logp": logp, "entropy": entropy}, (by_logp, by_entropy)
     return PolicyLossOutput(
-        loss, rows.unflatten(logp), rows.unflatten(entropy), "one_pass", head.backend, call, leaves, per_token, (by_logp, by_entropy)
+        loss, rows.unflatten(logp), rows.unflatten(entropy), "one_pass", head.backend, call.released(), leaves, per_token, by
     )
 
 
 def row_statistics(logits: LogitsCall, head: HeadCall, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Differentiable statistics by name, ``[N]``."""
     assert logits.rows.ids is not None
-    values = RowStatistics.apply(logits.logits, logits.rows.ids, logits.temperature, head, ",".join(names))
+    values = RowStatistics.apply(  # type: ignore[no-untyped-call]
+        logits.logits, logits.rows.ids, logits.temperature, head, ",".join(names)
+    )
     return dict(zip(names, values, strict=True))
 
 
@@ -132,4 +148,25 @@ def middle(call: LossCall, leaves: dict[str, Tensor], backend: str, differentiab
     detached = {name: value.detach() for name, value in leaves.items()}
     shown = leaves if differentiable_outputs else detached
     entropies = rows.unflatten(shown["entropy"]) if "entropy" in shown else None
-    return PolicyLossOutput(loss, rows.unflatten(shown["logp"]), entropies, "two_pass", backend, call, detached, result.loss.detach())
+    return PolicyLossOutput(
+        loss, rows.unflatten(shown["logp"]), entropies, "two_pass", backend, call.released(), detached, result.loss.detach()
+    )
+
+
+_named: dict[str, PolicyLossSpec] = {}
+
+
+@torch.compiler.assume_constant_result
+def _build(name: str) -> None:
+    # A side effect on purpose: torch.compile runs this while tracing, and then reads the finished spec from the global above.
+    _named[name] = method(name)
+
+
+def named_spec(op: str, spec: Any) -> PolicyLossSpec:
+    """A spec, by itself or by its method's name."""
+    if isinstance(spec, str):
+        _build(spec)
+        return _named[spec]
+    if not isinstance(spec, PolicyLossSpec):
+        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.")
+    return spec

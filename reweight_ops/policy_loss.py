@@ -15,9 +15,8 @@ from .errors import InvalidCall
 from .head import LogitsCall, resolve_logits
 from .keywords import DataKeywords, DataOptions, HeadKeywords, HeadOptions, PolicyLossKeywords, all_options, data_options, head_options
 from .loss_call import LossCall, resolve_loss
-from .methods.registry import method
 from .output import PolicyLossOutput, TokenStats
-from .plans import Choice, choose_plan, middle, pick, row_statistics, run
+from .plans import choose_plan, middle, named_spec, pick, row_statistics, run, target_of
 from .rows import resolve_rows
 from .spec import PolicyLossSpec
 
@@ -28,6 +27,7 @@ _STATS = {
 }  # fmt: skip
 
 _POLICY_LOSS_OWN = ("spec", "plan", "differentiable_outputs")
+
 
 def token_logps(
     logits: Tensor,
@@ -95,7 +95,9 @@ def token_stats(
         raise InvalidCall(f"token_stats: stats is {stats!r}; expected some of {', '.join(_STATS)}.")
     call = resolve_logits("token_stats", logits, completion_ids, options, {"completion_mask": completion_mask})
     needed = {part for name in stats for part in _STATS[name]} | {"logp", "lse"}
-    found = row_statistics(call, _head(call), tuple(name for name in ("logp", "lse", "entropy", "log_sum_p_sq", "max_logp") if name in needed))
+    found = row_statistics(
+        call, _head(call), tuple(name for name in ("logp", "lse", "entropy", "log_sum_p_sq", "max_logp") if name in needed)
+    )
     call.mark_consumed()
     keep = call.rows.keep
     values = {"logps": found["logp"], "lse": found["lse"], "entropies": found.get("entropy")}
@@ -162,7 +164,7 @@ def policy_loss(
     """
     options, data = all_options("policy_loss", dict(keywords), _POLICY_LOSS_OWN)
     call, head = _resolve(logits, completion_ids, advantages, spec, options, data)
-    return run(call, head, choose_plan(call, head, plan, differentiable_outputs), differentiable_outputs)
+    return run(call, head, choose_plan(call, target_of(head), plan, differentiable_outputs), differentiable_outputs)
 
 
 def _resolve(
@@ -170,15 +172,7 @@ def _resolve(
 ) -> tuple[LossCall, LogitsCall]:
     named = data.named()
     head = resolve_logits("policy_loss", logits, completion_ids, options, {"advantages": advantages, **named}, data.validate)
-    return resolve_loss(head.rows, advantages, _spec("policy_loss", spec), data), head
-
-
-def _spec(op: str, spec: Any) -> PolicyLossSpec:
-    if isinstance(spec, str):
-        return method(spec)
-    if not isinstance(spec, PolicyLossSpec):
-        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.")
-    return spec
+    return resolve_loss(head.rows, advantages, named_spec("policy_loss", spec), data), head
 
 
 def policy_loss_from_logps(
@@ -201,14 +195,24 @@ def policy_loss_from_logps(
     """
     op = "policy_loss_from_logps"
     data = data_options(op, dict(keywords), ("spec", "entropies", "log_sum_p_sq"))
-    tensors = {"per_token_logps": per_token_logps, "advantages": advantages, "entropies": entropies, "log_sum_p_sq": log_sum_p_sq, **data.named()}
+    tensors = {
+        "per_token_logps": per_token_logps,
+        "advantages": advantages,
+        "entropies": entropies,
+        "log_sum_p_sq": log_sum_p_sq,
+        **data.named(),
+    }
     if not isinstance(per_token_logps, Tensor) or per_token_logps.dtype not in (torch.float32, torch.float64):
         got = per_token_logps.dtype if isinstance(per_token_logps, Tensor) else type(per_token_logps).__name__
         raise InvalidCall(f"{op}: per_token_logps is {got}, expected fp32 or fp64 log-probs (.float()).")
     rows = resolve_rows(op, tuple(per_token_logps.shape), per_token_logps.device, per_token_logps.dtype, tensors)
-    call = resolve_loss(rows, advantages, _spec(op, spec), data)
+    call = resolve_loss(rows, advantages, named_spec(op, spec), data)
     leaves = {}
-    for name, argument, value in (("logp", "per_token_logps", per_token_logps), ("entropy", "entropies", entropies), ("log_sum_p_sq", "log_sum_p_sq", log_sum_p_sq)):
+    for name, argument, value in (
+        ("logp", "per_token_logps", per_token_logps),
+        ("entropy", "entropies", entropies),
+        ("log_sum_p_sq", "log_sum_p_sq", log_sum_p_sq),
+    ):
         if value is not None:
             if tuple(value.shape) != rows.shape:
                 raise rows.error(f"{argument} has shape {tuple(value.shape)}, expected {rows.shape}.")

@@ -38,7 +38,8 @@ class Reduction:
 
 
 def _over(numerator: Tensor, divisor: Any) -> Tensor:
-    return numerator / divisor
+    result: Tensor = numerator / divisor
+    return result
 
 
 @dataclass(frozen=True)

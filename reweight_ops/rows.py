@@ -69,6 +69,12 @@ class Rows:
     def error(self, message: str) -> InvalidCall:
         return InvalidCall(f"{self.op}: {message} {describe(self.tensors)}")
 
+    def released(self) -> Rows:
+        """The same without the call's arguments."""
+        return Rows(
+            self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids
+        )  # fmt: skip
+
     def need_sequences(self, why: str) -> Groups:
         if self.sequences is None:
             raise self.error(f"{why} needs sequences: pass [B, T] tensors, or cu_seqlens, or sequence_ids with num_sequences.")
@@ -85,7 +91,7 @@ class Rows:
             raise self.error(f"{name} is a {type(value).__name__}, expected a tensor or a number.")
         self._check(name, value, logps)
         flat = self._flat(name, value)
-        if flat.is_inference() and not torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and flat.is_inference() and not torch.is_inference_mode_enabled():
             flat = flat.clone()  # autograd refuses to save an inference tensor
         return flat.to(self.dtype).contiguous()
 
@@ -125,12 +131,17 @@ def _mask(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: dict[s
 
 
 def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: dict[str, Any]) -> Groups | None:
+    cu: Tensor | None
+    ids: Tensor | None
+    count: int | None
     cu, ids, count = tensors.get("cu_seqlens"), tensors.get("sequence_ids"), tensors.get("num_sequences")
     n = math.prod(shape)
     if cu is not None and ids is not None:
         raise InvalidCall(f"{op}: pass cu_seqlens or sequence_ids, not both. {describe(tensors)}")
     if (ids is None) != (count is None):
-        raise InvalidCall(f"{op}: sequence_ids and num_sequences go together (an int, so that nothing waits for the GPU). {describe(tensors)}")
+        raise InvalidCall(
+            f"{op}: sequence_ids and num_sequences go together (an int, so that nothing waits for the GPU). {describe(tensors)}"
+        )
     if cu is not None:
         if cu.dim() != 1 or cu.numel() < 2 or cu.dtype not in (torch.int32, torch.int64):
             raise InvalidCall(f"{op}: cu_seqlens must be int32 or int64 of shape [S + 1]. {describe(tensors)}")
@@ -138,7 +149,7 @@ def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: d
             raise InvalidCall(f"{op}: cu_seqlens needs packed rows, [N] or [1, N], not {shape}. {describe(tensors)}")
         position = torch.arange(n, device=device, dtype=cu.dtype)
         return Groups(cu.numel() - 1, index=torch.searchsorted(cu[1:].contiguous(), position, right=True))
-    if ids is not None:
+    if ids is not None and count is not None:
         if tuple(ids.shape) not in (shape, (n,)):
             raise InvalidCall(f"{op}: sequence_ids has shape {tuple(ids.shape)}, expected {shape}. {describe(tensors)}")
         index = ids.reshape(-1).long()
@@ -146,7 +157,9 @@ def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: d
     return Groups(math.prod(shape[:-1]), length=shape[-1]) if len(shape) >= 2 else None
 
 
-def _segments(op: str, segment_ids: Tensor | None, shape: tuple[int, ...], sequences: Groups | None, tensors: dict[str, Any]) -> Groups | None:
+def _segments(
+    op: str, segment_ids: Tensor | None, shape: tuple[int, ...], sequences: Groups | None, tensors: dict[str, Any]
+) -> Groups | None:
     """A segment is a run of equal ``segment_ids`` inside one sequence."""
     if segment_ids is None:
         return None
@@ -154,14 +167,24 @@ def _segments(op: str, segment_ids: Tensor | None, shape: tuple[int, ...], seque
         raise InvalidCall(f"{op}: segment_ids has shape {tuple(segment_ids.shape)}, expected {shape}. {describe(tensors)}")
     flat, n = segment_ids.reshape(-1), math.prod(shape)
     position = torch.arange(n, device=flat.device)
-    owner = torch.zeros_like(position) if sequences is None else (position // max(sequences.length, 1) if sequences.index is None else sequences.index)
+    owner = (
+        torch.zeros_like(position)
+        if sequences is None
+        else (position // max(sequences.length, 1) if sequences.index is None else sequences.index)
+    )
     start = torch.ones_like(position)
     start[1:] = ((flat[1:] != flat[:-1]) | (owner[1:] != owner[:-1])).long()
     return Groups(n, index=start.cumsum(0) - 1)
 
 
 def resolve_rows(
-    op: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, tensors: dict[str, Any], vocab_total: int = 0, validate: bool = False
+    op: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    tensors: dict[str, Any],
+    vocab_total: int = 0,
+    validate: bool = False,
 ) -> Rows:
     """Check masks, ids and sequences of a call and flatten them. ``tensors`` holds the call's arguments by their public names."""
     if not shape:

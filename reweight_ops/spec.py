@@ -13,7 +13,7 @@ from .codegen.trace import trace_rule, trace_weight
 from .errors import InvalidCall
 from .ratio import Ratio, TokenRatio
 from .reduction import NoReduction, Reduction, TokenMean
-from .rules.base import Formula, Rule, TokenWeight
+from .rules.base import Rule, TokenWeight
 
 #: The most terms that fit in one pass; more go to two_pass.
 MAX_ONE_PASS_TERMS = 4
@@ -63,6 +63,7 @@ class PolicyLossSpec:
         # Traced now, and kept: a call, and torch.compile above it, only reads the results.
         object.__setattr__(self, "_requires", self._find_requires())
         object.__setattr__(self, "_program", self._find_program())
+        object.__setattr__(self, "_program_text", self.program.encode())
         object.__setattr__(self, "_obstacle", self._find_obstacle())
         object.__setattr__(self, "_values", self._find_values())
 
@@ -91,6 +92,11 @@ class PolicyLossSpec:
     def program(self) -> Program:
         """What a one-pass kernel evaluates in the row."""
         return self._program  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def program_text(self) -> str:
+        """:attr:`program` as it crosses the boundary of a custom op."""
+        return self._program_text  # type: ignore[attr-defined,no-any-return]
 
     @property
     def one_pass_obstacle(self) -> str | None:
@@ -177,9 +183,7 @@ def _replaced(node: Any, path: list[str], value: Any, whole: str) -> Any:
     return dataclasses.replace(node, **{head: _replaced(getattr(node, head), rest, value, whole)})  # type: ignore[type-var]
 
 
-def formula_values(formula: Formula, resolve: Any) -> dict[str, Any]:
-    """A formula's hyper-parameters, per-row tensors passed through ``resolve(name, tensor)``."""
-    return {
-        name: resolve(f"{formula.name}.{name}", value) if isinstance(value, Tensor) and value.dim() > 0 else value
-        for name, value in formula.parameters().items()
-    }
+def resolved(formula: Any, resolve: Any) -> Any:
+    """A rule or weight with its per-row hyper-parameters passed through ``resolve(name, tensor)``; itself if it has none."""
+    rows = {name: v for name, v in formula.parameters().items() if isinstance(v, Tensor) and v.dim() > 0}
+    return dataclasses.replace(formula, **{name: resolve(f"{formula.name}.{name}", v) for name, v in rows.items()}) if rows else formula

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .rules.base import Formula, Rule, TokenWeight
+from .rules.base import Rule, TokenWeight
 from .rules.namespace import TorchNamespace
 
 #: What a row that a term does not select is evaluated at: finite for every rule, so that its discarded derivative is no NaN.
@@ -24,10 +24,12 @@ class Leaves:
     """What a formula reads of its tokens: attributes ``[N]``."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
-        self.__dict__.update(values)
+        self.values = values
 
     def __getattr__(self, name: str) -> Tensor:
-        raise AttributeError(f"the formula reads {name!r}, which this call was not given")
+        if name not in self.values:
+            raise AttributeError(f"the formula reads {name!r}, which this call was not given")
+        return self.values[name]
 
 
 def safe_where(selected: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,14 +54,6 @@ class Terms(NamedTuple):
 class TermResult(NamedTuple):
     weighted_loss: Tensor  # [N]: sum_k w_k * coef_k * u_k * rule_k
     loss: Tensor  # [N]: the same without w_k
-
-
-def bind(cls: type[Formula], values: dict[str, Any], settings: dict[str, Any] | None = None) -> Any:
-    """An instance of a rule or weight whose fields are the given values, tensors included; validated nowhere, they are validated already."""
-    instance = object.__new__(cls)
-    for name, value in {**values, **(settings or {})}.items():
-        object.__setattr__(instance, name, value)
-    return instance
 
 
 def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep: Tensor, batch: Any) -> TermResult:

@@ -40,9 +40,11 @@ class BatchStatistics:
         return self._only(x, -math.inf).max()
 
     def quantile(self, x: Tensor, q: Any) -> Tensor:
-        """Linear interpolation between order statistics, as ``torch.quantile``."""
-        q = q.to(x) if isinstance(q, Tensor) else q
-        return self._only(x, math.nan).nanquantile(q)
+        """Linear interpolation between order statistics, as ``torch.quantile``, of any number of rows and without reading one on the host."""
+        ordered = self._only(x, math.inf).sort().values
+        at = q * (self._rows.keep.sum() - 1).clamp(min=0).to(x.dtype)
+        below, above = (ordered.gather(0, k.long().view(1)).view(()) for k in (at.floor(), at.ceil()))
+        return below + (at - at.floor()) * (above - below)
 
     def seq_sum(self, x: Tensor) -> Tensor:
         """``[N]``: every row gets its sequence's sum."""
@@ -57,7 +59,7 @@ class BatchStatistics:
 class AdvantageReweighting(TokenWeight):
     """``α·p_old + 1 - α`` with the probability under the old policy: damps the gradient of unlikely tokens.
 
-    AR, arXiv:2505.12929, eq. 7, as the authors' code has it; the paper writes the current policy: :class:`CurrentAdvantageReweighting`.
+    AR, arXiv:2505.12929, section 4.1, as the authors' code has it; the paper writes the current policy: :class:`CurrentAdvantageReweighting`.
     """
 
     alpha: float = 0.3
@@ -68,7 +70,7 @@ class AdvantageReweighting(TokenWeight):
 
 @weight
 class CurrentAdvantageReweighting(TokenWeight):
-    """``α·p + 1 - α`` with the current probability, detached. AR as the paper writes it, arXiv:2505.12929, eq. 7."""
+    """``α·p + 1 - α`` with the current probability, detached. AR as the paper writes it, arXiv:2505.12929, section 4.1."""
 
     alpha: float = 0.3
 

@@ -1,8 +1,9 @@
 """Literal golden rows: for every rule and weight a few tokens whose loss and derivative were worked out by hand.
 
-``loss`` is the rule's value, ``dlogp`` its total derivative by the token's log-prob (through ``log_ratio = logp - old_logp`` and the reference
-distance alike), ``dentropy`` by the entropy, ``clipped`` the (below, above) flags. ``LN2 = log 2`` makes ratios and probabilities exact:
-``old_logp = logp - LN2`` is a ratio of 2, ``old_logp = logp + LN2`` of 1/2. Worked with ``logp = -LN2`` (p = 1/2) unless a row says otherwise.
+``loss`` is the rule's value, ``dlogp`` its total derivative by the token's log-prob (through ``log_ratio = logp - old_logp`` and the
+reference distance alike), ``dentropy`` by the entropy, ``clipped`` the (below, above) flags. ``LN2 = log 2`` makes ratios and
+probabilities exact: ``old_logp = logp - LN2`` is a ratio of 2, ``old_logp = logp + LN2`` of 1/2. Worked with ``logp = -LN2`` (p = 1/2)
+unless a row says otherwise.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ ROWS = (
     Row("dual_clip", ratio(LN2, -1.0), 1.5, 0.0, clipped=(False, True), parameters={"clip_ratio_c": 1.5}),
     Row("dual_clip", ratio(LN2, 1.0), -1.2, 0.0, clipped=(False, True), parameters={"clip_ratio_c": 1.5}),
     Row("dual_clip", ratio(-LN2, -1.0), 0.8, 0.0, clipped=(True, False)),
-    # cispo: weight 2 stays a constant: loss = -2*1*logp = 2 log 2, slope -2. Capped at 1.5: 1.5 log 2, slope -1.5 (clipped tokens keep a gradient).
+    # cispo: weight 2 stays a constant: loss = -2*1*logp = 2 log 2, slope -2. Capped at 1.5: 1.5 log 2, slope -1.5: clipped tokens keep it.
     Row("cispo", ratio(LN2, 1.0), 2 * LN2, -2.0, clipped=(False, False)),
     Row("cispo", ratio(LN2, 1.0), 1.5 * LN2, -1.5, clipped=(False, True), parameters={"ratio_max": 1.5}),
     Row("cispo", ratio(-LN2, -3.0), -0.8 * 3 * LN2, 2.4, clipped=(True, False), parameters={"ratio_min": 0.8}),

@@ -16,7 +16,17 @@ def batch():
     mask = torch.arange(T) < torch.tensor([9, 1, 4, 7, 2, 9])[:, None]
     old, ref = (logp.detach() + s * torch.randn(B, T, generator=g, dtype=torch.float64) for s in (0.4, 0.3))
     A = torch.randn(B, generator=g, dtype=torch.float64)
-    return dict(logits=logits, ids=ids, logp=logp, H=entropy, old=old, ref=ref, A=A, A2=torch.randn(B, T, generator=g, dtype=torch.float64), mask=mask)
+    return {
+        "logits": logits,
+        "ids": ids,
+        "logp": logp,
+        "H": entropy,
+        "old": old,
+        "ref": ref,
+        "A": A,
+        "A2": torch.randn(B, T, generator=g, dtype=torch.float64),
+        "mask": mask,
+    }
 
 
 def same(a, b, x):
@@ -37,16 +47,19 @@ def test_paper_equals_trl(batch, name):
     logp, old, ref, A, mask = (batch[k] for k in ("logp", "old", "ref", "A", "mask"))
     n = int(mask.sum())
     paper, ours = {
-        "ppo_clip": (papers.ppo_clip(logp, old, A, mask), dict(loss_type="bnpo")),
-        "grpo": (papers.grpo(logp, old, ref, A, mask), dict(loss_type="grpo", beta=0.04, ref_logps=ref, use_bias_correction_kl=False)),
-        "dapo": (papers.dapo(logp, old, A, mask), dict(loss_type="dapo", epsilon_high=0.28, num_items_in_batch=n)),
-        "dr_grpo": (papers.dr_grpo(logp, old, A, mask, horizon=50), dict(loss_type="dr_grpo", max_completion_length=50)),
+        "ppo_clip": (papers.ppo_clip(logp, old, A, mask), {"loss_type": "bnpo"}),
+        "grpo": (
+            papers.grpo(logp, old, ref, A, mask),
+            {"loss_type": "grpo", "beta": 0.04, "ref_logps": ref, "use_bias_correction_kl": False},
+        ),
+        "dapo": (papers.dapo(logp, old, A, mask), {"loss_type": "dapo", "epsilon_high": 0.28, "num_items_in_batch": n}),
+        "dr_grpo": (papers.dr_grpo(logp, old, A, mask, horizon=50), {"loss_type": "dr_grpo", "max_completion_length": 50}),
         "gspo": (
             papers.gspo(logp, old, A, mask, 0.1, 0.2),
-            dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=0.1, epsilon_high=0.2),
+            {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.2},
         ),
-        "cispo": (papers.cispo(logp, old, A, mask, 1.0, 0.3), dict(loss_type="cispo", epsilon_high=1.3, num_items_in_batch=n)),
-        "sapo": (papers.sapo(logp, old, A, mask), dict(loss_type="sapo")),
+        "cispo": (papers.cispo(logp, old, A, mask, 1.0, 0.3), {"loss_type": "cispo", "epsilon_high": 1.3, "num_items_in_batch": n}),
+        "sapo": (papers.sapo(logp, old, A, mask), {"loss_type": "sapo"}),
     }[name]
     same(paper, trl.grpo_loss(logp, A, mask, old_logps=old, **ours)[0], batch["logits"])
 
@@ -56,15 +69,19 @@ def test_paper_equals_verl(batch, name):
     logp, old, A2, mask = (batch[k] for k in ("logp", "old", "A2", "mask"))
     off = 1e9  # no dual clip
     paper, mode, args = {
-        "ppo_clip": (papers.ppo_clip(logp, old, A2, mask), "vanilla", dict(clip_ratio_c=off)),
-        "dapo": (papers.dapo(logp, old, A2, mask), "vanilla", dict(clip_ratio_c=off, clip_ratio_high=0.28)),
-        "dr_grpo": (papers.dr_grpo(logp, old, A2, mask, horizon=9), "vanilla", dict(clip_ratio_c=off, loss_agg_mode="seq-mean-token-sum-norm")),
+        "ppo_clip": (papers.ppo_clip(logp, old, A2, mask), "vanilla", {"clip_ratio_c": off}),
+        "dapo": (papers.dapo(logp, old, A2, mask), "vanilla", {"clip_ratio_c": off, "clip_ratio_high": 0.28}),
+        "dr_grpo": (
+            papers.dr_grpo(logp, old, A2, mask, horizon=9),
+            "vanilla",
+            {"clip_ratio_c": off, "loss_agg_mode": "seq-mean-token-sum-norm"},
+        ),
         "gspo_token": (
             papers.gspo_token(logp, old, A2, mask, 0.1, 0.2),
             "gspo",
-            dict(clip_ratio_low=0.1, clip_ratio_high=0.2, loss_agg_mode="seq-mean-token-mean"),
+            {"clip_ratio_low": 0.1, "clip_ratio_high": 0.2, "loss_agg_mode": "seq-mean-token-mean"},
         ),
-        "cispo": (papers.cispo(logp, old, A2, mask, 0.2, 0.3), "cispo", dict(clip_ratio_high=0.3)),
+        "cispo": (papers.cispo(logp, old, A2, mask, 0.2, 0.3), "cispo", {"clip_ratio_high": 0.3}),
         "sapo": (papers.sapo(logp, old, A2, mask), "sapo", {}),
         "gpg": (papers.gpg(logp, A2, mask), "gpg", {}),
     }[name]

@@ -16,15 +16,15 @@ def batch():
     shape = (6, 10)
     old = -3 * torch.rand(shape, generator=g)
     lengths = torch.tensor([10, 0, 4, 7, 2, 10])  # one empty sequence: verl leaves it out of sequence means
-    return dict(
-        old=old,
-        log_prob=(old + 0.5 * torch.randn(shape, generator=g)).clamp(max=0).requires_grad_(),
-        adv=torch.randn(shape, generator=g),
-        mask=(torch.arange(10) < lengths[:, None]).float(),
-        rollout=torch.rand(shape, generator=g) + 0.5,
-        ref=old + 0.3 * torch.randn(shape, generator=g),
-        entropy=torch.rand(shape, generator=g).requires_grad_(),
-    )
+    return {
+        "old": old,
+        "log_prob": (old + 0.5 * torch.randn(shape, generator=g)).clamp(max=0).requires_grad_(),
+        "adv": torch.randn(shape, generator=g),
+        "mask": (torch.arange(10) < lengths[:, None]).float(),
+        "rollout": torch.rand(shape, generator=g) + 0.5,
+        "ref": old + 0.3 * torch.randn(shape, generator=g),
+        "entropy": torch.rand(shape, generator=g).requires_grad_(),
+    }
 
 
 def config(**kw):

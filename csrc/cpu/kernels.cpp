@@ -1,1 +1,261 @@
-// kernels
+// The three verbs at one instruction-set level: this file is compiled once per level, with RW_LEVEL naming it.
+#include "parallel.h"
+#include "stream.h"
+#include "sweeps.h"
+#include "verbs.h"
+
+namespace reweight_ops {
+namespace {
+
+/// One row of a call: where it is, its scale, its target.
+template <class T>
+struct Row {
+    const T* x;
+    double inverse_temperature;
+    float scale;           // log2(e) / T
+    int64_t target;        // -1: in another shard
+    float target_logit;    // capped; -inf if in another shard
+    float target_slope = 1.0f;
+
+    Row(const Call& call, int64_t i, const Softcap& softcap)
+        : x((const T*)call.logits + call.strides.offset(i)),
+          inverse_temperature(1.0 / call.temperature[call.temperature_per_row ? i : 0]),
+          scale(float(kLog2e * inverse_temperature)),
+          target(call.ids[i] - call.vocab_start) {
+        if (target < 0 || target >= call.vocab_size) target = -1;
+        target_logit = target < 0 ? -kInf : load1(x + target);
+        if (softcap.on) softcap.apply_one(target_logit, target_slope);
+    }
+
+    RowStats finish(const RowSweep& sweep) const {
+        return sweep.state.finish(double(target_logit) * scale, double(sweep.top) * scale);
+    }
+};
+
+inline bool is_out(const Call& call, int64_t i) { return call.ids[i] == kOut; }
+inline bool is_invalid(const Call& call, int64_t i) { return call.ids[i] < 0 || call.ids[i] >= call.vocab_total; }
+
+// ---- the gradient row
+
+constexpr int64_t kCacheBytes = 8 << 20;
+
+/// Derivatives of the loss by the row's statistics, and those of the statistics that they multiply.
+struct Derivatives {
+    float logp_coef, entropy_coef, lse_coef, p_sq_coef;
+    float logp, entropy, log_sum_p_sq;
+
+    bool all_zero() const { return logp_coef == 0 && entropy_coef == 0 && lse_coef == 0 && p_sq_coef == 0; }
+
+    GradCoefs coefs(double inverse_temperature) const {
+        GradCoefs c{-double(logp_coef) + lse_coef, 0, 0};
+        if (entropy_coef != 0) {
+            c.constant -= double(entropy_coef) * entropy;
+            c.log = -double(entropy_coef);
+        }
+        if (p_sq_coef != 0) {
+            c.constant -= 2.0 * p_sq_coef;
+            c.p_coef = 2.0 * p_sq_coef / std::exp(double(log_sum_p_sq));
+        }
+        return {c.constant * inverse_temperature, c.log * inverse_temperature, c.p_coef * inverse_temperature};
+    }
+
+    /// The target's own element: p - 1 from its log-prob, for a rounded p loses everything as it goes to 1.
+    float at_target() const {
+        const double y = logp, p = std::exp(y);
+        double g = -logp_coef * std::expm1(y) + lse_coef * p;
+        if (entropy_coef != 0 && p > 0) g -= entropy_coef * p * (y + entropy);
+        if (p_sq_coef != 0) g += 2.0 * p_sq_coef * p * (p / std::exp(double(log_sum_p_sq)) - 1.0);
+        return float(g);
+    }
+};
+
+template <class T>
+void fill(T* g, int64_t n, float value) {
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) store2(g + i, splat(value), splat(value));
+    if (i < n) store2_partial(g + i, n - i, splat(value), splat(value));
+}
+
+/// A gradient of its own that no cache holds anyway is written past them: a store would first read the line from memory.
+template <class C>
+bool streams(const C& call, int64_t element) {
+    return call.out != call.logits && call.rows * call.columns * element > kCacheBytes;
+}
+
+/// Writes one gradient row, which may be the row of logits.
+template <class T>
+void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, double lse2, T* g, const Softcap& softcap, Fetch ahead, bool stream) {
+    const int64_t v = call.vocab_size;
+    if (d.all_zero()) {
+        fill(g, call.columns, 0.0f);
+        return;
+    }
+    if (lse2 != lse2) {
+        fill(g, v, kNaN);
+    } else {
+        const GradCoefs c = d.coefs(row.inverse_temperature);
+        const auto sweep = [&](auto grad) { grad(row.x, g, v, row.scale, lse2, c, softcap, ahead); };
+        stream = stream && (uintptr_t)g % 64 == 0;
+        if (softcap.on || d.p_sq_coef != 0) {
+            sweep(grad_row<T, Terms::full, false>);
+        } else if (d.entropy_coef != 0) {
+            sweep(stream ? grad_row<T, Terms::entropy, true> : grad_row<T, Terms::entropy, false>);
+        } else {
+            sweep(stream ? grad_row<T, Terms::plain, true> : grad_row<T, Terms::plain, false>);
+        }
+        if (stream) stream_fence();
+        if (row.target >= 0) {
+            const double slope = row.target_slope * row.inverse_temperature;
+            store1(g + row.target, row.target_logit == -kInf ? 0.0f : float(d.at_target() * slope));
+        }
+    }
+    if (call.columns > v) fill(g + v, call.columns - v, 0.0f);
+}
+
+// ---- token_stats
+
+template <class T, Sums kSums>
+void token_stats(const StatsCall& call) {
+    const Softcap softcap(call.softcap);
+    const auto put = [](float* to, int64_t i, float value) {
+        if (to) to[i] = value;
+    };
+    for_each_row(call.rows, call.vocab_size, threads_for(call.rows, call.vocab_size, call.threads), [&](int, int64_t i, int64_t) {
+        RowStats s{};
+        if (is_invalid(call, i)) {
+            const float bad = is_out(call, i) ? 0.0f : kNaN;
+            s = {bad, bad, bad, bad, bad};
+        } else {
+            const Row<T> row(call, i, softcap);
+            s = row.finish(sweep_row<T, kSums>(row.x, call.vocab_size, row.scale, softcap));
+        }
+        put(call.logp, i, s.logp);
+        put(call.entropy, i, s.entropy);
+        put(call.lse, i, s.lse);
+        put(call.log_sum_p_sq, i, s.log_sum_p_sq);
+        put(call.max_logp, i, s.max_logp);
+    });
+}
+
+template <class T>
+void token_stats_of(const StatsCall& call) {
+    if (call.log_sum_p_sq || call.softcap < kInf) {
+        token_stats<T, Sums::full>(call);
+    } else if (call.entropy) {
+        token_stats<T, Sums::entropy>(call);
+    } else {
+        token_stats<T, Sums::plain>(call);
+    }
+}
+
+// ---- token_grad
+
+template <class T>
+void token_grad(const GradCall& call) {
+    const Softcap softcap(call.softcap);
+    const bool stream = streams(call, sizeof(T));
+    const auto get = [](const float* from, int64_t i) { return from ? from[i] : 0.0f; };
+    for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int, int64_t i, int64_t) {
+        T* g = (T*)call.out + call.out_strides.offset(i);
+        if (is_invalid(call, i)) {
+            fill(g, call.columns, 0.0f);
+            return;
+        }
+        const Row<T> row(call, i, softcap);
+        const Derivatives d{get(call.logp_coef, i), get(call.entropy_coef, i), get(call.lse_coef, i), get(call.p_sq_coef, i),
+                            call.logp[i],           get(call.entropy, i),      get(call.log_sum_p_sq, i)};
+        // Both logp and lse are rounded to fp32; the smaller one gives lse with the smaller error.
+        const bool by_logp = row.target >= 0 && std::fabs(d.logp) < std::fabs(call.lse[i]);
+        const double lse2 = by_logp ? double(row.target_logit) * row.scale - kLog2e * d.logp : kLog2e * call.lse[i];
+        write_grad(call, row, d, lse2, g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
+    });
+}
+
+// ---- token_loss_grad
+
+RowLoss evaluate(const LossGradCall& call, int64_t i, const RowStats& s) {
+    const auto get = [i](const float* from) { return from ? from[i] : kNaN; };  // what was not given, no rule reads
+    Leaves t{};
+    t.logp = s.logp;
+    t.old_logp = call.old_logp ? call.old_logp[i] : s.logp;
+    t.ref_logp = get(call.ref_logp);
+    t.sampling_logp = get(call.sampling_logp);
+    t.adv = get(call.adv);
+    t.entropy = s.entropy;
+    t.log_sum_p_sq = s.log_sum_p_sq;
+    return evaluate_row(call.program, call.params, t, call.row_weights + i, call.row_weights_step);
+}
+
+template <class T, bool kFull>
+void token_loss_grad(const LossGradCall& call) {
+    const Softcap softcap(call.softcap);
+    const bool stream = streams(call, sizeof(T));
+    for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int, int64_t i, int64_t next) {
+        T* g = (T*)call.out + call.out_strides.offset(i);
+        const Fetch ahead{(const char*)((const T*)call.logits + call.strides.offset(next < call.rows ? next : i)), 2};
+        RowStats s{};
+        RowLoss l{};
+        if (is_invalid(call, i)) {
+            if (!is_out(call, i)) {
+                s.logp = s.entropy = kNaN;
+                l = {kNaN, kNaN, kNaN, kNaN, kNaN};
+            }
+            fill(g, call.columns, 0.0f);
+        } else {
+            const Row<T> row(call, i, softcap);
+            const RowSweep sweep = sweep_row<T, kFull ? Sums::full : Sums::entropy>(row.x, call.vocab_size, row.scale, softcap);
+            s = row.finish(sweep);
+            l = evaluate(call, i, s);
+            const double lse2 = sweep.state.ref + sweep.state.log_sum();
+            const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
+            write_grad(call, row, d, lse2, g, softcap, ahead, stream);
+        }
+        call.logp[i] = s.logp;
+        call.entropy[i] = s.entropy;
+        call.weighted_loss[i] = l.weighted_loss;
+        call.loss[i] = l.loss;
+        call.coef[i] = l.coef;
+        call.entropy_coef[i] = l.entropy_coef;
+    });
+}
+
+template <class T>
+void token_loss_grad_of(const LossGradCall& call) {
+    if (call.reads_p_sq || call.softcap < kInf) {
+        token_loss_grad<T, true>(call);
+    } else {
+        token_loss_grad<T, false>(call);
+    }
+}
+
+// ---- by dtype
+
+template <template <class> class Verb, class C>
+void by_dtype(const C& call) {
+    switch (call.dtype) {
+        case DType::f32: return Verb<float>::run(call);
+        case DType::bf16: return Verb<Bf16>::run(call);
+        case DType::f16: return Verb<F16>::run(call);
+    }
+}
+template <class T>
+struct Stats {
+    static void run(const StatsCall& call) { token_stats_of<T>(call); }
+};
+template <class T>
+struct Grad {
+    static void run(const GradCall& call) { token_grad<T>(call); }
+};
+template <class T>
+struct LossGrad {
+    static void run(const LossGradCall& call) { token_loss_grad_of<T>(call); }
+};
+
+}  // namespace
+
+#define RW_CONCAT_(a, b) a##b
+#define RW_CONCAT(a, b) RW_CONCAT_(a, b)
+extern const Kernels RW_CONCAT(kernels_, RW_LEVEL);
+const Kernels RW_CONCAT(kernels_, RW_LEVEL) = {by_dtype<Stats, StatsCall>, by_dtype<Grad, GradCall>, by_dtype<LossGrad, LossGradCall>, stream};
+
+}  // namespace reweight_ops

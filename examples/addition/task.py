@@ -74,18 +74,16 @@ def noisy_batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int
         for _ in range(batch_size):
             a, b = rng.randrange(100), rng.randrange(100)
             answer = "".join(str(rng.randrange(10)) if rng.random() < NOISE else digit for digit in written(a + b, 3))
-            rows.append(tokenizer.encode(prompt(a, b) + answer) + [tokenizer.eos_token_id])
+            rows.append([*tokenizer.encode(prompt(a, b) + answer), tokenizer.eos_token_id])
         yield torch.tensor(rows)
 
 
-def warm_start(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int = 64, on_step: Callable[[float], None] = lambda loss: None
-) -> None:
+def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, on_step: Callable[[], None]) -> None:
     """Next-token training on noisy answers, in place."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
     model.train()
-    for _, ids in zip(range(steps), noisy_batches(tokenizer, batch_size, seed=1), strict=False):
+    for _, ids in zip(range(steps), noisy_batches(tokenizer, 64, seed=1), strict=False):
         labels = ids.clone()
         labels[:, :-ANSWER_TOKENS] = -100
         loss = model(input_ids=ids, labels=labels).loss
@@ -94,4 +92,4 @@ def warm_start(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        on_step(loss.item())
+        on_step()

@@ -18,6 +18,7 @@ logits are fp64: only the reference takes those). ``temperature`` has 1 or N ele
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -54,7 +55,8 @@ class Head:
         return self.vocab_total or self.vocab_size
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class RowAddresses:
     """Where the rows of a logits tensor are: row ``i`` starts at ``(i // per_batch) * batch_stride + (i % per_batch) * row_stride``."""
 
     count: int
@@ -63,13 +65,13 @@ class Rows(NamedTuple):
     row_stride: int
 
 
-def rows_of(logits: Tensor) -> Rows:
+def rows_of(logits: Tensor) -> RowAddresses:
     """The addresses (in elements, relative to ``data_ptr()``) of the rows of logits with one or two leading dimensions."""
     if logits.dim() == 2:
         n = logits.size(0)
-        return Rows(n, max(n, 1), 0, logits.stride(0))
+        return RowAddresses(n, max(n, 1), 0, logits.stride(0))
     batch, length = logits.size(0), logits.size(1)
-    return Rows(batch * length, max(length, 1), logits.stride(0), logits.stride(1))
+    return RowAddresses(batch * length, max(length, 1), logits.stride(0), logits.stride(1))
 
 
 class Program(NamedTuple):
@@ -86,6 +88,17 @@ class Program(NamedTuple):
 
     terms: tuple[str, ...]
     weights: tuple[tuple[str, str], ...] = ()  # (name, scope)
+
+    def encode(self) -> str:
+        """As one string, which is what crosses the boundary of a custom op: ``clip,k3|advantage_reweighting:surrogate``."""
+        return f"{','.join(self.terms)}|{','.join(':'.join(pair) for pair in self.weights)}"
+
+    @staticmethod
+    @functools.lru_cache(maxsize=512)
+    def decode(text: str) -> Program:
+        terms, weights = text.split("|")
+        pairs = (pair.split(":") for pair in weights.split(",") if pair)
+        return Program(tuple(terms.split(",")), tuple((name, scope) for name, scope in pairs))
 
 
 class RowInputs(NamedTuple):

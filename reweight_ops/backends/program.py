@@ -20,7 +20,7 @@ class ProgramResult(NamedTuple):
 
     weighted_loss: Tensor
     loss: Tensor
-    coefs: dict[str, Tensor | None]
+    coefs: dict[str, Tensor]
 
 
 class _Parameters:

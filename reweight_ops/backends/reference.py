@@ -95,7 +95,7 @@ def token_loss_grad(
     names = ("logp", "entropy", "lse", "log_sum_p_sq")
     stats = dict(zip(names, token_stats(logits, ids, temperature, head, names), strict=True))
     result = run_program(program, params, stats, inputs, ids != OUT)
-    token_grad(logits, ids, temperature, head, stats, result.coefs, out)
+    token_grad(logits, ids, temperature, head, stats, {**result.coefs}, out)
     bad = (ids != OUT) & ((ids < 0) | (ids >= head.total()))
     rows = torch.stack([stats["logp"], stats["entropy"], result.weighted_loss, result.loss, result.coefs["logp"], result.coefs["entropy"]])
     return torch.where(bad, math.nan, rows)

@@ -1,33 +1,29 @@
-"""The catalogue: a published method is one function that returns a spec. ``trl`` and ``verl`` speak those libraries' option names."""
+"""The catalogue: a published method is one function that returns a spec, ``methods.dapo()``. ``trl`` and ``verl`` speak those libraries' names.
 
-from .clipping import cispo, dapo, dppo_tv, dr_grpo, dual_clip_ppo, gpg, grpo, ppo, reinforce, sapo
+Every module of this folder is imported, and every registered method is an attribute: a new method is one new file and no other edit.
+"""
+
+import importlib
+import pkgutil
+from typing import Any
+
 from .registry import METHODS, Method, method, published
-from .reweighting import advantage_reweighting, lopti, top_entropy
-from .sequence import gspo, gspo_token, luspo
 from .trl import trl
 from .verl import verl
 
-__all__ = [
-    "METHODS",
-    "Method",
-    "advantage_reweighting",
-    "cispo",
-    "dapo",
-    "dppo_tv",
-    "dr_grpo",
-    "dual_clip_ppo",
-    "gpg",
-    "grpo",
-    "gspo",
-    "gspo_token",
-    "lopti",
-    "luspo",
-    "method",
-    "ppo",
-    "published",
-    "reinforce",
-    "sapo",
-    "top_entropy",
-    "trl",
-    "verl",
-]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+# A module may have its method's name; the method is what the attribute means.
+globals().update({name: entry.build for name, entry in METHODS.items()})
+
+__all__ = ["METHODS", "Method", "method", "published", "trl", "verl"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in METHODS:
+        return METHODS[name].build
+    raise AttributeError(f"no method {name!r}; the methods are: {', '.join(sorted(METHODS))}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *METHODS})

@@ -21,14 +21,25 @@ def ppo(epsilon: Any = 0.2, entropy_coef: Any = 0.0) -> PolicyLossSpec:
     return PolicyLossSpec(surrogate=Clip(epsilon_low=epsilon, epsilon_high=epsilon), penalties=entropy(entropy_coef), name="ppo")
 
 
-@published("dual_clip_ppo", "Dual-clip PPO", paper="Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", arxiv="1912.09729")
+@published(
+    "dual_clip_ppo", "Dual-clip PPO", paper="Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", arxiv="1912.09729"
+)
 def dual_clip_ppo(epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, clip_ratio_c: Any = 3.0) -> PolicyLossSpec:
     """PPO, and for ``A < 0`` a loss of at most ``-c·A`` (eq. 5), token mean."""
-    return PolicyLossSpec(surrogate=DualClip(epsilon_low=epsilon_low, epsilon_high=epsilon_high, clip_ratio_c=clip_ratio_c), name="dual_clip_ppo")
+    return PolicyLossSpec(
+        surrogate=DualClip(epsilon_low=epsilon_low, epsilon_high=epsilon_high, clip_ratio_c=clip_ratio_c), name="dual_clip_ppo"
+    )
 
 
-@published("grpo", "Group Relative Policy Optimization", paper="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", arxiv="2402.03300")
-def grpo(epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, beta: Any = 0.0, delta: Any = math.inf, entropy_coef: Any = 0.0) -> PolicyLossSpec:
+@published(
+    "grpo",
+    "Group Relative Policy Optimization",
+    paper="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+    arxiv="2402.03300",
+)
+def grpo(
+    epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, beta: Any = 0.0, delta: Any = math.inf, entropy_coef: Any = 0.0
+) -> PolicyLossSpec:
     """Clip, mean over each sequence's tokens, then over sequences, plus ``beta`` times k3 (eq. 3 and 4).
 
     Differs from the paper: ``beta`` is 0 by default, as in TRL (the paper has 0.04).
@@ -47,14 +58,24 @@ def dr_grpo(horizon: float | None = None, epsilon_low: Any = 0.2, epsilon_high: 
     return PolicyLossSpec(surrogate=clip, penalties=kl(beta), reduction=SequenceMean(per="constant", horizon=horizon), name="dr_grpo")
 
 
-@published("dapo", "Decoupled Clip and Dynamic Sampling Policy Optimization", paper="DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arxiv="2503.14476")
+@published(
+    "dapo",
+    "Decoupled Clip and Dynamic Sampling Policy Optimization",
+    paper="DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
+    arxiv="2503.14476",
+)
 def dapo(epsilon_low: Any = 0.2, epsilon_high: Any = 0.28, entropy_coef: Any = 0.0) -> PolicyLossSpec:
     """Clip-higher (0.2, 0.28) and the token mean over the batch, no KL (eq. 8). TRL's ``loss_type="dapo"`` clips at 0.2 on both sides."""
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(surrogate=clip, penalties=entropy(entropy_coef), reduction=TokenMean(), name="dapo")
 
 
-@published("cispo", "Clipped IS-weight Policy Optimization", paper="MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention", arxiv="2506.13585")
+@published(
+    "cispo",
+    "Clipped IS-weight Policy Optimization",
+    paper="MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
+    arxiv="2506.13585",
+)
 def cispo(ratio_max: Any = 5.0, ratio_min: Any = 0.0, entropy_coef: Any = 0.0) -> PolicyLossSpec:
     """``-sg(clip(r, ratio_min, ratio_max))·A·logp``, token mean (eq. 4): no token loses its gradient.
 
@@ -70,7 +91,13 @@ def sapo(temperature_pos: Any = 1.0, temperature_neg: Any = 1.05, beta: Any = 0.
     return PolicyLossSpec(surrogate=gate, penalties=kl(beta), reduction=SequenceMean(), name="sapo")
 
 
-@published("dppo_tv", "Divergence PPO, total variation", paper="Rethinking the Trust Region in LLM Reinforcement Learning", arxiv="2602.04879", certainty="secondary")
+@published(
+    "dppo_tv",
+    "Divergence PPO, total variation",
+    paper="Rethinking the Trust Region in LLM Reinforcement Learning",
+    arxiv="2602.04879",
+    certainty="secondary",
+)
 def dppo_tv(divergence_low: Any = 0.2, divergence_high: Any = 0.2, ratio_max: Any = 20.0) -> PolicyLossSpec:
     """Drops the tokens whose probability has already moved too far in the update's direction, token mean.
 
@@ -80,13 +107,20 @@ def dppo_tv(divergence_low: Any = 0.2, divergence_high: Any = 0.2, ratio_max: An
     return PolicyLossSpec(surrogate=rule, name="dppo_tv")
 
 
-@published("reinforce", "REINFORCE", paper="Simple statistical gradient-following algorithms for connectionist reinforcement learning", arxiv="unknown")
+@published(
+    "reinforce",
+    "REINFORCE",
+    paper="Simple statistical gradient-following algorithms for connectionist reinforcement learning",
+    arxiv="unknown",
+)
 def reinforce(entropy_coef: Any = 0.0) -> PolicyLossSpec:
     """``-A·logp``, token mean; with non-negative weights for A it is the advantage-weighted log-likelihood."""
     return PolicyLossSpec(surrogate=Reinforce(), penalties=entropy(entropy_coef), name="reinforce")
 
 
-@published("gpg", "Group Policy Gradient", paper="GPG: A Simple and Strong Reinforcement Learning Baseline for Model Reasoning", arxiv="2504.02546")
+@published(
+    "gpg", "Group Policy Gradient", paper="GPG: A Simple and Strong Reinforcement Learning Baseline for Model Reasoning", arxiv="2504.02546"
+)
 def gpg() -> PolicyLossSpec:
     """``-A·logp``, token mean over the batch. The paper's α rescales the advantages and its filter drops groups: both before this loss."""
     return PolicyLossSpec(surrogate=Reinforce(), name="gpg")

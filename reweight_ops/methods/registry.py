@@ -55,5 +55,7 @@ def method(name: str, **options: Any) -> PolicyLossSpec:
     """The spec of the method of that name: ``method("dapo", epsilon_high=0.3)`` is ``methods.dapo(epsilon_high=0.3)``."""
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
-        raise InvalidCall(f"no method {name!r}.{f' Did you mean {near[0]!r}?' if near else ''} The methods are: {', '.join(sorted(METHODS))}.")
+        raise InvalidCall(
+            f"no method {name!r}.{f' Did you mean {near[0]!r}?' if near else ''} The methods are: {', '.join(sorted(METHODS))}."
+        )
     return METHODS[name].build(**options)

@@ -19,7 +19,7 @@ _AR_PAPER = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 def advantage_reweighting(
     alpha: Any = 0.3, probabilities: str = "old", epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, beta: Any = 0.0, entropy_coef: Any = 0.0
 ) -> PolicyLossSpec:
-    """Clip, each token's term times ``α·p + 1 - α`` (eq. 7), token mean.
+    """Clip, each token's term times ``α·p + 1 - α`` (section 4.1), token mean.
 
     ``probabilities``: ``"old"`` as the authors' code, ``"current"`` (detached) as the paper. α is 0.2 to 0.3 there, 0.1 for mathematics.
     """
@@ -32,7 +32,9 @@ def advantage_reweighting(
 
 
 @published("lopti", "Low-Probability Token Isolation (Lopti)", paper=_AR_PAPER, arxiv="2505.12929")
-def lopti(half: str = "low", eta: Any = 0.5, epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, beta: Any = 0.0, entropy_coef: Any = 0.0) -> PolicyLossSpec:
+def lopti(
+    half: str = "low", eta: Any = 0.5, epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, beta: Any = 0.0, entropy_coef: Any = 0.0
+) -> PolicyLossSpec:
     """One of two updates over the same batch with fixed old log-probs: ``half="low"`` (``p_old < η``) first, then ``"high"`` (section 4.2).
 
     All terms are masked, over the full denominator. Two updates are not one loss of two halves: step the optimizer in between.
@@ -44,7 +46,12 @@ def lopti(half: str = "low", eta: Any = 0.5, epsilon_low: Any = 0.2, epsilon_hig
     return PolicyLossSpec(surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=(band,), name="lopti")
 
 
-@published("top_entropy", "Forking-token GRPO (80/20)", paper="Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM Reasoning", arxiv="2506.01939")
+@published(
+    "top_entropy",
+    "Forking-token GRPO (80/20)",
+    paper="Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM Reasoning",
+    arxiv="2506.01939",
+)
 def top_entropy(fraction: Any = 0.2, epsilon_low: Any = 0.2, epsilon_high: Any = 0.28) -> PolicyLossSpec:
     """DAPO on the ``fraction`` of the batch's tokens with the highest entropy (eq. 6); the others stay in the denominator, as in TRL."""
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)

@@ -27,7 +27,13 @@ def gspo_token(epsilon_low: Any = 3e-4, epsilon_high: Any = 4e-4, beta: Any = 0.
     return PolicyLossSpec(surrogate=clip, penalties=kl(beta), ratio=ratio, reduction=SequenceMean(), name="gspo_token")
 
 
-@published("luspo", "Length-Unbiased Sequence Policy Optimization", paper="Length-Unbiased Sequence Policy Optimization", arxiv="2602.05261", certainty="secondary")
+@published(
+    "luspo",
+    "Length-Unbiased Sequence Policy Optimization",
+    paper="Length-Unbiased Sequence Policy Optimization: Revealing and Controlling Response Length Variation in RLVR",
+    arxiv="2602.05261",
+    certainty="secondary",
+)
 def luspo(epsilon_low: Any = 3e-4, epsilon_high: Any = 4e-4, beta: Any = 0.0) -> PolicyLossSpec:
     """GSPO with each sequence's loss times its length: the sum over tokens, mean over sequences.
 

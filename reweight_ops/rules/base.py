@@ -36,10 +36,12 @@ class Formula:
     #: Fields that choose how a formula is used instead of being a number in it; never passed to a kernel.
     SETTINGS: ClassVar[tuple[str, ...]] = ()
 
+    _parameter_names: ClassVar[tuple[str, ...]]
+
     @classmethod
     def parameter_names(cls) -> tuple[str, ...]:
         """The hyper-parameters, in field order: the order in which kernels receive them."""
-        return tuple(f.name for f in dataclasses.fields(cls) if f.name not in cls.SETTINGS)  # type: ignore[arg-type]
+        return cls._parameter_names
 
     def parameters(self) -> dict[str, Any]:
         """Hyper-parameter name to value: a number, a 0-d tensor (a schedule) or a per-row tensor."""
@@ -93,6 +95,7 @@ def _register(registry: dict[str, Any], cls: type, name: str | None, base: type)
         raise InvalidCall(f"{cls.name!r} is no name: it becomes a C++ and a Triton function, so use lower_snake_case.")  # type: ignore[attr-defined]
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     known = registry.get(cls.name)  # type: ignore[attr-defined]
+    cls._parameter_names = tuple(f.name for f in dataclasses.fields(cls) if f.name not in cls.SETTINGS)  # type: ignore[attr-defined, arg-type]
     # Running a notebook cell twice replaces the class; two modules with one name would silently change each other's results.
     if known is not None and known.__module__ != cls.__module__:
         raise InvalidCall(f"the name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; choose another.")  # type: ignore[attr-defined]

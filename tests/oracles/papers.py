@@ -1,7 +1,7 @@
 """The papers' objectives, sequence by sequence as their equations are written, negated to losses.
 
-``logp, old, ref, H``: ``[B,T]``; ``A``: ``[B]`` or ``[B,T]``; ``mask``: ``[B,T]``. A sequence ``o_i`` is the valid tokens of row i; ``G`` counts the rows
-(none of them empty). ``r = pi/pi_old``.
+``logp, old, ref, H``: ``[B,T]``; ``A``: ``[B]`` or ``[B,T]``; ``mask``: ``[B,T]``. A sequence ``o_i`` is the valid tokens of row i;
+``G`` counts the rows (none of them empty). ``r = pi/pi_old``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def ppo_clip(logp, old, A, mask, epsilon=0.2) -> Tensor:
 def grpo(logp, old, ref, A, mask, epsilon=0.2, beta=0.04) -> Tensor:
     """DeepSeekMath, arXiv:2402.03300, eq. 3 with the KL of eq. 4: ``1/G sum_i 1/|o_i| sum_t {min(..) - beta KL}``."""
     terms = [
-        (clipped_objective((lp - o).exp(), a, epsilon, epsilon) - beta * k3(lp, rf)).mean() for lp, o, rf, a in sequences(mask, logp, old, ref, A)
+        (clipped_objective((lp - o).exp(), a, epsilon, epsilon) - beta * k3(lp, rf)).mean()
+        for lp, o, rf, a in sequences(mask, logp, old, ref, A)
     ]
     return -torch.stack(terms).mean()
 
@@ -91,7 +92,7 @@ def advantage_reweighting(loss: Callable[[Tensor], Tensor], A: Tensor, old: Tens
 def lopti(terms: Tensor, old: Tensor, mask: Tensor, eta: float = 0.5) -> tuple[Tensor, Tensor]:
     """Lopti, arXiv:2505.12929, section 4.2: the losses of the two updates, first ``pi_old < eta``, then the rest.
 
-    ``terms [B,T]``: all of a token's loss (surrogate, KL, entropy). Both divide by the count of *all* valid tokens, as in the authors' code.
+    ``terms [B,T]``: all of a token's loss (surrogate, KL, entropy). Both divide by the count of *all* valid tokens, as the authors' code.
     """
     low = (old.exp() < eta).to(terms.dtype)
     valid = mask.to(terms.dtype)

@@ -11,7 +11,7 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
 
 
 def logps_and_entropies(logits: Tensor, ids: Tensor, temperature: float = 1.0, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """Log-prob of each id and entropy of each row, ``[B,T,V], [B,T] -> [B,T], [B,T]``. Source: ``add_fused_lm_head`` (softcap, then temperature)."""
+    """Log-prob of each id and entropy of each row, ``[B,T,V], [B,T] -> [B,T], [B,T]``: softcap, then temperature."""
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     log_p = torch.log_softmax(logits / temperature, dim=-1)
@@ -54,8 +54,8 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and metrics of one micro-batch in training mode, by TRL's names.
 
-    ``logps, entropies, mask, old_logps, ref_logps``: ``[B,T]``; ``advantages``: ``[B]`` or ``[B,T]``; ``importance_sampling_ratio``: ``[B,T]``
-    or ``[B,1]``. ``num_items_in_batch`` is TRL's (tokens of the whole generation batch, over all processes), for dapo and cispo.
+    ``logps, entropies, mask, old_logps, ref_logps``: ``[B,T]``; ``advantages``: ``[B]`` or ``[B,T]``; ``importance_sampling_ratio``:
+    ``[B,T]`` or ``[B,1]``. ``num_items_in_batch`` is TRL's (tokens of the whole generation batch, over all processes), for dapo and cispo.
     """
     mask = mask.to(logps.dtype)
     if advantages.dim() == 1:

@@ -1,0 +1,40 @@
+# Everything sets itself up: a fresh clone needs Python >= 3.11 and make (a C++ compiler makes the CPU kernels; without one it is pure Python).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+JOBS   ?= 2
+
+.PHONY: demo test lint types tests slow setup clean
+
+demo: setup            ## the main job: TRL's GRPOTrainer on a toy task, stock against fused, then reweighted
+	$(BIN)/python examples/trl_addition.py --out demo_output
+
+test: lint types tests ## everything that CI runs
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m reweight_ops.codegen --check
+
+types: setup
+	$(BIN)/mypy
+
+tests: setup
+	$(BIN)/python -m pytest -n $(JOBS)
+
+slow: setup            ## the sweeps that CI leaves out
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+setup: $(STAMP)
+
+# torch first and by itself: asked for through another package, pip may choose a build with gigabytes of CUDA.
+$(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo_output

@@ -1,0 +1,178 @@
+"""The runs of the demo: a trainer for each, what it logged, and the comparison of one rollout with TRL's own loss."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+import reweight_ops as rw
+from reweight_ops.integrations.trl import ReweightGRPOTrainer
+
+from . import task
+from .mechanism import TokenGradients, token_gradients
+
+PASSES = 2  # updates for each rollout: the second is off-policy, so that clipping has something to do
+RECORD_EVERY = 5  # rollouts
+
+
+class RecordingTrainer(ReweightGRPOTrainer):
+    """Keeps the gradient norms of some rollouts' tokens; the time this takes is no part of the training."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recorded: list[TokenGradients] = []
+        self.recording_seconds = 0.0
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self._step % (PASSES * RECORD_EVERY) == 0:
+            start = time.perf_counter()
+            self.recorded.append(token_gradients(model, inputs, self.temperature))
+            self.recording_seconds += time.perf_counter() - start
+        return super()._compute_loss(model, inputs)
+
+
+class Progress(TrainerCallback):
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self.on_step = on_step
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.on_step()
+
+
+@dataclass
+class Run:
+    """What one training run logged: a reward for each rollout, the rest for each update."""
+
+    name: str
+    seed: int
+    seconds_per_update: float
+    peak_bytes: int
+    fused_calls: dict[str, int]
+    delegated_calls: dict[str, int]
+    log: list[dict[str, float]] = field(repr=False)
+
+    def series(self, key: str) -> list[float]:
+        return [entry[key] for entry in self.log if entry.get(key) is not None]
+
+    def clip_fraction(self) -> float:
+        """Mean over the off-policy updates."""
+        off_policy = self.series("clip_ratio/region_mean")[1::PASSES]
+        return sum(off_policy) / max(len(off_policy), 1)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a run's trainer is built."""
+
+    name: str
+    trainer: type[GRPOTrainer]
+    options: dict[str, Any]
+
+
+STOCK = Kind("stock TRL", GRPOTrainer, {})
+FUSED = Kind("fused", RecordingTrainer, {"fuse_loss": True})
+REWEIGHTED = Kind("fused + AR", ReweightGRPOTrainer, {"reweight": rw.weights.AdvantageReweighting(alpha=0.3)})
+LOPTI = Kind("fused, Lopti", ReweightGRPOTrainer, {"spec": [rw.methods.lopti("low"), rw.methods.lopti("high")]})
+
+
+def make_trainer(kind: Kind, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, out: str) -> GRPOTrainer:
+    """A trainer on a copy of the model: 32 prompts x 8 completions a rollout, TRL's default loss (dapo)."""
+    config = GRPOConfig(
+        output_dir=out,
+        seed=seed,
+        max_steps=steps,
+        per_device_train_batch_size=256,
+        num_generations=8,
+        num_iterations=PASSES,
+        max_completion_length=task.ANSWER_TOKENS,
+        learning_rate=3e-4,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = kind.trainer(
+        model=copy.deepcopy(model),
+        reward_funcs=task.exact_match,
+        args=config,
+        train_dataset=task.make_prompts(8192, seed=2),
+        processing_class=tokenizer,
+        **kind.options,
+    )
+    trainer.pop_callback(PrinterCallback)
+    return trainer
+
+
+def train(kind: Kind, trainer: GRPOTrainer, on_step: Callable[[], None], peak_bytes: int) -> Run:
+    """Train and collect the log."""
+    trainer.add_callback(Progress(on_step))
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start - getattr(trainer, "recording_seconds", 0.0)
+    calls = (dict(getattr(trainer, name, {})) for name in ("fused_calls", "delegated_calls"))
+    return Run(kind.name, trainer.args.seed, seconds / trainer.args.max_steps, peak_bytes, *calls, trainer.state.log_history)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One update computed by TRL and through the fused op."""
+
+    update: int
+    loss: float
+    loss_difference: float
+    gradient_difference: float  # relative
+
+
+def compare(stock: GRPOTrainer, fused: ReweightGRPOTrainer) -> list[Agreement]:
+    """Loss and gradient of the updates on one rollout: TRL's own code against the fused op, from the same parameters."""
+    for trainer in (stock, fused):
+        trainer.current_gradient_accumulation_steps = 1  # set by the training loop only
+        trainer.model.train()
+    rollout = stock._prepare_inputs(next(iter(stock.get_train_dataloader())))
+    optimizer = torch.optim.Adam(stock.model.parameters(), lr=3e-4)
+    found = []
+    for update in range(1, PASSES + 1):
+        fused.model.load_state_dict(stock.model.state_dict())
+        (loss, gradient), (other, other_gradient) = (_loss_and_gradient(trainer, rollout) for trainer in (stock, fused))
+        relative = ((other_gradient - gradient).norm() / gradient.norm()).item()
+        found.append(Agreement(update, loss, abs(other - loss), relative))
+        optimizer.step()
+    for trainer in (stock, fused):
+        trainer._metrics["train"].clear()
+    return found
+
+
+def _loss_and_gradient(trainer: GRPOTrainer, rollout: dict[str, Any]) -> tuple[float, Tensor]:
+    trainer.model.zero_grad()
+    loss = trainer._compute_loss(trainer.model, dict(rollout))
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def peak_memory(trainer: GRPOTrainer) -> int:
+    """Most bytes alive at once, above the start, in one forward, loss and backward on a rollout."""
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    rollout = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trainer._compute_loss(trainer.model, dict(rollout)).backward()
+    trainer.model.zero_grad()
+    trainer._metrics["train"].clear()
+    alive = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak

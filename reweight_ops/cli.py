@@ -1,0 +1,186 @@
+"""``reweight-ops info | methods | show METHOD | check``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from . import __version__
+from .backends.base import Request
+from .backends.select import NAMES, load, why_not
+from .checks import Case, cases, run_case
+from .errors import BackendUnavailable, ReweightOpsError
+from .methods.registry import METHODS, Method
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"reweight-ops needs its command-line extra ({error.name} is missing): pip install 'reweight-ops[cli]'") from None
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Reweighted policy losses for LLM reinforcement learning, from logits.")
+console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+def main() -> None:
+    """Entry point of the ``reweight-ops`` command."""
+    try:
+        app()
+    except ReweightOpsError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        raise SystemExit(2) from None
+
+
+@app.command()
+def info() -> None:
+    """Versions, the compiled extension, and which backends run on this machine, or why not."""
+    table = Table(title="reweight-ops", show_header=False)
+    table.add_row("reweight-ops", __version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    table.add_row("GPU", gpu)
+    for module in ("triton", "trl", "verl"):
+        table.add_row(module, _version(module))
+    for name, value in _build_info().items():
+        table.add_row(f"extension: {name}", str(value))
+    console.print(table)
+    backends = Table("backend", "on", "status", title="backends")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name in NAMES:
+        reason = why_not(name, Request("token_stats", device, torch.bfloat16))
+        backends.add_row(name, device.type, "[green]available[/]" if reason is None else reason)
+    console.print(backends)
+
+
+def _version(module: str) -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _build_info() -> dict[str, Any]:
+    try:
+        from . import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        return {"status": f"not built ({error})"}
+    return dict(_C.build_info())
+
+
+@app.command()
+def methods() -> None:
+    """The catalogue: every method by name."""
+    table = Table("name", "full name", "level", "plan", "arXiv", "certainty", title="methods")
+    for name in sorted(METHODS):
+        m = METHODS[name]
+        spec = m.build()
+        plan = "one pass" if spec.one_pass_obstacle is None else "two passes"
+        table.add_row(name, m.full_name, spec.ratio.level, plan, m.arxiv, m.certainty)
+    console.print(table)
+
+
+@app.command()
+def show(method: str) -> None:
+    """One method: formula, paper, parameters, its spec, and its loss and slope over the ratio."""
+    if method not in METHODS:
+        raise typer.BadParameter(f"no method {method!r}; the methods are: {', '.join(sorted(METHODS))}.")
+    m = METHODS[method]
+    spec = m.build()
+    console.print(f"[bold]{m.name}[/]: {m.full_name}", highlight=False)
+    console.print(f"{m.paper}, arXiv:{m.arxiv} ({m.certainty})\n", highlight=False, markup=False)
+    console.print(m.formula + "\n", highlight=False, markup=False)
+    table = Table("parameter", "default", title="parameters")
+    for name, value in m.defaults.items():
+        table.add_row(name, str(value))
+    console.print(table)
+    rows = Table(show_header=False, title="spec")
+    for f in dataclasses.fields(spec):
+        rows.add_row(f.name, str(getattr(spec, f.name)))
+    rows.add_row("reads", ", ".join(sorted(spec.requires)))
+    rows.add_row("plan", (spec.one_pass_obstacle and f"two passes: {spec.one_pass_obstacle}") or "one pass")
+    console.print(rows)
+    console.print(_slopes(m))
+
+
+def _slopes(m: Method) -> Table:
+    """The surrogate of one token at a few ratios."""
+    from .rules.namespace import TorchNamespace
+    from .terms import Leaves
+
+    xp, surrogate = TorchNamespace(torch.float64), m.build().surrogate
+    table = Table(
+        "ratio", "loss, A = +1", "slope", "loss, A = -1", "slope", title="surrogate of one token with p = 0.5 (slope: by its log-prob)"
+    )
+    for ratio in (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0):
+        cells = []
+        for adv in (1.0, -1.0):
+            logp = torch.tensor(math.log(0.5), dtype=torch.float64, requires_grad=True)
+            old = logp.detach() - math.log(ratio)
+            t = Leaves({"logp": logp, "old_logp": old, "log_ratio": logp - old, "adv": torch.tensor(adv, dtype=torch.float64)})
+            loss = surrogate.loss(xp, t)
+            (slope,) = torch.autograd.grad(loss, logp)
+            cells += [f"{loss.item():+.4f}", f"{slope.item():+.4f}"]
+        table.add_row(f"{ratio:g}", *cells)
+    return table
+
+
+@app.command()
+def check(
+    backend: list[str] = typer.Option(None, help="Only these backends (default: every one that runs here)."),
+    method: list[str] = typer.Option(None, help="Only these methods."),
+    dtype: list[str] = typer.Option(["float32", "bfloat16", "float16"], help="Logits' dtypes."),
+    vocab: int = typer.Option(4099, help="Vocabulary size."),
+) -> None:
+    """Gradient-check every backend and method that runs here against the fp64 reference. Exit code 1 on failure."""
+    todo = cases(backend or None, method or None, dtype)
+    table = Table(
+        "backend", "method", "dtype", "plan", "loss", "log-prob", "entropy", "grad, target", "grad, rest", "", title="worst error / allowed"
+    )
+    failed: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("checking", total=len(todo))
+        for case in todo:
+            progress.update(task, description=f"{case.backend} {case.method}")
+            _check_row(table, case, vocab, failed)
+            progress.advance(task)
+    console.print(table)
+    for line in failed:
+        console.print(f"[red]failed[/] {line}", highlight=False)
+    for name in NAMES:
+        if not any(case.backend == name for case in todo):
+            console.print(f"[dim]{name}: not checked: {_absent(name)}[/]", highlight=False)
+    console.print(f"{len(todo) - len(failed)} passed, {len(failed)} failed")
+    raise typer.Exit(1 if failed or not todo else 0)
+
+
+def _check_row(table: Table, case: Case, vocab: int, failed: list[str]) -> None:
+    label = (case.backend, case.method, case.dtype)
+    try:
+        c = run_case(case, vocab)
+    except ReweightOpsError as error:
+        failed.append(f"{' '.join(label)}: {error}")
+        return
+    errors = (c.loss, c.logps, c.entropies, max(c.grad_target, c.grad_target_rms), max(c.grad_rest, c.grad_rest_rms))
+    table.add_row(*label, c.plan, *(f"{e:.2f}" for e in errors), "[green]ok[/]" if c.passed else "[red]FAIL[/]")
+    if not c.passed:
+        failed.append(f"{' '.join(label)}: {c.worst}")
+
+
+def _absent(name: str) -> str:
+    try:
+        load(name)
+    except BackendUnavailable as error:
+        return str(error)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return why_not(name, Request("token_stats", device, torch.float32)) or "not asked for"

@@ -1,0 +1,162 @@
+"""Custom ops and torch.compile: opcheck, fullgraph through both plans, and schedules that compile once."""
+
+import itertools
+
+import pytest
+import torch
+import torch._dynamo
+
+import reweight_ops as rw
+from reweight_ops.backends.base import Request
+from reweight_ops.testing import make_batch
+
+SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01)
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if rw.backends.select.why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def ops_arguments(backend, drop_last):
+    g = torch.Generator().manual_seed(0)
+    n, t, v = 2, 3, 17
+    rows = [torch.randn(n * t, generator=g) for _ in range(4)]
+    z = torch.randn(n, t + drop_last, v, generator=g)
+    ids = torch.randint(v, (n * t,), generator=g)
+    one = torch.ones(1)
+    logp, entropy, lse, p_sq = rw.kernels.token_stats(
+        z[:, :t], ids, one, stats=("logp", "entropy", "lse", "log_sum_p_sq"), backend="reference"
+    )
+    tail = (v, float("inf"), bool(drop_last))
+    params = torch.tensor([v if torch.is_tensor(v) else float(v) for v in SPEC.parameter_values])
+    weights = torch.full((len(SPEC.rules), n * t), 0.1)
+    return {
+        "token_stats": (z, ids, one, *tail, "logp,entropy", backend),
+        "token_grad": (z, ids, one, logp, lse, entropy, p_sq, rows[0], rows[1], None, None, *tail, backend),
+        "token_grad_": (z.clone(), ids, one, logp, lse, entropy, None, rows[0], rows[1], None, None, *tail, backend),
+        "token_loss_grad": (z, ids, one, weights, logp - 0.1, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
+        "token_loss_grad_": (z.clone(), ids, one, weights, None, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
+        "scale_": (z.clone(), torch.tensor(2.0)),
+    }
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("op", ["token_stats", "token_grad", "token_grad_", "token_loss_grad", "token_loss_grad_", "scale_"])
+def test_opcheck(op, backend, drop_last):
+    results = torch.library.opcheck(getattr(torch.ops.reweight_ops, op).default, ops_arguments(backend, drop_last)[op])
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_in_place_ops_bump_the_version(backend):
+    z, *rest = ops_arguments(backend, False)["token_grad_"]
+    before = z._version
+    torch.ops.reweight_ops.token_grad_(z, *rest)
+    assert z._version > before
+
+
+def run(function, batch, **options):
+    z = batch["logits"].detach().clone().requires_grad_()
+    out = function(z, batch, **options)
+    (grad,) = torch.autograd.grad(out.loss, z)
+    return out, grad
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_fullgraph(backend, plan, consume):
+    batch = make_batch(SPEC, (3, 8), 29)
+
+    def step(z, batch):
+        return rw.policy_loss(**{**batch, "logits": z * 1}, spec=SPEC, plan=plan, backend=backend, consume_logits=consume)
+
+    want, expected = run(step, batch)
+    got, grad = run(torch.compile(step, fullgraph=True, backend="aot_eager"), batch)
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(grad, expected)
+    assert got.metrics.as_floats() == pytest.approx(want.metrics.as_floats(), rel=1e-5) and got.plan == plan
+
+
+@pytest.mark.parametrize("spec", ["dapo", "gspo", "cispo", "advantage_reweighting", "top_entropy"])
+def test_fullgraph_by_name(spec):
+    batch = make_batch(rw.method(spec), (3, 8), 29)
+
+    def step(z, batch):
+        return rw.policy_loss(**{**batch, "logits": z * 1}, spec=spec)
+
+    want, expected = run(step, batch)
+    got, grad = run(torch.compile(step, fullgraph=True, backend="aot_eager"), batch)
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_fullgraph_inductor(backend):
+    """Through the real compiler once: the middle of two_pass is generated code then."""
+    batch = make_batch(SPEC, (3, 8), 29)
+
+    def step(z, batch):
+        return rw.policy_loss(**{**batch, "logits": z * 1}, spec=SPEC, plan="two_pass", backend=backend).loss
+
+    z = batch["logits"].detach().clone().requires_grad_()
+    (want,) = torch.autograd.grad(step(z, batch), z)
+    (got,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(z, batch), z)
+    torch.testing.assert_close(got, want)
+
+
+def test_fullgraph_token_logps(backend):
+    batch = make_batch(SPEC, (3, 8), 29)
+    z, ids = batch["logits"].detach().clone().requires_grad_(), batch["completion_ids"]
+
+    def step(z):
+        logps, entropies = rw.token_logps(z * 1, ids, return_entropy=True, temperature=0.7, backend=backend)
+        return (logps * 0.3 + entropies).sum()
+
+    (want,) = torch.autograd.grad(step(z), z)
+    (got,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(z), z)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_a_schedule_over_any_hyper_parameter_compiles_once(plan):
+    """Every hyper-parameter a 0-d tensor whose value changes each step: one compilation, and each step's own value."""
+    values = [torch.tensor(x) for x in (0.2, 0.3, 1.5, 0.04, 0.01, 0.3, 1.0, 30.0, 1.5)]
+    low, high, delta, beta, bonus, alpha, temperature, items, scale = values
+    spec = rw.methods.dapo(epsilon_low=low, epsilon_high=high).replace(**{"surrogate.delta": delta})
+    spec = spec.with_penalty(rw.Penalty(rw.rules.penalties.K3(), beta)).with_penalty(rw.Penalty(rw.rules.penalties.EntropyBonus(), bonus))
+    spec = spec.with_weight(rw.weights.AdvantageReweighting(alpha=alpha))
+    batch = make_batch(spec, (8, 16), 29)  # large enough that every hyper-parameter is active somewhere
+    compilations = 0
+
+    def counting(graph, inputs):
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    def step(z, batch):
+        return rw.policy_loss(
+            **{**batch, "logits": z * 1}, spec=spec, plan=plan, temperature=temperature, num_items_in_batch=items, loss_scale=scale
+        ).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend=counting)
+    z = batch["logits"].detach().clone().requires_grad_()
+    seen = []
+    for index in range(len(values)):
+        values[index].mul_(1.1)
+        (want,) = torch.autograd.grad(step(z, batch), z)
+        (got,) = torch.autograd.grad(compiled(z, batch), z)
+        torch.testing.assert_close(got, want)
+        seen.append(got)
+    assert compilations == 1
+    assert [i for i, (a, b) in enumerate(itertools.pairwise(seen)) if (a - b).abs().max() < 1e-9] == []

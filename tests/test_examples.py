@@ -1,0 +1,25 @@
+"""The examples run from a clean directory to their files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.slow
+def test_trl_addition(tmp_path):
+    for library in ("trl", "typer", "rich", "matplotlib"):
+        pytest.importorskip(library)
+    options = ["--steps", "2", "--seeds", "2", "--warm-start", "300", "--out", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, str(EXAMPLES / "trl_addition.py"), *options], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads((tmp_path / "out" / "trl_addition.json").read_text())
+    assert [run["name"] for run in numbers["runs"]] == ["stock TRL", "stock TRL", "fused", "fused + AR", "fused, Lopti"]
+    assert all(a["gradient_difference"] <= 1e-6 for a in numbers["agreement"])
+    shares = numbers["gradient_share_by_probability_quartile"]
+    assert shares["reweighted"][0] < shares["plain"][0], "reweighting must take from the least likely tokens"
+    assert (tmp_path / "out" / "trl_addition.png").stat().st_size > 10_000

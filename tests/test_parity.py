@@ -1,0 +1,174 @@
+"""The whole op against independent transcriptions of TRL, verl and the papers: loss, gradient by the logits, and metrics, in fp64."""
+
+import itertools
+
+import pytest
+import torch
+from oracles import papers, trl, verl
+
+import reweight_ops as rw
+
+
+@pytest.fixture(scope="module")
+def batch():
+    g = torch.Generator().manual_seed(5)
+    B, T, V = 6, 9, 7
+    logits = (2 * torch.randn(B, T, V, generator=g, dtype=torch.float64)).requires_grad_()
+    ids = torch.randint(V, (B, T), generator=g)
+    mask = torch.arange(T) < torch.tensor([9, 1, 4, 7, 2, 9])[:, None]
+    logp = trl.logps_and_entropies(logits.detach(), ids)[0]
+    old, ref = (logp + s * torch.randn(B, T, generator=g, dtype=torch.float64) for s in (0.4, 0.3))
+    adv = {"sequence": torch.randn(B, generator=g, dtype=torch.float64), "token": torch.randn(B, T, generator=g, dtype=torch.float64)}
+    ratios = {"token": torch.rand(B, T, generator=g, dtype=torch.float64), "sequence": torch.rand(B, 1, generator=g, dtype=torch.float64)}
+    return dict(logits=logits, ids=ids, mask=mask, old=old, ref=ref, adv=adv, ratios=ratios)
+
+
+def statistics(batch, temperature=1.0):
+    return trl.logps_and_entropies(batch["logits"], batch["ids"], temperature)
+
+
+def ours(batch, spec, adv, **options):
+    names = {"old": "old_per_token_logps", "ref": "ref_per_token_logps"}
+    if "ref_logp" not in spec.requires:
+        del names["ref"]
+    data = {name: batch[key] for key, name in names.items()} | {"completion_mask": batch["mask"]}
+    return rw.policy_loss(batch["logits"], batch["ids"], adv, spec=spec, backend="reference", **{**data, **options})
+
+
+def same(ours, theirs, logits):
+    (a,), (b,) = (torch.autograd.grad(loss, logits, retain_graph=True) for loss in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+    assert b.abs().sum() > 1e-3
+
+
+TRL_EXTRAS = {
+    "plain": {},
+    "kl": dict(beta=0.04),
+    "kl_uncorrected": dict(beta=0.04, use_bias_correction_kl=False),
+    "delta": dict(delta=1.3, epsilon_high=0.28),
+    "bonus": dict(entropy_coef=0.02),
+    "top": dict(top_entropy_quantile=0.4),
+    "all": dict(beta=0.04, delta=1.3, entropy_coef=0.02, top_entropy_quantile=0.4, epsilon_high=0.28),
+}
+
+
+@pytest.mark.parametrize("extras", TRL_EXTRAS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"])
+def test_trl(batch, loss_type, level, extras):
+    settings = {**TRL_EXTRAS[extras], "importance_sampling_level": level, "max_completion_length": 16}
+    if loss_type == "cispo":
+        settings["epsilon_high"] = 1.15
+    if loss_type in ("cispo", "sapo"):
+        settings.pop("delta", None)
+    temperature = 0.9
+    logp, entropy = statistics(batch, temperature)
+    for adv, ratio in itertools.product(batch["adv"].values(), (None, *batch["ratios"].values())):
+        theirs, logged = trl.grpo_loss(
+            logp, adv, batch["mask"], entropies=entropy, old_logps=batch["old"], ref_logps=batch["ref"], loss_type=loss_type,
+            num_items_in_batch=41.0, importance_sampling_ratio=ratio, **settings,
+        )  # fmt: skip
+        divisor = {"num_items_in_batch": 41.0} if loss_type in ("dapo", "cispo") else {}
+        out = ours(batch, rw.methods.trl(loss_type, **settings), adv, temperature=temperature, importance_sampling_ratio=ratio, **divisor)
+        same(out.loss, theirs, batch["logits"])
+        metrics = out.metrics.as_floats("trl")
+        assert {name: pytest.approx(value, rel=1e-9) for name, value in logged.items()} == {name: metrics[name] for name in logged}
+
+
+VERL_AROUND = {"plain": {}, "kl": dict(kl_loss_coef=0.05), "kl_entropy": dict(kl_loss_coef=0.05, entropy_coeff=0.02)}
+
+
+@pytest.mark.parametrize("around", VERL_AROUND)
+@pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"])
+@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv"])
+def test_verl(batch, loss_mode, mode, around):
+    logp, entropy = statistics(batch)
+    mask = batch["mask"].clone()
+    mask[3] = False  # verl leaves empty sequences out of its sequence means
+    own = dict(loss_agg_mode=mode, **VERL_AROUND[around])
+    theirs, _ = verl.policy_loss(
+        loss_mode, logp, batch["adv"]["token"], mask, old_logps=batch["old"], ref_logps=batch["ref"], entropies=entropy,
+        rollout_is_weights=batch["ratios"]["token"], clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5, **own,
+    )  # fmt: skip
+    spec = rw.methods.verl(loss_mode, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5, use_kl_loss="kl" in around, **own)
+    out = ours(batch, spec, batch["adv"]["token"], completion_mask=mask, importance_sampling_ratio=batch["ratios"]["token"])
+    # verl divides a sequence's sum by its length + 1e-8
+    torch.testing.assert_close(out.loss, theirs, rtol=1e-7, atol=1e-9)
+    (a,), (b,) = (torch.autograd.grad(loss, batch["logits"], retain_graph=True) for loss in (out.loss, theirs))
+    torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    assert b.abs().sum() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["k1", "abs", "k2", "k3", "k1+", "k3+", "low_var_kl"])
+def test_verl_kl_types(batch, kind):
+    logp, _ = statistics(batch)
+    theirs, _ = verl.policy_loss(
+        "gpg", logp, batch["adv"]["token"], batch["mask"], ref_logps=batch["ref"], kl_loss_coef=0.5, kl_loss_type=kind
+    )
+    spec = rw.methods.verl("gpg", use_kl_loss=True, kl_loss_coef=0.5, kl_loss_type=kind)
+    same(ours(batch, spec, batch["adv"]["token"]).loss, theirs, batch["logits"])
+
+
+def test_verl_global_divisors(batch):
+    logp, _ = statistics(batch)
+    for mode, info, divisor in (
+        ("token-mean", dict(dp_size=2, batch_num_tokens=90), dict(num_items_in_batch=45)),
+        ("seq-mean-token-mean", dict(dp_size=2, global_batch_size=12), dict(num_sequences_in_batch=6)),
+        ("token-sum", dict(dp_size=2), dict(loss_scale=2.0)),
+    ):
+        theirs, _ = verl.policy_loss(
+            "vanilla", logp, batch["adv"]["token"], batch["mask"], old_logps=batch["old"], loss_agg_mode=mode, global_batch_info=info
+        )
+        out = ours(batch, rw.methods.verl("vanilla", loss_agg_mode=mode), batch["adv"]["token"], **divisor)
+        torch.testing.assert_close(out.loss, theirs, rtol=1e-7, atol=1e-9)
+
+
+PAPERS = {
+    "ppo": lambda p, b: papers.ppo_clip(p, b["old"], b["adv"]["token"], b["mask"]),
+    "dapo": lambda p, b: papers.dapo(p, b["old"], b["adv"]["token"], b["mask"]),
+    "gspo": lambda p, b: papers.gspo(p, b["old"], b["adv"]["sequence"], b["mask"], 0.1, 0.2),
+    "gspo_token": lambda p, b: papers.gspo_token(p, b["old"], b["adv"]["token"], b["mask"], 0.1, 0.2),
+    "sapo": lambda p, b: papers.sapo(p, b["old"], b["adv"]["token"], b["mask"]),
+    "gpg": lambda p, b: papers.gpg(p, b["adv"]["token"], b["mask"]),
+    "cispo": lambda p, b: papers.cispo(p, b["old"], b["adv"]["token"], b["mask"], 1.0, 0.3),
+    "dr_grpo": lambda p, b: papers.dr_grpo(p, b["old"], b["adv"]["token"], b["mask"], horizon=50),
+}  # fmt: skip
+OPTIONS = {
+    "gspo": dict(epsilon_low=0.1, epsilon_high=0.2),
+    "gspo_token": dict(epsilon_low=0.1, epsilon_high=0.2),
+    "cispo": dict(ratio_max=1.3),
+    "dr_grpo": dict(horizon=50),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_papers(batch, name):
+    theirs = PAPERS[name](statistics(batch)[0], batch)
+    adv = batch["adv"]["sequence" if name == "gspo" else "token"]
+    same(ours(batch, rw.method(name, **OPTIONS.get(name, {})), adv).loss, theirs, batch["logits"])
+
+
+def test_paper_grpo_with_kl(batch):
+    theirs = papers.grpo(statistics(batch)[0], batch["old"], batch["ref"], batch["adv"]["token"], batch["mask"])
+    same(ours(batch, rw.methods.grpo(beta=0.04), batch["adv"]["token"]).loss, theirs, batch["logits"])
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_advantage_reweighting(batch, plan):
+    logp, _ = statistics(batch)
+    theirs = papers.advantage_reweighting(
+        lambda A: papers.ppo_clip(logp, batch["old"], A, batch["mask"]), batch["adv"]["token"], batch["old"], 0.4
+    )
+    same(ours(batch, rw.methods.advantage_reweighting(alpha=0.4), batch["adv"]["token"], plan=plan).loss, theirs, batch["logits"])
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_lopti(batch, plan):
+    logp, entropy = statistics(batch)
+    A, old = batch["adv"]["token"], batch["old"]
+    ratio = (logp - old).exp()
+    terms = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A) + 0.04 * papers.k3(logp, batch["ref"]) - 0.01 * entropy
+    for half, theirs in zip(("low", "high"), papers.lopti(terms, old, batch["mask"], eta=0.1), strict=True):
+        spec = rw.methods.lopti(half, eta=0.1, beta=0.04, entropy_coef=0.01)
+        same(ours(batch, spec, A, plan=plan).loss, theirs, batch["logits"])
