@@ -16,7 +16,9 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra".split()
+FLAGS = [
+    "-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra",
+]  # fmt: skip
 # csrc/cpu/kernels.cpp is compiled once per level; dispatch.cpp picks the best one that the processor has, at run time.
 X86_LEVELS = {
     "v2": ["-march=x86-64-v2"],
@@ -55,11 +57,11 @@ class NinjaBuild(build_ext):
         cxx = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
         if cxx is None:
             raise RuntimeError("no C++ compiler was found (g++, clang++, c++, or CXX)")
-        openmp = [] if subprocess.run([*shlex.split(cxx), "-fopenmp", "-E", "-xc++", os.devnull], capture_output=True).returncode else ["-fopenmp"]
+        no_openmp = subprocess.run([*shlex.split(cxx), "-fopenmp", "-E", "-xc++", os.devnull], capture_output=True).returncode
+        openmp = [] if no_openmp else ["-fopenmp"]
         levels = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
         flags = [*FLAGS, *openmp, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        names = ",".join(levels)
-        defines = [f'-DRW_VERSION="{self.distribution.get_version()}"', f'-DRW_FLAGS="{" ".join(flags)}"', f'-DRW_LEVEL_NAMES="{names}"']
+        defines = [f'-DRW_VERSION="{self.distribution.get_version()}"', f'-DRW_FLAGS="{" ".join(flags)}"']
         defines += [f"-DRW_HAS_{name.upper()}" for name in levels]
         includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem{d}" for d in (pybind11.get_include(), sysconfig.get_paths()["include"]))]
 
@@ -79,7 +81,8 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         link = ["-shared", *openmp, *shlex.split(os.environ.get("LDFLAGS", ""))]
         rules = (
-            f"rule cxx\n  command = {cxx} {ninja_quote(flags)} $extra -MMD -MF $out.d -c $in -o $out\n  description = CXX $out\n  depfile = $out.d\n  deps = gcc\n"
+            f"rule cxx\n  command = {cxx} {ninja_quote(flags)} $extra -MMD -MF $out.d -c $in -o $out\n"
+            "  description = CXX $out\n  depfile = $out.d\n  deps = gcc\n"
             f"rule link\n  command = {cxx} $in {ninja_quote(link)} -o $out\n  description = LINK $out\n"
         )
         edges += [*extra_edges, f"build {ninja_path(target)}: link {' '.join(objects)}\n"]

@@ -95,14 +95,12 @@ void token_grad(const Call& common, std::array<Address, 4> stats, std::array<Add
     active_level().kernels->token_grad(call);
 }
 
-void token_loss_grad(const Call& common, const RowProgram& program, Address params, bool reads_p_sq, bool entropy_gradient, Address row_weights,
-                     int64_t row_weights_step, std::array<Address, 4> inputs, Address rows, Address out, std::array<int64_t, 3> out_strides) {
+void token_loss_grad(const Call& common, const RowProgram& program, Address params, bool reads_p_sq, Address row_weights, int64_t row_weights_step, std::array<Address, 4> inputs, Address rows, Address out, std::array<int64_t, 3> out_strides) {
     LossGradCall call{};
     static_cast<Call&>(call) = common;
     call.program = program;
     call.params = at(params);
     call.reads_p_sq = reads_p_sq;
-    call.entropy_gradient = entropy_gradient;
     call.row_weights = at(row_weights);
     call.row_weights_step = row_weights_step;
     call.old_logp = at(inputs[0]);
@@ -195,7 +193,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("token_stats", &token_stats, NoGil(), py::arg("call"), py::arg("out"));
     m.def("token_grad", &token_grad, NoGil(), py::arg("call"), py::arg("stats"), py::arg("coefs"), py::arg("out"), py::arg("out_strides"));
     m.def("token_loss_grad", &token_loss_grad, NoGil(), py::arg("call"), py::arg("program"), py::arg("params"), py::arg("reads_p_sq"),
-          py::arg("entropy_gradient"), py::arg("row_weights"), py::arg("row_weights_step"), py::arg("inputs"), py::arg("rows"), py::arg("out"),
+          py::arg("row_weights"), py::arg("row_weights_step"), py::arg("inputs"), py::arg("rows"), py::arg("out"),
           py::arg("out_strides"));
     m.def("apply_rule", &apply_rule_to, py::arg("name"), py::arg("leaves"), py::arg("params"), py::arg("out"), py::arg("n"));
     m.def("apply_weight", &apply_weight_to, py::arg("name"), py::arg("leaves"), py::arg("params"), py::arg("out"), py::arg("n"));

@@ -4,8 +4,8 @@ from . import kernels, methods, rules, weights
 from .backends.select import NAMES as BACKENDS
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
 from .explain import Explanation, explain
-from .methods.registry import METHODS, method
 from .linear import Lora, linear_policy_loss, linear_token_logps
+from .methods.registry import METHODS, method
 from .metrics import Metrics
 from .output import PolicyLossOutput, TokenStats
 from .policy_loss import policy_loss, policy_loss_from_logps, token_logps, token_stats

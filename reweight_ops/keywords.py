@@ -89,8 +89,8 @@ class PolicyLossKeywords(HeadKeywords, DataKeywords, total=False):
     """HEAD and DATA."""
 
 
-class LinearKeywords(PolicyLossKeywords, total=False):
-    """HEAD, DATA and the keywords of a linear head."""
+class LinearHeadKeywords(HeadKeywords, total=False):
+    """HEAD and the keywords of a linear head."""
 
     lm_head_bias: Tensor | None
     logit_scale: float
@@ -99,6 +99,10 @@ class LinearKeywords(PolicyLossKeywords, total=False):
     lora: tuple[Tensor, Tensor, float] | None
     row_index: Tensor | None
     compact_rows: bool | None
+
+
+class LinearKeywords(LinearHeadKeywords, DataKeywords, total=False):
+    """HEAD, DATA and the keywords of a linear head."""
 
 
 _HEAD = tuple(f.name for f in dataclasses.fields(HeadOptions))

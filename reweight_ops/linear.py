@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from .errors import InvalidCall, UnsupportedRequest
 from .head import temperature_rows, vocabulary
-from .keywords import DataOptions, HeadOptions, LinearKeywords, all_options, head_options
+from .keywords import DataOptions, HeadOptions, LinearHeadKeywords, LinearKeywords, all_options, head_options
 from .linear_head import LinearOnePassLoss, LinearStatistics, Settings, default_chunk_rows
 from .loss_call import LossCall, resolve_loss
 from .output import PolicyLossOutput
@@ -92,7 +92,7 @@ def linear_token_logps(
     *,
     completion_mask: Tensor | None = None,
     return_entropy: bool = False,
-    **keywords: Unpack[LinearKeywords],
+    **keywords: Unpack[LinearHeadKeywords],
 ) -> Any:
     """:func:`token_logps` of ``logits = logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``, a few rows of logits at a time.
 
@@ -175,7 +175,9 @@ def _one_pass(call: LossCall, head: LinearCall, choice: Choice) -> PolicyLossOut
     )
     logp, entropy, _, per_token, by_logp, by_entropy = (head.scatter(row) for row in table.unbind())
     leaves, by = {"logp": logp, "entropy": entropy}, (by_logp, by_entropy)
-    return PolicyLossOutput(loss, rows.unflatten(logp), rows.unflatten(entropy), "one_pass", choice.backend, call.released(), leaves, per_token, by)
+    return PolicyLossOutput(
+        loss, rows.unflatten(logp), rows.unflatten(entropy), "one_pass", choice.backend, call.released(), leaves, per_token, by
+    )
 
 
 _LINEAR = tuple(f.name for f in dataclasses.fields(LinearOptions))
@@ -227,7 +229,12 @@ def _resolve_linear(
         raise fail(f"lora: a {tuple(lora.a.shape)} and b {tuple(lora.b.shape)}, expected (r, {width}) and ({columns}, r).")
 
     hidden, weight, bias, lora = _autocast(hidden, weight, linear.lm_head_bias, lora)
-    for name, x in (("lm_head_weight", weight), ("lm_head_bias", bias), ("lora.a", lora.a if lora else None), ("lora.b", lora.b if lora else None)):
+    for name, x in (
+        ("lm_head_weight", weight),
+        ("lm_head_bias", bias),
+        ("lora.a", lora.a if lora else None),
+        ("lora.b", lora.b if lora else None),
+    ):
         if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
             raise fail(f"{name} is {x.dtype} on {x.device}, hidden {hidden.dtype} on {hidden.device}: cast one, or use autocast.")
     if not hidden.is_floating_point() or hidden.dtype.itemsize < 2:

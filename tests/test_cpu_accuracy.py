@@ -49,7 +49,13 @@ def assert_gradient(got, fp32, truth, size, ids):
             assert error.square().mean().sqrt() <= ERROR_RATIO * base.square().mean().sqrt() + floor.max()
 
 
-KINDS = [("plain", head) for head in HEADS] + [("peaked", "plain"), ("peaked", "cold"), ("shifted", "plain"), ("shifted", "cold"), ("low", "plain")]
+KINDS = [("plain", head) for head in HEADS] + [
+    ("peaked", "plain"),
+    ("peaked", "cold"),
+    ("shifted", "plain"),
+    ("shifted", "cold"),
+    ("low", "plain"),
+]
 
 
 @pytest.mark.parametrize(("kind", "head"), KINDS)

@@ -332,9 +332,13 @@ def test_bad_arguments_do_not_reach_the_kernel():
         "out is ": lambda: loss_grad(z, ids, out=torch.empty(4, 60, dtype=torch.bfloat16)),
         "overlaps": lambda: overlap(ids),
         "coefficient logp": lambda: cpu.token_grad(z, ids, ONE, Head(60), good, {"logp": torch.ones(3)}, torch.empty_like(z)),
-        "'entropy' is needed": lambda: cpu.token_grad(z, ids, ONE, Head(60), {"logp": good["logp"], "lse": good["lse"]}, {**one, "entropy": one["logp"]}, z),
+        "'entropy' is needed": lambda: cpu.token_grad(
+            z, ids, ONE, Head(60), {"logp": good["logp"], "lse": good["lse"]}, {**one, "entropy": one["logp"]}, z
+        ),
         "params is": lambda: loss_grad(z, ids, program=(CLIP[0], CLIP[1][:-1])),
-        "adv is": lambda: cpu.token_loss_grad(z, ids, ONE, Head(60), RowInputs(torch.ones(1, 4), None, torch.ones(5)), *CLIP, torch.empty_like(z)),
+        "adv is": lambda: cpu.token_loss_grad(
+            z, ids, ONE, Head(60), RowInputs(torch.ones(1, 4), None, torch.ones(5)), *CLIP, torch.empty_like(z)
+        ),
         "row weights are": lambda: cpu.token_loss_grad(z, ids, ONE, Head(60), RowInputs(torch.ones(2, 4)), *CLIP, torch.empty_like(z)),
     }
     for message, call in cases.items():

@@ -8,7 +8,11 @@ from reweight_ops import library, linear_head
 from reweight_ops.backends.base import Request
 from reweight_ops.testing import ERROR_FLOOR, ERROR_RATIO
 
-BACKENDS = [b for b in ("reference", "cpu") if rw.backends.select.why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None]
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if rw.backends.select.why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None
+]
 B, T, D, V = 3, 9, 8, 37
 
 
@@ -33,7 +37,9 @@ def make(dtype=torch.float64, seed=0, v=V):
 
 
 def from_hidden(d, spec="grpo", **options):
-    return rw.linear_policy_loss(d["hidden"], d["weight"], d["ids"], d["adv"], spec=spec, lm_head_bias=d["bias"], old_per_token_logps=d["old"], **options)
+    return rw.linear_policy_loss(
+        d["hidden"], d["weight"], d["ids"], d["adv"], spec=spec, lm_head_bias=d["bias"], old_per_token_logps=d["old"], **options
+    )
 
 
 def from_logits(d, spec="grpo", scale=1.0, **options):
@@ -50,7 +56,15 @@ def same(a, b, inputs, **tolerance):
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize(
-    ("plan", "spec"), [("one_pass", "grpo"), ("two_pass", "grpo"), ("two_pass", "gspo"), ("two_pass", "top_entropy"), ("one_pass", rw.methods.dapo(entropy_coef=0.1))], ids=str
+    ("plan", "spec"),
+    [
+        ("one_pass", "grpo"),
+        ("two_pass", "grpo"),
+        ("two_pass", "gspo"),
+        ("two_pass", "top_entropy"),
+        ("one_pass", rw.methods.dapo(entropy_coef=0.1)),
+    ],
+    ids=str,
 )
 def test_equals_the_logits_op(plan, spec, compact, chunk_rows):
     d = make()
@@ -68,11 +82,17 @@ def test_equals_the_logits_op(plan, spec, compact, chunk_rows):
 def test_per_row_temperature_and_upstream():
     d = make()
     t = torch.rand(B, T, dtype=torch.float64) + 0.5
-    logps, entropies = rw.linear_token_logps(d["hidden"], d["weight"], d["ids"], completion_mask=d["mask"], temperature=t, chunk_rows=4, return_entropy=True)
+    logps, entropies = rw.linear_token_logps(
+        d["hidden"], d["weight"], d["ids"], completion_mask=d["mask"], temperature=t, chunk_rows=4, return_entropy=True
+    )
     want = rw.token_logps(d["hidden"] @ d["weight"].T, d["ids"], completion_mask=d["mask"], temperature=t, return_entropy=True)
     upstream = [torch.randn(B, T, dtype=torch.float64), torch.randn(B, T, dtype=torch.float64)]
     upstream[0][0] = upstream[1][0] = 0
-    for x, y in zip(torch.autograd.grad((logps, entropies), (d["hidden"], d["weight"]), upstream), torch.autograd.grad(want, (d["hidden"], d["weight"]), upstream), strict=True):
+    for x, y in zip(
+        torch.autograd.grad((logps, entropies), (d["hidden"], d["weight"]), upstream),
+        torch.autograd.grad(want, (d["hidden"], d["weight"]), upstream),
+        strict=True,
+    ):
         torch.testing.assert_close(x, y)
 
 
@@ -98,7 +118,9 @@ def test_only_the_gradients_asked_for(frozen, plan, monkeypatch):
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_lora_is_the_merged_head(plan):
     d = make()
-    lora = rw.Lora(torch.randn(2, D, dtype=torch.float64, requires_grad=True), torch.randn(V, 2, dtype=torch.float64, requires_grad=True), 0.5)
+    lora = rw.Lora(
+        torch.randn(2, D, dtype=torch.float64, requires_grad=True), torch.randn(V, 2, dtype=torch.float64, requires_grad=True), 0.5
+    )
     d["weight"] = d["weight"].detach()
     merged = {**d, "weight": d["weight"] + lora.scale * lora.b @ lora.a}
     same(from_hidden(d, plan=plan, lora=lora, chunk_rows=5), from_logits(merged, plan=plan), [d["hidden"], lora.a, lora.b, d["bias"]])
@@ -167,7 +189,9 @@ def test_accuracy_of_low_precision(backend, dtype, plan):
     ours = torch.autograd.grad(from_hidden(d, loss_scale=64.0, plan=plan, backend=backend, chunk_rows=8).loss, [d[n] for n in inputs])
     for name, t, e, o in zip(inputs, truth, eager, ours, strict=True):
         assert o.dtype == d[name].dtype
-        allowed = ERROR_RATIO * (e - t).abs().max() + ERROR_FLOOR * t.abs().max() + 4 * torch.finfo(dtype).eps * t.abs().max()  # 4 chunks round the sum
+        allowed = (
+            ERROR_RATIO * (e - t).abs().max() + ERROR_FLOOR * t.abs().max() + 4 * torch.finfo(dtype).eps * t.abs().max()
+        )  # 4 chunks round the sum
         assert (o - t).abs().max() <= allowed, name
 
 
@@ -175,7 +199,10 @@ def test_fp32_logits_are_more_accurate():
     d = make(torch.bfloat16)
     logits = d["hidden"].detach().double() @ d["weight"].detach().double().T
     truth = torch.log_softmax(logits, -1).gather(-1, d["ids"][..., None])[..., 0]
-    error = {t: (rw.linear_token_logps(d["hidden"], d["weight"], d["ids"], logits_dtype=t).double() - truth).abs().max() for t in (torch.bfloat16, torch.float32)}
+    error = {
+        t: (rw.linear_token_logps(d["hidden"], d["weight"], d["ids"], logits_dtype=t).double() - truth).abs().max()
+        for t in (torch.bfloat16, torch.float32)
+    }
     assert error[torch.float32] < 1e-5 < 1e-3 < error[torch.bfloat16]
 
 
@@ -235,7 +262,11 @@ def test_fullgraph():
         return from_hidden({**d, "hidden": h, "weight": w}, chunk_rows=16, plan="one_pass", completion_mask=d["mask"]).loss
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for a, b in zip(torch.autograd.grad(compiled(d["hidden"], d["weight"]), [d["hidden"], d["weight"]]), torch.autograd.grad(step(d["hidden"], d["weight"]), [d["hidden"], d["weight"]]), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(compiled(d["hidden"], d["weight"]), [d["hidden"], d["weight"]]),
+        torch.autograd.grad(step(d["hidden"], d["weight"]), [d["hidden"], d["weight"]]),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 

@@ -48,7 +48,6 @@ struct LossGradCall : Call {
     RowProgram program;
     const float* params;
     bool reads_p_sq;        // some rule or weight reads log_sum_p_sq
-    bool entropy_gradient;  // some rule may have a derivative by the entropy
     const float* row_weights;                        // [terms, rows]
     int64_t row_weights_step;                        // between terms, 0 if they share one vector
     const float *old_logp, *adv, *ref_logp, *sampling_logp;  // null: not given

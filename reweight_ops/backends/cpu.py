@@ -1,39 +1,30 @@
 """The C++ backend: fp32, bf16 and fp16 logits on the CPU, every program whose rules are compiled in.
 
 ``_C`` takes raw addresses and checks nothing, so everything that could make it read or write out of bounds is checked here, once.
-Threads follow ``torch.set_num_threads``. Only masked rows excepted, the time of a call is that of reading (and writing) the logits once.
+Threads follow ``torch.set_num_threads``. A row is swept twice for a loss, the second time from the cache.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..codegen.derive import derive
 from ..codegen.trace import trace_rule, trace_weight
 from ..errors import BackendUnavailable, InvalidCall
 from ..rules.base import RULES, WEIGHTS
 from .base import COEFS, LOSS_ROWS, STATS, Backend, Head, Program, Request, RowInputs, rows_of
 
+try:
+    from .. import _C
+except ImportError as error:
+    raise BackendUnavailable(
+        f"the compiled extension reweight_ops._C is missing or does not load ({error}); reinstall with a C++ compiler and REWEIGHT_OPS_BUILD=cpu."
+    ) from error
+
 _MAX_TERMS, _MAX_WEIGHTS = 4, 4
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def _load() -> ModuleType:
-    try:
-        from .. import _C
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"the compiled extension reweight_ops._C is missing or does not load ({error}); reinstall with a C++ compiler and REWEIGHT_OPS_BUILD=cpu."
-        ) from error
-    return _C
-
-
-_C: Any = _load()
 
 
 @lru_cache(maxsize=256)
@@ -61,8 +52,8 @@ def _unsupported_reason(request: Request) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _compile(program: Program) -> tuple[Any, int, bool, bool]:
-    """The program for ``_C``, the length of its parameters, whether it reads log_sum_p_sq, and whether its loss depends on the entropy."""
+def _compile(program: Program) -> tuple[_C.Program, int, bool]:
+    """The program for ``_C``, the length of its parameters, and whether it reads log_sum_p_sq."""
     reason = _why_not(program)
     if reason is not None:
         raise InvalidCall(f"token_loss_grad on the CPU: {reason}.")
@@ -70,10 +61,8 @@ def _compile(program: Program) -> tuple[Any, int, bool, bool]:
     weights = [WEIGHTS[name] for name, _ in program.weights]
     length = 2 + sum(1 + len(r.parameter_names()) for r in rules) + sum(len(w.parameter_names()) for w in weights)
     read = frozenset().union(*(trace_rule(r).leaves for r in rules), *(trace_weight(w).leaves for w in weights))
-    slopes = [derive(trace_rule(r))["entropy"] for r in rules]
-    entropy_gradient = any(slope.op != "const" or slope.args[0] != 0 for slope in slopes)
     compiled = _C.Program(list(program.terms), [(name, scope == "all") for name, scope in program.weights])
-    return compiled, length, "log_sum_p_sq" in read, entropy_gradient
+    return compiled, length, "log_sum_p_sq" in read
 
 
 def _strides(logits: Tensor) -> tuple[int, int, int]:
@@ -98,7 +87,7 @@ def _check_layout(name: str, t: Tensor) -> None:
         raise InvalidCall(f"{name} has strides {t.stride()}: the last dimension must be contiguous.")
 
 
-def _call(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head) -> Any:
+def _call(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head) -> _C.Call:
     _check_layout("logits", logits)
     n, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
     if not 0 < head.vocab_size <= columns:
@@ -155,7 +144,7 @@ def token_grad(
 def token_loss_grad(
     logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
 ) -> Tensor:
-    compiled, length, reads_p_sq, entropy_gradient = _compile(program)
+    compiled, length, reads_p_sq = _compile(program)
     call, n = _call(logits, ids, temperature, head), ids.numel()
     weights = inputs.weights
     shared = len(program.terms) == 1 or weights.stride(0) == 0  # one vector for all terms
@@ -164,7 +153,7 @@ def token_loss_grad(
     rows = torch.empty(len(LOSS_ROWS), n)
     stored = (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)
     _C.token_loss_grad(
-        call, compiled, _address("params", params, (length,)), reads_p_sq, entropy_gradient,
+        call, compiled, _address("params", params, (length,)), reads_p_sq,
         _address("row weights", weights[0] if shared else weights, (n,) if shared else weights.shape), 0 if shared else n,
         [_address(name, t, (n,)) for name, t in zip(("old_logp", "adv", "ref_logp", "sampling_logp"), stored, strict=True)],
         rows.data_ptr(), out.data_ptr(), _out_strides(logits, out),
