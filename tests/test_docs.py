@@ -62,6 +62,7 @@ def test_doctests(name):
     assert doctest.testmod(module, optionflags=flags).failed == 0
 
 
+@pytest.mark.usefixtures("registry")
 def test_readme_python_runs():
     """Every python block of the README that does not need a trainer or a GPU runs as it stands."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
