@@ -1,0 +1,156 @@
+// The statistics sweep: a thread's own sums, their reduction over the block, and the row's statistics.
+#pragma once
+
+#include "common/row_state.h"
+#include "elements.h"
+
+namespace reweight_ops {
+namespace {
+
+/// Two blocks of 320 on a processor leave a thread 96 registers: with 384 the gradient of unaligned rows spills.
+constexpr int kThreads = 320, kWarps = kThreads / 32;
+/// Vectors that a thread has in flight, and after which it looks for a new maximum.
+constexpr int kUnroll = 4;
+/// Lower bound of an exponent: 2^-150 is 0, and 0 * -150 is 0 where 0 * -inf would be NaN.
+constexpr float kFloor = -150.0f;
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kInf = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
+
+/// What a sweep sums: Σe and Σe·t, or Σe² too, with an optional softcap.
+enum class Sums { entropy, full };
+
+struct Softcap {
+    bool on;
+    float cap, inverse;
+    RW_DEVICE explicit Softcap(float c) : on(c < kInf), cap(c), inverse(1.0f / c) {}
+
+    /// cap·tanh(x / cap); returns its derivative. Infinities stay: -inf has no mass, +inf has to make the row NaN.
+    RW_DEVICE float apply(float& x) const {
+        const float r = tanhf(x * inverse);
+        if (fabsf(x) != kInf) x = cap * r;
+        return 1.0f - r * r;
+    }
+};
+
+/// Sums over the columns seen so far, with t = log2(e)/T·x - reference: the reference is that of the largest logit.
+struct Partial {
+    float top, sum, dot, sum_sq;
+};
+
+using BlockPartials = Partial[kWarps];
+
+/// Any finite number will do while everything is -inf; the same NaN-free one for everybody.
+RW_DEVICE float reference(float top, float scale) { return top == -kInf ? 0.0f : top * scale; }
+
+RW_DEVICE void rebase(Partial& s, float top, float scale) {
+    const float shift = s.top == -kInf ? 0.0f : reference(s.top, scale) - reference(top, scale);
+    const float factor = exp2_approximate(shift);
+    s.dot = factor * fmaf(shift, s.sum, s.dot);
+    s.sum *= factor;
+    s.sum_sq *= factor * factor;
+    s.top = top;
+}
+
+RW_DEVICE Partial merge(Partial a, Partial b, float scale) {
+    const float top = fmaxf(a.top, b.top);
+    rebase(a, top, scale);
+    rebase(b, top, scale);
+    return {top, a.sum + b.sum, a.dot + b.dot, a.sum_sq + b.sum_sq};
+}
+
+/// What a group of logits adds to the sums.
+template <Sums kSums>
+struct Group {
+    float scale, ref;
+    float sum = 0.0f, dot = 0.0f, sum_sq = 0.0f;
+
+    RW_DEVICE void add(float x, const Softcap& softcap) {
+        if constexpr (kSums == Sums::full) {
+            if (softcap.on) softcap.apply(x);
+        }
+        const float t = fmaf(x, scale, -ref), e = exp2_approximate(t);
+        sum += e;
+        dot = fmaf(e, fmaxf(t, kFloor), dot);
+        if constexpr (kSums == Sums::full) sum_sq = fmaf(e, e, sum_sq);
+    }
+};
+
+/// Adds a group of logits to a thread's sums: `top` is their maximum, for_each(f) calls f with each. A NaN is no maximum, but makes the sum NaN.
+template <Sums kSums, class ForEach>
+RW_DEVICE void absorb(Partial& s, float top, float scale, const Softcap& softcap, const ForEach& for_each) {
+    if (kSums == Sums::full && softcap.on) softcap.apply(top);  // it is monotonic
+    rebase(s, fmaxf(s.top, top), scale);
+    Group<kSums> group{scale, reference(s.top, scale)};
+    for_each([&](float x) { group.add(x, softcap); });
+    s.sum += group.sum;
+    s.dot += group.dot;
+    s.sum_sq += group.sum_sq;
+}
+
+/// A thread's share of a row: vector i belongs to thread i % kThreads, the columns after the last whole vector to a thread each.
+template <class T, Sums kSums, bool kAligned>
+RW_DEVICE Partial sweep_statistics(const T* x, int columns, float scale, const Softcap& softcap) {
+    constexpr int n = kPerVector<T>;
+    const int vectors = columns / n, tail = vectors * n + thread_index();
+    Partial s{-kInf, 0.0f, 0.0f, 0.0f};
+    for (int begin = thread_index(); begin < vectors; begin += kThreads * kUnroll) {
+        Vector v[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int i = begin + u * kThreads;
+            v[u] = minus_infinities<T>();
+            if (i < vectors) v[u] = load_vector(x + int64_t(i) * n, kAligned);
+        }
+        const auto for_each = [&](const auto& f) {  // unpacked again each time: registers are scarcer than shifts
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) {
+                float values[n];
+                unpack<T>(v[u], values);
+#pragma unroll
+                for (int j = 0; j < n; ++j) f(values[j]);
+            }
+        };
+        float top = -kInf;
+        for_each([&](float value) { top = fmaxf(top, value); });
+        absorb<kSums>(s, top, scale, softcap, for_each);
+    }
+    if (tail < columns) {
+        const float last = widen(x[tail]);
+        absorb<kSums>(s, last == last ? last : -kInf, scale, softcap, [&](const auto& f) { f(last); });
+    }
+    return s;
+}
+
+RW_DEVICE Partial merge_warp(Partial s, float scale) {
+#pragma unroll
+    for (int lanes = 16; lanes; lanes /= 2) {
+        const Partial other{shuffle_xor(s.top, lanes), shuffle_xor(s.sum, lanes), shuffle_xor(s.dot, lanes), shuffle_xor(s.sum_sq, lanes)};
+        s = merge(s, other, scale);
+    }
+    return s;
+}
+
+/// The block's sums, in every thread of warp 0 (unspecified elsewhere). One barrier; `partials` may be reused after the next one.
+RW_DEVICE Partial merge_block(Partial s, BlockPartials& partials, float scale) {
+    s = merge_warp(s, scale);
+    const int warp = thread_index() / 32, lane = thread_index() % 32;
+    if (lane == 0) partials[warp] = s;
+    barrier();
+    if (warp == 0) s = merge_warp(lane < kWarps ? partials[lane] : Partial{-kInf, 0.0f, 0.0f, 0.0f}, scale);
+    return s;
+}
+
+/// `target`: the target's capped logit, -inf if it is not here.
+RW_DEVICE RowStats finish(const Partial& s, float target, float scale) {
+    // Everything relative to the reference, by one fused operation: the products alone would round away a shared offset.
+    const float ref = reference(s.top, scale);
+    RowState<float> state;
+    state.ref = 0.0f;
+    state.update(s.sum, s.dot, s.sum_sq);
+    RowStats out = state.finish(fmaf(target, scale, -ref), fmaf(s.top, scale, -ref));
+    out.lse = (ref + state.log_sum()) * kLn2;
+    return out;
+}
+
+}  // namespace
+}  // namespace reweight_ops

@@ -1,0 +1,56 @@
+"""The CPU backend's truth: statistics and gradients of rows in plain PyTorch, in any dtype, differentiated by autograd. Written for the tests
+alone; it shares nothing with the package."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+STATS = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
+
+
+def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float = math.inf) -> dict[str, Tensor]:
+    x = logits if math.isinf(softcap) else softcap * torch.tanh(logits / softcap)
+    x = x / temperature[:, None]
+    logp = torch.log_softmax(x, -1)
+    p = logp.exp()
+    return {
+        "logp": logp.gather(-1, ids[:, None])[:, 0],
+        "entropy": -(p * logp).sum(-1),
+        "lse": torch.logsumexp(x, -1),
+        "log_sum_p_sq": torch.logsumexp(2 * logp, -1),
+        "max_logp": logp.amax(-1),
+    }
+
+
+def gradient(logits: Tensor, ids: Tensor, temperature: Tensor, coefs: dict[str, Tensor], softcap: float = math.inf) -> Tensor:
+    z = logits.detach().clone().requires_grad_()
+    stats = statistics(z, ids, temperature, softcap)
+    total = sum((stats[name] * c.to(z.dtype)).sum() for name, c in coefs.items())
+    (grad,) = torch.autograd.grad(total, z)
+    return grad
+
+
+def clip_loss(stats: dict[str, Tensor], old: Tensor, adv: Tensor, weight: Tensor, eps: float, bonus: float) -> Tensor:
+    """[N]: each row's share of the total of a clipped surrogate with an entropy bonus."""
+    ratio = torch.exp(stats["logp"] - old)
+    surrogate = -torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)
+    return weight * (surrogate - bonus * stats["entropy"])
+
+
+def rows(n: int, v: int, dtype: torch.dtype, kind: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits [n, v] and ids. ``plain``: a language model's spread with outliers and a target of any mass; ``peaked``: sure rows;
+    ``shifted``: a large common offset; ``low``: everything at or below -100."""
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, v, generator=g, dtype=torch.float64) * 3
+    ids = torch.randint(0, v, (n,), generator=g)
+    lift = torch.rand(n, generator=g, dtype=torch.float64) * 12
+    if kind == "peaked":
+        lift = 12 + torch.rand(n, generator=g, dtype=torch.float64) * 25
+    z.scatter_add_(1, ids[:, None], lift[:, None])
+    z += {"plain": 0.0, "peaked": 0.0, "shifted": 300.0, "low": -160.0}[kind]
+    if kind == "low":
+        z.clamp_(max=-100)
+    return z.to(dtype), ids
