@@ -130,13 +130,24 @@ RW_DEVICE Partial merge_warp(Partial s, float scale) {
     return s;
 }
 
+/// The sums with the largest logit's own share exact. Its exponent is the rounding of the reference, not 0, and an approximate exponential of
+/// it would be the whole error of a log-prob near 0. What to take away is what the sweep added: the same instruction on the same number.
+RW_DEVICE Partial with_exact_top(Partial s, float scale) {
+    const float t = fmaf(s.top, scale, -reference(s.top, scale)), e = exp2_approximate(t);
+    if (s.sum > 0) {  // neither NaN nor all -inf
+        s.sum += expm1f(t * kLn2) - (e - 1.0f);
+        s.sum_sq += expm1f(2.0f * t * kLn2) - (fmaf(e, e, -1.0f));
+    }
+    return s;
+}
+
 /// The block's sums, in every thread of warp 0 (unspecified elsewhere). One barrier; `partials` may be reused after the next one.
 RW_DEVICE Partial merge_block(Partial s, BlockPartials& partials, float scale) {
     s = merge_warp(s, scale);
     const int warp = thread_index() / 32, lane = thread_index() % 32;
     if (lane == 0) partials[warp] = s;
     barrier();
-    if (warp == 0) s = merge_warp(lane < kWarps ? partials[lane] : Partial{-kInf, 0.0f, 0.0f, 0.0f}, scale);
+    if (warp == 0) s = with_exact_top(merge_warp(lane < kWarps ? partials[lane] : Partial{-kInf, 0.0f, 0.0f, 0.0f}, scale), scale);
     return s;
 }
 
