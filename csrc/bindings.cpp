@@ -62,11 +62,6 @@ py::dict build_info() {
 #else
     info["openmp"] = false;
 #endif
-#ifdef RW_CUDA
-    info["cuda"] = true;
-#else
-    info["cuda"] = false;
-#endif
     return info;
 }
 
@@ -76,7 +71,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Kernels on raw addresses, without any check: reweight_ops.backends validates every argument first.";
     using NoGil = py::call_guard<py::gil_scoped_release>;
 
-    m.def("build_info", &build_info, "Compiler, flags, version, instruction-set levels built and supported, and whether the CUDA part is in.");
+    m.def("build_info", &build_info, "Compiler, flags, version, instruction-set levels built and supported.");
     m.def("level", [] { return std::string(active_level().name); }, "The instruction-set level that runs.");
     m.def("set_level", &set_level, py::arg("name"), "Force a level by name, or 'auto'. ValueError if it was not built or this processor lacks it.");
     bind_verbs(m, verb(&Kernels::token_stats), verb(&Kernels::token_grad), verb(&Kernels::token_loss_grad));

@@ -74,7 +74,13 @@ def _build_info() -> dict[str, Any]:
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return {"status": f"not built ({error})"}
-    return dict(_C.build_info())
+    try:
+        from . import _cuda  # type: ignore[attr-defined]
+    except ImportError as error:
+        cuda = f"not built ({error})"
+    else:
+        cuda = f"compiled for {_cuda.archs()}"
+    return {**_C.build_info(), "cuda": cuda}
 
 
 @app.command()

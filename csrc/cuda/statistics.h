@@ -21,12 +21,12 @@ enum class Sums { entropy, full };
 
 struct Softcap {
     bool on;
-    float cap, inverse;
-    RW_DEVICE explicit Softcap(float c) : on(c < kInf), cap(c), inverse(1.0f / c) {}
+    float cap;
+    RW_DEVICE explicit Softcap(float c) : on(c < kInf), cap(c) {}
 
     /// cap·tanh(x / cap); returns its derivative. Infinities stay: -inf has no mass, +inf has to make the row NaN.
     RW_DEVICE float apply(float& x) const {
-        const float r = tanhf(x * inverse);
+        const float r = tanhf(x / cap);
         if (fabsf(x) != kInf) x = cap * r;
         return 1.0f - r * r;
     }
@@ -151,15 +151,30 @@ RW_DEVICE Partial merge_block(Partial s, BlockPartials& partials, float scale) {
     return s;
 }
 
-/// `target`: the target's capped logit, -inf if it is not here.
-RW_DEVICE RowStats finish(const Partial& s, float target, float scale) {
-    // Everything relative to the reference, by one fused operation: the products alone would round away a shared offset.
-    const float ref = reference(s.top, scale);
-    RowState<float> state;
-    state.ref = 0.0f;
-    state.update(s.sum, s.dot, s.sum_sq);
-    RowStats out = state.finish(fmaf(target, scale, -ref), fmaf(s.top, scale, -ref));
-    out.lse = (ref + state.log_sum()) * kLn2;
+/// Rounding may leave the range by 1e-7 where p is 1; nobody expects a positive log-prob. NaN stays.
+RW_DEVICE float at_most_zero(float x) { return x > 0 ? 0.0f : x; }
+
+/// log2 of the sum. NaN for a row that holds NaN or +inf, and for one that is all -inf: there is no distribution.
+RW_DEVICE double log_sum(const Partial& s) {
+    if (!(s.sum > 0)) return kNaN;
+    // The exponent apart: the logarithm of a mantissa has a smaller error, and costs no fp64 function.
+    const uint32_t bits = as_bits(s.sum);
+    return double(int(bits >> 23) - 127) + double(log2f(as_float((bits & 0x7fffffu) | 0x3f800000u)));
+}
+
+/// `target`: the target's capped logit, -inf if it is not here. A dozen fp64 operations, once a row: what is rounded here, the ratio multiplies.
+RW_DEVICE RowStats finish(const Partial& s, float target, float temperature, float scale) {
+    constexpr double ln2 = 0.693147180559945309417, log2e = 1.442695040888963407360;
+    const double log_s = log_sum(s), mean = double(s.dot / s.sum), t_top = double(fmaf(s.top, scale, -reference(s.top, scale)));
+    const double rounding = double(temperature) * scale - log2e;  // of the scale, which sharpens the row by as much
+    const double rest = (log_s - t_top - rounding / log2e * (mean - t_top)) * ln2;  // lse - top/T
+    const double inverse = 1.0 / double(temperature);
+    RowStats out;
+    out.logp = at_most_zero(float((double(target) - double(s.top)) * inverse - rest));
+    out.entropy = -at_most_zero(float((mean - log_s) * ln2));
+    out.lse = float(double(s.top) * inverse + rest);
+    out.log_sum_p_sq = at_most_zero(float((double(log2f(s.sum_sq)) - 2.0 * log_s) * ln2));
+    out.max_logp = at_most_zero(float(-rest));
     return out;
 }
 

@@ -80,7 +80,7 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) stats_kernel(RW_PARAMETER StatsCall cal
             buffer ^= 1;
             if (thread_index() == 0) {
                 float slope;
-                s = finish(sums, row.target_logit(softcap, slope), row.scale);
+                s = finish(sums, row.target_logit(softcap, slope), row.temperature, row.scale);
             }
         }
         if (thread_index() == 0) {
@@ -100,17 +100,13 @@ RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, in
     const auto get = [i](const float* from) { return from ? from[i] : 0.0f; };
     const Derivatives d{get(call.logp_coef), get(call.entropy_coef), get(call.lse_coef), get(call.p_sq_coef),
                         call.logp[i],        get(call.entropy),      get(call.log_sum_p_sq)};
-    float slope = 1.0f, target = -kInf, ref, rest;
+    float slope = 1.0f, target = -kInf;
     if (!d.all_zero()) target = row.target_logit(softcap, slope);
-    const float lse = call.lse[i], unit = row.temperature * row.scale;  // log2(e), with the rounding that the scale has
+    const double unit = double(row.temperature) * row.scale;  // log2(e), with the rounding that the scale has
     // Both logp and lse are rounded to fp32; the smaller one gives lse with the smaller error.
-    if (row.target >= 0 && fabsf(d.logp) < fabsf(lse)) {
-        ref = fmaf(target, row.scale, -unit * d.logp);
-        rest = fmaf(d.logp, unit, -fmaf(target, row.scale, -ref));
-    } else {
-        ref = lse * unit;
-        rest = -fmaf(lse, unit, -ref) - lse * fmaf(row.temperature, row.scale, -unit);
-    }
+    const bool by_logp = row.target >= 0 && fabsf(d.logp) < fabsf(call.lse[i]);
+    const double lse2 = by_logp ? double(target) * row.scale - unit * d.logp : unit * call.lse[i];
+    const float ref = float(lse2), rest = float(ref - lse2);
     return row_gradient(d, row.temperature, row.scale, ref, rest, exp2f(rest), target, slope, softcap.on);
 }
 
@@ -176,12 +172,11 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
         if (thread_index() == 0) {
             float slope;
             const float target = row.target_logit(softcap, slope);
-            const RowStats s = finish(sums, target, row.scale);
+            const RowStats s = finish(sums, target, row.temperature, row.scale);
             const RowLoss l = evaluate(call, i, s);
             put_row(call, i, s, l);
             const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
-            const float log_sum = sums.sum > 0 ? log2f(sums.sum) : kNaN;
-            gradient = row_gradient(d, row.temperature, row.scale, reference(sums.top, row.scale), -log_sum, 1.0f / sums.sum, target, slope, softcap.on);
+            gradient = row_gradient(d, row.temperature, row.scale, reference(sums.top, row.scale), -float(log_sum(sums)), 1.0f / sums.sum, target, slope, softcap.on);
         }
         barrier();
         write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient, softcap);
