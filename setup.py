@@ -18,7 +18,18 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra".split()
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+]
 # csrc/cpu/kernels.cpp is compiled once per level; dispatch.cpp picks the best one that the processor has, at run time.
 X86_LEVELS = {
     "v2": ["-march=x86-64-v2"],
@@ -28,7 +39,7 @@ X86_LEVELS = {
 }
 # csrc/cuda/streaming.cu is compiled once per dtype. No contraction: kernels that share a sweep must round alike. A spill is an error.
 CUDA_DTYPES = {"f32": "float", "bf16": "Bf16", "f16": "F16"}
-NVCC_FLAGS = "-std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden".split()
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
 # GCC 12 warns about its own AVX-512 header.
 NO_FALSE_ALARM = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -73,9 +84,17 @@ class NinjaBuild(build_ext):
         if nvcc is None:
             raise RuntimeError("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
         archs = cuda_archs(nvcc)
-        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [
+            f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+        ]
         toolkit = toolkit_of(nvcc)
-        flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *includes(), f"-I{toolkit / 'include'}", f'-DRW_CUDA_ARCHS="{";".join(archs)}"']
+        flags = [
+            *FLAGS,
+            *shlex.split(os.environ.get("CXXFLAGS", "")),
+            *includes(),
+            f"-I{toolkit / 'include'}",
+            f'-DRW_CUDA_ARCHS="{";".join(archs)}"',
+        ]
         objects = {"cuda_bindings.o": edge("cuda_bindings.o", "cxx", "cuda/bindings.cpp", flags)}
         for name, element in CUDA_DTYPES.items():
             obj = f"streaming_{name}.o"
@@ -84,7 +103,9 @@ class NinjaBuild(build_ext):
         library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
         if library is None:
             raise RuntimeError(f"libcudart_static.a was not found in {toolkit}")
-        return self.link("reweight_ops._cuda", objects, [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"])
+        return self.link(
+            "reweight_ops._cuda", objects, [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+        )
 
     def link(self, module: str, objects: dict[str, str], words: list[str]) -> tuple[str, str]:
         target = Path(self.get_ext_fullpath(module)).absolute()

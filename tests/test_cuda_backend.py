@@ -97,7 +97,12 @@ def compile_sass(source: Path, dtype: str, folder: Path, flags: list[str]) -> st
         pytest.skip("needs nvcc and cuobjdump")
     obj = folder / "kernels.o"
     words = [nvcc, *flags, f"-gencode=arch=compute_{SASS_ARCH},code=sm_{SASS_ARCH}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}"]
-    subprocess.run([*words, f"-DRW_ELEMENT={DTYPES[dtype]}", f"-DRW_DTYPE={dtype}", "-c", str(source), "-o", str(obj)], check=True, capture_output=True, text=True)
+    subprocess.run(
+        [*words, f"-DRW_ELEMENT={DTYPES[dtype]}", f"-DRW_DTYPE={dtype}", "-c", str(source), "-o", str(obj)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     environment = {**os.environ, "PATH": f"{Path(dump).parent}:{os.environ['PATH']}"}
     return subprocess.run([dump, "-sass", str(obj)], check=True, capture_output=True, text=True, env=environment).stdout
 

@@ -45,8 +45,26 @@ MUTANTS = {
 
 
 def run_tests(module: Path, **environment: str) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests/test_cuda_emulated.py")]
-    return subprocess.run(words, capture_output=True, text=True, timeout=900, cwd=ROOT, env={**os.environ, "REWEIGHT_OPS_EMULATED": str(module), **environment})
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(ROOT / "tests/test_cuda_emulated.py"),
+    ]
+    return subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=ROOT,
+        env={**os.environ, "REWEIGHT_OPS_EMULATED": str(module), **environment},
+    )
 
 
 @pytest.mark.parametrize("name", MUTANTS)

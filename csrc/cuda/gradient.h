@@ -65,21 +65,6 @@ RW_DEVICE RowGradient row_gradient(const Derivatives& d, float temperature, floa
     return g;
 }
 
-/// 2^x within a rounding, for x <= 127; 0 below 2^-126. Where a tanh costs more than this anyway, the approximate one would be half of the error.
-RW_DEVICE float exp2_accurate(float x) {
-    if (x != x) return x;
-    const float n = rintf(fminf(fmaxf(x, -126.0f), 127.0f)), f = fmaxf(x, -126.0f) - n;
-    float p = 1.52527338e-5f;  // ln(2)^k / k!, from k = 7
-    p = fmaf(p, f, 1.54035304e-4f);
-    p = fmaf(p, f, 1.33335581e-3f);
-    p = fmaf(p, f, 9.61812911e-3f);
-    p = fmaf(p, f, 5.55041087e-2f);
-    p = fmaf(p, f, 2.40226507e-1f);
-    p = fmaf(p, f, kLn2);
-    p = fmaf(p, f, 1.0f);
-    return x < -126.0f ? 0.0f : p * as_float(uint32_t(int(n) + 127) << 23);
-}
-
 template <Terms kTerms>
 RW_DEVICE float gradient_of(float x, const RowGradient& g, const Softcap& softcap) {
     if constexpr (kTerms == Terms::fill) return g.value;
@@ -87,7 +72,7 @@ RW_DEVICE float gradient_of(float x, const RowGradient& g, const Softcap& softca
     if constexpr (kTerms == Terms::full) {
         if (softcap.on) slope = softcap.apply(x);
     }
-    const float t = fmaf(x, g.scale, -g.ref), e = kTerms == Terms::full ? exp2_accurate(t) : exp2_approximate(t);
+    const float t = fmaf(x, g.scale, -g.ref), e = exp2_approximate(t);
     if constexpr (kTerms == Terms::plain) return e * g.constant;
     float factor = fmaf(fmaxf(t, kFloor), g.log, g.constant);
     if constexpr (kTerms == Terms::full) factor = fmaf(e, g.p_coef, factor) * slope;

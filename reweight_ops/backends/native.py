@@ -29,7 +29,9 @@ class Native:
     ``place(device)`` gives the last arguments of the module's ``Call``; ``check(status)`` sees what every verb returned.
     """
 
-    def __init__(self, module: Any, device_type: str, place: Callable[[torch.device], dict[str, int]], check: Callable[[int], None]) -> None:
+    def __init__(
+        self, module: Any, device_type: str, place: Callable[[torch.device], dict[str, int]], check: Callable[[int], None]
+    ) -> None:
         self.module, self.device_type, self._place, self._check = module, device_type, place, check
         self.why_not = lru_cache(maxsize=256)(self._why_not)
         self._compiled = lru_cache(maxsize=256)(self._compile)
@@ -117,7 +119,14 @@ class Native:
         return out
 
     def token_grad(
-        self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        temperature: Tensor,
+        head: Head,
+        stats: dict[str, Tensor],
+        coefs: dict[str, Tensor | None],
+        out: Tensor,
     ) -> None:
         call, n = self._call(logits, ids, temperature, head), (ids.numel(),)
         for name in ("logp", "lse", *(name for name in ("entropy", "log_sum_p_sq") if coefs.get(name) is not None)):

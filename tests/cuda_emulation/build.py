@@ -18,7 +18,17 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 DTYPES = {"f32": "float", "bf16": "Bf16", "f16": "F16"}
 #: Contraction off as for nvcc (-fmad=false); the fortified longjmp takes a switch of stacks for an attack.
-FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DRW_EMULATION", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+FLAGS = (
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-U_FORTIFY_SOURCE",
+    "-DRW_EMULATION",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+)
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 
 
@@ -30,11 +40,21 @@ def build(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ("-O1",), folder:
     """The path of ``_cuda_emulated``. Objects are kept by the hash of what they are made of, so that a change of a kernel leaves the bindings."""
     import pybind11
 
-    includes = [f"-I{csrc}", f"-I{csrc / 'cuda'}", f"-I{HERE}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
+    includes = [
+        f"-I{csrc}",
+        f"-I{csrc / 'cuda'}",
+        f"-I{HERE}",
+        f"-isystem{pybind11.get_include()}",
+        f"-isystem{sysconfig.get_paths()['include']}",
+    ]
     shared = [*sorted(csrc.glob("common/*")), *sorted(csrc.glob("cuda/*.h")), *sorted(HERE.glob("*.h"))]
     units: dict[str, tuple[Path, list[str], list[Path]]] = {
         # The bindings see the kernels' arguments and a table, nothing of their code.
-        "bindings": (csrc / "cuda/bindings.cpp", ["-O0"], [csrc / "bindings.h", *sorted(csrc.glob("common/*")), csrc / "cuda/dispatch.h", *sorted(HERE.glob("*.h"))]),
+        "bindings": (
+            csrc / "cuda/bindings.cpp",
+            ["-O0"],
+            [csrc / "bindings.h", *sorted(csrc.glob("common/*")), csrc / "cuda/dispatch.h", *sorted(HERE.glob("*.h"))],
+        ),
         "emulator": (HERE / "emulator.cpp", ["-O2"], [csrc / "cuda/platform.h", *sorted(HERE.glob("*.h"))]),
     }
     for name, element in DTYPES.items():
