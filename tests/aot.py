@@ -116,7 +116,7 @@ def call_all(dtype: torch.dtype, vocab: int, rows: int = 4, softcap: float = flo
     ids, temperature, head = torch.zeros(rows, dtype=torch.int64), torch.ones(1), Head(vocab, softcap)
     backend.token_stats(logits, ids, temperature, head, ("logp", "entropy", "lse"))
     stats = {name: torch.zeros(rows) for name in ("logp", "lse", "entropy", "log_sum_p_sq")}
-    backend.token_grad(logits, ids, temperature, head, stats, dict.fromkeys(COEFS, stats["logp"]), logits)
+    backend.token_grad(logits, ids, temperature, head, stats, {name: stats["logp"] for name in COEFS}, logits)
     inputs = RowInputs(torch.ones(len(program.terms), rows), *(stats["logp"] for _ in range(4)))
     backend.token_loss_grad(logits, ids, temperature, head, inputs, program, PARAMS, logits)
 

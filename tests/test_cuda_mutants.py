@@ -67,6 +67,13 @@ def run_tests(module: Path, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def control():
+    """Without a planted bug everything passes: a failure would count as found 28 times."""
+    result = run_tests(build())
+    assert result.returncode == 0, result.stdout[-2000:]
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_bug_is_found(name, tmp_path):
     file, text, bug = MUTANTS[name]

@@ -144,7 +144,7 @@ def row_state(
     s = tl.full((), 0.0, tl.float32)
     u = s
     q = s
-    for i in range(tl.cdiv(V, SEGMENT)):
+    for i in range(0, tl.cdiv(V, SEGMENT)):
         if SPLIT:
             P = PARTIAL + i * 4
             m2, s2, u2, q2 = tl.load(P), tl.load(P + 1), tl.load(P + 2), tl.load(P + 3)
@@ -194,7 +194,7 @@ def gradient_sweep(
     """
     cols = tl.arange(0, BLOCK // E)[:, None] * E + tl.arange(0, E)[None, :]
     tiles = tl.cdiv(stop - start, BLOCK)
-    for i in range(tiles):
+    for i in range(0, tiles):
         first = start + (tiles - 1 - i) * BLOCK
         at = first + cols
         if first + BLOCK <= V:
