@@ -41,8 +41,8 @@ X86_LEVELS = {
 CUDA_DTYPES = {"f32": "float", "bf16": "Bf16", "f16": "F16"}
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
-# GCC 12 warns about its own AVX-512 header.
-NO_FALSE_ALARM = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# GCC 12 warns about its own AVX-512 header, and about the ABI of vectors that never leave their file.
+NO_FALSE_ALARM = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 
 
 class NinjaBuild(build_ext):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.metadata
 import math
 import platform
 import sys
@@ -61,8 +63,6 @@ def info() -> None:
 
 
 def _version(module: str) -> str:
-    import importlib.metadata
-
     try:
         return importlib.metadata.version(module)
     except importlib.metadata.PackageNotFoundError:
@@ -71,16 +71,14 @@ def _version(module: str) -> str:
 
 def _build_info() -> dict[str, Any]:
     try:
-        from . import _C  # type: ignore[attr-defined]
+        extension = importlib.import_module(f"{__package__}._C")
     except ImportError as error:
         return {"status": f"not built ({error})"}
     try:
-        from . import _cuda  # type: ignore[attr-defined]
+        cuda = f"compiled for {importlib.import_module(f'{__package__}._cuda').archs()}"
     except ImportError as error:
         cuda = f"not built ({error})"
-    else:
-        cuda = f"compiled for {_cuda.archs()}"
-    return {**_C.build_info(), "cuda": cuda}
+    return {**extension.build_info(), "cuda": cuda}
 
 
 @app.command()

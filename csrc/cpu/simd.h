@@ -30,6 +30,7 @@ constexpr int kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t VecI __attribute__((vector_size(4 * kWidth)));
+typedef double VecD __attribute__((vector_size(8 * kWidth)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kWidth)));
 
 struct Bf16 {
@@ -78,6 +79,13 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
+/// Whether fma rounds once.
+#if defined(__AVX2__) || defined(__ARM_NEON)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 /// a * b + c; one rounding where the processor has it. Never left to the compiler: two kernels must round alike.
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
@@ -91,11 +99,19 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-inline float sum(Vec v) {
-    float lanes[kWidth], total = 0;
+template <int kLanes, class V>
+inline double halve(const V& v) {
+    double lanes[kLanes];
     store(lanes, v);
-    for (float lane : lanes) total += lane;
-    return total;
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    }
+    return lanes[0];
+}
+/// The sum of all lanes, in double: an fp32 sum would drop what is small beside one large lane.
+inline double sum4(Vec a, Vec b, Vec c, Vec d) {
+    const auto wide = [](Vec v) { return __builtin_convertvector(v, VecD); };
+    return halve<kWidth>((wide(a) + wide(b)) + (wide(c) + wide(d)));
 }
 inline float largest(Vec v) {
     float lanes[kWidth], top = -kInf;

@@ -9,10 +9,12 @@
 namespace reweight_ops {
 namespace {
 
-/// Columns of one block: small enough for the first-level cache, and the unit in which the reference of the exponentials may change.
-constexpr int64_t kBlock = 2048;
-/// The reference may lag the running maximum by 2^8: a block is redone only when it exceeds that, so maxima need no sweep of their own.
-constexpr float kMargin = 8.0f;
+/// Columns of one block, the unit in which the reference of the exponentials may change: 32 additions for each lane of four accumulators,
+/// so that fp32 sums stay exact to a few roundings at any width.
+constexpr int64_t kBlock = 128 * kWidth;
+/// The reference may lag the running maximum by 2^2: a block is redone only when it exceeds that, so maxima need no sweep of their own.
+/// More would cost the entropy digits: its two parts grow with the lag and cancel.
+constexpr double kMargin = 2.0;
 /// How far ahead of a sweep to fetch: the hardware's own prefetch stops at every page of 4 KiB.
 constexpr int64_t kFetchAhead = 8192;
 /// Lower bound of an exponent: 2^-150 is 0, and 0 * -150 is 0 where 0 * -inf would be NaN.
@@ -65,8 +67,22 @@ struct Softcap {
     }
 };
 
+/// t = scale·x - ref, to within the rounding of t itself however large x is: in one rounding, or by subtracting before scaling.
+struct Shift {
+    Vec scale, minus;
+    double ref;  // the representable reference nearest to the wanted one
+
+    Shift(float k, double wanted) : scale(splat(k)) {
+        const float r = kFused ? float(wanted) : float(wanted / k);
+        minus = splat(-r);
+        ref = kFused ? r : double(r) * k;
+    }
+    Vec operator()(Vec x) const { return kFused ? fma(x, scale, minus) : (x + minus) * scale; }
+};
+
 struct BlockSums {
-    float top, sum, dot, sum_sq;  // top: the largest capped logit
+    float top;  // the largest capped logit
+    double sum, dot, sum_sq;
 };
 
 template <Sums kSums>
@@ -74,13 +90,13 @@ struct Accumulator {
     Vec top = splat(-kInf), sum{}, dot{}, sum_sq{};
 
     /// One vector of logits.
-    void add(Vec x, Vec scale, Vec minus_ref, const Exp2<5>& exponential, const Softcap& softcap) {
+    void add(Vec x, const Shift& shift, const Exp2<5>& exponential, const Softcap& softcap) {
         if constexpr (kSums == Sums::full) {
             Vec slope;
             if (softcap.on) softcap.apply(x, slope);
         }
         top = max(top, x);
-        Vec t = fma(x, scale, minus_ref);
+        Vec t = shift(x);
         if constexpr (kSums != Sums::plain) t = max(splat(kFloor), t);
         const Vec e = exponential(t);
         sum += e;
@@ -89,15 +105,13 @@ struct Accumulator {
     }
 };
 
-/// Sums of one block relative to `ref`.
+/// Sums of one block relative to shift.ref.
 template <class T, Sums kSums>
-inline BlockSums sweep_block(const T* x, int64_t n, float scale, float ref, const Softcap& softcap) {
+inline BlockSums sweep_block(const T* x, int64_t n, const Shift& shift, const Exp2<5>& exponential, const Softcap& softcap) {
     Accumulator<kSums> acc[4];
-    const Vec k = splat(scale), minus_ref = splat(-ref);
-    const Exp2<5> exponential(1.0);
     const auto add2 = [&](Accumulator<kSums>* into, Vec a, Vec b) {
-        into[0].add(a, k, minus_ref, exponential, softcap);
-        into[1].add(b, k, minus_ref, exponential, softcap);
+        into[0].add(a, shift, exponential, softcap);
+        into[1].add(b, shift, exponential, softcap);
     };
     Vec a, b, c, d;
     int64_t i = 0;
@@ -116,8 +130,8 @@ inline BlockSums sweep_block(const T* x, int64_t n, float scale, float ref, cons
         load2_partial(x + i, n - i, a, b);
         add2(acc + 2, a, b);
     }
-    return {largest(max(max(acc[0].top, acc[1].top), max(acc[2].top, acc[3].top))), sum((acc[0].sum + acc[1].sum) + (acc[2].sum + acc[3].sum)),
-            sum((acc[0].dot + acc[1].dot) + (acc[2].dot + acc[3].dot)), sum((acc[0].sum_sq + acc[1].sum_sq) + (acc[2].sum_sq + acc[3].sum_sq))};
+    return {largest(max(max(acc[0].top, acc[1].top), max(acc[2].top, acc[3].top))), sum4(acc[0].sum, acc[1].sum, acc[2].sum, acc[3].sum),
+            sum4(acc[0].dot, acc[1].dot, acc[2].dot, acc[3].dot), sum4(acc[0].sum_sq, acc[1].sum_sq, acc[2].sum_sq, acc[3].sum_sq)};
 }
 
 /// The largest capped logit of a block.
@@ -146,28 +160,36 @@ struct RowSweep {
     float top = -kInf;
 };
 
-inline float next_reference(float ref, float top) { return top > ref + kMargin ? top : ref; }
-
 /// `scale`: log2(e) / T.
 template <class T, Sums kSums>
 RowSweep sweep_row(const T* x, int64_t columns, float scale, const Softcap& softcap) {
     RowSweep row;
+    const Exp2<5> exponential(1.0);
+    const auto raised = [scale](double ref, float top) {
+        const double t = double(top) * scale;
+        return t > ref + kMargin ? Shift(scale, t).ref : ref;
+    };
     for (int64_t begin = 0; begin < columns; begin += kBlock) {
         const int64_t n = columns - begin < kBlock ? columns - begin : kBlock;
         const T* block = x + begin;
-        float ref = float(row.state.ref);
-        if (ref == -kInf) ref = next_reference(ref, block_top(block, n, softcap) * scale);
+        double ref = row.state.ref;
+        if (ref == -kInf) ref = raised(ref, block_top(block, n, softcap));
         // A block of -inf still has to be swept, relative to anything finite: it may hold a NaN.
-        BlockSums sums = sweep_block<T, kSums>(block, n, scale, ref == -kInf ? 0.0f : ref, softcap);
-        const float wanted = next_reference(ref, sums.top * scale);
+        BlockSums sums = sweep_block<T, kSums>(block, n, Shift(scale, ref == -kInf ? 0.0 : ref), exponential, softcap);
+        const double wanted = raised(ref, sums.top);
         if (wanted != ref) {
             ref = wanted;
-            sums = sweep_block<T, kSums>(block, n, scale, ref, softcap);
+            sums = sweep_block<T, kSums>(block, n, Shift(scale, ref), exponential, softcap);
         }
-        if (double(ref) != row.state.ref) row.state.rebase(ref);
+        if (ref != row.state.ref) row.state.rebase(ref);
         row.state.update(sums.sum, sums.dot, sums.sum_sq);
         row.top = sums.top > row.top ? sums.top : row.top;
     }
+    // One column may be nearly all of the sum. What it added is put right, so that a log-prob near 0 is as exact as fp32 can hold it.
+    const double ref = row.state.ref, t = double(row.top) * scale - ref, e = std::exp2(t);
+    const Vec t_added = Shift(scale, ref)(splat(row.top));
+    const double e_added = exponential(t_added)[0];
+    if (std::isfinite(t)) row.state.update(e - e_added, e * t - e_added * t_added[0], e * e - e_added * e_added);
     return row;
 }
 
@@ -180,17 +202,16 @@ struct GradCoefs {
 template <class T, Terms kTerms, bool kStream>
 void grad_row(const T* x, T* g, int64_t columns, float scale, double lse2, const GradCoefs& coefs, const Softcap& softcap, Fetch ahead) {
     // With e = 2^t relative to ref, p = e·2^(ref - lse2): what is lost by rounding lse2 to ref goes into the coefficients.
-    const float ref = float(lse2);
-    const double rest = ref - lse2, p = std::exp2(rest);
+    const Shift shift(scale, lse2);
+    const double rest = shift.ref - lse2, p = std::exp2(rest);
     const Vec a = splat(float(p * (coefs.constant + coefs.log * kLn2 * rest))), b = splat(float(p * coefs.log * kLn2)), d = splat(float(p * p * coefs.p_coef));
     const Exp2<kDegree<T>> exponential(kTerms == Terms::plain ? p * coefs.constant : 1.0);
-    const Vec k = splat(scale), minus_ref = splat(-ref);
     const auto one = [&](Vec v) {
         Vec slope = splat(1.0f);
         if constexpr (kTerms == Terms::full) {
             if (softcap.on) softcap.apply(v, slope);
         }
-        Vec t = fma(v, k, minus_ref);
+        Vec t = shift(v);
         if constexpr (kTerms == Terms::plain) return exponential(t);
         t = max(splat(kFloor), t);
         const Vec e = exponential(t);

@@ -1,6 +1,6 @@
 """The C++ backend: fp32, bf16 and fp16 logits on the CPU, every program whose rules are compiled in.
 
-Threads follow ``torch.set_num_threads``. Only masked rows excepted, the time of a call is that of reading (and writing) the logits once.
+Threads follow ``torch.set_num_threads``. A row is swept twice for a loss, the second time from the cache.
 """
 
 from __future__ import annotations

@@ -1,0 +1,152 @@
+"""``python -m bench``: measure, print a table, write JSON and a plot under bench/results/.
+
+python -m bench                              all cases, with default pages and with huge pages (two processes)
+python -m bench --only 128x151936 --rounds 15
+python -m bench --show bench/results/cpu-huge-pages.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def machine(device: str) -> dict[str, Any]:
+    import torch
+
+    import reweight_ops
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def version(name: str) -> str | None:
+        try:
+            return str(__import__(name).__version__)
+        except ImportError:
+            return None
+
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        platform.machine(),
+    )
+    found = {
+        "processor": torch.cuda.get_device_name() if device == "cuda" else model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "trl": version("trl"),
+        "reweight_ops": reweight_ops.__version__,
+        "commit": git("rev-parse", "--short", "HEAD") + (" (modified)" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    try:
+        from reweight_ops import _C
+
+        found["extension"] = {**_C.build_info(), "level": _C.level()}
+    except ImportError:
+        found["extension"] = None
+    return found
+
+
+def measure(options: argparse.Namespace) -> Path:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .cases import cases
+    from .measure import Memory, foreign_load, run_case
+    from .providers import providers
+    from .report import plot, print_tables
+
+    chosen = [
+        c
+        for c in cases(options.device)
+        if all(word in c.name for word in options.only) and not any(word in c.name for word in options.skip)
+    ]
+    if not chosen:
+        raise SystemExit(f"no case matches {options.only}")
+    backends = tuple(options.backends.split(",")) if options.backends else (("cpu",) if options.device == "cpu" else ("cuda", "triton"))
+    who = [
+        p for p in providers(backends) if not options.providers or p.ours or any(word in p.name for word in options.providers.split(","))
+    ]
+    document: dict[str, Any] = {"machine": machine(options.device), "rounds": options.rounds, "cases": []}
+    console = Console(stderr=True)
+    load = foreign_load()
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
+        steps = sum((options.rounds + 1) * sum(p.serves(c) for p in who) for c in chosen)
+        task = progress.add_task("", total=steps)
+        for case in chosen:
+            progress.update(task, description=case.name)
+            next(load)
+            results, limits = run_case(
+                case, who, options.rounds, None if options.no_memory else Memory(case.device), lambda: progress.advance(task)
+            )
+            entry = {
+                "name": case.name,
+                "case": asdict(case),
+                "logits_bytes": case.logits_bytes,
+                "foreign_load": next(load),
+                "limits": asdict(limits),
+            }
+            document["cases"].append({**entry, "results": [r.to_json() for r in results]})
+    pages = "huge-pages" if document["machine"]["huge_pages"] else "default-pages"
+    path = Path(options.out) / f"{options.device}-{pages}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    plot(document, path.with_suffix(".png"))
+    print_tables(document)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="words that a case's name must contain: 128x151936 bfloat16 +entropy")
+    parser.add_argument("--skip", nargs="*", default=[], help="words that it must not contain")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--backends", help="comma-separated; default: those of the device")
+    parser.add_argument("--providers", help="baselines to run besides ours, comma-separated; default: all")
+    parser.add_argument(
+        "--pages",
+        default="both",
+        choices=("both", "default", "huge"),
+        help="huge: THP_MEM_ALLOC_ENABLE=1, which PyTorch reads at its start",
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak of resident memory")
+    parser.add_argument("--out", default=str(HERE / "results"))
+    parser.add_argument("--show", help="print the table of a result file and measure nothing")
+    options = parser.parse_args()
+    if options.show:
+        from .report import print_tables
+
+        print_tables(json.loads(Path(options.show).read_text()))
+        return
+    kinds = ("default", "huge") if options.pages == "both" and options.device == "cpu" else (options.pages,)
+    if len(kinds) == 1:
+        wanted = "1" if kinds[0] == "huge" else "0"
+        if options.device == "cpu" and os.environ.get("THP_MEM_ALLOC_ENABLE", "0") != wanted:
+            kinds = (kinds[0],)
+        else:
+            measure(options)
+            return
+    for kind in kinds:
+        arguments = sys.argv[1:]
+        environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1" if kind == "huge" else "0"}
+        subprocess.run([sys.executable, "-m", "bench", *arguments, "--pages", kind], env=environment, check=True)
+
+
+if __name__ == "__main__":
+    main()
