@@ -242,6 +242,31 @@ def test_a_sick_row_is_nan_and_alone(sickness, softcap, small_tiles):
     assert stats[:, others].isfinite().all()
 
 
+def test_a_sick_row_is_nan_also_where_the_rule_only_compares():
+    """Every comparison with NaN is false, and clip would call the row clipped: no gradient. Padding stays zero all the same."""
+    batch = make(n=8, program=Program(("clip",)), head=Head(350), ids=make(n=8).ids % 350)
+    batch.logits = batch.logits.clone()
+    batch.logits[4, 17] = math.nan
+    rows, out = run_loss_grad(batch)
+    assert rows[:5, 4].isnan().all()
+    assert out[4, :350].isnan().all()
+    assert torch.equal(out[:, 350:], torch.zeros(8, 50))
+
+
+def test_the_targets_slope_keeps_its_digits_as_p_goes_to_1():
+    """1 - p from logp, relatively accurate where a rounded p has no digit left."""
+    logp = -torch.logspace(-9, -1, 24)
+    logits = torch.zeros(24, 2)
+    logits[:, 1] = torch.log(torch.expm1(-logp.double())).float()
+    ids, one = torch.zeros(24, dtype=torch.int64), torch.ones(24)
+    stats = {"logp": logp, "lse": -logp}
+    out = torch.full((24, 2), math.nan, device=DEVICE)
+    given = {k: v.to(DEVICE) for k, v in stats.items()}
+    backend.token_grad(logits.to(DEVICE), ids.to(DEVICE), torch.ones(1, device=DEVICE), Head(2), given, {"logp": one.to(DEVICE)}, out)
+    want = -torch.expm1(logp.double())
+    assert ((out[:, 0].cpu().double() - want).abs() <= 8 * U * want).all()
+
+
 def test_a_target_of_minus_infinity():
     batch = make(program=Program(("reinforce", "entropy_bonus")))
     batch.logits = batch.logits.clone()

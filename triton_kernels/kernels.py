@@ -59,8 +59,8 @@ def partial_kernel(
     _, keep, bad, _ = _target(IDS, row, 0, vocab_total, V)
     if keep & (bad == 0):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-        k, k_low = base2_scale(tl.load(T + row * t_stride))
-        m, s, u, q = segment_state(X, start, tl.minimum(V, start + SEGMENT), k, k_low, softcap, BLOCK, E, CAP, True, True, KEEP)
+        k = base2_scale(tl.load(T + row * t_stride))
+        m, s, u, q = segment_state(X, start, tl.minimum(V, start + SEGMENT), k, softcap, BLOCK, E, CAP, True, True, KEEP)
         P = PARTIAL + pid.to(tl.int64) * 4
         tl.store(P, m)
         tl.store(P + 1, s)
@@ -84,8 +84,8 @@ def stats_kernel(
         t = tl.load(T + row * t_stride)
         w_y = load_target(X, y, inside, softcap, CAP)
         P = PARTIAL + row.to(tl.int64) * (tl.cdiv(V, SEGMENT) * 4)
-        k, k_low = base2_scale(t)
-        m, s, u, q = row_state(X, P, V, k, k_low, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, STATS[1] >= 0, STATS[3] >= 0, False)
+        k = base2_scale(t)
+        m, s, u, q = row_state(X, P, V, k, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, STATS[1] >= 0, STATS[3] >= 0, False)
         logp, entropy, lse, log_p_sq, max_logp = _finish(m, s, u, q, w_y, inside, t)
     result = (logp, entropy, lse, log_p_sq, max_logp)
     for i in tl.static_range(5):
@@ -167,9 +167,9 @@ def loss_grad_kernel(
     live = y != y
     if keep & (bad == 0):
         t = tl.load(T + row * t_stride)
-        k, k_low = base2_scale(t)
+        k = base2_scale(t)
         P = PARTIAL + row.to(tl.int64) * (tl.cdiv(V, SEGMENT) * 4)
-        m, s, u, q = row_state(X, P, V, k, k_low, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, True, READS_P_SQ, True)
+        m, s, u, q = row_state(X, P, V, k, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, True, READS_P_SQ, True)
         w_y = load_target(X, y, inside, softcap, CAP)
         tl.debug_barrier()  # every thread has it before one writes the gradient over it
         logp, entropy, _, log_sum_p_sq, _ = _finish(m, s, u, q, w_y, inside, t)
@@ -194,7 +194,7 @@ def loss_grad_kernel(
             tl.store(G + 5 * N, at_target)
         elif live:
             OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
-            gradient_sweep(X, OUT, 0, width, V, column, at_target, c, k, k_low, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+            gradient_sweep(X, OUT, 0, width, V, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
     if SPLIT:
         tl.store(TABLE + 6 * N + row, tl.where(live, 1.0, 0.0))
     elif live == 0:
@@ -243,7 +243,7 @@ def prepare_kernel(
     w_y = capped(tl.load(X + at, mask=there & inside & live, other=float("-inf")).to(tl.float32), softcap, CAP)
     by_target = inside & (w_y > float("-inf")) & (tl.abs(logp) < tl.abs(lse))
     A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, t, softcap, CAP, ENTROPY, P_SQ)
-    k, _ = base2_scale(t)
+    k = base2_scale(t)
     c, b = _reference_point(tl.where(by_target, w_y, 0.0), tl.where(by_target, -logp, lse), t, k)
     G = TABLE + row
     tl.store(G, c, mask=there)
@@ -273,11 +273,11 @@ def gradient_kernel(
     G = TABLE + row
     if tl.load(G + 6 * N) != 0.0:
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-        k, k_low = base2_scale(tl.load(T + row * t_stride))
+        k = base2_scale(tl.load(T + row * t_stride))
         local = tl.load(IDS + row) - vocab_start
         column = tl.where((local >= 0) & (local < V), local, -1).to(tl.int32)
         c, b, A, B, C = tl.load(G), tl.load(G + N), tl.load(G + 2 * N), tl.load(G + 3 * N), tl.load(G + 4 * N)
         at_target = tl.load(G + 5 * N)
-        gradient_sweep(X, OUT, start, stop, V, column, at_target, c, k, k_low, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+        gradient_sweep(X, OUT, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
     else:
         zero_sweep(OUT, start, stop, BLOCK, E)

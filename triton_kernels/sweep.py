@@ -17,8 +17,7 @@ import triton.language as tl
 
 from . import math
 
-LOG2E = tl.constexpr(1.4426950216293335)  # as fp32 has it, and what it lacks
-LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)
+LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a running maximum starts: finite, so that -inf - m is -inf and not NaN
 #: 2^x is 0 below -150; no exponent goes below this one.
@@ -36,17 +35,14 @@ def row_offset(row, per_batch, batch_stride, row_stride):
 
 @triton.jit
 def base2_scale(T):
-    """``log2(e) / T`` as a sum of two numbers. The rounding of one would be the same in every column, and add up in the sums."""
-    log2e = tl.full((), LOG2E, tl.float32)
-    k = log2e / T
-    return k, (tl.fma(-k, T, log2e) + LOG2E_LOW) / T
+    """``log2(e) / T``."""
+    return tl.full((), LOG2E, tl.float32) / T
 
 
 @triton.jit
-def _exponent(d, k, k_low, b):
+def _exponent(d, k, b):
     """``d·k + b``, and FLOOR if that is less: the exponent of a p that is 0 should not be -inf, because 0 * -inf is NaN."""
-    d = math.maximum(d, (FLOOR - b) / k)
-    return tl.fma(d, k, tl.fma(d, k_low, b))
+    return tl.fma(math.maximum(d, (FLOOR - b) / k), k, b)
 
 
 @triton.jit
@@ -122,13 +118,13 @@ def _dot(x, y, total, R: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def _tile(z, m, s, u, q, k, k_low, softcap, R: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
+def _tile(z, m, s, u, q, k, softcap, R: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
     """One tile more. ``s``, ``u``, ``q``: sums of ``e``, ``e·x`` and ``e²`` with ``x = (w - m)·k`` and ``e = 2^x``."""
     w = capped(z, softcap, CAP)
     top = tl.maximum(m, tl.max(w, 1))  # drops NaN; e keeps it
-    shift = _exponent(m - top, k, k_low, 0.0)
+    shift = _exponent(m - top, k, 0.0)
     scale = tl.exp2(shift)
-    x = _exponent(w - top[:, None], k, k_low, 0.0)
+    x = _exponent(w - top[:, None], k, 0.0)
     e = tl.exp2(x)
     if ENTROPY:
         u = _dot(e, x, scale * tl.fma(shift, s, u), R, E)
@@ -144,7 +140,7 @@ def _total(x):
 
 @triton.jit
 def segment_state(
-    X, start, stop, k, k_low, softcap,
+    X, start, stop, k, softcap,
     BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """``(m, S, U, Q)`` of the columns ``start`` to ``stop`` of the row at ``X``. KEEP: the row is read again soon, hold it in L2."""
@@ -158,13 +154,13 @@ def segment_state(
     full = start + (stop - start) // BLOCK * BLOCK
     for c in range(start, full, BLOCK):
         z = tl.load(X + c + cols, eviction_policy=policy).to(tl.float32)
-        m, s, u, q = _tile(z, m, s, u, q, k, k_low, softcap, R, E, CAP, ENTROPY, P_SQ)
+        m, s, u, q = _tile(z, m, s, u, q, k, softcap, R, E, CAP, ENTROPY, P_SQ)
     if full < stop:
         z = tl.load(X + full + cols, mask=full + cols < stop, other=float("-inf"), eviction_policy=policy).to(tl.float32)
-        m, s, u, q = _tile(z, m, s, u, q, k, k_low, softcap, R, E, CAP, ENTROPY, P_SQ)
+        m, s, u, q = _tile(z, m, s, u, q, k, softcap, R, E, CAP, ENTROPY, P_SQ)
     # To the common maximum. Integers know no NaN, so it is looked for apart.
     top = tl.max(m, 0)
-    shift = _exponent(m - top, k, k_low, 0.0)
+    shift = _exponent(m - top, k, 0.0)
     scale = tl.exp2(shift)
     S = _total(scale * s)
     U = S * 0.0
@@ -178,10 +174,10 @@ def segment_state(
 
 
 @triton.jit
-def merge(m1, s1, u1, q1, m2, s2, u2, q2, k, k_low):
+def merge(m1, s1, u1, q1, m2, s2, u2, q2, k):
     """The state of two segments, in this order."""
     top = tl.maximum(m1, m2)
-    d1, d2 = _exponent(m1 - top, k, k_low, 0.0), _exponent(m2 - top, k, k_low, 0.0)
+    d1, d2 = _exponent(m1 - top, k, 0.0), _exponent(m2 - top, k, 0.0)
     a1, a2 = tl.exp2(d1), tl.exp2(d2)
     u = tl.fma(a1, tl.fma(d1, s1, u1), a2 * tl.fma(d2, s2, u2))
     return top, tl.fma(a1, s1, a2 * s2), u, tl.fma(a1 * a1, q1, a2 * a2 * q2)
@@ -189,7 +185,7 @@ def merge(m1, s1, u1, q1, m2, s2, u2, q2, k, k_low):
 
 @triton.jit
 def row_state(
-    X, PARTIAL, V, k, k_low, softcap, SEGMENT: tl.constexpr, SPLIT: tl.constexpr,
+    X, PARTIAL, V, k, softcap, SEGMENT: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """``(m, S, U, Q)`` of a whole row, swept here or (SPLIT) read from ``PARTIAL``; NaN sums if no logit is above -inf."""
@@ -203,17 +199,17 @@ def row_state(
             m2, s2, u2, q2 = tl.load(P), tl.load(P + 1), tl.load(P + 2), tl.load(P + 3)
         else:
             m2, s2, u2, q2 = segment_state(
-                X, i * SEGMENT, tl.minimum(V, i * SEGMENT + SEGMENT), k, k_low, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, KEEP
+                X, i * SEGMENT, tl.minimum(V, i * SEGMENT + SEGMENT), k, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, KEEP
             )
-        m, s, u, q = merge(m, s, u, q, m2, s2, u2, q2, k, k_low)
+        m, s, u, q = merge(m, s, u, q, m2, s2, u2, q2, k)
     return m, tl.where(s > 0.0, s, float("nan")), u, q
 
 
 @triton.jit
-def gradient_tile(z, c, k, k_low, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
+def gradient_tile(z, c, k, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
     """``p·(A + B·log2 p + C·p)`` with ``log2 p = (w - c)·k + b``, times the slope of the cap."""
     w = capped(z, softcap, CAP)
-    log2_p = _exponent(w - c, k, k_low, b)
+    log2_p = _exponent(w - c, k, b)
     p = tl.exp2(log2_p)
     factor = A
     if ENTROPY:
@@ -238,7 +234,7 @@ def round_to(g, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def gradient_sweep(
-    X, OUT, start, stop, V, y, at_target, c, k, k_low, b, A, B, C, softcap,
+    X, OUT, start, stop, V, y, at_target, c, k, b, A, B, C, softcap,
     BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the columns ``start`` (a multiple of BLOCK) to ``stop``, last tile first: what was read last is still in L2.
@@ -249,13 +245,13 @@ def gradient_sweep(
     full = tl.maximum(start, tl.minimum(stop, V) // BLOCK * BLOCK)
     for first in range(full, stop, BLOCK):
         z = tl.load(X + first + cols, mask=first + cols < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-        g = gradient_tile(z, c, k, k_low, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
+        g = gradient_tile(z, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
         g = tl.where(first + cols < V, g, 0.0)
         tl.store(OUT + first + cols, round_to(g, OUT.dtype.element_ty, EMULATE), mask=first + cols < stop, eviction_policy="evict_first")
     for i in range((full - start) // BLOCK):
         first = full - (i + 1) * BLOCK
         z = tl.load(X + first + cols, eviction_policy="evict_first").to(tl.float32)
-        g = gradient_tile(z, c, k, k_low, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
+        g = gradient_tile(z, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
         tl.store(OUT + first + cols, round_to(g, OUT.dtype.element_ty, EMULATE), eviction_policy="evict_first")
     if (y >= start) & (y < stop):
         tl.debug_barrier()  # another thread has just written this column
