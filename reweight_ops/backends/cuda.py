@@ -7,6 +7,7 @@ PyTorch: calls can be captured in a CUDA graph.
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -23,12 +24,11 @@ def _load() -> ModuleType:
     if torch.version.hip is not None:
         raise BackendUnavailable("this PyTorch is built for ROCm, the kernels are for NVIDIA GPUs; use the backend triton.")
     try:
-        from .. import _cuda
+        return importlib.import_module("reweight_ops._cuda")
     except ImportError as error:
         raise BackendUnavailable(
             f"this installation has no CUDA kernels ({error}); reinstall where nvcc is found (CUDA_HOME or PATH) with REWEIGHT_OPS_BUILD=cuda."
         ) from error
-    return _cuda
 
 
 _cuda: Any = _load()
