@@ -74,7 +74,11 @@ def _build_info() -> dict[str, Any]:
         extension = importlib.import_module(f"{__package__}._C")
     except ImportError as error:
         return {"status": f"not built ({error})"}
-    return dict(extension.build_info())
+    try:
+        cuda = f"compiled for {importlib.import_module(f'{__package__}._cuda').archs()}"
+    except ImportError as error:
+        cuda = f"not built ({error})"
+    return {**extension.build_info(), "cuda": cuda}
 
 
 @app.command()

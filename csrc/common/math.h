@@ -12,7 +12,7 @@
 
 // `static`: one file may be compiled for several instruction sets, and the linker must not merge the copies.
 #if defined(__CUDACC__) || defined(__HIPCC__)
-#define RW_HD static __host__ __device__ __forceinline__
+#define RW_HD static __host__ __device__ __attribute__((always_inline))
 #else
 #define RW_HD static
 #endif

@@ -32,9 +32,6 @@ struct Row {
     }
 };
 
-inline bool is_out(const Call& call, int64_t i) { return call.ids[i] == kOut; }
-inline bool is_invalid(const Call& call, int64_t i) { return call.ids[i] < 0 || call.ids[i] >= call.vocab_total; }
-
 // ---- the gradient row
 
 constexpr int64_t kCacheBytes = 8 << 20;

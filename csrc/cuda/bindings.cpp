@@ -1,0 +1,38 @@
+// The Python module reweight_ops._cuda. It imports without a driver: the static CUDA runtime looks for one on the first launch.
+#include "bindings.h"
+
+#include "dispatch.h"
+
+#if defined(RW_EMULATION)
+#include "platform.h"
+#define RW_MODULE _cuda_emulated
+#else
+#include <cuda_runtime_api.h>
+#define RW_MODULE _cuda
+#endif
+
+using namespace reweight_ops;
+
+PYBIND11_MODULE(RW_MODULE, m) {
+    m.doc() = "CUDA kernels on raw addresses, without any check: reweight_ops.backends validates every argument first. Verbs return a status.";
+    bind_verbs(
+        m, [](const StatsCall& call) { return kernels_for(call).token_stats(call); }, [](const GradCall& call) { return kernels_for(call).token_grad(call); },
+        [](const LossGradCall& call) { return kernels_for(call).token_loss_grad(call); });
+#if defined(RW_EMULATION)
+    m.def("set_schedule", &emulation::set_schedule, py::arg("name"), py::arg("seed"), "eager, late, random or skew; and how many blocks run at most.");
+    m.def("set_status", &emulation::set_status, py::arg("status"), "What launches return instead of running.");
+    m.def("last_error", &emulation::last_error);
+    m.def("error_string", [](int status) { return "emulated status " + std::to_string(status); });
+#else
+    m.def("error_string", [](int status) {
+        const auto error = static_cast<cudaError_t>(status);
+        return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+    });
+    m.def("runtime_version", [] {
+        int version = 0;
+        cudaRuntimeGetVersion(&version);
+        return version;
+    });
+    m.def("archs", [] { return std::string(RW_CUDA_ARCHS); }, "Compute capabilities compiled for; the last one as PTX too.");
+#endif
+}

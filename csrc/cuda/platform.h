@@ -1,0 +1,124 @@
+// Everything that differs between nvcc and g++. Kernels use these names only, so the same source runs on a GPU and, compiled by g++
+// against tests/cuda_emulation/emulator.h, on the CPU.
+#pragma once
+
+#include <cstdint>
+
+namespace reweight_ops {
+
+/// 16 bytes: what one thread loads or stores at once.
+struct alignas(16) Vector {
+    uint32_t words[4];
+};
+
+/// The bits of a 16-bit number.
+struct Bf16 {
+    uint16_t bits;
+};
+struct F16 {
+    uint16_t bits;
+};
+
+}  // namespace reweight_ops
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define RW_DEVICE __device__ __forceinline__
+#define RW_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// Parameters stay in constant memory, indexed at run time or not.
+#define RW_PARAMETER const __grid_constant__
+#define RW_SHARED(Type, name) __shared__ Type name
+
+namespace reweight_ops {
+
+RW_DEVICE int thread_index() { return int(threadIdx.x); }
+RW_DEVICE int64_t block_index() { return blockIdx.x; }
+RW_DEVICE int64_t block_count() { return gridDim.x; }
+RW_DEVICE void barrier() { __syncthreads(); }
+RW_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
+
+/// 2^x with a relative error of at most 2^-22; 0 below 2^-126.
+RW_DEVICE float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Neither goes through L1: a row is far larger, and a thread reads what it has read before only from L2.
+RW_DEVICE Vector load16(const void* p) {
+    Vector v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+RW_DEVICE void store16(void* p, Vector v) {
+    asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
+                 : "memory");
+}
+
+RW_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+RW_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
+RW_DEVICE float widen(Bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+RW_DEVICE float widen(F16 x) { return __half2float(__ushort_as_half(x.bits)); }
+RW_DEVICE void narrow(float x, Bf16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+RW_DEVICE void narrow(float x, F16& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
+
+/// The first of a pair is in the low half of the word.
+template <class T>
+RW_DEVICE uint32_t narrow_pair(float first, float second);
+template <>
+RW_DEVICE uint32_t narrow_pair<Bf16>(float first, float second) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+}
+template <>
+RW_DEVICE uint32_t narrow_pair<F16>(float first, float second) {
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+}
+
+/// What a launch needs to know of a device. `status` is not 0 where there is none.
+struct Device {
+    int status, processors, l2_bytes;
+};
+
+inline Device device_of(int index) {
+    Device d{};
+    const auto get = [&](int& to, cudaDeviceAttr what) {
+        if (!d.status) d.status = cudaDeviceGetAttribute(&to, what, index);
+    };
+    get(d.processors, cudaDevAttrMultiProcessorCount);
+    get(d.l2_bytes, cudaDevAttrL2CacheSize);
+    return d;
+}
+
+/// Launches on a stream of device `index`, and leaves the thread's current device as it was. Returns the CUDA status.
+template <class Call>
+int launch(void (*kernel)(const Call), int64_t blocks, int threads, const Call& call) {
+    int before = 0;
+    cudaError_t status = cudaGetDevice(&before);
+    if (status == cudaSuccess && before != call.device) status = cudaSetDevice(call.device);
+    if (status != cudaSuccess) return status;
+    void* arguments[] = {const_cast<Call*>(&call)};
+    status = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)), arguments, 0,
+                              static_cast<cudaStream_t>(call.stream));
+    if (before != call.device) {
+        const cudaError_t restored = cudaSetDevice(before);
+        if (status == cudaSuccess) status = restored;
+    }
+    return status;
+}
+
+}  // namespace reweight_ops
+
+#else
+#include "emulator.h"
+#endif

@@ -1,0 +1,126 @@
+// Runs the kernels of csrc/cuda on the CPU. Every CUDA thread is a fiber; barriers and shuffles switch fibers, in an order that a schedule
+// chooses: what is right under every order does not hang on one. One block at a time: blocks of these kernels share nothing.
+//
+// Not modeled: the memory model between barriers, speed, registers. The hardware's approximate exponential is: exact where its argument is
+// an integer, else wrong by up to 2^-22, the documented bound, by a hash of the argument.
+#pragma once
+
+#include <csetjmp>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#define RW_DEVICE inline
+#define RW_KERNEL(threads, blocks) void
+#define RW_PARAMETER const
+#define RW_SHARED(Type, name) auto& name = *static_cast<Type*>(emulation::shared_memory(sizeof(Type)))
+
+namespace reweight_ops {
+namespace emulation {
+
+// ---- what kernels call (emulator.cpp)
+
+struct Thread {
+    int index;
+    int64_t block, blocks;
+    size_t shared_offset;
+};
+const Thread& current();
+void* shared_memory(size_t bytes);
+void barrier_of_block();
+float exchange(float value, int lanes);
+/// Ends the launch with an error. Does not return.
+[[noreturn]] void fail(const std::string& what);
+
+// ---- what tests call
+
+/// Schedules: "eager" runs the lowest thread that can go on, "late" the highest, "random" any, "skew" one warp or thread as far ahead of the
+/// others as barriers allow. `processors` is what the kernel's launch sees, so that a block gets several rows.
+void set_schedule(const std::string& name, uint64_t seed);
+void set_status(int status);
+std::string last_error();
+int processors();
+
+using Body = void (*)(const void* kernel, const void* call);
+int run(int64_t blocks, int threads, Body body, const void* kernel, const void* call);
+
+}  // namespace emulation
+
+inline int thread_index() { return emulation::current().index; }
+inline int64_t block_index() { return emulation::current().block; }
+inline int64_t block_count() { return emulation::current().blocks; }
+inline void barrier() { emulation::barrier_of_block(); }
+inline float shuffle_xor(float value, int lanes) { return emulation::exchange(value, lanes); }
+
+inline float as_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+inline uint32_t as_bits(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+inline float exp2_approximate(float x) {
+    if (std::fabs(x) < 1.1754944e-38f) x = 0.0f;
+    float y = std::exp2(x);
+    if (x != std::rint(x)) {
+        const uint32_t hash = (as_bits(x) * 2654435761u) >> 8;  // 24 bits
+        y = float(double(y) * (1.0 + (double(hash) / (1 << 23) - 1.0) / (1 << 22)));
+    }
+    return y < 1.1754944e-38f ? 0.0f : y;
+}
+
+inline void check_alignment(const void* p) {
+    if (reinterpret_cast<uintptr_t>(p) & 15) emulation::fail("16 bytes at an address that is not a multiple of 16");
+}
+inline Vector load16(const void* p) {
+    check_alignment(p);
+    Vector v;
+    std::memcpy(&v, p, 16);
+    return v;
+}
+inline void store16(void* p, Vector v) {
+    check_alignment(p);
+    std::memcpy(p, &v, 16);
+}
+
+inline float widen(Bf16 x) { return as_float(uint32_t(x.bits) << 16); }
+inline float widen(F16 x) {
+    _Float16 half;
+    std::memcpy(&half, &x, 2);
+    return float(half);
+}
+inline void narrow(float x, Bf16& to) {
+    const uint32_t bits = as_bits(x);
+    to.bits = x != x ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void narrow(float x, F16& to) {
+    const _Float16 half = static_cast<_Float16>(x);
+    std::memcpy(&to, &half, 2);
+}
+template <class T>
+uint32_t narrow_pair(float first, float second) {
+    T a, b;
+    narrow(first, a);
+    narrow(second, b);
+    return uint32_t(a.bits) | uint32_t(b.bits) << 16;
+}
+
+struct Device {
+    int status, processors, l2_bytes;
+};
+inline Device device_of(int) { return {0, emulation::processors(), 1 << 20}; }
+
+template <class Call>
+int launch(void (*kernel)(const Call), int64_t blocks, int threads, const Call& call) {
+    const emulation::Body body = [](const void* k, const void* c) {
+        reinterpret_cast<void (*)(const Call)>(const_cast<void*>(k))(*static_cast<const Call*>(c));
+    };
+    return emulation::run(blocks, threads, body, reinterpret_cast<const void*>(kernel), &call);
+}
+
+}  // namespace reweight_ops

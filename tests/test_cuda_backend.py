@@ -1,0 +1,167 @@
+"""The CUDA backend where there is no GPU: what was compiled, and what it says. The tests marked gpu run it."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulation.build import DTYPES, ROOT
+
+import reweight_ops
+from reweight_ops.backends import select
+from reweight_ops.backends.base import Head, Program, Request, RowInputs
+from reweight_ops.errors import BackendUnavailable, ReweightOpsError
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SASS_ARCH = "90"
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return pytest.importorskip("reweight_ops.backends.cuda", reason="built without CUDA", exc_type=ImportError)
+
+
+def test_what_it_does_not_serve(backend):
+    reason = backend.BACKEND.unsupported_reason
+    assert "logits are on cpu" in reason(Request("token_stats", torch.device("cpu"), torch.float32))
+    assert "fp32, bf16 or fp16" in reason(Request("token_stats", torch.device("cuda", 0), torch.float64))
+    if not torch.cuda.is_available():
+        assert "sees no GPU" in reason(Request("token_stats", torch.device("cuda", 0), torch.float32))
+    assert backend._native.why_not(Program(("clip", "k3"))) is None
+    assert "not compiled in" in backend._native.why_not(Program(("no_such_rule",)))
+
+
+def test_statuses(backend, monkeypatch):
+    backend._check(0)
+    with pytest.raises(ReweightOpsError, match="cudaErrorIllegalAddress"):
+        backend._check(700)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(BackendUnavailable, match="driver is too old"):
+        backend._check(35)
+
+
+def test_a_launch_without_a_driver_is_a_status(backend):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a driver")
+    row = torch.zeros(8)
+    ids = torch.zeros(1, dtype=torch.int64)
+    call = backend._cuda.Call(0, row.data_ptr(), (1, 0, 8), 1, 8, (8, 0, 8), float("inf"), ids.data_ptr(), row.data_ptr(), False)
+    status = backend._cuda.token_stats(call, [row.data_ptr(), 0, 0, 0, 0])
+    assert status != 0 and backend._cuda.error_string(status).startswith("cudaError")
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reweight_ops._cuda", None)
+    monkeypatch.delattr(reweight_ops, "_cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "reweight_ops.backends.cuda", raising=False)
+    monkeypatch.setattr(select, "_loaded", {})
+    with pytest.raises(BackendUnavailable, match="REWEIGHT_OPS_BUILD=cuda"):
+        select.load("cuda")
+
+
+def test_not_on_rocm(monkeypatch):
+    monkeypatch.delitem(sys.modules, "reweight_ops.backends.cuda", raising=False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(BackendUnavailable, match="ROCm"):
+        importlib.import_module("reweight_ops.backends.cuda")
+
+
+# ---- what the compiler made
+
+
+def tool(name: str) -> str | None:
+    import importlib.util
+
+    found = shutil.which(name)
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin:
+        shipped = Path(spec.origin).parent / "backends/nvidia/bin" / name
+        found = str(shipped) if shipped.exists() else None
+    return found
+
+
+def nvcc_flags() -> list[str]:
+    """As setup.py has them."""
+    text = (ROOT / "setup.py").read_text()
+    return [f for line in re.findall(r"^NVCC_FLAGS \+?= (.+)$", text, re.M) for f in eval(line)]
+
+
+def compile_sass(source: Path, dtype: str, folder: Path, flags: list[str]) -> str:
+    nvcc, dump = tool("nvcc"), tool("cuobjdump")
+    if nvcc is None or dump is None:
+        pytest.skip("needs nvcc and cuobjdump")
+    obj = folder / "kernels.o"
+    words = [nvcc, *flags, f"-gencode=arch=compute_{SASS_ARCH},code=sm_{SASS_ARCH}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}"]
+    subprocess.run(
+        [*words, f"-DRW_ELEMENT={DTYPES[dtype]}", f"-DRW_DTYPE={dtype}", "-c", str(source), "-o", str(obj)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    environment = {**os.environ, "PATH": f"{Path(dump).parent}:{os.environ['PATH']}"}
+    return subprocess.run([dump, "-sass", str(obj)], check=True, capture_output=True, text=True, env=environment).stdout
+
+
+def problems(sass: str) -> list[str]:
+    """By function: 16-byte accesses of memory that are missing, and local ones that are there."""
+    found = []
+    functions = re.split(r"Function : ", sass)[1:]
+    assert len(functions) == 6
+    for function in functions:
+        name = function.split()[0]
+        if not re.search(r"LDG\S*\.128", function):
+            found.append(f"{name}: no 16-byte load")
+        if "stats_kernel" not in name and not re.search(r"STG\S*\.128", function):
+            found.append(f"{name}: no 16-byte store")
+        if re.search(r"\b(LDL|STL)\b", function):
+            found.append(f"{name}: local memory")
+    return found
+
+
+def test_sass_has_wide_accesses_and_no_local_memory(tmp_path):
+    assert problems(compile_sass(ROOT / "csrc/cuda/streaming.cu", "bf16", tmp_path, nvcc_flags())) == []
+
+
+@pytest.mark.slow
+def test_the_gates_see_spills_and_narrow_accesses(tmp_path):
+    """The negative control: too few registers fail the build by its own flags, and without those the dump shows local memory."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    source = tmp_path / "csrc/cuda/streaming.cu"
+    source.write_text(source.read_text().replace("RW_KERNEL(kThreads, kRuleBlocks<kFull>)", "RW_KERNEL(kThreads, 5)"))
+    with pytest.raises(subprocess.CalledProcessError):
+        compile_sass(source, "bf16", tmp_path, nvcc_flags())
+    lenient = [f for f in nvcc_flags() if "Werror" not in f]
+    assert any("local memory" in p for p in problems(compile_sass(source, "bf16", tmp_path, lenient)))
+    elements = tmp_path / "csrc/cuda/elements.h"
+    elements.write_text(elements.read_text().replace("if (aligned) return load16(p);", ""))
+    assert any("16-byte load" in p for p in problems(compile_sass(source, "bf16", tmp_path, lenient)))
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("v", [1, 4099, 151936])
+def test_on_a_gpu_as_the_reference(backend, dtype, v):
+    g = torch.Generator().manual_seed(v)
+    z = (torch.randn(40, v, generator=g) * 3).to(dtype)
+    ids = torch.randint(0, v, (40,), generator=g)
+    ids[3] = -100
+    inputs = RowInputs(torch.ones(1, 40), None, torch.randn(40, generator=g))
+    program, params = Program(("clip",)), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, float("inf")])
+    reference = select.load("reference")
+    want_out, out = torch.empty_like(z), torch.empty_like(z, device="cuda")
+    want = reference.token_loss_grad(z, ids, torch.ones(1), Head(v), inputs, program, params, want_out)
+    there = RowInputs(*(x if x is None else x.cuda() for x in inputs))
+    got = backend.token_loss_grad(z.cuda(), ids.cuda(), torch.ones(1, device="cuda"), Head(v), there, program, params.cuda(), out)
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.cpu(), want_out)
+    stats = backend.token_stats(z.cuda(), ids.cuda(), torch.ones(1, device="cuda"), Head(v), ("logp",))
+    assert torch.equal(stats[0], got[0])
