@@ -1,4 +1,4 @@
-"""Literal golden rows: for every rule and weight a few tokens whose loss and derivative were worked out by hand.
+"""Literal golden rows: for every rule a few tokens whose loss and derivative were worked out by hand.
 
 ``loss`` is the rule's value, ``dlogp`` its total derivative by the token's log-prob (through ``log_ratio = logp - old_logp`` and the
 reference distance alike), ``dentropy`` by the entropy, ``clipped`` the (below, above) flags. ``LN2 = log 2`` makes ratios and
