@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 ENTROPY_COEF = 0.01
+EVICT_BYTES = 96 << 20
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -44,7 +45,7 @@ def cases(device: str = "cpu") -> list[Case]:
 
 @dataclass
 class Data:
-    """One case's tensors. ``logits`` [B, T, V] is scratch: ``restore`` fills it again after somebody wrote over it."""
+    """One case's tensors. ``logits`` [B, T, V] is scratch: ``restore`` fills it again after somebody wrote over it, and leaves no cache warm."""
 
     case: Case
     logits: Tensor
@@ -52,9 +53,11 @@ class Data:
     ids: Tensor
     advantages: Tensor
     old: Tensor
+    elsewhere: Tensor  # larger than any last-level cache here
 
     def restore(self) -> None:
         self.logits.copy_(self.pristine)
+        self.elsewhere.amax()  # read, not written: dirty lines would have to leave while the next one is timed
 
 
 def make_data(case: Case) -> Data:
@@ -72,4 +75,4 @@ def make_data(case: Case) -> Data:
     old = logp + 0.3 * torch.randn(shape, generator=g)
     advantages = torch.randn(shape, generator=g)
     on = [x.to(case.device) for x in (logits, logits.clone(), ids, advantages, old)]
-    return Data(case, *on)
+    return Data(case, *on, elsewhere=torch.zeros(EVICT_BYTES // 4, device=case.device))

@@ -184,6 +184,8 @@ def run_case(
         tick()
     limits, probes = Limits(), _limit_jobs(data)
     by_name = {r.provider: r for r in results}
+    load = foreign_load()
+    next(load)
     for _ in range(rounds):
         for kind, probe in probes.items():
             data.restore()
@@ -192,7 +194,7 @@ def run_case(
             data.restore()
             by_name[name].ms.append(_clock(case.device, job))
             tick()
-    return results, limits
+    return results, limits, next(load)
 
 
 # ---- the surroundings
