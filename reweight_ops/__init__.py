@@ -4,6 +4,7 @@ from . import kernels, methods, rules, weights
 from .backends.select import NAMES as BACKENDS
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
 from .explain import Explanation, explain
+from .linear import Lora, linear_policy_loss, linear_token_logps
 from .methods.registry import METHODS, method
 from .metrics import Metrics
 from .output import PolicyLossOutput, TokenStats
@@ -22,6 +23,7 @@ __all__ = [
     "Explanation",
     "FromFunction",
     "InvalidCall",
+    "Lora",
     "Metrics",
     "NoReduction",
     "Penalty",
@@ -42,6 +44,8 @@ __all__ = [
     "UnsupportedRequest",
     "explain",
     "kernels",
+    "linear_policy_loss",
+    "linear_token_logps",
     "method",
     "methods",
     "policy_loss",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.metadata
 import math
 import platform
 import sys
@@ -61,8 +63,6 @@ def info() -> None:
 
 
 def _version(module: str) -> str:
-    import importlib.metadata
-
     try:
         return importlib.metadata.version(module)
     except importlib.metadata.PackageNotFoundError:
@@ -71,10 +71,10 @@ def _version(module: str) -> str:
 
 def _build_info() -> dict[str, Any]:
     try:
-        from . import _C  # type: ignore[attr-defined]
+        extension = importlib.import_module(f"{__package__}._C")
     except ImportError as error:
         return {"status": f"not built ({error})"}
-    return dict(_C.build_info())
+    return dict(extension.build_info())
 
 
 @app.command()

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -87,6 +87,22 @@ class DataKeywords(TypedDict, total=False):
 
 class PolicyLossKeywords(HeadKeywords, DataKeywords, total=False):
     """HEAD and DATA."""
+
+
+class LinearHeadKeywords(HeadKeywords, total=False):
+    """HEAD and the keywords of a linear head."""
+
+    lm_head_bias: Tensor | None
+    logit_scale: float
+    logits_dtype: dtype | None
+    chunk_rows: int | None
+    lora: tuple[Tensor, Tensor, float] | None
+    row_index: Tensor | None
+    compact_rows: bool | None
+
+
+class LinearKeywords(LinearHeadKeywords, DataKeywords, total=False):
+    """HEAD, DATA and the keywords of a linear head."""
 
 
 _HEAD = tuple(f.name for f in dataclasses.fields(HeadOptions))

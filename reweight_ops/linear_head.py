@@ -83,7 +83,7 @@ class _Buffer:
 def _mm_wider(h: Tensor, weight: Tensor, out: Tensor) -> None:
     """fp32 logits from 16-bit operands: one rounding less. On a GPU at GEMM speed; elsewhere in fp32, a slice of the weight at a time."""
     if h.device.type == "cuda":
-        out.copy_(torch.mm(h, weight.t(), out_dtype=out.dtype))  # type: ignore[call-overload]
+        out.copy_(torch.mm(h, weight.t(), out_dtype=out.dtype))
         return
     wide = h.to(out.dtype)
     for columns in _chunks(weight.size(0), 8192):

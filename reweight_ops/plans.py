@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from .backends.select import candidates, choose, why_not
 from .errors import InvalidCall, UnsupportedRequest
 from .head import LogitsCall
 from .loss_call import LossCall
+from .methods.registry import method
 from .output import PolicyLossOutput
+from .spec import PolicyLossSpec
 
 PLANS = ("auto", "one_pass", "two_pass")
 
@@ -148,3 +151,22 @@ def middle(call: LossCall, leaves: dict[str, Tensor], backend: str, differentiab
     return PolicyLossOutput(
         loss, rows.unflatten(shown["logp"]), entropies, "two_pass", backend, call.released(), detached, result.loss.detach()
     )
+
+
+_named: dict[str, PolicyLossSpec] = {}
+
+
+@torch.compiler.assume_constant_result
+def _build(name: str) -> None:
+    # A side effect on purpose: torch.compile runs this while tracing, and then reads the finished spec from the global above.
+    _named[name] = method(name)
+
+
+def named_spec(op: str, spec: Any) -> PolicyLossSpec:
+    """A spec, by itself or by its method's name."""
+    if isinstance(spec, str):
+        _build(spec)
+        return _named[spec]
+    if not isinstance(spec, PolicyLossSpec):
+        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.")
+    return spec

@@ -15,9 +15,8 @@ from .errors import InvalidCall
 from .head import LogitsCall, resolve_logits
 from .keywords import DataKeywords, DataOptions, HeadKeywords, HeadOptions, PolicyLossKeywords, all_options, data_options, head_options
 from .loss_call import LossCall, resolve_loss
-from .methods.registry import method
 from .output import PolicyLossOutput, TokenStats
-from .plans import choose_plan, middle, pick, row_statistics, run, target_of
+from .plans import choose_plan, middle, named_spec, pick, row_statistics, run, target_of
 from .rows import resolve_rows
 from .spec import PolicyLossSpec
 
@@ -173,25 +172,7 @@ def _resolve(
 ) -> tuple[LossCall, LogitsCall]:
     named = data.named()
     head = resolve_logits("policy_loss", logits, completion_ids, options, {"advantages": advantages, **named}, data.validate)
-    return resolve_loss(head.rows, advantages, _spec("policy_loss", spec), data), head
-
-
-_named: dict[str, PolicyLossSpec] = {}
-
-
-@torch.compiler.assume_constant_result
-def _build(name: str) -> None:
-    # A side effect on purpose: torch.compile runs this while tracing, and then reads the finished spec from the global above.
-    _named[name] = method(name)
-
-
-def _spec(op: str, spec: Any) -> PolicyLossSpec:
-    if isinstance(spec, str):
-        _build(spec)
-        return _named[spec]
-    if not isinstance(spec, PolicyLossSpec):
-        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.")
-    return spec
+    return resolve_loss(head.rows, advantages, named_spec("policy_loss", spec), data), head
 
 
 def policy_loss_from_logps(
@@ -225,7 +206,7 @@ def policy_loss_from_logps(
         got = per_token_logps.dtype if isinstance(per_token_logps, Tensor) else type(per_token_logps).__name__
         raise InvalidCall(f"{op}: per_token_logps is {got}, expected fp32 or fp64 log-probs (.float()).")
     rows = resolve_rows(op, tuple(per_token_logps.shape), per_token_logps.device, per_token_logps.dtype, tensors)
-    call = resolve_loss(rows, advantages, _spec(op, spec), data)
+    call = resolve_loss(rows, advantages, named_spec(op, spec), data)
     leaves = {}
     for name, argument, value in (
         ("logp", "per_token_logps", per_token_logps),

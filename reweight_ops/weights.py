@@ -44,7 +44,8 @@ class BatchStatistics:
         ordered = self._only(x, math.inf).sort().values
         at = q * (self._rows.keep.sum() - 1).clamp(min=0).to(x.dtype)
         below, above = (ordered.gather(0, k.long().view(1)).view(()) for k in (at.floor(), at.ceil()))
-        return below + (at - at.floor()) * (above - below)
+        result: Tensor = below + (at - at.floor()) * (above - below)
+        return result
 
     def seq_sum(self, x: Tensor) -> Tensor:
         """``[N]``: every row gets its sequence's sum."""

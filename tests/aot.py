@@ -6,23 +6,25 @@ A pretended driver names the target; the backend's own launch is replaced by Tri
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 assert os.environ.get("TRITON_INTERPRET") != "1", "this module compiles: start it without TRITON_INTERPRET"
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
 
-from reweight_ops.backends import triton as backend
-from reweight_ops.backends.base import COEFS, Head, Program, RowInputs
+from reweight_ops.backends import triton as backend  # noqa: E402
+from reweight_ops.backends.base import COEFS, Head, Program, RowInputs  # noqa: E402
+from reweight_ops.triton_kernels.config import Config  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
@@ -60,9 +62,6 @@ class Compiled:
     wide_stores: int
     shared: int
 
-    def __str__(self) -> str:
-        return f"{self.target} {self.kernel} {self.dtype}: {self.registers} registers, {self.spilled} B spilled, {self.wide_loads} wide loads, {self.wide_stores} wide stores, {self.shared} B shared"
-
 
 def inspect(target: str, name: str, dtype: str, kernel) -> Compiled:
     if TARGETS[target].backend == "hip":
@@ -78,7 +77,9 @@ def inspect(target: str, name: str, dtype: str, kernel) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        out = subprocess.run([str(tool) if tool.exists() else "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [str(tool) if tool.exists() else "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", out.stdout).groups()  # LOCAL stays 0 when registers spill: STACK tells
     ptx = kernel.asm["ptx"]
     loads, stores = (len(re.findall(rf"{kind}\.global\S*\.v4\.b32", ptx)) for kind in ("ld", "st"))
@@ -102,7 +103,7 @@ class Recorder:
         backend._launch, backend._wave = self._launch, self._wave
 
     def launch(self, kernel, programs, *args, warps, **meta):
-        compiled = kernel.warmup(*args, grid=(programs,), **meta, num_warps=warps, enable_fp_fusion=False)
+        compiled = kernel.warmup(*args, grid=(programs,), **meta, **backend._options(warps, TARGETS[self.target].backend == "hip"))
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
 
@@ -116,7 +117,7 @@ def call_all(dtype: torch.dtype, vocab: int, rows: int = 4, softcap: float = flo
     ids, temperature, head = torch.zeros(rows, dtype=torch.int64), torch.ones(1), Head(vocab, softcap)
     backend.token_stats(logits, ids, temperature, head, ("logp", "entropy", "lse"))
     stats = {name: torch.zeros(rows) for name in ("logp", "lse", "entropy", "log_sum_p_sq")}
-    backend.token_grad(logits, ids, temperature, head, stats, {name: stats["logp"] for name in COEFS}, logits)
+    backend.token_grad(logits, ids, temperature, head, stats, dict.fromkeys(COEFS, stats["logp"]), logits)
     inputs = RowInputs(torch.ones(len(program.terms), rows), *(stats["logp"] for _ in range(4)))
     backend.token_loss_grad(logits, ids, temperature, head, inputs, program, PARAMS, logits)
 
@@ -130,7 +131,58 @@ def compile_all(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float3
     return result
 
 
+def split_and_capped(target: str) -> list[Compiled]:
+    """The variants that the plain call does not launch: split rows, a softcap, a rule with every statistic, unaligned rows."""
+    backend._processors = lambda device: 10**6
+    try:
+        return compile_all(target, (torch.bfloat16,), softcap=30.0) + compile_all(target, (torch.float32,), vocab=50257)
+    finally:
+        backend._processors = lambda device: 1
+
+
+def count_compilations(target: str = "sm_90") -> dict[str, int]:
+    """Compilations of each kernel over calls that differ in everything that must not matter, for one dtype, program and alignment."""
+    program = Program(("clip", "k3"))
+    with Recorder(target) as recorder:
+        for rows, length, temperature, beta, softcap in (
+            (4, 8, 1.0, 0.1, 20.0),
+            (1, 1, 0.7, 0.0, 30.0),
+            (33, 16, 2.0, 1.0, 21.5),
+            (1, 17, 1.0, 0.1, 1.0),
+        ):
+            for vocab in (32000, 32768, 31000 // 8 * 8):
+                n = rows * length
+                for logits in (
+                    torch.empty(rows, length, vocab, dtype=torch.bfloat16),
+                    torch.empty(rows, length + 1, vocab, dtype=torch.bfloat16)[:, :-1],
+                ):
+                    ids, head = torch.zeros(n, dtype=torch.int64), Head(vocab, softcap)
+                    for t in (torch.full((1,), temperature), torch.full((n,), temperature)):
+                        spare = torch.zeros(3 * n + 1)
+                        # Rows of a tensor start anywhere: their alignment is no reason to compile either.
+                        inputs = RowInputs(torch.ones(2, n), spare[1 : n + 1], spare[:n], spare[n : 2 * n], None)
+                        params = torch.tensor([-20.0, 20.0, 1.0, 0.2, beta, 9.0, beta, 20.0, 10.0])
+                        backend.token_loss_grad(logits, ids, t, head, inputs, program, params, logits)
+                        backend.token_loss_grad(logits, ids, t, head, inputs._replace(old_logp=None), program, params, logits)
+                        backend.token_stats(logits, ids, t, head, ("logp", "entropy"))
+                        backend.token_grad(logits, ids, t, head, {"logp": spare[1 : n + 1], "lse": spare[:n]}, {"logp": spare[:n]}, logits)
+    names = [name for name, _ in recorder.kernels.values()]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def oversized(target: str) -> list[Compiled]:
+    """The negative control: tiles far too large for the registers."""
+    backend.config_for = lambda columns, itemsize, wave: Config(1 << (15 if wave == 64 else 14), 16 // itemsize, 4, 1 << 16)
+    logits = torch.empty(4, 1 << 17, dtype=torch.bfloat16)
+    with Recorder(target) as recorder:
+        backend.token_stats(logits, torch.zeros(4, dtype=torch.int64), torch.ones(1), Head(1 << 17), ("logp", "entropy"))
+    return [inspect(target, name, "bfloat16", kernel) for name, kernel in recorder.kernels.values()]
+
+
 if __name__ == "__main__":
-    for target in sys.argv[1:] or TARGETS:
-        for compiled in compile_all(target):
-            print(compiled, flush=True)
+    task, targets = sys.argv[1], sys.argv[2:] or list(TARGETS)
+    if task == "count":
+        print(json.dumps(count_compilations()))
+    else:
+        run = {"compile": compile_all, "variants": split_and_capped, "oversized": oversized}[task]
+        print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))

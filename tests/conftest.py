@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -9,3 +10,19 @@ if not torch.cuda.is_available():
 
 # The trainer tests build their own tiny models and must not look for others.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Parallel test workers of one thread each: more threads than cores stall each other at every OpenMP barrier.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def registry():
+    """User definitions of a test are gone after it."""
+    from reweight_ops.rules.base import RULES, WEIGHTS
+
+    saved = dict(RULES), dict(WEIGHTS)
+    yield
+    for table, before in zip((RULES, WEIGHTS), saved, strict=True):
+        table.clear()
+        table.update(before)

@@ -159,7 +159,8 @@ def library(formulas, tmp_path_factory):
         extern "C" void run_math(int id, long n, const float* x, float* out) {
           for (long i = 0; i < n; ++i) {
             const float all[] = {rw_exp(x[i]), rw_expm1(x[i]), rw_log(x[i]), rw_log1p(x[i]), rw_sigmoid(x[i]), rw_tanh(x[i]),
-                                 rw_min(x[i], 1.0f), rw_min(1.0f, x[i]), rw_max(x[i], 1.0f), rw_max(1.0f, x[i]), rw_clip(x[i], -1.0f, 1.0f), rw_abs(x[i])};
+                                 rw_min(x[i], 1.0f), rw_min(1.0f, x[i]), rw_max(x[i], 1.0f), rw_max(1.0f, x[i]),
+                                 rw_clip(x[i], -1.0f, 1.0f), rw_abs(x[i])};
             out[i] = all[id];
           }
         }

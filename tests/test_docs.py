@@ -34,17 +34,24 @@ def test_a_new_method_is_one_file_plus_the_generated_ones(tmp_path):
     changed = {str(p.relative_to(tmp_path)) for p in after if before.get(p) != after[p]}
     assert changed == {name, "csrc/common/rules.inc", "triton_kernels/rules.py"}
     assert "rule_topr" in (tmp_path / "csrc/common/rules.inc").read_text()
-    shown = run("-c", "import torch, reweight_ops as rw; from reweight_ops.testing import *\n"
-                      "spec = rw.methods.topr(); assert rw.__file__.startswith(%r)\n" % str(tmp_path) +
-                      "b = make_batch(spec, (4, 10), 7, dtype=torch.float64); assert gradcheck(spec, b)\n"
-                      "print(compare(spec, make_batch(spec), backend='reference', plan='one_pass').passed)")  # fmt: skip
+    script = f"""
+import torch, reweight_ops as rw
+from reweight_ops.testing import compare, gradcheck, make_batch
+assert rw.__file__.startswith({str(tmp_path)!r})
+spec = rw.methods.topr()
+assert gradcheck(spec, make_batch(spec, (4, 10), 7, dtype=torch.float64))
+print(compare(spec, make_batch(spec), backend="reference", plan="one_pass").passed)
+"""
+    shown = run("-c", script)
     assert shown.strip() == "True"
 
 
 MODULES = ["reweight_ops"] + [
     m.name
     for m in pkgutil.walk_packages(rw.__path__, "reweight_ops.")
-    if not m.name.startswith(("reweight_ops._C", "reweight_ops.triton_kernels", "reweight_ops.integrations", "reweight_ops.codegen.__main__", "reweight_ops.cli"))
+    if not m.name.startswith(
+        ("reweight_ops._C", "reweight_ops.triton_kernels", "reweight_ops.integrations", "reweight_ops.codegen.__main__", "reweight_ops.cli")
+    )
 ]
 
 
@@ -55,13 +62,14 @@ def test_doctests(name):
     assert doctest.testmod(module, optionflags=flags).failed == 0
 
 
+@pytest.mark.usefixtures("registry")
 def test_readme_python_runs():
     """Every python block of the README that does not need a trainer or a GPU runs as it stands."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(blocks) >= 3
     namespace: dict = {}
     for block in blocks:
-        if "trl" in block or "device=\"cuda\"" in block:
+        if "trl" in block or 'device="cuda"' in block:
             compile(block, "README.md", "exec")
             continue
         exec(compile(block, "README.md", "exec"), namespace)
@@ -88,19 +96,40 @@ def test_the_public_surface_is_sorted_and_documented():
 
 def test_importing_the_package_imports_no_backend_and_no_extra():
     backends = [f"reweight_ops.backends.{name}" for name in rw.BACKENDS]
-    extras = ["trl", "transformers", "typer", "rich", "matplotlib", "hypothesis", "reweight_ops._C", "reweight_ops.triton_kernels", *backends]
+    extras = [
+        "trl",
+        "transformers",
+        "typer",
+        "rich",
+        "matplotlib",
+        "hypothesis",
+        "reweight_ops._C",
+        "reweight_ops.triton_kernels",
+        *backends,
+    ]
     code = f"import sys, reweight_ops; print([m for m in {extras} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_triton_kernels_is_no_top_level_module():
     code = "import importlib.util as u; print(u.find_spec('triton_kernels'), u.find_spec('reweight_ops.triton_kernels') is not None)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout.split() == ["None", "True"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout.split() == [
+        "None",
+        "True",
+    ]
 
 
 def test_no_file_is_too_long():
     generated = {"csrc/common/rules.inc", "triton_kernels/rules.py"}
-    for pattern in ("reweight_ops/**/*.py", "csrc/**/*", "triton_kernels/*.py", "tests/**/*.py", "bench/**/*.py", "examples/**/*.py", "setup.py"):
+    for pattern in (
+        "reweight_ops/**/*.py",
+        "csrc/**/*",
+        "triton_kernels/*.py",
+        "tests/**/*.py",
+        "bench/**/*.py",
+        "examples/**/*.py",
+        "setup.py",
+    ):
         for path in ROOT.glob(pattern):
             if path.is_file() and path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh") and str(path.relative_to(ROOT)) not in generated:
                 assert len(path.read_text().splitlines()) <= 500, path

@@ -418,10 +418,18 @@ def test_advantages_may_be_none_where_nothing_reads_them(data, backend):
             return -t.logp
 
     try:
-        out, grad = loss_and_grad(data["z"], data["ids"], None, rw.PolicyLossSpec(surrogate=SftNll()), completion_mask=data["mask"], backend=backend)
+        out, grad = loss_and_grad(
+            data["z"], data["ids"], None, rw.PolicyLossSpec(surrogate=SftNll()), completion_mask=data["mask"], backend=backend
+        )
         z = data["z"].clone().requires_grad_()
         want = torch.nn.functional.cross_entropy(z.view(-1, V), data["ids"].where(data["mask"].bool(), -100).view(-1))
-        same((out, grad), (rw.policy_loss(z, data["ids"], None, spec=rw.PolicyLossSpec(surrogate=SftNll()), completion_mask=data["mask"]), torch.autograd.grad(want, z)[0]))
+        same(
+            (out, grad),
+            (
+                rw.policy_loss(z, data["ids"], None, spec=rw.PolicyLossSpec(surrogate=SftNll()), completion_mask=data["mask"]),
+                torch.autograd.grad(want, z)[0],
+            ),
+        )
         torch.testing.assert_close(out.loss, want)
     finally:
         del RULES["sft_nll"]
@@ -460,7 +468,12 @@ def test_a_row_depends_on_itself_alone(data, backend, plan):
 
 def test_micro_batches_add_up(data, backend):
     whole, grad = loss_and_grad(data["z"], data["ids"], data["adv"], "dapo", num_items_in_batch=11.0, backend=backend)
-    parts = [loss_and_grad(data["z"][i : i + 1], data["ids"][i : i + 1], data["adv"][i : i + 1], "dapo", num_items_in_batch=11.0, backend=backend) for i in range(B)]
+    parts = [
+        loss_and_grad(
+            data["z"][i : i + 1], data["ids"][i : i + 1], data["adv"][i : i + 1], "dapo", num_items_in_batch=11.0, backend=backend
+        )
+        for i in range(B)
+    ]
     torch.testing.assert_close(sum(p[0].loss for p in parts), whole.loss)
     torch.testing.assert_close(torch.cat([p[1] for p in parts]), grad)
 

@@ -11,16 +11,6 @@ from reweight_ops.rules.base import RULES, WEIGHTS, Rule, TokenWeight
 from reweight_ops.testing import compare, gradcheck, make_batch
 
 
-@pytest.fixture
-def registry():
-    """User definitions of a test are gone after it."""
-    saved = dict(RULES), dict(WEIGHTS)
-    yield
-    for table, before in zip((RULES, WEIGHTS), saved, strict=True):
-        table.clear()
-        table.update(before)
-
-
 def define():
     @rw.rule("quadratic_clip")
     class QuadraticClip(rw.Rule):

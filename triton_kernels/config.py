@@ -14,10 +14,13 @@ class Config(NamedTuple):
     segment: int
 
 
+#: Registers of a thread on NVIDIA's: 1024 threads of a multiprocessor can have that many.
+MAX_REGISTERS = 64
+
 #: Bytes of a row up to which a program has that many threads. More threads a row means fewer rows at once, which share the L2 between
 #: the two sweeps; fewer threads mean cheaper reductions.
 _THREADS = ((8 << 10, 128), (64 << 10, 256), (1 << 62, 512))
-_VECTORS_PER_THREAD = 2
+_VECTORS_PER_THREAD = 1
 _SEGMENT_BYTES = 64 << 10
 
 

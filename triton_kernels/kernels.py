@@ -5,16 +5,25 @@ shard (``vocab_start``) and the whole vocabulary (``vocab_total``). None of them
 ``ALIGN`` is the number of bytes to which all rows are aligned (a class: 16, 4, or the element's size).
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
 from . import math
-from .sweep import LN2, LOG2E, base2_scale, capped, gradient_sweep, load_target, row_offset, row_state, segment_state, zero_sweep
+from .sweep import LN2, base2_scale, cap_slope, capped, gradient_sweep, load_target, row_offset, row_state, segment_state, zero_sweep
 
 OUT_OF_LOSS = tl.constexpr(-100)
 
 #: Columns of the table that gradient_kernel reads, ``[GRADIENT_TABLE, N]`` fp32.
 GRADIENT_TABLE = 7
+
+
+def kernel(fn):
+    """``triton.jit`` that specializes on types and constants alone: no value and no address of an argument compiles anything."""
+    return triton.jit(
+        fn, do_not_specialize=[name for name, kind in inspect.signature(fn).parameters.items() if kind.annotation is not tl.constexpr]
+    )
 
 
 @triton.jit
@@ -36,21 +45,22 @@ def _finish(m, S, U, Q, w_y, inside, T):
     return logp, log_s - U / S * LN2, m / T + log_s, math.log(Q) - 2.0 * log_s, 0.0 - log_s
 
 
-@triton.jit
+@kernel
 def partial_kernel(
-    X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
-    vocab_total: tl.int64, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, KEEP: tl.constexpr,
+    X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
+    vocab_total: tl.int64,
+    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """A program each segment: ``PARTIAL[row, segment] = (m, S, U, Q)``."""
     segments = tl.cdiv(V, SEGMENT)
     pid = tl.program_id(0)
-    row = (pid // segments).to(tl.int64)
+    row = pid // segments
     start = (pid % segments) * SEGMENT
     _, keep, bad, _ = _target(IDS, row, 0, vocab_total, V)
     if keep & (bad == 0):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-        k = base2_scale(tl.load(T + row * t_stride))
-        m, s, u, q = segment_state(X, start, tl.minimum(V, start + SEGMENT), k, softcap, BLOCK, E, CAP, True, True, KEEP)
+        k, k_low = base2_scale(tl.load(T + row * t_stride))
+        m, s, u, q = segment_state(X, start, tl.minimum(V, start + SEGMENT), k, k_low, softcap, BLOCK, E, CAP, True, True, KEEP)
         P = PARTIAL + pid.to(tl.int64) * 4
         tl.store(P, m)
         tl.store(P + 1, s)
@@ -58,14 +68,14 @@ def partial_kernel(
         tl.store(P + 3, q)
 
 
-@triton.jit
+@kernel
 def stats_kernel(
-    X, IDS, T, PARTIAL, OUT, N: tl.int64, t_stride: tl.int32, per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32,
-    softcap, vocab_start: tl.int64, vocab_total: tl.int64, STATS: tl.constexpr,
+    X, IDS, T, PARTIAL, OUT, N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64,
+    V: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64, STATS: tl.constexpr,
     SPLIT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``OUT[STATS[name], row]``; STATS has the row of each of (logp, entropy, lse, log_sum_p_sq, max_logp), -1 for what nobody asked for."""
-    row = tl.program_id(0).to(tl.int64)
+    """``OUT[STATS[name], row]``; STATS: the row of each of (logp, entropy, lse, log_sum_p_sq, max_logp), -1 for what nobody asked for."""
+    row = tl.program_id(0)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     zero = tl.full((), 0.0, tl.float32)
     logp, entropy, lse, log_p_sq, max_logp = zero, zero, zero, zero, zero
@@ -73,8 +83,9 @@ def stats_kernel(
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         t = tl.load(T + row * t_stride)
         w_y = load_target(X, y, inside, softcap, CAP)
-        P = PARTIAL + row * tl.cdiv(V, SEGMENT) * 4
-        m, s, u, q = row_state(X, P, V, base2_scale(t), softcap, SEGMENT, SPLIT, BLOCK, E, CAP, STATS[1] >= 0, STATS[3] >= 0, False)
+        P = PARTIAL + row.to(tl.int64) * (tl.cdiv(V, SEGMENT) * 4)
+        k, k_low = base2_scale(t)
+        m, s, u, q = row_state(X, P, V, k, k_low, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, STATS[1] >= 0, STATS[3] >= 0, False)
         logp, entropy, lse, log_p_sq, max_logp = _finish(m, s, u, q, w_y, inside, t)
     result = (logp, entropy, lse, log_p_sq, max_logp)
     for i in tl.static_range(5):
@@ -83,7 +94,35 @@ def stats_kernel(
 
 
 @triton.jit
-def _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_sum_p_sq, w_y, T, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
+def _reference_point(w, r, T, k):
+    """``(c, b)`` with ``log2 p = (w_v - c)·k + b``, given ``lse = w/T + r``.
+
+    c is ``T·lse`` and b the small rest of its rounding (exact, by two-sum): near c, where p is large, the difference then has no
+    error of the size of lse.
+    """
+    c = tl.fma(T, r, w)
+    s = w - c
+    v = s - w
+    lost = (w - (s - v)) - (c + v)
+    return c, (tl.fma(T, r, s) + lost) * -k
+
+
+@triton.jit
+def _gradient_row(
+    logp,
+    entropy,
+    by_logp,
+    by_entropy,
+    by_lse,
+    by_p_sq,
+    log_sum_p_sq,
+    w_y,
+    T,
+    softcap,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+):
     """``(A, B, C, at_target)`` of :func:`.sweep.gradient_tile`, 1/T folded in.
 
     The gradient is ``p·(by_lse - by_logp - by_entropy·(log p + H) + 2·by_p_sq·(p/Σp² - 1))``, plus ``by_logp`` in the target's column:
@@ -105,55 +144,62 @@ def _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_sum_p
     if P_SQ:
         rest += tl.where(by_p_sq == 0.0, 0.0, 2.0 * by_p_sq * math.expm1(logp - log_sum_p_sq))
     at_target = p * rest - by_logp * math.expm1(logp)
-    at_target = tl.where((w_y == float("-inf")) & (at_target == at_target), 0.0, at_target)
-    return A / T, B / T, C / T, at_target / T
+    dead = (w_y == float("-inf")) & (at_target == at_target)
+    return A / T, B / T, C / T, tl.where(dead, 0.0, at_target * cap_slope(w_y, softcap, CAP)) / T
 
 
-@triton.jit
+@kernel
 def loss_grad_kernel(
     X, OUT, IDS, T, W, OLD, ADV, REF, SAMPLING, PARAMS, PARTIAL, ROWS, TABLE,
     N: tl.int64, t_stride: tl.int32, w_stride: tl.int64, has_old: tl.int32,
-    per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64, out_row_stride: tl.int64,
+    per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64, out_row_stride: tl.int64,
     V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
     PROGRAM: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, READS_P_SQ: tl.constexpr,
-    SPLIT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+    SPLIT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     """A row in one program: statistics, ``PROGRAM``, gradient. SPLIT: statistics from PARTIAL, and the gradient's constants to TABLE."""
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-    OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
     zero = tl.full((), 0.0, tl.float32)
     logp, entropy, weighted, loss, by_logp, by_entropy = zero, zero, zero, zero, zero, zero
-    live = keep & (bad != 0)
+    live = y != y
     if keep & (bad == 0):
         t = tl.load(T + row * t_stride)
-        k = base2_scale(t)
+        k, k_low = base2_scale(t)
+        P = PARTIAL + row.to(tl.int64) * (tl.cdiv(V, SEGMENT) * 4)
+        m, s, u, q = row_state(X, P, V, k, k_low, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, True, READS_P_SQ, True)
         w_y = load_target(X, y, inside, softcap, CAP)
-        P = PARTIAL + row * tl.cdiv(V, SEGMENT) * 4
-        m, s, u, q = row_state(X, P, V, k, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, True, READS_P_SQ, True)
+        tl.debug_barrier()  # every thread has it before one writes the gradient over it
         logp, entropy, _, log_sum_p_sq, _ = _finish(m, s, u, q, w_y, inside, t)
         old = tl.where(has_old != 0, tl.load(OLD + row), logp)
         adv, ref, sampling = tl.load(ADV + row), tl.load(REF + row), tl.load(SAMPLING + row)
-        weighted, loss, by_logp, by_entropy, by_p_sq = PROGRAM(PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq)
+        weighted, loss, by_logp, by_entropy, by_p_sq = PROGRAM(
+            PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq
+        )
         live = (by_logp != 0.0) | (by_entropy != 0.0) | (by_p_sq != 0.0)
-        A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, t, ENTROPY, P_SQ)
-        b = 0.0 - math.log(s) * LOG2E
+        A, B, C, at_target = _gradient_row(
+            logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, t, softcap, CAP, ENTROPY, P_SQ
+        )
+        c, b = _reference_point(m, math.log(s), t, k)
         column = tl.where(inside, y, -1).to(tl.int32)
         if SPLIT:
             G = TABLE + row
-            tl.store(G, m)
+            tl.store(G, c)
             tl.store(G + N, b)
             tl.store(G + 2 * N, A)
             tl.store(G + 3 * N, B)
             tl.store(G + 4 * N, C)
             tl.store(G + 5 * N, at_target)
         elif live:
-            gradient_sweep(X, OUT, 0, width, V, width, column, at_target, m, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+            OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
+            gradient_sweep(X, OUT, 0, width, V, column, at_target, c, k, k_low, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
     if SPLIT:
         tl.store(TABLE + 6 * N + row, tl.where(live, 1.0, 0.0))
     elif live == 0:
-        zero_sweep(OUT, 0, width, width, BLOCK, E)
+        OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
+        zero_sweep(OUT, 0, width, BLOCK, E)
     R = ROWS + row
     tl.store(R, tl.where(bad, float("nan"), logp))
     tl.store(R + N, tl.where(bad, float("nan"), entropy))
@@ -163,19 +209,19 @@ def loss_grad_kernel(
     tl.store(R + 5 * N, tl.where(bad, float("nan"), by_entropy))
 
 
-@triton.jit
+@kernel
 def prepare_kernel(
     X, IDS, T, LOGP, LSE, H, LOG_P_SQ, BY_LOGP, BY_H, BY_LSE, BY_P_SQ, TABLE,
-    N: tl.int64, t_stride: tl.int32, per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
+    N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
     vocab_start: tl.int64, vocab_total: tl.int64,
     ENTROPY: tl.constexpr, P_SQ: tl.constexpr, BY: tl.constexpr, ROWS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """``TABLE[:, row]`` for gradient_kernel, ROWS rows a program; BY says which of (logp, entropy, lse, log_sum_p_sq) have coefficients.
 
     It reads the targets' logits before gradient_kernel may write over them. ``log p`` of a column is ``(w - w_y)/T + logp`` where that
-    rounds less than ``w/T - lse``: the reference point is the smaller of the two.
+    rounds less than ``w/T - lse``.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < N
     y = tl.load(IDS + row, mask=there, other=-100)
     keep = y != OUT_OF_LOSS
@@ -196,10 +242,12 @@ def prepare_kernel(
     at = row_offset(row, per_batch, batch_stride, row_stride) + local
     w_y = capped(tl.load(X + at, mask=there & inside & live, other=float("-inf")).to(tl.float32), softcap, CAP)
     by_target = inside & (w_y > float("-inf")) & (tl.abs(logp) < tl.abs(lse))
-    A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, t, ENTROPY, P_SQ)
+    A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, t, softcap, CAP, ENTROPY, P_SQ)
+    k, _ = base2_scale(t)
+    c, b = _reference_point(tl.where(by_target, w_y, 0.0), tl.where(by_target, -logp, lse), t, k)
     G = TABLE + row
-    tl.store(G, tl.where(by_target, w_y, 0.0), mask=there)
-    tl.store(G + N, tl.where(by_target, logp, -lse) * LOG2E, mask=there)
+    tl.store(G, c, mask=there)
+    tl.store(G + N, b, mask=there)
     tl.store(G + 2 * N, A, mask=there)
     tl.store(G + 3 * N, B, mask=there)
     tl.store(G + 4 * N, C, mask=there)
@@ -207,29 +255,29 @@ def prepare_kernel(
     tl.store(G + 6 * N, tl.where(live, 1.0, 0.0), mask=there)
 
 
-@triton.jit
+@kernel
 def gradient_kernel(
     X, OUT, IDS, T, TABLE,
-    N: tl.int64, t_stride: tl.int32, per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64,
+    N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64,
     out_row_stride: tl.int64, V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64,
     ENTROPY: tl.constexpr, P_SQ: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of rows whose constants are in TABLE, CHUNK columns a program. The target of a row in another shard is no column here."""
+    """The gradient of rows whose constants are in TABLE, CHUNK columns a program; a target in another shard is no column here."""
     chunks = tl.cdiv(width, CHUNK)
     pid = tl.program_id(0)
-    row = (pid // chunks).to(tl.int64)
+    row = pid // chunks
     start = (pid % chunks) * CHUNK
     stop = tl.minimum(width, start + CHUNK)
     OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
     G = TABLE + row
     if tl.load(G + 6 * N) != 0.0:
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-        k = base2_scale(tl.load(T + row * t_stride))
+        k, k_low = base2_scale(tl.load(T + row * t_stride))
         local = tl.load(IDS + row) - vocab_start
         column = tl.where((local >= 0) & (local < V), local, -1).to(tl.int32)
         c, b, A, B, C = tl.load(G), tl.load(G + N), tl.load(G + 2 * N), tl.load(G + 3 * N), tl.load(G + 4 * N)
         at_target = tl.load(G + 5 * N)
-        gradient_sweep(X, OUT, start, stop, V, width, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+        gradient_sweep(X, OUT, start, stop, V, column, at_target, c, k, k_low, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
     else:
-        zero_sweep(OUT, start, stop, width, BLOCK, E)
+        zero_sweep(OUT, start, stop, BLOCK, E)

@@ -12,6 +12,8 @@ _SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 _LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: exact when multiplied by an exponent
 _LN2_LOW = tl.constexpr(-2.12194440e-4)
 
+_INVERSE_FACTORIALS = tl.constexpr((1 / 3628800, 1 / 362880, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2))
+
 
 @triton.jit
 def minimum(a, b):
@@ -35,12 +37,11 @@ def exp(x):
 
 @triton.jit
 def expm1(x):
-    # Taylor to x⁹/9! on |x| < 1/2: the next term is below 2⁻³¹ of x. Outside, exp(x) - 1 loses at most one bit.
-    y = x * (1 / 40320 + x * (1 / 362880))
-    y = x * (1 / 720 + x * (1 / 5040 + y))
-    y = x * (1 / 24 + x * (1 / 120 + y))
-    y = x * (1 / 2 + x * (1 / 6 + y))
-    return tl.where(tl.abs(x) < 0.5, x + x * y, tl.exp(x) - 1.0)
+    # Taylor to x¹²/12! on |x| < 1: the next term is below 2⁻³² of x. Outside, exp(x) - 1 loses less than one bit.
+    y = tl.fma(x, 1 / 479001600, 1 / 39916800)
+    for c in tl.static_range(9):
+        y = tl.fma(x, y, _INVERSE_FACTORIALS[c])
+    return tl.where(tl.abs(x) < 1.0, tl.fma(x * x, y, x), tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -77,9 +78,13 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    e = expm1(-2.0 * tl.abs(x))
-    y = -e / (2.0 + e)
-    return tl.where(x < 0.0, -y, y)
+    # Cephes' tanhf: an odd polynomial on |x| < 0.625, else 1 - 2/(exp(2|x|) + 1), where the subtraction loses at most one bit.
+    z = x * x
+    y = tl.fma(z, -5.70498872745e-3, 2.06390887954e-2)
+    y = tl.fma(z, tl.fma(z, y, -5.37397155531e-2), 1.33314422036e-1)
+    y = tl.fma(z, y, -3.33332819422e-1)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, tl.fma(x * z, y, x), tl.where(x < 0.0, -large, large))
 
 
 @triton.jit

@@ -17,10 +17,11 @@ import triton.language as tl
 
 from . import math
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950216293335)  # as fp32 has it, and what it lacks
+LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a running maximum starts: finite, so that -inf - m is -inf and not NaN
-#: 2^x is 0 below -150. A factor that multiplies such a p is clamped here, because 0 * -inf is NaN.
+#: 2^x is 0 below -150; no exponent goes below this one.
 FLOOR = tl.constexpr(-200.0)
 _FIXED = tl.constexpr(1099511627776.0)  # 2⁴⁰: sums up to 2²³ fit in 63 bits, and 2⁻⁴⁰ is far below fp32's resolution at 1
 _UNFIXED = tl.constexpr(9.094947017729282e-13)
@@ -28,14 +29,24 @@ _UNFIXED = tl.constexpr(9.094947017729282e-13)
 
 @triton.jit
 def row_offset(row, per_batch, batch_stride, row_stride):
-    """Elements from the start of the tensor to row ``row`` (int64)."""
-    return (row // per_batch) * batch_stride + (row % per_batch) * row_stride
+    """Elements from the start of the tensor to row ``row`` (a 32-bit number, as are all counts of rows): int64."""
+    batch = row // per_batch
+    return batch.to(tl.int64) * batch_stride + (row - batch * per_batch).to(tl.int64) * row_stride
 
 
 @triton.jit
 def base2_scale(T):
-    """``log2(e) / T``."""
-    return tl.full((), LOG2E, tl.float32) / T
+    """``log2(e) / T`` as a sum of two numbers. The rounding of one would be the same in every column, and add up in the sums."""
+    log2e = tl.full((), LOG2E, tl.float32)
+    k = log2e / T
+    return k, (tl.fma(-k, T, log2e) + LOG2E_LOW) / T
+
+
+@triton.jit
+def _exponent(d, k, k_low, b):
+    """``d·k + b``, and FLOOR if that is less: the exponent of a p that is 0 should not be -inf, because 0 * -inf is NaN."""
+    d = math.maximum(d, (FLOOR - b) / k)
+    return tl.fma(d, k, tl.fma(d, k_low, b))
 
 
 @triton.jit
@@ -56,32 +67,74 @@ def capped(z, softcap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _pairwise(x, R: tl.constexpr, E: tl.constexpr):
+def cap_slope(w, softcap, CAP: tl.constexpr):
+    """``dw/dz = 1 - (w / softcap)²``."""
+    if CAP:
+        r = w / softcap
+        return (1.0 - r) * (1.0 + r)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _halves(x, R: tl.constexpr, E: tl.constexpr):
+    return tl.split(tl.reshape(x, [R, E // 2, 2]) if E > 2 else x)
+
+
+@triton.jit
+def _sum(x, R: tl.constexpr, E: tl.constexpr):
     """``[R, E]`` to ``[R]``: the sum of each slot, in an order that no layout can change."""
     if E == 8:
-        a, b = tl.split(tl.reshape(x, [R, 4, 2]))
+        a, b = _halves(x, R, 8)
         x = a + b
     if E >= 4:
-        a, b = tl.split(tl.reshape(x, [R, 2, 2]))
+        a, b = _halves(x, R, 4)
         x = a + b
-    a, b = tl.split(x)
+    a, b = _halves(x, R, 2)
     return a + b
 
 
 @triton.jit
-def _tile(z, m, s, u, q, k, softcap, R: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
+def _dot2(x, y, total, R: tl.constexpr):
+    x1, x2 = _halves(x, R, 2)
+    y1, y2 = _halves(y, R, 2)
+    return tl.fma(x2, y2, tl.fma(x1, y1, total))
+
+
+@triton.jit
+def _dot4(x, y, total, R: tl.constexpr):
+    x1, x2 = _halves(x, R, 4)
+    y1, y2 = _halves(y, R, 4)
+    return _dot2(x2, y2, _dot2(x1, y1, total, R), R)
+
+
+@triton.jit
+def _dot(x, y, total, R: tl.constexpr, E: tl.constexpr):
+    """``total`` plus the scalar product of each slot, likewise."""
+    if E == 8:
+        x1, x2 = _halves(x, R, 8)
+        y1, y2 = _halves(y, R, 8)
+        total = _dot4(x2, y2, _dot4(x1, y1, total, R), R)
+    else:
+        tl.static_assert(E == 4)
+        total = _dot4(x, y, total, R)
+    return total
+
+
+@triton.jit
+def _tile(z, m, s, u, q, k, k_low, softcap, R: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
     """One tile more. ``s``, ``u``, ``q``: sums of ``e``, ``e·x`` and ``e²`` with ``x = (w - m)·k`` and ``e = 2^x``."""
     w = capped(z, softcap, CAP)
     top = tl.maximum(m, tl.max(w, 1))  # drops NaN; e keeps it
-    shift = (m - top) * k
+    shift = _exponent(m - top, k, k_low, 0.0)
     scale = tl.exp2(shift)
-    x = (w - top[:, None]) * k
+    x = _exponent(w - top[:, None], k, k_low, 0.0)
     e = tl.exp2(x)
     if ENTROPY:
-        u = tl.fma(scale, tl.fma(tl.maximum(shift, FLOOR), s, u), _pairwise(e * tl.maximum(x, FLOOR), R, E))
+        u = _dot(e, x, scale * tl.fma(shift, s, u), R, E)
     if P_SQ:
-        q = tl.fma(scale * scale, q, _pairwise(e * e, R, E))
-    return top, tl.fma(scale, s, _pairwise(e, R, E)), u, q
+        q = _dot(e, e, scale * scale * q, R, E)
+    return top, tl.fma(scale, s, _sum(e, R, E)), u, q
 
 
 @triton.jit
@@ -91,7 +144,7 @@ def _total(x):
 
 @triton.jit
 def segment_state(
-    X, start, stop, k, softcap,
+    X, start, stop, k, k_low, softcap,
     BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """``(m, S, U, Q)`` of the columns ``start`` to ``stop`` of the row at ``X``. KEEP: the row is read again soon, hold it in L2."""
@@ -105,19 +158,19 @@ def segment_state(
     full = start + (stop - start) // BLOCK * BLOCK
     for c in range(start, full, BLOCK):
         z = tl.load(X + c + cols, eviction_policy=policy).to(tl.float32)
-        m, s, u, q = _tile(z, m, s, u, q, k, softcap, R, E, CAP, ENTROPY, P_SQ)
+        m, s, u, q = _tile(z, m, s, u, q, k, k_low, softcap, R, E, CAP, ENTROPY, P_SQ)
     if full < stop:
         z = tl.load(X + full + cols, mask=full + cols < stop, other=float("-inf"), eviction_policy=policy).to(tl.float32)
-        m, s, u, q = _tile(z, m, s, u, q, k, softcap, R, E, CAP, ENTROPY, P_SQ)
+        m, s, u, q = _tile(z, m, s, u, q, k, k_low, softcap, R, E, CAP, ENTROPY, P_SQ)
     # To the common maximum. Integers know no NaN, so it is looked for apart.
     top = tl.max(m, 0)
-    shift = (m - top) * k
+    shift = _exponent(m - top, k, k_low, 0.0)
     scale = tl.exp2(shift)
     S = _total(scale * s)
     U = S * 0.0
     Q = S * 0.0
     if ENTROPY:
-        U = _total(scale * tl.fma(tl.maximum(shift, FLOOR), s, u))
+        U = _total(scale * tl.fma(shift, s, u))
     if P_SQ:
         Q = _total(scale * scale * q)
     sick = tl.max(tl.where(s == s, 0, 1), 0) > 0
@@ -125,18 +178,18 @@ def segment_state(
 
 
 @triton.jit
-def merge(m1, s1, u1, q1, m2, s2, u2, q2, k):
+def merge(m1, s1, u1, q1, m2, s2, u2, q2, k, k_low):
     """The state of two segments, in this order."""
     top = tl.maximum(m1, m2)
-    d1, d2 = (m1 - top) * k, (m2 - top) * k
+    d1, d2 = _exponent(m1 - top, k, k_low, 0.0), _exponent(m2 - top, k, k_low, 0.0)
     a1, a2 = tl.exp2(d1), tl.exp2(d2)
-    u = tl.fma(a1, tl.fma(tl.maximum(d1, FLOOR), s1, u1), a2 * tl.fma(tl.maximum(d2, FLOOR), s2, u2))
+    u = tl.fma(a1, tl.fma(d1, s1, u1), a2 * tl.fma(d2, s2, u2))
     return top, tl.fma(a1, s1, a2 * s2), u, tl.fma(a1 * a1, q1, a2 * a2 * q2)
 
 
 @triton.jit
 def row_state(
-    X, PARTIAL, V, k, softcap, SEGMENT: tl.constexpr, SPLIT: tl.constexpr,
+    X, PARTIAL, V, k, k_low, softcap, SEGMENT: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """``(m, S, U, Q)`` of a whole row, swept here or (SPLIT) read from ``PARTIAL``; NaN sums if no logit is above -inf."""
@@ -144,32 +197,32 @@ def row_state(
     s = tl.full((), 0.0, tl.float32)
     u = s
     q = s
-    for i in range(0, tl.cdiv(V, SEGMENT)):
+    for i in range(tl.cdiv(V, SEGMENT)):
         if SPLIT:
             P = PARTIAL + i * 4
             m2, s2, u2, q2 = tl.load(P), tl.load(P + 1), tl.load(P + 2), tl.load(P + 3)
         else:
-            m2, s2, u2, q2 = segment_state(X, i * SEGMENT, tl.minimum(V, i * SEGMENT + SEGMENT), k, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, KEEP)
-        m, s, u, q = merge(m, s, u, q, m2, s2, u2, q2, k)
+            m2, s2, u2, q2 = segment_state(
+                X, i * SEGMENT, tl.minimum(V, i * SEGMENT + SEGMENT), k, k_low, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, KEEP
+            )
+        m, s, u, q = merge(m, s, u, q, m2, s2, u2, q2, k, k_low)
     return m, tl.where(s > 0.0, s, float("nan")), u, q
 
 
 @triton.jit
-def gradient_tile(z, cols, y, at_target, c, k, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
-    """``p·(A + B·log2 p + C·p)`` with ``log2 p = (w - c)·k + b``, times the slope of the cap; ``at_target`` in the target's column."""
+def gradient_tile(z, c, k, k_low, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
+    """``p·(A + B·log2 p + C·p)`` with ``log2 p = (w - c)·k + b``, times the slope of the cap."""
     w = capped(z, softcap, CAP)
-    log2_p = tl.fma(w - c, k, b)
+    log2_p = _exponent(w - c, k, k_low, b)
     p = tl.exp2(log2_p)
     factor = A
     if ENTROPY:
-        factor = tl.fma(B, tl.maximum(log2_p, FLOOR), A)
+        factor = tl.fma(B, log2_p, A)
     if P_SQ:
         factor = tl.fma(C, p, factor)
     g = p * factor
-    g = tl.where(cols == y, at_target, g)
     if CAP:
-        r = w / softcap
-        g = tl.where(z == float("-inf"), g, g * ((1.0 - r) * (1.0 + r)))
+        g = tl.where(z == float("-inf"), g, g * cap_slope(w, softcap, CAP))
     return g
 
 
@@ -185,36 +238,37 @@ def round_to(g, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def gradient_sweep(
-    X, OUT, start, stop, V, width, y, at_target, c, k, b, A, B, C, softcap,
+    X, OUT, start, stop, V, y, at_target, c, k, k_low, b, A, B, C, softcap,
     BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the columns ``start`` to ``stop``, last tile first: what was read last is still in L2.
+    """Write the gradient of the columns ``start`` (a multiple of BLOCK) to ``stop``, last tile first: what was read last is still in L2.
 
-    ``V`` columns are in the softmax, up to ``width`` they get zeros. ``start`` is a multiple of BLOCK.
+    Columns from ``V`` on are not in the softmax, they get zeros. The target's column ``y`` (-1: none) is written over at the end.
     """
     cols = tl.arange(0, BLOCK // E)[:, None] * E + tl.arange(0, E)[None, :]
-    tiles = tl.cdiv(stop - start, BLOCK)
-    for i in range(0, tiles):
-        first = start + (tiles - 1 - i) * BLOCK
-        at = first + cols
-        if first + BLOCK <= V:
-            z = tl.load(X + at, eviction_policy="evict_first").to(tl.float32)
-            g = gradient_tile(z, at, y, at_target, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
-            tl.store(OUT + at, round_to(g, OUT.dtype.element_ty, EMULATE), eviction_policy="evict_first")
-        else:
-            z = tl.load(X + at, mask=at < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-            g = gradient_tile(z, at, y, at_target, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
-            g = tl.where(at < V, g, 0.0)
-            tl.store(OUT + at, round_to(g, OUT.dtype.element_ty, EMULATE), mask=at < width, eviction_policy="evict_first")
+    full = tl.maximum(start, tl.minimum(stop, V) // BLOCK * BLOCK)
+    for first in range(full, stop, BLOCK):
+        z = tl.load(X + first + cols, mask=first + cols < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        g = gradient_tile(z, c, k, k_low, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
+        g = tl.where(first + cols < V, g, 0.0)
+        tl.store(OUT + first + cols, round_to(g, OUT.dtype.element_ty, EMULATE), mask=first + cols < stop, eviction_policy="evict_first")
+    for i in range((full - start) // BLOCK):
+        first = full - (i + 1) * BLOCK
+        z = tl.load(X + first + cols, eviction_policy="evict_first").to(tl.float32)
+        g = gradient_tile(z, c, k, k_low, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
+        tl.store(OUT + first + cols, round_to(g, OUT.dtype.element_ty, EMULATE), eviction_policy="evict_first")
+    if (y >= start) & (y < stop):
+        tl.debug_barrier()  # another thread has just written this column
+        tl.store(OUT + y, round_to(at_target, OUT.dtype.element_ty, EMULATE))
 
 
 @triton.jit
-def zero_sweep(OUT, start, stop, width, BLOCK: tl.constexpr, E: tl.constexpr):
+def zero_sweep(OUT, start, stop, BLOCK: tl.constexpr, E: tl.constexpr):
     """Exact zeros, without reading anything."""
     cols = tl.arange(0, BLOCK // E)[:, None] * E + tl.arange(0, E)[None, :]
     zero = tl.zeros([BLOCK // E, E], OUT.dtype.element_ty)
-    for first in range(start, stop, BLOCK):
-        if first + BLOCK <= width:
-            tl.store(OUT + first + cols, zero, eviction_policy="evict_first")
-        else:
-            tl.store(OUT + first + cols, zero, mask=first + cols < width, eviction_policy="evict_first")
+    full = start + (stop - start) // BLOCK * BLOCK
+    for first in range(start, full, BLOCK):
+        tl.store(OUT + first + cols, zero, eviction_policy="evict_first")
+    if full < stop:
+        tl.store(OUT + full + cols, zero, mask=full + cols < stop, eviction_policy="evict_first")

@@ -18,7 +18,7 @@ except ImportError as error:
 
 from ..codegen.triton import facts
 from ..triton_kernels import kernels
-from ..triton_kernels.config import Config, config_for
+from ..triton_kernels.config import MAX_REGISTERS, Config, config_for
 from .triton_programs import program_function
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,8 +66,13 @@ def _launch(kernel: Any, programs: int, *args: Any, warps: int, **meta: Any) -> 
 
         with numpy.errstate(all="ignore"):  # it warns of every 0 * inf in a branch that a select then drops
             kernel[(programs,)](*args, **meta)
-    else:  # contraction off: kernels that share a sweep must round alike
-        kernel[(programs,)](*args, **meta, num_warps=warps, enable_fp_fusion=False)
+    else:
+        kernel[(programs,)](*args, **meta, **_options(warps, torch.version.hip is not None))
+
+
+def _options(warps: int, hip: bool) -> dict[str, Any]:
+    # Contraction off: kernels that share a sweep must round alike. Registers bounded, or ptxas spills for an occupancy nobody needs.
+    return {"num_warps": warps, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": MAX_REGISTERS})
 
 
 def _alignment(*tensors: Tensor) -> int:
@@ -99,8 +104,9 @@ class _Call:
             return None
         partial = torch.empty((self.rows.count, self.segments, 4), dtype=torch.float32, device=logits.device)
         _launch(
-            kernels.partial_kernel, self.rows.count * self.segments, logits, ids, temperature, partial, self.t_stride, *self.where, head.vocab_size,
-            self.softcap, head.total(), SEGMENT=self.config.segment, **self.tile, ALIGN=self.align, KEEP=keep, warps=self.config.warps,
+            kernels.partial_kernel, self.rows.count * self.segments, logits, ids, temperature, partial, self.t_stride, *self.where,
+            head.vocab_size, self.softcap, head.total(), SEGMENT=self.config.segment, **self.tile, ALIGN=self.align, KEEP=keep,
+            warps=self.config.warps,
         )  # fmt: skip
         return partial
 
@@ -110,8 +116,8 @@ class _Call:
         """The gradient from a table of row constants, a program each chunk of columns."""
         width, to, chunk = out.size(-1), rows_of(out), self.config.block * 4
         _launch(
-            kernels.gradient_kernel, self.rows.count * -(-width // chunk), logits, out, ids, temperature, table, self.rows.count, self.t_stride,
-            *self.where, to.batch_stride, to.row_stride, head.vocab_size, width, self.softcap, head.vocab_start,
+            kernels.gradient_kernel, self.rows.count * -(-width // chunk), logits, out, ids, temperature, table, self.rows.count,
+            self.t_stride, *self.where, to.batch_stride, to.row_stride, head.vocab_size, width, self.softcap, head.vocab_start,
             ENTROPY=entropy, P_SQ=p_sq, CHUNK=chunk, **self.tile, ALIGN=self.align, EMULATE=self.emulate, warps=self.config.warps,
         )  # fmt: skip
 
@@ -124,8 +130,8 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, st
     call = _Call(logits, temperature, head)
     partial = call.partial(logits, ids, temperature, head, keep=False)
     _launch(
-        kernels.stats_kernel, call.rows.count, logits, ids, temperature, out if partial is None else partial, out, call.rows.count, call.t_stride,
-        *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
+        kernels.stats_kernel, call.rows.count, logits, ids, temperature, out if partial is None else partial, out, call.rows.count,
+        call.t_stride, *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
         STATS=tuple(stats.index(name) if name in stats else -1 for name in _STAT_ORDER), SPLIT=call.split, SEGMENT=call.config.segment,
         **call.tile, ALIGN=call.align, warps=call.config.warps,
     )  # fmt: skip
@@ -145,8 +151,8 @@ def token_grad(
     _launch(
         kernels.prepare_kernel, -(-n // rows), logits, ids, temperature, stats["logp"], stats["lse"], stats.get("entropy", table),
         stats.get("log_sum_p_sq", table), *(table if c is None else c for c in by), table, n, call.t_stride, *call.where, head.vocab_size,
-        call.softcap, head.vocab_start, head.total(), ENTROPY=by[1] is not None, P_SQ=by[3] is not None, BY=tuple(c is not None for c in by),
-        ROWS=rows, **call.meta, warps=rows // _wave(logits.device),
+        call.softcap, head.vocab_start, head.total(), ENTROPY=by[1] is not None, P_SQ=by[3] is not None,
+        BY=tuple(c is not None for c in by), ROWS=rows, **call.meta, warps=rows // _wave(logits.device),
     )  # fmt: skip
     call.gradient(logits, out, ids, temperature, table, head, by[1] is not None, by[3] is not None)
 
@@ -165,9 +171,9 @@ def token_loss_grad(
     to, entropy, p_sq = rows_of(out), "entropy" in known.moves, "log_sum_p_sq" in known.moves
     given = [rows if x is None else x for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)]
     _launch(
-        kernels.loss_grad_kernel, n, logits, out, ids, temperature, inputs.weights, *given, params, rows if partial is None else partial, rows, table,
-        n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None), *call.where, to.batch_stride, to.row_stride,
-        head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
+        kernels.loss_grad_kernel, n, logits, out, ids, temperature, inputs.weights, *given, params,
+        rows if partial is None else partial, rows, table, n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None),
+        *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
         PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in known.reads,
         SPLIT=call.split, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate, warps=call.config.warps,
     )  # fmt: skip

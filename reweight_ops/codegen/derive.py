@@ -46,7 +46,7 @@ def neg(a: Expr) -> Expr:
     if a.op == "where":
         return select(a.args[0], neg(a.args[1]), neg(a.args[2]))
     if a.op == "sub":
-        return a.args[1] - a.args[0]
+        return a.graph.arithmetic("sub", a.args[1], a.args[0])
     return a.args[0] if a.op == "neg" else -a
 
 

@@ -190,7 +190,7 @@ class Expr:
     def __float__(self) -> float:
         raise TypeError(f"math.* or float() on a traced value: use xp.<function> instead; xp has: {', '.join(FUNCTIONS)}.")
 
-    __int__ = __index__ = __complex__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __complex__ = __float__
 
     def __iter__(self) -> Iterator[Any]:
         raise TypeError("a traced value is one number of one token, it cannot be iterated.")

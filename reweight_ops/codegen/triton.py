@@ -94,7 +94,7 @@ def program_py(program: Program) -> str:
         out[0] += f"\nfrom reweight_ops.triton_kernels.rules import {', '.join(sorted(imports))}"
     for name, cls in used.items():
         if name not in imports:
-            out.append(rule_function(cls) if issubclass(cls, Rule) else weight_function(cls))
+            out.append(rule_function(cls) if issubclass(cls, Rule) else weight_function(WEIGHTS[cls.name]))  # type: ignore[attr-defined]
 
     offset = 2  # after the two bounds of the log-ratio
 

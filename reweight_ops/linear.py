@@ -1,0 +1,286 @@
+"""The public ops from hidden states: the same numbers as from logits, which never exist as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .errors import InvalidCall, UnsupportedRequest
+from .head import temperature_rows, vocabulary
+from .keywords import DataOptions, HeadOptions, LinearHeadKeywords, LinearKeywords, all_options, head_options
+from .linear_head import LinearOnePassLoss, LinearStatistics, Settings, default_chunk_rows
+from .loss_call import LossCall, resolve_loss
+from .output import PolicyLossOutput
+from .plans import Choice, Target, choose_plan, middle, named_spec, pick
+from .rows import Rows, describe, resolve_rows
+from .spec import PolicyLossSpec
+
+
+class Lora(NamedTuple):
+    """A low-rank term of the head: ``logits += scale · (hidden @ aᵀ) @ bᵀ``, ``a [r, D]``, ``b [V, r]``. ``W + scale·b·a`` is never built."""
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearOptions:
+    """The keywords of the head itself."""
+
+    lm_head_bias: Any = None
+    logit_scale: float = 1.0
+    logits_dtype: torch.dtype | None = None
+    chunk_rows: int | None = None
+    lora: Lora | None = None
+    row_index: Any = None
+    compact_rows: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearCall:
+    """A resolved head: the rows that are computed (``index`` into all rows, None: all), and everything per row for them."""
+
+    hidden: Tensor  # [M, D]
+    weight: Tensor
+    bias: Tensor | None
+    lora: Lora | None
+    rows: Rows
+    index: Tensor | None
+    temperature: Tensor
+    settings: Settings
+
+    @property
+    def ids(self) -> Tensor:
+        assert self.rows.ids is not None
+        return self.gather(self.rows.ids)
+
+    @property
+    def target(self) -> Target:
+        parts = (self.hidden, self.weight, self.bias, *(self.lora[:2] if self.lora else ()))
+        needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in parts)
+        return Target(self.hidden.device, self.settings.logits_dtype, needs, self.settings.backend)
+
+    def gather(self, row: Tensor) -> Tensor:
+        """``[..., N] -> [..., M]``: the computed rows."""
+        return row if self.index is None else row[..., self.index]
+
+    def scatter(self, row: Tensor) -> Tensor:
+        """``[M] -> [N]``, 0 in the rows that are not computed; differentiable."""
+        if self.index is None:
+            return row
+        return row.new_zeros(self.rows.count).index_put((self.index,), row)
+
+    def head(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
+        """The leading arguments of the autograd Functions."""
+        a, b, scale = self.lora or (None, None, 1.0)
+        return self.hidden, self.weight, self.bias, a, b, float(scale)
+
+    def with_backend(self, backend: str) -> LinearCall:
+        return dataclasses.replace(self, settings=self.settings._replace(backend=backend))
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: bool = False,
+    **keywords: Unpack[LinearHeadKeywords],
+) -> Any:
+    """:func:`token_logps` of ``logits = logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``, a few rows of logits at a time.
+
+    Args:
+        hidden: ``R + (D,)``. lm_head_weight: ``[V, D]`` in the same dtype (or under autocast, which casts as ``F.linear`` does).
+        completion_ids, completion_mask, return_entropy, temperature, softcap, vocab_size, backend: as in :func:`token_logps`.
+        lm_head_bias: ``[V]``. logit_scale: a number, before the soft cap.
+        logits_dtype: dtype of a chunk's logits (default: hidden's). ``torch.float32`` from 16-bit operands rounds once less.
+        chunk_rows: rows a chunk; default: 96 MiB of logits on a CPU, 1 GiB on a GPU, at least 256 rows.
+        lora: ``Lora(a, b, scale)``, a low-rank term of the head.
+        row_index: ``[M]`` int64, flat positions of the rows to compute, known to the host: nothing waits. Rows that are in must be among them.
+        compact_rows: drop the rows that are out before the first GEMM, and rows without a coefficient from the backward ones; one
+            synchronisation per chunk on a GPU, so off there by default and on on a CPU, where it costs nothing.
+
+    Gradients go to hidden, weight, bias and the LoRA factors, exactly those that require one; any upstream gradient, per row too. Backward
+    recomputes a chunk's logits (the memory of one chunk, one more GEMM).
+
+    >>> import torch, reweight_ops as rw
+    >>> rw.linear_token_logps(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 3]))
+    tensor([-1.3863, -1.3863])
+    """
+    op = "linear_token_logps"
+    linear, rest = _split(dict(keywords))
+    options = head_options(op, rest, ("completion_mask", "return_entropy", *_LINEAR))
+    call = _resolve_linear(op, hidden, lm_head_weight, completion_ids, linear, options, {"completion_mask": completion_mask})
+    choice = pick(call.target.device, call.target.dtype, call.target.backend, None)
+    stats = _statistics(call.with_backend(choice.backend), ("logp", "lse", *(("entropy",) if return_entropy else ())))
+    logps = call.rows.unflatten(stats["logp"])
+    return (logps, call.rows.unflatten(stats["entropy"])) if return_entropy else logps
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor | float | None,
+    *,
+    spec: PolicyLossSpec | str,
+    plan: str = "auto",
+    differentiable_outputs: bool = False,
+    **keywords: Unpack[LinearKeywords],
+) -> PolicyLossOutput:
+    """:func:`policy_loss` from hidden states: arguments of :func:`linear_token_logps` and of :func:`policy_loss`.
+
+    ``one_pass`` forms every gradient in forward from three GEMMs a chunk; ``two_pass`` recomputes the logits in backward (four).
+
+    >>> import torch, reweight_ops as rw
+    >>> hidden = torch.zeros(1, 2, 3, requires_grad=True)
+    >>> rw.linear_policy_loss(hidden, torch.ones(4, 3), torch.tensor([[1, 2]]), 1.0, spec="grpo").loss
+    tensor(-1., grad_fn=<...>)
+    """
+    op = "linear_policy_loss"
+    linear, rest = _split(dict(keywords))
+    options, data = all_options(op, rest, ("spec", "plan", "differentiable_outputs", *_LINEAR))
+    named = {"advantages": advantages, **data.named()}
+    head = _resolve_linear(op, hidden, lm_head_weight, completion_ids, linear, options, named, data)
+    call = resolve_loss(head.rows, advantages, named_spec(op, spec), data)
+    choice = choose_plan(call, head.target, plan, differentiable_outputs)
+    head = head.with_backend(choice.backend)
+    if choice.plan == "one_pass":
+        return _one_pass(call, head, choice)
+    needs_p_sq = "log_sum_p_sq" in call.spec.requires
+    stats = _statistics(head, ("logp", "lse", "entropy", *(("log_sum_p_sq",) if needs_p_sq else ())))
+    del stats["lse"]
+    return middle(call, stats, choice.backend, differentiable_outputs)
+
+
+def _statistics(call: LinearCall, names: tuple[str, ...]) -> dict[str, Tensor]:
+    values = LinearStatistics.apply(  # type: ignore[no-untyped-call]
+        *call.head(), call.ids, call.temperature, call.settings, ",".join(names)
+    )
+    return {name: call.scatter(value) for name, value in zip(names, values, strict=True)}
+
+
+def _one_pass(call: LossCall, head: LinearCall, choice: Choice) -> PolicyLossOutput:
+    rows = call.rows
+    inputs = tuple(None if t is None else head.gather(t) for t in call.inputs())
+    loss, table = LinearOnePassLoss.apply(  # type: ignore[no-untyped-call]
+        *head.head(), head.ids, head.temperature, inputs, call.params, call.spec.program_text, head.settings
+    )
+    logp, entropy, _, per_token, by_logp, by_entropy = (head.scatter(row) for row in table.unbind())
+    leaves, by = {"logp": logp, "entropy": entropy}, (by_logp, by_entropy)
+    return PolicyLossOutput(
+        loss, rows.unflatten(logp), rows.unflatten(entropy), "one_pass", choice.backend, call.released(), leaves, per_token, by
+    )
+
+
+_LINEAR = tuple(f.name for f in dataclasses.fields(LinearOptions))
+
+
+def _split(keywords: dict[str, Any]) -> tuple[LinearOptions, dict[str, Any]]:
+    own = {name: value for name, value in keywords.items() if name in _LINEAR}
+    return LinearOptions(**own), {name: value for name, value in keywords.items() if name not in _LINEAR}
+
+
+def _resolve_linear(
+    op: str,
+    hidden: Any,
+    weight: Any,
+    completion_ids: Any,
+    linear: LinearOptions,
+    options: HeadOptions,
+    named: dict[str, Any],
+    data: DataOptions | None = None,
+) -> LinearCall:
+    lora = linear.lora
+    tensors = {
+        "hidden": hidden, "lm_head_weight": weight, "completion_ids": completion_ids, "lm_head_bias": linear.lm_head_bias,
+        "lora.a": lora.a if lora else None, "lora.b": lora.b if lora else None, "temperature": options.temperature, **named,
+    }  # fmt: skip
+
+    def fail(message: str) -> InvalidCall:
+        return InvalidCall(f"{op}: {message} {describe(tensors)}")
+
+    for name, x in (("hidden", hidden), ("lm_head_weight", weight), ("completion_ids", completion_ids)):
+        if not isinstance(x, Tensor):
+            raise fail(f"{name} is a {type(x).__name__}, expected a tensor.")
+    if options.process_group is not None:
+        raise UnsupportedRequest(f"{op}: process_group: vocabulary-parallel heads are not supported yet.")
+    for name in ("consume_logits", "drop_last"):
+        if getattr(options, name):
+            raise fail(f"{name} is for logits; here they are the op's own.")
+    if completion_ids.dtype not in (torch.int32, torch.int64):
+        raise fail(f"completion_ids are {completion_ids.dtype}, expected int32 or int64.")
+    shape, width = tuple(completion_ids.shape), hidden.size(-1)
+    if tuple(hidden.shape) != (*shape, width):
+        raise fail(f"hidden has shape {tuple(hidden.shape)}; completion_ids is {shape}, so expected {shape} + (D,).")
+    if weight.dim() != 2 or weight.size(1) != width:
+        raise fail(f"lm_head_weight has shape {tuple(weight.shape)}, expected (V, {width}).")
+    columns = weight.size(0)
+    if linear.lm_head_bias is not None and tuple(linear.lm_head_bias.shape) != (columns,):
+        raise fail(f"lm_head_bias has shape {tuple(linear.lm_head_bias.shape)}, expected ({columns},).")
+    if lora is not None and (lora.a.shape != (lora.b.size(-1), width) or lora.b.size(0) != columns):
+        raise fail(f"lora: a {tuple(lora.a.shape)} and b {tuple(lora.b.shape)}, expected (r, {width}) and ({columns}, r).")
+
+    hidden, weight, bias, lora = _autocast(hidden, weight, linear.lm_head_bias, lora)
+    for name, x in (
+        ("lm_head_weight", weight),
+        ("lm_head_bias", bias),
+        ("lora.a", lora.a if lora else None),
+        ("lora.b", lora.b if lora else None),
+    ):
+        if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
+            raise fail(f"{name} is {x.dtype} on {x.device}, hidden {hidden.dtype} on {hidden.device}: cast one, or use autocast.")
+    if not hidden.is_floating_point() or hidden.dtype.itemsize < 2:
+        raise fail(f"hidden is {hidden.dtype}, expected fp16, bf16, fp32 or fp64.")
+    logits_dtype = hidden.dtype if linear.logits_dtype is None else linear.logits_dtype
+    if logits_dtype not in (hidden.dtype, torch.float32) or logits_dtype.itemsize < hidden.dtype.itemsize:
+        raise fail(f"logits_dtype is {logits_dtype}, expected {hidden.dtype} or torch.float32.")
+    if not (isinstance(linear.logit_scale, (int, float)) and math.isfinite(linear.logit_scale) and linear.logit_scale > 0):
+        raise fail(f"logit_scale is {linear.logit_scale!r}, expected a positive number.")
+    if linear.chunk_rows is not None and linear.chunk_rows < 1:
+        raise fail(f"chunk_rows is {linear.chunk_rows}, expected at least 1.")
+
+    vocab_size, softcap = vocabulary(options, columns, fail)
+    row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
+    rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, vocab_size, data.validate if data is not None else False)
+    # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s: the scale costs no pass and no rounding.
+    temperature = temperature_rows(rows, options.temperature, fail) / linear.logit_scale
+    index, compact = _row_index(rows, linear, fail)
+    flat = hidden.reshape(-1, width)
+    flat = flat if index is None else flat[index]
+    if index is not None and temperature.size(-1) != 1:
+        temperature = temperature[index]
+    chunk = linear.chunk_rows or default_chunk_rows(flat.size(0), columns, logits_dtype, hidden.device)
+    settings = Settings(vocab_size, softcap / linear.logit_scale, options.backend, chunk, logits_dtype, compact)
+    return LinearCall(flat, weight, bias, lora, rows, index, temperature, settings)
+
+
+def _row_index(rows: Rows, linear: LinearOptions, fail: Any) -> tuple[Tensor | None, bool]:
+    """The rows to compute, and whether rows may be counted on the host."""
+    on_host = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    compact = on_host if linear.compact_rows is None else linear.compact_rows
+    if linear.row_index is not None:
+        index = linear.row_index
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64:
+            raise fail("row_index must be a tensor [M] of int64.")
+        return index, compact
+    if not compact:
+        return None, False
+    index = rows.keep.nonzero()[:, 0]
+    return (index if index.numel() < rows.count else None), True
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None) -> tuple[Tensor, Tensor, Tensor | None, Lora | None]:
+    """What ``F.linear`` does under autocast: operands in the autocast dtype, gradients back in their own."""
+    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
+        return hidden, weight, bias, lora
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    lora = lora and Lora(lora.a.to(dtype), lora.b.to(dtype), lora.scale)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora
