@@ -22,6 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from reweight_ops import _C
+
 from .cases import Case, cases
 from .measure import Memory, foreign_load, run_case
 from .providers import Provider, providers
@@ -62,12 +64,7 @@ def machine(device: str) -> dict[str, Any]:
         "commit": git("rev-parse", "--short", "HEAD") + (" (modified)" if git("status", "--porcelain", "--untracked-files=no") else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    try:
-        from reweight_ops import _C
-
-        found["extension"] = {**_C.build_info(), "level": _C.level()}
-    except ImportError:
-        found["extension"] = None
+    found["extension"] = {**_C.build_info(), "level": _C.level()}
     return found
 
 
