@@ -14,9 +14,20 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from reweight_ops import _C
+
+from .cases import Case, cases
+from .measure import Memory, foreign_load, run_case
+from .providers import Provider, providers
+from .report import plot, print_tables
 
 HERE = Path(__file__).parent
 
@@ -53,24 +64,35 @@ def machine(device: str) -> dict[str, Any]:
         "commit": git("rev-parse", "--short", "HEAD") + (" (modified)" if git("status", "--porcelain", "--untracked-files=no") else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    try:
-        from reweight_ops import _C
-
-        found["extension"] = {**_C.build_info(), "level": _C.level()}
-    except ImportError:
-        found["extension"] = None
+    found["extension"] = {**_C.build_info(), "level": _C.level()}
     return found
 
 
+def quietest(case: Case, who: list[Provider], options: argparse.Namespace, progress: Progress, task: TaskID) -> dict[str, Any]:
+    """One case, measured when others leave the machine alone; up to three times, of which the quietest counts."""
+    best: dict[str, Any] | None = None
+    memory = None if options.no_memory else Memory(case.device)
+    start = progress.tasks[task].completed
+    for _ in range(3):
+        load, give_up = foreign_load(), time.monotonic() + options.patience
+        next(load)
+        while time.monotonic() < give_up:
+            time.sleep(2)
+            if next(load) <= options.quiet:
+                break
+        progress.update(task, completed=start)
+        results, limits, busy = run_case(case, who, options.rounds, memory, lambda: progress.advance(task))
+        entry = {"name": case.name, "case": asdict(case), "logits_bytes": case.logits_bytes, "foreign_load": busy, "limits": asdict(limits)}
+        entry["results"] = [r.to_json() for r in results]
+        if best is None or busy < best["foreign_load"]:
+            best = entry
+        if busy <= options.quiet:
+            break
+    assert best is not None
+    return best
+
+
 def measure(options: argparse.Namespace) -> Path:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from .cases import cases
-    from .measure import Memory, foreign_load, run_case
-    from .providers import providers
-    from .report import plot, print_tables
-
     chosen = [
         c
         for c in cases(options.device)
@@ -84,28 +106,16 @@ def measure(options: argparse.Namespace) -> Path:
     ]
     document: dict[str, Any] = {"machine": machine(options.device), "rounds": options.rounds, "cases": []}
     console = Console(stderr=True)
-    load = foreign_load()
+    pages = "huge-pages" if document["machine"]["huge_pages"] else "default-pages"
+    path = Path(options.out) / f"{options.device}-{pages}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
         steps = sum((options.rounds + 1) * sum(p.serves(c) for p in who) for c in chosen)
         task = progress.add_task("", total=steps)
         for case in chosen:
             progress.update(task, description=case.name)
-            next(load)
-            results, limits = run_case(
-                case, who, options.rounds, None if options.no_memory else Memory(case.device), lambda: progress.advance(task)
-            )
-            entry = {
-                "name": case.name,
-                "case": asdict(case),
-                "logits_bytes": case.logits_bytes,
-                "foreign_load": next(load),
-                "limits": asdict(limits),
-            }
-            document["cases"].append({**entry, "results": [r.to_json() for r in results]})
-    pages = "huge-pages" if document["machine"]["huge_pages"] else "default-pages"
-    path = Path(options.out) / f"{options.device}-{pages}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+            document["cases"].append(quietest(case, who, options, progress, task))
+            path.write_text(json.dumps(document, indent=1) + "\n")  # after each case: an interrupted run keeps what it has
     plot(document, path.with_suffix(".png"))
     print_tables(document)
     return path
@@ -125,13 +135,13 @@ def main() -> None:
         choices=("both", "default", "huge"),
         help="huge: THP_MEM_ALLOC_ENABLE=1, which PyTorch reads at its start",
     )
+    parser.add_argument("--quiet", type=float, default=0.05, help="share of the processor that others may use while a case is measured")
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for that before each try")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak of resident memory")
     parser.add_argument("--out", default=str(HERE / "results"))
     parser.add_argument("--show", help="print the table of a result file and measure nothing")
     options = parser.parse_args()
     if options.show:
-        from .report import print_tables
-
         print_tables(json.loads(Path(options.show).read_text()))
         return
     kinds = ("default", "huge") if options.pages == "both" and options.device == "cpu" else (options.pages,)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reweight_ops import _C
+
 ENTROPY_COEF = 0.01
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -44,7 +46,8 @@ def cases(device: str = "cpu") -> list[Case]:
 
 @dataclass
 class Data:
-    """One case's tensors. ``logits`` [B, T, V] is scratch: ``restore`` fills it again after somebody wrote over it."""
+    """One case's tensors. ``logits`` [B, T, V] is scratch: ``restore`` fills it again after somebody wrote over it, and leaves nothing of it
+    in a cache (the code stays warm)."""
 
     case: Case
     logits: Tensor
@@ -55,6 +58,9 @@ class Data:
 
     def restore(self) -> None:
         self.logits.copy_(self.pristine)
+        if not self.logits.is_cuda:  # a GPU's caches are small beside the copy
+            for t in (self.logits, self.pristine):
+                _C.stream("flush", t.data_ptr(), 0, t.numel() * t.element_size() // 4, torch.get_num_threads())
 
 
 def make_data(case: Case) -> Data:

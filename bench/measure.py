@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reweight_ops import _C
+
 from .cases import ENTROPY_COEF, Case, Data, make_data
 from .providers import Absent, Job, Provider
 
@@ -148,8 +150,6 @@ def _limit_jobs(data: Data) -> dict[str, Callable[[], Any]]:
     z, other = data.logits, data.pristine
     if z.is_cuda:
         return {"read": lambda: z.view(torch.int32).max(), "update": lambda: z.neg_(), "copy": lambda: z.copy_(other)}
-    from reweight_ops import _C
-
     n, threads = data.case.logits_bytes // 4, torch.get_num_threads()
     return {kind: (lambda kind=kind: _C.stream(kind, z.data_ptr(), other.data_ptr(), n, threads)) for kind in ("read", "update")} | {
         "copy": lambda: _C.stream("copy", other.data_ptr(), z.data_ptr(), n, threads)
@@ -184,6 +184,8 @@ def run_case(
         tick()
     limits, probes = Limits(), _limit_jobs(data)
     by_name = {r.provider: r for r in results}
+    load = foreign_load()
+    next(load)
     for _ in range(rounds):
         for kind, probe in probes.items():
             data.restore()
@@ -192,7 +194,7 @@ def run_case(
             data.restore()
             by_name[name].ms.append(_clock(case.device, job))
             tick()
-    return results, limits
+    return results, limits, next(load)
 
 
 # ---- the surroundings

@@ -36,9 +36,10 @@ void apply_weight_to(const std::string& name, Address leaves, Address params, Ad
     }
 }
 
+/// `kind`: read, update (in place), copy (a to b), flush (drop a from the caches).
 void stream(const std::string& kind, Address a, Address b, int64_t floats, int threads) {
-    const Stream which = kind == "read" ? Stream::read : kind == "update" ? Stream::update : Stream::copy;
-    active_level().kernels->stream(which, at(a), at(b), floats, threads);
+    static const char* const kinds[] = {"read", "update", "copy", "flush"};
+    active_level().kernels->stream(static_cast<Stream>(find(kinds, 4, kind, "stream")), at(a), at(b), floats, threads);
 }
 
 py::dict build_info() {

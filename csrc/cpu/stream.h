@@ -8,7 +8,7 @@
 namespace reweight_ops {
 namespace {
 
-/// One pass over n floats in equal parts per thread, by the widest loads and stores of this level.
+/// One pass over n floats in equal parts per thread, by the widest loads and stores of this level. `flush` drops them from every cache.
 inline void stream(Stream kind, float* a, float* b, int64_t n, int threads) {
     constexpr int64_t kStep = 8 * kWidth;
     const int64_t steps = n / kStep;
@@ -27,6 +27,9 @@ inline void stream(Stream kind, float* a, float* b, int64_t n, int threads) {
                 if (kind == Stream::read) seen = max(seen, load(a + j));
                 if (kind == Stream::update) store(a + j, load(a + j) * grow);
                 if (kind == Stream::copy) store(b + j, load(a + j));
+#if defined(__x86_64__)
+                if (kind == Stream::flush) _mm_clflush(a + j);
+#endif
             }
         }
         if (largest(seen) == 1.2345e30f) a[0] = 0.0f;  // never: without it the reads could be left out

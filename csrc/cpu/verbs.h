@@ -5,7 +5,7 @@
 
 namespace reweight_ops {
 
-enum class Stream : int { read = 0, update = 1, copy = 2 };
+enum class Stream : int { read = 0, update = 1, copy = 2, flush = 3 };
 
 struct Kernels {
     void (*token_stats)(const StatsCall&);
