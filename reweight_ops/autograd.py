@@ -80,6 +80,7 @@ class OnePassLoss(torch.autograd.Function):
             rows, grad = library.token_loss_grad_(*arguments), logits
         else:
             rows, grad = library.token_loss_grad(*arguments)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad)
         ctx.spent = False
         ctx.mark_non_differentiable(rows)
@@ -87,7 +88,9 @@ class OnePassLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _rows: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _rows: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 7
         if not torch.compiler.is_compiling():
             if ctx.spent:
                 raise ReweightOpsError(
@@ -96,5 +99,5 @@ class OnePassLoss(torch.autograd.Function):
                 )
             ctx.spent = True
         (grad,) = ctx.saved_tensors
-        library.scale_(grad, upstream)
+        library.scale(grad, upstream)
         return grad, None, None, None, None, None, None

@@ -1,21 +1,43 @@
 """The package's custom ops: the verbs of a backend as ``torch.ops.reweight_ops.*``, with fakes, so that torch.compile sees through.
 
 Every op takes logits of shape ``R + (V,)`` (``drop_last``: one position more), flat ``[N]`` rows, and a backend's name. The mutating ones
-write the gradient over the logits and, being ops, bump the version counter: an earlier autograd user of the logits then raises.
+write the gradient over the logits and bump the version counter: an earlier autograd user of the logits then raises.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.autograd.graph import increment_version
+from torch.library import Library, infer_schema
 
 from .backends.base import LOSS_ROWS, Head, Program, RowInputs
 from .backends.select import load
 
-_NAMESPACE = "reweight_ops"
+_library = Library("reweight_ops", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _op(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Define the op of that name, for every device. Not ``torch.library.custom_op``: its layers for autograd (ours is in :mod:`.autograd`)
+    and for default arguments are Python too, and cost as much as everything else that a call does."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        name = function.__name__
+        _library.define(name + infer_schema(function, mutates_args=mutates))  # type: ignore[no-untyped-call]
+        # A compiled graph that calls the op must not be traced any further.
+        _library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"reweight_ops::{name}", fake, lib=_library)
+        return getattr(torch.ops.reweight_ops, name).default
+
+    return register
+
+
+def _changed(tensor: Tensor) -> None:
+    if not tensor.is_inference():
+        increment_version(tensor)
 
 
 def _rows(logits: Tensor, drop_last: bool) -> Tensor:
@@ -31,19 +53,34 @@ def _clear_last(out: Tensor, drop_last: bool) -> None:
         out[..., -1, :].zero_()
 
 
-@custom_op(f"{_NAMESPACE}::token_stats", mutates_args=())
+def _fake_stats(
+    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
+) -> Tensor:
+    return logits.new_empty((len(stats.split(",")), ids.numel()), dtype=_row_dtype(logits))
+
+
+def _fake_grad(logits: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _fake_rows(logits: Tensor, ids: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty((len(LOSS_ROWS), ids.numel()), dtype=_row_dtype(logits))
+
+
+def _fake_rows_and_grad(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _fake_rows(logits, ids), _fake_grad(logits)
+
+
+def _fake_nothing(*args: Any) -> None:
+    return None
+
+
+@_op(_fake_stats)
 def token_stats(
     logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
 ) -> Tensor:
     head = Head(vocab_size, softcap)
     return load(backend).token_stats(_rows(logits, drop_last), ids, temperature, head, tuple(stats.split(",")))
-
-
-@token_stats.register_fake
-def _(
-    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
-) -> Tensor:
-    return logits.new_empty((len(stats.split(",")), ids.numel()), dtype=_row_dtype(logits))
 
 
 def _grad_into(
@@ -63,7 +100,7 @@ def _grad_into(
     _clear_last(out, drop_last)
 
 
-@custom_op(f"{_NAMESPACE}::token_grad", mutates_args=())
+@_op(_fake_grad)
 def token_grad(
     logits: Tensor,
     ids: Tensor,
@@ -87,12 +124,7 @@ def token_grad(
     return out
 
 
-@token_grad.register_fake
-def _(logits: Tensor, *args: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-@custom_op(f"{_NAMESPACE}::token_grad_", mutates_args=("logits",))
+@_op(_fake_nothing, mutates=("logits",))
 def token_grad_(
     logits: Tensor,
     ids: Tensor,
@@ -110,13 +142,9 @@ def token_grad_(
     drop_last: bool,
     backend: str,
 ) -> None:
+    _changed(logits)
     stats, coefs = [logp, lse, entropy, log_sum_p_sq], [by_logp, by_entropy, by_lse, by_log_sum_p_sq]
     _grad_into(logits, logits, ids, temperature, Head(vocab_size, softcap), drop_last, stats, coefs, backend)
-
-
-@token_grad_.register_fake
-def _(*args: Any) -> None:
-    return None
 
 
 def _loss_grad_into(
@@ -137,7 +165,7 @@ def _loss_grad_into(
     return rows
 
 
-@custom_op(f"{_NAMESPACE}::token_loss_grad", mutates_args=())
+@_op(_fake_rows_and_grad)
 def token_loss_grad(
     logits: Tensor,
     ids: Tensor,
@@ -159,12 +187,7 @@ def token_loss_grad(
     return _loss_grad_into(out, logits, ids, temperature, Head(vocab_size, softcap), drop_last, inputs, program, params, backend), out
 
 
-@token_loss_grad.register_fake
-def _(logits: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return logits.new_empty((len(LOSS_ROWS), ids.numel()), dtype=_row_dtype(logits)), logits.new_empty(logits.shape)
-
-
-@custom_op(f"{_NAMESPACE}::token_loss_grad_", mutates_args=("logits",))
+@_op(_fake_rows, mutates=("logits",))
 def token_loss_grad_(
     logits: Tensor,
     ids: Tensor,
@@ -181,25 +204,19 @@ def token_loss_grad_(
     drop_last: bool,
     backend: str,
 ) -> Tensor:
+    _changed(logits)
     inputs = RowInputs(weights, old_logp, adv, ref_logp, sampling_logp)
     return _loss_grad_into(logits, logits, ids, temperature, Head(vocab_size, softcap), drop_last, inputs, program, params, backend)
 
 
-@token_loss_grad_.register_fake
-def _(logits: Tensor, ids: Tensor, *args: Any) -> Tensor:
-    return logits.new_empty((len(LOSS_ROWS), ids.numel()), dtype=_row_dtype(logits))
-
-
-@custom_op(f"{_NAMESPACE}::scale_", mutates_args=("grad",))
-def scale_(grad: Tensor, factor: Tensor) -> None:
-    """``grad *= factor`` for a scalar upstream gradient; no memory is touched when it is exactly 1."""
-    if factor.device.type == "cpu":
-        if factor.item() != 1:
-            grad.mul_(factor)
-    else:
+def scale(grad: Tensor, factor: Tensor) -> None:
+    """``grad *= factor`` for a scalar upstream gradient; on the CPU no memory is touched when it is exactly 1."""
+    if torch.compiler.is_compiling():
+        scale_(grad, factor)
+    elif grad.device.type != "cpu" or factor.item() != 1:
         grad.mul_(factor)
 
 
-@scale_.register_fake
-def _(*args: Any) -> None:
-    return None
+@_op(_fake_nothing, mutates=("grad",))
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    scale(grad, factor)

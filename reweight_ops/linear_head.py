@@ -260,5 +260,5 @@ class LinearOnePassLoss(torch.autograd.Function):
         results = [next(saved) if given else None for given in ctx.given]
         for g in results:
             if g is not None:
-                library.scale_(g, upstream)
+                library.scale(g, upstream)
         return (*results, *(None,) * 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,17 +195,21 @@ def resolve_rows(
             raise UnsupportedRequest(f"{op}: {name} is a {type(t).__name__}; tensor subclasses are not supported, pass the local tensor.")
     sequences = _sequences(op, shape, device, tensors)
     ids = tensors.get("completion_ids")
+    masks = []
     if tensors.get("completion_mask") is not None:
-        keep = _mask(op, "completion_mask", tensors["completion_mask"], shape, tensors)
+        masks.append(_mask(op, "completion_mask", tensors["completion_mask"], shape, tensors))
+    if sequences is not None and sequences.index is not None:
+        masks.append(sequences.index < sequences.count)
+    if ids is not None:
+        ids = ids.reshape(-1).long()
+        if masks:
+            ids = torch.where(functools.reduce(torch.logical_and, masks), ids, OUT)
+        keep = ids != OUT
+        _check_ids(op, ids, vocab_total, validate, tensors)
+    elif masks:
+        keep = functools.reduce(torch.logical_and, masks)
     else:
         keep = torch.ones(math.prod(shape), dtype=torch.bool, device=device)
-    if sequences is not None and sequences.index is not None:
-        keep = keep & (sequences.index < sequences.count)
-    if ids is not None:
-        ids = ids.reshape(-1)
-        keep = keep & (ids != OUT)
-        ids = torch.where(keep, ids.long(), OUT)
-        _check_ids(op, ids, vocab_total, validate, tensors)
     denominator = keep
     if tensors.get("denominator_mask") is not None:
         denominator = _mask(op, "denominator_mask", tensors["denominator_mask"], shape, tensors)
@@ -220,6 +225,9 @@ def _check_ids(op: str, ids: Tensor, vocab_total: int, validate: bool, tensors: 
     readable = ids.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(ids)
     if not (validate or readable) or ids.device.type == "meta" or not ids.numel():
         return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low >= 0 and high < vocab_total:
+        return  # the usual case, in one sweep
     bad = ((ids < 0) & (ids != OUT)) | (ids >= vocab_total)
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])

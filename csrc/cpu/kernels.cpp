@@ -117,7 +117,7 @@ void token_stats(const StatsCall& call) {
     const auto put = [](float* to, int64_t i, float value) {
         if (to) to[i] = value;
     };
-    for_each_row(call.rows, call.vocab_size, threads_for(call.rows, call.vocab_size, call.threads), [&](int, int64_t i, int64_t) {
+    for_each_row(call.rows, call.vocab_size, threads_for(call.rows, call.vocab_size, call.threads), [&](int64_t i, int64_t) {
         RowStats s{};
         if (is_invalid(call, i)) {
             const float bad = is_out(call, i) ? 0.0f : kNaN;
@@ -152,7 +152,7 @@ void token_grad(const GradCall& call) {
     const Softcap softcap(call.softcap);
     const bool stream = streams(call, sizeof(T));
     const auto get = [](const float* from, int64_t i) { return from ? from[i] : 0.0f; };
-    for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int, int64_t i, int64_t) {
+    for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int64_t i, int64_t) {
         T* g = (T*)call.out + call.out_strides.offset(i);
         if (is_invalid(call, i)) {
             fill(g, call.columns, 0.0f);
@@ -187,7 +187,7 @@ template <class T, bool kFull>
 void token_loss_grad(const LossGradCall& call) {
     const Softcap softcap(call.softcap);
     const bool stream = streams(call, sizeof(T));
-    for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int, int64_t i, int64_t next) {
+    for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int64_t i, int64_t next) {
         T* g = (T*)call.out + call.out_strides.offset(i);
         const Fetch ahead{(const char*)((const T*)call.logits + call.strides.offset(next < call.rows ? next : i)), 2};
         RowStats s{};

@@ -1,4 +1,4 @@
-// One parallel region per call, rows handed out one chunk at a time.
+// One parallel region per call, a contiguous part of the rows per thread.
 //
 // OpenMP, because PyTorch runs on it: the same worker threads serve both, and no second pool competes with threads that still spin.
 #pragma once
@@ -29,22 +29,57 @@ inline int threads_for(int64_t rows, int64_t columns, int wanted) {
 #endif
 }
 
-/// body(worker, row) for each row. Dynamic: masked rows cost nothing, others a full sweep, and a busy core must not hold up the rest.
+/// A run of chunks. Its owner takes from the front; threads that have none left take from the back.
+class Run {
+public:
+    void reset(uint32_t begin, uint32_t end) { ends_.store(uint64_t(end) << 32 | begin, std::memory_order_relaxed); }
+
+    /// The next chunk from the front, or from the back; -1 if none is left.
+    int64_t take(bool front) {
+        uint64_t seen = ends_.load(std::memory_order_relaxed);
+        for (;;) {
+            const uint32_t begin = uint32_t(seen), end = uint32_t(seen >> 32);
+            if (begin >= end) return -1;
+            const uint64_t left = front ? uint64_t(end) << 32 | (begin + 1) : uint64_t(end - 1) << 32 | begin;
+            if (ends_.compare_exchange_weak(seen, left, std::memory_order_relaxed)) return front ? begin : end - 1;
+        }
+    }
+
+private:
+    alignas(64) std::atomic<uint64_t> ends_{0};
+};
+
+/// body(row, the row after it) for each row. Every thread has a contiguous part, so that two of them rarely touch (or, in new memory, fault in
+/// and clear) one huge page; one that is done helps the others: masked rows cost nothing, others a full sweep, and a busy core must not hold up
+/// the rest.
 template <class Body>
 void for_each_row(int64_t rows, int64_t columns, int threads, const Body& body) {
-    const int64_t chunk = columns < kChunkElements ? kChunkElements / (columns > 0 ? columns : 1) : 1;
     if (threads <= 1) {
-        for (int64_t i = 0; i < rows; ++i) body(0, i, i + 1);
+        for (int64_t i = 0; i < rows; ++i) body(i, i + 1);
         return;
     }
 #ifdef _OPENMP
-    std::atomic<int64_t> next{0};
+    constexpr int kMostThreads = 256;
+    threads = threads < kMostThreads ? threads : kMostThreads;
+    int64_t chunk = columns < kChunkElements ? kChunkElements / (columns > 0 ? columns : 1) : 1;
+    while (rows / chunk >= int64_t(1) << 31) chunk *= 2;
+    const int64_t chunks = (rows + chunk - 1) / chunk;
+    Run runs[kMostThreads];
+    for (int t = 0; t < threads; ++t) runs[t].reset(uint32_t(chunks * t / threads), uint32_t(chunks * (t + 1) / threads));
 #pragma omp parallel num_threads(threads)
-    for (int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed); begin < rows;) {
-        const int64_t following = next.fetch_add(chunk, std::memory_order_relaxed);
-        const int64_t end = begin + chunk < rows ? begin + chunk : rows;
-        for (int64_t i = begin; i < end; ++i) body(omp_get_thread_num(), i, i + 1 < end ? i + 1 : following);
-        begin = following;
+    {
+        const int self = omp_get_thread_num();
+        const auto take = [&] {
+            int64_t found = self < threads ? runs[self].take(true) : -1;
+            for (int other = 1; found < 0 && other <= threads; ++other) found = runs[(self + other) % threads].take(false);
+            return found;
+        };
+        for (int64_t now = take(); now >= 0;) {
+            const int64_t following = take();  // taken early, so that its first row can be fetched
+            const int64_t end = (now + 1) * chunk < rows ? (now + 1) * chunk : rows;
+            for (int64_t i = now * chunk; i < end; ++i) body(i, i + 1 < end ? i + 1 : following < 0 ? rows : following * chunk);
+            now = following;
+        }
     }
 #endif
 }
