@@ -56,6 +56,7 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "real_time": os.sched_getscheduler(0) == os.SCHED_FIFO,  # `chrt -f 50`: nobody else gets a core while a case is measured
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),

@@ -198,10 +198,6 @@ inline void load2(const float* p, Vec& a, Vec& b) {
     a = load(p);
     b = load(p + kWidth);
 }
-inline void store2(float* p, Vec a, Vec b) {
-    store(p, a);
-    store(p + kWidth, b);
-}
 
 inline void load2(const Bf16* p, Vec& even, Vec& odd) {
     const VecU pairs = load<VecU>(p);
@@ -214,15 +210,15 @@ inline VecU round_to_bf16(Vec v) {
     const VecU u = (VecU)v;
     return select(v == v, u + (0x7fffu + ((u >> 16) & 1u)), u | 0x400000u);
 }
-inline void store2(Bf16* p, Vec even, Vec odd) {
+inline VecU pack(const Bf16*, Vec even, Vec odd) {
 #if defined(__AVX512BF16__)
     // One instruction rounds both; it leaves the even columns in the lower half, so interleave. Results below 2^-126 become 0.
     alignas(64) static const uint16_t order[32] = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                    8,  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
+    return (VecU)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
 #else
-    store(p, (round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xffff0000u));
+    return (round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xffff0000u);
 #endif
 }
 
@@ -231,18 +227,17 @@ inline void load2(const F16* p, Vec& a, Vec& b) {
     a = _mm512_cvtph_ps(load<__m256i>(p));
     b = _mm512_cvtph_ps(load<__m256i>(p + 16));
 }
-inline void store2(F16* p, Vec a, Vec b) {
-    store(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-    store(p + 16, _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
+inline VecU pack(const F16*, Vec a, Vec b) {
+    const __m256i low = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT), high = _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
+    return (VecU)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 #elif defined(__AVX2__)
 inline void load2(const F16* p, Vec& a, Vec& b) {
     a = _mm256_cvtph_ps(load<__m128i>(p));
     b = _mm256_cvtph_ps(load<__m128i>(p + 8));
 }
-inline void store2(F16* p, Vec a, Vec b) {
-    store(p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-    store(p + 8, _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
+inline VecU pack(const F16*, Vec a, Vec b) {
+    return (VecU)_mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 // By bits: compilers do not vectorise _Float16 without hardware for it, and then it takes 40 ns an element.
@@ -265,23 +260,36 @@ inline void load2(const F16* p, Vec& even, Vec& odd) {
     even = widen_f16(pairs & 0xffffu);
     odd = widen_f16(pairs >> 16);
 }
-inline void store2(F16* p, Vec even, Vec odd) { store(p, narrow_f16(even) | narrow_f16(odd) << 16); }
+inline VecU pack(const F16*, Vec even, Vec odd) { return narrow_f16(even) | narrow_f16(odd) << 16; }
 #endif
 
-/// store2 past the caches, where the level can; p must be aligned to 64 bytes.
+inline void store2(float* p, Vec a, Vec b) {
+    store(p, a);
+    store(p + kWidth, b);
+}
+template <class T>
+inline void store2(T* p, Vec a, Vec b) {
+    store(p, pack(p, a, b));
+}
+
+/// store past the caches, where the level can; p must be aligned to the vector.
+template <class V>
+inline void stream(void* p, V v) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+    _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+    store(p, v);
+#endif
+}
+inline void stream2(float* p, Vec a, Vec b) {
+    stream(p, a);
+    stream(p + kWidth, b);
+}
 template <class T>
 inline void stream2(T* p, Vec a, Vec b) {
-#if defined(__AVX512F__)
-    alignas(64) T both[2 * kWidth];
-    store2(both, a, b);
-    for (size_t i = 0; i < sizeof both; i += 64) _mm512_stream_si512((__m512i*)((char*)p + i), _mm512_load_si512((char*)both + i));
-#elif defined(__AVX2__)
-    alignas(32) T both[2 * kWidth];
-    store2(both, a, b);
-    for (size_t i = 0; i < sizeof both; i += 32) _mm256_stream_si256((__m256i*)((char*)p + i), _mm256_load_si256((__m256i*)((char*)both + i)));
-#else
-    store2(p, a, b);
-#endif
+    stream(p, pack(p, a, b));
 }
 /// Makes streamed stores visible to other threads.
 inline void stream_fence() {
