@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,11 @@ def make_batch(
         batch["ref_per_token_logps"] = (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
     if "sampling_logp" in spec.requires:
         batch["sampling_per_token_logps"] = (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
+    if any(r.reads_groups for r in spec.reductions):
+        sequences = math.prod(shape[:-1])
+        batch["group_ids"], batch["num_groups"] = (torch.arange(sequences) * 2 // sequences).to(device), 2
+        sign = torch.where(torch.arange(sequences) % 2 == 0, 1.0, -1.0).view(*shape[:-1], 1)  # both labels in both groups
+        batch["advantages"] = (normal(*shape).abs() * sign).to(device, row)
     if isinstance(spec.ratio, SegmentRatio):
         batch["segment_ids"] = (torch.arange(shape[-1]) // 3).expand(shape).contiguous().to(device)
     _assert_meaningful(spec, batch, logp)
