@@ -24,7 +24,7 @@ EXTRA = {
     "current_ar_exact": rw.methods.grpo().with_weight(rw.weights.CurrentAdvantageReweighting(detach=False)),
     "verl_kl": rw.methods.verl("vanilla", use_kl_loss=True, kl_loss_type="k3+", entropy_coeff=0.01),
 }
-SPECS = {name: rw.method(name) for name in METHODS} | EXTRA
+SPECS = {name: rw.METHODS[name].build() for name in METHODS} | EXTRA
 ONE_PASS = [name for name, spec in SPECS.items() if spec.one_pass_obstacle is None]
 
 

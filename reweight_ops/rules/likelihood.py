@@ -56,8 +56,11 @@ class NPO(Rule):
     beta: float = 0.1
 
     def loss(self, xp, t):
+        # log(1 + exp(x)) without overflow, and with its slope of 1/2 at x = 0, where training starts.
         x = self.beta * t.log_ratio
-        return 2 / self.beta * (xp.maximum(x, 0.0) + xp.log1p(xp.exp(-xp.abs(x))))
+        positive = x > 0
+        above = x + xp.log1p(xp.exp(-xp.where(positive, x, 0.0)))
+        return 2 / self.beta * xp.where(positive, above, xp.log1p(xp.exp(xp.where(positive, 0.0, x))))
 
 
 @rule("likelihood_ratio", kind="any")
