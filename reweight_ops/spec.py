@@ -89,6 +89,13 @@ class PolicyLossSpec:
         return (self.reduction, *(p.reduction or self.reduction for p in self.penalties))
 
     @property
+    def couples_rows(self) -> bool:
+        """Whether a row's coefficients depend on the statistics of others."""
+        formulas = (*self.all_weights, *self._inner_formulas())
+        batch = any(trace_weight(type(w)).uses_batch for w in formulas)
+        return self.ratio.level != "token" or batch or any(r.coupled for r in self.reductions)
+
+    @property
     def program(self) -> Program:
         """What a one-pass kernel evaluates in the row."""
         return self._program  # type: ignore[attr-defined,no-any-return]

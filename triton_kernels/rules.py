@@ -152,10 +152,11 @@ def rule_nll(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, l
 def rule_npo(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, beta):
     v0 = 2.0 / beta
     v1 = beta * log_ratio
-    v2 = math.exp(-math.abs(v1))
-    v3 = (beta * v2) / (v2 + 1.0)
-    v4 = tl.where(0.0 <= v1, beta, 0.0) + tl.where(0.0 < v1, -v3, tl.where(v1 < 0.0, v3, 0.0))
-    return v0 * (math.maximum(v1, 0.0) + math.log1p(v2)), 0.0, tl.where(v4 == 0.0, 0.0, v4 * v0), 0.0, 0.0
+    v2 = 0.0 < v1
+    v3 = math.exp(-tl.where(v2, v1, 0.0))
+    v4 = math.exp(tl.where(v2, 0.0, v1))
+    v5 = beta + tl.where(v2, -((beta * v3) / (v3 + 1.0)), 0.0)
+    return v0 * tl.where(v2, v1 + math.log1p(v3), math.log1p(v4)), 0.0, tl.where(v2, tl.where(v5 == 0.0, 0.0, v5 * v0), tl.where(v2, 0.0, ((beta * v4) / (v4 + 1.0)) * v0)), 0.0, 0.0
 
 
 @triton.jit
