@@ -119,7 +119,8 @@ class GeometricMeanRatio(SequenceRatio):
     def _drift(self, logp: Tensor, old_logp: Tensor, adv: Tensor | None) -> Tensor:
         assert adv is not None, "the surrogate reads advantages"
         drift = logp - old_logp
-        low, high = torch.as_tensor(self.epsilon_low).to(drift), torch.as_tensor(self.epsilon_high).to(drift)
+        # Not as_tensor(0.4).to(drift): that is 0.4 rounded to fp32 in an fp64 reference.
+        low, high = (torch.as_tensor(x, dtype=drift.dtype, device=drift.device) for x in (self.epsilon_low, self.epsilon_high))
         return torch.where(adv > 0, torch.minimum(drift, high), torch.maximum(drift, -low))
 
 

@@ -199,12 +199,12 @@ def comp_sum(logits: Tensor, ids: Tensor, mask: Tensor, tau: float) -> Tensor:
 
 def ldam(logits: Tensor, ids: Tensor, mask: Tensor, margin) -> Tensor:
     """arXiv:1906.07413: cross-entropy of logits whose target is lower by its margin."""
-    shifted = logits - margin * torch.nn.functional.one_hot(ids, logits.shape[-1])
+    shifted = logits - margin * torch.nn.functional.one_hot(ids, logits.shape[-1]).to(logits)
     return torch.nn.functional.cross_entropy(shifted[mask], ids[mask])
 
 
 def ldr(logits: Tensor, ids: Tensor, mask: Tensor, margin: float) -> Tensor:
     """arXiv:2112.14869 at lambda = 1: ``log(1/V sum_k exp(c 1[k != y] + f_k - f_y))``, mean."""
-    target = torch.nn.functional.one_hot(ids, logits.shape[-1])
+    target = torch.nn.functional.one_hot(ids, logits.shape[-1]).to(logits)
     gaps = margin * (1 - target) + logits - logits.gather(-1, ids[..., None])
     return torch.log(torch.exp(gaps).mean(-1))[mask].mean()
