@@ -41,7 +41,9 @@ class GroupContrast(Reduction):
 
     def __post_init__(self) -> None:
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
-            raise InvalidCall(f"GroupContrast: group_size is {self.group_size!r}, expected a positive int, or None for the call's group_ids.")
+            raise InvalidCall(
+                f"GroupContrast: group_size is {self.group_size!r}, expected a positive int, or None for the call's group_ids."
+            )
 
     @property
     def reads_groups(self) -> bool:
@@ -83,7 +85,7 @@ class GroupContrast(Reduction):
                 raise rows.error("GroupContrast over packed sequences has no padded length: give max_length.")
             longest = sequences.length
         # The constant 1/λ cancels in the normalisation; without it no exp overflows, and equal lengths are exactly equal weights.
-        return torch.exp(-(lengths / longest) / self.length_temperature)
+        return torch.exp(-lengths / (longest * self.length_temperature))
 
     def _soft_maximum(self, prompts: Groups, scores: Tensor, negative: Tensor) -> Tensor:
         """``[S]``: each sequence gets its prompt's ``τ·logmeanexp(s_j/τ)`` over the negatives; 0 without any."""
@@ -95,7 +97,8 @@ class GroupContrast(Reduction):
         top = torch.where(top > -math.inf, top, 0)
         total = prompts.sum(torch.where(negative, torch.exp(torch.where(negative, scaled, 0) - top), 0))
         mean = torch.where(counts > 0, total / counts.clamp(min=1), 1)
-        return self.temperature * (prompts.spread(mean.log()) + top)
+        result: Tensor = self.temperature * (prompts.spread(mean.log()) + top)
+        return result
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class Constraint(Reduction):
         return TokenMean(per_call=True).row_weights(rows, divisors)
 
     def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
-        return weighted * (self.strength * (weighted.detach().sum() - self.bound).clamp(min=0))
+        result: Tensor = weighted * (self.strength * (weighted.detach().sum() - self.bound).clamp(min=0))
+        return result
 
 
 __all__ = ["Constraint", "GroupContrast"]

@@ -50,7 +50,9 @@ def one_pass_obstacle(call: LossCall, target: Target, differentiable_outputs: bo
         return "no gradient is needed, so only statistics are computed"
     if call.spec.one_pass_obstacle is not None:
         return call.spec.one_pass_obstacle
-    if call.old_logp is None and any(r.weight is not None and "old_logp" in trace_weight(type(r.weight)).leaves for r in call.spec.reductions):
+    if call.old_logp is None and any(
+        r.weight is not None and "old_logp" in trace_weight(type(r.weight)).leaves for r in call.spec.reductions
+    ):
         return "a reduction is over the old log-probs, which on-policy are the current ones"
     if differentiable_outputs:
         return "differentiable_outputs=True puts log-probs and entropies into the graph"

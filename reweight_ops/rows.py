@@ -205,7 +205,9 @@ def _prompts(op: str, sequences: Groups | None, tensors: dict[str, Any]) -> Grou
         return None
     total = 0 if sequences is None else sequences.count
     if ids.numel() != total or ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
-        raise InvalidCall(f"{op}: group_ids must be int32 or int64 of shape [S], one for each of the {total} sequences. {describe(tensors)}")
+        raise InvalidCall(
+            f"{op}: group_ids must be int32 or int64 of shape [S], one for each of the {total} sequences. {describe(tensors)}"
+        )
     index = ids.long()
     return Groups(count, index=torch.where((index >= 0) & (index < count), index, count))
 

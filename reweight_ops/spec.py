@@ -216,9 +216,5 @@ def reads_stored_only(weight: TokenWeight) -> bool:
 
 def resolved(formula: Any, resolve: Any) -> Any:
     """A rule or weight with its per-row hyper-parameters passed through ``resolve(name, tensor or formula)``; itself if it has none."""
-    rows = {
-        name: v
-        for name, v in formula.parameters().items()
-        if isinstance(v, TokenWeight) or (isinstance(v, Tensor) and v.dim() > 0)
-    }
+    rows = {name: v for name, v in formula.parameters().items() if isinstance(v, TokenWeight) or (isinstance(v, Tensor) and v.dim() > 0)}
     return dataclasses.replace(formula, **{name: resolve(f"{formula.name}.{name}", v) for name, v in rows.items()}) if rows else formula

@@ -160,7 +160,9 @@ WEIGHT_ROWS = (
     WeightRow("sigmoid_reweighting", old(0.5, 0.4), [1.5, 1.0], {"steepness": 10 * LN3}),
     WeightRow("negative_sigmoid_reweighting", {**old(0.5, 0.5), "adv": [-1.0, 1.0]}, [1.5, 1.0], {"steepness": 10 * LN3}),
     # u = 1 at p = .4. Gain 2*.5 = 1, loss 2*(1*.4) = .8: the negatives times 1.25. The masked token counts in neither sum.
-    WeightRow("balanced_sigmoid_reweighting", {**old(0.5, 0.4, 0.4, 0.9), "adv": [2.0, -1.0, -1.0, 5.0]}, [1.0, 1.25, 1.25, 0.0], masked=(3,)),
+    WeightRow(
+        "balanced_sigmoid_reweighting", {**old(0.5, 0.4, 0.4, 0.9), "adv": [2.0, -1.0, -1.0, 5.0]}, [1.0, 1.25, 1.25, 0.0], masked=(3,)
+    ),
     WeightRow("balanced_sigmoid_reweighting", {**old(0.5, 0.4), "adv": [2.0, 1.0]}, [1.0, 1.0]),
     WeightRow("sign_weight", {"adv": [1.0, -1.0, 0.0]}, [2.0, 0.5, 0.5], {"positive": 2.0, "negative": 0.5}),
     WeightRow("reward_ranked", {"adv": [4.0, -1.0, 0.0]}, [0.25, 0.0, 0.0]),
@@ -177,19 +179,24 @@ WEIGHT_ROWS = (
     WeightRow(
         "off_policy_sequence_mask",
         {"logp": -2.0, "old_logp": [-1.6, -1.2, -1.6, -1.6, -1.1, -1.1], "adv": [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0]},
-        [0.0, 0.0, 1.0, 1.0, 1.0, 1.0], {"threshold": 0.5}, sequences=3,
+        [0.0, 0.0, 1.0, 1.0, 1.0, 1.0],
+        {"threshold": 0.5},
+        sequences=3,
     ),
     # A token without a sampler's log-prob counts as no drift: (0 + .8)/2 = .4 is kept, (.4 + .8)/2 is not.
     WeightRow(
         "sampler_sequence_mask",
         {"logp": -2.0, "sampling_logp": [math.nan, -1.2, -1.6, -1.2], "adv": -1.0},
-        [1.0, 1.0, 0.0, 0.0], {"threshold": 0.5}, sequences=2,
+        [1.0, 1.0, 0.0, 0.0],
+        {"threshold": 0.5},
+        sequences=2,
     ),
     # W = 2: 2^2 e^(3(1-2)) = 4e^-3 and 2^3 e^(2(1-2)) = 8e^-2; W = 1: 1.
     WeightRow(
         "sequence_gamma",
         {"logp": -1.0, "old_logp": [-1 - LN2, -1.0, -1 - LN2, -1.0, -1.0, -1.0], "adv": [1.0, 1.0, -1.0, -1.0, 1.0, 1.0]},
-        [0.19914827347145578] * 2 + [1.0826822658929016] * 2 + [1.0, 1.0], sequences=3,
+        [0.19914827347145578] * 2 + [1.0826822658929016] * 2 + [1.0, 1.0],
+        sequences=3,
     ),
     WeightRow("forward_kl_weight", {"logp": -2.0, "ref_logp": [-2 + LN2, -2.0]}, [2.0, 1.0]),
     WeightRow("jensen_shannon_weight", {"logp": -2.0, "ref_logp": [-2 + LN2, -2.0]}, [2 / 3, 0.5]),
@@ -201,7 +208,9 @@ WEIGHT_ROWS = (
     WeightRow(
         "dual_level_down_sampling",
         {"adv": [1.0, -2.0, 1.0, 3.0, 100.0], "entropy": [4.0, 1.0, 1.0, 2.0, 1.0]},
-        [1.0, 0.0, 0.0, 1.0, 0.0], {"fraction": 0.5}, masked=(4,),
+        [1.0, 0.0, 0.0, 1.0, 0.0],
+        {"fraction": 0.5},
+        masked=(4,),
     ),
     # |Omega| = .5, 1, 1.5; all equal: half way.
     WeightRow("steer_linear", STEER, [1.2, 1.0, 0.8]),
@@ -225,7 +234,8 @@ WEIGHT_ROWS = (
     WeightRow(
         "surprisal_reweighting",
         {"logp": [-1.0, -3.0, -2.0, -1.0, -5.0], "adv": [1.0, 1.0, 1.0, -1.0, -1.0]},
-        [1.0, 1.1, 1.1, 1.0, 0.9], {"fraction": 0.34, "damp": 0.9},
+        [1.0, 1.1, 1.1, 1.0, 0.9],
+        {"fraction": 0.34, "damp": 0.9},
     ),
     WeightRow("surprisal_reweighting", {"logp": [-1.0, -3.0], "adv": 1.0}, [1.0, 1.0], {"gate": 0.0}),
 )

@@ -23,7 +23,9 @@ def batch():
     logp = torch.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0]
     old, ref = (logp.detach() + s * normal(B, T) for s in (0.4, 0.3))
     mask = torch.arange(T) < torch.tensor([9, 1, 4, 7, 2, 9, 5, 3])[:, None]
-    return dict(logits=logits, ids=ids, logp=logp, old=old, ref=ref, mask=mask, A=normal(B), rewards=torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 0]))
+    return dict(
+        logits=logits, ids=ids, logp=logp, old=old, ref=ref, mask=mask, A=normal(B), rewards=torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 0])
+    )
 
 
 def ours(batch, spec, adv, **options):
@@ -116,10 +118,24 @@ def test_coupled_losses_take_prompts_by_id_and_packed_rows(batch):
     keep = batch["mask"].flatten()
     cu = torch.cat([torch.zeros(1, dtype=torch.long), batch["mask"].sum(1).cumsum(0)])
     packed = {"logits": batch["logits"].flatten(0, 1)[keep], "ids": batch["ids"].flatten()[keep], "old": batch["old"].flatten()[keep]}
-    got = ours({**packed, "mask": torch.ones_like(packed["ids"])}, spec, batch["rewards"], cu_seqlens=cu, group_ids=torch.arange(B) // 4, num_groups=2)
+    got = ours(
+        {**packed, "mask": torch.ones_like(packed["ids"])},
+        spec,
+        batch["rewards"],
+        cu_seqlens=cu,
+        group_ids=torch.arange(B) // 4,
+        num_groups=2,
+    )
     torch.testing.assert_close(got.loss, expected.loss)
     with pytest.raises(rw.InvalidCall, match="give max_length"):
-        ours({**packed, "mask": torch.ones_like(packed["ids"])}, "drpo", batch["rewards"], cu_seqlens=cu, group_ids=torch.arange(B) // 4, num_groups=2)
+        ours(
+            {**packed, "mask": torch.ones_like(packed["ids"])},
+            "drpo",
+            batch["rewards"],
+            cu_seqlens=cu,
+            group_ids=torch.arange(B) // 4,
+            num_groups=2,
+        )
 
 
 def test_coupled_losses_scale_and_mean_what_they_say(batch):

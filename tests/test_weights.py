@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from oracles import weights as oracle
 
 import reweight_ops as rw

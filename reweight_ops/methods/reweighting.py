@@ -75,9 +75,7 @@ def advantage_reweighting(
     if isinstance(negative_weight, Tensor) or negative_weight != 1:
         weights = (*weights, SignWeight(negative=negative_weight))
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return PolicyLossSpec(
-        surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=weights, name="advantage_reweighting"
-    )
+    return PolicyLossSpec(surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=weights, name="advantage_reweighting")
 
 
 @published("lopti", "Low-Probability Token Isolation (Lopti)", paper=_AR_PAPER, arxiv="2505.12929")

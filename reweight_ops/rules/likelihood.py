@@ -23,7 +23,9 @@ class LikelihoodAscent(Rule):
 
 @rule("comp_sum", kind="any")
 class CompSum(Rule):
-    """``(p^(τ-1) - 1)/(1-τ)``, at ``τ = 1`` its limit ``-logp``. Comp-sum losses, arXiv:2304.07288; of the log-prob alone, since ``Σ_v≠y e^(z_v-z_y) = 1/p - 1``.
+    """``(p^(τ-1) - 1)/(1-τ)``, at ``τ = 1`` its limit ``-logp``. Comp-sum losses, arXiv:2304.07288.
+
+    Of the log-prob alone, since ``Σ_v≠y e^(z_v-z_y) = 1/p - 1``.
 
     τ = 0 sum-exponential loss, 1 cross-entropy, between 1 and 2 generalised cross-entropy with ``q = τ-1``, 2 ``1 - p`` (mean absolute error).
     Below τ = 1 it overflows fp32 for ``p < exp(-88/(1-τ))``.

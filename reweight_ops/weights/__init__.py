@@ -4,7 +4,17 @@ They multiply the *term*, not the advantage: the two differ for negative factors
 """
 
 from .batch import BatchStatistics
-from .entropy import DualLevelDownSampling, Entropy, HapoLower, HapoRedistribution, HapoUpper, SteerExponential, SteerLinear, TopEntropy, steer
+from .entropy import (
+    DualLevelDownSampling,
+    Entropy,
+    HapoLower,
+    HapoRedistribution,
+    HapoUpper,
+    SteerExponential,
+    SteerLinear,
+    TopEntropy,
+    steer,
+)
 from .groups import Precomputed, confidence_mask, gtpo, tw_grpo
 from .importance import (
     ForwardKLWeight,

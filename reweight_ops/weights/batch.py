@@ -49,7 +49,8 @@ class BatchStatistics:
     def quantile_nearest(self, x: Tensor, q: Any) -> Tensor:
         """The order statistic nearest to the quantile, halves to the even one (``interpolation="nearest"``)."""
         ordered, at = self._order_statistics(x, q)
-        return ordered.gather(0, at.round().long().view(1)).view(())
+        result: Tensor = ordered.gather(0, at.round().long().view(1)).view(())
+        return result
 
     def top(self, x: Tensor, fraction: Any, where: Tensor) -> Tensor:
         """1.0 for the ``max(1, ceil(fraction·n))`` largest ``x`` among the n valid rows with ``where``, else 0.0; of equal ones the first."""
@@ -60,7 +61,8 @@ class BatchStatistics:
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         # 0.1·30 is a rounding above 3 and means 3.
         count = (fraction * candidate.sum().double() + 0.999999).floor().clamp(min=1)
-        return (candidate & (rank < count)).to(x.dtype)
+        result: Tensor = (candidate & (rank < count)).to(x.dtype)
+        return result
 
     def seq_sum(self, x: Tensor) -> Tensor:
         """``[N]``: every row gets its sequence's sum."""

@@ -5,7 +5,8 @@ Both are functions: their result is a tensor ``[B, T]``, detached, for ``token_w
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class Precomputed(TokenWeight):
         return xp.where(t.logp == t.logp, self.values, self.values)
 
 
-class _Groups(NamedTuple):
+@dataclass(frozen=True)
+class _Groups:
     index: Tensor  # [B] int64
     count: int
 
@@ -104,7 +106,11 @@ def tw_grpo(
     size = torch.bincount(groups.index, minlength=groups.count + 1)[: groups.count].to(dtype).clamp(min=1)
     positions = max(1, chunk_elements // max(B * V, 1))
     divergence = torch.cat(
-        [_divergence(logits[:, t : t + positions], keep[:, t : t + positions], groups, size, temperature, chunk_elements) for t in range(0, T, positions)], 1
+        [
+            _divergence(logits[:, t : t + positions], keep[:, t : t + positions], groups, size, temperature, chunk_elements)
+            for t in range(0, T, positions)
+        ],
+        1,
     )
     low, high = divergence.amin(1, keepdim=True), divergence.amax(1, keepdim=True)
     weights = 1 + (max_weight - 1) * (divergence - low) / (high - low + 1e-8)

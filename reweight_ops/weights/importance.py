@@ -129,7 +129,7 @@ class JensenShannonWeight(TokenWeight):
     level="token",
 )
 def f_distill(divergence: str = "jensen_shannon") -> TokenWeight:
-    """``h(r) = f''(r)·r²`` of the f-divergence, ``r = p_teacher / p`` with the teacher's log-probs as the reference's: r (forward KL), r/(r+1) (Jensen-Shannon).
+    """``h(r) = f''(r)·r²``, ``r = p_teacher / p`` with the teacher's log-probs as the reference's: r (forward KL), r/(r+1) (Jensen-Shannon).
 
     Derived: from the paper's weight for diffusion models, read per token of an on-policy distillation whose unweighted form is the reverse KL (h = 1).
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +29,9 @@ class SurprisalReweighting(TokenWeight):
     """
 
     fraction: float = 0.1
-    amplify: float = 1.1
-    damp: float = 1.0
-    gate: float = 1.0
+    amplify: Any = 1.1
+    damp: Any = 1.0
+    gate: Any = 1.0
 
     def weight(self, xp, t, batch):
         high, low = (batch.top(-t.logp, self.fraction, side) for side in (t.adv > 0, t.adv < 0))
