@@ -183,13 +183,13 @@ WEIGHT_ROWS = (
         {"threshold": 0.5},
         sequences=3,
     ),
-    # A token without a sampler's log-prob counts as no drift: (0 + .8)/2 = .4 is kept, (.4 + .8)/2 is not.
+    # A token without a sampler's log-prob counts as no drift: (0 + .8)/2 = .4 is kept, (.4 + .8)/2 and (0 + 1.6)/2 are not.
     WeightRow(
         "sampler_sequence_mask",
-        {"logp": -2.0, "sampling_logp": [math.nan, -1.2, -1.6, -1.2], "adv": -1.0},
-        [1.0, 1.0, 0.0, 0.0],
+        {"logp": -2.0, "sampling_logp": [math.nan, -1.2, -1.6, -1.2, math.nan, -0.4], "adv": -1.0},
+        [1.0, 1.0, 0.0, 0.0, 0.0, 0.0],
         {"threshold": 0.5},
-        sequences=2,
+        sequences=3,
     ),
     # W = 2: 2^2 e^(3(1-2)) = 4e^-3 and 2^3 e^(2(1-2)) = 8e^-2; W = 1: 1.
     WeightRow(

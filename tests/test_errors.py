@@ -165,7 +165,7 @@ def test_wrong_specs():
         (lambda: rw.SequenceMean(horizon=3), "horizon has no effect"),
         (lambda: rw.SequenceRatio(gradient="none"), "gradient is 'none'"),
         (lambda: rw.weights.TopEntropy(scope="kl"), "scope is 'kl'"),
-        (lambda: rw.methods.trl("vespo"), "loss_type is 'vespo'"),
+        (lambda: rw.methods.trl("vespoo"), "loss_type is 'vespoo'"),
         (lambda: rw.methods.trl("dr_grpo"), "max_completion_length"),
         (lambda: rw.methods.verl("clip_cov"), "loss_mode is 'clip_cov'"),
         (lambda: rw.methods.verl(loss_agg_mode="mean"), "loss_agg_mode is 'mean'"),

@@ -96,13 +96,14 @@ def test_stare(data, fraction, damp):
 
 
 def test_stare_counts_and_ties():
-    """0.1 of 30 is 3 and not 4; of equal surprisals the first; one sign only; nothing valid."""
-    logps, ones = torch.full((1, 30), -1.0, dtype=torch.float64), torch.ones(1, 30, dtype=torch.float64)
-    weight = rw.weights.SurprisalReweighting(damp=0.9)
-    data = {"logps": logps, "old": logps, "ref": logps, "adv": ones, "H": ones, "mask": torch.ones(1, 30, dtype=torch.bool)}
-    assert weights_of(weight, data)[0].tolist() == pytest.approx([1.1] * 3 + [1.0] * 27)
-    assert weights_of(weight, {**data, "adv": 0 * ones})[0].tolist() == [1.0] * 30
-    assert weights_of(weight, {**data, "mask": torch.zeros(1, 30, dtype=torch.bool)}).abs().sum() == 0
+    """0.07 of 100 is 7 and not 8; of equal surprisals the first; one sign only; nothing valid."""
+    logps, ones = torch.full((1, 100), -1.0, dtype=torch.float64), torch.ones(1, 100, dtype=torch.float64)
+    weight = rw.weights.SurprisalReweighting(fraction=0.07, damp=0.9)
+    data = {"logps": logps, "old": logps, "ref": logps, "adv": ones, "H": ones, "mask": torch.ones(1, 100, dtype=torch.bool)}
+    assert 0.07 * 100 > 7
+    assert weights_of(weight, data)[0].tolist() == pytest.approx([1.1] * 7 + [1.0] * 93)
+    assert weights_of(weight, {**data, "adv": 0 * ones})[0].tolist() == [1.0] * 100
+    assert weights_of(weight, {**data, "mask": torch.zeros(1, 100, dtype=torch.bool)}).abs().sum() == 0
 
 
 def test_stare_controller():

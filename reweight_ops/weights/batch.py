@@ -59,7 +59,7 @@ class BatchStatistics:
         order = torch.where(candidate, x, 0).sort(descending=True, stable=True).indices
         order = order[candidate[order].to(torch.uint8).sort(descending=True, stable=True).indices]
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        # 0.1·30 is a rounding above 3 and means 3.
+        # 0.07·100 is a rounding above 7 and means 7.
         count = (fraction * candidate.sum().double() + 0.999999).floor().clamp(min=1)
         result: Tensor = (candidate & (rank < count)).to(x.dtype)
         return result
