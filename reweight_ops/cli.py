@@ -20,7 +20,7 @@ from .catalogue import CATALOGUE, KINDS, Entry, find
 from .catalogue.table import level, plan
 from .checks import Case, cases, run_case
 from .errors import BackendUnavailable, ReweightOpsError
-from .rules.base import Rule
+from .rules.base import Rule, TokenWeight
 from .spec import PolicyLossSpec
 
 try:
@@ -130,7 +130,10 @@ def _show_spec(spec: PolicyLossSpec) -> None:
     rows.add_row("reads", ", ".join(sorted(spec.requires)))
     rows.add_row("plan", (spec.one_pass_obstacle and f"two passes: {spec.one_pass_obstacle}") or "one pass")
     console.print(rows)
-    console.print(_slopes(spec.surrogate))
+    if any(isinstance(value, TokenWeight) for value in spec.surrogate.parameters().values()):
+        console.print("[dim]its slopes depend on the batch: a hyper-parameter is a formula[/]")
+    else:
+        console.print(_slopes(spec.surrogate))
 
 
 def _slopes(surrogate: Rule) -> Table:
