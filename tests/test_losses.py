@@ -290,3 +290,36 @@ def test_the_criterion_still_sees_a_wrong_kernel_under_coupled_rows(monkeypatch)
     spec = rw.methods.vespo()
     batch = make_batch(spec)
     assert compare(spec, batch, backend="reference").passed and not compare(spec, batch, backend="cpu").passed
+
+
+@pytest.mark.parametrize("name", ["drpo", "hapo", "gmpo", "vespo", "grpo_guard", "npo", "grad_diff", "opsm", "ldam"])
+def test_from_hidden_states_it_is_the_same_loss(name):
+    from reweight_ops.testing import make_batch
+
+    spec = rw.METHODS[name].build()
+    given = make_batch(spec, (4, 10), 33, dtype=torch.float64)
+    del given["logits"]
+    g = torch.Generator().manual_seed(1)
+    hidden, head = (torch.randn(size, generator=g, dtype=torch.float64, requires_grad=True) for size in ((4, 10, 16), (33, 16)))
+    linear = rw.linear_policy_loss(hidden, head, spec=spec, chunk_rows=7, **given).loss
+    logits = rw.policy_loss(hidden @ head.T, spec=spec, **given).loss
+    torch.testing.assert_close(linear, logits)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (linear, logits)), strict=True):
+        torch.testing.assert_close(a, b)
+        assert b.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["drpo", "hapo"])
+def test_coupled_losses_compile_without_a_graph_break(name):
+    from reweight_ops.testing import make_batch
+
+    spec = rw.METHODS[name].build()
+    given = make_batch(spec, (4, 10), 33)
+    z = given.pop("logits").detach().requires_grad_()
+
+    def loss(z):
+        return rw.policy_loss(z, spec=spec, **given).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(z)
+    torch.testing.assert_close(compiled, loss(z))
+    torch.testing.assert_close(torch.autograd.grad(compiled, z)[0], torch.autograd.grad(loss(z), z)[0])
