@@ -2,6 +2,7 @@
 
 from . import kernels, methods, rules, weights
 from .backends.select import NAMES as BACKENDS
+from .coupling import Constraint, GroupContrast
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
 from .explain import Explanation, explain
 from .linear import Lora, linear_policy_loss, linear_token_logps
@@ -9,7 +10,7 @@ from .methods.registry import METHODS, method
 from .metrics import Metrics
 from .output import PolicyLossOutput, TokenStats
 from .policy_loss import policy_loss, policy_loss_from_logps, token_logps, token_stats
-from .ratio import Ratio, SegmentRatio, SequenceRatio, TokenRatio
+from .ratio import CenteredRatio, GeometricMeanRatio, Ratio, SegmentRatio, SequenceRatio, TokenRatio
 from .reduction import FromFunction, NoReduction, Reduction, SequenceMean, TokenMean, TokenSum
 from .rules.base import Rule, TokenWeight, rule, weight
 from .spec import Penalty, PolicyLossSpec
@@ -20,8 +21,12 @@ __all__ = [
     "BACKENDS",
     "METHODS",
     "BackendUnavailable",
+    "CenteredRatio",
+    "Constraint",
     "Explanation",
     "FromFunction",
+    "GeometricMeanRatio",
+    "GroupContrast",
     "InvalidCall",
     "Lora",
     "Metrics",

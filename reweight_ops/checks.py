@@ -10,7 +10,7 @@ import torch
 from .backends.base import Request
 from .backends.select import NAMES, why_not
 from .errors import InvalidCall
-from .methods.registry import METHODS, method
+from .methods.registry import METHODS
 from .testing import Comparison, compare, make_batch
 
 
@@ -46,6 +46,6 @@ def cases(backends: Sequence[str] | None, methods: Sequence[str] | None, dtypes:
 
 def run_case(case: Case, vocab: int) -> Comparison:
     """Loss and gradient of one case; one_pass where the spec allows it and the backend has it, with a loss scale so that fp16 takes it too."""
-    spec = method(case.method)
+    spec = METHODS[case.method].build()
     batch = make_batch(spec, (4, 16), vocab, getattr(torch, case.dtype), case.device)
     return compare(spec, batch, backend=case.backend, loss_scale=64.0)

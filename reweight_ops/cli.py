@@ -1,10 +1,11 @@
-"""``reweight-ops info | methods | show METHOD | check``."""
+"""``reweight-ops info | methods | show NAME | check``."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import importlib.metadata
+import inspect
 import math
 import platform
 import sys
@@ -15,9 +16,12 @@ import torch
 from . import __version__
 from .backends.base import Request
 from .backends.select import NAMES, load, why_not
+from .catalogue import CATALOGUE, KINDS, Entry, find
+from .catalogue.table import level, plan
 from .checks import Case, cases, run_case
 from .errors import BackendUnavailable, ReweightOpsError
-from .methods.registry import METHODS, Method
+from .rules.base import Rule, TokenWeight
+from .spec import PolicyLossSpec
 
 try:
     import typer
@@ -82,46 +86,62 @@ def _build_info() -> dict[str, Any]:
 
 
 @app.command()
-def methods() -> None:
-    """The catalogue: every method by name."""
-    table = Table("name", "full name", "level", "plan", "arXiv", "certainty", title="methods")
-    for name in sorted(METHODS):
-        m = METHODS[name]
-        spec = m.build()
-        plan = "one pass" if spec.one_pass_obstacle is None else "two passes"
-        table.add_row(name, m.full_name, spec.ratio.level, plan, m.arxiv, m.certainty)
-    console.print(table)
+def methods(kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KINDS)}.")) -> None:
+    """The catalogue: every published method by name."""
+    if kind is not None and kind not in KINDS:
+        raise typer.BadParameter(f"no kind {kind!r}; the kinds are: {', '.join(KINDS)}.")
+    for one in KINDS if kind is None else (kind,):
+        if not CATALOGUE[one]:
+            continue
+        table = Table("name", "full name", "level", "plan", "arXiv", "certainty", title=f"{KINDS[one][0]}: {KINDS[one][1]}")
+        for name in sorted(CATALOGUE[one]):
+            e = CATALOGUE[one][name]
+            table.add_row(name, e.full_name, level(e), plan(e), e.arxiv, e.certainty)
+        console.print(table)
 
 
 @app.command()
-def show(method: str) -> None:
-    """One method: formula, paper, parameters, its spec, and its loss and slope over the ratio."""
-    if method not in METHODS:
-        raise typer.BadParameter(f"no method {method!r}; the methods are: {', '.join(sorted(METHODS))}.")
-    m = METHODS[method]
-    spec = m.build()
-    console.print(f"[bold]{m.name}[/]: {m.full_name}", highlight=False)
-    console.print(f"{m.paper}, arXiv:{m.arxiv} ({m.certainty})\n", highlight=False, markup=False)
-    console.print(m.formula + "\n", highlight=False, markup=False)
+def show(name: str) -> None:
+    """One method: formula, paper, parameters; of a loss its spec, and its value and slope over the ratio."""
+    try:
+        found = find(name)
+    except ReweightOpsError as error:
+        raise typer.BadParameter(str(error)) from None
+    for entry in found:
+        _show(entry)
+
+
+def _show(e: Entry) -> None:
+    console.print(f"[bold]{e.call}[/]: {e.full_name}", highlight=False)
+    console.print(f"{e.paper}, arXiv:{e.arxiv} ({e.certainty})\n", highlight=False, markup=False)
+    console.print(e.formula + "\n", highlight=False, markup=False)
     table = Table("parameter", "default", title="parameters")
-    for name, value in m.defaults.items():
-        table.add_row(name, str(value))
+    for parameter, value in e.defaults.items():
+        table.add_row(parameter, "required" if value is inspect.Parameter.empty else str(value))
     console.print(table)
+    if e.kind == "policy_loss":
+        _show_spec(e.build())
+
+
+def _show_spec(spec: PolicyLossSpec) -> None:
     rows = Table(show_header=False, title="spec")
     for f in dataclasses.fields(spec):
         rows.add_row(f.name, str(getattr(spec, f.name)))
     rows.add_row("reads", ", ".join(sorted(spec.requires)))
     rows.add_row("plan", (spec.one_pass_obstacle and f"two passes: {spec.one_pass_obstacle}") or "one pass")
     console.print(rows)
-    console.print(_slopes(m))
+    if any(isinstance(value, TokenWeight) for value in spec.surrogate.parameters().values()):
+        console.print("[dim]its slopes depend on the batch: a hyper-parameter is a formula[/]")
+    else:
+        console.print(_slopes(spec.surrogate))
 
 
-def _slopes(m: Method) -> Table:
+def _slopes(surrogate: Rule) -> Table:
     """The surrogate of one token at a few ratios."""
     from .rules.namespace import TorchNamespace
     from .terms import Leaves
 
-    xp, surrogate = TorchNamespace(torch.float64), m.build().surrogate
+    xp = TorchNamespace(torch.float64)
     table = Table(
         "ratio", "loss, A = +1", "slope", "loss, A = -1", "slope", title="surrogate of one token with p = 0.5 (slope: by its log-prob)"
     )
@@ -130,7 +150,8 @@ def _slopes(m: Method) -> Table:
         for adv in (1.0, -1.0):
             logp = torch.tensor(math.log(0.5), dtype=torch.float64, requires_grad=True)
             old = logp.detach() - math.log(ratio)
-            t = Leaves({"logp": logp, "old_logp": old, "log_ratio": logp - old, "adv": torch.tensor(adv, dtype=torch.float64)})
+            stored = {"old_logp": old, "ref_logp": old, "sampling_logp": old, "adv": torch.tensor(adv, dtype=torch.float64)}
+            t = Leaves({"logp": logp, "log_ratio": logp - old, **stored})
             loss = surrogate.loss(xp, t)
             (slope,) = torch.autograd.grad(loss, logp)
             cells += [f"{loss.item():+.4f}", f"{slope.item():+.4f}"]

@@ -38,6 +38,8 @@ class DataOptions:
     sequence_ids: Any = None
     num_sequences: int | None = None
     segment_ids: Any = None
+    group_ids: Any = None
+    num_groups: int | None = None
     old_per_token_logps: Any = None
     ref_per_token_logps: Any = None
     sampling_per_token_logps: Any = None
@@ -74,6 +76,8 @@ class DataKeywords(TypedDict, total=False):
     sequence_ids: Tensor | None
     num_sequences: int | None
     segment_ids: Tensor | None
+    group_ids: Tensor | None
+    num_groups: int | None
     old_per_token_logps: Tensor | float | None
     ref_per_token_logps: Tensor | float | None
     sampling_per_token_logps: Tensor | float | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .backends.base import RowInputs
 from .keywords import DataOptions
-from .reduction import Divisors
+from .reduction import Divisors, Reduction
 from .rows import Rows
 from .rules.namespace import TorchNamespace
 from .spec import PolicyLossSpec, resolved
@@ -52,8 +53,8 @@ class LossCall:
             if id(reduction) not in found:
                 u = None if reduction.weight is None else self._evaluate_weight(reduction.weight, statistics)
                 w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
-                scaled = not (isinstance(self.loss_scale, (int, float)) and self.loss_scale == 1)
-                found[id(reduction)] = w * self.loss_scale if scaled else w
+                # A coupled reduction is scaled after it, being no linear function.
+                found[id(reduction)] = w * self.loss_scale if self._is_scaled and not reduction.coupled else w
         per_term = [found[id(reduction)] for reduction in self.spec.reductions]
         if self.factor is None and len(found) == 1:
             return per_term[0].expand(len(per_term), -1)
@@ -61,28 +62,48 @@ class LossCall:
             per_term[0] = per_term[0] * self.factor
         return torch.stack(per_term)
 
+    @property
+    def _is_scaled(self) -> bool:
+        return not (isinstance(self.loss_scale, (int, float)) and self.loss_scale == 1)
+
     def inputs(self) -> RowInputs:
         """What a one-pass kernel reads per row."""
         return RowInputs(self.row_weights(), self.old_logp, self.adv, self.ref_logp, self.sampling_logp)
 
-    def terms(self) -> Terms:
-        """The spec's rules and weights bound to this call's values (per-row hyper-parameters as ``[N]``)."""
-        spec, per_row = self.spec, self.rows.per_row
+    def bound(self, formula: Any, statistics: dict[str, Tensor] | None) -> Any:
+        """A rule or weight with its per-row hyper-parameters as ``[N]``: tensors flattened, formulas evaluated, detached."""
+
+        def resolve(name: str, value: Any) -> Tensor:
+            return self.rows.per_row(name, value) if isinstance(value, Tensor) else self._evaluate_weight(value, statistics)
+
+        return resolved(formula, resolve)
+
+    def terms(self, statistics: dict[str, Tensor]) -> Terms:
+        """The spec's rules and weights bound to this call's values."""
+        spec = self.spec
+        terms = []
         coefs = [1.0, *(p.coef for p in spec.penalties)]
-        terms = [Term(resolved(rule, per_row), coef) for rule, coef in zip(spec.rules, coefs, strict=True)]
-        return Terms(terms, [resolved(weight, per_row) for weight in spec.weights])
+        for rule, coef, reduction in zip(spec.rules, coefs, spec.reductions, strict=True):
+            terms.append(Term(self.bound(rule, statistics), coef, self._shares(reduction) if reduction.coupled else None))
+        return Terms(terms, [self.bound(weight, statistics) for weight in spec.weights])
+
+    def _shares(self, reduction: Reduction) -> Callable[[Tensor], Tensor]:
+        def shares(weighted: Tensor) -> Tensor:
+            found = reduction.shares(self.rows, weighted, self.adv)
+            return found * self.loss_scale if self._is_scaled else found
+
+        return shares
 
     def log_ratio(self, logp: Tensor) -> Tensor:
         """The clamped log-ratio at the spec's level."""
-        old = logp.detach() if self.old_logp is None else self.old_logp
-        return self.spec.ratio.log_ratio(self.rows, logp, old)
+        denominator = self.ref_logp if self.spec.ratio.against == "ref" else self.old_logp
+        return self.spec.ratio.log_ratio(self.rows, logp, logp.detach() if denominator is None else denominator, self.adv)
 
     def leaves(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every leaf that this call can give a formula."""
         logp = statistics["logp"]
         found = {**statistics, "old_logp": logp.detach() if self.old_logp is None else self.old_logp, "log_ratio": self.log_ratio(logp)}
-        stored = {"adv": self.adv, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
-        return {**found, **{name: value for name, value in stored.items() if value is not None}}
+        return {**found, **self._stored()}
 
     def safe_leaves(self, statistics: dict[str, Tensor]) -> Leaves:
         """The same, with harmless values in the rows that are out."""
@@ -91,14 +112,18 @@ class LossCall:
     def evaluate(self, statistics: dict[str, Tensor]) -> TermResult:
         """The middle of two_pass: per-row losses from :data:`STATISTICS`, exact under autograd."""
         leaves = self.leaves(statistics)
-        return evaluate(self.terms(), leaves, self.row_weights(statistics), self.rows.keep, BatchStatistics(self.rows))
+        return evaluate(self.terms(statistics), leaves, self.row_weights(statistics), self.rows.keep, BatchStatistics(self.rows))
 
     def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
-        assert statistics is not None, "a spec whose reduction is over a weight takes two passes"
-        u: Tensor = resolved(weight, self.rows.per_row).weight(
-            TorchNamespace(self.rows.dtype), self.safe_leaves(statistics), BatchStatistics(self.rows)
-        )
+        """A weight outside of the terms: of a reduction, or of a hyper-parameter. Without statistics it may read stored leaves only."""
+        leaves = self.safe_leaves(statistics) if statistics is not None else Leaves(safe_where(self.rows.keep, self._stored()))
+        with torch.no_grad():
+            u: Tensor = self.bound(weight, statistics).weight(TorchNamespace(self.rows.dtype), leaves, BatchStatistics(self.rows))
         return u.detach()
+
+    def _stored(self) -> dict[str, Tensor]:
+        found = {"old_logp": self.old_logp, "adv": self.adv, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def params(self) -> Tensor:
@@ -149,6 +174,10 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: DataOp
         raise rows.error(f"the surrogate {spec.surrogate.name!r} reads advantages, which is None.")
     divisors = Divisors(data.num_items_in_batch, data.num_sequences_in_batch)
     _check_divisors(rows, spec, divisors)
+    if data.group_ids is not None and not any(r.reads_groups for r in spec.reductions):
+        raise rows.error("no reduction of the spec reads prompts; group_ids would have no effect.")
+    for reduction in spec.reductions:
+        reduction.check(rows)
     adv = None if advantages is None else rows.per_row("advantages", advantages)
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
     scale = data.loss_scale

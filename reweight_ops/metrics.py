@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .codegen.trace import trace_rule
 from .errors import InvalidCall
 from .loss_call import LossCall
 from .ratio import SequenceRatio
@@ -96,11 +97,12 @@ def policy_metrics(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, 
     found: dict[str, tuple[Tensor, Any]] = {}
     if "entropy" in leaves:
         found["entropy"] = ((t.entropy * keep).sum(), count)
-    for penalty, bound in zip(spec.penalties, call.terms().terms[1:], strict=True):
-        if "ref_logp" in known and penalty.rule.name != "entropy_bonus":
+    terms = call.terms(leaves).terms
+    for penalty, bound in zip(spec.penalties, terms[1:], strict=True):
+        if "ref_logp" in known and "ref_logp" in trace_rule(type(penalty.rule)).leaves:
             found["kl"] = ((bound.rule.loss(xp, t) * keep).sum(), count)
             break
-    clipped = call.terms().terms[0].rule.clipped(xp, t)
+    clipped = terms[0].rule.clipped(xp, t)
     if clipped is not None:
         low, high = (c.to(rows.dtype) * keep for c in clipped)
         found |= _clip_metrics(call, low, high, count)

@@ -64,7 +64,7 @@ class PolicyLossOutput:
     @cached_property
     def is_clipped(self) -> Tensor:
         rows, leaves = self._call.rows, self._call.safe_leaves(self._leaves)
-        clipped = self._call.terms().terms[0].rule.clipped(TorchNamespace(rows.dtype), leaves)
+        clipped = self._call.terms(self._leaves).terms[0].rule.clipped(TorchNamespace(rows.dtype), leaves)
         nothing = torch.zeros_like(rows.keep)
         return rows.unflatten(nothing if clipped is None else (clipped[0] | clipped[1]) & rows.keep)
 

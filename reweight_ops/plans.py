@@ -14,6 +14,7 @@ from torch import Tensor
 from .autograd import HeadCall, OnePassLoss, RowStatistics
 from .backends.base import Program, Request, Verb
 from .backends.select import candidates, choose, why_not
+from .codegen.trace import trace_weight
 from .errors import InvalidCall, UnsupportedRequest
 from .head import LogitsCall
 from .loss_call import LossCall
@@ -49,6 +50,10 @@ def one_pass_obstacle(call: LossCall, target: Target, differentiable_outputs: bo
         return "no gradient is needed, so only statistics are computed"
     if call.spec.one_pass_obstacle is not None:
         return call.spec.one_pass_obstacle
+    if call.old_logp is None and any(
+        r.weight is not None and "old_logp" in trace_weight(type(r.weight)).leaves for r in call.spec.reductions
+    ):
+        return "a reduction is over the old log-probs, which on-policy are the current ones"
     if differentiable_outputs:
         return "differentiable_outputs=True puts log-probs and entropies into the graph"
     if any(t is not None and t.requires_grad for t in (call.adv, call.factor)):

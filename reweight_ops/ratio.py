@@ -19,17 +19,29 @@ from .rows import Groups, Rows
 
 @dataclass(frozen=True)
 class Ratio:
-    """``clamp`` is a bound on ``|log_ratio|``, or a pair of bounds."""
+    """``clamp`` is a bound on ``|log_ratio|``, or a pair of bounds. ``against``: the denominator, ``"old"`` or ``"ref"`` (the reference model)."""
 
     level: ClassVar[str]
 
     clamp: Any = 20.0
+    against: str = "old"
+
+    def __post_init__(self) -> None:
+        if self.against not in ("old", "ref"):
+            raise InvalidCall(f"{type(self).__name__}: against is {self.against!r}, expected 'old' or 'ref'.")
 
     def bounds(self) -> tuple[Any, Any]:
         return self.clamp if isinstance(self.clamp, tuple) else (-self.clamp, self.clamp)
 
-    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor) -> Tensor:
-        """``[N]`` from ``[N]``; rows that are out contribute nothing."""
+    @property
+    def one_pass_obstacle(self) -> str | None:
+        """Why a row's kernel cannot form this ratio; None if it can."""
+        if self.level != "token":
+            return f"the ratio is at {self.level} level"
+        return "the ratio is against the reference" if self.against != "old" else None
+
+    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+        """``[N]`` from ``[N]``; rows that are out contribute nothing. ``adv`` is None for a loss that reads no advantages."""
         return self._clamped(logp - old_logp)
 
     def _clamped(self, log_ratio: Tensor) -> Tensor:
@@ -62,15 +74,19 @@ class SequenceRatio(Ratio):
     gradient: str = "sequence"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.gradient not in ("sequence", "token"):
             raise InvalidCall(f"{type(self).__name__}: gradient is {self.gradient!r}, expected 'sequence' or 'token'.")
 
     def _groups(self, rows: Rows) -> Groups:
         return rows.need_sequences("SequenceRatio")
 
-    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor) -> Tensor:
+    def _drift(self, logp: Tensor, old_logp: Tensor, adv: Tensor | None) -> Tensor:
+        return logp - old_logp
+
+    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
         groups = self._groups(rows)
-        total = groups.sum(torch.where(rows.keep, logp - old_logp, 0))
+        total = groups.sum(torch.where(rows.keep, self._drift(logp, old_logp, adv), 0))
         if self.normalize:
             total = total / groups.sum(rows.keep.to(rows.dtype)).clamp(min=1)
         result = groups.spread(total)
@@ -89,3 +105,46 @@ class SegmentRatio(SequenceRatio):
         if rows.segments is None:
             raise rows.error("SegmentRatio needs segment_ids.")
         return rows.segments
+
+
+@dataclass(frozen=True)
+class GeometricMeanRatio(SequenceRatio):
+    """The geometric mean of the sequence's token ratios, each clipped in log space where that makes the objective smaller: for ``A > 0`` at most
+    ``epsilon_high``, else at least ``-epsilon_low``. GMPO, arXiv:2507.20673; a clipped token has no gradient.
+    """
+
+    epsilon_low: Any = 0.4
+    epsilon_high: Any = 0.4
+
+    def _drift(self, logp: Tensor, old_logp: Tensor, adv: Tensor | None) -> Tensor:
+        assert adv is not None, "the surrogate reads advantages"
+        drift = logp - old_logp
+        # Not as_tensor(0.4).to(drift): that is 0.4 rounded to fp32 in an fp64 reference.
+        low, high = (torch.as_tensor(x, dtype=drift.dtype, device=drift.device) for x in (self.epsilon_low, self.epsilon_high))
+        return torch.where(adv > 0, torch.minimum(drift, high), torch.maximum(drift, -low))
+
+
+@dataclass(frozen=True)
+class CenteredRatio(Ratio):
+    """``log_ratio_t = scale·(logp_t - old_logp_t - sg(mean))``, the mean over this call's tokens: centred where a stale policy's is not.
+
+    ``scale="std"`` divides by their standard deviation (detached) instead.
+    """
+
+    level = "batch"
+
+    scale: Any = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.scale, str) and self.scale != "std":
+            raise InvalidCall(f"CenteredRatio: scale is {self.scale!r}, expected a number, a 0-d tensor or 'std'.")
+
+    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+        drift = torch.where(rows.keep, logp - old_logp, 0)
+        count = rows.keep.sum().clamp(min=1)
+        centred = drift - drift.detach().sum() / count
+        if not isinstance(self.scale, str):
+            return self._clamped(self.scale * centred)
+        variance = torch.where(rows.keep, centred.detach(), 0).square().sum() / count
+        return self._clamped(centred / variance.sqrt().clamp(min=1e-6))

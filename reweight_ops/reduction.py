@@ -31,10 +31,26 @@ class Reduction:
     scalar: ClassVar[bool] = True
     #: A token weight that the row weights are made of, if any.
     weight: TokenWeight | None = None
+    #: Leaves and per-call data that it reads besides.
+    requires: ClassVar[tuple[str, ...]] = ()
+    #: Whether the loss is no fixed linear combination of the token losses: :meth:`shares` then says what it is (always two_pass).
+    coupled: ClassVar[bool] = False
+
+    def check(self, rows: Rows) -> None:
+        """Raise if the call's rows lack what this reduction needs, before anything is computed."""
+
+    @property
+    def reads_groups(self) -> bool:
+        """Whether it reads the call's ``group_ids``."""
+        return False
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         """``[N]`` in the row dtype; 0 where a row is out."""
         raise NotImplementedError(f"{type(self).__name__} defines no row_weights(self, rows, divisors, weight)")
+
+    def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
+        """Of a coupled reduction: ``[N]`` whose sum is the term's loss, from the weighted token losses ``[N]``; exact under autograd."""
+        raise NotImplementedError(f"{type(self).__name__} defines no shares(self, rows, weighted, adv)")
 
 
 def _over(numerator: Tensor, divisor: Any) -> Tensor:

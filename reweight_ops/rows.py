@@ -41,6 +41,12 @@ class Groups:
         # index_put and not index_add: the latter adds in an undefined order on CUDA.
         return x.new_zeros(self.count + 1).index_put((self.index,), x, accumulate=True)[: self.count]
 
+    def max(self, x: Tensor) -> Tensor:
+        """``[N] -> [count]``; ``-inf`` for a group without rows."""
+        if self.index is None:
+            return x.view(self.count, self.length).amax(-1)
+        return x.new_full((self.count + 1,), -math.inf).scatter_reduce(0, self.index, x, "amax")[: self.count]
+
     def spread(self, y: Tensor) -> Tensor:
         """``[count] -> [N]``: each row gets its group's value, a row of no group 0."""
         if self.index is None:
@@ -62,6 +68,7 @@ class Rows:
     segments: Groups | None
     tensors: dict[str, Any] = field(repr=False)
     ids: Tensor | None = None  # [N] int64, OUT where not kept
+    prompts: Groups | None = None  # of the sequences: those of one prompt
 
     @property
     def count(self) -> int:
@@ -73,13 +80,26 @@ class Rows:
     def released(self) -> Rows:
         """The same without the call's arguments."""
         return Rows(
-            self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids
+            self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids,
+            self.prompts,
         )  # fmt: skip
 
     def need_sequences(self, why: str) -> Groups:
         if self.sequences is None:
             raise self.error(f"{why} needs sequences: pass [B, T] tensors, or cu_seqlens, or sequence_ids with num_sequences.")
         return self.sequences
+
+    def need_prompts(self, why: str, group_size: int | None = None) -> Groups:
+        """The groups of sequences that share a prompt: the call's ``group_ids``, or runs of ``group_size`` sequences."""
+        count = self.need_sequences(why).count
+        if (group_size is None) == (self.prompts is None):
+            raise self.error(f"{why} needs either a group_size, or group_ids [S] with num_groups.")
+        if group_size is None:
+            assert self.prompts is not None
+            return self.prompts
+        if count % group_size:
+            raise self.error(f"{why}: {count} sequences are no multiple of group_size = {group_size}.")
+        return Groups(count // group_size, length=group_size)
 
     def unflatten(self, x: Tensor) -> Tensor:
         return x.view(self.shape)
@@ -178,6 +198,21 @@ def _segments(
     return Groups(n, index=start.cumsum(0) - 1)
 
 
+def _prompts(op: str, sequences: Groups | None, tensors: dict[str, Any]) -> Groups | None:
+    ids, count = tensors.get("group_ids"), tensors.get("num_groups")
+    if (ids is None) != (count is None):
+        raise InvalidCall(f"{op}: group_ids and num_groups go together (an int, so that nothing waits for the GPU). {describe(tensors)}")
+    if ids is None or count is None:
+        return None
+    total = 0 if sequences is None else sequences.count
+    if ids.numel() != total or ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
+        raise InvalidCall(
+            f"{op}: group_ids must be int32 or int64 of shape [S], one for each of the {total} sequences. {describe(tensors)}"
+        )
+    index = ids.long()
+    return Groups(count, index=torch.where((index >= 0) & (index < count), index, count))
+
+
 def resolve_rows(
     op: str,
     shape: tuple[int, ...],
@@ -214,7 +249,7 @@ def resolve_rows(
     if tensors.get("denominator_mask") is not None:
         denominator = _mask(op, "denominator_mask", tensors["denominator_mask"], shape, tensors)
     segments = _segments(op, tensors.get("segment_ids"), shape, sequences, tensors)
-    return Rows(op, shape, device, dtype, keep, denominator, sequences, segments, tensors, ids)
+    return Rows(op, shape, device, dtype, keep, denominator, sequences, segments, tensors, ids, _prompts(op, sequences, tensors))
 
 
 def _is_fake(t: Tensor) -> bool:

@@ -13,7 +13,7 @@ from .codegen.trace import trace_rule, trace_weight
 from .errors import InvalidCall
 from .ratio import Ratio, TokenRatio
 from .reduction import NoReduction, Reduction, TokenMean
-from .rules.base import Rule, TokenWeight
+from .rules.base import CURRENT_LEAVES, Rule, TokenWeight
 
 #: The most terms that fit in one pass; more go to two_pass.
 MAX_ONE_PASS_TERMS = 4
@@ -34,7 +34,7 @@ class PolicyLossSpec:
     """``L = loss_scale * Σ_k coef_k · Σ_i w_ki · u_ki · ℓ_k(row i)``; k = 0 is the surrogate (coef 1), k > 0 the penalties.
 
     ``w`` comes from the reductions, ``u`` from the weights (scope ``"surrogate"`` or ``"all"``). Hyper-parameters are numbers, 0-d tensors
-    (a schedule: nothing is recompiled when their value changes) or per-row tensors (always two_pass).
+    (a schedule: nothing is recompiled when their value changes), per-row tensors, or formulas (:class:`TokenWeight`, detached; both two_pass).
     """
 
     surrogate: Rule
@@ -48,10 +48,10 @@ class PolicyLossSpec:
         for field, kind in (("surrogate", Rule), ("ratio", Ratio), ("reduction", Reduction)):
             if not isinstance(getattr(self, field), kind):
                 raise InvalidCall(f"PolicyLossSpec: {field} is {getattr(self, field)!r}, expected a {kind.__name__}.")
-        if self.surrogate.kind != "surrogate":
+        if self.surrogate.kind == "penalty":
             raise InvalidCall(f"PolicyLossSpec: {self.surrogate.name!r} is a penalty; give it as Penalty(rule, coef).")
         for p in self.penalties:
-            if not isinstance(p, Penalty) or p.rule.kind != "penalty":
+            if not isinstance(p, Penalty) or p.rule.kind == "surrogate":
                 raise InvalidCall(f"PolicyLossSpec: penalties holds {p!r}, expected Penalty(rule, coef) with a rule of kind 'penalty'.")
             if p.reduction is not None and not (self.reduction.scalar and p.reduction.scalar):
                 raise InvalidCall("PolicyLossSpec: a penalty's own reduction and NoReduction exclude each other: the loss has one shape.")
@@ -89,6 +89,13 @@ class PolicyLossSpec:
         return (self.reduction, *(p.reduction or self.reduction for p in self.penalties))
 
     @property
+    def couples_rows(self) -> bool:
+        """Whether a row's coefficients depend on the statistics of others."""
+        formulas = (*self.all_weights, *self._inner_formulas())
+        batch = any(trace_weight(type(w)).uses_batch for w in formulas)
+        return self.ratio.level != "token" or batch or any(r.coupled for r in self.reductions)
+
+    @property
     def program(self) -> Program:
         """What a one-pass kernel evaluates in the row."""
         return self._program  # type: ignore[attr-defined,no-any-return]
@@ -112,9 +119,23 @@ class PolicyLossSpec:
         found: set[str] = set()
         for r in self.rules:
             found |= trace_rule(type(r)).leaves
-        for w in self.all_weights:
+        for w in (*self.all_weights, *self._inner_formulas()):
             found |= trace_weight(type(w)).leaves
+        for reduction in self.reductions:
+            found |= set(reduction.requires)
+        if "log_ratio" in found and self.ratio.against == "ref":
+            found.add("ref_logp")
         return frozenset(found)
+
+    def _inner_formulas(self) -> list[TokenWeight]:
+        """The formulas that stand as hyper-parameters of rules and weights."""
+        found: list[TokenWeight] = []
+        waiting: list[Any] = [*self.rules, *self.all_weights]
+        while waiting:
+            inner = [v for v in waiting.pop().parameters().values() if isinstance(v, TokenWeight)]
+            found += inner
+            waiting += inner
+        return found
 
     def _find_program(self) -> Program:
         return Program(tuple(r.name for r in self.rules), tuple((w.name, w.scope) for w in self.weights))
@@ -128,8 +149,8 @@ class PolicyLossSpec:
         return tuple(values)
 
     def _find_obstacle(self) -> str | None:
-        if self.ratio.level != "token":
-            return f"the ratio is at {self.ratio.level} level"
+        if self.ratio.one_pass_obstacle is not None:
+            return self.ratio.one_pass_obstacle
         if len(self.rules) > MAX_ONE_PASS_TERMS:
             return f"the loss has {len(self.rules)} terms, one pass holds {MAX_ONE_PASS_TERMS}"
         if not self.reduction.scalar:
@@ -140,8 +161,12 @@ class PolicyLossSpec:
             if not w.detach:
                 return f"the weight {w.name!r} is not detached"
         for r in self.reductions:
-            if r.weight is not None:
-                return f"a reduction is over the weight {r.weight.name!r}, which the row weights depend on"
+            if r.coupled:
+                return f"{type(r).__name__} couples tokens: their coefficients depend on all of them"
+            if r.weight is not None and not reads_stored_only(r.weight):
+                return f"a reduction is over the weight {r.weight.name!r}, which reads current statistics"
+        if self._inner_formulas():
+            return f"a hyper-parameter is the formula {self._inner_formulas()[0].name!r}"
         values: list[Any] = [*self.ratio.bounds(), *(p.coef for p in self.penalties)]
         for formula in (*self.rules, *self.weights):
             values += formula.parameters().values()
@@ -183,7 +208,13 @@ def _replaced(node: Any, path: list[str], value: Any, whole: str) -> Any:
     return dataclasses.replace(node, **{head: _replaced(getattr(node, head), rest, value, whole)})  # type: ignore[type-var]
 
 
+def reads_stored_only(weight: TokenWeight) -> bool:
+    """Whether a weight is known before the pass: it reads nothing of the current policy."""
+    inner = (v for v in weight.parameters().values() if isinstance(v, TokenWeight))
+    return trace_weight(type(weight)).leaves.isdisjoint(CURRENT_LEAVES) and all(map(reads_stored_only, inner))
+
+
 def resolved(formula: Any, resolve: Any) -> Any:
-    """A rule or weight with its per-row hyper-parameters passed through ``resolve(name, tensor)``; itself if it has none."""
-    rows = {name: v for name, v in formula.parameters().items() if isinstance(v, Tensor) and v.dim() > 0}
+    """A rule or weight with its per-row hyper-parameters passed through ``resolve(name, tensor or formula)``; itself if it has none."""
+    rows = {name: v for name, v in formula.parameters().items() if isinstance(v, TokenWeight) or (isinstance(v, Tensor) and v.dim() > 0)}
     return dataclasses.replace(formula, **{name: resolve(f"{formula.name}.{name}", v) for name, v in rows.items()}) if rows else formula

@@ -5,7 +5,7 @@ This is two_pass's middle, differentiated by autograd. One_pass runs its generat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,10 +38,14 @@ def safe_where(selected: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 class Term(NamedTuple):
-    """One term of the loss: a rule whose fields are bound to values, and its coefficient (a number or 0-d tensor)."""
+    """One term of the loss: a rule whose fields are bound to values, and its coefficient (a number or 0-d tensor).
+
+    ``shares`` of a coupled reduction: from the term's weighted token losses (its coefficient apart) to what they add to the loss.
+    """
 
     rule: Rule
     coef: Any
+    shares: Callable[[Tensor], Tensor] | None = None
 
 
 class Terms(NamedTuple):
@@ -74,12 +78,16 @@ def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep:
 
     weighted = loss = torch.zeros_like(leaves["logp"])
     for k, term in enumerate(terms.terms):
-        factor: Any = term.coef
+        factor: Any = term.coef if term.shares is None else 1.0
         for u in (scoped["all"], scoped["surrogate"] if k == 0 else None):
             factor = factor if u is None else factor * u
         total = row_weights[k] * factor
         selected = keep if total.requires_grad else keep & (total != 0)
         value = term.rule.loss(xp, Leaves(safe_where(selected, leaves)))
-        loss = loss + torch.where(selected, factor * value, 0)
-        weighted = weighted + torch.where(selected, total * value, 0)
+        own = torch.where(selected, total * value, 0)
+        if term.shares is None:
+            loss, weighted = loss + torch.where(selected, factor * value, 0), weighted + own
+        else:
+            loss = loss + torch.where(selected, term.coef * factor * value, 0)
+            weighted = weighted + term.coef * term.shares(own)
     return TermResult(weighted, loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidCall
-from .output import PolicyLossOutput
+from .output import PolicyLossOutput, coefficients
 from .policy_loss import policy_loss
 from .ratio import SegmentRatio
 from .spec import PolicyLossSpec
@@ -70,6 +71,11 @@ def make_batch(
         batch["ref_per_token_logps"] = (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
     if "sampling_logp" in spec.requires:
         batch["sampling_per_token_logps"] = (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
+    if any(r.reads_groups for r in spec.reductions):
+        sequences = math.prod(shape[:-1])
+        batch["group_ids"], batch["num_groups"] = (torch.arange(sequences) * 2 // sequences).to(device), 2
+        sign = torch.where(torch.arange(sequences) % 2 == 0, 1.0, -1.0).view(*shape[:-1], 1)  # both labels in both groups
+        batch["advantages"] = (normal(*shape).abs() * sign).to(device, row)
     if isinstance(spec.ratio, SegmentRatio):
         batch["segment_ids"] = (torch.arange(shape[-1]) // 3).expand(shape).contiguous().to(device)
     _assert_meaningful(spec, batch, logp)
@@ -176,7 +182,7 @@ def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto
     """Loss and gradient of a backend and plan against the fp64 reference, by the criterion of the package.
 
     The gradient's error is divided by 1.5 times the error of fp32 reference maths rounded once to the logits' dtype, plus a floor of four fp32
-    roundings of ``(|coef| + |ent_coef|)/T``.
+    roundings of ``(|coef| + |ent_coef|)/T``, and of what four roundings of the other rows' statistics make of the coefficients.
     """
     got, out = _gradient(spec, batch, backend=backend, plan=plan, **options)
     common = {k: v for k, v in options.items() if k != "consume_logits"}
@@ -212,12 +218,36 @@ def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto
     )
 
 
+def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
+    """How much four roundings of every row's statistics change each row's coefficients (``[N]``), and the loss, where rows depend on each other.
+
+    A sequence's ratio, or a batch's maximum, sums or selects over many log-probs, so its coefficients are as wrong as those make them. Where
+    every row stands alone this is 0: there the criterion asks for the coefficient itself to four roundings.
+    """
+    call, leaves = exact._call, exact._leaves
+    coef, loss = torch.zeros_like(leaves["logp"]), torch.zeros((), dtype=torch.float64, device=leaves["logp"].device)
+    if not call.spec.couples_rows:
+        return coef, loss
+    known, value = exact._derivatives, call.evaluate(leaves).weighted_loss.sum()
+    g = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        moved = {
+            name: x + ERROR_FLOOR * (1 + x.abs()) * (torch.rand(x.shape, generator=g, dtype=torch.float64) * 2 - 1).sign().to(x.device)
+            for name, x in leaves.items()
+        }
+        moved = {name: torch.where(call.rows.keep, moved[name], x) for name, x in leaves.items()}
+        change = [(a - b).abs() for a, b in zip(coefficients(call, moved), known, strict=True)]
+        coef = torch.maximum(coef, change[0] + change[1])
+        loss = torch.maximum(loss, (call.evaluate(moved).weighted_loss.sum() - value).abs().double())
+    return coef, loss
+
+
 def _loss_size(exact: PolicyLossOutput) -> Tensor:
     """What the loss's roundings are relative to: the sum of its terms' sizes, and of their slopes times the log-probs they are read at."""
     call, leaves = exact._call, exact._leaves
     terms = call.evaluate(leaves).weighted_loss.abs().sum()
     slopes = exact._derivatives[0].abs() * (1 + leaves["logp"].abs()) + exact._derivatives[1].abs() * (1 + leaves["entropy"])
-    return terms + slopes.sum()
+    return terms + slopes.sum() + _conditioning(exact)[1] / ERROR_FLOOR
 
 
 def _value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
@@ -230,7 +260,7 @@ def _value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None 
 def _floor(exact: Any, options: dict[str, Any]) -> Tensor:
     temperature = options.get("temperature", 1.0)
     by_logp, by_entropy = exact._derivatives
-    size = exact._call.rows.unflatten(by_logp.abs() + by_entropy.abs())
+    size = exact._call.rows.unflatten(by_logp.abs() + by_entropy.abs() + _conditioning(exact)[0] / ERROR_FLOOR)
     scale = (
         temperature
         if not isinstance(temperature, Tensor) or temperature.shape == size.shape

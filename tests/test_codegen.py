@@ -7,6 +7,7 @@ its fp32 operations, and nothing else, may separate the generated code from the 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib.util
 import shutil
 import subprocess
@@ -104,8 +105,9 @@ def truth(cls, params: dict[str, float]) -> list[torch.Tensor]:
 
 
 def default_params(cls) -> dict[str, float]:
-    """The defaults, rounded to fp32 as kernels receive them; clamp and cap finite too, so that both sides are seen."""
-    params = {k: torch.tensor(v).float().item() for k, v in cls().parameters().items()}
+    """The defaults (1/2 without one), rounded to fp32 as kernels receive them; clamp and cap finite too, so that both sides are seen."""
+    required = {f.name: 0.5 for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+    params = {k: torch.tensor(v).float().item() for k, v in cls(**required).parameters().items()}
     return params | {k: v for k, v in {"cap": 10.0, "delta": 2.0}.items() if k in params}
 
 

@@ -49,19 +49,24 @@ TRL_EXTRAS = {
     "delta": dict(delta=1.3, epsilon_high=0.28),
     "bonus": dict(entropy_coef=0.02),
     "top": dict(top_entropy_quantile=0.4),
+    "opsm": dict(off_policy_mask_threshold=-0.1),
     "all": dict(beta=0.04, delta=1.3, entropy_coef=0.02, top_entropy_quantile=0.4, epsilon_high=0.28),
 }
 
 
 @pytest.mark.parametrize("extras", TRL_EXTRAS)
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
 def test_trl(batch, loss_type, level, extras):
     settings = {**TRL_EXTRAS[extras], "importance_sampling_level": level, "max_completion_length": 16}
     if loss_type == "cispo":
         settings["epsilon_high"] = 1.15
-    if loss_type in ("cispo", "sapo"):
+    if loss_type in ("cispo", "sapo", "vespo"):
         settings.pop("delta", None)
+    if loss_type == "vespo" and level == "sequence":
+        with pytest.raises(rw.InvalidCall, match="must be 'token'"):
+            rw.methods.trl(loss_type, **settings)
+        return
     temperature = 0.9
     logp, entropy = statistics(batch, temperature)
     for adv, ratio in itertools.product(batch["adv"].values(), (None, *batch["ratios"].values())):
@@ -69,7 +74,7 @@ def test_trl(batch, loss_type, level, extras):
             logp, adv, batch["mask"], entropies=entropy, old_logps=batch["old"], ref_logps=batch["ref"], loss_type=loss_type,
             num_items_in_batch=41.0, importance_sampling_ratio=ratio, **settings,
         )  # fmt: skip
-        divisor = {"num_items_in_batch": 41.0} if loss_type in ("dapo", "cispo") else {}
+        divisor = {"num_items_in_batch": 41.0} if loss_type in ("dapo", "cispo", "vespo") else {}
         out = ours(batch, rw.methods.trl(loss_type, **settings), adv, temperature=temperature, importance_sampling_ratio=ratio, **divisor)
         same(out.loss, theirs, batch["logits"])
         metrics = out.metrics.as_floats("trl")

@@ -22,9 +22,19 @@ EXTRA = {
     "sequence_is": rw.methods.grpo().with_weight(rw.weights.SequenceMaskedImportance(ratio_max=math.inf)),
     "segment": rw.methods.gspo().replace(ratio=rw.SegmentRatio()),
     "current_ar_exact": rw.methods.grpo().with_weight(rw.weights.CurrentAdvantageReweighting(detach=False)),
+    "ar_sigmoid": rw.methods.advantage_reweighting(mode="negative_sigmoid", negative_weight=0.5),
+    "ar_balanced": rw.methods.advantage_reweighting(mode="balanced_sigmoid"),
+    "ar_interval": rw.methods.advantage_reweighting(mode="interval", interval=(0.25, 0.9)),
+    "raft_linear": rw.methods.advantage_reweighting(mode="raft_linear"),
+    "spo_mean": rw.methods.ppo().replace(reduction=rw.TokenMean(weight=rw.weights.spo_probability_mask())),
+    "tsa": rw.methods.sft().with_weight(rw.weights.TrainingSignalAnnealing(threshold=0.5)),
+    "f_distill": rw.methods.reinforce().with_weight(rw.weights.f_distill("forward_kl")),
+    "sft_term": rw.methods.dapo().with_penalty(rw.Penalty(rw.rules.likelihood.NLL(), 0.1)),
+    "steer": rw.methods.dapo().with_weight(rw.weights.steer("linear")),
+    "stare": rw.methods.dapo().with_weight(rw.weights.SurprisalReweighting(damp=0.9)),
     "verl_kl": rw.methods.verl("vanilla", use_kl_loss=True, kl_loss_type="k3+", entropy_coeff=0.01),
 }
-SPECS = {name: rw.method(name) for name in METHODS} | EXTRA
+SPECS = {name: rw.METHODS[name].build() for name in METHODS} | EXTRA
 ONE_PASS = [name for name, spec in SPECS.items() if spec.one_pass_obstacle is None]
 
 

@@ -32,10 +32,30 @@ def rule_clip(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, 
 
 
 @triton.jit
+def rule_comp_sum(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, tau):
+    v0 = tau == 1.0
+    v1 = tau - 1.0
+    v2 = v1 * logp
+    v3 = tl.where(v0, 1.0, 1.0 - tau)
+    return tl.where(v0, -logp, math.expm1(v2) / v3), tl.where(v0, -1.0, (v1 * math.exp(v2)) / v3), 0.0, 0.0, 0.0
+
+
+@triton.jit
 def rule_dppo_tv(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, divergence_low, divergence_high, ratio_max):
     v0 = math.exp(logp) - math.exp(old_logp)
     v1 = (-tl.where(((v0 < (-divergence_low)) & (adv <= 0.0)) | ((divergence_high < v0) & (0.0 < adv)), 0.0, math.minimum(math.exp(log_ratio), ratio_max))) * adv
     return v1 * logp, v1, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def rule_drift_k1(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq):
+    return -log_ratio, 0.0, -1.0, 0.0, 0.0
+
+
+@triton.jit
+def rule_drift_k3(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq):
+    v0 = math.expm1(log_ratio)
+    return v0 - log_ratio, 0.0, v0, 0.0, 0.0
 
 
 @triton.jit
@@ -106,6 +126,40 @@ def rule_k3_straight_through(logp, old_logp, log_ratio, ref_logp, sampling_logp,
 
 
 @triton.jit
+def rule_likelihood_ascent(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq):
+    return logp, 1.0, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def rule_likelihood_ratio(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq):
+    v0 = -math.exp(log_ratio)
+    return v0, 0.0, v0, 0.0, 0.0
+
+
+@triton.jit
+def rule_margin_nll(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, margin):
+    v0 = math.expm1(margin)
+    v1 = math.expm1(logp) * (-v0)
+    return math.log1p(v1) - logp, -(((math.exp(logp) * v0) / (v1 + 1.0)) + 1.0), 0.0, 0.0, 0.0
+
+
+@triton.jit
+def rule_nll(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq):
+    return -logp, -1.0, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def rule_npo(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, beta):
+    v0 = 2.0 / beta
+    v1 = beta * log_ratio
+    v2 = 0.0 < v1
+    v3 = math.exp(-tl.where(v2, v1, 0.0))
+    v4 = math.exp(tl.where(v2, 0.0, v1))
+    v5 = beta + tl.where(v2, -((beta * v3) / (v3 + 1.0)), 0.0)
+    return v0 * tl.where(v2, v1 + math.log1p(v3), math.log1p(v4)), 0.0, tl.where(v2, tl.where(v5 == 0.0, 0.0, v5 * v0), tl.where(v2, 0.0, ((beta * v4) / (v4 + 1.0)) * v0)), 0.0, 0.0
+
+
+@triton.jit
 def rule_reinforce(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq):
     v0 = -adv
     return v0 * logp, v0, 0.0, 0.0, 0.0
@@ -121,6 +175,12 @@ def rule_sapo(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, 
 
 
 @triton.jit
+def rule_unclipped(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq):
+    v0 = math.exp(log_ratio)
+    return (-v0) * adv, 0.0, -(v0 * adv), 0.0, 0.0
+
+
+@triton.jit
 def weight_advantage_reweighting(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, alpha):
     return ((alpha * math.exp(old_logp)) + 1.0) - alpha
 
@@ -131,15 +191,72 @@ def weight_current_advantage_reweighting(logp, old_logp, log_ratio, ref_logp, sa
 
 
 @triton.jit
+def weight_entropy(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq):
+    return entropy
+
+
+@triton.jit
+def weight_forward_kl_weight(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq):
+    return math.exp(math.minimum(ref_logp - logp, 20.0))
+
+
+@triton.jit
+def weight_jensen_shannon_weight(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq):
+    return math.sigmoid(ref_logp - logp)
+
+
+@triton.jit
 def weight_masked_importance(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, ratio_min, ratio_max):
     v0 = math.exp(old_logp - sampling_logp)
     return tl.where((ratio_min <= v0) & (v0 <= ratio_max), v0, 0.0)
 
 
 @triton.jit
+def weight_negative_sigmoid_reweighting(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, steepness, midpoint):
+    return tl.where(0.0 < adv, 1.0, 2.0 * math.sigmoid(steepness * (math.exp(old_logp) - midpoint)))
+
+
+@triton.jit
+def weight_positive_advantage_reweighting(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, alpha):
+    return tl.where(0.0 < adv, ((alpha * math.exp(old_logp)) + 1.0) - alpha, 1.0)
+
+
+@triton.jit
+def weight_precomputed(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, values):
+    return tl.where(logp == logp, values, values)
+
+
+@triton.jit
 def weight_probability_band(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, lower, upper):
     v0 = math.exp(old_logp)
     return tl.where((lower <= v0) & (v0 < upper), 1.0, 0.0)
+
+
+@triton.jit
+def weight_probability_interval(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, lower, upper):
+    v0 = math.exp(old_logp)
+    return tl.where((lower < v0) & (v0 <= upper), 1.0, 0.0)
+
+
+@triton.jit
+def weight_reward_ranked(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq):
+    v0 = 0.0 < adv
+    return tl.where(v0, 1.0 / tl.where(v0, adv, 1.0), 0.0)
+
+
+@triton.jit
+def weight_sigmoid_reweighting(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, steepness, midpoint):
+    return 2.0 * math.sigmoid(steepness * (math.exp(old_logp) - midpoint))
+
+
+@triton.jit
+def weight_sign_weight(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, positive, negative):
+    return tl.where(0.0 < adv, positive, negative)
+
+
+@triton.jit
+def weight_training_signal_annealing(logp, old_logp, log_ratio, ref_logp, sampling_logp, adv, entropy, log_sum_p_sq, threshold):
+    return tl.where(math.exp(logp) <= threshold, 1.0, 0.0)
 
 
 @triton.jit

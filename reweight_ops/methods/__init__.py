@@ -7,21 +7,21 @@ import importlib
 import pkgutil
 from typing import Any
 
-from .registry import METHODS, Method, method, published
+from .registry import METHODS, method, published
 from .trl import trl
 from .verl import verl
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 # A module may have its method's name; the method is what the attribute means.
-globals().update({name: entry.build for name, entry in METHODS.items()})
+globals().update({name: entry.function for name, entry in METHODS.items()})
 
-__all__ = ["METHODS", "Method", "method", "published", "trl", "verl"]
+__all__ = ["METHODS", "method", "published", "trl", "verl"]
 
 
 def __getattr__(name: str) -> Any:
     if name in METHODS:
-        return METHODS[name].build
+        return METHODS[name].function
     raise AttributeError(f"no method {name!r}; the methods are: {', '.join(sorted(METHODS))}")
 
 

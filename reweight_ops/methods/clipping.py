@@ -124,3 +124,14 @@ def reinforce(entropy_coef: Any = 0.0) -> PolicyLossSpec:
 def gpg() -> PolicyLossSpec:
     """``-A·logp``, token mean over the batch. The paper's α rescales the advantages and its filter drops groups: both before this loss."""
     return PolicyLossSpec(surrogate=Reinforce(), name="gpg")
+
+
+@published(
+    "ngrpo",
+    "Negative-enhanced GRPO (NGRPO)",
+    paper="NGRPO: Negative-enhanced Group Relative Policy Optimization",
+    arxiv="2509.18851",
+)
+def ngrpo(epsilon_neg: Any = 0.16, epsilon_pos: Any = 0.24) -> PolicyLossSpec:
+    """Clip with a tighter bound where ``A < 0`` (``1 - ε_neg``) than where ``A > 0`` (``1 + ε_pos``), token mean, for ``advantages.ngrpo``."""
+    return PolicyLossSpec(surrogate=Clip(epsilon_low=epsilon_neg, epsilon_high=epsilon_pos), name="ngrpo")

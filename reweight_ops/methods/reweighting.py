@@ -5,10 +5,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import InvalidCall
-from ..rules.surrogates import Clip
+from ..rules.base import TokenWeight
+from ..rules.surrogates import Clip, DualClip
 from ..spec import PolicyLossSpec
-from ..weights import AdvantageReweighting, CurrentAdvantageReweighting, ProbabilityBand, TopEntropy
+from ..weights.entropy import Entropy, HapoLower, HapoRedistribution, HapoUpper, TopEntropy
+from ..weights.probability import (
+    AdvantageReweighting,
+    BalancedSigmoidReweighting,
+    CurrentAdvantageReweighting,
+    NegativeSigmoidReweighting,
+    PositiveAdvantageReweighting,
+    ProbabilityBand,
+    ProbabilityInterval,
+    RewardRanked,
+    SigmoidReweighting,
+    SignWeight,
+)
 from .parts import entropy, kl
 from .registry import published
 
@@ -17,18 +32,50 @@ _AR_PAPER = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 
 @published("advantage_reweighting", "Advantage Reweighting (AR)", paper=_AR_PAPER, arxiv="2505.12929")
 def advantage_reweighting(
-    alpha: Any = 0.3, probabilities: str = "old", epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, beta: Any = 0.0, entropy_coef: Any = 0.0
+    alpha: Any = 0.3,
+    probabilities: str = "old",
+    mode: str = "linear",
+    steepness: Any = 5.0,
+    midpoint: Any = 0.4,
+    interval: tuple[Any, Any] = (0.0, 0.25),
+    negative_weight: Any = 1.0,
+    epsilon_low: Any = 0.2,
+    epsilon_high: Any = 0.2,
+    beta: Any = 0.0,
+    entropy_coef: Any = 0.0,
 ) -> PolicyLossSpec:
     """Clip, each token's term times ``α·p + 1 - α`` (section 4.1), token mean.
 
     ``probabilities``: ``"old"`` as the authors' code, ``"current"`` (detached) as the paper. α is 0.2 to 0.3 there, 0.1 for mathematics.
+
+    ``mode`` is one of the authors' code's: ``"linear"``; ``"positive_linear"``, where A > 0 only; ``"sigmoid"``, ``2σ(steepness·(p - midpoint))``;
+    ``"negative_sigmoid"``, where A <= 0 only; ``"balanced_sigmoid"``, and the negatives scaled to the positives' mass; ``"interval"``, 1 where p is in
+    ``interval`` (open, closed) and 0 elsewhere; ``"raft"``, advantages ``1[A > 0]``; ``"raft_linear"``, those times the linear weight. Tokens with
+    ``A <= 0`` are weighted by ``negative_weight`` besides.
     """
-    kinds = {"old": AdvantageReweighting, "current": CurrentAdvantageReweighting}
-    if probabilities not in kinds:
+    modes: dict[str, tuple[TokenWeight, ...]] = {
+        "linear": (AdvantageReweighting(alpha=alpha),),
+        "positive_linear": (PositiveAdvantageReweighting(alpha=alpha),),
+        "sigmoid": (SigmoidReweighting(steepness=steepness, midpoint=midpoint),),
+        "negative_sigmoid": (NegativeSigmoidReweighting(steepness=steepness, midpoint=midpoint),),
+        "balanced_sigmoid": (BalancedSigmoidReweighting(steepness=steepness, midpoint=midpoint),),
+        "interval": (ProbabilityInterval(lower=interval[0], upper=interval[1]),),
+        "raft": (RewardRanked(),),
+        "raft_linear": (RewardRanked(), AdvantageReweighting(alpha=alpha)),
+    }
+    if mode not in modes:
+        raise InvalidCall(f"advantage_reweighting: mode is {mode!r}, expected one of {', '.join(modes)}.")
+    if probabilities not in ("old", "current"):
         raise InvalidCall(f"advantage_reweighting: probabilities is {probabilities!r}, expected 'old' or 'current'.")
+    weights = modes[mode]
+    if probabilities == "current":
+        if mode != "linear":
+            raise InvalidCall(f"advantage_reweighting: mode={mode!r} is of the authors' code, which has probabilities='old'.")
+        weights = (CurrentAdvantageReweighting(alpha=alpha),)
+    if isinstance(negative_weight, Tensor) or negative_weight != 1:
+        weights = (*weights, SignWeight(negative=negative_weight))
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    penalties = (*kl(beta), *entropy(entropy_coef))
-    return PolicyLossSpec(surrogate=clip, penalties=penalties, weights=(kinds[probabilities](alpha=alpha),), name="advantage_reweighting")
+    return PolicyLossSpec(surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=weights, name="advantage_reweighting")
 
 
 @published("lopti", "Low-Probability Token Isolation (Lopti)", paper=_AR_PAPER, arxiv="2505.12929")
@@ -56,3 +103,36 @@ def top_entropy(fraction: Any = 0.2, epsilon_low: Any = 0.2, epsilon_high: Any =
     """DAPO on the ``fraction`` of the batch's tokens with the highest entropy (eq. 6); the others stay in the denominator, as in TRL."""
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(surrogate=clip, weights=(TopEntropy(fraction=fraction),), name="top_entropy")
+
+
+@published(
+    "hapo",
+    "Heterogeneous Adaptive Policy Optimization (HAPO)",
+    paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
+    arxiv="2509.16591",
+)
+def hapo(
+    epsilon_low: Any = 0.2,
+    epsilon_high: Any = 0.28,
+    clip_ratio_c: Any = 10.0,
+    alpha: Any = 1.0,
+    beta: Any = 1.0,
+    pivot: Any = 0.8,
+    entropies: Any = None,
+) -> PolicyLossSpec:
+    """Dual clip with bounds of every token's own, and advantages redistributed between tokens of high and low entropy; token mean.
+
+    With h in [-1, 1] from the lowest entropy over the ``pivot`` quantile to the highest: ``ε_low·(1 - α·h)`` where h <= 0, ``ε_high·(1 + α·h)`` where
+    h > 0, and the term times ``1 + β·h`` where :class:`~reweight_ops.weights.HapoRedistribution` says. ``entropies``: stored ones; default current.
+
+    Differs from the authors' code, not from the paper: the code's h is never negative, by a sign error; its scripts have ``epsilon_high=0.2``.
+    Its token-level group average is ``advantages.hapo``, its sampling temperature is outside of a loss.
+    """
+    shared = {"alpha": alpha, "pivot": pivot, "entropies": Entropy() if entropies is None else entropies}
+    clip = DualClip(
+        epsilon_low=HapoLower(epsilon=epsilon_low, **shared),  # type: ignore[arg-type]
+        epsilon_high=HapoUpper(epsilon=epsilon_high, **shared),  # type: ignore[arg-type]
+        clip_ratio_c=clip_ratio_c,
+    )
+    redistribution = HapoRedistribution(beta=beta, epsilon_low=epsilon_low, epsilon_high=epsilon_high, **shared)
+    return PolicyLossSpec(surrogate=clip, weights=(redistribution,), name="hapo")

@@ -1,13 +1,15 @@
-"""Methods whose importance ratio is one number a sequence."""
+"""Methods whose importance ratio, or weight, is one number a sequence."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..ratio import SequenceRatio
+from ..errors import InvalidCall
+from ..ratio import GeometricMeanRatio, SequenceRatio
 from ..reduction import SequenceMean
-from ..rules.surrogates import Clip
+from ..rules.surrogates import Clip, Reinforce, Unclipped
 from ..spec import PolicyLossSpec
+from ..weights.importance import OffPolicySequenceMask, SamplerSequenceMask, SequenceGamma
 from .parts import kl
 from .registry import published
 
@@ -42,3 +44,54 @@ def luspo(epsilon_low: Any = 3e-4, epsilon_high: Any = 4e-4, beta: Any = 0.0) ->
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     reduction = SequenceMean(per="token_sum")
     return PolicyLossSpec(surrogate=clip, penalties=kl(beta), ratio=SequenceRatio(), reduction=reduction, name="luspo")
+
+
+@published("gmpo", "Geometric-Mean Policy Optimization", paper="Geometric-Mean Policy Optimization", arxiv="2507.20673")
+def gmpo(epsilon_low: Any = 0.4, epsilon_high: Any = 0.4, beta: Any = 0.0) -> PolicyLossSpec:
+    """``-A·(Π_t r_t)^(1/L)``, each ``log r_t`` clipped to ``[-ε_low, ε_high]`` on the side that its advantage pushes to; mean over sequences.
+
+    The bounds are in log space: ratios of ``e^±0.4``. Advantages are one a sequence (verl's ``geo_mean``, TRL's ``GMPOTrainer``).
+    """
+    ratio = GeometricMeanRatio(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    return PolicyLossSpec(surrogate=Unclipped(), penalties=kl(beta), ratio=ratio, reduction=SequenceMean(), name="gmpo")
+
+
+@published(
+    "vespo",
+    "Variational Sequence-level Soft Policy Optimization",
+    paper="VESPO: Variational Sequence-Level Soft Policy Optimization for Stable Off-Policy LLM Training",
+    arxiv="2602.10693",
+    certainty="secondary",
+    level="sequence",
+)
+def vespo(k_pos: Any = 2.0, lambda_pos: Any = 3.0, k_neg: Any = 3.0, lambda_neg: Any = 2.0, beta: Any = 0.0) -> PolicyLossSpec:
+    """``-sg(W^k·exp(λ(1 - W)))·A·logp``, token mean, with W the product of the sequence's token ratios, and k, λ by the sign of A.
+
+    W against the sampler (staleness and mismatch together): pass its log-probs as ``old_per_token_logps``.
+    Differs from the paper: transcribed from TRL's ``loss_type="vespo"``, whose clamps of log W it has.
+    """
+    gamma = SequenceGamma(k_pos=k_pos, lambda_pos=lambda_pos, k_neg=k_neg, lambda_neg=lambda_neg)
+    return PolicyLossSpec(surrogate=Reinforce(), penalties=kl(beta), weights=(gamma,), name="vespo")
+
+
+@published(
+    "opsm",
+    "Off-Policy Sequence Masking",
+    paper="DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models",
+    arxiv="2512.02556",
+    certainty="secondary",
+    level="sequence",
+    example={"threshold": 0.5},
+)
+def opsm(threshold: Any, against: str = "old", epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, beta: Any = 0.0) -> PolicyLossSpec:
+    """GRPO without the sequences that have a negative advantage and have drifted: mean of ``old_logp - logp`` above ``threshold`` (eq. 9).
+
+    ``against="sampler"`` measures the drift from ``sampling_per_token_logps``. The masked tokens stay in the denominator, and a KL penalty acts
+    on them as on all (TRL's ``off_policy_mask_threshold``, which it documents with 0.5; the paper states no value).
+    """
+    masks = {"old": OffPolicySequenceMask, "sampler": SamplerSequenceMask}
+    if against not in masks:
+        raise InvalidCall(f"opsm: against is {against!r}, expected 'old' or 'sampler'.")
+    clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    mask = masks[against](threshold=threshold)
+    return PolicyLossSpec(surrogate=clip, penalties=kl(beta), weights=(mask,), reduction=SequenceMean(), name="opsm")

@@ -8,14 +8,15 @@ from typing import Any
 from ..errors import InvalidCall
 from ..ratio import SequenceRatio, TokenRatio
 from ..reduction import Reduction, SequenceMean, TokenMean
-from ..rules.base import Rule
+from ..rules.base import Rule, TokenWeight
 from ..rules.penalties import K3, K3Corrected
-from ..rules.surrogates import Cispo, Clip, Sapo
+from ..rules.surrogates import Cispo, Clip, Reinforce, Sapo
 from ..spec import PolicyLossSpec
-from ..weights import TopEntropy
+from ..weights.entropy import TopEntropy
+from ..weights.importance import OffPolicySequenceMask, SequenceGamma
 from .parts import entropy, kl
 
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo")
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
 def trl(
@@ -32,11 +33,18 @@ def trl(
     entropy_coef: Any = 0.0,
     sapo_temperature_pos: Any = 1.0,
     sapo_temperature_neg: Any = 1.05,
+    vespo_k_pos: Any = 2.0,
+    vespo_lambda_pos: Any = 3.0,
+    vespo_k_neg: Any = 3.0,
+    vespo_lambda_neg: Any = 2.0,
+    off_policy_mask_threshold: Any = None,
 ) -> PolicyLossSpec:
     """The loss of TRL's ``GRPOTrainer._compute_loss`` (1.15 and later), exactly: bare ``exp``, k3 without a clamp.
 
-    ``dapo`` and ``cispo`` divide by ``num_items_in_batch``, a call argument here: pass TRL's final normalizer (see
-    :mod:`reweight_ops.integrations.trl`). ``vespo`` is not offered yet.
+    ``dapo``, ``cispo`` and ``vespo`` divide by ``num_items_in_batch``, a call argument here: pass TRL's final normalizer (see
+    :mod:`reweight_ops.integrations.trl`). TRL folds vLLM's correction into ``vespo``'s sequence ratio: pass the sampler's log-probs as
+    ``old_per_token_logps`` for that. ``off_policy_mask_threshold`` is against ``old_per_token_logps``, as in TRL without vLLM; against the
+    sampler's log-probs it is ``weights.SamplerSequenceMask``.
     """
     if loss_type not in LOSS_TYPES:
         raise InvalidCall(f"methods.trl: loss_type is {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}.")
@@ -51,6 +59,10 @@ def trl(
         surrogate = Cispo(ratio_max=high)
     elif loss_type == "sapo":
         surrogate = Sapo(temperature_pos=sapo_temperature_pos, temperature_neg=sapo_temperature_neg)
+    elif loss_type == "vespo":
+        if importance_sampling_level != "token":
+            raise InvalidCall("methods.trl: loss_type='vespo' has a sequence ratio of its own; importance_sampling_level must be 'token'.")
+        surrogate = Reinforce()
     reductions: dict[str, Reduction] = {
         "grpo": SequenceMean(),
         "sapo": SequenceMean(),
@@ -59,17 +71,24 @@ def trl(
         "bnpo": TokenMean(per_call=True),
         "dapo": TokenMean(),
         "cispo": TokenMean(),
+        "vespo": TokenMean(),
     }
     masked = isinstance(top_entropy_quantile, (int, float)) and top_entropy_quantile >= 1
     top = None if masked else TopEntropy(fraction=top_entropy_quantile)
     estimator = K3Corrected(clamp=math.inf) if use_bias_correction_kl else K3(clamp=math.inf)
     # The bonus is a mean over this call's tokens whatever the loss type divides by, and under a top-entropy mask over the masked ones.
     bonus = entropy(entropy_coef, TokenMean(per_call=True, weight=top))
+    weights: tuple[TokenWeight, ...] = () if top is None else (top,)
+    if loss_type == "vespo":
+        gamma = SequenceGamma(k_pos=vespo_k_pos, lambda_pos=vespo_lambda_pos, k_neg=vespo_k_neg, lambda_neg=vespo_lambda_neg)
+        weights = (*weights, gamma)
+    if off_policy_mask_threshold is not None:
+        weights = (*weights, OffPolicySequenceMask(threshold=off_policy_mask_threshold))
     return PolicyLossSpec(
         surrogate=surrogate,
         penalties=(*kl(beta, estimator), *bonus),
         ratio=levels[importance_sampling_level],
-        weights=() if top is None else (top,),
+        weights=weights,
         reduction=reductions[loss_type],
         name=f"trl_{loss_type}",
     )

@@ -44,12 +44,12 @@ class Formula:
         return cls._parameter_names
 
     def parameters(self) -> dict[str, Any]:
-        """Hyper-parameter name to value: a number, a 0-d tensor (a schedule) or a per-row tensor."""
+        """Hyper-parameter name to value: a number, a 0-d tensor (a schedule), a per-row tensor, or a formula (a :class:`TokenWeight`)."""
         return {name: getattr(self, name) for name in self.parameter_names()}
 
 
 class Rule(Formula):
-    """A term of the loss. ``kind`` is ``"surrogate"`` (reads the advantage) or ``"penalty"``."""
+    """A term of the loss. ``kind`` is ``"surrogate"``, ``"penalty"`` (reads no advantage), or ``"any"``: may stand as either."""
 
     kind: ClassVar[str] = "surrogate"
 
@@ -112,8 +112,8 @@ def rule(name: Any = None, *, kind: str = "surrogate") -> Any:
     """Class decorator: make a frozen keyword-only dataclass of a :class:`Rule` and register it by name."""
     if isinstance(name, type):
         return rule()(name)
-    if kind not in ("surrogate", "penalty"):
-        raise InvalidCall(f"rule: kind is {kind!r}, expected 'surrogate' or 'penalty'.")
+    if kind not in ("surrogate", "penalty", "any"):
+        raise InvalidCall(f"rule: kind is {kind!r}, expected 'surrogate', 'penalty' or 'any'.")
 
     def decorate(cls: type) -> type:
         cls.kind = kind  # type: ignore[attr-defined]

@@ -7,6 +7,8 @@ passes the gradient on the bounds.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,16 +20,21 @@ FUNCTIONS = (
 )  # fmt: skip
 
 
+def _unary(of_tensor: Callable[[Tensor], Tensor], of_number: Callable[[float], float]) -> Any:
+    """A function of a value of the token, or of a hyper-parameter that is a number."""
+    return staticmethod(lambda x: of_tensor(x) if isinstance(x, Tensor) else of_number(x))
+
+
 class TorchNamespace:
     """The reference implementation of ``xp`` in one floating dtype; autograd differentiates it."""
 
-    exp = staticmethod(torch.exp)
-    expm1 = staticmethod(torch.expm1)
-    log = staticmethod(torch.log)
-    log1p = staticmethod(torch.log1p)
-    sigmoid = staticmethod(torch.sigmoid)
-    tanh = staticmethod(torch.tanh)
-    abs = staticmethod(torch.abs)
+    exp = _unary(torch.exp, math.exp)
+    expm1 = _unary(torch.expm1, math.expm1)
+    log = _unary(torch.log, math.log)
+    log1p = _unary(torch.log1p, math.log1p)
+    sigmoid = _unary(torch.sigmoid, lambda x: 1 / (1 + math.exp(-x)))
+    tanh = _unary(torch.tanh, math.tanh)
+    abs = _unary(torch.abs, abs)
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -51,7 +58,9 @@ class TorchNamespace:
             low, high = self._lift(low, x.device), self._lift(high, x.device)
         return torch.clamp(x, low, high)
 
-    def where(self, condition: Tensor, a: Any, b: Any) -> Tensor:
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        if isinstance(condition, bool):  # of hyper-parameters that are numbers
+            return a if condition else b
         return torch.where(condition, self._lift(a, condition.device), self._lift(b, condition.device))
 
     def stop_gradient(self, x: Any) -> Any:

@@ -29,6 +29,14 @@ class Clip(Rule):
         return (ratio < 1 - self.epsilon_low) & (t.adv < 0), (ratio > 1 + self.epsilon_high) & (t.adv > 0)
 
 
+@rule("unclipped")
+class Unclipped(Rule):
+    """``-r·A``: the importance-weighted advantage without a clip."""
+
+    def loss(self, xp, t):
+        return -xp.exp(t.log_ratio) * t.adv
+
+
 @rule("dual_clip")
 class DualClip(Rule):
     """:class:`Clip` without ``delta``, and for ``A < 0`` never above ``-clip_ratio_c·A``.

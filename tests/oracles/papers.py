@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -129,3 +130,81 @@ def k2(logp: Tensor, ref: Tensor) -> Tensor:
 def k3(logp: Tensor, ref: Tensor) -> Tensor:
     """``(u - 1) - log u``."""
     return (ref - logp).exp() - 1 - (ref - logp)
+
+
+# --- losses that couple the tokens of a sequence, or the sequences of a prompt -------------------------------------------------------
+def gmpo(logp, old, A, mask, epsilon_low=0.4, epsilon_high=0.4) -> Tensor:
+    """arXiv:2507.20673: ``1/G sum_i {prod_t min(r^s, clip(r, e^-low, e^high)^s)^s}^(1/|o_i|) A_i``, ``s`` the sign of A_i."""
+    terms = []
+    for lp, o, a in sequences(mask, logp, old, A):
+        product = torch.ones((), dtype=lp.dtype)
+        for x in (lp - o).exp():
+            bounded = x.clip(math.exp(-epsilon_low), math.exp(epsilon_high))
+            product = product * (torch.minimum(x, bounded) if a[0] > 0 else torch.maximum(x, bounded))
+        terms.append(product ** (1 / len(lp)) * a[0])
+    return -torch.stack(terms).mean()
+
+
+def vespo(logp, old, A, mask, k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0) -> Tensor:
+    """arXiv:2602.10693 as in TRL: ``-phi(W) A log pi`` over all tokens, ``phi(W) = e^lambda W^k e^(-lambda W)`` without a gradient."""
+    total = torch.zeros((), dtype=logp.dtype)
+    for lp, o, a in sequences(mask, logp, old, A):
+        W = (lp - o).exp().prod().detach()
+        k, rate = (k_pos, lambda_pos) if a[0] >= 0 else (k_neg, lambda_neg)
+        total = total - (math.exp(rate) * W**k * torch.exp(-rate * W) * a * lp).sum()
+    return total / mask.sum()
+
+
+def opsm(logp, old, A, mask, threshold, epsilon=0.2) -> Tensor:
+    """DeepSeek-V3.2, arXiv:2512.02556, eq. 9 on GRPO: M_i = 0 iff A_i < 0 and the mean of ``log(pi_old/pi)`` is above the threshold."""
+    terms = []
+    for lp, o, a in sequences(mask, logp, old, A):
+        dropped = a[0] < 0 and (o - lp).mean() > threshold
+        terms.append(clipped_objective((lp - o).exp(), a, epsilon, epsilon).mean() * (0.0 if dropped else 1.0))
+    return -torch.stack(terms).mean()
+
+
+def disco(scores, rewards, groups, tau, weights=None) -> Tensor:
+    """DisCO, arXiv:2505.12366, and DRPO, arXiv:2510.04474: minus the mean over questions, given each response's score (and weight)."""
+    total, questions = torch.zeros((), dtype=scores.dtype), sorted(set(groups))
+    for q in questions:
+        positive = [i for i, g in enumerate(groups) if g == q and rewards[i] > 0]
+        negative = [i for i, g in enumerate(groups) if g == q and rewards[i] <= 0]
+        if positive and negative:
+            w = [1.0 if weights is None else weights[i] for i in positive]
+            gain = sum(x * scores[i] for x, i in zip(w, positive, strict=True)) / sum(w)
+            s = torch.stack([scores[j] for j in negative])
+            loss = s.mean() if math.isinf(tau) else tau * torch.log(torch.exp(s / tau).mean())
+            total = total + gain - loss
+    return -total / len(questions)
+
+
+def kl_constraint(kl: Tensor, strength: float, bound: float) -> Tensor:
+    """Of DisCO's and DRPO's code: ``sg(max(beta (KL - delta), 0)) KL``."""
+    return (strength * (kl - bound)).clamp(min=0).detach() * kl
+
+
+def npo(logp, ref, mask, beta=0.1) -> Tensor:
+    """arXiv:2404.05868: ``-2/beta E[log sigmoid(-beta log(pi/pi_ref))]``."""
+    terms = [-2 / beta * torch.log(torch.sigmoid(-beta * (lp.sum() - rf.sum()))) for lp, rf in sequences(mask, logp, ref)]
+    return torch.stack(terms).mean()
+
+
+def comp_sum(logits: Tensor, ids: Tensor, mask: Tensor, tau: float) -> Tensor:
+    """arXiv:2304.07288: ``Phi_tau(sum_{v != y} exp(z_v - z_y))``, ``Phi_tau(u) = ((1+u)^(1-tau) - 1)/(1-tau)``, ``log(1+u)`` at 1; mean."""
+    u = torch.exp(logits - logits.gather(-1, ids[..., None])).sum(-1) - 1
+    phi = torch.log(1 + u) if tau == 1 else ((1 + u) ** (1 - tau) - 1) / (1 - tau)
+    return phi[mask].mean()
+
+
+def ldam(logits: Tensor, ids: Tensor, mask: Tensor, margin) -> Tensor:
+    """arXiv:1906.07413: cross-entropy of logits whose target is lower by its margin."""
+    shifted = logits - margin * torch.nn.functional.one_hot(ids, logits.shape[-1]).to(logits)
+    return torch.nn.functional.cross_entropy(shifted[mask], ids[mask])
+
+
+def ldr(logits: Tensor, ids: Tensor, mask: Tensor, margin: float) -> Tensor:
+    """arXiv:2112.14869 at lambda = 1: ``log(1/V sum_k exp(c 1[k != y] + f_k - f_y))``, mean."""
+    target = torch.nn.functional.one_hot(ids, logits.shape[-1]).to(logits)
+    gaps = margin * (1 - target) + logits - logits.gather(-1, ids[..., None])
+    return torch.log(torch.exp(gaps).mean(-1))[mask].mean()

@@ -1,13 +1,15 @@
-"""TRL 1.16's GRPO loss. Source: ``trl/trainer/grpo_trainer.py``, ``_compute_loss`` and ``get_high_entropy_mask``; all but ``vespo``."""
+"""TRL 1.16's GRPO loss. Source: ``trl/trainer/grpo_trainer.py``, ``_compute_loss``, ``get_high_entropy_mask``, ``get_off_policy_mask`` and
+``get_gamma_weights`` (without vLLM's correction)."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
 def logps_and_entropies(logits: Tensor, ids: Tensor, temperature: float = 1.0, softcap: float | None = None) -> tuple[Tensor, Tensor]:
@@ -44,6 +46,11 @@ def grpo_loss(
     use_bias_correction_kl: bool = True,
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    off_policy_mask_threshold: float | None = None,
     top_entropy_quantile: float = 1.0,
     entropy_coef: float = 0.0,
     max_completion_length: int | None = None,
@@ -82,12 +89,21 @@ def grpo_loss(
     elif loss_type == "sapo":
         temperatures = torch.full_like(advantages, sapo_temperature_neg).masked_fill(advantages > 0, sapo_temperature_pos)
         per_token_loss = -torch.sigmoid(temperatures * (coef_1 - 1)) * 4 / temperatures * advantages
+    elif loss_type == "vespo":
+        total = (torch.clamp(logps - old_logps, -20.0, 20.0) * mask).sum(-1, keepdim=True).detach()
+        log_w = torch.clamp(total, math.log(1e-8), 20.0)
+        k = torch.where(advantages >= 0, vespo_k_pos, vespo_k_neg).to(logps)
+        rate = torch.where(advantages >= 0, vespo_lambda_pos, vespo_lambda_neg).to(logps).clamp(min=1e-4)
+        per_token_loss = -torch.exp(rate + k * log_w - rate * torch.exp(log_w)) * advantages * logps
     else:
         coef_2 = torch.clamp(coef_1, 1 - epsilon, 1 + epsilon_high)
         if delta is not None:
             coef_1 = torch.clamp(coef_1, max=delta)
         per_token_loss = -torch.min(coef_1 * advantages, coef_2 * advantages)
 
+    if off_policy_mask_threshold is not None:
+        drift = ((old_logps - logps.detach()) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1.0)
+        per_token_loss = per_token_loss * ((advantages >= 0) | (drift <= off_policy_mask_threshold)).to(mask.dtype)
     if entropy_mask is not None:
         per_token_loss = per_token_loss * entropy_mask
     if importance_sampling_ratio is not None:
@@ -102,7 +118,7 @@ def grpo_loss(
         loss = masked.sum() / mask.sum().clamp(min=1.0) / accumulation_steps
     elif loss_type == "dr_grpo":
         loss = masked.sum() / (masked.size(0) * max_completion_length) / accumulation_steps
-    elif loss_type in ("dapo", "cispo"):
+    elif loss_type in ("dapo", "cispo", "vespo"):
         tokens = torch.as_tensor(num_items_in_batch, dtype=logps.dtype).clamp(min=1.0)
         loss = masked.sum() / (tokens / num_processes * accumulation_steps / steps_per_generation)
     elif loss_type == "luspo":
@@ -137,7 +153,7 @@ def _metrics(loss_type, coef_1, advantages, mask, epsilon, epsilon_high, per_tok
         metrics["entropy"] = mean(entropies)
     if loss_type == "cispo":
         metrics["cispo_clip_ratio"] = mean(((coef_1 > epsilon_high) & (advantages > 0)).to(mask.dtype))
-    elif loss_type != "sapo":
+    elif loss_type not in ("sapo", "vespo"):
         low = ((coef_1 < 1 - epsilon) & (advantages < 0)).to(mask.dtype)
         high = ((coef_1 > 1 + epsilon_high) & (advantages > 0)).to(mask.dtype)
         metrics |= {"clip_ratio/low_mean": mean(low), "clip_ratio/high_mean": mean(high), "clip_ratio/region_mean": mean(low + high)}

@@ -1,0 +1,114 @@
+"""Methods that read no advantage: shapes of the cross-entropy, and unlearning. Call ``policy_loss(..., advantages=None, spec=...)``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..ratio import SequenceRatio
+from ..reduction import SequenceMean, TokenMean
+from ..rules.likelihood import NLL, NPO, CompSum, LikelihoodAscent, MarginNLL
+from ..spec import Penalty, PolicyLossSpec
+from ..weights.probability import SignWeight
+from .registry import published
+
+_WAGLE = "WAGLE: Strategic Weight Attribution for Effective and Modular Unlearning in Large Language Models"
+
+
+@published("sft", "Supervised fine-tuning", paper="Cross-Entropy Loss Functions: Theoretical Analysis and Applications", arxiv="2304.07288")
+def sft() -> PolicyLossSpec:
+    """``-logp``, token mean: the cross-entropy, ``comp_sum(tau=1)``."""
+    return PolicyLossSpec(surrogate=NLL(), name="sft")
+
+
+@published(
+    "comp_sum",
+    "Comp-sum losses",
+    paper="Cross-Entropy Loss Functions: Theoretical Analysis and Applications",
+    arxiv="2304.07288",
+    certainty="secondary",
+    example={"tau": 1.5},
+)
+def comp_sum(tau: Any) -> PolicyLossSpec:
+    """``(p^(τ-1) - 1)/(1-τ)``, token mean: τ = 0 sum-exponential, 1 cross-entropy, (1, 2) generalised cross-entropy, 2 mean absolute error.
+
+    Equal to the paper's ``Φ_τ(Σ_{v≠y} exp(z_v - z_y))``, since that sum is ``1/p - 1``.
+    """
+    return PolicyLossSpec(surrogate=CompSum(tau=tau), name="comp_sum")
+
+
+@published(
+    "gce",
+    "Generalized Cross Entropy",
+    paper="Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels",
+    arxiv="1805.07836",
+)
+def gce(q: float = 0.7) -> PolicyLossSpec:
+    """``(1 - p^q)/q``, token mean: the gradient of the cross-entropy times ``p^q``, so that unlikely (noisy) targets count less."""
+    return PolicyLossSpec(surrogate=CompSum(tau=1 + q), name="gce")
+
+
+@published(
+    "mae",
+    "Mean absolute error",
+    paper="Cross-Entropy Loss Functions: Theoretical Analysis and Applications",
+    arxiv="2304.07288",
+    certainty="secondary",
+)
+def mae() -> PolicyLossSpec:
+    """``1 - p``, token mean: ``comp_sum(tau=2)``, half the absolute distance of the one-hot target to the distribution."""
+    return PolicyLossSpec(surrogate=CompSum(tau=2.0), name="mae")
+
+
+@published(
+    "ldam",
+    "Label-Distribution-Aware Margin loss",
+    paper="Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
+    arxiv="1906.07413",
+    example={"margin": 0.5},
+)
+def ldam(margin: Any) -> PolicyLossSpec:
+    """``log(1 + (1/p - 1)·e^Δ)``, token mean: the cross-entropy of logits whose target is Δ lower.
+
+    ``margin``: a number (one pass), or one per token, ``C / n_y^(1/4)`` of the target's class frequency (two passes). The authors' code scales the
+    logits by 30 first: ``temperature=1/30``, with the margin times 30. Up to a constant ``-log V`` it is LDR (arXiv:2112.14869) at λ = 1 with margin Δ.
+    """
+    return PolicyLossSpec(surrogate=MarginNLL(margin=margin), name="ldam")
+
+
+@published("gradient_ascent", "Gradient ascent (unlearning)", paper=_WAGLE, arxiv="2410.17509")
+def gradient_ascent() -> PolicyLossSpec:
+    """``logp``, token mean over the tokens to forget: minus their cross-entropy. Unbounded below."""
+    return PolicyLossSpec(surrogate=LikelihoodAscent(), name="gradient_ascent")
+
+
+@published("grad_diff", "Gradient difference (unlearning)", paper=_WAGLE, arxiv="2410.17509", example={"gamma": 1.0})
+def grad_diff(gamma: Any) -> PolicyLossSpec:
+    """``-NLL(forget) + γ·NLL(retain)``, each the mean over its own tokens, of one batch with both.
+
+    ``advantages`` are the labels, one a sequence or token: negative to forget, positive to retain. The paper's two batches in two calls are
+    ``gradient_ascent()`` and ``sft()`` with ``loss_scale=γ``. WAGLE itself is a mask of parameters and no part of the loss.
+    """
+    forget, retain = SignWeight(positive=0.0, negative=1.0), SignWeight(positive=1.0, negative=0.0)
+    return PolicyLossSpec(
+        surrogate=LikelihoodAscent(),
+        penalties=(Penalty(NLL(), gamma, TokenMean(weight=retain)),),
+        reduction=TokenMean(weight=forget),
+        name="grad_diff",
+    )
+
+
+@published(
+    "npo",
+    "Negative Preference Optimization",
+    paper="Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning",
+    arxiv="2404.05868",
+    certainty="secondary",
+)
+def npo(beta: Any = 0.1) -> PolicyLossSpec:
+    """``-(2/β)·log σ(-β·log(π/π_ref))``, the log-ratio summed over the sequence, mean over sequences to forget. Needs ``ref_per_token_logps``.
+
+    For β → 0 its gradient is gradient ascent's, ``gradient_ascent()`` on sequence sums.
+    """
+    ratio = SequenceRatio(clamp=math.inf, against="ref", normalize=False)
+    return PolicyLossSpec(surrogate=NPO(beta=beta), ratio=ratio, reduction=SequenceMean(), name="npo")

@@ -1,0 +1,88 @@
+"""Token weights: multipliers of loss terms. A weight that reads no ``batch`` is evaluated inside the one-pass kernel.
+
+They multiply the *term*, not the advantage: the two differ for negative factors, and clip metrics must use the unweighted advantage.
+"""
+
+from .batch import BatchStatistics
+from .entropy import (
+    DualLevelDownSampling,
+    Entropy,
+    HapoLower,
+    HapoRedistribution,
+    HapoUpper,
+    SteerExponential,
+    SteerLinear,
+    TopEntropy,
+    steer,
+)
+from .groups import Precomputed, confidence_mask, gtpo, tw_grpo
+from .importance import (
+    ForwardKLWeight,
+    JensenShannonWeight,
+    MaskedImportance,
+    OffPolicySequenceMask,
+    SamplerSequenceMask,
+    SequenceGamma,
+    SequenceMaskedImportance,
+    SequenceTruncatedImportance,
+    TruncatedImportance,
+    f_distill,
+)
+from .probability import (
+    AdvantageReweighting,
+    BalancedSigmoidReweighting,
+    CurrentAdvantageReweighting,
+    NegativeSigmoidReweighting,
+    PositiveAdvantageReweighting,
+    ProbabilityBand,
+    ProbabilityInterval,
+    RewardRanked,
+    SigmoidReweighting,
+    SignWeight,
+    TrainingSignalAnnealing,
+    spo_probability_mask,
+)
+from .surprisal import StareState, SurprisalReweighting, stare_state, stare_update
+
+__all__ = [
+    "AdvantageReweighting",
+    "BalancedSigmoidReweighting",
+    "BatchStatistics",
+    "CurrentAdvantageReweighting",
+    "DualLevelDownSampling",
+    "Entropy",
+    "ForwardKLWeight",
+    "HapoLower",
+    "HapoRedistribution",
+    "HapoUpper",
+    "JensenShannonWeight",
+    "MaskedImportance",
+    "NegativeSigmoidReweighting",
+    "OffPolicySequenceMask",
+    "PositiveAdvantageReweighting",
+    "Precomputed",
+    "ProbabilityBand",
+    "ProbabilityInterval",
+    "RewardRanked",
+    "SamplerSequenceMask",
+    "SequenceGamma",
+    "SequenceMaskedImportance",
+    "SequenceTruncatedImportance",
+    "SigmoidReweighting",
+    "SignWeight",
+    "StareState",
+    "SteerExponential",
+    "SteerLinear",
+    "SurprisalReweighting",
+    "TopEntropy",
+    "TrainingSignalAnnealing",
+    "TruncatedImportance",
+    "confidence_mask",
+    "f_distill",
+    "gtpo",
+    "spo_probability_mask",
+    "stare_state",
+    "stare_update",
+    "steer",
+    "tw_grpo",
+]

@@ -1,0 +1,217 @@
+"""Weights from a token's entropy, current (the default) or stored: pass the rollout's entropies as ``entropies=``, one a token."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..catalogue import published
+from ..errors import InvalidCall
+from ..rules.base import TokenWeight, weight
+
+
+@weight
+class Entropy(TokenWeight):
+    """The token's current entropy: the default of what other formulas take as ``entropies``."""
+
+    def weight(self, xp, t, batch):
+        return t.entropy
+
+
+@weight
+class TopEntropy(TokenWeight):
+    """1 for the ``fraction`` of this call's tokens with the highest entropy, else 0 ("80/20", arXiv:2506.01939; TRL's ``top_entropy_quantile``)."""
+
+    fraction: float = 0.2
+
+    def weight(self, xp, t, batch):
+        return xp.where(t.entropy >= batch.quantile(t.entropy, 1 - self.fraction), 1.0, 0.0)
+
+
+@published(
+    "d3s",
+    "Dynamic Dual-level Down-Sampling, token level",
+    kind="token_weight",
+    paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
+    arxiv="2509.22115",
+    certainty="secondary",
+    level="token",
+    example={"fraction": 0.2},
+)
+@weight
+class DualLevelDownSampling(TokenWeight):
+    """1 for the ``fraction`` of this call's tokens with the largest ``|A|·H``, else 0: ``max(1, ceil(fraction·n))`` of n, of equal ones the first.
+
+    The samples that the method leaves out beforehand are left out by ``completion_mask``. Differs from the paper: it states neither the budgets (so
+    ``fraction`` has no default) nor the denominator; ``reduction=TokenMean(weight=...)`` divides by the tokens kept, which is our reading.
+    """
+
+    fraction: float
+    entropies: Any = Entropy()
+
+    def weight(self, xp, t, batch):
+        size = xp.abs(t.adv) * self.entropies
+        return batch.top(size, self.fraction, size == size)
+
+
+# --- STEER -------------------------------------------------------------------------------------------------------------------
+def _entropy_change(xp, t, entropies, p_power, epsilon_low, epsilon_high):
+    """``|Ω|``: the first-order change of the token's entropy by its update, up to the learning rate; 0 where the update is clipped."""
+    p = xp.clip(xp.exp(t.logp), 1e-8, 1 - 1e-8)
+    p_old = xp.maximum(xp.exp(t.old_logp), 1e-8)
+    size = xp.abs(t.adv) / p_old * p * (1 - p) * xp.abs(xp.log(p) + entropies) * xp.exp(p_power * xp.log(p))
+    ratio = xp.exp(t.log_ratio)
+    clipped = ((t.adv > 0) & (ratio > 1 + epsilon_high)) | ((t.adv < 0) & (ratio < 1 - epsilon_low))
+    return xp.where(clipped, 0.0, size)
+
+
+@weight
+class SteerLinear(TokenWeight):
+    """``w_max - (|Ω| - min|Ω|)·(w_max - w_min)/(max|Ω| - min|Ω|)``; half way where all ``|Ω|`` are equal. See :func:`steer`."""
+
+    w_min: float = 0.8
+    w_max: float = 1.2
+    p_power: float = 0.0
+    epsilon_low: float = math.inf
+    epsilon_high: float = math.inf
+    entropies: Any = Entropy()
+
+    def weight(self, xp, t, batch):
+        size = _entropy_change(xp, t, self.entropies, self.p_power, self.epsilon_low, self.epsilon_high)
+        low, high = batch.min(size), batch.max(size)
+        share = xp.where(high > low, (size - low) / xp.where(high > low, high - low, 1.0), 0.5)
+        return xp.clip(self.w_max - share * (self.w_max - self.w_min), self.w_min, self.w_max)
+
+
+@weight
+class SteerExponential(TokenWeight):
+    """``clip(exp(log(w_min)·|Ω|/max(max|Ω|, floor)), w_min, 1)``. See :func:`steer`."""
+
+    w_min: float = 0.8
+    floor: float = 0.02
+    p_power: float = 0.0
+    epsilon_low: float = math.inf
+    epsilon_high: float = math.inf
+    entropies: Any = Entropy()
+
+    def weight(self, xp, t, batch):
+        size = _entropy_change(xp, t, self.entropies, self.p_power, self.epsilon_low, self.epsilon_high)
+        largest = xp.maximum(batch.max(size), self.floor)
+        share = xp.where(largest > 0, size / xp.where(largest > 0, largest, 1.0), 0.0)
+        return xp.clip(xp.exp(xp.log(self.w_min) * share), self.w_min, 1.0)
+
+
+@published(
+    "steer",
+    "Stabilizing Token-level Entropy-changE via Reweighting (STEER)",
+    kind="token_weight",
+    paper="Rethinking Entropy Interventions in RLVR: An Entropy Change Perspective",
+    arxiv="2510.10150",
+    level="token",
+)
+def steer(
+    mapping: str = "exponential",
+    omega: str = "code",
+    w_min: Any = 0.8,
+    w_max: Any = 1.2,
+    floor: Any = 0.02,
+    epsilon_low: Any = math.inf,
+    epsilon_high: Any = math.inf,
+    entropies: Any = None,
+) -> TokenWeight:
+    """Less weight for tokens whose update would change the entropy most, by ``|Ω|`` relative to the call's valid tokens.
+
+    ``omega="code"``: ``A/p_old·p·(1-p)·(log p + H)``, as released; ``"exact"``: times one more ``p``, which is the entropy's exact change by a step of the
+    token's own logit. Clip bounds, if given, set ``Ω = 0`` where the update is clipped (a port of the paper does).
+    ``mapping="exponential"``: ``exp(log(w_min)·|Ω|/max(max|Ω|, floor))``, at least ``w_min``; ``floor=0`` is the paper's later form.
+    ``"linear"``: from ``w_max`` at the smallest ``|Ω|`` to ``w_min`` at the largest. The authors run both over dual-clip PPO (0.2, 0.28, c = 10).
+
+    ``entropies``: the rollout's, one a token, as the authors' code; default the current ones. Differs from the paper: the two published Ω differ by
+    the factor ``p``, and which one its experiments had was not found.
+    """
+    powers = {"code": 0.0, "exact": 1.0}
+    if isinstance(w_min, (int, float)) and w_min <= 0:
+        raise InvalidCall(f"steer: w_min is {w_min!r}, expected a positive weight.")
+    if omega not in powers:
+        raise InvalidCall(f"steer: omega is {omega!r}, expected 'code' or 'exact'.")
+    common = {"w_min": w_min, "p_power": powers[omega], "epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
+    common["entropies"] = Entropy() if entropies is None else entropies
+    if mapping == "exponential":
+        return SteerExponential(floor=floor, **common)
+    if mapping == "linear":
+        return SteerLinear(w_max=w_max, **common)
+    raise InvalidCall(f"steer: mapping is {mapping!r}, expected 'exponential' or 'linear'.")
+
+
+# --- HAPO --------------------------------------------------------------------------------------------------------------------
+def _standing(xp, batch, entropies, pivot):
+    """``h``, from -1 at the lowest entropy over 0 at the ``pivot`` quantile to 1 at the highest, by its logarithm."""
+    log_h = xp.log(xp.maximum(entropies, 1e-8))
+    distance = log_h - batch.quantile_nearest(log_h, pivot)
+    # The paper first divides by the standard deviation, which cancels here.
+    above, below = xp.maximum(batch.max(distance), 1e-8), xp.maximum(-batch.min(distance), 1e-8)
+    return xp.where(distance > 0, distance / above, distance / below)
+
+
+@weight
+class HapoLower(TokenWeight):
+    """``ε·(1 - α·h)`` where ``h <= 0``, else ``ε``: HAPO's lower clip bound, wider for tokens of low entropy."""
+
+    epsilon: float = 0.2
+    alpha: float = 1.0
+    pivot: float = 0.8
+    entropies: Any = Entropy()
+
+    def weight(self, xp, t, batch):
+        h = _standing(xp, batch, self.entropies, self.pivot)
+        return xp.where(h <= 0, self.epsilon * (1 - self.alpha * h), self.epsilon)
+
+
+@weight
+class HapoUpper(TokenWeight):
+    """``ε·(1 + α·h)`` where ``h > 0``, else ``ε``: HAPO's upper clip bound, wider for tokens of high entropy."""
+
+    epsilon: float = 0.28
+    alpha: float = 1.0
+    pivot: float = 0.8
+    entropies: Any = Entropy()
+
+    def weight(self, xp, t, batch):
+        h = _standing(xp, batch, self.entropies, self.pivot)
+        return xp.where(h > 0, self.epsilon * (1 + self.alpha * h), self.epsilon)
+
+
+@published(
+    "hapo_redistribution",
+    "HAPO's differential advantage redistribution",
+    kind="token_weight",
+    paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
+    arxiv="2509.16591",
+    level="token",
+)
+@weight
+class HapoRedistribution(TokenWeight):
+    """``1 + β·h`` for a token of high entropy (``h > 0``) whose ratio has left the neutral zone, or of low entropy that is still in it; else 1.
+
+    ``h`` in [-1, 1]: distance of ``log H`` to its ``pivot`` quantile over the call's valid tokens, divided by the largest such distance on its side.
+    Neutral zone: ``(1 - ε_low/2, 1 + ε_high/2)`` with the adapted bounds :class:`HapoLower`, :class:`HapoUpper`.
+
+    Differs from the authors' code, not from the paper: the code divides negative ``h`` by their (negative) minimum, which makes every ``h``
+    non-negative, so that tokens of low entropy are treated as those of high entropy and ``ε_low`` never adapts.
+    """
+
+    beta: float = 1.0
+    alpha: float = 1.0
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.28
+    pivot: float = 0.8
+    entropies: Any = Entropy()
+
+    def weight(self, xp, t, batch):
+        h = _standing(xp, batch, self.entropies, self.pivot)
+        low = xp.where(h <= 0, self.epsilon_low * (1 - self.alpha * h), self.epsilon_low)
+        high = xp.where(h > 0, self.epsilon_high * (1 + self.alpha * h), self.epsilon_high)
+        ratio = xp.exp(t.log_ratio)
+        neutral = (ratio > 1 - low / 2) & (ratio < 1 + high / 2)
+        moved = xp.where(h > 0, ~neutral, neutral)
+        return xp.where(moved, 1 + self.beta * h, 1.0)

@@ -1,0 +1,139 @@
+"""Weights from importance ratios: truncated and masked importance sampling, off-policy sequence masks, VESPO's kernel, f-divergence weights."""
+
+from __future__ import annotations
+
+from ..catalogue import published
+from ..errors import InvalidCall
+from ..rules.base import TokenWeight, weight
+
+
+@weight
+class TruncatedImportance(TokenWeight):
+    """``clip(exp(old_logp - sampling_logp), ratio_min, ratio_max)``: truncated importance sampling against the sampler's own log-probs.
+
+    TIS, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; TRL's ``token_truncate``.
+    """
+
+    ratio_min: float = 0.0
+    ratio_max: float = 2.0
+
+    def weight(self, xp, t, batch):
+        return xp.clip(xp.exp(t.old_logp - t.sampling_logp), self.ratio_min, self.ratio_max)
+
+
+@weight
+class MaskedImportance(TokenWeight):
+    """The same ratio where it lies in ``[ratio_min, ratio_max]``, else 0 (IcePop; TRL's ``token_mask``)."""
+
+    ratio_min: float = 0.0
+    ratio_max: float = 2.0
+
+    def weight(self, xp, t, batch):
+        ratio = xp.exp(t.old_logp - t.sampling_logp)
+        return xp.where((ratio >= self.ratio_min) & (ratio <= self.ratio_max), ratio, 0.0)
+
+
+@weight
+class SequenceTruncatedImportance(TokenWeight):
+    """:class:`TruncatedImportance` of the whole sequence's ratio (TRL's ``sequence_truncate``)."""
+
+    ratio_min: float = 0.0
+    ratio_max: float = 3.0
+
+    def weight(self, xp, t, batch):
+        return xp.clip(xp.exp(batch.seq_sum(t.old_logp - t.sampling_logp)), self.ratio_min, self.ratio_max)
+
+
+@weight
+class SequenceMaskedImportance(TokenWeight):
+    """:class:`MaskedImportance` of the whole sequence's ratio (TRL's ``sequence_mask``, its default)."""
+
+    ratio_min: float = 0.0
+    ratio_max: float = 3.0
+
+    def weight(self, xp, t, batch):
+        ratio = xp.exp(batch.seq_sum(t.old_logp - t.sampling_logp))
+        return xp.where((ratio >= self.ratio_min) & (ratio <= self.ratio_max), ratio, 0.0)
+
+
+@weight
+class OffPolicySequenceMask(TokenWeight):
+    """0 for every token of a sequence with ``A < 0`` and a mean of ``old_logp - logp`` above ``threshold``, else 1 (TRL's ``off_policy_mask_threshold``).
+
+    DeepSeek-V3.2, arXiv:2512.02556, eq. 9. Against the sampler's own log-probs: :class:`SamplerSequenceMask`.
+    """
+
+    threshold: float
+
+    def weight(self, xp, t, batch):
+        return xp.where((t.adv < 0) & (batch.seq_mean(t.old_logp - t.logp) > self.threshold), 0.0, 1.0)
+
+
+@weight
+class SamplerSequenceMask(TokenWeight):
+    """:class:`OffPolicySequenceMask` of ``sampling_logp - logp``: staleness and the sampler's mismatch together. A token with a NaN counts as 0."""
+
+    threshold: float
+
+    def weight(self, xp, t, batch):
+        drift = t.sampling_logp - t.logp
+        known = xp.where(drift == drift, drift, 0.0)
+        return xp.where((t.adv < 0) & (batch.seq_mean(known) > self.threshold), 0.0, 1.0)
+
+
+_SMALLEST_LOG_RATIO = -18.420680743952367  # log 1e-8
+
+
+@weight
+class SequenceGamma(TokenWeight):
+    """``φ(W) = W^k·exp(λ·(1 - W))``, ``W`` the sequence's ratio (a product, not a mean); ``k, λ`` by the sign of A. VESPO, arXiv:2602.10693.
+
+    ``log W`` is clamped to ``[log 1e-8, 20]``, a token's share to ±20, as in TRL.
+    """
+
+    k_pos: float = 2.0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+
+    def weight(self, xp, t, batch):
+        log_w = xp.clip(batch.seq_sum(xp.clip(t.logp - t.old_logp, -20.0, 20.0)), _SMALLEST_LOG_RATIO, 20.0)
+        k = xp.where(t.adv >= 0, self.k_pos, self.k_neg)
+        rate = xp.maximum(xp.where(t.adv >= 0, self.lambda_pos, self.lambda_neg), 1e-4)
+        return xp.exp(rate + k * log_w - rate * xp.exp(log_w))
+
+
+@weight("forward_kl_weight")
+class ForwardKLWeight(TokenWeight):
+    """``r = p_ref / p``, the ratio clamped at e²⁰ (``f_distill("forward_kl")``)."""
+
+    def weight(self, xp, t, batch):
+        return xp.exp(xp.minimum(t.ref_logp - t.logp, 20.0))
+
+
+@weight
+class JensenShannonWeight(TokenWeight):
+    """``r/(r + 1)`` with ``r = p_ref / p`` (``f_distill("jensen_shannon")``)."""
+
+    def weight(self, xp, t, batch):
+        return xp.sigmoid(t.ref_logp - t.logp)
+
+
+@published(
+    "f_distill",
+    "f-divergence distillation weights",
+    kind="token_weight",
+    paper="One-step Diffusion Models with f-Divergence Distribution Matching",
+    arxiv="2502.15681",
+    certainty="derived",
+    level="token",
+)
+def f_distill(divergence: str = "jensen_shannon") -> TokenWeight:
+    """``h(r) = f''(r)·r²``, ``r = p_teacher / p`` with the teacher's log-probs as the reference's: r (forward KL), r/(r+1) (Jensen-Shannon).
+
+    Derived: from the paper's weight for diffusion models, read per token of an on-policy distillation whose unweighted form is the reverse KL (h = 1).
+    """
+    kinds = {"forward_kl": ForwardKLWeight, "jensen_shannon": JensenShannonWeight}
+    if divergence not in kinds:
+        raise InvalidCall(f"f_distill: divergence is {divergence!r}, expected one of {', '.join(kinds)} (the reverse KL has weight 1).")
+    return kinds[divergence]()

@@ -1,0 +1,183 @@
+"""Weights from a token's probability: Advantage Reweighting in all of its authors' modes, bands and masks, training signal annealing."""
+
+from __future__ import annotations
+
+import math
+
+from ..catalogue import published
+from ..rules.base import TokenWeight, weight
+
+_AR = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
+
+
+@published("advantage_reweighting", "Advantage Reweighting (AR)", kind="token_weight", paper=_AR, arxiv="2505.12929", level="token")
+@weight
+class AdvantageReweighting(TokenWeight):
+    """``α·p_old + 1 - α`` with the probability under the old policy: damps the gradient of unlikely tokens (section 4.1).
+
+    As the authors' code has it. Differs from the paper: it writes the current policy, :class:`CurrentAdvantageReweighting`. The code's other modes:
+    :class:`PositiveAdvantageReweighting`, :class:`SigmoidReweighting`, :class:`NegativeSigmoidReweighting`, :class:`BalancedSigmoidReweighting`,
+    :class:`ProbabilityInterval`, :class:`RewardRanked`, and :class:`SignWeight` for its ``neg_adv_weight``.
+    """
+
+    alpha: float = 0.3
+
+    def weight(self, xp, t, batch):
+        return self.alpha * xp.exp(t.old_logp) + 1 - self.alpha
+
+
+@weight
+class CurrentAdvantageReweighting(TokenWeight):
+    """``α·p + 1 - α`` with the current probability, detached. AR as the paper writes it, arXiv:2505.12929, section 4.1."""
+
+    alpha: float = 0.3
+
+    def weight(self, xp, t, batch):
+        return self.alpha * xp.exp(t.logp) + 1 - self.alpha
+
+
+@weight
+class PositiveAdvantageReweighting(TokenWeight):
+    """:class:`AdvantageReweighting` where ``A > 0``, else 1 (the code's ``both_linear_balance1``)."""
+
+    alpha: float = 0.3
+
+    def weight(self, xp, t, batch):
+        return xp.where(t.adv > 0, self.alpha * xp.exp(t.old_logp) + 1 - self.alpha, 1.0)
+
+
+def _sigmoid(xp, t, steepness, midpoint):
+    return 2 * xp.sigmoid(steepness * (xp.exp(t.old_logp) - midpoint))
+
+
+@weight
+class SigmoidReweighting(TokenWeight):
+    """``2·σ(k·(p_old - τ))`` with ``k = steepness``, ``τ = midpoint`` (the code's ``both_sigmoid``)."""
+
+    steepness: float = 5.0
+    midpoint: float = 0.4
+
+    def weight(self, xp, t, batch):
+        return _sigmoid(xp, t, self.steepness, self.midpoint)
+
+
+@weight
+class NegativeSigmoidReweighting(TokenWeight):
+    """:class:`SigmoidReweighting` where ``A <= 0``, else 1 (the code's ``negative_sigmoid``)."""
+
+    steepness: float = 5.0
+    midpoint: float = 0.4
+
+    def weight(self, xp, t, batch):
+        return xp.where(t.adv > 0, 1.0, _sigmoid(xp, t, self.steepness, self.midpoint))
+
+
+@weight
+class BalancedSigmoidReweighting(TokenWeight):
+    """:class:`NegativeSigmoidReweighting`, and the negatives scaled to the positives' mass: ``ΣA⁺·p / -ΣA⁻·u·p`` over the call's valid tokens.
+
+    The code's ``negative_sigmoid_balance1``; ``u`` is the sigmoid weight itself. Without negatives nothing is scaled. Differs from the authors' code:
+    its sums run over padding too.
+    """
+
+    steepness: float = 5.0
+    midpoint: float = 0.4
+
+    def weight(self, xp, t, batch):
+        u = _sigmoid(xp, t, self.steepness, self.midpoint)
+        p = xp.exp(t.old_logp)
+        gain = batch.sum(xp.where(t.adv > 0, t.adv * p, 0.0))
+        loss = batch.sum(xp.where(t.adv > 0, 0.0, -t.adv * u * p))
+        return xp.where(t.adv > 0, 1.0, u * xp.where(loss > 0, gain / xp.where(loss > 0, loss, 1.0), 1.0))
+
+
+@weight
+class SignWeight(TokenWeight):
+    """``positive`` where ``A > 0``, else ``negative`` (AR's ``neg_adv_weight``; positive-only and negative-only training with 0)."""
+
+    positive: float = 1.0
+    negative: float = 1.0
+
+    def weight(self, xp, t, batch):
+        return xp.where(t.adv > 0, self.positive, self.negative)
+
+
+@weight
+class RewardRanked(TokenWeight):
+    """``1/A`` where ``A > 0``, else 0: the surrogate of advantages ``1[A > 0]``, whatever their size.
+
+    The ``RAFT`` mode of AR's code (with :class:`AdvantageReweighting`: ``RAFT_linear``). For surrogates that are linear in a positive A: all but
+    those with a gate of their own for its sign's size.
+    """
+
+    def weight(self, xp, t, batch):
+        return xp.where(t.adv > 0, 1 / xp.where(t.adv > 0, t.adv, 1.0), 0.0)
+
+
+@weight
+class ProbabilityBand(TokenWeight):
+    """1 where ``lower <= p_old < upper``, else 0; of every term, over the full denominator.
+
+    The two halves of Lopti, arXiv:2505.12929, section 4.2: first ``p_old < η``, then ``p_old >= η``, each a full update.
+    """
+
+    scope: str = "all"
+    lower: float = 0.0
+    upper: float = math.inf
+
+    def weight(self, xp, t, batch):
+        p = xp.exp(t.old_logp)
+        return xp.where((p >= self.lower) & (p < self.upper), 1.0, 0.0)
+
+
+@weight
+class ProbabilityInterval(TokenWeight):
+    """1 where ``lower < p_old <= upper``, else 0; of the surrogate (the ``mask_prob`` modes of AR's code: quarters, or all below a quarter's end)."""
+
+    lower: float = 0.0
+    upper: float = 1.0
+
+    def weight(self, xp, t, batch):
+        p = xp.exp(t.old_logp)
+        return xp.where((p > self.lower) & (p <= self.upper), 1.0, 0.0)
+
+
+@published(
+    "spo_probability_mask",
+    "SPO probability mask",
+    kind="token_weight",
+    paper="Segment Policy Optimization: Effective Segment-Level Credit Assignment in RL for Large Language Models",
+    arxiv="2505.23564",
+    level="token",
+)
+def spo_probability_mask(threshold: float = 0.9) -> TokenWeight:
+    """``1[p_old < threshold]`` of every term: only tokens at which the old policy was not certain are trained.
+
+    The authors leave the others out of the denominator too: ``reduction=TokenMean(weight=spo_probability_mask())``, which takes one pass.
+    """
+    return ProbabilityBand(upper=threshold)
+
+
+@published(
+    "tsa",
+    "Training Signal Annealing",
+    kind="token_weight",
+    paper="Unsupervised Data Augmentation for Consistency Training",
+    arxiv="1904.12848",
+    certainty="secondary",
+    level="token",
+    example={"threshold": 0.5},
+)
+@weight
+class TrainingSignalAnnealing(TokenWeight):
+    """``1[p <= η]`` with the current probability: what is already learnt is left out, up to a ``threshold`` η that a schedule raises to 1.
+
+    The paper's mean is over what is left: ``reduction=TokenMean(weight=TrainingSignalAnnealing(threshold=η))`` (two passes; as a weight of the
+    spec, over the full denominator, one). Differs from the paper: per token instead of per example; its η has the number of classes as the
+    vocabulary has words.
+    """
+
+    threshold: float
+
+    def weight(self, xp, t, batch):
+        return xp.where(xp.exp(t.logp) <= self.threshold, 1.0, 0.0)

@@ -1,0 +1,67 @@
+"""The registry is complete, its entries are usable by name, and its page is fresh."""
+
+import inspect
+import subprocess
+import sys
+
+import catalogue_rows
+import pytest
+
+import reweight_ops as rw
+from reweight_ops.catalogue import CATALOGUE, KINDS, find, published
+from reweight_ops.catalogue.left_out import LEFT_OUT
+from reweight_ops.catalogue.table import level, plan
+
+ENTRIES = [entry for kind in CATALOGUE.values() for entry in kind.values()]
+IDS = [f"{e.kind}/{e.name}" for e in ENTRIES]
+ROWS = {(table, row): keys for table in ("FIRST", "SECOND", "FIELD") for row, keys in getattr(catalogue_rows, table).items()}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{table}-{row}" for table, row in ROWS])
+def test_every_published_method_is_accounted_for(row):
+    keys = ROWS[row]
+    if isinstance(keys, str):
+        assert keys in LEFT_OUT
+    else:
+        missing = [key for key in keys if key not in IDS]
+        assert not missing and keys
+
+
+def test_the_surveys_are_whole():
+    assert (len(catalogue_rows.FIRST), len(catalogue_rows.SECOND)) == (33, 48)  # the rows of their tables; DPO^γ and unlikelihood share one
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=IDS)
+def test_an_entry_is_complete(entry):
+    assert entry.full_name and entry.paper and len(entry.formula) > 40
+    if entry.certainty == "derived":
+        assert "Derived" in entry.formula, "a derived entry says so, and from what"
+    required = {name for name, default in entry.defaults.items() if default is inspect.Parameter.empty}
+    if entry.kind in ("policy_loss", "pair_loss") or (entry.kind == "token_weight" and entry.plan is None):
+        assert required == set(entry.example), "an example for exactly the arguments without a default"
+    assert level(entry), "a level"
+    plan(entry)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=IDS)
+def test_an_entry_is_where_its_kind_says(entry):
+    module = KINDS[entry.kind][0].removeprefix("rw.")
+    assert getattr(getattr(rw, module), entry.function.__name__) is entry.function
+
+
+def test_the_page_is_fresh():
+    done = subprocess.run([sys.executable, "-m", "reweight_ops.catalogue", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_names_and_registration_fail_loudly():
+    with pytest.raises(rw.InvalidCall, match="Did you mean 'dapo'"):
+        find("dapoo")
+    with pytest.raises(rw.InvalidCall, match="kind is 'loss'"):
+        published("x", "X", kind="loss", paper="p", arxiv="unknown")
+    with pytest.raises(rw.InvalidCall, match="expected an id like"):
+        published("x", "X", kind="reward", paper="p", arxiv="arXiv:1")
+    with pytest.raises(rw.InvalidCall, match="certainty is 'sure'"):
+        published("x", "X", kind="reward", paper="p", arxiv="unknown", certainty="sure")
+    with pytest.raises(rw.InvalidCall, match="taken by"):
+        published("dapo", "X", kind="policy_loss", paper="p", arxiv="unknown")(lambda: None)

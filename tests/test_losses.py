@@ -1,0 +1,325 @@
+"""Losses that couple rows, shapes of the cross-entropy and unlearning: the op against independent transcriptions, loss and gradient, in fp64."""
+
+import math
+
+import pytest
+import torch
+from oracles import papers
+
+import reweight_ops as rw
+
+B, T, V = 8, 9, 7
+
+
+@pytest.fixture(scope="module")
+def batch():
+    g = torch.Generator().manual_seed(9)
+
+    def normal(*size):
+        return torch.randn(size, generator=g, dtype=torch.float64)
+
+    logits = (2 * normal(B, T, V)).requires_grad_()
+    ids = torch.randint(V, (B, T), generator=g)
+    logp = torch.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0]
+    old, ref = (logp.detach() + s * normal(B, T) for s in (0.4, 0.3))
+    mask = torch.arange(T) < torch.tensor([9, 1, 4, 7, 2, 9, 5, 3])[:, None]
+    return dict(
+        logits=logits, ids=ids, logp=logp, old=old, ref=ref, mask=mask, A=normal(B), rewards=torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 0])
+    )
+
+
+def ours(batch, spec, adv, **options):
+    given = {"completion_mask": batch["mask"], "old_per_token_logps": batch["old"], "backend": "reference", **options}
+    return rw.policy_loss(batch["logits"], batch["ids"], adv, spec=spec, **given)
+
+
+def same(got, expected, batch):
+    (a,), (b,) = (torch.autograd.grad(loss, batch["logits"], retain_graph=True) for loss in (got, expected))
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+    assert b.abs().sum() > 1e-3
+
+
+def test_gmpo(batch):
+    spec = rw.methods.gmpo(epsilon_low=0.2, epsilon_high=0.3)
+    drift = (batch["logp"] - batch["old"])[batch["mask"]]
+    assert (drift < -0.2).any() and (drift > 0.3).any()
+    expected = papers.gmpo(batch["logp"], batch["old"], batch["A"], batch["mask"], 0.2, 0.3)
+    same(ours(batch, spec, batch["A"]).loss, expected, batch)
+    same(ours(batch, spec, batch["A"], old_per_token_logps=None).loss, papers.gmpo(
+        batch["logp"], batch["logp"].detach(), batch["A"], batch["mask"], 0.2, 0.3), batch)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, dict(k_pos=1.0, lambda_pos=0.5, k_neg=2.0, lambda_neg=1.5)])
+def test_vespo(batch, options):
+    expected = papers.vespo(batch["logp"], batch["old"], batch["A"], batch["mask"], **options)
+    same(ours(batch, rw.methods.vespo(**options), batch["A"]).loss, expected, batch)
+
+
+@pytest.mark.parametrize("against", ["old", "sampler"])
+def test_opsm(batch, against):
+    drift = batch["ref"] if against == "sampler" else batch["old"]
+    mean = ((drift - batch["logp"]) * batch["mask"]).sum(1) / batch["mask"].sum(1)
+    threshold = mean[batch["A"] < 0].median().item() - 1e-6
+    dropped = (mean > threshold) & (batch["A"] < 0)
+    assert 0 < dropped.sum() < (batch["A"] < 0).sum()
+    stored = {"sampling_per_token_logps": batch["ref"]} if against == "sampler" else {}
+    out = ours(batch, rw.methods.opsm(threshold, against), batch["A"], **stored)
+    if against == "old":
+        same(out.loss, papers.opsm(batch["logp"], batch["old"], batch["A"], batch["mask"], threshold), batch)
+    same(out.loss, ours(batch, "grpo", torch.where(dropped, 0, batch["A"])).loss, batch)
+
+
+@pytest.mark.parametrize("tau", [10.0, 1.0, math.inf])
+@pytest.mark.parametrize("score", ["log_likelihood", "likelihood_ratio"])
+def test_disco(batch, score, tau):
+    groups = [0, 0, 0, 0, 1, 1, 1, 1]
+    for rewards in (batch["rewards"], torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 0]), torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 1])):
+        rows = papers.sequences(batch["mask"], batch["logp"], batch["old"])
+        scores = torch.stack([(lp if score == "log_likelihood" else (lp - o).exp()).mean() for lp, o in rows])
+        drift = torch.cat([o - lp for lp, o in rows]).mean()
+        expected = papers.disco(scores, rewards, groups, tau) + papers.kl_constraint(drift, 3.0, -0.5)
+        spec = rw.methods.disco(score, tau=tau, kl_strength=3.0, kl_bound=-0.5, group_size=4)
+        same(ours(batch, spec, rewards).loss, expected, batch)
+
+
+def test_disco_constraint_estimators_and_bound(batch):
+    rows = papers.sequences(batch["mask"], batch["logp"], batch["old"])
+    d = torch.cat([lp - o for lp, o in rows])
+    scores = torch.stack([lp.mean() for lp, _ in rows])
+    objective = papers.disco(scores, batch["rewards"], [0, 0, 0, 0, 1, 1, 1, 1], 10.0)
+    k3 = (d.exp() - d - 1).mean()
+    spec = rw.methods.disco(kl_estimator="k3", kl_strength=2.0, kl_bound=0.01, group_size=4)
+    same(ours(batch, spec, batch["rewards"]).loss, objective + papers.kl_constraint(k3, 2.0, 0.01), batch)
+    for off in (dict(kl_bound=1e3), dict(kl_strength=0.0)):
+        same(ours(batch, rw.methods.disco(group_size=4, **off), batch["rewards"]).loss, objective, batch)
+
+
+def test_drpo(batch):
+    rows = papers.sequences(batch["mask"], batch["logp"], batch["old"])
+    scores = torch.stack([lp.mean() for lp, _ in rows])
+    weights = [math.exp((1 - len(lp) / T) / 0.3) for lp, _ in rows]
+    expected = papers.disco(scores, batch["rewards"], [0, 0, 0, 0, 1, 1, 1, 1], 10.0, weights)
+    options = dict(length_temperature=0.3, kl_strength=0.0)
+    same(ours(batch, rw.methods.drpo(group_size=4, **options), batch["rewards"]).loss, expected, batch)
+    longer = [math.exp((1 - len(lp) / 20) / 0.3) for lp, _ in rows]
+    expected = papers.disco(scores, batch["rewards"], [0, 0, 0, 0, 1, 1, 1, 1], 10.0, longer)
+    same(ours(batch, rw.methods.drpo(group_size=4, max_length=20, **options), batch["rewards"]).loss, expected, batch)
+
+
+def test_coupled_losses_take_prompts_by_id_and_packed_rows(batch):
+    """Shuffled ``group_ids``, and the same tokens packed, give the loss of consecutive groups."""
+    expected = ours(batch, rw.methods.drpo(group_size=4, kl_strength=2.0, kl_bound=-1.0), batch["rewards"])
+    order = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
+    shuffled = {k: batch[k][order] for k in ("logits", "ids", "old", "mask")}
+    spec = rw.methods.drpo(kl_strength=2.0, kl_bound=-1.0, max_length=T)
+    got = ours(shuffled, spec, batch["rewards"][order], group_ids=order // 4, num_groups=2)
+    torch.testing.assert_close(got.loss, expected.loss)
+    keep = batch["mask"].flatten()
+    cu = torch.cat([torch.zeros(1, dtype=torch.long), batch["mask"].sum(1).cumsum(0)])
+    packed = {"logits": batch["logits"].flatten(0, 1)[keep], "ids": batch["ids"].flatten()[keep], "old": batch["old"].flatten()[keep]}
+    got = ours(
+        {**packed, "mask": torch.ones_like(packed["ids"])},
+        spec,
+        batch["rewards"],
+        cu_seqlens=cu,
+        group_ids=torch.arange(B) // 4,
+        num_groups=2,
+    )
+    torch.testing.assert_close(got.loss, expected.loss)
+    with pytest.raises(rw.InvalidCall, match="give max_length"):
+        ours(
+            {**packed, "mask": torch.ones_like(packed["ids"])},
+            "drpo",
+            batch["rewards"],
+            cu_seqlens=cu,
+            group_ids=torch.arange(B) // 4,
+            num_groups=2,
+        )
+
+
+def test_coupled_losses_scale_and_mean_what_they_say(batch):
+    """``loss_scale`` is a factor of a loss that is not linear; a row's shares add up; coefficients are the gradient; outs are the same in both levels."""
+    spec = rw.methods.drpo(group_size=4, kl_strength=2.0, kl_bound=-1.0)
+    one, eight = (ours(batch, spec, batch["rewards"], loss_scale=s) for s in (1.0, 8.0))
+    torch.testing.assert_close(eight.loss, 8 * one.loss)
+    torch.testing.assert_close(eight.coef, 8 * one.coef)
+    (grad,) = torch.autograd.grad(one.loss, batch["logits"], retain_graph=True)
+    p = torch.softmax(batch["logits"], -1).detach()
+    expected = one.coef[..., None] * (torch.nn.functional.one_hot(batch["ids"], V) - p)
+    torch.testing.assert_close(grad, expected)
+    assert one.plan == "two_pass" and (one.coef[~batch["mask"]] == 0).all()
+
+
+def test_coupled_corner_cases(batch):
+    spec = rw.methods.disco(kl_strength=0.0, group_size=4)
+    for rewards in (torch.zeros(B), torch.ones(B)):  # every prompt one-sided
+        out = ours(batch, spec, rewards)
+        assert out.loss == 0 and (torch.autograd.grad(out.loss, batch["logits"], retain_graph=True)[0] == 0).all()
+    nothing = ours({**batch, "mask": torch.zeros_like(batch["mask"])}, spec, batch["rewards"])
+    assert nothing.loss == 0 and torch.isfinite(torch.autograd.grad(nothing.loss, batch["logits"], retain_graph=True)[0]).all()
+    # An empty response is in neither set: prompt 0 keeps its other positive.
+    some = batch["mask"].clone()
+    some[3] = False
+    rows = papers.sequences(batch["mask"], batch["logp"])
+    scores = torch.stack([lp.mean() for (lp,) in rows])
+    kept = [0, 1, 2, 4, 5, 6, 7]
+    expected = papers.disco(scores[kept], batch["rewards"][kept], [0, 0, 0, 1, 1, 1, 1], 10.0)
+    same(ours({**batch, "mask": some}, spec, batch["rewards"]).loss, expected, batch)
+    # Scores far apart do not overflow the soft maximum.
+    extreme = ours(batch, rw.methods.disco(tau=1e-3, kl_strength=0.0, group_size=4), batch["rewards"])
+    assert torch.isfinite(extreme.loss) and torch.isfinite(extreme.coef).all()
+
+
+def test_coupled_calls_fail_loudly(batch):
+    for options, message in (
+        (dict(spec=rw.methods.drpo()), "either a group_size, or group_ids"),
+        (dict(spec=rw.methods.drpo(group_size=3)), "8 sequences are no multiple"),
+        (dict(spec=rw.methods.drpo(group_size=4), group_ids=torch.arange(B), num_groups=B), "group_ids would have no effect"),
+        (dict(spec=rw.methods.drpo(), group_ids=torch.arange(B)), "group_ids and num_groups go together"),
+        (dict(spec=rw.methods.drpo(), group_ids=torch.arange(3), num_groups=3), "one for each of the 8 sequences"),
+        (dict(spec=rw.methods.dapo(), group_ids=torch.arange(B), num_groups=B), "group_ids would have no effect"),
+        (dict(spec=rw.methods.drpo(group_size=4), num_items_in_batch=3), "num_items_in_batch would have no effect"),
+        (dict(spec=rw.methods.drpo(group_size=4), adv=None), "reads advantages"),
+    ):
+        options = dict(options)
+        with pytest.raises(rw.InvalidCall, match=message):
+            ours(batch, options.pop("spec"), options.pop("adv", batch["rewards"]), **options)
+    with pytest.raises(rw.UnsupportedRequest, match="on one rank"):
+        rw.methods.drpo(process_group="dp")
+    for wrong in (dict(score="x"), dict(kl_estimator="k2"), dict(group_size=0)):
+        with pytest.raises(rw.InvalidCall):
+            rw.methods.disco(**wrong)
+
+
+def test_grpo_guard(batch):
+    d = (batch["logp"] - batch["old"])[batch["mask"]]
+    A = batch["A"][:, None].expand(B, T)[batch["mask"]]
+    for scale, factor in ((1.0, 1.0), (0.5, 0.5), ("std", 1 / d.detach().std(correction=0))):
+        r = (factor * (d - d.mean().detach())).exp()
+        expected = -papers.clipped_objective(r, A, 0.2, 0.2).mean()
+        same(ours(batch, rw.methods.grpo_guard(0.2, scale), batch["A"]).loss, expected, batch)
+    with pytest.raises(rw.InvalidCall, match="'std'"):
+        rw.methods.grpo_guard(0.2, scale="variance")
+
+
+def test_awm(batch):
+    rows = papers.sequences(batch["mask"], batch["logp"], batch["old"], batch["A"])
+    token = -torch.cat([(lp - o).exp() * a for lp, o, a in rows]).mean()
+    same(ours(batch, rw.methods.awm(), batch["A"]).loss, token, batch)
+    sequence = -torch.cat([(lp - o).mean().exp() * a for lp, o, a in rows]).mean()
+    same(ours(batch, rw.methods.awm("sequence"), batch["A"]).loss, sequence, batch)
+    clipped = -torch.cat([papers.clipped_objective((lp - o).exp(), a, 0.1, 0.1) for lp, o, a in rows]).mean()
+    same(ours(batch, rw.methods.awm(epsilon=0.1), batch["A"]).loss, clipped, batch)
+
+
+# --- shapes of the cross-entropy, unlearning ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 1.7, 2.0])
+def test_comp_sum(batch, tau, plan):
+    expected = papers.comp_sum(batch["logits"], batch["ids"], batch["mask"], tau)
+    same(ours(batch, rw.methods.comp_sum(tau), None, plan=plan).loss, expected, batch)
+    if tau == 2:
+        same(ours(batch, rw.methods.mae(), None, plan=plan).loss, (1 - batch["logp"].exp())[batch["mask"]].mean(), batch)
+    if tau == 1:
+        same(ours(batch, rw.methods.sft(), None, plan=plan).loss, -batch["logp"][batch["mask"]].mean(), batch)
+    if tau == 1.7:
+        same(ours(batch, rw.methods.gce(0.7), None, plan=plan).loss, ((1 - batch["logp"].exp() ** 0.7) / 0.7)[batch["mask"]].mean(), batch)
+
+
+def test_ldam_and_ldr(batch):
+    for plan in ("one_pass", "two_pass"):
+        first, second = (ours(batch, rw.methods.ldam(1.3), None, plan=plan).loss for _ in range(2))
+        same(first, papers.ldam(batch["logits"], batch["ids"], batch["mask"], 1.3), batch)
+        same(second - math.log(V), papers.ldr(batch["logits"], batch["ids"], batch["mask"], 1.3), batch)
+    per_token = torch.rand(B, T, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = papers.ldam(batch["logits"], batch["ids"], batch["mask"], per_token[..., None])
+    same(ours(batch, rw.methods.ldam(per_token), None).loss, expected, batch)
+
+
+def test_margin_keeps_its_digits_near_certainty():
+    """p = 1 - 1e-12: the loss is (1-p)·e^Δ, which 1/p - 1 in fp32 would lose."""
+    logp = torch.tensor([-1e-12], dtype=torch.float32)
+    out = rw.policy_loss_from_logps(logp, None, spec=rw.methods.ldam(math.log(3.0)))
+    torch.testing.assert_close(out.loss, torch.tensor(3e-12), rtol=1e-6, atol=0)
+
+
+def test_npo(batch):
+    for beta in (0.1, 2.0):
+        out = ours(batch, rw.methods.npo(beta), None, ref_per_token_logps=batch["ref"], old_per_token_logps=None)
+        same(out.loss, papers.npo(batch["logp"], batch["ref"], batch["mask"], beta), batch)
+    # At the reference the slope is that of gradient ascent, with no kink.
+    start = ours(batch, rw.methods.npo(), None, ref_per_token_logps=batch["logp"].detach(), old_per_token_logps=None)
+    same(start.loss, torch.stack([lp.sum() for (lp,) in papers.sequences(batch["mask"], batch["logp"])]).mean()
+         - batch["logp"].detach()[batch["mask"]].sum() / B + 20 * math.log(2), batch)  # fmt: skip
+    # A sequence far from it does not overflow.
+    far = ours(batch, rw.methods.npo(5.0), None, ref_per_token_logps=batch["ref"] - 500, old_per_token_logps=None)
+    assert torch.isfinite(far.loss) and torch.isfinite(far.coef).all()
+    with pytest.raises(rw.InvalidCall, match="needs ref_per_token_logps"):
+        ours(batch, "npo", None)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_gradient_ascent_and_difference(batch, plan):
+    mask, logp = batch["mask"], batch["logp"]
+    same(ours(batch, "gradient_ascent", None, plan=plan).loss, logp[mask].mean(), batch)
+    labels = torch.tensor([-1.0, 1, 1, -1, -1, 1, -1, 1])
+    forget, retain = mask & (labels < 0)[:, None], mask & (labels > 0)[:, None]
+    same(ours(batch, rw.methods.grad_diff(0.3), labels, plan=plan).loss, logp[forget].mean() - 0.3 * logp[retain].mean(), batch)
+
+
+def test_methods_refuse_what_they_do_not_know():
+    for build in (lambda: rw.methods.awm("batch"), lambda: rw.methods.opsm(0.5, against="ref"), lambda: rw.SequenceRatio(against="policy")):
+        with pytest.raises(rw.InvalidCall):
+            build()
+
+
+def test_the_criterion_still_sees_a_wrong_kernel_under_coupled_rows(monkeypatch):
+    """The allowance for coupled rows is small: a relative error of 1e-4 in one target column of VESPO fails."""
+    import reweight_ops.backends.reference as reference
+    from reweight_ops.testing import compare, make_batch
+
+    def wrong(logits, ids, temperature, head, stats, coefs, out):
+        reference.token_grad(logits, ids, temperature, head, stats, coefs, out)
+        if out.dtype == torch.float32:
+            worst = coefs["logp"].abs().argmax()
+            out.view(-1, out.size(-1))[worst, ids[worst]] *= 1 + 1e-4
+
+    broken = rw.backends.base.Backend("cpu", reference._unsupported_reason, reference.token_stats, wrong, reference.token_loss_grad)
+    monkeypatch.setitem(rw.backends.select._loaded, "cpu", broken)
+    spec = rw.methods.vespo()
+    batch = make_batch(spec)
+    assert compare(spec, batch, backend="reference").passed and not compare(spec, batch, backend="cpu").passed
+
+
+@pytest.mark.parametrize("name", ["drpo", "hapo", "gmpo", "vespo", "grpo_guard", "npo", "grad_diff", "opsm", "ldam"])
+def test_from_hidden_states_it_is_the_same_loss(name):
+    from reweight_ops.testing import make_batch
+
+    spec = rw.METHODS[name].build()
+    given = make_batch(spec, (4, 10), 33, dtype=torch.float64)
+    del given["logits"]
+    g = torch.Generator().manual_seed(1)
+    hidden, head = (torch.randn(size, generator=g, dtype=torch.float64, requires_grad=True) for size in ((4, 10, 16), (33, 16)))
+    linear = rw.linear_policy_loss(hidden, head, spec=spec, chunk_rows=7, **given).loss
+    logits = rw.policy_loss(hidden @ head.T, spec=spec, **given).loss
+    torch.testing.assert_close(linear, logits)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (linear, logits)), strict=True):
+        torch.testing.assert_close(a, b)
+        assert b.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["drpo", "hapo"])
+def test_coupled_losses_compile_without_a_graph_break(name):
+    from reweight_ops.testing import make_batch
+
+    spec = rw.METHODS[name].build()
+    given = make_batch(spec, (4, 10), 33)
+    z = given.pop("logits").detach().requires_grad_()
+
+    def loss(z):
+        return rw.policy_loss(z, spec=spec, **given).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(z)
+    torch.testing.assert_close(compiled, loss(z))
+    torch.testing.assert_close(torch.autograd.grad(compiled, z)[0], torch.autograd.grad(loss(z), z)[0])
