@@ -49,8 +49,8 @@ def floats(op: str, name: str, value: Any, shape: tuple[int, ...] | None = None)
         raise InvalidCall(f"{op}: {name} is {value.dtype}: statistics in 16 bits lose small differences; pass it as .float().")
     if shape is not None and tuple(value.shape) != shape:
         raise InvalidCall(f"{op}: {name} has shape {tuple(value.shape)}, expected {shape}. {describe({name: value})}")
-    value = value.detach()
-    return value if value.is_floating_point() else value.float()
+    x = value.detach()
+    return x if x.is_floating_point() else x.float()
 
 
 def like(op: str, name: str, value: Any, x: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """Weights of several objectives, adapted as training goes: frozen settings, and a pure ``update(state, ...) -> (state, weights)``.
 
-``K`` rewards or losses have ``[K]`` weights, which multiply rewards (:func:`reweight_ops.rewards.weighted_mean`), advantages or losses. The state is a value:
-keep it, save it with a checkpoint, and feed it to the next update. Nothing here waits for a GPU, except :class:`HypervolumeRewardWeighting`, whose points
-are Python numbers from a validation run.
-"""
+``K`` rewards or losses have ``[K]`` weights, which multiply rewards (:func:`reweight_ops.rewards.weighted_mean`), advantages or losses. The state
+is a value: keep it, save it with a checkpoint, and feed it to the next update. Nothing here waits for a GPU, except
+:class:`HypervolumeRewardWeighting`, whose points are Python numbers from a validation run."""
 
 from __future__ import annotations
 
@@ -55,16 +54,16 @@ class LagrangeState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class ConstrainedRLHF:
-    """Each reward model is to reach a threshold θ, not a maximum: ``λ = squash(u)``, ``u`` by gradient descent on ``sum_k λ_k (mean reward_k - θ_k)``.
+    """Each reward model is to reach a threshold θ, not a maximum: ``λ = squash(u)``, ``u`` by gradient descent on ``sum_k λ_k (mean reward_k -
+    θ_k)``.
 
-    ``squash="sigmoid"`` is the inequality form (μ-PPO), ``"tanh"`` the equality form (ξ-PPO, whose weight may turn negative above θ), ``"none"`` a bare
-    multiplier that is kept >= 0. :meth:`update` raises λ while its reward is below θ; :meth:`mix` combines the advantages:
-    ``(K - sum λ)·A_KL + sum_k λ_k A_k`` (eq. 6), or ``A_KL + sum_k λ_k A_k`` without squashing, each A normalized over the batch.
-    θ has no default: it is where a reward model stops to agree with people, found by the paper's search.
+    ``squash="sigmoid"`` is the inequality form (μ-PPO), ``"tanh"`` the equality form (ξ-PPO, whose weight may turn negative above θ), ``"none"``
+    a bare multiplier that is kept >= 0. :meth:`update` raises λ while its reward is below θ; :meth:`mix` combines the advantages: ``(K - sum
+    λ)·A_KL + sum_k λ_k A_k`` (eq. 6), or ``A_KL + sum_k λ_k A_k`` without squashing, each A normalized over the batch. θ has no default: it is
+    where a reward model stops to agree with people, found by the paper's search.
 
-    Differs from the paper: the authors' code starts ``u`` from a normal of scale 0.01 (here 0; 0.5 without squashing), clips the gradient of ``u`` by its
-    norm, and leaves out the first multiplier in the mix without squashing.
-    """
+    Differs from the paper: the authors' code starts ``u`` from a normal of scale 0.01 (here 0; 0.5 without squashing), clips the gradient of
+    ``u`` by its norm, and leaves out the first multiplier in the mix without squashing."""
 
     thresholds: tuple[float, ...]
     squash: str = "sigmoid"
@@ -85,7 +84,7 @@ class ConstrainedRLHF:
     def multipliers(self, state: LagrangeState) -> Tensor:
         """λ, ``[K]``."""
         u = state.multipliers
-        return {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": torch.Tensor.clone}[self.squash](u)
+        return {"sigmoid": torch.sigmoid(u), "tanh": torch.tanh(u), "none": u}[self.squash]
 
     def update(self, state: LagrangeState, mean_rewards: Tensor) -> tuple[LagrangeState, Tensor]:
         """One step of SGD with momentum on ``u``. ``mean_rewards [K]``: each reward's mean over the batch's episodes. Returns the state and λ."""
@@ -140,12 +139,12 @@ def hypervolume(points: Front, reference: tuple[float, ...]) -> float:
 class HypervolumeRewardWeighting:
     """Rewards are scaled up after a step that moved the Pareto front: ``w = base + scale·tanh(ΔHV)``, 0.5 to 2.
 
-    :meth:`update` takes the K validation metrics after a step, all to be maximized, and returns the factor for *all* rewards of the next step. ΔHV is what the
-    point adds to the hypervolume of the front over ``reference``, the metrics before training; a point that adds something joins the front.
+    :meth:`update` takes the K validation metrics after a step, all to be maximized, and returns the factor for *all* rewards of the next step.
+    ΔHV is what the point adds to the hypervolume of the front over ``reference``, the metrics before training; a point that adds something joins
+    the front.
 
-    One factor for the whole batch **cancels** in advantages that are divided by a standard deviation: ``advantages.grpo`` does not change, but for its
-    epsilon. It acts with ``dr_grpo``, ``rloo`` or ``grpo(scale_rewards="none")``.
-    """
+    One factor for the whole batch **cancels** in advantages that are divided by a standard deviation: ``advantages.grpo`` does not change, but
+    for its epsilon. It acts with ``dr_grpo``, ``rloo`` or ``grpo(scale_rewards="none")``."""
 
     reference: tuple[float, ...]
     base: float = 0.5
@@ -187,9 +186,8 @@ def gradient_influences(gradients: Tensor) -> Tensor:
 class GradientRewardWeighting:
     """Mirror ascent on the simplex: ``w <- softmax(log w + learning_rate/regularization·I)``, from ``w = 1/K``.
 
-    ``I [K]``: influences of the objectives' gradients, :func:`gradient_influences`; they cost a backward pass each (the authors take layers 10 to 25 of
-    Qwen3-8B). The reward of the next step is ``sum_k w_k r_k``. ``learning_rate`` is the policy's.
-    """
+    ``I [K]``: influences of the objectives' gradients, :func:`gradient_influences`; they cost a backward pass each (the authors take layers 10 to
+    25 of Qwen3-8B). The reward of the next step is ``sum_k w_k r_k``. ``learning_rate`` is the policy's."""
 
     learning_rate: float = 1e-6
     regularization: float = 1e-5
@@ -225,8 +223,8 @@ class RecapState(NamedTuple):
 class Recap:
     """Objectives that converge slowly, or unsteadily, count more: ``w = K·softmax(s/temperature)``, ``L = 1/K·sum_k w_k L_k``.
 
-    ``s = c + i``: ``c = μ/μ~`` with the mean loss μ of the last ``window`` updates and μ~ of the ``window`` before; ``i = σ/(μ + μ~)`` with the standard
-    deviation σ of the last window. ``window`` was not found stated, so it must be given.
+    ``s = c + i``: ``c = μ/μ~`` with the mean loss μ of the last ``window`` updates and μ~ of the ``window`` before; ``i = σ/(μ + μ~)`` with the
+    standard deviation σ of the last window. ``window`` was not found stated, so it must be given.
 
     Differs from the paper: until two windows are full the weights are 1; σ is the population's.
     """
@@ -247,7 +245,7 @@ class Recap:
         """``losses [K]``: this step's loss of each objective, positive."""
         latest = _vector("Recap", "losses", losses, state.history[0]).to(state.history.dtype)
         state = RecapState(torch.cat([state.history[1:], latest[None]]), state.seen + 1)
-        before, last = state.history.split(self.window)
+        before, last = state.history[: self.window], state.history[self.window :]
         mean, mean_before = last.mean(0), before.mean(0)
         score = mean / mean_before + last.std(0, correction=0) / (mean + mean_before)
         weights = len(latest) * torch.softmax(score / self.temperature, 0)

@@ -82,7 +82,8 @@ def uwo(rewards: Tensor, *, coef: float = 0.1) -> Tensor:
     level="sequence",
 )
 def lsc(rewards: Tensor, reference: Tensor | float) -> Tensor:
-    """``u = log sigmoid(r - r_ref)``; several rewards are summed, so that ``exp(u)`` is the probability that all are good. ``[B]`` or ``[B, K] -> [B]``.
+    """``u = log sigmoid(r - r_ref)``; several rewards are summed, so that ``exp(u)`` is the probability that all are good. ``[B]`` or ``[B, K] ->
+    [B]``.
 
     ``reference``: a number, or a tensor of the shape of ``rewards``: the reward of a completion that is just good enough for its prompt. Which statistic the
     paper takes was not found, so it must be given (a quantile of the initial policy's rewards on the prompt is a common reading).
@@ -135,8 +136,9 @@ def trust_grpo(
 ) -> Tensor:
     """``r = r_outcome + γ·coef·e^(-step/total_steps)·r_thinking`` (eq. 1 to 5). ``[B], [B] -> [B]``.
 
-    The group's trust γ compares the mean thinking rewards ``μ_c`` of the answers with ``r_outcome >= threshold`` and ``μ_w`` of the others: 1 if ``μ_c >= μ_w``,
-    else ``e^(μ_c - μ_w)``; 1 too where one of the two sets is empty. ``total_steps`` are the training's (1500 in the paper). Steps may be 0-d tensors.
+    The group's trust γ compares the mean thinking rewards ``μ_c`` of the answers with ``r_outcome >= threshold`` and ``μ_w`` of the others: 1 if
+    ``μ_c >= μ_w``, else ``e^(μ_c - μ_w)``; 1 too where one of the two sets is empty. ``total_steps`` are the training's (1500 in the paper).
+    Steps may be 0-d tensors.
 
     Differs from the paper: the released code asks for the thinking reward only where ``r_outcome >= 0.2``, drops it in groups that are all above 0.9 or
     all below 0.1, and anneals over 500 steps; these are choices of the caller here.
@@ -168,10 +170,11 @@ def grpo_lead_length(
     epsilon: float = 1e-6,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """Correct: ``e^(-alpha·z)``, ``z = (L - mean)/(std + epsilon)`` over the group's correct completions; wrong: ``wrong_reward``. ``[B], [B] -> [B]``.
+    """Correct: ``e^(-alpha·z)``, ``z = (L - mean)/(std + epsilon)`` over the group's correct completions; wrong: ``wrong_reward``. ``[B], [B] ->
+    [B]``.
 
-    ``std`` is unbiased, 1 for a single correct completion. ``min_length``: a group whose three shortest completions, right or wrong, have a mean length of at
-    most this is short enough, and its correct completions get 1; 0 turns that off.
+    ``std`` is unbiased, 1 for a single correct completion. ``min_length``: a group whose three shortest completions, right or wrong, have a mean
+    length of at most this is short enough, and its correct completions get 1; 0 turns that off.
 
     Differs from the paper: ``min_length`` is the authors' code's.
     """
@@ -203,9 +206,9 @@ def grpo_lambda_length(
     """Only the batch's best-answered prompts are pressed for brevity; the others learn to be right first. ``[B], [B] -> [B]``.
 
     The ``ceil(fraction·num_groups)`` groups (at least one) with the highest share of correct completions: a correct completion gets
-    ``1 - alpha·sigmoid((L - mean)/(std + epsilon))`` over the group's correct lengths (unbiased; 0 for one), a wrong one 0. All other groups: 1 or 0.
-    Equal shares: the group with the lower number. ``alpha`` is not stated in what was read of the paper, so it must be given; λ = ``fraction`` is its example.
-    The λ-GRPO of arXiv:2510.06870 and the GRPO-λ of arXiv:2510.00194 are other methods.
+    ``1 - alpha·sigmoid((L - mean)/(std + epsilon))`` over the group's correct lengths (unbiased; 0 for one), a wrong one 0. All other groups: 1
+    or 0. Equal shares: the group with the lower number. ``alpha`` is not stated in what was read of the paper, so it must be given; λ =
+    ``fraction`` is its example. The λ-GRPO of arXiv:2510.06870 and the GRPO-λ of arXiv:2510.00194 are other methods.
 
     Differs from the paper: ``epsilon``.
     """

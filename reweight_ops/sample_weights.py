@@ -1,9 +1,9 @@
 """One weight, or one choice, a sample: for ``token_weights`` of :func:`reweight_ops.policy_loss`, or to select rows.
 
-Pure functions, ``[B]`` in and out unless stated; fp32 or fp64; inputs are used detached (the logits of :func:`source_weights` excepted). Weights that the
-papers normalize to a sum of 1 have **mean 1** here, so that the mean of ``weight·loss`` over the batch is the papers' ``sum_i w_i loss_i``. Weights over a
-global batch: gather the inputs of all ranks first, and take your rows of the result. Groups as in :mod:`reweight_ops.grouping`.
-"""
+Pure functions, ``[B]`` in and out unless stated; fp32 or fp64; inputs are used detached (the logits of :func:`source_weights` excepted). Weights
+that the papers normalize to a sum of 1 have **mean 1** here, so that the mean of ``weight·loss`` over the batch is the papers' ``sum_i w_i
+loss_i``. Weights over a global batch: gather the inputs of all ranks first, and take your rows of the result. Groups as in
+:mod:`reweight_ops.grouping`."""
 
 from __future__ import annotations
 
@@ -197,7 +197,8 @@ def raft(rewards: Tensor, *, keep: int = 1, **groups: Unpack[GroupKeywords]) -> 
     level="batch",
 )
 def d3s(advantages: Tensor, *, num_samples: int, **groups: Unpack[GroupKeywords]) -> Tensor:
-    """1 for the ``num_samples`` rows whose advantages have the greatest variance, else 0. Without group arguments, over the whole batch (the default there).
+    """1 for the ``num_samples`` rows whose advantages have the greatest variance, else 0. Without group arguments, over the whole batch (the
+    default there).
 
     Such a subset is always the k highest and the ``num_samples - k`` lowest, so all k are tried; equal variances: the one with more high ones. Advantages are not normalized
     again. ``num_samples`` grows over training by a schedule, :func:`reweight_ops.schedules.d3s`; its values were not found, so it must be given. With group arguments
@@ -285,7 +286,8 @@ def _trajectory(op: str, scores: Tensor, scored: Tensor, temperature: float) -> 
 def trajectory_rw(returns: Tensor, *, temperature: float = 0.1) -> Tensor:
     """``w = n·softmax(u/temperature)``, ``u`` the returns of the data set on a line from 0 to 1 (min to max).
 
-    The paper samples trajectories with probability ``w/n``; as a loss weight the expectation is the same. All tokens of a trajectory have its weight.
+    The paper samples trajectories with probability ``w/n``; as a loss weight the expectation is the same. All tokens of a trajectory have its
+    weight.
 
     Differs from the paper: one of the authors' two implementations forgets the normalization to [0, 1]; this is the other.
     """

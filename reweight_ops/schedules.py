@@ -32,10 +32,12 @@ _Batch = TypeVar("_Batch")
     level="step",
 )
 def lopti(**options: Any) -> tuple[PolicyLossSpec, PolicyLossSpec]:
-    """The losses of the two updates over one batch of rollouts: unlikely tokens first, then the others. Options as ``methods.lopti``'s, but ``half``.
+    """The losses of the two updates over one batch of rollouts: unlikely tokens first, then the others. Options as ``methods.lopti``'s, but
+    ``half``.
 
-    Each is a full update, with its optimizer steps, over **all** mini-batches, and the old log-probs stay those of the rollout. The order matters. In an
-    own loop use :func:`lopti_updates`; in TRL give both as ``spec`` and set ``num_iterations=2``, which is the same order of updates::
+    Each is a full update, with its optimizer steps, over **all** mini-batches, and the old log-probs stay those of the rollout. The order
+    matters. In an own loop use :func:`lopti_updates`; in TRL give both as ``spec`` and set ``num_iterations=2``, which is the same order of
+    updates::
 
         ReweightGRPOTrainer(..., args=GRPOConfig(num_iterations=2, ...), spec=rw.schedules.lopti(eta=0.5))
     """
@@ -45,7 +47,8 @@ def lopti(**options: Any) -> tuple[PolicyLossSpec, PolicyLossSpec]:
 
 
 def lopti_updates(mini_batches: Iterable[_Batch], **options: Any) -> Iterator[tuple[PolicyLossSpec, _Batch]]:
-    """``(spec, mini_batch)`` for each optimizer step on one batch of rollouts: all mini-batches with the first loss of :func:`lopti`, then all again.
+    """``(spec, mini_batch)`` for each optimizer step on one batch of rollouts: all mini-batches with the first loss of :func:`lopti`, then all
+    again.
 
     for spec, batch in rw.schedules.lopti_updates(mini_batches, eta=0.5):
         rw.policy_loss(model(batch), ..., spec=spec, old_per_token_logps=batch["old"]).loss.backward()
@@ -133,7 +136,7 @@ def tsa(progress: float | Tensor, *, num_classes: int, curve: str = "linear") ->
 
 
 def all_failed(rewards: Tensor, *, fail_value: float = 0.0, **groups: Any) -> Tensor:
-    """Which prompts ReLIFT's buffer takes: all completions have exactly ``fail_value`` (a group of format errors alone does not). ``[B] -> [num_groups]`` bool."""
+    """Which prompts ReLIFT's buffer takes: all completions have exactly ``fail_value`` (other failures do not). ``[B] -> [num_groups]`` bool."""
     g = grouped("all_failed", rewards, groups)
     failed = g.groups.sum(((g.values == fail_value) & g.scored).to(g.values.dtype))
     size = g.groups.sum(torch.ones_like(g.values))
@@ -158,10 +161,9 @@ class ReliftState(NamedTuple):
 class Relift:
     """RL on what the policy can sometimes solve, SFT on demonstrations of what it cannot: when to do the latter.
 
-    After each RL step, :meth:`update` counts the prompts that :func:`all_failed` found (with their demonstrations they go into the caller's buffer); once
-    ``buffer_size`` of them wait, it says to do one SFT step on that many. There the RL loss is unclipped with ``advantages.dr_grpo``, and the SFT step has
-    an optimizer of its own.
-    """
+    After each RL step, :meth:`update` counts the prompts that :func:`all_failed` found (with their demonstrations they go into the caller's
+    buffer); once ``buffer_size`` of them wait, it says to do one SFT step on that many. There the RL loss is unclipped with
+    ``advantages.dr_grpo``, and the SFT step has an optimizer of its own."""
 
     buffer_size: int = 128
 

@@ -36,9 +36,9 @@ def grpo_lead(
 ) -> Tensor:
     """GRPO's advantage times a weight by difficulty. ``[B] -> [B]``.
 
-    ``a = (r - mean_g)/(std_g + epsilon)``; ``q`` the share of positive rewards of the group; ``w(x) = low + (high - low)/(1 + e^(steepness (x - midpoint)))``;
-    ``A = a·w(q)`` where ``a > 0``, else ``a·w(1 - q)``. The rewards are those of :func:`reweight_ops.rewards.grpo_lead_length`: positive for a
-    correct completion, negative for a wrong one.
+    ``a = (r - mean_g)/(std_g + epsilon)``; ``q`` the share of positive rewards of the group; ``w(x) = low + (high - low)/(1 + e^(steepness (x -
+    midpoint)))``; ``A = a·w(q)`` where ``a > 0``, else ``a·w(1 - q)``. The rewards are those of :func:`reweight_ops.rewards.grpo_lead_length`:
+    positive for a correct completion, negative for a wrong one.
 
     Differs from the paper: a group of one has advantage 0; the authors' code keeps its reward.
     """
@@ -87,7 +87,8 @@ def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: float = 1e-6, **gro
     level="group",
 )
 def difficulty_prior(rewards: Tensor, correct: Tensor, *, slope: float, normalize: bool = False, **groups: Unpack[GroupKeywords]) -> Tensor:
-    """``A = (r - mean_g)·exp(slope·(1 - p))`` with the share ``p`` of correct completions of the group: hard prompts count more. ``[B], [B] -> [B]``.
+    """``A = (r - mean_g)·exp(slope·(1 - p))`` with the share ``p`` of correct completions of the group: hard prompts count more. ``[B], [B] ->
+    [B]``.
 
     Derived: the paper states no formula; its review says that a steep exponential of the accuracy takes the place of the standard deviation and did
     best. ``slope`` is ours to choose, so it must be given. ``normalize``: divide the weights by their mean over the batch.
@@ -150,8 +151,8 @@ def lens(
     ``D_imp = G / sum_{i correct} 1/π(o_i)`` in a mixed group, and ``2·max_j π_j`` in an all-wrong one (so the fraction is at most 1).
     Mixed: ``A = (r~ - mean)/(std + epsilon)``. All wrong: ``A = negative_weight·(r~ - mean)``. All correct: ``r~`` is constant, ``A = 0``.
 
-    ``importance``: the paper leaves open which ``π(o_i)`` ``D_imp`` has. ``"length_normalized"`` is ``π_i``; ``"raw"`` is ``exp(sum_t logp)``, with which
-    ``D_imp`` vanishes beside the other term for texts of any length.
+    ``importance``: the paper leaves open which ``π(o_i)`` ``D_imp`` has. ``"length_normalized"`` is ``π_i``; ``"raw"`` is ``exp(sum_t logp)``,
+    with which ``D_imp`` vanishes beside the other term for texts of any length.
 
     Differs from the paper: it does not state ``epsilon`` nor which standard deviation; this one is unbiased. All-correct groups are 0/0 there.
     """

@@ -35,13 +35,13 @@ def canon(
 ) -> Tensor:
     """The group is split by a metric; a completion is compared with the other half and with its own. ``[B], [B] -> [B]``.
 
-    The ``floor(n/2)`` completions with the least ``metric`` are S, the others L; equal metrics by row, so the split is defined. ``inter = r - mean(other
-    half)``, ``intra = r - mean(own half)``, ``A = μ·inter + (1 - μ)·intra`` with ``μ = inter_weight``. At μ = 1/2 that is Dr. GRPO's
+    The ``floor(n/2)`` completions with the least ``metric`` are S, the others L; equal metrics by row, so the split is defined. ``inter = r -
+    mean(other half)``, ``intra = r - mean(own half)``, ``A = μ·inter + (1 - μ)·intra`` with ``μ = inter_weight``. At μ = 1/2 that is Dr. GRPO's
     ``r - mean_g``, for groups of even size only.
 
     ``alpha`` and ``beta`` (eq. 8) favour one half in ``inter``. ``metric_kind="entropy"`` (the mean token entropy under the old policy): L has
-    ``r - α·mean(S) + β``, S has ``α·r - mean(L) - β``. ``"length"``: L has ``α·r - mean(S) + β``, S has ``r - α·mean(L) - β`` (α = 0.9 for shorter answers).
-    ``inter_weight`` may be a 0-d tensor: First-Intra-Later-Inter is the batch's mean reward.
+    ``r - α·mean(S) + β``, S has ``α·r - mean(L) - β``. ``"length"``: L has ``α·r - mean(S) + β``, S has ``r - α·mean(L) - β`` (α = 0.9 for
+    shorter answers). ``inter_weight`` may be a 0-d tensor: First-Intra-Later-Inter is the batch's mean reward.
 
     Differs from the paper: a group of one has advantage 0; the authors' code keeps its reward.
     """
@@ -78,7 +78,8 @@ def edge_grpo(
 ) -> Tensor:
     """GRPO's advantage divided by the completion's relative entropy: confident answers count more. ``[B], [B] -> [B]``.
 
-    ``A = (r - mean_g)/(std_g + epsilon) / P``, ``P = entropy_i / mean_g(entropy)``. ``entropy``: the mean over a completion's valid tokens, used detached.
+    ``A = (r - mean_g)/(std_g + epsilon) / P``, ``P = entropy_i / mean_g(entropy)``. ``entropy``: the mean over a completion's valid tokens, used
+    detached.
 
     Differs from the paper: ``P`` is kept in ``bounds``, a line that the authors' code has but disables, as a completion without entropy would
     get an infinite advantage; ``(0, math.inf)`` is the paper's form. The authors' code also averages over padding, over all processes instead of the

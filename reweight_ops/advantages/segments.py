@@ -20,7 +20,8 @@ _SPO = "Segment Policy Optimization: Effective Segment-Level Credit Assignment i
 
 
 class SpoSegments(NamedTuple):
-    """``segment_ids [B, T]`` int64: 0 before the first cut, then 1, 2, ...; ``cuts [B]`` int64: how many cuts a row has, that is how many values it needs."""
+    """``segment_ids [B, T]`` int64: 0 before the first cut, then 1, 2, ...; ``cuts [B]`` int64: how many cuts a row has, that is how many values
+    it needs."""
 
     segment_ids: Tensor
     cuts: Tensor

@@ -104,7 +104,8 @@ def gae(
     lam: float | Tensor = 0.95,
     whitened: bool = True,
 ) -> Gae:
-    """``A_t = sum_k (gamma·lam)^k δ_{t+k}``, ``δ_t = r_t + gamma·V_{t+1} - V_t`` (eq. 16); returns ``A + V``. ``[B, T]`` or ``[B]``, ``[B, T], [B, T]``.
+    """``A_t = sum_k (gamma·lam)^k δ_{t+k}``, ``δ_t = r_t + gamma·V_{t+1} - V_t`` (eq. 16); returns ``A + V``. ``[B, T]`` or ``[B]``, ``[B, T],
+    [B, T]``.
 
     Rewards per completion sit on the last valid token. A masked token inside a completion (a tool's answer) is skipped: the next valid token follows.
     ``whitened``: advantages have mean 0 and variance 1 over the call's valid tokens, as in TRL and verl. ``lam``: a number, or ``[B]``, one a row.
