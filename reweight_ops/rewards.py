@@ -85,8 +85,8 @@ def lsc(rewards: Tensor, reference: Tensor | float) -> Tensor:
     """``u = log sigmoid(r - r_ref)``; several rewards are summed, so that ``exp(u)`` is the probability that all are good. ``[B]`` or ``[B, K] ->
     [B]``.
 
-    ``reference``: a number, or a tensor of the shape of ``rewards``: the reward of a completion that is just good enough for its prompt. Which statistic the
-    paper takes was not found, so it must be given (a quantile of the initial policy's rewards on the prompt is a common reading).
+    ``reference``: a number, or a tensor of the shape of ``rewards``: the reward of a completion that is just good enough for its prompt. Which
+    statistic the paper takes was not found, so it must be given (a quantile of the initial policy's rewards on the prompt is a common reading).
     """
     x = floats("lsc", "rewards", rewards)
     if x.dim() not in (1, 2):
@@ -140,8 +140,8 @@ def trust_grpo(
     ``μ_c >= μ_w``, else ``e^(μ_c - μ_w)``; 1 too where one of the two sets is empty. ``total_steps`` are the training's (1500 in the paper).
     Steps may be 0-d tensors.
 
-    Differs from the paper: the released code asks for the thinking reward only where ``r_outcome >= 0.2``, drops it in groups that are all above 0.9 or
-    all below 0.1, and anneals over 500 steps; these are choices of the caller here.
+    Differs from the paper: the released code asks for the thinking reward only where ``r_outcome >= 0.2``, drops it in groups that are all above
+    0.9 or all below 0.1, and anneals over 500 steps; these are choices of the caller here.
     """
     g = grouped("trust_grpo", outcome_rewards, groups, name="outcome_rewards")
     thinking = g.like("thinking_rewards", thinking_rewards)
@@ -239,9 +239,10 @@ def grpo_lambda_length(
 def traac(correct: Tensor, format_rewards: Tensor, lengths: Tensor, median_lengths: Tensor, *, scale: float) -> Tensor:
     """``r = 4·correct + format + correct·sigmoid((median - L)/scale)``. All ``[B] -> [B]``.
 
-    Derived: the paper's summary has the weights, and a sigmoid-smoothed penalty of correct answers longer than the median of recent rollouts of the same
-    difficulty (a window of 10 steps); the curve was not found, so its ``scale`` must be given. ``median_lengths``: that median, for each row.
-    Lengths are those after compression. The eviction of reasoning steps (60, 40, 20 % for easy, medium, hard prompts) edits text and is not here.
+    Derived: the paper's summary has the weights, and a sigmoid-smoothed penalty of correct answers longer than the median of recent rollouts of
+    the same difficulty (a window of 10 steps); the curve was not found, so its ``scale`` must be given. ``median_lengths``: that median, for each
+    row. Lengths are those after compression. The eviction of reasoning steps (60, 40, 20 % for easy, medium, hard prompts) edits text and is not
+    here.
     """
     right = floats("traac", "correct", correct)
     shape = tuple(right.shape)

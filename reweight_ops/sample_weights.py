@@ -63,9 +63,9 @@ def _positive(op: str, **values: float | Tensor) -> None:
 def exponential_advantage(advantages: Tensor, *, temperature: float | Tensor, max_weight: float) -> Tensor:
     """``w = min(exp(A/temperature), max_weight)``: regression to good samples. Any shape; ``-sum w·logp`` is the loss.
 
-    ``temperature``: a number, or a tensor that broadcasts (one a prompt: FamO2O, arXiv:2310.17966, has ``w = min(exp(β(s)·A), 100)`` with a learned β, so
-    ``temperature=1/β, max_weight=100``; the reading of a state as a prompt is ours). Neither has one value for all tasks, so both must be given. The exponent is
-    capped before ``exp``, so nothing overflows.
+    ``temperature``: a number, or a tensor that broadcasts (one a prompt: FamO2O, arXiv:2310.17966, has ``w = min(exp(β(s)·A), 100)`` with a
+    learned β, so ``temperature=1/β, max_weight=100``; the reading of a state as a prompt is ours). Neither has one value for all tasks, so both
+    must be given. The exponent is capped before ``exp``, so nothing overflows.
     """
     _positive("exponential_advantage", temperature=temperature, max_weight=max_weight)
     x = floats("exponential_advantage", "advantages", advantages)
@@ -84,8 +84,8 @@ def exponential_advantage(advantages: Tensor, *, temperature: float | Tensor, ma
 def kl_tilt(rewards: Tensor, *, beta: float, **groups: Unpack[GroupKeywords]) -> Tensor:
     """``w_i = n·exp(r_i/beta)/sum_j exp(r_j/beta)`` over a group's samples: what turns the reference's samples into the optimum's.
 
-    Derived: ``p·exp(r/beta)`` is the textbook solution of reward maximization under a KL penalty of coefficient beta, which the paper starts from; the
-    self-normalized estimate over a group is ours. Without group arguments the batch is one group.
+    Derived: ``p·exp(r/beta)`` is the textbook solution of reward maximization under a KL penalty of coefficient beta, which the paper starts
+    from; the self-normalized estimate over a group is ours. Without group arguments the batch is one group.
     """
     _positive("kl_tilt", beta=beta)
     g = grouped("kl_tilt", rewards, groups, whole=True)
@@ -122,9 +122,10 @@ def kl_dro(losses: Tensor, *, temperature: float, **groups: Unpack[GroupKeywords
 def dynamic_loss_reweighting(losses: Tensor, *, temperature: float, strategy: str = "linupper", delta: float = 1.0) -> Tensor:
     """``w = n·softmax(f(h)/temperature)``, with the losses of the batch on a line: ``h = delta·(2·loss - max - min)/(max - min)``.
 
-    ``f`` is ``min(h + delta, delta)`` (``"linupper"``: easy samples are held back), ``1 - h²/delta²`` (``"quadratic"``: the middle), ``(h + delta)/2`` (``"upper"``) or
-    ``|h|`` (``"extremes"``). ``losses``: each sample's mean token loss, over the global batch. ``temperature`` (``r``): 0.4 and 1 in the authors' configurations, best
-    annealed from high; weights are 1 for the first 1000 steps there. Equal losses: equal weights.
+    ``f`` is ``min(h + delta, delta)`` (``"linupper"``: easy samples are held back), ``1 - h²/delta²`` (``"quadratic"``: the middle), ``(h +
+    delta)/2`` (``"upper"``) or ``|h|`` (``"extremes"``). ``losses``: each sample's mean token loss, over the global batch. ``temperature``
+    (``r``): 0.4 and 1 in the authors' configurations, best annealed from high; weights are 1 for the first 1000 steps there. Equal losses: equal
+    weights.
     """
     _positive("dynamic_loss_reweighting", temperature=temperature, delta=delta)
     g = grouped("dynamic_loss_reweighting", losses, {}, name="losses", whole=True)
@@ -160,8 +161,8 @@ def glow(
 ) -> Tensor:
     """``w = clip(alpha·(1 - sigmoid(beta·(previous - loss))), min_weight, max_weight)``: what improved since the last epoch counts less.
 
-    Losses are each sample's token mean, now and in the last epoch; NaN in ``previous_losses`` is a sample without history, of weight 1 (the whole first
-    epoch). ``alpha`` and ``beta`` are the argument defaults of the authors' code, which sweeps 1 to 2 and 5 to 30.
+    Losses are each sample's token mean, now and in the last epoch; NaN in ``previous_losses`` is a sample without history, of weight 1 (the whole
+    first epoch). ``alpha`` and ``beta`` are the argument defaults of the authors' code, which sweeps 1 to 2 and 5 to 30.
     """
     x = floats("glow", "losses", losses)
     gain = like("glow", "previous_losses", previous_losses, x) - x
@@ -200,9 +201,9 @@ def d3s(advantages: Tensor, *, num_samples: int, **groups: Unpack[GroupKeywords]
     """1 for the ``num_samples`` rows whose advantages have the greatest variance, else 0. Without group arguments, over the whole batch (the
     default there).
 
-    Such a subset is always the k highest and the ``num_samples - k`` lowest, so all k are tried; equal variances: the one with more high ones. Advantages are not normalized
-    again. ``num_samples`` grows over training by a schedule, :func:`reweight_ops.schedules.d3s`; its values were not found, so it must be given. With group arguments
-    (the variant D3S-I) it counts per group.
+    Such a subset is always the k highest and the ``num_samples - k`` lowest, so all k are tried; equal variances: the one with more high ones.
+    Advantages are not normalized again. ``num_samples`` grows over training by a schedule, :func:`reweight_ops.schedules.d3s`; its values were
+    not found, so it must be given. With group arguments (the variant D3S-I) it counts per group.
     """
     if num_samples < 1:
         raise InvalidCall(f"d3s: num_samples is {num_samples}, expected 1 or more.")
@@ -240,9 +241,10 @@ def d3s(advantages: Tensor, *, num_samples: int, **groups: Unpack[GroupKeywords]
 def source_weights(source_logits: Tensor, source_ids: Tensor, *, normalize: str = "softmax") -> Tensor:
     """A learned weight for each source, spread over its samples. ``[S], [B] -> [B]``, differentiable in ``source_logits``.
 
-    ``"softmax"`` (ScaleBiO): sample i of source s has ``B·softmax(a)_s/n_s`` with the count ``n_s`` of its source in the batch, so that the mean of ``w·loss`` is
-    ``sum_s softmax(a)_s·mean loss_s``. ``"softplus"`` (DreamPRM, arXiv:2505.20241): ``softplus(a)_s/mean(softplus(a))``, whatever the counts.
-    The logits are trained by an outer loss on validation data; as ``token_weights`` that require grad these take the two-pass plan, exactly.
+    ``"softmax"`` (ScaleBiO): sample i of source s has ``B·softmax(a)_s/n_s`` with the count ``n_s`` of its source in the batch, so that the mean
+    of ``w·loss`` is ``sum_s softmax(a)_s·mean loss_s``. ``"softplus"`` (DreamPRM, arXiv:2505.20241): ``softplus(a)_s/mean(softplus(a))``,
+    whatever the counts. The logits are trained by an outer loss on validation data; as ``token_weights`` that require grad these take the
+    two-pass plan, exactly.
     """
     if normalize not in ("softmax", "softplus"):
         raise InvalidCall(f"source_weights: normalize is {normalize!r}, expected 'softmax' or 'softplus'.")

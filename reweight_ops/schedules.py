@@ -72,8 +72,9 @@ def lopti_updates(mini_batches: Iterable[_Batch], **options: Any) -> Iterator[tu
 def capo(advantages: Tensor, completion_mask: Tensor, *, step: int | Tensor, switch_step: int | Tensor) -> Tensor:
     """First imitate, then discriminate: the mask of the rows to train on. ``[B]`` or ``[B, T]``, ``[B, T] -> [B, T]`` bool.
 
-    Before ``switch_step`` only ``A >= 0`` (with its KL too), from then on all. The paper switches after 10 to 30 % of the training, so it must be given.
-    The expectation runs over all samples: pass the result as ``completion_mask`` and the original as ``denominator_mask``. Any advantage estimator.
+    Before ``switch_step`` only ``A >= 0`` (with its KL too), from then on all. The paper switches after 10 to 30 % of the training, so it must be
+    given. The expectation runs over all samples: pass the result as ``completion_mask`` and the original as ``denominator_mask``. Any advantage
+    estimator.
     """
     a = floats("capo", "advantages", advantages)
     mask = floats("capo", "completion_mask", completion_mask) != 0
@@ -103,8 +104,8 @@ class D3sBudget(NamedTuple):
 def d3s(progress: float, *, num_samples: tuple[int, int], token_fraction: tuple[float, float]) -> D3sBudget:
     """Both budgets go linearly from their first to their second value over ``progress`` in [0, 1]: few samples and tokens first.
 
-    ``num_samples`` is for :func:`reweight_ops.sample_weights.d3s`, ``token_fraction`` for the token weight. The paper's values were not found, so both ranges
-    must be given.
+    ``num_samples`` is for :func:`reweight_ops.sample_weights.d3s`, ``token_fraction`` for the token weight. The paper's values were not found, so
+    both ranges must be given.
     """
     if not 0 <= progress <= 1:
         raise InvalidCall(f"schedules.d3s: progress is {progress}, expected 0 to 1.")
@@ -124,7 +125,8 @@ def d3s(progress: float, *, num_samples: tuple[int, int], token_fraction: tuple[
 def tsa(progress: float | Tensor, *, num_classes: int, curve: str = "linear") -> Tensor:
     """``η = a·(1 - 1/K) + 1/K``: the probability above which a labelled example is left out, from 1/K to 1 over training. 0-d fp32.
 
-    ``a`` is ``progress`` p in [0, 1] (``"linear"``), ``e^(5(p - 1))`` (``"exp"``, for little data) or ``1 - e^(-5p)`` (``"log"``). For tokens ``num_classes`` is the vocabulary.
+    ``a`` is ``progress`` p in [0, 1] (``"linear"``), ``e^(5(p - 1))`` (``"exp"``, for little data) or ``1 - e^(-5p)`` (``"log"``). For tokens
+    ``num_classes`` is the vocabulary.
     """
     p = torch.as_tensor(progress, dtype=torch.float32)
     curves = {"linear": p, "exp": torch.exp(5 * (p - 1)), "log": 1 - torch.exp(-5 * p)}

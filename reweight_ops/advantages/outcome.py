@@ -87,8 +87,8 @@ def dr_grpo(rewards: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupK
 def gdpo(rewards: Tensor, weights: Tensor | None = None, *, epsilon: float = 1e-4, **groups: Unpack[GroupKeywords]) -> Tensor:
     """Each of K rewards normalized in its group, then summed, then normalized over the batch. ``[B, K] -> [B]``.
 
-    ``a = sum_k w_k (r_k - mean_gk) / (std_gk + epsilon)``, ``A = (a - mean) / (std + epsilon)``: TRL's ``normalize_then_sum``. ``weights [K]``: 1 each
-    by default. A NaN is a reward that does not apply to its completion; a completion without any has advantage 0.
+    ``a = sum_k w_k (r_k - mean_gk) / (std_gk + epsilon)``, ``A = (a - mean) / (std + epsilon)``: TRL's ``normalize_then_sum``. ``weights [K]``: 1
+    each by default. A NaN is a reward that does not apply to its completion; a completion without any has advantage 0.
     """
     x = floats("gdpo", "rewards", rewards)
     if x.dim() != 2:
@@ -147,8 +147,8 @@ def aapo(
 ) -> Tensor:
     """``A = (r - mean_g) [/ (std_g + epsilon)] + clip(r - r_ref, -clip_low, clip_high)``. ``[B], [B] -> [B]``.
 
-    ``reference_rewards``: the reward of a reference-model completion paired with each row. ``scale_rewards`` is off in the authors' script. The loss is
-    ``methods.reinforce``: no ratio, no clip, no KL.
+    ``reference_rewards``: the reward of a reference-model completion paired with each row. ``scale_rewards`` is off in the authors' script. The
+    loss is ``methods.reinforce``: no ratio, no clip, no KL.
     """
     g = grouped("aapo", rewards, groups)
     reference = g.like("reference_rewards", reference_rewards)
@@ -168,8 +168,8 @@ def aapo(
 def pvpo(rewards: Tensor, reference_rewards: Tensor, **groups: Unpack[GroupKeywords]) -> Tensor:
     """``A_i = r_i - mean_m r_ref``: a baseline that the reference policy's rollouts gave beforehand, no division. ``[B], [num_groups, M] -> [B]``.
 
-    ``reference_rewards``: M rewards of the reference policy for each group's prompt (NaN: fewer). Dropping prompts of accuracy 1 and injecting a ground
-    truth into those of accuracy 0 are steps of the sampler, before this.
+    ``reference_rewards``: M rewards of the reference policy for each group's prompt (NaN: fewer). Dropping prompts of accuracy 1 and injecting a
+    ground truth into those of accuracy 0 are steps of the sampler, before this.
     """
     g = grouped("pvpo", rewards, groups)
     reference = floats("pvpo", "reference_rewards", reference_rewards).to(g.values.dtype)

@@ -82,8 +82,8 @@ def edge_grpo(
     detached.
 
     Differs from the paper: ``P`` is kept in ``bounds``, a line that the authors' code has but disables, as a completion without entropy would
-    get an infinite advantage; ``(0, math.inf)`` is the paper's form. The authors' code also averages over padding, over all processes instead of the
-    group, and lets the gradient through the entropy.
+    get an infinite advantage; ``(0, math.inf)`` is the paper's form. The authors' code also averages over padding, over all processes instead of
+    the group, and lets the gradient through the entropy.
     """
     g = grouped("edge_grpo", rewards, groups)
     p = g.like("entropy", entropy)

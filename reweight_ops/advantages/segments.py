@@ -46,9 +46,9 @@ def spo_segments(old_per_token_logps: Tensor, completion_mask: Tensor, *, thresh
 def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion_mask: Tensor) -> Tensor:
     """All tokens of a segment get what it added to the value: ``A = V_end - V_start``. ``[B, S], [B], segments, [B, T] -> [B, T]``.
 
-    ``values[:, k]`` is the Monte Carlo value (9 rollouts in the paper) of the completion up to its k-th cut, from :func:`spo_segments`; columns from
-    ``cuts`` on are not read. The last segment ends in the ``reward``. Tokens before the first cut had no choice: 0. Use it with the probability
-    mask of the same threshold, which leaves the other likely tokens out of the loss too.
+    ``values[:, k]`` is the Monte Carlo value (9 rollouts in the paper) of the completion up to its k-th cut, from :func:`spo_segments`; columns
+    from ``cuts`` on are not read. The last segment ends in the ``reward``. Tokens before the first cut had no choice: 0. Use it with the
+    probability mask of the same threshold, which leaves the other likely tokens out of the loss too.
     """
     v = floats("spo_chain", "values", values)
     if v.dim() != 2:
@@ -78,9 +78,9 @@ def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion
 def spo_tree(values: Tensor, parents: Tensor, *, scale: str = "none", epsilon: float = 1e-8) -> Tensor:
     """An edge's advantage is what the child's value adds to the parent's: ``A = V_child - V_parent``. ``[N], [N] -> [N]``.
 
-    Nodes of any number of trees in one list: ``parents[i]`` is the row of i's parent, -1 for a root (advantage 0). ``values`` are given; in the paper a
-    leaf's is its reward and an inner node's the mean of its children's. ``scale="std"`` divides by the (population) standard deviation of the
-    siblings plus ``epsilon``. Segments of zero advantage may be dropped from the batch.
+    Nodes of any number of trees in one list: ``parents[i]`` is the row of i's parent, -1 for a root (advantage 0). ``values`` are given; in the
+    paper a leaf's is its reward and an inner node's the mean of its children's. ``scale="std"`` divides by the (population) standard deviation of
+    the siblings plus ``epsilon``. Segments of zero advantage may be dropped from the batch.
     """
     if scale not in ("none", "std"):
         raise InvalidCall(f"spo_tree: scale is {scale!r}, expected 'none' or 'std'.")
@@ -129,8 +129,9 @@ def gigpo(
 
     ``A = A_episode + step_weight·A_step``. Rows are steps (one LLM call each): ``episode_ids`` says which of the E episodes a step belongs to, and
     the group arguments group *episodes* by prompt. ``A_episode = R - mean_g(R)``; ``A_step`` the same of ``step_returns`` (discounted, γ = 0.95:
-    :func:`discounted_returns`) over the steps of a group with the same ``anchor_ids``, ints in ``[0, num_anchors)``; a state that was seen once gives 0.
-    ``norm="std"`` divides both by the unbiased standard deviation plus ``epsilon``. Equal anchor ids of two prompts are different states.
+    :func:`discounted_returns`) over the steps of a group with the same ``anchor_ids``, ints in ``[0, num_anchors)``; a state that was seen once
+    gives 0. ``norm="std"`` divides both by the unbiased standard deviation plus ``epsilon``. Equal anchor ids of two prompts are different
+    states.
     """
     if norm not in ("mean", "std"):
         raise InvalidCall(f"gigpo: norm is {norm!r}, expected 'mean' or 'std'.")

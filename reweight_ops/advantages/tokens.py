@@ -107,8 +107,9 @@ def gae(
     """``A_t = sum_k (gamma·lam)^k δ_{t+k}``, ``δ_t = r_t + gamma·V_{t+1} - V_t`` (eq. 16); returns ``A + V``. ``[B, T]`` or ``[B]``, ``[B, T],
     [B, T]``.
 
-    Rewards per completion sit on the last valid token. A masked token inside a completion (a tool's answer) is skipped: the next valid token follows.
-    ``whitened``: advantages have mean 0 and variance 1 over the call's valid tokens, as in TRL and verl. ``lam``: a number, or ``[B]``, one a row.
+    Rewards per completion sit on the last valid token. A masked token inside a completion (a tool's answer) is skipped: the next valid token
+    follows. ``whitened``: advantages have mean 0 and variance 1 over the call's valid tokens, as in TRL and verl. ``lam``: a number, or ``[B]``,
+    one a row.
     """
     mask = _masked("gae", completion_mask)
     advantages = _gae("gae", rewards, values, mask, gamma, lam)
@@ -137,8 +138,8 @@ def decoupled_gae(
 ) -> Gae:
     """:func:`gae` with one λ for the policy's advantages and another for the critic's returns: two passes of the recursion.
 
-    ``lam_critic=1`` keeps the reward at the end from decaying on its way to the first tokens of a long completion; a ``lam_actor`` from 0.95 to below 1 keeps
-    the policy's variance down. The value model is trained beforehand on a fixed policy, with λ = 1.
+    ``lam_critic=1`` keeps the reward at the end from decaying on its way to the first tokens of a long completion; a ``lam_actor`` from 0.95 to
+    below 1 keeps the policy's variance down. The value model is trained beforehand on a fixed policy, with λ = 1.
     """
     mask = _masked("decoupled_gae", completion_mask)
     advantages = _gae("decoupled_gae", rewards, values, mask, gamma, lam_actor)
@@ -164,7 +165,8 @@ def reinforce_plus_plus_baseline(
 ) -> Tensor:
     """``r - mean_g``, normalized over all valid tokens of the batch instead of by the group. ``[B], [B, T] -> [B, T]``.
 
-    ``singleton``: what a group of one gets before the normalization, ``"zero"`` or ``"reward"`` (verl). A completion without a score is left out of it.
+    ``singleton``: what a group of one gets before the normalization, ``"zero"`` or ``"reward"`` (verl). A completion without a score is left out
+    of it.
     """
     g = grouped("reinforce_plus_plus_baseline", rewards, groups)
     mask = _masked("reinforce_plus_plus_baseline", completion_mask)
@@ -194,9 +196,9 @@ def remax(
 ) -> Tensor:
     """The reward of the prompt's greedy completion is the baseline: ``A_t = r - r_greedy``. ``[B], [B], [B, T] -> [B, T]``.
 
-    The defaults are the paper's algorithm 1. The authors' code has ``A_t = gamma^n·clip(r - r_greedy, ±reward_clip) - kl_coef·(logp_t - ref_logp_t)``, ``n`` the
-    number of valid tokens from t to the end, t included, with ``reward_clip=5, gamma=0.99, kl_coef=0.05`` in its scripts; the log-probs are those at
-    sampling time. The loss is ``methods.reinforce``.
+    The defaults are the paper's algorithm 1. The authors' code has ``A_t = gamma^n·clip(r - r_greedy, ±reward_clip) - kl_coef·(logp_t -
+    ref_logp_t)``, ``n`` the number of valid tokens from t to the end, t included, with ``reward_clip=5, gamma=0.99, kl_coef=0.05`` in its
+    scripts; the log-probs are those at sampling time. The loss is ``methods.reinforce``.
     """
     mask = _masked("remax", completion_mask)
     r = floats("remax", "rewards", rewards, (len(mask),))
@@ -225,8 +227,9 @@ def remax(
 def hapo(rewards: Tensor, lengths: Tensor, *, limit: float = 5.0, epsilon: float = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
     """GRPO with mean and standard deviation over the group's *tokens*: a completion counts by its length. ``[B], [B] -> [B]``.
 
-    ``mean = sum L_i r_i / sum L_i``, ``std^2 = sum L_i (r_i - mean)^2 / sum L_i``, ``A = (r - mean)/(std + epsilon)``, so that the tokens' advantages sum to
-    zero under a token mean. A group in which some ``|A| >= limit`` takes GRPO's advantage (unbiased) instead. ``lengths``: valid tokens.
+    ``mean = sum L_i r_i / sum L_i``, ``std^2 = sum L_i (r_i - mean)^2 / sum L_i``, ``A = (r - mean)/(std + epsilon)``, so that the tokens'
+    advantages sum to zero under a token mean. A group in which some ``|A| >= limit`` takes GRPO's advantage (unbiased) instead. ``lengths``:
+    valid tokens.
     """
     g = grouped("hapo", rewards, groups)
     tokens = g.like("lengths", lengths)
