@@ -30,6 +30,7 @@ __all__ = [
     "uwo",
     "wco",
     "weighted_mean",
+    "weighted_sum",
 ]
 
 _ENSEMBLES = "Reward Model Ensembles Help Mitigate Overoptimization"
@@ -95,6 +96,13 @@ def lsc(rewards: Tensor, reference: Tensor | float) -> Tensor:
         reference = floats("lsc", "reference", reference, tuple(x.shape)).to(x.dtype)
     u = torch.nn.functional.logsigmoid(x - reference)
     return u if x.dim() == 1 else torch.where(x.isnan().all(1), torch.nan, u.nansum(1))
+
+
+def weighted_sum(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``r = sum_k w_k r_k`` over the rewards that apply: TRL's sum of reward functions with ``reward_weights``. ``[B, K], [K] -> [B]``; 1 each by default."""
+    x = _members("weighted_sum", rewards)
+    w = x.new_ones(x.shape[1]) if weights is None else floats("weighted_sum", "weights", weights, (x.shape[1],)).to(x.dtype)
+    return torch.where(x.isnan().all(1), torch.nan, (w * x).nansum(1))
 
 
 @published("weighted_mean", "Weighted mean of rewards", kind="reward", paper=_REWRITING, arxiv="2406.03363", level="sequence")

@@ -51,14 +51,14 @@ def grpo(
     """
     g = grouped("grpo", rewards, groups)
     if scale_rewards == "group":
-        scale = g.std(g.values) + epsilon
+        scale = torch.where(g.size == 1, 1, g.std(g.values)) + epsilon
     elif scale_rewards == "batch":
         scale = batch_std(g.values, g.scored) + epsilon
     elif scale_rewards == "none":
         scale = torch.ones_like(g.values)
     else:
         raise InvalidCall(f"grpo: scale_rewards is {scale_rewards!r}, expected 'group', 'batch' or 'none'.")
-    return singletons(g, g.centered / scale, singleton)
+    return singletons(g, g.centered, singleton) / scale
 
 
 @published(

@@ -72,7 +72,7 @@ def discounted_returns(rewards: Tensor, completion_mask: Tensor, *, gamma: float
     """``R_t = r_t + gamma·R_{t+1}`` over the valid tokens (a masked one neither discounts nor stops). ``[B, T]`` or ``[B]``, ``[B, T] -> [B, T]``."""
     mask = _masked("discounted_returns", completion_mask)
     r = _token_rewards("discounted_returns", rewards, mask)
-    return torch.where(mask, _scan(r, torch.where(mask, gamma, 1.0).to(r.dtype)), 0)
+    return torch.where(mask, _scan(r, torch.where(mask, gamma * torch.ones_like(r), 1)), 0)
 
 
 def _gae(op: str, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
