@@ -72,7 +72,7 @@ def test_grpo_is_trls(scale):
 def test_grpo_of_single_completions_is_trls_or_verls():
     rewards = f64(1.0, 0.5, -2.0)
     assert adv.grpo(rewards, group_size=1).tolist() == [0, 0, 0] == trl_advantages.grpo(rewards[:, None], f64(1.0), 1).tolist()
-    close(adv.grpo(rewards, group_size=1, singleton="reward"), rewards)
+    close(adv.grpo(rewards, group_size=1, singleton="reward", epsilon=0), rewards)
 
 
 def test_gdpo_is_trls():
@@ -154,7 +154,14 @@ def test_remax_is_verls_and_its_authors(tokens):
     close(adv.remax(tokens["outcome"], greedy, tokens["mask"]), expected * tokens["mask"])
     logps, refs = tokens["draw"](), tokens["draw"]()
     got = adv.remax(
-        4 * tokens["outcome"], greedy, tokens["mask"], reward_clip=5, gamma=0.99, kl_coef=0.05, per_token_logps=logps, ref_per_token_logps=refs
+        4 * tokens["outcome"],
+        greedy,
+        tokens["mask"],
+        reward_clip=5,
+        gamma=0.99,
+        kl_coef=0.05,
+        per_token_logps=logps,
+        ref_per_token_logps=refs,
     )
     for i, row in enumerate(tokens["mask"].bool()):
         expected = estimators.remax(4 * tokens["outcome"][i].item(), greedy[i].item(), logps[i][row].tolist(), refs[i][row].tolist())
@@ -221,11 +228,12 @@ def test_lens(ragged, reading, likely):
 def test_canon(ragged, kind, mu, alpha, beta):
     metric = torch.randint(0, 3, (len(ragged["ids"]),), generator=ragged["generator"]).double()  # with ties
     keep = ragged["ids"] != 1
-    got = adv.canon(
-        ragged["rewards"], metric, metric_kind=kind, inter_weight=torch.tensor(mu), alpha=alpha, beta=beta, **ragged["groups"]
-    )
+    got = adv.canon(ragged["rewards"], metric, metric_kind=kind, inter_weight=torch.tensor(mu), alpha=alpha, beta=beta, **ragged["groups"])
     expected = by_group(
-        ragged["ids"][keep], lambda r, m: estimators.canon(r, m, mu, alpha, beta, kind), ragged["rewards"][keep].tolist(), metric[keep].tolist()
+        ragged["ids"][keep],
+        lambda r, m: estimators.canon(r, m, mu, alpha, beta, kind),
+        ragged["rewards"][keep].tolist(),
+        metric[keep].tolist(),
     )
     torch.testing.assert_close(got[keep], expected, rtol=1e-6, atol=1e-7)  # mu is an fp32 tensor here
     assert got[~keep].item() == 0
