@@ -8,7 +8,6 @@ An id outside of that range is an error on the CPU; on a GPU, and inside ``torch
 from __future__ import annotations
 
 import difflib
-import functools
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -80,7 +79,7 @@ class Grouped:
         """Over the scored rows of a group."""
         return self.groups.spread(self.groups.sum(torch.where(self.scored, x, 0)))
 
-    @functools.cached_property
+    @property
     def size(self) -> Tensor:
         """How many rows of the group are scored."""
         return self.sum(torch.ones_like(self.values))
@@ -110,12 +109,12 @@ class Grouped:
         squares = self.sum(w * (x - self.mean(x, weights)) ** 2)
         return (squares / (self.sum(w) - correction).clamp(min=1)).sqrt()
 
-    @functools.cached_property
+    @property
     def centered(self) -> Tensor:
         """Values minus their group's mean: exactly 0 where a group's values are equal."""
         return self.values - self.mean(self.values)
 
-    @functools.cached_property
+    @property
     def index(self) -> Tensor:
         """``[B]`` int64: each row's group."""
         if self.groups.index is not None:
@@ -132,7 +131,7 @@ class Grouped:
         place = torch.empty_like(self.index).scatter_(0, self.order(key), torch.arange(len(key), device=key.device))
         return place - self.start[self.index]
 
-    @functools.cached_property
+    @property
     def start(self) -> Tensor:
         """``[count + 1]`` int64: where a group begins in :meth:`order`; the last entry is for rows of no group."""
         sizes = torch.zeros(self.groups.count + 1, dtype=torch.int64, device=self.index.device)
