@@ -88,9 +88,9 @@ class ConstrainedRLHF:
 
     def update(self, state: LagrangeState, mean_rewards: Tensor) -> tuple[LagrangeState, Tensor]:
         """One step of SGD with momentum on ``u``. ``mean_rewards [K]``: each reward's mean over the batch's episodes. Returns the state and λ."""
-        violation = _vector("ConstrainedRLHF", "mean_rewards", mean_rewards, state.multipliers) - torch.tensor(
-            self.thresholds, device=state.multipliers.device, dtype=state.multipliers.dtype
-        )
+        means = _vector("ConstrainedRLHF", "mean_rewards", mean_rewards, state.multipliers).to(state.multipliers.dtype)
+        # One by one: a tensor of thresholds would be uploaded at every update, and wait.
+        violation = torch.stack([mean - threshold for mean, threshold in zip(means.unbind(), self.thresholds, strict=True)])
         value = self.multipliers(state)
         slope = {"sigmoid": value * (1 - value), "tanh": 1 - value**2, "none": torch.ones_like(value)}[self.squash]
         momentum = self.momentum * state.momentum + slope * violation
