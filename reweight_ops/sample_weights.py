@@ -321,6 +321,7 @@ def selective_rehearsal(scores: Tensor, *, keep: int, coef: float = 0.01, **clus
     """``coef`` for the ``keep`` best examples of each cluster, else 0: ``L = L_PPO + mean_i(w_i·NLL_i)`` over the rehearsal examples.
 
     Derived: the paper rehearses, by likelihood, good examples that stand for clusters of the supervised data, with coefficient 0.01; how many of a
-    cluster was not found, so ``keep`` must be given. ``scores``: the reward or advantage model's; clusters are given as groups.
+    cluster was not found, so ``keep`` must be given. ``scores``: the reward or advantage model's; clusters are given as groups. The advantage
+    model itself is a loss of a reward model, not of a policy.
     """
     return coef * raft(scores, keep=keep, **clusters)
