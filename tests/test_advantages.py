@@ -206,9 +206,9 @@ def test_lens(ragged, reading, likely):
     B, T = len(ids), 6
     logps = -torch.rand(B, T, generator=g, dtype=torch.float64) * (0.02 if likely else 3)
     mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=g)
-    correct = (torch.rand(B, generator=g) < 0.5).double()
-    correct[ids == 3] = 0
-    correct[ids == 4] = 1
+    correct = torch.zeros(B, dtype=torch.float64)
+    for k, n in ((0, 1), (1, 1), (2, 2), (4, 3)):  # fewer than half: D_imp may exceed the other term
+        correct[(ids == k).nonzero()[:n]] = 1
     keep = (ids != 1) & (ids != 4)
     texts = [row[m].tolist() for row, m in zip(logps, mask, strict=True)]
     expected = by_group(
@@ -323,8 +323,8 @@ def test_golden_rows():
     # Centered +-.5, and momentum clipped to -.2 and +.28.
     close(adv.aapo(f64(1, 0), f64(2, -1), group_size=2), [0.3, -0.22])
     close(adv.aapo(f64(1, 0), f64(0.9, 0.1), group_size=2), [0.6, -0.6])
-    # Reference means 1/3 (of 1, 0, 0) and 0 (of 0, and one that failed).
-    close(adv.pvpo(f64(1, 0, 1, 0), f64(1, 0, 0, 0, NAN, NAN).view(2, 3), group_size=2), [2 / 3, -1 / 3, 1, 0])
+    # Reference means 1/3 (of 1, 0, 0) and 1/2 (of one; two failed).
+    close(adv.pvpo(f64(1, 0, 1, 0), f64(1, 0, 0, 0.5, NAN, NAN).view(2, 3), group_size=2), [2 / 3, -1 / 3, 0.5, -0.5])
     # exp(2·(1 - 1/2)) = e, and e² for the all-wrong group, whose advantages are 0.
     close(adv.difficulty_prior(f64(1, 0, 0, 0), torch.tensor([1, 0, 0, 0]), slope=2.0, group_size=2), [math.e / 2, -math.e / 2, 0, 0])
     weights = f64(math.e, math.e, math.e**2, math.e**2) * 2 / (math.e + math.e**2)
