@@ -156,7 +156,9 @@ def trust_grpo(
     good = (g.values >= threshold).to(thinking.dtype)
     both = (g.sum(good) > 0) & (g.sum(1 - good) > 0)
     trust = torch.where(both, (g.mean(thinking, good) - g.mean(thinking, 1 - good)).clamp(max=0).exp(), 1)
-    anneal = torch.exp(-torch.as_tensor(step, dtype=thinking.dtype, device=thinking.device) / total_steps)
+    now, end = (x.to(thinking.dtype) if isinstance(x, Tensor) else x for x in (step, total_steps))
+    elapsed = now / end
+    anneal = torch.exp(-elapsed) if isinstance(elapsed, Tensor) else math.exp(-elapsed)
     return torch.where(g.scored, g.values + trust * coef * anneal * thinking, torch.nan)
 
 

@@ -5,6 +5,7 @@ Steps and progress may be numbers or 0-d tensors, so a schedule recompiles nothi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -81,8 +82,7 @@ def capo(advantages: Tensor, completion_mask: Tensor, *, step: int | Tensor, swi
     if a.shape not in (mask.shape, mask.shape[:-1]):
         raise InvalidCall(f"capo: advantages has shape {tuple(a.shape)}, expected {tuple(mask.shape)} or {tuple(mask.shape[:-1])}.")
     a = a if a.shape == mask.shape else a[..., None]
-    later = torch.as_tensor(step, device=a.device) >= torch.as_tensor(switch_step, device=a.device)
-    return mask & ((a >= 0) | later)
+    return mask & ((a >= 0) | (step >= switch_step))
 
 
 class D3sBudget(NamedTuple):
@@ -122,19 +122,20 @@ def d3s(progress: float, *, num_samples: tuple[int, int], token_fraction: tuple[
     certainty="secondary",
     level="step",
 )
-def tsa(progress: float | Tensor, *, num_classes: int, curve: str = "linear") -> Tensor:
-    """``η = a·(1 - 1/K) + 1/K``: the probability above which a labelled example is left out, from 1/K to 1 over training. 0-d fp32.
+def tsa(progress: float | Tensor, *, num_classes: int, curve: str = "linear") -> float | Tensor:
+    """``η = a·(1 - 1/K) + 1/K``: the probability above which a labelled example is left out, from 1/K to 1 over training.
 
-    ``a`` is ``progress`` p in [0, 1] (``"linear"``), ``e^(5(p - 1))`` (``"exp"``, for little data) or ``1 - e^(-5p)`` (``"log"``). For tokens
-    ``num_classes`` is the vocabulary.
+    ``a`` is ``progress`` p in [0, 1] (``"linear"``), ``e^(5(p - 1))`` (``"exp"``, for little data) or ``1 - e^(-5p)`` (``"log"``). A number gives a
+    number, a 0-d tensor a tensor. For tokens ``num_classes`` is the vocabulary.
     """
-    p = torch.as_tensor(progress, dtype=torch.float32)
-    curves = {"linear": p, "exp": torch.exp(5 * (p - 1)), "log": 1 - torch.exp(-5 * p)}
+    exp: Any = torch.exp if isinstance(progress, Tensor) else math.exp
+    curves = {"linear": progress, "exp": exp(5 * (progress - 1)), "log": 1 - exp(-5 * progress)}
     if curve not in curves:
         raise InvalidCall(f"schedules.tsa: curve is {curve!r}, expected one of {', '.join(curves)}.")
     if num_classes < 1:
         raise InvalidCall(f"schedules.tsa: num_classes is {num_classes}, expected 1 or more.")
-    return curves[curve] * (1 - 1 / num_classes) + 1 / num_classes
+    threshold: float | Tensor = curves[curve] * (1 - 1 / num_classes) + 1 / num_classes
+    return threshold
 
 
 def all_failed(rewards: Tensor, *, fail_value: float = 0.0, **groups: Any) -> Tensor:
