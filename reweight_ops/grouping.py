@@ -96,10 +96,10 @@ class Grouped:
         return -self.max(-x)
 
     def mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Measured from the group's least value, so that the mean of equal values is exactly that value. 0 for an empty group."""
-        least = self.min(x)
-        anchor = torch.where(least.isfinite(), least, torch.where(least.isnan(), least, 0))
+        """Measured from the least value that counts, so that the mean of equal values is exactly that value. 0 for an empty group."""
         w = torch.ones_like(x) if weights is None else weights
+        least = self.min(x if weights is None else torch.where(w > 0, x, torch.inf))
+        anchor = torch.where(least.isfinite(), least, torch.where(least.isnan(), least, 0))
         total = self.sum(w)
         return anchor + self.sum(w * (x - anchor)) / torch.where(total == 0, 1, total)
 

@@ -75,6 +75,8 @@ def test_trust_grpo():
     expected = [x for k in range(6) for x in estimators.trust_grpo(*(c[5 * k : 5 * k + 5].tolist() for c in (outcome, thinking)), 30, 100)]
     close(rewards.trust_grpo(outcome, thinking, step=30, total_steps=100, group_size=5), expected)
     close(rewards.trust_grpo(outcome, thinking, step=torch.tensor(30), total_steps=torch.tensor(100), group_size=5), expected)
+    # Without a wrong answer trust is 1, however bad the thinking of the right ones.
+    close(rewards.trust_grpo(f64(1, 1), f64(-2, -1), step=0, total_steps=9, group_size=2), [1 - 0.6, 1 - 0.3])
     # By hand: mu_c = .3, mu_w = .9: trust e^-.6; at step 0 nothing is annealed.
     got = rewards.trust_grpo(outcome[10:15], thinking[10:15], step=0, total_steps=100, group_size=5)
     assert got[0].item() == pytest.approx(1 + math.exp(-0.6) * 0.3 * 0.2)
@@ -94,6 +96,10 @@ def test_grpo_lead_length():
             for x in estimators.grpo_lead_length(*(c[8 * k : 8 * k + 8].tolist() for c in (correct, lengths)), limit=limit)
         ]
         close(rewards.grpo_lead_length(correct, lengths, min_length=limit, group_size=8), expected)
+    # Equal lengths of the correct ones are exactly average, whatever the rounding of their mean beside a shorter wrong one.
+    odd = torch.tensor([0.1, 7000.1, 7000.1, 7000.1])
+    assert rewards.grpo_lead_length(torch.tensor([0, 1, 1, 1]), odd, min_length=0.0, group_size=4).tolist() == [-1, 1, 1, 1]
+    assert rewards.grpo_lead_length(torch.tensor([0, 0, 0, 1]), odd, min_length=0.0, group_size=4)[3] == 1
     # A pair is never short enough: there are no three shortest. Lengths 5000 and 7000: z = -+1/sqrt(2).
     got = rewards.grpo_lead_length(f64(1, 1), f64(50, 70), epsilon=0.0, group_size=2)
     close(got, [math.exp(0.05 / math.sqrt(2)), math.exp(-0.05 / math.sqrt(2))])
