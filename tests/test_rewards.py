@@ -96,10 +96,13 @@ def test_grpo_lead_length():
             for x in estimators.grpo_lead_length(*(c[8 * k : 8 * k + 8].tolist() for c in (correct, lengths)), limit=limit)
         ]
         close(rewards.grpo_lead_length(correct, lengths, min_length=limit, group_size=8), expected)
+    # The three shortest, one of them wrong, have a mean of exactly 4000: short enough. With the fourth it would be 5250.
+    short = rewards.grpo_lead_length(f64(1, 0, 1, 1), f64(5000, 3000, 4000, 9000), group_size=4)
+    assert short.tolist() == [1, -1, 1, 1]
     # Equal lengths of the correct ones are exactly average, whatever the rounding of their mean beside a shorter wrong one.
-    odd = torch.tensor([0.1, 7000.1, 7000.1, 7000.1])
+    odd = torch.tensor([6.0, 5824.7, 5824.7, 5824.7])
     assert rewards.grpo_lead_length(torch.tensor([0, 1, 1, 1]), odd, min_length=0.0, group_size=4).tolist() == [-1, 1, 1, 1]
-    assert rewards.grpo_lead_length(torch.tensor([0, 0, 0, 1]), odd, min_length=0.0, group_size=4)[3] == 1
+    assert rewards.grpo_lead_length(torch.tensor([0, 0, 0, 1]), odd, min_length=0.0, epsilon=0.0, group_size=4)[3] == 1
     # A pair is never short enough: there are no three shortest. Lengths 5000 and 7000: z = -+1/sqrt(2).
     got = rewards.grpo_lead_length(f64(1, 1), f64(50, 70), epsilon=0.0, group_size=2)
     close(got, [math.exp(0.05 / math.sqrt(2)), math.exp(-0.05 / math.sqrt(2))])
@@ -112,7 +115,7 @@ def test_grpo_lambda_length():
     correct[:4] = correct[36:] = f64(1, 1, 1, 0)  # a tie, decided by number
     correct[4:8] = f64(0, 0, 1, 0)
     groups = [[(bool(correct[i]), lengths[i].item()) for i in range(4 * k, 4 * k + 4)] for k in range(10)]
-    for fraction in (0.0, 0.1, 0.2, 0.3, 0.7, 1.0):
+    for fraction in (0.0, 0.1, 0.15, 0.25, 0.7, 1.0):
         got = rewards.grpo_lambda_length(correct, lengths, alpha=0.6, fraction=fraction, group_size=4)
         close(got, estimators.grpo_lambda_length(groups, 0.6, fraction))
     # A correct completion of mean length gives up alpha/2, a wrong one in the best group gets nothing.
