@@ -102,6 +102,7 @@ FIELD = {
     "REINFORCE++": ("advantage/reinforce_plus_plus", "advantage/reinforce_plus_plus_baseline"),
     "GAE": ("advantage/gae",),
     "GDPO": ("advantage/gdpo",),
+    "OPO": ("advantage/opo",),
     "GSPO": ("policy_loss/gspo",),
     "GMPO": ("policy_loss/gmpo",),
     "VESPO": ("policy_loss/vespo",),

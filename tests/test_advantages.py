@@ -105,6 +105,7 @@ def test_group_estimators_are_verls(ragged):
         verl_advantages.grpo(token_rewards, mask, index, norm_adv_by_std_in_grpo=False),
     )
     close(adv.rloo(rewards, singleton="reward", **groups)[:, None] * mask, verl_advantages.rloo(token_rewards, mask, index))
+    close(adv.opo(rewards, mask.sum(-1), singleton="reward", **groups)[:, None] * mask, verl_advantages.opo(token_rewards, mask, index))
     close(
         adv.reinforce_plus_plus_baseline(rewards, mask, singleton="reward", **groups),
         verl_advantages.reinforce_plus_plus_baseline(token_rewards, mask, index),
@@ -318,6 +319,8 @@ def test_golden_rows():
     # Rewards 1, 0, 0, 1: mean .5, unbiased std sqrt(1/3).
     close(adv.grpo(f64(1, 0, 0, 1), epsilon=0, group_size=4), [math.sqrt(0.75), -math.sqrt(0.75), -math.sqrt(0.75), math.sqrt(0.75)])
     close(adv.dr_grpo(f64(1, 0, 0, 1, 3, 1), group_size=2), [0.5, -0.5, -0.5, 0.5, 1, -1])
+    # Two tokens of reward 1 and six of 0: baseline 1/4.
+    close(adv.opo(f64(1, 0), torch.tensor([2, 6]), group_size=2), [0.75, -0.25])
     # 3 against the others' mean 1.
     close(adv.rloo(f64(3, 1, 1), group_size=3), [2, -1, -1])
     # Centered +-.5, and momentum clipped to -.2 and +.28.

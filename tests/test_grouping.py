@@ -39,6 +39,7 @@ GROUPED = {
     "advantage/dr_grpo": lambda c, **k: adv.dr_grpo(c["r"], **k),
     "advantage/gdpo": lambda c, **k: adv.gdpo(c["per_func"], **k),
     "advantage/rloo": lambda c, **k: adv.rloo(c["r"], normalize_advantages=True, **k),
+    "advantage/opo": lambda c, **k: adv.opo(c["r"], c["lengths"], **k),
     "advantage/aapo": lambda c, **k: adv.aapo(c["r"], c["other"], scale_rewards=True, **k),
     "advantage/pvpo": lambda c, **k: adv.pvpo(c["r"], c["per_func"][: B // G], **k),
     "advantage/qae": lambda c, **k: adv.qae(c["r"], **k),

@@ -9,7 +9,7 @@ has advantage 0 (TRL's convention); a group of one, or of equal rewards, has adv
 """
 
 from .difficulty import difficulty_prior, grpo_lead, lens, mapo_mixed, ngrpo
-from .outcome import aapo, dr_grpo, gdpo, grpo, pvpo, qae, rloo
+from .outcome import aapo, dr_grpo, gdpo, grpo, opo, pvpo, qae, rloo
 from .policy_statistics import canon, edge_grpo
 from .segments import SpoSegments, gigpo, spo_chain, spo_segments, spo_tree
 from .tokens import (
@@ -43,6 +43,7 @@ __all__ = [
     "lens",
     "mapo_mixed",
     "ngrpo",
+    "opo",
     "pvpo",
     "qae",
     "reinforce_plus_plus",

@@ -128,6 +128,25 @@ def rloo(
 
 
 @published(
+    "opo",
+    "On-Policy RL with Optimal reward baseline",
+    kind="advantage",
+    paper="On-Policy RL with Optimal Reward Baseline",
+    arxiv="2505.23585",
+    certainty="secondary",
+    level="group",
+)
+def opo(rewards: Tensor, lengths: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = r - sum_j L_j r_j / sum_j L_j``: the baseline of least variance if a completion's gradient norm grows with its length. ``[B], [B] -> [B]``.
+
+    ``lengths``: valid tokens. No division by a standard deviation; strictly on-policy. ``singleton``: what a group of one gets, ``"zero"`` or
+    ``"reward"`` (verl).
+    """
+    g = grouped("opo", rewards, groups)
+    return singletons(g, g.values - g.mean(g.values, g.like("lengths", lengths)), singleton)
+
+
+@published(
     "aapo",
     "Advantage-Augmented Policy Optimization",
     kind="advantage",

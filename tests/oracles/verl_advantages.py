@@ -64,6 +64,17 @@ def rloo(token_rewards: Tensor, mask: Tensor, index: list) -> Tensor:
     return torch.stack(out)[:, None] * mask
 
 
+def opo(token_rewards: Tensor, mask: Tensor, index: list) -> Tensor:
+    """``compute_opo_outcome_advantage``."""
+    scores, lengths = token_rewards.sum(-1), mask.sum(-1)
+    of_score, of_length = _groups(scores, index), _groups(lengths, index)
+    out = []
+    for i, name in enumerate(index):
+        s, n = torch.stack(of_score[name]), torch.stack(of_length[name])
+        out.append(scores[i] - ((n * s).sum() / n.sum() if len(s) > 1 else 0.0))
+    return torch.stack(out)[:, None] * mask
+
+
 def reinforce_plus_plus(token_rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """``compute_reinforce_plus_plus_outcome_advantage``."""
     returns, running = torch.zeros_like(token_rewards), 0.0
