@@ -1,6 +1,6 @@
 """Reweighted policy losses for LLM reinforcement learning, straight from vocabulary-sized logits. Start at :func:`policy_loss`."""
 
-from . import kernels, methods, rules, weights
+from . import advantages, kernels, methods, objectives, rewards, rules, sample_weights, schedules, weights
 from .backends.select import NAMES as BACKENDS
 from .coupling import Constraint, GroupContrast
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
@@ -47,16 +47,21 @@ __all__ = [
     "TokenSum",
     "TokenWeight",
     "UnsupportedRequest",
+    "advantages",
     "explain",
     "kernels",
     "linear_policy_loss",
     "linear_token_logps",
     "method",
     "methods",
+    "objectives",
     "policy_loss",
     "policy_loss_from_logps",
+    "rewards",
     "rule",
     "rules",
+    "sample_weights",
+    "schedules",
     "token_logps",
     "token_stats",
     "weight",

@@ -1,5 +1,6 @@
 """The examples run from a clean directory to their files."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -23,3 +24,21 @@ def test_trl_addition(tmp_path):
     shares = numbers["gradient_share_by_probability_quartile"]
     assert shares["reweighted"][0] < shares["plain"][0], "reweighting must take from the least likely tokens"
     assert (tmp_path / "out" / "trl_addition.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("lopti", [False, True])
+def test_group_advantages_learns(lopti):
+    """From a rate of guessing (one digit in ten), in thirty steps."""
+    spec = importlib.util.spec_from_file_location("group_advantages", EXAMPLES / "group_advantages.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    history = example.train("grpo", steps=30, lopti=lopti)
+    assert history[0] < 0.15 and sum(history[-5:]) / 5 > 2 * history[0]
+
+
+def test_group_advantages_has_estimators_that_run():
+    spec = importlib.util.spec_from_file_location("group_advantages", EXAMPLES / "group_advantages.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    for name in example.ESTIMATORS:
+        assert len(example.train(name, steps=1, lopti=False)) == 1

@@ -1,7 +1,6 @@
 """Published methods without an entry of their own, each with the reason."""
 
 LEFT_OUT = {
-    "Advantage Model + Selective Rehearsal": "the advantage model is a loss of the reward model, and the notes hold no formula for the rehearsal's selection",
     "DrivingWorld": "the released code only masks tokens, which `completion_mask` does; the reweighting of its abstract was not found in it",
     "How2Everything, MM-R5": "rewards of a task; the loss is unchanged GRPO",
     "OneRec IPA": "standard DPO on the best and worst of a beam: `pair_loss` `dpo`",
@@ -9,5 +8,4 @@ LEFT_OUT = {
     "SALSA (soup reference)": "only the reference model changes (the average of two models' parameters); the loss is any with a KL penalty",
     "SFT or CL for multimodal reranking": "a comparison of two trainings; no formula of a weight on log-probs was found",
     "TGeo-KD, KD-AIF, STORM": "weights from a network or from influence functions, trained outside of the loss; pass them as `token_weights`",
-    "TRAAC": "the length reward's curve and the pass-rate cut-offs were not found; its loss is unchanged GRPO",
 }

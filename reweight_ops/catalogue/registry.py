@@ -62,8 +62,8 @@ class Entry:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Parameter name to default; ``inspect.Parameter.empty`` for one that must be given."""
-        return {name: p.default for name, p in inspect.signature(self.function).parameters.items()}
+        """Parameter name to default; ``inspect.Parameter.empty`` for one that must be given. Not what ``**`` collects (group arguments)."""
+        return {name: p.default for name, p in inspect.signature(self.function).parameters.items() if p.kind is not p.VAR_KEYWORD}
 
     @property
     def call(self) -> str:

@@ -35,7 +35,7 @@ def test_reweighting_on_top_of_trl(make_trainer):
 
 def test_lopti_alternates_over_the_passes(make_trainer):
     """The first pass over a rollout trains the unlikely tokens, the second the others."""
-    halves = [rw.methods.lopti("low", eta=0.003), rw.methods.lopti("high", eta=0.003)]
+    halves = rw.schedules.lopti(eta=0.003)
     trainer = make_trainer(ReweightGRPOTrainer, ours={"spec": halves}, num_iterations=2, gradient_accumulation_steps=2)
     trainer.current_gradient_accumulation_steps = 2
     inputs = make_inputs(trainer)

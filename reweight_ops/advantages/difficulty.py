@@ -1,0 +1,181 @@
+"""Estimators that look at how difficult a prompt is: by the share of its correct completions, or with something in place of absent ones."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..catalogue import published
+from ..errors import InvalidCall
+from ..grouping import GroupKeywords, floats, grouped, require
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@published(
+    "grpo_lead",
+    "GRPO-LEAD",
+    kind="advantage",
+    paper="GRPO-LEAD: A Difficulty-Aware Reinforcement Learning Approach for Concise Mathematical Reasoning in Language Models",
+    arxiv="2504.09696",
+    level="group",
+)
+def grpo_lead(
+    rewards: Tensor,
+    *,
+    low: float = 0.4,
+    high: float = 1.5,
+    midpoint: float = 0.75,
+    steepness: float = 10.0,
+    epsilon: float = 1e-6,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
+    """GRPO's advantage times a weight by difficulty. ``[B] -> [B]``.
+
+    ``a = (r - mean_g)/(std_g + epsilon)``; ``q`` the share of positive rewards of the group; ``w(x) = low + (high - low)/(1 + e^(steepness (x -
+    midpoint)))``; ``A = a·w(q)`` where ``a > 0``, else ``a·w(1 - q)``. The rewards are those of :func:`reweight_ops.rewards.grpo_lead_length`:
+    positive for a correct completion, negative for a wrong one.
+
+    Differs from the paper: a group of one has advantage 0; the authors' code keeps its reward.
+    """
+    g = grouped("grpo_lead", rewards, groups)
+    a = g.centered / (g.std(g.values) + epsilon)
+    share = g.mean((g.values > 0).to(a.dtype))
+
+    def weight(x: Tensor) -> Tensor:
+        return low + (high - low) * torch.sigmoid(-steepness * (x - midpoint))
+
+    return g.result(a * torch.where(a > 0, weight(share), weight(1 - share)))
+
+
+@published(
+    "mapo_mixed",
+    "Mixed Advantage Policy Optimization (MAPO)",
+    kind="advantage",
+    paper="MAPO: Mixed Advantage Policy Optimization",
+    arxiv="2509.18849",
+    level="group",
+)
+def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: float = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = (1 - λ)·(r - mean_g)/(std_g + epsilon) + λ·(r - mean_g)/(mean_g + epsilon)`` with ``λ = 1 - 4p(1 - p)``. ``[B], [B] -> [B]``.
+
+    ``correct``: which completions are right (non-zero), and ``p`` their share of the group: the more certain a prompt is, the more the deviation
+    counts in percent of the mean. Rewards must not be negative: a mean near 0 or below would blow advantages up or turn their sign (one
+    correct of 8 with rewards of ±1 would get -0.23).
+
+    Differs from the paper: ``correct`` is an argument; the authors' code tests ``r == 1``, which a format reward breaks.
+    """
+    g = grouped("mapo_mixed", rewards, groups)
+    x = require("mapo_mixed", g.values >= 0, "a reward is negative; the advantage in percent of the mean needs rewards >= 0.", g.centered)
+    p = g.mean(g.mask("correct", correct).to(x.dtype))
+    certain = 1 - 4 * p * (1 - p)
+    mean = g.mean(g.values)
+    return g.result((1 - certain) * x / (g.std(g.values) + epsilon) + certain * x / (mean + epsilon))
+
+
+@published(
+    "difficulty_prior",
+    "Difficulty-prior advantage differentiation",
+    kind="advantage",
+    paper="Unlocking the Potential of Difficulty Prior in RL-based Multimodal Reasoning",
+    arxiv="2505.13261",
+    certainty="derived",
+    level="group",
+)
+def difficulty_prior(rewards: Tensor, correct: Tensor, *, slope: float, normalize: bool = False, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = (r - mean_g)·exp(slope·(1 - p))`` with the share ``p`` of correct completions of the group: hard prompts count more. ``[B], [B] ->
+    [B]``.
+
+    Derived: the paper states no formula; its review says that a steep exponential of the accuracy takes the place of the standard deviation and did
+    best. ``slope`` is ours to choose, so it must be given. ``normalize``: divide the weights by their mean over the batch.
+    The paper keeps prompts with ``0.1 <= p <= 0.87`` only, which is a filter before this.
+    """
+    g = grouped("difficulty_prior", rewards, groups)
+    weight = torch.exp(slope * (1 - g.mean(g.mask("correct", correct).to(g.values.dtype))))
+    if normalize:
+        weight = weight * g.scored.sum().clamp(min=1) / g.result(weight).sum()
+    return g.result(g.centered * weight)
+
+
+@published(
+    "ngrpo",
+    "Negative-enhanced GRPO",
+    kind="advantage",
+    paper="NGRPO: Negative-enhanced Group Relative Policy Optimization",
+    arxiv="2509.18851",
+    level="group",
+)
+def ngrpo(
+    rewards: Tensor, *, max_reward: float = 1.0, num_virtual: int = 1, epsilon: float = 1e-6, **groups: Unpack[GroupKeywords]
+) -> Tensor:
+    """GRPO with ``num_virtual`` completions of ``max_reward`` added to the mean and the unbiased standard deviation. ``[B] -> [B]``.
+
+    So an all-wrong group learns: at 0/1 rewards its advantage is ``-1/sqrt(G + 1)`` (-1/3 for G = 8, -0.447 for G = 4). A group whose rewards
+    all are ``max_reward`` has advantage 0. The loss clips 0.16 below and 0.24 above: ``methods.grpo(epsilon_low=0.16, epsilon_high=0.24)``.
+    """
+    if num_virtual < 0:
+        raise InvalidCall(f"ngrpo: num_virtual is {num_virtual}, expected 0 or more.")
+    g = grouped("ngrpo", rewards, groups)
+    count = g.size + num_virtual
+    from_max = g.values - max_reward  # measured from there, the virtual completions are zeros
+    mean = g.sum(from_max) / count
+    squares = g.sum((from_max - mean) ** 2) + num_virtual * mean**2
+    return g.result((from_max - mean) / ((squares / (count - 1).clamp(min=1)).sqrt() + epsilon))
+
+
+@published(
+    "lens",
+    "Likelihood Estimation with Negative Samples",
+    kind="advantage",
+    paper="Don't Waste Mistakes: Leveraging Negative RL-Groups via Confidence Reweighting",
+    arxiv="2510.08696",
+    level="group",
+)
+def lens(
+    correct: Tensor,
+    old_per_token_logps: Tensor,
+    completion_mask: Tensor,
+    *,
+    importance: str = "length_normalized",
+    negative_weight: float = 0.25,
+    epsilon: float = 1e-4,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
+    """Wrong answers are punished by how confident they were, so all-wrong groups learn too. ``[B], [B, T], [B, T] -> [B]``.
+
+    ``π_i = exp(mean_t logp)``; ``r~_i = 1`` if correct, else ``-(1/G)·π_i/(D - π_i)``; ``D = max(D_imp, 2·max_j π_j)`` with
+    ``D_imp = G / sum_{i correct} 1/π(o_i)`` in a mixed group, and ``2·max_j π_j`` in an all-wrong one (so the fraction is at most 1).
+    Mixed: ``A = (r~ - mean)/(std + epsilon)``. All wrong: ``A = negative_weight·(r~ - mean)``. All correct: ``r~`` is constant, ``A = 0``.
+
+    ``importance``: the paper leaves open which ``π(o_i)`` ``D_imp`` has. ``"length_normalized"`` is ``π_i``; ``"raw"`` is ``exp(sum_t logp)``,
+    with which ``D_imp`` vanishes beside the other term for texts of any length.
+
+    Differs from the paper: it does not state ``epsilon`` nor which standard deviation; this one is unbiased. All-correct groups are 0/0 there.
+    """
+    if importance not in ("length_normalized", "raw"):
+        raise InvalidCall(f"lens: importance is {importance!r}, expected 'length_normalized' or 'raw'.")
+    g = grouped("lens", correct, groups, name="correct")
+    logps = floats("lens", "old_per_token_logps", old_per_token_logps)
+    if logps.dim() != 2 or len(logps) != len(g.values):
+        raise InvalidCall(f"lens: old_per_token_logps has shape {tuple(logps.shape)}, expected ({len(g.values)}, T).")
+    valid = floats("lens", "completion_mask", completion_mask, tuple(logps.shape)) != 0
+    total = torch.where(valid, logps, 0).sum(-1)
+    mean_logp = total / valid.sum(-1).clamp(min=1)
+    right = g.values != 0
+    likelihood = mean_logp.exp().to(g.values.dtype)
+    # In logs: 1/π of a whole text overflows.
+    weights = torch.where(right, -(mean_logp if importance == "length_normalized" else total).to(g.values.dtype), -math.inf)
+    largest = g.max(weights)
+    base = torch.where(largest.isneginf(), 0, largest)
+    log_sum = base + g.sum(torch.where(right, (weights - base).exp(), 0)).log()  # -inf without a correct completion
+    some = g.max(right.to(g.values.dtype)) > 0
+    by_correct = torch.where(some, (g.size.log() - log_sum).exp(), 0)
+    denominator = torch.maximum(by_correct, 2 * g.max(likelihood))
+    r = torch.where(right, 1.0, -likelihood / (g.size * (denominator - likelihood)))
+    r = torch.where(g.scored, r, 0).to(g.values.dtype)
+    centered = r - g.mean(r)
+    return g.result(torch.where(some, centered / (g.std(r) + epsilon), negative_weight * centered))

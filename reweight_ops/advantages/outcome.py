@@ -1,0 +1,225 @@
+"""Estimators from a group's rewards alone: what the baseline is, and what divides."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..catalogue import published
+from ..errors import InvalidCall
+from ..grouping import Grouped, GroupKeywords, floats, grouped
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def batch_std(x: Tensor, scored: Tensor) -> Tensor:
+    """Unbiased standard deviation of the scored rows, 0-d; 0 for fewer than two."""
+    count = scored.sum()
+    mean = torch.where(scored, x, 0).sum() / count.clamp(min=1)
+    squares = torch.where(scored, (x - mean) ** 2, 0).sum()
+    return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def singletons(g: Grouped, advantages: Tensor, singleton: str) -> Tensor:
+    """What a group of one gets: ``"zero"``, or ``"reward"`` for its reward as it is (verl: mean 0, standard deviation 1)."""
+    if singleton not in ("zero", "reward"):
+        raise InvalidCall(f"{g.op}: singleton is {singleton!r}, expected 'zero' (as TRL) or 'reward' (as verl).")
+    return g.result(torch.where(g.size == 1, g.values if singleton == "reward" else 0, advantages))
+
+
+@published(
+    "grpo",
+    "Group Relative Policy Optimization",
+    kind="advantage",
+    paper="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+    arxiv="2402.03300",
+    level="group",
+)
+def grpo(
+    rewards: Tensor, *, scale_rewards: str = "group", epsilon: float = 1e-4, singleton: str = "zero", **groups: Unpack[GroupKeywords]
+) -> Tensor:
+    """``A = (r - mean_g) / (std_g + epsilon)`` (section 4.1.2), ``std_g`` unbiased. ``[B] -> [B]``.
+
+    ``scale_rewards``: ``"group"``, ``"batch"`` (the standard deviation of all rewards) or ``"none"``, as TRL's. ``epsilon`` is TRL's 1e-4; verl has
+    1e-6. ``singleton``: what a group of one gets, ``"zero"`` (TRL) or ``"reward"`` (verl).
+
+    Differs from the paper: ``epsilon``, which the paper does not have.
+    """
+    g = grouped("grpo", rewards, groups)
+    if scale_rewards == "group":
+        scale = torch.where(g.size == 1, 1, g.std(g.values)) + epsilon
+    elif scale_rewards == "batch":
+        scale = batch_std(g.values, g.scored) + epsilon
+    elif scale_rewards == "none":
+        scale = torch.ones_like(g.values)
+    else:
+        raise InvalidCall(f"grpo: scale_rewards is {scale_rewards!r}, expected 'group', 'batch' or 'none'.")
+    return singletons(g, g.centered, singleton) / scale
+
+
+@published(
+    "dr_grpo",
+    "GRPO Done Right",
+    kind="advantage",
+    paper="Understanding R1-Zero-Like Training: A Critical Perspective",
+    arxiv="2503.20783",
+    level="group",
+)
+def dr_grpo(rewards: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = r - mean_g``: GRPO without the division, which favours questions that are too easy or too hard (section 3.1). ``[B] -> [B]``."""
+    g = grouped("dr_grpo", rewards, groups)
+    return singletons(g, g.centered, singleton)
+
+
+@published(
+    "gdpo",
+    "Group reward-Decoupled Normalization Policy Optimization",
+    kind="advantage",
+    paper="GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization",
+    arxiv="2601.05242",
+    certainty="secondary",
+    level="group",
+)
+def gdpo(rewards: Tensor, weights: Tensor | None = None, *, epsilon: float = 1e-4, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """Each of K rewards normalized in its group, then summed, then normalized over the batch. ``[B, K] -> [B]``.
+
+    ``a = sum_k w_k (r_k - mean_gk) / (std_gk + epsilon)``, ``A = (a - mean) / (std + epsilon)``: TRL's ``normalize_then_sum``. ``weights [K]``: 1
+    each by default. A NaN is a reward that does not apply to its completion; a completion without any has advantage 0.
+    """
+    x = floats("gdpo", "rewards", rewards)
+    if x.dim() != 2:
+        raise InvalidCall(f"gdpo: rewards has shape {tuple(x.shape)}, expected (B, K): K rewards a completion.")
+    w = x.new_ones(x.shape[1]) if weights is None else floats("gdpo", "weights", weights, (x.shape[1],)).to(x.dtype)
+    parts = [grouped("gdpo", column, groups) for column in x.unbind(1)]
+    total = torch.stack([v * g.result(g.centered / (g.std(g.values) + epsilon)) for v, g in zip(w, parts, strict=True)]).sum(0)
+    scored = torch.stack([g.scored for g in parts]).any(0)
+    mean = torch.where(scored, total, 0).sum() / scored.sum().clamp(min=1)
+    return torch.where(scored, (total - mean) / (batch_std(total, scored) + epsilon), 0)
+
+
+@published(
+    "rloo",
+    "REINFORCE Leave-One-Out",
+    kind="advantage",
+    paper="Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
+    arxiv="2402.14740",
+    level="group",
+)
+def rloo(
+    rewards: Tensor, *, normalize_advantages: bool = False, epsilon: float = 1e-4, singleton: str = "zero", **groups: Unpack[GroupKeywords]
+) -> Tensor:
+    """``A_i = r_i - mean_{j != i} r_j``, that is ``n/(n-1)·(r_i - mean_g)``. ``[B] -> [B]``.
+
+    ``normalize_advantages``: TRL's option, ``(A - mean)/(std + epsilon)`` over the batch. ``singleton``: what a group of one gets, ``"zero"``
+    (TRL) or ``"reward"`` (verl).
+    """
+    g = grouped("rloo", rewards, groups)
+    advantages = singletons(g, g.centered * g.size / (g.size - 1).clamp(min=1), singleton)
+    if not normalize_advantages:
+        return advantages
+    # TRL drops a group with one scored completion from the normalization, as its advantage is 0/0 there.
+    kept = g.scored & (g.size > 1) if singleton == "zero" else g.scored
+    mean = torch.where(kept, advantages, 0).sum() / kept.sum().clamp(min=1)
+    return torch.where(kept, (advantages - mean) / (batch_std(advantages, kept) + epsilon), 0)
+
+
+@published(
+    "opo",
+    "On-Policy RL with Optimal reward baseline",
+    kind="advantage",
+    paper="On-Policy RL with Optimal Reward Baseline",
+    arxiv="2505.23585",
+    certainty="secondary",
+    level="group",
+)
+def opo(rewards: Tensor, lengths: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = r - sum_j L_j r_j / sum_j L_j``: the baseline of least variance if a completion's gradient norm grows with its length. ``[B], [B] -> [B]``.
+
+    ``lengths``: valid tokens. No division by a standard deviation; strictly on-policy. ``singleton``: what a group of one gets, ``"zero"`` or
+    ``"reward"`` (verl).
+    """
+    g = grouped("opo", rewards, groups)
+    return singletons(g, g.values - g.mean(g.values, g.like("lengths", lengths)), singleton)
+
+
+@published(
+    "aapo",
+    "Advantage-Augmented Policy Optimization",
+    kind="advantage",
+    paper="AAPO: Enhancing the Reasoning Capabilities of LLMs with Advantage Momentum",
+    arxiv="2505.14264",
+    level="sequence",
+)
+def aapo(
+    rewards: Tensor,
+    reference_rewards: Tensor,
+    *,
+    scale_rewards: bool = False,
+    epsilon: float = 1e-4,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
+    """``A = (r - mean_g) [/ (std_g + epsilon)] + clip(r - r_ref, -clip_low, clip_high)``. ``[B], [B] -> [B]``.
+
+    ``reference_rewards``: the reward of a reference-model completion paired with each row. ``scale_rewards`` is off in the authors' script. The
+    loss is ``methods.reinforce``: no ratio, no clip, no KL.
+    """
+    g = grouped("aapo", rewards, groups)
+    reference = g.like("reference_rewards", reference_rewards)
+    base = g.centered / (g.std(g.values) + epsilon) if scale_rewards else g.centered
+    return g.result(base + (g.values - reference).clamp(-clip_low, clip_high))
+
+
+@published(
+    "pvpo",
+    "Pre-estimated Value-based Policy Optimization",
+    kind="advantage",
+    paper="PVPO: Pre-Estimated Value-Based Policy Optimization for Agentic Reasoning",
+    arxiv="2508.21104",
+    certainty="secondary",
+    level="group",
+)
+def pvpo(rewards: Tensor, reference_rewards: Tensor, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A_i = r_i - mean_m r_ref``: a baseline that the reference policy's rollouts gave beforehand, no division. ``[B], [num_groups, M] -> [B]``.
+
+    ``reference_rewards``: M rewards of the reference policy for each group's prompt (NaN: fewer). Dropping prompts of accuracy 1 and injecting a
+    ground truth into those of accuracy 0 are steps of the sampler, before this.
+    """
+    g = grouped("pvpo", rewards, groups)
+    reference = floats("pvpo", "reference_rewards", reference_rewards).to(g.values.dtype)
+    if reference.dim() != 2 or reference.shape[0] != g.groups.count:
+        raise InvalidCall(f"pvpo: reference_rewards has shape {tuple(reference.shape)}, expected ({g.groups.count}, M): M rewards a group.")
+    return g.result(g.values - g.groups.spread(reference.nanmean(1)))
+
+
+@published(
+    "qae",
+    "Quantile Advantage Estimation",
+    kind="advantage",
+    paper="Quantile Advantage Estimation for Entropy-Safe Reasoning",
+    arxiv="2509.22611",
+    level="group",
+)
+def qae(rewards: Tensor, *, quantile: float = 0.4, correction: int = 0, epsilon: float = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = (r - b) / (std_g + epsilon)`` with the ``quantile`` K of the group as baseline, ``b = inf{x: F(x) >= K}``. ``[B] -> [B]``.
+
+    For 0/1 rewards with a share p of ones: ``b = 0`` (only correct answers count) if ``p <= 1 - K``, else 1 (only wrong ones). Which of the group's
+    values is ``b`` is decided by integer counts: K is read as the nearest fraction with a denominator up to a million, so ties are exact.
+    ``correction``: 0 is the population standard deviation, which the paper's totals ``sqrt(p/(1-p))`` assume; the authors' snippet has 1.
+    The rest of the method is DAPO. K is 0.4; 0.6 where entropy collapses.
+
+    Differs from the paper: ``epsilon``. The authors' snippet interpolates the quantile, which is not the paper's ``b``.
+    """
+    if not 0 < quantile < 1:
+        raise InvalidCall(f"qae: quantile is {quantile}, expected a number between 0 and 1.")
+    g = grouped("qae", rewards, groups)
+    share = Fraction(quantile).limit_denominator(10**6)
+    size = torch.zeros_like(g.start).index_put((g.index,), g.scored.long(), accumulate=True)[g.index]
+    place = (share.numerator * size + share.denominator - 1) // share.denominator - 1  # ceil(K n)-th of n, from 0
+    baseline = g.sum(torch.where(g.rank(g.values) == place, g.values, 0))
+    return g.result((g.values - baseline) / (g.std(g.values, correction) + epsilon))

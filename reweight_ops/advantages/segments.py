@@ -1,0 +1,151 @@
+"""Estimators for parts of a completion, or for the steps of an agent: segments between values, nodes of a tree, visits of a state."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..catalogue import published
+from ..errors import InvalidCall
+from ..grouping import Grouped, GroupKeywords, floats, grouped, like, require
+from ..rows import describe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_SPO = "Segment Policy Optimization: Effective Segment-Level Credit Assignment in RL for Large Language Models"
+
+
+class SpoSegments(NamedTuple):
+    """``segment_ids [B, T]`` int64: 0 before the first cut, then 1, 2, ...; ``cuts [B]`` int64: how many cuts a row has, that is how many values
+    it needs."""
+
+    segment_ids: Tensor
+    cuts: Tensor
+
+
+def spo_segments(old_per_token_logps: Tensor, completion_mask: Tensor, *, threshold: float = 0.9, interval: int = 5) -> SpoSegments:
+    """Where SPO-chain cuts: before the first token with ``p_old < threshold``, and before every ``interval``-th of them. ``[B, T], [B, T]``.
+
+    Between cuts the policy hardly had a choice, so a value estimate there would be wasted. arXiv:2505.23564, section 4.1.
+    """
+    if interval < 1:
+        raise InvalidCall(f"spo_segments: interval is {interval}, expected 1 or more.")
+    logps = floats("spo_segments", "old_per_token_logps", old_per_token_logps)
+    valid = like("spo_segments", "completion_mask", completion_mask, logps) != 0
+    unlikely = valid & (logps < math.log(threshold))
+    seen = unlikely.cumsum(-1)
+    segments = (seen + interval - 1) // interval
+    return SpoSegments(segments, segments.amax(-1) if segments.shape[-1] else seen.sum(-1))
+
+
+@published("spo_chain", "Segment Policy Optimization, chain", kind="advantage", paper=_SPO, arxiv="2505.23564", level="segment")
+def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion_mask: Tensor) -> Tensor:
+    """All tokens of a segment get what it added to the value: ``A = V_end - V_start``. ``[B, S], [B], segments, [B, T] -> [B, T]``.
+
+    ``values[:, k]`` is the Monte Carlo value (9 rollouts in the paper) of the completion up to its k-th cut, from :func:`spo_segments`; columns
+    from ``cuts`` on are not read. The last segment ends in the ``reward``. Tokens before the first cut had no choice: 0. Use it with the
+    probability mask of the same threshold, which leaves the other likely tokens out of the loss too.
+    """
+    v = floats("spo_chain", "values", values)
+    if v.dim() != 2:
+        raise InvalidCall(f"spo_chain: values has shape {tuple(v.shape)}, expected (B, S): a value for each cut. {describe({'values': v})}")
+    r = floats("spo_chain", "rewards", rewards, (len(v),)).to(v.dtype)
+    ids, cuts = segments
+    valid = floats("spo_chain", "completion_mask", completion_mask, tuple(ids.shape)) != 0
+    past = torch.arange(v.shape[1] + 1, device=v.device) >= cuts[:, None]
+    bounds = torch.where(past, r[:, None], torch.cat([v, v.new_zeros(len(v), 1)], 1))  # [B, S + 1], the reward from the end on
+    gains = torch.cat([v.new_zeros(len(v), 1), bounds.diff(dim=1)], 1)  # by segment; 0 before the first cut
+    enough = (cuts <= v.shape[1])[:, None].expand(ids.shape)
+    advantages = require(
+        "spo_chain", enough, f"a row has more cuts than the {v.shape[1]} columns of values.", gains.gather(1, ids.clamp(max=v.shape[1]))
+    )
+    return torch.where(valid, advantages, 0)
+
+
+@published(
+    "spo_tree",
+    "Segment Policy Optimization, tree",
+    kind="advantage",
+    paper=_SPO,
+    arxiv="2505.23564",
+    certainty="secondary",
+    level="segment",
+)
+def spo_tree(values: Tensor, parents: Tensor, *, scale: str = "none", epsilon: float = 1e-8) -> Tensor:
+    """An edge's advantage is what the child's value adds to the parent's: ``A = V_child - V_parent``. ``[N], [N] -> [N]``.
+
+    Nodes of any number of trees in one list: ``parents[i]`` is the row of i's parent, -1 for a root (advantage 0). ``values`` are given; in the
+    paper a leaf's is its reward and an inner node's the mean of its children's. ``scale="std"`` divides by the (population) standard deviation of
+    the siblings plus ``epsilon``. Segments of zero advantage may be dropped from the batch.
+    """
+    if scale not in ("none", "std"):
+        raise InvalidCall(f"spo_tree: scale is {scale!r}, expected 'none' or 'std'.")
+    v = floats("spo_tree", "values", values)
+    if v.dim() != 1 or not isinstance(parents, Tensor) or parents.shape != v.shape or parents.is_floating_point():
+        raise InvalidCall(f"spo_tree: values and parents must be (N,), parents ints. {describe({'values': v, 'parents': parents})}")
+    v = require("spo_tree", parents < len(v), f"a parent is none of the {len(v)} rows.", v)
+    root = parents < 0
+    # Roots are siblings of each other, in a group of their own that is dropped in the end.
+    siblings = grouped(
+        "spo_tree",
+        v,
+        {"group_ids": torch.where(root, len(v), parents.clamp(max=len(v) - 1)).long(), "num_groups": len(v) + 1},
+        name="values",
+    )
+    gain = v - v[parents.clamp(0, len(v) - 1)]
+    return torch.where(root, 0, gain / (siblings.std(v, correction=0) + epsilon) if scale == "std" else gain)
+
+
+def _normalized(g: Grouped, norm: str, epsilon: float) -> Tensor:
+    return g.result(g.centered / (g.std(g.values) + epsilon) if norm == "std" else g.centered)
+
+
+@published(
+    "gigpo",
+    "Group-in-Group Policy Optimization",
+    kind="advantage",
+    paper="Group-in-Group Policy Optimization for LLM Agent Training",
+    arxiv="2505.10978",
+    certainty="secondary",
+    level="step",
+)
+def gigpo(
+    episode_rewards: Tensor,
+    step_returns: Tensor,
+    episode_ids: Tensor,
+    anchor_ids: Tensor,
+    *,
+    num_anchors: int,
+    step_weight: float = 1.0,
+    norm: str = "mean",
+    epsilon: float = 1e-6,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
+    """An agent's step is compared with its episode's group, and with the other steps taken from the same state. ``[E], [B], [B], [B] -> [B]``.
+
+    ``A = A_episode + step_weight·A_step``. Rows are steps (one LLM call each): ``episode_ids`` says which of the E episodes a step belongs to, and
+    the group arguments group *episodes* by prompt. ``A_episode = R - mean_g(R)``; ``A_step`` the same of ``step_returns`` (discounted, γ = 0.95:
+    :func:`discounted_returns`) over the steps of a group with the same ``anchor_ids``, ints in ``[0, num_anchors)``; a state that was seen once
+    gives 0. ``norm="std"`` divides both by the unbiased standard deviation plus ``epsilon``. Equal anchor ids of two prompts are different
+    states.
+    """
+    if norm not in ("mean", "std"):
+        raise InvalidCall(f"gigpo: norm is {norm!r}, expected 'mean' or 'std'.")
+    g = grouped("gigpo", episode_rewards, groups, name="episode_rewards")
+    rows = {"step_returns": step_returns, "episode_ids": episode_ids, "anchor_ids": anchor_ids}
+    if any(not isinstance(x, Tensor) or x.dim() != 1 or x.shape != step_returns.shape for x in rows.values()):
+        raise InvalidCall(f"gigpo: step_returns, episode_ids and anchor_ids must be (B,), one row a step. {describe(rows)}")
+    if episode_ids.is_floating_point() or anchor_ids.is_floating_point():
+        raise InvalidCall(f"gigpo: episode_ids and anchor_ids must be ints. {describe(rows)}")
+    episode = grouped("gigpo", step_returns, {"group_ids": episode_ids, "num_groups": len(g.values)}, name="step_returns")
+    whose = torch.where(episode.index < len(g.values), episode.index, 0)
+    inside = (anchor_ids >= 0) & (anchor_ids < num_anchors)
+    returns = require("gigpo", inside, f"anchor_ids holds a value outside [0, num_anchors={num_anchors}).", step_returns)
+    states = g.index[whose] * num_anchors + anchor_ids.clamp(0, num_anchors - 1)
+    step = grouped("gigpo", returns, {"group_ids": states, "num_groups": g.groups.count * num_anchors}, name="step_returns")
+    by_episode = episode.groups.spread(_normalized(g, norm, epsilon))
+    return step.result(by_episode + step_weight * _normalized(step, norm, epsilon))

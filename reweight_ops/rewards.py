@@ -1,0 +1,264 @@
+"""Reward transforms: several rewards into one, and rewards that look at lengths or at the group. Rewards in, rewards out.
+
+Pure functions; ``[B]`` is one value a completion, ``[B, K]`` one for each of K reward models (TRL's ``rewards_per_func``). Groups as in
+:mod:`reweight_ops.grouping`. fp32 or fp64, detached. A NaN in ``[B, K]`` is a reward that does not apply to its completion and is left out; a
+completion without any, and a NaN in ``[B]``, stays NaN: the advantages of this package read it as a completion without a score.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .catalogue import published
+from .errors import InvalidCall
+from .grouping import GroupKeywords, floats, grouped, require
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = [
+    "grpo_lambda_length",
+    "grpo_lead_length",
+    "harmonic_mean",
+    "lsc",
+    "traac",
+    "trust_grpo",
+    "uwo",
+    "wco",
+    "weighted_mean",
+    "weighted_sum",
+]
+
+_ENSEMBLES = "Reward Model Ensembles Help Mitigate Overoptimization"
+_REWRITING = "LLM-based Rewriting of Inappropriate Argumentation using Reinforcement Learning from Machine Feedback"
+
+
+def _members(op: str, rewards: Tensor) -> Tensor:
+    x = floats(op, "rewards", rewards)
+    if x.dim() != 2 or not x.shape[1]:
+        raise InvalidCall(f"{op}: rewards has shape {tuple(x.shape)}, expected (B, K): K rewards a completion.")
+    return x
+
+
+def _weights(op: str, weights: Tensor | None, x: Tensor) -> Tensor:
+    """``[B, K]``, 0 where the reward is NaN; each row sums to 1."""
+    w = x.new_ones(x.shape[1]) if weights is None else floats(op, "weights", weights, (x.shape[1],)).to(x.dtype)
+    w = require(op, w >= 0, "a weight is negative.", w)
+    present = torch.where(x.isnan(), 0, w)
+    total = present.sum(1, keepdim=True)
+    return torch.where(total > 0, present / torch.where(total > 0, total, 1), torch.nan)
+
+
+@published("wco", "Worst-Case Optimization", kind="reward", paper=_ENSEMBLES, arxiv="2310.02743", level="sequence")
+def wco(rewards: Tensor) -> Tensor:
+    """``r = min_k r_k``: the least of an ensemble's rewards. ``[B, K] -> [B]``."""
+    x = _members("wco", rewards)
+    least = torch.where(x.isnan(), math.inf, x).amin(1)
+    return torch.where(x.isnan().all(1), torch.nan, least)
+
+
+@published("uwo", "Uncertainty-Weighted Optimization", kind="reward", paper=_ENSEMBLES, arxiv="2310.02743", level="sequence")
+def uwo(rewards: Tensor, *, coef: float = 0.1) -> Tensor:
+    """``r = mean_k r_k - coef·var_k r_k`` with the unbiased variance over an ensemble (0 for one member). ``[B, K] -> [B]``.
+
+    ``coef`` is λ: 0.1 in the authors' PPO configuration, 0.5 in the one of best-of-n.
+    """
+    x = _members("uwo", rewards)
+    mean = x.nanmean(1, keepdim=True)
+    squares = ((x - mean) ** 2).nansum(1)
+    return mean.squeeze(1) - coef * squares / ((~x.isnan()).sum(1) - 1).clamp(min=1)
+
+
+@published(
+    "lsc",
+    "Log-sigmoid-centered transform",
+    kind="reward",
+    paper="Transforming and Combining Rewards for Aligning Large Language Models",
+    arxiv="2402.00742",
+    certainty="secondary",
+    level="sequence",
+)
+def lsc(rewards: Tensor, reference: Tensor | float) -> Tensor:
+    """``u = log sigmoid(r - r_ref)``; several rewards are summed, so that ``exp(u)`` is the probability that all are good. ``[B]`` or ``[B, K] ->
+    [B]``.
+
+    ``reference``: a number, or a tensor of the shape of ``rewards``: the reward of a completion that is just good enough for its prompt. Which
+    statistic the paper takes was not found, so it must be given (a quantile of the initial policy's rewards on the prompt is a common reading).
+    """
+    x = floats("lsc", "rewards", rewards)
+    if x.dim() not in (1, 2):
+        raise InvalidCall(f"lsc: rewards has shape {tuple(x.shape)}, expected (B,) or (B, K).")
+    if isinstance(reference, Tensor) and reference.dim():
+        reference = floats("lsc", "reference", reference, tuple(x.shape)).to(x.dtype)
+    u = torch.nn.functional.logsigmoid(x - reference)
+    return u if x.dim() == 1 else torch.where(x.isnan().all(1), torch.nan, u.nansum(1))
+
+
+def weighted_sum(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``r = sum_k w_k r_k`` over the rewards that apply: TRL's sum of reward functions with ``reward_weights``. ``[B, K], [K] -> [B]``; 1 each by default."""
+    x = _members("weighted_sum", rewards)
+    w = x.new_ones(x.shape[1]) if weights is None else floats("weighted_sum", "weights", weights, (x.shape[1],)).to(x.dtype)
+    return torch.where(x.isnan().all(1), torch.nan, (w * x).nansum(1))
+
+
+@published("weighted_mean", "Weighted mean of rewards", kind="reward", paper=_REWRITING, arxiv="2406.03363", level="sequence")
+def weighted_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``r = sum_k w_k r_k / sum_k w_k`` over the rewards that apply. ``[B, K], [K] -> [B]``; weights are equal by default and not negative."""
+    x = _members("weighted_mean", rewards)
+    return (_weights("weighted_mean", weights, x) * x.nan_to_num(0, math.inf, -math.inf)).sum(1)
+
+
+@published("harmonic_mean", "Weighted harmonic mean of rewards", kind="reward", paper=_REWRITING, arxiv="2406.03363", level="sequence")
+def harmonic_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``r = sum_k w_k / sum_k (w_k / r_k)``: near the least of the rewards, so none can be traded away. ``[B, K], [K] -> [B]``.
+
+    Rewards must not be negative; one that is 0 makes the result 0. The released script holds this form but runs the weighted sum.
+    """
+    x = _members("harmonic_mean", rewards)
+    x = require("harmonic_mean", (x >= 0) | x.isnan(), "a reward is negative; a harmonic mean needs rewards >= 0.", x)
+    w = _weights("harmonic_mean", weights, x)
+    return 1 / torch.where(w == 0, 0, w / torch.where(x.isnan(), 1, x)).sum(1)
+
+
+@published(
+    "trust_grpo",
+    "Trust-GRPO: thinking reward by trust",
+    kind="reward",
+    paper="SophiaVL-R1: Reinforcing MLLMs Reasoning with Thinking Reward",
+    arxiv="2505.17018",
+    level="group",
+)
+def trust_grpo(
+    outcome_rewards: Tensor,
+    thinking_rewards: Tensor,
+    *,
+    step: int | Tensor,
+    total_steps: int | Tensor,
+    coef: float = 0.3,
+    threshold: float = 0.5,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
+    """``r = r_outcome + γ·coef·e^(-step/total_steps)·r_thinking`` (eq. 1 to 5). ``[B], [B] -> [B]``.
+
+    The group's trust γ compares the mean thinking rewards ``μ_c`` of the answers with ``r_outcome >= threshold`` and ``μ_w`` of the others: 1 if
+    ``μ_c >= μ_w``, else ``e^(μ_c - μ_w)``; 1 too where one of the two sets is empty. ``total_steps`` are the training's (1500 in the paper).
+    Steps may be 0-d tensors.
+
+    Differs from the paper: the released code asks for the thinking reward only where ``r_outcome >= 0.2``, drops it in groups that are all above
+    0.9 or all below 0.1, and anneals over 500 steps; these are choices of the caller here.
+    """
+    g = grouped("trust_grpo", outcome_rewards, groups, name="outcome_rewards")
+    thinking = g.like("thinking_rewards", thinking_rewards)
+    good = (g.values >= threshold).to(thinking.dtype)
+    both = (g.sum(good) > 0) & (g.sum(1 - good) > 0)
+    trust = torch.where(both, (g.mean(thinking, good) - g.mean(thinking, 1 - good)).clamp(max=0).exp(), 1)
+    now, end = (x.to(thinking.dtype) if isinstance(x, Tensor) else x for x in (step, total_steps))
+    elapsed = now / end
+    anneal = torch.exp(-elapsed) if isinstance(elapsed, Tensor) else math.exp(-elapsed)
+    return torch.where(g.scored, g.values + trust * coef * anneal * thinking, torch.nan)
+
+
+@published(
+    "grpo_lead_length",
+    "GRPO-LEAD: length reward",
+    kind="reward",
+    paper="GRPO-LEAD: A Difficulty-Aware Reinforcement Learning Approach for Concise Mathematical Reasoning in Language Models",
+    arxiv="2504.09696",
+    level="group",
+)
+def grpo_lead_length(
+    correct: Tensor,
+    lengths: Tensor,
+    *,
+    alpha: float = 0.05,
+    wrong_reward: float = -1.0,
+    min_length: float = 4000.0,
+    epsilon: float = 1e-6,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
+    """Correct: ``e^(-alpha·z)``, ``z = (L - mean)/(std + epsilon)`` over the group's correct completions; wrong: ``wrong_reward``. ``[B], [B] ->
+    [B]``.
+
+    ``std`` is unbiased, 1 for a single correct completion. ``min_length``: a group whose three shortest completions, right or wrong, have a mean
+    length of at most this is short enough, and its correct completions get 1; 0 turns that off.
+
+    Differs from the paper: ``min_length`` is the authors' code's.
+    """
+    g = grouped("grpo_lead_length", correct, groups, name="correct")
+    length = g.like("lengths", lengths)
+    right = (g.values != 0) & g.scored
+    w = right.to(length.dtype)
+    n = g.sum(w)
+    std = torch.where(n > 1, g.std(length, weights=w), 1)
+    z = (length - g.mean(length, w)) / (std + epsilon)
+    shortest = (g.rank(length) < 3).to(length.dtype)
+    short = (g.size >= 3) & (g.mean(length, shortest) <= min_length)
+    reward = torch.where(right, torch.where(short, 1, torch.exp(-alpha * z)), wrong_reward)
+    return torch.where(g.scored, reward, torch.nan)
+
+
+@published(
+    "grpo_lambda_length",
+    "GRPO-λ: length penalty for well-answered groups",
+    kind="reward",
+    paper="Stable Reinforcement Learning for Efficient Reasoning",
+    arxiv="2505.18086",
+    certainty="secondary",
+    level="group",
+)
+def grpo_lambda_length(
+    correct: Tensor, lengths: Tensor, *, alpha: float, fraction: float = 0.2, epsilon: float = 1e-4, **groups: Unpack[GroupKeywords]
+) -> Tensor:
+    """Only the batch's best-answered prompts are pressed for brevity; the others learn to be right first. ``[B], [B] -> [B]``.
+
+    The ``ceil(fraction·num_groups)`` groups (at least one) with the highest share of correct completions: a correct completion gets
+    ``1 - alpha·sigmoid((L - mean)/(std + epsilon))`` over the group's correct lengths (unbiased; 0 for one), a wrong one 0. All other groups: 1
+    or 0. Equal shares: the group with the lower number. ``alpha`` is not stated in what was read of the paper, so it must be given; λ =
+    ``fraction`` is its example. The λ-GRPO of arXiv:2510.06870 and the GRPO-λ of arXiv:2510.00194 are other methods.
+
+    Differs from the paper: ``epsilon``.
+    """
+    if not 0 <= fraction <= 1:
+        raise InvalidCall(f"grpo_lambda_length: fraction is {fraction}, expected a share between 0 and 1.")
+    g = grouped("grpo_lambda_length", correct, groups, name="correct")
+    length = g.like("lengths", lengths)
+    right = (g.values != 0) & g.scored
+    w = right.to(length.dtype)
+    count = g.groups.count
+    scored = g.groups.sum(g.scored.to(w.dtype))
+    share = torch.where(scored > 0, g.groups.sum(w) / scored.clamp(min=1), -1)
+    order = share.sort(descending=True, stable=True).indices
+    best = torch.zeros_like(share).scatter(0, order[: max(1, math.ceil(round(fraction * count, 9)))], 1)
+    penalty = alpha * torch.sigmoid((length - g.mean(length, w)) / (g.std(length, weights=w) + epsilon))
+    return torch.where(g.scored, torch.where(right, 1 - g.groups.spread(best) * penalty, 0), torch.nan)
+
+
+@published(
+    "traac",
+    "TRAAC: correctness, format and length reward",
+    kind="reward",
+    paper="Think Right: Learning to Mitigate Under-Over Thinking via Adaptive, Attentive Compression",
+    arxiv="2510.01581",
+    certainty="derived",
+    level="sequence",
+)
+def traac(correct: Tensor, format_rewards: Tensor, lengths: Tensor, median_lengths: Tensor, *, scale: float) -> Tensor:
+    """``r = 4·correct + format + correct·sigmoid((median - L)/scale)``. All ``[B] -> [B]``.
+
+    Derived: the paper's summary has the weights, and a sigmoid-smoothed penalty of correct answers longer than the median of recent rollouts of
+    the same difficulty (a window of 10 steps); the curve was not found, so its ``scale`` must be given. ``median_lengths``: that median, for each
+    row. Lengths are those after compression. The eviction of reasoning steps (60, 40, 20 % for easy, medium, hard prompts) edits text and is not
+    here.
+    """
+    right = floats("traac", "correct", correct)
+    shape = tuple(right.shape)
+    form, length, median = (
+        floats("traac", name, x, shape).to(right.dtype)
+        for name, x in (("format_rewards", format_rewards), ("lengths", lengths), ("median_lengths", median_lengths))
+    )
+    is_right = torch.where(right.isnan(), torch.nan, (right != 0).to(right.dtype))
+    return 4 * is_right + form + is_right * torch.sigmoid((median - length) / scale)

@@ -1,0 +1,327 @@
+"""One weight, or one choice, a sample: for ``token_weights`` of :func:`reweight_ops.policy_loss`, or to select rows.
+
+Pure functions, ``[B]`` in and out unless stated; fp32 or fp64; inputs are used detached (the logits of :func:`source_weights` excepted). Weights
+that the papers normalize to a sum of 1 have **mean 1** here, so that the mean of ``weight·loss`` over the batch is the papers' ``sum_i w_i
+loss_i``. Weights over a global batch: gather the inputs of all ranks first, and take your rows of the result. Groups as in
+:mod:`reweight_ops.grouping`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .catalogue import published
+from .errors import InvalidCall
+from .grouping import Grouped, GroupKeywords, floats, grouped, like
+from .rows import describe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = [
+    "d3s",
+    "dynamic_loss_reweighting",
+    "exponential_advantage",
+    "focal",
+    "glow",
+    "kl_dro",
+    "kl_tilt",
+    "raft",
+    "selective_rehearsal",
+    "source_weights",
+    "trajectory_aw",
+    "trajectory_rw",
+]
+
+_TRAJECTORIES = "Harnessing Mixed Offline Reinforcement Learning Datasets via Trajectory Weighting"
+
+
+def _softmax(g: Grouped, scores: Tensor) -> Tensor:
+    """Softmax of a group, times its size: mean 1. 0 for a row without a score."""
+    top = g.max(scores)
+    e = torch.where(g.scored, (scores - torch.where(top.isneginf(), 0, top)).exp(), 0)
+    return g.result(g.size * e / torch.where(g.size > 0, g.sum(e), 1))
+
+
+def _positive(op: str, **values: float | Tensor) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor) and not value > 0:
+            raise InvalidCall(f"{op}: {name} is {value}, expected a positive number.")
+
+
+@published(
+    "exponential_advantage",
+    "Exponential advantage weight (AWR, FamO2O)",
+    kind="sample_weight",
+    paper="Advantage-Weighted Regression: Simple and Scalable Off-Policy Reinforcement Learning",
+    arxiv="1910.00177",
+    level="sequence",
+)
+def exponential_advantage(advantages: Tensor, *, temperature: float | Tensor, max_weight: float) -> Tensor:
+    """``w = min(exp(A/temperature), max_weight)``: regression to good samples. Any shape; ``-sum w·logp`` is the loss.
+
+    ``temperature``: a number, or a tensor that broadcasts (one a prompt: FamO2O, arXiv:2310.17966, has ``w = min(exp(β(s)·A), 100)`` with a
+    learned β, so ``temperature=1/β, max_weight=100``; the reading of a state as a prompt is ours). Neither has one value for all tasks, so both
+    must be given. The exponent is capped before ``exp``, so nothing overflows.
+    """
+    _positive("exponential_advantage", temperature=temperature, max_weight=max_weight)
+    x = floats("exponential_advantage", "advantages", advantages)
+    return (x / temperature).clamp(max=math.log(max_weight)).exp()
+
+
+@published(
+    "kl_tilt",
+    "KL-tilted optimum",
+    kind="sample_weight",
+    paper="Asymptotics of Language Model Alignment",
+    arxiv="2404.01730",
+    certainty="derived",
+    level="group",
+)
+def kl_tilt(rewards: Tensor, *, beta: float, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``w_i = n·exp(r_i/beta)/sum_j exp(r_j/beta)`` over a group's samples: what turns the reference's samples into the optimum's.
+
+    Derived: ``p·exp(r/beta)`` is the textbook solution of reward maximization under a KL penalty of coefficient beta, which the paper starts
+    from; the self-normalized estimate over a group is ours. Without group arguments the batch is one group.
+    """
+    _positive("kl_tilt", beta=beta)
+    g = grouped("kl_tilt", rewards, groups, whole=True)
+    return _softmax(g, g.values / beta)
+
+
+@published(
+    "kl_dro",
+    "KL-constrained distributionally robust weights",
+    kind="sample_weight",
+    paper="Doubly Robust Instance-Reweighted Adversarial Training",
+    arxiv="unknown",
+    certainty="secondary",
+    level="sequence",
+)
+def kl_dro(losses: Tensor, *, temperature: float, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``w_i = n·exp(loss_i/temperature)/sum_j exp(loss_j/temperature)``: the worst distribution within a KL penalty, hard samples first.
+
+    The maximum over w of ``mean(w·loss) - temperature·KL(w/n || uniform)``. Without group arguments the batch is one group.
+    """
+    _positive("kl_dro", temperature=temperature)
+    g = grouped("kl_dro", losses, groups, name="losses", whole=True)
+    return _softmax(g, g.values / temperature)
+
+
+@published(
+    "dynamic_loss_reweighting",
+    "Dynamic loss-based sample reweighting",
+    kind="sample_weight",
+    paper="Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining",
+    arxiv="2502.06733",
+    level="sequence",
+)
+def dynamic_loss_reweighting(losses: Tensor, *, temperature: float, strategy: str = "linupper", delta: float = 1.0) -> Tensor:
+    """``w = n·softmax(f(h)/temperature)``, with the losses of the batch on a line: ``h = delta·(2·loss - max - min)/(max - min)``.
+
+    ``f`` is ``min(h + delta, delta)`` (``"linupper"``: easy samples are held back), ``1 - h²/delta²`` (``"quadratic"``: the middle), ``(h +
+    delta)/2`` (``"upper"``) or ``|h|`` (``"extremes"``). ``losses``: each sample's mean token loss, over the global batch. ``temperature``
+    (``r``): 0.4 and 1 in the authors' configurations, best annealed from high; weights are 1 for the first 1000 steps there. Equal losses: equal
+    weights.
+    """
+    _positive("dynamic_loss_reweighting", temperature=temperature, delta=delta)
+    g = grouped("dynamic_loss_reweighting", losses, {}, name="losses", whole=True)
+    x, high, low = g.values, g.max(g.values), g.min(g.values)
+    h = delta * (2 * x - high - low) / (high - low).clamp(min=1e-6)
+    curves = {
+        "linupper": (h + delta).clamp(max=delta),
+        "quadratic": 1 - h**2 / delta**2,
+        "upper": (h + delta) / 2,
+        "extremes": h.abs(),
+    }
+    if strategy not in curves:
+        raise InvalidCall(f"dynamic_loss_reweighting: strategy is {strategy!r}, expected one of {', '.join(curves)}.")
+    return _softmax(g, curves[strategy] / temperature)
+
+
+@published(
+    "glow",
+    "Gain-based Loss Weighting",
+    kind="sample_weight",
+    paper="Learning from Mistakes: Negative Reasoning Samples Enhance Out-of-Domain Generalization",
+    arxiv="2601.04992",
+    level="sequence",
+)
+def glow(
+    losses: Tensor,
+    previous_losses: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 20.0,
+    min_weight: float = 0.5,
+    max_weight: float = 5.0,
+) -> Tensor:
+    """``w = clip(alpha·(1 - sigmoid(beta·(previous - loss))), min_weight, max_weight)``: what improved since the last epoch counts less.
+
+    Losses are each sample's token mean, now and in the last epoch; NaN in ``previous_losses`` is a sample without history, of weight 1 (the whole
+    first epoch). ``alpha`` and ``beta`` are the argument defaults of the authors' code, which sweeps 1 to 2 and 5 to 30.
+    """
+    x = floats("glow", "losses", losses)
+    gain = like("glow", "previous_losses", previous_losses, x) - x
+    return torch.where(gain.isnan() & ~x.isnan(), 1, (alpha * torch.sigmoid(-beta * gain)).clamp(min_weight, max_weight))
+
+
+@published(
+    "raft",
+    "Reward-ranked fine-tuning: best of K",
+    kind="sample_weight",
+    paper="RAFT: Reward rAnked FineTuning for Generative Foundation Model Alignment",
+    arxiv="2304.06767",
+    level="group",
+)
+def raft(rewards: Tensor, *, keep: int = 1, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """1 for the ``keep`` completions of the group with the highest rewards, else 0; equal rewards: the first. The loss is the likelihood's.
+
+    SuperHF (arXiv:2310.16763) keeps the same one of its 16. A completion without a score is never kept.
+    """
+    if keep < 1:
+        raise InvalidCall(f"raft: keep is {keep}, expected 1 or more.")
+    g = grouped("raft", rewards, groups)
+    return g.result((g.rank(-g.values) < keep).to(g.values.dtype))
+
+
+@published(
+    "d3s",
+    "D3S: samples of the greatest advantage variance",
+    kind="sample_weight",
+    paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
+    arxiv="2509.22115",
+    certainty="secondary",
+    level="batch",
+)
+def d3s(advantages: Tensor, *, num_samples: int, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """1 for the ``num_samples`` rows whose advantages have the greatest variance, else 0. Without group arguments, over the whole batch (the
+    default there).
+
+    Such a subset is always the k highest and the ``num_samples - k`` lowest, so all k are tried; equal variances: the one with more high ones.
+    Advantages are not normalized again. ``num_samples`` grows over training by a schedule, :func:`reweight_ops.schedules.d3s`; its values were
+    not found, so it must be given. With group arguments (the variant D3S-I) it counts per group.
+    """
+    if num_samples < 1:
+        raise InvalidCall(f"d3s: num_samples is {num_samples}, expected 1 or more.")
+    g = grouped("d3s", advantages, groups, name="advantages", whole=True)
+    x = torch.where(g.scored, g.values - g.mean(g.values), 0)
+    ordered = x[g.order(x)].double()
+    sums, squares = (torch.cat([y.new_zeros(1), y.cumsum(0)]) for y in (ordered, ordered**2))
+    start = g.start[: g.groups.count, None]
+    size = g.groups.sum(g.scored.to(x.dtype)).long()[:, None]
+    chosen = size.clamp(max=num_samples)
+    low = torch.arange(num_samples + 1, device=x.device)[None]  # how many of the lowest
+    high = (chosen - low).clamp(min=0)
+
+    def total(prefix: Tensor) -> Tensor:
+        at = [start + low.minimum(size), start, start + size, start + size - high]
+        below, zero, end, above = (prefix[k] for k in at)
+        return below - zero + end - above
+
+    variance = total(squares) - total(sums) ** 2 / chosen.clamp(min=1)
+    best = torch.where(low <= chosen, variance, -math.inf).argmax(1, keepdim=True)
+    fill = torch.zeros_like(g.start[-1:])  # for rows of no group
+    lowest, total_size, taken = (torch.cat([y.squeeze(1), fill])[g.index] for y in (best, size, chosen))
+    rank = g.rank(x)
+    return g.result(((rank < lowest) | (rank >= total_size - (taken - lowest))).to(x.dtype))
+
+
+@published(
+    "source_weights",
+    "Weights of data sources (ScaleBiO, DreamPRM)",
+    kind="sample_weight",
+    paper="ScaleBiO: Scalable Bilevel Optimization for LLM Data Reweighting",
+    arxiv="2406.19976",
+    level="source",
+)
+def source_weights(source_logits: Tensor, source_ids: Tensor, *, normalize: str = "softmax") -> Tensor:
+    """A learned weight for each source, spread over its samples. ``[S], [B] -> [B]``, differentiable in ``source_logits``.
+
+    ``"softmax"`` (ScaleBiO): sample i of source s has ``B·softmax(a)_s/n_s`` with the count ``n_s`` of its source in the batch, so that the mean
+    of ``w·loss`` is ``sum_s softmax(a)_s·mean loss_s``. ``"softplus"`` (DreamPRM, arXiv:2505.20241): ``softplus(a)_s/mean(softplus(a))``,
+    whatever the counts. The logits are trained by an outer loss on validation data; as ``token_weights`` that require grad these take the
+    two-pass plan, exactly.
+    """
+    if normalize not in ("softmax", "softplus"):
+        raise InvalidCall(f"source_weights: normalize is {normalize!r}, expected 'softmax' or 'softplus'.")
+    floats("source_weights", "source_logits", source_logits)
+    if source_logits.dim() != 1 or not source_logits.is_floating_point():
+        raise InvalidCall(f"source_weights: source_logits must be (S,) and floating. {describe({'source_logits': source_logits})}")
+    ones = torch.ones(source_ids.shape, device=source_ids.device, dtype=source_logits.dtype)
+    g = grouped("source_weights", ones, {"group_ids": source_ids, "num_groups": len(source_logits)}, name="source_ids")
+    if normalize == "softplus":
+        positive = torch.nn.functional.softplus(source_logits)
+        return g.groups.spread(positive / positive.mean())
+    return len(ones) * g.groups.spread(torch.softmax(source_logits, 0)) / g.size
+
+
+@published(
+    "focal",
+    "Generalized focal loss (dequity)",
+    kind="sample_weight",
+    paper="DatasetEquity: Are All Samples Created Equal? In The Quest For Equity Within Datasets",
+    arxiv="2308.09878",
+    level="sequence",
+)
+def focal(likelihoods: Tensor, *, eta: float = 1.0, gamma: float = 5.0) -> Tensor:
+    """``w = (eta + (1 - p)^gamma)/(eta + 1)``: rare samples count more, common ones never less than ``eta/(eta + 1)``. Any shape.
+
+    ``likelihoods``: p in [0, 1], how common a sample is in its data set (or, our reading for tokens, a detached probability).
+    """
+    p = floats("focal", "likelihoods", likelihoods)
+    return (eta + (1 - p) ** gamma) / (eta + 1)
+
+
+def _trajectory(op: str, scores: Tensor, scored: Tensor, temperature: float) -> Tensor:
+    _positive(op, temperature=temperature)
+    g = grouped(op, torch.where(scored, scores, torch.nan), {}, name="returns", whole=True)
+    low, high = g.min(g.values), g.max(g.values)
+    spread = high - low
+    return _softmax(g, (g.values - low) / torch.where(spread > 0, spread, 1) / temperature)
+
+
+@published("trajectory_rw", "Return weighting (RW)", kind="sample_weight", paper=_TRAJECTORIES, arxiv="2306.13085", level="sequence")
+def trajectory_rw(returns: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """``w = n·softmax(u/temperature)``, ``u`` the returns of the data set on a line from 0 to 1 (min to max).
+
+    The paper samples trajectories with probability ``w/n``; as a loss weight the expectation is the same. All tokens of a trajectory have its
+    weight.
+
+    Differs from the paper: one of the authors' two implementations forgets the normalization to [0, 1]; this is the other.
+    """
+    x = floats("trajectory_rw", "returns", returns)
+    return _trajectory("trajectory_rw", x, ~x.isnan(), temperature)
+
+
+@published("trajectory_aw", "Advantage weighting (AW)", kind="sample_weight", paper=_TRAJECTORIES, arxiv="2306.13085", level="sequence")
+def trajectory_aw(returns: Tensor, start_values: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """:func:`trajectory_rw` of ``returns - start_values``: a good trajectory from a bad start is not held against it.
+
+    ``start_values``: V(s_0) of each trajectory; the authors fit a linear regression of the return on the first state. For completions the mean of
+    the prompt's group is the obvious reading (ours): pass ``advantages.dr_grpo(...)`` as returns and zeros.
+    """
+    x = floats("trajectory_aw", "returns", returns)
+    return _trajectory("trajectory_aw", x - like("trajectory_aw", "start_values", start_values, x), ~x.isnan(), temperature)
+
+
+@published(
+    "selective_rehearsal",
+    "Selective rehearsal",
+    kind="sample_weight",
+    paper="Stabilizing RLHF through Advantage Model and Selective Rehearsal",
+    arxiv="2309.10202",
+    certainty="derived",
+    level="sequence",
+)
+def selective_rehearsal(scores: Tensor, *, keep: int, coef: float = 0.01, **clusters: Unpack[GroupKeywords]) -> Tensor:
+    """``coef`` for the ``keep`` best examples of each cluster, else 0: ``L = L_PPO + mean_i(w_i·NLL_i)`` over the rehearsal examples.
+
+    Derived: the paper rehearses, by likelihood, good examples that stand for clusters of the supervised data, with coefficient 0.01; how many of a
+    cluster was not found, so ``keep`` must be given. ``scores``: the reward or advantage model's; clusters are given as groups. The advantage
+    model itself is a loss of a reward model, not of a policy.
+    """
+    return coef * raft(scores, keep=keep, **clusters)

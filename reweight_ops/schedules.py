@@ -1,0 +1,183 @@
+"""What changes from step to step: passes over a batch, masks that open, budgets that grow, a switch between losses.
+
+Steps and progress may be numbers or 0-d tensors, so a schedule recompiles nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .catalogue import published
+from .errors import InvalidCall
+from .grouping import floats, grouped
+from .methods.reweighting import lopti as lopti_spec
+from .spec import PolicyLossSpec
+
+__all__ = ["D3sBudget", "Relift", "ReliftState", "all_failed", "capo", "d3s", "lopti", "lopti_updates", "tsa"]
+
+_Batch = TypeVar("_Batch")
+
+
+@published(
+    "lopti",
+    "Low-Probability Token Isolation: the two updates",
+    kind="schedule",
+    paper="Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs",
+    arxiv="2505.12929",
+    level="step",
+)
+def lopti(**options: Any) -> tuple[PolicyLossSpec, PolicyLossSpec]:
+    """The losses of the two updates over one batch of rollouts: unlikely tokens first, then the others. Options as ``methods.lopti``'s, but
+    ``half``.
+
+    Each is a full update, with its optimizer steps, over **all** mini-batches, and the old log-probs stay those of the rollout. The order
+    matters. In an own loop use :func:`lopti_updates`; in TRL give both as ``spec`` and set ``num_iterations=2``, which is the same order of
+    updates::
+
+        ReweightGRPOTrainer(..., args=GRPOConfig(num_iterations=2, ...), spec=rw.schedules.lopti(eta=0.5))
+    """
+    if "half" in options:
+        raise InvalidCall("schedules.lopti: half is set by the schedule; use methods.lopti(half=...) for one of the two losses.")
+    return lopti_spec("low", **options), lopti_spec("high", **options)
+
+
+def lopti_updates(mini_batches: Iterable[_Batch], **options: Any) -> Iterator[tuple[PolicyLossSpec, _Batch]]:
+    """``(spec, mini_batch)`` for each optimizer step on one batch of rollouts: all mini-batches with the first loss of :func:`lopti`, then all
+    again.
+
+    for spec, batch in rw.schedules.lopti_updates(mini_batches, eta=0.5):
+        rw.policy_loss(model(batch), ..., spec=spec, old_per_token_logps=batch["old"]).loss.backward()
+        optimizer.step()
+    """
+    batches = list(mini_batches)  # a generator would be empty in the second pass
+    for spec in lopti(**options):
+        for batch in batches:
+            yield spec, batch
+
+
+@published(
+    "capo",
+    "Curriculum Advantage Policy Optimization",
+    kind="schedule",
+    paper="From Imitation to Discrimination: Toward A Generalized Curriculum Advantage Mechanism Enhancing Cross-Domain Reasoning Tasks",
+    arxiv="2512.02580",
+    certainty="secondary",
+    level="step",
+)
+def capo(advantages: Tensor, completion_mask: Tensor, *, step: int | Tensor, switch_step: int | Tensor) -> Tensor:
+    """First imitate, then discriminate: the mask of the rows to train on. ``[B]`` or ``[B, T]``, ``[B, T] -> [B, T]`` bool.
+
+    Before ``switch_step`` only ``A >= 0`` (with its KL too), from then on all. The paper switches after 10 to 30 % of the training, so it must be
+    given. The expectation runs over all samples: pass the result as ``completion_mask`` and the original as ``denominator_mask``. Any advantage
+    estimator.
+    """
+    a = floats("capo", "advantages", advantages)
+    mask = floats("capo", "completion_mask", completion_mask) != 0
+    if a.shape not in (mask.shape, mask.shape[:-1]):
+        raise InvalidCall(f"capo: advantages has shape {tuple(a.shape)}, expected {tuple(mask.shape)} or {tuple(mask.shape[:-1])}.")
+    a = a if a.shape == mask.shape else a[..., None]
+    return mask & ((a >= 0) | (step >= switch_step))
+
+
+class D3sBudget(NamedTuple):
+    """``num_samples`` (rounded) and ``token_fraction``, of D3S at some progress."""
+
+    num_samples: int
+    token_fraction: float
+
+
+@published(
+    "d3s",
+    "D3S: the dynamic schedule",
+    kind="schedule",
+    paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
+    arxiv="2509.22115",
+    certainty="secondary",
+    level="step",
+)
+def d3s(progress: float, *, num_samples: tuple[int, int], token_fraction: tuple[float, float]) -> D3sBudget:
+    """Both budgets go linearly from their first to their second value over ``progress`` in [0, 1]: few samples and tokens first.
+
+    ``num_samples`` is for :func:`reweight_ops.sample_weights.d3s`, ``token_fraction`` for the token weight. The paper's values were not found, so
+    both ranges must be given.
+    """
+    if not 0 <= progress <= 1:
+        raise InvalidCall(f"schedules.d3s: progress is {progress}, expected 0 to 1.")
+    samples, tokens = ((1 - progress) * a + progress * b for a, b in (num_samples, token_fraction))
+    return D3sBudget(round(samples), tokens)
+
+
+@published(
+    "tsa",
+    "Training Signal Annealing: the threshold",
+    kind="schedule",
+    paper="Unsupervised Data Augmentation for Consistency Training",
+    arxiv="1904.12848",
+    certainty="secondary",
+    level="step",
+)
+def tsa(progress: float | Tensor, *, num_classes: int, curve: str = "linear") -> float | Tensor:
+    """``η = a·(1 - 1/K) + 1/K``: the probability above which a labelled example is left out, from 1/K to 1 over training.
+
+    ``a`` is ``progress`` p in [0, 1] (``"linear"``), ``e^(5(p - 1))`` (``"exp"``, for little data) or ``1 - e^(-5p)`` (``"log"``). A number gives a
+    number, a 0-d tensor a tensor. For tokens ``num_classes`` is the vocabulary.
+    """
+    exp: Any = torch.exp if isinstance(progress, Tensor) else math.exp
+    curves = {"linear": progress, "exp": exp(5 * (progress - 1)), "log": 1 - exp(-5 * progress)}
+    if curve not in curves:
+        raise InvalidCall(f"schedules.tsa: curve is {curve!r}, expected one of {', '.join(curves)}.")
+    if num_classes < 1:
+        raise InvalidCall(f"schedules.tsa: num_classes is {num_classes}, expected 1 or more.")
+    threshold: float | Tensor = curves[curve] * (1 - 1 / num_classes) + 1 / num_classes
+    return threshold
+
+
+def all_failed(rewards: Tensor, *, fail_value: float = 0.0, **groups: Any) -> Tensor:
+    """Which prompts ReLIFT's buffer takes: all completions have exactly ``fail_value`` (other failures do not). ``[B] -> [num_groups]`` bool."""
+    g = grouped("all_failed", rewards, groups)
+    failed = g.groups.sum(((g.values == fail_value) & g.scored).to(g.values.dtype))
+    size = g.groups.sum(torch.ones_like(g.values))
+    return (failed == size) & (size > 0)
+
+
+class ReliftState(NamedTuple):
+    """``buffered``: how many prompts wait for their demonstrations' SFT step."""
+
+    buffered: int
+
+
+@published(
+    "relift",
+    "ReLIFT: interleaved online fine-tuning",
+    kind="schedule",
+    paper="Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions",
+    arxiv="2506.07527",
+    level="step",
+)
+@dataclass(frozen=True, kw_only=True)
+class Relift:
+    """RL on what the policy can sometimes solve, SFT on demonstrations of what it cannot: when to do the latter.
+
+    After each RL step, :meth:`update` counts the prompts that :func:`all_failed` found (with their demonstrations they go into the caller's
+    buffer); once ``buffer_size`` of them wait, it says to do one SFT step on that many. There the RL loss is unclipped with
+    ``advantages.dr_grpo``, and the SFT step has an optimizer of its own."""
+
+    buffer_size: int = 128
+
+    def init(self) -> ReliftState:
+        """An empty buffer."""
+        return ReliftState(0)
+
+    def update(self, state: ReliftState, num_failed: int) -> tuple[ReliftState, bool]:
+        """``num_failed``: new prompts in the buffer (an int: the caller has moved their texts already). Returns the state and whether to do an SFT step now."""
+        if num_failed < 0:
+            raise InvalidCall(f"Relift: num_failed is {num_failed}, expected 0 or more.")
+        waiting = state.buffered + num_failed
+        due = waiting >= self.buffer_size
+        return ReliftState(waiting - self.buffer_size if due else waiting), due

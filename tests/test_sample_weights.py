@@ -1,0 +1,174 @@
+"""Sample weights and selections by hand, against exhaustive search, and inside a loss."""
+
+import math
+
+import pytest
+import torch
+from oracles import estimators
+
+import reweight_ops as rw
+from reweight_ops import sample_weights as sw
+
+NAN = math.nan
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(got, expected, **tolerance):
+    torch.testing.assert_close(got, torch.as_tensor(expected, dtype=got.dtype), **{"rtol": 1e-10, "atol": 1e-12, **tolerance})
+
+
+def test_exponential_advantage():
+    close(sw.exponential_advantage(f64(0, 1, -2, 3), temperature=2.0, max_weight=4.0), [1, math.exp(0.5), math.exp(-1), 4])
+    # FamO2O: a temperature a state, cap 100; nothing overflows on the way.
+    close(sw.exponential_advantage(f64(1, 1, 1e4), temperature=1 / f64(8, 1, 14), max_weight=100.0), [100, math.e, 100])
+    assert sw.exponential_advantage(torch.zeros(2, 3), temperature=1.0, max_weight=20.0).shape == (2, 3)
+    for wrong in ({"temperature": 0.0, "max_weight": 1.0}, {"temperature": 1.0, "max_weight": -1.0}):
+        with pytest.raises(rw.InvalidCall, match="expected a positive number"):
+            sw.exponential_advantage(f64(1), **wrong)
+
+
+def test_tilts():
+    e = [math.exp(x / 0.5) for x in (1, 0, 2)]
+    close(sw.kl_tilt(f64(1, 0, 2), beta=0.5), [3 * x / sum(e) for x in e])
+    close(sw.kl_tilt(f64(1, 0, 2, 7), beta=0.5, group_size=1), [1, 1, 1, 1])
+    close(sw.kl_tilt(f64(1000, 0, NAN, 0), beta=0.5, group_size=2), [2, 0, 0, 1])
+
+
+def test_kl_dro_is_the_worst_distribution():
+    """No other weights of mean 1 give more loss less the KL penalty."""
+    losses, temperature = f64(0.3, 2.0, 1.1, 0.7), 0.6
+    w = sw.kl_dro(losses, temperature=temperature)
+
+    def objective(w):
+        return (w * losses).mean() - temperature * (w / 4 * w.log()).sum()
+
+    assert w.mean().item() == pytest.approx(1)
+    assert objective(w).item() == pytest.approx(temperature * math.log(sum(math.exp(x / temperature) for x in losses.tolist()) / 4))
+    for seed in range(20):
+        other = torch.softmax(w.log() + 0.2 * torch.randn(4, generator=torch.Generator().manual_seed(seed)), 0) * 4
+        assert objective(other) < objective(w)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "f"),  # losses 1, 2, 5: h = -1, -1/2, 1
+    [
+        ("linupper", [0, 0.5, 1]),
+        ("quadratic", [0, 0.75, 0]),
+        ("upper", [0, 0.25, 1]),
+        ("extremes", [1, 0.5, 1]),
+    ],
+)
+def test_dynamic_loss_reweighting(strategy, f):
+    losses = f64(1, 2, 5).requires_grad_()
+    e = [math.exp(x / 0.4) for x in f]
+    got = sw.dynamic_loss_reweighting(losses, temperature=0.4, strategy=strategy)
+    close(got, [3 * x / sum(e) for x in e])
+    # The mean of w·loss is the authors' sum of softmax·loss; no gradient goes through the weights.
+    (grad,) = torch.autograd.grad((got * losses).mean(), losses)
+    close(grad, [x / sum(e) for x in e])
+    close(sw.dynamic_loss_reweighting(f64(3, 3), temperature=1.0, strategy=strategy), [1, 1])
+
+
+def test_dynamic_loss_reweighting_scales_with_delta():
+    # delta 2: h = -2, -1, 2; linupper min(h + 2, 2) = 0, 1, 2.
+    e = [1, math.e, math.e**2]
+    close(sw.dynamic_loss_reweighting(f64(1, 2, 5), temperature=1.0, delta=2.0), [3 * x / sum(e) for x in e])
+    with pytest.raises(rw.InvalidCall, match="strategy is 'mid'"):
+        sw.dynamic_loss_reweighting(f64(1, 2), temperature=1.0, strategy="mid")
+
+
+def test_glow():
+    # No change: 1/2. Worse by ln(3)/20: sigmoid(ln 3) = 3/4. Improved much: the floor. New: 1. With alpha 12 the ceiling.
+    losses, before = f64(2, 2 + math.log(3) / 20, 1, 4), f64(2, 2, 2, NAN)
+    close(sw.glow(losses, before), [0.5, 0.75, 0.5, 1])
+    close(sw.glow(losses, before, alpha=12.0), [5, 5, 0.5, 1])
+    close(sw.glow(losses, before, alpha=2.0, min_weight=0.0), [1, 1.5, 2 / (1 + math.exp(20)), 1], rtol=1e-9)
+
+
+def test_raft():
+    assert sw.raft(f64(1, 3, 3, 2, 0, 0), group_size=3).tolist() == [0, 1, 0, 1, 0, 0]  # ties: the first
+    assert sw.raft(f64(1, 3, 3, 2, 0, 0), keep=2, group_size=3).tolist() == [0, 1, 1, 1, 1, 0]
+    assert sw.raft(f64(NAN, -1, NAN, NAN), group_size=2).tolist() == [0, 1, 0, 0]
+    with pytest.raises(rw.InvalidCall, match="keep is 0"):
+        sw.raft(f64(1), keep=0, group_size=1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9])
+def test_d3s_has_the_greatest_variance_of_all_subsets(count):
+    g = torch.Generator().manual_seed(count)
+    for trial in range(12):
+        a = torch.randint(-4, 5, (8,), generator=g).double() if trial % 2 else torch.randn(8, generator=g, dtype=torch.float64) + 100
+        chosen = sw.d3s(a, num_samples=count)
+        best, variance = estimators.d3s(a.tolist(), count)
+        assert chosen.sum() == min(count, 8)
+        assert variance(chosen.nonzero().flatten().tolist()) == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+def test_d3s_in_ragged_groups():
+    """The variant D3S-I: each group on its own; a group with fewer rows than asked for is kept whole."""
+    g = torch.Generator().manual_seed(5)
+    ids = torch.tensor([2, 0, 1, 0, 2, 0, 2, 0, 2, 0, 2, 1])
+    a = torch.randn(12, generator=g, dtype=torch.float64)
+    a[9] = NAN
+    chosen = sw.d3s(a, num_samples=3, group_ids=ids, num_groups=4)
+    assert chosen[9] == 0
+    for k, expected in ((0, 3), (1, 2), (2, 3)):
+        rows = [i for i in range(12) if ids[i] == k and i != 9]
+        picked = [n for n, i in enumerate(rows) if chosen[i]]
+        best, variance = estimators.d3s(a[rows].tolist(), 3)
+        assert len(picked) == expected and variance(picked) == pytest.approx(best)
+
+
+def test_source_weights():
+    logits, ids = f64(0, math.log(3)).requires_grad_(), torch.tensor([0, 1, 0, 0])
+    losses = f64(1, 10, 2, 3)
+    w = sw.source_weights(logits, ids)
+    # softmax 1/4, 3/4: the mean of w·loss is 1/4·2 + 3/4·10.
+    loss = (w * losses).mean()
+    assert loss.item() == pytest.approx(8)
+    # Through the softmax: d/da_1 = 1/4·3/4·(10 - 2).
+    (grad,) = torch.autograd.grad(loss, logits)
+    close(grad, [-1.5, 1.5])
+    plus = [math.log(2), math.log(4)]  # softplus
+    close(sw.source_weights(logits.detach(), ids, normalize="softplus"), [2 * plus[i] / sum(plus) for i in ids.tolist()])
+    with pytest.raises(rw.InvalidCall, match="group_ids holds 2"):
+        sw.source_weights(logits, ids + 1)
+    with pytest.raises(rw.InvalidCall, match="normalize is 'sum'"):
+        sw.source_weights(logits, ids, normalize="sum")
+
+
+def test_learned_source_weights_train_through_a_policy_loss():
+    """As token weights that require grad: the gradient of the outer problem is exact, through two passes."""
+    g = torch.Generator().manual_seed(1)
+    tokens = torch.randn(3, 4, 6, generator=g, dtype=torch.float64)
+    ids, sources = torch.randint(6, (3, 4), generator=g), torch.tensor([0, 1, 1])
+    advantages = f64(1, -0.5, 2)
+
+    def loss(source_logits):
+        w = sw.source_weights(source_logits, sources)
+        return rw.policy_loss(tokens, ids, advantages, spec=rw.methods.reinforce(), token_weights=w, plan="two_pass").loss
+
+    assert torch.autograd.gradcheck(loss, f64(0.3, -0.2).requires_grad_())
+
+
+def test_focal():
+    close(sw.focal(f64(0, 1, 0.5)), [1, 0.5, (1 + 1 / 32) / 2])
+    close(sw.focal(f64(0.25, 0.5), eta=0.0, gamma=2.0), [9 / 16, 0.25])
+
+
+def test_trajectory_weights():
+    # Returns 1, 2, 5 on a line: 0, 1/4, 1.
+    e = [1, math.exp(0.25 / 0.1), math.exp(1 / 0.1)]
+    close(sw.trajectory_rw(f64(1, 2, 5)), [3 * x / sum(e) for x in e])
+    close(sw.trajectory_aw(f64(3, 2, 4), f64(2, 0, -1)), [3 * x / sum(e) for x in e])
+    close(sw.trajectory_rw(f64(4, 4)), [1, 1])
+    close(sw.trajectory_rw(f64(1, NAN, 2, 5)), [3 * e[0] / sum(e), 0, 3 * e[1] / sum(e), 3 * e[2] / sum(e)])
+
+
+def test_selective_rehearsal():
+    clusters = {"group_ids": torch.tensor([1, 0, 1, 0, 1]), "num_groups": 2}
+    assert sw.selective_rehearsal(f64(1, 2, 3, 4, 5), keep=2, **clusters).tolist() == [0, 0.01, 0.01, 0.01, 0.01]
+    assert sw.selective_rehearsal(f64(1, 2, 3, 4, 5), keep=1, coef=1.0, **clusters).tolist() == [0, 0, 0, 1, 1]
