@@ -1,6 +1,6 @@
 """Reweighted policy losses for LLM reinforcement learning, straight from vocabulary-sized logits. Start at :func:`policy_loss`."""
 
-from . import kernels, methods, rules, weights
+from . import kernels, methods, preference, rules, weights
 from .backends.select import NAMES as BACKENDS
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
 from .explain import Explanation, explain
@@ -9,6 +9,7 @@ from .methods.registry import METHODS, method
 from .metrics import Metrics
 from .output import PolicyLossOutput, TokenStats
 from .policy_loss import policy_loss, policy_loss_from_logps, token_logps, token_stats
+from .preference import PairSpec, PreferenceLossOutput, linear_preference_loss, preference_loss, preference_loss_from_logps
 from .ratio import Ratio, SegmentRatio, SequenceRatio, TokenRatio
 from .reduction import FromFunction, NoReduction, Reduction, SequenceMean, TokenMean, TokenSum
 from .rules.base import Rule, TokenWeight, rule, weight
@@ -26,9 +27,11 @@ __all__ = [
     "Lora",
     "Metrics",
     "NoReduction",
+    "PairSpec",
     "Penalty",
     "PolicyLossOutput",
     "PolicyLossSpec",
+    "PreferenceLossOutput",
     "Ratio",
     "Reduction",
     "ReweightOpsError",
@@ -45,11 +48,15 @@ __all__ = [
     "explain",
     "kernels",
     "linear_policy_loss",
+    "linear_preference_loss",
     "linear_token_logps",
     "method",
     "methods",
     "policy_loss",
     "policy_loss_from_logps",
+    "preference",
+    "preference_loss",
+    "preference_loss_from_logps",
     "rule",
     "rules",
     "token_logps",
