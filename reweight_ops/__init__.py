@@ -1,7 +1,8 @@
 """Reweighted policy losses for LLM reinforcement learning, straight from vocabulary-sized logits. Start at :func:`policy_loss`."""
 
-from . import kernels, methods, preference, rules, weights
+from . import divergences, kernels, methods, preference, rules, weights
 from .backends.select import NAMES as BACKENDS
+from .divergences import DistillationLossOutput, distillation_loss, token_divergence
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
 from .explain import Explanation, explain
 from .linear import Lora, linear_policy_loss, linear_token_logps
@@ -21,6 +22,7 @@ __all__ = [
     "BACKENDS",
     "METHODS",
     "BackendUnavailable",
+    "DistillationLossOutput",
     "Explanation",
     "FromFunction",
     "InvalidCall",
@@ -45,6 +47,8 @@ __all__ = [
     "TokenSum",
     "TokenWeight",
     "UnsupportedRequest",
+    "distillation_loss",
+    "divergences",
     "explain",
     "kernels",
     "linear_policy_loss",
@@ -59,6 +63,7 @@ __all__ = [
     "preference_loss_from_logps",
     "rule",
     "rules",
+    "token_divergence",
     "token_logps",
     "token_stats",
     "weight",

@@ -92,6 +92,35 @@ def test_trl_use_weighting_and_the_authors_clamp():
     assert big.per_pair_loss.tolist() == pytest.approx([c * x for c, x in zip(clamped, plain.tolist(), strict=True)], rel=1e-12)
 
 
+def test_weights_are_detached():
+    logps, ref, _, p_sq, mask = batch()
+    given = dict(completion_mask=mask, ref_per_token_logps=ref)
+    x = logps.nan_to_num(0).requires_grad_()
+    out = rw.preference_loss_from_logps(x, spec=preference.wpo(beta=0.1, clamp=False), log_sum_p_sq=p_sq, **given)
+    (grad,) = torch.autograd.grad(out.loss, x)
+    plain = rw.preference_loss_from_logps(x, spec="dpo", **given)
+    (want,) = torch.autograd.grad(plain.loss, x)
+    torch.testing.assert_close(grad, want * out.weights.repeat(2)[:, None], rtol=1e-12, atol=0)
+    assert (out.per_token_logps[~mask] == 0).all() and torch.equal(out.per_token_logps[mask], logps[mask])
+
+
+@pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
+def test_sorted_losses_leave_out_what_is_out(kind):
+    logps, ref, _, _, mask = batch()
+    spec = preference.trl(kind, beta=1.0)
+    whole = rw.preference_loss_from_logps(logps, spec=spec, completion_mask=mask, ref_per_token_logps=ref)
+
+    def padded(x, fill):
+        extra = torch.full((1, T), fill, dtype=x.dtype)
+        return torch.cat([extra, x[:P], extra, x[P:]])
+
+    out = rw.preference_loss_from_logps(
+        padded(logps, math.nan), spec=spec, completion_mask=padded(mask, 0), ref_per_token_logps=padded(ref, math.nan)
+    )
+    assert out.per_pair_loss.tolist() == pytest.approx([0.0, *whole.per_pair_loss.tolist()], rel=1e-12)
+    torch.testing.assert_close(out.loss, whole.loss, rtol=1e-12, atol=0)
+
+
 def test_by_hand():
     # chosen [-1, -2], ref [-1.5, -2.5]: log-ratio 1; rejected [-1], ref [-0.5]: -0.5; margin 1.5; β 2: x = 3.
     logps = torch.tensor([[-1.0, -2.0], [-1.0, -9.0]], dtype=torch.float64, requires_grad=True)
@@ -179,7 +208,7 @@ def test_log1mexp_is_accurate_and_its_gradient_is_finite():
     x = torch.tensor([-1e-30, -1e-7, -1e-3, -0.6, -0.7, -3.0, -50.0, -math.inf, 0.0], requires_grad=True)
     y = log1mexp(x)
     exact = [math.log(2.0**-24), math.log(1e-7), math.log(-math.expm1(-1e-3)), math.log1p(-math.exp(-0.6)), math.log1p(-math.exp(-0.7))]
-    assert y[:5].tolist() == pytest.approx(exact, rel=2e-6) and y[6].item() == pytest.approx(-math.exp(-50), rel=1e-5)
+    assert y[:5].tolist() == pytest.approx(exact, rel=2e-6) and y[6].item() == pytest.approx(-math.exp(-50), rel=1e-5, abs=0)
     assert y[7] == 0 and y[8].item() == pytest.approx(exact[0])
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert grad.isfinite().all() and grad[0] == 0 and grad[8] == 0 and grad[7] == 0

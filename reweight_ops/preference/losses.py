@@ -292,7 +292,7 @@ class Ensemble(PairLoss):
     box_cox: float = 0.0
 
     def loss(self, p: Pairs) -> Tensor:
-        s = p.beta * p.margins
+        s: Tensor = p.beta * p.margins
         return ensemble_slopes(s.detach(), p.inputs["noise"], self.box_cox, p.keep) * s
 
 
@@ -313,7 +313,7 @@ class ListLikelihood(PairLoss):
     skips: Any = (1, 2)
 
     def loss(self, p: Pairs) -> Tensor:
-        s = p.beta * torch.stack([side.scores for side in p.sides])
+        s: Tensor = p.beta * torch.stack([side.scores for side in p.sides])
         if self.skips == "all":
             # logsumexp from the end: 1 + sum of what follows, relative to s_i.
             return (torch.logcumsumexp(s.flip(0), 0).flip(0) - s)[:-1].sum(0)

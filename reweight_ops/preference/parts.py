@@ -46,7 +46,7 @@ class PairLoss(PairPart):
 
 @dataclass(frozen=True, kw_only=True)
 class PairWeight(PairPart):
-    """A detached factor of the whole loss of a pair."""
+    """A factor of the whole loss of a pair; it is detached where it is used."""
 
     def weight(self, p: Pairs) -> Tensor:
         """``[P]``."""

@@ -24,7 +24,7 @@ class SampledAlignment(PairWeight):
 
     def weight(self, p: Pairs) -> Tensor:
         s = p.sequences
-        aligned = s.sum((s.tokens["logp"] - s.tokens["log_sum_p_sq"]).detach()) / s.lengths.clamp(min=1)
+        aligned = s.sum(s.tokens["logp"] - s.tokens["log_sum_p_sq"]) / s.lengths.clamp(min=1)
         chosen, rejected = p.per_side(aligned)
         w = torch.exp(chosen + rejected)
         return w.clamp(max=1) if self.clamp else w
@@ -59,4 +59,4 @@ class Agreement(PairWeight):
     reads: ClassVar[tuple[str, ...]] = ("judge_margins",)
 
     def weight(self, p: Pairs) -> Tensor:
-        return (p.margins.detach() * p.inputs["judge_margins"] > 0).to(p.margins.dtype)
+        return (p.margins * p.inputs["judge_margins"] > 0).to(p.margins.dtype)
