@@ -50,7 +50,7 @@ class TwoCall:
 def resolve_two(
     op: str, logits: Any, other: Any, mask: Any, options: HeadOptions, other_temperature: Any, other_softcap: Any, more: dict[str, Any]
 ) -> TwoCall:
-    """Check the two tensors against each other. Without ids every row of ``mask`` is in."""
+    """Check the two tensors against each other. Without ``completion_ids`` in ``more``, ``mask`` alone says which rows are in."""
     tensors = {"logits": logits, "other_logits": other, "completion_mask": mask, "temperature": options.temperature, **more}
 
     def fail(message: str) -> InvalidCall:
@@ -61,7 +61,7 @@ def resolve_two(
             raise fail(f"{name} must be a tensor R + (V,).")
     shape = list(logits.shape[:-1])
     shape[-1] -= int(options.drop_last)
-    ids = torch.zeros(shape, dtype=torch.int64, device=logits.device)
+    ids = more.get("completion_ids", torch.zeros(shape, dtype=torch.int64, device=logits.device))
     call = resolve_logits(op, logits, ids, options, tensors)
     if other.device != logits.device:
         raise fail(f"other_logits are on {other.device}, logits on {logits.device}.")

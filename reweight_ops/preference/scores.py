@@ -16,13 +16,11 @@ from .view import Sequences
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
-#: log p counts as at most this in ``log(1 - p)``: above it p is 1 in fp32, and the exact value unbounded.
-MAX_LOGP = -(2.0**-24)
-
 
 def log1mexp(logp: Tensor) -> Tensor:
     """``log(1 - p)`` from ``log p``, accurate at both ends, finite and without gradient at ``p = 1``."""
-    x = logp.clamp(max=MAX_LOGP)
+    # Above this p is 1 in the dtype: the exact value is unbounded, and unknown.
+    x = logp.clamp(max=-torch.finfo(logp.dtype).eps / 2)
     near = x > -math.log(2)
     # Each branch sees only arguments that it can take: the gradient of the one that is not chosen must not be NaN.
     return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.where(near, -1.0, x).exp()))
