@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -97,10 +98,20 @@ def criterion(got, single, exact, floor, what):
     assert worst <= 1 and rms <= 1, f"{what}: max {float(worst):.3f}, rms {float(rms):.3f}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "symmetric_cross_entropy"])
-@pytest.mark.parametrize("case", ["plain", "shifted", "close", "cap"])
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+ACCURACY = [
+    ("cpu", *c)
+    for c in itertools.product(["plain", "shifted", "close", "cap"], ["forward_kl", "reverse_kl", "symmetric_cross_entropy"], DTYPES)
+]
+ACCURACY += [  # the interpreter is slow: every case, kind and dtype once
+    ("triton", "plain", "forward_kl", torch.bfloat16),
+    ("triton", "shifted", "reverse_kl", torch.float32),
+    ("triton", "close", "symmetric_cross_entropy", torch.float32),
+    ("triton", "cap", "symmetric_cross_entropy", torch.float16),
+    ("triton", "plain", "reverse_kl", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("backend", "case", "kind", "dtype"), ACCURACY, ids=str)
 def test_accuracy(backend, case, kind, dtype):
     available(backend)
     vocab = 5003 if backend == "cpu" else 1031
@@ -147,6 +158,7 @@ def test_any_width_mixed_dtypes_and_strides(backend, columns):
 def test_zero_probabilities(backend, dtype):
     available(backend)
     inf = math.inf
+    # 70 columns: whole vectors of nothing, and a tail.
     z = torch.randn(8, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
     other = z.roll(1, 0).clone()
     z[0, 3] = -inf  # p = 0 < q
@@ -192,7 +204,7 @@ def test_zero_probabilities(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_tensors_give_exact_zeros(backend):
     available(backend)
-    z, _, _ = pair(dtype=torch.bfloat16, vocab=2500)
+    z, _, _ = pair((1, 3) if backend == "triton" else (3, 5), 1100 if backend == "triton" else 2500, torch.bfloat16)
     for kind in ("forward_kl", "reverse_kl"):
         x = z.clone().requires_grad_()
         d = rw.token_divergence(x, z, kind=kind, backend=backend)

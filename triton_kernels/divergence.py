@@ -11,6 +11,8 @@ from . import math
 from .kernels import kernel
 from .sweep import LN2, LOWEST, _dot, _sum, base2_scale, cap_slope, capped, round_to, row_offset, zero_sweep
 
+_FIXED = tl.constexpr(1125899906842624.0)  # 2⁵⁰: a thousand elements of that size fit in 63 bits
+
 
 @triton.jit
 def _step(m, top, k):
@@ -52,14 +54,11 @@ def _tile(
 
 
 @triton.jit
-def _tree(x, R: tl.constexpr):
-    """The sum of ``[R]`` in an order that no layout can change."""
-    width: tl.constexpr = R
-    for i in tl.static_range(12):
-        if (width >> i) > 1:
-            a, b = tl.split(tl.reshape(x, [(width >> i) // 2, 2]))
-            x = a + b
-    return tl.sum(x, 0)
+def _total(x):
+    """The sum of ``[R]`` without its NaNs, in 64-bit fixed point relative to its largest element: no layout can change it."""
+    x = tl.where(x == x, x, 0.0)
+    largest = tl.maximum(tl.max(tl.abs(x), 0), 1e-20)
+    return tl.sum((x * (_FIXED / largest)).to(tl.int64), 0).to(tl.float32) * (largest / _FIXED)
 
 
 @triton.jit
@@ -105,10 +104,11 @@ def _row_stats(
     p_step, q_step = _step(m, p_top, kp), _step(n, q_top, kq)
     S, U, C = _moved(p_step, p_step - q_step, S, U, C)
     P, Q, D = _moved(q_step, q_step - p_step, P, Q, D)
-    S, U, C, P, Q, D = _tree(S, R), _tree(U, R), _tree(C, R), _tree(P, R), _tree(Q, R), _tree(D, R)
-    sick = (S > 0.0) & (P > 0.0) & (p_top < float("inf")) & (q_top < float("inf"))
+    finite = (tl.max(tl.where(S == S, 0, 1), 0) == 0) & (tl.max(tl.where(P == P, 0, 1), 0) == 0)  # integers know no NaN
+    S, U, C, P, Q, D = _total(S), _total(U), _total(C), _total(P), _total(Q), _total(D)
+    sound = finite & (S > 0.0) & (P > 0.0) & (p_top < float("inf")) & (q_top < float("inf"))
     nan = float("nan")
-    S, P = tl.where(sick, S, nan), tl.where(sick, P, nan)
+    S, P = tl.where(sound, S, nan), tl.where(sound, P, nan)
     log_s, log_p = math.log(S), math.log(P)
     gap = log_s - log_p
     forward = math.maximum(D / P * LN2 + gap, 0.0)
@@ -186,14 +186,14 @@ def _row_gradient(
 
 @kernel
 def divergence_kernel(
-    X, Y, OUT, IDS, T, T_OTHER, TABLE, COEFS, WEIGHTS,
+    X, Y, OUT, IDS, T, T_OTHER, TABLE, COEFS,
     N: tl.int64, t_stride: tl.int32, other_t_stride: tl.int32,
     per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, other_batch_stride: tl.int64, other_row_stride: tl.int64,
     out_batch_stride: tl.int64, out_row_stride: tl.int64, V: tl.int32, width: tl.int32, p_cap, q_cap,
     STATS: tl.constexpr, GRAD: tl.constexpr, LOGS: tl.constexpr,
     BLOCK: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """A row: STATS writes ``TABLE [8, N]``, else it is read; GRAD writes ``OUT``. Coefficients: ``COEFS [3, N]``; with both, ``COEFS [3]`` times ``WEIGHTS [N]``."""
+    """A row: STATS writes ``TABLE [8, N]``, else it is read; GRAD writes ``OUT`` by the coefficients ``COEFS [3, N]``."""
     row = tl.program_id(0)
     keep = tl.load(IDS + row) != -100
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
@@ -214,11 +214,8 @@ def divergence_kernel(
         reverse, entropy = tl.load(G + N), tl.load(G + 2 * N)
         p_lse, p_low, q_lse, q_low = tl.load(G + 4 * N), tl.load(G + 5 * N), tl.load(G + 6 * N), tl.load(G + 7 * N)
     if GRAD:
-        if STATS:
-            weight = tl.load(WEIGHTS + row)
-            by_forward, by_reverse, by_entropy = weight * tl.load(COEFS), weight * tl.load(COEFS + 1), weight * tl.load(COEFS + 2)
-        else:
-            by_forward, by_reverse, by_entropy = tl.load(COEFS + row), tl.load(COEFS + N + row), tl.load(COEFS + 2 * N + row)
+        B = COEFS + row
+        by_forward, by_reverse, by_entropy = tl.load(B), tl.load(B + N), tl.load(B + 2 * N)
         OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
         live = keep & ((by_forward != 0.0) | (by_reverse != 0.0) | (by_entropy != 0.0))
         if live:
