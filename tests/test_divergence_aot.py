@@ -26,17 +26,18 @@ def aot(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90", "gfx942"])
 def test_compiles_without_spills_and_streams_16_bytes_at_a_time(aot, target):
     compiled = aot("compile", target)
-    assert len(compiled) == 9  # three pairs of dtypes; statistics, gradient, both
+    assert len(compiled) == 6  # two pairs of dtypes; statistics, gradient, both
     for kernel in compiled:
         assert kernel["spilled"] == 0, kernel
-        if kernel["dtype"] in ("torch.bfloat16+torch.bfloat16", "torch.float32+torch.float32"):
+        if kernel["dtype"] == "torch.bfloat16+torch.bfloat16":
             assert kernel["wide_loads"] >= 2, kernel
-    assert sum(k["wide_stores"] > 0 for k in compiled) >= 4
+    assert sum(k["wide_stores"] > 0 for k in compiled) >= 2
 
 
+@pytest.mark.slow
 def test_soft_caps_compile_without_spills(aot):
     assert all(kernel["spilled"] == 0 for kernel in aot("variants", "sm_90"))
 

@@ -23,3 +23,18 @@ def test_trl_addition(tmp_path):
     shares = numbers["gradient_share_by_probability_quartile"]
     assert shares["reweighted"][0] < shares["plain"][0], "reweighting must take from the least likely tokens"
     assert (tmp_path / "out" / "trl_addition.png").stat().st_size > 10_000
+
+
+def test_preference(capsys):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("preference_example", EXAMPLES / "preference.py")
+    example = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = example
+    spec.loader.exec_module(example)
+    runs = example.main(["--steps", "40"])
+    assert set(runs) == {"dpo", "wpo", "sparse_po", "our own"}
+    for name, history in runs.items():
+        assert history[0]["rewards/margins"] == 0 or name == "sparse_po"  # the reference is where training starts
+        assert history[-1]["rewards/accuracies"] == 1 and history[-1]["loss"] < 0.8 * history[0]["loss"], name
+    assert "accuracy" in capsys.readouterr().out
