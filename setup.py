@@ -30,7 +30,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-# csrc/cpu/kernels.cpp is compiled once per level; dispatch.cpp picks the best one that the processor has, at run time.
+# csrc/cpu/kernels.cpp and divergence.cpp are compiled once per level; dispatch.cpp picks the best one that the processor has, at run time.
 X86_LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
@@ -76,6 +76,8 @@ class NinjaBuild(build_ext):
         for name, march in levels.items():
             obj = f"kernels_{name}.o"
             objects[obj] = edge(obj, "cxx", "cpu/kernels.cpp", [*flags, *includes(), *march, f"-DRW_LEVEL={name}", *NO_FALSE_ALARM])
+            obj = f"divergence_{name}.o"
+            objects[obj] = edge(obj, "cxx", "cpu/divergence.cpp", [*flags, *includes(), *march, f"-DRW_LEVEL={name}", *NO_FALSE_ALARM])
         return self.link("reweight_ops._C", objects, openmp)
 
     def cuda_part(self) -> tuple[str, str]:

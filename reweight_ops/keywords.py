@@ -178,6 +178,11 @@ def all_options(op: str, keywords: dict[str, Any], own: tuple[str, ...] = ()) ->
     return HeadOptions(**head), DataOptions(**{name: value for name, value in keywords.items() if name in _DATA})
 
 
+def reject_unknown(op: str, keywords: dict[str, Any], known: tuple[str, ...]) -> None:
+    """A TypeError for the first keyword that is none of ``known``."""
+    _check(op, keywords, (), known)
+
+
 def _check(op: str, keywords: dict[str, Any], known: tuple[str, ...], own: tuple[str, ...]) -> None:
     for name in keywords:
         if name not in known:

@@ -24,7 +24,7 @@ from triton.runtime.driver import driver  # noqa: E402
 
 from reweight_ops.backends import triton as backend  # noqa: E402
 from reweight_ops.backends.base import COEFS, Head, Program, RowInputs  # noqa: E402
-from reweight_ops.triton_kernels.config import Config  # noqa: E402
+from reweight_ops.triton_kernels.config import MAX_REGISTERS, Config  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
@@ -102,8 +102,10 @@ class Recorder:
     def __exit__(self, *error):
         backend._launch, backend._wave = self._launch, self._wave
 
-    def launch(self, kernel, programs, *args, warps, **meta):
-        compiled = kernel.warmup(*args, grid=(programs,), **meta, **backend._options(warps, TARGETS[self.target].backend == "hip"))
+    def launch(self, kernel, programs, *args, warps, registers=MAX_REGISTERS, **meta):
+        compiled = kernel.warmup(
+            *args, grid=(programs,), **meta, **backend._options(warps, TARGETS[self.target].backend == "hip", registers)
+        )
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
 

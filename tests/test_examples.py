@@ -42,3 +42,16 @@ def test_group_advantages_has_estimators_that_run():
     spec.loader.exec_module(example)
     for name in example.ESTIMATORS:
         assert len(example.train(name, steps=1, lopti=False)) == 1
+
+
+def test_preference(capsys):
+    spec = importlib.util.spec_from_file_location("preference_example", EXAMPLES / "preference.py")
+    example = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = example
+    spec.loader.exec_module(example)
+    runs = example.main(["--steps", "40"])
+    assert set(runs) == {"dpo", "wpo", "sparse_po", "our own"}
+    for name, history in runs.items():
+        assert history[0]["rewards/margins"] == 0 or name == "sparse_po"  # the reference is where training starts
+        assert history[-1]["rewards/accuracies"] == 1 and history[-1]["loss"] < 0.8 * history[0]["loss"], name
+    assert "accuracy" in capsys.readouterr().out

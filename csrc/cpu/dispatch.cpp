@@ -5,7 +5,9 @@
 
 namespace reweight_ops {
 
-#define RW_DECLARE(name) extern const Kernels kernels_##name;
+#define RW_DECLARE(name)                \
+    extern const Kernels kernels_##name; \
+    extern const DivergenceKernels divergence_##name;
 #ifdef RW_HAS_PORTABLE
 RW_DECLARE(portable)
 #else
@@ -19,7 +21,7 @@ const std::vector<Level>& levels() {
     static const std::vector<Level> all = [] {
         std::vector<Level> found;
 #ifdef RW_HAS_PORTABLE
-        found.push_back({"portable", &kernels_portable, true});
+        found.push_back({"portable", &kernels_portable, &divergence_portable, true});
 #else
         __builtin_cpu_init();
         const auto has = [](auto... features) { return (features && ...); };
@@ -28,10 +30,10 @@ const std::vector<Level>& levels() {
                                   __builtin_cpu_supports("bmi2"));
         const bool v4 = v3 && has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512cd"),
                                   __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"));
-        found.push_back({"v2", &kernels_v2, v2});
-        found.push_back({"v3", &kernels_v3, v3});
-        found.push_back({"v4", &kernels_v4, v4});
-        found.push_back({"v4_bf16", &kernels_v4_bf16, v4 && __builtin_cpu_supports("avx512bf16")});
+        found.push_back({"v2", &kernels_v2, &divergence_v2, v2});
+        found.push_back({"v3", &kernels_v3, &divergence_v3, v3});
+        found.push_back({"v4", &kernels_v4, &divergence_v4, v4});
+        found.push_back({"v4_bf16", &kernels_v4_bf16, &divergence_v4_bf16, v4 && __builtin_cpu_supports("avx512bf16")});
 #endif
         return found;
     }();

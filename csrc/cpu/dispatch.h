@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "divergence.h"
 #include "verbs.h"
 
 namespace reweight_ops {
@@ -11,6 +12,7 @@ namespace reweight_ops {
 struct Level {
     const char* name;
     const Kernels* kernels;
+    const DivergenceKernels* divergence;
     bool supported;  // by this processor
 };
 

@@ -34,8 +34,6 @@ struct Row {
 
 // ---- the gradient row
 
-constexpr int64_t kCacheBytes = 8 << 20;
-
 /// Derivatives of the loss by the row's statistics, and those of the statistics that they multiply.
 struct Derivatives {
     float logp_coef, entropy_coef, lse_coef, p_sq_coef;
@@ -65,13 +63,6 @@ struct Derivatives {
         return float(g);
     }
 };
-
-template <class T>
-void fill(T* g, int64_t n, float value) {
-    int64_t i = 0;
-    for (; i + 2 * kWidth <= n; i += 2 * kWidth) store2(g + i, splat(value), splat(value));
-    if (i < n) store2_partial(g + i, n - i, splat(value), splat(value));
-}
 
 /// A gradient of its own that no cache holds anyway is written past them: a store would first read the line from memory.
 template <class C>

@@ -193,6 +193,16 @@ RowSweep sweep_row(const T* x, int64_t columns, float scale, const Softcap& soft
     return row;
 }
 
+/// Gradients beyond this size are held by no cache when they are next read.
+constexpr int64_t kCacheBytes = 8 << 20;
+
+template <class T>
+void fill(T* g, int64_t n, float value) {
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) store2(g + i, splat(value), splat(value));
+    if (i < n) store2_partial(g + i, n - i, splat(value), splat(value));
+}
+
 /// dL/dlogit = p·(constant + log·log p + p_coef·p) away from the target, before the softcap's slope; 1/T is in the coefficients.
 struct GradCoefs {
     double constant, log, p_coef;

@@ -59,7 +59,7 @@ def _processors(device: torch.device) -> int:
     return int(_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
-def _launch(kernel: Any, programs: int, *args: Any, warps: int, **meta: Any) -> None:
+def _launch(kernel: Any, programs: int, *args: Any, warps: int, registers: int = MAX_REGISTERS, **meta: Any) -> None:
     """The one place where anything is launched."""
     if interpreted():
         import numpy
@@ -67,12 +67,12 @@ def _launch(kernel: Any, programs: int, *args: Any, warps: int, **meta: Any) -> 
         with numpy.errstate(all="ignore"):  # it warns of every 0 * inf in a branch that a select then drops
             kernel[(programs,)](*args, **meta)
     else:
-        kernel[(programs,)](*args, **meta, **_options(warps, torch.version.hip is not None))
+        kernel[(programs,)](*args, **meta, **_options(warps, torch.version.hip is not None, registers))
 
 
-def _options(warps: int, hip: bool) -> dict[str, Any]:
+def _options(warps: int, hip: bool, registers: int = MAX_REGISTERS) -> dict[str, Any]:
     # Contraction off: kernels that share a sweep must round alike. Registers bounded, or ptxas spills for an occupancy nobody needs.
-    return {"num_warps": warps, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": MAX_REGISTERS})
+    return {"num_warps": warps, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": registers})
 
 
 def _alignment(*tensors: Tensor) -> int:

@@ -1,0 +1,187 @@
+"""Published losses on two logits tensors or with another normaliser, per token. Each is a few lines on the fused statistics, or a formula in chunks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import Unpack
+
+from ..catalogue import published
+from ..errors import InvalidCall
+from ..head import resolve_logits
+from ..keywords import HeadKeywords, head_options
+from ..policy_loss import token_logps, token_stats
+from ..preference.scores import log1mexp
+from .chunks import per_row
+from .ops import resolve_two, token_divergence
+
+_OWN = ("completion_mask",)
+
+
+@published(
+    "symmetric_cross_entropy", "Symmetric cross-entropy with a mean teacher", kind="divergence", level="token", plan="two passes", arxiv="2211.13081",
+    paper="Robust Mean Teacher for Continual and Gradual Test-Time Adaptation", certainty="secondary",
+)  # fmt: skip
+def symmetric_cross_entropy(logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
+    """``-½·Σ q·log p - ½·Σ p·log q`` per token, q the (detached) teacher's: R.
+
+    Arguments of :func:`token_divergence`; the paper's form over three views is a mean of such terms.
+    """
+    return token_divergence(logits, teacher_logits, kind="symmetric_cross_entropy", **keywords)
+
+
+@published(
+    "confidence_masked_kl", "Confidence-masked consistency (UDA)", kind="divergence", level="token", plan="two passes", arxiv="1904.12848",
+    paper="Unsupervised Data Augmentation for Consistency Training", certainty="secondary",
+)  # fmt: skip
+def confidence_masked_kl(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    threshold: float,
+    sharpening_temperature: float,
+    completion_mask: Tensor | None = None,
+    **keywords: Unpack[HeadKeywords],
+) -> Tensor:
+    """``1[max_v q₁(v) > threshold]·KL(q_T‖p)`` per token: R. ``q_T`` is the softmax of the teacher's logits over ``sharpening_temperature``, ``q₁`` over 1.
+
+    Tokens on which the teacher is not confident get exactly 0 and count in whatever mean the caller takes, as in the paper. Other arguments:
+    :func:`token_divergence`. Differs from the paper: per token, where it has one prediction per example.
+    """
+    kl = token_divergence(logits, teacher_logits, completion_mask=completion_mask, other_temperature=sharpening_temperature, **keywords)
+    head = {name: value for name, value in keywords.items() if name in ("vocab_size", "backend")}
+    ids = torch.zeros(kl.shape, dtype=torch.int64, device=kl.device)
+    rows = teacher_logits[..., : kl.shape[-1], :]
+    top = token_stats(rows.detach(), ids, stats=("max_logp",), completion_mask=completion_mask, **head).max_logp  # type: ignore[arg-type]
+    assert top is not None
+    return torch.where(top > math.log(threshold), kl, 0)
+
+
+@published(
+    "pld", "Plackett-Luce Distillation", kind="divergence", level="token", plan="composite", arxiv="2506.12542", certainty="verified",
+    paper="PLD: A Choice-Theoretic List-Wise Knowledge Distillation",
+)  # fmt: skip
+def pld(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    teacher_temperature: Any = 1.0,
+    **keywords: Unpack[HeadKeywords],
+) -> Tensor:
+    """``Σ_k q[π_k]·(log Σ_{j≥k} e^(s[π_j]) - s[π_k])`` per token: R.
+
+    π: the label first, then the other tokens by descending teacher logit; q the teacher's softmax over ``teacher_temperature``; s the student's logits.
+    With q on the label alone it is cross-entropy. A sort and a suffix log-sum-exp of the whole vocabulary, in chunks of rows.
+    """
+    op = "pld"
+    call = resolve_two(
+        op, logits, teacher_logits, completion_mask, head_options(op, dict(keywords), (*_OWN, "teacher_temperature")), teacher_temperature, None,
+        {"completion_ids": completion_ids},
+    )  # fmt: skip
+    assert call.p.rows.ids is not None
+
+    def rows(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        q = torch.softmax(t, -1)
+        order = t.scatter(-1, y[:, None], math.inf).sort(dim=-1, descending=True, stable=True).indices
+        s, q = s.gather(-1, order), q.gather(-1, order)
+        # From the end; a tail of -inf logits has no sum, and its q must be 0.
+        tail = torch.logcumsumexp(s.flip(-1), -1).flip(-1)
+        return torch.where(q == 0, 0, q * (torch.where(q == 0, 0, tail) - torch.where(q == 0, 0, s))).sum(-1)
+
+    return per_row(op, call, rows, call.p.rows.ids.clamp(min=0))
+
+
+@published(
+    "dhkd", "Dual-Head Knowledge Distillation (the auxiliary head's loss)", kind="divergence", level="token", plan="composite", arxiv="2411.08937",
+    paper="Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
+)  # fmt: skip
+def dhkd(
+    logits: Tensor, teacher_logits: Tensor, *, completion_mask: Tensor | None = None, temperature: float = 2.0, **keywords: Any
+) -> Tensor:
+    """``T²·Σ_v log cosh((s_v - t_v)/(2T))`` per token: R. ``logits`` s are the auxiliary head's; no softmax. Gradient ``T/2·tanh((s-t)/(2T))``.
+
+    It is the released code's ``T²·Σ_v KL(½‖σ(d)) + KL(½‖1-σ(d))``, ``d = (s-t)/T``, without its ε. The main head keeps its cross-entropy; T is 2 there.
+    """
+    op = "dhkd"
+    if not isinstance(temperature, (int, float)) or not temperature > 0:
+        raise InvalidCall(f"{op}: temperature is {temperature}, expected a positive number.")
+    call = resolve_two(
+        op, logits, teacher_logits, completion_mask, head_options(op, dict(keywords), (*_OWN, "temperature")), None, None, {}
+    )
+
+    def rows(s: Tensor, t: Tensor) -> Tensor:
+        u = ((s - t) / (2 * temperature)).abs()
+        return temperature**2 * (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1)
+
+    return per_row(op, call, rows)
+
+
+@published(
+    "ldr", "Label-distributionally robust loss (LDR-KL)", kind="divergence", level="token", plan="two passes", arxiv="2112.14869",
+    paper="Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness and Adaptivity",
+)  # fmt: skip
+def ldr(
+    logits: Tensor, completion_ids: Tensor, *, lambda_: Any = 1.0, margin: Any = 0.1, completion_mask: Tensor | None = None, **keywords: Any
+) -> Tensor:
+    """``λ·log( 1/V·Σ_k exp((c·1[k≠y] + f_k - f_y)/λ) )`` per token: R. c is ``margin``; λ = 1 and c = 0 is cross-entropy less log V.
+
+    Equal to ``λ·(log(1 + (1/p - 1)·e^(c/λ)) - log V)`` with p the label's probability at temperature λ, so it needs the label's log-prob only and runs on every
+    backend; where p is 1 in fp32, ``1/p - 1`` counts as 2⁻²⁴, so ``c/λ`` should stay below
+    about 10. ``lambda_``: a number, or one per row (ALDR's state). Differs from the paper: the released code
+    first rescales the logits (softplus
+    over its mean, or over the mean absolute value); here they are taken as they are.
+    """
+    if "temperature" in keywords:
+        raise InvalidCall("ldr: temperature is lambda_ here.")
+    logp = token_logps(logits, completion_ids, completion_mask=completion_mask, temperature=lambda_, **keywords)
+    columns = keywords.get("vocab_size") or logits.shape[-1]
+    loss = lambda_ * (F.softplus(log1mexp(logp) - logp + margin / lambda_) - math.log(columns))
+    keep = completion_ids != -100
+    return torch.where(keep if completion_mask is None else keep & (completion_mask != 0), loss, 0)
+
+
+@published(
+    "aldr", "Adaptive LDR-KL", kind="divergence", level="sample", plan="two passes", arxiv="2112.14869",
+    paper="Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness and Adaptivity",
+)  # fmt: skip
+def aldr(entropies: Tensor, vocab_size: int, *, lambda0: float, alpha: float) -> Tensor:
+    """The next λ of :func:`ldr` for every row: ``λ ← λ₀ - λ₀·KL(p‖U)/(α·log V)``, ``KL(p‖U) = log V - H(p)``.
+
+    ``entropies``: of the softmax at the row's current λ (``token_logps(..., temperature=lambda_, return_entropy=True)``), any shape; the result is detached.
+    λ is a state of the example: an uncertain row keeps λ₀, a sure one gets a smaller λ. Differs from the paper: the code adds
+    1e-5 to p before its entropy, and a term
+    ``-α·log V/(2·λ₀)·(λ - λ₀)²`` to the loss that has no gradient.
+    """
+    if not lambda0 > 0 or not alpha > 0 or vocab_size < 2:
+        raise InvalidCall(
+            f"aldr: lambda0 is {lambda0}, alpha {alpha}, vocab_size {vocab_size}; expected positive numbers and at least 2 columns."
+        )
+    log_v = math.log(vocab_size)
+    return lambda0 - lambda0 * (log_v - entropies.detach()) / (alpha * log_v)
+
+
+@published(
+    "stablemax", "StableMax cross-entropy", kind="divergence", level="token", plan="composite", arxiv="2501.04697",
+    paper="Grokking at the Edge of Numerical Stability",
+)  # fmt: skip
+def stablemax(logits: Tensor, completion_ids: Tensor, *, completion_mask: Tensor | None = None, **keywords: Unpack[HeadKeywords]) -> Tensor:
+    """``-log( s(z_y) / Σ_v s(z_v) )`` per token with ``s(x) = x + 1`` for ``x ≥ 0``, else ``1/(1 - x)``: R. Not invariant under shifts of the logits.
+
+    Differs from the paper: in fp32 (fp64 for fp64 logits), where it computes in fp64; without its ε of 1e-30.
+    """
+    op = "stablemax"
+    call = resolve_logits(op, logits, completion_ids, head_options(op, dict(keywords), _OWN), {"completion_mask": completion_mask})
+    assert call.rows.ids is not None
+
+    def rows(x: Tensor, y: Tensor) -> Tensor:
+        # Each branch sees arguments of its own sign only, so that no gradient is NaN.
+        s = torch.where(x >= 0, x.clamp(min=0) + 1, 1 / (1 - x.clamp(max=0)))
+        return s.sum(-1).log() - s.gather(-1, y[:, None])[:, 0].log()
+
+    return per_row(op, call, rows, call.rows.ids.clamp(min=0))

@@ -1,0 +1,78 @@
+"""Losses of pairs of completions. A published one is a function that returns a :class:`PairSpec`; :func:`preference_loss` evaluates it.
+
+    L = loss_scale · mean_i w_i · Σ_k coef_k · ℓ_k(pair i)
+
+A spec is a score (how tokens become a sequence's score), terms (functions of margins) and detached weights; each is a record with one formula on ``[P]``
+vectors, in ``scores.py``, ``losses.py`` and ``weights.py``.
+"""
+
+from .evaluate import PreferenceLossOutput
+from .losses import (
+    Aot,
+    ApoDown,
+    ApoZero,
+    BcoPair,
+    ChosenNll,
+    Discopop,
+    Ensemble,
+    ExoPair,
+    Hinge,
+    Inconsistency,
+    Ipo,
+    ListLikelihood,
+    MaskNorm,
+    NcaPair,
+    OddsRatio,
+    Robust,
+    SearchConfidence,
+    Sigmoid,
+    SoftLabel,
+    SppoHard,
+    SquaredNash,
+)  # fmt: skip
+from .masks import from_first_difference, mapo_masks, rank_consistency
+from .methods import (
+    apo,
+    bco,
+    cdpo,
+    cpo,
+    cream,
+    discopop,
+    dpo,
+    dpo_gamma,
+    ens_loss,
+    exo,
+    hinge,
+    inpo,
+    ipo,
+    madpo,
+    mcts_dpo,
+    nca,
+    orpo,
+    rank_list,
+    robust_dpo,
+    rpo,
+    scir,
+    simpo,
+    sparse_po,
+    sppo,
+    unlikelihood,
+    wpo,
+)  # fmt: skip
+from .ops import linear_preference_loss, preference_loss, preference_loss_from_logps
+from .parts import PairLoss, PairWeight, Score
+from .scores import Likelihood, LikelihoodAgainstUnlikelihood, LogRatio, MaskedLogRatio
+from .spec import PairSpec, PairTerm
+from .trl import trl
+from .view import Pairs, Sequences, Side
+from .weights import Agreement, MarginAdaptive, SampledAlignment
+
+__all__ = [
+    "Agreement", "Aot", "ApoDown", "ApoZero", "BcoPair", "ChosenNll", "Discopop", "Ensemble", "ExoPair", "Hinge", "Inconsistency", "Ipo",
+    "Likelihood", "LikelihoodAgainstUnlikelihood", "ListLikelihood", "LogRatio", "MarginAdaptive", "MaskNorm", "MaskedLogRatio", "NcaPair",
+    "OddsRatio", "PairLoss", "PairSpec", "PairTerm", "PairWeight", "Pairs", "PreferenceLossOutput", "Robust", "SampledAlignment", "Score",
+    "SearchConfidence", "Sequences", "Side", "Sigmoid", "SoftLabel", "SppoHard", "SquaredNash", "apo", "bco", "cdpo", "cpo", "cream", "discopop",
+    "dpo", "dpo_gamma", "ens_loss", "exo", "from_first_difference", "hinge", "inpo", "ipo", "linear_preference_loss", "madpo", "mapo_masks",
+    "mcts_dpo", "nca", "orpo", "preference_loss", "preference_loss_from_logps", "rank_consistency", "rank_list", "robust_dpo", "rpo", "scir",
+    "simpo", "sparse_po", "sppo", "trl", "unlikelihood", "wpo",
+]  # fmt: skip

@@ -1,0 +1,90 @@
+"""Token masks of pair losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidCall
+from .view import LAYOUTS
+
+
+def from_first_difference(completion_ids: Tensor, completion_mask: Tensor | None = None, *, pairs: str = "halves") -> Tensor:
+    """``[B, T]`` bool: the tokens of ``completion_mask`` from the first column on in which the two sequences of a pair differ.
+
+    Steps of a search tree share a prefix; only what follows it says anything about the preference. ``B`` is even, ``pairs`` as in :func:`preference_loss`.
+    A pair that does not differ has no token left.
+
+    >>> import torch
+    >>> from_first_difference(torch.tensor([[5, 6, 7], [5, 8, 7]])).int()
+    tensor([[0, 1, 1],
+            [0, 1, 1]], dtype=torch.int32)
+    """
+    if completion_ids.dim() != 2 or completion_ids.size(0) % 2 or pairs not in LAYOUTS:
+        raise InvalidCall(
+            f"from_first_difference: completion_ids is {tuple(completion_ids.shape)}, pairs {pairs!r}; expected [2·P, T] and one of {LAYOUTS}."
+        )
+    keep = completion_ids != -100
+    if completion_mask is not None:
+        keep = keep & (completion_mask != 0)
+    ids = torch.where(keep, completion_ids, -100)
+    columns = ids.size(1)
+    both = ids.view(2, -1, columns) if pairs == "halves" else ids.view(-1, 2, columns).transpose(0, 1)
+    started = ((both[0] != both[1]).cumsum(-1) > 0)[None].expand_as(both)
+    started = (started if pairs == "halves" else started.transpose(0, 1)).reshape(ids.shape)
+    return keep & started
+
+
+def mapo_masks(activations: Sequence[Tensor], completion_mask: Tensor) -> Tensor:
+    """``[B, T]``, detached: MAPO's mask from activations, for ``reward_mask`` and ``kl_mask`` of :func:`sparse_po`.
+
+    For each of ``activations`` ``[B, T, D]`` (layers, hooks): the mean over features, standardised over the sequence's tokens, then brought to [0, 1] by the
+    sequence's minimum and maximum; then the mean over the list. A sequence whose values are all equal gets 0.
+
+    >>> import torch
+    >>> mapo_masks([torch.tensor([[[1.0], [2.0], [3.0]]])], torch.tensor([[1, 1, 1]]))
+    tensor([[0.0000, 0.5000, 1.0000]])
+    """
+    if not activations:
+        raise InvalidCall("mapo_masks: activations is empty; expected at least one tensor [B, T, D].")
+    keep = completion_mask != 0
+    total = torch.zeros_like(completion_mask, dtype=torch.float32)
+    for a in activations:
+        if a.dim() != 3 or a.shape[:2] != keep.shape:
+            raise InvalidCall(f"mapo_masks: an activation is {tuple(a.shape)}, expected {tuple(keep.shape)} + (D,).")
+        x = a.detach().float().mean(-1)
+        low = torch.where(keep, x, torch.inf).amin(-1, keepdim=True)
+        # Standardising first changes nothing: the range that follows undoes it.
+        span = torch.where(keep, x, -torch.inf).amax(-1, keepdim=True) - low
+        total = total + torch.where(keep & (span > 0), (x - low) / torch.where(span > 0, span, 1), 0)
+    return total / len(activations)
+
+
+def rank_consistency(rewards: Tensor, previous_rewards: Tensor, *, kind: str = "kendall") -> Tensor:
+    """``[N, G], [N, G] -> [N]`` in [0, 1]: CREAM's consistency of two rankings of the same G responses.
+
+    ``kendall``: ``(τ + 1)/2``, τ over all pairs, a tie in either counting 0 (τ-a). ``spearman``: ``(ρ + 1)/2``, ρ the correlation of ranks (ties by position).
+    ``toporder``: 1 where both agree on the best and on the worst response, else 0.
+
+    >>> import torch
+    >>> rank_consistency(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[3.0, 1.0, 2.0]]))
+    tensor([0.6667])
+    """
+    if rewards.dim() != 2 or rewards.shape != previous_rewards.shape or rewards.size(-1) < 2:
+        raise InvalidCall(
+            f"rank_consistency: rewards are {tuple(rewards.shape)} and {tuple(previous_rewards.shape)}, expected [N, G] twice with G > 1."
+        )
+    g = rewards.size(-1)
+    if kind == "kendall":
+        signs = [torch.sign(x[:, :, None] - x[:, None, :]) for x in (rewards, previous_rewards)]
+        tau = (signs[0] * signs[1]).sum((-1, -2)) / (g * (g - 1))
+        return (tau + 1) / 2
+    if kind == "spearman":
+        a, b = (x.argsort(dim=-1, stable=True).argsort(-1).to(rewards.dtype) for x in (rewards, previous_rewards))
+        return 1 - 3 * (a - b).square().sum(-1) / (g * (g * g - 1))
+    if kind == "toporder":
+        same = (rewards.argmax(-1) == previous_rewards.argmax(-1)) & (rewards.argmin(-1) == previous_rewards.argmin(-1))
+        return same.to(rewards.dtype)
+    raise InvalidCall(f"rank_consistency: kind is {kind!r}, expected 'kendall', 'spearman' or 'toporder'.")

@@ -1,0 +1,348 @@
+"""The published losses of pairs: each is a function that returns its :class:`PairSpec`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..catalogue import published
+from ..errors import InvalidCall
+from .losses import (
+    ApoDown,
+    ApoZero,
+    BcoPair,
+    ChosenNll,
+    Discopop,
+    Ensemble,
+    ExoPair,
+    Hinge,
+    Inconsistency,
+    Ipo,
+    ListLikelihood,
+    MaskNorm,
+    NcaPair,
+    OddsRatio,
+    Robust,
+    SearchConfidence,
+    Sigmoid,
+    SoftLabel,
+    SppoHard,
+    SquaredNash,
+)  # fmt: skip
+from .parts import PairLoss
+from .scores import Likelihood, LikelihoodAgainstUnlikelihood, LogRatio, MaskedLogRatio
+from .spec import PairSpec, PairTerm
+from .weights import Agreement, MarginAdaptive, SampledAlignment
+
+
+def _terms(*losses: PairLoss | tuple[PairLoss, Any]) -> tuple[PairTerm, ...]:
+    return tuple(PairTerm(loss=x[0], coef=x[1]) if isinstance(x, tuple) else PairTerm(loss=x) for x in losses)
+
+
+@published(
+    "dpo", "Direct Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2305.18290",
+    paper="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+)  # fmt: skip
+def dpo(beta: Any = 0.1, ld_alpha: Any = None, divergence: str = "reverse_kl", alpha: float = 1.0) -> PairSpec:
+    """``-log σ(β·m)``, ``m = (log π - log π_ref)(y_w) - (log π - log π_ref)(y_l)`` (eq. 7).
+
+    ``ld_alpha``: LD-DPO's weight of the tokens beyond the shorter sequence's length. ``divergence``, ``alpha``: f-DPO, see :class:`LogRatio`.
+    """
+    score = LogRatio(ld_alpha=ld_alpha, divergence=divergence, alpha=alpha)
+    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=score, name="dpo")
+
+
+@published(
+    "cdpo", "Conservative DPO", kind="pair_loss", level="pair", plan="two passes", arxiv="unknown", certainty="secondary",
+    paper="A note on DPO with noisy preferences & relationship to IPO",
+)  # fmt: skip
+def cdpo(beta: Any = 0.1, label_smoothing: Any = 0.1) -> PairSpec:
+    """``-(1-ε)·log σ(β·m) - ε·log σ(-β·m)``: a share ε of the labels is wrong. The default of ε is ours."""
+    return PairSpec(terms=_terms(Sigmoid(label_smoothing=label_smoothing)), beta=beta, name="cdpo")
+
+
+@published(
+    "robust_dpo", "Robust DPO (rDPO)", kind="pair_loss", level="pair", plan="two passes", arxiv="2403.00409",
+    paper="Provably Robust DPO: Aligning Language Models with Noisy Feedback", certainty="secondary",
+)  # fmt: skip
+def robust_dpo(beta: Any = 0.1, label_smoothing: Any = 0.1) -> PairSpec:
+    """``(-(1-ε)·log σ(β·m) + ε·log σ(-β·m)) / (1-2ε)``: unbiased if a share ε of the labels is flipped (TRL's ``robust``)."""
+    return PairSpec(terms=_terms(Robust(label_smoothing=label_smoothing)), beta=beta, name="robust_dpo")
+
+
+@published(
+    "hinge", "SLiC-HF's hinge on DPO's margin", kind="pair_loss", level="pair", plan="two passes", arxiv="2305.10425", certainty="secondary",
+    paper="SLiC-HF: Sequence Likelihood Calibration with Human Feedback",
+)  # fmt: skip
+def hinge(beta: Any = 0.1) -> PairSpec:
+    """``max(0, 1 - β·m)`` (TRL's ``hinge``). Differs from the paper: the margin is of log-ratios to the reference, not of log-probs."""
+    return PairSpec(terms=_terms(Hinge()), beta=beta, name="hinge")
+
+
+@published(
+    "ipo", "Identity Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2310.12036", certainty="secondary",
+    paper="A General Theoretical Paradigm to Understand Learning from Human Preferences",
+)  # fmt: skip
+def ipo(beta: Any = 0.1, average: bool = True) -> PairSpec:
+    """``(m - 1/(2β))²`` (eq. 17, β is the paper's τ). ``average=True``, as TRL: ``m`` of log-ratios per token.
+
+    Differs from the paper: the average; its formula has sums (``average=False``).
+    """
+    return PairSpec(terms=_terms(Ipo(average=average)), beta=beta, name="ipo")
+
+
+@published(
+    "exo", "Efficient Exact Optimization (pairs)", kind="pair_loss", level="pair", plan="two passes", arxiv="2402.00856", certainty="secondary",
+    paper="Towards Efficient Exact Optimization of Language Model Alignment",
+)  # fmt: skip
+def exo(beta: Any = 0.1, label_smoothing: float = 1e-3) -> PairSpec:
+    """``KL((σ(β·m), σ(-β·m)) ‖ (1-ε, ε))`` (eq. 16; TRL's ``exo_pair``)."""
+    return PairSpec(terms=_terms(ExoPair(label_smoothing=label_smoothing)), beta=beta, name="exo")
+
+
+@published(
+    "nca", "Noise Contrastive Alignment (pairs)", kind="pair_loss", level="pair", plan="two passes", arxiv="2402.05369", certainty="secondary",
+    paper="Noise Contrastive Alignment of Language Models with Explicit Rewards",
+)  # fmt: skip
+def nca(beta: Any = 0.1) -> PairSpec:
+    """``-log σ(r_w) - ½·log σ(-r_w) - ½·log σ(-r_l)``, ``r = β·(log π - log π_ref)`` (TRL's ``nca_pair``)."""
+    return PairSpec(terms=_terms(NcaPair()), beta=beta, name="nca")
+
+
+@published(
+    "bco", "Binary Classifier Optimization (pairs)", kind="pair_loss", level="pair", plan="two passes", arxiv="2404.04656", certainty="secondary",
+    paper="Binary Classifier Optimization for Large Language Model Alignment",
+)  # fmt: skip
+def bco(beta: Any = 0.1) -> PairSpec:
+    """``-log σ(r_w) - log σ(-r_l)``, ``r = β·(log π - log π_ref)`` (TRL's ``bco_pair``). Differs from the paper: no reward shift δ."""
+    return PairSpec(terms=_terms(BcoPair()), beta=beta, name="bco")
+
+
+@published(
+    "sppo", "Self-Play Preference Optimization (hard labels)", kind="pair_loss", level="pair", plan="two passes", arxiv="2405.00675",
+    paper="Self-Play Preference Optimization for Language Model Alignment", certainty="secondary",
+)  # fmt: skip
+def sppo(beta: Any = 0.1) -> PairSpec:
+    """``(log-ratio_w - 1/(2β))² + (log-ratio_l + 1/(2β))²`` (eq. 4.7 with P = 1 and 0; TRL's ``sppo_hard``)."""
+    return PairSpec(terms=_terms(SppoHard()), beta=beta, name="sppo")
+
+
+@published(
+    "apo", "Anchored Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2408.06266", certainty="secondary",
+    paper="Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
+)  # fmt: skip
+def apo(beta: Any = 0.1, anchor: str = "zero") -> PairSpec:
+    """``anchor="zero"``: ``1 - σ(r_w) + σ(r_l)`` (eq. 7). ``"down"``: ``σ(r_w) + 1 - σ(r_w - r_l)`` (eq. 8). ``r = β·(log π - log π_ref)``."""
+    kinds = {"zero": ApoZero, "down": ApoDown}
+    if anchor not in kinds:
+        raise InvalidCall(f"apo: anchor is {anchor!r}, expected 'zero' or 'down'.")
+    return PairSpec(terms=_terms(kinds[anchor]()), beta=beta, name="apo")
+
+
+@published(
+    "discopop", "Discovered Preference Optimization (DiscoPOP)", kind="pair_loss", level="pair", plan="two passes", arxiv="2406.08414",
+    paper="Discovering Preference Optimization Algorithms with and for Large Language Models", certainty="secondary",
+)  # fmt: skip
+def discopop(beta: Any = 0.1, tau: Any = 0.05) -> PairSpec:
+    """``-(1-g)·log σ(x) + g·exp(-x)``, ``x = β·m``, ``g = σ(x/τ)`` (eq. 5)."""
+    return PairSpec(terms=_terms(Discopop(tau=tau)), beta=beta, name="discopop")
+
+
+@published(
+    "simpo", "Simple Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2405.14734", certainty="secondary",
+    paper="SimPO: Simple Preference Optimization with a Reference-Free Reward",
+)  # fmt: skip
+def simpo(beta: Any = 2.0, gamma: Any = 1.0) -> PairSpec:
+    """``-log σ(β·(mean log π(y_w) - mean log π(y_l)) - γ)``: means over tokens, no reference. β and γ are tuned per model in the paper."""
+    return PairSpec(terms=_terms(Sigmoid(target=gamma)), beta=beta, score=Likelihood(average=True), name="simpo")
+
+
+@published(
+    "cpo", "Contrastive Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2401.08417", certainty="secondary",
+    paper="Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine Translation",
+)  # fmt: skip
+def cpo(beta: Any = 0.1, cpo_alpha: Any = 1.0) -> PairSpec:
+    """``-log σ(β·(log π(y_w) - log π(y_l))) + α·NLL(y_w)``: no reference; the NLL is the mean over all chosen tokens of the batch."""
+    terms = _terms(Sigmoid(), (ChosenNll(per="batch"), cpo_alpha))
+    return PairSpec(terms=terms, beta=beta, score=Likelihood(), name="cpo")
+
+
+@published(
+    "orpo", "Odds Ratio Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2403.07691", certainty="secondary",
+    paper="ORPO: Monolithic Preference Optimization without Reference Model",
+)  # fmt: skip
+def orpo(beta: Any = 0.1) -> PairSpec:
+    """``NLL(y_w) - β·log σ(log odds(y_w) - log odds(y_l))``, odds of the mean token log-prob (eq. 6 and 7, β is the paper's λ).
+
+    The NLL is the mean over all chosen tokens of the batch.
+    """
+    terms = _terms(ChosenNll(per="batch"), (OddsRatio(), beta))
+    return PairSpec(terms=terms, beta=beta, score=Likelihood(average=True), name="orpo")
+
+
+@published(
+    "dpo_gamma", "DPO^γ", kind="pair_loss", level="pair", plan="two passes", arxiv="2405.19534", example={"gamma": 0.5},
+    paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
+)  # fmt: skip
+def dpo_gamma(gamma: Any, beta: Any = 0.1) -> PairSpec:
+    """``-log σ(β·(Δ log π - γ·Δ log π_ref))``, Δ chosen less rejected; γ = 1 is DPO, γ = 0 has no reference. The paper sweeps γ from 0 to 2."""
+    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=LogRatio(gamma=gamma), name="dpo_gamma")
+
+
+@published(
+    "unlikelihood", "Unlikelihood on the rejected sequence", kind="pair_loss", level="pair", plan="two passes", arxiv="2405.19534",
+    paper="Preference Learning Algorithms Do Not Learn Preference Rankings", certainty="secondary",
+)  # fmt: skip
+def unlikelihood(beta: Any = 0.1) -> PairSpec:
+    """``-log σ(β·(log π(y_w) + Σ_t log(1 - π(y_l,t))))``: no reference; finite and without gradient where a token's p is 1 in fp32."""
+    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=LikelihoodAgainstUnlikelihood(), name="unlikelihood")
+
+
+@published(
+    "wpo", "Weighted Preference Optimization", kind="pair_loss", level="token to pair", plan="two passes", arxiv="2406.11827",
+    paper="WPO: Enhancing RLHF with Weighted Preference Optimization",
+)  # fmt: skip
+def wpo(beta: Any = 0.01, clamp: bool = True, label_smoothing: Any = 0.0) -> PairSpec:
+    """``sg[w(y_w)·w(y_l)]`` times DPO's loss, ``w = exp(mean_t(log π(y_t) - log Σ_v π(v)²))`` (eq. 2, sampled alignment).
+
+    ``clamp=True``, as the authors' code: a pair's weight is at most 1; ``clamp=False``, as TRL. Needs log Σπ², which the statistics pass computes.
+    """
+    terms = _terms(Sigmoid(label_smoothing=label_smoothing))
+    return PairSpec(terms=terms, beta=beta, weights=(SampledAlignment(clamp=clamp),), name="wpo")
+
+
+@published(
+    "madpo", "Margin-Adaptive DPO", kind="pair_loss", level="pair", plan="two passes", arxiv="2510.05342",
+    paper="Margin Adaptive DPO: Leveraging Reward Model for Granular Control in Preference Optimization",
+)  # fmt: skip
+def madpo(beta: Any = 0.1, c_max: Any = 2.0, c_min: Any = None, lambda_: Any = 1.0, tau: Any = None) -> PairSpec:
+    """``w·(-log σ(β·m))``; ``h`` = ``reward_margins`` of a reward model, ``w = σ(c·h)/σ(h)`` where ``h > -τ``, else 1.
+
+    ``c = c_min + (c_max - c_min)/(1 + (c_max-1)/(1-c_min)·exp(λ(|h| - τ)))``. Defaults: ``c_min = 1/c_max`` and ``τ = ln(0.999/0.001)``, as the paper; the
+    authors' class has 0.5 and 2. The weight jumps at ``h = -τ``, as theirs.
+    """
+    tau = math.log(0.999 / 0.001) if tau is None else tau
+    weight = MarginAdaptive(c_min=1 / c_max if c_min is None else c_min, c_max=c_max, lambda_=lambda_, tau=tau)
+    return PairSpec(terms=_terms(Sigmoid()), beta=beta, weights=(weight,), name="madpo")
+
+
+@published(
+    "rpo", "Regularized Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2405.16436",
+    paper="Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial Regularizer",
+)  # fmt: skip
+def rpo(form: str = "cumulative", beta: Any = None, eta: Any = 0.005) -> PairSpec:
+    """DPO and a likelihood term of the chosen answer. Two forms, both the authors':
+
+    ``"cumulative"``: ``-log σ(β·m) - η·β·Σ_t log π(y_w,t)``, η 0.005, β 0.01 (their recipes use 0.01 and 0.05). ``"average"``:
+    ``-log σ(β·m) + 0.2·mean-NLL(y_w)`` of each sequence, β 0.5 (their OpenRLHF script); ``eta`` is not part of it.
+    TRL's recipe (``sigmoid`` and ``sft``) is neither: see :func:`trl`.
+    """
+    if form == "cumulative":
+        b = 0.01 if beta is None else beta
+        return PairSpec(terms=_terms(Sigmoid(), (ChosenNll(per="sum"), eta * b)), beta=b, name="rpo")
+    if form == "average":
+        if not isinstance(eta, (int, float)) or eta != 0.005:
+            raise InvalidCall("rpo: eta belongs to form='cumulative'; the average form's coefficient is 0.2 (spec.replace for another).")
+        return PairSpec(terms=_terms(Sigmoid(), (ChosenNll(per="sequence"), 0.2)), beta=0.5 if beta is None else beta, name="rpo")
+    raise InvalidCall(f"rpo: form is {form!r}, expected 'cumulative' or 'average'.")
+
+
+@published(
+    "inpo", "Iterative Nash Policy Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2407.00617", certainty="secondary",
+    paper="Iterative Nash Policy Optimization: Aligning LLMs with General Preferences via No-Regret Learning",
+)  # fmt: skip
+def inpo(eta: float = 7.5e-3, tau: float = 2.5e-3) -> PairSpec:
+    """``(D - (τ/η)·D_ref - ((η-τ)/η)·D_old - 1/(2η))²``, ``D = log π(y_w) - log π(y_l)`` in sums; ``old_*_logps`` are of the policy that sampled the pairs.
+
+    Defaults as the port that the notes read (τ = η/3). The implicit rewards of the metrics are ``η·(log π - log π_ref)``.
+    """
+    return PairSpec(terms=_terms(SquaredNash(eta=eta, tau=tau)), beta=eta, name="inpo")
+
+
+@published(
+    "cream", "Consistency Regularized Self-Rewarding", kind="pair_loss", level="pair", plan="two passes", arxiv="2410.12735",
+    paper="CREAM: Consistency Regularized Self-Rewarding Language Models",
+)  # fmt: skip
+def cream(beta: Any = 0.1) -> PairSpec:
+    """``-c·log σ(β·m) - (1-c)·log σ(-β·m)``, ``consistency`` c of each pair's prompt: :func:`rank_consistency` of the rankings by two successive models.
+
+    c per prompt is the authors' ``dyn``; their ``avg`` is the data set's mean c for every pair.
+    """
+    return PairSpec(terms=_terms(SoftLabel()), beta=beta, name="cream")
+
+
+@published(
+    "mcts_dpo", "MCTS-enhanced iterative preference learning", kind="pair_loss", level="step", plan="two passes", arxiv="2405.00451",
+    paper="Monte Carlo Tree Search Boosts Reasoning via Iterative Preference Learning",
+)  # fmt: skip
+def mcts_dpo(beta: Any = 0.1, loss: str = "conservative") -> PairSpec:
+    """DPO on the tokens from a pair's first difference on. ``loss="conservative"``: labels smoothed by ``ε = min(1 - c, ½)``, ``c = 1/(1 + q_l/max(1, q_w))``.
+
+    ``chosen_values``, ``rejected_values``: the search's q. ``"sigmoid"``: no smoothing. ``"ipo"``: ``(m - 1/(2β))²`` in sums. β is 0.1 in the authors' scripts.
+    Differs from the paper: nothing in the formula; the released code starts one token later, because it slices shifted log-probs by an index of unshifted ids.
+    """
+    kinds: dict[str, PairLoss] = {"conservative": SearchConfidence(), "sigmoid": Sigmoid(), "ipo": Ipo(average=False)}
+    if loss not in kinds:
+        raise InvalidCall(f"mcts_dpo: loss is {loss!r}, expected one of {', '.join(kinds)}.")
+    return PairSpec(terms=_terms(kinds[loss]), beta=beta, tokens="from_first_difference", name="mcts_dpo")
+
+
+@published(
+    "sparse_po", "SparsePO and MaPO (token masks)", kind="pair_loss", level="token", plan="two passes", arxiv="2410.05102",
+    paper="SparsePO: Controlling Preference Alignment of LLMs via Sparse Token Masks",
+)  # fmt: skip
+def sparse_po(beta: Any = 0.1, reward_norm_coef: Any = 0.0, kl_norm_coef: Any = 0.0) -> PairSpec:
+    """``-log σ(β·(u - d)) + c_u·‖m_u‖₁ + c_d·‖m_d‖₁``, norms over both sequences of a pair.
+
+    ``u = Δ Σ_t m_u(t)·(log π - log π_ref)(y_t)``, ``d = -Δ Σ_t m_d(t)·KL_t(π_ref‖π)`` over the whole vocabulary, with its gradient (TDPO's term). Masks are
+    arguments of the call: ``reward_mask`` m_u and ``kl_mask`` m_d. Learned masks get exact gradients; activation masks are :func:`mapo_masks`, detached.
+    β: 0.8 (IMDB, TL;DR) and 0.1 (HH) in the authors' runs; the norms' coefficients are 0 there by default, 0.001 in some.
+    """
+    off = [isinstance(c, (int, float)) and c == 0 for c in (reward_norm_coef, kl_norm_coef)]
+    norms = [
+        (MaskNorm(mask=m), c) for m, c, o in zip(("reward_mask", "kl_mask"), (reward_norm_coef, kl_norm_coef), off, strict=True) if not o
+    ]
+    return PairSpec(terms=_terms(Sigmoid(), *norms), beta=beta, score=MaskedLogRatio(), name="sparse_po")
+
+
+@published(
+    "ens_loss", "EnsLoss on DPO's margin", kind="pair_loss", level="pair", plan="two passes", arxiv="2409.00908", certainty="derived",
+    paper="EnsLoss: Stochastic Calibrated Loss Ensembles for Preventing Overfitting in Classification",
+)  # fmt: skip
+def ens_loss(beta: Any = 0.1, box_cox: float = 0.0) -> PairSpec:
+    """``sg[g_i]·s_i``, ``s = β·m``, ``g`` the slopes of a convex, calibrated loss that is drawn anew at every step.
+
+    Derived: the paper's binary classifier, with DPO's margin as the classifier's and label +1. ``noise`` ``[P+1]`` are standard normal draws;
+    ``-T(noise)``, ``T`` the inverse Box-Cox transform (``box_cox=0``: exp), cut at -1 from
+    below, sorted and dealt out by increasing margin, the extra draw to a margin of 0; over
+    ``s`` where ``s > 1``; less 1e-6.
+    """
+    return PairSpec(terms=_terms(Ensemble(box_cox=box_cox)), beta=beta, name="ens_loss")
+
+
+@published(
+    "rank_list", "RankList on implicit rewards", kind="pair_loss", level="list", plan="two passes", arxiv="2508.09826", certainty="derived",
+    paper="RankList - A Listwise Preference Learning Framework for Predicting Subjective Preferences", example={"group_size": 4},
+)  # fmt: skip
+def rank_list(group_size: int, beta: Any = 0.1, skips: Any = (1, 2)) -> PairSpec:
+    """``Σ_{k in skips} Σ_i softplus(-β(s_i - s_{i+k}))`` over a list of ``group_size`` answers, best first; ``s`` are log-ratios to the reference.
+
+    Derived: from the abstract (RankNet probabilities of local and skip-wise pairs; a log-sum-exp surrogate). ``skips="all"``: that surrogate,
+    ``Σ_i log(1 + Σ_{j>i} e^(β(s_j - s_i)))``. ``pairs="interleaved"``: a list after the other; ``"halves"``: all best, then all second, ...
+    """
+    if skips != "all" and (not skips or any(not 1 <= k < group_size for k in skips)):
+        raise InvalidCall(f"rank_list: skips is {skips!r}, expected distances from 1 to {group_size - 1}, or 'all'.")
+    return PairSpec(terms=_terms(ListLikelihood(skips=skips)), beta=beta, group_size=group_size, name="rank_list")
+
+
+@published(
+    "scir", "Self-Consistency of Internal Rewards", kind="pair_loss", level="pair", plan="two passes", arxiv="2502.08922", certainty="derived",
+    paper="Self-Consistency of the Internal Reward Models Improves Self-Rewarding Language Models", example={"coef": 0.1},
+)  # fmt: skip
+def scir(coef: Any, beta: Any = 0.1) -> PairSpec:
+    """``1[the two rewards agree]·(-log σ(β·m) + coef·(σ(β·m) - σ(h))²)``, ``h`` = ``judge_margins`` of the model as a judge.
+
+    Derived: from the abstract (DPO on the pairs on which the judge and the implicit reward agree, with a penalty on their inconsistency); the paper's formulas
+    were not found, nor its confidence term.
+    """
+    return PairSpec(terms=_terms(Sigmoid(), (Inconsistency(), coef)), beta=beta, weights=(Agreement(),), name="scir")

@@ -1,0 +1,98 @@
+"""TRL's DPOTrainer by its own names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import InvalidCall
+from .losses import (
+    Aot,
+    ApoDown,
+    ApoZero,
+    BcoPair,
+    ChosenNll,
+    Discopop,
+    ExoPair,
+    Hinge,
+    Ipo,
+    NcaPair,
+    Robust,
+    Sigmoid,
+    SppoHard,
+)  # fmt: skip
+from .parts import PairLoss
+from .scores import LogRatio
+from .spec import PairSpec, PairTerm
+from .weights import SampledAlignment
+
+#: TRL 1.16's ``loss_type`` to the term; the second value: whether ``label_smoothing`` is part of it.
+LOSS_TYPES: dict[str, tuple[Any, bool]] = {
+    "sigmoid": (lambda e: Sigmoid(), False),
+    "hinge": (lambda e: Hinge(), False),
+    "ipo": (lambda e: Ipo(), False),
+    "exo_pair": (lambda e: ExoPair(label_smoothing=e), True),
+    "nca_pair": (lambda e: NcaPair(), False),
+    "robust": (lambda e: Robust(label_smoothing=e), True),
+    "bco_pair": (lambda e: BcoPair(), False),
+    "sppo_hard": (lambda e: SppoHard(), False),
+    "aot": (lambda e: Aot(label_smoothing=e), True),
+    "aot_unpaired": (lambda e: Aot(label_smoothing=e, paired=False), True),
+    "apo_zero": (lambda e: ApoZero(), False),
+    "apo_down": (lambda e: ApoDown(), False),
+    "discopop": (lambda e: None, False),
+    "sft": (lambda e: ChosenNll(), False),
+    "sigmoid_norm": (lambda e: Sigmoid(average=True), False),
+}
+_ANY_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+
+
+def trl(
+    loss_type: str | Sequence[str] = "sigmoid",
+    *,
+    loss_weights: Sequence[float] | None = None,
+    beta: Any = 0.1,
+    label_smoothing: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    discopop_tau: float = 0.05,
+    use_weighting: bool = False,
+    ld_alpha: float | None = None,
+) -> PairSpec:
+    """The loss of TRL 1.16's ``DPOTrainer`` with ``DPOConfig``'s names and defaults; several loss types are summed with ``loss_weights``.
+
+    >>> from reweight_ops import preference
+    >>> preference.trl(["sigmoid", "sft"], loss_weights=[1.0, 0.005]).requires
+    frozenset({'ref'})
+    """
+    types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    unknown = [t for t in types if t not in LOSS_TYPES]
+    if unknown or not types:
+        raise InvalidCall(f"preference.trl: loss_type is {loss_type!r}, expected some of {', '.join(LOSS_TYPES)}.")
+    coefs = [1.0] * len(types) if loss_weights is None else list(loss_weights)
+    if len(coefs) != len(types):
+        raise InvalidCall(f"preference.trl: {len(coefs)} loss_weights for {len(types)} loss types.")
+    if label_smoothing and not any(LOSS_TYPES[t][1] for t in types):
+        smooth = [name for name, (_, reads) in LOSS_TYPES.items() if reads]
+        raise InvalidCall(
+            f"preference.trl: label_smoothing has no effect on {types}; it has on {', '.join(smooth)} (preference.cdpo smooths the sigmoid)."
+        )
+    if f_divergence_type != "reverse_kl" and not set(types) <= _ANY_DIVERGENCE:
+        raise InvalidCall(
+            f"preference.trl: f_divergence_type={f_divergence_type!r} is defined for {', '.join(sorted(_ANY_DIVERGENCE))} only."
+        )
+    if use_weighting and {"aot", "aot_unpaired"} & set(types):
+        raise InvalidCall("preference.trl: use_weighting weighs pairs, and 'aot' sorts them apart.")
+
+    def term(name: str) -> PairLoss:
+        found: PairLoss = Discopop(tau=discopop_tau) if name == "discopop" else LOSS_TYPES[name][0](label_smoothing)
+        return found
+
+    alpha = f_alpha_divergence_coef if f_divergence_type == "alpha_divergence" else 1.0
+    return PairSpec(
+        terms=tuple(PairTerm(loss=term(t), coef=c) for t, c in zip(types, coefs, strict=True)),
+        beta=beta,
+        score=LogRatio(ld_alpha=ld_alpha, divergence=f_divergence_type, alpha=alpha),
+        weights=(SampledAlignment(clamp=False),) if use_weighting else (),
+        name="trl_" + "_".join(types),
+    )
