@@ -9,8 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-#: What a provider has to move at least: log-probs read the logits once, a loss in place reads and writes them, a new gradient is a copy.
-LIMIT = {("logps", False): "read", ("loss", True): "update", ("loss", False): "copy"}
+#: What a provider has to do at least, as limits that were timed: log-probs read the logits once, a loss in place reads and writes them, a new
+#: gradient is a copy; one after the other where a gradient has to wait for its upstream.
+LIMIT = {
+    ("logps", False): ("read",),
+    ("loss", True): ("update",), ("loss", False): ("copy",),
+    ("grad", True): ("update",), ("grad", False): ("copy",),
+    ("logps+grad", True): ("read", "update"), ("logps+grad", False): ("read", "copy"),
+    ("linear", False): ("gemms",), ("linear ce", False): ("gemms",),
+}  # fmt: skip
 
 
 def _ratio(a: list[float], b: list[float]) -> float:
@@ -23,21 +30,41 @@ def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     timed = {r["provider"]: r for r in entry["results"] if r["ms"]}
     for r in entry["results"]:
-        row = {"provider": r["provider"], "note": r["wrong"] or r["absent"], "ours": r["ours"]}
+        row = {"provider": r["provider"], "note": r["wrong"] or r.get("failed") or r["absent"], "ours": r["ours"]}
         if r["ms"]:
-            limit = LIMIT[(entry["case"]["job"], r["in_place"])]
-            row |= {
-                "ms": median(r["ms"]),
-                "of_limit": _ratio(entry["limits"][limit], r["ms"]),
-                "limit": limit,
-                "extra": None if r["extra_bytes"] is None else r["extra_bytes"] / entry["logits_bytes"],
-                "gate": r["gate"],
-            }
-            for against in ("torch.compile", "chunked eager", "eager", "TRL"):
-                if r["ours"] and against in timed:
-                    row[against] = _ratio(timed[against]["ms"], r["ms"])
+            names = LIMIT[(entry["case"]["job"], r["in_place"] and not entry["case"]["job"] == "logps")]
+            limit = [sum(ms) for ms in zip(*(entry["limits"][name] for name in names), strict=True)]
+            extra = None if r["extra_bytes"] is None else (r["extra_bytes"] - entry.get("gradient_bytes", 0)) / entry["logits_bytes"]
+            row |= {"ms": median(r["ms"]), "of_limit": _ratio(limit, r["ms"]), "limit": "+".join(names), "extra": extra, "gate": r["gate"]}
+            row["against"] = {name: _ratio(t["ms"], r["ms"]) for name, t in timed.items() if r["ours"] and not t["ours"]}
         found.append(row)
     return found
+
+
+def _speeds(entry: dict[str, Any]) -> str:
+    """The limits of a case, as speeds: GB/s read plus written, or TFLOP/s."""
+    ms = {name: median(times) for name, times in entry["limits"].items()}
+    if "gemms" in ms:
+        return f"GEMMs {entry['least_flops'] / ms['gemms'] / 1e9:.0f} TFLOP/s"
+    return ", ".join(f"{name} {entry['logits_bytes'] * (1 if name == 'read' else 2) / t / 1e6:.0f} GB/s" for name, t in ms.items())
+
+
+def summary(document: dict[str, Any]) -> list[str]:
+    """A line each case: the fastest of each of our backends against the limit and against the fastest of the others."""
+    lines = []
+    for entry in document["cases"]:
+        rows = [r for r in rows_of(entry) if "ms" in r]
+        words = [f"{entry['name']:<40} {_speeds(entry)};"]
+        others = sorted((r for r in rows if not r["ours"]), key=lambda r: r["ms"])
+        for backend in dict.fromkeys(r["provider"].split()[0] for r in rows if r["ours"]):
+            best = min((r for r in rows if r["ours"] and r["provider"].split()[0] == backend), key=lambda r: r["ms"])
+            gain = "".join(f", {best['against'][r['provider']]:.2f}x {r['provider']}" for r in others[:2])
+            extra = "" if best["extra"] is None else f", +{best['extra']:.2f} memory"
+            words.append(f"{best['provider']} {best['ms']:.3f} ms = {best['of_limit']:.2f} of {best['limit']}{gain}{extra};")
+        wrong = [f"WRONG {r['provider']}" for r in entry["results"] if r["wrong"]]
+        wrong += [f"FAILED {r['provider']}" for r in entry["results"] if r.get("failed") and r["ours"]]
+        lines.append(" ".join([*words, *wrong]).rstrip(";"))
+    return lines + [f"not reached: {name}" for name in document.get("not_reached", [])]
 
 
 def print_tables(document: dict[str, Any], console: Console | None = None) -> None:
@@ -48,21 +75,17 @@ def print_tables(document: dict[str, Any], console: Console | None = None) -> No
     console.print(f"[bold]{m['processor']}[/], {m['threads']} threads, {pages}, torch {m['torch']}, commit {m['commit']}")
     for entry in document["cases"]:
         busy = f", [red]others used {entry['foreign_load']:.0%} of the processor[/]" if entry["foreign_load"] > 0.05 else ""
-        speed = {k: entry["logits_bytes"] / median(v) / 1e6 for k, v in entry["limits"].items()}
-        title = (
-            f"{entry['name']}   {entry['logits_bytes'] / 2**20:.0f} MiB; GB/s of logits: "
-            + ", ".join(f"{k} {v:.0f}" for k, v in speed.items())
-            + busy
-        )
+        title = f"{entry['name']}   {entry['logits_bytes'] / 2**20:.0f} MiB of logits; {_speeds(entry)}{busy}"
         table = Table(title=title, title_justify="left", title_style="bold")
-        for head in ("provider", "ms", "of the limit", "x compile", "x chunked", "x eager", "x TRL", "extra memory", "error/allowed"):
+        others = [r["provider"] for r in entry["results"] if r["ms"] and not r["ours"]]
+        for head in ("provider", "ms", "of the limit", *(f"x {name}" for name in others), "extra memory", "error/allowed"):
             table.add_column(head, justify="left" if head == "provider" else "right")
         absent: list[str] = []
         for row in rows_of(entry):
             if "ms" not in row:
                 absent.append(f"  {row['provider']}: {row['note']}")
                 continue
-            times = [f"{row[k]:.2f}" if k in row else "" for k in ("torch.compile", "chunked eager", "eager", "TRL")]
+            times = [f"{row['against'][k]:.2f}" if k in row["against"] else "" for k in others]
             extra = "" if row["extra"] is None else f"{row['extra']:.2f}x"
             figures = [f"{row['ms']:.2f}", f"{row['of_limit']:.2f} ({row['limit']})", *times, extra, f"{row['gate']:.2f}"]
             table.add_row(row["provider"], *figures, style="bold" if row["ours"] else "")
