@@ -32,7 +32,7 @@ def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
     for r in entry["results"]:
         row = {"provider": r["provider"], "note": r["wrong"] or r.get("failed") or r["absent"], "ours": r["ours"]}
         if r["ms"]:
-            names = LIMIT[(entry["case"]["job"], r["in_place"] and not entry["case"]["job"] == "logps")]
+            names = LIMIT[(entry["case"]["job"], r["in_place"] and entry["case"]["job"] != "logps")]
             limit = [sum(ms) for ms in zip(*(entry["limits"][name] for name in names), strict=True)]
             extra = None if r["extra_bytes"] is None else (r["extra_bytes"] - entry.get("gradient_bytes", 0)) / entry["logits_bytes"]
             row |= {"ms": median(r["ms"]), "of_limit": _ratio(limit, r["ms"]), "limit": "+".join(names), "extra": extra, "gate": r["gate"]}
@@ -49,21 +49,31 @@ def _speeds(entry: dict[str, Any]) -> str:
     return ", ".join(f"{name} {entry['logits_bytes'] * (1 if name == 'read' else 2) / t / 1e6:.0f} GB/s" for name, t in ms.items())
 
 
+def _cell(best: dict[str, Any] | None) -> str:
+    if best is None:
+        return "-"
+    extra = "" if best["extra"] is None else f"+{best['extra']:.2f}x"
+    return f"{best['ms']:8.3f}  {best['of_limit']:.2f}  {extra}"
+
+
 def summary(document: dict[str, Any]) -> list[str]:
-    """A line each case: the fastest of each of our backends against the limit and against the fastest of the others."""
-    lines = []
+    """A short line each case: the limit, the fastest of each of our backends (ms, and the share of the limit), the fastest of the others."""
+    backends = list(dict.fromkeys(r["provider"].split()[0] for e in document["cases"] for r in e["results"] if r["ours"]))
+    heads = [f"{b} ms, of limit, +memory" for b in backends]
+    lines = [f"{'case':<37}{'limit':<15}" + "".join(f"{h:<28}" for h in heads) + "best of the others"]
     for entry in document["cases"]:
-        rows = [r for r in rows_of(entry) if "ms" in r]
-        words = [f"{entry['name']:<40} {_speeds(entry)};"]
-        others = sorted((r for r in rows if not r["ours"]), key=lambda r: r["ms"])
-        for backend in dict.fromkeys(r["provider"].split()[0] for r in rows if r["ours"]):
-            best = min((r for r in rows if r["ours"] and r["provider"].split()[0] == backend), key=lambda r: r["ms"])
-            gain = "".join(f", {best['against'][r['provider']]:.2f}x {r['provider']}" for r in others[:2])
-            extra = "" if best["extra"] is None else f", +{best['extra']:.2f} memory"
-            words.append(f"{best['provider']} {best['ms']:.3f} ms = {best['of_limit']:.2f} of {best['limit']}{gain}{extra};")
-        wrong = [f"WRONG {r['provider']}" for r in entry["results"] if r["wrong"]]
-        wrong += [f"FAILED {r['provider']}" for r in entry["results"] if r.get("failed") and r["ours"]]
-        lines.append(" ".join([*words, *wrong]).rstrip(";"))
+        rows = sorted((r for r in rows_of(entry) if "ms" in r), key=lambda r: r["ms"])
+        speeds = _speeds(entry).split(", ")
+        line = f"{entry['name'].replace('float32', 'fp32').replace('bfloat16', 'bf16'):<37}{speeds[-1]:<15}"
+        for backend in backends:
+            best = next((r for r in rows if r["ours"] and r["provider"].split()[0] == backend), None)
+            line += f"{_cell(best):<28}"
+        lines.append(line + "".join(f"{r['provider']} {r['ms']:.3f}" for r in [r for r in rows if not r["ours"]][:1]))
+        lines += [
+            f"  {r['provider']}: {r['wrong'] or r.get('failed')}"[:150]
+            for r in entry["results"]
+            if r["wrong"] or (r["ours"] and r.get("failed"))
+        ]
     return lines + [f"not reached: {name}" for name in document.get("not_reached", [])]
 
 
