@@ -34,14 +34,16 @@ from .report import plot, print_tables
 HERE = Path(__file__).parent
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine(device: str, commit: str | None) -> dict[str, Any]:
     import torch
 
     import reweight_ops
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
-        return done.stdout.strip()
+        try:
+            return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
 
     def version(name: str) -> str | None:
         try:
@@ -63,7 +65,8 @@ def machine(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         **{name: version(name) for name in ("triton", "trl", "liger_kernel", "flash_attn", "quack", "cut_cross_entropy")},
         "reweight_ops": reweight_ops.__version__,
-        "commit": git("rev-parse", "--short", "HEAD") + (" (modified)" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit
+        or (git("rev-parse", "--short", "HEAD") or "unknown") + (" (modified)" if git("status", "--porcelain", "-uno") else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     found["extension"] = {**_C.build_info(), "level": _C.level()}
@@ -118,7 +121,12 @@ def measure(options: argparse.Namespace) -> None:
         for p in [*providers(backends), *linear_providers(backends)]
         if not options.providers or p.ours or any(word in p.name for word in options.providers.split(","))
     ]
-    document: dict[str, Any] = {"machine": machine(options.device), "rounds": options.rounds, "cases": [], "not_reached": []}
+    document: dict[str, Any] = {
+        "machine": machine(options.device, options.commit),
+        "rounds": options.rounds,
+        "cases": [],
+        "not_reached": [],
+    }
     console = Console(stderr=True)
     path = Path(options.out) / file_name(options, document["machine"]["huge_pages"])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +175,7 @@ def main() -> None:
     parser.add_argument("--quiet", type=float, default=0.05, help="share of the processor that others may use while a case is measured")
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for that before each try")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak of resident memory")
+    parser.add_argument("--commit", help="what is measured, where that is no checkout of git's")
     parser.add_argument("--no-plot", action="store_true")
     parser.add_argument("--out", default=str(HERE / "results"))
     parser.add_argument("--show", help="print the table of a result file and measure nothing")

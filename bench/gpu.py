@@ -58,7 +58,7 @@ def without(tool: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(tool) else f"{tool} was not found"
 
 
-def stages(out: Path, dry: bool, seconds: float) -> list[Stage]:
+def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage]:
     python = sys.executable
     # A version control's checkout may be somebody else's, and pip may think that a system's Python is not ours to touch: it was asked to.
     install = [python, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check", "-v"]
@@ -84,7 +84,7 @@ def stages(out: Path, dry: bool, seconds: float) -> list[Stage]:
             watch = [] if dry else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
             command = [*watch, python, "tests/gpu/sanitize.py", backend, "cpu" if dry else "cuda"]
             found.append(
-                Stage(f"{tool} {backend}", "test", command, 60, 15, why_not=(lambda: None) if dry else without("compute-sanitizer"))
+                Stage(f"{tool} {backend}", "test", command, 45, 10, why_not=(lambda: None) if dry else without("compute-sanitizer"))
             )
     bench = [python, "-m", "bench", "--out", str(out), "--rounds", "2" if dry else "15"]
     bench += (
@@ -92,7 +92,8 @@ def stages(out: Path, dry: bool, seconds: float) -> list[Stage]:
         if dry
         else ["--device", "cuda"]
     )
-    return [*found, Stage("bench", "bench", bench, seconds, 60, one_thread if dry else {})]
+    bench += ["--commit", commit] if commit else []
+    return [*found, Stage("bench", "bench", bench, seconds, 60 if dry else 240, one_thread if dry else {})]
 
 
 def archs() -> dict[str, str]:
@@ -115,7 +116,7 @@ def run_stage(stage: Stage, allowed: float, log: Path) -> Outcome:
         return Outcome(stage.name, "skipped", reason, command=command)
     if allowed < stage.least / 2:
         return Outcome(stage.name, "out of time", "not begun", command=command)
-    arguments = [*stage.command, "--seconds", f"{allowed - 15:.0f}"] if stage.kind == "bench" else list(stage.command)
+    arguments = [*stage.command, "--seconds", f"{max(allowed - 30, 20):.0f}"] if stage.kind == "bench" else list(stage.command)
     began = time.monotonic()
     with log.open("a") as file:
         file.write(f"\n===== {stage.name}: {' '.join(arguments)}\n")
@@ -196,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=("test", "bench"), help="the build, and this")
     parser.add_argument("--seconds", type=float, default=580, help="for everything together")
     parser.add_argument("--out", default=os.environ.get("OUT") or str(ROOT / "gpu_output"))
+    parser.add_argument("--commit", default="", help="what is run, where that is no checkout of git's")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, in tiny shapes, without a build")
     options = parser.parse_args(arguments)
     out = Path(options.out).resolve()
@@ -207,7 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry_run and shutil.which("nvidia-smi") is None:
         print("no GPU: nvidia-smi was not found. `python -m bench.gpu --dry-run` shows on the CPU that the script works.", file=sys.stderr)
         return 2
-    chosen = [s for s in stages(out, options.dry_run, options.seconds) if options.only in (None, s.kind) or s.kind == "build"]
+    chosen = [
+        s for s in stages(out, options.dry_run, options.seconds, options.commit) if options.only in (None, s.kind) or s.kind == "build"
+    ]
     outcomes = run_all(chosen, options.seconds, log, lambda text: print(text, flush=True))
     tests = test_counts(out / "gpu-tests.xml")
     failed = [o for o in outcomes if o.outcome in ("failed", "out of time")]
