@@ -10,6 +10,8 @@ import reweight_ops as rw
 from reweight_ops.backends.base import COEFS, OUT, STATS, Head, Program, RowInputs
 from reweight_ops.backends.select import load
 from reweight_ops.methods.registry import METHODS
+from reweight_ops.rules.penalties import EntropyBonus
+from reweight_ops.rules.surrogates import Reinforce
 from reweight_ops.testing import compare, make_batch
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +55,9 @@ def test_vocabularies(place, dtype, vocab):
     assert_passed(compare(SPEC, make_batch(SPEC, SHAPE, vocab, dtype, place.device), backend=place.backend, loss_scale=64.0))
 
 
+#: Coefficients that do not depend on the log-prob: with a softcap, a logit is itself rounded to fp32, and what that does to a large importance
+#: ratio is one row's luck, in every fp32 implementation alike.
+LINEAR_SPEC = rw.PolicyLossSpec(surrogate=Reinforce(), penalties=(rw.Penalty(EntropyBonus(), 0.01),))
 HEADS = {
     "temperature": dict(temperature=0.6),
     "softcap": dict(softcap=20.0),
@@ -65,13 +70,13 @@ HEADS = {
 @pytest.mark.parametrize("head", HEADS)
 def test_heads(place, dtype, head, plan):
     options = dict(HEADS[head])
-    batch = make_batch(SPEC, SHAPE, 131, dtype, place.device)
+    batch = make_batch(LINEAR_SPEC, SHAPE, 131, dtype, place.device)
     if "vocab_size" in options:
         batch["completion_ids"] = batch["completion_ids"] % 100
     if "drop_last" in options:
         z = batch["logits"]
         batch["logits"] = torch.cat([z, z[:, :1]], 1)
-    assert_passed(compare(SPEC, batch, backend=place.backend, plan=plan, loss_scale=64.0, **options))
+    assert_passed(compare(LINEAR_SPEC, batch, backend=place.backend, plan=plan, loss_scale=64.0, **options))
 
 
 def test_a_temperature_each_row(place, dtype):
