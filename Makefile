@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
-.PHONY: demo test lint types tests slow setup clean
+.PHONY: demo test lint types tests slow gpu gpu-test gpu-bench triton-versions setup clean
 
 demo: setup            ## the main job: TRL's GRPOTrainer on a toy task, stock against fused, then reweighted
 	$(BIN)/python examples/trl_addition.py --out demo_output
@@ -26,6 +26,21 @@ tests: setup
 slow: setup            ## the sweeps that CI leaves out
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
 
+# On a machine with a GPU and, often, without a network: with the Python that has torch, if there is one.
+gpu: GPU_ARGS =             ## builds, tests and measures on a GPU, in at most 10 minutes; results under $$OUT or gpu_output/
+gpu-test: GPU_ARGS = --only test
+gpu-bench: GPU_ARGS = --only bench
+gpu gpu-test gpu-bench:
+	@$(PYTHON) -c "import torch" 2>/dev/null || $(MAKE) setup
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m bench.gpu $(GPU_ARGS); else $(BIN)/python -m bench.gpu $(GPU_ARGS); fi
+
+TRITONS ?= 3.6.0 3.7.0 3.8.0 3.9.0
+triton-versions: setup ## the Triton backend's tests with every version that it is tested with (fetches them; Triton 3.6's interpreter needs an older numpy)
+	@bad=; for v in $(TRITONS); do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-$$v triton==$$v 'numpy<2.4' && \
+	  PYTHONPATH=build/triton-$$v $(BIN)/python -m pytest -q -n $(JOBS) tests/test_triton.py tests/test_triton_aot.py || bad="$$bad $$v"; \
+	done; test -z "$$bad" || { echo "failed with Triton$$bad"; exit 1; }
+
 setup: $(STAMP)
 
 # torch first and by itself: asked for through another package, pip may choose a build with gigabytes of CUDA.
@@ -37,4 +52,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo_output
+	rm -rf $(VENV) build *.egg-info demo_output gpu_output

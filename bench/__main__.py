@@ -3,6 +3,7 @@
 python -m bench                              all cases, with default pages and with huge pages (two processes)
 python -m bench --only 128x151936 --rounds 15
 python -m bench --show bench/results/cpu-huge-pages.json
+python -m bench --device cuda                a GPU's cases, from hidden states too (make gpu-bench does this)
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from reweight_ops import _C
 
-from .cases import Case, cases
+from .cases import cases
+from .linear import linear_cases, linear_providers
 from .measure import Memory, foreign_load, run_case
 from .providers import Provider, providers
 from .report import plot, print_tables
@@ -32,14 +34,16 @@ from .report import plot, print_tables
 HERE = Path(__file__).parent
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine(device: str, commit: str | None) -> dict[str, Any]:
     import torch
 
     import reweight_ops
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
-        return done.stdout.strip()
+        try:
+            return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
 
     def version(name: str) -> str | None:
         try:
@@ -59,17 +63,21 @@ def machine(device: str) -> dict[str, Any]:
         "real_time": os.sched_getscheduler(0) == os.SCHED_FIFO,  # `chrt -f 50`: nobody else gets a core while a case is measured
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": version("triton"),
-        "trl": version("trl"),
+        "cuda": torch.version.cuda,
+        **{name: version(name) for name in ("triton", "trl", "liger_kernel", "flash_attn", "quack", "cut_cross_entropy")},
         "reweight_ops": reweight_ops.__version__,
-        "commit": git("rev-parse", "--short", "HEAD") + (" (modified)" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit
+        or (git("rev-parse", "--short", "HEAD") or "unknown") + (" (modified)" if git("status", "--porcelain", "-uno") else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     found["extension"] = {**_C.build_info(), "level": _C.level()}
+    if device == "cuda":
+        p = torch.cuda.get_device_properties(0)
+        found |= {"multiprocessors": p.multi_processor_count, "memory": p.total_memory, "l2": p.L2_cache_size}
     return found
 
 
-def quietest(case: Case, who: list[Provider], options: argparse.Namespace, progress: Progress, task: TaskID) -> dict[str, Any]:
+def quietest(case: Any, who: list[Provider], options: argparse.Namespace, progress: Progress, task: TaskID) -> dict[str, Any]:
     """One case, measured when others leave the machine alone; up to three times, of which the quietest counts."""
     best: dict[str, Any] | None = None
     memory = None if options.no_memory else Memory(case.device)
@@ -83,7 +91,9 @@ def quietest(case: Case, who: list[Provider], options: argparse.Namespace, progr
                 break
         progress.update(task, completed=start)
         results, limits, busy = run_case(case, who, options.rounds, memory, lambda: progress.advance(task))
-        entry = {"name": case.name, "case": asdict(case), "logits_bytes": case.logits_bytes, "foreign_load": busy, "limits": asdict(limits)}
+        entry = {"name": case.name, "case": asdict(case), "logits_bytes": case.logits_bytes, "foreign_load": busy, "limits": limits}
+        entry |= {k: getattr(case, k)() for k in ("least_bytes", "least_flops") if hasattr(case, k)}
+        entry |= {"gradient_bytes": case.gradient_bytes} if hasattr(case, "gradient_bytes") else {}
         entry["results"] = [r.to_json() for r in results]
         if best is None or busy < best["foreign_load"]:
             best = entry
@@ -93,33 +103,56 @@ def quietest(case: Case, who: list[Provider], options: argparse.Namespace, progr
     return best
 
 
-def measure(options: argparse.Namespace) -> Path:
-    chosen = [
-        c
-        for c in cases(options.device)
-        if all(word in c.name for word in options.only) and not any(word in c.name for word in options.skip)
-    ]
+def file_name(options: argparse.Namespace, huge_pages: bool) -> str:
+    return "gpu-bench.json" if options.device == "cuda" or options.tiny else f"cpu-{'huge' if huge_pages else 'default'}-pages.json"
+
+
+def measure(options: argparse.Namespace) -> None:
+    every: list[Any] = [*cases(options.device, options.tiny)]
+    if options.device == "cuda" or options.tiny:
+        # A GPU's own clock does not see what the host's processor does besides; the linear head, an issue of its own, not last of all.
+        options.quiet = 1.0
+        every[8:8] = linear_cases(options.device, options.tiny)
+    chosen = [c for c in every if all(word in c.name for word in options.only) and not any(word in c.name for word in options.skip)]
     if not chosen:
         raise SystemExit(f"no case matches {options.only}")
     backends = tuple(options.backends.split(",")) if options.backends else (("cpu",) if options.device == "cpu" else ("cuda", "triton"))
     who = [
-        p for p in providers(backends) if not options.providers or p.ours or any(word in p.name for word in options.providers.split(","))
+        p
+        for p in [*providers(backends), *linear_providers(backends)]
+        if not options.providers or p.ours or any(word in p.name for word in options.providers.split(","))
     ]
-    document: dict[str, Any] = {"machine": machine(options.device), "rounds": options.rounds, "cases": []}
+    document: dict[str, Any] = {
+        "machine": machine(options.device, options.commit),
+        "rounds": options.rounds,
+        "cases": [],
+        "not_reached": [],
+    }
     console = Console(stderr=True)
-    pages = "huge-pages" if document["machine"]["huge_pages"] else "default-pages"
-    path = Path(options.out) / f"{options.device}-{pages}.json"
+    path = Path(options.out) / file_name(options, document["machine"]["huge_pages"])
     path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + options.seconds
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
         steps = sum((options.rounds + 1) * sum(p.serves(c) for p in who) for c in chosen)
         task = progress.add_task("", total=steps)
         for case in chosen:
             progress.update(task, description=case.name)
-            document["cases"].append(quietest(case, who, options, progress, task))
+            if time.monotonic() > deadline:
+                document["not_reached"].append(case.name)
+            else:
+                document["cases"].append(quietest(case, who, options, progress, task))
             path.write_text(json.dumps(document, indent=1) + "\n")  # after each case: an interrupted run keeps what it has
-    plot(document, path.with_suffix(".png"))
+    if not options.no_plot:
+        plot(document, path.with_suffix(".png"))
     print_tables(document)
-    return path
+    bad = [
+        f"{e['name']}: {r['provider']}: {r['wrong'] or r['failed']}"
+        for e in document["cases"]
+        for r in e["results"]
+        if r["ours"] and (r["wrong"] or r["failed"])
+    ]
+    if bad:
+        raise SystemExit("\n".join(["ours are wrong:", *bad]))
 
 
 def main() -> None:
@@ -127,6 +160,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="words that a case's name must contain: 128x151936 bfloat16 +entropy")
     parser.add_argument("--skip", nargs="*", default=[], help="words that it must not contain")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin no case after that many; the rest is named in the results"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a GPU's cases, in shapes that only show that everything runs")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--backends", help="comma-separated; default: those of the device")
     parser.add_argument("--providers", help="baselines to run besides ours, comma-separated; default: all")
@@ -139,12 +176,16 @@ def main() -> None:
     parser.add_argument("--quiet", type=float, default=0.05, help="share of the processor that others may use while a case is measured")
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for that before each try")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak of resident memory")
+    parser.add_argument("--commit", help="what is measured, where that is no checkout of git's")
+    parser.add_argument("--no-plot", action="store_true")
     parser.add_argument("--out", default=str(HERE / "results"))
     parser.add_argument("--show", help="print the table of a result file and measure nothing")
     options = parser.parse_args()
     if options.show:
         print_tables(json.loads(Path(options.show).read_text()))
         return
+    if options.tiny:
+        options.pages = "huge" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "default"
     kinds = ("default", "huge") if options.pages == "both" and options.device == "cpu" else (options.pages,)
     if len(kinds) == 1:
         wanted = "1" if kinds[0] == "huge" else "0"

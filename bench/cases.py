@@ -1,25 +1,39 @@
-"""What is measured: shapes, dtypes, and two jobs. ``loss``: a clipped policy loss and its gradient by the logits; ``logps``: log-probs alone."""
+"""What is measured: shapes, dtypes and jobs, and what the results are judged by.
+
+``loss``: a clipped policy loss and its gradient by the logits. ``logps``: log-probs alone. ``logps+grad``: log-probs and their gradient for an
+upstream of each row, which is what a two-pass loss costs. ``grad``: that gradient alone, statistics known. With ``entropy`` the loss has an
+entropy bonus with its gradient, and log-probs come with entropies.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reweight_ops import _C
+from reweight_ops.testing import ERROR_FLOOR, ERROR_RATIO
 
 ENTROPY_COEF = 0.01
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: Of a baseline, which may compute in 16 bits: the same function, no more.
+SAME_FUNCTION = 0.05
+GATE_ROWS = 16
+#: Bytes written before each run on a GPU: several times the largest L2, so that a run finds none of its data there.
+FLUSH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Case:
-    job: str  # loss | logps
+    job: str
     rows: int
     vocab: int
     dtype: str
-    entropy: bool = False  # the loss has an entropy bonus, with its gradient
+    entropy: bool = False
     device: str = "cpu"
 
     @property
@@ -30,18 +44,35 @@ class Case:
     def logits_bytes(self) -> int:
         return self.rows * self.vocab * ITEM[self.dtype]
 
+    def least_bytes(self) -> int:
+        """What has to move at least, by formula: logits once in, their gradient once out, and once more in where the loss is known only later."""
+        return self.logits_bytes * {"logps": 1, "loss": 2, "grad": 2, "logps+grad": 3}[self.job]
 
-SHAPES = ((256, 32000), (128, 151936), (512, 151936))
+    def data(self) -> Data:
+        return replace(_tensors(self.rows, self.vocab, self.dtype, self.device), case=self)
 
 
-def cases(device: str = "cpu") -> list[Case]:
-    """The whole set: fp32, bf16 and fp16, with and without the gradient of the entropy."""
-    found = []
-    for rows, vocab in SHAPES:
-        for dtype in ITEM:
-            found += [Case("loss", rows, vocab, dtype, entropy, device) for entropy in (False, True)]
-            found.append(Case("logps", rows, vocab, dtype, False, device))
-    return found
+CPU_SHAPES = ((256, 32000), (128, 151936), (512, 151936))
+#: About 2 GiB of bf16 logits each. First what matters most: a run that is out of time has it.
+GPU_SHAPES = ((8192, 151936), (8192, 128256), (32768, 32000), (4096, 262144))
+
+
+def cases(device: str = "cpu", tiny: bool = False) -> list[Case]:
+    """The whole set of a kind of device. ``tiny``: the GPU's cases in shapes that only show that everything runs."""
+    if device == "cpu" and not tiny:
+        return [
+            Case(job, rows, vocab, dtype, entropy, device)
+            for rows, vocab in CPU_SHAPES
+            for dtype in ITEM
+            for job, entropy in (("loss", False), ("loss", True), ("logps", False))
+        ]
+    return [
+        Case(job, rows, vocab, dtype, entropy, device)
+        for dtype in ("bfloat16", "float32")
+        for rows, vocab in (((64, 320),) if tiny else GPU_SHAPES)
+        for job in ("loss", "logps", "logps+grad", "grad")
+        for entropy in (False, True)
+    ]
 
 
 @dataclass
@@ -53,29 +84,88 @@ class Data:
     logits: Tensor
     pristine: Tensor
     ids: Tensor
-    advantages: Tensor
+    advantages: Tensor  # of a sequence, at each of its tokens
     old: Tensor
+    spare: Tensor | None = None
 
     def restore(self) -> None:
         self.logits.copy_(self.pristine)
-        if not self.logits.is_cuda:  # a GPU's caches are small beside the copy
+        if self.spare is not None:
+            self.spare.zero_()
+        else:
             for t in (self.logits, self.pristine):
                 _C.stream("flush", t.data_ptr(), 0, t.numel() * t.element_size() // 4, torch.get_num_threads())
 
+    def row_loss(self, logps: Tensor, entropies: Tensor | None) -> Tensor:
+        """The loss of the case from log-probs and entropies, in the dtype that they have."""
+        adv = self.advantages.to(logps.dtype).view(logps.shape)
+        if self.case.job == "loss":
+            ratio = torch.exp(logps - self.old.to(logps.dtype).view(logps.shape))
+            loss = -torch.min(ratio * adv, ratio.clamp(0.8, 1.2) * adv)
+        else:
+            loss = -logps * adv
+        if self.case.entropy:
+            assert entropies is not None
+            loss = loss - ENTROPY_COEF * entropies
+        return loss.mean()
 
-def make_data(case: Case) -> Data:
-    g = torch.Generator().manual_seed(0)
-    t = 64
-    shape = (case.rows // t, t)
-    ids = torch.randint(0, case.vocab, shape, generator=g)
-    logits = torch.empty(*shape, case.vocab, dtype=getattr(torch, case.dtype))
-    logp = torch.empty(shape)
-    for b in range(shape[0]):  # by parts: the fp32 draft must not be most of this process's memory
-        z = torch.randn(t, case.vocab, generator=g) * 3
-        z.scatter_add_(-1, ids[b, :, None], torch.rand(t, 1, generator=g) * 12)  # targets from rare to nearly certain
+    def limits(self) -> dict[str, Callable[[], Any]]:
+        """Read the logits once, read and write them in place, copy them: the memory's own speed, by the clock that times everything."""
+        z, other = self.logits, self.pristine
+        if z.is_cuda:
+            return {"read": lambda: z.view(torch.int32).max(), "update": lambda: z.neg_(), "copy": lambda: z.copy_(other)}
+        n, threads = self.case.logits_bytes // 4, torch.get_num_threads()
+        one = {kind: (lambda kind=kind: _C.stream(kind, z.data_ptr(), other.data_ptr(), n, threads)) for kind in ("read", "update")}
+        return one | {"copy": lambda: _C.stream("copy", other.data_ptr(), z.data_ptr(), n, threads)}
+
+    def error(self, exact: bool, value: Any, grad: Tensor | None) -> float:
+        """The error of a run on the first rows, over what is allowed: <= 1 passes. ``exact``: by the package's criterion."""
+        rows = slice(0, GATE_ROWS)
+        truth, single = self._truth(rows, torch.float64), self._truth(rows, torch.float32)
+        if grad is not None:
+            rounded = single["grad"].to(grad.dtype)
+            return _share(exact, grad.detach().flatten(0, -2)[rows], truth["grad"], rounded, ERROR_FLOOR * truth["size"][:, None])
+        shares = []
+        for name, got in zip(("logps", "entropies"), value if isinstance(value, tuple) else (value,), strict=False):
+            shares.append(
+                _share(exact, got.detach().flatten()[rows], truth[name], single[name], ERROR_FLOOR * (1 + truth[name].abs().max()))
+            )
+        return max(shares)
+
+    def _truth(self, rows: slice, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Of some rows, from the pristine logits, by autograd in a dtype of one's choice; ``size``: the absolute coefficients of a row."""
+        z = self.pristine.flatten(0, 1)[rows].to(dtype).requires_grad_()
+        ids, adv, old = (x.flatten()[rows] for x in (self.ids, self.advantages, self.old))
+        logp_all = torch.log_softmax(z, -1)
+        logp, entropy = logp_all.gather(-1, ids[:, None])[:, 0], -(logp_all.exp() * logp_all).sum(-1)
+        few = replace(self, ids=ids, advantages=adv, old=old)
+        (grad,) = torch.autograd.grad(few.row_loss(logp, entropy) * len(ids) / self.case.rows, z)
+        ratio = torch.exp(logp - old.to(dtype)) if self.case.job == "loss" else torch.ones_like(logp)
+        size = ((ratio * adv.to(dtype)).abs() + (ENTROPY_COEF if self.case.entropy else 0)) / self.case.rows
+        return {"logps": logp.detach(), "entropies": entropy.detach(), "grad": grad, "size": size.detach()}
+
+
+def _share(exact: bool, got: Tensor, truth: Tensor, rounded: Tensor, floor: Tensor) -> float:
+    error = (got.double() - truth).abs()
+    if exact:
+        return float((error / (ERROR_RATIO * (rounded.double() - truth).abs().max() + floor)).max())
+    return float(error.norm() / truth.norm() / SAME_FUNCTION)
+
+
+@lru_cache(maxsize=1)  # cases of one shape follow each other
+def _tensors(rows: int, vocab: int, dtype: str, device: str) -> Data:
+    g = torch.Generator(device).manual_seed(0)
+    t = min(rows, 1024 if device == "cuda" else 64)
+    shape = (rows // t, t)
+    ids = torch.randint(0, vocab, shape, generator=g, device=device)
+    logits = torch.empty(*shape, vocab, dtype=getattr(torch, dtype), device=device)
+    logp = torch.empty(shape, device=device)
+    for b in range(shape[0]):  # by parts: the fp32 draft must not be most of the memory
+        z = torch.randn(t, vocab, generator=g, device=device) * 3
+        z.scatter_add_(-1, ids[b, :, None], torch.rand(t, 1, generator=g, device=device) * 12)  # targets from rare to nearly certain
         logits[b] = z
         logp[b] = torch.log_softmax(logits[b].float(), -1).gather(-1, ids[b, :, None])[:, 0]
-    old = logp + 0.3 * torch.randn(shape, generator=g)
-    advantages = torch.randn(shape, generator=g)
-    on = [x.to(case.device) for x in (logits, logits.clone(), ids, advantages, old)]
-    return Data(case, *on)
+    old = logp + 0.3 * torch.randn(shape, generator=g, device=device)
+    advantages = torch.randn(shape[0], 1, generator=g, device=device).expand(shape).contiguous()
+    spare = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    return Data(Case("loss", rows, vocab, dtype, device=device), logits, logits.clone(), ids, advantages, old, spare)

@@ -1,6 +1,7 @@
-"""Who is measured. A provider turns a case's data into a function that does the job once and returns ``(loss or log-probs, gradient or None)``.
+"""Who is measured. A provider turns a case's data into a function that does the job once and returns ``(values, gradient or None)``.
 
 Logits are what a model's head would hand over: not a leaf, owned by nobody else, their gradient caught where the head would receive it.
+The baselines and we are here, other projects' kernels in :mod:`.peers`, everything that starts from hidden states in :mod:`.linear`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import ENTROPY_COEF, Case, Data
+from .cases import ENTROPY_COEF, Data
 
-Job = Callable[[], tuple[Tensor, Tensor | None]]
+Job = Callable[[], tuple[Any, Any]]
+#: What most providers are: logits to log-probs and entropies (None where nobody asked).
+Statistics = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 class Absent(Exception):
@@ -24,13 +27,13 @@ class Absent(Exception):
 @dataclass(frozen=True)
 class Provider:
     name: str
-    make: Callable[[Data], Job]
-    jobs: tuple[str, ...] = ("loss", "logps")
+    make: Callable[[Any], Job]
+    jobs: tuple[str, ...] = ("loss", "logps", "logps+grad")
     in_place: bool = False
     ours: bool = False
     exact: bool = False  # held to the package's accuracy criterion; others only have to compute the same function
 
-    def serves(self, case: Case) -> bool:
+    def serves(self, case: Any) -> bool:
         return case.job in self.jobs
 
 
@@ -50,7 +53,7 @@ class _Head(torch.autograd.Function):
         return None, None, None
 
 
-def _through_autograd(data: Data, loss: Callable[[Tensor], Tensor]) -> Job:
+def through_autograd(data: Data, loss: Callable[[Tensor], Tensor]) -> Job:
     anchor = torch.zeros((), requires_grad=True, device=data.logits.device)
 
     def job() -> tuple[Tensor, Tensor | None]:
@@ -62,12 +65,32 @@ def _through_autograd(data: Data, loss: Callable[[Tensor], Tensor]) -> Job:
     return job
 
 
-def _without_grad(data: Data, logps: Callable[[Tensor], Tensor]) -> Job:
-    @torch.no_grad()
-    def job() -> tuple[Tensor, Tensor | None]:
-        return logps(data.logits), None
+def from_statistics(statistics: Callable[[Data], Statistics], compiled: bool = False) -> Callable[[Data], Job]:
+    """A provider's ``make`` from how it gets log-probs and entropies; the loss on top of them is torch, on ``[N]``."""
 
-    return job
+    def make(data: Data) -> Job:
+        of = statistics(data)
+        if data.case.job == "logps":
+            values = torch.compile(of, dynamic=False) if compiled else of
+
+            @torch.no_grad()
+            def job() -> tuple[tuple[Tensor, ...], None]:
+                return tuple(x for x in values(data.logits) if x is not None), None
+
+            return job
+        loss = lambda z: data.row_loss(*of(z))  # noqa: E731
+        return through_autograd(data, torch.compile(loss, dynamic=False) if compiled else loss)
+
+    return make
+
+
+def _eager(data: Data) -> Statistics:
+    def of(z: Tensor) -> tuple[Tensor, Tensor | None]:
+        logp_all = torch.log_softmax(z.float(), -1)
+        logps = logp_all.gather(-1, data.ids.unsqueeze(-1)).squeeze(-1)
+        return logps, -(logp_all.exp() * logp_all).sum(-1) if data.case.entropy else None
+
+    return of
 
 
 def _eager_loss(data: Data) -> Callable[[Tensor], Tensor]:
@@ -77,42 +100,31 @@ def _eager_loss(data: Data) -> Callable[[Tensor], Tensor]:
     return lambda z: eager_policy_loss(z, data.ids, data.advantages, old_per_token_logps=data.old, entropy_coef=coef)
 
 
-def _eager_logps(data: Data) -> Callable[[Tensor], Tensor]:
-    return lambda z: torch.log_softmax(z.float(), -1).gather(-1, data.ids.unsqueeze(-1)).squeeze(-1)
-
-
 def eager(data: Data) -> Job:
-    return _through_autograd(data, _eager_loss(data)) if data.case.job == "loss" else _without_grad(data, _eager_logps(data))
+    return through_autograd(data, _eager_loss(data)) if data.case.job == "loss" else from_statistics(_eager)(data)
 
 
 def compiled(data: Data) -> Job:
     torch._dynamo.reset()
     if data.case.job == "loss":
-        return _through_autograd(data, torch.compile(_eager_loss(data), dynamic=False))
-    return _without_grad(data, torch.compile(_eager_logps(data), dynamic=False))
+        return through_autograd(data, torch.compile(_eager_loss(data), dynamic=False))
+    return from_statistics(_eager, compiled=True)(data)
 
 
-def trl(data: Data) -> Job:
+def trl(data: Data) -> Statistics:
     try:
         from trl.trainer.utils import entropy_from_logits, selective_log_softmax
     except ImportError as error:
         raise Absent(f"TRL is not installed ({error})") from error
 
-    def loss(z: Tensor) -> Tensor:
-        logps = selective_log_softmax(z, data.ids)
-        ratio = torch.exp(logps - data.old)
-        value = -torch.min(ratio * data.advantages, ratio.clamp(0.8, 1.2) * data.advantages)
-        if data.case.entropy:
-            value = value - ENTROPY_COEF * entropy_from_logits(z)
-        return value.mean()
-
-    return _through_autograd(data, loss) if data.case.job == "loss" else _without_grad(data, lambda z: selective_log_softmax(z, data.ids))
+    return lambda z: (selective_log_softmax(z, data.ids), entropy_from_logits(z) if data.case.entropy else None)
 
 
-def chunked(data: Data, rows: int = 8) -> Job:
+def chunked(data: Data) -> Job:
     """Eager PyTorch that never holds more than a few rows in fp32, writing each chunk's gradient into the whole."""
     from reweight_ops.testing import eager_policy_loss
 
+    rows = 1024 if data.logits.is_cuda else 8
     flat = [x.flatten(0, 1) for x in (data.logits, data.ids, data.advantages, data.old)]
     coef, total = ENTROPY_COEF if data.case.entropy else 0.0, data.case.rows
 
@@ -127,14 +139,24 @@ def chunked(data: Data, rows: int = 8) -> Job:
         return value, grad.view_as(data.logits)
 
     @torch.no_grad()
-    def logps_job() -> tuple[Tensor, Tensor | None]:
-        parts = [
-            torch.log_softmax(flat[0][i : i + rows].float(), -1).gather(-1, flat[1][i : i + rows, None])[:, 0]
-            for i in range(0, total, rows)
-        ]
-        return torch.cat(parts).view(data.ids.shape), None
+    def logps_job() -> tuple[tuple[Tensor, ...], None]:
+        parts = []
+        for i in range(0, total, rows):
+            logp_all = torch.log_softmax(flat[0][i : i + rows].float(), -1)
+            entropy = (-(logp_all.exp() * logp_all).sum(-1),) if data.case.entropy else ()
+            parts.append((logp_all.gather(-1, flat[1][i : i + rows, None])[:, 0], *entropy))
+        return tuple(torch.cat(x).view(data.ids.shape) for x in zip(*parts, strict=True)), None
 
     return loss_job if data.case.job == "loss" else logps_job
+
+
+def serving(backend: str, input: Tensor) -> None:
+    from reweight_ops.backends.base import Request
+    from reweight_ops.backends.select import why_not
+
+    reason = why_not(backend, Request("token_stats", input.device, input.dtype))
+    if reason is not None:
+        raise Absent(reason)
 
 
 def _spec(data: Data) -> Any:
@@ -146,23 +168,22 @@ def _spec(data: Data) -> Any:
 def _public(backend: str, consume: bool, plan: str = "one_pass") -> Callable[[Data], Job]:
     """rw.policy_loss and rw.token_logps, as a trainer calls them."""
 
+    def logps(data: Data) -> Statistics:
+        import reweight_ops as rw
+
+        options = dict(backend=backend, consume_logits=consume)
+        if data.case.entropy:
+            return lambda z: rw.token_logps(z, data.ids, return_entropy=True, **options)
+        return lambda z: (rw.token_logps(z, data.ids, **options), None)
+
     def make(data: Data) -> Job:
         import reweight_ops as rw
-        from reweight_ops.backends.base import Request
-        from reweight_ops.backends.select import why_not
 
-        reason = why_not(backend, Request("token_stats", data.logits.device, data.logits.dtype))
-        if reason is not None:
-            raise Absent(reason)
-        if data.case.job == "logps":
-            return _without_grad(data, lambda z: rw.token_logps(z, data.ids, backend=backend))
-        spec = _spec(data)
-        return _through_autograd(
-            data,
-            lambda z: rw.policy_loss(
-                z, data.ids, data.advantages, spec=spec, old_per_token_logps=data.old, consume_logits=consume, plan=plan, backend=backend
-            ).loss,
-        )  # fmt: skip
+        serving(backend, data.logits)
+        if data.case.job != "loss":
+            return from_statistics(logps)(data)
+        options = dict(spec=_spec(data), consume_logits=consume, plan=plan, backend=backend)
+        return through_autograd(data, lambda z: rw.policy_loss(z, data.ids, data.advantages, old_per_token_logps=data.old, **options).loss)
 
     return make
 
@@ -172,21 +193,26 @@ def _verbs(backend: str, in_place: bool) -> Callable[[Data], Job]:
 
     def make(data: Data) -> Job:
         from reweight_ops import kernels
-        from reweight_ops.backends.base import Request, RowInputs
-        from reweight_ops.backends.select import why_not
+        from reweight_ops.backends.base import RowInputs
 
-        reason = why_not(backend, Request("token_stats", data.logits.device, data.logits.dtype))
-        if reason is not None:
-            raise Absent(reason)
+        serving(backend, data.logits)
         z, ids, one = data.logits, data.ids.flatten(), torch.ones(1, device=data.logits.device)
+        names = ("logp", "entropy") if data.case.entropy else ("logp",)
         if data.case.job == "logps":
-            return lambda: (kernels.token_stats(z, ids, one, stats=("logp",), backend=backend)[0].view(data.ids.shape), None)
+            return lambda: (tuple(kernels.token_stats(z, ids, one, stats=names, backend=backend).unbind()), None)
+        out = z if in_place else torch.zeros_like(z)
+        if data.case.job == "grad":
+            known = ("logp", "lse", *names[1:])
+            stats = dict(zip(known, kernels.token_stats(data.pristine, ids, one, stats=known, backend=backend).clone(), strict=True))
+            by = {"logp": data.advantages.flatten() / -data.case.rows}
+            if data.case.entropy:
+                by["entropy"] = torch.full_like(by["logp"], -ENTROPY_COEF / data.case.rows)
+            return lambda: (None, kernels.token_grad(z, ids, one, stats, by, out=out, backend=backend))
         program = _spec(data).program
         coefs = [-20.0, 20.0, 1.0, 0.2, 0.2, float("inf"), *([ENTROPY_COEF] if data.case.entropy else [])]
         params = torch.tensor(coefs, device=z.device)
         weights = torch.full((1, data.case.rows), 1 / data.case.rows, device=z.device).expand(len(program.terms), -1)
         inputs = RowInputs(weights, data.old.flatten(), data.advantages.flatten())
-        out = z if in_place else torch.zeros_like(z)
 
         def job() -> tuple[Tensor, Tensor | None]:
             rows, grad = kernels.token_loss_grad(z, ids, one, inputs, program, params, out=out, backend=backend)
@@ -197,21 +223,33 @@ def _verbs(backend: str, in_place: bool) -> Callable[[Data], Job]:
     return make
 
 
-def providers(backends: tuple[str, ...]) -> list[Provider]:
-    """Baselines first, then each of our backends: through the public API (in place, and as a drop-in that makes a new gradient), and the kernels alone."""
-    found = [
+def baselines() -> list[Provider]:
+    return [
         Provider("eager", eager),
-        Provider("TRL", trl),
+        Provider("TRL", from_statistics(trl)),
         Provider("torch.compile", compiled),
-        Provider("chunked eager", chunked),
+        Provider("chunked eager", chunked, jobs=("loss", "logps")),
     ]
-    for b in backends:
-        found += [
-            Provider(f"{b} drop-in", _public(b, consume=False), ours=True, exact=True),
-            Provider(f"{b} drop-in two_pass", _public(b, consume=False, plan="two_pass"), jobs=("loss",), ours=True, exact=True),
-            Provider(f"{b} in place", _public(b, consume=True), jobs=("loss",), in_place=True, ours=True, exact=True),
-            Provider(f"{b} kernel, reused output", _verbs(b, in_place=False), jobs=("loss",), ours=True, exact=True),
-            Provider(f"{b} kernel in place", _verbs(b, in_place=True), jobs=("loss",), in_place=True, ours=True, exact=True),
-            Provider(f"{b} kernel", _verbs(b, in_place=False), jobs=("logps",), ours=True, exact=True),
-        ]
-    return found
+
+
+def ours(backend: str) -> list[Provider]:
+    """Through the public API (in place, and as a drop-in that makes a new gradient), and the kernels alone."""
+
+    def provider(name: str, make: Callable[[Data], Job], *jobs: str, in_place: bool = False) -> Provider:
+        return Provider(f"{backend} {name}", make, jobs, in_place, ours=True, exact=True)
+
+    return [
+        provider("drop-in", _public(backend, consume=False), "loss", "logps", "logps+grad"),
+        provider("drop-in two_pass", _public(backend, consume=False, plan="two_pass"), "loss"),
+        provider("in place", _public(backend, consume=True), "loss", "logps+grad", in_place=True),
+        provider("kernel, reused output", _verbs(backend, in_place=False), "loss", "grad"),
+        provider("kernel in place", _verbs(backend, in_place=True), "loss", "grad", in_place=True),
+        provider("kernel", _verbs(backend, in_place=False), "logps"),
+    ]
+
+
+def providers(backends: tuple[str, ...]) -> list[Provider]:
+    """Baselines first, other projects' kernels, then each of our backends."""
+    from .peers import peers
+
+    return [*baselines(), *peers(), *(p for b in backends for p in ours(b))]

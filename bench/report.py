@@ -9,8 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-#: What a provider has to move at least: log-probs read the logits once, a loss in place reads and writes them, a new gradient is a copy.
-LIMIT = {("logps", False): "read", ("loss", True): "update", ("loss", False): "copy"}
+#: What a provider has to do at least, as limits that were timed: log-probs read the logits once, a loss in place reads and writes them, a new
+#: gradient is a copy; one after the other where a gradient has to wait for its upstream.
+LIMIT = {
+    ("logps", False): ("read",),
+    ("loss", True): ("update",), ("loss", False): ("copy",),
+    ("grad", True): ("update",), ("grad", False): ("copy",),
+    ("logps+grad", True): ("read", "update"), ("logps+grad", False): ("read", "copy"),
+    ("linear", False): ("gemms",), ("linear ce", False): ("gemms",),
+}  # fmt: skip
 
 
 def _ratio(a: list[float], b: list[float]) -> float:
@@ -23,21 +30,51 @@ def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     timed = {r["provider"]: r for r in entry["results"] if r["ms"]}
     for r in entry["results"]:
-        row = {"provider": r["provider"], "note": r["wrong"] or r["absent"], "ours": r["ours"]}
+        row = {"provider": r["provider"], "note": r["wrong"] or r.get("failed") or r["absent"], "ours": r["ours"]}
         if r["ms"]:
-            limit = LIMIT[(entry["case"]["job"], r["in_place"])]
-            row |= {
-                "ms": median(r["ms"]),
-                "of_limit": _ratio(entry["limits"][limit], r["ms"]),
-                "limit": limit,
-                "extra": None if r["extra_bytes"] is None else r["extra_bytes"] / entry["logits_bytes"],
-                "gate": r["gate"],
-            }
-            for against in ("torch.compile", "chunked eager", "eager", "TRL"):
-                if r["ours"] and against in timed:
-                    row[against] = _ratio(timed[against]["ms"], r["ms"])
+            names = LIMIT[(entry["case"]["job"], r["in_place"] and entry["case"]["job"] != "logps")]
+            limit = [sum(ms) for ms in zip(*(entry["limits"][name] for name in names), strict=True)]
+            extra = None if r["extra_bytes"] is None else (r["extra_bytes"] - entry.get("gradient_bytes", 0)) / entry["logits_bytes"]
+            row |= {"ms": median(r["ms"]), "of_limit": _ratio(limit, r["ms"]), "limit": "+".join(names), "extra": extra, "gate": r["gate"]}
+            row["against"] = {name: _ratio(t["ms"], r["ms"]) for name, t in timed.items() if r["ours"] and not t["ours"]}
         found.append(row)
     return found
+
+
+def _speeds(entry: dict[str, Any]) -> str:
+    """The limits of a case, as speeds: GB/s read plus written, or TFLOP/s."""
+    ms = {name: median(times) for name, times in entry["limits"].items()}
+    if "gemms" in ms:
+        return f"GEMMs {entry['least_flops'] / ms['gemms'] / 1e9:.0f} TFLOP/s"
+    return ", ".join(f"{name} {entry['logits_bytes'] * (1 if name == 'read' else 2) / t / 1e6:.0f} GB/s" for name, t in ms.items())
+
+
+def _cell(best: dict[str, Any] | None) -> str:
+    if best is None:
+        return "-"
+    extra = "" if best["extra"] is None else f"+{best['extra']:.2f}x"
+    return f"{best['ms']:8.3f}  {best['of_limit']:.2f}  {extra}"
+
+
+def summary(document: dict[str, Any]) -> list[str]:
+    """A short line each case: the limit, the fastest of each of our backends (ms, and the share of the limit), the fastest of the others."""
+    backends = list(dict.fromkeys(r["provider"].split()[0] for e in document["cases"] for r in e["results"] if r["ours"]))
+    heads = [f"{b} ms, of limit, +memory" for b in backends]
+    lines = [f"{'case':<37}{'limit':<15}" + "".join(f"{h:<28}" for h in heads) + "best of the others"]
+    for entry in document["cases"]:
+        rows = sorted((r for r in rows_of(entry) if "ms" in r), key=lambda r: r["ms"])
+        speeds = _speeds(entry).split(", ")
+        line = f"{entry['name'].replace('float32', 'fp32').replace('bfloat16', 'bf16'):<37}{speeds[-1]:<15}"
+        for backend in backends:
+            best = next((r for r in rows if r["ours"] and r["provider"].split()[0] == backend), None)
+            line += f"{_cell(best):<28}"
+        lines.append(line + "".join(f"{r['provider']} {r['ms']:.3f}" for r in [r for r in rows if not r["ours"]][:1]))
+        lines += [
+            f"  {r['provider']}: {r['wrong'] or r.get('failed')}"[:150]
+            for r in entry["results"]
+            if r["wrong"] or (r["ours"] and r.get("failed"))
+        ]
+    return lines + [f"not reached: {name}" for name in document.get("not_reached", [])]
 
 
 def print_tables(document: dict[str, Any], console: Console | None = None) -> None:
@@ -48,21 +85,17 @@ def print_tables(document: dict[str, Any], console: Console | None = None) -> No
     console.print(f"[bold]{m['processor']}[/], {m['threads']} threads, {pages}, torch {m['torch']}, commit {m['commit']}")
     for entry in document["cases"]:
         busy = f", [red]others used {entry['foreign_load']:.0%} of the processor[/]" if entry["foreign_load"] > 0.05 else ""
-        speed = {k: entry["logits_bytes"] / median(v) / 1e6 for k, v in entry["limits"].items()}
-        title = (
-            f"{entry['name']}   {entry['logits_bytes'] / 2**20:.0f} MiB; GB/s of logits: "
-            + ", ".join(f"{k} {v:.0f}" for k, v in speed.items())
-            + busy
-        )
+        title = f"{entry['name']}   {entry['logits_bytes'] / 2**20:.0f} MiB of logits; {_speeds(entry)}{busy}"
         table = Table(title=title, title_justify="left", title_style="bold")
-        for head in ("provider", "ms", "of the limit", "x compile", "x chunked", "x eager", "x TRL", "extra memory", "error/allowed"):
+        others = [r["provider"] for r in entry["results"] if r["ms"] and not r["ours"]]
+        for head in ("provider", "ms", "of the limit", *(f"x {name}" for name in others), "extra memory", "error/allowed"):
             table.add_column(head, justify="left" if head == "provider" else "right")
         absent: list[str] = []
         for row in rows_of(entry):
             if "ms" not in row:
                 absent.append(f"  {row['provider']}: {row['note']}")
                 continue
-            times = [f"{row[k]:.2f}" if k in row else "" for k in ("torch.compile", "chunked eager", "eager", "TRL")]
+            times = [f"{row['against'][k]:.2f}" if k in row["against"] else "" for k in others]
             extra = "" if row["extra"] is None else f"{row['extra']:.2f}x"
             figures = [f"{row['ms']:.2f}", f"{row['of_limit']:.2f} ({row['limit']})", *times, extra, f"{row['gate']:.2f}"]
             table.add_row(row["provider"], *figures, style="bold" if row["ours"] else "")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .cases import cases, make_data
+from .cases import cases
 from .measure import gate
 from .providers import Absent, providers
 
@@ -12,7 +12,7 @@ from .providers import Absent, providers
 def test_speed(benchmark, case, provider):
     if not provider.serves(case):
         pytest.skip("not this provider's job")
-    data = make_data(case)
+    data = case.data()
     try:
         job = provider.make(data)
     except Absent as reason:

@@ -5,6 +5,7 @@ This is two_pass's middle, differentiated by autograd. One_pass runs its generat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep:
             scoped[w.scope] = u if so_far is None else so_far * u
 
     weighted = loss = torch.zeros_like(leaves["logp"])
+    chosen = torch.zeros_like(keep)
     for k, term in enumerate(terms.terms):
         factor: Any = term.coef if term.shares is None else 1.0
         for u in (scoped["all"], scoped["surrogate"] if k == 0 else None):
@@ -90,4 +92,7 @@ def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep:
         else:
             loss = loss + torch.where(selected, term.coef * factor * value, 0)
             weighted = weighted + term.coef * term.shares(own)
-    return TermResult(weighted, loss)
+        chosen = chosen | selected
+    # Every comparison with NaN is false: without this a clip would call a row without a log-prob clipped, and its gradient 0.
+    sick = chosen & leaves["logp"].isnan()
+    return TermResult(torch.where(sick, torch.where(sick, leaves["logp"], 0) * math.nan, weighted), loss)

@@ -13,14 +13,14 @@ if not Path("/proc/self/clear_refs").exists():
 
 SCRIPT = """
 import json, sys
-from bench.cases import Case, make_data
+from bench.cases import Case
 from bench.measure import Memory
 from bench.providers import providers
 found = {}
 for dtype in ("float32", "bfloat16"):
     for job, entropy in (("loss", False), ("loss", True), ("logps", False)):
         case = Case(job, 128, 65536, dtype, entropy)
-        data, memory = make_data(case), Memory("cpu")
+        data, memory = case.data(), Memory("cpu")
         for p in providers(("cpu",)):
             if p.ours and p.serves(case):
                 run = p.make(data)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import math
-from .sweep import LN2, base2_scale, cap_slope, capped, gradient_sweep, load_target, row_offset, row_state, segment_state, zero_sweep
+from .sweep import LN2, base2_scale, capped, gradient_sweep, load_target, row_offset, row_state, segment_state, zero_sweep
 
 OUT_OF_LOSS = tl.constexpr(-100)
 
@@ -37,11 +37,23 @@ def _target(IDS, row, vocab_start, vocab_total, V):
 
 
 @triton.jit
+def _two_sum(a, b):
+    """``a + b`` and what rounding took from it, exactly (Knuth); 0 where the sum is not finite."""
+    s = a + b
+    v = s - a
+    return s, tl.where(tl.abs(s) < float("inf"), (a - (s - v)) + (b - v), 0.0)
+
+
+@triton.jit
 def _finish(m, S, U, Q, w_y, inside, T):
     """``(logp, entropy, lse, log_sum_p_sq, max_logp)`` of a row from its state."""
     log_s = math.log(S)
-    d = (w_y - m) / T
-    logp = tl.where(inside, d - log_s, tl.where(S == S, float("-inf"), float("nan")))
+    # (w_y - m)/T - log s, rounded once: a ratio's and a gradient's relative error is this one's absolute error.
+    w, lost = _two_sum(w_y, -m)
+    d = w / T
+    lost += tl.where(tl.abs(d) < float("inf"), tl.fma(-d, T, w), 0.0)
+    x, more = _two_sum(d, -log_s)
+    logp = tl.where(inside, x + (more + lost / T), tl.where(S == S, float("-inf"), float("nan")))
     return logp, log_s - U / S * LN2, m / T + log_s, math.log(Q) - 2.0 * log_s, 0.0 - log_s
 
 
@@ -82,7 +94,7 @@ def stats_kernel(
     if keep & (bad == 0):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         t = tl.load(T + row * t_stride)
-        w_y = load_target(X, y, inside, softcap, CAP)
+        w_y, _ = load_target(X, y, inside, softcap, CAP)
         P = PARTIAL + row.to(tl.int64) * (tl.cdiv(V, SEGMENT) * 4)
         k = base2_scale(t)
         m, s, u, q = row_state(X, P, V, k, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, STATS[1] >= 0, STATS[3] >= 0, False)
@@ -101,9 +113,7 @@ def _reference_point(w, r, T, k):
     error of the size of lse.
     """
     c = tl.fma(T, r, w)
-    s = w - c
-    v = s - w
-    lost = (w - (s - v)) - (c + v)
+    s, lost = _two_sum(w, -c)
     return c, (tl.fma(T, r, s) + lost) * -k
 
 
@@ -117,9 +127,8 @@ def _gradient_row(
     by_p_sq,
     log_sum_p_sq,
     w_y,
+    slope,
     T,
-    softcap,
-    CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     P_SQ: tl.constexpr,
 ):
@@ -145,7 +154,7 @@ def _gradient_row(
         rest += tl.where(by_p_sq == 0.0, 0.0, 2.0 * by_p_sq * math.expm1(logp - log_sum_p_sq))
     at_target = p * rest - by_logp * math.expm1(logp)
     dead = (w_y == float("-inf")) & (at_target == at_target)
-    return A / T, B / T, C / T, tl.where(dead, 0.0, at_target * cap_slope(w_y, softcap, CAP)) / T
+    return A / T, B / T, C / T, tl.where(dead, 0.0, at_target * slope) / T
 
 
 @kernel
@@ -170,7 +179,7 @@ def loss_grad_kernel(
         k = base2_scale(t)
         P = PARTIAL + row.to(tl.int64) * (tl.cdiv(V, SEGMENT) * 4)
         m, s, u, q = row_state(X, P, V, k, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, True, READS_P_SQ, True)
-        w_y = load_target(X, y, inside, softcap, CAP)
+        w_y, slope = load_target(X, y, inside, softcap, CAP)
         tl.debug_barrier()  # every thread has it before one writes the gradient over it
         logp, entropy, _, log_sum_p_sq, _ = _finish(m, s, u, q, w_y, inside, t)
         old = tl.where(has_old != 0, tl.load(OLD + row), logp)
@@ -179,9 +188,7 @@ def loss_grad_kernel(
             PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq
         )
         live = (by_logp != 0.0) | (by_entropy != 0.0) | (by_p_sq != 0.0)
-        A, B, C, at_target = _gradient_row(
-            logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, t, softcap, CAP, ENTROPY, P_SQ
-        )
+        A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, slope, t, ENTROPY, P_SQ)
         c, b = _reference_point(m, math.log(s), t, k)
         column = tl.where(inside, y, -1).to(tl.int32)
         if SPLIT:
@@ -240,9 +247,9 @@ def prepare_kernel(
     lse = tl.load(LSE + row, mask=there, other=0.0)
     t = tl.load(T + row * t_stride, mask=there, other=1.0)
     at = row_offset(row, per_batch, batch_stride, row_stride) + local
-    w_y = capped(tl.load(X + at, mask=there & inside & live, other=float("-inf")).to(tl.float32), softcap, CAP)
+    w_y, slope = capped(tl.load(X + at, mask=there & inside & live, other=float("-inf")).to(tl.float32), softcap, CAP)
     by_target = inside & (w_y > float("-inf")) & (tl.abs(logp) < tl.abs(lse))
-    A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, t, softcap, CAP, ENTROPY, P_SQ)
+    A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, slope, t, ENTROPY, P_SQ)
     k = base2_scale(t)
     c, b = _reference_point(tl.where(by_target, w_y, 0.0), tl.where(by_target, -logp, lse), t, k)
     G = TABLE + row

@@ -77,14 +77,19 @@ def sigmoid(x):
 
 
 @triton.jit
-def tanh(x):
-    # Cephes' tanhf: an odd polynomial on |x| < 0.625, else 1 - 2/(exp(2|x|) + 1), where the subtraction loses at most one bit.
+def tanh_of_small(x):
+    # Cephes' tanhf: an odd polynomial for |x| < 0.625.
     z = x * x
     y = tl.fma(z, -5.70498872745e-3, 2.06390887954e-2)
     y = tl.fma(z, tl.fma(z, y, -5.37397155531e-2), 1.33314422036e-1)
-    y = tl.fma(z, y, -3.33332819422e-1)
+    return tl.fma(x * z, tl.fma(z, y, -3.33332819422e-1), x)
+
+
+@triton.jit
+def tanh(x):
+    # 1 - 2/(exp(2|x|) + 1) where that subtraction loses at most one bit.
     large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, tl.fma(x * z, y, x), tl.where(x < 0.0, -large, large))
+    return tl.where(tl.abs(x) < 0.625, tanh_of_small(x), tl.where(x < 0.0, -large, large))
 
 
 @triton.jit

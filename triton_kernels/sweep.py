@@ -47,29 +47,29 @@ def _exponent(d, k, b):
 
 @triton.jit
 def load_target(X, y, inside, softcap, CAP: tl.constexpr):
-    """The target's ``w``; -inf where the target is in another shard (``inside`` is false)."""
+    """The target's ``(w, dw/dz)``; w is -inf where the target is in another shard (``inside`` is false)."""
     z = tl.load(X + tl.where(inside, y, 0), mask=inside, other=float("-inf")).to(tl.float32)
     return capped(z, softcap, CAP)
 
 
 @triton.jit
 def capped(z, softcap, CAP: tl.constexpr):
-    """``softcap·tanh(z / softcap)``; -inf stays -inf, and +inf becomes NaN as it does without a cap."""
-    if CAP:
-        w = softcap * math.tanh(z / softcap)
-        return tl.where(z == float("-inf"), z, tl.where(z == float("inf"), float("nan"), w))
-    else:
-        return z
+    """``w = softcap·tanh(z / softcap)`` and its slope; -inf stays -inf, and +inf becomes NaN as it does without a cap.
 
-
-@triton.jit
-def cap_slope(w, softcap, CAP: tl.constexpr):
-    """``dw/dz = 1 - (w / softcap)²``."""
+    With ``e = exp(-2|u|)``, ``tanh|u| = 1 - 2e/(1+e)`` and its slope is ``4e/(1+e)²``: formed from e and not from the tanh, of which ``1 - tanh²``
+    would cancel all digits as the cap saturates. The quotient is corrected once: an ulp of w is an error of p for every column.
+    """
     if CAP:
-        r = w / softcap
-        return (1.0 - r) * (1.0 + r)
+        u = z * (1.0 / softcap)
+        size = tl.abs(u)
+        e = tl.exp(-2.0 * size)
+        q = 2.0 / (1.0 + e)
+        q = tl.fma(tl.fma(-q, 1.0 + e, 2.0) * 0.5, q, q)
+        t = tl.where(size < 0.625, math.tanh_of_small(size), 1.0 - e * q)
+        w = softcap * tl.where(u < 0.0, -t, t)
+        return tl.where(size < float("inf"), w, tl.where(u > 0.0, float("nan"), u)), e * q * q
     else:
-        return 1.0
+        return z, 1.0
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _dot(x, y, total, R: tl.constexpr, E: tl.constexpr):
 @triton.jit
 def _tile(z, m, s, u, q, k, softcap, R: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
     """One tile more. ``s``, ``u``, ``q``: sums of ``e``, ``e·x`` and ``e²`` with ``x = (w - m)·k`` and ``e = 2^x``."""
-    w = capped(z, softcap, CAP)
+    w, _ = capped(z, softcap, CAP)
     top = tl.maximum(m, tl.max(w, 1))  # drops NaN; e keeps it
     shift = _exponent(m - top, k, 0.0)
     scale = tl.exp2(shift)
@@ -208,7 +208,7 @@ def row_state(
 @triton.jit
 def gradient_tile(z, c, k, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
     """``p·(A + B·log2 p + C·p)`` with ``log2 p = (w - c)·k + b``, times the slope of the cap."""
-    w = capped(z, softcap, CAP)
+    w, slope = capped(z, softcap, CAP)
     log2_p = _exponent(w - c, k, b)
     p = tl.exp2(log2_p)
     factor = A
@@ -218,7 +218,7 @@ def gradient_tile(z, c, k, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.c
         factor = tl.fma(C, p, factor)
     g = p * factor
     if CAP:
-        g = tl.where(z == float("-inf"), g, g * cap_slope(w, softcap, CAP))
+        g = g * slope
     return g
 
 

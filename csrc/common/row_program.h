@@ -46,6 +46,7 @@ RW_HD inline RowLoss evaluate_row(const RowProgram& program, const float* params
         out.coef += share * (clamped ? r.d_logp : r.d_logp + r.d_log_ratio);
         out.entropy_coef += share * r.d_entropy;
         out.p_sq_coef += share * r.d_log_sum_p_sq;
+        if (t.logp != t.logp) out.coef = t.logp;  // whatever the rule's comparisons make of a NaN
     }
     return out;
 }

@@ -176,8 +176,9 @@ struct Exp2 {
     }
 };
 
-/// tanh, by expm1(2|u|) in base 2 so that small arguments keep their relative accuracy.
-inline Vec tanh(Vec u) {
+/// tanh, by E = expm1(2|u|) in base 2 so that small arguments keep their relative accuracy, and its slope 4(1+E)/(2+E)², which is formed
+/// from E too: 1 - tanh² would lose all digits as tanh goes to 1.
+inline Vec tanh(Vec u, Vec& slope) {
     const VecI sign = (VecI)u & INT32_MIN;
     const Vec magnitude = (Vec)((VecI)u & INT32_MAX);
     const Vec t = select(magnitude > splat(9.5f), splat(27.5f), magnitude * splat(2.885390082f));  // 2 log2(e); tanh(9.5) rounds to 1
@@ -189,7 +190,10 @@ inline Vec tanh(Vec u) {
     p = fma(p, f, splat(2.402271330e-01f));
     p = fma(p, f, splat(6.931471825e-01f));
     const Vec expm1 = fma(p * f, scale, scale - splat(1.0f));
-    return (Vec)((VecI)(expm1 / (expm1 + splat(2.0f))) | sign);
+    const Vec part = splat(2.0f) / (expm1 + splat(2.0f));
+    slope = (expm1 + splat(1.0f)) * part * part;
+    // Beyond 1/2, one minus the small part: its rounding is smaller than that of a quotient.
+    return (Vec)((VecI)select(expm1 > splat(2.0f), splat(1.0f) - part, expm1 / (expm1 + splat(2.0f))) | sign);
 }
 
 // ---- two vectors of logits at a time

@@ -48,15 +48,14 @@ enum class Terms { plain, entropy, full };
 
 struct Softcap {
     bool on;
-    Vec cap, inverse;
-    explicit Softcap(float c) : on(c < kInf), cap(splat(c)), inverse(splat(1.0f / c)) {}
+    Vec cap;
+    explicit Softcap(float c) : on(c < kInf), cap(splat(c)) {}
 
     /// cap·tanh(x / cap), and its derivative. Infinities stay: -inf has no mass, +inf has to make the row NaN.
     void apply(Vec& x, Vec& slope) const {
-        const Vec r = tanh(x * inverse);
+        const Vec r = tanh(x / cap, slope);
         const VecI infinite = ((VecI)x & INT32_MAX) == 0x7f800000;
         x = select(infinite, x, cap * r);
-        slope = splat(1.0f) - r * r;
     }
     /// The same for one number, with the same bits as for a column of a row.
     void apply_one(float& x, float& slope) const {

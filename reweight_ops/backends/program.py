@@ -59,6 +59,7 @@ def run_program(program: Program, params: Tensor, stats: dict[str, Tensor], inpu
 
     zero = torch.zeros_like(logp)
     weighted, loss, by_logp, by_entropy, by_p_sq = zero, zero, zero, zero, zero
+    chosen = torch.zeros_like(keep)
     for k, (cls, coef, fields) in enumerate(terms):
         factor = coef * factors["all"] * (factors["surrogate"] if k == 0 else 1)
         selected = keep & (inputs.weights[k] * factor != 0)
@@ -73,4 +74,6 @@ def run_program(program: Program, params: Tensor, stats: dict[str, Tensor], inpu
         by_logp = by_logp + torch.where(selected, w * (d_logp + torch.where(free, d_log_ratio, 0)), 0)
         by_entropy = by_entropy + torch.where(selected, w * d_entropy, 0)
         by_p_sq = by_p_sq + torch.where(selected, w * d_p_sq, 0)
+        chosen = chosen | selected
+    by_logp = torch.where(chosen & logp.isnan(), logp, by_logp)  # whatever the rules' comparisons make of a NaN
     return ProgramResult(weighted, loss, {"logp": by_logp, "entropy": by_entropy, "log_sum_p_sq": by_p_sq})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -20,6 +21,25 @@ from ..codegen.triton import facts
 from ..triton_kernels import kernels
 from ..triton_kernels.config import MAX_REGISTERS, Config, config_for
 from .triton_programs import program_function
+
+#: The oldest and the newest Triton that the tests were run with; ``make triton-versions`` runs them with each.
+TESTED = ((3, 6), (3, 9))
+
+
+def _warn_if_untested(version: str) -> None:
+    """An older Triton may work, and may miscompile: once, when the backend is loaded. A newer one is what a newer PyTorch brings: no word."""
+    numbers = tuple(int(x) for x in version.split(".")[:2])
+    if numbers < TESTED[0]:
+        oldest, newest = (".".join(map(str, v)) for v in TESTED)
+        warnings.warn(
+            f"reweight_ops: Triton {version} is older than any that its kernels were tested with ({oldest} to {newest}); "
+            "`reweight-ops check --backend triton` tells whether it computes right here.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_warn_if_untested(triton.__version__)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _STAT_ORDER = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")

@@ -1,0 +1,232 @@
+"""``make gpu``: everything that needs a GPU, in one command of at most 10 minutes, without a network.
+
+python -m bench.gpu                    build, tests, compute-sanitizer, benchmark; one JSON and one log under $OUT (default: gpu_output/)
+python -m bench.gpu --only test        make gpu-test: build, tests, compute-sanitizer
+python -m bench.gpu --only bench       make gpu-bench: build, benchmark
+python -m bench.gpu --dry-run          the same stages on the CPU in tiny shapes, without a build: shows that the script itself works
+
+A stage that fails or runs out of time does not stop the others; the exit code tells. Nothing but the standard library is imported before
+the build, and torch only in stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Seconds kept for the end: killing what is late, writing, printing.
+_MARGIN = 8.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command with its share of the time: it may take ``limit`` seconds, and what later stages need at ``least`` is kept for them."""
+
+    name: str
+    kind: str  # build | test | bench
+    command: Sequence[str]
+    limit: float
+    least: float
+    environment: dict[str, str] = field(default_factory=dict)
+    why_not: Callable[[], str | None] = lambda: None
+
+
+@dataclass
+class Outcome:
+    stage: str
+    outcome: str  # passed | failed | out of time | skipped
+    reason: str = ""
+    seconds: float = 0.0
+    command: str = ""
+
+
+# ---- the stages
+
+
+def without(tool: str) -> Callable[[], str | None]:
+    return lambda: None if shutil.which(tool) else f"{tool} was not found"
+
+
+def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage]:
+    python = sys.executable
+    # A version control's checkout may be somebody else's, and pip may think that a system's Python is not ours to touch: it was asked to.
+    install = [python, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check", "-v"]
+    build = Stage(
+        "build",
+        "build",
+        [*install, "-e", str(ROOT)],
+        240,
+        60,
+        {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_ROOT_USER_ACTION": "ignore", **archs()},
+        lambda: "a dry run uses what is installed" if dry else None,
+    )
+    one_thread = {"OMP_NUM_THREADS": "1"}  # tiny shapes on a shared machine: threads only wait for each other
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'gpu-tests.xml'}"]
+    if dry:
+        tests = [*pytest, "tests/gpu", "-k", "not fp16 and not fp32"]
+    else:
+        workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
+        tests = [*pytest, "-n", workers, "tests/gpu", "tests/test_triton.py", "tests/test_cuda_backend.py"]
+    found = [build, Stage("tests", "test", tests, 220, 90, {"REWEIGHT_OPS_GPU_TESTS": "cpu", **one_thread} if dry else {})]
+    for tool in ("memcheck",) if dry else ("memcheck", "racecheck", "synccheck"):
+        for backend in ("cpu",) if dry else ("cuda", "triton"):
+            watch = [] if dry else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+            command = [*watch, python, "tests/gpu/sanitize.py", backend, "cpu" if dry else "cuda"]
+            found.append(
+                Stage(f"{tool} {backend}", "test", command, 45, 10, why_not=(lambda: None) if dry else without("compute-sanitizer"))
+            )
+    bench = [python, "-m", "bench", "--out", str(out), "--rounds", "2" if dry else "15"]
+    bench += (
+        ["--tiny", "--only", "bfloat16", "--backends", "cpu", "--providers", "eager,TRL,Liger,QuACK,CCE,flash", "--no-plot"]
+        if dry
+        else ["--device", "cuda"]
+    )
+    bench += ["--commit", commit] if commit else []
+    return [*found, Stage("bench", "bench", bench, seconds, 60 if dry else 240, one_thread if dry else {})]
+
+
+def archs() -> dict[str, str]:
+    """Machine code for this GPU alone, which is all that is run here: a third of the build's time."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None or "REWEIGHT_OPS_CUDA_ARCHS" in os.environ:
+        return {}
+    said = subprocess.run([tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True).stdout.split()
+    return {"REWEIGHT_OPS_CUDA_ARCHS": ";".join(sorted({x.replace(".", "") for x in said}))} if said else {}
+
+
+# ---- running them
+
+
+def run_stage(stage: Stage, allowed: float, log: Path) -> Outcome:
+    """Run one to its end or for ``allowed`` seconds; what it prints is appended to the log."""
+    command = " ".join(stage.command)
+    reason = stage.why_not()
+    if reason is not None:
+        return Outcome(stage.name, "skipped", reason, command=command)
+    if allowed < stage.least / 2:
+        return Outcome(stage.name, "out of time", "not begun", command=command)
+    arguments = [*stage.command, "--seconds", f"{max(allowed - 30, 20):.0f}"] if stage.kind == "bench" else list(stage.command)
+    began = time.monotonic()
+    with log.open("a") as file:
+        file.write(f"\n===== {stage.name}: {' '.join(arguments)}\n")
+        file.flush()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment}
+        # A session of its own: whatever it starts can be ended with it.
+        try:
+            process = subprocess.Popen(
+                arguments,
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Outcome(stage.name, "failed", str(error), command=command)
+        try:
+            code = process.wait(allowed)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return Outcome(stage.name, "out of time", f"ended after {allowed:.0f} s", time.monotonic() - began, command)
+    took = time.monotonic() - began
+    return Outcome(stage.name, "failed" if code else "passed", f"exit code {code}" if code else "", took, command)
+
+
+def run_all(chosen: list[Stage], seconds: float, log: Path, say: Callable[[str], None]) -> list[Outcome]:
+    deadline = time.monotonic() + seconds - _MARGIN
+    outcomes: list[Outcome] = []
+    for i, stage in enumerate(chosen):
+        kept = sum(later.least for later in chosen[i + 1 :] if later.why_not() is None)
+        remaining = deadline - time.monotonic()
+        say(f"{stage.name} ...")
+        outcomes.append(run_stage(stage, min(stage.limit, max(remaining - kept, min(stage.least, remaining))), log))
+        done = outcomes[-1]
+        say(f"{stage.name}: {done.outcome} after {done.seconds:.0f} s{': ' + done.reason if done.reason else ''}")
+        if done.outcome in ("failed", "out of time"):
+            say("\n".join(log.read_text(errors="replace").splitlines()[-25:]))
+    return outcomes
+
+
+# ---- what is left behind
+
+
+def test_counts(path: Path) -> dict[str, Any]:
+    """The counts of a JUnit file, and the names of what did not pass."""
+    import xml.etree.ElementTree as ElementTree
+
+    try:
+        suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+    except (OSError, ElementTree.ParseError):
+        return {}
+    counts: dict[str, Any] = {k: sum(int(s.get(k, 0)) for s in suites) for k in ("tests", "failures", "errors", "skipped")}
+    cases = [c for s in suites for c in s.iter("testcase")]
+    counts["failed"] = [
+        f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("failure") is not None or c.find("error") is not None
+    ]
+    return counts
+
+
+def last_table(outcomes: list[Outcome], tests: dict[str, Any], bench: Path) -> list[str]:
+    """A line each stage, the counts of the tests, a line each case of the benchmark."""
+    lines = [f"{o.stage:<18} {o.outcome:<12} {o.seconds:6.0f} s  {o.reason}".rstrip() for o in outcomes]
+    if tests:
+        lines.append(f"tests: {tests['tests']} run, {tests['failures'] + tests['errors']} failed, {tests['skipped']} skipped")
+        lines += [f"  failed: {name}" for name in tests["failed"][:20]]
+    if bench.exists():
+        from .report import summary
+
+        lines += ["", *summary(json.loads(bench.read_text()))]
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("test", "bench"), help="the build, and this")
+    parser.add_argument("--seconds", type=float, default=580, help="for everything together")
+    parser.add_argument("--out", default=os.environ.get("OUT") or str(ROOT / "gpu_output"))
+    parser.add_argument("--commit", default="", help="what is run, where that is no checkout of git's")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, in tiny shapes, without a build")
+    options = parser.parse_args(arguments)
+    out = Path(options.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    log, bench = out / "gpu.log", out / "gpu-bench.json"
+    for stale in (log, bench, out / "gpu-tests.xml", out / "gpu.json"):
+        stale.unlink(missing_ok=True)
+    log.touch()
+    if not options.dry_run and shutil.which("nvidia-smi") is None:
+        print("no GPU: nvidia-smi was not found. `python -m bench.gpu --dry-run` shows on the CPU that the script works.", file=sys.stderr)
+        return 2
+    chosen = [
+        s for s in stages(out, options.dry_run, options.seconds, options.commit) if options.only in (None, s.kind) or s.kind == "build"
+    ]
+    outcomes = run_all(chosen, options.seconds, log, lambda text: print(text, flush=True))
+    tests = test_counts(out / "gpu-tests.xml")
+    failed = [o for o in outcomes if o.outcome in ("failed", "out of time")]
+    document = {
+        "dry_run": options.dry_run,
+        "stages": [asdict(o) for o in outcomes],
+        "tests": tests,
+        "bench": bench.name if bench.exists() else None,
+    }
+    (out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(
+        "\n".join(["", *last_table(outcomes, tests, bench), "", f"{len(failed)} of {len(outcomes)} stages failed; everything is in {out}"])
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

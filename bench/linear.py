@@ -1,0 +1,220 @@
+"""From hidden states: the head's three GEMMs with the loss between them, beside the bare GEMMs, which nobody can beat.
+
+``linear``: a clipped policy loss. ``linear ce``: its special case for kernels that know the mean cross entropy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cases import FLUSH_BYTES, GATE_ROWS, ITEM, SAME_FUNCTION
+from .peers import import_or_absent, needs_gpu
+from .providers import Job, Provider, serving
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    job: str
+    rows: int
+    hidden: int
+    vocab: int
+    dtype: str
+    device: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.job} {self.rows}x{self.hidden}x{self.vocab} {self.dtype}"
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.rows * self.vocab * ITEM[self.dtype]
+
+    @property
+    def gradient_bytes(self) -> int:
+        return (self.rows + self.vocab) * self.hidden * ITEM[self.dtype]
+
+    def least_flops(self) -> int:
+        return 6 * self.rows * self.hidden * self.vocab
+
+    def data(self) -> LinearData:
+        return replace(_tensors(self.rows, self.hidden, self.vocab, self.dtype, self.device), case=self)
+
+
+def linear_cases(device: str, tiny: bool = False) -> list[LinearCase]:
+    shape = (64, 32, 320) if tiny else (8192, 4096, 151936)
+    return [LinearCase(job, *shape, "bfloat16", device) for job in ("linear", "linear ce")]
+
+
+@dataclass
+class LinearData:
+    """``hidden [B, T, D]`` and ``weight [V, D]``, leaves that require grad; ``lse [B, T]`` of the logits, for judging results."""
+
+    case: LinearCase
+    hidden: Tensor
+    weight: Tensor
+    ids: Tensor
+    advantages: Tensor
+    old: Tensor
+    lse: Tensor
+    spare: Tensor | None
+
+    def restore(self) -> None:
+        if self.spare is not None:
+            self.spare.zero_()
+
+    def row_loss(self, logps: Tensor) -> Tensor:
+        """The loss of the case from log-probs of all rows, in their dtype."""
+        if self.case.job == "linear ce":
+            return -logps.mean()
+        adv, old = (x.to(logps.dtype).view(logps.shape) for x in (self.advantages, self.old))
+        ratio = torch.exp(logps - old)
+        return -torch.min(ratio * adv, ratio.clamp(0.8, 1.2) * adv).mean()
+
+    def limits(self) -> dict[str, Callable[[], Any]]:
+        """The three GEMMs alone: logits, and the gradients of hidden and weight."""
+        h, w = self.hidden.detach().flatten(0, 1), self.weight.detach()
+        z, dh, dw = h.new_empty(h.size(0), w.size(0)), torch.empty_like(h), torch.empty_like(w)
+
+        def gemms() -> None:
+            torch.mm(h, w.t(), out=z)
+            torch.mm(z, w, out=dh)
+            torch.mm(z.t(), h, out=dw)
+
+        return {"gemms": gemms}
+
+    def error(self, exact: bool, value: Any, grads: tuple[Tensor, Tensor]) -> float:
+        """The error of both gradients in a few rows, over what is allowed. Logits in 16 bits decide it, so all are held to the same."""
+        got_h, got_w = (g.detach() for g in grads)
+        h, w, ids = self.hidden.detach().flatten(0, 1).double(), self.weight.detach(), self.ids.flatten()
+        lse = self.lse.flatten().double()
+        chosen = (h * w[ids].double()).sum(-1) - lse
+        logps = chosen.requires_grad_()
+        (coef,) = torch.autograd.grad(self.row_loss(logps), logps)
+
+        def slopes(z: Tensor, rows: slice, columns: Tensor) -> Tensor:
+            p = torch.exp(z - lse[rows, None])
+            return coef[rows, None] * ((ids[rows, None] == columns).double() - p)
+
+        rows, columns = slice(0, GATE_ROWS), ids[:GATE_ROWS].unique()
+        of_h = torch.zeros(min(GATE_ROWS, h.size(0)), h.size(1), dtype=torch.float64, device=h.device)
+        every = torch.arange(w.size(0), device=h.device)
+        for part in every.split(16384):
+            block = w[part].double()
+            of_h += slopes(h[rows] @ block.t(), rows, part) @ block
+        of_w = slopes(h @ w[columns].double().t(), slice(None), columns).t() @ h
+        pairs = ((got_h.flatten(0, -2)[rows], of_h), (got_w[columns], of_w))
+        return max(float((got.double() - truth).norm() / truth.norm() / SAME_FUNCTION) for got, truth in pairs)
+
+
+@lru_cache(maxsize=1)
+def _tensors(rows: int, hidden: int, vocab: int, dtype: str, device: str) -> LinearData:
+    g = torch.Generator(device).manual_seed(0)
+    t = min(rows, 1024 if device == "cuda" else 16)
+    shape = (rows // t, t)
+    h = torch.randn(*shape, hidden, generator=g, device=device).to(getattr(torch, dtype))
+    w = (torch.randn(vocab, hidden, generator=g, device=device) * (3 / hidden**0.5)).to(h.dtype)
+    ids = torch.randint(0, vocab, shape, generator=g, device=device)
+    lse = torch.stack([torch.logsumexp((x @ w.t()).float(), -1) for x in h])
+    logp = (h.float() * w[ids].float()).sum(-1) - lse
+    old = logp + 0.3 * torch.randn(shape, generator=g, device=device)
+    advantages = torch.randn(shape[0], 1, generator=g, device=device).expand(shape).contiguous()
+    spare = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    case = LinearCase("linear", rows, hidden, vocab, dtype, device)
+    return LinearData(case, h.requires_grad_(), w.requires_grad_(), ids, advantages, old, lse, spare)
+
+
+# ---- who
+
+
+def _job(data: LinearData, loss: Callable[[], Tensor]) -> Job:
+    def job() -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        value = loss()
+        return value.detach(), torch.autograd.grad(value, (data.hidden, data.weight))
+
+    return job
+
+
+def _eager(data: LinearData) -> Callable[[], Tensor]:
+    def loss() -> Tensor:
+        logp_all = torch.log_softmax(F.linear(data.hidden, data.weight).float(), -1)
+        return data.row_loss(logp_all.gather(-1, data.ids.unsqueeze(-1)).squeeze(-1))
+
+    return loss
+
+
+def eager(data: LinearData) -> Job:
+    return _job(data, _eager(data))
+
+
+def compiled(data: LinearData) -> Job:
+    torch._dynamo.reset()
+    return _job(data, torch.compile(_eager(data), dynamic=False))
+
+
+def _ours(backend: str, plan: str) -> Callable[[LinearData], Job]:
+    def make(data: LinearData) -> Job:
+        import reweight_ops as rw
+        from reweight_ops.rules.surrogates import Reinforce
+
+        serving(backend, data.hidden)
+        if data.case.job == "linear ce":
+            spec, rows = rw.PolicyLossSpec(surrogate=Reinforce()), dict(advantages=torch.ones_like(data.advantages))
+        else:
+            spec, rows = rw.methods.ppo(0.2), dict(advantages=data.advantages, old_per_token_logps=data.old)
+        options = dict(spec=spec, plan=plan, backend=backend)
+        return _job(data, lambda: rw.linear_policy_loss(data.hidden, data.weight, data.ids, **rows, **options).loss)
+
+    return make
+
+
+def trl(data: LinearData) -> Job:
+    function = import_or_absent("trl.kernels", "ChunkedLogProbFunction")
+    chunk = import_or_absent("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
+
+    def loss() -> Tensor:
+        logps = function.apply(data.hidden.flatten(0, 1), data.weight, None, data.ids.flatten(), 1.0, chunk, None, 1.0, ())[0]
+        return data.row_loss(logps)
+
+    return _job(data, loss)
+
+
+def liger(data: LinearData) -> Job:
+    module = import_or_absent("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+    needs_gpu(data.hidden)
+    of = module(beta=0.0, use_ref_model=False, loss_type="bnpo", epsilon_low=0.2, epsilon_high=0.2, temperature=1.0)
+    mask, advantages = torch.ones_like(data.ids), data.advantages[:, 0].contiguous()
+    return _job(data, lambda: of(data.hidden, data.weight, data.ids, mask, advantages, old_per_token_logps=data.old)[0])
+
+
+def cce(data: LinearData) -> Job:
+    of = import_or_absent("cut_cross_entropy", "linear_cross_entropy")
+    needs_gpu(data.hidden)
+    return _job(data, lambda: data.row_loss(-of(data.hidden, data.weight, data.ids, reduction="none")))
+
+
+def quack(data: LinearData) -> Job:
+    of = import_or_absent("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+    needs_gpu(data.hidden)
+    return _job(data, lambda: of(data.hidden.flatten(0, 1), data.weight, data.ids.flatten(), reduction="mean"))
+
+
+def linear_providers(backends: tuple[str, ...]) -> list[Provider]:
+    both = ("linear", "linear ce")
+    found = [
+        Provider("eager", eager, both),
+        Provider("torch.compile", compiled, both),
+        Provider("TRL chunked", trl, both),
+        Provider("Liger chunked GRPO", liger, ("linear",)),
+        Provider("CCE", cce, both),
+        Provider("QuACK linear CE", quack, ("linear ce",)),
+    ]
+    for b in backends:
+        found += [Provider(f"{b} {plan}", _ours(b, plan), both, ours=True) for plan in ("one_pass", "two_pass")]
+    return found

@@ -1,0 +1,43 @@
+"""The Triton backend end to end, through the public op, by the package's criterion as it stands: a part of ``reweight-ops check --backend triton``."""
+
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from reweight_ops.backends import triton as backend
+from reweight_ops.checks import Case, run_case
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("method", ["grpo", "cispo", "gspo_token"])
+def test_by_the_criterion(method, dtype):
+    found = run_case(Case("triton", method, dtype, DEVICE), 131)
+    assert found.passed, found
+    assert found.backend == "triton" and found.plan == ("two_pass" if method == "gspo_token" else "one_pass")
+
+
+@pytest.mark.skipif(not backend.interpreted(), reason="a GPU rounds by itself")
+def test_the_criterion_sees_one_bit_of_bf16(monkeypatch):
+    """The negative control: without the emulated rounding the interpreter truncates."""
+    original = backend._Call.__init__
+
+    def truncating(self, *args, **more):
+        original(self, *args, **more)
+        self.emulate = False
+
+    monkeypatch.setattr(backend._Call, "__init__", truncating)
+    assert not run_case(Case("triton", "reinforce", "bfloat16", DEVICE), 131).passed
+
+
+def test_an_older_triton_is_called_untested():
+    with pytest.warns(RuntimeWarning, match=r"Triton 3\.5\.1 is older .*3\.6 to 3\.9"):
+        backend._warn_if_untested("3.5.1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for version in ("3.6.0", "3.9.0", "3.10.0+git1234"):
+            backend._warn_if_untested(version)
