@@ -159,7 +159,7 @@ class Hooks:
         if self._is_linear(trainer, model):
             trainer.fused_calls["linear_token_logps"] += 1
             mask = attention_mask[:, -logits_to_keep:]
-            batches = iter(zip(*(x.split(batch_size or len(x)) for x in (input_ids[:, -logits_to_keep:], mask)), strict=True))
+            batches = iter(zip(*(torch.split(x, batch_size or len(x)) for x in (input_ids[:, -logits_to_keep:], mask)), strict=True))
 
             def compute(hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
                 ids, mask = next(batches)
@@ -171,7 +171,7 @@ class Hooks:
                 return original(model, input_ids, attention_mask, logits_to_keep, **chunks)  # type: ignore[no-any-return]
         trainer.fused_calls["token_logps"] += 1
         parts = []
-        for ids, mask in zip(*(x.split(batch_size or len(x)) for x in (input_ids, attention_mask)), strict=True):
+        for ids, mask in zip(*(torch.split(x, batch_size or len(x)) for x in (input_ids, attention_mask)), strict=True):
             parts.append(
                 token_logps(
                     logits_of(trainer, model, ids, mask, logits_to_keep),

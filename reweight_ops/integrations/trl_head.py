@@ -17,7 +17,7 @@ import transformers
 from accelerate.utils.other import is_compiled_module
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 from trl.trainer import grpo_trainer
 
 from ..errors import InvalidCall
@@ -39,7 +39,7 @@ HEADS = ("auto", "linear", "logits")
 
 
 @dataclass
-class HeadOutput(ModelOutput):  # type: ignore[misc]
+class HeadOutput(ModelOutput):
     """What a model returns instead of logits; the fields that TRL reads."""
 
     loss: Tensor | None = None
@@ -56,7 +56,7 @@ def base_model(trainer: Any, model: Any) -> Any:
 
 def linear_obstacle(trainer: Any, model: Any) -> str | None:
     """Why this model's head needs logits, or None."""
-    if is_deepspeed_zero3_enabled():
+    if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "DeepSpeed ZeRO-3, which frees the head's weight before backward"
     if is_compiled_module(trainer.accelerator.unwrap_model(model, keep_torch_compile=True)):
         return "a compiled model, whose forward cannot be replaced"
@@ -133,8 +133,9 @@ def head_keywords(base: Any, hidden: Tensor) -> dict[str, Any]:
         active = [] if head.disable_adapters or head.merged else _active_adapters(head)
         if active:
             # PEFT may keep adapters in fp32 beside a 16-bit head: operands of one GEMM have one dtype.
-            a, b = (module[active[0]].weight.to(hidden.dtype) for module in (head.lora_A, head.lora_B))
-            lora = Lora(a, b, head.scaling[active[0]])
+            factors: list[Any] = [head.lora_A[active[0]], head.lora_B[active[0]]]
+            a, b = (factor.weight.to(hidden.dtype) for factor in factors)
+            lora = Lora(a, b, float(head.scaling[active[0]]))
         head = head.base_layer
     scale, softcap = scale_and_softcap(base.config.get_text_config())
     return {
