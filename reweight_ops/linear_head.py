@@ -79,7 +79,7 @@ class LinearStatistics(torch.autograd.Function):
             part, h = table.rows(rows), hidden[rows]
             _write_gradient(data[: h.size(0)], part, settings)
             gradients.add(rows, h, data, part.live() if settings.drop_inert else None)
-        kept.clear()
+        kept = data = None  # freed before the working chunk is made
         if rest:
             # Without compaction the same chunks as in forward, so that the same logits are found.
             size = size if index is None else balanced(rest, size)

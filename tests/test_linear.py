@@ -257,12 +257,13 @@ def test_scaled_loss(plan):
     torch.testing.assert_close(a, b)
 
 
-def test_fullgraph():
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_fullgraph(plan):
     torch._dynamo.reset()
     d = make()
 
     def step(h, w):
-        return from_hidden({**d, "hidden": h, "weight": w}, chunk_rows=16, plan="one_pass", completion_mask=d["mask"]).loss
+        return from_hidden({**d, "hidden": h, "weight": w}, chunk_rows=16, plan=plan, completion_mask=d["mask"]).loss
 
     eager = torch.autograd.grad(step(d["hidden"], d["weight"]), [d["hidden"], d["weight"]])  # first: it uploads the constants
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

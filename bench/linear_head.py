@@ -1,0 +1,282 @@
+"""The linear head on a CPU: ``python -m bench.linear_head``. A clipped policy loss from hidden states with both gradients, beside the bare GEMMs.
+
+Interleaved rounds after a correctness gate; slow baselines in the first rounds only. The ratio to the three bare GEMMs is taken within a round, by the
+clock and by processor time; the second means more when others use the machine.
+``python -m bench.linear_head --show`` prints the table of the last results. Liger is looked for on ``PYTHONPATH`` too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import reweight_ops as rw
+
+from .measure import SAME_FUNCTION, Memory, foreign_load
+
+RESULTS = Path(__file__).parent / "results" / "cpu-linear-head.json"
+GATE_ROWS = 16
+
+
+@dataclass(frozen=True)
+class HeadCase:
+    rows: int
+    hidden: int
+    vocab: int
+    dtype: str
+    zero_advantages: bool = False  # 40 % of the sequences
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}x{self.hidden}x{self.vocab} {self.dtype}{' 40% zero' if self.zero_advantages else ''}"
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.rows * self.vocab * getattr(torch, self.dtype).itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        return (self.rows + self.vocab) * self.hidden * getattr(torch, self.dtype).itemsize
+
+
+CASES = [
+    HeadCase(rows, hidden, vocab, dtype, zero)
+    for rows, hidden, vocab in ((256, 4096, 32000), (2048, 1024, 151936))
+    for dtype in ("bfloat16", "float32")
+    for zero in (False, True)
+]
+
+
+class HeadData:
+    """``hidden [B, T, D]`` and ``weight [V, D]``, leaves that require grad; advantages per sequence."""
+
+    def __init__(self, case: HeadCase) -> None:
+        g = torch.Generator().manual_seed(0)
+        dtype, shape = getattr(torch, case.dtype), (10, case.rows // 10) if case.rows % 10 == 0 else (8, case.rows // 8)
+        self.case = case
+        self.hidden = torch.randn(*shape, case.hidden, generator=g).to(dtype).requires_grad_()
+        self.weight = (torch.randn(case.vocab, case.hidden, generator=g) * (3 / case.hidden**0.5)).to(dtype).requires_grad_()
+        self.ids = torch.randint(0, case.vocab, shape, generator=g)
+        h, w = self.hidden.detach().flatten(0, 1), self.weight.detach()
+        self.lse = torch.cat([torch.logsumexp(x @ w.t(), -1, keepdim=True).float()[:, 0] for x in h.split(128)])
+        logp = (h.float() * w[self.ids.flatten()].float()).sum(-1) - self.lse
+        self.old = (logp + 0.1 * torch.randn(len(h), generator=g)).view(shape)
+        self.advantages = torch.randn(shape[0], generator=g)
+        if case.zero_advantages:
+            self.advantages[: round(0.4 * shape[0])] = 0
+
+    def row_loss(self, logps: Tensor) -> Tensor:
+        adv = self.advantages[:, None].expand(self.ids.shape).reshape(logps.shape).to(logps.dtype)
+        ratio = torch.exp(logps - self.old.reshape(logps.shape).to(logps.dtype))
+        return -torch.min(ratio * adv, ratio.clamp(0.8, 1.2) * adv).mean()
+
+    def error(self, grads: tuple[Tensor, ...]) -> float:
+        """The error of both gradients in a few rows, over what is allowed, against fp64."""
+        h, w, ids, lse = self.hidden.detach().flatten(0, 1).double(), self.weight.detach(), self.ids.flatten(), self.lse.double()
+        logps = ((h * w[ids].double()).sum(-1) - lse).requires_grad_()
+        (coef,) = torch.autograd.grad(self.row_loss(logps), logps)
+        some = coef.nonzero()[:GATE_ROWS, 0]
+
+        def slopes(z: Tensor, rows: Any, columns: Tensor) -> Tensor:
+            return coef[rows, None] * ((ids[rows, None] == columns).double() - torch.exp(z - lse[rows, None]))
+
+        of_h = torch.zeros(len(some), h.size(1), dtype=torch.float64)
+        for part in torch.arange(w.size(0)).split(8192):
+            block = w[part].double()
+            of_h += slopes(h[some] @ block.t(), some, part) @ block
+        columns = ids[some].unique()
+        of_w = slopes(h @ w[columns].double().t(), slice(None), columns).t() @ h
+        pairs = ((grads[0].flatten(0, -2)[some], of_h), (grads[1][columns], of_w))
+        return max(float((got.double() - truth).norm() / truth.norm() / SAME_FUNCTION) for got, truth in pairs)
+
+
+Job = Callable[[], tuple[Tensor, ...]]
+
+
+def _job(data: HeadData, loss: Callable[[], Tensor]) -> Job:
+    return lambda: torch.autograd.grad(loss(), (data.hidden, data.weight))
+
+
+def gemms(data: HeadData) -> Job:
+    """The three GEMMs alone, into memory that is there already; their results mean nothing."""
+    h, w = data.hidden.detach().flatten(0, 1), data.weight.detach()
+    z, dh, dw = h.new_zeros(h.size(0), w.size(0)), torch.zeros_like(h), torch.zeros_like(w)
+
+    def job() -> tuple[Tensor, ...]:
+        torch.mm(h, w.t(), out=z)
+        return torch.mm(z, w, out=dh), torch.mm(z.t(), h, out=dw)
+
+    return job
+
+
+def ours(plan: str, **options: Any) -> Callable[[HeadData], Job]:
+    def make(data: HeadData) -> Job:
+        spec = rw.methods.ppo(0.2)
+        keywords = {"spec": spec, "plan": plan, "old_per_token_logps": data.old, "backend": "cpu", **options}
+        return _job(data, lambda: rw.linear_policy_loss(data.hidden, data.weight, data.ids, data.advantages, **keywords).loss)
+
+    return make
+
+
+def materialised(data: HeadData) -> Job:
+    spec = rw.methods.ppo(0.2)
+    options = {"spec": spec, "old_per_token_logps": data.old, "backend": "cpu", "consume_logits": True}
+    return _job(data, lambda: rw.policy_loss(F.linear(data.hidden, data.weight), data.ids, data.advantages, **options).loss)
+
+
+def eager(data: HeadData) -> Job:
+    def loss() -> Tensor:
+        logp_all = torch.log_softmax(F.linear(data.hidden, data.weight).float(), -1)
+        return data.row_loss(logp_all.gather(-1, data.ids.unsqueeze(-1)).squeeze(-1))
+
+    return _job(data, loss)
+
+
+def trl(data: HeadData) -> Job:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as width
+
+    def loss() -> Tensor:
+        arguments = (data.hidden.flatten(0, 1), data.weight, None, data.ids.flatten(), 1.0, width, None, 1.0, ())
+        return data.row_loss(ChunkedLogProbFunction.apply(*arguments)[0])
+
+    return _job(data, loss)
+
+
+def liger(data: HeadData) -> Job:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    of = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo", epsilon_low=0.2, epsilon_high=0.2, compiled=False)
+    mask = torch.ones_like(data.ids)
+    return _job(data, lambda: of(data.hidden, data.weight, data.ids, mask, data.advantages, old_per_token_logps=data.old)[0])
+
+
+#: Name, maker, whether it runs in every round.
+PROVIDERS: list[tuple[str, Callable[[HeadData], Job], bool]] = [
+    ("three bare GEMMs", gemms, True),
+    ("linear one_pass", ours("one_pass"), True),
+    ("linear two_pass", ours("two_pass"), False),
+    ("F.linear, then policy_loss in place", materialised, False),
+    ("eager", eager, False),
+    ("TRL ChunkedLogProbFunction", trl, False),
+    ("Liger chunked GRPO", liger, False),
+]
+
+
+def measure(case: HeadCase, options: argparse.Namespace) -> dict[str, Any]:
+    """One case: gate, memory, then rounds."""
+    data, memory = HeadData(case), Memory("cpu")
+    jobs, entry = {}, {"case": asdict(case), "name": case.name, "logits_bytes": case.logits_bytes, "results": {}}
+    for name, make, always in PROVIDERS:
+        if case.zero_advantages and not (always or name == "linear two_pass"):
+            continue
+        if options.only_ours and not (always or name.startswith("linear")):
+            continue
+        row: dict[str, Any] = {"ms": [], "cpu_ms": []}
+        entry["results"][name] = row
+        try:
+            job = make(data)
+            grads = job()
+            row["gate"] = 0.0 if make is gemms else data.error(grads)
+            del grads
+        except ImportError as error:
+            row["note"] = f"not importable: {error}"
+            continue
+        if not row["gate"] <= 1:
+            row["note"] = f"error {row['gate']:.2f} times what is allowed: not timed"
+            continue
+        if make is not gemms:
+            row["extra_bytes"] = memory.growth(job) - case.gradient_bytes
+        jobs[name] = (job, options.rounds if always or "linear" in name else options.baseline_rounds)
+    load = foreign_load()
+    next(load)
+    for i in range(options.rounds):
+        for name, (job, rounds) in jobs.items():
+            if i < rounds:
+                start, busy = time.perf_counter(), time.process_time()
+                kept = job()
+                entry["results"][name]["ms"].append(1000 * (time.perf_counter() - start))
+                entry["results"][name]["cpu_ms"].append(1000 * (time.process_time() - busy))
+                del kept
+    entry["foreign_load"] = next(load)
+    return entry
+
+
+def table(document: dict[str, Any]) -> None:
+    console = Console(width=150)
+    m = document["machine"]
+    console.print(
+        f"[bold]{m['processor']}[/], {m['threads']} threads, torch {m['torch']}, TRL {m['trl']}, commit {m['commit']}, {m['date']}"
+    )
+    for entry in document["cases"]:
+        title = f"{entry['name']}: logits {entry['logits_bytes'] / 2**20:.0f} MiB; others used {entry['foreign_load']:.0%} of the processor"
+        shown = Table(title=title, title_justify="left", title_style="bold")
+        for head in (
+            "",
+            "ms (median)",
+            "spread",
+            "rounds",
+            "speed of the bare GEMMs",
+            "by CPU time",
+            "extra MiB",
+            "of the logits",
+            "error/allowed",
+        ):
+            shown.add_column(head, justify="right" if head else "left")
+        bare = entry["results"]["three bare GEMMs"]
+        for name, row in entry["results"].items():
+            if not row["ms"]:
+                shown.add_row(name, row["note"], style="dim")
+                continue
+            speeds = [median(b / x for b, x in zip(bare[k], row[k], strict=False)) for k in ("ms", "cpu_ms")]
+            extra = row.get("extra_bytes")
+            shown.add_row(
+                name, f"{median(row['ms']):.0f}", f"{min(row['ms']):.0f}-{max(row['ms']):.0f}", str(len(row["ms"])), *(f"{x:.2f}" for x in speeds),
+                "" if extra is None else f"{extra / 2**20:.0f}", "" if extra is None else f"{extra / entry['logits_bytes']:.2f}", f"{row['gate']:.2f}",
+                style="bold" if name.startswith("linear") else "",
+            )  # fmt: skip
+        console.print(shown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.linear_head", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", default=[], help="words that a case's name must contain")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--baseline-rounds", type=int, default=2, help="of eager, TRL, Liger and the materialised path")
+    parser.add_argument("--only-ours", action="store_true", help="no baselines but the bare GEMMs")
+    parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--show", action="store_true", help="print the table of --out and measure nothing")
+    options = parser.parse_args()
+    path = Path(options.out)
+    known = json.loads(path.read_text()) if path.exists() else {"machine": {}, "cases": []}
+    if not options.show:
+        from .__main__ import machine
+
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+        document = {"machine": machine("cpu"), "cases": known["cases"]}
+        for case in CASES:
+            if all(word in case.name for word in options.only):
+                entry = {**measure(case, options), "commit": document["machine"]["commit"]}
+                document["cases"] = [c for c in document["cases"] if c["name"] != case.name] + [entry]
+                path.write_text(json.dumps(document, indent=1) + "\n")
+        known = document
+    table(known)
+
+
+if __name__ == "__main__":
+    main()
