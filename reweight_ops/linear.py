@@ -106,7 +106,7 @@ def linear_token_logps(
         logits_dtype: dtype of a chunk's logits (default: hidden's). ``torch.float32`` from 16-bit operands rounds once less.
         accumulate_dtype: dtype in which the weight's gradient is summed over chunks. Default: the weight's where that is fp32 (also under
             autocast) or there are at most 8 chunks, each of which then rounds the sum once; else fp32, rounded once, for a buffer of its size.
-        chunk_rows: rows a chunk; default: equal chunks of at most 96 MiB of logits on a CPU, 1 GiB on a GPU, but at least 256 rows.
+        chunk_rows: rows a chunk; default: multiples of 64, at most 96 MiB of logits on a CPU and 1 GiB on a GPU, or 256 rows.
         memory_budget: bytes of logits. Bounds a chunk, and what is left over keeps chunks for backward, which then need not be recomputed.
             Default: one chunk.
         lora: ``Lora(a, b, scale)``, a low-rank term of the head.

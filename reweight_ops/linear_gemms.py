@@ -61,8 +61,8 @@ class Chunking(NamedTuple):
 def chunking(rows: int, row_bytes: int, device: torch.device, chunk_rows: int | None = None, memory_budget: int | None = None) -> Chunking:
     """The chunks of ``rows`` rows with ``row_bytes`` bytes of logits each.
 
-    The working chunk gets the device's budget (or the caller's, if smaller), but at least 256 rows; chunks are equal, so that the padded
-    last one wastes little. What the caller's budget leaves over keeps chunks for backward; a single chunk is always kept, for it is there anyway.
+    The working chunk gets the device's budget (or the caller's, if smaller), but at least 256 rows; their size is chosen so that the
+    padded last one wastes little. What the caller's budget leaves over keeps chunks for backward; a single chunk is always kept, for it is there anyway.
     """
     row_bytes = max(row_bytes, 1)
     if chunk_rows is None:
@@ -78,12 +78,12 @@ def chunking(rows: int, row_bytes: int, device: torch.device, chunk_rows: int | 
 
 
 def balanced(rows: int, most: int) -> int:
-    """The size of equal chunks of at most ``most`` rows, if it may be a multiple of 16 (or 64), for a GEMM's tiles."""
+    """The size of chunks of at most ``most`` rows that pads least (the largest such): a multiple of 64, for a GEMM's tiles, if it may be."""
     if rows <= most:
         return max(rows, 1)
-    size = -(-rows // -(-rows // most))
-    grain = 64 if most >= 1024 else 16 if most >= 128 else 1
-    return min(-(-size // grain) * grain, most)
+    grain = 64 if most >= 128 else 1
+    largest = most // grain * grain
+    return min(range(largest, most // 2, -grain), key=lambda size: -(-rows // size) * size)
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -195,22 +195,18 @@ class Gradients:
 
     def _accumulate(self, which: int, left: Tensor, right: Tensor) -> None:
         dtype, total = self._dtype(which), self.totals[which]
-        first = total is None
         if total is None:
             total = torch.empty(left.size(0), right.size(1), dtype=dtype, device=left.device)
             self.totals[which] = total
-        if dtype == left.dtype:
-            torch.addmm(total, left, right, beta=0 if first else 1, out=total)
+            _product(total, left, right)
+        elif dtype == left.dtype:
+            total.addmm_(left, right)
         elif left.device.type == "cuda" and left.dtype.itemsize == 2:
-            torch.addmm(total, left, right, beta=0 if first else 1, out_dtype=dtype, out=total)
+            torch.addmm(total, left, right, out_dtype=dtype, out=total)
         else:
             # No such GEMM here: each chunk's product is rounded once, their sum is not.
             for part in chunks(0, left.size(0), _SLICE):
-                product = left[part] @ right
-                if first:
-                    total[part] = product
-                else:
-                    total[part] += product
+                total[part] += left[part] @ right
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """The gradients in the inputs' dtypes: hidden, weight, bias, lora_a, lora_b; zeros where no row had one."""
@@ -220,6 +216,17 @@ class Gradients:
             if need and source is not None:
                 results[i] = torch.zeros_like(source, memory_format=torch.contiguous_format) if found is None else found.to(source.dtype)
         return tuple(results)
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``left @ right`` into memory of the same dtype or a wider one."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)  # addmm with beta=0 is slower
+    elif left.device.type == "cuda" and left.dtype.itemsize == 2:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        for part in chunks(0, left.size(0), _SLICE):
+            out[part] = left[part] @ right
 
 
 def live_rows(*coefs: Tensor | None) -> Tensor | None:
