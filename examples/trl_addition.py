@@ -38,6 +38,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of stock TRL.")] = 3,
     warm_start: Annotated[int, typer.Option(min=1, help="Steps of the warm start.")] = 800,
     threads: Annotated[int, typer.Option(min=1, help="So small a model gains little from more.")] = 1,
+    lm_head: Annotated[str, typer.Option(help="Of our trainers: 'linear' never builds logits, 'logits' does.")] = "logits",
     out: Annotated[Path, typer.Option(help="Where the picture and the numbers go.")] = Path("demo_output"),
 ) -> None:
     """Train stock TRL, the fused op, advantage reweighting and Lopti on two-digit addition; write a picture and the numbers."""
@@ -65,7 +66,7 @@ def main(
         task.warm_start(model, tokenizer, warm_start, counter("warm start", warm_start))
 
         def trainer_of(kind: runs.Kind, seed: int = 0):
-            return runs.make_trainer(kind, model, tokenizer, steps, seed, str(out / "trainer"))
+            return runs.make_trainer(kind, model, tokenizer, steps, seed, str(out / "trainer"), lm_head)
 
         agreement = runs.compare(trainer_of(runs.STOCK), trainer_of(runs.FUSED))
         peaks = {kind.name: runs.peak_memory(trainer_of(kind)) for kind in (runs.STOCK, runs.FUSED, runs.REWEIGHTED, runs.LOPTI)}

@@ -99,7 +99,9 @@ class LinearHeadKeywords(HeadKeywords, total=False):
     lm_head_bias: Tensor | None
     logit_scale: float
     logits_dtype: dtype | None
+    accumulate_dtype: dtype | None
     chunk_rows: int | None
+    memory_budget: int | None
     lora: tuple[Tensor, Tensor, float] | None
     row_index: Tensor | None
     compact_rows: bool | None

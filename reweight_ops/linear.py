@@ -13,7 +13,8 @@ from typing_extensions import Unpack
 from .errors import InvalidCall, UnsupportedRequest
 from .head import temperature_rows, vocabulary
 from .keywords import DataOptions, HeadOptions, LinearHeadKeywords, LinearKeywords, all_options, head_options
-from .linear_head import LinearOnePassLoss, LinearStatistics, Settings, default_chunk_rows
+from .linear_gemms import Settings, chunking, inert_rows_dropped
+from .linear_head import LinearOnePassLoss, LinearStatistics
 from .loss_call import LossCall, resolve_loss
 from .output import PolicyLossOutput
 from .plans import Choice, Target, choose_plan, middle, named_spec, pick
@@ -36,7 +37,9 @@ class LinearOptions:
     lm_head_bias: Any = None
     logit_scale: float = 1.0
     logits_dtype: torch.dtype | None = None
+    accumulate_dtype: torch.dtype | None = None
     chunk_rows: int | None = None
+    memory_budget: int | None = None
     lora: Lora | None = None
     row_index: Any = None
     compact_rows: bool | None = None
@@ -101,14 +104,21 @@ def linear_token_logps(
         completion_ids, completion_mask, return_entropy, temperature, softcap, vocab_size, backend: as in :func:`token_logps`.
         lm_head_bias: ``[V]``. logit_scale: a number, before the soft cap.
         logits_dtype: dtype of a chunk's logits (default: hidden's). ``torch.float32`` from 16-bit operands rounds once less.
-        chunk_rows: rows a chunk; default: 96 MiB of logits on a CPU, 1 GiB on a GPU, at least 256 rows.
+        accumulate_dtype: dtype in which the weight's gradient is summed over chunks. Default: the weight's where that is fp32 (also under
+            autocast) or there are at most 8 chunks, each of which then rounds the sum once; else fp32, rounded once, for a buffer of its size.
+        chunk_rows: rows a chunk; default: multiples of 64, at most 96 MiB of logits on a CPU and 1 GiB on a GPU, or 256 rows.
+        memory_budget: bytes of logits. Bounds a chunk, and what is left over keeps chunks for backward, which then need not be recomputed.
+            Default: one chunk.
         lora: ``Lora(a, b, scale)``, a low-rank term of the head.
-        row_index: ``[M]`` int64, flat positions of the rows to compute, known to the host: nothing waits. Rows that are in must be among them.
-        compact_rows: drop the rows that are out before the first GEMM, and rows without a coefficient from the backward ones; one
-            synchronisation per chunk on a GPU, so off there by default and on on a CPU, where it costs nothing.
+        row_index: ``[M]`` int64, flat positions of the rows to compute, each once, known to the host: nothing waits. Rows that are in must be
+            among them (checked on a CPU, and with ``validate=True``).
+        compact_rows: drop the rows that are out before the first GEMM, and rows without a coefficient from the backward ones. On a CPU it
+            costs nothing and is the default. On a GPU it waits: once for the rows, and in backward once (one_pass: in forward, once a chunk);
+            off by default, and under CUDA-graph capture.
 
     Gradients go to hidden, weight, bias and the LoRA factors, exactly those that require one; any upstream gradient, per row too. Backward
-    recomputes a chunk's logits (the memory of one chunk, one more GEMM).
+    recomputes the logits of the chunks that were not kept (one more GEMM). For one ``chunk_rows`` a row's results are the same bits wherever
+    it stands: the last chunk is padded.
 
     >>> import torch, reweight_ops as rw
     >>> rw.linear_token_logps(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 3]))
@@ -157,7 +167,8 @@ def linear_policy_loss(
     needs_p_sq = "log_sum_p_sq" in call.spec.requires
     stats = _statistics(head, ("logp", "lse", "entropy", *(("log_sum_p_sq",) if needs_p_sq else ())))
     del stats["lse"]
-    return middle(call, stats, choice.backend, differentiable_outputs)
+    out = middle(call, stats, choice.backend, differentiable_outputs)
+    return dataclasses.replace(out, _more=_Dropped(head, head.hidden.size(0)))
 
 
 def _statistics(call: LinearCall, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -176,8 +187,26 @@ def _one_pass(call: LossCall, head: LinearCall, choice: Choice) -> PolicyLossOut
     logp, entropy, _, per_token, by_logp, by_entropy = (head.scatter(row) for row in table.unbind())
     leaves, by = {"logp": logp, "entropy": entropy}, (by_logp, by_entropy)
     return PolicyLossOutput(
-        loss, rows.unflatten(logp), rows.unflatten(entropy), "one_pass", choice.backend, call.released(), leaves, per_token, by
-    )
+        loss, rows.unflatten(logp), rows.unflatten(entropy), "one_pass", choice.backend, call.released(), leaves, per_token, by,
+        _Dropped(head, head.settings.chunk_rows),
+    )  # fmt: skip
+
+
+class _Dropped:
+    """Metrics of the head: rows dropped before the first GEMM, and of the others those dropped from the backward GEMMs (in one_pass: chunk by
+    chunk). Holds no tensor of the head's size."""
+
+    def __init__(self, head: LinearCall, dropped_in: int) -> None:
+        self.index, self.count, self.drop_inert, self.dropped_in = head.index, head.rows.count, head.settings.drop_inert, dropped_in
+
+    def __call__(self, derivatives: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        computed = self.count if self.index is None else self.index.numel()
+        found: dict[str, Any] = {"rows_dropped_forward": self.count - computed, "rows_dropped_backward": 0}
+        if self.drop_inert:
+            inert = (derivatives[0] == 0) & (derivatives[1] == 0)
+            inert = inert if self.index is None else inert[self.index]
+            found["rows_dropped_backward"] = inert_rows_dropped(inert, max(self.dropped_in, 1))
+        return found
 
 
 _LINEAR = tuple(f.name for f in dataclasses.fields(LinearOptions))
@@ -228,48 +257,60 @@ def _resolve_linear(
     if lora is not None and (lora.a.shape != (lora.b.size(-1), width) or lora.b.size(0) != columns):
         raise fail(f"lora: a {tuple(lora.a.shape)} and b {tuple(lora.b.shape)}, expected (r, {width}) and ({columns}, r).")
 
-    hidden, weight, bias, lora = _autocast(hidden, weight, linear.lm_head_bias, lora)
+    compute, autocast = _compute_dtype(hidden)
     for name, x in (
         ("lm_head_weight", weight),
-        ("lm_head_bias", bias),
+        ("lm_head_bias", linear.lm_head_bias),
         ("lora.a", lora.a if lora else None),
         ("lora.b", lora.b if lora else None),
     ):
-        if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
+        if x is not None and (x.device != hidden.device or (x.dtype != hidden.dtype and not autocast)):
             raise fail(f"{name} is {x.dtype} on {x.device}, hidden {hidden.dtype} on {hidden.device}: cast one, or use autocast.")
     if not hidden.is_floating_point() or hidden.dtype.itemsize < 2:
         raise fail(f"hidden is {hidden.dtype}, expected fp16, bf16, fp32 or fp64.")
-    logits_dtype = hidden.dtype if linear.logits_dtype is None else linear.logits_dtype
-    if logits_dtype not in (hidden.dtype, torch.float32) or logits_dtype.itemsize < hidden.dtype.itemsize:
-        raise fail(f"logits_dtype is {logits_dtype}, expected {hidden.dtype} or torch.float32.")
+    logits_dtype = compute if linear.logits_dtype is None else linear.logits_dtype
+    if logits_dtype not in (compute, torch.float32) or logits_dtype.itemsize < compute.itemsize:
+        raise fail(f"logits_dtype is {logits_dtype}, expected {compute} or torch.float32.")
+    if linear.accumulate_dtype not in (None, compute, torch.float32) or (linear.accumulate_dtype or compute).itemsize < compute.itemsize:
+        raise fail(f"accumulate_dtype is {linear.accumulate_dtype}, expected None, {compute} or torch.float32.")
     if not (isinstance(linear.logit_scale, (int, float)) and math.isfinite(linear.logit_scale) and linear.logit_scale > 0):
         raise fail(f"logit_scale is {linear.logit_scale!r}, expected a positive number.")
-    if linear.chunk_rows is not None and linear.chunk_rows < 1:
-        raise fail(f"chunk_rows is {linear.chunk_rows}, expected at least 1.")
+    for name in ("chunk_rows", "memory_budget"):
+        value = getattr(linear, name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise fail(f"{name} is {value!r}, expected a whole number of at least 1.")
 
     vocab_size, softcap = vocabulary(options, columns, fail)
     row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
     rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, vocab_size, data.validate if data is not None else False)
     # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s: the scale costs no pass and no rounding.
     temperature = temperature_rows(rows, options.temperature, fail) / linear.logit_scale
-    index, compact = _row_index(rows, linear, fail)
+    index, compact = _row_index(rows, linear, data is not None and data.validate, fail)
     flat = hidden.reshape(-1, width)
-    flat = flat if index is None else flat[index]
+    flat = flat if index is None else flat.index_select(0, index)
     if index is not None and temperature.size(-1) != 1:
         temperature = temperature[index]
-    chunk = linear.chunk_rows or default_chunk_rows(flat.size(0), columns, logits_dtype, hidden.device)
-    settings = Settings(vocab_size, softcap / linear.logit_scale, options.backend, chunk, logits_dtype, compact)
-    return LinearCall(flat, weight, bias, lora, rows, index, temperature, settings)
+    size, keep = chunking(flat.size(0), columns * logits_dtype.itemsize, hidden.device, linear.chunk_rows, linear.memory_budget)
+    settings = Settings(
+        vocab_size, softcap / linear.logit_scale, options.backend, size, logits_dtype, compute, linear.accumulate_dtype, compact, keep
+    )
+    call = LinearCall(flat, weight, linear.lm_head_bias, lora, rows, index, temperature, settings)
+    if torch.compiler.is_compiling() or not call.target.needs_grad:
+        call = dataclasses.replace(call, settings=settings._replace(keep_rows=0))
+    return call
 
 
-def _row_index(rows: Rows, linear: LinearOptions, fail: Any) -> tuple[Tensor | None, bool]:
+def _row_index(rows: Rows, linear: LinearOptions, validate: bool, fail: Any) -> tuple[Tensor | None, bool]:
     """The rows to compute, and whether rows may be counted on the host."""
-    on_host = rows.device.type == "cpu" and not torch.compiler.is_compiling()
-    compact = on_host if linear.compact_rows is None else linear.compact_rows
+    readable = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    capturing = rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    compact = (readable if linear.compact_rows is None else linear.compact_rows) and not capturing
     if linear.row_index is not None:
         index = linear.row_index
-        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64:
-            raise fail("row_index must be a tensor [M] of int64.")
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or index.device != rows.device:
+            raise fail(f"row_index must be a tensor [M] of int64 on {rows.device}.")
+        if readable or validate:
+            _check_row_index(index, rows, fail)
         return index, compact
     if not compact:
         return None, False
@@ -277,10 +318,19 @@ def _row_index(rows: Rows, linear: LinearOptions, fail: Any) -> tuple[Tensor | N
     return (index if index.numel() < rows.count else None), True
 
 
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None) -> tuple[Tensor, Tensor, Tensor | None, Lora | None]:
-    """What ``F.linear`` does under autocast: operands in the autocast dtype, gradients back in their own."""
+def _check_row_index(index: Tensor, rows: Rows, fail: Any) -> None:
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows.count):
+        raise fail(f"row_index has positions outside 0 to {rows.count - 1}.")
+    times = torch.bincount(index, minlength=rows.count)
+    if bool((times > 1).any()):
+        raise fail(f"row_index names row {int((times > 1).nonzero()[0, 0])} more than once.")
+    missing = rows.keep & (times == 0)
+    if bool(missing.any()):
+        raise fail(f"row_index leaves out row {int(missing.nonzero()[0, 0])}, which is in the loss: mask it, or name it.")
+
+
+def _compute_dtype(hidden: Tensor) -> tuple[torch.dtype, bool]:
+    """The dtype of the GEMMs' operands, and whether it is autocast's, as for ``F.linear``."""
     if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
-        return hidden, weight, bias, lora
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    lora = lora and Lora(lora.a.to(dtype), lora.b.to(dtype), lora.scale)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora
+        return hidden.dtype, False
+    return torch.get_autocast_dtype(hidden.device.type), True

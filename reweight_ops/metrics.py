@@ -18,9 +18,9 @@ from .loss_call import LossCall
 from .ratio import SequenceRatio
 from .rules.namespace import TorchNamespace
 
-#: Metrics that are a minimum or maximum; ``tokens``, ``sequences`` and ``rows_skipped`` are sums, all others means.
+#: Metrics that are a minimum or maximum, and those that are sums; all others are means.
 _EXTREMA = {"clip_ratio/low_min": "min", "clip_ratio/high_max": "max", "ratio/max": "max"}
-_SUMS = ("tokens", "sequences", "rows_skipped")
+_SUMS = ("tokens", "sequences", "rows_skipped", "rows_dropped_forward", "rows_dropped_backward")
 
 #: verl's names of the same numbers; a metric without one keeps its name.
 VERL_NAMES = {
@@ -88,8 +88,10 @@ def _reduced(names: tuple[str, ...], total: Tensor, low: Tensor, high: Tensor) -
 
 
 @torch.no_grad()
-def policy_metrics(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None) -> Metrics:
-    """The metrics of a call from its row statistics; ``by`` are the loss's derivatives by logp and entropy, if known."""
+def policy_metrics(
+    call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None, more: dict[str, Any] | None = None
+) -> Metrics:
+    """The metrics of a call from its row statistics; ``by`` are the loss's derivatives by logp and entropy, if known; ``more`` sums to add."""
     rows, spec = call.rows, call.spec
     xp, t, known = TorchNamespace(rows.dtype), call.safe_leaves(leaves), call.leaves(leaves)
     keep = rows.keep.to(rows.dtype)
@@ -118,6 +120,7 @@ def policy_metrics(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, 
         found["sequences"] = ((rows.sequences.sum(keep) > 0).sum(), 1)
     if by is not None:
         found["rows_skipped"] = ((rows.keep & (by[0] == 0) & (by[1] == 0)).sum(), 1)
+    found |= {name: (value, 1) for name, value in (more or {}).items()}
     pairs = [torch.stack([torch.as_tensor(x, dtype=rows.dtype, device=rows.device) for x in pair]) for pair in found.values()]
     return Metrics(tuple(found), torch.stack(pairs))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -51,6 +52,8 @@ class PolicyLossOutput:
     _leaves: dict[str, Tensor] = field(repr=False)  # [N], detached
     _loss: Tensor = field(repr=False)  # [N], detached
     _by: tuple[Tensor, Tensor] | None = field(repr=False, default=None)
+    #: More metrics (sums), from the loss's derivatives by logp and entropy.
+    _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False, default=None)
 
     @cached_property
     def per_token_loss(self) -> Tensor:
@@ -80,7 +83,8 @@ class PolicyLossOutput:
 
     @cached_property
     def metrics(self) -> Metrics:
-        return policy_metrics(self._call, self._leaves, self._derivatives)
+        more = {} if self._more is None else self._more(self._derivatives)
+        return policy_metrics(self._call, self._leaves, self._derivatives, more)
 
 
 def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -83,8 +83,11 @@ REWEIGHTED = Kind("fused + AR", ReweightGRPOTrainer, {"reweight": rw.weights.Adv
 LOPTI = Kind("fused, Lopti", ReweightGRPOTrainer, {"spec": [rw.methods.lopti("low"), rw.methods.lopti("high")]})
 
 
-def make_trainer(kind: Kind, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, out: str) -> GRPOTrainer:
-    """A trainer on a copy of the model: 32 prompts x 8 completions a rollout, TRL's default loss (dapo)."""
+def make_trainer(
+    kind: Kind, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, out: str, lm_head: str
+) -> GRPOTrainer:
+    """A trainer on a copy of the model: 32 prompts x 8 completions a rollout, TRL's default loss (dapo). ``lm_head``: of our trainers."""
+    options = kind.options if kind is STOCK else {**kind.options, "lm_head": lm_head}
     config = GRPOConfig(
         output_dir=out,
         seed=seed,
@@ -109,7 +112,7 @@ def make_trainer(kind: Kind, model: Qwen2ForCausalLM, tokenizer: PreTrainedToken
         args=config,
         train_dataset=task.make_prompts(8192, seed=2),
         processing_class=tokenizer,
-        **kind.options,
+        **options,
     )
     trainer.pop_callback(PrinterCallback)
     return trainer

@@ -1,7 +1,7 @@
 """TRL's ``GRPOTrainer`` (1.15 and later) on our ops, as a subclass or a patch.
 
-Two hooks. The default one computes per-token log-probs and entropies (``rw.token_logps``) and keeps every loss, metric and scaling of
-TRL. ``fuse_loss=True`` computes the whole loss from logits (``rw.policy_loss``) and thereby any of our methods::
+Two hooks. The default one computes per-token log-probs and entropies and keeps every loss, metric and scaling of TRL.
+``fuse_loss=True`` computes the whole loss and thereby any of our methods::
 
     trainer = ReweightGRPOTrainer(model=..., reward_funcs=..., args=GRPOConfig(...), train_dataset=...)
     trainer = ReweightGRPOTrainer(..., fuse_loss=True)                                        # TRL's loss, fused
@@ -12,8 +12,9 @@ TRL. ``fuse_loss=True`` computes the whole loss from logits (``rw.policy_loss``)
     with patch_trl(fuse_loss=True):      # scripts that build GRPOTrainer themselves
         main()
 
-**What it is for.** Stock TRL fuses the LM head into its log-probs and never builds logits; this drop-in does build them. It is about
-exactness, entropy gradients and reweighting, not about memory against stock TRL.
+Both work from hidden states and the head's weight (``rw.linear_token_logps``, ``rw.linear_policy_loss``), so that ``[B, T, V]`` logits never
+exist, as in stock TRL. Heads that are more than a weight (``lm_head="auto"``: any that the linear ops do not know) go through their logits.
+A LoRA adapter on the head, which TRL refuses because its fused head would ignore it, is trained.
 
 **What it leaves to TRL** is never silent: ``trainer.delegated_calls`` counts it by reason, ``trainer.fused_calls`` counts what ran
 here, and each reason is reported once by a warning. With ``spec=`` or ``reweight=`` handing over would train another method, so it is
@@ -22,12 +23,12 @@ an error.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import hashlib
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, InvalidCall, UnsupportedRequest
+from ..linear import linear_policy_loss, linear_token_logps
 from ..output import PolicyLossOutput
 from ..policy_loss import policy_loss, policy_loss_from_logps, token_logps
 from ..rules.base import TokenWeight
@@ -47,6 +49,8 @@ try:
     from trl.trainer.grpo_trainer import GRPOTrainer
 except ImportError as error:
     raise BackendUnavailable("reweight_ops.integrations.trl needs TRL: pip install 'trl>=1.15'") from error
+
+from .trl_head import HeadOutput, adapters_on_head_allowed, adapts_head, choose_head, fused_forward, linear_obstacle, logits_of
 
 #: The leading parameters of the two methods that are overridden; any further one must be optional.
 _SIGNATURES = {
@@ -102,6 +106,7 @@ class Options:
     reweight: TokenWeight | Sequence[TokenWeight] = ()
     backend: str = "auto"
     consume_logits: bool = False
+    lm_head: str = "auto"
 
     @property
     def weights(self) -> tuple[TokenWeight, ...]:
@@ -120,6 +125,7 @@ class Hooks:
         self.options = options
         self.fused = options.fuse_loss or options.own_method
         self.passes = () if options.spec is None else resolve_passes(options.spec, trainer.args)
+        self.head = choose_head(options.lm_head, options.consume_logits)
         self.warned: set[str] = set()
         trainer.fused_calls = Counter()
         trainer.delegated_calls = Counter()
@@ -146,25 +152,35 @@ class Hooks:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``[B,T]`` log-probs and entropies of the last ``logits_to_keep`` tokens, 0 where masked; both differentiable."""
         reason = _token_obstacle(compute_aux_loss, multimodal)
+        chunks = {"batch_size": batch_size, "compute_entropy": compute_entropy}
         if reason is not None:
-            self._report(trainer, reason)
-            chunks = {"batch_size": batch_size, "compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-            return original(model, input_ids, attention_mask, logits_to_keep, **chunks, **multimodal)  # type: ignore[no-any-return]
+            self._leave_to_trl(trainer, model, reason)
+            return original(model, input_ids, attention_mask, logits_to_keep, **chunks, compute_aux_loss=compute_aux_loss, **multimodal)  # type: ignore[no-any-return]
+        if self._is_linear(trainer, model):
+            trainer.fused_calls["linear_token_logps"] += 1
+            mask = attention_mask[:, -logits_to_keep:]
+            batches = iter(zip(*(torch.split(x, batch_size or len(x)) for x in (input_ids[:, -logits_to_keep:], mask)), strict=True))
+
+            def compute(hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
+                ids, mask = next(batches)
+                options = {"completion_mask": mask, "return_entropy": compute_entropy, **self._head_options(trainer)}
+                found = linear_token_logps(hidden, head.pop("lm_head_weight"), ids, compact_rows=True, **head, **options)
+                return HeadOutput(log_probs=found[0] if compute_entropy else found, entropy=found[1] if compute_entropy else None)
+
+            with fused_forward(trainer, model, logits_to_keep, compute):
+                return original(model, input_ids, attention_mask, logits_to_keep, **chunks)  # type: ignore[no-any-return]
         trainer.fused_calls["token_logps"] += 1
         parts = []
-        for start in range(0, len(input_ids), batch_size or len(input_ids)):
-            ids, mask = (x[start : start + (batch_size or len(x))] for x in (input_ids, attention_mask))
-            logits = _logits(trainer, model, ids, mask, logits_to_keep)
+        for ids, mask in zip(*(torch.split(x, batch_size or len(x)) for x in (input_ids, attention_mask)), strict=True):
             parts.append(
                 token_logps(
-                    logits,
+                    logits_of(trainer, model, ids, mask, logits_to_keep),
                     ids[:, -logits_to_keep:],
                     completion_mask=mask[:, -logits_to_keep:],
                     return_entropy=True,
-                    temperature=trainer.temperature,
                     drop_last=True,
                     consume_logits=self.options.consume_logits,
-                    backend=self.options.backend,
+                    **self._head_options(trainer),
                 )
             )
         logps, entropies = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -179,19 +195,11 @@ class Hooks:
         if reason is not None:
             if self.options.own_method:
                 raise UnsupportedRequest(f"spec= or reweight= cannot be combined with {reason}; TRL alone would train another method.")
-            self._report(trainer, reason)
+            self._leave_to_trl(trainer, model, reason)
             return original(model, inputs)  # type: ignore[no-any-return]
-        trainer.fused_calls["policy_loss"] += 1
         train = trainer.model.training
         spec, scaling = self._normalized(trainer, self._spec(trainer), inputs, train)
-        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
-        logits = _logits(
-            trainer,
-            model,
-            torch.cat([inputs["prompt_ids"], ids], dim=1),
-            torch.cat([inputs["prompt_mask"], mask], dim=1),
-            ids.size(1),
-        )
+        mask = inputs["completion_mask"]
         data = {
             "completion_mask": mask * inputs["tool_mask"] if "tool_mask" in inputs else mask,
             "old_per_token_logps": inputs.get("old_per_token_logps"),
@@ -200,18 +208,8 @@ class Hooks:
         }
         if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
             data["importance_sampling_ratio"] = inputs["importance_sampling_ratio"]
-        out = policy_loss(
-            logits,
-            ids,
-            inputs["advantages"],
-            spec=spec,
-            temperature=trainer.temperature,
-            drop_last=True,
-            consume_logits=self.options.consume_logits,
-            backend=self.options.backend,
-            **data,
-            **scaling,
-        )
+        options = {"spec": spec, **self._head_options(trainer), **data, **scaling}
+        out = self._policy_loss(trainer, model, inputs, options)
         _log(trainer, "train" if train else "eval", out)
         if any(isinstance(p.rule, EntropyBonus) for p in spec.penalties):
             bare, scaling = self._normalized(trainer, without_bonus(spec), inputs, train)
@@ -221,6 +219,41 @@ class Hooks:
             )
             _log_bonus(trainer, "train" if train else "eval", policy.loss)
         return out.loss
+
+    def _policy_loss(self, trainer: Any, model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> PolicyLossOutput:
+        """The loss of the completions, without logits where the head allows it."""
+        ids, advantages = inputs["completion_ids"], inputs["advantages"]
+        all_ids = torch.cat([inputs["prompt_ids"], ids], dim=1)
+        all_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        if not self._is_linear(trainer, model):
+            trainer.fused_calls["policy_loss"] += 1
+            logits = logits_of(trainer, model, all_ids, all_mask, ids.size(1))
+            return policy_loss(logits, ids, advantages, drop_last=True, consume_logits=self.options.consume_logits, **options)
+        trainer.fused_calls["linear_policy_loss"] += 1
+        found: list[PolicyLossOutput] = []
+
+        def compute(hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
+            found.append(linear_policy_loss(hidden, head.pop("lm_head_weight"), ids, advantages, compact_rows=True, **head, **options))
+            return HeadOutput(loss=found[0].loss)
+
+        with fused_forward(trainer, model, ids.size(1), compute), trainer.accelerator.autocast():
+            loss = model(input_ids=all_ids, attention_mask=all_mask, fused_lm_head=True).loss
+        # The loss as the wrapped model hands it out: DDP and FSDP may have put their own node around it.
+        return dataclasses.replace(found[0], loss=loss)
+
+    def _is_linear(self, trainer: Any, model: Any) -> bool:
+        """Whether the head is computed from hidden states; what decides it may change between calls (adapters are switched off for the reference)."""
+        if self.head == "logits":
+            return False
+        reason = linear_obstacle(trainer, model)
+        if reason is not None and self.head == "linear":
+            raise UnsupportedRequest(f"lm_head='linear' is impossible with {reason}; lm_head='auto' or 'logits' builds the logits.")
+        if reason is not None:
+            self._warn(f"reweight_ops builds the logits: {reason}.")
+        return reason is None
+
+    def _head_options(self, trainer: Any) -> dict[str, Any]:
+        return {"temperature": trainer.temperature, "backend": self.options.backend}
 
     def _spec(self, trainer: Any) -> PolicyLossSpec:
         if self.passes:
@@ -239,11 +272,16 @@ class Hooks:
             steps_per_generation=trainer.args.steps_per_generation if train else 1,
         )
 
-    def _report(self, trainer: Any, reason: str) -> None:
+    def _leave_to_trl(self, trainer: Any, model: Any, reason: str) -> None:
+        if adapts_head(trainer, model):
+            raise UnsupportedRequest(f"{reason} is left to TRL, whose fused head would ignore the adapter on lm_head.")
         trainer.delegated_calls[reason] += 1
-        if reason not in self.warned:
-            self.warned.add(reason)
-            warnings.warn(f"reweight_ops leaves this to TRL: {reason}. trainer.delegated_calls counts it.", stacklevel=4)
+        self._warn(f"reweight_ops leaves this to TRL: {reason}. trainer.delegated_calls counts it.")
+
+    def _warn(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=5)
 
 
 def _token_obstacle(compute_aux_loss: bool, multimodal: dict[str, Any]) -> str | None:
@@ -273,40 +311,6 @@ def _loss_obstacle(trainer: Any, inputs: dict[str, Any], own_spec: bool) -> str 
     return None
 
 
-def _logits(trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-    """``[B, keep + 1, V]`` by the model's original forward; the last position predicts nothing (``drop_last=True``)."""
-    base = trainer.accelerator.unwrap_model(model)
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
-        inputs["logits_to_keep"] = keep + 1
-    # TRL patches forward with its fused head; without `fused_lm_head=True` that is the original forward.
-    with trainer.accelerator.autocast(), _fp32_head(base, trainer.args.cast_lm_head_to_fp32):
-        logits: Tensor = model(**inputs).logits
-    # A slice of everything would still cost a copy in backward.
-    return logits if logits.size(1) == keep + 1 else logits[:, -(keep + 1) :]
-
-
-@contextlib.contextmanager
-def _fp32_head(base: Any, enabled: bool) -> Iterator[None]:
-    """TRL's ``cast_lm_head_to_fp32`` under autocast, which would cast the head's matmul back; TRL's fused head leaves autocast too."""
-    if not enabled:
-        yield
-        return
-    head = base.get_output_embeddings()
-    forward = head.forward
-
-    def without_autocast(hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return forward(hidden)  # type: ignore[no-any-return]
-
-    head.forward = without_autocast
-    try:
-        yield
-    finally:
-        head.forward = forward
-
-
 def _log(trainer: Any, mode: str, out: PolicyLossOutput) -> None:
     """TRL's metrics of the loss, over all processes."""
     metrics = out.metrics if trainer.accelerator.num_processes == 1 else out.metrics.all_reduce()
@@ -327,14 +331,16 @@ class ReweightGRPOTrainer(GRPOTrainer):
     """``GRPOTrainer`` on our ops; takes all of its arguments, and these.
 
     Args:
-        fuse_loss: compute the whole loss from logits instead of log-probs and entropies only.
+        fuse_loss: compute the whole loss instead of log-probs and entropies only.
         spec: train with this loss instead of TRL's: a spec, a method's name, or one for each of ``num_iterations`` passes over a rollout.
             GRPOConfig's options of TRL's own loss must then be left alone; ``beta`` must be the spec's coefficient (TRL computes
             reference log-probs by it). A ``TokenMean`` divides by the tokens of the accumulation window, as TRL's dapo does.
         reweight: token weights on top of the loss. Both ``spec`` and ``reweight`` imply ``fuse_loss``.
         backend: as in :func:`reweight_ops.policy_loss`.
-        consume_logits: write the gradient over the logits; saves one tensor of their size. For models whose forward does not need
-            its own logits in backward (autograd raises otherwise).
+        lm_head: ``"linear"``: from hidden states and the head's weight, without logits; ``"logits"``: through the model's logits; ``"auto"``:
+            linear where the head is a plain ``nn.Linear`` (also one that ``modules_to_save`` trains) with at most one plain LoRA adapter.
+        consume_logits: write the gradient over the logits (so ``lm_head="logits"``); saves one tensor of their size. For models whose
+            forward does not need its own logits in backward (autograd raises otherwise).
 
     Attributes:
         fused_calls: a Counter of the calls that ran here, by op.
@@ -349,10 +355,14 @@ class ReweightGRPOTrainer(GRPOTrainer):
         reweight: TokenWeight | Sequence[TokenWeight] = (),
         backend: str = "auto",
         consume_logits: bool = False,
+        lm_head: str = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self._reweight_hooks = Hooks(self, Options(fuse_loss, spec, reweight, backend, consume_logits), GRPOTrainer._compute_loss)
+        config = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
+        with adapters_on_head_allowed(getattr(config, "cast_lm_head_to_fp32", False)):
+            super().__init__(*args, **kwargs)
+        options = Options(fuse_loss, spec, reweight, backend, consume_logits, lm_head)
+        self._reweight_hooks = Hooks(self, options, GRPOTrainer._compute_loss)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self._reweight_hooks.token_logps(self, super()._get_per_token_logps_and_entropies, *args, **kwargs)
@@ -408,9 +418,11 @@ def patch_trl(
     reweight: TokenWeight | Sequence[TokenWeight] = (),
     backend: str = "auto",
     consume_logits: bool = False,
+    lm_head: str = "auto",
 ) -> TrlPatch:
     """Put the hooks of :class:`ReweightGRPOTrainer` into ``GRPOTrainer`` itself, for scripts that build it.
 
     Returns a patch with ``undo()``, also a context manager. Subclasses that override a hooked method keep theirs.
+    TRL's constructor still refuses an adapter on the head.
     """
-    return TrlPatch(Options(fuse_loss, spec, reweight, backend, consume_logits))
+    return TrlPatch(Options(fuse_loss, spec, reweight, backend, consume_logits, lm_head))

@@ -25,8 +25,8 @@ def make_trainer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trio(make_trainer):
-    """TRL's own trainer, our default hook and our fused one, on equal models."""
+def trainers(make_trainer):
+    """TRL's own trainer, and our two hooks, without logits (the default) and with them, on equal models."""
     from trl import GRPOTrainer
 
     from reweight_ops.integrations.trl import ReweightGRPOTrainer
@@ -35,16 +35,18 @@ def trio(make_trainer):
         "stock": make_trainer(GRPOTrainer),
         "token": make_trainer(ReweightGRPOTrainer),
         "fused": make_trainer(ReweightGRPOTrainer, ours={"fuse_loss": True}),
+        "token_logits": make_trainer(ReweightGRPOTrainer, ours={"lm_head": "logits"}),
+        "fused_logits": make_trainer(ReweightGRPOTrainer, ours={"fuse_loss": True, "lm_head": "logits"}),
     }
 
 
 @pytest.fixture(autouse=True)
 def restore(request):
     """Attributes that a test sets on the shared trainers are set back."""
-    if "trio" not in request.fixturenames:
+    if "trainers" not in request.fixturenames:
         yield
         return
-    trainers = request.getfixturevalue("trio").values()
+    trainers = request.getfixturevalue("trainers").values()
     saved = [(t, dict(t.__dict__), copy.copy(t.args)) for t in trainers]
     yield
     for trainer, attributes, args in saved:

@@ -8,7 +8,7 @@ pytest.importorskip("trl", minversion="1.15")
 import trl
 from oracles import trl as oracle
 from transformers import Gemma2Config, Gemma2ForCausalLM
-from trl_common import TINY, B, T, assert_same, clip_settings, configure, current, make_inputs, run
+from trl_common import OURS, TINY, B, T, assert_same, clip_settings, configure, current, make_inputs, run
 
 from reweight_ops.integrations.trl import ReweightGRPOTrainer
 
@@ -18,17 +18,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 @pytest.mark.parametrize("dims", [1, 2], ids=["adv_B", "adv_BT"])
 @pytest.mark.parametrize("sequence", [False, True], ids=["token", "sequence"])
 @pytest.mark.parametrize("loss_type", oracle.LOSS_TYPES)
-def test_every_loss_type(trio, loss_type, sequence, dims):
+def test_every_loss_type(trainers, loss_type, sequence, dims):
     """TRL, both hooks and the oracle: loss, gradient, metrics."""
     settings = clip_settings(loss_type, sequence)
-    configure(trio, current_gradient_accumulation_steps=3, args_steps_per_generation=4, **settings)
-    inputs = make_inputs(trio["stock"], dims)
-    stock = run(trio["stock"], inputs)
-    assert_same(stock, run(trio["token"], inputs))
-    assert_same(stock, run(trio["fused"], inputs))
-    assert trio["token"].delegated_calls == trio["fused"].delegated_calls == {}
+    configure(trainers, current_gradient_accumulation_steps=3, args_steps_per_generation=4, **settings)
+    inputs = make_inputs(trainers["stock"], dims)
+    stock = run(trainers["stock"], inputs)
+    for name in OURS:
+        assert_same(stock, run(trainers[name], inputs))
+        assert trainers[name].delegated_calls == {} and len(trainers[name].fused_calls) == 1
 
-    logp, entropies = current(trio["stock"], inputs)
+    logp, entropies = current(trainers["stock"], inputs)
     loss, metrics = oracle.grpo_loss(
         logp,
         inputs["advantages"],
@@ -56,24 +56,24 @@ def test_every_loss_type(trio, loss_type, sequence, dims):
 @pytest.mark.parametrize("quantile", [1.0, 0.4], ids=["all", "top_entropy"])
 @pytest.mark.parametrize("coef", [0.0, 0.1], ids=["", "bonus"])
 @pytest.mark.parametrize("loss_type", oracle.LOSS_TYPES)
-def test_entropy_bonus_and_mask(trio, loss_type, coef, quantile):
+def test_entropy_bonus_and_mask(trainers, loss_type, coef, quantile):
     """The bonus has its own mean and accumulation, over the masked tokens only."""
     settings = clip_settings(loss_type, False)
     configure(
-        trio,
+        trainers,
         top_entropy_quantile=quantile,
         entropy_coef=coef,
         _entropy_bonus_enabled=bool(coef),
         current_gradient_accumulation_steps=3,
         **settings,
     )
-    inputs = make_inputs(trio["stock"])
-    stock = run(trio["stock"], inputs)
-    for name in ("token", "fused"):
-        assert_same(stock, run(trio[name], inputs))
+    inputs = make_inputs(trainers["stock"])
+    stock = run(trainers["stock"], inputs)
+    for name in OURS:
+        assert_same(stock, run(trainers[name], inputs))
     assert ("policy_loss" in stock[2]) == bool(coef)
 
-    logp, entropies = current(trio["stock"], inputs)
+    logp, entropies = current(trainers["stock"], inputs)
     loss, _ = oracle.grpo_loss(
         logp,
         inputs["advantages"],
@@ -90,28 +90,28 @@ def test_entropy_bonus_and_mask(trio, loss_type, coef, quantile):
         max_completion_length=T,
         num_items_in_batch=123,
         accumulation_steps=3,
-        steps_per_generation=trio["stock"].args.steps_per_generation,
+        steps_per_generation=trainers["stock"].args.steps_per_generation,
     )
     assert loss.item() == pytest.approx(stock[0], abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(B, 1), (B, T)], ids=["sequence", "token"])
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo", "luspo"])
-def test_sampler_correction(trio, loss_type, shape):
+def test_sampler_correction(trainers, loss_type, shape):
     """vLLM's importance ratio multiplies the surrogate, not the KL; a zero drops a sequence."""
-    configure(trio, use_vllm=True, vllm_importance_sampling_correction=True, **clip_settings(loss_type, False))
-    inputs = make_inputs(trio["stock"])
+    configure(trainers, use_vllm=True, vllm_importance_sampling_correction=True, **clip_settings(loss_type, False))
+    inputs = make_inputs(trainers["stock"])
     inputs["importance_sampling_ratio"] = torch.rand(shape, generator=torch.Generator().manual_seed(1)).mul(2)
     inputs["importance_sampling_ratio"][0] = 0
-    stock = run(trio["stock"], inputs)
-    for name in ("token", "fused"):
-        assert_same(stock, run(trio[name], inputs))
+    stock = run(trainers["stock"], inputs)
+    for name in OURS:
+        assert_same(stock, run(trainers[name], inputs))
 
 
 @pytest.mark.parametrize("change", ["on_policy", "no_tool_mask", "plain_kl", "no_kl", "all_masked", "evaluation"])
-def test_variants(trio, change):
+def test_variants(trainers, change):
     settings = clip_settings("dapo", False)
-    inputs = make_inputs(trio["stock"])
+    inputs = make_inputs(trainers["stock"])
     if change == "on_policy":
         del inputs["old_per_token_logps"]
     elif change == "no_tool_mask":
@@ -123,42 +123,42 @@ def test_variants(trio, change):
         del inputs["ref_per_token_logps"]
     elif change == "all_masked":
         inputs["tool_mask"] = torch.zeros(B, T, dtype=torch.long)
-    configure(trio, current_gradient_accumulation_steps=3, args_steps_per_generation=4, **settings)
+    configure(trainers, current_gradient_accumulation_steps=3, args_steps_per_generation=4, **settings)
     if change == "evaluation":
-        for trainer in trio.values():
+        for trainer in trainers.values():
             trainer.model.eval()
     with torch.set_grad_enabled(change != "evaluation"):
-        stock, token, fused = (run(trio[name], inputs) for name in ("stock", "token", "fused"))
+        stock, *ours = (run(trainers[name], inputs) for name in ("stock", *OURS))
     if change == "all_masked":
         # A differentiable zero; TRL's extrema over no sequence are NaN.
-        assert stock[0] == token[0] == fused[0] == 0.0
-        assert not fused[1].any() and not token[1].any()
+        assert stock[0] == 0.0 and all(loss == 0.0 and not grad.any() for loss, grad, _ in ours)
         return
-    assert_same(stock, token)
-    assert_same(stock, fused)
+    for one in ours:
+        assert_same(stock, one)
 
 
-def test_log_probs_and_entropies(trio):
+def test_log_probs_and_entropies(trainers):
     """The default hook alone: values, zeros where masked, chunking, entropy gradient, nothing computed that was not asked for."""
-    inputs = make_inputs(trio["stock"])
+    inputs = make_inputs(trainers["stock"])
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     results = {}
-    for name in ("stock", "token"):
-        trainer, rows = trio[name], []
+    for name in ("stock", "token", "token_logits"):
+        trainer, rows = trainers[name], []
         handle = trainer.model.model.register_forward_hook(lambda module, args, out, rows=rows: rows.append(len(out.last_hidden_state)))
         logps, entropies, aux = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, T, batch_size=3, compute_entropy=True)
         grads = torch.autograd.grad(entropies.square().sum() + logps.sum(), list(trainer.model.parameters()))
         results[name] = logps, entropies, torch.cat([g.flatten() for g in grads])
         handle.remove()
         assert aux is None and rows == [3, 3, 2]
-    for a, b in zip(*results.values(), strict=True):
-        assert a.shape == b.shape
-        assert (a - b).norm() <= 1e-6 * a.norm()
-    logps, entropies, _ = results["token"]
-    assert not logps[inputs["completion_mask"] == 0].any() and not entropies[inputs["completion_mask"] == 0].any()
-    logps, entropies, aux = trio["token"]._get_per_token_logps_and_entropies(trio["token"].model, ids, mask, T)
-    assert entropies is None and aux is None
+    for name in ("token", "token_logits"):
+        for a, b in zip(results["stock"], results[name], strict=True):
+            assert a.shape == b.shape
+            assert (a - b).norm() <= 1e-6 * a.norm()
+        logps, entropies, _ = results[name]
+        assert not logps[inputs["completion_mask"] == 0].any() and not entropies[inputs["completion_mask"] == 0].any()
+        logps, entropies, aux = trainers[name]._get_per_token_logps_and_entropies(trainers[name].model, ids, mask, T)
+        assert entropies is None and aux is None
 
 
 def test_softcapped_model(make_trainer):
@@ -183,7 +183,7 @@ def test_fp32_head_under_autocast(make_trainer):
     assert_same(*(run(trainer, inputs) for trainer in pair))
 
 
-def test_consume_logits_changes_nothing(make_trainer, trio):
+def test_consume_logits_changes_nothing(make_trainer, trainers):
     consuming = make_trainer(ReweightGRPOTrainer, ours={"fuse_loss": True, "consume_logits": True})
-    inputs = make_inputs(trio["stock"])
-    assert_same(run(trio["stock"], inputs), run(consuming, inputs))
+    inputs = make_inputs(trainers["stock"])
+    assert_same(run(trainers["stock"], inputs), run(consuming, inputs))

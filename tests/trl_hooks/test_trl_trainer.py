@@ -9,7 +9,7 @@ import trl
 from oracles import papers
 from oracles import trl as oracle
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from trl_common import TINY, assert_same, configure, current, make_inputs, run
+from trl_common import OURS, TINY, assert_same, configure, current, make_inputs, run
 
 import reweight_ops as rw
 from reweight_ops.integrations import trl as integration
@@ -30,7 +30,7 @@ def test_reweighting_on_top_of_trl(make_trainer):
         inputs["old_per_token_logps"],
     )
     assert run(trainer, inputs)[0] == pytest.approx(expected.item(), abs=1e-6)
-    assert trainer.fused_calls == {"policy_loss": 1}
+    assert trainer.fused_calls == {"linear_policy_loss": 1}
 
 
 def test_lopti_alternates_over_the_passes(make_trainer):
@@ -94,15 +94,15 @@ def test_contradictions_are_errors(make_trainer, tmp_path, ours, config, message
 
 
 # --- what is left to TRL --------------------------------------------------------------------------------------------------------
-def test_delegation_is_counted_and_warned_once(trio):
-    configure(trio, loss_type="vespo")
-    inputs = make_inputs(trio["stock"])
+def test_delegation_is_counted_and_warned_once(trainers):
+    configure(trainers, loss_type="vespo")
+    inputs = make_inputs(trainers["stock"])
     with pytest.warns(UserWarning, match="leaves this to TRL: loss_type='vespo'"):
-        assert_same(run(trio["stock"], inputs), run(trio["fused"], inputs))
+        assert_same(run(trainers["stock"], inputs), run(trainers["fused"], inputs))
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *a, **k: pytest.fail("warned twice"))
-        run(trio["fused"], inputs)
-    assert trio["fused"].delegated_calls == {"loss_type='vespo'": 2}
+        run(trainers["fused"], inputs)
+    assert trainers["fused"].delegated_calls == {"loss_type='vespo'": 2}
 
 
 @pytest.mark.parametrize(
@@ -114,19 +114,19 @@ def test_delegation_is_counted_and_warned_once(trio):
         ({}, {"pixel_values": torch.zeros(1)}, "multimodal inputs (pixel_values)"),
     ],
 )
-def test_delegation_reasons(trio, monkeypatch, settings, extra, reason):
-    configure(trio, **settings)
+def test_delegation_reasons(trainers, monkeypatch, settings, extra, reason):
+    configure(trainers, **settings)
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda self, model, inputs: "TRL's")
     with pytest.warns(UserWarning):
-        assert trio["fused"]._compute_loss(None, make_inputs(trio["stock"]) | extra) == "TRL's"
-    assert trio["fused"].delegated_calls[reason] == 1
+        assert trainers["fused"]._compute_loss(trainers["fused"].model, make_inputs(trainers["stock"]) | extra) == "TRL's"
+    assert trainers["fused"].delegated_calls[reason] == 1
 
 
-def test_multimodal_log_probs_are_left_to_trl(trio, monkeypatch):
+def test_multimodal_log_probs_are_left_to_trl(trainers, monkeypatch):
     seen = {}
     monkeypatch.setattr(trl.GRPOTrainer, "_get_per_token_logps_and_entropies", lambda self, *args, **kwargs: seen.update(kwargs))
     with pytest.warns(UserWarning, match="multimodal"):
-        trio["token"]._get_per_token_logps_and_entropies(None, None, None, 1, batch_size=2, pixel_values="pixels")
+        trainers["token"]._get_per_token_logps_and_entropies(trainers["token"].model, None, None, 1, batch_size=2, pixel_values="pixels")
     assert seen["pixel_values"] == "pixels" and seen["batch_size"] == 2
 
 
@@ -159,27 +159,27 @@ def test_unknown_loss_source_is_reported(make_trainer, monkeypatch):
 
 
 # --- patch_trl ------------------------------------------------------------------------------------------------------------------
-def test_patch_and_undo(make_trainer, trio):
+def test_patch_and_undo(make_trainer, trainers):
     originals = {name: getattr(trl.GRPOTrainer, name) for name in integration._SIGNATURES}
-    inputs = make_inputs(trio["stock"])
-    stock = run(trio["stock"], inputs)
+    inputs = make_inputs(trainers["stock"])
+    stock = run(trainers["stock"], inputs)
     with patch_trl(fuse_loss=True) as patch:
         patched = make_trainer(trl.GRPOTrainer)
         assert_same(stock, run(patched, inputs))
-        assert patched.fused_calls == {"policy_loss": 1}
+        assert patched.fused_calls == {"linear_policy_loss": 1}
         # A subclass of ours under a patch keeps its own hooks, also when it leaves a loss to TRL.
-        assert_same(stock, run(trio["token"], inputs))
-        assert trio["token"].fused_calls == {"token_logps": 1}
-        trio["fused"].loss_type = "vespo"
+        assert_same(stock, run(trainers["token"], inputs))
+        assert trainers["token"].fused_calls == {"linear_token_logps": 1}
+        trainers["fused"].loss_type = "vespo"
         with pytest.warns(UserWarning):
-            run(trio["fused"], inputs)
-        assert trio["fused"].delegated_calls == {"loss_type='vespo'": 1}
+            run(trainers["fused"], inputs)
+        assert trainers["fused"].delegated_calls == {"loss_type='vespo'": 1}
         with pytest.raises(rw.InvalidCall, match="patched already"):
             patch_trl()
     assert {name: getattr(trl.GRPOTrainer, name) for name in originals} == originals
     patch.undo()
     assert_same(stock, run(patched, inputs))
-    assert patched.fused_calls == {"policy_loss": 1}
+    assert patched.fused_calls == {"linear_policy_loss": 1}
 
 
 # --- a real training run ----------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def stock_run(train):
     return train(trl.GRPOTrainer, {})
 
 
-@pytest.mark.parametrize("ours", [{}, {"fuse_loss": True}], ids=["token", "fused"])
+@pytest.mark.parametrize("ours", [{}, {"fuse_loss": True}, {"lm_head": "logits"}, {"fuse_loss": True, "lm_head": "logits"}], ids=OURS)
 def test_training_run(train, stock_run, ours):
     """Generation, accumulation and two passes a rollout: six steps of SGD lead to the same parameters (1e-5 of the way moved) and logs."""
     _, stock, stock_log = stock_run
@@ -216,4 +216,5 @@ def test_training_run(train, stock_run, ours):
     assert len(log) == len(stock_log)
     for theirs, our in zip(stock_log, log, strict=True):
         assert our == pytest.approx(theirs, abs=1e-5, rel=1e-4)
-    assert trainer.delegated_calls == {} and trainer.fused_calls["policy_loss" if ours else "token_logps"] > 0
+    op = ("" if "lm_head" in ours else "linear_") + ("policy_loss" if "fuse_loss" in ours else "token_logps")
+    assert trainer.delegated_calls == {} and trainer.fused_calls[op] > 0

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 B, P, T, V = 8, 5, 12, 300
+OURS = ("token", "fused", "token_logits", "fused_logits")  # without logits, and with them
 TINY = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
     "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
@@ -98,9 +99,9 @@ def assert_same(stock, ours):
     assert ours[2] == pytest.approx(stock[2], abs=1e-6, rel=1e-6)
 
 
-def configure(trio, *, sequence=False, **settings):
-    """Set trainer attributes, and GRPOConfig fields as ``args_...``, on all three."""
-    for trainer in trio.values():
+def configure(trainers, *, sequence=False, **settings):
+    """Set trainer attributes, and GRPOConfig fields as ``args_...``, on all of them."""
+    for trainer in trainers.values():
         trainer.importance_sampling_level = "sequence" if sequence else "token"
         for name, value in settings.items():
             setattr(trainer.args if name.startswith("args_") else trainer, name.removeprefix("args_"), value)
