@@ -30,6 +30,27 @@ struct Softcap {
         if (fabsf(x) != kInf) x = cap * r;
         return 1.0f - r * r;
     }
+
+    /// The same in fp64, for the one logit whose error nothing averages out: fp32 would cost its log-prob two units in the last place.
+    RW_DEVICE double exactly(float x, float& slope) const {
+        const double r = 1.0 - 2.0 / (exp(2.0 * double(x) / double(cap)) + 1.0);
+        slope = float(1.0 - r * r);
+        return fabsf(x) == kInf ? double(x) : cap * r;
+    }
+};
+
+/// The target's logit, -inf if it is not here: as the sweeps cap it, exactly, and the derivative of that.
+struct Target {
+    float swept = -kInf;
+    double exact = -kInf;
+    float slope = 1.0f;
+
+    RW_DEVICE Target() = default;
+    RW_DEVICE Target(float x, const Softcap& softcap) : swept(x), exact(double(x)) {
+        if (!softcap.on) return;
+        softcap.apply(swept);
+        exact = softcap.exactly(x, slope);
+    }
 };
 
 /// Sums over the columns seen so far, with t = log2(e)/T·x - reference: the reference is that of the largest logit.
@@ -162,19 +183,21 @@ RW_DEVICE double log_sum(const Partial& s) {
     return double(int(bits >> 23) - 127) + double(log2f(as_float((bits & 0x7fffffu) | 0x3f800000u)));
 }
 
-/// `target`: the target's capped logit, -inf if it is not here. A dozen fp64 operations, once a row: what is rounded here, the ratio multiplies.
-RW_DEVICE RowStats finish(const Partial& s, float target, float temperature, float scale) {
+/// A dozen fp64 operations, once a row: what is rounded here, the ratio multiplies.
+RW_DEVICE RowStats finish(const Partial& s, const Target& target, float temperature, float scale) {
     constexpr double ln2 = 0.693147180559945309417, log2e = 1.442695040888963407360;
     const double log_s = log_sum(s), mean = double(s.dot / s.sum), t_top = double(fmaf(s.top, scale, -reference(s.top, scale)));
     const double rounding = double(temperature) * scale - log2e;  // of the scale, which sharpens the row by as much
-    const double rest = (log_s - t_top - rounding / log2e * (mean - t_top)) * ln2;  // lse - top/T
     const double inverse = 1.0 / double(temperature);
+    const double swept = (log_s - t_top - rounding / log2e * (mean - t_top)) * ln2;  // lse - top/T, by the logits as swept
+    const double above = (target.exact - double(s.top)) * inverse, error = (target.exact - double(target.swept)) * inverse;
+    const double rest = target.exact == double(target.swept) ? swept : swept + expf(float(above - swept)) * error;
     RowStats out;
-    out.logp = at_most_zero(float((double(target) - double(s.top)) * inverse - rest));
+    out.logp = at_most_zero(float(above - rest));
     out.entropy = -at_most_zero(float((mean - log_s) * ln2));
     out.lse = float(double(s.top) * inverse + rest);
     out.log_sum_p_sq = at_most_zero(float((double(log2f(s.sum_sq)) - 2.0 * log_s) * ln2));
-    out.max_logp = at_most_zero(float(-rest));
+    out.max_logp = target.swept == s.top ? out.logp : at_most_zero(float(-swept));
     return out;
 }
 

@@ -35,14 +35,7 @@ struct Row {
         target = local < 0 || local >= call.vocab_size ? -1 : int(local);
     }
 
-    /// The target's capped logit, -inf if it is not here.
-    RW_DEVICE float target_logit(const Softcap& softcap, float& slope) const {
-        slope = 1.0f;
-        if (target < 0) return -kInf;
-        float value = widen(x[target]);
-        if (softcap.on) slope = softcap.apply(value);
-        return value;
-    }
+    RW_DEVICE Target target_logit(const Softcap& softcap) const { return target < 0 ? Target() : Target(widen(x[target]), softcap); }
 
     template <Sums kSums>
     RW_DEVICE Partial sweep(int columns, const Softcap& softcap) const {
@@ -78,10 +71,7 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) stats_kernel(RW_PARAMETER StatsCall cal
             const Row<T> row(call, i);
             const Partial sums = merge_block(row.template sweep<kSums>(int(call.vocab_size), softcap), partials[buffer], row.scale);
             buffer ^= 1;
-            if (thread_index() == 0) {
-                float slope;
-                s = finish(sums, row.target_logit(softcap, slope), row.temperature, row.scale);
-            }
+            if (thread_index() == 0) s = finish(sums, row.target_logit(softcap), row.temperature, row.scale);
         }
         if (thread_index() == 0) {
             put(call.logp, i, s.logp);
@@ -100,14 +90,13 @@ RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, in
     const auto get = [i](const float* from) { return from ? from[i] : 0.0f; };
     const Derivatives d{get(call.logp_coef), get(call.entropy_coef), get(call.lse_coef), get(call.p_sq_coef),
                         call.logp[i],        get(call.entropy),      get(call.log_sum_p_sq)};
-    float slope = 1.0f, target = -kInf;
-    if (!d.all_zero()) target = row.target_logit(softcap, slope);
+    const Target target = d.all_zero() ? Target() : row.target_logit(softcap);
     const double unit = double(row.temperature) * row.scale;  // log2(e), with the rounding that the scale has
     // Both logp and lse are rounded to fp32; the smaller one gives lse with the smaller error.
     const bool by_logp = row.target >= 0 && fabsf(d.logp) < fabsf(call.lse[i]);
-    const double lse2 = by_logp ? double(target) * row.scale - unit * d.logp : unit * call.lse[i];
+    const double lse2 = by_logp ? target.exact * row.scale - unit * d.logp : unit * call.lse[i];
     const float ref = float(lse2), rest = float(ref - lse2);
-    return row_gradient(d, row.temperature, row.scale, ref, rest, exp2f(rest), target, slope, softcap.on);
+    return row_gradient(d, row.temperature, row.scale, ref, rest, exp2f(rest), target, softcap.on);
 }
 
 template <class T, bool kFull>
@@ -170,13 +159,12 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
         constexpr Sums kSums = kFull ? Sums::full : Sums::entropy;
         const Partial sums = merge_block(row.template sweep<kSums>(int(call.vocab_size), softcap), partials, row.scale);
         if (thread_index() == 0) {
-            float slope;
-            const float target = row.target_logit(softcap, slope);
+            const Target target = row.target_logit(softcap);
             const RowStats s = finish(sums, target, row.temperature, row.scale);
             const RowLoss l = evaluate(call, i, s);
             put_row(call, i, s, l);
             const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
-            gradient = row_gradient(d, row.temperature, row.scale, reference(sums.top, row.scale), -float(log_sum(sums)), 1.0f / sums.sum, target, slope, softcap.on);
+            gradient = row_gradient(d, row.temperature, row.scale, reference(sums.top, row.scale), -float(log_sum(sums)), 1.0f / sums.sum, target, softcap.on);
         }
         barrier();
         write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient, softcap);
