@@ -3,14 +3,11 @@
 
 #include "common/row_state.h"
 #include "elements.h"
+#include "slices.h"
 
 namespace reweight_ops {
 namespace {
 
-/// Two blocks of 320 on a processor leave a thread 96 registers: with 384 the gradient of unaligned rows spills.
-constexpr int kThreads = 320, kWarps = kThreads / 32;
-/// Vectors that a thread has in flight, and after which it looks for a new maximum.
-constexpr int kUnroll = 4;
 /// Lower bound of an exponent: 2^-150 is 0, and 0 * -150 is 0 where 0 * -inf would be NaN.
 constexpr float kFloor = -150.0f;
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
@@ -45,7 +42,7 @@ struct Target {
     double exact = -kInf;
     float slope = 1.0f;
 
-    RW_DEVICE Target() = default;
+    RW_DEVICE Target() {}
     RW_DEVICE Target(float x, const Softcap& softcap) : swept(x), exact(double(x)) {
         if (!softcap.on) return;
         softcap.apply(swept);
@@ -58,7 +55,8 @@ struct Partial {
     float top, sum, dot, sum_sq;
 };
 
-using BlockPartials = Partial[kWarps];
+using SlicePartials = Partial[kWarps];
+using RowPartials = SlicePartials[kMaxSlices];
 
 /// Any finite number will do while everything is -inf; the same NaN-free one for everybody.
 RW_DEVICE float reference(float top, float scale) { return top == -kInf ? 0.0f : top * scale; }
@@ -108,47 +106,45 @@ RW_DEVICE void absorb(Partial& s, float top, float scale, const Softcap& softcap
     s.sum_sq += group.sum_sq;
 }
 
-/// A thread's share of a row: vector i belongs to thread i % kThreads, the columns after the last whole vector to a thread each.
-template <class T, Sums kSums, bool kAligned>
-RW_DEVICE Partial sweep_statistics(const T* x, int columns, float scale, const Softcap& softcap) {
-    constexpr int n = kPerVector<T>;
-    const int vectors = columns / n, tail = vectors * n + thread_index();
-    Partial s{-kInf, 0.0f, 0.0f, 0.0f};
-    for (int begin = thread_index(); begin < vectors; begin += kThreads * kUnroll) {
-        Vector v[kUnroll];
+/// Adds a thread's vectors of one tile; what lies beyond the slice is -inf.
+template <class T, Sums kSums>
+RW_DEVICE void absorb_tile(Partial& s, const Vector (&v)[kUnroll], float scale, const Softcap& softcap) {
+    const auto for_each = [&](const auto& f) {  // unpacked again each time: registers are scarcer than shifts
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-            const int i = begin + u * kThreads;
-            v[u] = minus_infinities<T>();
-            if (i < vectors) v[u] = load_vector(x + int64_t(i) * n, kAligned);
+            float values[kPerVector<T>];
+            unpack<T>(v[u], values);
+#pragma unroll
+            for (int j = 0; j < kPerVector<T>; ++j) f(values[j]);
         }
-        const auto for_each = [&](const auto& f) {  // unpacked again each time: registers are scarcer than shifts
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                float values[n];
-                unpack<T>(v[u], values);
-#pragma unroll
-                for (int j = 0; j < n; ++j) f(values[j]);
-            }
-        };
-        float top = -kInf;
-        for_each([&](float value) { top = fmaxf(top, value); });
-        absorb<kSums>(s, top, scale, softcap, for_each);
-    }
-    if (tail < columns) {
-        const float last = widen(x[tail]);
-        absorb<kSums>(s, last == last ? last : -kInf, scale, softcap, [&](const auto& f) { f(last); });
-    }
-    return s;
+    };
+    float top = -kInf;
+    for_each([&](float value) { top = fmaxf(top, value); });
+    absorb<kSums>(s, top, scale, softcap, for_each);
 }
 
-RW_DEVICE Partial merge_warp(Partial s, float scale) {
+/// The columns after the last whole vector, a thread each. `x` is the row.
+template <class T, Sums kSums>
+RW_DEVICE void absorb_tail(Partial& s, const T* x, int columns, float scale, const Softcap& softcap) {
+    const int tail = columns / kPerVector<T> * kPerVector<T> + thread_index();
+    if (tail >= columns) return;
+    const float last = widen(x[tail]);
+    absorb<kSums>(s, last == last ? last : -kInf, scale, softcap, [&](const auto& f) { f(last); });
+}
+
+template <int kLanes>
+RW_DEVICE Partial merge_lanes(Partial s, float scale) {
 #pragma unroll
-    for (int lanes = 16; lanes; lanes /= 2) {
+    for (int lanes = kLanes / 2; lanes; lanes /= 2) {
         const Partial other{shuffle_xor(s.top, lanes), shuffle_xor(s.sum, lanes), shuffle_xor(s.dot, lanes), shuffle_xor(s.sum_sq, lanes)};
         s = merge(s, other, scale);
     }
     return s;
+}
+
+/// The sums of a slice, by a warp: in every one of its threads.
+RW_DEVICE Partial merge_slice(const SlicePartials& partials, float scale) {
+    return merge_lanes<kWarps>(partials[thread_index() % kWarps], scale);
 }
 
 /// The sums with the largest logit's own share exact. Its exponent is the rounding of the reference, not 0, and an approximate exponential of
@@ -159,16 +155,6 @@ RW_DEVICE Partial with_exact_top(Partial s, float scale) {
         s.sum += expm1f(t * kLn2) - (e - 1.0f);
         s.sum_sq += expm1f(2.0f * t * kLn2) - (fmaf(e, e, -1.0f));
     }
-    return s;
-}
-
-/// The block's sums, in every thread of warp 0 (unspecified elsewhere). One barrier; `partials` may be reused after the next one.
-RW_DEVICE Partial merge_block(Partial s, BlockPartials& partials, float scale) {
-    s = merge_warp(s, scale);
-    const int warp = thread_index() / 32, lane = thread_index() % 32;
-    if (lane == 0) partials[warp] = s;
-    barrier();
-    if (warp == 0) s = with_exact_top(merge_warp(lane < kWarps ? partials[lane] : Partial{-kInf, 0.0f, 0.0f, 0.0f}, scale), scale);
     return s;
 }
 
