@@ -17,6 +17,9 @@ constexpr int kTileVectors = kThreads * kUnroll, kTileBytes = kTileVectors * 16;
 constexpr int kMaxTiles = 6;
 constexpr int kMaxSlices = 8;  // the largest cluster that every device with clusters can run
 
+/// Shared memory of a block that keeps rows on chip, for each tile and besides.
+constexpr int kBytesPerTile = kTileBytes + 16, kBytesBesides = 2048;
+
 struct Slices {
     int vectors;      // whole vectors of the row; the columns after them belong to the last slice
     int count, each;  // slices, and vectors of each but the last

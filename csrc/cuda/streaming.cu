@@ -177,20 +177,20 @@ int launch_rows(void (*kernel)(const C), const C& call, bool reads_twice) {
     if (device.status) return device.status;
     const int64_t in_flight = int64_t(kBlocksPerProcessor) * device.processors * call.vocab_size * int64_t(sizeof(RW_ELEMENT));
     const int64_t blocks = int64_t(device.processors) * (reads_twice && in_flight > device.l2_bytes / 2 ? 1 : kBlocksPerProcessor);
-    return launch(kernel, call.rows < blocks ? call.rows : blocks, kThreads, call);
+    return launch(kernel, {call.rows < blocks ? call.rows : blocks, kThreads}, call);
 }
 
-int token_stats(const StatsCall& call) {
+int launch_stats(const StatsCall& call) {
     const bool full = call.log_sum_p_sq || call.softcap < kInf;
     return launch_rows(full ? stats_kernel<RW_ELEMENT, Sums::full> : stats_kernel<RW_ELEMENT, Sums::entropy>, call, false);
 }
 
-int token_grad(const GradCall& call) {
+int launch_grad(const GradCall& call) {
     const bool full = call.p_sq_coef || call.softcap < kInf;
     return launch_rows(full ? grad_kernel<RW_ELEMENT, true> : grad_kernel<RW_ELEMENT, false>, call, false);
 }
 
-int token_loss_grad(const LossGradCall& call) {
+int launch_loss_grad(const LossGradCall& call) {
     const bool full = call.reads_p_sq || call.softcap < kInf;
     return launch_rows(full ? loss_grad_kernel<RW_ELEMENT, true> : loss_grad_kernel<RW_ELEMENT, false>, call, true);
 }
@@ -199,6 +199,6 @@ int token_loss_grad(const LossGradCall& call) {
 
 #define RW_CONCAT_(a, b) a##b
 #define RW_CONCAT(a, b) RW_CONCAT_(a, b)
-const CudaKernels RW_CONCAT(streaming_, RW_DTYPE) = {token_stats, token_grad, token_loss_grad};
+const StreamingKernels RW_CONCAT(streaming_, RW_DTYPE) = {launch_stats, launch_grad, launch_loss_grad};
 
 }  // namespace reweight_ops

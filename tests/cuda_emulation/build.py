@@ -47,18 +47,19 @@ def build(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ("-O1",), folder:
         f"-isystem{pybind11.get_include()}",
         f"-isystem{sysconfig.get_paths()['include']}",
     ]
-    shared = [*sorted(csrc.glob("common/*")), *sorted(csrc.glob("cuda/*.h")), *sorted(HERE.glob("*.h"))]
+    headers = [*sorted(csrc.glob("common/*")), *sorted(csrc.glob("cuda/*.h")), *sorted(HERE.glob("*.h"))]
+    host = [*sorted(csrc.glob("common/*")), *(csrc / "cuda" / name for name in ("dispatch.h", "device.h", "platform.h", "slices.h")), *sorted(HERE.glob("*.h"))]
     units: dict[str, tuple[Path, list[str], list[Path]]] = {
-        # The bindings see the kernels' arguments and a table, nothing of their code.
-        "bindings": (
-            csrc / "cuda/bindings.cpp",
-            ["-O0"],
-            [csrc / "bindings.h", *sorted(csrc.glob("common/*")), csrc / "cuda/dispatch.h", *sorted(HERE.glob("*.h"))],
-        ),
-        "emulator": (HERE / "emulator.cpp", ["-O2"], [csrc / "cuda/platform.h", *sorted(HERE.glob("*.h"))]),
+        # These see the kernels' arguments and a table, nothing of their code.
+        "bindings": (csrc / "cuda/bindings.cpp", ["-O0"], [csrc / "bindings.h", *host]),
+        "dispatch": (csrc / "cuda/dispatch.cpp", ["-O1"], host),
+        "emulator": (HERE / "emulator.cpp", ["-O2"], [*host, csrc / "cuda/asynchronous.h"]),
+        "asynchronous": (HERE / "asynchronous.cpp", ["-O2"], [*host, csrc / "cuda/asynchronous.h"]),
     }
     for name, element in DTYPES.items():
-        units[name] = csrc / "cuda/streaming.cu", ["-x", "c++", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"], shared
+        words = ["-x", "c++", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"]
+        units[f"streaming_{name}"] = csrc / "cuda/streaming.cu", words, [h for h in headers if h.name not in ("ring.h", "asynchronous.h")]
+        units[f"ring_{name}"] = csrc / "cuda/ring.cu", words, headers
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(name: str) -> Path:
