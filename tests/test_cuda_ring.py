@@ -270,6 +270,8 @@ def test_the_rule(emulator, cuda):
     emulator.set_device(12, 99 << 10, 2)  # the smaller shared memory of sm_120
     assert why(cuda, emulator, torch.zeros(1, 16384, dtype=torch.bfloat16)) == ""
     assert "do not fit" in why(cuda, emulator, torch.zeros(1, 16392, dtype=torch.bfloat16))
+    emulator.set_device(9, 2 * 16400 + 2048, 2)
+    assert "3 tiles of 16 KiB in each, 2 fit" in why(cuda, emulator, z), "a tile more than two rows, for that is in motion"
     emulator.set_device(9, 227 << 10, 0)
     assert "cannot run a cluster of 1 blocks" in why(cuda, emulator, z)
     emulator.set_kernel("streaming")
