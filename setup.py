@@ -37,7 +37,7 @@ X86_LEVELS = {
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "v4_bf16": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"],
 }
-# csrc/cuda/streaming.cu is compiled once per dtype. No contraction: kernels that share a sweep must round alike. A spill is an error.
+# Kernels of csrc/cuda are compiled once per dtype. No contraction: kernels that share a sweep must round alike. A spill is an error.
 CUDA_DTYPES = {"f32": "float", "bf16": "Bf16", "f16": "F16"}
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
@@ -95,11 +95,12 @@ class NinjaBuild(build_ext):
             f"-I{toolkit / 'include'}",
             f'-DRW_CUDA_ARCHS="{";".join(archs)}"',
         ]
-        objects = {"cuda_bindings.o": edge("cuda_bindings.o", "cxx", "cuda/bindings.cpp", flags)}
+        objects = {f"cuda_{name}.o": edge(f"cuda_{name}.o", "cxx", f"cuda/{name}.cpp", flags) for name in ("bindings", "dispatch")}
         for name, element in CUDA_DTYPES.items():
-            obj = f"streaming_{name}.o"
             words = [*NVCC_FLAGS, "-ccbin", cxx()[0], *targets, f"-I{ROOT / 'csrc'}", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"]
-            objects[obj] = edge(obj, "nvcc", "cuda/streaming.cu", words, nvcc)
+            for kernel in ("streaming", "ring"):
+                obj = f"{kernel}_{name}.o"
+                objects[obj] = edge(obj, "nvcc", f"cuda/{kernel}.cu", words, nvcc)
         library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
         if library is None:
             raise RuntimeError(f"libcudart_static.a was not found in {toolkit}")

@@ -108,10 +108,13 @@ def by_ring(emulator, cuda, schedule, seed, *args, **keywords):
     return loss_grad(cuda, *args, **keywords)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("shape", SHAPES)
+#: Clusters of several blocks under every schedule in one dtype: dtypes differ in no wait.
+CASES = [(d, s, k) for s in SHAPES for d in DTYPES for k in SCHEDULES if d == "bf16" or (k == "random" and s != "eight") or s in ("none", "part of a tile")]
+
+
+@pytest.mark.parametrize(("dtype", "shape", "schedule"), CASES)
 def test_as_the_streaming_kernel(emulator, cuda, dtype, shape, schedule):
-    vectors, _ = SHAPES[shape]
+    dtype, vectors = DTYPES[dtype], SHAPES[shape][0]
     v = width(vectors, dtype, tail=3)
     n = 16 if vectors < 7000 else 9
     emulator.set_device(9, 227 << 10, 2 if n == 16 else 1)
@@ -119,9 +122,8 @@ def test_as_the_streaming_kernel(emulator, cuda, dtype, shape, schedule):
     head = Head(v)
     want_rows, want = by_streaming(emulator, cuda, z, ids, adv, head=head)
     assert (want[..., v:] == 0).all() and (want[ids == OUT] == 0).all() and (want != 0).any()
-    for seed in range(2):
-        got_rows, got = by_ring(emulator, cuda, schedule, seed, z, ids, adv, head=head)
-        assert same(got_rows, want_rows) and same(got, want)
+    got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, head=head)
+    assert same(got_rows, want_rows) and same(got, want)
     clone = aligned(z.shape, dtype)
     clone.copy_(z)
     got_rows, _ = by_ring(emulator, cuda, schedule, 2, clone, ids, adv, head=head, out=clone)
