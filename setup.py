@@ -8,6 +8,7 @@ or ``none``; asked for by name, a part that cannot be built is an error. ``CXX``
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -71,7 +72,7 @@ class NinjaBuild(build_ext):
         names = ",".join(levels)
         defines = [f'-DRW_VERSION="{self.distribution.get_version()}"', f'-DRW_FLAGS="{" ".join(flags)}"', f'-DRW_LEVEL_NAMES="{names}"']
         defines += [f"-DRW_HAS_{name.upper()}" for name in levels]
-        objects = {"bindings.o": edge("bindings.o", "cxx", "bindings.cpp", [*flags, *includes(), *defines])}
+        objects = {"bindings.o": edge("bindings.o", "cxx", "bindings.cpp", [*flags, *includes(), *defines, sources("cpu")])}
         objects["dispatch.o"] = edge("dispatch.o", "cxx", "cpu/dispatch.cpp", [*flags, *includes(), *defines])
         for name, march in levels.items():
             obj = f"kernels_{name}.o"
@@ -95,7 +96,8 @@ class NinjaBuild(build_ext):
             f"-I{toolkit / 'include'}",
             f'-DRW_CUDA_ARCHS="{";".join(archs)}"',
         ]
-        objects = {f"cuda_{name}.o": edge(f"cuda_{name}.o", "cxx", f"cuda/{name}.cpp", flags) for name in ("bindings", "dispatch")}
+        objects = {"cuda_bindings.o": edge("cuda_bindings.o", "cxx", "cuda/bindings.cpp", [*flags, sources("cuda")])}
+        objects["cuda_dispatch.o"] = edge("cuda_dispatch.o", "cxx", "cuda/dispatch.cpp", flags)
         for name, element in CUDA_DTYPES.items():
             words = [*NVCC_FLAGS, "-ccbin", cxx()[0], *targets, f"-I{ROOT / 'csrc'}", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"]
             for kernel in ("streaming", "ring"):
@@ -132,6 +134,11 @@ def cxx() -> list[str]:
     if found is None:
         raise RuntimeError("no C++ compiler was found (g++, clang++, c++, or CXX)")
     return shlex.split(found)
+
+
+def sources(part: str) -> str:
+    """What the Python side compares with the sources beside it."""
+    return f'-DRW_SOURCES="{runpy.run_path(str(ROOT / "reweight_ops/sources.py"))["source_hash"](part)}"'
 
 
 def includes() -> list[str]:

@@ -29,8 +29,9 @@ RW_DEVICE int cluster_rank() {
 }
 /// Of all threads of the cluster; orders what they wrote to shared memory before.
 RW_DEVICE void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
+RW_DEVICE void warp_barrier() { __syncwarp(); }
 
 RW_DEVICE void initialize(Barrier& b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&b)), "r"(arrivals) : "memory"); }
 /// After the last initialize() and before a barrier of the cluster: other blocks and copies may then use the barriers.
@@ -97,7 +98,7 @@ RW_DEVICE void wait_until_copied() { asm volatile("cp.async.bulk.wait_group 0;" 
 /// without the fence copies may read what was there before.
 RW_DEVICE void release_to_copies(Barrier& b) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncwarp();
+    warp_barrier();
     if (thread_index() % 32 == 0) arrive(b);
 }
 

@@ -97,6 +97,7 @@ RW_DEVICE void evaluate_rows(const RingCall& call, const Share& share, const Rin
             place.target = row.target;
             arrive(place.ready);
         }
+        warp_barrier();  // the others would wait for the next row's sums in this warp's time
         turn.next(kPlaces);
     }
 }

@@ -31,6 +31,7 @@ void proxy_fence();
 
 inline int cluster_rank() { return emulation::rank_in_cluster(); }
 inline void cluster_barrier() { emulation::barrier_of_cluster(); }
+inline void warp_barrier() { emulation::barrier_of_warp(); }
 inline void initialize(Barrier& b, int arrivals) { emulation::initialize(&b, arrivals); }
 inline void publish_barriers() {}
 inline void arrive(Barrier& b) { emulation::arrive(&b, 0); }
@@ -45,7 +46,7 @@ inline void wait_until_read_but_last() { emulation::wait_for_copies(1, false); }
 inline void wait_until_copied() { emulation::wait_for_copies(0, true); }
 inline void release_to_copies(Barrier& b) {
     emulation::proxy_fence();
-    emulation::barrier_of_warp();
+    warp_barrier();
     if (thread_index() % 32 == 0) arrive(b);
 }
 
