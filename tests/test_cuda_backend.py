@@ -95,11 +95,16 @@ def test_explain_says_which_kernel_a_call_takes(backend, monkeypatch):
     monkeypatch.setattr(backend, "_cuda", emulated)
     kernel_of, place = backend.BACKEND.kernel_of, torch.device("cuda", 0)
     assert kernel_of(torch.empty(2, 3, 151936, dtype=torch.bfloat16, device="meta"), 151936, place).startswith("ring")
-    assert kernel_of(torch.empty(2, 1027, device="meta")[:, :1024], 1024, place) == "streaming (rows of the logits do not all start at a multiple of 16 bytes)"
+    assert (
+        kernel_of(torch.empty(2, 1027, device="meta")[:, :1024], 1024, place)
+        == "streaming (rows of the logits do not all start at a multiple of 16 bytes)"
+    )
     assert kernel_of(torch.empty(2, 1024)[:, :1000], 1000, place).startswith("ring")
     monkeypatch.setattr(explain_module, "choose_plan", lambda *args: Choice("one_pass", "cuda", None))
     logits = torch.empty(2, 3, 1001, device="meta", requires_grad=True)
-    said = reweight_ops.explain(reweight_ops.policy_loss, logits, torch.empty(2, 3, dtype=torch.long, device="meta"), 1.0, spec="grpo", device="cuda")
+    said = reweight_ops.explain(
+        reweight_ops.policy_loss, logits, torch.empty(2, 3, dtype=torch.long, device="meta"), 1.0, spec="grpo", device="cuda"
+    )
     assert said.kernel.startswith("streaming (rows of the logits") and "backend: cuda, kernel: streaming" in str(said)
 
 
@@ -113,7 +118,9 @@ def test_the_documented_limits_of_the_ring(monkeypatch, backend):
             for dtype, limit in zip((torch.float16, torch.float32), limits, strict=True):
                 assert str(limit) in sys.modules["reweight_ops.backends.cuda"].__doc__
                 for v, kernel in ((limit, "ring"), (limit + 64, "streaming")):
-                    assert backend.BACKEND.kernel_of(torch.empty(2, v, dtype=dtype, device="meta"), v, torch.device("cuda", 0)).startswith(kernel), v
+                    assert backend.BACKEND.kernel_of(torch.empty(2, v, dtype=dtype, device="meta"), v, torch.device("cuda", 0)).startswith(
+                        kernel
+                    ), v
     finally:
         emulated.set_device(9, 227 << 10, 2)
 
@@ -165,7 +172,16 @@ def compile_sass(source: Path, dtype: str, folder: Path, flags: list[str]) -> st
 NEEDED = {
     "stats_kernel": [r"LDG\S*\.128"],
     "grad_kernel": [r"LDG\S*\.128", r"STG\S*\.128"],
-    "ring_kernel": [r"UBLKCP\.S\.G", r"UBLKCP\.G\.S", r"LDS\.128", r"STS\.128", r"STAS\S*\.128", r"SYNCS\S*TRYWAIT", r"FENCE\.VIEW\.ASYNC", r"STG\S*\.128"],
+    "ring_kernel": [
+        r"UBLKCP\.S\.G",
+        r"UBLKCP\.G\.S",
+        r"LDS\.128",
+        r"STS\.128",
+        r"STAS\S*\.128",
+        r"SYNCS\S*TRYWAIT",
+        r"FENCE\.VIEW\.ASYNC",
+        r"STG\S*\.128",
+    ],
 }
 
 
@@ -210,7 +226,11 @@ def test_the_gates_see_spills_and_narrow_accesses(tmp_path):
     elements.write_text(elements.read_text().replace("if (aligned) return load16(p);", ""))
     assert any("no LDG" in p for p in problems(compile_sass(source, "bf16", tmp_path, lenient), 6))
     text = ring.read_text()
-    ring.write_text(text.replace("release_to_copies(ring.done(tile.index));", "__syncwarp(); if (thread_index() % 32 == 0) arrive(ring.done(tile.index));"))
+    ring.write_text(
+        text.replace(
+            "release_to_copies(ring.done(tile.index));", "__syncwarp(); if (thread_index() % 32 == 0) arrive(ring.done(tile.index));"
+        )
+    )
     assert any("FENCE" in p for p in problems(compile_sass(ring, "bf16", tmp_path, nvcc_flags()), 2))
 
 

@@ -419,7 +419,10 @@ def test_no_bias_from_the_rounded_scale(cuda):
     """log2(e)/T in fp32 sharpens every row by the same factor. The mean error of many rows shows what the rounding of each would hide."""
     n, v = 64, 2563
     z, ids = rows(n, v, torch.float32, "plain")
-    t = max((torch.tensor([1.0 + k / 64]) for k in range(64)), key=lambda t: abs(float(torch.tensor(1.44269504) / t) * float(t) / math.log2(math.e) - 1))
+    t = max(
+        (torch.tensor([1.0 + k / 64]) for k in range(64)),
+        key=lambda t: abs(float(torch.tensor(1.44269504) / t) * float(t) / math.log2(math.e) - 1),
+    )
     got = stats_of(cuda, z, ids, temperature=t)
     truth = statistics(z.double(), ids, t.double().expand(n))
     for name in ("logp", "lse"):

@@ -64,7 +64,11 @@ def build(
         f"-isystem{sysconfig.get_paths()['include']}",
     ]
     headers = [*sorted(csrc.glob("common/*")), *sorted(csrc.glob("cuda/*.h")), *sorted(HERE.glob("*.h"))]
-    host = [*sorted(csrc.glob("common/*")), *(csrc / "cuda" / name for name in ("dispatch.h", "device.h", "platform.h", "slices.h")), *sorted(HERE.glob("*.h"))]
+    host = [
+        *sorted(csrc.glob("common/*")),
+        *(csrc / "cuda" / name for name in ("dispatch.h", "device.h", "platform.h", "slices.h")),
+        *sorted(HERE.glob("*.h")),
+    ]
     units: dict[str, tuple[Path, list[str], list[Path]]] = {
         # These see the kernels' arguments and a table, nothing of their code.
         "bindings": (csrc / "cuda/bindings.cpp", ["-O0"], [csrc / "bindings.h", *host]),
