@@ -8,6 +8,7 @@ or ``none``; asked for by name, a part that cannot be built is an error. ``CXX``
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -37,7 +38,7 @@ X86_LEVELS = {
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "v4_bf16": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"],
 }
-# csrc/cuda/streaming.cu is compiled once per dtype. No contraction: kernels that share a sweep must round alike. A spill is an error.
+# Kernels of csrc/cuda are compiled once per dtype. No contraction: kernels that share a sweep must round alike. A spill is an error.
 CUDA_DTYPES = {"f32": "float", "bf16": "Bf16", "f16": "F16"}
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
@@ -71,7 +72,7 @@ class NinjaBuild(build_ext):
         names = ",".join(levels)
         defines = [f'-DRW_VERSION="{self.distribution.get_version()}"', f'-DRW_FLAGS="{" ".join(flags)}"', f'-DRW_LEVEL_NAMES="{names}"']
         defines += [f"-DRW_HAS_{name.upper()}" for name in levels]
-        objects = {"bindings.o": edge("bindings.o", "cxx", "bindings.cpp", [*flags, *includes(), *defines])}
+        objects = {"bindings.o": edge("bindings.o", "cxx", "bindings.cpp", [*flags, *includes(), *defines, sources("cpu")])}
         objects["dispatch.o"] = edge("dispatch.o", "cxx", "cpu/dispatch.cpp", [*flags, *includes(), *defines])
         for name, march in levels.items():
             obj = f"kernels_{name}.o"
@@ -97,11 +98,13 @@ class NinjaBuild(build_ext):
             f"-I{toolkit / 'include'}",
             f'-DRW_CUDA_ARCHS="{";".join(archs)}"',
         ]
-        objects = {"cuda_bindings.o": edge("cuda_bindings.o", "cxx", "cuda/bindings.cpp", flags)}
+        objects = {"cuda_bindings.o": edge("cuda_bindings.o", "cxx", "cuda/bindings.cpp", [*flags, sources("cuda")])}
+        objects["cuda_dispatch.o"] = edge("cuda_dispatch.o", "cxx", "cuda/dispatch.cpp", flags)
         for name, element in CUDA_DTYPES.items():
-            obj = f"streaming_{name}.o"
             words = [*NVCC_FLAGS, "-ccbin", cxx()[0], *targets, f"-I{ROOT / 'csrc'}", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"]
-            objects[obj] = edge(obj, "nvcc", "cuda/streaming.cu", words, nvcc)
+            for kernel in ("streaming", "ring"):
+                obj = f"{kernel}_{name}.o"
+                objects[obj] = edge(obj, "nvcc", f"cuda/{kernel}.cu", words, nvcc)
         library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
         if library is None:
             raise RuntimeError(f"libcudart_static.a was not found in {toolkit}")
@@ -133,6 +136,11 @@ def cxx() -> list[str]:
     if found is None:
         raise RuntimeError("no C++ compiler was found (g++, clang++, c++, or CXX)")
     return shlex.split(found)
+
+
+def sources(part: str) -> str:
+    """What the Python side compares with the sources beside it."""
+    return f'-DRW_SOURCES="{runpy.run_path(str(ROOT / "reweight_ops/sources.py"))["source_hash"](part)}"'
 
 
 def includes() -> list[str]:

@@ -131,6 +131,9 @@ py::dict counts(const char* const* names, const int* parameters, int n) {
 template <class Stats, class Grad, class LossGrad>
 void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad token_loss_grad) {
     using NoGil = py::call_guard<py::gil_scoped_release>;
+#if defined(RW_SOURCES)
+    m.attr("sources") = RW_SOURCES;  // their hash, by reweight_ops/sources.py
+#endif
     m.def("rules", [] { return counts(kRuleNames, kRuleParamCounts, kRuleCount); }, "Name to number of parameters, as compiled in.");
     m.def("weights", [] { return counts(kWeightNames, kWeightParamCounts, kWeightCount); }, "Name to number of parameters, as compiled in.");
     py::class_<RowProgram>(m, "Program", py::module_local()).def(py::init(&make_program), py::arg("terms"), py::arg("weights"));

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .backends.base import Request
-from .backends.select import NAMES, why_not
+from .backends.select import NAMES, load, why_not
 from .errors import InvalidCall
 from .head import resolve_logits
 from .keywords import all_options, head_options
@@ -18,17 +18,18 @@ from .policy_loss import _POLICY_LOSS_OWN, _resolve, policy_loss, token_logps, t
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would do: plan, backend, and why not the others."""
+    """What a call would do: plan, backend, and why not the others; in one pass also the kernel, of a backend that has several."""
 
     plan: str
     backend: str
     why_not_one_pass: str | None
     backends: dict[str, str | None]
+    kernel: str | None = None
 
     def __str__(self) -> str:
         lines = [
             f"plan: {self.plan}" + (f" (not one_pass: {self.why_not_one_pass})" if self.why_not_one_pass else ""),
-            f"backend: {self.backend}",
+            f"backend: {self.backend}" + (f", kernel: {self.kernel}" if self.kernel else ""),
         ]
         return "\n".join([*lines, *(f"  {name}: {'available' if reason is None else reason}" for name, reason in self.backends.items())])
 
@@ -61,9 +62,11 @@ def explain(op: Any, *args: Any, device: torch.device | str | None = None, **key
         program, reason = None, None
     else:
         raise InvalidCall("explain: expected policy_loss, token_logps or token_stats.")
-    verb: Any = "token_loss_grad" if choice.plan == "one_pass" else "token_stats"
-    request = Request(verb, where, head.logits.dtype, program if choice.plan == "one_pass" else None)
-    return Explanation(choice.plan, choice.backend, reason, {name: why_not(name, request) for name in NAMES})
+    one_pass = choice.plan == "one_pass"
+    request = Request("token_loss_grad" if one_pass else "token_stats", where, head.logits.dtype, program if one_pass else None)
+    kernel_of = load(choice.backend).kernel_of if one_pass else None
+    kernel = None if kernel_of is None else kernel_of(head.logits, head.vocab_size, where)
+    return Explanation(choice.plan, choice.backend, reason, {name: why_not(name, request) for name in NAMES}, kernel)
 
 
 def _positional(op: Any, args: tuple[Any, ...], count: int) -> tuple[Any, ...]:

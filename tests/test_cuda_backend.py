@@ -6,16 +6,22 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulation import fixtures
 from cuda_emulation.build import DTYPES, ROOT
 
 import reweight_ops
-from reweight_ops.backends import select
+from reweight_ops.backends import native, select
 from reweight_ops.backends.base import Head, Program, Request, RowInputs
 from reweight_ops.errors import BackendUnavailable, ReweightOpsError
+from reweight_ops.plans import Choice
+from reweight_ops.sources import source_hash
+
+explain_module = importlib.import_module("reweight_ops.explain")
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SASS_ARCH = "90"
@@ -64,6 +70,61 @@ def test_without_the_extension(monkeypatch):
         select.load("cuda")
 
 
+@pytest.mark.parametrize("part", ["cpu", "cuda"])
+def test_an_extension_built_from_other_sources(monkeypatch, tmp_path, part):
+    """What is installed is from these sources; a change of any of them, or an extension from before there was a hash, is refused with what to do."""
+    module = pytest.importorskip("reweight_ops._C" if part == "cpu" else "reweight_ops._cuda", exc_type=ImportError)
+    assert native.checked(module, part) is module
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    assert source_hash(part, tmp_path / "csrc") == module.sources
+    with (tmp_path / "csrc/common/verbs.h").open("a") as file:
+        file.write("// another line")
+    changed = source_hash(part, tmp_path / "csrc")
+    assert changed != module.sources and source_hash(part, tmp_path / "nowhere") is None
+    monkeypatch.setattr(native, "source_hash", lambda part: changed)
+    monkeypatch.delitem(sys.modules, f"reweight_ops.backends.{part}", raising=False)
+    monkeypatch.setattr(select, "_loaded", {})
+    with pytest.raises(BackendUnavailable, match="built from other sources; rebuild it with pip install -e"):
+        select.load(part)
+    with pytest.raises(BackendUnavailable, match="older was built from other sources"):
+        native.checked(types.ModuleType("older"), part)
+
+
+def test_explain_says_which_kernel_a_call_takes(backend, monkeypatch):
+    emulated, _ = fixtures.emulated()
+    monkeypatch.setattr(backend, "_cuda", emulated)
+    kernel_of, place = backend.BACKEND.kernel_of, torch.device("cuda", 0)
+    assert kernel_of(torch.empty(2, 3, 151936, dtype=torch.bfloat16, device="meta"), 151936, place).startswith("ring")
+    assert (
+        kernel_of(torch.empty(2, 1027, device="meta")[:, :1024], 1024, place)
+        == "streaming (rows of the logits do not all start at a multiple of 16 bytes)"
+    )
+    assert kernel_of(torch.empty(2, 1024)[:, :1000], 1000, place).startswith("ring")
+    monkeypatch.setattr(explain_module, "choose_plan", lambda *args: Choice("one_pass", "cuda", None))
+    logits = torch.empty(2, 3, 1001, device="meta", requires_grad=True)
+    said = reweight_ops.explain(
+        reweight_ops.policy_loss, logits, torch.empty(2, 3, dtype=torch.long, device="meta"), 1.0, spec="grpo", device="cuda"
+    )
+    assert said.kernel.startswith("streaming (rows of the logits") and "backend: cuda, kernel: streaming" in str(said)
+
+
+def test_the_documented_limits_of_the_ring(monkeypatch, backend):
+    """The numbers in the backend's docstring."""
+    emulated, _ = fixtures.emulated()
+    monkeypatch.setattr(backend, "_cuda", emulated)
+    try:
+        for device, limits in (((9, 227 << 10, 1), (393216, 196608)), ((12, 99 << 10, 1), (16384, 8192))):
+            emulated.set_device(*device)
+            for dtype, limit in zip((torch.float16, torch.float32), limits, strict=True):
+                assert str(limit) in sys.modules["reweight_ops.backends.cuda"].__doc__
+                for v, kernel in ((limit, "ring"), (limit + 64, "streaming")):
+                    assert backend.BACKEND.kernel_of(torch.empty(2, v, dtype=dtype, device="meta"), v, torch.device("cuda", 0)).startswith(
+                        kernel
+                    ), v
+    finally:
+        emulated.set_device(9, 227 << 10, 2)
+
+
 def test_not_on_rocm(monkeypatch):
     monkeypatch.delitem(sys.modules, "reweight_ops.backends.cuda", raising=False)
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -107,24 +168,47 @@ def compile_sass(source: Path, dtype: str, folder: Path, flags: list[str]) -> st
     return subprocess.run([dump, "-sass", str(obj)], check=True, capture_output=True, text=True, env=environment).stdout
 
 
-def problems(sass: str) -> list[str]:
-    """By function: 16-byte accesses of memory that are missing, and local ones that are there."""
+#: By kernel: what each of its functions must have. UBLKCP is a bulk copy (to shared memory, to global), STAS st.async, SYNCS an mbarrier.
+NEEDED = {
+    "stats_kernel": [r"LDG\S*\.128"],
+    "grad_kernel": [r"LDG\S*\.128", r"STG\S*\.128"],
+    "ring_kernel": [
+        r"UBLKCP\.S\.G",
+        r"UBLKCP\.G\.S",
+        r"LDS\.128",
+        r"STS\.128",
+        r"STAS\S*\.128",
+        r"SYNCS\S*TRYWAIT",
+        r"FENCE\.VIEW\.ASYNC",
+        r"STG\S*\.128",
+    ],
+}
+
+
+def problems(sass: str, count: int) -> list[str]:
+    """By function: instructions that are missing, and accesses of local memory."""
     found = []
     functions = re.split(r"Function : ", sass)[1:]
-    assert len(functions) == 6
+    assert len(functions) == count
     for function in functions:
         name = function.split()[0]
-        if not re.search(r"LDG\S*\.128", function):
-            found.append(f"{name}: no 16-byte load")
-        if "stats_kernel" not in name and not re.search(r"STG\S*\.128", function):
-            found.append(f"{name}: no 16-byte store")
+        (needed,) = (needed for kernel, needed in NEEDED.items() if kernel in name)
+        found += [f"{name}: no {pattern}" for pattern in needed if not re.search(pattern, function)]
         if re.search(r"\b(LDL|STL)\b", function):
             found.append(f"{name}: local memory")
     return found
 
 
 def test_sass_has_wide_accesses_and_no_local_memory(tmp_path):
-    assert problems(compile_sass(ROOT / "csrc/cuda/streaming.cu", "bf16", tmp_path, nvcc_flags())) == []
+    assert problems(compile_sass(ROOT / "csrc/cuda/streaming.cu", "bf16", tmp_path, nvcc_flags()), 6) == []
+
+
+def test_sass_of_the_ring(tmp_path):
+    """Bulk copies both ways, messages, and no barrier of all memory in the rows' loop: one comes with the barrier of the cluster at the start."""
+    sass = compile_sass(ROOT / "csrc/cuda/ring.cu", "bf16", tmp_path, nvcc_flags())
+    assert problems(sass, 2) == []
+    for function in re.split(r"Function : ", sass)[1:]:
+        assert len(re.findall(r"MEMBAR\.\S*GPU", function)) <= 1, function.split()[0]
 
 
 @pytest.mark.slow
@@ -132,14 +216,22 @@ def test_the_gates_see_spills_and_narrow_accesses(tmp_path):
     """The negative control: too few registers fail the build by its own flags, and without those the dump shows local memory."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     source = tmp_path / "csrc/cuda/streaming.cu"
+    ring = tmp_path / "csrc/cuda/ring.cu"
     source.write_text(source.read_text().replace("RW_KERNEL(kThreads, kRuleBlocks<kFull>)", "RW_KERNEL(kThreads, 5)"))
     with pytest.raises(subprocess.CalledProcessError):
         compile_sass(source, "bf16", tmp_path, nvcc_flags())
     lenient = [f for f in nvcc_flags() if "Werror" not in f]
-    assert any("local memory" in p for p in problems(compile_sass(source, "bf16", tmp_path, lenient)))
+    assert any("local memory" in p for p in problems(compile_sass(source, "bf16", tmp_path, lenient), 6))
     elements = tmp_path / "csrc/cuda/elements.h"
     elements.write_text(elements.read_text().replace("if (aligned) return load16(p);", ""))
-    assert any("16-byte load" in p for p in problems(compile_sass(source, "bf16", tmp_path, lenient)))
+    assert any("no LDG" in p for p in problems(compile_sass(source, "bf16", tmp_path, lenient), 6))
+    text = ring.read_text()
+    ring.write_text(
+        text.replace(
+            "release_to_copies(ring.done(tile.index));", "__syncwarp(); if (thread_index() % 32 == 0) arrive(ring.done(tile.index));"
+        )
+    )
+    assert any("FENCE" in p for p in problems(compile_sass(ring, "bf16", tmp_path, nvcc_flags()), 2))
 
 
 # ---- on a GPU

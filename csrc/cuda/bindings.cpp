@@ -15,11 +15,21 @@ using namespace reweight_ops;
 
 PYBIND11_MODULE(RW_MODULE, m) {
     m.doc() = "CUDA kernels on raw addresses, without any check: reweight_ops.backends validates every argument first. Verbs return a status.";
-    bind_verbs(
-        m, [](const StatsCall& call) { return kernels_for(call).token_stats(call); }, [](const GradCall& call) { return kernels_for(call).token_grad(call); },
-        [](const LossGradCall& call) { return kernels_for(call).token_loss_grad(call); });
+    bind_verbs(m, token_stats, token_grad, token_loss_grad);
+    m.def(
+        "why_streaming",
+        [](const Call& call, Address out, std::array<int64_t, 3> out_strides) {
+            LossGradCall full{};
+            static_cast<Call&>(full) = call;
+            full.out = at<void>(out);
+            full.out_strides = {out_strides[0], out_strides[1], out_strides[2]};
+            return why_streaming(full);
+        },
+        py::arg("call"), py::arg("out"), py::arg("out_strides"), "Why token_loss_grad would take its streaming kernel; empty: it would take the ring kernel.");
+    m.def("set_kernel", &set_kernel, py::arg("name"), "auto, or streaming or ring to compare them: what token_loss_grad takes in this process.");
 #if defined(RW_EMULATION)
-    m.def("set_schedule", &emulation::set_schedule, py::arg("name"), py::arg("seed"), "eager, late, random or skew; and how many blocks run at most.");
+    m.def("set_schedule", &emulation::set_schedule, py::arg("name"), py::arg("seed"), "eager, late, random or skew.");
+    m.def("set_device", &emulation::set_device, py::arg("major"), py::arg("shared_bytes"), py::arg("clusters"), "What the host sees.");
     m.def("set_status", &emulation::set_status, py::arg("status"), "What launches return instead of running.");
     m.def("last_error", &emulation::last_error);
     m.def("error_string", [](int status) { return "emulated status " + std::to_string(status); });

@@ -1,26 +1,35 @@
 // Which kernels serve a call. Launches only: no allocation, no synchronization; every function returns a CUDA status, 0 for success.
 #pragma once
 
+#include <string>
+
 #include "common/verbs.h"
 
 namespace reweight_ops {
 
-struct CudaKernels {
+struct StreamingKernels {
     int (*token_stats)(const StatsCall&);
     int (*token_grad)(const GradCall&);
     int (*token_loss_grad)(const LossGradCall&);
 };
+struct RingKernels {
+    /// How many clusters the device runs at once, with rings of so many tiles.
+    int (*clusters)(const LossGradCall&, int tiles, int& count);
+    int (*token_loss_grad)(const LossGradCall&, int tiles, int64_t clusters);
+};
 
-extern const CudaKernels streaming_f32, streaming_bf16, streaming_f16;
+extern const StreamingKernels streaming_f32, streaming_bf16, streaming_f16;
+extern const RingKernels ring_f32, ring_bf16, ring_f16;
 
-/// THE place for a choice of kernels by device and shape. Streaming kernels serve every call; a kernel that keeps rows on chip, for those
-/// devices and lengths where it is faster, would be returned here (by device for a whole process: results must not depend on the batch).
-inline const CudaKernels& kernels_for(const Call& call) {
-    switch (call.dtype) {
-        case DType::bf16: return streaming_bf16;
-        case DType::f16: return streaming_f16;
-        default: return streaming_f32;
-    }
-}
+/// Streaming kernels serve every call; the ring kernel serves token_loss_grad where it can. Both give the same bits.
+int token_stats(const StatsCall& call);
+int token_grad(const GradCall& call);
+int token_loss_grad(const LossGradCall& call);
+
+/// Why the streaming kernel would serve the call; empty: the ring kernel would.
+std::string why_streaming(const LossGradCall& call);
+
+/// "auto", or "streaming" or "ring" to compare them: "ring" makes a call that the ring cannot serve fail with cudaErrorNotSupported.
+void set_kernel(const std::string& name);
 
 }  // namespace reweight_ops

@@ -43,20 +43,25 @@ RW_DEVICE void unpack(Vector v, float* x) {
     }
 }
 
+template <class T>
+RW_DEVICE Vector pack(const float* x) {
+    Vector v;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        if constexpr (sizeof(T) == 4) {
+            v.words[j] = as_bits(x[j]);
+        } else {
+            v.words[j] = narrow_pair<T>(x[2 * j], x[2 * j + 1]);
+        }
+    }
+    return v;
+}
+
 /// One vector from `x`, of fp32.
 template <class T>
 RW_DEVICE void store_vector(T* p, const float* x, bool aligned) {
     if (aligned) {
-        Vector v;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if constexpr (sizeof(T) == 4) {
-                v.words[j] = as_bits(x[j]);
-            } else {
-                v.words[j] = narrow_pair<T>(x[2 * j], x[2 * j + 1]);
-            }
-        }
-        store16(p, v);
+        store16(p, pack<T>(x));
     } else {
 #pragma unroll
         for (int j = 0; j < kPerVector<T>; ++j) narrow(x[j], p[j]);

@@ -37,13 +37,13 @@ struct RowGradient {
 };
 
 /// `rest`: log2 of p/e, and `factor` is 2^rest; all by the row's reference. NaN: there is no distribution.
-RW_DEVICE RowGradient row_gradient(const Derivatives& d, float temperature, float scale, float ref, float rest, float factor, float target_logit,
-                                   float target_slope, bool softcap) {
+RW_DEVICE RowGradient row_gradient(const Derivatives& d, float temperature, float scale, float ref, float rest, float factor,
+                                   const Target& target, bool softcap) {
     RowGradient g{};
     g.terms = Terms::fill;
     g.scale = scale;
     if (d.all_zero()) return g;
-    g.target = target_logit == -kInf ? 0.0f : d.at_target() * target_slope / temperature;
+    g.target = target.exact == -kInf ? 0.0f : d.at_target() * target.slope / temperature;
     if (rest != rest) {
         g.value = g.target = kNaN;
         return g;

@@ -27,6 +27,8 @@ struct F16 {
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "device.h"
+
 #define RW_DEVICE __device__ __forceinline__
 #define RW_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 // Parameters stay in constant memory, indexed at run time or not.
@@ -83,38 +85,6 @@ RW_DEVICE uint32_t narrow_pair<F16>(float first, float second) {
     uint32_t word;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
     return word;
-}
-
-/// What a launch needs to know of a device. `status` is not 0 where there is none.
-struct Device {
-    int status, processors, l2_bytes;
-};
-
-inline Device device_of(int index) {
-    Device d{};
-    const auto get = [&](int& to, cudaDeviceAttr what) {
-        if (!d.status) d.status = cudaDeviceGetAttribute(&to, what, index);
-    };
-    get(d.processors, cudaDevAttrMultiProcessorCount);
-    get(d.l2_bytes, cudaDevAttrL2CacheSize);
-    return d;
-}
-
-/// Launches on a stream of device `index`, and leaves the thread's current device as it was. Returns the CUDA status.
-template <class Call>
-int launch(void (*kernel)(const Call), int64_t blocks, int threads, const Call& call) {
-    int before = 0;
-    cudaError_t status = cudaGetDevice(&before);
-    if (status == cudaSuccess && before != call.device) status = cudaSetDevice(call.device);
-    if (status != cudaSuccess) return status;
-    void* arguments[] = {const_cast<Call*>(&call)};
-    status = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)), arguments, 0,
-                              static_cast<cudaStream_t>(call.stream));
-    if (before != call.device) {
-        const cudaError_t restored = cudaSetDevice(before);
-        if (status == cudaSuccess) status = restored;
-    }
-    return status;
 }
 
 }  // namespace reweight_ops

@@ -3,14 +3,11 @@
 
 #include "common/row_state.h"
 #include "elements.h"
+#include "slices.h"
 
 namespace reweight_ops {
 namespace {
 
-/// Two blocks of 320 on a processor leave a thread 96 registers: with 384 the gradient of unaligned rows spills.
-constexpr int kThreads = 320, kWarps = kThreads / 32;
-/// Vectors that a thread has in flight, and after which it looks for a new maximum.
-constexpr int kUnroll = 4;
 /// Lower bound of an exponent: 2^-150 is 0, and 0 * -150 is 0 where 0 * -inf would be NaN.
 constexpr float kFloor = -150.0f;
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
@@ -30,6 +27,27 @@ struct Softcap {
         if (fabsf(x) != kInf) x = cap * r;
         return 1.0f - r * r;
     }
+
+    /// The same in fp64, for the one logit whose error nothing averages out: fp32 would cost its log-prob two units in the last place.
+    RW_DEVICE double exactly(float x, float& slope) const {
+        const double r = 1.0 - 2.0 / (exp(2.0 * double(x) / double(cap)) + 1.0);
+        slope = float(1.0 - r * r);
+        return fabsf(x) == kInf ? double(x) : cap * r;
+    }
+};
+
+/// The target's logit, -inf if it is not here: as the sweeps cap it, exactly, and the derivative of that.
+struct Target {
+    float swept = -kInf;
+    double exact = -kInf;
+    float slope = 1.0f;
+
+    RW_DEVICE Target() {}
+    RW_DEVICE Target(float x, const Softcap& softcap) : swept(x), exact(double(x)) {
+        if (!softcap.on) return;
+        softcap.apply(swept);
+        exact = softcap.exactly(x, slope);
+    }
 };
 
 /// Sums over the columns seen so far, with t = log2(e)/T·x - reference: the reference is that of the largest logit.
@@ -37,7 +55,8 @@ struct Partial {
     float top, sum, dot, sum_sq;
 };
 
-using BlockPartials = Partial[kWarps];
+using SlicePartials = Partial[kWarps];
+using RowPartials = SlicePartials[kMaxSlices];
 
 /// Any finite number will do while everything is -inf; the same NaN-free one for everybody.
 RW_DEVICE float reference(float top, float scale) { return top == -kInf ? 0.0f : top * scale; }
@@ -87,47 +106,45 @@ RW_DEVICE void absorb(Partial& s, float top, float scale, const Softcap& softcap
     s.sum_sq += group.sum_sq;
 }
 
-/// A thread's share of a row: vector i belongs to thread i % kThreads, the columns after the last whole vector to a thread each.
-template <class T, Sums kSums, bool kAligned>
-RW_DEVICE Partial sweep_statistics(const T* x, int columns, float scale, const Softcap& softcap) {
-    constexpr int n = kPerVector<T>;
-    const int vectors = columns / n, tail = vectors * n + thread_index();
-    Partial s{-kInf, 0.0f, 0.0f, 0.0f};
-    for (int begin = thread_index(); begin < vectors; begin += kThreads * kUnroll) {
-        Vector v[kUnroll];
+/// Adds a thread's vectors of one tile; what lies beyond the slice is -inf.
+template <class T, Sums kSums>
+RW_DEVICE void absorb_tile(Partial& s, const Vector (&v)[kUnroll], float scale, const Softcap& softcap) {
+    const auto for_each = [&](const auto& f) {  // unpacked again each time: registers are scarcer than shifts
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-            const int i = begin + u * kThreads;
-            v[u] = minus_infinities<T>();
-            if (i < vectors) v[u] = load_vector(x + int64_t(i) * n, kAligned);
+            float values[kPerVector<T>];
+            unpack<T>(v[u], values);
+#pragma unroll
+            for (int j = 0; j < kPerVector<T>; ++j) f(values[j]);
         }
-        const auto for_each = [&](const auto& f) {  // unpacked again each time: registers are scarcer than shifts
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                float values[n];
-                unpack<T>(v[u], values);
-#pragma unroll
-                for (int j = 0; j < n; ++j) f(values[j]);
-            }
-        };
-        float top = -kInf;
-        for_each([&](float value) { top = fmaxf(top, value); });
-        absorb<kSums>(s, top, scale, softcap, for_each);
-    }
-    if (tail < columns) {
-        const float last = widen(x[tail]);
-        absorb<kSums>(s, last == last ? last : -kInf, scale, softcap, [&](const auto& f) { f(last); });
-    }
-    return s;
+    };
+    float top = -kInf;
+    for_each([&](float value) { top = fmaxf(top, value); });
+    absorb<kSums>(s, top, scale, softcap, for_each);
 }
 
-RW_DEVICE Partial merge_warp(Partial s, float scale) {
+/// The columns after the last whole vector, a thread each. `x` is the row.
+template <class T, Sums kSums>
+RW_DEVICE void absorb_tail(Partial& s, const T* x, int columns, float scale, const Softcap& softcap) {
+    const int tail = columns / kPerVector<T> * kPerVector<T> + thread_index();
+    if (tail >= columns) return;
+    const float last = widen(x[tail]);
+    absorb<kSums>(s, last == last ? last : -kInf, scale, softcap, [&](const auto& f) { f(last); });
+}
+
+template <int kLanes>
+RW_DEVICE Partial merge_lanes(Partial s, float scale) {
 #pragma unroll
-    for (int lanes = 16; lanes; lanes /= 2) {
+    for (int lanes = kLanes / 2; lanes; lanes /= 2) {
         const Partial other{shuffle_xor(s.top, lanes), shuffle_xor(s.sum, lanes), shuffle_xor(s.dot, lanes), shuffle_xor(s.sum_sq, lanes)};
         s = merge(s, other, scale);
     }
     return s;
+}
+
+/// The sums of a slice, by a warp: in every one of its threads.
+RW_DEVICE Partial merge_slice(const SlicePartials& partials, float scale) {
+    return merge_lanes<kWarps>(partials[thread_index() % kWarps], scale);
 }
 
 /// The sums with the largest logit's own share exact. Its exponent is the rounding of the reference, not 0, and an approximate exponential of
@@ -138,16 +155,6 @@ RW_DEVICE Partial with_exact_top(Partial s, float scale) {
         s.sum += expm1f(t * kLn2) - (e - 1.0f);
         s.sum_sq += expm1f(2.0f * t * kLn2) - (fmaf(e, e, -1.0f));
     }
-    return s;
-}
-
-/// The block's sums, in every thread of warp 0 (unspecified elsewhere). One barrier; `partials` may be reused after the next one.
-RW_DEVICE Partial merge_block(Partial s, BlockPartials& partials, float scale) {
-    s = merge_warp(s, scale);
-    const int warp = thread_index() / 32, lane = thread_index() % 32;
-    if (lane == 0) partials[warp] = s;
-    barrier();
-    if (warp == 0) s = with_exact_top(merge_warp(lane < kWarps ? partials[lane] : Partial{-kInf, 0.0f, 0.0f, 0.0f}, scale), scale);
     return s;
 }
 
@@ -162,19 +169,21 @@ RW_DEVICE double log_sum(const Partial& s) {
     return double(int(bits >> 23) - 127) + double(log2f(as_float((bits & 0x7fffffu) | 0x3f800000u)));
 }
 
-/// `target`: the target's capped logit, -inf if it is not here. A dozen fp64 operations, once a row: what is rounded here, the ratio multiplies.
-RW_DEVICE RowStats finish(const Partial& s, float target, float temperature, float scale) {
+/// A dozen fp64 operations, once a row: what is rounded here, the ratio multiplies.
+RW_DEVICE RowStats finish(const Partial& s, const Target& target, float temperature, float scale) {
     constexpr double ln2 = 0.693147180559945309417, log2e = 1.442695040888963407360;
     const double log_s = log_sum(s), mean = double(s.dot / s.sum), t_top = double(fmaf(s.top, scale, -reference(s.top, scale)));
     const double rounding = double(temperature) * scale - log2e;  // of the scale, which sharpens the row by as much
-    const double rest = (log_s - t_top - rounding / log2e * (mean - t_top)) * ln2;  // lse - top/T
     const double inverse = 1.0 / double(temperature);
+    const double swept = (log_s - t_top - rounding / log2e * (mean - t_top)) * ln2;  // lse - top/T, by the logits as swept
+    const double above = (target.exact - double(s.top)) * inverse, error = (target.exact - double(target.swept)) * inverse;
+    const double rest = target.exact == double(target.swept) ? swept : swept + expf(float(above - swept)) * error;
     RowStats out;
-    out.logp = at_most_zero(float((double(target) - double(s.top)) * inverse - rest));
+    out.logp = at_most_zero(float(above - rest));
     out.entropy = -at_most_zero(float((mean - log_s) * ln2));
     out.lse = float(double(s.top) * inverse + rest);
     out.log_sum_p_sq = at_most_zero(float((double(log2f(s.sum_sq)) - 2.0 * log_s) * ln2));
-    out.max_logp = at_most_zero(float(-rest));
+    out.max_logp = target.swept == s.top ? out.logp : at_most_zero(float(-swept));
     return out;
 }
 

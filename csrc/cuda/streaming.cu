@@ -2,7 +2,7 @@
 // second-level cache still holds. Compiled once per dtype, with RW_ELEMENT and RW_DTYPE naming it.
 #include "common/verbs.h"
 #include "dispatch.h"
-#include "gradient.h"
+#include "row.h"
 
 namespace reweight_ops {
 namespace {
@@ -20,36 +20,53 @@ constexpr int kRuleBlocks = kFull ? 1 : kBlocksPerProcessor;
 template <class T>
 using Two = T[2];
 
-/// One row of a call: where it is, its scale, its target.
+/// The target's logit, as it is in memory.
 template <class T>
-struct Row {
-    const T* x;
-    float temperature, scale;  // scale: log2(e) / T
-    int target;                // -1: in another shard
+RW_DEVICE Target target_of(const Row<T>& row, const Softcap& softcap) {
+    return row.target < 0 ? Target() : Target(widen(row.x[row.target]), softcap);
+}
 
-    RW_DEVICE Row(const Call& call, int64_t i) {
-        x = static_cast<const T*>(call.logits) + call.strides.offset(i);
-        temperature = call.temperature[call.temperature_per_row ? i : 0];
-        scale = kLog2e / temperature;
-        const int64_t local = call.ids[i] - call.vocab_start;
-        target = local < 0 || local >= call.vocab_size ? -1 : int(local);
+/// Leaves the sums of each warp in `partials`. Vectors of two tiles are in flight, for one would not keep the memory busy.
+template <class T, Sums kSums, bool kAligned>
+RW_DEVICE void sweep_statistics(const T* x, int columns, const Slices& slices, float scale, const Softcap& softcap, RowPartials& partials) {
+    constexpr int kTiles = kAligned ? 2 : 1, n = kPerVector<T>;
+    for (int slice = 0; slice < slices.count; ++slice) {
+        const int end = slices.end(slice);
+        Partial s{-kInf, 0.0f, 0.0f, 0.0f};
+        for (int begin = slices.begin(slice) + thread_index(); begin < end; begin += kTiles * kTileVectors) {
+            Vector v[kTiles][kUnroll];
+#pragma unroll
+            for (int u = 0; u < kTiles * kUnroll; ++u) {
+                const int i = begin + u * kThreads;
+                v[u / kUnroll][u % kUnroll] = minus_infinities<T>();
+                if (i < end) v[u / kUnroll][u % kUnroll] = load_vector(x + int64_t(i) * n, kAligned);
+            }
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) {
+                if (begin + t * kTileVectors < end) absorb_tile<T, kSums>(s, v[t], scale, softcap);
+            }
+        }
+        if (slice == slices.count - 1) absorb_tail<T, kSums>(s, x, columns, scale, softcap);
+        s = merge_lanes<32>(s, scale);
+        if (thread_index() % 32 == 0) partials[slice][thread_index() / 32] = s;
     }
+}
 
-    /// The target's capped logit, -inf if it is not here.
-    RW_DEVICE float target_logit(const Softcap& softcap, float& slope) const {
-        slope = 1.0f;
-        if (target < 0) return -kInf;
-        float value = widen(x[target]);
-        if (softcap.on) slope = softcap.apply(value);
-        return value;
+/// The sums of a row, in every thread of warp 0 (unspecified elsewhere). One barrier; `partials` may be reused after the next one.
+template <Sums kSums, class T>
+RW_DEVICE Partial sum_row(const Row<T>& row, int columns, const Slices& slices, const Softcap& softcap, RowPartials& partials) {
+    if (is_aligned(row.x)) {
+        sweep_statistics<T, kSums, true>(row.x, columns, slices, row.scale, softcap, partials);
+    } else {
+        sweep_statistics<T, kSums, false>(row.x, columns, slices, row.scale, softcap, partials);
     }
-
-    template <Sums kSums>
-    RW_DEVICE Partial sweep(int columns, const Softcap& softcap) const {
-        return is_aligned(x) ? sweep_statistics<T, kSums, true>(x, columns, scale, softcap)
-                             : sweep_statistics<T, kSums, false>(x, columns, scale, softcap);
+    barrier();
+    Partial sums{-kInf, 0.0f, 0.0f, 0.0f};
+    if (thread_index() < 32) {
+        for (int slice = 0; slice < slices.count; ++slice) sums = merge(sums, merge_slice(partials[slice], row.scale), row.scale);
     }
-};
+    return with_exact_top(sums, row.scale);
+}
 
 template <class T>
 RW_DEVICE void fill_zero(T* out, int64_t columns) {
@@ -66,8 +83,9 @@ RW_DEVICE void put(float* to, int64_t i, float value) {
 template <class T, Sums kSums>
 RW_KERNEL(kThreads, kBlocksPerProcessor) stats_kernel(RW_PARAMETER StatsCall call) {
     // Two: while warp 0 merges those of one row, the others write those of the next.
-    RW_SHARED(Two<BlockPartials>, partials);
+    RW_SHARED(Two<RowPartials>, partials);
     const Softcap softcap(call.softcap);
+    const Slices slices(int(call.vocab_size) / kPerVector<T>);
     int buffer = 0;
     for (int64_t i = block_index(); i < call.rows; i += block_count()) {
         RowStats s{};
@@ -76,12 +94,9 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) stats_kernel(RW_PARAMETER StatsCall cal
             s = {bad, bad, bad, bad, bad};
         } else {
             const Row<T> row(call, i);
-            const Partial sums = merge_block(row.template sweep<kSums>(int(call.vocab_size), softcap), partials[buffer], row.scale);
+            const Partial sums = sum_row<kSums>(row, int(call.vocab_size), slices, softcap, partials[buffer]);
             buffer ^= 1;
-            if (thread_index() == 0) {
-                float slope;
-                s = finish(sums, row.target_logit(softcap, slope), row.temperature, row.scale);
-            }
+            if (thread_index() == 0) s = finish(sums, target_of(row, softcap), row.temperature, row.scale);
         }
         if (thread_index() == 0) {
             put(call.logp, i, s.logp);
@@ -100,14 +115,13 @@ RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, in
     const auto get = [i](const float* from) { return from ? from[i] : 0.0f; };
     const Derivatives d{get(call.logp_coef), get(call.entropy_coef), get(call.lse_coef), get(call.p_sq_coef),
                         call.logp[i],        get(call.entropy),      get(call.log_sum_p_sq)};
-    float slope = 1.0f, target = -kInf;
-    if (!d.all_zero()) target = row.target_logit(softcap, slope);
+    const Target target = d.all_zero() ? Target() : target_of(row, softcap);
     const double unit = double(row.temperature) * row.scale;  // log2(e), with the rounding that the scale has
     // Both logp and lse are rounded to fp32; the smaller one gives lse with the smaller error.
     const bool by_logp = row.target >= 0 && fabsf(d.logp) < fabsf(call.lse[i]);
-    const double lse2 = by_logp ? double(target) * row.scale - unit * d.logp : unit * call.lse[i];
+    const double lse2 = by_logp ? target.exact * row.scale - unit * d.logp : unit * call.lse[i];
     const float ref = float(lse2), rest = float(ref - lse2);
-    return row_gradient(d, row.temperature, row.scale, ref, rest, exp2f(rest), target, slope, softcap.on);
+    return row_gradient(d, row.temperature, row.scale, ref, rest, exp2f(rest), target, softcap.on);
 }
 
 template <class T, bool kFull>
@@ -131,53 +145,23 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) grad_kernel(RW_PARAMETER GradCall call)
 
 // ---- token_loss_grad
 
-RW_DEVICE RowLoss evaluate(const LossGradCall& call, int64_t i, const RowStats& s) {
-    const auto get = [i](const float* from) { return from ? from[i] : kNaN; };  // what was not given, no rule reads
-    Leaves t{};
-    t.logp = s.logp;
-    t.old_logp = call.old_logp ? call.old_logp[i] : s.logp;
-    t.ref_logp = get(call.ref_logp);
-    t.sampling_logp = get(call.sampling_logp);
-    t.adv = get(call.adv);
-    t.entropy = s.entropy;
-    t.log_sum_p_sq = s.log_sum_p_sq;
-    return evaluate_row(call.program, call.params, t, call.row_weights + i, call.row_weights_step);
-}
-
-RW_DEVICE void put_row(const LossGradCall& call, int64_t i, const RowStats& s, const RowLoss& l) {
-    call.logp[i] = s.logp;
-    call.entropy[i] = s.entropy;
-    call.weighted_loss[i] = l.weighted_loss;
-    call.loss[i] = l.loss;
-    call.coef[i] = l.coef;
-    call.entropy_coef[i] = l.entropy_coef;
-}
-
 template <class T, bool kFull>
 RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCall call) {
-    RW_SHARED(BlockPartials, partials);
+    RW_SHARED(RowPartials, partials);
     RW_SHARED(RowGradient, gradient);
     const Softcap softcap(call.softcap);
+    const Slices slices(int(call.vocab_size) / kPerVector<T>);
     for (int64_t i = block_index(); i < call.rows; i += block_count()) {
         T* out = static_cast<T*>(call.out) + call.out_strides.offset(i);
         if (is_invalid(call, i)) {
-            const float bad = is_out(call, i) ? 0.0f : kNaN;
-            if (thread_index() == 0) put_row(call, i, {bad, bad, bad, bad, bad}, {bad, bad, bad, bad, bad});
+            if (thread_index() == 0) put_invalid_row(call, i);
             fill_zero(out, call.columns);
             continue;
         }
         const Row<T> row(call, i);
         constexpr Sums kSums = kFull ? Sums::full : Sums::entropy;
-        const Partial sums = merge_block(row.template sweep<kSums>(int(call.vocab_size), softcap), partials, row.scale);
-        if (thread_index() == 0) {
-            float slope;
-            const float target = row.target_logit(softcap, slope);
-            const RowStats s = finish(sums, target, row.temperature, row.scale);
-            const RowLoss l = evaluate(call, i, s);
-            put_row(call, i, s, l);
-            const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
-            gradient = row_gradient(d, row.temperature, row.scale, reference(sums.top, row.scale), -float(log_sum(sums)), 1.0f / sums.sum, target, slope, softcap.on);
-        }
+        const Partial sums = sum_row<kSums>(row, int(call.vocab_size), slices, softcap, partials);
+        if (thread_index() == 0) gradient = loss_of_row(call, i, row, sums, target_of(row, softcap), true, softcap);
         barrier();
         write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient, softcap);
     }
@@ -193,20 +177,20 @@ int launch_rows(void (*kernel)(const C), const C& call, bool reads_twice) {
     if (device.status) return device.status;
     const int64_t in_flight = int64_t(kBlocksPerProcessor) * device.processors * call.vocab_size * int64_t(sizeof(RW_ELEMENT));
     const int64_t blocks = int64_t(device.processors) * (reads_twice && in_flight > device.l2_bytes / 2 ? 1 : kBlocksPerProcessor);
-    return launch(kernel, call.rows < blocks ? call.rows : blocks, kThreads, call);
+    return launch(kernel, {call.rows < blocks ? call.rows : blocks, kThreads}, call);
 }
 
-int token_stats(const StatsCall& call) {
+int launch_stats(const StatsCall& call) {
     const bool full = call.log_sum_p_sq || call.softcap < kInf;
     return launch_rows(full ? stats_kernel<RW_ELEMENT, Sums::full> : stats_kernel<RW_ELEMENT, Sums::entropy>, call, false);
 }
 
-int token_grad(const GradCall& call) {
+int launch_grad(const GradCall& call) {
     const bool full = call.p_sq_coef || call.softcap < kInf;
     return launch_rows(full ? grad_kernel<RW_ELEMENT, true> : grad_kernel<RW_ELEMENT, false>, call, false);
 }
 
-int token_loss_grad(const LossGradCall& call) {
+int launch_loss_grad(const LossGradCall& call) {
     const bool full = call.reads_p_sq || call.softcap < kInf;
     return launch_rows(full ? loss_grad_kernel<RW_ELEMENT, true> : loss_grad_kernel<RW_ELEMENT, false>, call, true);
 }
@@ -215,6 +199,6 @@ int token_loss_grad(const LossGradCall& call) {
 
 #define RW_CONCAT_(a, b) a##b
 #define RW_CONCAT(a, b) RW_CONCAT_(a, b)
-const CudaKernels RW_CONCAT(streaming_, RW_DTYPE) = {token_stats, token_grad, token_loss_grad};
+const StreamingKernels RW_CONCAT(streaming_, RW_DTYPE) = {launch_stats, launch_grad, launch_loss_grad};
 
 }  // namespace reweight_ops

@@ -141,3 +141,6 @@ class Backend:
     token_stats: Callable[[Tensor, Tensor, Tensor, Head, tuple[str, ...]], Tensor]
     token_grad: Callable[[Tensor, Tensor, Tensor, Head, dict[str, Tensor], dict[str, Tensor | None], Tensor], None]
     token_loss_grad: Callable[[Tensor, Tensor, Tensor, Head, RowInputs, Program, Tensor, Tensor], Tensor]
+    kernel_of: Callable[[Tensor, int, torch.device], str] | None = (
+        None  # which of several kernels token_loss_grad takes, and why (logits, vocab_size)
+    )

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import BackendUnavailable
 from .base import Backend, Request
-from .native import DTYPES, Native
+from .native import DTYPES, Native, checked
 
 
 def _load() -> ModuleType:
@@ -25,7 +25,7 @@ def _load() -> ModuleType:
     return _C
 
 
-_C: Any = _load()
+_C: Any = checked(_load(), "cpu")
 _native = Native(_C, "cpu", lambda device: {"threads": torch.get_num_threads()}, lambda status: None)
 
 

@@ -2,20 +2,31 @@
 
 Kernels run on the current stream of the logits' device. Nothing here or below synchronizes, and nothing allocates but the outputs, through
 PyTorch: calls can be captured in a CUDA graph.
+
+``token_loss_grad`` has two kernels that give the same bits. *Ring* keeps a row on chip, in the shared memory of a cluster of 1, 2, 4 or 8 blocks, so
+that a logit is read once and its gradient written once. It serves a call if
+
+* the GPU is of compute capability 9.0 or later and can run such a cluster,
+* every row of the logits and of the gradient starts at a multiple of 16 bytes (a row stride of whole 16 bytes; any vocabulary size),
+* two rows fit on chip: on sm_90 and sm_100 up to 393216 columns in 16 bits and 196608 in 32, on sm_120 16384 and 8192.
+
+*Streaming* serves every other call and reads the logits twice, the second time from the second-level cache where that holds them.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import BackendUnavailable, ReweightOpsError
 from .base import Backend, Request
-from .native import DTYPES, Native
+from .native import DTYPES, Native, checked, strides_of
 
 _INSUFFICIENT_DRIVER = 35
 
@@ -31,7 +42,7 @@ def _load() -> ModuleType:
         ) from error
 
 
-_cuda: Any = _load()
+_cuda: Any = checked(_load(), "cuda")
 
 
 def _check(status: int) -> None:
@@ -71,6 +82,16 @@ def _unsupported_reason(request: Request) -> str | None:
     return None if request.program is None else _native.why_not(request.program)
 
 
+def _kernel_of(logits: Tensor, vocab_size: int, device: torch.device) -> str:
+    address = 0 if logits.device.type == "meta" else logits.data_ptr()
+    rows, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
+    strides = strides_of(logits)
+    vocab = (vocab_size, 0, vocab_size)
+    call = _cuda.Call(DTYPES[logits.dtype], address, strides, rows, columns, vocab, math.inf, 0, 0, False, device=device.index or 0)
+    why = _cuda.why_streaming(call, address, strides)
+    return f"streaming ({why})" if why else "ring (rows stay on chip)"
+
+
 token_stats, token_grad, token_loss_grad = _native.token_stats, _native.token_grad, _native.token_loss_grad
 
-BACKEND = Backend("cuda", _unsupported_reason, token_stats, token_grad, token_loss_grad)
+BACKEND = Backend("cuda", _unsupported_reason, token_stats, token_grad, token_loss_grad, _kernel_of)

@@ -14,13 +14,22 @@ from torch import Tensor
 
 from ..codegen.derive import derive
 from ..codegen.trace import trace_rule, trace_weight
-from ..errors import InvalidCall
+from ..errors import BackendUnavailable, InvalidCall
 from ..rules.base import RULES, WEIGHTS
+from ..sources import source_hash
 from .base import COEFS, LOSS_ROWS, STATS, Head, Program, RowInputs, rows_of
 
 _MAX_TERMS, _MAX_WEIGHTS = 4, 4
 _MAX_COLUMNS = 2**31 - 2**20
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def checked(module: Any, part: str) -> Any:
+    """The module, unless it was built from other sources than those beside the package (an installation from a wheel has none)."""
+    expected = source_hash(part)
+    if expected is not None and getattr(module, "sources", None) != expected:
+        raise BackendUnavailable(f"{module.__name__} was built from other sources; rebuild it with pip install -e .")
+    return module
 
 
 class Native:
@@ -93,7 +102,7 @@ class Native:
             raise InvalidCall(f"vocab_size is {head.vocab_size}, logits have {columns} columns.")
         per_row = temperature.numel() != 1
         return self.module.Call(
-            DTYPES[logits.dtype], logits.data_ptr(), _strides(logits), n, columns, (head.vocab_size, head.vocab_start, head.total()), head.softcap,
+            DTYPES[logits.dtype], logits.data_ptr(), strides_of(logits), n, columns, (head.vocab_size, head.vocab_start, head.total()), head.softcap,
             self._address("ids", ids, (n,), logits, torch.int64),
             self._address("temperature", temperature.reshape(-1), (n,) if per_row else (1,), logits), per_row, **self._place(logits.device),
         )  # fmt: skip
@@ -109,7 +118,7 @@ class Native:
             raise InvalidCall("out overlaps the logits without being the same view of them.")
         if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
             raise InvalidCall(f"out has strides {out.stride()}: rows would overwrite each other.")
-        return _strides(out)
+        return strides_of(out)
 
     def token_stats(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
         call = self._call(logits, ids, temperature, head)
@@ -157,7 +166,8 @@ class Native:
         return rows
 
 
-def _strides(t: Tensor) -> tuple[int, int, int]:
+def strides_of(t: Tensor) -> tuple[int, int, int]:
+    """Rows per batch, and the strides of batches and rows, in elements: how the modules take them."""
     rows = rows_of(t)
     return rows.per_batch, rows.batch_stride, rows.row_stride
 

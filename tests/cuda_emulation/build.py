@@ -36,7 +36,23 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++")
 
 
-def build(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ("-O1",), folder: Path = ROOT / "build" / "cuda_emulation") -> Path:
+#: What kernels of a dtype that was left out return.
+NOT_BUILT = -1
+LEFT_OUT = """
+#include "dispatch.h"
+namespace reweight_ops {{
+const StreamingKernels streaming_{0} = {{[](const StatsCall&) {{ return {1}; }}, [](const GradCall&) {{ return {1}; }}, [](const LossGradCall&) {{ return {1}; }}}};
+const RingKernels ring_{0} = {{[](const LossGradCall&, int, int& count) {{ return count = 1, 0; }}, [](const LossGradCall&, int, int64_t) {{ return {1}; }}}};
+}}
+"""
+
+
+def build(
+    csrc: Path = ROOT / "csrc",
+    flags: tuple[str, ...] = ("-O1",),
+    folder: Path = ROOT / "build" / "cuda_emulation",
+    dtypes: tuple[str, ...] = tuple(DTYPES),
+) -> Path:
     """The path of ``_cuda_emulated``. Objects are kept by the hash of what they are made of, so that a change of a kernel leaves the bindings."""
     import pybind11
 
@@ -47,19 +63,29 @@ def build(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ("-O1",), folder:
         f"-isystem{pybind11.get_include()}",
         f"-isystem{sysconfig.get_paths()['include']}",
     ]
-    shared = [*sorted(csrc.glob("common/*")), *sorted(csrc.glob("cuda/*.h")), *sorted(HERE.glob("*.h"))]
+    headers = [*sorted(csrc.glob("common/*")), *sorted(csrc.glob("cuda/*.h")), *sorted(HERE.glob("*.h"))]
+    host = [
+        *sorted(csrc.glob("common/*")),
+        *(csrc / "cuda" / name for name in ("dispatch.h", "device.h", "platform.h", "slices.h")),
+        *sorted(HERE.glob("*.h")),
+    ]
     units: dict[str, tuple[Path, list[str], list[Path]]] = {
-        # The bindings see the kernels' arguments and a table, nothing of their code.
-        "bindings": (
-            csrc / "cuda/bindings.cpp",
-            ["-O0"],
-            [csrc / "bindings.h", *sorted(csrc.glob("common/*")), csrc / "cuda/dispatch.h", *sorted(HERE.glob("*.h"))],
-        ),
-        "emulator": (HERE / "emulator.cpp", ["-O2"], [csrc / "cuda/platform.h", *sorted(HERE.glob("*.h"))]),
+        # These see the kernels' arguments and a table, nothing of their code.
+        "bindings": (csrc / "cuda/bindings.cpp", ["-O0"], [csrc / "bindings.h", *host]),
+        "dispatch": (csrc / "cuda/dispatch.cpp", ["-O1"], host),
+        "emulator": (HERE / "emulator.cpp", ["-O2"], [*host, csrc / "cuda/asynchronous.h"]),
+        "asynchronous": (HERE / "asynchronous.cpp", ["-O2"], [*host, csrc / "cuda/asynchronous.h"]),
     }
-    for name, element in DTYPES.items():
-        units[name] = csrc / "cuda/streaming.cu", ["-x", "c++", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"], shared
     folder.mkdir(parents=True, exist_ok=True)
+    for name, element in DTYPES.items():
+        if name not in dtypes:
+            source = folder / f"left_out_{name}.cpp"
+            source.write_text(LEFT_OUT.format(name, NOT_BUILT))
+            units[source.stem] = source, ["-O0"], host
+            continue
+        words = ["-x", "c++", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"]
+        units[f"streaming_{name}"] = csrc / "cuda/streaming.cu", words, [h for h in headers if h.name not in ("ring.h", "asynchronous.h")]
+        units[f"ring_{name}"] = csrc / "cuda/ring.cu", words, headers
 
     def compile_one(name: str) -> Path:
         source, own, reads = units[name]

@@ -1,65 +1,29 @@
 // The fibers and their schedules. Fibers start by makecontext and then switch by setjmp/longjmp, which make no system call.
-#include "platform.h"
-
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
-#include <memory>
 #include <mutex>
-#include <random>
 #include <stdexcept>
-#include <vector>
+
+#include "fibers.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
 
 namespace reweight_ops::emulation {
+
+Launch* launch_now = nullptr;
+
 namespace {
 
-constexpr size_t kStack = 256 << 10, kSharedMemory = 48 << 10;
-constexpr int kWarp = 32;
-
-/// A rendezvous of `size` threads, and the values they bring: two sets, for a fast thread may be one rendezvous ahead.
-struct Meeting {
-    int size = 0, arrived = 0;
-    uint64_t generation = 0;
-    float values[2][kWarp];
-};
-
-struct Fiber {
-    Thread thread;
-    jmp_buf state;
-    ucontext_t context;
-    char* stack;
-    bool started = false, done = false;
-    Meeting* at = nullptr;       // waits there,
-    uint64_t generation = 0;     // while this generation lasts
-    const char* reason = "";
-    uint64_t priority = 0;
-
-    bool ready() const { return !done && (!at || at->generation != generation); }
-};
-
-struct Launch {
-    Body body;
-    const void *kernel, *call;
-    std::vector<std::unique_ptr<Fiber>> fibers;
-    std::vector<Meeting> warps;
-    Meeting block;
-    std::vector<unsigned char> shared;
-    Fiber* running = nullptr;
-    jmp_buf scheduler;
-    std::string error;
-};
-
-enum class Schedule { eager, late, random, skew };
+constexpr size_t kStack = 256 << 10;
 
 std::mutex one_at_a_time;
-Launch* launch_now = nullptr;
 Schedule schedule = Schedule::eager;
 uint64_t schedule_seed = 0;
+Device the_device{0, 1, 1 << 20, 9, 227 << 10};
+int the_clusters = 2;
 int forced_status = 0;
 std::string error_text;
 std::vector<char*> stacks;  // reused by later launches
@@ -90,12 +54,13 @@ void fiber_main() {
 #endif
     launch_now->body(launch_now->kernel, launch_now->call);
     launch_now->running->done = true;
+    --launch_now->running->block->running;
     suspend(true);
 }
 
 void resume(Fiber* fiber) {
     launch_now->running = fiber;
-    fiber->at = nullptr;
+    fiber->ready = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, fiber->stack, kStack);
@@ -113,84 +78,138 @@ void resume(Fiber* fiber) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
+    launch_now->running = nullptr;
 }
 
+bool can_go_on(const Fiber& f) { return !f.done && (!f.ready || f.ready(f, f.waits_for, f.value)); }
+
 void meet(Meeting& meeting, const char* reason) {
-    Fiber* self = launch_now->running;
-    self->generation = meeting.generation;
+    const uint64_t generation = meeting.generation;
     if (++meeting.arrived == meeting.size) {
         meeting.arrived = 0;
         ++meeting.generation;
     }
-    self->at = &meeting;
-    self->reason = reason;
-    suspend(false);
+    wait_until([](const Fiber&, const void* on, uint64_t value) { return static_cast<const Meeting*>(on)->generation != value; }, &meeting, generation, reason);
 }
 
-/// Runs one block to its end. False and an error if it cannot get there.
-bool run_block(Launch& l, int threads, int64_t index, int64_t blocks, std::mt19937_64& random) {
-    l.fibers.clear();
-    l.warps.assign(size_t((threads + kWarp - 1) / kWarp), Meeting());
-    for (size_t w = 0; w < l.warps.size(); ++w) l.warps[w].size = std::min(kWarp, threads - int(w) * kWarp);
-    l.block = Meeting();
-    l.block.size = threads;
-    std::fill(l.shared.begin(), l.shared.end(), 0xff);  // NaN in every float
-    for (int t = 0; t < threads; ++t) {
-        if (stacks.size() <= size_t(t)) {
+void add_block(Launch& l, const Shape& shape, int64_t index) {
+    l.blocks.push_back(std::make_unique<Block>());
+    Block& block = *l.blocks.back();
+    block.rank = int(l.blocks.size()) - 1;
+    block.index = index;
+    block.running = shape.threads;
+    block.fixed.assign(kStaticShared, kPoison);
+    block.dynamic_bytes = size_t(shape.shared_bytes);
+    block.store.assign(block.dynamic_bytes + 128, kPoison);
+    block.dynamic = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block.store.data()) + 127) / 128 * 128);
+    block.unfenced.assign(block.dynamic_bytes / 16 + 1, -1);
+    block.all.size = shape.threads;
+    block.warps.resize(size_t((shape.threads + kWarp - 1) / kWarp));
+    for (size_t w = 0; w < block.warps.size(); ++w) block.warps[w].size = std::min(kWarp, shape.threads - int(w) * kWarp);
+    for (int t = 0; t < shape.threads; ++t) {
+        const size_t stack = l.fibers.size();
+        if (stacks.size() <= stack) {
             stacks.push_back(static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)));
         }
         l.fibers.push_back(std::make_unique<Fiber>());
-        l.fibers[t]->thread = {t, index, blocks, 0};
-        l.fibers[t]->stack = stacks[t];
+        l.fibers.back()->thread = {t, index, shape.blocks, 0};
+        l.fibers.back()->block = &block;
+        l.fibers.back()->stack = stacks[stack];
     }
+}
+
+void prioritize(Launch& l, std::vector<Fiber*>& order) {
+    const uint64_t by = l.random() % 3;
+    std::unordered_map<int64_t, uint64_t> keys;
+    for (Fiber* f : order) {
+        const int64_t who = by == 0 ? f->block->rank : by == 1 ? f->block->rank * 1024 + f->thread.index / kWarp : f->block->rank * 1024 + f->thread.index;
+        const auto found = keys.find(who);
+        f->priority = found != keys.end() ? found->second : (keys[who] = l.random());
+    }
+    std::stable_sort(order.begin(), order.end(), [](Fiber* a, Fiber* b) { return a->priority < b->priority; });
+}
+
+void check_end(Launch& l, const Fiber& f) {
+    if (f.block->running) return;
+    for (const Copy& c : l.copies) {
+        if (c.block == f.block && !(c.kind == Copy::out && c.read)) l.error = "block " + std::to_string(f.block->index) + " ended before a copy of its shared memory";
+    }
+}
+
+/// Runs one cluster to its end. False and an error if it cannot get there.
+bool run_cluster(Launch& l, const Shape& shape, int64_t first_block) {
+    l.fibers.clear();
+    l.blocks.clear();
+    l.copies.clear();
+    for (int rank = 0; rank < shape.cluster; ++rank) add_block(l, shape, first_block + rank);
+    l.cluster = Meeting();
+    l.cluster.size = shape.threads * shape.cluster;
     std::vector<Fiber*> order;
     for (auto& fiber : l.fibers) order.push_back(fiber.get());
-    if (schedule == Schedule::late) std::reverse(order.begin(), order.end());
-    const auto prioritize = [&] {
-        const bool by_warp = random() % 2;
-        std::vector<uint64_t> keys(l.fibers.size());
-        for (uint64_t& key : keys) key = random();
-        for (Fiber* f : order) f->priority = keys[by_warp ? f->thread.index / kWarp : f->thread.index];
-        std::stable_sort(order.begin(), order.end(), [](Fiber* a, Fiber* b) { return a->priority < b->priority; });
-    };
-    if (schedule == Schedule::skew) prioritize();
+    if (l.schedule == Schedule::late) std::reverse(order.begin(), order.end());
+    if (l.schedule == Schedule::skew) prioritize(l, order);
     while (!order.empty()) {
-        bool progress = false;
-        if (schedule == Schedule::random) std::shuffle(order.begin(), order.end(), random);
+        bool progress = false, ended = false;
+        if (l.schedule == Schedule::random) std::shuffle(order.begin(), order.end(), l.random);
         for (Fiber* fiber : order) {
-            if (!fiber->ready()) continue;
+            if (!can_go_on(*fiber)) continue;
             resume(fiber);
+            if (fiber->done) check_end(l, *fiber);
             if (!l.error.empty()) return false;
+            ended |= fiber->done;
             progress = true;
-            if (schedule == Schedule::skew) break;  // the first that can go on, again
+            if (l.schedule == Schedule::random && l.random() % 16 == 0) advance_any();
+            if (l.schedule == Schedule::skew) break;  // the first that can go on, again
         }
-        if (schedule == Schedule::skew && random() % 4096 == 0) prioritize();
-        order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }), order.end());
-        if (!progress) {
-            l.error = "deadlock: thread " + std::to_string(order[0]->thread.index) + " of block " + std::to_string(index) + " waits at " + order[0]->reason;
-            return false;
+        if (l.schedule == Schedule::skew && l.random() % 256 == 0) advance_any();
+        if (l.schedule == Schedule::skew && l.random() % 4096 == 0) prioritize(l, order);
+        if (ended) order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }), order.end());
+        if (!progress && l.copies.empty()) {
+            const Fiber& f = *order[0];
+            l.error = "deadlock: thread " + std::to_string(f.thread.index) + " of block " + std::to_string(f.block->index) + " waits at " + f.reason;
         }
+        if (!progress) advance_any();
+        if (!l.error.empty()) return false;
     }
-    return true;
+    while (!l.copies.empty()) advance_any();
+    return l.error.empty();
 }
 
 }  // namespace
+
+void wait_until(bool (*ready)(const Fiber&, const void*, uint64_t), const void* on, uint64_t value, const char* reason) {
+    Fiber& f = *launch_now->running;
+    const bool already = ready(f, on, value);
+    if (already && (launch_now->schedule == Schedule::eager || launch_now->random() % 8)) return;  // some yield nevertheless
+    f.ready = ready;
+    f.waits_for = on;
+    f.value = value;
+    f.reason = reason;
+    suspend(false);
+}
 
 const Thread& current() { return launch_now->running->thread; }
 
 void* shared_memory(size_t bytes) {
     size_t& offset = launch_now->running->thread.shared_offset;
-    if (offset + bytes > kSharedMemory) fail("more than 48 KiB of shared memory");
-    void* at = launch_now->shared.data() + offset;
+    if (offset + bytes > kStaticShared) fail("more than 48 KiB of shared memory");
+    void* at = launch_now->running->block->fixed.data() + offset;
     offset += (bytes + 15) / 16 * 16;
     return at;
 }
 
-void barrier_of_block() { meet(launch_now->block, "a barrier"); }
+unsigned char* dynamic_shared_memory() { return launch_now->running->block->dynamic; }
+int rank_in_cluster() { return launch_now->running->block->rank; }
+
+void barrier_of_block() { meet(launch_now->running->block->all, "a barrier"); }
+void barrier_of_cluster() { meet(launch_now->cluster, "a barrier of the cluster"); }
+
+Meeting& own_warp() { return launch_now->running->block->warps[size_t(launch_now->running->thread.index / kWarp)]; }
+void barrier_of_warp() { meet(own_warp(), "a barrier of its warp"); }
 
 float exchange(float value, int lanes) {
     const int lane = launch_now->running->thread.index % kWarp;
-    Meeting& warp = launch_now->warps[size_t(launch_now->running->thread.index / kWarp)];
+    Meeting& warp = own_warp();
     float* values = warp.values[warp.generation % 2];
     values[lane] = value;
     meet(warp, "a shuffle");
@@ -211,29 +230,34 @@ void set_schedule(const std::string& name, uint64_t seed) {
     schedule_seed = seed;
 }
 
+void set_device(int major, int shared_bytes, int clusters) {
+    the_device.major = major;
+    the_device.shared_bytes = shared_bytes;
+    the_clusters = clusters;
+}
+
 void set_status(int status) { forced_status = status; }
 
 std::string last_error() { return error_text; }
 
-int processors() { return 1; }
+Device device() { return the_device; }
+int clusters() { return the_clusters; }
 
-int run(int64_t blocks, int threads, Body body, const void* kernel, const void* call) {
+int run(const Shape& shape, Body body, const void* kernel, const void* call) {
     if (forced_status) return forced_status;
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     Launch l{};
     l.body = body;
     l.kernel = kernel;
     l.call = call;
-    l.shared.resize(kSharedMemory);
+    l.schedule = schedule;
+    l.random.seed(schedule_seed);
     launch_now = &l;
-    std::mt19937_64 random(schedule_seed);
-    int status = 0;
-    for (int64_t block = 0; block < blocks && !status; ++block) {
-        if (!run_block(l, threads, block, blocks, random)) status = 719;  // "launch failed" of CUDA
-    }
+    bool over = true;
+    for (int64_t block = 0; block < shape.blocks && over; block += shape.cluster) over = run_cluster(l, shape, block);
     error_text = l.error;
     launch_now = nullptr;
-    return status;
+    return over ? 0 : 719;  // "launch failed" of CUDA
 }
 
 }  // namespace reweight_ops::emulation

@@ -1,5 +1,5 @@
-// Runs the kernels of csrc/cuda on the CPU. Every CUDA thread is a fiber; barriers and shuffles switch fibers, in an order that a schedule
-// chooses: what is right under every order does not hang on one. One block at a time: blocks of these kernels share nothing.
+// Runs the kernels of csrc/cuda on the CPU. Every CUDA thread is a fiber; whatever waits switches fibers, in an order that a schedule
+// chooses: what is right under every order does not hang on one. One cluster of blocks at a time, for clusters share nothing.
 //
 // Not modeled: the memory model between barriers, speed, registers. The hardware's approximate exponential is: exact where its argument is
 // an integer, else wrong by up to 2^-22, the documented bound, by a hash of the argument.
@@ -11,6 +11,8 @@
 #include <cstring>
 #include <string>
 
+#include "device.h"
+
 #define RW_DEVICE inline
 #define RW_KERNEL(threads, blocks) void
 #define RW_PARAMETER const
@@ -19,7 +21,7 @@
 namespace reweight_ops {
 namespace emulation {
 
-// ---- what kernels call (emulator.cpp)
+// ---- what kernels call
 
 struct Thread {
     int index;
@@ -35,15 +37,19 @@ float exchange(float value, int lanes);
 
 // ---- what tests call
 
-/// Schedules: "eager" runs the lowest thread that can go on, "late" the highest, "random" any, "skew" one warp or thread as far ahead of the
-/// others as barriers allow. `processors` is what the kernel's launch sees, so that a block gets several rows.
+/// Schedules: "eager" runs the lowest thread that can go on, and copies at once; "late" the highest, and copies when nothing else can go on;
+/// "random" anything; "skew" one block, warp or thread as far ahead of the others as its waits allow.
 void set_schedule(const std::string& name, uint64_t seed);
+/// What the host sees: one processor, and so few clusters at once that each gets several rows.
+void set_device(int major, int shared_bytes, int clusters);
+/// What launches return instead of running.
 void set_status(int status);
 std::string last_error();
-int processors();
 
+Device device();
+int clusters();
 using Body = void (*)(const void* kernel, const void* call);
-int run(int64_t blocks, int threads, Body body, const void* kernel, const void* call);
+int run(const Shape& shape, Body body, const void* kernel, const void* call);
 
 }  // namespace emulation
 
@@ -110,17 +116,20 @@ uint32_t narrow_pair(float first, float second) {
     return uint32_t(a.bits) | uint32_t(b.bits) << 16;
 }
 
-struct Device {
-    int status, processors, l2_bytes;
-};
-inline Device device_of(int) { return {0, emulation::processors(), 1 << 20}; }
+inline Device device_of(int) { return emulation::device(); }
 
 template <class Call>
-int launch(void (*kernel)(const Call), int64_t blocks, int threads, const Call& call) {
+int active_clusters(void (*)(const Call), const Shape&, int, int& count) {
+    count = emulation::clusters();
+    return 0;
+}
+
+template <class Call>
+int launch(void (*kernel)(const Call), const Shape& shape, const Call& call) {
     const emulation::Body body = [](const void* k, const void* c) {
         reinterpret_cast<void (*)(const Call)>(const_cast<void*>(k))(*static_cast<const Call*>(c));
     };
-    return emulation::run(blocks, threads, body, reinterpret_cast<const void*>(kernel), &call);
+    return emulation::run(shape, body, reinterpret_cast<const void*>(kernel), &call);
 }
 
 }  // namespace reweight_ops

@@ -1,0 +1,120 @@
+// Clusters of blocks, barriers in shared memory and bulk copies, of sm_90 and later. As platform.h: compiled by g++ it is the emulator's.
+#pragma once
+
+#include "platform.h"
+
+namespace reweight_ops {
+
+/// In shared memory: counts arrivals, and bytes that were announced and have come. Each time all are in, its phase ends; a wait names the
+/// parity of the phase it waits for, 0 for the first.
+struct alignas(8) Barrier {
+    uint64_t state;
+};
+
+}  // namespace reweight_ops
+
+#if defined(__CUDACC__)
+
+#define RW_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace reweight_ops {
+namespace {
+
+RW_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+RW_DEVICE int cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return int(rank);
+}
+/// Of all threads of the cluster; orders what they wrote to shared memory before.
+RW_DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+RW_DEVICE void warp_barrier() { __syncwarp(); }
+
+RW_DEVICE void initialize(Barrier& b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&b)), "r"(arrivals) : "memory"); }
+/// After the last initialize() and before a barrier of the cluster: other blocks and copies may then use the barriers.
+RW_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+RW_DEVICE void arrive(Barrier& b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&b)) : "memory"); }
+RW_DEVICE void arrive_expecting(Barrier& b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&b)), "r"(bytes) : "memory");
+}
+/// For arrivals of this block and for copies.
+RW_DEVICE void wait(const Barrier& b, int parity) {
+    uint32_t over;
+    do {
+        asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+                     : "=r"(over)
+                     : "r"(shared_address(&b)), "r"(parity)
+                     : "memory");
+    } while (!over);
+}
+/// For what other blocks send.
+RW_DEVICE void wait_for_cluster(const Barrier& b, int parity) {
+    uint32_t over;
+    do {
+        asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+                     : "=r"(over)
+                     : "r"(shared_address(&b)), "r"(parity)
+                     : "memory");
+    } while (!over);
+}
+
+/// To block `rank` of the cluster, at the place that `to` is in this one; counts as 16 bytes on that block's `on`.
+RW_DEVICE void send(Vector v, void* to, Barrier& on, int rank) {
+    uint32_t there, barrier_there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(shared_address(&on)), "r"(rank));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there), "r"(v.words[0]),
+                 "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3]), "r"(barrier_there)
+                 : "memory");
+}
+
+// A row is read once and written once: neither has to stay in the second-level cache.
+RW_DEVICE uint64_t evict_first() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+/// Addresses and size are multiples of 16 bytes. The bytes count on `on` as they come.
+RW_DEVICE void copy_in(void* shared, const void* global, int bytes, Barrier& on, uint64_t policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(&on)), "l"(policy)
+                 : "memory");
+}
+/// One group of its own, for the two waits below.
+RW_DEVICE void copy_out(void* global, const void* shared, int bytes, uint64_t policy) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;\n\tcp.async.bulk.commit_group;" ::"l"(global),
+                 "r"(shared_address(shared)), "r"(bytes), "l"(policy)
+                 : "memory");
+}
+/// Until all but the thread's last copy_out have read their shared memory.
+RW_DEVICE void wait_until_read_but_last() { asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory"); }
+/// Until all of the thread's copies out are complete.
+RW_DEVICE void wait_until_copied() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+/// One arrival for a warp whose threads have written what a copy is to read. The fence, the warp's barrier and the arrival belong together:
+/// without the fence copies may read what was there before.
+RW_DEVICE void release_to_copies(Barrier& b) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    warp_barrier();
+    if (thread_index() % 32 == 0) arrive(b);
+}
+
+RW_DEVICE Vector load_shared(const Vector* p) {
+    const uint4 v = *reinterpret_cast<const uint4*>(p);
+    return {v.x, v.y, v.z, v.w};
+}
+RW_DEVICE void store_shared(Vector* p, Vector v) { *reinterpret_cast<uint4*>(p) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]); }
+template <class T>
+RW_DEVICE void store_shared(T* p, T v) {
+    *p = v;
+}
+
+}  // namespace
+}  // namespace reweight_ops
+
+#else
+#include "emulated_async.h"
+#endif

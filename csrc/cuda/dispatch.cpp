@@ -1,0 +1,101 @@
+// The one rule by which token_loss_grad takes the ring kernel or the streaming one.
+#include "dispatch.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#include "device.h"
+#include "slices.h"
+
+namespace reweight_ops {
+namespace {
+
+constexpr int kNotSupported = 801;  // cudaErrorNotSupported
+const char* const kChoices[] = {"auto", "streaming", "ring"};
+enum Choice { automatic, streaming, ring };
+std::atomic<int> choice{automatic};
+
+const StreamingKernels& streaming_for(const Call& call) {
+    switch (call.dtype) {
+        case DType::bf16: return streaming_bf16;
+        case DType::f16: return streaming_f16;
+        default: return streaming_f32;
+    }
+}
+
+const RingKernels& ring_for(const Call& call) {
+    switch (call.dtype) {
+        case DType::bf16: return ring_bf16;
+        case DType::f16: return ring_f16;
+        default: return ring_f32;
+    }
+}
+
+/// How the ring kernel would run, or why it cannot.
+struct Plan {
+    int status = 0;
+    std::string why_not;
+    int tiles = 0, clusters = 0;
+};
+
+bool starts_at_vectors(const void* p, const RowStrides& strides, int64_t rows, int size) {
+    const auto whole = [](int64_t bytes) { return bytes % 16 == 0; };
+    return whole(int64_t(reinterpret_cast<uintptr_t>(p))) && (rows <= 1 || whole(strides.row_stride * size)) &&
+           (rows <= strides.per_batch || whole(strides.batch_stride * size));
+}
+
+Plan plan(const LossGradCall& call) {
+    Plan p;
+    const int size = call.dtype == DType::f32 ? 4 : 2;
+    const Slices slices(int(call.vocab_size) * int64_t(size) / 16);
+    const Device device = device_of(call.device);
+    p.status = device.status;
+    if (p.status) return p;
+    p.tiles = (device.shared_bytes - kBytesBesides) / kBytesPerTile;
+    if (device.major < 9) {
+        p.why_not = "the GPU is older than Hopper (compute capability 9.0)";
+    } else if (!starts_at_vectors(call.logits, call.strides, call.rows, size)) {
+        p.why_not = "rows of the logits do not all start at a multiple of 16 bytes";
+    } else if (!starts_at_vectors(call.out, call.out_strides, call.rows, size)) {
+        p.why_not = "rows of the gradient do not all start at a multiple of 16 bytes";
+    } else if (2 * slices.tiles() >= p.tiles) {  // one tile more than two rows: it moves while both are in use
+        p.why_not = "two rows of " + std::to_string(call.vocab_size) + " columns do not fit in the shared memory of " + std::to_string(slices.count) +
+                    " blocks (" + std::to_string(2 * slices.tiles() + 1) + " tiles of 16 KiB in each, " + std::to_string(p.tiles) + " fit)";
+    } else {
+        p.status = ring_for(call).clusters(call, p.tiles, p.clusters);
+        if (p.clusters == 0) p.why_not = "the GPU cannot run a cluster of " + std::to_string(slices.count) + " blocks that keep rows on chip";
+    }
+    return p;
+}
+
+}  // namespace
+
+int token_stats(const StatsCall& call) { return streaming_for(call).token_stats(call); }
+int token_grad(const GradCall& call) { return streaming_for(call).token_grad(call); }
+
+int token_loss_grad(const LossGradCall& call) {
+    if (call.rows == 0) return 0;
+    if (choice == streaming) return streaming_for(call).token_loss_grad(call);
+    const Plan p = plan(call);
+    if (p.status) return p.status;
+    if (p.why_not.empty()) return ring_for(call).token_loss_grad(call, p.tiles, p.clusters);
+    return choice == ring ? kNotSupported : streaming_for(call).token_loss_grad(call);
+}
+
+std::string why_streaming(const LossGradCall& call) {
+    if (choice == streaming) return "it was asked for by set_kernel";
+    const Plan p = plan(call);
+    return p.status ? "there is no GPU to ask" : p.why_not;
+}
+
+void set_kernel(const std::string& name) {
+    for (int i = 0; i < 3; ++i) {
+        if (name == kChoices[i]) {
+            choice = i;
+            return;
+        }
+    }
+    throw std::invalid_argument("kernel " + name + ": expected auto, streaming or ring");
+}
+
+}  // namespace reweight_ops

@@ -1,0 +1,65 @@
+// One row of a call: where it is and what its statistics come to. Shared by the kernels, which differ only in how a row is moved.
+#pragma once
+
+#include "common/verbs.h"
+#include "gradient.h"
+
+namespace reweight_ops {
+namespace {
+
+template <class T>
+struct Row {
+    const T* x;
+    float temperature, scale;  // scale: log2(e) / T
+    int target;                // -1: in another shard
+
+    RW_DEVICE Row(const Call& call, int64_t i) {
+        x = static_cast<const T*>(call.logits) + call.strides.offset(i);
+        temperature = call.temperature[call.temperature_per_row ? i : 0];
+        scale = kLog2e / temperature;
+        const int64_t local = call.ids[i] - call.vocab_start;
+        target = local < 0 || local >= call.vocab_size ? -1 : int(local);
+    }
+};
+
+RW_DEVICE RowLoss evaluate(const LossGradCall& call, int64_t i, const RowStats& s) {
+    const auto get = [i](const float* from) { return from ? from[i] : kNaN; };  // what was not given, no rule reads
+    Leaves t{};
+    t.logp = s.logp;
+    t.old_logp = call.old_logp ? call.old_logp[i] : s.logp;
+    t.ref_logp = get(call.ref_logp);
+    t.sampling_logp = get(call.sampling_logp);
+    t.adv = get(call.adv);
+    t.entropy = s.entropy;
+    t.log_sum_p_sq = s.log_sum_p_sq;
+    return evaluate_row(call.program, call.params, t, call.row_weights + i, call.row_weights_step);
+}
+
+RW_DEVICE void put_row(const LossGradCall& call, int64_t i, const RowStats& s, const RowLoss& l) {
+    call.logp[i] = s.logp;
+    call.entropy[i] = s.entropy;
+    call.weighted_loss[i] = l.weighted_loss;
+    call.loss[i] = l.loss;
+    call.coef[i] = l.coef;
+    call.entropy_coef[i] = l.entropy_coef;
+}
+
+/// The outputs of a row that holds nothing to compute: 0 if it is out of the loss, NaN if its id is no token.
+RW_DEVICE void put_invalid_row(const LossGradCall& call, int64_t i) {
+    const float bad = is_out(call, i) ? 0.0f : kNaN;
+    put_row(call, i, {bad, bad, bad, bad, bad}, {bad, bad, bad, bad, bad});
+}
+
+/// From a row's sums to its loss, its outputs (if `writes`), and its gradient's constants. One thread.
+template <class T>
+RW_DEVICE RowGradient loss_of_row(const LossGradCall& call, int64_t i, const Row<T>& row, const Partial& sums, const Target& target, bool writes,
+                                  const Softcap& softcap) {
+    const RowStats s = finish(sums, target, row.temperature, row.scale);
+    const RowLoss l = evaluate(call, i, s);
+    if (writes) put_row(call, i, s, l);
+    const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
+    return row_gradient(d, row.temperature, row.scale, reference(sums.top, row.scale), -float(log_sum(sums)), 1.0f / sums.sum, target, softcap.on);
+}
+
+}  // namespace
+}  // namespace reweight_ops
