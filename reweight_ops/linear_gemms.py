@@ -221,7 +221,7 @@ class Gradients:
 def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """``left @ right`` into memory of the same dtype or a wider one."""
     if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)  # addmm with beta=0 is slower
+        torch.mm(left, right, out=out)
     elif left.device.type == "cuda" and left.dtype.itemsize == 2:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
