@@ -22,6 +22,12 @@ from .ops import resolve_two, token_divergence
 _OWN = ("completion_mask",)
 
 
+def _label(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``[n, 1]`` columns, and which ids are columns: on a GPU nobody has looked at them."""
+    inside = ids.clamp(0, x.size(-1) - 1)
+    return inside[:, None], inside == ids
+
+
 @published(
     "symmetric_cross_entropy", "Symmetric cross-entropy with a mean teacher", kind="divergence", level="token", plan="two passes", arxiv="2211.13081",
     paper="Robust Mean Teacher for Continual and Gradual Test-Time Adaptation", certainty="secondary",
@@ -88,13 +94,15 @@ def pld(
 
     def rows(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
         q = torch.softmax(t, -1)
-        order = t.scatter(-1, y[:, None], math.inf).sort(dim=-1, descending=True, stable=True).indices
+        label, valid = _label(y, t)
+        order = t.scatter(-1, label, math.inf).sort(dim=-1, descending=True, stable=True).indices
         s, q = s.gather(-1, order), q.gather(-1, order)
         # From the end; a tail of -inf logits has no sum, and its q must be 0.
         tail = torch.logcumsumexp(s.flip(-1), -1).flip(-1)
-        return torch.where(q == 0, 0, q * (torch.where(q == 0, 0, tail) - torch.where(q == 0, 0, s))).sum(-1)
+        losses = torch.where(q == 0, 0, q * (torch.where(q == 0, 0, tail) - torch.where(q == 0, 0, s)))
+        return torch.where(valid, losses.sum(-1), math.nan)
 
-    return per_row(op, call, rows, call.p.rows.ids.clamp(min=0))
+    return per_row(op, call, rows, call.p.rows.ids)
 
 
 @published(
@@ -182,6 +190,7 @@ def stablemax(logits: Tensor, completion_ids: Tensor, *, completion_mask: Tensor
     def rows(x: Tensor, y: Tensor) -> Tensor:
         # Each branch sees arguments of its own sign only, so that no gradient is NaN.
         s = torch.where(x >= 0, x.clamp(min=0) + 1, 1 / (1 - x.clamp(max=0)))
-        return s.sum(-1).log() - s.gather(-1, y[:, None])[:, 0].log()
+        label, valid = _label(y, x)
+        return torch.where(valid, s.sum(-1).log() - s.gather(-1, label)[:, 0].log(), math.nan)
 
-    return per_row(op, call, rows, call.rows.ids.clamp(min=0))
+    return per_row(op, call, rows, call.rows.ids)
