@@ -22,6 +22,11 @@ _WORTH_DROPPING = 0.1
 _SLICE = 8192
 
 
+def _widens(operand: Tensor, out: torch.dtype) -> bool:
+    """Whether a GEMM of 16-bit operands can write ``out`` unrounded: on a GPU, since torch 2.8."""
+    return operand.device.type == "cuda" and operand.dtype.itemsize == 2 and out == torch.float32 and hasattr(torch.ops.aten.mm, "dtype")
+
+
 class Settings(NamedTuple):
     """What a chunk needs besides tensors."""
 
@@ -122,7 +127,7 @@ def padded(x: Tensor, rows: int) -> Tensor:
 
 def _mm_wider(h: Tensor, weight: Tensor, out: Tensor) -> None:
     """fp32 logits from 16-bit operands: one rounding less. On a GPU at GEMM speed; elsewhere in fp32, a slice of the weight at a time."""
-    if h.device.type == "cuda":
+    if _widens(h, out.dtype):
         torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
         return
     wide = h.to(out.dtype)
@@ -201,7 +206,7 @@ class Gradients:
             _product(total, left, right)
         elif dtype == left.dtype:
             total.addmm_(left, right)
-        elif left.device.type == "cuda" and left.dtype.itemsize == 2:
+        elif _widens(left, dtype):
             torch.addmm(total, left, right, out_dtype=dtype, out=total)
         else:
             # No such GEMM here: each chunk's product is rounded once, their sum is not.
@@ -222,7 +227,7 @@ def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """``left @ right`` into memory of the same dtype or a wider one."""
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
-    elif left.device.type == "cuda" and left.dtype.itemsize == 2:
+    elif _widens(left, out.dtype):
         torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
         for part in chunks(0, left.size(0), _SLICE):
