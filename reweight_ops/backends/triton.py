@@ -1,4 +1,12 @@
-"""The Triton backend: NVIDIA from Ampere on, AMD's data-center GPUs, and Triton's interpreter (which runs on the CPU, for tests)."""
+"""The Triton backend: NVIDIA from Ampere on, AMD's data-center GPUs, and Triton's interpreter (which runs on the CPU, for tests).
+
+``token_loss_grad`` and ``token_stats`` are one launch, a program each row; ``token_grad`` is two. Its first reads no more than the targets'
+logits, and works out every row's constants before the second, a program each few columns, may write over those logits: in place no program
+can know whether another one has written the target's column already. A few long rows (fewer than twice the multiprocessors) are split:
+statistics of segments, the row's constants, the gradient; three launches because each needs all of the one before, and programs of one
+launch can wait for each other only where the hardware promises to run them at once. There is no persistent grid: a row of a real
+vocabulary is hundreds of kilobytes, against which the start of its program is small. None of this has been measured on a GPU yet.
+"""
 
 from __future__ import annotations
 
