@@ -70,8 +70,7 @@ RING_MUTANTS = {
     "an arrival for each thread": ("ring.h", "initialize(done(i), kWarps)", "initialize(done(i), kThreads)"),
     "an arrival too few": ("ring.h", "initialize(place(i).swept, kWarps)", "initialize(place(i).swept, kWarps - 1)"),
     "parity never turns": ("ring.h", "        parity ^= 1;\n", ""),
-    "two places for rows": ("ring.h", "constexpr int kPlaces = 4;", "constexpr int kPlaces = 2;"),
-    "one place for rows": ("ring.h", "constexpr int kPlaces = 4;", "constexpr int kPlaces = 1;"),
+    "one place for rows": ("ring.h", "constexpr int kPlaces = 2;", "constexpr int kPlaces = 1;"),
     "messages to one place": ("ring.cu", "&place.messages[share.rank].sums", "&place.messages[0].sums"),
     "messages to oneself": ("ring.cu", "place.exchanged, lane);\n            send({as_bits", "place.exchanged, share.rank);\n            send({as_bits"),
     "the target read when it may be overwritten": ("ring.cu", "Target(as_float(load_shared(&place.messages[owner].target).words[0]), softcap)", "Target(widen(row.x[row.target]), softcap)"),
@@ -94,8 +93,6 @@ RING_MUTANTS = {
 }  # fmt: skip
 
 # Not observable here, and why each is right or harmless:
-# * kPlaces = 3. A block sends row k only after its warps wrote the gradient of row k - 2, hence after the message that this block sent of row
-#   k - 2, which it sends after it has evaluated row k - 3: rows k - 2, k - 1 and k are in use. 4 makes the turn a power of two.
 # * wait_until_copied() for reads only. The end of a kernel completes its writes; what a block must outlive is the reading of its shared memory.
 # * No barrier of the cluster at the end (there is none). Whatever is sent to a block it has waited for, so nobody writes to one that has ended.
 # * Expecting messages after they have been sent. The phase cannot end before the arrival that announces them.

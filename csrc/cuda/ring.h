@@ -21,7 +21,8 @@ struct Message {
     Vector sums, target;
 };
 
-/// A row on its way through the block. Row k has the place k % kPlaces: while this block still evaluates row k - 2, a faster one may send row k.
+/// A row on its way through the block. Two rows are: a block sends row k after it has this block's message of row k - 1, which is sent when row
+/// k - 2 is evaluated; and its warps have written the gradient of row k - 2 when they give the sums of row k.
 struct Place {
     Message messages[kMaxSlices];
     SlicePartials partials;
@@ -31,7 +32,7 @@ struct Place {
     Barrier exchanged;  // the messages of all blocks are in
     Barrier ready;      // the gradient's constants are in
 };
-constexpr int kPlaces = 4;
+constexpr int kPlaces = 2;
 
 /// The place and the phase of something that comes round.
 struct Turn {

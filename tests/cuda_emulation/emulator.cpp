@@ -161,7 +161,7 @@ bool run_cluster(Launch& l, const Shape& shape, int64_t first_block) {
             if (l.schedule == Schedule::random && l.random() % 16 == 0) advance_any();
             if (l.schedule == Schedule::skew) break;  // the first that can go on, again
         }
-        if (l.schedule == Schedule::skew && l.random() % 256 == 0) advance_any();
+        if (l.schedule == Schedule::skew && progress && l.random() % 256 == 0) advance_any();
         if (l.schedule == Schedule::skew && l.random() % 4096 == 0) prioritize(l, order);
         if (ended) order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }), order.end());
         if (!progress && l.copies.empty()) {
