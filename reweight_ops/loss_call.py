@@ -131,25 +131,30 @@ class LossCall:
         return parameter_vector(self.spec.parameter_values, self.rows.dtype, self.rows.device)
 
 
-_constants: dict[str, Tensor] = {}
+class _Constants:
+    """Uploaded vectors, each an attribute: torch.compile looks attributes up when it needs them, but reads a dictionary once and for all."""
+
+
+_constants = _Constants()
 
 
 @torch.compiler.assume_constant_result
 def _upload(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> str:
     # Uploaded once and kept: an upload inside a call would synchronise, and is illegal under CUDA-graph capture. Returns a key and no
     # tensor, so that torch.compile finds the finished tensor in the global above.
-    key = f"{values} {dtype} {device}"
-    if key not in _constants:
+    key = f"{values} {dtype} {device}".replace(".", "_")
+    if not hasattr(_constants, key):
         with torch.inference_mode(False):
-            _constants[key] = torch.tensor(values, dtype=dtype, device=device)
+            setattr(_constants, key, torch.tensor(values, dtype=dtype, device=device))
     return key
 
 
 def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers and 0-d tensors as one vector. Numbers are cached per device; tensors must live on the device already."""
     if not any(isinstance(v, Tensor) for v in values):
-        return _constants[_upload(tuple([float(v) for v in values]), dtype, device)]
-    fixed = _constants[_upload(tuple([0.0 if isinstance(v, Tensor) else float(v) for v in values]), dtype, device)]
+        vector: Tensor = getattr(_constants, _upload(tuple([float(v) for v in values]), dtype, device))
+        return vector
+    fixed = getattr(_constants, _upload(tuple([0.0 if isinstance(v, Tensor) else float(v) for v in values]), dtype, device))
     return torch.stack([v.detach().to(dtype) if isinstance(v, Tensor) else fixed[i] for i, v in enumerate(values)])
 
 

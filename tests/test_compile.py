@@ -1,6 +1,8 @@
 """Custom ops and torch.compile: opcheck, fullgraph through both plans, and schedules that compile once."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -160,3 +162,19 @@ def test_a_schedule_over_any_hyper_parameter_compiles_once(plan):
         seen.append(got)
     assert compilations == 1
     assert [i for i, (a, b) in enumerate(itertools.pairwise(seen)) if (a - b).abs().max() < 1e-9] == []
+
+
+def test_the_first_call_of_a_process_compiles():
+    """Nothing was uploaded before: what the trace uploads must be found by the same trace."""
+    script = (
+        "import torch, reweight_ops as rw\n"
+        "def loss(z, ids, t):\n"
+        "    kl = rw.token_divergence(z, t).mean()\n"
+        "    return kl + rw.policy_loss(z, ids, 1.0, spec='dapo', temperature=0.7).loss\n"
+        "z, t = torch.randn(2, 3, 11, requires_grad=True), torch.randn(2, 3, 11)\n"
+        "args = z, torch.randint(0, 11, (2, 3)), t\n"
+        "got = torch.compile(loss, fullgraph=True, backend='aot_eager')(*args)\n"
+        "torch.testing.assert_close(got, loss(*args))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import math
 from .kernels import kernel
-from .sweep import LN2, LOWEST, _dot, _sum, base2_scale, cap_slope, capped, round_to, row_offset, zero_sweep
+from .sweep import LN2, LOWEST, _dot, _sum, base2_scale, capped, round_to, row_offset, zero_sweep
 
 _FIXED = tl.constexpr(1125899906842624.0)  # 2⁵⁰: a thousand elements of that size fit in 63 bits
 
@@ -33,7 +33,8 @@ def _tile(
     R: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr,
 ):  # fmt: skip
     """One tile more. ``m, S, U, C`` belong to p, ``n, P, Q, D`` to q."""
-    w, v = capped(z, p_cap, P_CAP), capped(y, q_cap, Q_CAP)
+    w, _ = capped(z, p_cap, P_CAP)
+    v, _ = capped(y, q_cap, Q_CAP)
     p_top, q_top = tl.maximum(m, tl.max(w, 1)), tl.maximum(n, tl.max(v, 1))  # drops NaN; e keeps it
     p_step, q_step = _step(m, p_top, kp), _step(n, q_top, kq)
     S, U, C = _moved(p_step, p_step - q_step, S, U, C)
@@ -132,7 +133,8 @@ def _gradient_tile(
     z, y, cp, bp, kp, cq, bq, kq, A, B, C, F, p_cap, q_cap, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr
 ):  # fmt: skip
     """``p·(A + B·log2 p + C·(log2 p - log2 q)) - F·q``, times the slope of the cap; 0 where p has a ``-inf`` logit."""
-    w, v = capped(z, p_cap, P_CAP), capped(y, q_cap, Q_CAP)
+    w, slope = capped(z, p_cap, P_CAP)
+    v, _ = capped(y, q_cap, Q_CAP)
     a = tl.fma(w - cp, kp, bp)
     b = tl.fma(v - cq, kq, bq)
     # 2^-200 is 0, and 0 times anything finite is 0; where q is 0 and p is not, the caller has made the row NaN.
@@ -143,7 +145,7 @@ def _gradient_tile(
         factor = tl.fma(a, B, tl.fma(a - math.maximum(b, -1e30), C, A))
     g = p * factor - F * q
     if P_CAP:
-        g = g * cap_slope(w, p_cap, P_CAP)
+        g = g * slope
     return tl.where(z == float("-inf"), 0.0, g)
 
 

@@ -332,7 +332,7 @@ template <class T, class U>
 struct Pair {
     template <class Body>
     static void rows(const DivergenceCall& call, const Body& body) {
-        for_each_row(call.p.rows, 2 * call.p.columns, threads_for(call.p.rows, 2 * call.p.columns, call.p.threads), [&](int, int64_t i, int64_t) { body(i); });
+        for_each_row(call.p.rows, 2 * call.p.columns, threads_for(call.p.rows, 2 * call.p.columns, call.p.threads), [&](int64_t i, int64_t) { body(i); });
     }
     static void out_row(const DivergenceCall& call, int64_t i) {
         for (int k = 0; k < kDivergenceTable; ++k) call.table[k * call.p.rows + i] = 0.0f;

@@ -193,13 +193,6 @@ class DistillationLossOutput:
     backend: str
 
 
-def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The coefficients as a tensor: uploaded once, but a constant of the graph under torch.compile, which sees no upload made while it traces."""
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=dtype, device=device)
-    return parameter_vector(values, dtype, device)
-
-
 _LOSS_OWN = (
     "kind",
     "completion_mask",
@@ -263,7 +256,7 @@ def distillation_loss(
     if factor.requires_grad:
         raise rows.error("token_weights require grad; here they are detached. For a gradient: (w * token_divergence(...)).sum().")
     weights = (torch.where(rows.keep, factor, 0) * loss_scale / divisor).contiguous()
-    constants = _constants(KINDS[kind][:3], rows.dtype, rows.device)
+    constants = parameter_vector(KINDS[kind][:3], rows.dtype, rows.device)
     one_pass = plan != "two_pass" and call.p.needs_grad
     if one_pass:
         loss, table = OnePassDivergence.apply(*call.arguments, constants, weights, call.heads, call.p.consume)  # type: ignore[no-untyped-call]
