@@ -42,7 +42,8 @@ def base2_scale(T):
 @triton.jit
 def _exponent(d, k, b):
     """``d·k + b``, and FLOOR if that is less: the exponent of a p that is 0 should not be -inf, because 0 * -inf is NaN."""
-    return tl.fma(math.maximum(d, (FLOOR - b) / k), k, b)
+    floor = tl.full((), FLOOR, tl.float32)  # with the constant itself on the left, the interpreters of Triton 3.7 and 3.8 fail
+    return tl.fma(math.maximum(d, (floor - b) / k), k, b)
 
 
 @triton.jit
