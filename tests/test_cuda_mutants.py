@@ -158,9 +158,14 @@ def test_a_planted_bug_is_found(name, tmp_path):
 @pytest.mark.parametrize("file", [STREAMING, RING])
 def test_sanitizers(file):
     """Reads and writes outside of rows and of shared memory, and undefined behavior, under AddressSanitizer and UBSan."""
-    library = subprocess.run([*(compiler() or "").split(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(library).is_absolute():
+    # libstdc++ too: the sanitizer wants to know how exceptions are thrown before anybody throws one.
+    libraries = [
+        subprocess.run([*(compiler() or "").split(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip("no AddressSanitizer")
     module = build(flags=("-O1", *SANITIZE))
-    result = run_tests(module, file, LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0")
+    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    result = run_tests(module, file, LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS=options)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
