@@ -19,7 +19,7 @@ from .golden import Built, Golden
 from .registry import CATALOGUE
 
 #: What a result may be off, in roundings of a number of its row's size: a few operations on a few numbers.
-ROUNDINGS = 64
+ROUNDINGS = 16
 _STORED = {"old_logp": "old_per_token_logps", "ref_logp": "ref_per_token_logps", "sampling_logp": "sampling_per_token_logps"}
 
 
