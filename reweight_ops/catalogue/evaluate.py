@@ -35,25 +35,29 @@ def golden_error(row: Golden, dtype: torch.dtype = torch.float64, device: torch.
 
 def result_of(row: Golden, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> list[float]:
     """Every number that the row's call returns, in order."""
-
-    def built(value: Any) -> Any:
-        if isinstance(value, Built):
-            return value.function(**{name: built(x) for name, x in value.arguments.items()})
-        if not isinstance(value, list):
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64) if _has_float(value) else torch.tensor(value)
-        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-
-    result = CATALOGUE[row.kind][row.name].function(**{name: built(x) for name, x in row.arguments.items()})
+    result = build(row, dtype, device)
     if row.updates:
         options = {"dtype": dtype, "device": device}
         state = result.init(*row.init, **{k: v for k, v in options.items() if k in inspect.signature(result.init).parameters})
         seen = []
         for given in row.updates:
-            state, weights = result.update(state, built(given))
+            state, weights = result.update(state, _argument(given, dtype, device))
             seen.append(weights)
         result = seen
     return list(_numbers(result, row, dtype, device))
+
+
+def build(row: Golden, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Any:
+    """What the row's call returns: numbers, or the object that they are asked of."""
+    return CATALOGUE[row.kind][row.name].function(**{name: _argument(x, dtype, device) for name, x in row.arguments.items()})
+
+
+def _argument(value: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
+    if isinstance(value, Built):
+        return value.function(**{name: _argument(x, dtype, device) for name, x in value.arguments.items()})
+    if not isinstance(value, list):
+        return value
+    return torch.tensor(value, dtype=dtype if _has_float(value) else None, device=device)
 
 
 def token_weights(weights: tuple[TokenWeight, ...], tokens: dict[str, Any], shape: tuple[int, int], **options: Any) -> Tensor:
