@@ -90,13 +90,15 @@ def cases(selection: Selection) -> list[Case]:
 
 def run_case(case: Case, vocab: int) -> Comparison:
     """Loss and gradient of one case; one_pass where the spec allows it and the backend has it, with a loss scale so that fp16 takes it too."""
-    dtype, options = getattr(torch, case.dtype), {"backend": case.backend, "loss_scale": LOSS_SCALE}
+    dtype, backend = getattr(torch, case.dtype), case.backend
     if case.kind == "divergence":
-        return compare_divergence(case.direction, make_divergence((4, 16), vocab, dtype, case.device), **options)
+        return compare_divergence(
+            case.direction, make_divergence((4, 16), vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE
+        )
     spec = CATALOGUE[case.kind][case.method].build()
     if case.kind == "pair_loss":
-        return compare_pairs(spec, make_pairs(spec, 4, 8, vocab, dtype, case.device), **options)
-    return compare(spec, make_batch(spec, (4, 16), vocab, dtype, case.device), **options)
+        return compare_pairs(spec, make_pairs(spec, 4, 8, vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE)
+    return compare(spec, make_batch(spec, (4, 16), vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from . import __version__
 from .backends.base import Request
 from .backends.select import NAMES, load, why_not
 from .catalogue import CATALOGUE, KINDS, Entry, find
-from .catalogue.golden import GOLDEN_KINDS
 from .catalogue.table import level, plan
-from .checks import DTYPES, LOSS_KINDS, Case, GoldenCase, Selection, cases, golden_cases, run_case, run_golden
+from .checks import DTYPES, Case, GoldenCase, Selection, cases, golden_cases, run_case, run_golden
 from .errors import BackendUnavailable, ReweightOpsError
 from .rules.base import Rule, TokenWeight
 from .spec import PolicyLossSpec
@@ -31,6 +30,8 @@ try:
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"reweight-ops needs its command-line extra ({error.name} is missing): pip install 'reweight-ops[cli]'") from None
+
+_ONLY_KINDS = f"Only these kinds: {', '.join(KINDS)}."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Reweighted policy losses for LLM reinforcement learning, from logits.")
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -164,7 +165,7 @@ def _slopes(surrogate: Rule) -> Table:
 def check(
     backend: list[str] = typer.Option(None, help="Only these backends (default: every one that runs here)."),
     method: list[str] = typer.Option(None, help="Only the entries of these names."),
-    kind: list[str] = typer.Option(None, help=f"Only these kinds: {', '.join((*LOSS_KINDS, *GOLDEN_KINDS))}."),
+    kind: list[str] = typer.Option(None, help=_ONLY_KINDS),
     dtype: list[str] = typer.Option(list(DTYPES), help="Logits' dtypes."),
     vocab: int = typer.Option(4099, help="Vocabulary size."),
 ) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .divergences import token_divergence
 from .methods import grpo
-from .preference import PairSpec, preference_loss, preference_loss_from_logps
+from .preference import PairSpec, PreferenceLossOutput, preference_loss, preference_loss_from_logps
 from .preference.inputs import NEEDS
 from .testing import ERROR_FLOOR, Comparison, double_batch, gradient_errors, make_batch, value_error
 
@@ -25,7 +25,12 @@ def pair_inputs(spec: PairSpec, shape: tuple[int, int], dtype: torch.dtype, gene
 
 
 def make_pairs(
-    spec: PairSpec, pairs: int = 4, length: int = 16, vocab: int = 257, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    spec: PairSpec,
+    pairs: int = 4,
+    length: int = 16,
+    vocab: int = 257,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Keyword arguments for ``preference_loss(**batch, spec=spec)`` with the logits, targets and ragged mask of :func:`~.testing.make_batch`."""
     shape = (pairs * spec.group_size, length)
@@ -49,10 +54,7 @@ def make_divergence(shape: tuple[int, ...], vocab: int, dtype: torch.dtype, devi
 
 
 def compare_pairs(spec: PairSpec, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0) -> Comparison:
-    """Loss and gradient of a pair loss on a backend against the fp64 reference, as :func:`~.testing.compare` does for a policy loss.
-
-    The gradient's floor: four roundings of each token's ``dL/dlogp``, and of what four roundings of all tokens' statistics make of it.
-    """
+    """Loss and gradient of a pair loss on a backend against the fp64 reference, as :func:`~.testing.compare` does for a policy loss."""
 
     def run(batch: dict[str, Any], backend: str) -> tuple[Tensor, Any]:
         logits = batch["logits"].detach().clone().requires_grad_()
@@ -71,9 +73,7 @@ def compare_pairs(spec: PairSpec, batch: dict[str, Any], *, backend: str = "auto
     return _comparison(grads, out.backend, **values)
 
 
-def compare_divergence(
-    kind: str, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0
-) -> Comparison:
+def compare_divergence(kind: str, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0) -> Comparison:
     """``token_divergence`` of a kind on a backend against the fp64 reference: each token's value, and the gradient of their sum."""
 
     def run(batch: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
@@ -103,24 +103,30 @@ def _comparison(grads: tuple[dict[str, tuple[float, float]], str], backend: str,
 
 
 def _slopes(spec: PairSpec, batch: dict[str, Any], loss_scale: float) -> tuple[Tensor, Tensor]:
-    """What the gradient's roundings are relative to, a token (``dL/dlogp``, ``dL/dKL``), and the loss's: its terms, and its slopes times the log-probs."""
-    rest = {name: x for name, x in batch.items() if name != "logits"}
-    ids, keep = rest["completion_ids"], rest["completion_mask"].bool()
-    log_p = torch.log_softmax(batch["logits"].detach(), -1)
-    leaves = {"per_token_logps": log_p.gather(-1, ids[..., None])[..., 0]}
-    if "log_sum_p_sq" in spec.requires:
-        leaves["log_sum_p_sq"] = torch.logsumexp(2 * log_p, -1)
+    """What the roundings of the gradient (a token) and of the loss are relative to.
 
-    def slopes(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    The gradient: ``dL/dlogp``, and what four roundings of all tokens' statistics make of it, since a sum over them decides it. The loss: its terms, its
+    slopes times the log-probs they are read at, and what those roundings make of it, detached weights included.
+    """
+    rest = {name: x for name, x in batch.items() if name != "logits"}
+    keep = rest["completion_mask"].bool()
+    log_p = torch.log_softmax(batch["logits"].detach(), -1)
+    statistics = {"per_token_logps": log_p.gather(-1, rest["completion_ids"][..., None])[..., 0]}
+    if "log_sum_p_sq" in spec.requires:
+        statistics["log_sum_p_sq"] = torch.logsumexp(2 * log_p, -1)
+
+    def slopes(leaves: dict[str, Any]) -> tuple[Tensor, PreferenceLossOutput]:
         leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
         out = preference_loss_from_logps(**leaves, **rest, spec=spec, loss_scale=loss_scale)
-        return torch.autograd.grad(out.loss, leaves["per_token_logps"])[0], out.per_pair_loss.detach().abs().mean() * loss_scale
+        return torch.autograd.grad(out.loss, leaves["per_token_logps"])[0], out
 
-    coef, terms = slopes(leaves)
-    g, change = torch.Generator().manual_seed(0), torch.zeros_like(coef)
+    coef, exact = slopes(statistics)
+    g, change, loss_change = torch.Generator().manual_seed(0), torch.zeros_like(coef), torch.zeros_like(exact.loss)
     for _ in range(4):
-        signs = {name: torch.rand(x.shape, generator=g, dtype=torch.float64).sub(0.5).sign().to(x.device) for name, x in leaves.items()}
-        moved = {name: x + ERROR_FLOOR * (1 + x.abs()) * signs[name] for name, x in leaves.items()}
-        change = torch.maximum(change, (slopes(moved)[0] - coef).abs())
-    reach = coef.abs() * (1 + leaves["per_token_logps"].abs())
-    return coef.abs() + change / ERROR_FLOOR, terms + torch.where(keep, reach, 0).sum()
+        signs = {name: torch.rand(x.shape, generator=g, dtype=torch.float64).sub(0.5).sign().to(x.device) for name, x in statistics.items()}
+        moved, out = slopes({name: x + ERROR_FLOOR * (1 + x.abs()) * signs[name] for name, x in statistics.items()})
+        change = torch.maximum(change, (moved - coef).abs())
+        loss_change = torch.maximum(loss_change, (out.loss - exact.loss).detach().abs())
+    reach = coef.abs() * (1 + statistics["per_token_logps"].abs())
+    terms = exact.per_pair_loss.abs().mean() * loss_scale
+    return coef.abs() + change / ERROR_FLOOR, terms + torch.where(keep, reach, 0).sum() + loss_change / ERROR_FLOOR

@@ -47,7 +47,9 @@ def test_every_rule_has_a_golden_row():
 
 def evaluate_weight(row: golden.WeightRow) -> torch.Tensor:
     shape = row.sequences, len(row.expected) // row.sequences
-    parameters = {name: torch.tensor(v, dtype=torch.float64).view(shape) if isinstance(v, list) else v for name, v in row.parameters.items()}
+    parameters = {
+        name: torch.tensor(v, dtype=torch.float64).view(shape) if isinstance(v, list) else v for name, v in row.parameters.items()
+    }
     mask = [float(i not in row.masked) for i in range(len(row.expected))]
     weights = (WEIGHTS[row.weight](**parameters),)
     return token_weights(weights, {**row.leaves, "completion_mask": mask}, shape, dtype=torch.float64).flatten()
@@ -81,8 +83,10 @@ def test_every_number_of_a_row_is_looked_at(row):
     for i, x in enumerate(numbers):
         wrong = 0.0 if math.isnan(x) else x + 1e-6
         assert golden_error(dataclasses.replace(row, expected=[*numbers[:i], wrong, *numbers[i + 1 :]])) > 1
-    assert golden_error(dataclasses.replace(row, expected=[*numbers, 0.0])) == math.inf == golden_error(
-        dataclasses.replace(row, expected=numbers[:-1])
+    assert (
+        golden_error(dataclasses.replace(row, expected=[*numbers, 0.0]))
+        == math.inf
+        == golden_error(dataclasses.replace(row, expected=numbers[:-1]))
     )
 
 

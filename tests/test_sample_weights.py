@@ -1,4 +1,4 @@
-"""Sample weights and selections by hand, against exhaustive search, and inside a loss."""
+"""Sample weights and selections (golden rows are in the package): against exhaustive search, and inside a loss."""
 
 import math
 
@@ -42,23 +42,14 @@ def test_kl_dro_is_the_worst_distribution():
         assert objective(other) < objective(w)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "f"),  # losses 1, 2, 5: h = -1, -1/2, 1
-    [
-        ("linupper", [0, 0.5, 1]),
-        ("quadratic", [0, 0.75, 0]),
-        ("upper", [0, 0.25, 1]),
-        ("extremes", [1, 0.5, 1]),
-    ],
-)
-def test_dynamic_loss_reweighting(strategy, f):
+@pytest.mark.parametrize("strategy", ["linupper", "quadratic", "upper", "extremes"])
+def test_dynamic_loss_reweighting_is_detached(strategy):
     losses = f64(1, 2, 5).requires_grad_()
-    e = [math.exp(x / 0.4) for x in f]
     got = sw.dynamic_loss_reweighting(losses, temperature=0.4, strategy=strategy)
-    close(got, [3 * x / sum(e) for x in e])
     # The mean of w·loss is the authors' sum of softmax·loss; no gradient goes through the weights.
+    assert got.sum().item() == pytest.approx(3)
     (grad,) = torch.autograd.grad((got * losses).mean(), losses)
-    close(grad, [x / sum(e) for x in e])
+    close(grad, got / 3)
     close(sw.dynamic_loss_reweighting(f64(3, 3), temperature=1.0, strategy=strategy), [1, 1])
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reduction import NoReduction
 from ..policy_loss import policy_loss_from_logps
+from ..reduction import NoReduction
 from ..rules.base import TokenWeight
 from ..rules.likelihood import NLL
 from ..spec import PolicyLossSpec
@@ -29,7 +29,10 @@ def golden_error(row: Golden, dtype: torch.dtype = torch.float64, device: torch.
     if len(got) != len(expected):
         return math.inf
     size = 1 + max(abs(x) for x in expected if not math.isnan(x))
-    errors = (0.0 if got_one == x or (math.isnan(got_one) and math.isnan(x)) else abs(got_one - x) for got_one, x in zip(got, expected, strict=True))
+    errors = (
+        0.0 if got_one == x or (math.isnan(got_one) and math.isnan(x)) else abs(got_one - x)
+        for got_one, x in zip(got, expected, strict=True)
+    )
     return max(math.inf if math.isnan(error) else error / (ROUNDINGS * torch.finfo(dtype).eps * size) for error in errors)
 
 
@@ -68,7 +71,7 @@ def token_weights(weights: tuple[TokenWeight, ...], tokens: dict[str, Any], shap
 
     given = {"logp": -math.log(2), "entropy": 0.0, **tokens}
     logps, mask = tensor(given["logp"]), tensor(given.get("completion_mask", 1.0))
-    stored = {name: tensor(given[leaf]) for leaf, name in _STORED.items() if leaf in given}
+    stored: dict[str, Any] = {name: tensor(given[leaf]) for leaf, name in _STORED.items() if leaf in given}
     spec = PolicyLossSpec(surrogate=NLL(), weights=weights, reduction=NoReduction())
     advantages = tensor(given["adv"]) if "adv" in given else None
     out = policy_loss_from_logps(logps, advantages, spec=spec, entropies=tensor(given["entropy"]), completion_mask=mask, **stored)

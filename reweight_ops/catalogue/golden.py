@@ -241,9 +241,7 @@ SAMPLE_WEIGHTS = (
         "exponential_advantage", [1, exp(0.5), exp(-1), 4], advantages=[0.0, 1, -2, 3], temperature=2.0, max_weight=4.0
     ),  # e^1.5 > 4
     # FamO2O: a temperature a state, cap 100; nothing overflows on the way.
-    _sample_weight(
-        "exponential_advantage", [100, e, 100], advantages=[1.0, 1, 1e4], temperature=[1 / 8, 1.0, 1 / 14], max_weight=100.0
-    ),
+    _sample_weight("exponential_advantage", [100, e, 100], advantages=[1.0, 1, 1e4], temperature=[1 / 8, 1.0, 1 / 14], max_weight=100.0),
     _sample_weight("kl_tilt", shares(exp(2), 1, exp(4), total=3), rewards=[1.0, 0, 2], beta=0.5),
     _sample_weight("kl_tilt", [1, 1, 1, 1], rewards=[1.0, 0, 2, 7], beta=0.5, group_size=1),
     _sample_weight("kl_tilt", [2, 0, 0, 1], rewards=[1000.0, 0, nan, 0], beta=0.5, group_size=2),
