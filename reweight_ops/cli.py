@@ -18,7 +18,7 @@ from .backends.base import Request
 from .backends.select import NAMES, load, why_not
 from .catalogue import CATALOGUE, KINDS, Entry, find
 from .catalogue.table import level, plan
-from .checks import Case, cases, run_case
+from .checks import DTYPES, Case, GoldenCase, Selection, cases, golden_cases, run_case, run_golden
 from .errors import BackendUnavailable, ReweightOpsError
 from .rules.base import Rule, TokenWeight
 from .spec import PolicyLossSpec
@@ -30,6 +30,8 @@ try:
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"reweight-ops needs its command-line extra ({error.name} is missing): pip install 'reweight-ops[cli]'") from None
+
+_ONLY_KINDS = f"Only these kinds: {', '.join(KINDS)}."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Reweighted policy losses for LLM reinforcement learning, from logits.")
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -162,35 +164,48 @@ def _slopes(surrogate: Rule) -> Table:
 @app.command()
 def check(
     backend: list[str] = typer.Option(None, help="Only these backends (default: every one that runs here)."),
-    method: list[str] = typer.Option(None, help="Only these methods."),
-    dtype: list[str] = typer.Option(["float32", "bfloat16", "float16"], help="Logits' dtypes."),
+    method: list[str] = typer.Option(None, help="Only the entries of these names."),
+    kind: list[str] = typer.Option(None, help=_ONLY_KINDS),
+    dtype: list[str] = typer.Option(list(DTYPES), help="Logits' dtypes."),
     vocab: int = typer.Option(4099, help="Vocabulary size."),
 ) -> None:
-    """Gradient-check every backend and method that runs here against the fp64 reference. Exit code 1 on failure."""
-    todo = cases(backend or None, method or None, dtype)
-    table = Table(
-        "backend", "method", "dtype", "plan", "loss", "log-prob", "entropy", "grad, target", "grad, rest", "", title="worst error / allowed"
-    )
+    """Gradient-check every loss on every backend here against the fp64 reference; the other entries by golden rows. Exit code 1 on failure."""
+    selection = Selection(backend or (), method or (), kind or (), dtype)
+    losses, golden = cases(selection), golden_cases(selection)
     failed: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("checking", total=len(todo))
-        for case in todo:
+        task = progress.add_task("checking", total=len(losses) + len(golden))
+        tables = (
+            Table(
+                "backend", "kind", "method", "dtype", "plan", "loss", "log-prob", "entropy", "grad, target", "grad, rest", "",
+                title="worst error / allowed",
+            ),
+            Table("kind", "name", "dtype", "device", "rows", "worst error / allowed", "", title="golden rows"),
+        )  # fmt: skip
+        for case in losses:
             progress.update(task, description=f"{case.backend} {case.method}")
-            _check_row(table, case, vocab, failed)
+            _check_row(tables[0], case, vocab, failed)
             progress.advance(task)
-    console.print(table)
+        for row in golden:
+            progress.update(task, description=f"{row.kind} {row.name}")
+            _golden_row(tables[1], row, failed)
+            progress.advance(task)
+    for table in tables:
+        if table.row_count:
+            console.print(table)
     for line in failed:
         console.print(f"[red]failed[/] {line}", highlight=False)
     for name in NAMES:
-        if not any(case.backend == name for case in todo):
+        if losses and not any(case.backend == name for case in losses):
             console.print(f"[dim]{name}: not checked: {_absent(name)}[/]", highlight=False)
-    console.print(f"{len(todo) - len(failed)} passed, {len(failed)} failed")
-    raise typer.Exit(1 if failed or not todo else 0)
+    total = len(losses) + len(golden)
+    console.print(f"{total - len(failed)} passed, {len(failed)} failed")
+    raise typer.Exit(1 if failed or not total else 0)
 
 
 def _check_row(table: Table, case: Case, vocab: int, failed: list[str]) -> None:
-    label = (case.backend, case.method, case.dtype)
+    label = (case.backend, case.kind, " ".join(filter(None, (case.method, case.direction))), case.dtype)
     try:
         c = run_case(case, vocab)
     except ReweightOpsError as error:
@@ -200,6 +215,18 @@ def _check_row(table: Table, case: Case, vocab: int, failed: list[str]) -> None:
     table.add_row(*label, c.plan, *(f"{e:.2f}" for e in errors), "[green]ok[/]" if c.passed else "[red]FAIL[/]")
     if not c.passed:
         failed.append(f"{' '.join(label)}: {c.worst}")
+
+
+def _golden_row(table: Table, case: GoldenCase, failed: list[str]) -> None:
+    label = (case.kind, case.name, case.dtype, case.device)
+    try:
+        error = run_golden(case)
+    except ReweightOpsError as problem:
+        failed.append(f"{' '.join(label)}: {problem}")
+        return
+    table.add_row(*label, str(len(case.rows)), f"{error:.2f}", "[green]ok[/]" if error <= 1 else "[red]FAIL[/]")
+    if not error <= 1:
+        failed.append(f"{' '.join(label)}: {error:.3g} times the error that is allowed")
 
 
 def _absent(name: str) -> str:

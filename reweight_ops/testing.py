@@ -158,7 +158,8 @@ def _gradient(spec: PolicyLossSpec, batch: dict[str, Any], **options: Any) -> tu
     return grad, out
 
 
-def _double(batch: dict[str, Any]) -> dict[str, Any]:
+def double_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its floating-point tensors in fp64."""
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
 
 
@@ -186,14 +187,33 @@ def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto
     """
     got, out = _gradient(spec, batch, backend=backend, plan=plan, **options)
     common = {k: v for k, v in options.items() if k != "consume_logits"}
-    truth, exact = _gradient(double_spec(spec), _double(batch), backend="reference", plan="two_pass", **common)
+    truth, exact = _gradient(double_spec(spec), double_batch(batch), backend="reference", plan="two_pass", **common)
     single = {**batch, "logits": batch["logits"].float()} if batch["logits"].dtype != torch.float64 else batch
     rounded, fp32 = _gradient(spec, single, backend="reference", plan="two_pass", **common)
     floor = _floor(exact, common)
-    parts, worst = {}, ""
     ids = batch["completion_ids"].clamp(min=0)[..., None]
     is_target = torch.zeros(truth.shape, dtype=torch.bool, device=truth.device)
     is_target[..., : ids.shape[-2], :].scatter_(-1, ids, True)
+    parts, worst = gradient_errors(got, rounded, truth, floor, is_target)
+    return Comparison(
+        loss=value_error(out.loss, fp32.loss, exact.loss, _loss_size(exact)),
+        logps=value_error(out.per_token_logps, fp32.per_token_logps, exact.per_token_logps),
+        entropies=value_error(out.entropies, fp32.entropies, exact.entropies),
+        grad_target=parts["target"][0],
+        grad_rest=parts["rest"][0],
+        grad_target_rms=parts["target"][1],
+        grad_rest_rms=parts["rest"][1],
+        worst=worst,
+        plan=out.plan,
+        backend=out.backend,
+    )
+
+
+def gradient_errors(
+    got: Tensor, rounded: Tensor, truth: Tensor, floor: Tensor, is_target: Tensor
+) -> tuple[dict[str, tuple[float, float]], str]:
+    """A gradient's maximum and rms error over what is allowed, for target columns and the rest, and the worst element. ``rounded``: by fp32 maths."""
+    parts, worst = {}, ""
     for name, where in (("target", is_target), ("rest", ~is_target)):
         error, base = (got.double() - truth).abs(), (rounded.to(got.dtype).double() - truth).abs()
         e, b, f = error[where], base[where], floor.expand_as(truth)[where]
@@ -204,18 +224,7 @@ def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto
             at = torch.unravel_index(torch.where(where, error, -1).argmax(), error.shape)
             index = tuple(int(i) for i in at)
             worst = f"{name} column {index}: got {float(got[index]):.9g}, exact {float(truth[index]):.9g}"
-    return Comparison(
-        loss=_value_error(out.loss, fp32.loss, exact.loss, _loss_size(exact)),
-        logps=_value_error(out.per_token_logps, fp32.per_token_logps, exact.per_token_logps),
-        entropies=_value_error(out.entropies, fp32.entropies, exact.entropies),
-        grad_target=parts["target"][0],
-        grad_rest=parts["rest"][0],
-        grad_target_rms=parts["target"][1],
-        grad_rest_rms=parts["rest"][1],
-        worst=worst,
-        plan=out.plan,
-        backend=out.backend,
-    )
+    return parts, worst
 
 
 def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
@@ -250,7 +259,7 @@ def _loss_size(exact: PolicyLossOutput) -> Tensor:
     return terms + slopes.sum() + _conditioning(exact)[1] / ERROR_FLOOR
 
 
-def _value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
+def value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
     """The error over 1.5 times fp32's own plus four roundings of a number of the values' size (a difference of log-sum-exps is of that size)."""
     got, fp32, truth = got.detach().double(), fp32.detach().double(), truth.detach()
     size = truth.abs().max() + 1 if scale is None else scale

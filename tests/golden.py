@@ -1,4 +1,6 @@
-"""Literal golden rows: for every rule a few tokens whose loss and derivative were worked out by hand, for every weight a few small batches.
+"""Literal golden rows: for every rule a few tokens whose loss and derivative were worked out by hand, for weights a few small batches.
+
+Rows of published weights are the package's (``reweight_ops/catalogue/golden.py``).
 
 ``loss`` is the rule's value, ``dlogp`` its total derivative by the token's log-prob (through ``log_ratio = logp - old_logp`` and the
 reference distance alike), ``dentropy`` by the entropy, ``clipped`` the (below, above) flags. ``LN2 = log 2`` makes ratios and
@@ -12,8 +14,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-LN2 = 0.6931471805599453
-LN3 = 1.0986122886681098
+from reweight_ops.catalogue.golden import LN2, LN3, SPREAD, old
+
 LN_1_1 = 0.09531017980432486  # log 1.1
 
 
@@ -137,23 +139,13 @@ class WeightRow:
     masked: tuple[int, ...] = ()
 
 
-def old(*probabilities: float) -> dict[str, list[float]]:
-    return {"old_logp": [math.log(p) for p in probabilities]}
-
-
 def drift(*log_ratios: float) -> dict[str, list[float]]:
     """``sampling_logp`` so that ``old_logp - sampling_logp`` is given, with ``old_logp = -LN2``."""
     return {"old_logp": [-LN2] * len(log_ratios), "sampling_logp": [-LN2 - x for x in log_ratios]}
 
 
-# |Omega| = |A|/p_old * p(1-p)|log p + H| with p = p_old = 1/2 and H = 1 + log 2: |A|/2.
-STEER = {"old_logp": -LN2, "entropy": 1 + LN2, "adv": [1.0, -2.0, 3.0]}
-# log H = 0..4 with the median as pivot: h = -1, -1/2, 0, 1/2, 1.
-SPREAD = {"entropy": [1.0, math.e, math.e**2, math.e**3, math.e**4], "old_logp": -LN2}
-
 WEIGHT_ROWS = (
-    # .3*1/2 + .7, .3*1 + .7.
-    WeightRow("advantage_reweighting", old(0.5, 1.0), [0.85, 1.0]),
+    # .3*1/2 + .7, .3*1/4 + .7.
     WeightRow("current_advantage_reweighting", {"logp": [-LN2, -2 * LN2]}, [0.85, 0.775]),
     WeightRow("positive_advantage_reweighting", {**old(0.5, 0.5, 0.5), "adv": [1.0, -1.0, 0.0]}, [0.85, 1.0, 1.0]),
     # 10 log 3 * (.5 - .4) = log 3: 2*3/4; at the midpoint 1.
@@ -168,7 +160,6 @@ WEIGHT_ROWS = (
     WeightRow("reward_ranked", {"adv": [4.0, -1.0, 0.0]}, [0.25, 0.0, 0.0]),
     WeightRow("probability_band", old(0.25, 0.5, 0.1), [1.0, 0.0, 0.0], {"lower": 0.25, "upper": 0.5}),
     WeightRow("probability_interval", old(0.25, 0.5, 0.1), [0.0, 1.0, 0.0], {"lower": 0.25, "upper": 0.5}),
-    WeightRow("training_signal_annealing", {"logp": [-LN2, -0.1, -3.0]}, [1.0, 0.0, 1.0], {"threshold": 0.5}),
     # Ratios 4 and 1/2, cap 2.
     WeightRow("truncated_importance", drift(2 * LN2, -LN2), [2.0, 0.5]),
     WeightRow("masked_importance", drift(2 * LN2, -LN2), [0.0, 0.5]),
@@ -198,44 +189,11 @@ WEIGHT_ROWS = (
         [0.19914827347145578] * 2 + [1.0826822658929016] * 2 + [1.0, 1.0],
         sequences=3,
     ),
-    WeightRow("forward_kl_weight", {"logp": -2.0, "ref_logp": [-2 + LN2, -2.0]}, [2.0, 1.0]),
-    WeightRow("jensen_shannon_weight", {"logp": -2.0, "ref_logp": [-2 + LN2, -2.0]}, [2 / 3, 0.5]),
     WeightRow("precomputed", {}, [0.5, 2.0], {"values": [0.5, 2.0]}),
     WeightRow("entropy", {"entropy": [0.5, 2.0]}, [0.5, 2.0]),
     # The .5 quantile of 1, 2, 3, 4 is 2.5.
     WeightRow("top_entropy", {"entropy": [1.0, 2.0, 3.0, 4.0]}, [0.0, 0.0, 1.0, 1.0], {"fraction": 0.5}),
-    # |A|H = 4, 2, 1, 6 and 100 masked: half of four tokens.
-    WeightRow(
-        "dual_level_down_sampling",
-        {"adv": [1.0, -2.0, 1.0, 3.0, 100.0], "entropy": [4.0, 1.0, 1.0, 2.0, 1.0]},
-        [1.0, 0.0, 0.0, 1.0, 0.0],
-        {"fraction": 0.5},
-        masked=(4,),
-    ),
-    # |Omega| = .5, 1, 1.5; all equal: half way.
-    WeightRow("steer_linear", STEER, [1.2, 1.0, 0.8]),
-    WeightRow("steer_linear", {**STEER, "adv": [1.0, -1.0, 1.0]}, [1.0, 1.0, 1.0]),
-    # .8^(1/3), .8^(2/3), .8; with one more p all Omegas halve, which the maximum cancels.
-    WeightRow("steer_exponential", STEER, [0.9283177667225558, 0.8617738760127535, 0.8]),
-    WeightRow("steer_exponential", STEER, [0.9283177667225558, 0.8617738760127535, 0.8], {"p_power": 1.0}),
-    # |Omega| = .005 under the floor .02: .8^(1/4). Stored entropies: H = log 2 gives Omega = 0.
-    WeightRow("steer_exponential", {**STEER, "adv": [0.01]}, [0.9457416090031757]),
-    WeightRow("steer_exponential", {**STEER, "adv": [1.0, 1.0]}, [1.0, 0.8], {"entropies": [LN2, 1 + LN2]}),
-    # p = 1/2, p_old = 1/4: Omega = |A|/(1/4)*(1/4) = 1, 3, but A > 0 is clipped at ratio 2: Omega = 0, and the largest is that of A < 0.
-    WeightRow("steer_exponential", {**STEER, "old_logp": -2 * LN2, "adv": [1.0, -3.0]}, [1.0, 0.8], {"epsilon_high": 0.28}),
     # .2(1 - h) for h <= 0; .28(1 + h) for h > 0.
     WeightRow("hapo_lower", SPREAD, [0.4, 0.3, 0.2, 0.2, 0.2], {"pivot": 0.5}),
     WeightRow("hapo_upper", SPREAD, [0.28, 0.28, 0.28, 0.42, 0.56], {"pivot": 0.5}),
-    # Ratio 1 is neutral: 1 + h for h <= 0. Ratio 2 is not: 1 + h for h > 0. Ratio 1.25: over 1 + .28/2 and 1 + .42/2, inside of 1 + .56/2.
-    WeightRow("hapo_redistribution", SPREAD, [0.0, 0.5, 1.0, 1.0, 1.0], {"pivot": 0.5}),
-    WeightRow("hapo_redistribution", {**SPREAD, "old_logp": -2 * LN2}, [1.0, 1.0, 1.0, 1.5, 2.0], {"pivot": 0.5}),
-    WeightRow("hapo_redistribution", {**SPREAD, "old_logp": -LN2 - math.log(1.25)}, [1.0, 1.0, 1.0, 1.5, 1.0], {"pivot": 0.5}),
-    # Positives: ceil(.34*3) = 2 of surprisals 1, 3, 2; negatives: ceil(.34*2) = 1 of 1, 5.
-    WeightRow(
-        "surprisal_reweighting",
-        {"logp": [-1.0, -3.0, -2.0, -1.0, -5.0], "adv": [1.0, 1.0, 1.0, -1.0, -1.0]},
-        [1.0, 1.1, 1.1, 1.0, 0.9],
-        {"fraction": 0.34, "damp": 0.9},
-    ),
-    WeightRow("surprisal_reweighting", {"logp": [-1.0, -3.0], "adv": 1.0}, [1.0, 1.0], {"gate": 0.0}),
 )

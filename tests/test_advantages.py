@@ -256,8 +256,6 @@ def test_hapo(ragged):
     keep = ragged["ids"] != 1
     got = adv.hapo(ragged["rewards"], lengths, **ragged["groups"])
     close(got[keep], by_group(ragged["ids"][keep], estimators.hapo, ragged["rewards"][keep].tolist(), lengths[keep].tolist()))
-    # One short correct completion among long wrong ones: |A| = sqrt(99) >= 5, so GRPO's unbiased one, +-1/sqrt(2) for a pair.
-    close(adv.hapo(f64(1, 0), torch.tensor([1, 99]), group_size=2), [0.5 / (math.sqrt(0.5) + 1e-6), -0.5 / (math.sqrt(0.5) + 1e-6)])
 
 
 def test_spo_chain():
@@ -281,15 +279,10 @@ def test_spo_chain():
         adv.spo_chain(values[:, :1], rewards, segments, mask)
 
 
-def test_spo_tree():
-    # Root 0 (value .5) with children .25 and .75; the second has leaves 1, .5. Another root with a leaf of the same parent number elsewhere.
-    values = f64(0.5, 0.25, 0.75, 1.0, 0.5, 0.2, 0.4)
-    parents = torch.tensor([-1, 0, 0, 2, 2, -1, 5])
-    close(adv.spo_tree(values, parents), [0, -0.25, 0.25, 0.25, -0.25, 0, 0.2])
-    # Siblings .25 and .75 have a population std of .25, as have 1 and .5; an only child 0.
-    close(adv.spo_tree(values, parents, scale="std", epsilon=0.25), [0, -0.5, 0.5, 0.5, -0.5, 0, 0.8])
-    with pytest.raises(rw.InvalidCall, match="none of the 7 rows"):
-        adv.spo_tree(values, parents + 3)
+def test_spo_tree_refuses_a_parent_that_is_no_row():
+    values = f64(0.5, 0.25, 0.75)
+    with pytest.raises(rw.InvalidCall, match="none of the 3 rows"):
+        adv.spo_tree(values, torch.tensor([-1, 0, 3]))
 
 
 @pytest.mark.parametrize("norm", ["mean", "std"])
@@ -314,32 +307,9 @@ def test_discounted_returns():
     close(adv.discounted_returns(f64(8), mask, gamma=0.5), [[2, 0, 4, 8, 0]])
 
 
-# --- by hand -------------------------------------------------------------------------------------------------------------------------
-def test_golden_rows():
-    # Rewards 1, 0, 0, 1: mean .5, unbiased std sqrt(1/3).
-    close(adv.grpo(f64(1, 0, 0, 1), epsilon=0, group_size=4), [math.sqrt(0.75), -math.sqrt(0.75), -math.sqrt(0.75), math.sqrt(0.75)])
-    close(adv.dr_grpo(f64(1, 0, 0, 1, 3, 1), group_size=2), [0.5, -0.5, -0.5, 0.5, 1, -1])
-    # Two tokens of reward 1 and six of 0: baseline 1/4.
-    close(adv.opo(f64(1, 0), torch.tensor([2, 6]), group_size=2), [0.75, -0.25])
-    # 3 against the others' mean 1.
-    close(adv.rloo(f64(3, 1, 1), group_size=3), [2, -1, -1])
-    # Centered +-.5, and momentum clipped to -.2 and +.28.
-    close(adv.aapo(f64(1, 0), f64(2, -1), group_size=2), [0.3, -0.22])
-    close(adv.aapo(f64(1, 0), f64(0.9, 0.1), group_size=2), [0.6, -0.6])
-    # Reference means 1/3 (of 1, 0, 0) and 1/2 (of one; two failed).
-    close(adv.pvpo(f64(1, 0, 1, 0), f64(1, 0, 0, 0.5, NAN, NAN).view(2, 3), group_size=2), [2 / 3, -1 / 3, 0.5, -0.5])
-    # exp(2·(1 - 1/2)) = e, and e² for the all-wrong group, whose advantages are 0.
-    close(adv.difficulty_prior(f64(1, 0, 0, 0), torch.tensor([1, 0, 0, 0]), slope=2.0, group_size=2), [math.e / 2, -math.e / 2, 0, 0])
-    weights = f64(math.e, math.e, math.e**2, math.e**2) * 2 / (math.e + math.e**2)
-    got = adv.difficulty_prior(f64(1, 0, 0, 0.2), torch.tensor([1, 0, 0, 0]), slope=2.0, normalize=True, group_size=2)
-    close(got, weights * f64(0.5, -0.5, -0.1, 0.1))
-
-
-@pytest.mark.parametrize(("G", "expected"), [(4, -1 / math.sqrt(5)), (8, -1 / 3)])
-def test_ngrpo_of_an_all_wrong_group(G, expected):
-    """-1/sqrt(G + 1), at 0/1 rewards."""
-    close(adv.ngrpo(torch.zeros(G, dtype=torch.float64), epsilon=0, group_size=G), [expected] * G)
-    assert adv.ngrpo(torch.ones(G), group_size=G).tolist() == [0] * G
+# --- by hand (golden rows are in the package) ---------------------------------------------------------------------------------------
+def test_ngrpo_of_an_all_right_group():
+    assert adv.ngrpo(torch.ones(4), group_size=4).tolist() == [0] * 4
 
 
 @pytest.mark.parametrize(
@@ -369,9 +339,6 @@ def test_mapo_refuses_what_turns_signs():
     with pytest.raises(rw.InvalidCall, match="a reward is negative"):
         adv.mapo_mixed(f64(1, -1, -1, -1), torch.tensor([1, 0, 0, 0]), group_size=4)
     assert adv.mapo_mixed(torch.zeros(4), torch.zeros(4), group_size=4).tolist() == [0] * 4
-    # Half correct: the z-score alone. All correct but for a format reward: percent of the mean.
-    close(adv.mapo_mixed(f64(1, 0), torch.tensor([1, 0]), epsilon=0, group_size=2), [math.sqrt(0.5), -math.sqrt(0.5)])
-    close(adv.mapo_mixed(f64(1.2, 0.8), torch.tensor([1, 1]), epsilon=0, group_size=2), [0.2, -0.2])
 
 
 def test_canon_is_dr_grpo_for_even_groups_only():
@@ -380,8 +347,3 @@ def test_canon_is_dr_grpo_for_even_groups_only():
     close(even, adv.dr_grpo(rewards[:8], group_size=8))
     odd = adv.canon(rewards[:7], metric[:7], group_size=7)
     assert (odd - adv.dr_grpo(rewards[:7], group_size=7)).abs().max() > 1e-3
-
-
-def test_canon_splits_ties_by_row():
-    # Equal metrics: rows 0 and 1 are S with mean 1.5, rows 2 and 3 L with mean 0.
-    close(adv.canon(f64(2, 1, 0, 0), f64(7, 7, 7, 7), inter_weight=1.0, group_size=4), [2, 1, -1.5, -1.5])

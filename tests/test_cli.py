@@ -1,6 +1,9 @@
 """The command line, in process."""
 
+import dataclasses
+
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -8,8 +11,9 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 import reweight_ops as rw
-from reweight_ops import cli
+from reweight_ops import checks, cli, testing_pairs
 from reweight_ops.backends import reference
+from reweight_ops.catalogue import CATALOGUE
 
 
 @pytest.fixture
@@ -48,7 +52,77 @@ def test_show_an_unknown_method_is_an_error(run):
 
 def test_check_passes_and_says_what_was_not_checked(run):
     result = run("check", "--backend", "reference", "--method", "grpo", "--method", "gspo", "--vocab", "101")
-    assert result.exit_code == 0 and "6 passed, 0 failed" in result.stdout and "cuda: not checked" in result.stdout
+    # Two losses in three dtypes, and the advantage of the same name.
+    assert result.exit_code == 0 and "7 passed, 0 failed" in result.stdout and "cuda: not checked" in result.stdout
+    result = run("check", "--backend", "reference", "--method", "grpo", "--kind", "policy_loss", "--vocab", "101")
+    assert result.exit_code == 0 and "3 passed, 0 failed" in result.stdout and "golden" not in result.stdout
+
+
+def test_check_runs_every_entry(run):
+    """Each of every kind, but the divergences that are composites of the others."""
+    selection = checks.Selection(("reference",), dtypes=("float32",))
+    names = [(case.kind, case.method) for case in checks.cases(selection)] + [(c.kind, c.name) for c in checks.golden_cases(selection)]
+    assert {n for n in names if n[0] != "divergence"} == {(k, n) for k in CATALOGUE if k != "divergence" for n in CATALOGUE[k]}
+    assert names.count(("divergence", "token_divergence")) == 2 and names.count(("advantage", "grpo")) == 1 + torch.cuda.is_available()
+    kinds = run("check", "--kind", "schedule", "--kind", "objective")
+    assert kinds.exit_code == 0 and "golden rows" in kinds.stdout and "hypervolume" in kinds.stdout and "backend" not in kinds.stdout
+
+
+@pytest.mark.parametrize("name", sorted(CATALOGUE["pair_loss"]))
+def test_check_passes_every_pair_loss(name):
+    for dtype in ("float32", "bfloat16"):
+        found = checks.run_case(checks.Case("reference", name, dtype, "cpu", "pair_loss"), 101)
+        assert found.passed, found
+
+
+@pytest.mark.parametrize("kind", checks.DIRECTIONS)
+def test_check_passes_the_divergences(kind):
+    found = checks.run_case(checks.Case("reference", "token_divergence", "bfloat16", "cpu", "divergence", kind), 101)
+    assert found.passed, found
+
+
+def test_check_fails_on_a_wrong_golden_row(run, monkeypatch):
+    wrong = [dataclasses.replace(row, expected=[2, -1, -1 + 1e-9]) if row.name == "rloo" else row for row in checks.GOLDEN]
+    monkeypatch.setattr(checks, "GOLDEN", tuple(wrong))
+    result = run("check", "--kind", "advantage")
+    assert result.exit_code == 1 and "1 failed" in result.stdout and "failed advantage rloo float64" in result.stdout
+    monkeypatch.setattr(checks, "GOLDEN", ())
+    assert run("check", "--method", "rloo").exit_code == 1, "an entry without a row"
+
+
+@pytest.mark.parametrize("method", ["dpo", "wpo", "sparse_po"])
+def test_check_fails_on_a_wrong_gradient_of_pairs(run, monkeypatch, method):
+    """A part in 100,000 of every element, in fp32, by the backend under check alone."""
+
+    def wrong(logits, ids, temperature, head, stats, coefs, out):
+        reference.token_grad(logits, ids, temperature, head, stats, coefs, out)
+        out.mul_(1 + error)
+
+    broken = rw.backends.base.Backend("cpu", reference._unsupported_reason, reference.token_stats, wrong, reference.token_loss_grad)
+    monkeypatch.setitem(rw.backends.select._loaded, "cpu", broken)
+    arguments = ("check", "--backend", "cpu", "--kind", "pair_loss", "--method", method, "--vocab", "101", "--dtype", "float32")
+    error = 0.0
+    assert run(*arguments).exit_code == 0
+    error = 1e-5
+    result = run(*arguments)
+    assert result.exit_code == 1 and f"failed cpu pair_loss {method} float32" in result.stdout and "column" in result.stdout
+
+
+@pytest.mark.parametrize("fault", ["value", "gradient"])
+def test_check_fails_on_a_wrong_divergence(monkeypatch, fault):
+    original, calls = testing_pairs.token_divergence, []
+
+    def wrong(logits, *args, **options):
+        calls.append(options["backend"])
+        if len(calls) > 1:  # the backend under check is called first, then the truth
+            return original(logits, *args, **options)
+        value = original(logits, *args, **options)
+        return value * (1 + 1e-5) if fault == "gradient" else value + 1e-4 * value.detach().max()
+
+    monkeypatch.setattr(testing_pairs, "token_divergence", wrong)
+    case = checks.Case("reference", "token_divergence", "float32", "cpu", "divergence", "forward_kl")
+    found = checks.run_case(case, 101)
+    assert not found.passed and (found.grad > 1) == (fault == "gradient") and len(calls) == 3
 
 
 def test_check_fails_on_a_wrong_kernel(run, monkeypatch):
@@ -64,11 +138,17 @@ def test_check_fails_on_a_wrong_kernel(run, monkeypatch):
     broken = rw.backends.base.Backend("cpu", reference._unsupported_reason, reference.token_stats, wrong, fused)
     monkeypatch.setitem(rw.backends.select._loaded, "cpu", broken)
     result = run("check", "--backend", "cpu", "--method", "grpo", "--vocab", "101")
-    assert result.exit_code == 1 and "3 failed" in result.stdout and "target column" in result.stdout
+    assert result.exit_code == 1 and "3 failed" in result.stdout and "target column" in result.stdout and "golden" not in result.stdout
 
 
 def test_check_refuses_unknown_names(run):
-    for arguments in (("--backend", "tpu"), ("--method", "dappo"), ("--dtype", "int8")):
+    for arguments in (
+        ("--backend", "tpu"),
+        ("--method", "dappo"),
+        ("--dtype", "int8"),
+        ("--kind", "loss"),
+        ("--kind", "reward", "--method", "grpo"),
+    ):
         assert isinstance(run("check", *arguments).exception, rw.InvalidCall)
     with pytest.raises(SystemExit) as exit_:
         import sys

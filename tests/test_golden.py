@@ -1,5 +1,6 @@
 """Every rule and every weight against their hand-worked rows, in fp64."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -7,7 +8,10 @@ import golden
 import pytest
 import torch
 
-import reweight_ops as rw
+from reweight_ops.catalogue import CATALOGUE, KINDS
+from reweight_ops.catalogue.evaluate import build, golden_error, result_of, token_weights
+from reweight_ops.catalogue.golden import GOLDEN, GOLDEN_KINDS
+from reweight_ops.checks import LOSS_KINDS
 from reweight_ops.rules.base import RULES, WEIGHTS
 from reweight_ops.rules.namespace import TorchNamespace
 
@@ -42,22 +46,13 @@ def test_every_rule_has_a_golden_row():
 
 
 def evaluate_weight(row: golden.WeightRow) -> torch.Tensor:
-    """The weights as the op applies them: per-token losses of ``-u*logp``, divided by ``-logp``."""
     shape = row.sequences, len(row.expected) // row.sequences
-
-    def tensor(value):
-        return torch.as_tensor(value, dtype=torch.float64).expand(len(row.expected)).reshape(shape)
-
-    given = {"logp": -golden.LN2, "entropy": 0.0, **row.leaves}
-    names = {"old_logp": "old_per_token_logps", "ref_logp": "ref_per_token_logps", "sampling_logp": "sampling_per_token_logps"}
-    stored = {name: tensor(given[leaf]) for leaf, name in names.items() if leaf in given}
-    mask = torch.ones(len(row.expected), dtype=torch.bool)
-    mask[list(row.masked)] = False
-    parameters = {name: tensor(v) if isinstance(v, list) else v for name, v in row.parameters.items()}
-    spec = rw.PolicyLossSpec(surrogate=rw.rules.likelihood.NLL(), weights=(WEIGHTS[row.weight](**parameters),), reduction=rw.NoReduction())
-    logps, adv = tensor(given["logp"]), tensor(given["adv"]) if "adv" in given else None
-    out = rw.policy_loss_from_logps(logps, adv, spec=spec, entropies=tensor(given["entropy"]), completion_mask=mask.view(shape), **stored)
-    return (out.loss / -logps).flatten()
+    parameters = {
+        name: torch.tensor(v, dtype=torch.float64).view(shape) if isinstance(v, list) else v for name, v in row.parameters.items()
+    }
+    mask = [float(i not in row.masked) for i in range(len(row.expected))]
+    weights = (WEIGHTS[row.weight](**parameters),)
+    return token_weights(weights, {**row.leaves, "completion_mask": mask}, shape, dtype=torch.float64).flatten()
 
 
 @pytest.mark.parametrize("row", golden.WEIGHT_ROWS, ids=[f"{i}-{r.weight}" for i, r in enumerate(golden.WEIGHT_ROWS)])
@@ -67,5 +62,40 @@ def test_weight_equals_its_golden_row(row):
 
 
 def test_every_weight_has_a_golden_row():
+    """Its own, or that of the published weight which it is."""
     ours = {name for name, weight in WEIGHTS.items() if weight.__module__.startswith("reweight_ops.")}
-    assert ours == {row.weight for row in golden.WEIGHT_ROWS}
+    published = [build(row) for row in GOLDEN if row.kind == "token_weight" and row.tokens]
+    classes = {type(weight) for weight in published}
+    assert ours == {row.weight for row in golden.WEIGHT_ROWS} | {name for name, weight in WEIGHTS.items() if weight in classes}
+
+
+# --- the package's rows, which ``reweight-ops check`` evaluates too ----------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("row", GOLDEN, ids=[f"{i}-{r.kind}/{r.name}" for i, r in enumerate(GOLDEN)])
+def test_entry_equals_its_golden_row(row, dtype):
+    assert golden_error(row, dtype) <= 1, result_of(row, dtype)
+
+
+@pytest.mark.parametrize("row", GOLDEN, ids=[f"{i}-{r.kind}/{r.name}" for i, r in enumerate(GOLDEN)])
+def test_every_number_of_a_row_is_looked_at(row):
+    """Any one of them off by a millionth fails, as does one too few or too many."""
+    numbers = list(flat(row.expected))
+    for i, x in enumerate(numbers):
+        wrong = 0.0 if math.isnan(x) else x + 1e-6
+        assert golden_error(dataclasses.replace(row, expected=[*numbers[:i], wrong, *numbers[i + 1 :]])) > 1
+    assert (
+        golden_error(dataclasses.replace(row, expected=[*numbers, 0.0]))
+        == math.inf
+        == golden_error(dataclasses.replace(row, expected=numbers[:-1]))
+    )
+
+
+def flat(value):
+    return [x for part in value for x in flat(part)] if isinstance(value, list) else [float(value)]
+
+
+def test_every_entry_has_a_golden_row():
+    """Kinds with a loss have a gradient check instead; divergences and pair losses their by-hand values in their own tests."""
+    assert set(KINDS) == {*GOLDEN_KINDS, *LOSS_KINDS}
+    entries = {(kind, name) for kind in GOLDEN_KINDS for name in CATALOGUE[kind]}
+    assert entries == {(row.kind, row.name) for row in GOLDEN}

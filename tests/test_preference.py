@@ -12,6 +12,7 @@ import reweight_ops as rw
 from reweight_ops import preference
 from reweight_ops.catalogue import CATALOGUE
 from reweight_ops.preference.scores import log1mexp
+from reweight_ops.testing_pairs import pair_inputs
 
 P, T, V = 4, 7, 13
 LENGTHS = ((7, 3, 1, 5), (4, 6, 2, 5))  # chosen, rejected
@@ -333,11 +334,6 @@ def test_mapo_masks():
     assert preference.mapo_masks([torch.ones(1, 3, 2)], torch.ones(1, 3)).tolist() == [[0, 0, 0]]
 
 
-EVERY = {  # what each spec reads beside log-probs, from random vectors of the right shapes
-    "reward_margins": P, "judge_margins": P, "consistency": P, "chosen_values": P, "rejected_values": P, "noise": P + 1,
-}  # fmt: skip
-
-
 def call_all(name, dtype=torch.float64):
     """The spec of a registered pair loss and keywords that satisfy it."""
     entry = CATALOGUE["pair_loss"][name]
@@ -346,16 +342,8 @@ def call_all(name, dtype=torch.float64):
     g = torch.Generator().manual_seed(9)
     given = {"completion_mask": mask, "pairs": "interleaved"}
     needs = {"ref": ("ref_per_token_logps", ref), "ref_tokens": ("ref_per_token_logps", ref), "old": ("old_per_token_logps", old)}
-    needs |= {k: (k, torch.rand(n, generator=g, dtype=dtype)) for k, n in EVERY.items()}
-    needs |= {k: (k, torch.rand(2 * P, T, generator=g, dtype=dtype)) for k in ("reward_mask", "kl_mask")} | {
-        "kl": ("per_token_kl", torch.rand(2 * P, T, generator=g, dtype=dtype)),
-        "log_sum_p_sq": ("log_sum_p_sq", p_sq.nan_to_num(0)),
-    }
-    for need in spec.requires & set(needs):
-        given[needs[need][0]] = needs[need][1]
-    for k in ("reward_margins", "judge_margins", "consistency", "chosen_values", "rejected_values"):
-        if k in given and spec.group_size != 2:
-            del given[k]
+    needs["log_sum_p_sq"] = ("log_sum_p_sq", p_sq.nan_to_num(0))
+    given |= {needs[need][0]: needs[need][1] for need in spec.requires & set(needs)} | pair_inputs(spec, (2 * P, T), dtype, g)
     if spec.tokens != "completion":
         given["completion_ids"] = torch.randint(0, 3, (2 * P, T), generator=g)
     return spec, logps, given

@@ -1,4 +1,4 @@
-"""Sample weights and selections by hand, against exhaustive search, and inside a loss."""
+"""Sample weights and selections (golden rows are in the package): against exhaustive search, and inside a loss."""
 
 import math
 
@@ -21,20 +21,10 @@ def close(got, expected, **tolerance):
 
 
 def test_exponential_advantage():
-    close(sw.exponential_advantage(f64(0, 1, -2, 3), temperature=2.0, max_weight=4.0), [1, math.exp(0.5), math.exp(-1), 4])
-    # FamO2O: a temperature a state, cap 100; nothing overflows on the way.
-    close(sw.exponential_advantage(f64(1, 1, 1e4), temperature=1 / f64(8, 1, 14), max_weight=100.0), [100, math.e, 100])
     assert sw.exponential_advantage(torch.zeros(2, 3), temperature=1.0, max_weight=20.0).shape == (2, 3)
     for wrong in ({"temperature": 0.0, "max_weight": 1.0}, {"temperature": 1.0, "max_weight": -1.0}):
         with pytest.raises(rw.InvalidCall, match="expected a positive number"):
             sw.exponential_advantage(f64(1), **wrong)
-
-
-def test_tilts():
-    e = [math.exp(x / 0.5) for x in (1, 0, 2)]
-    close(sw.kl_tilt(f64(1, 0, 2), beta=0.5), [3 * x / sum(e) for x in e])
-    close(sw.kl_tilt(f64(1, 0, 2, 7), beta=0.5, group_size=1), [1, 1, 1, 1])
-    close(sw.kl_tilt(f64(1000, 0, NAN, 0), beta=0.5, group_size=2), [2, 0, 0, 1])
 
 
 def test_kl_dro_is_the_worst_distribution():
@@ -52,46 +42,28 @@ def test_kl_dro_is_the_worst_distribution():
         assert objective(other) < objective(w)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "f"),  # losses 1, 2, 5: h = -1, -1/2, 1
-    [
-        ("linupper", [0, 0.5, 1]),
-        ("quadratic", [0, 0.75, 0]),
-        ("upper", [0, 0.25, 1]),
-        ("extremes", [1, 0.5, 1]),
-    ],
-)
-def test_dynamic_loss_reweighting(strategy, f):
+@pytest.mark.parametrize("strategy", ["linupper", "quadratic", "upper", "extremes"])
+def test_dynamic_loss_reweighting_is_detached(strategy):
     losses = f64(1, 2, 5).requires_grad_()
-    e = [math.exp(x / 0.4) for x in f]
     got = sw.dynamic_loss_reweighting(losses, temperature=0.4, strategy=strategy)
-    close(got, [3 * x / sum(e) for x in e])
     # The mean of w·loss is the authors' sum of softmax·loss; no gradient goes through the weights.
+    assert got.sum().item() == pytest.approx(3)
     (grad,) = torch.autograd.grad((got * losses).mean(), losses)
-    close(grad, [x / sum(e) for x in e])
+    close(grad, got / 3)
     close(sw.dynamic_loss_reweighting(f64(3, 3), temperature=1.0, strategy=strategy), [1, 1])
 
 
-def test_dynamic_loss_reweighting_scales_with_delta():
-    # delta 2: h = -2, -1, 2; linupper min(h + 2, 2) = 0, 1, 2.
-    e = [1, math.e, math.e**2]
-    close(sw.dynamic_loss_reweighting(f64(1, 2, 5), temperature=1.0, delta=2.0), [3 * x / sum(e) for x in e])
+def test_dynamic_loss_reweighting_refuses():
     with pytest.raises(rw.InvalidCall, match="strategy is 'mid'"):
         sw.dynamic_loss_reweighting(f64(1, 2), temperature=1.0, strategy="mid")
 
 
-def test_glow():
-    # No change: 1/2. Worse by ln(3)/20: sigmoid(ln 3) = 3/4. Improved much: the floor. New: 1. With alpha 12 the ceiling.
-    losses, before = f64(2, 2 + math.log(3) / 20, 1, 4), f64(2, 2, 2, NAN)
-    close(sw.glow(losses, before), [0.5, 0.75, 0.5, 1])
-    close(sw.glow(losses, before, alpha=12.0), [5, 5, 0.5, 1])
-    close(sw.glow(losses, before, alpha=2.0, min_weight=0.0), [1, 1.5, 2 / (1 + math.exp(20)), 1], rtol=1e-9)
+def test_glow_without_a_floor():
+    before = f64(2, 2 + math.log(3) / 20, 2)
+    close(sw.glow(f64(2, 2, 1), before, alpha=2.0, min_weight=0.0), [1, 0.5, 2 / (1 + math.exp(20))], rtol=1e-9)
 
 
-def test_raft():
-    assert sw.raft(f64(1, 3, 3, 2, 0, 0), group_size=3).tolist() == [0, 1, 0, 1, 0, 0]  # ties: the first
-    assert sw.raft(f64(1, 3, 3, 2, 0, 0), keep=2, group_size=3).tolist() == [0, 1, 1, 1, 1, 0]
-    assert sw.raft(f64(NAN, -1, NAN, NAN), group_size=2).tolist() == [0, 1, 0, 0]
+def test_raft_refuses_to_keep_none():
     with pytest.raises(rw.InvalidCall, match="keep is 0"):
         sw.raft(f64(1), keep=0, group_size=1)
 
@@ -152,23 +124,3 @@ def test_learned_source_weights_train_through_a_policy_loss():
         return rw.policy_loss(tokens, ids, advantages, spec=rw.methods.reinforce(), token_weights=w, plan="two_pass").loss
 
     assert torch.autograd.gradcheck(loss, f64(0.3, -0.2).requires_grad_())
-
-
-def test_focal():
-    close(sw.focal(f64(0, 1, 0.5)), [1, 0.5, (1 + 1 / 32) / 2])
-    close(sw.focal(f64(0.25, 0.5), eta=0.0, gamma=2.0), [9 / 16, 0.25])
-
-
-def test_trajectory_weights():
-    # Returns 1, 2, 5 on a line: 0, 1/4, 1.
-    e = [1, math.exp(0.25 / 0.1), math.exp(1 / 0.1)]
-    close(sw.trajectory_rw(f64(1, 2, 5)), [3 * x / sum(e) for x in e])
-    close(sw.trajectory_aw(f64(3, 2, 4), f64(2, 0, -1)), [3 * x / sum(e) for x in e])
-    close(sw.trajectory_rw(f64(4, 4)), [1, 1])
-    close(sw.trajectory_rw(f64(1, NAN, 2, 5)), [3 * e[0] / sum(e), 0, 3 * e[1] / sum(e), 3 * e[2] / sum(e)])
-
-
-def test_selective_rehearsal():
-    clusters = {"group_ids": torch.tensor([1, 0, 1, 0, 1]), "num_groups": 2}
-    assert sw.selective_rehearsal(f64(1, 2, 3, 4, 5), keep=2, **clusters).tolist() == [0, 0.01, 0.01, 0.01, 0.01]
-    assert sw.selective_rehearsal(f64(1, 2, 3, 4, 5), keep=1, coef=1.0, **clusters).tolist() == [0, 0, 0, 1, 1]

@@ -1,4 +1,4 @@
-"""Token weights against independent transcriptions, token by token, and their corner cases. Their golden rows are in ``golden.py``."""
+"""Token weights against independent transcriptions, token by token, and their corner cases. Golden rows: ``golden.py``, the package's ``catalogue/golden.py``."""
 
 import math
 
