@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,9 @@ from .errors import InvalidCall
 from .testing import Comparison, compare, make_batch
 from .testing_pairs import compare_divergence, compare_pairs, make_divergence, make_pairs
 
-#: The kinds that are compared with the fp64 reference, and the entries of each that are: of the divergences, the one that has kernels.
+#: The kinds that are compared with the fp64 reference; of the divergences the one that has kernels, the others have golden rows.
 LOSS_KINDS = ("policy_loss", "pair_loss", "divergence")
+_KERNELS = ("token_divergence",)
 DIRECTIONS = ("forward_kl", "reverse_kl")
 DTYPES = ("float32", "bfloat16", "float16")
 #: So that fp16 gradients are no subnormals.
@@ -35,9 +36,15 @@ class Case:
     direction: str = ""
 
 
-def checked(kind: str) -> list[str]:
-    """The names of a kind's entries that ``check`` runs."""
-    return ["token_divergence"] if kind == "divergence" else sorted(CATALOGUE[kind])
+def compared(kind: str) -> list[str]:
+    """The names of a kind's entries that are compared with the reference."""
+    names = sorted(CATALOGUE[kind]) if kind in LOSS_KINDS else []
+    return [name for name in names if kind != "divergence" or name in _KERNELS]
+
+
+def by_hand(kind: str) -> list[str]:
+    """The names of a kind's entries that have golden rows."""
+    return sorted(set(CATALOGUE[kind]) - set(compared(kind)))
 
 
 @dataclass(frozen=True)
@@ -50,18 +57,18 @@ class Selection:
     dtypes: Sequence[str] = DTYPES
 
     def __post_init__(self) -> None:
-        kinds = (*LOSS_KINDS, *GOLDEN_KINDS)
+        kinds = tuple(dict.fromkeys((*LOSS_KINDS, *GOLDEN_KINDS)))
         _known("kind", self.kinds, kinds)
         _known("backend", self.backends, NAMES)
         _known("dtype", self.dtypes, DTYPES)
-        _known("method", self.methods, sorted({name for kind in self.kinds or kinds for name in checked(kind)}))
+        _known("method", self.methods, sorted({name for kind in self.kinds or kinds for name in CATALOGUE[kind]}))
         for backend in self.backends:
             if not _devices(backend):
                 raise InvalidCall(f"check: {backend}: {why_not(backend, Request('token_stats', torch.device('cpu'), torch.float32))}")
 
-    def entries(self, kinds: Iterable[str]) -> list[tuple[str, str]]:
+    def entries(self, kinds: Iterable[str], names: Callable[[str], list[str]]) -> list[tuple[str, str]]:
         """Kind and name of what is selected of some kinds."""
-        found = [(kind, name) for kind in kinds if kind in (self.kinds or kinds) for name in checked(kind)]
+        found = [(kind, name) for kind in kinds if kind in (self.kinds or kinds) for name in names(kind)]
         return [(kind, name) for kind, name in found if name in (self.methods or [name])]
 
 
@@ -82,7 +89,7 @@ def cases(selection: Selection) -> list[Case]:
     return [
         Case(backend, name, dtype, device, kind, direction)
         for backend, device in places
-        for kind, name in selection.entries(LOSS_KINDS)
+        for kind, name in selection.entries(LOSS_KINDS, compared)
         for direction in (DIRECTIONS if kind == "divergence" else ("",))
         for dtype in selection.dtypes
     ]
@@ -120,7 +127,7 @@ def golden_cases(selection: Selection) -> list[GoldenCase]:
     if selection.backends and "reference" not in selection.backends:
         return []
     places = [("float64", "cpu"), *([("float32", "cuda")] if torch.cuda.is_available() else [])]
-    return [GoldenCase(kind, name, *place) for kind, name in selection.entries(GOLDEN_KINDS) for place in places]
+    return [GoldenCase(kind, name, *place) for kind, name in selection.entries(GOLDEN_KINDS, by_hand) for place in places]
 
 
 def run_golden(case: GoldenCase) -> float:

@@ -8,10 +8,10 @@ import golden
 import pytest
 import torch
 
-from reweight_ops.catalogue import CATALOGUE, KINDS
+from reweight_ops.catalogue import KINDS
 from reweight_ops.catalogue.evaluate import build, golden_error, result_of, token_weights
 from reweight_ops.catalogue.golden import GOLDEN, GOLDEN_KINDS
-from reweight_ops.checks import LOSS_KINDS
+from reweight_ops.checks import LOSS_KINDS, by_hand
 from reweight_ops.rules.base import RULES, WEIGHTS
 from reweight_ops.rules.namespace import TorchNamespace
 
@@ -95,7 +95,7 @@ def flat(value):
 
 
 def test_every_entry_has_a_golden_row():
-    """Kinds with a loss have a gradient check instead; divergences and pair losses their by-hand values in their own tests."""
+    """But those that ``check`` compares with the reference, gradient and all."""
     assert set(KINDS) == {*GOLDEN_KINDS, *LOSS_KINDS}
-    entries = {(kind, name) for kind in GOLDEN_KINDS for name in CATALOGUE[kind]}
+    entries = {(kind, name) for kind in GOLDEN_KINDS for name in by_hand(kind)}
     assert entries == {(row.kind, row.name) for row in GOLDEN}

@@ -1,4 +1,4 @@
-"""Golden rows: calls small enough to work out by hand, for every entry whose result is not a loss with a gradient. ``reweight-ops check`` runs them."""
+"""Golden rows: calls small enough to work out by hand, for every entry that is not compared with the fp64 reference. ``reweight-ops check`` runs them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from math import e, exp, log, nan, sqrt, tanh
 from typing import Any
 
-#: The kinds that have golden rows. Losses are compared with the fp64 reference instead, gradient and all.
-GOLDEN_KINDS = ("token_weight", "advantage", "reward", "objective", "sample_weight", "schedule")
+#: The kinds that have golden rows. Losses that have kernels are compared with the fp64 reference instead, gradient and all.
+GOLDEN_KINDS = ("token_weight", "advantage", "reward", "objective", "sample_weight", "schedule", "divergence")
 
 
 @dataclass(frozen=True)
@@ -371,4 +371,34 @@ TOKEN_WEIGHTS = (
     ),
 )  # fmt: skip
 
-GOLDEN = ADVANTAGES + REWARDS + OBJECTIVES + SAMPLE_WEIGHTS + SCHEDULES + TOKEN_WEIGHTS
+
+def _divergence(name: str, expected: Any, **arguments: Any) -> Golden:
+    return Golden("divergence", name, arguments, expected)
+
+
+#: Logits of p = (1/4, 3/4) and q = (1/2, 1/2).
+P, Q = [[[0.0, LN3]]], [[[0.0, 0.0]]]
+#: -Σ q log p.
+CROSS = LN2 + log(4 / 3) / 2
+
+DIVERGENCES = (
+    # Half of that, and of -Σ p log q = log 2.
+    _divergence("symmetric_cross_entropy", [[(CROSS + LN2) / 2]], logits=P, teacher_logits=Q),
+    # KL(q‖p) where the teacher's 1/2 is above 0.4, and 0 where it is not above 0.6.
+    _divergence("confidence_masked_kl", [[CROSS - LN2]], logits=P, teacher_logits=Q, threshold=0.4, sharpening_temperature=1.0),
+    _divergence("confidence_masked_kl", [[0.0]], logits=P, teacher_logits=Q, threshold=0.6, sharpening_temperature=1.0),
+    # The teacher's 3/4 on the label comes first, of two equal students' logits: 3/4·log 2; with label 0 it is 1/4·log 2. The last is free.
+    _divergence("pld", [[0.75 * LN2]], logits=Q, teacher_logits=P, completion_ids=[[1]]),
+    _divergence("pld", [[0.25 * LN2]], logits=Q, teacher_logits=P, completion_ids=[[0]]),
+    # 4·log cosh(log(3)/4), and cosh(log 1) = 1 adds nothing.
+    _divergence("dhkd", [[4 * log((3**0.25 + 3**-0.25) / 2)]], logits=P, teacher_logits=Q),
+    # 2·log((1 + e^(1/2))/2) of equal logits; at λ = 1 without a margin cross-entropy less log 2: log 4 - log 2.
+    _divergence("ldr", [[2 * log((1 + sqrt(e)) / 2)]], logits=Q, completion_ids=[[0]], lambda_=2.0, margin=1.0),
+    _divergence("ldr", [[LN2]], logits=P, completion_ids=[[0]], margin=0.0),
+    # Entropy log 2 of two columns: uniform, so λ stays; entropy 0: 3 - 3/2.
+    _divergence("aldr", [3.0, 1.5], entropies=[LN2, 0.0], vocab_size=2, lambda0=3.0, alpha=2.0),
+    # s = 1, 2, 1/2: log(3.5/2), log(3.5·2).
+    _divergence("stablemax", [[log(1.75), log(7)]], logits=[[[0.0, 1, -1], [0, 1, -1]]], completion_ids=[[1, 2]]),
+)
+
+GOLDEN = ADVANTAGES + REWARDS + OBJECTIVES + SAMPLE_WEIGHTS + SCHEDULES + TOKEN_WEIGHTS + DIVERGENCES

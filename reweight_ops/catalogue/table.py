@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ..backends.select import NAMES
 from .left_out import LEFT_OUT
 from .registry import CATALOGUE, CERTAINTIES, KINDS, Entry
 
@@ -13,8 +16,8 @@ what differs from the paper.
 
 {certainties}
 
-An entry that is *derived* is not presented as its authors'. What takes one pass or two runs on every backend: reference, CPU, Triton and CUDA. A *composite* is
-PyTorch code with bounded memory. Entries without a plan work on rewards, log-probs or masks and never see logits.
+An entry that is *derived* is not presented as its authors'. A *composite* is PyTorch code with bounded memory. Entries without a plan work on rewards,
+log-probs or masks and never see logits; PyTorch computes them wherever their tensors are.
 """
 
 
@@ -39,9 +42,26 @@ def level(entry: Entry) -> str:
     return entry.level or ""
 
 
+def backends(entry: Entry) -> str:
+    """Which backends compute its vocabulary-sized part."""
+    if plan(entry) not in ("one pass", "two passes"):
+        return "PyTorch"
+    return ", ".join(sorted(_with_divergence())) if entry.kind == "divergence" and entry.name not in _BY_LOG_PROBS else "all"
+
+
+#: Divergences that are made of log-probs and entropies, which every backend gives.
+_BY_LOG_PROBS = ("ldr", "aldr")
+
+
+def _with_divergence() -> set[str]:
+    """The backends that have kernels for a second logits tensor: a module of that name in :mod:`reweight_ops.divergences`."""
+    folder = Path(__file__).parents[1] / "divergences"
+    return {name for name in NAMES if (folder / f"{name}.py").exists()}
+
+
 def _line(entry: Entry) -> str:
     link = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv != "unknown" else "unknown"
-    return f"| `{entry.name}` | {entry.full_name} | {entry.paper} | {link} | {level(entry)} | {plan(entry)} | {entry.certainty} |"
+    return f"| `{entry.name}` | {entry.full_name} | {entry.paper} | {link} | {level(entry)} | {plan(entry)} | {backends(entry)} | {entry.certainty} |"
 
 
 def markdown() -> str:
@@ -51,7 +71,9 @@ def markdown() -> str:
         if not CATALOGUE[kind]:
             continue
         rows = [_line(CATALOGUE[kind][name]) for name in sorted(CATALOGUE[kind])]
-        head = "| name | full name | paper | arXiv | level | plan | certainty |\n| --- | --- | --- | --- | --- | --- | --- |"
+        head = (
+            "| name | full name | paper | arXiv | level | plan | backends | certainty |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+        )
         parts.append(f"## `{module}`: {meaning}\n\n{head}\n" + "\n".join(rows) + "\n")
     parts.append("## Left out, and why\n\n" + "\n".join(f"- **{title}**: {reason}" for title, reason in LEFT_OUT.items()) + "\n")
     return "\n".join(parts)
