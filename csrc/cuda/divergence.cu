@@ -207,24 +207,25 @@ struct Known {
     }
 };
 
-/// log2 of a probability is (x - center)·scale + rest: the center is T·lse rounded.
+/// log2 of a probability is (x - center)·scale + rest: the center is T·lse rounded. The rest goes into the factors, so that an exponent is
+/// exactly 0, and its exponential 1, where the probability is almost 1.
 struct Center {
     float center, rest;
 
-    RW_DEVICE Center() {}
     RW_DEVICE Center(float lse, float low, float temperature, float scale) {
         const double exact = double(temperature) * (double(lse) + double(low));
         center = float(exact);
         rest = float((double(center) - exact) * double(scale));
     }
-    RW_DEVICE float log2_of(float x, float scale) const { return fmaf(x - center, scale, rest); }
+    RW_DEVICE float factor() const { return 1.0f + expm1f(rest * kLn2); }
 };
 
-/// p·(constant + log·log2 p + ratio·(log2 p - log2 q)) - other·q times the slope of the soft cap, or one value in every column.
+/// With t = (x - center)·scale of both tensors and e = 2^t: e_p·(constant + log·t_p + ratio·(t_p - t_q)) - other·e_q times the slope of the soft
+/// cap, or one value in every column.
 struct Gradient {
     bool fill;
     float value;
-    Center p, q;
+    float p_center, q_center;
     float constant, log, ratio, other;
 
     RW_DEVICE Gradient() {}
@@ -236,15 +237,17 @@ struct Gradient {
         fill = none || sick;
         value = none ? 0.0f : kNaN;
         const float t = row.p_temperature;
-        p = Center(v[4], v[5], t, row.scales.p);
-        q = Center(v[6], v[7], row.q_temperature, row.scales.q);
+        const Center p(v[4], v[5], t, row.scales.p), q(v[6], v[7], row.q_temperature, row.scales.q);
+        p_center = p.center;
+        q_center = q.center;
         float sum = forward;
         if (reverse != 0) sum -= reverse * v[1];
         if (entropy != 0) sum -= entropy * v[2];
-        constant = sum / t;
-        log = -entropy * kLn2 / t;
-        ratio = reverse * kLn2 / t;
-        other = forward / t;
+        const float by_log = -entropy * kLn2, by_ratio = reverse * kLn2, p_factor = p.factor(), q_factor = q.factor();
+        constant = p_factor * (sum + by_log * p.rest + by_ratio * (p.rest - q.rest)) / t;
+        log = p_factor * by_log / t;
+        ratio = p_factor * by_ratio / t;
+        other = q_factor * forward / t;
     }
 };
 
@@ -257,7 +260,7 @@ RW_DEVICE float gradient_of(float x, float y, const Gradient& g, const Scales& s
         if (q_cap.on) q_cap.apply(y);
     }
     // 2^-200 is 0, and 0 times anything finite is 0; where q is 0 and p is not, the row was filled with NaN.
-    const float a = fmaxf(g.p.log2_of(x, scales.p), -200.0f), b = g.q.log2_of(y, scales.q);
+    const float a = fmaxf((x - g.p_center) * scales.p, -200.0f), b = (y - g.q_center) * scales.q;
     const float p = exp2_approximate(a), q = exp2_approximate(b);
     const float factor = fmaf(a, g.log, fmaf(a - fmaxf(b, -1e30f), g.ratio, g.constant));
     return (p * factor - g.other * q) * slope;  // two roundings: where p and q are equal, so are both products
