@@ -12,8 +12,10 @@ namespace {
 
 /// Columns that a thread takes of both tensors at once, whatever their dtypes: a vector of 16 bits, two of 32.
 constexpr int kColumns = 8;
-/// Groups of so many columns in flight.
-constexpr int kGroups = 2;
+/// Groups of so many columns in flight: of two tensors in fp32, and element by element, registers do not suffice for more than one. The order of
+/// additions does not depend on it.
+template <class T, class U, bool kAligned>
+constexpr int kInFlight = kAligned && sizeof(T) + sizeof(U) < 8 ? 2 : 1;
 constexpr int kBlocksPerProcessor = 2;
 
 template <class T>
@@ -144,6 +146,7 @@ struct Rows {
 /// A thread's sums: groups in the order of columns, then the columns after the last whole group, a thread each.
 template <class T, class U, bool kCapped, bool kAligned>
 RW_DEVICE State sweep_statistics(const Rows<T, U>& row, int columns, const Softcap& p_cap, const Softcap& q_cap) {
+    constexpr int kGroups = kInFlight<T, U, kAligned>;
     State s;
     const int groups = columns / kColumns;
     for (int begin = thread_index(); begin < groups; begin += kGroups * kThreads) {
@@ -272,7 +275,7 @@ RW_DEVICE void sweep_gradient(const Rows<T, U>& row, T* out, int columns, const 
     const int groups = columns / kColumns, tail = groups * kColumns + thread_index();
     const auto one = [&](float x, float y) { return gradient_of<kCapped>(x, y, g, row.scales, p_cap, q_cap); };
     if (tail < columns) narrow(one(widen(row.x[tail]), widen(row.y[tail])), out[tail]);
-    constexpr int kStep = kGroups * kThreads;
+    constexpr int kGroups = kInFlight<T, U, kAligned>, kStep = kGroups * kThreads;
     for (int begin = (groups - 1) / kStep * kStep + thread_index(); groups && begin >= 0; begin -= kStep) {
         Group8<T> x[kGroups];
         Group8<U> y[kGroups];
