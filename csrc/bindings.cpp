@@ -16,31 +16,12 @@ auto verb(void (*Kernels::*which)(const C&)) {
     };
 }
 
-/// A verb on two logits tensors; `call`: the first, `other`: where the second is and how it becomes a distribution.
-DivergenceCall divergence_call(const Call& call, const Call& other, Address table, Address out, std::array<int64_t, 3> out_strides) {
-    DivergenceCall d{};
-    d.p = call;
-    d.q = other;
-    d.table = at(table);
-    d.known = at(table);
-    d.out = at<void>(out);
-    d.out_strides = {out_strides[0], out_strides[1], out_strides[2]};
-    return d;
-}
-void divergence_stats(const Call& call, const Call& other, Address table) {
-    active_level().divergence->stats(divergence_call(call, other, table, 0, {1, 0, 0}));
-}
-void divergence_grad(const Call& call, const Call& other, Address table, Address coefs, Address out, std::array<int64_t, 3> out_strides) {
-    DivergenceCall d = divergence_call(call, other, table, out, out_strides);
-    d.coefs = at(coefs);
-    active_level().divergence->grad(d);
-}
-void divergence_loss_grad(const Call& call, const Call& other, Address table, Address constants, Address weights, Address out,
-                          std::array<int64_t, 3> out_strides) {
-    DivergenceCall d = divergence_call(call, other, table, out, out_strides);
-    for (int k = 0; k < 3; ++k) d.constants[k] = at(constants)[k];
-    d.weights = at(weights);
-    active_level().divergence->loss_grad(d);
+/// A verb on two logits tensors at the level that runs when it is called.
+auto divergence_verb(void (*DivergenceKernels::*which)(const DivergenceCall&)) {
+    return [which](const DivergenceCall& call) {
+        (active_level().divergence->*which)(call);
+        return 0;
+    };
 }
 
 /// For tests of the generated rules as compiled: leaves [8, n], out [5, n].
@@ -103,11 +84,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("level", [] { return std::string(active_level().name); }, "The instruction-set level that runs.");
     m.def("set_level", &set_level, py::arg("name"), "Force a level by name, or 'auto'. ValueError if it was not built or this processor lacks it.");
     bind_verbs(m, verb(&Kernels::token_stats), verb(&Kernels::token_grad), verb(&Kernels::token_loss_grad));
-    m.def("divergence_stats", &divergence_stats, NoGil(), py::arg("call"), py::arg("other"), py::arg("table"));
-    m.def("divergence_grad", &divergence_grad, NoGil(), py::arg("call"), py::arg("other"), py::arg("table"), py::arg("coefs"), py::arg("out"),
-          py::arg("out_strides"));
-    m.def("divergence_loss_grad", &divergence_loss_grad, NoGil(), py::arg("call"), py::arg("other"), py::arg("table"), py::arg("constants"),
-          py::arg("weights"), py::arg("out"), py::arg("out_strides"));
+    bind_divergence(m, divergence_verb(&DivergenceKernels::stats), divergence_verb(&DivergenceKernels::grad),
+                    divergence_verb(&DivergenceKernels::loss_grad));
     m.def("apply_rule", &apply_rule_to, py::arg("name"), py::arg("leaves"), py::arg("params"), py::arg("out"), py::arg("n"));
     m.def("apply_weight", &apply_weight_to, py::arg("name"), py::arg("leaves"), py::arg("params"), py::arg("out"), py::arg("n"));
     m.def("stream", &stream, NoGil(), py::arg("kind"), py::arg("a"), py::arg("b"), py::arg("floats"), py::arg("threads"));

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/verbs.h"
+#include "common/divergence.h"
 
 namespace py = pybind11;
 
@@ -159,6 +159,45 @@ void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad tok
         },
         NoGil(), py::arg("call"), py::arg("program"), py::arg("params"), py::arg("reads_p_sq"), py::arg("entropy_gradient"), py::arg("row_weights"),
         py::arg("row_weights_step"), py::arg("inputs"), py::arg("rows"), py::arg("out"), py::arg("out_strides"));
+}
+
+/// `call`: the first tensor, `other`: where the second is and how it becomes a distribution.
+DivergenceCall divergence_call(const Call& call, const Call& other, Address table, Address out, std::array<int64_t, 3> out_strides) {
+    DivergenceCall d{};
+    static_cast<Call&>(d) = call;
+    d.q = other;
+    d.out = at<void>(out);
+    d.out_strides = {out_strides[0], out_strides[1], out_strides[2]};
+    d.table = at(table);
+    return d;
+}
+
+/// The verbs on two logits tensors. A verb returns a status, 0 for success.
+template <class Stats, class Grad, class LossGrad>
+void bind_divergence(py::module_& m, Stats stats, Grad grad, LossGrad loss_grad) {
+    using NoGil = py::call_guard<py::gil_scoped_release>;
+    using Strides = std::array<int64_t, 3>;
+    m.def(
+        "divergence_stats", [=](const Call& call, const Call& other, Address table) { return stats(divergence_call(call, other, table, 0, {1, 0, 0})); },
+        NoGil(), py::arg("call"), py::arg("other"), py::arg("table"));
+    m.def(
+        "divergence_grad",
+        [=](const Call& call, const Call& other, Address table, Address coefs, Address out, Strides out_strides) {
+            DivergenceCall d = divergence_call(call, other, 0, out, out_strides);
+            d.known = at(table);
+            d.coefs = at(coefs);
+            return grad(d);
+        },
+        NoGil(), py::arg("call"), py::arg("other"), py::arg("table"), py::arg("coefs"), py::arg("out"), py::arg("out_strides"));
+    m.def(
+        "divergence_loss_grad",
+        [=](const Call& call, const Call& other, Address table, Address constants, Address weights, Address out, Strides out_strides) {
+            DivergenceCall d = divergence_call(call, other, table, out, out_strides);
+            d.constants = at(constants);
+            d.weights = at(weights);
+            return loss_grad(d);
+        },
+        NoGil(), py::arg("call"), py::arg("other"), py::arg("table"), py::arg("constants"), py::arg("weights"), py::arg("out"), py::arg("out_strides"));
 }
 
 }  // namespace

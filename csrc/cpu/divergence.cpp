@@ -174,8 +174,8 @@ struct PairRow {
     double inverse_temperature;
 
     PairRow(const DivergenceCall& call, int64_t i)
-        : x((const T*)call.p.logits + call.p.strides.offset(i)), y((const U*)call.q.logits + call.q.strides.offset(i)) {
-        inverse_temperature = 1.0 / call.p.temperature[call.p.temperature_per_row ? i : 0];
+        : x((const T*)call.logits + call.strides.offset(i)), y((const U*)call.q.logits + call.q.strides.offset(i)) {
+        inverse_temperature = 1.0 / call.temperature[call.temperature_per_row ? i : 0];
         x_scale = float(kLog2e * inverse_temperature);
         y_scale = float(kLog2e / call.q.temperature[call.q.temperature_per_row ? i : 0]);
     }
@@ -305,16 +305,16 @@ void pair_grad_row(const PairRow<T, U>& row, T* g, int64_t columns, const PairSt
 template <class T, class U>
 void write_pair_grad(const DivergenceCall& call, const PairRow<T, U>& row, int64_t i, const PairStats& s, const double (&coefs)[3], const Caps& caps) {
     T* g = (T*)call.out + call.out_strides.offset(i);
-    const int64_t v = call.p.vocab_size;
+    const int64_t v = call.vocab_size;
     const bool sick = s.p_lse != s.p_lse || s.q_lse != s.q_lse || (coefs[1] != 0 && s.reverse == kInf);
     if (coefs[0] == 0 && coefs[1] == 0 && coefs[2] == 0) {
-        fill(g, call.p.columns, 0.0f);
+        fill(g, call.columns, 0.0f);
         return;
     }
     if (sick) {
         fill(g, v, kNaN);
     } else {
-        const bool large = call.out != call.p.logits && call.p.rows * call.p.columns * int64_t(sizeof(T)) > kCacheBytes;
+        const bool large = call.out != call.logits && call.rows * call.columns * int64_t(sizeof(T)) > kCacheBytes;
         const bool stream = large && (uintptr_t)g % 64 == 0, logs = coefs[1] != 0 || coefs[2] != 0 || caps.p.on || caps.q.on;
         if (logs) {
             stream ? pair_grad_row<T, U, true, true>(row, g, v, s, coefs, caps) : pair_grad_row<T, U, true, false>(row, g, v, s, coefs, caps);
@@ -323,7 +323,7 @@ void write_pair_grad(const DivergenceCall& call, const PairRow<T, U>& row, int64
         }
         if (stream) stream_fence();
     }
-    if (call.p.columns > v) fill(g + v, call.p.columns - v, 0.0f);
+    if (call.columns > v) fill(g + v, call.columns - v, 0.0f);
 }
 
 // ---- the verbs
@@ -332,40 +332,40 @@ template <class T, class U>
 struct Pair {
     template <class Body>
     static void rows(const DivergenceCall& call, const Body& body) {
-        for_each_row(call.p.rows, 2 * call.p.columns, threads_for(call.p.rows, 2 * call.p.columns, call.p.threads), [&](int64_t i, int64_t) { body(i); });
+        for_each_row(call.rows, 2 * call.columns, threads_for(call.rows, 2 * call.columns, call.threads), [&](int64_t i, int64_t) { body(i); });
     }
     static void out_row(const DivergenceCall& call, int64_t i) {
-        for (int k = 0; k < kDivergenceTable; ++k) call.table[k * call.p.rows + i] = 0.0f;
+        for (int k = 0; k < kDivergenceTable; ++k) call.table[k * call.rows + i] = 0.0f;
     }
 
     static void stats(const DivergenceCall& call) {
-        const Caps caps{Softcap(call.p.softcap), Softcap(call.q.softcap)};
+        const Caps caps{Softcap(call.softcap), Softcap(call.q.softcap)};
         rows(call, [&](int64_t i) {
-            if (is_out(call.p, i)) return out_row(call, i);
-            PairStats(PairRow<T, U>(call, i).sweep(call.p.vocab_size, caps)).store_to(call.table, call.p.rows, i);
+            if (is_out(call, i)) return out_row(call, i);
+            PairStats(PairRow<T, U>(call, i).sweep(call.vocab_size, caps)).store_to(call.table, call.rows, i);
         });
     }
 
     static void grad(const DivergenceCall& call) {
-        const Caps caps{Softcap(call.p.softcap), Softcap(call.q.softcap)};
+        const Caps caps{Softcap(call.softcap), Softcap(call.q.softcap)};
         rows(call, [&](int64_t i) {
-            if (is_out(call.p, i)) return fill((T*)call.out + call.out_strides.offset(i), call.p.columns, 0.0f);
+            if (is_out(call, i)) return fill((T*)call.out + call.out_strides.offset(i), call.columns, 0.0f);
             double coefs[3];
-            for (int k = 0; k < 3; ++k) coefs[k] = call.coefs[k * call.p.rows + i];
-            write_pair_grad(call, PairRow<T, U>(call, i), i, PairStats(call.known, call.p.rows, i), coefs, caps);
+            for (int k = 0; k < 3; ++k) coefs[k] = call.coefs[k * call.rows + i];
+            write_pair_grad(call, PairRow<T, U>(call, i), i, PairStats(call.known, call.rows, i), coefs, caps);
         });
     }
 
     static void loss_grad(const DivergenceCall& call) {
-        const Caps caps{Softcap(call.p.softcap), Softcap(call.q.softcap)};
+        const Caps caps{Softcap(call.softcap), Softcap(call.q.softcap)};
         rows(call, [&](int64_t i) {
-            if (is_out(call.p, i)) {
+            if (is_out(call, i)) {
                 out_row(call, i);
-                return fill((T*)call.out + call.out_strides.offset(i), call.p.columns, 0.0f);
+                return fill((T*)call.out + call.out_strides.offset(i), call.columns, 0.0f);
             }
             const PairRow<T, U> row(call, i);
-            const PairStats s(row.sweep(call.p.vocab_size, caps));
-            s.store_to(call.table, call.p.rows, i);
+            const PairStats s(row.sweep(call.vocab_size, caps));
+            s.store_to(call.table, call.rows, i);
             double coefs[3];
             for (int k = 0; k < 3; ++k) coefs[k] = double(call.constants[k]) * call.weights[i];
             write_pair_grad(call, row, i, s, coefs, caps);
@@ -383,7 +383,7 @@ void by_second(DType dtype, const F& f) {
 }
 template <class F>
 void by_dtypes(const DivergenceCall& call, const F& f) {
-    switch (call.p.dtype) {
+    switch (call.dtype) {
         case DType::f32: return by_second<float>(call.q.dtype, f);
         case DType::bf16: return by_second<Bf16>(call.q.dtype, f);
         case DType::f16: return by_second<F16>(call.q.dtype, f);

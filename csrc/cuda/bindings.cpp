@@ -2,6 +2,7 @@
 #include "bindings.h"
 
 #include "dispatch.h"
+#include "divergence.h"
 
 #if defined(RW_EMULATION)
 #include "platform.h"
@@ -16,6 +17,7 @@ using namespace reweight_ops;
 PYBIND11_MODULE(RW_MODULE, m) {
     m.doc() = "CUDA kernels on raw addresses, without any check: reweight_ops.backends validates every argument first. Verbs return a status.";
     bind_verbs(m, token_stats, token_grad, token_loss_grad);
+    bind_divergence(m, divergence, divergence, divergence);
     m.def(
         "why_streaming",
         [](const Call& call, Address out, std::array<int64_t, 3> out_strides) {

@@ -1,10 +1,11 @@
-// The one rule by which token_loss_grad takes the ring kernel or the streaming one.
+// Which kernels serve a call: by dtype, and for token_loss_grad by the one rule that takes the ring kernel or the streaming one.
 #include "dispatch.h"
 
 #include <atomic>
 #include <stdexcept>
 
 #include "device.h"
+#include "divergence.h"
 #include "slices.h"
 
 namespace reweight_ops {
@@ -80,6 +81,14 @@ int token_loss_grad(const LossGradCall& call) {
     if (p.status) return p.status;
     if (p.why_not.empty()) return ring_for(call).token_loss_grad(call, p.tiles, p.clusters);
     return choice == ring ? kNotSupported : streaming_for(call).token_loss_grad(call);
+}
+
+int divergence(const DivergenceCall& call) {
+    switch (call.dtype) {
+        case DType::bf16: return divergence_bf16(call);
+        case DType::f16: return divergence_f16(call);
+        default: return divergence_f32(call);
+    }
 }
 
 std::string why_streaming(const LossGradCall& call) {

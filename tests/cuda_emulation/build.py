@@ -40,9 +40,11 @@ def compiler() -> str | None:
 NOT_BUILT = -1
 LEFT_OUT = """
 #include "dispatch.h"
+#include "divergence.h"
 namespace reweight_ops {{
 const StreamingKernels streaming_{0} = {{[](const StatsCall&) {{ return {1}; }}, [](const GradCall&) {{ return {1}; }}, [](const LossGradCall&) {{ return {1}; }}}};
 const RingKernels ring_{0} = {{[](const LossGradCall&, int, int& count) {{ return count = 1, 0; }}, [](const LossGradCall&, int, int64_t) {{ return {1}; }}}};
+const DivergenceLaunch divergence_{0} = [](const DivergenceCall&) {{ return {1}; }};
 }}
 """
 
@@ -66,7 +68,7 @@ def build(
     headers = [*sorted(csrc.glob("common/*")), *sorted(csrc.glob("cuda/*.h")), *sorted(HERE.glob("*.h"))]
     host = [
         *sorted(csrc.glob("common/*")),
-        *(csrc / "cuda" / name for name in ("dispatch.h", "device.h", "platform.h", "slices.h")),
+        *(csrc / "cuda" / name for name in ("dispatch.h", "divergence.h", "device.h", "platform.h", "slices.h")),
         *sorted(HERE.glob("*.h")),
     ]
     units: dict[str, tuple[Path, list[str], list[Path]]] = {
@@ -85,6 +87,7 @@ def build(
             continue
         words = ["-x", "c++", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"]
         units[f"streaming_{name}"] = csrc / "cuda/streaming.cu", words, [h for h in headers if h.name not in ("ring.h", "asynchronous.h")]
+        units[f"divergence_{name}"] = csrc / "cuda/divergence.cu", words, [h for h in headers if h.name not in ("ring.h", "asynchronous.h")]
         units[f"ring_{name}"] = csrc / "cuda/ring.cu", words, headers
 
     def compile_one(name: str) -> Path:

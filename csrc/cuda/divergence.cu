@@ -1,0 +1,394 @@
+// Two logits tensors: divergences of their softmaxes and the gradient by the first. A persistent grid, one block a row; each tensor is read once
+// for statistics and once for a gradient. Compiled once per dtype of the first tensor, with RW_ELEMENT and RW_DTYPE naming it.
+//
+// With t = (x - top)·log2(e)/T and e = 2^t a state holds, for each tensor, Σe, Σe·t and Σe·(own t - the other's t): where the distributions are
+// close, the differences themselves are small.
+#include "divergence.h"
+
+#include "statistics.h"
+
+namespace reweight_ops {
+namespace {
+
+/// Columns that a thread takes of both tensors at once, whatever their dtypes: a vector of 16 bits, two of 32.
+constexpr int kColumns = 8;
+/// Groups of so many columns in flight: of two tensors in fp32, and element by element, registers do not suffice for more than one. The order of
+/// additions does not depend on it.
+template <class T, class U, bool kAligned>
+constexpr int kInFlight = kAligned && sizeof(T) + sizeof(U) < 8 ? 2 : 1;
+constexpr int kBlocksPerProcessor = 2;
+
+template <class T>
+using Twice = T[2];
+
+struct Side {
+    float top = -kInf, sum = 0.0f, dot = 0.0f, cross = 0.0f;
+};
+
+struct State {
+    Side p, q;
+    float p_zero = 0.0f, q_zero = 0.0f;  // 1: a column has p = 0 < q; q = 0 < p
+};
+
+using States = State[kWarps];
+
+/// How both tensors of a row become distributions.
+struct Scales {
+    float p, q;  // log2(e) / T
+};
+
+RW_DEVICE float finite_top(float top) { return top == -kInf ? 0.0f : top; }
+
+RW_DEVICE void rebase(Side& s, float top, float shift, float others_shift) {
+    const float factor = exp2_approximate(shift);
+    s.cross = factor * fmaf(shift - others_shift, s.sum, s.cross);
+    s.dot = factor * fmaf(shift, s.sum, s.dot);
+    s.sum *= factor;
+    s.top = top;
+}
+
+/// The same sums relative to other maxima.
+RW_DEVICE void rebase(State& s, float p_top, float q_top, const Scales& scales) {
+    if (p_top == s.p.top && q_top == s.q.top) return;
+    const float p_shift = s.p.top == -kInf || p_top == s.p.top ? 0.0f : (s.p.top - p_top) * scales.p;
+    const float q_shift = s.q.top == -kInf || q_top == s.q.top ? 0.0f : (s.q.top - q_top) * scales.q;
+    rebase(s.p, p_top, p_shift, q_shift);
+    rebase(s.q, q_top, q_shift, p_shift);
+}
+
+RW_DEVICE State merge(State a, State b, const Scales& scales) {
+    const float p_top = fmaxf(a.p.top, b.p.top), q_top = fmaxf(a.q.top, b.q.top);
+    rebase(a, p_top, q_top, scales);
+    rebase(b, p_top, q_top, scales);
+    const auto add = [](const Side& x, const Side& y) { return Side{x.top, x.sum + y.sum, x.dot + y.dot, x.cross + y.cross}; };
+    return {add(a.p, b.p), add(a.q, b.q), fmaxf(a.p_zero, b.p_zero), fmaxf(a.q_zero, b.q_zero)};
+}
+
+template <int kLanes>
+RW_DEVICE State merge_lanes(State s, const Scales& scales) {
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes; lanes /= 2) {
+        const auto other = [lanes](const Side& x) {
+            return Side{shuffle_xor(x.top, lanes), shuffle_xor(x.sum, lanes), shuffle_xor(x.dot, lanes), shuffle_xor(x.cross, lanes)};
+        };
+        const Side p = other(s.p), q = other(s.q);
+        s = merge(s, {p, q, shuffle_xor(s.p_zero, lanes), shuffle_xor(s.q_zero, lanes)}, scales);
+    }
+    return s;
+}
+
+/// Adds n columns of both to a thread's sums. A NaN is no maximum, but makes the sum NaN.
+template <bool kCapped, int n>
+RW_DEVICE void absorb(State& s, float (&x)[n], float (&y)[n], const Scales& scales, const Softcap& p_cap, const Softcap& q_cap) {
+    float p_top = s.p.top, q_top = s.q.top;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+        if constexpr (kCapped) {
+            if (p_cap.on) p_cap.apply(x[j]);
+            if (q_cap.on) q_cap.apply(y[j]);
+        }
+        p_top = fmaxf(p_top, x[j]);
+        q_top = fmaxf(q_top, y[j]);
+    }
+    rebase(s, p_top, q_top, scales);
+    const float p_base = finite_top(p_top), q_base = finite_top(q_top);
+    Side p, q;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+        const float t = (x[j] - p_base) * scales.p, u = (y[j] - q_base) * scales.q;
+        const bool p_dead = t == -kInf, q_dead = u == -kInf;
+        const float e = exp2_approximate(t), f = exp2_approximate(u), d = p_dead || q_dead ? 0.0f : t - u;
+        p.sum += e;
+        q.sum += f;
+        p.dot = fmaf(e, p_dead ? 0.0f : t, p.dot);
+        q.dot = fmaf(f, q_dead ? 0.0f : u, q.dot);
+        p.cross = fmaf(e, d, p.cross);
+        q.cross = fmaf(f, -d, q.cross);
+        if (p_dead != q_dead) (p_dead ? s.p_zero : s.q_zero) = 1.0f;
+    }
+    s.p.sum += p.sum, s.p.dot += p.dot, s.p.cross += p.cross;
+    s.q.sum += q.sum, s.q.dot += q.dot, s.q.cross += q.cross;
+}
+
+/// A group of columns as it is in memory.
+template <class T>
+struct Group8 {
+    static constexpr int kVectors = kColumns / kPerVector<T>;
+    Vector v[kVectors];
+
+    RW_DEVICE void load(const T* p, bool aligned) {
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) v[k] = load_vector(p + k * kPerVector<T>, aligned);
+    }
+    RW_DEVICE void unpack_to(float* x) const {
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) unpack<T>(v[k], x + k * kPerVector<T>);
+    }
+};
+
+/// A row of both tensors.
+template <class T, class U>
+struct Rows {
+    const T* x;
+    const U* y;
+    float p_temperature, q_temperature;
+    Scales scales;
+
+    RW_DEVICE Rows(const DivergenceCall& call, int64_t i) {
+        x = static_cast<const T*>(call.logits) + call.strides.offset(i);
+        y = static_cast<const U*>(call.q.logits) + call.q.strides.offset(i);
+        p_temperature = call.temperature[call.temperature_per_row ? i : 0];
+        q_temperature = call.q.temperature[call.q.temperature_per_row ? i : 0];
+        scales = {kLog2e / p_temperature, kLog2e / q_temperature};
+    }
+};
+
+/// A thread's sums: groups in the order of columns, then the columns after the last whole group, a thread each.
+template <class T, class U, bool kCapped, bool kAligned>
+RW_DEVICE State sweep_statistics(const Rows<T, U>& row, int columns, const Softcap& p_cap, const Softcap& q_cap) {
+    constexpr int kGroups = kInFlight<T, U, kAligned>;
+    State s;
+    const int groups = columns / kColumns;
+    for (int begin = thread_index(); begin < groups; begin += kGroups * kThreads) {
+        Group8<T> x[kGroups];
+        Group8<U> y[kGroups];
+#pragma unroll
+        for (int u = 0; u < kGroups; ++u) {
+            const int64_t i = begin + u * kThreads;
+            if (i >= groups) continue;
+            x[u].load(row.x + i * kColumns, kAligned);
+            y[u].load(row.y + i * kColumns, kAligned);
+        }
+#pragma unroll
+        for (int u = 0; u < kGroups; ++u) {
+            if (begin + u * kThreads >= groups) continue;
+            float a[kColumns], b[kColumns];
+            x[u].unpack_to(a);
+            y[u].unpack_to(b);
+            absorb<kCapped>(s, a, b, row.scales, p_cap, q_cap);
+        }
+    }
+    const int tail = groups * kColumns + thread_index();
+    if (tail < columns) {
+        float a[1] = {widen(row.x[tail])}, b[1] = {widen(row.y[tail])};
+        absorb<kCapped>(s, a, b, row.scales, p_cap, q_cap);
+    }
+    return s;
+}
+
+/// What the table holds of a row.
+struct Known {
+    float values[kDivergenceTable] = {};
+
+    RW_DEVICE Known() {}
+    RW_DEVICE Known(const float* table, int64_t rows, int64_t i) {
+        for (int k = 0; k < kDivergenceTable; ++k) values[k] = table[k * rows + i];
+    }
+
+    template <class T, class U>
+    RW_DEVICE Known(const State& s, const Rows<T, U>& row) {
+        constexpr double ln2 = 0.693147180559945309417;
+        double p_log = log_sum({0.0f, s.p.sum, 0.0f, 0.0f}), q_log = log_sum({0.0f, s.q.sum, 0.0f, 0.0f});
+        if (p_log != p_log || q_log != q_log) p_log = q_log = double(kNaN);
+        const auto at_least_zero = [](double v) { return v < 0 ? 0.0f : float(v); };  // NaN stays
+        values[0] = at_least_zero((double(s.q.cross) / double(s.q.sum) - q_log + p_log) * ln2);
+        values[1] = at_least_zero((double(s.p.cross) / double(s.p.sum) - p_log + q_log) * ln2);
+        values[2] = at_least_zero((p_log - double(s.p.dot) / double(s.p.sum)) * ln2);
+        values[3] = at_least_zero((q_log - double(s.q.dot) / double(s.q.sum)) * ln2);
+        if (s.p_zero > 0 && values[0] == values[0]) values[0] = kInf;
+        if (s.q_zero > 0 && values[1] == values[1]) values[1] = kInf;
+        const auto put_pair = [this](int k, double lse) {
+            values[k] = float(lse);
+            values[k + 1] = float(lse - double(values[k]));
+        };
+        put_pair(4, double(s.p.top) / double(row.p_temperature) + p_log * ln2);
+        put_pair(6, double(s.q.top) / double(row.q_temperature) + q_log * ln2);
+    }
+
+    RW_DEVICE void store_to(float* table, int64_t rows, int64_t i) const {
+        for (int k = 0; k < kDivergenceTable; ++k) table[k * rows + i] = values[k];
+    }
+};
+
+/// log2 of a probability is (x - center)·scale + rest: the center is T·lse rounded. The rest goes into the factors, so that an exponent is
+/// exactly 0, and its exponential 1, where the probability is almost 1.
+struct Center {
+    float center, rest;
+
+    RW_DEVICE Center(float lse, float low, float temperature, float scale) {
+        const double exact = double(temperature) * (double(lse) + double(low));
+        center = float(exact);
+        rest = float((double(center) - exact) * double(scale));
+    }
+    RW_DEVICE float factor() const { return 1.0f + expm1f(rest * kLn2); }
+};
+
+/// With t = (x - center)·scale of both tensors and e = 2^t: e_p·(constant + log·t_p + ratio·(t_p - t_q)) - other·e_q times the slope of the soft
+/// cap, or one value in every column.
+struct Gradient {
+    bool fill;
+    float value;
+    float p_center, q_center;
+    float constant, log, ratio, other;
+
+    RW_DEVICE Gradient() {}
+    template <class T, class U>
+    RW_DEVICE Gradient(const Known& known, float forward, float reverse, float entropy, const Rows<T, U>& row) {
+        const float* const v = known.values;
+        const bool none = forward == 0 && reverse == 0 && entropy == 0;
+        const bool sick = v[4] != v[4] || v[6] != v[6] || (reverse != 0 && !(fabsf(v[1]) < kInf));
+        fill = none || sick;
+        value = none ? 0.0f : kNaN;
+        const float t = row.p_temperature;
+        const Center p(v[4], v[5], t, row.scales.p), q(v[6], v[7], row.q_temperature, row.scales.q);
+        p_center = p.center;
+        q_center = q.center;
+        float sum = forward;
+        if (reverse != 0) sum -= reverse * v[1];
+        if (entropy != 0) sum -= entropy * v[2];
+        const float by_log = -entropy * kLn2, by_ratio = reverse * kLn2, p_factor = p.factor(), q_factor = q.factor();
+        constant = p_factor * (sum + by_log * p.rest + by_ratio * (p.rest - q.rest)) / t;
+        log = p_factor * by_log / t;
+        ratio = p_factor * by_ratio / t;
+        other = q_factor * forward / t;
+    }
+};
+
+template <bool kCapped>
+RW_DEVICE float gradient_of(float x, float y, const Gradient& g, const Scales& scales, const Softcap& p_cap, const Softcap& q_cap) {
+    if (x == -kInf) return 0.0f;
+    float slope = 1.0f;
+    if constexpr (kCapped) {
+        if (p_cap.on) slope = p_cap.apply(x);
+        if (q_cap.on) q_cap.apply(y);
+    }
+    // 2^-200 is 0, and 0 times anything finite is 0; where q is 0 and p is not, the row was filled with NaN.
+    const float a = fmaxf((x - g.p_center) * scales.p, -200.0f), b = (y - g.q_center) * scales.q;
+    const float p = exp2_approximate(a), q = exp2_approximate(b);
+    const float factor = fmaf(a, g.log, fmaf(a - fmaxf(b, -1e30f), g.ratio, g.constant));
+    return (p * factor - g.other * q) * slope;  // two roundings: where p and q are equal, so are both products
+}
+
+/// From the last groups to the first: what the statistics sweep read last is what the second-level cache still has. May be in place.
+template <class T, class U, bool kCapped, bool kAligned>
+RW_DEVICE void sweep_gradient(const Rows<T, U>& row, T* out, int columns, const Gradient& g, const Softcap& p_cap, const Softcap& q_cap) {
+    const int groups = columns / kColumns, tail = groups * kColumns + thread_index();
+    const auto one = [&](float x, float y) { return gradient_of<kCapped>(x, y, g, row.scales, p_cap, q_cap); };
+    if (tail < columns) narrow(one(widen(row.x[tail]), widen(row.y[tail])), out[tail]);
+    constexpr int kGroups = kInFlight<T, U, kAligned>, kStep = kGroups * kThreads;
+    for (int begin = (groups - 1) / kStep * kStep + thread_index(); groups && begin >= 0; begin -= kStep) {
+        Group8<T> x[kGroups];
+        Group8<U> y[kGroups];
+#pragma unroll
+        for (int u = 0; u < kGroups; ++u) {
+            const int64_t i = begin + u * kThreads;
+            if (i >= groups) continue;
+            x[u].load(row.x + i * kColumns, kAligned);
+            y[u].load(row.y + i * kColumns, kAligned);
+        }
+#pragma unroll
+        for (int u = 0; u < kGroups; ++u) {
+            const int64_t i = begin + u * kThreads;
+            if (i >= groups) continue;
+            float a[kColumns], b[kColumns];
+            x[u].unpack_to(a);
+            y[u].unpack_to(b);
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) a[j] = one(a[j], b[j]);
+#pragma unroll
+            for (int k = 0; k < Group8<T>::kVectors; ++k) {
+                store_vector(out + i * kColumns + k * kPerVector<T>, a + k * kPerVector<T>, kAligned);
+            }
+        }
+    }
+}
+
+/// One value in columns [from, to).
+template <class T>
+RW_DEVICE void fill(T* out, int from, int to, float value) {
+    for (int64_t i = from + thread_index(); i < to; i += kThreads) narrow(value, out[i]);
+}
+
+template <class T, class U, bool kCapped>
+RW_KERNEL(kThreads, kBlocksPerProcessor) divergence_kernel(RW_PARAMETER DivergenceCall call) {
+    // Two of each: while some threads still read those of one row, others write those of the next.
+    RW_SHARED(Twice<States>, states);
+    RW_SHARED(Twice<Gradient>, gradients);
+    const Softcap p_cap(call.softcap), q_cap(call.q.softcap);
+    const int columns = int(call.vocab_size);
+    int buffer = 0;
+    for (int64_t i = block_index(); i < call.rows; i += block_count()) {
+        T* const out = call.out ? static_cast<T*>(call.out) + call.out_strides.offset(i) : nullptr;
+        if (is_out(call, i)) {
+            if (call.table && thread_index() == 0) Known().store_to(call.table, call.rows, i);
+            if (out) fill(out, 0, int(call.columns), 0.0f);
+            continue;
+        }
+        const Rows<T, U> row(call, i);
+        const bool aligned = is_aligned(row.x) && is_aligned(row.y);
+        if (call.table) {
+            State s = aligned ? sweep_statistics<T, U, kCapped, true>(row, columns, p_cap, q_cap)
+                              : sweep_statistics<T, U, kCapped, false>(row, columns, p_cap, q_cap);
+            s = merge_lanes<32>(s, row.scales);
+            if (thread_index() % 32 == 0) states[buffer][thread_index() / 32] = s;
+            barrier();
+            if (thread_index() < 32) s = merge_lanes<kWarps>(states[buffer][thread_index() % kWarps], row.scales);
+            if (thread_index() == 0) {
+                const Known known(s, row);
+                known.store_to(call.table, call.rows, i);
+                if (out) {
+                    const float w = call.weights[i];
+                    gradients[buffer] = Gradient(known, call.constants[0] * w, call.constants[1] * w, call.constants[2] * w, row);
+                }
+            }
+        } else if (thread_index() == 0) {
+            const float* const c = call.coefs + i;
+            gradients[buffer] = Gradient(Known(call.known, call.rows, i), c[0], c[call.rows], c[2 * call.rows], row);
+        }
+        if (out) {
+            barrier();
+            const Gradient& g = gradients[buffer];
+            if (g.fill) {
+                fill(out, 0, columns, g.value);
+            } else if (aligned && is_aligned(out)) {
+                sweep_gradient<T, U, kCapped, true>(row, out, columns, g, p_cap, q_cap);
+            } else {
+                sweep_gradient<T, U, kCapped, false>(row, out, columns, g, p_cap, q_cap);
+            }
+            fill(out, columns, int(call.columns), 0.0f);
+        }
+        buffer ^= 1;
+    }
+}
+
+// ---- launches
+
+/// Two blocks a processor, for one waits at barriers; one where the rows in flight are more than half of the cache that a second read is for.
+template <class U>
+int launch_rows(const DivergenceCall& call) {
+    const Device device = device_of(call.device);
+    if (device.status) return device.status;
+    const int64_t row_bytes = call.vocab_size * int64_t(sizeof(RW_ELEMENT) + sizeof(U));
+    const bool reads_twice = call.table && call.out, large = kBlocksPerProcessor * device.processors * row_bytes > device.l2_bytes / 2;
+    const int64_t blocks = int64_t(device.processors) * (reads_twice && large ? 1 : kBlocksPerProcessor);
+    const bool capped = call.softcap < kInf || call.q.softcap < kInf;
+    return launch(capped ? divergence_kernel<RW_ELEMENT, U, true> : divergence_kernel<RW_ELEMENT, U, false>,
+                  {call.rows < blocks ? call.rows : blocks, kThreads}, call);
+}
+
+int launch_divergence(const DivergenceCall& call) {
+    if (call.rows == 0) return 0;
+    switch (call.q.dtype) {
+        case DType::bf16: return launch_rows<Bf16>(call);
+        case DType::f16: return launch_rows<F16>(call);
+        default: return launch_rows<float>(call);
+    }
+}
+
+}  // namespace
+
+#define RW_CONCAT_(a, b) a##b
+#define RW_CONCAT(a, b) RW_CONCAT_(a, b)
+const DivergenceLaunch RW_CONCAT(divergence_, RW_DTYPE) = launch_divergence;
+
+}  // namespace reweight_ops

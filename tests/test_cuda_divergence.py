@@ -1,0 +1,251 @@
+"""The CUDA kernels on two logits tensors, run thread by thread on the CPU: by the accuracy criterion, and by the rules of divergences/verbs.py."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from cuda_emulation.fixtures import SCHEDULES, emulated
+
+from reweight_ops.backends.base import OUT, Head
+from reweight_ops.divergences import reference
+from reweight_ops.divergences.native import NativeDivergence
+from reweight_ops.divergences.verbs import Two
+from reweight_ops.errors import InvalidCall
+
+INF = math.inf
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CASES = ("plain", "shifted", "close", "peaked", "cap", "per_row")
+#: KL(q‖p), KL(p‖q), H(p), and a mixture of them.
+CONSTANTS = {"forward": (1.0, 0.0, 0.0), "reverse": (0.0, 1.0, 0.0), "entropy": (0.0, 0.0, 1.0), "all": (0.5, 0.7, -0.3)}
+U = 2.0**-24
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    module, native = emulated()
+    yield module, NativeDivergence(native)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cuda(kernels):
+    kernels[0].set_schedule("random", 1)
+    return kernels[1]
+
+
+def make(n, v, dtype=torch.float32, other=None, case="plain", seed=0):
+    """A call of n rows; of its rows every fourth is out."""
+    g = torch.Generator().manual_seed(seed + v)
+    z = 2 * torch.randn(n, v, generator=g, dtype=torch.float64)
+    z += torch.where(torch.rand(z.shape, generator=g) < 4 / v, 8.0, 0.0)
+    y = z + (0.05 if case == "close" else 1.5) * torch.randn(z.shape, generator=g, dtype=torch.float64)
+    if case == "shifted":
+        z, y = z + 300, y + 200
+    if case == "peaked":
+        z[:, v // 2] += 25
+        y[:, v // 2] += 20
+    ids = torch.arange(n)
+    ids[3::4] = OUT
+    t, u = (torch.linspace(0.5, 2, n), torch.linspace(1.7, 0.6, n)) if case == "per_row" else (torch.tensor([0.8]), torch.tensor([0.9]))
+    caps = (6.0, 5.0) if case == "cap" else (INF, INF)
+    return Two(z.to(dtype), y.to(other or dtype), ids, t, u, Head(v, caps[0]), Head(v, caps[1]))
+
+
+def as_dtype(two, dtype):
+    return two._replace(
+        logits=two.logits.to(dtype), other=two.other.to(dtype), temperature=two.temperature.to(dtype), other_temperature=two.other_temperature.to(dtype)
+    )  # fmt: skip
+
+
+def close_enough(got, single, exact, floor, what):
+    """At most 1.5 times the error of the reference in fp32, maximum and rms, plus the floor."""
+    e, b = (got.double() - exact).abs(), (single.to(got.dtype).double() - exact).abs()
+    worst = (e / (1.5 * b.max() + floor)).max()
+    rms = e.square().mean().sqrt() / (1.5 * b.square().mean().sqrt() + floor.max())
+    assert worst <= 1 and rms <= 1, f"{what}: max {float(worst):.3f}, rms {float(rms):.3f}"
+
+
+def both_plans(cuda, two, constants, weights):
+    """Yields (plan, table, gradient), of one pass also in place."""
+    out = torch.full_like(two.logits, math.nan)
+    yield "one pass", cuda.loss_grad(two, constants, weights, out), out
+    table, out = cuda.stats(two), torch.full_like(two.logits, math.nan)
+    cuda.grad(two, table, constants[:, None] * weights, out)
+    yield "two passes", table, out
+    place = two.logits.clone()
+    yield "in place", cuda.loss_grad(two._replace(logits=place), constants, weights, place), place
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", CONSTANTS)
+@pytest.mark.parametrize("case", CASES)
+def test_accuracy(cuda, case, kind, dtype):
+    constants = torch.tensor(CONSTANTS[kind])
+    for v in (9, 1031, 5003) if dtype != "fp32" else (3, 2050, 4999):
+        two = make(6, v, DTYPES[dtype], case=case)
+        weights = torch.linspace(0.5, 2, 6)
+        exact_two, single_two = as_dtype(two, torch.float64), as_dtype(two, torch.float32)
+        exact_out, single_out = torch.empty(6, v, dtype=torch.float64), torch.empty(6, v)
+        exact = reference.loss_grad(exact_two, constants.double(), weights.double(), exact_out)
+        single = reference.loss_grad(single_two, constants, weights, single_out)
+        size = 4 * U * (exact[:4].max() + 1)
+        floor = (4 * U * constants.abs().sum() * weights / two.temperature)[:, None].double()
+        results = list(both_plans(cuda, two, constants, weights))
+        for plan, table, grad in results:
+            close_enough(table[:4], single[:4], exact[:4], size, f"{plan}, values, V = {v}")
+            for k in (4, 6):
+                lse = table[k].double() + table[k + 1].double()
+                close_enough(lse, single[k].double(), exact[k], size, f"{plan}, log-sum-exp {k}, V = {v}")
+            close_enough(grad, single_out, exact_out, floor, f"{plan}, gradient, V = {v}")
+            assert (grad[3] == 0).all() and (table[:, 3] == 0).all()
+            assert torch.equal(grad, results[0][2]) and torch.equal(table, results[0][1]), f"{plan}: other bits"
+
+
+@pytest.mark.parametrize(("dtype", "other"), [c for c in itertools.product(DTYPES, DTYPES) if c[0] != c[1]])
+@pytest.mark.parametrize("v", [1, 7, 8, 33, 2049])
+def test_mixed_dtypes_padding_and_strides(cuda, dtype, other, v):
+    """Both tensors are views in NaNs, of other alignments and paddings: the bits are those of aligned rows."""
+    two = make(5, v, DTYPES[dtype], DTYPES[other])
+    constants, weights = torch.tensor(CONSTANTS["all"]), torch.linspace(0.5, 2, 5)
+    want = torch.empty(5, v, dtype=torch.float64)
+    table_want = reference.loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), want)
+    plain = torch.empty_like(two.logits)
+    table = cuda.loss_grad(two, constants, weights, plain)
+    torch.testing.assert_close(table[:4].double(), table_want[:4], rtol=1e-5, atol=2e-6)
+    rtol = {"fp32": 2e-5, "bf16": 2**-8, "fp16": 2**-11}[dtype]
+    torch.testing.assert_close(plain.double(), want, rtol=rtol, atol=2e-6)
+    wide, wide_other, wide_out = (torch.full((7, v + extra), math.nan, dtype=t.dtype) for t, extra in ((plain, 5), (two.other, 11), (plain, 9)))
+    x, y, out = wide[1:6, 1 : v + 5], wide_other[1:6, 3:], wide_out[1:6, 2 : v + 6]
+    x[:, :v], y[:, :v] = two.logits, two.other
+    got = cuda.loss_grad(two._replace(logits=x, other=y), constants, weights, out)
+    assert torch.equal(got, table) and torch.equal(out[:, :v], plain) and (out[:, v:] == 0).all()
+    assert wide_out[1:6, v + 6 :].isnan().all() and wide_out[1:6, :2].isnan().all() and wide_out[[0, 6]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cap", [INF, 20.0])
+def test_zero_probabilities_and_sick_rows(cuda, dtype, cap):
+    v = 5003
+    two = make(12, v, DTYPES[dtype])._replace(ids=torch.arange(12), head=Head(v, cap), other_head=Head(v, cap))
+    z, y = two.logits, two.other
+    z[0, 4700] = -INF  # p = 0 < q
+    y[1, 5001] = -INF  # q = 0 < p, in the tail
+    z[2, 5] = y[2, 5] = -INF
+    z[3, :4800] = y[3, :4800] = -INF
+    z[4, ::2] = y[4, ::2] = -INF
+    z[5, 2048:], y[5, 2048:] = -INF, -INF
+    z[6] = -INF
+    y[7] = -INF
+    y[8, 5000] = math.nan
+    z[9, 17] = INF
+    y[10] = -INF
+    y[10, 0] = math.nan
+    sick = [6, 7, 8, 9, 10]
+    constants, weights = torch.tensor(CONSTANTS["all"]), torch.ones(12)
+    want = torch.empty(12, v, dtype=torch.float64)
+    exact = reference.loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), want)
+    assert exact[0, 0] == INF and exact[1, 1] == INF and exact[:4, sick].isnan().all()
+    for plan, table, grad in both_plans(cuda, two, constants, weights):
+        torch.testing.assert_close(table[:4].double(), exact[:4], rtol=1e-5, atol=2e-6, equal_nan=True, msg=lambda m, plan=plan: f"{plan}: {m}")
+        assert grad[1].isnan().sum() == v and grad[sick].isnan().all()
+        for i in (0, 2, 3, 4, 5, 11):
+            assert (grad[i][z[i] == -INF] == 0).all() and grad[i].isfinite().all()
+            torch.testing.assert_close(grad[i].double(), want[i], rtol=1e-2 if dtype != "fp32" else 1e-4, atol=2e-6)
+    # The forward direction alone is finite where q = 0.
+    out = torch.full_like(z, math.nan)
+    cuda.loss_grad(two, torch.tensor(CONSTANTS["forward"]), weights, out)
+    assert out[1].isfinite().all() and out[0].isfinite().all()
+
+
+def test_rows_that_are_out_or_without_coefficients_are_not_read(cuda):
+    two = make(8, 700, torch.bfloat16)
+    constants, weights = torch.tensor(CONSTANTS["all"]), torch.ones(8)
+    clean = torch.empty_like(two.logits)
+    table = cuda.loss_grad(two, constants, weights, clean)
+    two.logits[3], two.other[7] = math.nan, math.nan
+    out = torch.full_like(two.logits, math.nan)
+    assert torch.equal(cuda.loss_grad(two, constants, weights, out), table) and torch.equal(out, clean)
+    assert (out[[3, 7]] == 0).all() and (table[:, [3, 7]] == 0).all()
+    two.logits[1] = math.nan
+    coefs = constants[:, None] * weights
+    coefs[:, 1] = 0
+    cuda.grad(two, table, coefs, out)
+    assert (out[1] == 0).all() and torch.equal(out[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_tensors_give_exact_zeros(cuda, dtype):
+    two = make(3, 2500, DTYPES[dtype])
+    two = two._replace(other=two.logits.clone(), other_temperature=two.temperature)
+    out = torch.full_like(two.logits, math.nan)
+    table = cuda.loss_grad(two, torch.tensor([1.0, 1.0, 0.0]), torch.ones(3), out)
+    assert (table[:2] == 0).all() and (out == 0).all()
+
+
+def test_far_apart(cuda):
+    z, y = torch.zeros(1, 3000), torch.zeros(1, 3000)
+    z[0, 7], y[0, 2900] = 1000.0, 1000.0
+    one = torch.ones(1)
+    two = Two(z, y, torch.zeros(1, dtype=torch.int64), one, one, Head(3000), Head(3000))
+    out = torch.empty_like(z)
+    table = cuda.loss_grad(two, torch.tensor(CONSTANTS["forward"]), one, out)
+    assert table[:2, 0].tolist() == pytest.approx([1000, 1000], rel=1e-6) and out[0, 7] == 1 and out[0, 2900] == -1 and out.isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_gives_the_same_bits(kernels, schedule):
+    """More rows than blocks, so that buffers are used again; a row alone gives what it gives among others."""
+    module, cuda = kernels
+    two = make(13, 2563, torch.bfloat16, torch.float32)
+    constants, weights = torch.tensor(CONSTANTS["all"]), torch.linspace(0.5, 2, 13)
+    module.set_schedule("eager", 0)
+    want_out = torch.empty_like(two.logits)
+    want = cuda.loss_grad(two, constants, weights, want_out)
+    for seed in range(3):
+        module.set_schedule(schedule, seed)
+        for plan, table, grad in both_plans(cuda, two, constants, weights):
+            assert torch.equal(table, want) and torch.equal(grad, want_out), plan
+    alone = two._replace(logits=two.logits[5:6], other=two.other[5:6], ids=two.ids[5:6])
+    assert torch.equal(cuda.stats(alone)[:, 0], want[:, 5])
+
+
+def test_a_long_row(cuda):
+    """Qwen's vocabulary, by the criterion."""
+    v = 151936
+    two = make(2, v, torch.bfloat16)
+    constants, weights = torch.tensor(CONSTANTS["all"]), torch.ones(2)
+    exact_out, single_out, out = torch.empty(2, v, dtype=torch.float64), torch.empty(2, v), torch.empty_like(two.logits)
+    exact = reference.loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), exact_out)
+    single = reference.loss_grad(as_dtype(two, torch.float32), constants, weights, single_out)
+    table = cuda.loss_grad(two, constants, weights, out)
+    close_enough(table[:4], single[:4], exact[:4], 4 * U * (exact[:4].max() + 1), "values")
+    close_enough(out, single_out, exact_out, torch.full((1,), 4 * U * 1.5 / 0.8, dtype=torch.float64), "gradient")
+
+
+def test_three_dimensions_and_no_rows(cuda):
+    two = make(6, 100)
+    want = cuda.stats(two)
+    batched = two._replace(logits=two.logits.view(2, 3, 100), other=two.other.view(2, 3, 100))
+    assert torch.equal(cuda.stats(batched), want)
+    none = two._replace(logits=two.logits[:0], other=two.other[:0], ids=two.ids[:0])
+    assert cuda.stats(none).shape == (8, 0)
+
+
+def test_bad_arguments_do_not_reach_the_kernel(cuda):
+    two = make(4, 60)
+    for message, call in {
+        "other rows or columns": lambda: cuda.stats(two._replace(other=two.other[:3])),
+        "vocab_size is 60": lambda: cuda.stats(two._replace(other=two.other[:, :59])),
+        "ids is": lambda: cuda.stats(two._replace(ids=two.ids[:3])),
+        "coefs is": lambda: cuda.grad(two, cuda.stats(two), torch.ones(2, 4), two.logits),
+        "weights is": lambda: cuda.loss_grad(two, torch.ones(3), torch.ones(3), two.logits),
+        "constants is": lambda: cuda.loss_grad(two, torch.ones(2), torch.ones(4), two.logits),
+        "out is": lambda: cuda.loss_grad(two, torch.ones(3), torch.ones(4), two.logits.double()),
+    }.items():
+        with pytest.raises(InvalidCall, match=message):
+            call()
