@@ -119,7 +119,9 @@ def test_mixed_dtypes_padding_and_strides(cuda, dtype, other, v):
     torch.testing.assert_close(table[:4].double(), table_want[:4], rtol=1e-5, atol=2e-6)
     rtol = {"fp32": 2e-5, "bf16": 2**-8, "fp16": 2**-11}[dtype]
     torch.testing.assert_close(plain.double(), want, rtol=rtol, atol=2e-6)
-    wide, wide_other, wide_out = (torch.full((7, v + extra), math.nan, dtype=t.dtype) for t, extra in ((plain, 5), (two.other, 11), (plain, 9)))
+    wide, wide_other, wide_out = (
+        torch.full((7, v + extra), math.nan, dtype=t.dtype) for t, extra in ((plain, 5), (two.other, 11), (plain, 9))
+    )
     x, y, out = wide[1:6, 1 : v + 5], wide_other[1:6, 3:], wide_out[1:6, 2 : v + 6]
     x[:, :v], y[:, :v] = two.logits, two.other
     got = cuda.loss_grad(two._replace(logits=x, other=y), constants, weights, out)
@@ -151,7 +153,9 @@ def test_zero_probabilities_and_sick_rows(cuda, dtype, cap):
     exact = reference.loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), want)
     assert exact[0, 0] == INF and exact[1, 1] == INF and exact[:4, sick].isnan().all()
     for plan, table, grad in both_plans(cuda, two, constants, weights):
-        torch.testing.assert_close(table[:4].double(), exact[:4], rtol=1e-5, atol=2e-6, equal_nan=True, msg=lambda m, plan=plan: f"{plan}: {m}")
+        torch.testing.assert_close(
+            table[:4].double(), exact[:4], rtol=1e-5, atol=2e-6, equal_nan=True, msg=lambda m, plan=plan: f"{plan}: {m}"
+        )
         assert grad[1].isnan().sum() == v and grad[sick].isnan().all()
         for i in (0, 2, 3, 4, 5, 11):
             assert (grad[i][z[i] == -INF] == 0).all() and grad[i].isfinite().all()

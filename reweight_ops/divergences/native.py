@@ -21,9 +21,7 @@ class NativeDivergence:
     def _calls(self, two: Two) -> tuple[Any, Any]:
         rows = [t.shape[:-1] for t in (two.logits, two.other)]
         if rows[0] != rows[1] or two.head.vocab_size != two.other_head.vocab_size:
-            raise InvalidCall(
-                f"the two logits tensors are {tuple(two.logits.shape)} and {tuple(two.other.shape)}: other rows or columns."
-            )
+            raise InvalidCall(f"the two logits tensors are {tuple(two.logits.shape)} and {tuple(two.other.shape)}: other rows or columns.")
         if two.logits.device != two.other.device:
             raise InvalidCall(f"the two logits tensors are on {two.logits.device} and {two.other.device}.")
         return (
