@@ -27,10 +27,11 @@ class LinearCase:
     vocab: int
     dtype: str
     device: str
+    zero_advantages: bool = False  # of 40 % of the sequences
 
     @property
     def name(self) -> str:
-        return f"{self.job} {self.rows}x{self.hidden}x{self.vocab} {self.dtype}"
+        return f"{self.job} {self.rows}x{self.hidden}x{self.vocab} {self.dtype}{' 40% zero' if self.zero_advantages else ''}"
 
     @property
     def logits_bytes(self) -> int:
@@ -44,7 +45,7 @@ class LinearCase:
         return 6 * self.rows * self.hidden * self.vocab
 
     def data(self) -> LinearData:
-        return replace(_tensors(self.rows, self.hidden, self.vocab, self.dtype, self.device), case=self)
+        return replace(_tensors(self.rows, self.hidden, self.vocab, self.dtype, self.device, self.zero_advantages), case=self)
 
 
 def linear_cases(device: str, tiny: bool = False) -> list[LinearCase]:
@@ -90,7 +91,7 @@ class LinearData:
         return {"gemms": gemms}
 
     def error(self, exact: bool, value: Any, grads: tuple[Tensor, Tensor]) -> float:
-        """The error of both gradients in a few rows, over what is allowed. Logits in 16 bits decide it, so all are held to the same."""
+        """The error of both gradients in a few rows that have one, over what is allowed. Logits in 16 bits decide it, so all are held to the same."""
         got_h, got_w = (g.detach() for g in grads)
         h, w, ids = self.hidden.detach().flatten(0, 1).double(), self.weight.detach(), self.ids.flatten()
         lse = self.lse.flatten().double()
@@ -98,12 +99,13 @@ class LinearData:
         logps = chosen.requires_grad_()
         (coef,) = torch.autograd.grad(self.row_loss(logps), logps)
 
-        def slopes(z: Tensor, rows: slice, columns: Tensor) -> Tensor:
+        def slopes(z: Tensor, rows: Any, columns: Tensor) -> Tensor:
             p = torch.exp(z - lse[rows, None])
             return coef[rows, None] * ((ids[rows, None] == columns).double() - p)
 
-        rows, columns = slice(0, GATE_ROWS), ids[:GATE_ROWS].unique()
-        of_h = torch.zeros(min(GATE_ROWS, h.size(0)), h.size(1), dtype=torch.float64, device=h.device)
+        rows = coef.nonzero()[:GATE_ROWS, 0]
+        columns = ids[rows].unique()
+        of_h = torch.zeros(len(rows), h.size(1), dtype=torch.float64, device=h.device)
         every = torch.arange(w.size(0), device=h.device)
         for part in every.split(16384):
             block = w[part].double()
@@ -114,9 +116,9 @@ class LinearData:
 
 
 @lru_cache(maxsize=1)
-def _tensors(rows: int, hidden: int, vocab: int, dtype: str, device: str) -> LinearData:
+def _tensors(rows: int, hidden: int, vocab: int, dtype: str, device: str, zero_advantages: bool) -> LinearData:
     g = torch.Generator(device).manual_seed(0)
-    t = min(rows, 1024 if device == "cuda" else 16)
+    t = min(rows, 1024) if device == "cuda" else rows // 32
     shape = (rows // t, t)
     h = torch.randn(*shape, hidden, generator=g, device=device).to(getattr(torch, dtype))
     w = (torch.randn(vocab, hidden, generator=g, device=device) * (3 / hidden**0.5)).to(h.dtype)
@@ -125,6 +127,8 @@ def _tensors(rows: int, hidden: int, vocab: int, dtype: str, device: str) -> Lin
     logp = (h.float() * w[ids].float()).sum(-1) - lse
     old = logp + 0.3 * torch.randn(shape, generator=g, device=device)
     advantages = torch.randn(shape[0], 1, generator=g, device=device).expand(shape).contiguous()
+    if zero_advantages:
+        advantages[: round(0.4 * shape[0])] = 0
     spare = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     case = LinearCase("linear", rows, hidden, vocab, dtype, device)
     return LinearData(case, h.requires_grad_(), w.requires_grad_(), ids, advantages, old, lse, spare)
@@ -133,7 +137,7 @@ def _tensors(rows: int, hidden: int, vocab: int, dtype: str, device: str) -> Lin
 # ---- who
 
 
-def _job(data: LinearData, loss: Callable[[], Tensor]) -> Job:
+def job_of(data: LinearData, loss: Callable[[], Tensor]) -> Job:
     def job() -> tuple[Tensor, tuple[Tensor, Tensor]]:
         value = loss()
         return value.detach(), torch.autograd.grad(value, (data.hidden, data.weight))
@@ -150,15 +154,15 @@ def _eager(data: LinearData) -> Callable[[], Tensor]:
 
 
 def eager(data: LinearData) -> Job:
-    return _job(data, _eager(data))
+    return job_of(data, _eager(data))
 
 
 def compiled(data: LinearData) -> Job:
     torch._dynamo.reset()
-    return _job(data, torch.compile(_eager(data), dynamic=False))
+    return job_of(data, torch.compile(_eager(data), dynamic=False))
 
 
-def _ours(backend: str, plan: str) -> Callable[[LinearData], Job]:
+def ours(backend: str, plan: str) -> Callable[[LinearData], Job]:
     def make(data: LinearData) -> Job:
         import reweight_ops as rw
         from reweight_ops.rules.surrogates import Reinforce
@@ -169,7 +173,7 @@ def _ours(backend: str, plan: str) -> Callable[[LinearData], Job]:
         else:
             spec, rows = rw.methods.ppo(0.2), dict(advantages=data.advantages, old_per_token_logps=data.old)
         options = dict(spec=spec, plan=plan, backend=backend)
-        return _job(data, lambda: rw.linear_policy_loss(data.hidden, data.weight, data.ids, **rows, **options).loss)
+        return job_of(data, lambda: rw.linear_policy_loss(data.hidden, data.weight, data.ids, **rows, **options).loss)
 
     return make
 
@@ -182,27 +186,29 @@ def trl(data: LinearData) -> Job:
         logps = function.apply(data.hidden.flatten(0, 1), data.weight, None, data.ids.flatten(), 1.0, chunk, None, 1.0, ())[0]
         return data.row_loss(logps)
 
-    return _job(data, loss)
+    return job_of(data, loss)
 
 
 def liger(data: LinearData) -> Job:
     module = import_or_absent("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
-    needs_gpu(data.hidden)
-    of = module(beta=0.0, use_ref_model=False, loss_type="bnpo", epsilon_low=0.2, epsilon_high=0.2, temperature=1.0)
+    options = {"beta": 0.0, "use_ref_model": False, "loss_type": "bnpo", "epsilon_low": 0.2, "epsilon_high": 0.2, "temperature": 1.0}
+    if not data.hidden.is_cuda:  # its chunks are sequences: as many as make 256 rows
+        options |= {"compiled": False, "chunk_size": max(256 // data.ids.size(1), 1)}
+    of = module(**options)
     mask, advantages = torch.ones_like(data.ids), data.advantages[:, 0].contiguous()
-    return _job(data, lambda: of(data.hidden, data.weight, data.ids, mask, advantages, old_per_token_logps=data.old)[0])
+    return job_of(data, lambda: of(data.hidden, data.weight, data.ids, mask, advantages, old_per_token_logps=data.old)[0])
 
 
 def cce(data: LinearData) -> Job:
     of = import_or_absent("cut_cross_entropy", "linear_cross_entropy")
     needs_gpu(data.hidden)
-    return _job(data, lambda: data.row_loss(-of(data.hidden, data.weight, data.ids, reduction="none")))
+    return job_of(data, lambda: data.row_loss(-of(data.hidden, data.weight, data.ids, reduction="none")))
 
 
 def quack(data: LinearData) -> Job:
     of = import_or_absent("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
     needs_gpu(data.hidden)
-    return _job(data, lambda: of(data.hidden.flatten(0, 1), data.weight, data.ids.flatten(), reduction="mean"))
+    return job_of(data, lambda: of(data.hidden.flatten(0, 1), data.weight, data.ids.flatten(), reduction="mean"))
 
 
 def linear_providers(backends: tuple[str, ...]) -> list[Provider]:
@@ -216,5 +222,5 @@ def linear_providers(backends: tuple[str, ...]) -> list[Provider]:
         Provider("QuACK linear CE", quack, ("linear ce",)),
     ]
     for b in backends:
-        found += [Provider(f"{b} {plan}", _ours(b, plan), both, ours=True) for plan in ("one_pass", "two_pass")]
+        found += [Provider(f"{b} {plan}", ours(b, plan), both, ours=True) for plan in ("one_pass", "two_pass")]
     return found

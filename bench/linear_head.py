@@ -23,168 +23,51 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import reweight_ops as rw
-
-from .measure import SAME_FUNCTION, Memory, foreign_load
+from .linear import LinearCase, LinearData, eager, job_of, liger, ours, trl
+from .measure import Memory, foreign_load
+from .providers import Absent, Job
 
 RESULTS = Path(__file__).parent / "results" / "cpu-linear-head.json"
-GATE_ROWS = 16
 BARE, THERE = GEMMS = ("three bare GEMMs", "the same, into memory that is there")
 
-
-@dataclass(frozen=True)
-class HeadCase:
-    rows: int
-    hidden: int
-    vocab: int
-    dtype: str
-    zero_advantages: bool = False  # 13 of 32 sequences
-
-    @property
-    def name(self) -> str:
-        return f"{self.rows}x{self.hidden}x{self.vocab} {self.dtype}{' 40% zero' if self.zero_advantages else ''}"
-
-    @property
-    def logits_bytes(self) -> int:
-        return self.rows * self.vocab * getattr(torch, self.dtype).itemsize
-
-    @property
-    def gradient_bytes(self) -> int:
-        return (self.rows + self.vocab) * self.hidden * getattr(torch, self.dtype).itemsize
-
-
 CASES = [
-    HeadCase(rows, hidden, vocab, dtype, zero)
+    LinearCase("linear", rows, hidden, vocab, dtype, "cpu", zero)
     for rows, hidden, vocab in ((256, 4096, 32000), (2048, 1024, 151936))
     for dtype in ("bfloat16", "float32")
     for zero in (False, True)
 ]
 
 
-class HeadData:
-    """``hidden [B, T, D]`` and ``weight [V, D]``, leaves that require grad; advantages per sequence."""
-
-    def __init__(self, case: HeadCase) -> None:
-        g = torch.Generator().manual_seed(0)
-        dtype, shape = getattr(torch, case.dtype), (32, case.rows // 32)
-        self.case = case
-        self.hidden = torch.randn(*shape, case.hidden, generator=g).to(dtype).requires_grad_()
-        self.weight = (torch.randn(case.vocab, case.hidden, generator=g) * (3 / case.hidden**0.5)).to(dtype).requires_grad_()
-        self.ids = torch.randint(0, case.vocab, shape, generator=g)
-        h, w = self.hidden.detach().flatten(0, 1), self.weight.detach()
-        self.lse = torch.cat([torch.logsumexp(x @ w.t(), -1, keepdim=True).float()[:, 0] for x in h.split(128)])
-        logp = (h.float() * w[self.ids.flatten()].float()).sum(-1) - self.lse
-        self.old = (logp + 0.1 * torch.randn(len(h), generator=g)).view(shape)
-        self.advantages = torch.randn(shape[0], generator=g)
-        if case.zero_advantages:
-            self.advantages[: round(0.4 * shape[0])] = 0
-
-    def row_loss(self, logps: Tensor) -> Tensor:
-        adv = self.advantages[:, None].expand(self.ids.shape).reshape(logps.shape).to(logps.dtype)
-        ratio = torch.exp(logps - self.old.reshape(logps.shape).to(logps.dtype))
-        return -torch.min(ratio * adv, ratio.clamp(0.8, 1.2) * adv).mean()
-
-    def error(self, grads: tuple[Tensor, ...]) -> float:
-        """The error of both gradients in a few rows, over what is allowed, against fp64."""
-        h, w, ids, lse = self.hidden.detach().flatten(0, 1).double(), self.weight.detach(), self.ids.flatten(), self.lse.double()
-        logps = ((h * w[ids].double()).sum(-1) - lse).requires_grad_()
-        (coef,) = torch.autograd.grad(self.row_loss(logps), logps)
-        some = coef.nonzero()[:GATE_ROWS, 0]
-
-        def slopes(z: Tensor, rows: Any, columns: Tensor) -> Tensor:
-            return coef[rows, None] * ((ids[rows, None] == columns).double() - torch.exp(z - lse[rows, None]))
-
-        of_h = torch.zeros(len(some), h.size(1), dtype=torch.float64)
-        for part in torch.arange(w.size(0)).split(8192):
-            block = w[part].double()
-            of_h += slopes(h[some] @ block.t(), some, part) @ block
-        columns = ids[some].unique()
-        of_w = slopes(h @ w[columns].double().t(), slice(None), columns).t() @ h
-        pairs = ((grads[0].flatten(0, -2)[some], of_h), (grads[1][columns], of_w))
-        return max(float((got.double() - truth).norm() / truth.norm() / SAME_FUNCTION) for got, truth in pairs)
-
-
-Job = Callable[[], tuple[Tensor, ...]]
-
-
-def _job(data: HeadData, loss: Callable[[], Tensor]) -> Job:
-    return lambda: torch.autograd.grad(loss(), (data.hidden, data.weight))
-
-
-def gemms(fresh: bool) -> Callable[[HeadData], Job]:
+def gemms(fresh: bool) -> Callable[[LinearData], Job]:
     """The three GEMMs alone; their results mean nothing. ``fresh``: into new memory, as whoever returns gradients must, else into memory
     that is there already."""
 
-    def make(data: HeadData) -> Job:
+    def make(data: LinearData) -> Job:
         h, w = data.hidden.detach().flatten(0, 1), data.weight.detach()
-        if fresh:
+        if not fresh:
+            return data.limits()["gemms"]
 
-            def plain() -> tuple[Tensor, ...]:
-                z = torch.mm(h, w.t())
-                return torch.mm(z, w), torch.mm(z.t(), h)
+        def plain() -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            z = torch.mm(h, w.t())
+            return z, (torch.mm(z, w), torch.mm(z.t(), h))
 
-            return plain
-        z, dh, dw = h.new_zeros(h.size(0), w.size(0)), torch.zeros_like(h), torch.zeros_like(w)
-
-        def job() -> tuple[Tensor, ...]:
-            torch.mm(h, w.t(), out=z)
-            return torch.mm(z, w, out=dh), torch.mm(z.t(), h, out=dw)
-
-        return job
+        return plain
 
     return make
 
 
-def ours(plan: str, **options: Any) -> Callable[[HeadData], Job]:
-    def make(data: HeadData) -> Job:
-        spec = rw.methods.ppo(0.2)
-        keywords = {"spec": spec, "plan": plan, "old_per_token_logps": data.old, "backend": "cpu", **options}
-        return _job(data, lambda: rw.linear_policy_loss(data.hidden, data.weight, data.ids, data.advantages, **keywords).loss)
+def materialised(data: LinearData) -> Job:
+    import reweight_ops as rw
 
-    return make
+    options = {"spec": rw.methods.ppo(0.2), "old_per_token_logps": data.old, "backend": "cpu", "consume_logits": True}
+    return job_of(data, lambda: rw.policy_loss(F.linear(data.hidden, data.weight), data.ids, data.advantages, **options).loss)
 
 
-def materialised(data: HeadData) -> Job:
-    spec = rw.methods.ppo(0.2)
-    options = {"spec": spec, "old_per_token_logps": data.old, "backend": "cpu", "consume_logits": True}
-    return _job(data, lambda: rw.policy_loss(F.linear(data.hidden, data.weight), data.ids, data.advantages, **options).loss)
-
-
-def eager(data: HeadData) -> Job:
-    def loss() -> Tensor:
-        logp_all = torch.log_softmax(F.linear(data.hidden, data.weight).float(), -1)
-        return data.row_loss(logp_all.gather(-1, data.ids.unsqueeze(-1)).squeeze(-1))
-
-    return _job(data, loss)
-
-
-def trl(data: HeadData) -> Job:
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as width
-
-    def loss() -> Tensor:
-        arguments = (data.hidden.flatten(0, 1), data.weight, None, data.ids.flatten(), 1.0, width, None, 1.0, ())
-        return data.row_loss(ChunkedLogProbFunction.apply(*arguments)[0])
-
-    return _job(data, loss)
-
-
-def liger(data: HeadData) -> Job:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    chunk = max(32 * 256 // data.case.rows, 1)  # sequences: 256 rows, as ours
-    of = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, loss_type="bnpo", epsilon_low=0.2, epsilon_high=0.2, compiled=False, chunk_size=chunk
-    )
-    mask = torch.ones_like(data.ids)
-    return _job(data, lambda: of(data.hidden, data.weight, data.ids, mask, data.advantages, old_per_token_logps=data.old)[0])
-
-
-PROVIDERS: list[tuple[str, Callable[[HeadData], Job]]] = [
+PROVIDERS: list[tuple[str, Callable[[LinearData], Job]]] = [
     (BARE, gemms(fresh=True)),
     (THERE, gemms(fresh=False)),
-    ("linear one_pass", ours("one_pass")),
-    ("linear two_pass", ours("two_pass")),
+    ("linear one_pass", ours("cpu", "one_pass")),
+    ("linear two_pass", ours("cpu", "two_pass")),
     ("F.linear, then policy_loss in place", materialised),
     ("eager", eager),
     ("TRL ChunkedLogProbFunction", trl),
@@ -211,9 +94,9 @@ def _timed(job: Job, memory: Memory | None) -> Run:
     return Run(1000 * (time.perf_counter() - start), 1000 * (time.process_time() - busy), found[0], growth)
 
 
-def measure(case: HeadCase, options: argparse.Namespace) -> dict[str, Any]:
+def measure(case: LinearCase, options: argparse.Namespace) -> dict[str, Any]:
     """One case: gate, memory, then rounds."""
-    data, memory = HeadData(case), Memory("cpu")
+    data, memory = case.data(), Memory("cpu")
     jobs, entry = {}, {"case": asdict(case), "name": case.name, "logits_bytes": case.logits_bytes, "results": {}}
     for name, make in PROVIDERS:
         ours_alone = case.zero_advantages or options.only_ours
@@ -225,10 +108,10 @@ def measure(case: HeadCase, options: argparse.Namespace) -> dict[str, Any]:
         try:
             job = make(data)
             first = _timed(job, memory)
-        except ImportError as error:
-            row["note"] = f"not importable: {error}"
+        except Absent as error:
+            row["note"] = str(error)
             continue
-        row["gate"] = None if is_gemms else data.error(first.result)
+        row["gate"] = None if is_gemms else data.error(False, *first.result)
         if row["gate"] is not None and not row["gate"] <= 1:
             row["note"] = f"error {row['gate']:.2f} times what is allowed: not timed"
             continue
@@ -308,7 +191,7 @@ def main() -> None:
         from .__main__ import machine
 
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-        document = {"machine": machine("cpu"), "cases": known["cases"]}
+        document = {"machine": machine("cpu", None), "cases": known["cases"]}
         for case in CASES:
             if all(word in case.name for word in options.only):
                 entry = {**measure(case, options), "commit": document["machine"]["commit"]}

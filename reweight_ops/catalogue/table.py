@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ..backends.select import NAMES
 from .left_out import LEFT_OUT
 from .registry import CATALOGUE, CERTAINTIES, KINDS, Entry
 
@@ -43,20 +40,8 @@ def level(entry: Entry) -> str:
 
 
 def backends(entry: Entry) -> str:
-    """Which backends compute its vocabulary-sized part."""
-    if plan(entry) not in ("one pass", "two passes"):
-        return "PyTorch"
-    return ", ".join(sorted(_with_divergence())) if entry.kind == "divergence" and entry.name not in _BY_LOG_PROBS else "all"
-
-
-#: Divergences that are made of log-probs and entropies, which every backend gives.
-_BY_LOG_PROBS = ("ldr", "aldr")
-
-
-def _with_divergence() -> set[str]:
-    """The backends that have kernels for a second logits tensor: a module of that name in :mod:`reweight_ops.divergences`."""
-    folder = Path(__file__).parents[1] / "divergences"
-    return {name for name in NAMES if (folder / f"{name}.py").exists()}
+    """Which backends compute its vocabulary-sized part: what takes a plan runs on all of them."""
+    return "all" if plan(entry) in ("one pass", "two passes") else "PyTorch"
 
 
 def _line(entry: Entry) -> str:
