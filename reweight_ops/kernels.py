@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .backends.base import Head, Program, Request, RowInputs
 from .backends.select import choose, load
+from .memory import empty
 
 __all__ = ["Head", "Program", "RowInputs", "token_grad", "token_loss_grad", "token_stats"]
 
 
 def _out(logits: Tensor, out: Tensor | None) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    return empty(logits.shape, logits.dtype, logits.device) if out is None else out
 
 
 def token_stats(

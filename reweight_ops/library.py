@@ -16,6 +16,7 @@ from torch.library import Library, infer_schema
 
 from .backends.base import LOSS_ROWS, Head, Program, RowInputs
 from .backends.select import load
+from .memory import empty
 
 _library = Library("reweight_ops", "DEF")  # type: ignore[no-untyped-call]
 
@@ -118,7 +119,7 @@ def token_grad(
     drop_last: bool,
     backend: str,
 ) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = empty(logits.shape, logits.dtype, logits.device)
     stats, coefs = [logp, lse, entropy, log_sum_p_sq], [by_logp, by_entropy, by_lse, by_log_sum_p_sq]
     _grad_into(out, logits, ids, temperature, Head(vocab_size, softcap), drop_last, stats, coefs, backend)
     return out
@@ -182,7 +183,7 @@ def token_loss_grad(
     drop_last: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = empty(logits.shape, logits.dtype, logits.device)
     inputs = RowInputs(weights, old_logp, adv, ref_logp, sampling_logp)
     return _loss_grad_into(out, logits, ids, temperature, Head(vocab_size, softcap), drop_last, inputs, program, params, backend), out
 

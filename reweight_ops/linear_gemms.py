@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .memory import empty
+
 #: Bytes of logits by device, and the fewest rows that still make an efficient GEMM (every chunk reads the weight again).
 _BUDGET = {"cpu": 96 << 20, "cuda": 1 << 30}
 _FEWEST_ROWS = 256
@@ -101,7 +103,7 @@ class Chunk:
 
     def __init__(self, size: int, head: Head, settings: Settings) -> None:
         self.head = head
-        self.data = torch.empty(size, head.weight.size(0), dtype=settings.logits_dtype, device=head.weight.device)
+        self.data = empty((size, head.weight.size(0)), settings.logits_dtype, head.weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of up to ``size`` rows: the first rows of the buffer."""
@@ -149,7 +151,7 @@ class Gradients:
         self.needs = [need and x is not None for need, x in zip(needs, self.sources, strict=True)]
         self.chunk_count, self.settings = chunk_count, settings
         compute = settings.compute_dtype
-        self.hidden = torch.zeros(hidden.shape, dtype=compute, device=hidden.device) if self.needs[0] else None
+        self.hidden = empty(hidden.shape, compute, hidden.device).zero_() if self.needs[0] else None
         self.totals: list[Tensor | None] = [None] * 4  # a parameter's first chunk writes, the others add
 
     def add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, live: Tensor | None) -> None:
@@ -201,7 +203,7 @@ class Gradients:
     def _accumulate(self, which: int, left: Tensor, right: Tensor) -> None:
         dtype, total = self._dtype(which), self.totals[which]
         if total is None:
-            total = torch.empty(left.size(0), right.size(1), dtype=dtype, device=left.device)
+            total = empty((left.size(0), right.size(1)), dtype, left.device)
             self.totals[which] = total
             _product(total, left, right)
         elif dtype == left.dtype:

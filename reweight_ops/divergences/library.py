@@ -12,6 +12,7 @@ from torch.library import custom_op
 from .. import library
 from ..backends.base import Head
 from ..errors import ReweightOpsError
+from ..memory import empty
 from .verbs import TABLE, Two, load
 
 
@@ -70,7 +71,7 @@ def divergence_grad(
     logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, coefs: Tensor, vocab: int, cap: float, other_cap: float,
     drop: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = empty(logits.shape, logits.dtype, logits.device)
     load(backend).grad(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, _rows(out, drop))
     _clear_last(out, drop)
     return out
@@ -100,7 +101,7 @@ def divergence_loss_grad(
     logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, constants: Tensor, weights: Tensor, vocab: int, cap: float,
     other_cap: float, drop: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = empty(logits.shape, logits.dtype, logits.device)
     two = _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop)
     table = load(backend).loss_grad(two, constants, weights, _rows(out, drop))
     _clear_last(out, drop)

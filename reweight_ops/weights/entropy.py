@@ -25,7 +25,8 @@ class TopEntropy(TokenWeight):
     fraction: float = 0.2
 
     def weight(self, xp, t, batch):
-        return xp.where(t.entropy >= batch.quantile(t.entropy, 1 - self.fraction), 1.0, 0.0)
+        chosen = xp.where(t.entropy >= batch.quantile(t.entropy, 1 - self.fraction), 1.0, 0.0)
+        return xp.where(t.entropy == t.entropy, chosen, t.entropy)  # a NaN is not left out: it shows
 
 
 @published(
@@ -51,7 +52,7 @@ class DualLevelDownSampling(TokenWeight):
 
     def weight(self, xp, t, batch):
         size = xp.abs(t.adv) * self.entropies
-        return batch.top(size, self.fraction, size == size)
+        return xp.where(size == size, batch.top(size, self.fraction, size == size), size)
 
 
 # --- STEER -------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""New memory for results as large as logits.
+
+A CPU tensor of that size is memory that the system has never handed out: every page of it is cleared when it is first written. With pages
+of 4 KiB that costs several times the loss itself, so Linux is asked for huge ones (``madvise``, where ``transparent_hugepage`` allows it;
+PyTorch does the same for every tensor under ``THP_MEM_ALLOC_ENABLE=1``). Only whole pages inside the tensor: it takes no byte more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_MADV_HUGEPAGE = 14
+
+
+@functools.cache
+def _huge_page() -> int:
+    """Bytes of a huge page; 0 where there are none to ask for."""
+    try:
+        return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``torch.empty``, on huge pages where that can be had. Asking may fail, and nothing is lost but time."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and not torch.compiler.is_compiling() and (page := _huge_page()):
+        begin = -(-out.data_ptr() // page) * page
+        end = (out.data_ptr() + out.nbytes) // page * page
+        if end > begin:
+            _libc().madvise(begin, end - begin, _MADV_HUGEPAGE)
+    return out

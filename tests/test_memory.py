@@ -1,0 +1,52 @@
+"""New memory: on huge pages where the system has them, and never anything but a plain tensor otherwise."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from reweight_ops import memory
+
+CPU = torch.device("cpu")
+SIZES = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+def advised(address: int) -> bool:
+    """Whether huge pages were asked for at an address: the flag ``hg`` of its mapping."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(x, 16) for x in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return "hg" in line.split()
+    raise LookupError(hex(address))
+
+
+@pytest.mark.skipif(not (SIZES / "hpage_pmd_size").exists(), reason="this system has no transparent huge pages")
+def test_whole_pages_inside_are_asked_for_and_nothing_else():
+    page = memory._huge_page()
+    out = memory.empty((4, page), torch.float32, CPU)  # 16 pages: mapped by itself, whatever the allocator holds
+    begin, end = -(-out.data_ptr() // page) * page, (out.data_ptr() + out.nbytes) // page * page
+    assert advised(begin) and advised(end - 1)
+    for outside in (begin - 1, end):
+        if out.data_ptr() <= outside < out.data_ptr() + out.nbytes:
+            assert not advised(outside)
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
+        plain = torch.empty(16 * page, dtype=torch.uint8)
+        assert not advised(plain.data_ptr() + 8 * page), "plain memory has the flag too: this test shows nothing"
+
+
+@pytest.mark.parametrize("shape", [(), (0, 7), (3, 5), (2, 3, 131)])
+def test_small_ones_are_plain(shape, monkeypatch):
+    monkeypatch.setattr(memory, "_libc", lambda: pytest.fail("nothing to ask for in less than a page"))
+    out = memory.empty(shape, torch.bfloat16, CPU)
+    assert out.shape == shape and out.dtype == torch.bfloat16 and out.is_contiguous()
+
+
+def test_without_huge_pages(monkeypatch):
+    monkeypatch.setattr(memory, "_huge_page", lambda: 0)
+    monkeypatch.setattr(memory, "_libc", lambda: pytest.fail("there is nothing to ask for"))
+    assert memory.empty((1 << 22,), torch.float32, CPU).shape == (1 << 22,)
