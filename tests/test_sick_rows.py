@@ -1,5 +1,6 @@
 """A row that is all -inf, or holds +inf or NaN: NaN in that row, whatever its rule compares, and nowhere else. Every backend, plan and method."""
 
+import dataclasses
 import math
 
 import pytest
@@ -58,7 +59,7 @@ def test_every_method(name, backend, plan, sickness):
 
 def test_choosing_tokens_does_not_hide_a_sick_row():
     for weight in (TopEntropy(fraction=0.25), DualLevelDownSampling(fraction=0.25)):
-        spec = rw.PolicyLossSpec(weights=(weight,))
+        spec = dataclasses.replace(rw.methods.grpo(), weights=(weight,))
         batch = make_batch(spec, (2, 6), 37)
         batch["completion_mask"].fill_(True)
         batch["logits"][1, 4, 3] = math.nan
