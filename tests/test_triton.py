@@ -180,21 +180,33 @@ def split(monkeypatch, yes: bool) -> None:
     monkeypatch.setattr(backend, "_processors", lambda device: 10**6 if yes else 0)
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_splitting_rows_changes_no_bit(dtype, small_tiles, monkeypatch):
-    results = []
-    for yes in (False, True):
+def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch):
+    """And a verb of split rows is at most two launches, of whole rows always one."""
+    batch = masked(dtype)
+    batch.logits = torch.cat([batch.logits, torch.zeros_like(batch.logits)], -1)  # padding: chunks of their own
+    given = [(x.to(DEVICE)) for x in (batch.logits, batch.ids, batch.temperature)]
+    coefs = {name: torch.linspace(-1, 1, 24, device=DEVICE) for name in COEFS}
+    launched = []
+    launch = backend._launch
+    monkeypatch.setattr(backend, "_launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
+
+    def run(yes: bool):
         split(monkeypatch, yes)
-        launched = []
-        launch = backend._launch
-        monkeypatch.setattr(backend, "_launch", lambda kernel, *a, **k: (launched.append(kernel), launch(kernel, *a, **k))[1])  # noqa: B023
-        batch = make(dtype, n=8)
-        stats = backend.token_stats(batch.logits.to(DEVICE), batch.ids.to(DEVICE), batch.temperature.to(DEVICE), batch.head, STATS)
-        results.append((stats, *run_loss_grad(batch)))
-        assert (backend.kernels.partial_kernel in launched) == yes
-        monkeypatch.setattr(backend, "_launch", launch)
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
+        stats = backend.token_stats(*given, batch.head, STATS)
+        out = given[0].clone() if in_place else torch.full_like(given[0], math.nan)
+        backend.token_grad(out if in_place else given[0], *given[1:], batch.head, dict(zip(STATS, stats, strict=True)), coefs, out)
+        return (stats, out, *run_loss_grad(batch, in_place))
+
+    whole = run(False)
+    assert launched == ["stats_kernel", "gradient_kernel", "loss_grad_kernel"]
+    launched.clear()
+    cut = run(True)
+    keeps = ["target_kernel"] if in_place else []
+    assert launched == ["partial_kernel", "stats_kernel", *keeps, "gradient_kernel", "partial_kernel", "loss_grad_kernel"]
+    for one, other in zip(whole, cut, strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
 
 
 def test_a_row_is_the_same_bits_wherever_it_stands(small_tiles):
