@@ -220,9 +220,7 @@ def loss_grad_kernel(
         )
         live = (by_logp != 0.0) | (by_entropy != 0.0) | (by_p_sq != 0.0)
         if live:
-            A, B, C, at_target = _gradient_row(
-                logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, slope, t, ENTROPY, P_SQ
-            )
+            A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, slope, t, ENTROPY, P_SQ)
             c, b = _reference_point(m, math.log(s), t, k)
             column = tl.where(inside, y, -1).to(tl.int32)
             gradient_sweep(X, OUT, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
