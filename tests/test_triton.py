@@ -25,6 +25,7 @@ from reweight_ops.codegen.triton import program_py
 from reweight_ops.rules import RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 from reweight_ops.triton_kernels.config import Config, config_for
 
+ROWS = 12
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RICH = Program(("clip", "k3", "entropy_bonus"), (("current_advantage_reweighting", "surrogate"), ("probability_band", "all")))
 
@@ -43,7 +44,7 @@ def small_tiles(monkeypatch):
 # --- batches --------------------------------------------------------------------------------------------------------------------
 
 
-def make(dtype=torch.float32, n=24, v=400, program=RICH, seed=0, **change) -> Batch:
+def make(dtype=torch.float32, n=ROWS, v=400, program=RICH, seed=0, **change) -> Batch:
     """Logits with outliers, targets with real mass, both sides of the clip, both sides of the clamp."""
     g = torch.Generator().manual_seed(seed)
     logits = (torch.randn(n, v, generator=g) * 2.5).to(dtype)
@@ -70,9 +71,9 @@ def make(dtype=torch.float32, n=24, v=400, program=RICH, seed=0, **change) -> Ba
 def strided(dtype) -> Batch:
     """Two leading dimensions, sliced out of a larger tensor full of NaN, with padding columns: every stride matters."""
     batch = make(dtype)
-    big = torch.full((3, 13, 500), math.nan, dtype=dtype)
-    view = big[1:, :12, 4:444]
-    view[..., :400] = batch.logits.view(2, 12, 400)
+    big = torch.full((3, ROWS // 2 + 1, 500), math.nan, dtype=dtype)
+    view = big[1:, : ROWS // 2, 4:444]
+    view[..., :400] = batch.logits.view(2, ROWS // 2, 400)
     return dataclasses.replace(batch, logits=view)
 
 
@@ -88,9 +89,9 @@ def masked(dtype) -> Batch:
 def minus_infinity(dtype) -> Batch:
     """Whole tiles and the first tile of -inf, single columns, and all but one."""
     batch = make(dtype)
-    keep = torch.zeros(24, 400, dtype=torch.bool)
-    keep[torch.arange(24), batch.ids] = True
-    dead = torch.rand(24, 400, generator=torch.Generator().manual_seed(3)) < 0.3
+    keep = torch.zeros(ROWS, 400, dtype=torch.bool)
+    keep[torch.arange(ROWS), batch.ids] = True
+    dead = torch.rand(ROWS, 400, generator=torch.Generator().manual_seed(3)) < 0.3
     dead[0, :300] = dead[3, 100:] = dead[7] = True
     logits = torch.where(dead & ~keep, -math.inf, batch.logits.float()).to(dtype)
     return make(dtype, logits=logits, ids=batch.ids)
@@ -105,7 +106,7 @@ CONDITIONS = {
     "softcap and -inf": lambda dtype: make(
         dtype, logits=minus_infinity(dtype).logits, ids=minus_infinity(dtype).ids, head=Head(400, softcap=30.0)
     ),
-    "a temperature each row": lambda dtype: make(dtype, temperature=torch.linspace(0.3, 2.5, 24)),
+    "a temperature each row": lambda dtype: make(dtype, temperature=torch.linspace(0.3, 2.5, ROWS)),
     "a large common shift": lambda dtype: make(dtype, logits=make(dtype).logits + 300),
     "padded vocabulary": lambda dtype: make(dtype, head=Head(350), ids=make(dtype).ids % 350),
     "an odd vocabulary": lambda dtype: make(dtype, v=397),
@@ -125,7 +126,7 @@ def test_conditions(condition, dtype, small_tiles):
 @pytest.mark.parametrize("name", sorted(own_rules()))
 def test_rules(name):
     terms = (name,) if own_rules()[name].kind == "surrogate" else ("reinforce", name)
-    check_loss_grad(make(program=Program(terms)))
+    check_loss_grad(make(n=24, program=Program(terms)))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch
     batch = masked(dtype)
     batch.logits = torch.cat([batch.logits, torch.zeros_like(batch.logits)], -1)  # padding: chunks of their own
     given = [(x.to(DEVICE)) for x in (batch.logits, batch.ids, batch.temperature)]
-    coefs = {name: torch.linspace(-1, 1, 24, device=DEVICE) for name in COEFS}
+    coefs = {name: torch.linspace(-1, 1, ROWS, device=DEVICE) for name in COEFS}
     launched = []
     launch = backend._launch
     monkeypatch.setattr(backend, "_launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
@@ -279,7 +280,7 @@ def test_a_target_of_minus_infinity():
     assert rows[0, 5] == -math.inf
     assert out[5, batch.ids[5]] == 0
     assert out[5].isfinite().all()
-    truth = batch.gradient(torch.float64, {"logp": torch.zeros(24), "entropy": rows[5]})
+    truth = batch.gradient(torch.float64, {"logp": torch.zeros(ROWS), "entropy": rows[5]})
     truth[5] -= rows[4, 5] * torch.softmax(batch.logits[5].double() / 0.8, -1) / 0.8
     usable = torch.arange(400) != batch.ids[5]
     assert torch.allclose(out[5, usable].double(), truth[5, usable], rtol=1e-5, atol=1e-9)
@@ -296,7 +297,7 @@ def test_two_shards_are_one_vocabulary():
         assert torch.equal(stats["logp"] == -math.inf, (batch.ids < start) | (batch.ids >= stop))
         halves.append((part, stats))
     # token_grad of a shard, from the statistics of the whole
-    g = torch.randn(24, generator=torch.Generator().manual_seed(2))
+    g = torch.randn(ROWS, generator=torch.Generator().manual_seed(2))
     outs = []
     for part, _ in [(batch, None), *halves]:
         out = torch.full(part.logits.shape, math.nan, device=DEVICE)
@@ -317,7 +318,7 @@ def test_no_rows_and_no_live_rows():
     )
     assert rows.shape == (len(LOSS_ROWS), 0)
     batch = make(program=Program(("clip",)))
-    batch.inputs = batch.inputs._replace(weights=torch.zeros(1, 24))
+    batch.inputs = batch.inputs._replace(weights=torch.zeros(1, ROWS))
     rows, out = run_loss_grad(batch)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(rows[2:], torch.zeros_like(rows[2:]))
@@ -326,7 +327,7 @@ def test_no_rows_and_no_live_rows():
 def test_dead_rows_are_not_read_by_token_grad():
     batch = make()
     batch.logits = torch.full_like(batch.logits, math.nan)
-    zeros = {k: torch.zeros(24, device=DEVICE) for k in ("logp", "lse", "entropy", "log_sum_p_sq")}
+    zeros = {k: torch.zeros(ROWS, device=DEVICE) for k in ("logp", "lse", "entropy", "log_sum_p_sq")}
     out = torch.full(batch.logits.shape, math.nan, device=DEVICE)
     backend.token_grad(
         batch.logits.to(DEVICE),
@@ -337,7 +338,7 @@ def test_dead_rows_are_not_read_by_token_grad():
         dict.fromkeys(COEFS, zeros["logp"]),
         out,
     )
-    assert torch.equal(out.cpu(), torch.zeros(24, 400))
+    assert torch.equal(out.cpu(), torch.zeros(ROWS, 400))
 
 
 # --- user rules -----------------------------------------------------------------------------------------------------------------
