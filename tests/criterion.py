@@ -11,10 +11,10 @@ from reweight_ops.testing import ERROR_FLOOR, gradient_errors, value_error
 
 
 def assert_values(got: Tensor, fp32: Tensor, truth: Tensor, what: str, scale: Tensor | None = None) -> None:
-    """1.5 times the error of fp32 PyTorch, plus four fp32 roundings of a number of the values' size, or of ``scale`` each."""
+    """1.5 times the error of fp32 PyTorch, plus four fp32 roundings: relative to ``scale``, which is 1 + |value|, not that of the largest one."""
     assert got.isfinite().all(), f"{what}: {(~got.isfinite()).sum()} values are not finite"
     if got.numel():
-        error = value_error(got, fp32, truth, scale)
+        error = value_error(got, fp32, truth, 1 + truth.abs() if scale is None else scale)
         assert error <= 1, f"{what}: {error:.2f} times the error that is allowed"
 
 
