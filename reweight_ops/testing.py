@@ -215,6 +215,9 @@ def gradient_errors(
     """A gradient's maximum and rms error over what is allowed, for target columns and the rest, and the worst element. ``rounded``: by fp32 maths."""
     parts, worst = {}, ""
     for name, where in (("target", is_target), ("rest", ~is_target)):
+        if not where.any():  # a shard without targets, a vocabulary of one
+            parts[name] = 0.0, 0.0
+            continue
         error, base = (got.double() - truth).abs(), (rounded.to(got.dtype).double() - truth).abs()
         e, b, f = error[where], base[where], floor.expand_as(truth)[where]
         share = e / (ERROR_RATIO * b.max() + f)
@@ -260,10 +263,12 @@ def _loss_size(exact: PolicyLossOutput) -> Tensor:
 
 
 def value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
-    """The error over 1.5 times fp32's own plus four roundings of a number of the values' size (a difference of log-sum-exps is of that size)."""
+    """The largest error over 1.5 times fp32's own plus four roundings of a number of the values' size (a difference of log-sum-exps is of that
+    size). ``scale``: that size instead, one for all or one each; errors, fp32's too, are then relative to it."""
     got, fp32, truth = got.detach().double(), fp32.detach().double(), truth.detach()
     size = truth.abs().max() + 1 if scale is None else scale
-    return float((got - truth).abs().max() / (ERROR_RATIO * (fp32 - truth).abs().max() + ERROR_FLOOR * size))
+    error, base = (((x - truth).abs() / (size + 1e-300)).max() for x in (got, fp32))
+    return float(error / (ERROR_RATIO * base + ERROR_FLOOR))
 
 
 def _floor(exact: Any, options: dict[str, Any]) -> Tensor:

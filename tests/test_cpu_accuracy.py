@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from cpu_oracle import STATS, clip_loss, gradient, rows, statistics
+from criterion import assert_gradient, assert_values, gradient_from
+from kernel_oracle import STATS, clip_loss, gradient, rows, statistics
 
 from reweight_ops.backends.base import Head, Program, RowInputs
-from reweight_ops.testing import ERROR_FLOOR, ERROR_RATIO
 
 cpu = pytest.importorskip("reweight_ops.backends.cpu", exc_type=ImportError)
 _C = cpu._C
@@ -26,27 +26,6 @@ def level(request):
 
 def temperature_of(value, n):
     return torch.linspace(0.5, 2.0, n) if value is None else torch.full((1,), value)
-
-
-def assert_values(got, fp32, truth, what):
-    """1.5 times the error of fp32 PyTorch, plus four fp32 roundings of a number of the values' size."""
-    error = (got.double() - truth).abs().max()
-    allowed = ERROR_RATIO * (fp32.double() - truth).abs().max() + ERROR_FLOOR * (1 + truth.abs().max())
-    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
-
-
-def assert_gradient(got, fp32, truth, size, ids):
-    """The same for gradients, target and other columns apart, maximum and rms. ``size``: sum of |coefficients| / T of each row."""
-    rounded = fp32.to(got.dtype).double()
-    is_target = torch.zeros_like(truth, dtype=torch.bool).scatter_(1, ids[:, None], True)
-    floor = ERROR_FLOOR * size[:, None].double().expand_as(truth)
-    for where in (is_target, ~is_target):
-        if where.any():
-            error, base = (got.double() - truth).abs()[where], (rounded - truth).abs()[where]
-            worst = (error - floor[where]).argmax()
-            allowed = ERROR_RATIO * base.max() + floor[where]
-            assert (error <= allowed).all(), f"got {got[where][worst]}, exact {truth[where][worst]}, allowed error {allowed[worst]:.3g}"
-            assert error.square().mean().sqrt() <= ERROR_RATIO * base.square().mean().sqrt() + floor.max()
 
 
 KINDS = [("plain", head) for head in HEADS] + [
@@ -80,22 +59,8 @@ def test_statistics_and_gradient(level, dtype, head, kind):
             cpu.token_grad(z, ids, t, Head(v, softcap), dict(zip(STATS, got, strict=True)), dict(coefs), out)
             truth = gradient(z.double(), ids, each.double(), coefs, softcap)
             # The op is given fp32 statistics; so is the baseline, whose own pass has better ones where the offset is large.
-            base = gradient_from(z.float(), ids, each, dict(zip(STATS, got, strict=True)), coefs, softcap)
+            base = gradient_from(z.float(), ids, each, Head(v, softcap), dict(zip(STATS, got, strict=True)), coefs)
             assert_gradient(out, base, truth, sum(c.abs() for c in coefs.values()) * 2 / each, ids)
-
-
-def gradient_from(z, ids, t, stats, coefs, softcap):
-    """fp32 PyTorch's gradient from given fp32 statistics: what any two-pass implementation has to work with."""
-    slope = 1.0
-    if softcap < math.inf:
-        r = torch.tanh(z / softcap)
-        z, slope = softcap * r, 1 - r * r
-    logp = z / t[:, None] - stats["lse"][:, None]
-    p = logp.exp()
-    zero = torch.zeros_like(t)
-    c, e, s, q = (coefs.get(name, zero)[:, None] for name in ("logp", "entropy", "lse", "log_sum_p_sq"))
-    grad = -c * p - e * p * (logp + stats["entropy"][:, None]) + s * p + 2 * q * p * (p / stats["log_sum_p_sq"].exp()[:, None] - 1)
-    return (grad.scatter_add(1, ids[:, None], c)) * slope / t[:, None]
 
 
 @pytest.mark.parametrize("bonus", [0.0, 0.05])

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cpu_oracle import STATS, gradient, rows, statistics
+from kernel_oracle import STATS, gradient, rows, statistics
 
 import reweight_ops as rw
 from reweight_ops.backends.base import OUT, Head, Program, Request, RowInputs

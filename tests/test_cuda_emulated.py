@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from cpu_oracle import STATS, clip_loss, gradient, rows, statistics
+from criterion import assert_gradient, assert_values, gradient_from
 from cuda_emulation.fixtures import SCHEDULES, emulated
+from kernel_oracle import STATS, clip_loss, gradient, rows, statistics
 
 from reweight_ops.backends import reference
 from reweight_ops.backends.base import COEFS, OUT, Head, Program, RowInputs
 from reweight_ops.codegen.printer import own_rules, own_weights
 from reweight_ops.errors import InvalidCall
-from reweight_ops.testing import ERROR_FLOOR, ERROR_RATIO
 
 ONE = torch.ones(1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,40 +67,6 @@ def temperature_of(value, n):
     return torch.linspace(0.5, 2.0, n) if value is None else torch.full((1,), value)
 
 
-def assert_values(got, fp32, truth, what):
-    """1.5 times the error of fp32 PyTorch, plus four fp32 roundings of a number of the values' size."""
-    error = (got.double() - truth).abs().max()
-    allowed = ERROR_RATIO * (fp32.double() - truth).abs().max() + ERROR_FLOOR * (1 + truth.abs().max())
-    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
-
-
-def assert_gradient(got, fp32, truth, size, ids):
-    """The same for gradients, target and other columns apart, maximum and rms. ``size``: sum of |coefficients| / T of each row."""
-    rounded = fp32.to(got.dtype).double()
-    is_target = torch.zeros_like(truth, dtype=torch.bool).scatter_(1, ids[:, None], True)
-    floor = ERROR_FLOOR * size[:, None].double().expand_as(truth)
-    for where in (is_target, ~is_target):
-        if where.any():
-            error, base = (got.double() - truth).abs()[where], (rounded - truth).abs()[where]
-            worst = (error - floor[where]).argmax()
-            allowed = ERROR_RATIO * base.max() + floor[where]
-            assert (error <= allowed).all(), f"got {got[where][worst]}, exact {truth[where][worst]}, allowed error {allowed[worst]:.3g}"
-            assert error.square().mean().sqrt() <= ERROR_RATIO * base.square().mean().sqrt() + floor.max()
-
-
-def gradient_from(z, ids, t, stats, coefs, softcap):
-    """fp32 PyTorch's gradient from given fp32 statistics: what any two-pass implementation has to work with."""
-    slope = 1.0
-    if softcap < math.inf:
-        r = torch.tanh(z / softcap)
-        z, slope = softcap * r, 1 - r * r
-    logp = z / t[:, None] - stats["lse"][:, None]
-    p = logp.exp()
-    c, e, s, q = (coefs.get(name, torch.zeros_like(t))[:, None] for name in COEFS)
-    grad = -c * p - e * p * (logp + stats["entropy"][:, None]) + s * p + 2 * q * p * (p / stats["log_sum_p_sq"].exp()[:, None] - 1)
-    return (grad.scatter_add(1, ids[:, None], c)) * slope / t[:, None]
-
-
 KINDS = [("plain", head) for head in HEADS] + [
     ("peaked", "plain"),
     ("peaked", "cold"),
@@ -129,7 +95,7 @@ def test_statistics_and_gradient(cuda, dtype, head, kind):
             out = torch.full_like(z, math.nan)
             cuda.token_grad(z, ids, t, Head(v, softcap), got, dict(coefs), out)
             truth = gradient(z.double(), ids, each.double(), coefs, softcap)
-            base = gradient_from(z.float(), ids, each, got, coefs, softcap)
+            base = gradient_from(z.float(), ids, each, Head(v, softcap), got, coefs)
             assert_gradient(out, base, truth, sum(c.abs() for c in coefs.values()) * 2 / each, ids)
 
 

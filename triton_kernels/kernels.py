@@ -11,12 +11,9 @@ import triton
 import triton.language as tl
 
 from . import math
-from .sweep import LN2, base2_scale, capped, gradient_sweep, load_target, row_offset, row_state, segment_state, zero_sweep
+from .sweep import LN2, base2_scale, capped, gradient_sweep, row_offset, row_state, segment_state, zero_sweep
 
 OUT_OF_LOSS = tl.constexpr(-100)
-
-#: Columns of the table that gradient_kernel reads, ``[GRADIENT_TABLE, N]`` fp32.
-GRADIENT_TABLE = 7
 
 
 def kernel(fn):
@@ -34,6 +31,32 @@ def _target(IDS, row, vocab_start, vocab_total, V):
     bad = keep & ((y < 0) | (y >= vocab_total))
     local = y - vocab_start
     return local, keep, bad, keep & (bad == 0) & (local >= 0) & (local < V)
+
+
+@triton.jit
+def _target_logit(X, y, inside):
+    """The target's logit in fp32; -inf where the target is in another shard (``inside`` is false)."""
+    return tl.load(X + tl.where(inside, y, 0), mask=inside, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _partial_states(PARTIAL, row, V, SEGMENT: tl.constexpr):
+    """Where the states of a row's segments are, 4 numbers each, with the target's logit after them; and where that is."""
+    segments = tl.cdiv(V, SEGMENT)
+    P = PARTIAL + row.to(tl.int64) * (4 * segments + 1)
+    return P, P + 4 * segments
+
+
+@triton.jit
+def _columns(width, SPLIT: tl.constexpr, CHUNK: tl.constexpr):
+    """``(row, start, stop)``: the columns whose gradient this program writes, all of a row or (SPLIT) CHUNK of them."""
+    pid = tl.program_id(0)
+    if SPLIT:
+        chunks = tl.cdiv(width, CHUNK)
+        start = (pid % chunks) * CHUNK
+        return pid // chunks, start, tl.minimum(width, start + CHUNK)
+    else:
+        return pid, 0, width
 
 
 @triton.jit
@@ -60,24 +83,27 @@ def _finish(m, S, U, Q, w_y, inside, T):
 @kernel
 def partial_kernel(
     X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
-    vocab_total: tl.int64,
+    vocab_start: tl.int64, vocab_total: tl.int64,
     SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """A program each segment: ``PARTIAL[row, segment] = (m, S, U, Q)``."""
+    """A program each segment: its ``(m, S, U, Q)`` to PARTIAL. The first also keeps the target's logit, which the next launch may write over."""
     segments = tl.cdiv(V, SEGMENT)
     pid = tl.program_id(0)
     row = pid // segments
     start = (pid % segments) * SEGMENT
-    _, keep, bad, _ = _target(IDS, row, 0, vocab_total, V)
+    y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     if keep & (bad == 0):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         k = base2_scale(tl.load(T + row * t_stride))
         m, s, u, q = segment_state(X, start, tl.minimum(V, start + SEGMENT), k, softcap, BLOCK, E, CAP, True, True, KEEP)
-        P = PARTIAL + pid.to(tl.int64) * 4
+        P, TARGET = _partial_states(PARTIAL, row, V, SEGMENT)
+        P += (pid % segments) * 4
         tl.store(P, m)
         tl.store(P + 1, s)
         tl.store(P + 2, u)
         tl.store(P + 3, q)
+        if start == 0:
+            tl.store(TARGET, _target_logit(X, y, inside))
 
 
 @kernel
@@ -94,8 +120,8 @@ def stats_kernel(
     if keep & (bad == 0):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         t = tl.load(T + row * t_stride)
-        w_y, _ = load_target(X, y, inside, softcap, CAP)
-        P = PARTIAL + row.to(tl.int64) * (tl.cdiv(V, SEGMENT) * 4)
+        w_y, _ = capped(_target_logit(X, y, inside), softcap, CAP)
+        P, _ = _partial_states(PARTIAL, row, V, SEGMENT)
         k = base2_scale(t)
         m, s, u, q = row_state(X, P, V, k, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, STATS[1] >= 0, STATS[3] >= 0, False)
         logp, entropy, lse, log_p_sq, max_logp = _finish(m, s, u, q, w_y, inside, t)
@@ -159,27 +185,32 @@ def _gradient_row(
 
 @kernel
 def loss_grad_kernel(
-    X, OUT, IDS, T, W, OLD, ADV, REF, SAMPLING, PARAMS, PARTIAL, ROWS, TABLE,
+    X, OUT, IDS, T, W, OLD, ADV, REF, SAMPLING, PARAMS, PARTIAL, ROWS,
     N: tl.int64, t_stride: tl.int32, w_stride: tl.int64, has_old: tl.int32,
     per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64, out_row_stride: tl.int64,
     V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
     PROGRAM: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, READS_P_SQ: tl.constexpr,
-    SPLIT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
-    EMULATE: tl.constexpr,
+    SPLIT: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
+    BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """A row in one program: statistics, ``PROGRAM``, gradient. SPLIT: statistics from PARTIAL, and the gradient's constants to TABLE."""
-    row = tl.program_id(0)
+    """Statistics, ``PROGRAM``, gradient: a row in one program, or (SPLIT) what partial_kernel found and CHUNK columns of the gradient.
+
+    Every program of a split row merges all its segments, in the order in which one program would, and evaluates ``PROGRAM``: that is
+    shorter than a launch between the two. The first one writes the row's outputs.
+    """
+    row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
+    OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
     zero = tl.full((), 0.0, tl.float32)
     logp, entropy, weighted, loss, by_logp, by_entropy = zero, zero, zero, zero, zero, zero
     live = y != y
     if keep & (bad == 0):
         t = tl.load(T + row * t_stride)
         k = base2_scale(t)
-        P = PARTIAL + row.to(tl.int64) * (tl.cdiv(V, SEGMENT) * 4)
+        P, TARGET = _partial_states(PARTIAL, row, V, SEGMENT)
         m, s, u, q = row_state(X, P, V, k, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, True, READS_P_SQ, True)
-        w_y, slope = load_target(X, y, inside, softcap, CAP)
+        w_y, slope = capped(tl.load(TARGET) if SPLIT else _target_logit(X, y, inside), softcap, CAP)
         tl.debug_barrier()  # every thread has it before one writes the gradient over it
         logp, entropy, _, log_sum_p_sq, _ = _finish(m, s, u, q, w_y, inside, t)
         old = tl.where(has_old != 0, tl.load(OLD + row), logp)
@@ -188,103 +219,68 @@ def loss_grad_kernel(
             PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq
         )
         live = (by_logp != 0.0) | (by_entropy != 0.0) | (by_p_sq != 0.0)
-        A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, slope, t, ENTROPY, P_SQ)
-        c, b = _reference_point(m, math.log(s), t, k)
-        column = tl.where(inside, y, -1).to(tl.int32)
-        if SPLIT:
-            G = TABLE + row
-            tl.store(G, c)
-            tl.store(G + N, b)
-            tl.store(G + 2 * N, A)
-            tl.store(G + 3 * N, B)
-            tl.store(G + 4 * N, C)
-            tl.store(G + 5 * N, at_target)
-        elif live:
-            OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
-            gradient_sweep(X, OUT, 0, width, V, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
-    if SPLIT:
-        tl.store(TABLE + 6 * N + row, tl.where(live, 1.0, 0.0))
-    elif live == 0:
-        OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
-        zero_sweep(OUT, 0, width, BLOCK, E)
-    R = ROWS + row
-    tl.store(R, tl.where(bad, float("nan"), logp))
-    tl.store(R + N, tl.where(bad, float("nan"), entropy))
-    tl.store(R + 2 * N, tl.where(bad, float("nan"), weighted))
-    tl.store(R + 3 * N, tl.where(bad, float("nan"), loss))
-    tl.store(R + 4 * N, tl.where(bad, float("nan"), by_logp))
-    tl.store(R + 5 * N, tl.where(bad, float("nan"), by_entropy))
+        if live:
+            A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, slope, t, ENTROPY, P_SQ)
+            c, b = _reference_point(m, math.log(s), t, k)
+            column = tl.where(inside, y, -1).to(tl.int32)
+            gradient_sweep(X, OUT, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+    if live == 0:
+        zero_sweep(OUT, start, stop, BLOCK, E)
+    if start == 0:
+        R = ROWS + row
+        tl.store(R, tl.where(bad, float("nan"), logp))
+        tl.store(R + N, tl.where(bad, float("nan"), entropy))
+        tl.store(R + 2 * N, tl.where(bad, float("nan"), weighted))
+        tl.store(R + 3 * N, tl.where(bad, float("nan"), loss))
+        tl.store(R + 4 * N, tl.where(bad, float("nan"), by_logp))
+        tl.store(R + 5 * N, tl.where(bad, float("nan"), by_entropy))
 
 
 @kernel
-def prepare_kernel(
-    X, IDS, T, LOGP, LSE, H, LOG_P_SQ, BY_LOGP, BY_H, BY_LSE, BY_P_SQ, TABLE,
-    N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
-    vocab_start: tl.int64, vocab_total: tl.int64,
-    ENTROPY: tl.constexpr, P_SQ: tl.constexpr, BY: tl.constexpr, ROWS: tl.constexpr, CAP: tl.constexpr,
+def target_kernel(
+    X, IDS, TARGET, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, vocab_start: tl.int64,
+    vocab_total: tl.int64,
 ):  # fmt: skip
-    """``TABLE[:, row]`` for gradient_kernel, ROWS rows a program; BY says which of (logp, entropy, lse, log_sum_p_sq) have coefficients.
-
-    It reads the targets' logits before gradient_kernel may write over them. ``log p`` of a column is ``(w - w_y)/T + logp`` where that
-    rounds less than ``w/T - lse``.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < N
-    y = tl.load(IDS + row, mask=there, other=-100)
-    keep = y != OUT_OF_LOSS
-    bad = (y < 0) | (y >= vocab_total)
-    local = y - vocab_start
-    inside = keep & (bad == 0) & (local >= 0) & (local < V)
-    zero = tl.zeros([ROWS], tl.float32)
-    by_logp = tl.load(BY_LOGP + row, mask=there, other=0.0) if BY[0] else zero
-    by_entropy = tl.load(BY_H + row, mask=there, other=0.0) if BY[1] else zero
-    by_lse = tl.load(BY_LSE + row, mask=there, other=0.0) if BY[2] else zero
-    by_p_sq = tl.load(BY_P_SQ + row, mask=there, other=0.0) if BY[3] else zero
-    entropy = tl.load(H + row, mask=there, other=0.0) if BY[1] else zero
-    log_p_sq = tl.load(LOG_P_SQ + row, mask=there, other=0.0) if BY[3] else zero
-    live = keep & (bad == 0) & ((by_logp != 0.0) | (by_entropy != 0.0) | (by_lse != 0.0) | (by_p_sq != 0.0))
-    logp = tl.load(LOGP + row, mask=there, other=0.0)
-    lse = tl.load(LSE + row, mask=there, other=0.0)
-    t = tl.load(T + row * t_stride, mask=there, other=1.0)
-    at = row_offset(row, per_batch, batch_stride, row_stride) + local
-    w_y, slope = capped(tl.load(X + at, mask=there & inside & live, other=float("-inf")).to(tl.float32), softcap, CAP)
-    by_target = inside & (w_y > float("-inf")) & (tl.abs(logp) < tl.abs(lse))
-    A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, slope, t, ENTROPY, P_SQ)
-    k = base2_scale(t)
-    c, b = _reference_point(tl.where(by_target, w_y, 0.0), tl.where(by_target, -logp, lse), t, k)
-    G = TABLE + row
-    tl.store(G, c, mask=there)
-    tl.store(G + N, b, mask=there)
-    tl.store(G + 2 * N, A, mask=there)
-    tl.store(G + 3 * N, B, mask=there)
-    tl.store(G + 4 * N, C, mask=there)
-    tl.store(G + 5 * N, at_target, mask=there)
-    tl.store(G + 6 * N, tl.where(live, 1.0, 0.0), mask=there)
+    """``TARGET[row]``: the target's logit, for the programs of a split row of which one will write over it."""
+    row = tl.program_id(0)
+    y, _, _, inside = _target(IDS, row, vocab_start, vocab_total, V)
+    tl.store(TARGET + row, _target_logit(X + row_offset(row, per_batch, batch_stride, row_stride), y, inside))
 
 
 @kernel
 def gradient_kernel(
-    X, OUT, IDS, T, TABLE,
-    N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64,
-    out_row_stride: tl.int64, V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64,
-    ENTROPY: tl.constexpr, P_SQ: tl.constexpr, CHUNK: tl.constexpr,
+    X, OUT, IDS, T, TARGET, LOGP, LSE, H, LOG_P_SQ, BY_LOGP, BY_H, BY_LSE, BY_P_SQ,
+    t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64,
+    out_row_stride: tl.int64, V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
+    BY: tl.constexpr, KEPT: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of rows whose constants are in TABLE, CHUNK columns a program; a target in another shard is no column here."""
-    chunks = tl.cdiv(width, CHUNK)
-    pid = tl.program_id(0)
-    row = pid // chunks
-    start = (pid % chunks) * CHUNK
-    stop = tl.minimum(width, start + CHUNK)
+    """The gradient from given statistics, a row or (SPLIT) CHUNK of its columns a program. BY: which of (logp, entropy, lse, log_sum_p_sq)
+    have coefficients. KEPT: the targets' logits are in TARGET.
+
+    ``log p`` of a column is ``(w - w_y)/T + logp`` where that rounds less than ``w/T - lse``: both statistics are rounded to fp32, and
+    lse may be the larger by far.
+    """
+    row, start, stop = _columns(width, SPLIT, CHUNK)
+    y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
-    G = TABLE + row
-    if tl.load(G + 6 * N) != 0.0:
+    zero = tl.full((), 0.0, tl.float32)
+    by_logp = tl.load(BY_LOGP + row) if BY[0] else zero
+    by_entropy = tl.load(BY_H + row) if BY[1] else zero
+    by_lse = tl.load(BY_LSE + row) if BY[2] else zero
+    by_p_sq = tl.load(BY_P_SQ + row) if BY[3] else zero
+    if keep & (bad == 0) & ((by_logp != 0.0) | (by_entropy != 0.0) | (by_lse != 0.0) | (by_p_sq != 0.0)):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-        k = base2_scale(tl.load(T + row * t_stride))
-        local = tl.load(IDS + row) - vocab_start
-        column = tl.where((local >= 0) & (local < V), local, -1).to(tl.int32)
-        c, b, A, B, C = tl.load(G), tl.load(G + N), tl.load(G + 2 * N), tl.load(G + 3 * N), tl.load(G + 4 * N)
-        at_target = tl.load(G + 5 * N)
-        gradient_sweep(X, OUT, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+        w_y, slope = capped(tl.load(TARGET + row) if KEPT else _target_logit(X, y, inside), softcap, CAP)
+        tl.debug_barrier()  # every thread has it before one writes the gradient over it
+        t, logp, lse = tl.load(T + row * t_stride), tl.load(LOGP + row), tl.load(LSE + row)
+        entropy = tl.load(H + row) if BY[1] else zero
+        log_p_sq = tl.load(LOG_P_SQ + row) if BY[3] else zero
+        k = base2_scale(t)
+        A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, slope, t, BY[1], BY[3])
+        by_target = inside & (w_y > float("-inf")) & (tl.abs(logp) < tl.abs(lse))
+        c, b = _reference_point(tl.where(by_target, w_y, 0.0), tl.where(by_target, -logp, lse), t, k)
+        column = tl.where(inside, y, -1).to(tl.int32)
+        gradient_sweep(X, OUT, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, BY[1], BY[3], EMULATE)
     else:
         zero_sweep(OUT, start, stop, BLOCK, E)

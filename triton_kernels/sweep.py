@@ -47,13 +47,6 @@ def _exponent(d, k, b):
 
 
 @triton.jit
-def load_target(X, y, inside, softcap, CAP: tl.constexpr):
-    """The target's ``(w, dw/dz)``; w is -inf where the target is in another shard (``inside`` is false)."""
-    z = tl.load(X + tl.where(inside, y, 0), mask=inside, other=float("-inf")).to(tl.float32)
-    return capped(z, softcap, CAP)
-
-
-@triton.jit
 def capped(z, softcap, CAP: tl.constexpr):
     """``w = softcap·tanh(z / softcap)`` and its slope; -inf stays -inf, and +inf becomes NaN as it does without a cap.
 

@@ -1,11 +1,18 @@
 """The Triton backend: NVIDIA from Ampere on, AMD's data-center GPUs, and Triton's interpreter (which runs on the CPU, for tests).
 
-``token_loss_grad`` and ``token_stats`` are one launch, a program each row; ``token_grad`` is two. Its first reads no more than the targets'
-logits, and works out every row's constants before the second, a program each few columns, may write over those logits: in place no program
-can know whether another one has written the target's column already. A few long rows (fewer than twice the multiprocessors) are split:
-statistics of segments, the row's constants, the gradient; three launches because each needs all of the one before, and programs of one
-launch can wait for each other only where the hardware promises to run them at once. There is no persistent grid: a row of a real
-vocabulary is hundreds of kilobytes, against which the start of its program is small. None of this has been measured on a GPU yet.
+Each verb is one launch, a program each row. A few long rows (fewer than twice the multiprocessors) are split over programs. Programs of
+one launch can wait for each other only where the hardware promises to run them at once, so a split takes a second launch where a program
+needs what another one computes or writes over:
+
+* ``token_stats``: states of segments, then their merge. (The last program of a row could merge without waiting, if it knew that it is the
+  last; but the counter for that has to be zeroed in each call, a launch as well, or shared by calls of other streams and graphs.)
+* ``token_loss_grad``: states of segments, then the rest. Every program of a row merges its segments and evaluates the rule itself.
+* ``token_grad``: one launch; in place another before it, which keeps the targets' logits. No program can know whether the target's column
+  has been written already, and every program needs that logit: ``log p`` is ``x - x_y + logp`` where ``lse`` is large, because ``x - lse``
+  is only as exact as an fp32 number of that size (1.5e-5 near 300).
+
+There is no persistent grid: a row of a real vocabulary is hundreds of kilobytes, against which the start of its program is small. None of
+this has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -117,9 +124,9 @@ class _Call:
         self.config: Config = config_for(head.vocab_size, logits.element_size(), _wave(logits.device))
         self.segments = -(-head.vocab_size // self.config.segment)
         self.split = self.segments > 1 and self.rows.count < _ROWS_PER_PROCESSOR * _processors(logits.device)
+        self.chunk = self.config.block * 4
         self.softcap = 1.0 if head.softcap == float("inf") else head.softcap
-        self.meta = {"CAP": head.softcap != float("inf")}
-        self.tile = {**self.meta, "BLOCK": self.config.block, "E": self.config.vector}
+        self.tile = {"CAP": head.softcap != float("inf"), "BLOCK": self.config.block, "E": self.config.vector}
         self.align = _alignment(logits, *([] if out is None else [out]))
         self.t_stride = 0 if temperature.numel() == 1 else 1
         self.where = (self.rows.per_batch, self.rows.batch_stride, self.rows.row_stride)
@@ -127,27 +134,20 @@ class _Call:
         self.device = torch.device("cuda", logits.device.index or 0) if logits.device.type == "cuda" else logits.device
 
     def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, keep: bool) -> Tensor | None:
-        """The segments' states, if the rows are split."""
+        """The segments' states and the targets' logits, if the rows are split."""
         if not self.split:
             return None
-        partial = torch.empty((self.rows.count, self.segments, 4), dtype=torch.float32, device=logits.device)
+        partial = torch.empty((self.rows.count, 4 * self.segments + 1), dtype=torch.float32, device=logits.device)
         _launch(
             kernels.partial_kernel, self.rows.count * self.segments, logits, ids, temperature, partial, self.t_stride, *self.where,
-            head.vocab_size, self.softcap, head.total(), SEGMENT=self.config.segment, **self.tile, ALIGN=self.align, KEEP=keep,
-            warps=self.config.warps,
+            head.vocab_size, self.softcap, head.vocab_start, head.total(), SEGMENT=self.config.segment, **self.tile, ALIGN=self.align,
+            KEEP=keep, warps=self.config.warps,
         )  # fmt: skip
         return partial
 
-    def gradient(
-        self, logits: Tensor, out: Tensor, ids: Tensor, temperature: Tensor, table: Tensor, head: Head, entropy: bool, p_sq: bool
-    ) -> None:
-        """The gradient from a table of row constants, a program each chunk of columns."""
-        width, to, chunk = out.size(-1), rows_of(out), self.config.block * 4
-        _launch(
-            kernels.gradient_kernel, self.rows.count * -(-width // chunk), logits, out, ids, temperature, table, self.rows.count,
-            self.t_stride, *self.where, to.batch_stride, to.row_stride, head.vocab_size, width, self.softcap, head.vocab_start,
-            ENTROPY=entropy, P_SQ=p_sq, CHUNK=chunk, **self.tile, ALIGN=self.align, EMULATE=self.emulate, warps=self.config.warps,
-        )  # fmt: skip
+    def programs(self, out: Tensor) -> int:
+        """Programs that write a gradient."""
+        return self.rows.count * (-(-out.size(-1) // self.chunk) if self.split else 1)
 
 
 def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
@@ -173,16 +173,22 @@ def token_grad(
     if not n:
         return
     call = _Call(logits, temperature, head, out)
-    table = torch.empty((kernels.GRADIENT_TABLE, n), dtype=torch.float32, device=logits.device)
     by = [coefs.get(name) for name in COEFS]
-    rows = 128
+    nothing = stats["logp"]  # in the place of what no program reads
+    kept = call.split and out.data_ptr() == logits.data_ptr()
+    target = torch.empty(n, dtype=torch.float32, device=logits.device) if kept else nothing
+    if kept:
+        _launch(
+            kernels.target_kernel, n, logits, ids, target, *call.where, head.vocab_size, head.vocab_start, head.total(), warps=1
+        )  # fmt: skip
+    to = rows_of(out)
     _launch(
-        kernels.prepare_kernel, -(-n // rows), logits, ids, temperature, stats["logp"], stats["lse"], stats.get("entropy", table),
-        stats.get("log_sum_p_sq", table), *(table if c is None else c for c in by), table, n, call.t_stride, *call.where, head.vocab_size,
-        call.softcap, head.vocab_start, head.total(), ENTROPY=by[1] is not None, P_SQ=by[3] is not None,
-        BY=tuple(c is not None for c in by), ROWS=rows, **call.meta, warps=rows // _wave(logits.device),
+        kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, target, stats["logp"], stats["lse"],
+        stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing), *(nothing if c is None else c for c in by), call.t_stride,
+        *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
+        BY=tuple(c is not None for c in by), KEPT=kept, SPLIT=call.split, CHUNK=call.chunk, **call.tile, ALIGN=call.align,
+        EMULATE=call.emulate, warps=call.config.warps,
     )  # fmt: skip
-    call.gradient(logits, out, ids, temperature, table, head, by[1] is not None, by[3] is not None)
 
 
 def token_loss_grad(
@@ -195,18 +201,16 @@ def token_loss_grad(
     call = _Call(logits, temperature, head, out)
     known = facts(program)
     partial = call.partial(logits, ids, temperature, head, keep=True)
-    table = rows if partial is None else torch.empty((kernels.GRADIENT_TABLE, n), dtype=torch.float32, device=logits.device)
     to, entropy, p_sq = rows_of(out), "entropy" in known.moves, "log_sum_p_sq" in known.moves
     given = [rows if x is None else x for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)]
     _launch(
-        kernels.loss_grad_kernel, n, logits, out, ids, temperature, inputs.weights, *given, params,
-        rows if partial is None else partial, rows, table, n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None),
+        kernels.loss_grad_kernel, call.programs(out), logits, out, ids, temperature, inputs.weights, *given, params,
+        rows if partial is None else partial, rows, n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None),
         *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
         PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in known.reads,
-        SPLIT=call.split, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate, warps=call.config.warps,
+        SPLIT=call.split, CHUNK=call.chunk, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate,
+        warps=call.config.warps,
     )  # fmt: skip
-    if partial is not None:
-        call.gradient(logits, out, ids, temperature, table, head, entropy, p_sq)
     return rows
 
 

@@ -1,5 +1,5 @@
-"""The CPU backend's truth: statistics and gradients of rows in plain PyTorch, in any dtype, differentiated by autograd. Written for the tests
-alone; it shares nothing with the package."""
+"""The truth that kernels are tested against: statistics and gradients of rows in plain PyTorch, in any dtype, differentiated by autograd.
+Written for the tests alone; it shares nothing with the package."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ from torch import Tensor
 STATS = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
 
 
-def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float = math.inf) -> dict[str, Tensor]:
+def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float = math.inf, vocab_start: int = 0) -> dict[str, Tensor]:
+    """Of every row ``[N]``, differentiably. ``logp`` is -inf where the id is none of the columns."""
+    dead = logits == -math.inf
     x = logits if math.isinf(softcap) else softcap * torch.tanh(logits / softcap)
-    x = x / temperature[:, None]
+    x = torch.where(dead, -math.inf, x) / temperature[:, None]
     logp = torch.log_softmax(x, -1)
-    p = logp.exp()
+    finite = torch.where(dead, 0, logp)  # 0 * -inf is 0
+    p = finite.exp().masked_fill(dead, 0)
+    column = ids - vocab_start
+    inside = (column >= 0) & (column < logits.size(1))
+    target = logp.gather(-1, torch.where(inside, column, 0)[:, None])[:, 0]
     return {
-        "logp": logp.gather(-1, ids[:, None])[:, 0],
-        "entropy": -(p * logp).sum(-1),
+        "logp": torch.where(inside, target, -math.inf),
+        "entropy": -(p * finite).sum(-1),
         "lse": torch.logsumexp(x, -1),
         "log_sum_p_sq": torch.logsumexp(2 * logp, -1),
         "max_logp": logp.amax(-1),
     }
 
 
-def gradient(logits: Tensor, ids: Tensor, temperature: Tensor, coefs: dict[str, Tensor], softcap: float = math.inf) -> Tensor:
+def gradient(
+    logits: Tensor, ids: Tensor, temperature: Tensor, coefs: dict[str, Tensor], softcap: float = math.inf, vocab_start: int = 0
+) -> Tensor:
+    """By the logits, of row statistics that have these derivatives; a log-prob of -inf has no slope."""
     z = logits.detach().clone().requires_grad_()
-    stats = statistics(z, ids, temperature, softcap)
-    total = sum((stats[name] * c.to(z.dtype)).sum() for name, c in coefs.items())
-    (grad,) = torch.autograd.grad(total, z)
+    stats = statistics(z, ids, temperature, softcap, vocab_start)
+    outputs = [torch.where(stats[name].isfinite(), stats[name], 0) for name in coefs]
+    (grad,) = torch.autograd.grad(outputs, z, [c.to(z.dtype) for c in coefs.values()])
     return grad
 
 
