@@ -1,0 +1,53 @@
+// Statistics and gradients of rows by the portable kernels, as a program of its own: another processor's compiler and emulator can run it.
+//
+//   verbs DTYPE ROWS COLUMNS SOFTCAP TEMPERATURE < logits, ids (int64), coefficients [4, rows] > statistics [5, rows], gradient
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+using namespace reweight_ops;
+
+template <class T>
+std::vector<T> input(int64_t n) {
+    std::vector<T> data(n);
+    if (std::fread(data.data(), sizeof(T), n, stdin) != size_t(n)) std::exit(1);
+    return data;
+}
+
+template <class T>
+void output(const std::vector<T>& data) {
+    if (std::fwrite(data.data(), sizeof(T), data.size(), stdout) != data.size()) std::exit(1);
+}
+
+int main(int, char** argument) {
+    const DType dtype = DType(std::atoi(argument[1]));
+    const int64_t n = std::atoll(argument[2]), v = std::atoll(argument[3]), bytes = n * v * (dtype == DType::f32 ? 4 : 2);
+    const float softcap = std::strtof(argument[4], nullptr), temperature = std::strtof(argument[5], nullptr);
+    const auto logits = input<char>(bytes);
+    const auto ids = input<int64_t>(n);
+    const auto coefs = input<float>(4 * n);
+    std::vector<float> stats(5 * n);
+    std::vector<char> gradient(bytes);
+    const auto stat = [&](int i) { return stats.data() + i * n; };
+    const auto coef = [&](int i) { return coefs.data() + i * n; };
+
+    const int threads = 2;
+    const RowStrides rows{n, 0, v};
+    const Call call{dtype, logits.data(), rows, n, v, v, 0, v, softcap, ids.data(), &temperature, false, threads, 0, nullptr};
+    StatsCall wanted{};
+    static_cast<Call&>(wanted) = call;
+    wanted.logp = stat(0), wanted.entropy = stat(1), wanted.lse = stat(2), wanted.log_sum_p_sq = stat(3), wanted.max_logp = stat(4);
+    active_level().kernels->token_stats(wanted);
+
+    GradCall back{};
+    static_cast<Call&>(back) = call;
+    back.logp = stat(0), back.entropy = stat(1), back.lse = stat(2), back.log_sum_p_sq = stat(3);
+    back.logp_coef = coef(0), back.entropy_coef = coef(1), back.lse_coef = coef(2), back.p_sq_coef = coef(3);
+    back.out = gradient.data(), back.out_strides = rows;
+    active_level().kernels->token_grad(back);
+
+    output(stats);
+    output(gradient);
+}
