@@ -246,9 +246,11 @@ def compacted(chunk: Tensor, live: Tensor) -> Tensor:
     lies above the next block's sources, and no second chunk is needed."""
     row_bytes = max(chunk.size(1) * chunk.element_size(), 1)
     rows = max(_BLOCK.get(chunk.device.type, _BLOCK["cuda"]) // row_bytes, 1)
+    spare = chunk.new_empty(min(rows, live.numel()), chunk.size(1))
     for i in range(0, live.numel(), rows):
         block = live[i : i + rows]
-        chunk[i : i + block.numel()] = chunk[block]
+        moved = torch.index_select(chunk, 0, block, out=spare[: block.numel()])
+        chunk[i : i + block.numel()] = moved
     return chunk[: live.numel()]
 
 
