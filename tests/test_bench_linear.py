@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import reweight_ops as rw
 from bench import __main__ as harness
 from bench import linear, report
 from bench.linear import LinearCase, linear_providers
@@ -76,6 +77,17 @@ def test_the_gate_refuses_wrong_gradients(monkeypatch):
 def test_rows_without_advantage_are_spread_over_the_chunks():
     zero = (LinearCase("linear", 2048, 4, 16, "float32", "cpu", True).data().advantages == 0).view(8, 256).float().mean(1)
     assert 0.35 < zero.mean() < 0.45 and (zero < 1).all() and (zero > 0).sum() >= 6
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_only_rows_without_advantage_are_dropped(zero):
+    """The clipped ones are there, but too few to be dropped: what is timed against three GEMMs of all rows computes all rows."""
+    data = LinearCase("linear", 2048, 64, 640, "float32", "cpu", zero).data()
+    rows = dict(old_per_token_logps=data.old, chunk_rows=256, plan="one_pass")
+    out = rw.linear_policy_loss(data.hidden, data.weight, data.ids, data.advantages, spec=rw.methods.ppo(0.2), **rows)
+    metrics = out.metrics.as_floats()
+    assert metrics["clip_ratio/low_mean"] > 0 and metrics["clip_ratio/high_mean"] > 0
+    assert 0.4 < metrics["rows_dropped_backward"] / 2048 < 0.45 if zero else metrics["rows_dropped_backward"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
