@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -46,11 +47,11 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
         except OSError:
             return ""
 
+    distributions = importlib.metadata.packages_distributions()
+
     def version(name: str) -> str | None:
-        try:
-            return str(__import__(name).__version__)
-        except ImportError:
-            return None
+        found = distributions.get(name)
+        return importlib.metadata.version(found[0]) if found else None
 
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
@@ -68,7 +69,7 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
         **{name: version(name) for name in ("triton", "trl", "liger_kernel", "flash_attn", "quack", "cut_cross_entropy")},
         "reweight_ops": reweight_ops.__version__,
         "commit": commit
-        or (git("rev-parse", "--short", "HEAD") or "unknown") + (" (modified)" if git("status", "--porcelain", "-uno") else ""),
+        or (git("rev-parse", "--short", "HEAD") or "unknown") + (" (modified)" if git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)bench/results") else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     found["extension"] = {**_C.build_info(), "level": _C.level()}

@@ -1,4 +1,4 @@
-"""Two processes under DistributedDataParallel (gloo) have the gradient of one process with the whole batch; checkpointing changes no gradient."""
+"""Two processes under DistributedDataParallel or fully_shard (gloo) have the gradient of one process with the whole batch; checkpointing changes no gradient."""
 
 import datetime
 from dataclasses import dataclass, field
@@ -56,6 +56,7 @@ class Case:
     outside: bool = False  # the loss outside of what is wrapped
     checkpoint: bool = False
     ddp: dict = field(default_factory=dict)
+    sharded: bool = False  # fully_shard instead of DistributedDataParallel
 
 
 BOTH = {
@@ -72,6 +73,9 @@ CASES |= {
     "linear two_pass, the loss outside": Case(plan="two_pass", outside=True),
     "linear one_pass, gradients in buckets": Case(ddp=dict(gradient_as_bucket_view=True), micro_batches=2, steps=2),
     "linear two_pass, static graph": Case(plan="two_pass", ddp=dict(static_graph=True), steps=2),
+    "linear one_pass, sharded": Case(sharded=True),
+    "linear two_pass, sharded": Case(plan="two_pass", sharded=True),
+    "logits one_pass, sharded": Case(linear=False, sharded=True),
     "linear two_pass, sequences": Case(plan="two_pass", spec=rw.methods.gspo()),
     "linear two_pass, kept logits": Case(plan="two_pass", options={"memory_budget": 1 << 20}),
     "logits one_pass, in place": Case(linear=False, options={"consume_logits": True}),
@@ -108,7 +112,7 @@ def divisors(case, mask, ranks):
     return {name: total[name] / ranks for name in reads}
 
 
-def gradients(case, policy, module, data, ranks):
+def gradients(case, policy, module, data):
     """After a step in micro-batches; ``data`` is this process's part, its divisors those of the whole batch."""
     parts = [
         {name: x if name == "divisors" else x.chunk(case.micro_batches)[i] for name, x in data.items()} for i in range(case.micro_batches)
@@ -120,17 +124,25 @@ def gradients(case, policy, module, data, ranks):
         result = module(part, case)
         value = checkpointed(case, partial(loss, policy, part, case), result) if case.outside else result
         value.backward()
-    return {name: p.grad.clone() for name, p in policy.named_parameters()}
+    return {name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone() for name, p in policy.named_parameters()}
 
 
 def run_case(case, rank=None):
-    data, ranks = whole_batch(case), 1 if rank is None else RANKS
-    data["divisors"] = divisors(case, data["mask"], ranks)
+    data = whole_batch(case)
+    data["divisors"] = divisors(case, data["mask"], 1 if rank is None else RANKS)
     if rank is not None:
         data = {name: x if name == "divisors" else x.chunk(RANKS)[rank] for name, x in data.items()}
     policy = Policy()
-    module = policy if rank is None else nn.parallel.DistributedDataParallel(policy, **case.ddp)
-    return gradients(case, policy, module, data, ranks)
+    return gradients(case, policy, policy if rank is None else wrapped(case, policy), data)
+
+
+def wrapped(case, policy):
+    if not case.sharded:
+        return nn.parallel.DistributedDataParallel(policy, **case.ddp)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(policy, mesh=init_device_mesh("cpu", (RANKS,)))
 
 
 def process(rank, folder):
