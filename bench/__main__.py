@@ -53,6 +53,7 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
         found = distributions.get(name)
         return importlib.metadata.version(found[0]) if found else None
 
+    modified = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)bench/results")
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
         platform.machine(),
@@ -68,8 +69,7 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         **{name: version(name) for name in ("triton", "trl", "liger_kernel", "flash_attn", "quack", "cut_cross_entropy")},
         "reweight_ops": reweight_ops.__version__,
-        "commit": commit
-        or (git("rev-parse", "--short", "HEAD") or "unknown") + (" (modified)" if git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)bench/results") else ""),
+        "commit": commit or (git("rev-parse", "--short", "HEAD") or "unknown") + (" (modified)" if modified else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     found["extension"] = {**_C.build_info(), "level": _C.level()}
