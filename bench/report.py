@@ -46,7 +46,8 @@ def _speeds(entry: dict[str, Any]) -> str:
     """The limits of a case, as speeds: GB/s read plus written, or TFLOP/s."""
     ms = {name: median(times) for name, times in entry["limits"].items()}
     if "gemms" in ms:
-        return f"GEMMs {entry['least_flops'] / ms['gemms'] / 1e9:.3g} TFLOP/s"
+        speed = entry["least_flops"] / ms["gemms"] / 1e9
+        return f"GEMMs {speed:.{0 if speed >= 10 else 2}f} TFLOP/s"
     return ", ".join(f"{name} {entry['logits_bytes'] * (1 if name == 'read' else 2) / t / 1e6:.0f} GB/s" for name, t in ms.items())
 
 
