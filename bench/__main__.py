@@ -152,7 +152,9 @@ def measure(options: argparse.Namespace) -> None:
     path = Path(options.out) / file_name(options, document["machine"]["huge_pages"])
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline, measured = time.monotonic() + options.seconds, list[dict[str, Any]]()
-    stamp = {name: document["machine"][name] for name in ("commit", "date", "real_time")}  # of each case: with --update they may differ
+    stamp = {name: document["machine"][name] for name in ("commit", "date", "real_time")} | {
+        "rounds": options.rounds
+    }  # of each case: with --update they may differ
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
         steps = sum((options.rounds + 1) * sum(p.serves(c) for p in who) for c in chosen)
         task = progress.add_task("", total=steps)
