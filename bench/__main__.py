@@ -2,6 +2,7 @@
 
 python -m bench                              all cases, with default pages and with huge pages (two processes)
 python -m bench --only 128x151936 --rounds 15
+python -m bench --suite linear               from hidden states: the head's GEMMs with the loss between them
 python -m bench --show bench/results/cpu-huge-pages.json
 python -m bench --device cuda                a GPU's cases, from hidden states too (make gpu-bench does this)
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -27,7 +29,7 @@ from reweight_ops import _C
 
 from .cases import cases
 from .linear import linear_cases, linear_providers
-from .measure import Memory, foreign_load, run_case
+from .measure import Effort, Memory, foreign_load, run_case
 from .providers import Provider, providers
 from .report import plot, print_tables
 
@@ -45,12 +47,13 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
         except OSError:
             return ""
 
-    def version(name: str) -> str | None:
-        try:
-            return str(__import__(name).__version__)
-        except ImportError:
-            return None
+    distributions = importlib.metadata.packages_distributions()
 
+    def version(name: str) -> str | None:
+        found = distributions.get(name)
+        return importlib.metadata.version(found[0]) if found else None
+
+    modified = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)bench/results")
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
         platform.machine(),
@@ -66,8 +69,7 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         **{name: version(name) for name in ("triton", "trl", "liger_kernel", "flash_attn", "quack", "cut_cross_entropy")},
         "reweight_ops": reweight_ops.__version__,
-        "commit": commit
-        or (git("rev-parse", "--short", "HEAD") or "unknown") + (" (modified)" if git("status", "--porcelain", "-uno") else ""),
+        "commit": commit or (git("rev-parse", "--short", "HEAD") or "unknown") + (" (modified)" if modified else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     found["extension"] = {**_C.build_info(), "level": _C.level()}
@@ -80,7 +82,7 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
 def quietest(case: Any, who: list[Provider], options: argparse.Namespace, progress: Progress, task: TaskID) -> dict[str, Any]:
     """One case, measured when others leave the machine alone; up to three times, of which the quietest counts."""
     best: dict[str, Any] | None = None
-    memory = None if options.no_memory else Memory(case.device)
+    effort = Effort(options.rounds, options.slow, None if options.no_memory else Memory(case.device))
     start = progress.tasks[task].completed
     for _ in range(3):
         load, give_up = foreign_load(), time.monotonic() + options.patience
@@ -90,7 +92,7 @@ def quietest(case: Any, who: list[Provider], options: argparse.Namespace, progre
             if next(load) <= options.quiet:
                 break
         progress.update(task, completed=start)
-        results, limits, busy = run_case(case, who, options.rounds, memory, lambda: progress.advance(task))
+        results, limits, busy = run_case(case, who, effort, lambda: progress.advance(task))
         entry = {"name": case.name, "case": asdict(case), "logits_bytes": case.logits_bytes, "foreign_load": busy, "limits": limits}
         entry |= {k: getattr(case, k)() for k in ("least_bytes", "least_flops") if hasattr(case, k)}
         entry |= {"gradient_bytes": case.gradient_bytes} if hasattr(case, "gradient_bytes") else {}
@@ -104,15 +106,33 @@ def quietest(case: Any, who: list[Provider], options: argparse.Namespace, progre
 
 
 def file_name(options: argparse.Namespace, huge_pages: bool) -> str:
-    return "gpu-bench.json" if options.device == "cuda" or options.tiny else f"cpu-{'huge' if huge_pages else 'default'}-pages.json"
+    suite = "" if options.suite == "logits" else f"{options.suite}-"
+    return "gpu-bench.json" if of_gpu(options) else f"cpu-{suite}{'huge' if huge_pages else 'default'}-pages.json"
+
+
+def of_gpu(options: argparse.Namespace) -> bool:
+    return bool(options.device == "cuda" or options.tiny)
+
+
+def suite(options: argparse.Namespace) -> list[Any]:
+    """Every case of the suite; of a GPU those of both, the linear head not last of all."""
+    logits, linear = (which(options.device, options.tiny) for which in (cases, linear_cases))
+    if of_gpu(options):
+        return [*logits[:8], *linear, *logits[8:]]
+    return list(linear if options.suite == "linear" else logits)
+
+
+def kept(path: Path, measured: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
+    """What was measured now, among the other cases of a result file."""
+    new = {entry["name"] for entry in measured}
+    old = [entry for entry in json.loads(path.read_text())["cases"] if entry["name"] not in new] if path.exists() else []
+    return sorted([*old, *measured], key=lambda entry: order.index(entry["name"]) if entry["name"] in order else len(order))
 
 
 def measure(options: argparse.Namespace) -> None:
-    every: list[Any] = [*cases(options.device, options.tiny)]
-    if options.device == "cuda" or options.tiny:
-        # A GPU's own clock does not see what the host's processor does besides; the linear head, an issue of its own, not last of all.
-        options.quiet = 1.0
-        every[8:8] = linear_cases(options.device, options.tiny)
+    every = suite(options)
+    if of_gpu(options):
+        options.quiet = 1.0  # a GPU's own clock does not see what the host's processor does besides
     chosen = [c for c in every if all(word in c.name for word in options.only) and not any(word in c.name for word in options.skip)]
     if not chosen:
         raise SystemExit(f"no case matches {options.only}")
@@ -131,7 +151,10 @@ def measure(options: argparse.Namespace) -> None:
     console = Console(stderr=True)
     path = Path(options.out) / file_name(options, document["machine"]["huge_pages"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + options.seconds
+    deadline, measured = time.monotonic() + options.seconds, list[dict[str, Any]]()
+    stamp = {name: document["machine"][name] for name in ("commit", "date", "real_time")} | {
+        "rounds": options.rounds
+    }  # of each case: with --update they may differ
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
         steps = sum((options.rounds + 1) * sum(p.serves(c) for p in who) for c in chosen)
         task = progress.add_task("", total=steps)
@@ -140,7 +163,8 @@ def measure(options: argparse.Namespace) -> None:
             if time.monotonic() > deadline:
                 document["not_reached"].append(case.name)
             else:
-                document["cases"].append(quietest(case, who, options, progress, task))
+                measured.append(quietest(case, who, options, progress, task) | stamp)
+            document["cases"] = kept(path, measured, [c.name for c in every]) if options.update else measured
             path.write_text(json.dumps(document, indent=1) + "\n")  # after each case: an interrupted run keeps what it has
     if not options.no_plot:
         plot(document, path.with_suffix(".png"))
@@ -159,14 +183,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="words that a case's name must contain: 128x151936 bfloat16 +entropy")
     parser.add_argument("--skip", nargs="*", default=[], help="words that it must not contain")
+    parser.add_argument("--suite", default="logits", choices=("logits", "linear"), help="from logits or from hidden states; a GPU has both")
+    parser.add_argument("--update", action="store_true", help="keep the other cases of the result file")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--slow", type=float, default=10, help="a baseline that takes more seconds is run once, outside the rounds")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="begin no case after that many; the rest is named in the results"
     )
     parser.add_argument("--tiny", action="store_true", help="a GPU's cases, in shapes that only show that everything runs")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--backends", help="comma-separated; default: those of the device")
-    parser.add_argument("--providers", help="baselines to run besides ours, comma-separated; default: all")
+    parser.add_argument("--providers", help="words in names of baselines to run besides ours, comma-separated, or none; default: all")
     parser.add_argument(
         "--pages",
         default="both",

@@ -1,4 +1,4 @@
-"""From hidden states: the head's three GEMMs with the loss between them, beside the bare GEMMs, which nobody can beat.
+"""From hidden states: the head's three GEMMs with the loss between them, beside the bare GEMMs.
 
 ``linear``: a clipped policy loss. ``linear ce``: its special case for kernels that know the mean cross entropy alone.
 """
@@ -48,9 +48,21 @@ class LinearCase:
         return replace(_tensors(self.rows, self.hidden, self.vocab, self.dtype, self.device, self.zero_advantages), case=self)
 
 
+CPU_SHAPES = ((256, 4096, 32000), (2048, 1024, 151936))
+GPU_SHAPE = (8192, 4096, 151936)
+TINY_SHAPE = (64, 32, 320)
+
+
 def linear_cases(device: str, tiny: bool = False) -> list[LinearCase]:
-    shape = (64, 32, 320) if tiny else (8192, 4096, 151936)
-    return [LinearCase(job, *shape, "bfloat16", device) for job in ("linear", "linear ce")]
+    """As for logits, ``tiny`` is the GPU's cases in a shape that only shows that everything runs."""
+    if device == "cpu" and not tiny:
+        return [
+            LinearCase("linear", *shape, dtype, device, zero)
+            for shape in CPU_SHAPES
+            for dtype in ("bfloat16", "float32")
+            for zero in (False, True)
+        ]
+    return [LinearCase(job, *(TINY_SHAPE if tiny else GPU_SHAPE), "bfloat16", device) for job in ("linear", "linear ce")]
 
 
 @dataclass
@@ -79,16 +91,21 @@ class LinearData:
         return -torch.min(ratio * adv, ratio.clamp(0.8, 1.2) * adv).mean()
 
     def limits(self) -> dict[str, Callable[[], Any]]:
-        """The three GEMMs alone: logits, and the gradients of hidden and weight."""
+        """The three GEMMs alone, for all rows at once: logits, and the gradients of hidden and weight. They return new memory, as whoever
+        returns a gradient must (on a CPU its pages cost as much as a GEMM); the second limit writes into memory that is there."""
         h, w = self.hidden.detach().flatten(0, 1), self.weight.detach()
         z, dh, dw = h.new_empty(h.size(0), w.size(0)), torch.empty_like(h), torch.empty_like(w)
 
-        def gemms() -> None:
+        def gemms() -> tuple[Tensor, Tensor, Tensor]:
+            z = torch.mm(h, w.t())
+            return z, torch.mm(z, w), torch.mm(z.t(), h)
+
+        def reused() -> None:
             torch.mm(h, w.t(), out=z)
             torch.mm(z, w, out=dh)
             torch.mm(z.t(), h, out=dw)
 
-        return {"gemms": gemms}
+        return {"gemms": gemms, "gemms, reused output": reused}
 
     def error(self, exact: bool, value: Any, grads: tuple[Tensor, Tensor]) -> float:
         """The error of both gradients in a few rows that have one, over what is allowed. Logits in 16 bits decide it, so all are held to the same."""
@@ -125,10 +142,11 @@ def _tensors(rows: int, hidden: int, vocab: int, dtype: str, device: str, zero_a
     ids = torch.randint(0, vocab, shape, generator=g, device=device)
     lse = torch.stack([torch.logsumexp((x @ w.t()).float(), -1) for x in h])
     logp = (h.float() * w[ids].float()).sum(-1) - lse
-    old = logp + 0.3 * torch.randn(shape, generator=g, device=device)
+    # Of the ratios 5 % are beyond a bound, which clips half of them: too few for dropping their rows, or all rows would not mean all.
+    old = logp + 0.1 * torch.randn(shape, generator=g, device=device)
     advantages = torch.randn(shape[0], 1, generator=g, device=device).expand(shape).contiguous()
-    if zero_advantages:
-        advantages[: round(0.4 * shape[0])] = 0
+    if zero_advantages:  # scattered, so that no chunk has none: whole chunks of such rows would cost nothing
+        advantages[torch.randperm(shape[0], generator=g, device=device)[: round(0.4 * shape[0])]] = 0
     spare = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     case = LinearCase("linear", rows, hidden, vocab, dtype, device)
     return LinearData(case, h.requires_grad_(), w.requires_grad_(), ids, advantages, old, lse, spare)
@@ -162,18 +180,31 @@ def compiled(data: LinearData) -> Job:
     return job_of(data, torch.compile(_eager(data), dynamic=False))
 
 
+def _call(data: LinearData) -> dict[str, Any]:
+    """The loss of the case in our words."""
+    import reweight_ops as rw
+    from reweight_ops.rules.surrogates import Reinforce
+
+    if data.case.job == "linear ce":
+        return dict(spec=rw.PolicyLossSpec(surrogate=Reinforce()), advantages=torch.ones_like(data.advantages))
+    return dict(spec=rw.methods.ppo(0.2), advantages=data.advantages, old_per_token_logps=data.old)
+
+
+def materialised(data: LinearData) -> Job:
+    """All logits at once, and our loss in place on them."""
+    import reweight_ops as rw
+
+    call = _call(data)
+    return job_of(data, lambda: rw.policy_loss(F.linear(data.hidden, data.weight), data.ids, consume_logits=True, **call).loss)
+
+
 def ours(backend: str, plan: str) -> Callable[[LinearData], Job]:
     def make(data: LinearData) -> Job:
         import reweight_ops as rw
-        from reweight_ops.rules.surrogates import Reinforce
 
         serving(backend, data.hidden)
-        if data.case.job == "linear ce":
-            spec, rows = rw.PolicyLossSpec(surrogate=Reinforce()), dict(advantages=torch.ones_like(data.advantages))
-        else:
-            spec, rows = rw.methods.ppo(0.2), dict(advantages=data.advantages, old_per_token_logps=data.old)
-        options = dict(spec=spec, plan=plan, backend=backend)
-        return job_of(data, lambda: rw.linear_policy_loss(data.hidden, data.weight, data.ids, **rows, **options).loss)
+        call = dict(plan=plan, backend=backend, **_call(data))
+        return job_of(data, lambda: rw.linear_policy_loss(data.hidden, data.weight, data.ids, **call).loss)
 
     return make
 
@@ -214,6 +245,7 @@ def quack(data: LinearData) -> Job:
 def linear_providers(backends: tuple[str, ...]) -> list[Provider]:
     both = ("linear", "linear ce")
     found = [
+        Provider("F.linear, then policy_loss", materialised, both),
         Provider("eager", eager, both),
         Provider("torch.compile", compiled, both),
         Provider("TRL chunked", trl, both),

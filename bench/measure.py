@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -86,6 +87,15 @@ def _status(key: str) -> int:
 # ---- time
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much of the machine's time a case gets."""
+
+    rounds: int
+    slow: float = math.inf  # seconds: a baseline that takes longer runs once, outside the rounds
+    memory: Memory | None = None
+
+
 def _clock(device: str, job: Callable[[], Any]) -> tuple[float, float]:
     """Milliseconds of one run, and those until the host has issued it; what it returns is freed outside.
 
@@ -109,8 +119,26 @@ def _clock(device: str, job: Callable[[], Any]) -> tuple[float, float]:
     return elapsed * 1e3, elapsed * 1e3
 
 
+def _trial(result: Result, data: Any, job: Job, effort: Effort) -> bool:
+    """One run for the growth of memory and a first idea of the time; False if that was too long to run it again."""
+    data.restore()
+    times: list[float] = []
+
+    def run() -> None:
+        times.append(_clock(result.case.device, job)[0])
+
+    if effort.memory is None:
+        run()
+    else:
+        result.extra_bytes = effort.memory.growth(run)
+    if result.ours or times[0] <= 1e3 * effort.slow:
+        return True
+    result.ms = times
+    return False
+
+
 def run_case(
-    case: Any, providers: list[Provider], rounds: int, memory: Memory | None, tick: Callable[[], None]
+    case: Any, providers: list[Provider], effort: Effort, tick: Callable[[], None]
 ) -> tuple[list[Result], dict[str, list[float]], float]:
     """Every provider once per round, and every limit: ``(results, ms of each limit, share of the processor that others used)``.
 
@@ -133,17 +161,15 @@ def run_case(
         except Exception as error:  # a baseline that fails to compile must not end the run
             result.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
-        if memory is not None:
-            data.restore()
-            result.extra_bytes = memory.growth(job)
-        jobs[p.name] = job
+        if _trial(result, data, job, effort):
+            jobs[p.name] = job
         tick()
     probes = data.limits()
     limits: dict[str, list[float]] = {kind: [] for kind in probes}
     by_name = {r.provider: r for r in results}
     load = foreign_load()
     next(load)
-    for _ in range(rounds):
+    for _ in range(effort.rounds):
         for kind, probe in probes.items():
             data.restore()
             limits[kind].append(_clock(case.device, probe)[0])

@@ -21,8 +21,8 @@ LIMIT = {
 
 
 def _ratio(a: list[float], b: list[float]) -> float:
-    """Median over rounds of a's time over b's: both were measured in the same round."""
-    return median(x / y for x, y in zip(a, b, strict=True))
+    """Median over rounds of a's time over b's, measured in the same round; of the medians, where one of them is slow and ran once."""
+    return median(x / y for x, y in zip(a, b, strict=True)) if len(a) == len(b) else median(a) / median(b)
 
 
 def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
@@ -36,6 +36,7 @@ def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
             limit = [sum(ms) for ms in zip(*(entry["limits"][name] for name in names), strict=True)]
             extra = None if r["extra_bytes"] is None else (r["extra_bytes"] - entry.get("gradient_bytes", 0)) / entry["logits_bytes"]
             row |= {"ms": median(r["ms"]), "of_limit": _ratio(limit, r["ms"]), "limit": "+".join(names), "extra": extra, "gate": r["gate"]}
+            row["once"] = len(r["ms"]) < len(limit)
             row["against"] = {name: _ratio(t["ms"], r["ms"]) for name, t in timed.items() if r["ours"] and not t["ours"]}
         found.append(row)
     return found
@@ -45,7 +46,8 @@ def _speeds(entry: dict[str, Any]) -> str:
     """The limits of a case, as speeds: GB/s read plus written, or TFLOP/s."""
     ms = {name: median(times) for name, times in entry["limits"].items()}
     if "gemms" in ms:
-        return f"GEMMs {entry['least_flops'] / ms['gemms'] / 1e9:.0f} TFLOP/s"
+        speed = entry["least_flops"] / ms["gemms"] / 1e9
+        return f"GEMMs {speed:.{0 if speed >= 10 else 2}f} TFLOP/s"
     return ", ".join(f"{name} {entry['logits_bytes'] * (1 if name == 'read' else 2) / t / 1e6:.0f} GB/s" for name, t in ms.items())
 
 
@@ -96,8 +98,9 @@ def print_tables(document: dict[str, Any], console: Console | None = None) -> No
                 absent.append(f"  {row['provider']}: {row['note']}")
                 continue
             times = [f"{row['against'][k]:.2f}" if k in row["against"] else "" for k in others]
-            extra = "" if row["extra"] is None else f"{row['extra']:.2f}x"
-            figures = [f"{row['ms']:.2f}", f"{row['of_limit']:.2f} ({row['limit']})", *times, extra, f"{row['gate']:.2f}"]
+            extra = "" if row["extra"] is None else f"{row['extra'] * entry['logits_bytes'] / 2**20:.0f} MiB {row['extra']:.2f}x"
+            ms = f"{row['ms']:.2f}{' once' if row['once'] else ''}"
+            figures = [ms, f"{row['of_limit']:.2f} ({row['limit']})", *times, extra, f"{row['gate']:.2f}"]
             table.add_row(row["provider"], *figures, style="bold" if row["ours"] else "")
         console.print(table)
         console.print("\n".join(absent), style="dim", highlight=False)

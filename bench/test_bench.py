@@ -3,12 +3,13 @@
 import pytest
 
 from .cases import cases
+from .linear import linear_cases, linear_providers
 from .measure import gate
 from .providers import Absent, providers
 
 
-@pytest.mark.parametrize("provider", providers(("cpu",)), ids=lambda p: p.name)
-@pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)
+@pytest.mark.parametrize("provider", [*providers(("cpu",)), *linear_providers(("cpu",))], ids=lambda p: p.name)
+@pytest.mark.parametrize("case", [*cases(), *linear_cases("cpu")], ids=lambda c: c.name)
 def test_speed(benchmark, case, provider):
     if not provider.serves(case):
         pytest.skip("not this provider's job")

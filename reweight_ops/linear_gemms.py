@@ -20,6 +20,8 @@ _FEWEST_ROWS = 256
 CHUNKS_IN_WEIGHT_DTYPE = 8
 #: Rows without a coefficient are dropped from the backward GEMMs if at least this share of a chunk is: a gather has its price too.
 _WORTH_DROPPING = 0.1
+#: Bytes that move at once when a chunk is compacted: on a CPU few enough for a cache, on a GPU enough for its bandwidth.
+_BLOCK = {"cpu": 4 << 20, "cuda": 64 << 20}
 #: Rows of the weight that are worked on at once where a copy in a wider dtype is needed.
 _SLICE = 8192
 
@@ -156,13 +158,18 @@ class Gradients:
 
     def add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, live: Tensor | None) -> None:
         """``chunk`` holds dL/dlogits of the rows (a run of all rows, or their positions), and padding; ``live``: positions in the chunk of
-        the only rows whose gradient is not 0."""
+        the only rows whose gradient is not 0, ascending. They are moved to its top, over the others."""
         weight, _, a, b, scale = self.head
         count = h.size(0)
+        if live is not None:
+            if not live.numel():
+                return
+            chunk, h = compacted(chunk, live), h[live]
+            count = live.numel()
         h = h.to(weight.dtype)
-        whole = (chunk if live is None else chunk[live]).to(weight.dtype)
-        grad, h = (whole[:count], h) if live is None else (whole, h[live])
-        if not grad.size(0):
+        whole = chunk.to(weight.dtype)
+        grad = whole[:count]
+        if not count:
             return
         needs_weight, needs_bias, needs_a, needs_b = self.needs[1:]
         through = None if b is None else scale * (grad @ b)  # [m, r]
@@ -234,6 +241,19 @@ def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
     else:
         for part in chunks(0, left.size(0), _SLICE):
             out[part] = left[part] @ right
+
+
+def compacted(chunk: Tensor, live: Tensor) -> Tensor:
+    """The rows ``live`` (ascending) of ``chunk``, moved to its top: a view. A row only ever moves up, so a block of rows may overwrite what
+    lies above the next block's sources, and no second chunk is needed."""
+    row_bytes = max(chunk.size(1) * chunk.element_size(), 1)
+    rows = max(_BLOCK.get(chunk.device.type, _BLOCK["cuda"]) // row_bytes, 1)
+    spare = chunk.new_empty(min(rows, live.numel()), chunk.size(1))
+    for i in range(0, live.numel(), rows):
+        block = live[i : i + rows]
+        moved = torch.index_select(chunk, 0, block, out=spare[: block.numel()])
+        chunk[i : i + block.numel()] = moved
+    return chunk[: live.numel()]
 
 
 def live_rows(*coefs: Tensor | None) -> Tensor | None:

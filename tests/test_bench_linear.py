@@ -1,0 +1,100 @@
+"""The linear head in the ordinary harness: cases and providers, one file that keeps its other cases, slow baselines run once; tiny shapes."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import reweight_ops as rw
+from bench import __main__ as harness
+from bench import linear, report
+from bench.linear import LinearCase, linear_providers
+from bench.measure import Effort, Memory, run_case
+
+CASES = [LinearCase("linear", 64, 32, 320, "float32", "cpu", zero) for zero in (False, True)]
+OURS = ("cpu one_pass", "cpu two_pass")
+
+
+def bench(monkeypatch, out, *arguments):
+    monkeypatch.setattr(harness, "linear_cases", lambda device, tiny: CASES)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    command = ["bench", "--suite", "linear", "--pages", "default", "--out", str(out), "--rounds", "2", "--quiet", "1", "--no-plot"]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    harness.main()
+    return json.loads((out / "cpu-linear-default-pages.json").read_text())
+
+
+def test_measures_and_shows(tmp_path, monkeypatch, capsys):
+    document = bench(monkeypatch, tmp_path, "--providers", "F.linear,eager", "--no-memory")
+    assert [c["name"] for c in document["cases"]] == [c.name for c in CASES]
+    for entry in document["cases"]:
+        timed = {r["provider"]: r for r in entry["results"] if r["ms"]}
+        assert {*OURS, "eager", "F.linear, then policy_loss"} == set(timed)
+        assert all(r["gate"] <= 1 and len(r["ms"]) == 2 for r in timed.values())
+        assert {len(ms) for ms in entry["limits"].values()} == {2}
+        rows = {row["provider"]: row for row in report.rows_of(entry)}
+        assert all(rows[name]["limit"] == "gemms" and "eager" in rows[name]["against"] for name in OURS)
+    assert capsys.readouterr().out.count("cpu one_pass") == 2
+
+
+def test_update_keeps_the_other_cases(tmp_path, monkeypatch):
+    first = bench(monkeypatch, tmp_path, "--providers", "none", "--no-memory", "--commit", "first")
+    again = bench(monkeypatch, tmp_path, "--providers", "none", "--no-memory", "--commit", "second", "--update", "--skip", "zero")
+    assert [c["name"] for c in again["cases"]] == [c.name for c in CASES]
+    assert [c["commit"] for c in again["cases"]] == ["second", "first"] and again["cases"][1] == first["cases"][1]
+    alone = bench(monkeypatch, tmp_path, "--providers", "none", "--no-memory", "--skip", "zero")
+    assert [c["name"] for c in alone["cases"]] == [CASES[0].name]
+
+
+def test_a_slow_baseline_is_run_once(capsys):
+    """The run that counts is the one after the gate, whose memory is measured too; ours are never left out of the rounds."""
+    chosen = [p for p in linear_providers(("cpu",)) if p.name in ("eager", OURS[0])]
+    results, limits, _ = run_case(CASES[0], chosen, Effort(rounds=3, slow=0.0, memory=Memory("cpu")), lambda: None)
+    assert {r.provider: len(r.ms) for r in results} == {"eager": 1, OURS[0]: 3}
+    assert all(r.extra_bytes is not None for r in results)
+    entry = {
+        "case": {"job": "linear"}, "results": [r.to_json() for r in results], "limits": limits, "logits_bytes": CASES[0].logits_bytes,
+        "gradient_bytes": CASES[0].gradient_bytes, "least_flops": CASES[0].least_flops(), "name": "x", "foreign_load": 0.0,
+    }  # fmt: skip
+    once = {row["provider"]: row["once"] for row in report.rows_of(entry)}
+    assert once == {"eager": True, OURS[0]: False}
+    machine = {"processor": "p", "threads": 1, "huge_pages": False, "torch": "t", "commit": "c"}
+    report.print_tables({"machine": machine, "cases": [entry]})
+    assert capsys.readouterr().out.count(" once ") == 1
+
+
+def test_the_gate_refuses_wrong_gradients(monkeypatch):
+    """Ours with one gradient off by a tenth, in hidden states or in the weight."""
+    data = CASES[0].data()
+    value, grads = linear.ours("cpu", "one_pass")(data)()
+    assert data.error(False, value, grads) <= 1
+    for which in (0, 1):
+        bad = tuple(g * 1.1 if i == which else g for i, g in enumerate(grads))
+        assert data.error(False, value, bad) > 1
+
+
+def test_rows_without_advantage_are_spread_over_the_chunks():
+    zero = (LinearCase("linear", 2048, 4, 16, "float32", "cpu", True).data().advantages == 0).view(8, 256).float().mean(1)
+    assert 0.35 < zero.mean() < 0.45 and (zero < 1).all() and (zero > 0).sum() >= 6
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_only_rows_without_advantage_are_dropped(zero):
+    """The clipped ones are there, but too few to be dropped: what is timed against three GEMMs of all rows computes all rows."""
+    data = LinearCase("linear", 2048, 64, 640, "float32", "cpu", zero).data()
+    rows = dict(old_per_token_logps=data.old, chunk_rows=256, plan="one_pass")
+    out = rw.linear_policy_loss(data.hidden, data.weight, data.ids, data.advantages, spec=rw.methods.ppo(0.2), **rows)
+    metrics = out.metrics.as_floats()
+    assert metrics["clip_ratio/low_mean"] > 0 and metrics["clip_ratio/high_mean"] > 0
+    assert 0.4 < metrics["rows_dropped_backward"] / 2048 < 0.45 if zero else metrics["rows_dropped_backward"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_limits_are_the_three_gemms(dtype):
+    case = LinearCase("linear", 64, 32, 320, str(dtype).removeprefix("torch."), "cpu")
+    data = case.data()
+    z, dh, dw = data.limits()["gemms"]()
+    assert torch.equal(z, data.hidden.flatten(0, 1) @ data.weight.t())
+    assert torch.equal(dh, z @ data.weight) and torch.equal(dw, z.t() @ data.hidden.flatten(0, 1))
+    assert data.limits()["gemms, reused output"]() is None
