@@ -17,7 +17,7 @@ STREAMING, RING = "test_cuda_emulated.py", "test_cuda_ring.py"
 #: name: (file, what it says, what the bug says). Bugs of the streaming kernel, of what both kernels share, and of the choice between them.
 MUTANTS = {
     "no barrier before the block's merge": ("streaming.cu", "    barrier();\n    Partial sums{", "    Partial sums{"),
-    "no second set of partial sums": ("streaming.cu", "            buffer ^= 1;\n            if (thread_index() == 0) s = finish", "            if (thread_index() == 0) s = finish"),
+    "no second set of partial sums": ("streaming.cu", "        buffer ^= 1;\n        if (thread_index() == 0) put_row", "        if (thread_index() == 0) put_row"),
     "no barrier before the gradient": ("streaming.cu", "        barrier();\n        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient,", "        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient,"),
     "no barrier before a known gradient": ("streaming.cu", "        barrier();\n        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradients", "        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradients"),
     "no second row of constants": ("streaming.cu", "gradients[buffer], softcap);\n        buffer ^= 1;", "gradients[buffer], softcap);"),
