@@ -17,7 +17,7 @@ from reweight_ops.errors import InvalidCall
 
 INF = math.inf
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CASES = ("plain", "shifted", "close", "peaked", "cap", "per_row")
+CASES = ("plain", "shifted", "close", "peaked", "cap", "other_cap", "per_row")
 #: KL(q‖p), KL(p‖q), H(p), and a mixture of them.
 CONSTANTS = {"forward": (1.0, 0.0, 0.0), "reverse": (0.0, 1.0, 0.0), "entropy": (0.0, 0.0, 1.0), "all": (0.5, 0.7, -0.3)}
 U = 2.0**-24
@@ -25,10 +25,12 @@ U = 2.0**-24
 
 @pytest.fixture(scope="module")
 def kernels():
-    threads = torch.get_num_threads()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written holds NaN
     module, native = emulated()
     yield module, NativeDivergence(native)
+    torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(threads)
 
 
@@ -52,7 +54,7 @@ def make(n, v, dtype=torch.float32, other=None, case="plain", seed=0):
     ids = torch.arange(n)
     ids[3::4] = OUT
     t, u = (torch.linspace(0.5, 2, n), torch.linspace(1.7, 0.6, n)) if case == "per_row" else (torch.tensor([0.8]), torch.tensor([0.9]))
-    caps = (6.0, 5.0) if case == "cap" else (INF, INF)
+    caps = {"cap": (6.0, 5.0), "other_cap": (INF, 5.0)}.get(case, (INF, INF))
     return Two(z.to(dtype), y.to(other or dtype), ids, t, u, Head(v, caps[0]), Head(v, caps[1]))
 
 
@@ -119,14 +121,55 @@ def test_mixed_dtypes_padding_and_strides(cuda, dtype, other, v):
     torch.testing.assert_close(table[:4].double(), table_want[:4], rtol=1e-5, atol=2e-6)
     rtol = {"fp32": 2e-5, "bf16": 2**-8, "fp16": 2**-11}[dtype]
     torch.testing.assert_close(plain.double(), want, rtol=rtol, atol=2e-6)
-    wide, wide_other, wide_out = (
-        torch.full((7, v + extra), math.nan, dtype=t.dtype) for t, extra in ((plain, 5), (two.other, 11), (plain, 9))
-    )
-    x, y, out = wide[1:6, 1 : v + 5], wide_other[1:6, 3:], wide_out[1:6, 2 : v + 6]
-    x[:, :v], y[:, :v] = two.logits, two.other
-    got = cuda.loss_grad(two._replace(logits=x, other=y), constants, weights, out)
-    assert torch.equal(got, table) and torch.equal(out[:, :v], plain) and (out[:, v:] == 0).all()
-    assert wide_out[1:6, v + 6 :].isnan().all() and wide_out[1:6, :2].isnan().all() and wide_out[[0, 6]].isnan().all()
+    # A row has room for the columns, a padding of its own and what is around, and starts at a multiple of 16 bytes plus a few elements.
+    for starts in ((1, 3, 2), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        wholes = [torch.full((7, -(-v // 8) * 8 + 16), math.nan, dtype=t.dtype) for t in (plain, two.other, plain)]
+        x, y, out = (w[1:6, s : v + s + padding] for w, s, padding in zip(wholes, starts, (4, 8, 3), strict=True))
+        assert [t.data_ptr() % 16 == 0 for t in (x, y, out)] == [s == 0 for s in starts]
+        x[:, :v], y[:, :v] = two.logits, two.other
+        got = cuda.loss_grad(two._replace(logits=x, other=y), constants, weights, out)
+        assert torch.equal(got, table) and torch.equal(out[:, :v], plain) and (out[:, v:] == 0).all(), starts
+        around, s = wholes[2], starts[2]
+        assert around[1:6, v + s + 3 :].isnan().all() and around[1:6, :s].isnan().all() and around[[0, 6]].isnan().all(), starts
+
+
+@pytest.mark.parametrize("far", ["logits", "other", "out"])
+def test_offsets_beyond_two_to_the_31(cuda, far):
+    """Rows of one of the three tensors 2^31 + 5 elements apart, in memory that is mapped but for those rows never touched."""
+    v, stride = 1000, 2**31 + 5
+    two, constants, weights = make(2, v, torch.bfloat16), torch.tensor(CONSTANTS["all"]), torch.ones(2)
+    want = torch.empty_like(two.logits)
+    table = cuda.loss_grad(two, constants, weights, want)
+    torch.use_deterministic_algorithms(False)  # or all of it would be filled
+    try:
+        wide = torch.empty(stride + v, dtype=torch.bfloat16).as_strided((2, v), (stride, 1))
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    out = torch.empty_like(want)
+    if far == "out":
+        out = wide
+    else:
+        wide.copy_(getattr(two, far))
+        two = two._replace(**{far: wide})
+    assert torch.equal(cuda.loss_grad(two, constants, weights, out), table) and torch.equal(out, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("low", [-1e4, -1e10, -1e30, "lowest"])
+def test_masked_by_a_number(cuda, dtype, low):
+    """Whoever masks columns of both tensors by a number far below all others, even the lowest that there is, gets what -inf gives."""
+    low = torch.finfo(DTYPES[dtype]).min if low == "lowest" else max(low, torch.finfo(DTYPES[dtype]).min)
+    two, constants, weights = make(3, 9001, DTYPES[dtype]), torch.tensor(CONSTANTS["all"]), torch.ones(3)
+    z, y = two.logits, two.other
+    masked = torch.zeros(9001, dtype=torch.bool)
+    masked[:5000], masked[5001:8990] = True, True  # all that most threads see
+    z[:, masked] = y[:, masked] = -INF
+    want = torch.empty_like(z)
+    table = cuda.loss_grad(two, constants, weights, want)
+    assert table.isfinite().all()
+    z[:, masked] = y[:, masked] = low
+    for plan, got, grad in both_plans(cuda, two, constants, weights):
+        assert torch.equal(got, table) and torch.equal(grad, want), plan
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
