@@ -20,14 +20,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
 from reweight_ops import _C
 
 from .cases import cases
 from .linear import linear_cases, linear_providers
 from .measure import Memory, foreign_load, run_case
+from .pair import pair_cases, pair_providers
+from .progress import Steps
 from .providers import Provider, providers
 from .report import plot, print_tables
 
@@ -77,11 +76,10 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
     return found
 
 
-def quietest(case: Any, who: list[Provider], options: argparse.Namespace, progress: Progress, task: TaskID) -> dict[str, Any]:
+def quietest(case: Any, who: list[Provider], options: argparse.Namespace, steps: Steps) -> dict[str, Any]:
     """One case, measured when others leave the machine alone; up to three times, of which the quietest counts."""
     best: dict[str, Any] | None = None
     memory = None if options.no_memory else Memory(case.device)
-    start = progress.tasks[task].completed
     for _ in range(3):
         load, give_up = foreign_load(), time.monotonic() + options.patience
         next(load)
@@ -89,8 +87,8 @@ def quietest(case: Any, who: list[Provider], options: argparse.Namespace, progre
             time.sleep(2)
             if next(load) <= options.quiet:
                 break
-        progress.update(task, completed=start)
-        results, limits, busy = run_case(case, who, options.rounds, memory, lambda: progress.advance(task))
+        steps.restart()
+        results, limits, busy = run_case(case, who, options.rounds, memory, steps.advance)
         entry = {"name": case.name, "case": asdict(case), "logits_bytes": case.logits_bytes, "foreign_load": busy, "limits": limits}
         entry |= {k: getattr(case, k)() for k in ("least_bytes", "least_flops") if hasattr(case, k)}
         entry |= {"gradient_bytes": case.gradient_bytes} if hasattr(case, "gradient_bytes") else {}
@@ -112,14 +110,14 @@ def measure(options: argparse.Namespace) -> None:
     if options.device == "cuda" or options.tiny:
         # A GPU's own clock does not see what the host's processor does besides; the linear head, an issue of its own, not last of all.
         options.quiet = 1.0
-        every[8:8] = linear_cases(options.device, options.tiny)
+        every[8:8] = [*linear_cases(options.device, options.tiny), *pair_cases(options.device, options.tiny)]
     chosen = [c for c in every if all(word in c.name for word in options.only) and not any(word in c.name for word in options.skip)]
     if not chosen:
         raise SystemExit(f"no case matches {options.only}")
     backends = tuple(options.backends.split(",")) if options.backends else (("cpu",) if options.device == "cpu" else ("cuda", "triton"))
     who = [
         p
-        for p in [*providers(backends), *linear_providers(backends)]
+        for p in [*providers(backends), *linear_providers(backends), *pair_providers(backends)]
         if not options.providers or p.ours or any(word in p.name for word in options.providers.split(","))
     ]
     document: dict[str, Any] = {
@@ -128,19 +126,17 @@ def measure(options: argparse.Namespace) -> None:
         "cases": [],
         "not_reached": [],
     }
-    console = Console(stderr=True)
     path = Path(options.out) / file_name(options, document["machine"]["huge_pages"])
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.seconds
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
-        steps = sum((options.rounds + 1) * sum(p.serves(c) for p in who) for c in chosen)
-        task = progress.add_task("", total=steps)
+    steps = Steps(sum((options.rounds + 1) * sum(p.serves(c) for p in who) for c in chosen))
+    with steps.running():
         for case in chosen:
-            progress.update(task, description=case.name)
+            steps.begin(case.name)
             if time.monotonic() > deadline:
                 document["not_reached"].append(case.name)
             else:
-                document["cases"].append(quietest(case, who, options, progress, task))
+                document["cases"].append(quietest(case, who, options, steps))
             path.write_text(json.dumps(document, indent=1) + "\n")  # after each case: an interrupted run keeps what it has
     if not options.no_plot:
         plot(document, path.with_suffix(".png"))

@@ -30,7 +30,17 @@ def test_the_dry_run(tmp_path):
     assert found["dry_run"] and found["tests"]["tests"] > 30 and not found["tests"]["failed"]
     bench = json.loads((tmp_path / "gpu-bench.json").read_text())
     assert bench["not_reached"] == []
-    assert {c["case"]["job"] for c in bench["cases"]} == {"loss", "logps", "logps+grad", "grad", "linear", "linear ce"}
+    assert {c["case"]["job"] for c in bench["cases"]} == {
+        "loss",
+        "logps",
+        "logps+grad",
+        "grad",
+        "linear",
+        "linear ce",
+        "kl",
+        "kl+grad",
+        "distill",
+    }
     for case in bench["cases"]:
         ours = [r for r in case["results"] if r["ours"]]
         assert ours and all(r["ms"] and r["gate"] <= 1 for r in ours), case["name"]
