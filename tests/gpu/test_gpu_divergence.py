@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from pair_rows import CASES, CONSTANTS, DTYPES, U, as_dtype, assert_accurate, both_plans, make
+from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, both_plans, make
 from places import DRY, captured, compilations, keep_busy, no_synchronization, other_stream, peak_bytes, sized, synchronize
 
 import reweight_ops as rw
@@ -51,11 +51,7 @@ def test_accuracy(place, verbs, dtype, case, kind):
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 def test_vocabularies(place, verbs, dtype, vocab):
     two = make(sized(40, 5), vocab, dtype, device=place.device)
-    if vocab > 1:
-        assert_accurate(verbs, two, CONSTANTS["all"], same_bits=place.backend == "cuda")
-        return
-    for plan, table, grad in both_plans(verbs, two, *mixture(two)):
-        assert table[:4].abs().max() <= 4 * U and grad.abs().max() <= 4 * U / two.temperature, plan
+    assert_accurate(verbs, two, CONSTANTS["all"], same_bits=place.backend == "cuda")
 
 
 @pytest.mark.parametrize(("first", "second"), [c for c in itertools.product(DTYPES, DTYPES) if c[0] != c[1]])
