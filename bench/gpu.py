@@ -60,9 +60,8 @@ class Stage:
     least: float
     environment: dict[str, str] = field(default_factory=dict)
     why_not: Callable[[], str | None] = lambda: None
-    reserve: float | None = (
-        None  # of what it may take, for its start and end: the command is told --seconds, the rest. None: it is not told
-    )
+    #: Seconds of its share for its start and end; the command is told the rest as --seconds. None: it is not told.
+    reserve: float | None = None
 
 
 @dataclass
