@@ -15,7 +15,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, __version__, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -190,7 +190,10 @@ def ninja_path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+LICENSE = {"license_expression" if int(__version__.split(".")[0]) >= 77 else "license": "Apache-2.0"}
+
 setup(
+    **LICENSE,
     packages=[*find_packages(str(ROOT), include=["reweight_ops", "reweight_ops.*"]), "reweight_ops.triton_kernels"],
     ext_modules=[Extension("reweight_ops._C", sources=[]), Extension("reweight_ops._cuda", sources=[])],
     cmdclass={"build_ext": NinjaBuild},

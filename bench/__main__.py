@@ -22,14 +22,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
 from reweight_ops import _C
 
 from .cases import cases
 from .linear import linear_cases, linear_providers
 from .measure import Effort, Memory, foreign_load, run_case
+from .pair import pair_cases, pair_providers
+from .progress import Steps
 from .providers import Provider, providers
 from .report import plot, print_tables
 
@@ -79,11 +78,10 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
     return found
 
 
-def quietest(case: Any, who: list[Provider], options: argparse.Namespace, progress: Progress, task: TaskID) -> dict[str, Any]:
+def quietest(case: Any, who: list[Provider], options: argparse.Namespace, steps: Steps) -> dict[str, Any]:
     """One case, measured when others leave the machine alone; up to three times, of which the quietest counts."""
     best: dict[str, Any] | None = None
     effort = Effort(options.rounds, options.slow, None if options.no_memory else Memory(case.device))
-    start = progress.tasks[task].completed
     for _ in range(3):
         load, give_up = foreign_load(), time.monotonic() + options.patience
         next(load)
@@ -91,8 +89,8 @@ def quietest(case: Any, who: list[Provider], options: argparse.Namespace, progre
             time.sleep(2)
             if next(load) <= options.quiet:
                 break
-        progress.update(task, completed=start)
-        results, limits, busy = run_case(case, who, effort, lambda: progress.advance(task))
+        steps.restart()
+        results, limits, busy = run_case(case, who, effort, steps.advance)
         entry = {"name": case.name, "case": asdict(case), "logits_bytes": case.logits_bytes, "foreign_load": busy, "limits": limits}
         entry |= {k: getattr(case, k)() for k in ("least_bytes", "least_flops") if hasattr(case, k)}
         entry |= {"gradient_bytes": case.gradient_bytes} if hasattr(case, "gradient_bytes") else {}
@@ -115,10 +113,10 @@ def of_gpu(options: argparse.Namespace) -> bool:
 
 
 def suite(options: argparse.Namespace) -> list[Any]:
-    """Every case of the suite; of a GPU those of both, the linear head not last of all."""
+    """Every case of the suite; of a GPU those of all, the linear head and pairs of logits not last."""
     logits, linear = (which(options.device, options.tiny) for which in (cases, linear_cases))
     if of_gpu(options):
-        return [*logits[:8], *linear, *logits[8:]]
+        return [*logits[:8], *linear, *pair_cases(options.device, options.tiny), *logits[8:]]
     return list(linear if options.suite == "linear" else logits)
 
 
@@ -139,7 +137,7 @@ def measure(options: argparse.Namespace) -> None:
     backends = tuple(options.backends.split(",")) if options.backends else (("cpu",) if options.device == "cpu" else ("cuda", "triton"))
     who = [
         p
-        for p in [*providers(backends), *linear_providers(backends)]
+        for p in [*providers(backends), *linear_providers(backends), *pair_providers(backends)]
         if not options.providers or p.ours or any(word in p.name for word in options.providers.split(","))
     ]
     document: dict[str, Any] = {
@@ -148,22 +146,19 @@ def measure(options: argparse.Namespace) -> None:
         "cases": [],
         "not_reached": [],
     }
-    console = Console(stderr=True)
     path = Path(options.out) / file_name(options, document["machine"]["huge_pages"])
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline, measured = time.monotonic() + options.seconds, list[dict[str, Any]]()
-    stamp = {name: document["machine"][name] for name in ("commit", "date", "real_time")} | {
-        "rounds": options.rounds
-    }  # of each case: with --update they may differ
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
-        steps = sum((options.rounds + 1) * sum(p.serves(c) for p in who) for c in chosen)
-        task = progress.add_task("", total=steps)
+    # Of each case: with --update they may differ.
+    stamp = {name: document["machine"][name] for name in ("commit", "date", "real_time")} | {"rounds": options.rounds}
+    steps = Steps(sum((options.rounds + 1) * sum(p.serves(c) for p in who) for c in chosen))
+    with steps.running():
         for case in chosen:
-            progress.update(task, description=case.name)
+            steps.begin(case.name)
             if time.monotonic() > deadline:
                 document["not_reached"].append(case.name)
             else:
-                measured.append(quietest(case, who, options, progress, task) | stamp)
+                measured.append(quietest(case, who, options, steps) | stamp)
             document["cases"] = kept(path, measured, [c.name for c in every]) if options.update else measured
             path.write_text(json.dumps(document, indent=1) + "\n")  # after each case: an interrupted run keeps what it has
     if not options.no_plot:

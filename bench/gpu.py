@@ -6,12 +6,26 @@ python -m bench.gpu --only bench       make gpu-bench: build, benchmark
 python -m bench.gpu --dry-run          the same stages on the CPU in tiny shapes, without a build: shows that the script itself works
 
 A stage that fails or runs out of time does not stop the others; the exit code tells. Nothing but the standard library is imported before
-the build, and torch only in stages.
+the build, and torch only in stages. Of what the stages import, torch, pytest, pybind11, ninja and setuptools (with wheel, if older than 70.1)
+are needed; without pytest-xdist tests run one after the other, without rich tables are plain, without matplotlib there is no plot.
+
+Seconds, of 580 together; what is kept for later stages is not given to earlier ones:
+
+    stage                                          at most   kept
+    build                                              240     60
+    tests                                              220     90
+    memcheck, racecheck, initcheck, synccheck cuda  50 each  12 each
+    memcheck, racecheck triton                      50 each  12 each
+    bench                                         the rest    240
+
+The checks and the benchmark are told how long they have, begin with what matters most, and name what they leave out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -27,6 +41,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds kept for the end: killing what is late, writing, printing.
 _MARGIN = 8.0
+#: Of those that a late stage is given to end by itself, after an interrupt: pytest then still writes what it has.
+_GRACE = 4.0
+#: Tools of compute-sanitizer, and the backends whose kernels they watch. Triton's compiler places the barriers of its kernels, not we.
+CHECKS = [(tool, "cuda") for tool in ("memcheck", "racecheck", "initcheck", "synccheck")] + [
+    (tool, "triton") for tool in ("memcheck", "racecheck")
+]
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,8 @@ class Stage:
     least: float
     environment: dict[str, str] = field(default_factory=dict)
     why_not: Callable[[], str | None] = lambda: None
+    #: Seconds of its share for its start and end; the command is told the rest as --seconds. None: it is not told.
+    reserve: float | None = None
 
 
 @dataclass
@@ -77,15 +99,14 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
         tests = [*pytest, "tests/gpu", "-k", "not fp16 and not fp32"]
     else:
         workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
-        tests = [*pytest, "-n", workers, "tests/gpu", "tests/test_triton.py", "tests/test_cuda_backend.py"]
+        parallel = ["-n", workers] if importlib.util.find_spec("xdist") else []
+        tests = [*pytest, *parallel, "tests/gpu", "tests/test_triton.py", "tests/test_cuda_backend.py"]
     found = [build, Stage("tests", "test", tests, 220, 90, {"REWEIGHT_OPS_GPU_TESTS": "cpu", **one_thread} if dry else {})]
-    for tool in ("memcheck",) if dry else ("memcheck", "racecheck", "synccheck"):
-        for backend in ("cpu",) if dry else ("cuda", "triton"):
-            watch = [] if dry else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-            command = [*watch, python, "tests/gpu/sanitize.py", backend, "cpu" if dry else "cuda"]
-            found.append(
-                Stage(f"{tool} {backend}", "test", command, 45, 10, why_not=(lambda: None) if dry else without("compute-sanitizer"))
-            )
+    for tool, backend in (("memcheck", "cpu"),) if dry else CHECKS:
+        watch = [] if dry else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        command = [*watch, python, "tests/gpu/sanitize.py", backend, "cpu" if dry else "cuda"]
+        missing = (lambda: None) if dry else without("compute-sanitizer")
+        found.append(Stage(f"{tool} {backend}", "test", command, 50, 12, why_not=missing, reserve=15))
     bench = [python, "-m", "bench", "--out", str(out), "--rounds", "2" if dry else "15"]
     bench += (
         ["--tiny", "--only", "bfloat16", "--backends", "cpu", "--providers", "eager,TRL,Liger,QuACK,CCE,flash", "--no-plot"]
@@ -93,7 +114,7 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
         else ["--device", "cuda"]
     )
     bench += ["--commit", commit] if commit else []
-    return [*found, Stage("bench", "bench", bench, seconds, 60 if dry else 240, one_thread if dry else {})]
+    return [*found, Stage("bench", "bench", bench, seconds, 60 if dry else 240, one_thread if dry else {}, reserve=30)]
 
 
 def archs() -> dict[str, str]:
@@ -116,7 +137,8 @@ def run_stage(stage: Stage, allowed: float, log: Path) -> Outcome:
         return Outcome(stage.name, "skipped", reason, command=command)
     if allowed < stage.least / 2:
         return Outcome(stage.name, "out of time", "not begun", command=command)
-    arguments = [*stage.command, "--seconds", f"{max(allowed - 30, 20):.0f}"] if stage.kind == "bench" else list(stage.command)
+    told = [] if stage.reserve is None else ["--seconds", f"{max(allowed - stage.reserve, 5):.0f}"]
+    arguments = [*stage.command, *told]
     began = time.monotonic()
     with log.open("a") as file:
         file.write(f"\n===== {stage.name}: {' '.join(arguments)}\n")
@@ -135,10 +157,15 @@ def run_stage(stage: Stage, allowed: float, log: Path) -> Outcome:
             )
         except OSError as error:
             return Outcome(stage.name, "failed", str(error), command=command)
+        grace = min(_GRACE, allowed / 4)
         try:
-            code = process.wait(allowed)
+            code = process.wait(allowed - grace)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return Outcome(stage.name, "out of time", f"ended after {allowed:.0f} s", time.monotonic() - began, command)
     took = time.monotonic() - began

@@ -1,13 +1,13 @@
-"""Results for people: a table per case (rich) and one plot (matplotlib)."""
+"""Results for people: a table per case (rich; without it a line per case) and one plot (matplotlib; without it none)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
 
 #: What a provider has to do at least, as limits that were timed: log-probs read the logits once, a loss in place reads and writes them, a new
 #: gradient is a copy; one after the other where a gradient has to wait for its upstream.
@@ -16,6 +16,9 @@ LIMIT = {
     ("loss", True): ("update",), ("loss", False): ("copy",),
     ("grad", True): ("update",), ("grad", False): ("copy",),
     ("logps+grad", True): ("read", "update"), ("logps+grad", False): ("read", "copy"),
+    ("kl", False): ("read", "read"),
+    ("kl+grad", False): ("read", "read", "read", "copy"), ("kl+grad", True): ("read", "read", "read", "copy"),
+    ("distill", False): ("read", "copy"), ("distill", True): ("read", "copy"),
     ("linear", False): ("gemms",), ("linear ce", False): ("gemms",),
 }  # fmt: skip
 
@@ -23,6 +26,10 @@ LIMIT = {
 def _ratio(a: list[float], b: list[float]) -> float:
     """Median over rounds of a's time over b's, measured in the same round; of the medians, where one of them is slow and ran once."""
     return median(x / y for x, y in zip(a, b, strict=True)) if len(a) == len(b) else median(a) / median(b)
+
+
+def _sum_of(names: tuple[str, ...]) -> str:
+    return "+".join(f"{n} {name}" if (n := names.count(name)) > 1 else name for name in dict.fromkeys(names))
 
 
 def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
@@ -35,7 +42,7 @@ def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
             names = LIMIT[(entry["case"]["job"], r["in_place"] and entry["case"]["job"] != "logps")]
             limit = [sum(ms) for ms in zip(*(entry["limits"][name] for name in names), strict=True)]
             extra = None if r["extra_bytes"] is None else (r["extra_bytes"] - entry.get("gradient_bytes", 0)) / entry["logits_bytes"]
-            row |= {"ms": median(r["ms"]), "of_limit": _ratio(limit, r["ms"]), "limit": "+".join(names), "extra": extra, "gate": r["gate"]}
+            row |= {"ms": median(r["ms"]), "of_limit": _ratio(limit, r["ms"]), "limit": _sum_of(names), "extra": extra, "gate": r["gate"]}
             row["once"] = len(r["ms"]) < len(limit)
             row["against"] = {name: _ratio(t["ms"], r["ms"]) for name, t in timed.items() if r["ours"] and not t["ours"]}
         found.append(row)
@@ -80,6 +87,12 @@ def summary(document: dict[str, Any]) -> list[str]:
 
 
 def print_tables(document: dict[str, Any], console: Console | None = None) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("\n".join(summary(document)))
+        return
     console = console or Console()
     console = console if console.is_terminal else Console(width=150)
     m = document["machine"]
@@ -108,8 +121,11 @@ def print_tables(document: dict[str, Any], console: Console | None = None) -> No
 
 def plot(document: dict[str, Any], path: Path) -> None:
     """Time of each provider over the memory's limit, one panel per case."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

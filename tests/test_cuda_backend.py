@@ -172,6 +172,7 @@ def compile_sass(source: Path, dtype: str, folder: Path, flags: list[str]) -> st
 NEEDED = {
     "stats_kernel": [r"LDG\S*\.128"],
     "grad_kernel": [r"LDG\S*\.128", r"STG\S*\.128"],
+    "divergence_kernel": [r"LDG\S*\.128", r"STG\S*\.128"],
     "ring_kernel": [
         r"UBLKCP\.S\.G",
         r"UBLKCP\.G\.S",
@@ -199,7 +200,8 @@ def problems(sass: str, count: int) -> list[str]:
 
 
 def test_sass_has_wide_accesses_and_no_local_memory(tmp_path):
-    assert problems(compile_sass(ROOT / "csrc/cuda/streaming.cu", "bf16", tmp_path, nvcc_flags()), 6) == []
+    for file in ("streaming.cu", "divergence.cu"):
+        assert problems(compile_sass(ROOT / "csrc/cuda" / file, "bf16", tmp_path, nvcc_flags()), 6) == [], file
 
 
 def test_sass_of_the_ring(tmp_path):

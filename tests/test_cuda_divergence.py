@@ -8,27 +8,23 @@ import math
 import pytest
 import torch
 from cuda_emulation.fixtures import SCHEDULES, emulated
+from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, both_plans, make
 
-from reweight_ops.backends.base import OUT, Head
+from reweight_ops.backends.base import Head
 from reweight_ops.divergences import reference
 from reweight_ops.divergences.native import NativeDivergence
 from reweight_ops.divergences.verbs import Two
 from reweight_ops.errors import InvalidCall
 
-INF = math.inf
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CASES = ("plain", "shifted", "close", "peaked", "cap", "per_row")
-#: KL(q‖p), KL(p‖q), H(p), and a mixture of them.
-CONSTANTS = {"forward": (1.0, 0.0, 0.0), "reverse": (0.0, 1.0, 0.0), "entropy": (0.0, 0.0, 1.0), "all": (0.5, 0.7, -0.3)}
-U = 2.0**-24
-
 
 @pytest.fixture(scope="module")
 def kernels():
-    threads = torch.get_num_threads()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written holds NaN
     module, native = emulated()
     yield module, NativeDivergence(native)
+    torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(threads)
 
 
@@ -38,72 +34,12 @@ def cuda(kernels):
     return kernels[1]
 
 
-def make(n, v, dtype=torch.float32, other=None, case="plain", seed=0):
-    """A call of n rows; of its rows every fourth is out."""
-    g = torch.Generator().manual_seed(seed + v)
-    z = 2 * torch.randn(n, v, generator=g, dtype=torch.float64)
-    z += torch.where(torch.rand(z.shape, generator=g) < 4 / v, 8.0, 0.0)
-    y = z + (0.05 if case == "close" else 1.5) * torch.randn(z.shape, generator=g, dtype=torch.float64)
-    if case == "shifted":
-        z, y = z + 300, y + 200
-    if case == "peaked":
-        z[:, v // 2] += 25
-        y[:, v // 2] += 20
-    ids = torch.arange(n)
-    ids[3::4] = OUT
-    t, u = (torch.linspace(0.5, 2, n), torch.linspace(1.7, 0.6, n)) if case == "per_row" else (torch.tensor([0.8]), torch.tensor([0.9]))
-    caps = (6.0, 5.0) if case == "cap" else (INF, INF)
-    return Two(z.to(dtype), y.to(other or dtype), ids, t, u, Head(v, caps[0]), Head(v, caps[1]))
-
-
-def as_dtype(two, dtype):
-    return two._replace(
-        logits=two.logits.to(dtype), other=two.other.to(dtype), temperature=two.temperature.to(dtype), other_temperature=two.other_temperature.to(dtype)
-    )  # fmt: skip
-
-
-def close_enough(got, single, exact, floor, what):
-    """At most 1.5 times the error of the reference in fp32, maximum and rms, plus the floor."""
-    e, b = (got.double() - exact).abs(), (single.to(got.dtype).double() - exact).abs()
-    worst = (e / (1.5 * b.max() + floor)).max()
-    rms = e.square().mean().sqrt() / (1.5 * b.square().mean().sqrt() + floor.max())
-    assert worst <= 1 and rms <= 1, f"{what}: max {float(worst):.3f}, rms {float(rms):.3f}"
-
-
-def both_plans(cuda, two, constants, weights):
-    """Yields (plan, table, gradient), of one pass also in place."""
-    out = torch.full_like(two.logits, math.nan)
-    yield "one pass", cuda.loss_grad(two, constants, weights, out), out
-    table, out = cuda.stats(two), torch.full_like(two.logits, math.nan)
-    cuda.grad(two, table, constants[:, None] * weights, out)
-    yield "two passes", table, out
-    place = two.logits.clone()
-    yield "in place", cuda.loss_grad(two._replace(logits=place), constants, weights, place), place
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", CONSTANTS)
 @pytest.mark.parametrize("case", CASES)
 def test_accuracy(cuda, case, kind, dtype):
-    constants = torch.tensor(CONSTANTS[kind])
     for v in (9, 1031, 5003) if dtype != "fp32" else (3, 2050, 4999):
-        two = make(6, v, DTYPES[dtype], case=case)
-        weights = torch.linspace(0.5, 2, 6)
-        exact_two, single_two = as_dtype(two, torch.float64), as_dtype(two, torch.float32)
-        exact_out, single_out = torch.empty(6, v, dtype=torch.float64), torch.empty(6, v)
-        exact = reference.loss_grad(exact_two, constants.double(), weights.double(), exact_out)
-        single = reference.loss_grad(single_two, constants, weights, single_out)
-        size = 4 * U * (exact[:4].max() + 1)
-        floor = (4 * U * constants.abs().sum() * weights / two.temperature)[:, None].double()
-        results = list(both_plans(cuda, two, constants, weights))
-        for plan, table, grad in results:
-            close_enough(table[:4], single[:4], exact[:4], size, f"{plan}, values, V = {v}")
-            for k in (4, 6):
-                lse = table[k].double() + table[k + 1].double()
-                close_enough(lse, single[k].double(), exact[k], size, f"{plan}, log-sum-exp {k}, V = {v}")
-            close_enough(grad, single_out, exact_out, floor, f"{plan}, gradient, V = {v}")
-            assert (grad[3] == 0).all() and (table[:, 3] == 0).all()
-            assert torch.equal(grad, results[0][2]) and torch.equal(table, results[0][1]), f"{plan}: other bits"
+        assert_accurate(cuda, make(6, v, DTYPES[dtype], case=case), CONSTANTS[kind])
 
 
 @pytest.mark.parametrize(("dtype", "other"), [c for c in itertools.product(DTYPES, DTYPES) if c[0] != c[1]])
@@ -119,46 +55,87 @@ def test_mixed_dtypes_padding_and_strides(cuda, dtype, other, v):
     torch.testing.assert_close(table[:4].double(), table_want[:4], rtol=1e-5, atol=2e-6)
     rtol = {"fp32": 2e-5, "bf16": 2**-8, "fp16": 2**-11}[dtype]
     torch.testing.assert_close(plain.double(), want, rtol=rtol, atol=2e-6)
-    wide, wide_other, wide_out = (
-        torch.full((7, v + extra), math.nan, dtype=t.dtype) for t, extra in ((plain, 5), (two.other, 11), (plain, 9))
-    )
-    x, y, out = wide[1:6, 1 : v + 5], wide_other[1:6, 3:], wide_out[1:6, 2 : v + 6]
-    x[:, :v], y[:, :v] = two.logits, two.other
-    got = cuda.loss_grad(two._replace(logits=x, other=y), constants, weights, out)
-    assert torch.equal(got, table) and torch.equal(out[:, :v], plain) and (out[:, v:] == 0).all()
-    assert wide_out[1:6, v + 6 :].isnan().all() and wide_out[1:6, :2].isnan().all() and wide_out[[0, 6]].isnan().all()
+    # A row has room for the columns, a padding of its own and what is around, and starts at a multiple of 16 bytes plus a few elements.
+    for starts in ((1, 3, 2), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        wholes = [torch.full((7, -(-v // 8) * 8 + 16), math.nan, dtype=t.dtype) for t in (plain, two.other, plain)]
+        x, y, out = (w[1:6, s : v + s + padding] for w, s, padding in zip(wholes, starts, (4, 8, 4), strict=True))
+        assert [t.data_ptr() % 16 == 0 for t in (x, y, out)] == [s == 0 for s in starts]
+        x[:, :v], y[:, :v] = two.logits, two.other
+        got = cuda.loss_grad(two._replace(logits=x, other=y), constants, weights, out)
+        assert torch.equal(got, table) and torch.equal(out[:, :v], plain) and (out[:, v:] == 0).all(), starts
+        around, s = wholes[2], starts[2]
+        assert around[1:6, v + s + 4 :].isnan().all() and around[1:6, :s].isnan().all() and around[[0, 6]].isnan().all(), starts
+
+
+@pytest.mark.parametrize("far", ["logits", "other", "out"])
+def test_offsets_beyond_two_to_the_31(cuda, far):
+    """Rows of one of the three tensors 2^31 + 5 elements apart, in memory that is mapped but for those rows never touched."""
+    v, stride = 1000, 2**31 + 5
+    two, constants, weights = make(2, v, torch.bfloat16), torch.tensor(CONSTANTS["all"]), torch.ones(2)
+    want = torch.empty_like(two.logits)
+    table = cuda.loss_grad(two, constants, weights, want)
+    torch.use_deterministic_algorithms(False)  # or all of it would be filled
+    try:
+        wide = torch.empty(stride + v, dtype=torch.bfloat16).as_strided((2, v), (stride, 1))
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    out = torch.empty_like(want)
+    if far == "out":
+        out = wide
+    else:
+        wide.copy_(getattr(two, far))
+        two = two._replace(**{far: wide})
+    assert torch.equal(cuda.loss_grad(two, constants, weights, out), table) and torch.equal(out, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cap", [INF, 20.0])
+@pytest.mark.parametrize("low", [-1e4, -1e10, -1e30, "lowest"])
+def test_masked_by_a_number(cuda, dtype, low):
+    """Whoever masks columns of both tensors by a number far below all others, even the lowest that there is, gets what -inf gives."""
+    low = torch.finfo(DTYPES[dtype]).min if low == "lowest" else max(low, torch.finfo(DTYPES[dtype]).min)
+    two, constants, weights = make(3, 9001, DTYPES[dtype]), torch.tensor(CONSTANTS["all"]), torch.ones(3)
+    z, y = two.logits, two.other
+    masked = torch.zeros(9001, dtype=torch.bool)
+    masked[:5000], masked[5001:8990] = True, True  # all that most threads see
+    z[:, masked] = y[:, masked] = -math.inf
+    want = torch.empty_like(z)
+    table = cuda.loss_grad(two, constants, weights, want)
+    assert table.isfinite().all()
+    z[:, masked] = y[:, masked] = low
+    for plan, got, grad in both_plans(cuda, two, constants, weights):
+        assert torch.equal(got, table) and torch.equal(grad, want), plan
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cap", [math.inf, 20.0])
 def test_zero_probabilities_and_sick_rows(cuda, dtype, cap):
     v = 5003
     two = make(12, v, DTYPES[dtype])._replace(ids=torch.arange(12), head=Head(v, cap), other_head=Head(v, cap))
     z, y = two.logits, two.other
-    z[0, 4700] = -INF  # p = 0 < q
-    y[1, 5001] = -INF  # q = 0 < p, in the tail
-    z[2, 5] = y[2, 5] = -INF
-    z[3, :4800] = y[3, :4800] = -INF
-    z[4, ::2] = y[4, ::2] = -INF
-    z[5, 2048:], y[5, 2048:] = -INF, -INF
-    z[6] = -INF
-    y[7] = -INF
+    z[0, 4700] = -math.inf  # p = 0 < q
+    y[1, 5001] = -math.inf  # q = 0 < p, in the tail
+    z[2, 5] = y[2, 5] = -math.inf
+    z[3, :4800] = y[3, :4800] = -math.inf
+    z[4, ::2] = y[4, ::2] = -math.inf
+    z[5, 2048:], y[5, 2048:] = -math.inf, -math.inf
+    z[6] = -math.inf
+    y[7] = -math.inf
     y[8, 5000] = math.nan
-    z[9, 17] = INF
-    y[10] = -INF
+    z[9, 17] = math.inf
+    y[10] = -math.inf
     y[10, 0] = math.nan
     sick = [6, 7, 8, 9, 10]
     constants, weights = torch.tensor(CONSTANTS["all"]), torch.ones(12)
     want = torch.empty(12, v, dtype=torch.float64)
     exact = reference.loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), want)
-    assert exact[0, 0] == INF and exact[1, 1] == INF and exact[:4, sick].isnan().all()
+    assert exact[0, 0] == math.inf and exact[1, 1] == math.inf and exact[:4, sick].isnan().all()
     for plan, table, grad in both_plans(cuda, two, constants, weights):
         torch.testing.assert_close(
             table[:4].double(), exact[:4], rtol=1e-5, atol=2e-6, equal_nan=True, msg=lambda m, plan=plan: f"{plan}: {m}"
         )
         assert grad[1].isnan().sum() == v and grad[sick].isnan().all()
         for i in (0, 2, 3, 4, 5, 11):
-            assert (grad[i][z[i] == -INF] == 0).all() and grad[i].isfinite().all()
+            assert (grad[i][z[i] == -math.inf] == 0).all() and grad[i].isfinite().all()
             torch.testing.assert_close(grad[i].double(), want[i], rtol=1e-2 if dtype != "fp32" else 1e-4, atol=2e-6)
     # The forward direction alone is finite where q = 0.
     out = torch.full_like(z, math.nan)
@@ -220,15 +197,7 @@ def test_every_schedule_gives_the_same_bits(kernels, schedule):
 
 def test_a_long_row(cuda):
     """Qwen's vocabulary, by the criterion."""
-    v = 151936
-    two = make(2, v, torch.bfloat16)
-    constants, weights = torch.tensor(CONSTANTS["all"]), torch.ones(2)
-    exact_out, single_out, out = torch.empty(2, v, dtype=torch.float64), torch.empty(2, v), torch.empty_like(two.logits)
-    exact = reference.loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), exact_out)
-    single = reference.loss_grad(as_dtype(two, torch.float32), constants, weights, single_out)
-    table = cuda.loss_grad(two, constants, weights, out)
-    close_enough(table[:4], single[:4], exact[:4], 4 * U * (exact[:4].max() + 1), "values")
-    close_enough(out, single_out, exact_out, torch.full((1,), 4 * U * 1.5 / 0.8, dtype=torch.float64), "gradient")
+    assert_accurate(cuda, make(2, 151936, torch.bfloat16), CONSTANTS["all"])
 
 
 def test_three_dimensions_and_no_rows(cuda):

@@ -195,6 +195,27 @@ def test_minus_infinity_has_no_mass_and_no_gradient(cuda, dtype, softcap):
     assert (out[dead] == 0).all() and out.isfinite().all()
 
 
+@pytest.mark.parametrize("low", [-1e4, -1e10, -1e30, "lowest"])
+def test_masked_by_a_number(cuda, dtype, low):
+    """Whoever masks by a number far below all others, even the lowest that there is, gets what -inf gives."""
+    low = torch.finfo(dtype).min if low == "lowest" else max(low, torch.finfo(dtype).min)
+    v = 9001
+    z, _ = rows(3, v, dtype, "plain")
+    masked = torch.ones(v, dtype=torch.bool)
+    masked[[7, 5000, 8999]] = False  # most threads see nothing else, and some slices
+    z[:, masked] = -math.inf
+    ids = torch.tensor([7, 5000, 8999])
+    want_stats, (want_rows, want) = stats_of(cuda, z, ids), loss_grad(cuda, z, ids)
+    assert want_rows.isfinite().all() and want.isfinite().all() and (want != 0).any(1).all()
+    z[:, masked] = low
+    got_rows, got = loss_grad(cuda, z, ids)
+    assert all(torch.equal(value, want_stats[name]) for name, value in stats_of(cuda, z, ids).items())
+    assert torch.equal(got_rows, want_rows) and torch.equal(got, want)
+    out = torch.full_like(z, math.nan)
+    cuda.token_grad(z, ids, ONE, Head(v), want_stats, {name: torch.ones(3) for name in COEFS}, out)
+    assert (out[:, masked] == 0).all() and out.isfinite().all()
+
+
 def test_a_dead_target(cuda):
     """logp is -inf, the loss follows by formula, the other columns get their gradient and the target's is 0."""
     z, ids = rows(1, 300, torch.float32, "plain")

@@ -12,18 +12,18 @@ from cuda_emulation.build import ROOT, SANITIZE, build, compiler
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")]
 
-STREAMING, RING = "test_cuda_emulated.py", "test_cuda_ring.py"
+STREAMING, RING, PAIR = "test_cuda_emulated.py", "test_cuda_ring.py", "test_cuda_divergence.py"
 
 #: name: (file, what it says, what the bug says). Bugs of the streaming kernel, of what both kernels share, and of the choice between them.
 MUTANTS = {
     "no barrier before the block's merge": ("streaming.cu", "    barrier();\n    Partial sums{", "    Partial sums{"),
-    "no second set of partial sums": ("streaming.cu", "            buffer ^= 1;\n            if (thread_index() == 0) s = finish", "            if (thread_index() == 0) s = finish"),
+    "no second set of partial sums": ("streaming.cu", "        buffer ^= 1;\n        if (thread_index() == 0) put_row", "        if (thread_index() == 0) put_row"),
     "no barrier before the gradient": ("streaming.cu", "        barrier();\n        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient,", "        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient,"),
     "no barrier before a known gradient": ("streaming.cu", "        barrier();\n        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradients", "        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradients"),
     "no second row of constants": ("streaming.cu", "gradients[buffer], softcap);\n        buffer ^= 1;", "gradients[buffer], softcap);"),
     "entropy sum not rebased": ("statistics.h", "factor * fmaf(shift, s.sum, s.dot)", "factor * s.dot"),
     "sum of squares rebased once": ("statistics.h", "s.sum_sq *= factor * factor", "s.sum_sq *= factor"),
-    "no guard for -inf": ("statistics.h", "return top == -kInf ? 0.0f : top * scale", "return top * scale"),
+    "no bound of a reference": ("statistics.h", "fmaxf(top * scale, -5.36870912e8f)", "top * scale"),
     "0 * -inf in the entropy": ("statistics.h", "dot = fmaf(e, fmaxf(t, kFloor), dot)", "dot = fmaf(e, t, dot)"),
     "0 * -inf in the gradient": ("gradient.h", "fmaf(fmaxf(t, kFloor), g.log, g.constant)", "fmaf(t, g.log, g.constant)"),
     "last columns forgotten": ("statistics.h", "    if (tail >= columns) return;", "    if (tail + 1 >= columns) return;"),
@@ -48,9 +48,6 @@ MUTANTS = {
     "the words of a pair swapped": ("elements.h", "narrow_pair<T>(x[2 * j], x[2 * j + 1])", "narrow_pair<T>(x[2 * j + 1], x[2 * j])"),
     "the scale's rounding ignored": ("statistics.h", "rounding / log2e * (mean - t_top)", "0.0"),
 }  # fmt: skip
-#: Those that fp32 shows; all others are built and run in bf16 alone.
-IN_FP32 = {"target by its rounded probability", "target capped in fp32", "the top's share approximate", "the scale's rounding ignored"}
-
 WALK = "for (int slice = 0; slice < share.slices.count; ++slice) sums = merge(sums, as_partial(load_shared(&place.messages[slice].sums)), row.scale);"
 
 #: Bugs of the ring kernel: its waits, its turns, its slices, its target.
@@ -92,12 +89,91 @@ RING_MUTANTS = {
     "the device's memory not looked at": ("dispatch.cpp", "(device.shared_bytes - kBytesBesides) / kBytesPerTile", "14"),
 }  # fmt: skip
 
+#: Bugs of the kernels on two logits tensors. All are of one file.
+PAIR_MUTANTS = {
+    name: ("divergence.cu", text, bug)
+    for name, text, bug in (
+        # columns, groups and rows
+        ("pair: a column after the last group forgotten", "    if (tail < columns) {\n", "    if (tail + 1 < columns) {\n"),
+        ("pair: a gradient after the last group forgotten", "    if (tail < columns) narrow", "    if (tail + 1 < columns) narrow"),
+        ("pair: a group too many", "if (i >= groups) continue;\n        float a", "if (i > groups) continue;\n        float a"),
+        ("pair: a group not loaded", "if (i >= groups) continue;\n        x[u]", "if (i + 1 >= groups) continue;\n        x[u]"),
+        ("pair: gradient starts a step late", "(groups - 1) / kStep * kStep", "groups / kStep * kStep - kStep"),
+        ("pair: the second's rows by the first's strides", "call.q.strides.offset(i)", "call.strides.offset(i)"),
+        ("pair: the first's rows in 32 bits", "static_cast<const T*>(call.logits) + call.strides.offset(i)", "static_cast<const T*>(call.logits) + int32_t(call.strides.offset(i))"),
+        ("pair: the second's rows in 32 bits", "+ call.q.strides.offset(i)", "+ int32_t(call.q.strides.offset(i))"),
+        ("pair: the gradient's rows in 32 bits", "+ call.out_strides.offset(i)", "+ int32_t(call.out_strides.offset(i))"),
+        ("pair: the second's dtype", "case DType::f16: return launch_rows<F16>", "case DType::f16: return launch_rows<Bf16>"),
+        # alignment
+        ("pair: the second's alignment not looked at", "is_aligned(row.x) && is_aligned(row.y)", "is_aligned(row.x)"),
+        ("pair: the first's alignment not looked at", "is_aligned(row.x) && is_aligned(row.y)", "is_aligned(row.y)"),
+        ("pair: the gradient's alignment not looked at", "} else if (aligned && is_aligned(out)) {", "} else if (aligned) {"),
+        # rows that are out, padding, rows without coefficients
+        ("pair: rows that are out are swept", "if (is_out(call, i)) {", "if (false) {"),
+        ("pair: the table of rows that are out forgotten", "            if (call.table && thread_index() == 0) put_column(call.table, call.rows, i, {});\n", ""),
+        ("pair: padding of rows that are out forgotten", "fill(out, 0, int(call.columns), 0.0f)", "fill(out, 0, columns, 0.0f)"),
+        ("pair: padding not cleared", "            fill(out, columns, int(call.columns), 0.0f);\n", ""),
+        ("pair: rows without coefficients are swept", "const bool none = forward == 0 && reverse == 0 && entropy == 0;", "const bool none = false;"),
+        ("pair: the first row's weight", "call.weights[i]", "call.weights[0]"),
+        ("pair: a coefficient of another row", "c[call.rows], c[2", "c[0], c[2"),
+        # temperature and soft cap
+        ("pair: the first's temperature for both", "kLog2e / q_temperature", "kLog2e / p_temperature"),
+        ("pair: the first's temperature for the second's center", "q(v[6], v[7], row.q_temperature,", "q(v[6], v[7], row.p_temperature,"),
+        ("pair: one temperature of the second", "call.q.temperature_per_row ? i : 0", "0"),
+        ("pair: a gradient not by temperature", "other = q_factor * forward / t", "other = q_factor * forward"),
+        ("pair: soft caps swapped", "p_cap(call.softcap), q_cap(call.q.softcap)", "p_cap(call.q.softcap), q_cap(call.softcap)"),
+        ("pair: the second's soft cap alone forgotten", "call.softcap < kInf || call.q.softcap < kInf", "call.softcap < kInf"),
+        ("pair: the second's soft cap forgotten in the gradient", "        if (q_cap.on) q_cap.apply(y);\n", ""),
+        ("pair: soft cap without slope", ") * slope;  // two", ");  // two"),
+        # signs and constants
+        ("pair: the difference's sign", "fmaf(f, -d, q.cross)", "fmaf(f, d, q.cross)"),
+        ("pair: the ratio the other way", "a - fmaxf(b, -1e30f)", "fmaxf(b, -1e30f) - a"),
+        ("pair: a log-sum-exp without its low part", "double(lse) + double(low)", "double(lse)"),
+        ("pair: the center's rounding ignored", "return 1.0f + expm1f(rest * kLn2);", "return 1.0f;"),
+        # sums and their order
+        ("pair: differences rebased by the own shift alone", "fmaf(shift - others_shift, s.sum, s.cross)", "fmaf(shift, s.sum, s.cross)"),
+        ("pair: entropy sum not rebased", "factor * fmaf(shift, s.sum, s.dot)", "factor * s.dot"),
+        ("pair: an empty sum rebased", "return from == -kInf || from == to", "return from == to"),
+        ("pair: no bound of a shift", "fmaxf((from - to) * scale, -1e30f)", "(from - to) * scale"),
+        ("pair: half a warp's sums", "merge_lanes<32>(s,", "merge_lanes<16>(s,"),
+        ("pair: half the warps", "merge_lanes<kWarps>(states[buffer][thread_index() % kWarps],", "merge_lanes<kWarps / 2>(states[buffer][thread_index() % kWarps],"),
+        ("pair: a zero lost in the merge", "fmaxf(a.p_zero, b.p_zero)", "a.p_zero"),
+        ("pair: no barrier before the block's merge", "            barrier();\n            if (thread_index() < 32)", "            if (thread_index() < 32)"),
+        ("pair: no barrier before the gradient", "            barrier();\n            const Gradient& g", "            const Gradient& g"),
+        ("pair: no second set of sums and constants", "        buffer ^= 1;\n", ""),
+        # -inf
+        ("pair: no guard for -inf", "return top == -kInf ? 0.0f : top;", "return top;"),
+        ("pair: 0 * -inf in the entropy", "fmaf(e, p_dead ? 0.0f : t, p.dot)", "fmaf(e, t, p.dot)"),
+        ("pair: -inf - -inf", "d = p_dead || q_dead ? 0.0f : t - u", "d = t - u"),
+        ("pair: zeros of the wrong tensor", "(p_dead ? s.p_zero : s.q_zero) = 1.0f", "s.q_zero = 1.0f"),
+        ("pair: a gradient of -inf", "    if (x == -kInf) return 0.0f;\n", ""),
+        ("pair: 0 * -inf in the gradient", "fmaxf((x - g.p_center) * scales.p, -200.0f)", "(x - g.p_center) * scales.p"),
+        ("pair: no bound of a ratio", "a - fmaxf(b, -1e30f)", "a - b"),
+        ("pair: numbers for an infinite divergence", " || (reverse != 0 && !(fabsf(v[1]) < kInf))", ""),
+    )
+}  # fmt: skip
+
+#: Those that fp32 shows; all others are built and run in bf16 alone.
+IN_FP32 = {
+    "target by its rounded probability",
+    "target capped in fp32",
+    "the top's share approximate",
+    "the scale's rounding ignored",
+    "pair: a log-sum-exp without its low part",
+    "pair: the center's rounding ignored",
+}
+
+#: The tests that have to find each.
+FOUND_BY = {**dict.fromkeys(MUTANTS, STREAMING), **dict.fromkeys(RING_MUTANTS, RING), **dict.fromkeys(PAIR_MUTANTS, PAIR)}
+
 # Not observable here, and why each is right or harmless:
 # * wait_until_copied() for reads only. The end of a kernel completes its writes; what a block must outlive is the reading of its shared memory.
 # * No barrier of the cluster at the end (there is none). Whatever is sent to a block it has waited for, so nobody writes to one that has ended.
 # * Expecting messages after they have been sent. The phase cannot end before the arrival that announces them.
 # * Gradients of a row before the statistics of the next one. Slower, and the same.
 # * Every block putting a row's outputs instead of the first: the same values.
+# * Two tensors, a block that walks through all rows from its first on: each is written again, with the same bits.
+# * Two tensors, the number of blocks: speed alone.
 # * publish_barriers(), acquire.cluster in wait_for_cluster(), L2 hints, the text of the assembly: what the emulator does not execute. The test of
 #   the SASS in test_cuda_backend.py sees the instructions; that they suffice is for a GPU and its racecheck to say.
 
@@ -130,13 +206,13 @@ def run_forked(module: Path, file: str, log: Path) -> None:
 
 def test_without_a_bug_everything_passes():
     """Else a failure would count as found every time."""
-    result = run_tests(build(), STREAMING, RING)
+    result = run_tests(build(), STREAMING, RING, PAIR)
     assert result.returncode == 0, result.stdout[-2000:]
 
 
-@pytest.mark.parametrize("name", [*MUTANTS, *RING_MUTANTS])
+@pytest.mark.parametrize("name", FOUND_BY)
 def test_a_planted_bug_is_found(name, tmp_path):
-    file, text, bug = {**MUTANTS, **RING_MUTANTS}[name]
+    file, text, bug = {**MUTANTS, **RING_MUTANTS, **PAIR_MUTANTS}[name]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     path = tmp_path / "csrc/cuda" / file
     source = path.read_text()
@@ -147,15 +223,15 @@ def test_a_planted_bug_is_found(name, tmp_path):
     for made in build(dtypes=dtypes).parents[1].glob("*.o"):  # those that the bug does not touch are used again
         (tmp_path / "build" / made.name).symlink_to(made)
     module = build(tmp_path / "csrc", folder=tmp_path / "build", dtypes=dtypes)
-    file, log = RING if name in RING_MUTANTS else STREAMING, tmp_path / "log"
-    process = FORK.Process(target=run_forked, args=(module, file, log))
+    log = tmp_path / "log"
+    process = FORK.Process(target=run_forked, args=(module, FOUND_BY[name], log))
     process.start()
     process.join(900)
     assert process.exitcode is not None, "it hangs"
     assert process.exitcode not in (0, 2, 3, 4, 5), f"not found: {name}\n{log.read_text()[-2000:]}"
 
 
-@pytest.mark.parametrize("file", [STREAMING, RING])
+@pytest.mark.parametrize("file", [STREAMING, RING, PAIR])
 def test_sanitizers(file):
     """Reads and writes outside of rows and of shared memory, and undefined behavior, under AddressSanitizer and UBSan."""
     # libstdc++ too: the sanitizer wants to know how exceptions are thrown before anybody throws one.

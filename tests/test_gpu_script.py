@@ -30,7 +30,17 @@ def test_the_dry_run(tmp_path):
     assert found["dry_run"] and found["tests"]["tests"] > 30 and not found["tests"]["failed"]
     bench = json.loads((tmp_path / "gpu-bench.json").read_text())
     assert bench["not_reached"] == []
-    assert {c["case"]["job"] for c in bench["cases"]} == {"loss", "logps", "logps+grad", "grad", "linear", "linear ce"}
+    assert {c["case"]["job"] for c in bench["cases"]} == {
+        "loss",
+        "logps",
+        "logps+grad",
+        "grad",
+        "linear",
+        "linear ce",
+        "kl",
+        "kl+grad",
+        "distill",
+    }
     for case in bench["cases"]:
         ours = [r for r in case["results"] if r["ours"]]
         assert ours and all(r["ms"] and r["gate"] <= 1 for r in ours), case["name"]
@@ -67,6 +77,23 @@ def test_a_stage_that_hangs_ends_with_its_children(tmp_path):
         time.sleep(0.1)
     else:
         pytest.fail("the child is still there")
+
+
+def test_a_late_stage_may_still_write_what_it_has(tmp_path):
+    log = tmp_path / "log"
+    log.touch()
+    late = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('half of it')"
+    (outcome,) = run_all([stage(late, limit=12.0)], 60, log, lambda text: None)
+    assert outcome.outcome == "out of time" and "\nhalf of it\n" in log.read_text()
+
+
+def test_a_stage_is_told_how_long_it_has(tmp_path):
+    log = tmp_path / "log"
+    log.touch()
+    run_all(
+        [stage("import sys; print(sys.argv)", limit=40.0, reserve=15.0), stage("import sys; print(sys.argv)")], 60, log, lambda text: None
+    )
+    assert log.read_text().count("['-c', '--seconds', '25']") == 1 and log.read_text().count("['-c']") == 1
 
 
 def test_time_is_kept_for_what_comes_later(tmp_path):

@@ -1,4 +1,5 @@
-// The arguments of the verbs on two logits tensors as plain data. p is the softmax of the first tensor, q of the second.
+// The verbs on two logits tensors: their arguments as plain data, and what a row's sums come to. p is the softmax of the first tensor, q of the
+// second.
 #pragma once
 
 #include "common/verbs.h"
@@ -18,5 +19,41 @@ struct DivergenceCall : Call {
     void* out;
     RowStrides out_strides;
 };
+
+/// One tensor's sums of a row, with t = log2 of its exponentials relative to some reference, and e = 2^t.
+struct PairSums {
+    double sum, dot, cross;  // Σ e, Σ e·t, Σ e·(own t - the other's t)
+    double log_sum, lse;     // log2 Σ e, NaN where there is no distribution; the log-sum-exp in natural units
+    bool zero;               // a column has probability 0 here and not there
+};
+
+/// A row's statistics in natural units. `low` in the table is what rounding a log-sum-exp to fp32 loses.
+struct PairStats {
+    double forward, reverse, entropy, other_entropy, p_lse, q_lse;
+};
+
+RW_HD inline double at_least_zero(double v) { return v < 0 ? 0.0 : v; }  // NaN stays
+
+RW_HD inline PairStats pair_stats(const PairSums& p, const PairSums& q) {
+    constexpr double ln2 = 0.693147180559945309417;
+    constexpr double nan = RW_NAN, inf = RW_INF;
+    if (p.log_sum != p.log_sum || q.log_sum != q.log_sum) return {nan, nan, nan, nan, nan, nan};
+    return {p.zero ? inf : at_least_zero((q.cross / q.sum - q.log_sum + p.log_sum) * ln2),
+            q.zero ? inf : at_least_zero((p.cross / p.sum - p.log_sum + q.log_sum) * ln2),
+            at_least_zero((p.log_sum - p.dot / p.sum) * ln2),
+            at_least_zero((q.log_sum - q.dot / q.sum) * ln2),
+            p.lse,
+            q.lse};
+}
+
+/// The row's column of the table.
+RW_HD inline void round_to_table(const PairStats& s, float (&values)[kDivergenceTable]) {
+    const double exact[] = {s.forward, s.reverse, s.entropy, s.other_entropy, s.p_lse, s.p_lse - float(s.p_lse), s.q_lse, s.q_lse - float(s.q_lse)};
+    for (int k = 0; k < kDivergenceTable; ++k) values[k] = float(exact[k]);
+}
+
+RW_HD inline void put_column(float* table, int64_t rows, int64_t i, const float (&values)[kDivergenceTable]) {
+    for (int k = 0; k < kDivergenceTable; ++k) table[k * rows + i] = values[k];
+}
 
 }  // namespace reweight_ops

@@ -1,5 +1,5 @@
-// The arguments of the three verbs as plain data, for every compiled backend. Nothing is checked here or below:
-// reweight_ops/backends/native.py does that, once.
+// The arguments of the three verbs as plain data, and what becomes of a row's statistics, for every compiled backend. Nothing is checked here
+// or below: reweight_ops/backends/native.py does that, once.
 #pragma once
 
 #include <cstdint>
@@ -63,5 +63,52 @@ struct LossGradCall : Call {
 /// Whether the row holds nothing to compute: it is out of the loss, or its id is no token.
 RW_HD inline bool is_out(const Call& call, int64_t i) { return call.ids[i] == kOut; }
 RW_HD inline bool is_invalid(const Call& call, int64_t i) { return call.ids[i] < 0 || call.ids[i] >= call.vocab_total; }
+
+/// From the row's statistics to its loss and the coefficients of its gradient.
+RW_HD inline RowLoss evaluate(const LossGradCall& call, int64_t i, const RowStats& s) {
+    const auto get = [i](const float* from) { return from ? from[i] : RW_NAN; };  // what was not given, no rule reads
+    Leaves t{};
+    t.logp = s.logp;
+    t.old_logp = call.old_logp ? call.old_logp[i] : s.logp;
+    t.ref_logp = get(call.ref_logp);
+    t.sampling_logp = get(call.sampling_logp);
+    t.adv = get(call.adv);
+    t.entropy = s.entropy;
+    t.log_sum_p_sq = s.log_sum_p_sq;
+    return evaluate_row(call.program, call.params, t, call.row_weights + i, call.row_weights_step);
+}
+
+// ---- the outputs of a row
+
+RW_HD inline void put_row(const StatsCall& call, int64_t i, const RowStats& s) {
+    const auto put = [i](float* to, float value) {
+        if (to) to[i] = value;
+    };
+    put(call.logp, s.logp);
+    put(call.entropy, s.entropy);
+    put(call.lse, s.lse);
+    put(call.log_sum_p_sq, s.log_sum_p_sq);
+    put(call.max_logp, s.max_logp);
+}
+
+RW_HD inline void put_row(const LossGradCall& call, int64_t i, const RowStats& s, const RowLoss& l) {
+    call.logp[i] = s.logp;
+    call.entropy[i] = s.entropy;
+    call.weighted_loss[i] = l.weighted_loss;
+    call.loss[i] = l.loss;
+    call.coef[i] = l.coef;
+    call.entropy_coef[i] = l.entropy_coef;
+}
+
+/// Of a row that holds nothing to compute: 0 if it is out of the loss, NaN if its id is no token.
+RW_HD inline float value_of_invalid(const Call& call, int64_t i) { return is_out(call, i) ? 0.0f : RW_NAN; }
+RW_HD inline void put_invalid_row(const StatsCall& call, int64_t i) {
+    const float v = value_of_invalid(call, i);
+    put_row(call, i, {v, v, v, v, v});
+}
+RW_HD inline void put_invalid_row(const LossGradCall& call, int64_t i) {
+    const float v = value_of_invalid(call, i);
+    put_row(call, i, {v, v, v, v, v}, {v, v, v, v, v});
+}
 
 }  // namespace reweight_ops

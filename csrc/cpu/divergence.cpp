@@ -220,32 +220,22 @@ struct PairRow {
     }
 };
 
-/// The row's statistics in the order of the table. All in double; `low` is what rounding the log-sum-exp to fp32 loses.
-struct PairStats {
-    double forward, reverse, entropy, other_entropy, p_lse, q_lse;  // natural units
-
-    explicit PairStats(const PairState& s) {
-        const double p_log = s.p.log_sum(), q_log = s.q.log_sum();
-        const auto at_least_zero = [](double v) { return v < 0 ? 0.0 : v; };  // NaN stays
-        forward = at_least_zero((s.q.cross / s.q.sum - q_log + p_log) * kLn2);
-        reverse = at_least_zero((s.p.cross / s.p.sum - p_log + q_log) * kLn2);
-        entropy = at_least_zero((p_log - s.p.dot / s.p.sum) * kLn2);
-        other_entropy = at_least_zero((q_log - s.q.dot / s.q.sum) * kLn2);
-        if (s.p_zero && forward == forward) forward = kInf;
-        if (s.q_zero && reverse == reverse) reverse = kInf;
-        p_lse = (s.p.ref + p_log) * kLn2;
-        q_lse = (s.q.ref + q_log) * kLn2;
-    }
-    PairStats(const float* table, int64_t rows, int64_t i) {
-        const auto row = [&](int k) { return double(table[k * rows + i]); };
-        forward = row(0), reverse = row(1), entropy = row(2), other_entropy = row(3);
-        p_lse = row(4) + row(5), q_lse = row(6) + row(7);
-    }
-    void store_to(float* table, int64_t rows, int64_t i) const {
-        const double values[] = {forward, reverse, entropy, other_entropy, p_lse, p_lse - float(p_lse), q_lse, q_lse - float(q_lse)};
-        for (int k = 0; k < kDivergenceTable; ++k) table[k * rows + i] = float(values[k]);
-    }
-};
+PairStats stats_of(const PairState& s) {
+    const auto sums = [](const PairState::Side& u, bool zero) {
+        const double log_sum = u.log_sum();
+        return PairSums{u.sum, u.dot, u.cross, log_sum, (u.ref + log_sum) * kLn2, zero};
+    };
+    return pair_stats(sums(s.p, s.p_zero), sums(s.q, s.q_zero));
+}
+PairStats known_stats(const DivergenceCall& call, int64_t i) {
+    const auto row = [&](int k) { return double(call.known[k * call.rows + i]); };
+    return {row(0), row(1), row(2), row(3), row(4) + row(5), row(6) + row(7)};
+}
+void put_stats(const DivergenceCall& call, int64_t i, const PairStats& s) {
+    float values[kDivergenceTable];
+    round_to_table(s, values);
+    put_column(call.table, call.rows, i, values);
+}
 
 /// The gradient row, in one sweep of both: p·(a + b·log2 p + c·log2(p/q)) - f·q. kLogs: b or c or a soft cap.
 template <class T, class U, bool kLogs, bool kStream>
@@ -335,14 +325,14 @@ struct Pair {
         for_each_row(call.rows, 2 * call.columns, threads_for(call.rows, 2 * call.columns, call.threads), [&](int64_t i, int64_t) { body(i); });
     }
     static void out_row(const DivergenceCall& call, int64_t i) {
-        for (int k = 0; k < kDivergenceTable; ++k) call.table[k * call.rows + i] = 0.0f;
+        put_column(call.table, call.rows, i, {});
     }
 
     static void stats(const DivergenceCall& call) {
         const Caps caps{Softcap(call.softcap), Softcap(call.q.softcap)};
         rows(call, [&](int64_t i) {
             if (is_out(call, i)) return out_row(call, i);
-            PairStats(PairRow<T, U>(call, i).sweep(call.vocab_size, caps)).store_to(call.table, call.rows, i);
+            put_stats(call, i, stats_of(PairRow<T, U>(call, i).sweep(call.vocab_size, caps)));
         });
     }
 
@@ -352,7 +342,7 @@ struct Pair {
             if (is_out(call, i)) return fill((T*)call.out + call.out_strides.offset(i), call.columns, 0.0f);
             double coefs[3];
             for (int k = 0; k < 3; ++k) coefs[k] = call.coefs[k * call.rows + i];
-            write_pair_grad(call, PairRow<T, U>(call, i), i, PairStats(call.known, call.rows, i), coefs, caps);
+            write_pair_grad(call, PairRow<T, U>(call, i), i, known_stats(call, i), coefs, caps);
         });
     }
 
@@ -364,8 +354,8 @@ struct Pair {
                 return fill((T*)call.out + call.out_strides.offset(i), call.columns, 0.0f);
             }
             const PairRow<T, U> row(call, i);
-            const PairStats s(row.sweep(call.vocab_size, caps));
-            s.store_to(call.table, call.rows, i);
+            const PairStats s = stats_of(row.sweep(call.vocab_size, caps));
+            put_stats(call, i, s);
             double coefs[3];
             for (int k = 0; k < 3; ++k) coefs[k] = double(call.constants[k]) * call.weights[i];
             write_pair_grad(call, row, i, s, coefs, caps);

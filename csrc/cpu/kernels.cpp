@@ -105,23 +105,10 @@ void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, doubl
 template <class T, Sums kSums>
 void token_stats(const StatsCall& call) {
     const Softcap softcap(call.softcap);
-    const auto put = [](float* to, int64_t i, float value) {
-        if (to) to[i] = value;
-    };
     for_each_row(call.rows, call.vocab_size, threads_for(call.rows, call.vocab_size, call.threads), [&](int64_t i, int64_t) {
-        RowStats s{};
-        if (is_invalid(call, i)) {
-            const float bad = is_out(call, i) ? 0.0f : kNaN;
-            s = {bad, bad, bad, bad, bad};
-        } else {
-            const Row<T> row(call, i, softcap);
-            s = row.finish(sweep_row<T, kSums>(row.x, call.vocab_size, row.scale, softcap));
-        }
-        put(call.logp, i, s.logp);
-        put(call.entropy, i, s.entropy);
-        put(call.lse, i, s.lse);
-        put(call.log_sum_p_sq, i, s.log_sum_p_sq);
-        put(call.max_logp, i, s.max_logp);
+        if (is_invalid(call, i)) return put_invalid_row(call, i);
+        const Row<T> row(call, i, softcap);
+        put_row(call, i, row.finish(sweep_row<T, kSums>(row.x, call.vocab_size, row.scale, softcap)));
     });
 }
 
@@ -161,19 +148,6 @@ void token_grad(const GradCall& call) {
 
 // ---- token_loss_grad
 
-RowLoss evaluate(const LossGradCall& call, int64_t i, const RowStats& s) {
-    const auto get = [i](const float* from) { return from ? from[i] : kNaN; };  // what was not given, no rule reads
-    Leaves t{};
-    t.logp = s.logp;
-    t.old_logp = call.old_logp ? call.old_logp[i] : s.logp;
-    t.ref_logp = get(call.ref_logp);
-    t.sampling_logp = get(call.sampling_logp);
-    t.adv = get(call.adv);
-    t.entropy = s.entropy;
-    t.log_sum_p_sq = s.log_sum_p_sq;
-    return evaluate_row(call.program, call.params, t, call.row_weights + i, call.row_weights_step);
-}
-
 template <class T, bool kFull>
 void token_loss_grad(const LossGradCall& call) {
     const Softcap softcap(call.softcap);
@@ -181,29 +155,19 @@ void token_loss_grad(const LossGradCall& call) {
     for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int64_t i, int64_t next) {
         T* g = (T*)call.out + call.out_strides.offset(i);
         const Fetch ahead{(const char*)((const T*)call.logits + call.strides.offset(next < call.rows ? next : i)), 2};
-        RowStats s{};
-        RowLoss l{};
         if (is_invalid(call, i)) {
-            if (!is_out(call, i)) {
-                s.logp = s.entropy = kNaN;
-                l = {kNaN, kNaN, kNaN, kNaN, kNaN};
-            }
+            put_invalid_row(call, i);
             fill(g, call.columns, 0.0f);
-        } else {
-            const Row<T> row(call, i, softcap);
-            const RowSweep sweep = sweep_row<T, kFull ? Sums::full : Sums::entropy>(row.x, call.vocab_size, row.scale, softcap);
-            s = row.finish(sweep);
-            l = evaluate(call, i, s);
-            const double lse2 = sweep.state.ref + sweep.state.log_sum();
-            const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
-            write_grad(call, row, d, lse2, g, softcap, ahead, stream);
+            return;
         }
-        call.logp[i] = s.logp;
-        call.entropy[i] = s.entropy;
-        call.weighted_loss[i] = l.weighted_loss;
-        call.loss[i] = l.loss;
-        call.coef[i] = l.coef;
-        call.entropy_coef[i] = l.entropy_coef;
+        const Row<T> row(call, i, softcap);
+        const RowSweep sweep = sweep_row<T, kFull ? Sums::full : Sums::entropy>(row.x, call.vocab_size, row.scale, softcap);
+        const RowStats s = row.finish(sweep);
+        const RowLoss l = evaluate(call, i, s);
+        put_row(call, i, s, l);
+        const double lse2 = sweep.state.ref + sweep.state.log_sum();
+        const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
+        write_grad(call, row, d, lse2, g, softcap, ahead, stream);
     });
 }
 

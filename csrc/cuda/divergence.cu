@@ -50,8 +50,9 @@ RW_DEVICE void rebase(Side& s, float top, float shift, float others_shift) {
 /// The same sums relative to other maxima.
 RW_DEVICE void rebase(State& s, float p_top, float q_top, const Scales& scales) {
     if (p_top == s.p.top && q_top == s.q.top) return;
-    const float p_shift = s.p.top == -kInf || p_top == s.p.top ? 0.0f : (s.p.top - p_top) * scales.p;
-    const float q_shift = s.q.top == -kInf || q_top == s.q.top ? 0.0f : (s.q.top - q_top) * scales.q;
+    // Bounded: a maximum may be the lowest number of all, by which logits are masked, and -inf - -inf would be NaN.
+    const auto shift = [](float from, float to, float scale) { return from == -kInf || from == to ? 0.0f : fmaxf((from - to) * scale, -1e30f); };
+    const float p_shift = shift(s.p.top, p_top, scales.p), q_shift = shift(s.q.top, q_top, scales.q);
     rebase(s.p, p_top, p_shift, q_shift);
     rebase(s.q, q_top, q_shift, p_shift);
 }
@@ -143,30 +144,37 @@ struct Rows {
     }
 };
 
+/// The groups begin, begin + kThreads, ... that are in flight together: first all are loaded, then f(first column, columns of one, of the other).
+template <class T, class U, bool kAligned, class F>
+RW_DEVICE void for_each_group(const Rows<T, U>& row, int begin, int groups, const F& f) {
+    constexpr int kGroups = kInFlight<T, U, kAligned>;
+    Group8<T> x[kGroups];
+    Group8<U> y[kGroups];
+#pragma unroll
+    for (int u = 0; u < kGroups; ++u) {
+        const int64_t i = begin + u * kThreads;
+        if (i >= groups) continue;
+        x[u].load(row.x + i * kColumns, kAligned);
+        y[u].load(row.y + i * kColumns, kAligned);
+    }
+#pragma unroll
+    for (int u = 0; u < kGroups; ++u) {
+        const int64_t i = begin + u * kThreads;
+        if (i >= groups) continue;
+        float a[kColumns], b[kColumns];
+        x[u].unpack_to(a);
+        y[u].unpack_to(b);
+        f(i * kColumns, a, b);
+    }
+}
+
 /// A thread's sums: groups in the order of columns, then the columns after the last whole group, a thread each.
 template <class T, class U, bool kCapped, bool kAligned>
 RW_DEVICE State sweep_statistics(const Rows<T, U>& row, int columns, const Softcap& p_cap, const Softcap& q_cap) {
-    constexpr int kGroups = kInFlight<T, U, kAligned>;
     State s;
     const int groups = columns / kColumns;
-    for (int begin = thread_index(); begin < groups; begin += kGroups * kThreads) {
-        Group8<T> x[kGroups];
-        Group8<U> y[kGroups];
-#pragma unroll
-        for (int u = 0; u < kGroups; ++u) {
-            const int64_t i = begin + u * kThreads;
-            if (i >= groups) continue;
-            x[u].load(row.x + i * kColumns, kAligned);
-            y[u].load(row.y + i * kColumns, kAligned);
-        }
-#pragma unroll
-        for (int u = 0; u < kGroups; ++u) {
-            if (begin + u * kThreads >= groups) continue;
-            float a[kColumns], b[kColumns];
-            x[u].unpack_to(a);
-            y[u].unpack_to(b);
-            absorb<kCapped>(s, a, b, row.scales, p_cap, q_cap);
-        }
+    for (int begin = thread_index(); begin < groups; begin += kInFlight<T, U, kAligned> * kThreads) {
+        for_each_group<T, U, kAligned>(row, begin, groups, [&](int64_t, auto& a, auto& b) { absorb<kCapped>(s, a, b, row.scales, p_cap, q_cap); });
     }
     const int tail = groups * kColumns + thread_index();
     if (tail < columns) {
@@ -180,7 +188,6 @@ RW_DEVICE State sweep_statistics(const Rows<T, U>& row, int columns, const Softc
 struct Known {
     float values[kDivergenceTable] = {};
 
-    RW_DEVICE Known() {}
     RW_DEVICE Known(const float* table, int64_t rows, int64_t i) {
         for (int k = 0; k < kDivergenceTable; ++k) values[k] = table[k * rows + i];
     }
@@ -188,25 +195,11 @@ struct Known {
     template <class T, class U>
     RW_DEVICE Known(const State& s, const Rows<T, U>& row) {
         constexpr double ln2 = 0.693147180559945309417;
-        double p_log = log_sum({0.0f, s.p.sum, 0.0f, 0.0f}), q_log = log_sum({0.0f, s.q.sum, 0.0f, 0.0f});
-        if (p_log != p_log || q_log != q_log) p_log = q_log = double(kNaN);
-        const auto at_least_zero = [](double v) { return v < 0 ? 0.0f : float(v); };  // NaN stays
-        values[0] = at_least_zero((double(s.q.cross) / double(s.q.sum) - q_log + p_log) * ln2);
-        values[1] = at_least_zero((double(s.p.cross) / double(s.p.sum) - p_log + q_log) * ln2);
-        values[2] = at_least_zero((p_log - double(s.p.dot) / double(s.p.sum)) * ln2);
-        values[3] = at_least_zero((q_log - double(s.q.dot) / double(s.q.sum)) * ln2);
-        if (s.p_zero > 0 && values[0] == values[0]) values[0] = kInf;
-        if (s.q_zero > 0 && values[1] == values[1]) values[1] = kInf;
-        const auto put_pair = [this](int k, double lse) {
-            values[k] = float(lse);
-            values[k + 1] = float(lse - double(values[k]));
+        const auto sums = [](const Side& u, float temperature, float zero) {
+            const double log_s = log_sum({0.0f, u.sum, 0.0f, 0.0f});
+            return PairSums{u.sum, u.dot, u.cross, log_s, double(u.top) / double(temperature) + log_s * ln2, zero > 0};
         };
-        put_pair(4, double(s.p.top) / double(row.p_temperature) + p_log * ln2);
-        put_pair(6, double(s.q.top) / double(row.q_temperature) + q_log * ln2);
-    }
-
-    RW_DEVICE void store_to(float* table, int64_t rows, int64_t i) const {
-        for (int k = 0; k < kDivergenceTable; ++k) table[k * rows + i] = values[k];
+        round_to_table(pair_stats(sums(s.p, row.p_temperature, s.p_zero), sums(s.q, row.q_temperature, s.q_zero)), values);
     }
 };
 
@@ -275,31 +268,14 @@ RW_DEVICE void sweep_gradient(const Rows<T, U>& row, T* out, int columns, const 
     const int groups = columns / kColumns, tail = groups * kColumns + thread_index();
     const auto one = [&](float x, float y) { return gradient_of<kCapped>(x, y, g, row.scales, p_cap, q_cap); };
     if (tail < columns) narrow(one(widen(row.x[tail]), widen(row.y[tail])), out[tail]);
-    constexpr int kGroups = kInFlight<T, U, kAligned>, kStep = kGroups * kThreads;
-    for (int begin = (groups - 1) / kStep * kStep + thread_index(); groups && begin >= 0; begin -= kStep) {
-        Group8<T> x[kGroups];
-        Group8<U> y[kGroups];
-#pragma unroll
-        for (int u = 0; u < kGroups; ++u) {
-            const int64_t i = begin + u * kThreads;
-            if (i >= groups) continue;
-            x[u].load(row.x + i * kColumns, kAligned);
-            y[u].load(row.y + i * kColumns, kAligned);
-        }
-#pragma unroll
-        for (int u = 0; u < kGroups; ++u) {
-            const int64_t i = begin + u * kThreads;
-            if (i >= groups) continue;
-            float a[kColumns], b[kColumns];
-            x[u].unpack_to(a);
-            y[u].unpack_to(b);
+    constexpr int kStep = kInFlight<T, U, kAligned> * kThreads;
+    for (int begin = (groups - 1) / kStep * kStep + thread_index(); begin >= 0; begin -= kStep) {
+        for_each_group<T, U, kAligned>(row, begin, groups, [&](int64_t column, auto& a, auto& b) {
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) a[j] = one(a[j], b[j]);
 #pragma unroll
-            for (int k = 0; k < Group8<T>::kVectors; ++k) {
-                store_vector(out + i * kColumns + k * kPerVector<T>, a + k * kPerVector<T>, kAligned);
-            }
-        }
+            for (int k = 0; k < Group8<T>::kVectors; ++k) store_vector(out + column + k * kPerVector<T>, a + k * kPerVector<T>, kAligned);
+        });
     }
 }
 
@@ -320,7 +296,7 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) divergence_kernel(RW_PARAMETER Divergen
     for (int64_t i = block_index(); i < call.rows; i += block_count()) {
         T* const out = call.out ? static_cast<T*>(call.out) + call.out_strides.offset(i) : nullptr;
         if (is_out(call, i)) {
-            if (call.table && thread_index() == 0) Known().store_to(call.table, call.rows, i);
+            if (call.table && thread_index() == 0) put_column(call.table, call.rows, i, {});
             if (out) fill(out, 0, int(call.columns), 0.0f);
             continue;
         }
@@ -335,7 +311,7 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) divergence_kernel(RW_PARAMETER Divergen
             if (thread_index() < 32) s = merge_lanes<kWarps>(states[buffer][thread_index() % kWarps], row.scales);
             if (thread_index() == 0) {
                 const Known known(s, row);
-                known.store_to(call.table, call.rows, i);
+                put_column(call.table, call.rows, i, known.values);
                 if (out) {
                     const float w = call.weights[i];
                     gradients[buffer] = Gradient(known, call.constants[0] * w, call.constants[1] * w, call.constants[2] * w, row);

@@ -22,34 +22,6 @@ struct Row {
     }
 };
 
-RW_DEVICE RowLoss evaluate(const LossGradCall& call, int64_t i, const RowStats& s) {
-    const auto get = [i](const float* from) { return from ? from[i] : kNaN; };  // what was not given, no rule reads
-    Leaves t{};
-    t.logp = s.logp;
-    t.old_logp = call.old_logp ? call.old_logp[i] : s.logp;
-    t.ref_logp = get(call.ref_logp);
-    t.sampling_logp = get(call.sampling_logp);
-    t.adv = get(call.adv);
-    t.entropy = s.entropy;
-    t.log_sum_p_sq = s.log_sum_p_sq;
-    return evaluate_row(call.program, call.params, t, call.row_weights + i, call.row_weights_step);
-}
-
-RW_DEVICE void put_row(const LossGradCall& call, int64_t i, const RowStats& s, const RowLoss& l) {
-    call.logp[i] = s.logp;
-    call.entropy[i] = s.entropy;
-    call.weighted_loss[i] = l.weighted_loss;
-    call.loss[i] = l.loss;
-    call.coef[i] = l.coef;
-    call.entropy_coef[i] = l.entropy_coef;
-}
-
-/// The outputs of a row that holds nothing to compute: 0 if it is out of the loss, NaN if its id is no token.
-RW_DEVICE void put_invalid_row(const LossGradCall& call, int64_t i) {
-    const float bad = is_out(call, i) ? 0.0f : kNaN;
-    put_row(call, i, {bad, bad, bad, bad, bad}, {bad, bad, bad, bad, bad});
-}
-
 /// From a row's sums to its loss, its outputs (if `writes`), and its gradient's constants. One thread.
 template <class T>
 RW_DEVICE RowGradient loss_of_row(const LossGradCall& call, int64_t i, const Row<T>& row, const Partial& sums, const Target& target, bool writes,

@@ -58,11 +58,12 @@ struct Partial {
 using SlicePartials = Partial[kWarps];
 using RowPartials = SlicePartials[kMaxSlices];
 
-/// Any finite number will do while everything is -inf; the same NaN-free one for everybody.
-RW_DEVICE float reference(float top, float scale) { return top == -kInf ? 0.0f : top * scale; }
+/// Bounded below: differences of references are never NaN while everything is -inf. Nor while a thread has seen nothing but logits that are
+/// masked, by a number like -1e30: below -2^29 a product is rounded by so much that the exponentials of the largest would be infinite.
+RW_DEVICE float reference(float top, float scale) { return fmaxf(top * scale, -5.36870912e8f); }
 
 RW_DEVICE void rebase(Partial& s, float top, float scale) {
-    const float shift = s.top == -kInf ? 0.0f : reference(s.top, scale) - reference(top, scale);
+    const float shift = reference(s.top, scale) - reference(top, scale);
     const float factor = exp2_approximate(shift);
     s.dot = factor * fmaf(shift, s.sum, s.dot);
     s.sum *= factor;

@@ -76,10 +76,6 @@ RW_DEVICE void fill_zero(T* out, int64_t columns) {
 
 // ---- token_stats
 
-RW_DEVICE void put(float* to, int64_t i, float value) {
-    if (to) to[i] = value;
-}
-
 template <class T, Sums kSums>
 RW_KERNEL(kThreads, kBlocksPerProcessor) stats_kernel(RW_PARAMETER StatsCall call) {
     // Two: while warp 0 merges those of one row, the others write those of the next.
@@ -88,23 +84,14 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) stats_kernel(RW_PARAMETER StatsCall cal
     const Slices slices(int(call.vocab_size) / kPerVector<T>);
     int buffer = 0;
     for (int64_t i = block_index(); i < call.rows; i += block_count()) {
-        RowStats s{};
         if (is_invalid(call, i)) {
-            const float bad = is_out(call, i) ? 0.0f : kNaN;
-            s = {bad, bad, bad, bad, bad};
-        } else {
-            const Row<T> row(call, i);
-            const Partial sums = sum_row<kSums>(row, int(call.vocab_size), slices, softcap, partials[buffer]);
-            buffer ^= 1;
-            if (thread_index() == 0) s = finish(sums, target_of(row, softcap), row.temperature, row.scale);
+            if (thread_index() == 0) put_invalid_row(call, i);
+            continue;
         }
-        if (thread_index() == 0) {
-            put(call.logp, i, s.logp);
-            put(call.entropy, i, s.entropy);
-            put(call.lse, i, s.lse);
-            put(call.log_sum_p_sq, i, s.log_sum_p_sq);
-            put(call.max_logp, i, s.max_logp);
-        }
+        const Row<T> row(call, i);
+        const Partial sums = sum_row<kSums>(row, int(call.vocab_size), slices, softcap, partials[buffer]);
+        buffer ^= 1;
+        if (thread_index() == 0) put_row(call, i, finish(sums, target_of(row, softcap), row.temperature, row.scale));
     }
 }
 

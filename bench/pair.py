@@ -1,0 +1,165 @@
+"""Two logits tensors: divergences of their distributions, by the memory that they have to read.
+
+``kl``: KL(p‖q) of every row alone. ``kl+grad``: and its gradient by the first tensor, for an upstream of each row. ``distill``: the mean of it as a
+loss, with its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reweight_ops.testing import ERROR_FLOOR
+
+from .cases import FLUSH_BYTES, GATE_ROWS, ITEM, _share
+from .providers import Absent, Job, Provider, through_autograd
+
+JOBS = ("kl", "kl+grad", "distill")
+
+
+@dataclass(frozen=True)
+class PairCase:
+    job: str
+    rows: int
+    vocab: int
+    dtype: str
+    device: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.job} {self.rows}x{self.vocab} {self.dtype}"
+
+    @property
+    def logits_bytes(self) -> int:
+        """Of one of the two tensors."""
+        return self.rows * self.vocab * ITEM[self.dtype]
+
+    def least_bytes(self) -> int:
+        """Both once in, the gradient once out; both once more in where the loss is known only later."""
+        return self.logits_bytes * {"kl": 2, "kl+grad": 5, "distill": 3}[self.job]
+
+    def data(self) -> PairData:
+        return replace(_tensors(self.rows, self.vocab, self.dtype, self.device), case=self)
+
+
+def pair_cases(device: str, tiny: bool = False) -> list[PairCase]:
+    return [PairCase(job, *((64, 320) if tiny else (8192, 151936)), "bfloat16", device) for job in JOBS]
+
+
+@dataclass
+class PairData:
+    """``logits`` is scratch, as in :mod:`.cases`; ``other`` is only read."""
+
+    case: PairCase
+    logits: Tensor
+    pristine: Tensor
+    other: Tensor
+    upstream: Tensor
+    spare: Tensor | None = None
+
+    def restore(self) -> None:
+        self.logits.copy_(self.pristine)
+        if self.spare is not None:
+            self.spare.zero_()
+
+    def row_loss(self, values: Tensor) -> Tensor:
+        return values.mean() if self.case.job == "distill" else (values * self.upstream).mean()
+
+    def limits(self) -> dict[str, Callable[[], Any]]:
+        """Read one tensor, and copy it."""
+        z, other = self.logits, self.pristine
+        return {"read": lambda: z.view(torch.int32).max(), "copy": lambda: z.copy_(other)}
+
+    def error(self, exact: bool, value: Any, grad: Tensor | None) -> float:
+        """The error of a run on the first rows, over what is allowed."""
+        (kl, by), (kl32, by32) = (self._truth(d) for d in (torch.float64, torch.float32))
+        if grad is None:
+            return _share(exact, value.detach().flatten()[:GATE_ROWS], kl, kl32, ERROR_FLOOR * (1 + kl.abs().max()))
+        floor = torch.tensor(ERROR_FLOOR / self.case.rows, device=by.device) * self.upstream.flatten()[:GATE_ROWS, None].abs().clamp(min=1)
+        return _share(exact, grad.detach().flatten(0, -2)[:GATE_ROWS], by, by32.to(grad.dtype), floor)
+
+    def _truth(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rows = slice(0, GATE_ROWS)
+        z = self.pristine.flatten(0, 1)[rows].to(dtype).requires_grad_()
+        kl = eager_kl(z, self.other.flatten(0, 1)[rows].to(dtype))
+        few = replace(self, upstream=self.upstream.flatten()[rows].to(dtype))
+        (grad,) = torch.autograd.grad(few.row_loss(kl) * len(kl) / self.case.rows, z)
+        return kl.detach(), grad
+
+
+@lru_cache(maxsize=1)
+def _tensors(rows: int, vocab: int, dtype: str, device: str) -> PairData:
+    g = torch.Generator(device).manual_seed(0)
+    t = min(rows, 1024 if device == "cuda" else 64)
+    logits, other = (torch.empty(rows // t, t, vocab, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+    for b in range(rows // t):  # by parts: the fp32 draft must not be most of the memory
+        z = torch.randn(t, vocab, generator=g, device=device) * 3
+        logits[b] = z
+        other[b] = z + torch.randn(t, vocab, generator=g, device=device)
+    upstream = torch.rand(rows // t, t, generator=g, device=device) + 0.5
+    spare = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    return PairData(PairCase("kl", rows, vocab, dtype, device), logits, logits.clone(), other, upstream, spare)
+
+
+# ---- who
+
+
+def eager_kl(z: Tensor, other: Tensor) -> Tensor:
+    """KL(p‖q) as people write it."""
+    log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(other, -1)
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def _eager(compiled: bool) -> Callable[[PairData], Job]:
+    def make(data: PairData) -> Job:
+        if compiled:
+            torch._dynamo.reset()
+        values = lambda z: eager_kl(z.float(), data.other.float())  # noqa: E731
+        if data.case.job == "kl":
+            return _values_alone(torch.compile(values, dynamic=False) if compiled else values, data)
+        loss = lambda z: data.row_loss(values(z))  # noqa: E731
+        return through_autograd(data, torch.compile(loss, dynamic=False) if compiled else loss)
+
+    return make
+
+
+def _values_alone(values: Callable[[Tensor], Tensor], data: PairData) -> Job:
+    @torch.no_grad()
+    def job() -> tuple[Tensor, None]:
+        return values(data.logits), None
+
+    return job
+
+
+def _ours(backend: str, consume: bool) -> Callable[[PairData], Job]:
+    def make(data: PairData) -> Job:
+        import reweight_ops as rw
+        from reweight_ops.divergences.verbs import load
+        from reweight_ops.errors import BackendUnavailable
+
+        try:
+            reason = load(backend).unsupported_reason(data.logits.device, data.logits.dtype, data.other.dtype)
+        except BackendUnavailable as error:
+            reason = str(error)
+        if reason is not None:
+            raise Absent(reason)
+        options = dict(kind="reverse_kl", backend=backend, consume_logits=consume)
+        if data.case.job == "distill":
+            return through_autograd(data, lambda z: rw.distillation_loss(z, data.other, plan="one_pass", **options).loss)
+        values = lambda z: rw.token_divergence(z, data.other, **options)  # noqa: E731
+        return _values_alone(values, data) if data.case.job == "kl" else through_autograd(data, lambda z: data.row_loss(values(z)))
+
+    return make
+
+
+def pair_providers(backends: tuple[str, ...]) -> list[Provider]:
+    found = [Provider("eager", _eager(False), JOBS), Provider("torch.compile", _eager(True), JOBS)]
+    for b in backends:
+        found.append(Provider(f"{b} drop-in", _ours(b, False), JOBS, ours=True, exact=True))
+        found.append(Provider(f"{b} in place", _ours(b, True), JOBS[1:], in_place=True, ours=True, exact=True))
+    return found

@@ -1,0 +1,83 @@
+"""Calls on two logits tensors and how their results are judged: for the tests of a backend's kernels, emulated and on a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from reweight_ops.backends.base import OUT, Head
+from reweight_ops.divergences import reference
+from reweight_ops.divergences.verbs import Two
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CASES = ("plain", "shifted", "close", "peaked", "cap", "other_cap", "per_row")
+#: KL(q‖p), KL(p‖q), H(p), and a mixture of them.
+CONSTANTS = {"forward": (1.0, 0.0, 0.0), "reverse": (0.0, 1.0, 0.0), "entropy": (0.0, 0.0, 1.0), "all": (0.5, 0.7, -0.3)}
+U = 2.0**-24
+
+
+def make(n, v, dtype=torch.float32, other=None, case="plain", seed=0, device="cpu"):
+    """A call of n rows; of its rows every fourth is out."""
+    g = torch.Generator().manual_seed(seed + v)
+    z = 2 * torch.randn(n, v, generator=g, dtype=torch.float64)
+    z += torch.where(torch.rand(z.shape, generator=g) < 4 / v, 8.0, 0.0)
+    y = z + (0.05 if case == "close" else 1.5) * torch.randn(z.shape, generator=g, dtype=torch.float64)
+    if case == "shifted":
+        z, y = z + 300, y + 200
+    if case == "peaked":
+        z[:, v // 2] += 25
+        y[:, v // 2] += 20
+    ids = torch.arange(n)
+    ids[3::4] = OUT
+    t, u = (torch.linspace(0.5, 2, n), torch.linspace(1.7, 0.6, n)) if case == "per_row" else (torch.tensor([0.8]), torch.tensor([0.9]))
+    caps = {"cap": (6.0, 5.0), "other_cap": (math.inf, 5.0)}.get(case, (math.inf, math.inf))
+    tensors = (x.to(device) for x in (z.to(dtype), y.to(other or dtype), ids, t, u))
+    return Two(*tensors, Head(v, caps[0]), Head(v, caps[1]))
+
+
+def as_dtype(two, dtype):
+    return two._replace(
+        logits=two.logits.to(dtype), other=two.other.to(dtype), temperature=two.temperature.to(dtype), other_temperature=two.other_temperature.to(dtype)
+    )  # fmt: skip
+
+
+def close_enough(got, single, exact, floor, what):
+    """At most 1.5 times the error of the reference in fp32, maximum and rms, plus the floor."""
+    e, b = (got.double() - exact).abs(), (single.to(got.dtype).double() - exact).abs()
+    worst = (e / (1.5 * b.max() + floor)).max()
+    rms = e.square().mean().sqrt() / (1.5 * b.square().mean().sqrt() + floor.max())
+    assert worst <= 1 and rms <= 1, f"{what}: max {float(worst):.3f}, rms {float(rms):.3f}"
+
+
+def both_plans(verbs, two, constants, weights):
+    """Yields (plan, table, gradient), of one pass also in place."""
+    out = torch.full_like(two.logits, math.nan)
+    yield "one pass", verbs.loss_grad(two, constants, weights, out), out
+    table, out = verbs.stats(two), torch.full_like(two.logits, math.nan)
+    verbs.grad(two, table, constants[:, None] * weights, out)
+    yield "two passes", table, out
+    place = two.logits.clone()
+    yield "in place", verbs.loss_grad(two._replace(logits=place), constants, weights, place), place
+
+
+def assert_accurate(verbs, two, constants, same_bits=True):
+    """One pass, two passes and in place, by the criterion against the reference in fp64. ``same_bits``: and equal to the bit."""
+    n, v = two.ids.numel(), two.logits.size(-1)
+    constants, weights = torch.tensor(constants, device=two.logits.device), torch.linspace(0.5, 2, n, device=two.logits.device)
+    exact_out, single_out = (torch.empty_like(two.logits, dtype=d) for d in (torch.float64, torch.float32))
+    exact = reference.loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), exact_out)
+    single = reference.loss_grad(as_dtype(two, torch.float32), constants, weights, single_out)
+    size = 4 * U * (exact[:4].max() + 1)
+    floor = (4 * U * constants.abs().sum() * weights / two.temperature)[:, None].double()
+    results = list(both_plans(verbs, two, constants, weights))
+    for plan, table, grad in results:
+        close_enough(table[:4], single[:4], exact[:4], size, f"{plan}, values, V = {v}")
+        for k in (4, 6):
+            lse = table[k].double() + table[k + 1].double()
+            close_enough(lse, single[k].double(), exact[k], 4 * U * (exact[k].abs().max() + 1), f"{plan}, log-sum-exp {k}, V = {v}")
+        close_enough(grad, single_out, exact_out, floor, f"{plan}, gradient, V = {v}")
+        out = two.ids == OUT
+        assert (grad[out] == 0).all() and (table[:, out] == 0).all()
+        if same_bits or plan == "in place":
+            assert torch.equal(grad, results[0][2]) and torch.equal(table, results[0][1]), f"{plan}: other bits"
