@@ -3,6 +3,7 @@
 python -m bench                              all cases, with default pages and with huge pages (two processes)
 python -m bench --only 128x151936 --rounds 15
 python -m bench --suite linear               from hidden states: the head's GEMMs with the loss between them
+python -m bench --suite pair                 divergences of two logits tensors
 python -m bench --show bench/results/cpu-huge-pages.json
 python -m bench --device cuda                a GPU's cases, from hidden states too (make gpu-bench does this)
 """
@@ -112,12 +113,17 @@ def of_gpu(options: argparse.Namespace) -> bool:
     return bool(options.device == "cuda" or options.tiny)
 
 
+#: What may be asked for by name; a GPU runs all.
+SUITES = {"logits": cases, "linear": linear_cases, "pair": pair_cases}
+
+
 def suite(options: argparse.Namespace) -> list[Any]:
     """Every case of the suite; of a GPU those of all, the linear head and pairs of logits not last."""
-    logits, linear = (which(options.device, options.tiny) for which in (cases, linear_cases))
-    if of_gpu(options):
-        return [*logits[:8], *linear, *pair_cases(options.device, options.tiny), *logits[8:]]
-    return list(linear if options.suite == "linear" else logits)
+    every = {name: list(which(options.device, options.tiny)) for name, which in SUITES.items()}
+    if not of_gpu(options):
+        return every[options.suite]
+    logits = every.pop("logits")
+    return [*logits[:8], *(case for others in every.values() for case in others), *logits[8:]]
 
 
 def kept(path: Path, measured: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
@@ -178,7 +184,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="words that a case's name must contain: 128x151936 bfloat16 +entropy")
     parser.add_argument("--skip", nargs="*", default=[], help="words that it must not contain")
-    parser.add_argument("--suite", default="logits", choices=("logits", "linear"), help="from logits or from hidden states; a GPU has both")
+    parser.add_argument(
+        "--suite", default="logits", choices=tuple(SUITES), help="from logits, from hidden states, of two logits tensors; a GPU has all"
+    )
     parser.add_argument("--update", action="store_true", help="keep the other cases of the result file")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--slow", type=float, default=10, help="a baseline that takes more seconds is run once, outside the rounds")

@@ -75,17 +75,12 @@ def cases(device: str = "cpu", tiny: bool = False) -> list[Case]:
     ]
 
 
-@dataclass
-class Data:
-    """One case's tensors. ``logits`` [B, T, V] is scratch: ``restore`` fills it again after somebody wrote over it, and leaves nothing of it
-    in a cache (the code stays warm)."""
+@dataclass(kw_only=True)
+class Scratch:
+    """``logits`` [B, T, V] may be written over: ``restore`` fills them again, and leaves nothing of them in a cache (the code stays warm)."""
 
-    case: Case
     logits: Tensor
     pristine: Tensor
-    ids: Tensor
-    advantages: Tensor  # of a sequence, at each of its tokens
-    old: Tensor
     spare: Tensor | None = None
 
     def restore(self) -> None:
@@ -94,7 +89,30 @@ class Data:
             self.spare.zero_()
         else:
             for t in (self.logits, self.pristine):
-                _C.stream("flush", t.data_ptr(), 0, t.numel() * t.element_size() // 4, torch.get_num_threads())
+                _C.stream("flush", t.data_ptr(), 0, t.nbytes // 4, torch.get_num_threads())
+
+    def limits(self) -> dict[str, Callable[[], Any]]:
+        """Read the logits once, read and write them in place, copy them: the memory's own speed, by the clock that times everything."""
+        z, other = self.logits, self.pristine
+        if z.is_cuda:
+            return {"read": lambda: z.view(torch.int32).max(), "update": lambda: z.neg_(), "copy": lambda: z.copy_(other)}
+        n, threads = z.nbytes // 4, torch.get_num_threads()
+        one = {kind: (lambda kind=kind: _C.stream(kind, z.data_ptr(), other.data_ptr(), n, threads)) for kind in ("read", "update")}
+        return one | {"copy": lambda: _C.stream("copy", other.data_ptr(), z.data_ptr(), n, threads)}
+
+
+def spare(device: str) -> Tensor | None:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+
+
+@dataclass(kw_only=True)
+class Data(Scratch):
+    """One case's tensors."""
+
+    case: Case
+    ids: Tensor
+    advantages: Tensor  # of a sequence, at each of its tokens
+    old: Tensor
 
     def row_loss(self, logps: Tensor, entropies: Tensor | None) -> Tensor:
         """The loss of the case from log-probs and entropies, in the dtype that they have."""
@@ -108,15 +126,6 @@ class Data:
             assert entropies is not None
             loss = loss - ENTROPY_COEF * entropies
         return loss.mean()
-
-    def limits(self) -> dict[str, Callable[[], Any]]:
-        """Read the logits once, read and write them in place, copy them: the memory's own speed, by the clock that times everything."""
-        z, other = self.logits, self.pristine
-        if z.is_cuda:
-            return {"read": lambda: z.view(torch.int32).max(), "update": lambda: z.neg_(), "copy": lambda: z.copy_(other)}
-        n, threads = self.case.logits_bytes // 4, torch.get_num_threads()
-        one = {kind: (lambda kind=kind: _C.stream(kind, z.data_ptr(), other.data_ptr(), n, threads)) for kind in ("read", "update")}
-        return one | {"copy": lambda: _C.stream("copy", other.data_ptr(), z.data_ptr(), n, threads)}
 
     def error(self, exact: bool, value: Any, grad: Tensor | None) -> float:
         """The error of a run on the first rows, over what is allowed: <= 1 passes. ``exact``: by the package's criterion."""
@@ -167,5 +176,6 @@ def _tensors(rows: int, vocab: int, dtype: str, device: str) -> Data:
         logp[b] = torch.log_softmax(logits[b].float(), -1).gather(-1, ids[b, :, None])[:, 0]
     old = logp + 0.3 * torch.randn(shape, generator=g, device=device)
     advantages = torch.randn(shape[0], 1, generator=g, device=device).expand(shape).contiguous()
-    spare = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
-    return Data(Case("loss", rows, vocab, dtype, device=device), logits, logits.clone(), ids, advantages, old, spare)
+    case = Case("loss", rows, vocab, dtype, device=device)
+    scratch = dict(logits=logits, pristine=logits.clone(), spare=spare(device))
+    return Data(case=case, **scratch, ids=ids, advantages=advantages, old=old)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import FLUSH_BYTES, GATE_ROWS, ITEM, SAME_FUNCTION
+from .cases import GATE_ROWS, ITEM, SAME_FUNCTION, spare
 from .peers import import_or_absent, needs_gpu
 from .providers import Job, Provider, serving
 
@@ -147,9 +147,8 @@ def _tensors(rows: int, hidden: int, vocab: int, dtype: str, device: str, zero_a
     advantages = torch.randn(shape[0], 1, generator=g, device=device).expand(shape).contiguous()
     if zero_advantages:  # scattered, so that no chunk has none: whole chunks of such rows would cost nothing
         advantages[torch.randperm(shape[0], generator=g, device=device)[: round(0.4 * shape[0])]] = 0
-    spare = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     case = LinearCase("linear", rows, hidden, vocab, dtype, device)
-    return LinearData(case, h.requires_grad_(), w.requires_grad_(), ids, advantages, old, lse, spare)
+    return LinearData(case, h.requires_grad_(), w.requires_grad_(), ids, advantages, old, lse, spare(device))
 
 
 # ---- who

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reweight_ops.testing import ERROR_FLOOR
 
-from .cases import FLUSH_BYTES, GATE_ROWS, ITEM, _share
+from .cases import CPU_SHAPES, GATE_ROWS, ITEM, Scratch, _share, spare
 from .providers import Absent, Job, Provider, through_autograd
 
 JOBS = ("kl", "kl+grad", "distill")
@@ -48,32 +48,21 @@ class PairCase:
 
 
 def pair_cases(device: str, tiny: bool = False) -> list[PairCase]:
+    if device == "cpu" and not tiny:
+        return [PairCase(job, *shape, dtype, device) for shape in CPU_SHAPES[:2] for dtype in ("float32", "bfloat16") for job in JOBS]
     return [PairCase(job, *((64, 320) if tiny else (8192, 151936)), "bfloat16", device) for job in JOBS]
 
 
-@dataclass
-class PairData:
-    """``logits`` is scratch, as in :mod:`.cases`; ``other`` is only read."""
+@dataclass(kw_only=True)
+class PairData(Scratch):
+    """``other`` is only read."""
 
     case: PairCase
-    logits: Tensor
-    pristine: Tensor
     other: Tensor
     upstream: Tensor
-    spare: Tensor | None = None
-
-    def restore(self) -> None:
-        self.logits.copy_(self.pristine)
-        if self.spare is not None:
-            self.spare.zero_()
 
     def row_loss(self, values: Tensor) -> Tensor:
         return values.mean() if self.case.job == "distill" else (values * self.upstream).mean()
-
-    def limits(self) -> dict[str, Callable[[], Any]]:
-        """Read one tensor, and copy it."""
-        z, other = self.logits, self.pristine
-        return {"read": lambda: z.view(torch.int32).max(), "copy": lambda: z.copy_(other)}
 
     def error(self, exact: bool, value: Any, grad: Tensor | None) -> float:
         """The error of a run on the first rows, over what is allowed."""
@@ -102,8 +91,8 @@ def _tensors(rows: int, vocab: int, dtype: str, device: str) -> PairData:
         logits[b] = z
         other[b] = z + torch.randn(t, vocab, generator=g, device=device)
     upstream = torch.rand(rows // t, t, generator=g, device=device) + 0.5
-    spare = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
-    return PairData(PairCase("kl", rows, vocab, dtype, device), logits, logits.clone(), other, upstream, spare)
+    case = PairCase("kl", rows, vocab, dtype, device)
+    return PairData(case=case, logits=logits, pristine=logits.clone(), spare=spare(device), other=other, upstream=upstream)
 
 
 # ---- who
