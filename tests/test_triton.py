@@ -180,10 +180,10 @@ def split(monkeypatch, yes: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch):
     """And a verb of split rows is at most two launches, of whole rows always one."""
-    batch = masked(dtype)
-    batch.logits = torch.cat([batch.logits, torch.zeros_like(batch.logits)], -1)  # padding: chunks of their own
-    given = [(x.to(DEVICE)) for x in (batch.logits, batch.ids, batch.temperature)]
-    coefs = {name: torch.linspace(-1, 1, ROWS, device=DEVICE) for name in COEFS}
+    n, v = 6, 1000  # 4 segments of 256 columns and, with padding, 3 chunks of 512
+    batch = make(dtype, n=n, v=v + 300, head=Head(v), ids=torch.tensor([3, 999, OUT, 600, v + 1, 511]))
+    given = [x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature)]
+    coefs = {name: torch.linspace(-1, 2, n, device=DEVICE) for name in COEFS}
     launched = []
     launch = backend._launch
     monkeypatch.setattr(backend, "_launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
