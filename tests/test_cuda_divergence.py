@@ -152,7 +152,7 @@ def test_rows_that_are_out_or_without_coefficients_are_not_read(cuda):
     out = torch.full_like(two.logits, math.nan)
     assert torch.equal(cuda.loss_grad(two, constants, weights, out), table) and torch.equal(out, clean)
     assert (out[[3, 7]] == 0).all() and (table[:, [3, 7]] == 0).all()
-    two.logits[1] = math.nan
+    two.logits[1] = two.other[1] = math.nan
     coefs = constants[:, None] * weights
     coefs[:, 1] = 0
     cuda.grad(two, table, coefs, out)

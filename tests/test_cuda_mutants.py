@@ -133,7 +133,6 @@ PAIR_MUTANTS = {
         # sums and their order
         ("pair: differences rebased by the own shift alone", "fmaf(shift - others_shift, s.sum, s.cross)", "fmaf(shift, s.sum, s.cross)"),
         ("pair: entropy sum not rebased", "factor * fmaf(shift, s.sum, s.dot)", "factor * s.dot"),
-        ("pair: an empty sum rebased", "return from == -kInf || from == to", "return from == to"),
         ("pair: no bound of a shift", "fmaxf((from - to) * scale, -1e30f)", "(from - to) * scale"),
         ("pair: half a warp's sums", "merge_lanes<32>(s,", "merge_lanes<16>(s,"),
         ("pair: half the warps", "merge_lanes<kWarps>(states[buffer][thread_index() % kWarps],", "merge_lanes<kWarps / 2>(states[buffer][thread_index() % kWarps],"),
@@ -174,6 +173,8 @@ FOUND_BY = {**dict.fromkeys(MUTANTS, STREAMING), **dict.fromkeys(RING_MUTANTS, R
 # * Every block putting a row's outputs instead of the first: the same values.
 # * Two tensors, a block that walks through all rows from its first on: each is written again, with the same bits.
 # * Two tensors, the number of blocks: speed alone.
+# * Two tensors, an empty sum rebased from its maximum of -inf: the bound of the shift makes the factor 0, and its sums are.
+# * Two tensors, a NaN among the first's logits where the table is of others: a bound of the exponent takes it for -200. Statistics are NaN for it.
 # * publish_barriers(), acquire.cluster in wait_for_cluster(), L2 hints, the text of the assembly: what the emulator does not execute. The test of
 #   the SASS in test_cuda_backend.py sees the instructions; that they suffice is for a GPU and its racecheck to say.
 
