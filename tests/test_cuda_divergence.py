@@ -13,7 +13,7 @@ from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, both_
 from reweight_ops.backends.base import Head
 from reweight_ops.divergences import reference
 from reweight_ops.divergences.native import NativeDivergence
-from reweight_ops.divergences.verbs import Two
+from reweight_ops.divergences.verbs import TABLE, Two
 from reweight_ops.errors import InvalidCall
 
 
@@ -104,6 +104,19 @@ def test_masked_by_a_number(cuda, dtype, low):
     z[:, masked] = y[:, masked] = low
     for plan, got, grad in both_plans(cuda, two, constants, weights):
         assert torch.equal(got, table) and torch.equal(grad, want), plan
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_tensor_masked_more_than_the_other(cuda, dtype):
+    """Threads that see nothing but masked columns of p, and of q some that are not: KL(p‖q) and both entropies are what -inf gives."""
+    two = make(3, 9001, DTYPES[dtype])
+    two.logits[:, :4999], two.logits[:, 5001:], two.other[:, :4998:3] = -math.inf, -math.inf, -math.inf
+    of_p = [TABLE.index(name) for name in ("reverse_kl", "entropy", "other_entropy")]
+    want = cuda.stats(two)[of_p]
+    assert want.isfinite().all()
+    for t in (two.logits, two.other):
+        t[t == -math.inf] = torch.finfo(DTYPES[dtype]).min
+    assert torch.equal(cuda.stats(two)[of_p], want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -213,6 +213,25 @@ def test_equal_tensors_give_exact_zeros(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low", [-1e4, -1e30, -math.inf, None])
+def test_masked_columns(backend, dtype, low):
+    """By -inf or by a number, the lowest of all (None) too; in both tensors, or in p more than in q. KL(p‖q) by hand over the columns that are left."""
+    available(backend)
+    low = torch.finfo(dtype).min if low is None else low
+    z, other, _ = pair((1, 4), 700, dtype)
+    left = torch.zeros(700, dtype=torch.bool)
+    left[[3, 350, 699]] = True
+    z[..., ~left] = low
+    other[..., 100:300] = low
+    p, q = z[..., left].double().log_softmax(-1), other.double().log_softmax(-1)[..., left]
+    d = rw.token_divergence(z, other, kind="reverse_kl", backend=backend)
+    entropy = rw.token_stats(z, torch.full((1, 4), 3), stats=("entropies",), backend=backend).entropies
+    torch.testing.assert_close(d.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(p.exp() * p).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_far_apart_and_extreme(backend):
     """Where q has mass, p is 2^-1400; the difference of logits is all of KL(q‖p)."""
     available(backend)

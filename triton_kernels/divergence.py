@@ -16,8 +16,9 @@ _FIXED = tl.constexpr(1125899906842624.0)  # 2⁵⁰: a thousand elements of tha
 
 @triton.jit
 def _step(m, top, k):
-    """The exponent by which what a slot holds shrinks when its maximum goes from m to top; 0 while it holds nothing."""
-    return tl.where(m > LOWEST, (m - top) * k, 0.0)
+    """The exponent by which what a slot holds shrinks when its maximum goes from m to top. Bounded: a slot that holds nothing, or only columns
+    that are masked by the lowest number, would have -inf there, and 0 times that is NaN."""
+    return tl.maximum((m - top) * k, -1e30)
 
 
 @triton.jit
@@ -25,6 +26,14 @@ def _moved(step, own_step, S, U, C):
     """A slot's sums relative to another maximum; ``step``: its own, ``own_step``: its own less the other tensor's."""
     scale = tl.exp2(step)
     return scale * S, scale * tl.fma(step, S, U), scale * tl.fma(own_step, S, C)
+
+
+@triton.jit
+def _exponent(w, top, k):
+    """``log2 e`` of columns. Only -inf is probability 0: a number that masks, so low that the product overflows, is not, or slots that hold nothing
+    else would disagree with the others."""
+    a = (w - top[:, None]) * k
+    return tl.where((a < -1e30) & (w > float("-inf")), -1e30, a)
 
 
 @triton.jit
@@ -39,7 +48,7 @@ def _tile(
     p_step, q_step = _step(m, p_top, kp), _step(n, q_top, kq)
     S, U, C = _moved(p_step, p_step - q_step, S, U, C)
     P, Q, D = _moved(q_step, q_step - p_step, P, Q, D)
-    a, b = (w - p_top[:, None]) * kp, (v - q_top[:, None]) * kq
+    a, b = _exponent(w, p_top, kp), _exponent(v, q_top, kq)
     p_dead, q_dead = a == float("-inf"), b == float("-inf")
     e, f = tl.exp2(a), tl.exp2(b)
     d = tl.where(p_dead | q_dead, 0.0, a - b)

@@ -78,6 +78,13 @@ RW_DEVICE State merge_lanes(State s, const Scales& scales) {
     return s;
 }
 
+/// log2 of a column's exponential. Only -inf is probability 0: a number that masks, so low that the product overflows, is not, or threads that see
+/// nothing else would disagree with the others.
+RW_DEVICE float exponent(float x, float base, float scale) {
+    const float t = (x - base) * scale;
+    return t < -1e30f && x > -kInf ? -1e30f : t;
+}
+
 /// Adds n columns of both to a thread's sums. A NaN is no maximum, but makes the sum NaN.
 template <bool kCapped, int n>
 RW_DEVICE void absorb(State& s, float (&x)[n], float (&y)[n], const Scales& scales, const Softcap& p_cap, const Softcap& q_cap) {
@@ -96,7 +103,7 @@ RW_DEVICE void absorb(State& s, float (&x)[n], float (&y)[n], const Scales& scal
     Side p, q;
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-        const float t = (x[j] - p_base) * scales.p, u = (y[j] - q_base) * scales.q;
+        const float t = exponent(x[j], p_base, scales.p), u = exponent(y[j], q_base, scales.q);
         const bool p_dead = t == -kInf, q_dead = u == -kInf;
         const float e = exp2_approximate(t), f = exp2_approximate(u), d = p_dead || q_dead ? 0.0f : t - u;
         p.sum += e;
