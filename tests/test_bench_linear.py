@@ -17,7 +17,7 @@ OURS = ("cpu one_pass", "cpu two_pass")
 
 
 def bench(monkeypatch, out, *arguments):
-    monkeypatch.setattr(harness, "linear_cases", lambda device, tiny: CASES)
+    monkeypatch.setitem(harness.SUITES, "linear", lambda device, tiny: CASES)
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     command = ["bench", "--suite", "linear", "--pages", "default", "--out", str(out), "--rounds", "2", "--quiet", "1", "--no-plot"]
     monkeypatch.setattr(sys, "argv", [*command, *arguments])
