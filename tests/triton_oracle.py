@@ -24,8 +24,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def fuse_multiply_add() -> None:
-    """Triton's interpreter rounds ``tl.fma`` twice before 3.9, which no GPU does: the kernels count on one rounding. (Of an fp32 product in
-    fp64 and its sum; the second rounding, to fp32, differs from the exact one in less than a case in 2²⁰.)"""
+    """Triton's interpreter rounds ``tl.fma`` twice before 3.9, which no GPU does: the kernels count on one rounding. (The product of two fp32 numbers is
+    exact in fp64; the sum is rounded there first, which shows in hardly any fp32 result.)"""
     import numpy
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
