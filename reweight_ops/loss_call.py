@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -136,17 +137,22 @@ class _Constants:
 
 
 _constants = _Constants()
+#: What a vector holds, its dtype and device, to its attribute.
+_names: dict[tuple[tuple[float, ...], torch.dtype, torch.device], str] = {}
+_serial = itertools.count()  # and not len(_names): two threads may upload at once
 
 
 @torch.compiler.assume_constant_result
 def _upload(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> str:
-    # Uploaded once and kept: an upload inside a call would synchronise, and is illegal under CUDA-graph capture. Returns a key and no
+    # Uploaded once and kept: an upload inside a call would synchronise, and is illegal under CUDA-graph capture. Returns a name and no
     # tensor, so that torch.compile finds the finished tensor in the global above.
-    key = f"{values} {dtype} {device}".replace(".", "_")
-    if not hasattr(_constants, key):
+    what = (values, dtype, device)
+    if what not in _names:
+        name = f"vector{next(_serial)}"
         with torch.inference_mode(False):
-            setattr(_constants, key, torch.tensor(values, dtype=dtype, device=device))
-    return key
+            setattr(_constants, name, torch.tensor(values, dtype=dtype, device=device))
+        _names[what] = name
+    return _names[what]
 
 
 def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .autograd import HeadCall, OnePassLoss, RowStatistics
-from .backends.base import Program, Request, Verb
+from .backends.base import Program, Request
 from .backends.select import candidates, choose, why_not
+from .catalogue.registry import find
 from .codegen.trace import trace_weight
 from .errors import InvalidCall, UnsupportedRequest
 from .head import LogitsCall
 from .loss_call import LossCall
-from .methods.registry import method
 from .output import PolicyLossOutput
 from .spec import PolicyLossSpec
 
@@ -69,21 +69,21 @@ def one_pass_obstacle(call: LossCall, target: Target, differentiable_outputs: bo
 def pick(device: torch.device, dtype: torch.dtype, name: str, program_text: str | None) -> Choice:
     """The backend for a call; with a program, the first that runs it in one pass, if any does."""
 
-    def reason(backend: str, verb: Verb, program: Program | None = None) -> str | None:
-        return why_not(backend, Request(verb, device, dtype, program))
-
-    serving = [b for b in candidates(device.type, name) if reason(b, "token_stats") is None]
-    # The reference knows every program, which is no reason to prefer it to a fast backend that needs two passes.
-    serving = [b for b in serving if b != "reference"] or serving
-    if not serving:
-        choose(Request("token_stats", device, dtype), name)  # raises, with everybody's reason
-    if program_text is None:
-        return Choice("two_pass", serving[0], None)
-    program = Program.decode(program_text)
-    for backend in serving:
-        if reason(backend, "token_loss_grad", program) is None:
+    best = None  # the first that serves, with why it takes no one pass
+    for backend in candidates(device.type, name):
+        # The reference knows every program, which is no reason to prefer it to a fast backend that needs two passes.
+        if (best is not None and backend == "reference") or why_not(backend, Request("token_stats", device, dtype)) is not None:
+            continue
+        if program_text is None:
+            return Choice("two_pass", backend, None)
+        reason = why_not(backend, Request("token_loss_grad", device, dtype, Program.decode(program_text)))
+        if reason is None:
             return Choice("one_pass", backend, None)
-    return Choice("two_pass", serving[0], reason(serving[0], "token_loss_grad", program))
+        best = best or Choice("two_pass", backend, reason)
+    if best is None:
+        choose(Request("token_stats", device, dtype), name)  # raises, with everybody's reason
+    assert best is not None
+    return best
 
 
 def choose_plan(call: LossCall, target: Target, plan: str, differentiable_outputs: bool) -> Choice:
@@ -158,13 +158,17 @@ def middle(call: LossCall, leaves: dict[str, Tensor], backend: str, differentiab
     )
 
 
+#: Name of a method to its spec with all defaults.
 _named: dict[str, PolicyLossSpec] = {}
 
 
 @torch.compiler.assume_constant_result
 def _build(name: str) -> None:
     # A side effect on purpose: torch.compile runs this while tracing, and then reads the finished spec from the global above.
-    _named[name] = method(name)
+    function = find(name, "policy_loss")[0].function
+    # A method of the user's own may be defined again, or a rule that it is made of.
+    if name not in _named or not function.__module__.startswith(f"{__package__}."):
+        _named[name] = function()
 
 
 def named_spec(op: str, spec: Any) -> PolicyLossSpec:

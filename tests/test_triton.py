@@ -418,8 +418,8 @@ def test_cache_folder(monkeypatch, tmp_path):
 def test_reasons():
     request = Request("token_stats", torch.device(DEVICE), torch.float32)
     assert backend.BACKEND.unsupported_reason(request) is None
-    assert "float64" in backend.BACKEND.unsupported_reason(dataclasses.replace(request, dtype=torch.float64))
-    assert "xpu" in backend.BACKEND.unsupported_reason(dataclasses.replace(request, device=torch.device("xpu"))) or backend.interpreted()
+    assert "float64" in backend.BACKEND.unsupported_reason(request._replace(dtype=torch.float64))
+    assert "xpu" in backend.BACKEND.unsupported_reason(request._replace(device=torch.device("xpu"))) or backend.interpreted()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -42,8 +42,7 @@ COEFS = ("logp", "entropy", "lse", "log_sum_p_sq")
 Verb = Literal["token_stats", "token_grad", "token_loss_grad"]
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """How a row of logits becomes a distribution: ``x = cap*tanh(z/cap)/T`` over ``vocab_size`` columns. Off is ``inf``."""
 
     vocab_size: int
@@ -55,23 +54,19 @@ class Head:
         return self.vocab_total or self.vocab_size
 
 
-@dataclass(frozen=True)
-class RowAddresses:
-    """Where the rows of a logits tensor are: row ``i`` starts at ``(i // per_batch) * batch_stride + (i % per_batch) * row_stride``."""
+class RowAddresses(NamedTuple):
+    """Where the rows of a logits tensor are, in elements: row ``i`` starts at ``(i // per_batch) * batch_stride + (i % per_batch) * row_stride``."""
 
-    count: int
     per_batch: int
     batch_stride: int
     row_stride: int
 
 
 def rows_of(logits: Tensor) -> RowAddresses:
-    """The addresses (in elements, relative to ``data_ptr()``) of the rows of logits with one or two leading dimensions."""
+    """The addresses, relative to ``data_ptr()``, of the rows of logits with one or two leading dimensions."""
     if logits.dim() == 2:
-        n = logits.size(0)
-        return RowAddresses(n, max(n, 1), 0, logits.stride(0))
-    batch, length = logits.size(0), logits.size(1)
-    return RowAddresses(batch * length, max(length, 1), logits.stride(0), logits.stride(1))
+        return RowAddresses(max(logits.size(0), 1), 0, logits.stride(0))
+    return RowAddresses(max(logits.size(1), 1), logits.stride(0), logits.stride(1))
 
 
 class Program(NamedTuple):
@@ -111,8 +106,7 @@ class RowInputs(NamedTuple):
     sampling_logp: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a call asks of a backend: enough to say no before any memory is touched."""
 
     verb: Verb

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, ReweightOpsError
-from .base import Backend, Request
-from .native import DTYPES, Native, checked, strides_of
+from .base import Backend, Request, rows_of
+from .native import DTYPES, Native, checked
 
 _INSUFFICIENT_DRIVER = 35
 
@@ -85,7 +85,7 @@ def _unsupported_reason(request: Request) -> str | None:
 def _kernel_of(logits: Tensor, vocab_size: int, device: torch.device) -> str:
     address = 0 if logits.device.type == "meta" else logits.data_ptr()
     rows, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
-    strides = strides_of(logits)
+    strides = rows_of(logits)
     vocab = (vocab_size, 0, vocab_size)
     call = _cuda.Call(DTYPES[logits.dtype], address, strides, rows, columns, vocab, math.inf, 0, 0, False, device=device.index or 0)
     why = _cuda.why_streaming(call, address, strides)

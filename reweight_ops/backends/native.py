@@ -17,7 +17,7 @@ from ..codegen.trace import trace_rule, trace_weight
 from ..errors import BackendUnavailable, InvalidCall
 from ..rules.base import RULES, WEIGHTS
 from ..sources import source_hash
-from .base import COEFS, LOSS_ROWS, STATS, Head, Program, RowInputs, rows_of
+from .base import COEFS, LOSS_ROWS, STATS, Head, Program, RowAddresses, RowInputs, rows_of
 
 _MAX_TERMS, _MAX_WEIGHTS = 4, 4
 _MAX_COLUMNS = 2**31 - 2**20
@@ -102,23 +102,23 @@ class Native:
             raise InvalidCall(f"vocab_size is {head.vocab_size}, logits have {columns} columns.")
         per_row = temperature.numel() != 1
         return self.module.Call(
-            DTYPES[logits.dtype], logits.data_ptr(), strides_of(logits), n, columns, (head.vocab_size, head.vocab_start, head.total()), head.softcap,
+            DTYPES[logits.dtype], logits.data_ptr(), rows_of(logits), n, columns, (head.vocab_size, head.vocab_start, head.total()), head.softcap,
             self._address("ids", ids, (n,), logits, torch.int64),
             self._address("temperature", temperature.reshape(-1), (n,) if per_row else (1,), logits), per_row, **self._place(logits.device),
         )  # fmt: skip
 
-    def _out_strides(self, logits: Tensor, out: Tensor) -> tuple[int, int, int]:
+    def _out_rows(self, logits: Tensor, out: Tensor) -> RowAddresses:
         self._check_layout("out", out)
         if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
             raise InvalidCall(
                 f"out is {tuple(out.shape)} {out.dtype} {out.device}, expected {tuple(logits.shape)} {logits.dtype} {logits.device} like the logits."
             )
-        same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
+        same = out is logits or (out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride())
         if not same and out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() and _overlap(out, logits):
             raise InvalidCall("out overlaps the logits without being the same view of them.")
         if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
             raise InvalidCall(f"out has strides {out.stride()}: rows would overwrite each other.")
-        return strides_of(out)
+        return rows_of(out)
 
     def token_stats(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
         call = self._call(logits, ids, temperature, head)
@@ -143,7 +143,7 @@ class Native:
                 raise InvalidCall(f"token_grad: the statistic {name!r} is needed and missing.")
         known = [self._address(name, stats.get(name), n, logits) for name in COEFS]
         by = [self._address(f"coefficient {name}", coefs.get(name), n, logits) for name in COEFS]
-        self._check(self.module.token_grad(call, known, by, out.data_ptr(), self._out_strides(logits, out)))
+        self._check(self.module.token_grad(call, known, by, out.data_ptr(), self._out_rows(logits, out)))
 
     def token_loss_grad(
         self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
@@ -160,16 +160,10 @@ class Native:
             call, compiled, self._address("params", params, (length,), logits), reads_p_sq, entropy_gradient,
             self._address("row weights", weights[0] if shared else weights, (n,) if shared else weights.shape, logits), 0 if shared else n,
             [self._address(name, t, (n,), logits) for name, t in zip(("old_logp", "adv", "ref_logp", "sampling_logp"), stored, strict=True)],
-            rows.data_ptr(), out.data_ptr(), self._out_strides(logits, out),
+            rows.data_ptr(), out.data_ptr(), self._out_rows(logits, out),
         )  # fmt: skip
         self._check(status)
         return rows
-
-
-def strides_of(t: Tensor) -> tuple[int, int, int]:
-    """Rows per batch, and the strides of batches and rows, in elements: how the modules take them."""
-    rows = rows_of(t)
-    return rows.per_batch, rows.batch_stride, rows.row_stride
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -120,16 +120,16 @@ class _Call:
     """What the launches of one call have in common."""
 
     def __init__(self, logits: Tensor, temperature: Tensor, head: Head, out: Tensor | None = None) -> None:
-        self.rows = rows_of(logits)
+        self.where = rows_of(logits)
+        self.rows = logits.numel() // logits.size(-1)
         self.config: Config = config_for(head.vocab_size, logits.element_size(), _wave(logits.device))
         self.segments = -(-head.vocab_size // self.config.segment)
-        self.split = self.segments > 1 and self.rows.count < _ROWS_PER_PROCESSOR * _processors(logits.device)
+        self.split = self.segments > 1 and self.rows < _ROWS_PER_PROCESSOR * _processors(logits.device)
         self.chunk = self.config.block * 4
         self.softcap = 1.0 if head.softcap == float("inf") else head.softcap
         self.tile = {"CAP": head.softcap != float("inf"), "BLOCK": self.config.block, "E": self.config.vector}
         self.align = _alignment(logits, *([] if out is None else [out]))
         self.t_stride = 0 if temperature.numel() == 1 else 1
-        self.where = (self.rows.per_batch, self.rows.batch_stride, self.rows.row_stride)
         self.emulate = interpreted() and logits.dtype == torch.bfloat16
         self.device = torch.device("cuda", logits.device.index or 0) if logits.device.type == "cuda" else logits.device
 
@@ -137,9 +137,9 @@ class _Call:
         """The segments' states and the targets' logits, if the rows are split."""
         if not self.split:
             return None
-        partial = torch.empty((self.rows.count, 4 * self.segments + 1), dtype=torch.float32, device=logits.device)
+        partial = torch.empty((self.rows, 4 * self.segments + 1), dtype=torch.float32, device=logits.device)
         _launch(
-            kernels.partial_kernel, self.rows.count * self.segments, logits, ids, temperature, partial, self.t_stride, *self.where,
+            kernels.partial_kernel, self.rows * self.segments, logits, ids, temperature, partial, self.t_stride, *self.where,
             head.vocab_size, self.softcap, head.vocab_start, head.total(), SEGMENT=self.config.segment, **self.tile, ALIGN=self.align,
             KEEP=keep, warps=self.config.warps,
         )  # fmt: skip
@@ -147,7 +147,7 @@ class _Call:
 
     def programs(self, out: Tensor) -> int:
         """Programs that write a gradient."""
-        return self.rows.count * (-(-out.size(-1) // self.chunk) if self.split else 1)
+        return self.rows * (-(-out.size(-1) // self.chunk) if self.split else 1)
 
 
 def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
@@ -158,7 +158,7 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, st
     call = _Call(logits, temperature, head)
     partial = call.partial(logits, ids, temperature, head, keep=False)
     _launch(
-        kernels.stats_kernel, call.rows.count, logits, ids, temperature, out if partial is None else partial, out, call.rows.count,
+        kernels.stats_kernel, call.rows, logits, ids, temperature, out if partial is None else partial, out, call.rows,
         call.t_stride, *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
         STATS=tuple(stats.index(name) if name in stats else -1 for name in _STAT_ORDER), SPLIT=call.split, SEGMENT=call.config.segment,
         **call.tile, ALIGN=call.align, warps=call.config.warps,

@@ -41,7 +41,7 @@ class NativeDivergence:
         n, like = two.ids.numel(), two.logits
         known = self._native._address("table", table, (len(TABLE), n), like)
         by = self._native._address("coefs", coefs, (len(COEFS), n), like)
-        strides = self._native._out_strides(like, out)
+        strides = self._native._out_rows(like, out)
         self._native._check(self._module.divergence_grad(*self._calls(two), known, by, out.data_ptr(), strides))
 
     def loss_grad(self, two: Two, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
@@ -51,6 +51,6 @@ class NativeDivergence:
             self._native._address("constants", constants, (len(COEFS),), like),
             self._native._address("weights", weights, (n,), like),
         )
-        strides = self._native._out_strides(like, out)
+        strides = self._native._out_rows(like, out)
         self._native._check(self._module.divergence_loss_grad(*self._calls(two), table.data_ptr(), *given, out.data_ptr(), strides))
         return table

@@ -37,7 +37,7 @@ def _launch(two: Two, table: Tensor, out: Tensor | None, coefs: Tensor, *, stats
     backend._launch(
         divergence_kernel, n, x, y, x if out is None else out, two.ids, two.temperature, two.other_temperature, table, coefs,
         n, int(two.temperature.numel() > 1), int(two.other_temperature.numel() > 1),
-        rows.per_batch, rows.batch_stride, rows.row_stride, others.batch_stride, others.row_stride, to.batch_stride, to.row_stride,
+        *rows, others.batch_stride, others.row_stride, to.batch_stride, to.row_stride,
         columns, x.size(-1), *caps, STATS=stats, GRAD=out is not None, LOGS=logs, BLOCK=config.block, E=config.vector,
         P_CAP=two.head.softcap != float("inf"), Q_CAP=two.other_head.softcap != float("inf"), ALIGN=align, EMULATE=emulate, warps=config.warps,
         registers=_REGISTERS,
