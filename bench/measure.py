@@ -9,6 +9,7 @@ import ctypes
 import gc
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -140,7 +141,7 @@ def _trial(result: Result, data: Any, job: Job, effort: Effort) -> bool:
 def run_case(
     case: Any, providers: list[Provider], effort: Effort, tick: Callable[[], None]
 ) -> tuple[list[Result], dict[str, list[float]], float]:
-    """Every provider once per round, and every limit: ``(results, ms of each limit, share of the processor that others used)``.
+    """Every provider once per round, and every limit, in an order drawn anew: ``(results, ms of each limit, share of the processor that others used)``.
 
     ``tick`` is called after each step, for a progress bar.
     """
@@ -169,13 +170,15 @@ def run_case(
     by_name = {r.provider: r for r in results}
     load = foreign_load()
     next(load)
-    for _ in range(effort.rounds):
-        for kind, probe in probes.items():
-            data.restore()
-            limits[kind].append(_clock(case.device, probe)[0])
-        for name, job in jobs.items():
+    timed = [*(("limit", *item) for item in probes.items()), *(("job", *item) for item in jobs.items())]
+    for number in range(effort.rounds):
+        # Each round in another order: what a job leaves in the caches, and how the system got its memory back, is the next one's luck.
+        for what, name, job in random.Random(number).sample(timed, len(timed)):
             data.restore()
             ms, issued = _clock(case.device, job)
+            if what == "limit":
+                limits[name].append(ms)
+                continue
             by_name[name].ms.append(ms)
             by_name[name].issue_ms.append(issued)
             tick()

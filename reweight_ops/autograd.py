@@ -26,6 +26,18 @@ class HeadCall(NamedTuple):
     consume: bool
 
 
+def hand_out_once(ctx: Any, op: str) -> None:
+    """Raise at a second backward through a one-pass loss: the first scaled the gradient in place and gave it away."""
+    if torch.compiler.is_compiling():
+        return
+    if getattr(ctx, "spent", False):
+        raise ReweightOpsError(
+            f"{op}: a second backward through a one-pass loss. Its gradient was handed out by the first; "
+            'plan="two_pass" computes it in backward and supports retain_graph=True.'
+        )
+    ctx.spent = True
+
+
 class RowStatistics(torch.autograd.Function):
     """``(logp, entropy, lse, log_sum_p_sq)`` of every row, differentiable with respect to the logits. ``[4, N]`` before unbinding."""
 
@@ -82,7 +94,6 @@ class OnePassLoss(torch.autograd.Function):
             rows, grad = library.token_loss_grad(*arguments)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad)
-        ctx.spent = False
         ctx.mark_non_differentiable(rows)
         return rows[2].sum(), rows
 
@@ -91,13 +102,7 @@ class OnePassLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _rows: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 7
-        if not torch.compiler.is_compiling():
-            if ctx.spent:
-                raise ReweightOpsError(
-                    "policy_loss: a second backward through a one-pass loss. Its gradient was handed out by the first; "
-                    'plan="two_pass" keeps the logits and supports retain_graph=True.'
-                )
-            ctx.spent = True
+        hand_out_once(ctx, "policy_loss")
         (grad,) = ctx.saved_tensors
         library.scale(grad, upstream)
         return grad, None, None, None, None, None, None

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import library
-from .errors import ReweightOpsError
+from .autograd import hand_out_once
 from .linear_gemms import Chunk, Gradients, Head, Settings, balanced, chunks, live_rows
 
 _DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
@@ -150,20 +150,13 @@ class LinearOnePassLoss(torch.autograd.Function):
         results = gradients.finish()
         ctx.given = [g is not None for g in results]
         ctx.save_for_backward(*(g for g in results if g is not None))
-        ctx.spent = False
         ctx.mark_non_differentiable(table)
         return table[2].sum(), table
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling():
-            if ctx.spent:
-                raise ReweightOpsError(
-                    "linear_policy_loss: a second backward through a one-pass loss. Its gradients were handed out by the first; "
-                    'plan="two_pass" recomputes them and supports retain_graph=True.'
-                )
-            ctx.spent = True
+        hand_out_once(ctx, "linear_policy_loss")
         saved = iter(ctx.saved_tensors)
         results = [next(saved) if given else None for given in ctx.given]
         for g in results:

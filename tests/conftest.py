@@ -8,6 +8,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# What these hold fails like a test: with the values in it.
+pytest.register_assert_rewrite("contract", "criterion")
+
 # The trainer tests build their own tiny models and must not look for others.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

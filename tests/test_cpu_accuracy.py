@@ -2,19 +2,18 @@
 
 import math
 
+import contract
 import pytest
 import torch
-from criterion import assert_gradient, assert_values, gradient_from
-from kernel_oracle import STATS, clip_loss, gradient, rows, statistics
+from contract import DTYPES
+from kernel_oracle import STATS, gradient, rows
 
-from reweight_ops.backends.base import Head, Program, RowInputs
+from reweight_ops.backends.base import Head
 
 cpu = pytest.importorskip("reweight_ops.backends.cpu", exc_type=ImportError)
 _C = cpu._C
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTHS = [1, 2, 33, 2049, 4099]
-HEADS = {"plain": (1.0, math.inf), "cold": (0.7, math.inf), "per_row": (None, math.inf), "softcap": (1.3, 15.0)}
 
 
 @pytest.fixture(params=_C.build_info()["supported_levels"])
@@ -24,84 +23,27 @@ def level(request):
     _C.set_level("auto")
 
 
-def temperature_of(value, n):
-    return torch.linspace(0.5, 2.0, n) if value is None else torch.full((1,), value)
-
-
-KINDS = [("plain", head) for head in HEADS] + [
-    ("peaked", "plain"),
-    ("peaked", "cold"),
-    ("shifted", "plain"),
-    ("shifted", "cold"),
-    ("low", "plain"),
-]
-
-
-@pytest.mark.parametrize(("kind", "head"), KINDS)
+@pytest.mark.parametrize(("kind", "head"), contract.KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_and_gradient(level, dtype, head, kind):
-    value, softcap = HEADS[head]
     for v in WIDTHS:
-        n = 12
-        z, ids = rows(n, v, DTYPES[dtype], kind, seed=v)
-        t = temperature_of(value, n)
-        each = t.expand(n)
-        exact = statistics(z.double(), ids, each.double(), softcap)
-        single = statistics(z.float(), ids, each, softcap)
-        got = cpu.token_stats(z, ids, t, Head(v, softcap), STATS)
-        for name, ours in zip(STATS, got, strict=True):
-            assert_values(ours, single[name], exact[name], f"{name} at V = {v}")
-
-        g = torch.Generator().manual_seed(v)
-        for names in (("logp",), ("logp", "entropy"), ("logp", "entropy", "lse", "log_sum_p_sq")):
-            coefs = {name: torch.randn(n, generator=g) for name in names}
-            out = torch.full_like(z, math.nan)
-            cpu.token_grad(z, ids, t, Head(v, softcap), dict(zip(STATS, got, strict=True)), dict(coefs), out)
-            truth = gradient(z.double(), ids, each.double(), coefs, softcap)
-            # The op is given fp32 statistics; so is the baseline, whose own pass has better ones where the offset is large.
-            base = gradient_from(z.float(), ids, each, Head(v, softcap), dict(zip(STATS, got, strict=True)), coefs)
-            assert_gradient(out, base, truth, sum(c.abs() for c in coefs.values()) * 2 / each, ids)
+        contract.check_statistics_and_gradient(cpu, DTYPES[dtype], 12, v, head, kind)
 
 
 @pytest.mark.parametrize("bonus", [0.0, 0.05])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", contract.HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_token_loss_grad(level, dtype, head, bonus):
-    value, softcap = HEADS[head]
     for v in WIDTHS:
-        n = 24
-        z, ids = rows(n, v, DTYPES[dtype], "plain", seed=v)
-        t = temperature_of(value, n)
-        g = torch.Generator().manual_seed(v)
-        exact = statistics(z.double(), ids, t.expand(n).double(), softcap)
-        old = (exact["logp"] + torch.randn(n, generator=g) * 0.4).float()
-        adv, weight = torch.randn(n, generator=g), torch.rand(n, generator=g)
-        program = Program(("clip", "entropy_bonus") if bonus else ("clip",))
-        params = torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf] + ([bonus] if bonus else []))
-        out = torch.full_like(z, math.nan)
-        got = cpu.token_loss_grad(
-            z, ids, t, Head(v, softcap), RowInputs(weight.expand(len(program.terms), n), old, adv), program, params, out
-        )  # fmt: skip
+        contract.check_token_loss_grad(cpu, DTYPES[dtype], 24, v, head, bonus)
 
-        def run(dtype, z=z, ids=ids, t=t, softcap=softcap, old=old, adv=adv, weight=weight, n=n):
-            x = z.to(dtype).requires_grad_()
-            stats = statistics(x, ids, t.expand(n).to(dtype), softcap)
-            leaves = {k: s.detach().requires_grad_() for k, s in stats.items()}
-            total = clip_loss(leaves, old.to(dtype), adv.to(dtype), weight.to(dtype), 0.2, bonus)
-            by = torch.autograd.grad(total.sum(), (leaves["logp"], leaves["entropy"]), allow_unused=True)
-            coefs = {"logp": by[0], "entropy": torch.zeros_like(total) if by[1] is None else by[1]}
-            return stats, total, coefs, gradient(z.to(dtype), ids, t.expand(n).to(dtype), coefs, softcap)
 
-        stats, total, coefs, truth = run(torch.float64)
-        stats32, total32, coefs32, grad32 = run(torch.float32)
-        if v > 100:
-            assert (coefs["logp"] == 0).any() and (coefs["logp"] != 0).any(), "the clip is on one side only"
-        for k, name in enumerate(("logp", "entropy")):
-            assert_values(got[k], stats32[name].detach(), stats[name].detach(), f"{name} at V = {v}")
-            assert_values(got[4 + k], coefs32[name], coefs[name], f"coefficient {name} at V = {v}")
-        assert_values(got[2], total32.detach(), total.detach(), "weighted loss")
-        assert_values(got[3], (total32 / weight).detach(), (total / weight).detach(), "loss")
-        assert_gradient(out, grad32, truth, (coefs["logp"].abs() + coefs["entropy"].abs()) / t.expand(n), ids)
+def test_the_target_of_a_sure_row(level):
+    contract.check_the_target_of_a_sure_row(cpu)
+
+
+def test_gradients_keep_their_sign_and_order(level):
+    contract.check_signs_and_order(cpu)
 
 
 def test_exponential_where_everything_is_in_range(level):

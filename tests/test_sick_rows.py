@@ -3,12 +3,13 @@
 import dataclasses
 import math
 
+import contract
 import pytest
 import torch
 
 import reweight_ops as rw
 from reweight_ops.backends.base import Request
-from reweight_ops.backends.select import why_not
+from reweight_ops.backends.select import load, why_not
 from reweight_ops.codegen.trace import trace_weight
 from reweight_ops.methods.registry import METHODS
 from reweight_ops.testing import make_batch
@@ -55,6 +56,11 @@ def test_every_method(name, backend, plan, sickness):
     elif type(spec.ratio) is rw.TokenRatio and not spec.one_pass_obstacle:
         torch.testing.assert_close(grad[others], healthy[others], rtol=1e-6, atol=1e-9)
     assert grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sure_row_is_not_sick(backend):
+    contract.check_a_sure_row(load(backend))
 
 
 def test_choosing_tokens_does_not_hide_a_sick_row():

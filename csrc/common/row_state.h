@@ -59,7 +59,7 @@ struct RowState {
         const Real ln2 = Real(0.693147180559945309417), log_s = log_sum();
         RowStats out;
         out.logp = at_most_zero(((target - ref) - log_s) * ln2);
-        out.entropy = -at_most_zero((dot / sum - log_s) * ln2);
+        out.entropy = 0.0f - at_most_zero((dot / sum - log_s) * ln2);  // and not -0
         out.lse = float((ref + log_s) * ln2);
         out.log_sum_p_sq = at_most_zero((std::log2(sum_sq) - 2 * log_s) * ln2);
         out.max_logp = at_most_zero(((top - ref) - log_s) * ln2);

@@ -181,7 +181,7 @@ RW_DEVICE RowStats finish(const Partial& s, const Target& target, float temperat
     const double rest = target.exact == double(target.swept) ? swept : swept + expf(float(above - swept)) * error;
     RowStats out;
     out.logp = at_most_zero(float(above - rest));
-    out.entropy = -at_most_zero(float((mean - log_s) * ln2));
+    out.entropy = 0.0f - at_most_zero(float((mean - log_s) * ln2));  // and not -0
     out.lse = float(double(s.top) * inverse + rest);
     out.log_sum_p_sq = at_most_zero(float((double(log2f(s.sum_sq)) - 2.0 * log_s) * ln2));
     out.max_logp = target.swept == s.top ? out.logp : at_most_zero(float(-swept));

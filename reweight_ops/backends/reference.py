@@ -48,7 +48,7 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, st
     weight = shifted.exp()
     total = weight.sum(-1)
     log_total = total.log()
-    out = {"lse": top[:, 0] + log_total, "max_logp": -log_total}
+    out = {"lse": top[:, 0] + log_total, "max_logp": 0 - log_total}
     target = shifted.gather(-1, d.target)[:, 0] - log_total
     out["logp"] = torch.where(d.has_target | target.isnan(), target, -math.inf)
     out["entropy"] = log_total - torch.where(d.dead, 0, weight * shifted).sum(-1) / total

@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.library import custom_op
 
-from .. import library
+from ..autograd import hand_out_once
 from ..backends.base import Head
-from ..errors import ReweightOpsError
-from ..memory import empty
+from ..library import clear_last, counted, gradient_ops, op, row_dtype, scale
 from .verbs import TABLE, Two, load
 
 
@@ -26,26 +24,17 @@ class TwoHeads(NamedTuple):
     backend: str
 
 
-def _rows(t: Tensor, drop_last: bool) -> Tensor:
-    return t[..., :-1, :] if drop_last else t
-
-
 def _two(
     logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, vocab: int, cap: float, other_cap: float, drop: bool
 ) -> Two:
-    return Two(_rows(logits, drop), other, ids, t, t_other, Head(vocab, cap), Head(vocab, other_cap))
+    return Two(counted(logits, drop), other, ids, t, t_other, Head(vocab, cap), Head(vocab, other_cap))
 
 
-def _row_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def _fake_table(logits: Tensor, other: Tensor, ids: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty((len(TABLE), ids.numel()), dtype=row_dtype(logits))
 
 
-def _clear_last(out: Tensor, drop_last: bool) -> None:
-    if drop_last:
-        out[..., -1, :].zero_()
-
-
-@custom_op("reweight_ops::divergence_stats", mutates_args=())
+@op(_fake_table)
 def divergence_stats(
     logits: Tensor,
     other: Tensor,
@@ -61,72 +50,28 @@ def divergence_stats(
     return load(backend).stats(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop))
 
 
-@divergence_stats.register_fake
-def _(logits: Tensor, other: Tensor, ids: Tensor, *args: Any) -> Tensor:
-    return logits.new_empty((len(TABLE), ids.numel()), dtype=_row_dtype(logits))
-
-
-@custom_op("reweight_ops::divergence_grad", mutates_args=())
-def divergence_grad(
-    logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, coefs: Tensor, vocab: int, cap: float, other_cap: float,
-    drop: bool, backend: str,
-) -> Tensor:  # fmt: skip
-    out = empty(logits.shape, logits.dtype, logits.device)
-    load(backend).grad(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, _rows(out, drop))
-    _clear_last(out, drop)
-    return out
-
-
-@divergence_grad.register_fake
-def _(logits: Tensor, *args: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-@custom_op("reweight_ops::divergence_grad_", mutates_args=("logits",))
-def divergence_grad_(
-    logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, coefs: Tensor, vocab: int, cap: float, other_cap: float,
-    drop: bool, backend: str,
+def _write_grad(
+    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, coefs: Tensor, vocab: int, cap: float,
+    other_cap: float, drop: bool, backend: str,
 ) -> None:  # fmt: skip
-    load(backend).grad(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, _rows(logits, drop))
-    _clear_last(logits, drop)
+    load(backend).grad(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, counted(out, drop))
+    clear_last(out, drop)
 
 
-@divergence_grad_.register_fake
-def _(*args: Any) -> None:
-    return None
+divergence_grad, divergence_grad_ = gradient_ops("divergence_grad", _write_grad)
 
 
-@custom_op("reweight_ops::divergence_loss_grad", mutates_args=())
-def divergence_loss_grad(
-    logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, constants: Tensor, weights: Tensor, vocab: int, cap: float,
-    other_cap: float, drop: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out = empty(logits.shape, logits.dtype, logits.device)
-    two = _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop)
-    table = load(backend).loss_grad(two, constants, weights, _rows(out, drop))
-    _clear_last(out, drop)
-    return table, out
-
-
-@divergence_loss_grad.register_fake
-def _(logits: Tensor, other: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return logits.new_empty((len(TABLE), ids.numel()), dtype=_row_dtype(logits)), logits.new_empty(logits.shape)
-
-
-@custom_op("reweight_ops::divergence_loss_grad_", mutates_args=("logits",))
-def divergence_loss_grad_(
-    logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, constants: Tensor, weights: Tensor, vocab: int, cap: float,
-    other_cap: float, drop: bool, backend: str,
+def _write_loss_grad(
+    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, constants: Tensor, weights: Tensor, vocab: int,
+    cap: float, other_cap: float, drop: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     two = _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop)
-    table = load(backend).loss_grad(two, constants, weights, _rows(logits, drop))
-    _clear_last(logits, drop)
+    table = load(backend).loss_grad(two, constants, weights, counted(out, drop))
+    clear_last(out, drop)
     return table
 
 
-@divergence_loss_grad_.register_fake
-def _(logits: Tensor, other: Tensor, ids: Tensor, *args: Any) -> Tensor:
-    return logits.new_empty((len(TABLE), ids.numel()), dtype=_row_dtype(logits))
+divergence_loss_grad, divergence_loss_grad_ = gradient_ops("divergence_loss_grad", _write_loss_grad, _fake_table)
 
 
 class DivergenceStatistics(torch.autograd.Function):
@@ -171,21 +116,15 @@ class OnePassDivergence(torch.autograd.Function):
         else:
             table, grad = divergence_loss_grad(*arguments)
         ctx.save_for_backward(grad)
-        ctx.spent = False
         ctx.mark_non_differentiable(table)
         return weighted_sum(table, constants, weights), table
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling():
-            if ctx.spent:
-                raise ReweightOpsError(
-                    'distillation_loss: a second backward; its gradient was handed out by the first. plan="two_pass" keeps the logits.'
-                )
-            ctx.spent = True
+        hand_out_once(ctx, "distillation_loss")
         (grad,) = ctx.saved_tensors
-        library.scale_(grad, upstream)
+        scale(grad, upstream)
         return grad, None, None, None, None, None, None, None, None
 
 
