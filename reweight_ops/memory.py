@@ -3,6 +3,9 @@
 A CPU tensor of that size is memory that the system has never handed out: every page of it is cleared when it is first written. With pages
 of 4 KiB that costs several times the loss itself, so Linux is asked for huge ones (``madvise``, where ``transparent_hugepage`` allows it;
 PyTorch does the same for every tensor under ``THP_MEM_ALLOC_ENABLE=1``). Only whole pages inside the tensor: it takes no byte more.
+
+Not in a virtual machine that gives free memory back to its host while it runs: there the free huge pages are those that the host has taken
+and must first find again, which takes longer than to clear small ones that were in use a moment ago.
 """
 
 from __future__ import annotations
@@ -18,13 +21,24 @@ from torch import Tensor
 _MADV_HUGEPAGE = 14
 
 
+_HUGE_PAGE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+#: The smallest free block, as a power of two of pages, that is reported to the host; -1 where nobody wants to know.
+_REPORTED = Path("/sys/module/page_reporting/parameters/page_reporting_order")
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 @functools.cache
 def _huge_page() -> int:
-    """Bytes of a huge page; 0 where there are none to ask for."""
-    try:
-        return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
-    except (OSError, ValueError):
-        return 0
+    """Bytes of a huge page; 0 where there are none to ask for, or where asking costs more than it gives."""
+    reported = _number(_REPORTED)
+    taken_back = reported is not None and 0 <= reported < 2**31  # the kernel prints its -1 without a sign
+    return 0 if taken_back else _number(_HUGE_PAGE) or 0
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import torch
 from reweight_ops import memory
 
 CPU = torch.device("cpu")
-SIZES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def advised(address: int) -> bool:
@@ -25,8 +24,23 @@ def advised(address: int) -> bool:
     raise LookupError(hex(address))
 
 
-@pytest.mark.skipif(not (SIZES / "hpage_pmd_size").exists(), reason="this system has no transparent huge pages")
-def test_whole_pages_inside_are_asked_for_and_nothing_else():
+@pytest.fixture
+def reported(monkeypatch, tmp_path):
+    """What the kernel says of the free blocks that it reports to a host."""
+
+    def say(text):
+        monkeypatch.setattr(memory, "_REPORTED", tmp_path / "order")
+        if text is not None:
+            (tmp_path / "order").write_text(text)
+        memory._huge_page.cache_clear()
+
+    yield say
+    memory._huge_page.cache_clear()
+
+
+@pytest.mark.skipif(not memory._HUGE_PAGE.exists(), reason="this system has no transparent huge pages")
+def test_whole_pages_inside_are_asked_for_and_nothing_else(reported):
+    reported(None)
     page = memory._huge_page()
     out = memory.empty((4, page), torch.float32, CPU)  # 16 pages: mapped by itself, whatever the allocator holds
     begin, end = -(-out.data_ptr() // page) * page, (out.data_ptr() + out.nbytes) // page * page
@@ -37,6 +51,15 @@ def test_whole_pages_inside_are_asked_for_and_nothing_else():
     if os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
         plain = torch.empty(16 * page, dtype=torch.uint8)
         assert not advised(plain.data_ptr() + 8 * page), "plain memory has the flag too: this test shows nothing"
+
+
+@pytest.mark.skipif(not memory._HUGE_PAGE.exists(), reason="this system has no transparent huge pages")
+@pytest.mark.parametrize(
+    ("text", "asked"), [(None, True), ("-1\n", True), ("4294967295\n", True), ("no number", True), ("5\n", False), ("0\n", False)]
+)
+def test_not_where_a_host_takes_free_memory_back(reported, text, asked):
+    reported(text)
+    assert (memory._huge_page() > 0) == asked
 
 
 @pytest.mark.parametrize("shape", [(), (0, 7), (3, 5), (2, 3, 131)])
