@@ -47,7 +47,6 @@ class LagrangeState(NamedTuple):
 @published(
     "constrained_rlhf",
     "Constrained RLHF (μ-PPO, ξ-PPO)",
-    kind="objective",
     paper="Confronting Reward Model Overoptimization with Constrained RLHF",
     arxiv="2310.04373",
     level="objective",
@@ -130,7 +129,6 @@ def hypervolume(points: Front, reference: tuple[float, ...]) -> float:
 @published(
     "hypervolume_reward_weighting",
     "Dynamic reward weighting, hypervolume-guided",
-    kind="objective",
     paper=_DYNAMIC,
     arxiv="2509.11452",
     level="batch",
@@ -177,7 +175,6 @@ def gradient_influences(gradients: Tensor) -> Tensor:
 @published(
     "gradient_reward_weighting",
     "Dynamic reward weighting, gradient-based",
-    kind="objective",
     paper=_DYNAMIC,
     arxiv="2509.11452",
     level="objective",
@@ -213,7 +210,6 @@ class RecapState(NamedTuple):
 @published(
     "recap",
     "RECAP: replay-enhanced capability preservation",
-    kind="objective",
     paper="Beyond Reasoning Gains: Mitigating General Capabilities Forgetting in Large Reasoning Models",
     arxiv="2510.21978",
     certainty="secondary",

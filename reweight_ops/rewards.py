@@ -53,7 +53,7 @@ def _weights(op: str, weights: Tensor | None, x: Tensor) -> Tensor:
     return torch.where(total > 0, present / torch.where(total > 0, total, 1), torch.nan)
 
 
-@published("wco", "Worst-Case Optimization", kind="reward", paper=_ENSEMBLES, arxiv="2310.02743", level="sequence")
+@published("wco", "Worst-Case Optimization", paper=_ENSEMBLES, arxiv="2310.02743", level="sequence")
 def wco(rewards: Tensor) -> Tensor:
     """``r = min_k r_k``: the least of an ensemble's rewards. ``[B, K] -> [B]``."""
     x = _members("wco", rewards)
@@ -61,7 +61,7 @@ def wco(rewards: Tensor) -> Tensor:
     return torch.where(x.isnan().all(1), torch.nan, least)
 
 
-@published("uwo", "Uncertainty-Weighted Optimization", kind="reward", paper=_ENSEMBLES, arxiv="2310.02743", level="sequence")
+@published("uwo", "Uncertainty-Weighted Optimization", paper=_ENSEMBLES, arxiv="2310.02743", level="sequence")
 def uwo(rewards: Tensor, *, coef: float = 0.1) -> Tensor:
     """``r = mean_k r_k - coef·var_k r_k`` with the unbiased variance over an ensemble (0 for one member). ``[B, K] -> [B]``.
 
@@ -76,7 +76,6 @@ def uwo(rewards: Tensor, *, coef: float = 0.1) -> Tensor:
 @published(
     "lsc",
     "Log-sigmoid-centered transform",
-    kind="reward",
     paper="Transforming and Combining Rewards for Aligning Large Language Models",
     arxiv="2402.00742",
     certainty="secondary",
@@ -105,14 +104,14 @@ def weighted_sum(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     return torch.where(x.isnan().all(1), torch.nan, (w * x).nansum(1))
 
 
-@published("weighted_mean", "Weighted mean of rewards", kind="reward", paper=_REWRITING, arxiv="2406.03363", level="sequence")
+@published("weighted_mean", "Weighted mean of rewards", paper=_REWRITING, arxiv="2406.03363", level="sequence")
 def weighted_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     """``r = sum_k w_k r_k / sum_k w_k`` over the rewards that apply. ``[B, K], [K] -> [B]``; weights are equal by default and not negative."""
     x = _members("weighted_mean", rewards)
     return (_weights("weighted_mean", weights, x) * x.nan_to_num(0, math.inf, -math.inf)).sum(1)
 
 
-@published("harmonic_mean", "Weighted harmonic mean of rewards", kind="reward", paper=_REWRITING, arxiv="2406.03363", level="sequence")
+@published("harmonic_mean", "Weighted harmonic mean of rewards", paper=_REWRITING, arxiv="2406.03363", level="sequence")
 def harmonic_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     """``r = sum_k w_k / sum_k (w_k / r_k)``: near the least of the rewards, so none can be traded away. ``[B, K], [K] -> [B]``.
 
@@ -127,7 +126,6 @@ def harmonic_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
 @published(
     "trust_grpo",
     "Trust-GRPO: thinking reward by trust",
-    kind="reward",
     paper="SophiaVL-R1: Reinforcing MLLMs Reasoning with Thinking Reward",
     arxiv="2505.17018",
     level="group",
@@ -165,7 +163,6 @@ def trust_grpo(
 @published(
     "grpo_lead_length",
     "GRPO-LEAD: length reward",
-    kind="reward",
     paper="GRPO-LEAD: A Difficulty-Aware Reinforcement Learning Approach for Concise Mathematical Reasoning in Language Models",
     arxiv="2504.09696",
     level="group",
@@ -204,7 +201,6 @@ def grpo_lead_length(
 @published(
     "grpo_lambda_length",
     "GRPO-λ: length penalty for well-answered groups",
-    kind="reward",
     paper="Stable Reinforcement Learning for Efficient Reasoning",
     arxiv="2505.18086",
     certainty="secondary",
@@ -240,7 +236,6 @@ def grpo_lambda_length(
 @published(
     "traac",
     "TRAAC: correctness, format and length reward",
-    kind="reward",
     paper="Think Right: Learning to Mitigate Under-Over Thinking via Adaptive, Attentive Compression",
     arxiv="2510.01581",
     certainty="derived",

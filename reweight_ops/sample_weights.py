@@ -55,7 +55,6 @@ def _positive(op: str, **values: float | Tensor) -> None:
 @published(
     "exponential_advantage",
     "Exponential advantage weight (AWR, FamO2O)",
-    kind="sample_weight",
     paper="Advantage-Weighted Regression: Simple and Scalable Off-Policy Reinforcement Learning",
     arxiv="1910.00177",
     level="sequence",
@@ -75,7 +74,6 @@ def exponential_advantage(advantages: Tensor, *, temperature: float | Tensor, ma
 @published(
     "kl_tilt",
     "KL-tilted optimum",
-    kind="sample_weight",
     paper="Asymptotics of Language Model Alignment",
     arxiv="2404.01730",
     certainty="derived",
@@ -95,7 +93,6 @@ def kl_tilt(rewards: Tensor, *, beta: float, **groups: Unpack[GroupKeywords]) ->
 @published(
     "kl_dro",
     "KL-constrained distributionally robust weights",
-    kind="sample_weight",
     paper="Doubly Robust Instance-Reweighted Adversarial Training",
     arxiv="unknown",
     certainty="secondary",
@@ -114,7 +111,6 @@ def kl_dro(losses: Tensor, *, temperature: float, **groups: Unpack[GroupKeywords
 @published(
     "dynamic_loss_reweighting",
     "Dynamic loss-based sample reweighting",
-    kind="sample_weight",
     paper="Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining",
     arxiv="2502.06733",
     level="sequence",
@@ -145,7 +141,6 @@ def dynamic_loss_reweighting(losses: Tensor, *, temperature: float, strategy: st
 @published(
     "glow",
     "Gain-based Loss Weighting",
-    kind="sample_weight",
     paper="Learning from Mistakes: Negative Reasoning Samples Enhance Out-of-Domain Generalization",
     arxiv="2601.04992",
     level="sequence",
@@ -172,7 +167,6 @@ def glow(
 @published(
     "raft",
     "Reward-ranked fine-tuning: best of K",
-    kind="sample_weight",
     paper="RAFT: Reward rAnked FineTuning for Generative Foundation Model Alignment",
     arxiv="2304.06767",
     level="group",
@@ -191,7 +185,6 @@ def raft(rewards: Tensor, *, keep: int = 1, **groups: Unpack[GroupKeywords]) -> 
 @published(
     "d3s",
     "D3S: samples of the greatest advantage variance",
-    kind="sample_weight",
     paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
     arxiv="2509.22115",
     certainty="secondary",
@@ -233,7 +226,6 @@ def d3s(advantages: Tensor, *, num_samples: int, **groups: Unpack[GroupKeywords]
 @published(
     "source_weights",
     "Weights of data sources (ScaleBiO, DreamPRM)",
-    kind="sample_weight",
     paper="ScaleBiO: Scalable Bilevel Optimization for LLM Data Reweighting",
     arxiv="2406.19976",
     level="source",
@@ -262,7 +254,6 @@ def source_weights(source_logits: Tensor, source_ids: Tensor, *, normalize: str 
 @published(
     "focal",
     "Generalized focal loss (dequity)",
-    kind="sample_weight",
     paper="DatasetEquity: Are All Samples Created Equal? In The Quest For Equity Within Datasets",
     arxiv="2308.09878",
     level="sequence",
@@ -284,7 +275,7 @@ def _trajectory(op: str, scores: Tensor, scored: Tensor, temperature: float) -> 
     return _softmax(g, (g.values - low) / torch.where(spread > 0, spread, 1) / temperature)
 
 
-@published("trajectory_rw", "Return weighting (RW)", kind="sample_weight", paper=_TRAJECTORIES, arxiv="2306.13085", level="sequence")
+@published("trajectory_rw", "Return weighting (RW)", paper=_TRAJECTORIES, arxiv="2306.13085", level="sequence")
 def trajectory_rw(returns: Tensor, *, temperature: float = 0.1) -> Tensor:
     """``w = n·softmax(u/temperature)``, ``u`` the returns of the data set on a line from 0 to 1 (min to max).
 
@@ -297,7 +288,7 @@ def trajectory_rw(returns: Tensor, *, temperature: float = 0.1) -> Tensor:
     return _trajectory("trajectory_rw", x, ~x.isnan(), temperature)
 
 
-@published("trajectory_aw", "Advantage weighting (AW)", kind="sample_weight", paper=_TRAJECTORIES, arxiv="2306.13085", level="sequence")
+@published("trajectory_aw", "Advantage weighting (AW)", paper=_TRAJECTORIES, arxiv="2306.13085", level="sequence")
 def trajectory_aw(returns: Tensor, start_values: Tensor, *, temperature: float = 0.1) -> Tensor:
     """:func:`trajectory_rw` of ``returns - start_values``: a good trajectory from a bad start is not held against it.
 
@@ -311,7 +302,6 @@ def trajectory_aw(returns: Tensor, start_values: Tensor, *, temperature: float =
 @published(
     "selective_rehearsal",
     "Selective rehearsal",
-    kind="sample_weight",
     paper="Stabilizing RLHF through Advantage Model and Selective Rehearsal",
     arxiv="2309.10202",
     certainty="derived",

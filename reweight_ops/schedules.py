@@ -27,7 +27,6 @@ _Batch = TypeVar("_Batch")
 @published(
     "lopti",
     "Low-Probability Token Isolation: the two updates",
-    kind="schedule",
     paper="Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs",
     arxiv="2505.12929",
     level="step",
@@ -64,7 +63,6 @@ def lopti_updates(mini_batches: Iterable[_Batch], **options: Any) -> Iterator[tu
 @published(
     "capo",
     "Curriculum Advantage Policy Optimization",
-    kind="schedule",
     paper="From Imitation to Discrimination: Toward A Generalized Curriculum Advantage Mechanism Enhancing Cross-Domain Reasoning Tasks",
     arxiv="2512.02580",
     certainty="secondary",
@@ -95,7 +93,6 @@ class D3sBudget(NamedTuple):
 @published(
     "d3s",
     "D3S: the dynamic schedule",
-    kind="schedule",
     paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
     arxiv="2509.22115",
     certainty="secondary",
@@ -116,7 +113,6 @@ def d3s(progress: float, *, num_samples: tuple[int, int], token_fraction: tuple[
 @published(
     "tsa",
     "Training Signal Annealing: the threshold",
-    kind="schedule",
     paper="Unsupervised Data Augmentation for Consistency Training",
     arxiv="1904.12848",
     certainty="secondary",
@@ -155,7 +151,6 @@ class ReliftState(NamedTuple):
 @published(
     "relift",
     "ReLIFT: interleaved online fine-tuning",
-    kind="schedule",
     paper="Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions",
     arxiv="2506.07527",
     level="step",

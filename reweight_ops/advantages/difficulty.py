@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 @published(
     "grpo_lead",
     "GRPO-LEAD",
-    kind="advantage",
     paper="GRPO-LEAD: A Difficulty-Aware Reinforcement Learning Approach for Concise Mathematical Reasoning in Language Models",
     arxiv="2504.09696",
     level="group",
@@ -55,7 +54,6 @@ def grpo_lead(
 @published(
     "mapo_mixed",
     "Mixed Advantage Policy Optimization (MAPO)",
-    kind="advantage",
     paper="MAPO: Mixed Advantage Policy Optimization",
     arxiv="2509.18849",
     level="group",
@@ -80,7 +78,6 @@ def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: float = 1e-6, **gro
 @published(
     "difficulty_prior",
     "Difficulty-prior advantage differentiation",
-    kind="advantage",
     paper="Unlocking the Potential of Difficulty Prior in RL-based Multimodal Reasoning",
     arxiv="2505.13261",
     certainty="derived",
@@ -104,7 +101,6 @@ def difficulty_prior(rewards: Tensor, correct: Tensor, *, slope: float, normaliz
 @published(
     "ngrpo",
     "Negative-enhanced GRPO",
-    kind="advantage",
     paper="NGRPO: Negative-enhanced Group Relative Policy Optimization",
     arxiv="2509.18851",
     level="group",
@@ -130,7 +126,6 @@ def ngrpo(
 @published(
     "lens",
     "Likelihood Estimation with Negative Samples",
-    kind="advantage",
     paper="Don't Waste Mistakes: Leveraging Negative RL-Groups via Confidence Reweighting",
     arxiv="2510.08696",
     level="group",

@@ -34,7 +34,6 @@ def singletons(g: Grouped, advantages: Tensor, singleton: str) -> Tensor:
 @published(
     "grpo",
     "Group Relative Policy Optimization",
-    kind="advantage",
     paper="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
     arxiv="2402.03300",
     level="group",
@@ -64,7 +63,6 @@ def grpo(
 @published(
     "dr_grpo",
     "GRPO Done Right",
-    kind="advantage",
     paper="Understanding R1-Zero-Like Training: A Critical Perspective",
     arxiv="2503.20783",
     level="group",
@@ -78,7 +76,6 @@ def dr_grpo(rewards: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupK
 @published(
     "gdpo",
     "Group reward-Decoupled Normalization Policy Optimization",
-    kind="advantage",
     paper="GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization",
     arxiv="2601.05242",
     certainty="secondary",
@@ -104,7 +101,6 @@ def gdpo(rewards: Tensor, weights: Tensor | None = None, *, epsilon: float = 1e-
 @published(
     "rloo",
     "REINFORCE Leave-One-Out",
-    kind="advantage",
     paper="Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
     arxiv="2402.14740",
     level="group",
@@ -130,7 +126,6 @@ def rloo(
 @published(
     "opo",
     "On-Policy RL with Optimal reward baseline",
-    kind="advantage",
     paper="On-Policy RL with Optimal Reward Baseline",
     arxiv="2505.23585",
     certainty="secondary",
@@ -149,7 +144,6 @@ def opo(rewards: Tensor, lengths: Tensor, *, singleton: str = "zero", **groups: 
 @published(
     "aapo",
     "Advantage-Augmented Policy Optimization",
-    kind="advantage",
     paper="AAPO: Enhancing the Reasoning Capabilities of LLMs with Advantage Momentum",
     arxiv="2505.14264",
     level="sequence",
@@ -178,7 +172,6 @@ def aapo(
 @published(
     "pvpo",
     "Pre-estimated Value-based Policy Optimization",
-    kind="advantage",
     paper="PVPO: Pre-Estimated Value-Based Policy Optimization for Agentic Reasoning",
     arxiv="2508.21104",
     certainty="secondary",
@@ -200,7 +193,6 @@ def pvpo(rewards: Tensor, reference_rewards: Tensor, **groups: Unpack[GroupKeywo
 @published(
     "qae",
     "Quantile Advantage Estimation",
-    kind="advantage",
     paper="Quantile Advantage Estimation for Entropy-Safe Reasoning",
     arxiv="2509.22611",
     level="group",

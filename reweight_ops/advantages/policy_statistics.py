@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 @published(
     "canon",
     "Conditional Advantage Estimation",
-    kind="advantage",
     paper="Conditional Advantage Estimation for Reinforcement Learning in Large Reasoning Models",
     arxiv="2509.23962",
     level="group",
@@ -63,7 +62,6 @@ def canon(
 @published(
     "edge_grpo",
     "Entropy-Driven GRPO",
-    kind="advantage",
     paper="EDGE-GRPO: Entropy-Driven GRPO with Guided Error Correction for Advantage Diversity",
     arxiv="2507.21848",
     level="group",

@@ -42,7 +42,7 @@ def spo_segments(old_per_token_logps: Tensor, completion_mask: Tensor, *, thresh
     return SpoSegments(segments, segments.amax(-1) if segments.shape[-1] else seen.sum(-1))
 
 
-@published("spo_chain", "Segment Policy Optimization, chain", kind="advantage", paper=_SPO, arxiv="2505.23564", level="segment")
+@published("spo_chain", "Segment Policy Optimization, chain", paper=_SPO, arxiv="2505.23564", level="segment")
 def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion_mask: Tensor) -> Tensor:
     """All tokens of a segment get what it added to the value: ``A = V_end - V_start``. ``[B, S], [B], segments, [B, T] -> [B, T]``.
 
@@ -69,7 +69,6 @@ def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion
 @published(
     "spo_tree",
     "Segment Policy Optimization, tree",
-    kind="advantage",
     paper=_SPO,
     arxiv="2505.23564",
     certainty="secondary",
@@ -107,7 +106,6 @@ def _normalized(g: Grouped, norm: str, epsilon: float) -> Tensor:
 @published(
     "gigpo",
     "Group-in-Group Policy Optimization",
-    kind="advantage",
     paper="Group-in-Group Policy Optimization for LLM Agent Training",
     arxiv="2505.10978",
     certainty="secondary",

@@ -90,7 +90,6 @@ def _gae(op: str, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, l
 @published(
     "gae",
     "Generalized Advantage Estimation",
-    kind="advantage",
     paper="High-Dimensional Continuous Control Using Generalized Advantage Estimation",
     arxiv="1506.02438",
     level="token",
@@ -120,7 +119,6 @@ def gae(
 @published(
     "decoupled_gae",
     "Value-Calibrated PPO (VC-PPO): decoupled GAE",
-    kind="advantage",
     paper="What's Behind PPO's Collapse in Long-CoT? Value Optimization Holds the Secret",
     arxiv="2503.01491",
     certainty="secondary",
@@ -147,7 +145,7 @@ def decoupled_gae(
     return Gae(whiten(advantages, mask) if whitened else advantages, returns)
 
 
-@published("reinforce_plus_plus", "REINFORCE++", kind="advantage", paper=_REINFORCE_PLUS_PLUS, arxiv="2501.03262", level="token")
+@published("reinforce_plus_plus", "REINFORCE++", paper=_REINFORCE_PLUS_PLUS, arxiv="2501.03262", level="token")
 def reinforce_plus_plus(rewards: Tensor, completion_mask: Tensor, *, gamma: float = 1.0) -> Tensor:
     """Discounted returns, normalized over all valid tokens of the batch; no groups, no critic. ``[B, T]`` or ``[B]``, ``[B, T] -> [B, T]``.
 
@@ -157,9 +155,7 @@ def reinforce_plus_plus(rewards: Tensor, completion_mask: Tensor, *, gamma: floa
     return whiten(discounted_returns(rewards, mask, gamma=gamma), mask)
 
 
-@published(
-    "reinforce_plus_plus_baseline", "REINFORCE++-baseline", kind="advantage", paper=_REINFORCE_PLUS_PLUS, arxiv="2501.03262", level="token"
-)
+@published("reinforce_plus_plus_baseline", "REINFORCE++-baseline", paper=_REINFORCE_PLUS_PLUS, arxiv="2501.03262", level="token")
 def reinforce_plus_plus_baseline(
     rewards: Tensor, completion_mask: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupKeywords]
 ) -> Tensor:
@@ -178,7 +174,6 @@ def reinforce_plus_plus_baseline(
 @published(
     "remax",
     "ReMax",
-    kind="advantage",
     paper="ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models",
     arxiv="2310.10505",
     level="token",
@@ -219,7 +214,6 @@ def remax(
 @published(
     "hapo",
     "Heterogeneous Adaptive Policy Optimization: token-level group average",
-    kind="advantage",
     paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
     arxiv="2509.16591",
     level="group",

@@ -79,20 +79,31 @@ class Entry:
 CATALOGUE: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 
 
+def _kind_of_module(module: str) -> str:
+    package = __name__.split(".")[0]
+    for kind, (where, _) in KINDS.items():
+        if f"{module}.".startswith(f"{where.replace('rw', package, 1)}."):
+            return kind
+    raise InvalidCall(f"published: {module} says no kind; the kinds are: {', '.join(KINDS)}.")
+
+
 def published(
     name: str,
     full_name: str,
     *,
-    kind: str,
     paper: str,
     arxiv: str,
+    kind: str | None = None,
     certainty: str = "verified",
     level: str | None = None,
     plan: str | None = None,
     example: dict[str, Any] | None = None,
 ) -> Callable[[_Published], _Published]:
-    """Register a function or class. ``arxiv`` is the id, or ``unknown``; never invented. ``level``: token, segment, sequence, group, pair, ..."""
-    if kind not in KINDS:
+    """Register a function or class. ``arxiv`` is the id, or ``unknown``; never invented. ``level``: token, segment, sequence, group, pair, ...
+
+    ``kind``: one of :data:`KINDS`; in the package's own modules it follows from the module.
+    """
+    if kind is not None and kind not in KINDS:
         raise InvalidCall(f"published: kind is {kind!r}; the kinds are: {', '.join(KINDS)}.")
     if certainty not in CERTAINTIES:
         raise InvalidCall(f"published: certainty is {certainty!r}; expected one of {', '.join(CERTAINTIES)}.")
@@ -100,10 +111,11 @@ def published(
         raise InvalidCall(f"published: arxiv is {arxiv!r}, expected an id like 2505.12929, or 'unknown'.")
 
     def register(function: _Published) -> _Published:
-        known = CATALOGUE[kind].get(name)
+        of = kind or _kind_of_module(function.__module__)
+        known = CATALOGUE[of].get(name)
         if known is not None and known.function.__module__ != function.__module__:
-            raise InvalidCall(f"the {kind.replace('_', ' ')} {name!r} is taken by {known.function.__module__}.")
-        CATALOGUE[kind][name] = Entry(name, full_name, kind, paper, arxiv, certainty, function, level, plan, example or {})
+            raise InvalidCall(f"the {of.replace('_', ' ')} {name!r} is taken by {known.function.__module__}.")
+        CATALOGUE[of][name] = Entry(name, full_name, of, paper, arxiv, certainty, function, level, plan, example or {})
         return function
 
     return register

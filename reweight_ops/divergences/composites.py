@@ -29,7 +29,7 @@ def _label(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @published(
-    "symmetric_cross_entropy", "Symmetric cross-entropy with a mean teacher", kind="divergence", level="token", plan="two passes", arxiv="2211.13081",
+    "symmetric_cross_entropy", "Symmetric cross-entropy with a mean teacher", level="token", plan="two passes", arxiv="2211.13081",
     paper="Robust Mean Teacher for Continual and Gradual Test-Time Adaptation", certainty="secondary",
 )  # fmt: skip
 def symmetric_cross_entropy(logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
@@ -41,7 +41,7 @@ def symmetric_cross_entropy(logits: Tensor, teacher_logits: Tensor, **keywords: 
 
 
 @published(
-    "confidence_masked_kl", "Confidence-masked consistency (UDA)", kind="divergence", level="token", plan="two passes", arxiv="1904.12848",
+    "confidence_masked_kl", "Confidence-masked consistency (UDA)", level="token", plan="two passes", arxiv="1904.12848",
     paper="Unsupervised Data Augmentation for Consistency Training", certainty="secondary",
 )  # fmt: skip
 def confidence_masked_kl(
@@ -68,7 +68,7 @@ def confidence_masked_kl(
 
 
 @published(
-    "pld", "Plackett-Luce Distillation", kind="divergence", level="token", plan="composite", arxiv="2506.12542", certainty="verified",
+    "pld", "Plackett-Luce Distillation", level="token", plan="composite", arxiv="2506.12542", certainty="verified",
     paper="PLD: A Choice-Theoretic List-Wise Knowledge Distillation",
 )  # fmt: skip
 def pld(
@@ -106,7 +106,7 @@ def pld(
 
 
 @published(
-    "dhkd", "Dual-Head Knowledge Distillation (the auxiliary head's loss)", kind="divergence", level="token", plan="composite", arxiv="2411.08937",
+    "dhkd", "Dual-Head Knowledge Distillation (the auxiliary head's loss)", level="token", plan="composite", arxiv="2411.08937",
     paper="Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
 )  # fmt: skip
 def dhkd(
@@ -131,7 +131,7 @@ def dhkd(
 
 
 @published(
-    "ldr", "Label-distributionally robust loss (LDR-KL)", kind="divergence", level="token", plan="two passes", arxiv="2112.14869",
+    "ldr", "Label-distributionally robust loss (LDR-KL)", level="token", plan="two passes", arxiv="2112.14869",
     paper="Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness and Adaptivity",
 )  # fmt: skip
 def ldr(
@@ -155,7 +155,7 @@ def ldr(
 
 
 @published(
-    "aldr", "Adaptive LDR-KL", kind="divergence", level="sample", plan="two passes", arxiv="2112.14869",
+    "aldr", "Adaptive LDR-KL", level="sample", plan="two passes", arxiv="2112.14869",
     paper="Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness and Adaptivity",
 )  # fmt: skip
 def aldr(entropies: Tensor, vocab_size: int, *, lambda0: float, alpha: float) -> Tensor:
@@ -175,7 +175,7 @@ def aldr(entropies: Tensor, vocab_size: int, *, lambda0: float, alpha: float) ->
 
 
 @published(
-    "stablemax", "StableMax cross-entropy", kind="divergence", level="token", plan="composite", arxiv="2501.04697",
+    "stablemax", "StableMax cross-entropy", level="token", plan="composite", arxiv="2501.04697",
     paper="Grokking at the Edge of Numerical Stability",
 )  # fmt: skip
 def stablemax(logits: Tensor, completion_ids: Tensor, *, completion_mask: Tensor | None = None, **keywords: Unpack[HeadKeywords]) -> Tensor:

@@ -101,7 +101,7 @@ def _collapsed(other: Tensor, fail: Any) -> Tensor:
 
 
 @published(
-    "token_divergence", "Full-vocabulary KL to a reference or teacher", kind="divergence", level="token", plan="two passes", arxiv="1503.02531",
+    "token_divergence", "Full-vocabulary KL to a reference or teacher", level="token", plan="two passes", arxiv="1503.02531",
     paper="Distilling the Knowledge in a Neural Network", certainty="verified",
 )  # fmt: skip
 def token_divergence(

@@ -40,7 +40,7 @@ def _terms(*losses: PairLoss | tuple[PairLoss, Any]) -> tuple[PairTerm, ...]:
 
 
 @published(
-    "dpo", "Direct Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2305.18290",
+    "dpo", "Direct Preference Optimization", level="pair", plan="two passes", arxiv="2305.18290",
     paper="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
 )  # fmt: skip
 def dpo(beta: Any = 0.1, ld_alpha: Any = None, divergence: str = "reverse_kl", alpha: float = 1.0) -> PairSpec:
@@ -53,7 +53,7 @@ def dpo(beta: Any = 0.1, ld_alpha: Any = None, divergence: str = "reverse_kl", a
 
 
 @published(
-    "cdpo", "Conservative DPO", kind="pair_loss", level="pair", plan="two passes", arxiv="unknown", certainty="secondary",
+    "cdpo", "Conservative DPO", level="pair", plan="two passes", arxiv="unknown", certainty="secondary",
     paper="A note on DPO with noisy preferences & relationship to IPO",
 )  # fmt: skip
 def cdpo(beta: Any = 0.1, label_smoothing: Any = 0.1) -> PairSpec:
@@ -62,7 +62,7 @@ def cdpo(beta: Any = 0.1, label_smoothing: Any = 0.1) -> PairSpec:
 
 
 @published(
-    "robust_dpo", "Robust DPO (rDPO)", kind="pair_loss", level="pair", plan="two passes", arxiv="2403.00409",
+    "robust_dpo", "Robust DPO (rDPO)", level="pair", plan="two passes", arxiv="2403.00409",
     paper="Provably Robust DPO: Aligning Language Models with Noisy Feedback", certainty="secondary",
 )  # fmt: skip
 def robust_dpo(beta: Any = 0.1, label_smoothing: Any = 0.1) -> PairSpec:
@@ -71,7 +71,7 @@ def robust_dpo(beta: Any = 0.1, label_smoothing: Any = 0.1) -> PairSpec:
 
 
 @published(
-    "hinge", "SLiC-HF's hinge on DPO's margin", kind="pair_loss", level="pair", plan="two passes", arxiv="2305.10425", certainty="secondary",
+    "hinge", "SLiC-HF's hinge on DPO's margin", level="pair", plan="two passes", arxiv="2305.10425", certainty="secondary",
     paper="SLiC-HF: Sequence Likelihood Calibration with Human Feedback",
 )  # fmt: skip
 def hinge(beta: Any = 0.1) -> PairSpec:
@@ -80,7 +80,7 @@ def hinge(beta: Any = 0.1) -> PairSpec:
 
 
 @published(
-    "ipo", "Identity Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2310.12036", certainty="secondary",
+    "ipo", "Identity Preference Optimization", level="pair", plan="two passes", arxiv="2310.12036", certainty="secondary",
     paper="A General Theoretical Paradigm to Understand Learning from Human Preferences",
 )  # fmt: skip
 def ipo(beta: Any = 0.1, average: bool = True) -> PairSpec:
@@ -92,7 +92,7 @@ def ipo(beta: Any = 0.1, average: bool = True) -> PairSpec:
 
 
 @published(
-    "exo", "Efficient Exact Optimization (pairs)", kind="pair_loss", level="pair", plan="two passes", arxiv="2402.00856", certainty="secondary",
+    "exo", "Efficient Exact Optimization (pairs)", level="pair", plan="two passes", arxiv="2402.00856", certainty="secondary",
     paper="Towards Efficient Exact Optimization of Language Model Alignment",
 )  # fmt: skip
 def exo(beta: Any = 0.1, label_smoothing: float = 1e-3) -> PairSpec:
@@ -101,7 +101,7 @@ def exo(beta: Any = 0.1, label_smoothing: float = 1e-3) -> PairSpec:
 
 
 @published(
-    "nca", "Noise Contrastive Alignment (pairs)", kind="pair_loss", level="pair", plan="two passes", arxiv="2402.05369", certainty="secondary",
+    "nca", "Noise Contrastive Alignment (pairs)", level="pair", plan="two passes", arxiv="2402.05369", certainty="secondary",
     paper="Noise Contrastive Alignment of Language Models with Explicit Rewards",
 )  # fmt: skip
 def nca(beta: Any = 0.1) -> PairSpec:
@@ -110,7 +110,7 @@ def nca(beta: Any = 0.1) -> PairSpec:
 
 
 @published(
-    "bco", "Binary Classifier Optimization (pairs)", kind="pair_loss", level="pair", plan="two passes", arxiv="2404.04656", certainty="secondary",
+    "bco", "Binary Classifier Optimization (pairs)", level="pair", plan="two passes", arxiv="2404.04656", certainty="secondary",
     paper="Binary Classifier Optimization for Large Language Model Alignment",
 )  # fmt: skip
 def bco(beta: Any = 0.1) -> PairSpec:
@@ -119,7 +119,7 @@ def bco(beta: Any = 0.1) -> PairSpec:
 
 
 @published(
-    "sppo", "Self-Play Preference Optimization (hard labels)", kind="pair_loss", level="pair", plan="two passes", arxiv="2405.00675",
+    "sppo", "Self-Play Preference Optimization (hard labels)", level="pair", plan="two passes", arxiv="2405.00675",
     paper="Self-Play Preference Optimization for Language Model Alignment", certainty="secondary",
 )  # fmt: skip
 def sppo(beta: Any = 0.1) -> PairSpec:
@@ -128,7 +128,7 @@ def sppo(beta: Any = 0.1) -> PairSpec:
 
 
 @published(
-    "apo", "Anchored Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2408.06266", certainty="secondary",
+    "apo", "Anchored Preference Optimization", level="pair", plan="two passes", arxiv="2408.06266", certainty="secondary",
     paper="Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
 )  # fmt: skip
 def apo(beta: Any = 0.1, anchor: str = "zero") -> PairSpec:
@@ -140,7 +140,7 @@ def apo(beta: Any = 0.1, anchor: str = "zero") -> PairSpec:
 
 
 @published(
-    "discopop", "Discovered Preference Optimization (DiscoPOP)", kind="pair_loss", level="pair", plan="two passes", arxiv="2406.08414",
+    "discopop", "Discovered Preference Optimization (DiscoPOP)", level="pair", plan="two passes", arxiv="2406.08414",
     paper="Discovering Preference Optimization Algorithms with and for Large Language Models", certainty="secondary",
 )  # fmt: skip
 def discopop(beta: Any = 0.1, tau: Any = 0.05) -> PairSpec:
@@ -149,7 +149,7 @@ def discopop(beta: Any = 0.1, tau: Any = 0.05) -> PairSpec:
 
 
 @published(
-    "simpo", "Simple Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2405.14734", certainty="secondary",
+    "simpo", "Simple Preference Optimization", level="pair", plan="two passes", arxiv="2405.14734", certainty="secondary",
     paper="SimPO: Simple Preference Optimization with a Reference-Free Reward",
 )  # fmt: skip
 def simpo(beta: Any = 2.0, gamma: Any = 1.0) -> PairSpec:
@@ -158,7 +158,7 @@ def simpo(beta: Any = 2.0, gamma: Any = 1.0) -> PairSpec:
 
 
 @published(
-    "cpo", "Contrastive Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2401.08417", certainty="secondary",
+    "cpo", "Contrastive Preference Optimization", level="pair", plan="two passes", arxiv="2401.08417", certainty="secondary",
     paper="Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine Translation",
 )  # fmt: skip
 def cpo(beta: Any = 0.1, cpo_alpha: Any = 1.0) -> PairSpec:
@@ -168,7 +168,7 @@ def cpo(beta: Any = 0.1, cpo_alpha: Any = 1.0) -> PairSpec:
 
 
 @published(
-    "orpo", "Odds Ratio Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2403.07691", certainty="secondary",
+    "orpo", "Odds Ratio Preference Optimization", level="pair", plan="two passes", arxiv="2403.07691", certainty="secondary",
     paper="ORPO: Monolithic Preference Optimization without Reference Model",
 )  # fmt: skip
 def orpo(beta: Any = 0.1) -> PairSpec:
@@ -181,7 +181,7 @@ def orpo(beta: Any = 0.1) -> PairSpec:
 
 
 @published(
-    "dpo_gamma", "DPO^γ", kind="pair_loss", level="pair", plan="two passes", arxiv="2405.19534", example={"gamma": 0.5},
+    "dpo_gamma", "DPO^γ", level="pair", plan="two passes", arxiv="2405.19534", example={"gamma": 0.5},
     paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
 )  # fmt: skip
 def dpo_gamma(gamma: Any, beta: Any = 0.1) -> PairSpec:
@@ -190,7 +190,7 @@ def dpo_gamma(gamma: Any, beta: Any = 0.1) -> PairSpec:
 
 
 @published(
-    "unlikelihood", "Unlikelihood on the rejected sequence", kind="pair_loss", level="pair", plan="two passes", arxiv="2405.19534",
+    "unlikelihood", "Unlikelihood on the rejected sequence", level="pair", plan="two passes", arxiv="2405.19534",
     paper="Preference Learning Algorithms Do Not Learn Preference Rankings", certainty="secondary",
 )  # fmt: skip
 def unlikelihood(beta: Any = 0.1) -> PairSpec:
@@ -199,7 +199,7 @@ def unlikelihood(beta: Any = 0.1) -> PairSpec:
 
 
 @published(
-    "wpo", "Weighted Preference Optimization", kind="pair_loss", level="token to pair", plan="two passes", arxiv="2406.11827",
+    "wpo", "Weighted Preference Optimization", level="token to pair", plan="two passes", arxiv="2406.11827",
     paper="WPO: Enhancing RLHF with Weighted Preference Optimization",
 )  # fmt: skip
 def wpo(beta: Any = 0.01, clamp: bool = True, label_smoothing: Any = 0.0) -> PairSpec:
@@ -212,7 +212,7 @@ def wpo(beta: Any = 0.01, clamp: bool = True, label_smoothing: Any = 0.0) -> Pai
 
 
 @published(
-    "madpo", "Margin-Adaptive DPO", kind="pair_loss", level="pair", plan="two passes", arxiv="2510.05342",
+    "madpo", "Margin-Adaptive DPO", level="pair", plan="two passes", arxiv="2510.05342",
     paper="Margin Adaptive DPO: Leveraging Reward Model for Granular Control in Preference Optimization",
 )  # fmt: skip
 def madpo(beta: Any = 0.1, c_max: Any = 2.0, c_min: Any = None, lambda_: Any = 1.0, tau: Any = None) -> PairSpec:
@@ -227,7 +227,7 @@ def madpo(beta: Any = 0.1, c_max: Any = 2.0, c_min: Any = None, lambda_: Any = 1
 
 
 @published(
-    "rpo", "Regularized Preference Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2405.16436",
+    "rpo", "Regularized Preference Optimization", level="pair", plan="two passes", arxiv="2405.16436",
     paper="Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial Regularizer",
 )  # fmt: skip
 def rpo(form: str = "cumulative", beta: Any = None, eta: Any = 0.005) -> PairSpec:
@@ -248,7 +248,7 @@ def rpo(form: str = "cumulative", beta: Any = None, eta: Any = 0.005) -> PairSpe
 
 
 @published(
-    "inpo", "Iterative Nash Policy Optimization", kind="pair_loss", level="pair", plan="two passes", arxiv="2407.00617", certainty="secondary",
+    "inpo", "Iterative Nash Policy Optimization", level="pair", plan="two passes", arxiv="2407.00617", certainty="secondary",
     paper="Iterative Nash Policy Optimization: Aligning LLMs with General Preferences via No-Regret Learning",
 )  # fmt: skip
 def inpo(eta: float = 7.5e-3, tau: float = 2.5e-3) -> PairSpec:
@@ -260,7 +260,7 @@ def inpo(eta: float = 7.5e-3, tau: float = 2.5e-3) -> PairSpec:
 
 
 @published(
-    "cream", "Consistency Regularized Self-Rewarding", kind="pair_loss", level="pair", plan="two passes", arxiv="2410.12735",
+    "cream", "Consistency Regularized Self-Rewarding", level="pair", plan="two passes", arxiv="2410.12735",
     paper="CREAM: Consistency Regularized Self-Rewarding Language Models",
 )  # fmt: skip
 def cream(beta: Any = 0.1) -> PairSpec:
@@ -272,7 +272,7 @@ def cream(beta: Any = 0.1) -> PairSpec:
 
 
 @published(
-    "mcts_dpo", "MCTS-enhanced iterative preference learning", kind="pair_loss", level="step", plan="two passes", arxiv="2405.00451",
+    "mcts_dpo", "MCTS-enhanced iterative preference learning", level="step", plan="two passes", arxiv="2405.00451",
     paper="Monte Carlo Tree Search Boosts Reasoning via Iterative Preference Learning",
 )  # fmt: skip
 def mcts_dpo(beta: Any = 0.1, loss: str = "conservative") -> PairSpec:
@@ -288,7 +288,7 @@ def mcts_dpo(beta: Any = 0.1, loss: str = "conservative") -> PairSpec:
 
 
 @published(
-    "sparse_po", "SparsePO and MaPO (token masks)", kind="pair_loss", level="token", plan="two passes", arxiv="2410.05102",
+    "sparse_po", "SparsePO and MaPO (token masks)", level="token", plan="two passes", arxiv="2410.05102",
     paper="SparsePO: Controlling Preference Alignment of LLMs via Sparse Token Masks",
 )  # fmt: skip
 def sparse_po(beta: Any = 0.1, reward_norm_coef: Any = 0.0, kl_norm_coef: Any = 0.0) -> PairSpec:
@@ -306,7 +306,7 @@ def sparse_po(beta: Any = 0.1, reward_norm_coef: Any = 0.0, kl_norm_coef: Any = 
 
 
 @published(
-    "ens_loss", "EnsLoss on DPO's margin", kind="pair_loss", level="pair", plan="two passes", arxiv="2409.00908", certainty="derived",
+    "ens_loss", "EnsLoss on DPO's margin", level="pair", plan="two passes", arxiv="2409.00908", certainty="derived",
     paper="EnsLoss: Stochastic Calibrated Loss Ensembles for Preventing Overfitting in Classification",
 )  # fmt: skip
 def ens_loss(beta: Any = 0.1, box_cox: float = 0.0) -> PairSpec:
@@ -321,7 +321,7 @@ def ens_loss(beta: Any = 0.1, box_cox: float = 0.0) -> PairSpec:
 
 
 @published(
-    "rank_list", "RankList on implicit rewards", kind="pair_loss", level="list", plan="two passes", arxiv="2508.09826", certainty="derived",
+    "rank_list", "RankList on implicit rewards", level="list", plan="two passes", arxiv="2508.09826", certainty="derived",
     paper="RankList - A Listwise Preference Learning Framework for Predicting Subjective Preferences", example={"group_size": 4},
 )  # fmt: skip
 def rank_list(group_size: int, beta: Any = 0.1, skips: Any = (1, 2)) -> PairSpec:
@@ -336,7 +336,7 @@ def rank_list(group_size: int, beta: Any = 0.1, skips: Any = (1, 2)) -> PairSpec
 
 
 @published(
-    "scir", "Self-Consistency of Internal Rewards", kind="pair_loss", level="pair", plan="two passes", arxiv="2502.08922", certainty="derived",
+    "scir", "Self-Consistency of Internal Rewards", level="pair", plan="two passes", arxiv="2502.08922", certainty="derived",
     paper="Self-Consistency of the Internal Reward Models Improves Self-Rewarding Language Models", example={"coef": 0.1},
 )  # fmt: skip
 def scir(coef: Any, beta: Any = 0.1) -> PairSpec:

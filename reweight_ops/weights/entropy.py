@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from ..catalogue import published
@@ -16,6 +17,9 @@ class Entropy(TokenWeight):
 
     def weight(self, xp, t, batch):
         return t.entropy
+
+
+_CURRENT = Entropy()
 
 
 @weight
@@ -32,7 +36,6 @@ class TopEntropy(TokenWeight):
 @published(
     "d3s",
     "Dynamic Dual-level Down-Sampling, token level",
-    kind="token_weight",
     paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
     arxiv="2509.22115",
     certainty="secondary",
@@ -48,7 +51,7 @@ class DualLevelDownSampling(TokenWeight):
     """
 
     fraction: float
-    entropies: Any = Entropy()
+    entropies: Any = _CURRENT
 
     def weight(self, xp, t, batch):
         size = xp.abs(t.adv) * self.entropies
@@ -56,47 +59,45 @@ class DualLevelDownSampling(TokenWeight):
 
 
 # --- STEER -------------------------------------------------------------------------------------------------------------------
-def _entropy_change(xp, t, entropies, p_power, epsilon_low, epsilon_high):
-    """``|Ω|``: the first-order change of the token's entropy by its update, up to the learning rate; 0 where the update is clipped."""
-    p = xp.clip(xp.exp(t.logp), 1e-8, 1 - 1e-8)
-    p_old = xp.maximum(xp.exp(t.old_logp), 1e-8)
-    size = xp.abs(t.adv) / p_old * p * (1 - p) * xp.abs(xp.log(p) + entropies) * xp.exp(p_power * xp.log(p))
-    ratio = xp.exp(t.log_ratio)
-    clipped = ((t.adv > 0) & (ratio > 1 + epsilon_high)) | ((t.adv < 0) & (ratio < 1 - epsilon_low))
-    return xp.where(clipped, 0.0, size)
-
-
-@weight
-class SteerLinear(TokenWeight):
-    """``w_max - (|Ω| - min|Ω|)·(w_max - w_min)/(max|Ω| - min|Ω|)``; half way where all ``|Ω|`` are equal. See :func:`steer`."""
-
+@dataclass(frozen=True, kw_only=True)
+class _Steer(TokenWeight):
     w_min: float = 0.8
-    w_max: float = 1.2
     p_power: float = 0.0
     epsilon_low: float = math.inf
     epsilon_high: float = math.inf
-    entropies: Any = Entropy()
+    entropies: Any = _CURRENT
+
+    def change(self, xp, t):
+        """``|Ω|``: the first-order change of the token's entropy by its update, up to the learning rate; 0 where the update is clipped."""
+        p = xp.clip(xp.exp(t.logp), 1e-8, 1 - 1e-8)
+        p_old = xp.maximum(xp.exp(t.old_logp), 1e-8)
+        size = xp.abs(t.adv) / p_old * p * (1 - p) * xp.abs(xp.log(p) + self.entropies) * xp.exp(self.p_power * xp.log(p))
+        ratio = xp.exp(t.log_ratio)
+        clipped = ((t.adv > 0) & (ratio > 1 + self.epsilon_high)) | ((t.adv < 0) & (ratio < 1 - self.epsilon_low))
+        return xp.where(clipped, 0.0, size)
+
+
+@weight
+class SteerLinear(_Steer):
+    """``w_max - (|Ω| - min|Ω|)·(w_max - w_min)/(max|Ω| - min|Ω|)``; half way where all ``|Ω|`` are equal. See :func:`steer`."""
+
+    w_max: float = 1.2
 
     def weight(self, xp, t, batch):
-        size = _entropy_change(xp, t, self.entropies, self.p_power, self.epsilon_low, self.epsilon_high)
+        size = self.change(xp, t)
         low, high = batch.min(size), batch.max(size)
         share = xp.where(high > low, (size - low) / xp.where(high > low, high - low, 1.0), 0.5)
         return xp.clip(self.w_max - share * (self.w_max - self.w_min), self.w_min, self.w_max)
 
 
 @weight
-class SteerExponential(TokenWeight):
+class SteerExponential(_Steer):
     """``clip(exp(log(w_min)·|Ω|/max(max|Ω|, floor)), w_min, 1)``. See :func:`steer`."""
 
-    w_min: float = 0.8
     floor: float = 0.02
-    p_power: float = 0.0
-    epsilon_low: float = math.inf
-    epsilon_high: float = math.inf
-    entropies: Any = Entropy()
 
     def weight(self, xp, t, batch):
-        size = _entropy_change(xp, t, self.entropies, self.p_power, self.epsilon_low, self.epsilon_high)
+        size = self.change(xp, t)
         largest = xp.maximum(batch.max(size), self.floor)
         share = xp.where(largest > 0, size / xp.where(largest > 0, largest, 1.0), 0.0)
         return xp.clip(xp.exp(xp.log(self.w_min) * share), self.w_min, 1.0)
@@ -105,7 +106,6 @@ class SteerExponential(TokenWeight):
 @published(
     "steer",
     "Stabilizing Token-level Entropy-changE via Reweighting (STEER)",
-    kind="token_weight",
     paper="Rethinking Entropy Interventions in RLVR: An Entropy Change Perspective",
     arxiv="2510.10150",
     level="token",
@@ -136,7 +136,7 @@ def steer(
     if omega not in powers:
         raise InvalidCall(f"steer: omega is {omega!r}, expected 'code' or 'exact'.")
     common = {"w_min": w_min, "p_power": powers[omega], "epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
-    common["entropies"] = Entropy() if entropies is None else entropies
+    common["entropies"] = _CURRENT if entropies is None else entropies
     if mapping == "exponential":
         return SteerExponential(floor=floor, **common)
     if mapping == "linear":
@@ -145,53 +145,56 @@ def steer(
 
 
 # --- HAPO --------------------------------------------------------------------------------------------------------------------
-def _standing(xp, batch, entropies, pivot):
-    """``h``, from -1 at the lowest entropy over 0 at the ``pivot`` quantile to 1 at the highest, by its logarithm."""
-    log_h = xp.log(xp.maximum(entropies, 1e-8))
-    distance = log_h - batch.quantile_nearest(log_h, pivot)
-    # The paper first divides by the standard deviation, which cancels here.
-    above, below = xp.maximum(batch.max(distance), 1e-8), xp.maximum(-batch.min(distance), 1e-8)
-    return xp.where(distance > 0, distance / above, distance / below)
+@dataclass(frozen=True, kw_only=True)
+class _Hapo(TokenWeight):
+    alpha: float = 1.0
+    pivot: float = 0.8
+    entropies: Any = _CURRENT
+
+    def standing(self, xp, batch):
+        """``h``, from -1 at the lowest entropy over 0 at the ``pivot`` quantile to 1 at the highest, by its logarithm."""
+        log_h = xp.log(xp.maximum(self.entropies, 1e-8))
+        distance = log_h - batch.quantile_nearest(log_h, self.pivot)
+        # The paper first divides by the standard deviation, which cancels here.
+        above, below = xp.maximum(batch.max(distance), 1e-8), xp.maximum(-batch.min(distance), 1e-8)
+        return xp.where(distance > 0, distance / above, distance / below)
+
+    def lower(self, xp, h, epsilon):
+        return xp.where(h <= 0, epsilon * (1 - self.alpha * h), epsilon)
+
+    def upper(self, xp, h, epsilon):
+        return xp.where(h > 0, epsilon * (1 + self.alpha * h), epsilon)
 
 
 @weight
-class HapoLower(TokenWeight):
+class HapoLower(_Hapo):
     """``ε·(1 - α·h)`` where ``h <= 0``, else ``ε``: HAPO's lower clip bound, wider for tokens of low entropy."""
 
     epsilon: float = 0.2
-    alpha: float = 1.0
-    pivot: float = 0.8
-    entropies: Any = Entropy()
 
     def weight(self, xp, t, batch):
-        h = _standing(xp, batch, self.entropies, self.pivot)
-        return xp.where(h <= 0, self.epsilon * (1 - self.alpha * h), self.epsilon)
+        return self.lower(xp, self.standing(xp, batch), self.epsilon)
 
 
 @weight
-class HapoUpper(TokenWeight):
+class HapoUpper(_Hapo):
     """``ε·(1 + α·h)`` where ``h > 0``, else ``ε``: HAPO's upper clip bound, wider for tokens of high entropy."""
 
     epsilon: float = 0.28
-    alpha: float = 1.0
-    pivot: float = 0.8
-    entropies: Any = Entropy()
 
     def weight(self, xp, t, batch):
-        h = _standing(xp, batch, self.entropies, self.pivot)
-        return xp.where(h > 0, self.epsilon * (1 + self.alpha * h), self.epsilon)
+        return self.upper(xp, self.standing(xp, batch), self.epsilon)
 
 
 @published(
     "hapo_redistribution",
     "HAPO's differential advantage redistribution",
-    kind="token_weight",
     paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
     arxiv="2509.16591",
     level="token",
 )
 @weight
-class HapoRedistribution(TokenWeight):
+class HapoRedistribution(_Hapo):
     """``1 + β·h`` for a token of high entropy (``h > 0``) whose ratio has left the neutral zone, or of low entropy that is still in it; else 1.
 
     ``h`` in [-1, 1]: distance of ``log H`` to its ``pivot`` quantile over the call's valid tokens, divided by the largest such distance on its side.
@@ -202,16 +205,12 @@ class HapoRedistribution(TokenWeight):
     """
 
     beta: float = 1.0
-    alpha: float = 1.0
     epsilon_low: float = 0.2
     epsilon_high: float = 0.28
-    pivot: float = 0.8
-    entropies: Any = Entropy()
 
     def weight(self, xp, t, batch):
-        h = _standing(xp, batch, self.entropies, self.pivot)
-        low = xp.where(h <= 0, self.epsilon_low * (1 - self.alpha * h), self.epsilon_low)
-        high = xp.where(h > 0, self.epsilon_high * (1 + self.alpha * h), self.epsilon_high)
+        h = self.standing(xp, batch)
+        low, high = self.lower(xp, h, self.epsilon_low), self.upper(xp, h, self.epsilon_high)
         ratio = xp.exp(t.log_ratio)
         neutral = (ratio > 1 - low / 2) & (ratio < 1 + high / 2)
         moved = xp.where(h > 0, ~neutral, neutral)

@@ -65,7 +65,6 @@ def _mask(op: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 @published(
     "tw_grpo",
     "Token-Weighted GRPO (focused thinking)",
-    kind="token_weight",
     paper="Reinforcing Video Reasoning with Focused Thinking",
     arxiv="2505.24718",
     level="group",
@@ -140,7 +139,6 @@ def _divergence(logits: Tensor, keep: Tensor, groups: _Groups, size: Tensor, tem
 @published(
     "gtpo",
     "Group Token Policy Optimization: dynamic entropy weighting",
-    kind="token_weight",
     paper="GTPO and GRPO-S: Token and Sequence-Level Reward Shaping with Policy Entropy",
     arxiv="2508.04349",
     certainty="secondary",

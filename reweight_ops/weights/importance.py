@@ -122,7 +122,6 @@ class JensenShannonWeight(TokenWeight):
 @published(
     "f_distill",
     "f-divergence distillation weights",
-    kind="token_weight",
     paper="One-step Diffusion Models with f-Divergence Distribution Matching",
     arxiv="2502.15681",
     certainty="derived",

@@ -10,7 +10,7 @@ from ..rules.base import TokenWeight, weight
 _AR = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 
 
-@published("advantage_reweighting", "Advantage Reweighting (AR)", kind="token_weight", paper=_AR, arxiv="2505.12929", level="token")
+@published("advantage_reweighting", "Advantage Reweighting (AR)", paper=_AR, arxiv="2505.12929", level="token")
 @weight
 class AdvantageReweighting(TokenWeight):
     """``α·p_old + 1 - α`` with the probability under the old policy: damps the gradient of unlikely tokens (section 4.1).
@@ -145,7 +145,6 @@ class ProbabilityInterval(TokenWeight):
 @published(
     "spo_probability_mask",
     "SPO probability mask",
-    kind="token_weight",
     paper="Segment Policy Optimization: Effective Segment-Level Credit Assignment in RL for Large Language Models",
     arxiv="2505.23564",
     level="token",
@@ -161,7 +160,6 @@ def spo_probability_mask(threshold: float = 0.9) -> TokenWeight:
 @published(
     "tsa",
     "Training Signal Annealing",
-    kind="token_weight",
     paper="Unsupervised Data Augmentation for Consistency Training",
     arxiv="1904.12848",
     certainty="secondary",

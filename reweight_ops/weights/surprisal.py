@@ -14,7 +14,6 @@ from ..rules.base import TokenWeight, weight
 @published(
     "stare",
     "Surprisal-guided Token-level Advantage Reweighting (STARE)",
-    kind="token_weight",
     paper="STARE: Surprisal-Guided Token-Level Advantage Reweighting for Policy Entropy Stability",
     arxiv="2606.19236",
     level="token",
