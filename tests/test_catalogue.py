@@ -11,6 +11,7 @@ import reweight_ops as rw
 from reweight_ops.catalogue import CATALOGUE, KINDS, find, published
 from reweight_ops.catalogue.left_out import LEFT_OUT
 from reweight_ops.catalogue.table import level, plan
+from reweight_ops.plans import named_spec
 
 ENTRIES = [entry for kind in CATALOGUE.values() for entry in kind.values()]
 IDS = [f"{e.kind}/{e.name}" for e in ENTRIES]
@@ -65,3 +66,17 @@ def test_names_and_registration_fail_loudly():
         published("x", "X", kind="reward", paper="p", arxiv="unknown", certainty="sure")
     with pytest.raises(rw.InvalidCall, match="taken by"):
         published("dapo", "X", kind="policy_loss", paper="p", arxiv="unknown")(lambda: None)
+    with pytest.raises(rw.InvalidCall, match="test_catalogue says no kind"):
+        published("x", "X", paper="p", arxiv="unknown")(lambda: None)
+
+
+def test_a_method_by_name_is_built_once_and_a_users_own_every_time(monkeypatch):
+    monkeypatch.setitem(CATALOGUE, "policy_loss", dict(CATALOGUE["policy_loss"]))
+    assert named_spec("test", "dapo") is named_spec("test", "dapo")
+    for epsilon in (0.1, 0.3):  # as if a notebook's cell ran twice
+
+        @published("own", "Own", kind="policy_loss", paper="p", arxiv="unknown")
+        def own(epsilon=epsilon):
+            return rw.methods.grpo(epsilon_low=epsilon, epsilon_high=epsilon)
+
+        assert named_spec("test", "own").surrogate.epsilon_low == epsilon
