@@ -64,7 +64,7 @@ def gradient_ops(name: str, write: Callable[..., Any], fake_rows: Callable[..., 
     )
 
 
-def counted(t: Tensor, drop_last: bool) -> Tensor:
+def with_ids(t: Tensor, drop_last: bool) -> Tensor:
     """The positions of logits that have an id."""
     return t[..., :-1, :] if drop_last else t
 
@@ -91,7 +91,7 @@ def token_stats(
     logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
 ) -> Tensor:
     head = Head(vocab_size, softcap)
-    return load(backend).token_stats(counted(logits, drop_last), ids, temperature, head, tuple(stats.split(",")))
+    return load(backend).token_stats(with_ids(logits, drop_last), ids, temperature, head, tuple(stats.split(",")))
 
 
 def _write_token_grad(
@@ -116,7 +116,7 @@ def _write_token_grad(
     stats = {name: t for name, t in known.items() if t is not None}
     coefs = dict(zip(COEFS, (by_logp, by_entropy, by_lse, by_log_sum_p_sq), strict=True))
     head = Head(vocab_size, softcap)
-    load(backend).token_grad(counted(logits, drop_last), ids, temperature, head, stats, coefs, counted(out, drop_last))
+    load(backend).token_grad(with_ids(logits, drop_last), ids, temperature, head, stats, coefs, with_ids(out, drop_last))
     clear_last(out, drop_last)
 
 
@@ -146,7 +146,7 @@ def _write_token_loss_grad(
 ) -> Tensor:
     head, inputs = Head(vocab_size, softcap), RowInputs(weights, old_logp, adv, ref_logp, sampling_logp)
     verb = load(backend).token_loss_grad
-    rows = verb(counted(logits, drop_last), ids, temperature, head, inputs, Program.decode(program), params, counted(out, drop_last))
+    rows = verb(with_ids(logits, drop_last), ids, temperature, head, inputs, Program.decode(program), params, with_ids(out, drop_last))
     clear_last(out, drop_last)
     return rows
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .backends.base import OUT
 from .errors import InvalidCall, UnsupportedRequest
@@ -227,7 +226,7 @@ def resolve_rows(
     if not shape:
         raise InvalidCall(f"{op}: the rows have no dimension; expected completion_ids of shape [N] or [B, T]. {describe(tensors)}")
     for name, t in tensors.items():
-        if isinstance(t, Tensor) and type(t) not in (Tensor, Parameter) and not torch.compiler.is_compiling() and not _is_fake(t):
+        if isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not _is_fake(t):
             raise UnsupportedRequest(f"{op}: {name} is a {type(t).__name__}; tensor subclasses are not supported, pass the local tensor.")
     sequences = _sequences(op, shape, device, tensors)
     ids = tensors.get("completion_ids")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.utils import deterministic
 
 from reweight_ops.backends.base import OUT, Head
 from reweight_ops.divergences import reference
@@ -81,3 +82,23 @@ def assert_accurate(verbs, two, constants, same_bits=True):
         assert (grad[out] == 0).all() and (table[:, out] == 0).all()
         if same_bits or plan == "in place":
             assert torch.equal(grad, results[0][2]) and torch.equal(table, results[0][1]), f"{plan}: other bits"
+
+
+def assert_far_rows(verbs, two, constants, weights, far, stride):
+    """The rows of one of the three tensors (``logits``, ``other``, ``out``) ``stride`` elements apart, in memory that is mapped but for those
+    rows never touched: the same bits."""
+    want = torch.empty_like(two.logits)
+    table = verbs.loss_grad(two, constants, weights, want)
+    n, v = want.shape
+    filled, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False  # or all of it would be touched
+    try:
+        wide = torch.empty((n - 1) * stride + v, dtype=want.dtype, device=want.device).as_strided((n, v), (stride, 1))
+    finally:
+        deterministic.fill_uninitialized_memory = filled
+    out = torch.empty_like(want)
+    if far == "out":
+        out = wide
+    else:
+        wide.copy_(getattr(two, far))
+        two = two._replace(**{far: wide})
+    assert torch.equal(verbs.loss_grad(two, constants, weights, out), table) and torch.equal(out, want)

@@ -45,6 +45,10 @@ def ops_arguments(backend, drop_last):
     tail = (v, float("inf"), bool(drop_last))
     params = torch.tensor([v if torch.is_tensor(v) else float(v) for v in SPEC.parameter_values])
     weights = torch.full((len(SPEC.rules), n * t), 0.1)
+    two = (torch.randn(n, t, v, generator=g), ids, one, one)  # the other logits, and what both have
+    pair_tail = (v, float("inf"), 5.0, bool(drop_last), backend)
+    table = torch.ops.reweight_ops.divergence_stats(z, *two, *pair_tail)
+    mixed = torch.tensor([0.5, 0.7, -0.3])
     return {
         "token_stats": (z, ids, one, *tail, "logp,entropy", backend),
         "token_grad": (z, ids, one, logp, lse, entropy, p_sq, rows[0], rows[1], None, None, *tail, backend),
@@ -52,20 +56,32 @@ def ops_arguments(backend, drop_last):
         "token_loss_grad": (z, ids, one, weights, logp - 0.1, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
         "token_loss_grad_": (z.clone(), ids, one, weights, None, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
         "scale_": (z.clone(), torch.tensor(2.0)),
+        "divergence_stats": (z, *two, *pair_tail),
+        "divergence_grad": (z, *two, table, torch.stack(rows[:3]), *pair_tail),
+        "divergence_grad_": (z.clone(), *two, table, torch.stack(rows[:3]), *pair_tail),
+        "divergence_loss_grad": (z, *two, mixed, rows[0], *pair_tail),
+        "divergence_loss_grad_": (z.clone(), *two, mixed, rows[0], *pair_tail),
     }
 
 
+OPS = [
+    f"{kind}{in_place}" for kind in ("token_grad", "token_loss_grad", "divergence_grad", "divergence_loss_grad") for in_place in ("", "_")
+]
+OPS += ["token_stats", "divergence_stats", "scale_"]
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("op", ["token_stats", "token_grad", "token_grad_", "token_loss_grad", "token_loss_grad_", "scale_"])
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, backend, drop_last):
     results = torch.library.opcheck(getattr(torch.ops.reweight_ops, op).default, ops_arguments(backend, drop_last)[op])
     assert set(results.values()) == {"SUCCESS"}
 
 
-def test_in_place_ops_bump_the_version(backend):
-    z, *rest = ops_arguments(backend, False)["token_grad_"]
+@pytest.mark.parametrize("op", [op for op in OPS if op.endswith("_")])
+def test_in_place_ops_bump_the_version(backend, op):
+    z, *rest = ops_arguments(backend, False)[op]
     before = z._version
-    torch.ops.reweight_ops.token_grad_(z, *rest)
+    getattr(torch.ops.reweight_ops, op)(z, *rest)
     assert z._version > before
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from cuda_emulation.fixtures import SCHEDULES, emulated
-from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, both_plans, make
+from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, assert_far_rows, both_plans, make
 
 from reweight_ops.backends.base import Head
 from reweight_ops.divergences import reference
@@ -69,23 +69,7 @@ def test_mixed_dtypes_padding_and_strides(cuda, dtype, other, v):
 
 @pytest.mark.parametrize("far", ["logits", "other", "out"])
 def test_offsets_beyond_two_to_the_31(cuda, far):
-    """Rows of one of the three tensors 2^31 + 5 elements apart, in memory that is mapped but for those rows never touched."""
-    v, stride = 1000, 2**31 + 5
-    two, constants, weights = make(2, v, torch.bfloat16), torch.tensor(CONSTANTS["all"]), torch.ones(2)
-    want = torch.empty_like(two.logits)
-    table = cuda.loss_grad(two, constants, weights, want)
-    torch.use_deterministic_algorithms(False)  # or all of it would be filled
-    try:
-        wide = torch.empty(stride + v, dtype=torch.bfloat16).as_strided((2, v), (stride, 1))
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    out = torch.empty_like(want)
-    if far == "out":
-        out = wide
-    else:
-        wide.copy_(getattr(two, far))
-        two = two._replace(**{far: wide})
-    assert torch.equal(cuda.loss_grad(two, constants, weights, out), table) and torch.equal(out, want)
+    assert_far_rows(cuda, make(2, 1000, torch.bfloat16), torch.tensor(CONSTANTS["all"]), torch.ones(2), far, stride=2**31 + 5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

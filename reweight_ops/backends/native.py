@@ -113,7 +113,7 @@ class Native:
             raise InvalidCall(
                 f"out is {tuple(out.shape)} {out.dtype} {out.device}, expected {tuple(logits.shape)} {logits.dtype} {logits.device} like the logits."
             )
-        same = out is logits or (out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride())
+        same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
         if not same and out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() and _overlap(out, logits):
             raise InvalidCall("out overlaps the logits without being the same view of them.")
         if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..autograd import hand_out_once
 from ..backends.base import Head
-from ..library import clear_last, counted, gradient_ops, op, row_dtype, scale
+from ..library import clear_last, gradient_ops, op, row_dtype, scale, with_ids
 from .verbs import TABLE, Two, load
 
 
@@ -27,7 +27,7 @@ class TwoHeads(NamedTuple):
 def _two(
     logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, vocab: int, cap: float, other_cap: float, drop: bool
 ) -> Two:
-    return Two(counted(logits, drop), other, ids, t, t_other, Head(vocab, cap), Head(vocab, other_cap))
+    return Two(with_ids(logits, drop), other, ids, t, t_other, Head(vocab, cap), Head(vocab, other_cap))
 
 
 def _fake_table(logits: Tensor, other: Tensor, ids: Tensor, *args: Any) -> Tensor:
@@ -54,7 +54,7 @@ def _write_grad(
     out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, coefs: Tensor, vocab: int, cap: float,
     other_cap: float, drop: bool, backend: str,
 ) -> None:  # fmt: skip
-    load(backend).grad(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, counted(out, drop))
+    load(backend).grad(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, with_ids(out, drop))
     clear_last(out, drop)
 
 
@@ -66,7 +66,7 @@ def _write_loss_grad(
     cap: float, other_cap: float, drop: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     two = _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop)
-    table = load(backend).loss_grad(two, constants, weights, counted(out, drop))
+    table = load(backend).loss_grad(two, constants, weights, with_ids(out, drop))
     clear_last(out, drop)
     return table
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -35,6 +36,15 @@ PLACES = [Place("cpu", b) for b in _DRY_BACKENDS] if DRY else [Place("cuda", "cu
 def sized(here: Any, dry: Any) -> Any:
     """What a GPU takes, and what a dry run takes instead."""
     return dry if DRY else here
+
+
+def two_devices() -> list[str]:
+    """Two of them, of which the second is not the current one; skips where there is one GPU. In a dry run, the CPU twice."""
+    if DRY:
+        return ["cpu", "cpu"]
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return ["cuda:0", "cuda:1"]
 
 
 def synchronize() -> None:

@@ -14,6 +14,7 @@ from places import (
     peak_bytes,
     sized,
     synchronize,
+    two_devices,
 )
 
 import reweight_ops as rw
@@ -148,13 +149,7 @@ def test_it_does_not_wait_for_another_stream(place):
 
 
 def test_on_a_device_that_is_not_the_current_one(place):
-    if DRY:
-        devices = ["cpu", "cpu"]
-    elif torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    else:
-        devices = ["cuda:0", "cuda:1"]
-    batch = batch_on(place, SPEC)
+    batch, devices = batch_on(place, SPEC), two_devices()
     results = [loss_and_gradient({k: v.to(d) for k, v in batch.items()}, place) for d in devices]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a.cpu(), b.cpu()) and str(b.device).startswith(devices[1])

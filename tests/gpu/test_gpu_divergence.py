@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, both_plans, make
-from places import DRY, captured, compilations, keep_busy, no_synchronization, other_stream, peak_bytes, sized, synchronize
+from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, assert_far_rows, both_plans, make
+from places import DRY, captured, compilations, keep_busy, no_synchronization, other_stream, peak_bytes, sized, synchronize, two_devices
 
 import reweight_ops as rw
 from reweight_ops.backends.base import Head
@@ -254,12 +254,7 @@ def test_nothing_waits_for_the_gpu(place):
 
 
 def test_on_a_device_that_is_not_the_current_one(place):
-    if DRY:
-        devices = ["cpu", "cpu"]
-    elif torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    else:
-        devices = ["cuda:0", "cuda:1"]
+    devices = two_devices()
     tensors = pair(place, SMALL)
     for op in (divergence, distillation):
         first, second = (op(*(t.to(d) for t in tensors), place) for d in devices)
@@ -316,17 +311,6 @@ def test_memory(place):
 
 @pytest.mark.parametrize("far", ["logits", "other", "out"])
 def test_offsets_beyond_two_to_the_31(place, verbs, far):
-    """Rows of one of the three tensors more than 2^31 elements apart: takes address space, and on a GPU 4 GiB, of which two rows are touched."""
-    v = sized(32000, 1024)
-    two = make(2, v, torch.bfloat16, device=place.device)
-    constants, weights = mixture(two)
-    want = torch.empty_like(two.logits)
-    table = verbs.loss_grad(two, constants, weights, want)
-    wide = torch.empty(2**31 + 8 + v, dtype=torch.bfloat16, device=place.device).as_strided((2, v), (2**31 + 8, 1))
-    out = torch.empty_like(want)
-    if far == "out":
-        out = wide
-    else:
-        wide.copy_(getattr(two, far))
-        two = two._replace(**{far: wide})
-    assert torch.equal(verbs.loss_grad(two, constants, weights, out), table) and torch.equal(out, want)
+    """Takes address space, and on a GPU 4 GiB."""
+    two = make(2, sized(32000, 1024), torch.bfloat16, device=place.device)
+    assert_far_rows(verbs, two, *mixture(two), far, stride=2**31 + 8)
