@@ -140,7 +140,7 @@ def cxx() -> list[str]:
 
 def sources(part: str) -> str:
     """What the Python side compares with the sources beside it."""
-    return f'-DRW_SOURCES="{runpy.run_path(str(ROOT / "reweight_ops/sources.py"))["source_hash"](part)}"'
+    return f'-DRW_SOURCES="{runpy.run_path(str(ROOT / "reweight_ops/_core/backends/sources.py"))["source_hash"](part)}"'
 
 
 def includes() -> list[str]:

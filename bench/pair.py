@@ -128,7 +128,7 @@ def _values_alone(values: Callable[[Tensor], Tensor], data: PairData) -> Job:
 def _ours(backend: str, consume: bool) -> Callable[[PairData], Job]:
     def make(data: PairData) -> Job:
         import reweight_ops as rw
-        from reweight_ops.divergences.verbs import load
+        from reweight_ops._core.backends.divergence import load
         from reweight_ops.errors import BackendUnavailable
 
         try:

@@ -22,8 +22,9 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from reweight_ops.backends import triton as backend  # noqa: E402
-from reweight_ops.backends.base import COEFS, Head, Program, RowInputs  # noqa: E402
+from reweight_ops._core.backends import triton as backend  # noqa: E402
+from reweight_ops._core.backends.base import COEFS, Head  # noqa: E402
+from reweight_ops._core.formula.program import Program, RowInputs  # noqa: E402
 from reweight_ops.triton_kernels.config import MAX_REGISTERS, Config  # noqa: E402
 
 TARGETS = {

@@ -10,9 +10,9 @@ from dataclasses import asdict
 import aot
 import torch
 
-from reweight_ops.backends.base import Head
-from reweight_ops.divergences import triton as divergence
-from reweight_ops.divergences.verbs import Two
+from reweight_ops._core.backends import triton_divergence as divergence
+from reweight_ops._core.backends.base import Head
+from reweight_ops._core.backends.divergence import Two
 
 
 def call_all(

@@ -7,9 +7,10 @@ import math
 import torch
 from torch.utils import deterministic
 
-from reweight_ops.backends.base import OUT, Head
-from reweight_ops.divergences import reference
-from reweight_ops.divergences.verbs import Two
+from reweight_ops._core.backends import reference_divergence as reference
+from reweight_ops._core.backends.base import Head
+from reweight_ops._core.backends.divergence import Two
+from reweight_ops._core.rows.groups import OUT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = ("plain", "shifted", "close", "peaked", "cap", "other_cap", "per_row")

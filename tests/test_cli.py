@@ -11,9 +11,11 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 import reweight_ops as rw
-from reweight_ops import checks, cli, testing_pairs
-from reweight_ops.backends import reference
-from reweight_ops.catalogue import CATALOGUE
+from reweight_ops import cli
+from reweight_ops._core.backends import reference
+from reweight_ops._core.catalogue.registry import CATALOGUE
+from reweight_ops.testing import checks
+from reweight_ops.testing import pairs as testing_pairs
 
 
 @pytest.fixture

@@ -20,13 +20,13 @@ import torch
 from running_error import FUNCTION_ULPS, evaluate
 
 import reweight_ops.codegen as codegen
-from reweight_ops.codegen import cpp, triton
-from reweight_ops.codegen.derive import derive, value
-from reweight_ops.codegen.printer import own_rules, own_weights
-from reweight_ops.codegen.trace import trace_rule, trace_weight
+from reweight_ops._core.formula import cpp, triton
+from reweight_ops._core.formula.base import DIFFERENTIABLE_LEAVES
+from reweight_ops._core.formula.derive import derive, value
+from reweight_ops._core.formula.namespace import TorchNamespace
+from reweight_ops._core.formula.printer import own_rules, own_weights
+from reweight_ops._core.formula.trace import trace_rule, trace_weight
 from reweight_ops.rules import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
-from reweight_ops.rules.base import DIFFERENTIABLE_LEAVES
-from reweight_ops.rules.namespace import TorchNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 XP = TorchNamespace(torch.float64)

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Request
+from reweight_ops._core.backends.base import Request
 from reweight_ops.testing import make_batch
 
 SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01)

@@ -10,10 +10,10 @@ import torch
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, assert_far_rows, both_plans, make
 
-from reweight_ops.backends.base import Head
-from reweight_ops.divergences import reference
-from reweight_ops.divergences.native import NativeDivergence
-from reweight_ops.divergences.verbs import TABLE, Two
+from reweight_ops._core.backends import reference_divergence as reference
+from reweight_ops._core.backends.base import Head
+from reweight_ops._core.backends.divergence import TABLE, Two
+from reweight_ops._core.backends.native_divergence import NativeDivergence
 from reweight_ops.errors import InvalidCall
 
 

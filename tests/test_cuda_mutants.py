@@ -193,7 +193,7 @@ def run_tests(module: Path, *files: str, **environment: str) -> subprocess.Compl
 
 #: Importing PyTorch takes longer than most bugs live: children are forked from a process that has.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["pytest", "torch", "reweight_ops.kernels", "reweight_ops.backends.reference", "reweight_ops.testing"])
+FORK.set_forkserver_preload(["pytest", "torch", "reweight_ops.kernels", "reweight_ops._core.backends.reference", "reweight_ops.testing"])
 
 
 def run_forked(module: Path, file: str, log: Path) -> None:

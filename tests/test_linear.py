@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import reweight_ops as rw
-from reweight_ops import library, linear_gemms
-from reweight_ops.backends.base import Request
+from reweight_ops._core.backends.base import Request
+from reweight_ops._core.engine import ops as library
+from reweight_ops._core.engine.linear import gemms as linear_gemms
 from reweight_ops.testing import ERROR_FLOOR, ERROR_RATIO
 
 BACKENDS = [

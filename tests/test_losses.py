@@ -276,7 +276,7 @@ def test_methods_refuse_what_they_do_not_know():
 
 def test_the_criterion_still_sees_a_wrong_kernel_under_coupled_rows(monkeypatch):
     """The allowance for coupled rows is small: a relative error of 1e-4 in one target column of VESPO fails."""
-    import reweight_ops.backends.reference as reference
+    import reweight_ops._core.backends.reference as reference
     from reweight_ops.testing import compare, make_batch
 
     def wrong(logits, ids, temperature, head, stats, coefs, out):

@@ -44,7 +44,7 @@ def test_fp64_reference_passes_gradcheck(name):
 
 
 def test_gradcheck_sees_a_wrong_gradient(monkeypatch):
-    import reweight_ops.backends.reference as reference
+    import reweight_ops._core.backends.reference as reference
 
     right = reference.token_grad
 
@@ -81,7 +81,7 @@ def test_reference_meets_the_criterion(name, dtype):
 
 def test_compare_sees_a_wrong_kernel(monkeypatch):
     """The criterion itself: a relative error of 1e-5 in one target column fails in fp32."""
-    import reweight_ops.backends.reference as reference
+    import reweight_ops._core.backends.reference as reference
 
     def wrong(logits, ids, temperature, head, stats, coefs, out):
         reference.token_grad(logits, ids, temperature, head, stats, coefs, out)

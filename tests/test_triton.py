@@ -17,11 +17,13 @@ pytest.importorskip("triton")
 
 from triton_oracle import DEVICE, Batch, check_grad, check_loss_grad, check_stats, default_params, run_loss_grad, run_stats
 
-from reweight_ops.backends import triton as backend
-from reweight_ops.backends import triton_programs
-from reweight_ops.backends.base import COEFS, LOSS_ROWS, OUT, STATS, Head, Program, Request, RowInputs
-from reweight_ops.codegen.printer import own_rules
-from reweight_ops.codegen.triton import program_py
+from reweight_ops._core.backends import triton as backend
+from reweight_ops._core.backends import triton_cache as triton_programs
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Head, Request
+from reweight_ops._core.formula.printer import own_rules
+from reweight_ops._core.formula.program import Program, RowInputs
+from reweight_ops._core.formula.triton import program_py
+from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules import RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 from reweight_ops.triton_kernels.config import Config, config_for
 

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from reweight_ops.backends import triton as backend
-from reweight_ops.checks import Case, run_case
+from reweight_ops._core.backends import triton as backend
+from reweight_ops.testing.checks import Case, run_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -15,10 +15,12 @@ import triton
 from criterion import assert_gradient, assert_values, gradient_from
 from kernel_oracle import gradient, statistics
 
-from reweight_ops.backends import triton as backend
-from reweight_ops.backends.base import COEFS, LOSS_ROWS, OUT, STATS, Head, Program, RowInputs
+from reweight_ops._core.backends import triton as backend
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Head
+from reweight_ops._core.formula.namespace import TorchNamespace
+from reweight_ops._core.formula.program import Program, RowInputs
+from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules import RULES, WEIGHTS
-from reweight_ops.rules.namespace import TorchNamespace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -194,7 +196,7 @@ def program_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tens
         return dict(zip(leaves, found, strict=True))
 
     def size(x: torch.Tensor) -> torch.Tensor:
-        """Of a loss and of its slopes times what they multiply: the package's (reweight_ops/testing.py) row by row."""
+        """Of a loss and of its slopes times what they multiply: the package's (reweight_ops/testing/__init__.py) row by row."""
         return (x.abs() + sum(d.abs() * (1 + leaves[name].abs()) for name, d in slopes(x).items())).detach()
 
     coefs = slopes(weighted)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..catalogue import published
+from .._core.catalogue.registry import published
+from .._core.formula.base import TokenWeight, weight
 from ..errors import InvalidCall
-from ..rules.base import TokenWeight, weight
 
 #: A chunk of TW-GRPO holds at most this many logits in fp32, a few copies at a time.
 _CHUNK = 1 << 24

@@ -18,10 +18,12 @@ if sys.argv[2:3] == ["cpu"]:
 import torch
 
 import reweight_ops as rw
-from reweight_ops.backends.base import COEFS, OUT, STATS, Head, RowInputs
-from reweight_ops.backends.select import load
-from reweight_ops.divergences import verbs as divergences
-from reweight_ops.divergences.verbs import Two
+from reweight_ops._core.backends import divergence as divergences
+from reweight_ops._core.backends.base import COEFS, STATS, Head
+from reweight_ops._core.backends.divergence import Two
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.formula.program import RowInputs
+from reweight_ops._core.rows.groups import OUT
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("backend")

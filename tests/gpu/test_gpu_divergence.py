@@ -9,10 +9,10 @@ from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, asser
 from places import DRY, captured, compilations, keep_busy, no_synchronization, other_stream, peak_bytes, sized, synchronize, two_devices
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Head
-from reweight_ops.divergences import reference
-from reweight_ops.divergences.ops import KINDS
-from reweight_ops.divergences.verbs import Two, load
+from reweight_ops._core.backends import reference_divergence as reference
+from reweight_ops._core.backends.base import Head
+from reweight_ops._core.backends.divergence import Two, load
+from reweight_ops._core.losses.distillation import KINDS
 
 pytestmark = pytest.mark.gpu
 

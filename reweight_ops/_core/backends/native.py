@@ -1,0 +1,176 @@
+"""What the compiled backends share: calls of a module of kernels, checked.
+
+The modules take raw addresses and check nothing, so everything that could make them read or write out of bounds is checked here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendUnavailable, InvalidCall
+from ..formula.base import RULES, WEIGHTS
+from ..formula.derive import derive
+from ..formula.program import Program, RowInputs
+from ..formula.trace import trace_rule, trace_weight
+from .base import COEFS, LOSS_ROWS, STATS, Head, RowAddresses, rows_of
+from .sources import source_hash
+
+_MAX_TERMS, _MAX_WEIGHTS = 4, 4
+_MAX_COLUMNS = 2**31 - 2**20
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def checked(module: Any, part: str) -> Any:
+    """The module, unless it was built from other sources than those beside the package (an installation from a wheel has none)."""
+    expected = source_hash(part)
+    if expected is not None and getattr(module, "sources", None) != expected:
+        raise BackendUnavailable(f"{module.__name__} was built from other sources; rebuild it with pip install -e .")
+    return module
+
+
+class Native:
+    """The verbs of :class:`~.base.Backend` on tensors of one device type.
+
+    ``place(device)`` gives the last arguments of the module's ``Call``; ``check(status)`` sees what every verb returned.
+    """
+
+    def __init__(
+        self, module: Any, device_type: str, place: Callable[[torch.device], dict[str, int]], check: Callable[[int], None]
+    ) -> None:
+        self.module, self.device_type, self._place, self._check = module, device_type, place, check
+        self.why_not = lru_cache(maxsize=256)(self._why_not)
+        self._compiled = lru_cache(maxsize=256)(self._compile)
+
+    def _why_not(self, program: Program) -> str | None:
+        """Why the module cannot run a program."""
+        if len(program.terms) > _MAX_TERMS or len(program.weights) > _MAX_WEIGHTS:
+            return f"one pass evaluates at most {_MAX_TERMS} terms and {_MAX_WEIGHTS} weights"
+        for what, names, registry, built in (
+            ("rule", program.terms, RULES, self.module.rules()),
+            ("weight", tuple(name for name, _ in program.weights), WEIGHTS, self.module.weights()),
+        ):
+            for name in names:
+                if name not in built:
+                    return f"{what} {name!r} is not compiled in"
+                if built[name] != len(registry[name].parameter_names()):
+                    return f"{what} {name!r} was compiled with other parameters: rebuild the extension"
+        return None
+
+    def _compile(self, program: Program) -> tuple[Any, int, bool, bool]:
+        """The program for the module, the length of its parameters, whether it reads log_sum_p_sq, and whether its loss depends on the entropy."""
+        reason = self.why_not(program)
+        if reason is not None:
+            raise InvalidCall(f"token_loss_grad on {self.device_type}: {reason}.")
+        rules = [RULES[name] for name in program.terms]
+        weights = [WEIGHTS[name] for name, _ in program.weights]
+        length = 2 + sum(1 + len(r.parameter_names()) for r in rules) + sum(len(w.parameter_names()) for w in weights)
+        read = frozenset().union(*(trace_rule(r).leaves for r in rules), *(trace_weight(w).leaves for w in weights))
+        slopes = [derive(trace_rule(r))["entropy"] for r in rules]
+        entropy_gradient = any(slope.op != "const" or slope.args[0] != 0 for slope in slopes)
+        compiled = self.module.Program(list(program.terms), [(name, scope == "all") for name, scope in program.weights])
+        return compiled, length, "log_sum_p_sq" in read, entropy_gradient
+
+    def _address(self, name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> int:
+        """``data_ptr()`` of a contiguous tensor of exactly this shape and dtype, on the device of ``like``; 0 for None."""
+        if t is None:
+            return 0
+        if t.shape != shape or t.dtype != dtype or t.device != like.device or not t.is_contiguous():
+            layout = "contiguous" if t.is_contiguous() else f"strides {t.stride()}"
+            raise InvalidCall(
+                f"{name} is {tuple(t.shape)} {t.dtype} {t.device} {layout}, expected {tuple(shape)} {dtype} {like.device} contiguous."
+            )
+        return t.data_ptr()
+
+    def _check_layout(self, name: str, t: Tensor) -> None:
+        if t.dim() not in (2, 3) or t.device.type != self.device_type or t.dtype not in DTYPES or t.layout != torch.strided:
+            raise InvalidCall(
+                f"{name} is {tuple(t.shape)} {t.dtype} {t.device}, expected [N, V] or [B, T, V], fp32, bf16 or fp16 on {self.device_type}."
+            )
+        if t.stride(-1) != 1 and t.size(-1) > 1:
+            raise InvalidCall(f"{name} has strides {t.stride()}: the last dimension must be contiguous.")
+        if t.size(-1) > _MAX_COLUMNS:
+            raise InvalidCall(f"{name} has {t.size(-1)} columns, at most {_MAX_COLUMNS} are supported.")
+
+    def _call(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head) -> Any:
+        self._check_layout("logits", logits)
+        n, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
+        if not 0 < head.vocab_size <= columns:
+            raise InvalidCall(f"vocab_size is {head.vocab_size}, logits have {columns} columns.")
+        per_row = temperature.numel() != 1
+        return self.module.Call(
+            DTYPES[logits.dtype], logits.data_ptr(), rows_of(logits), n, columns, (head.vocab_size, head.vocab_start, head.total()), head.softcap,
+            self._address("ids", ids, (n,), logits, torch.int64),
+            self._address("temperature", temperature.reshape(-1), (n,) if per_row else (1,), logits), per_row, **self._place(logits.device),
+        )  # fmt: skip
+
+    def _out_rows(self, logits: Tensor, out: Tensor) -> RowAddresses:
+        self._check_layout("out", out)
+        if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
+            raise InvalidCall(
+                f"out is {tuple(out.shape)} {out.dtype} {out.device}, expected {tuple(logits.shape)} {logits.dtype} {logits.device} like the logits."
+            )
+        same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
+        if not same and out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() and _overlap(out, logits):
+            raise InvalidCall("out overlaps the logits without being the same view of them.")
+        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+            raise InvalidCall(f"out has strides {out.stride()}: rows would overwrite each other.")
+        return rows_of(out)
+
+    def token_stats(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
+        call = self._call(logits, ids, temperature, head)
+        out = torch.empty(len(stats), ids.numel(), device=logits.device)
+        where = dict(zip(stats, out.unbind(), strict=True))
+        self._check(self.module.token_stats(call, [where[name].data_ptr() if name in where else 0 for name in STATS]))
+        return out
+
+    def token_grad(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        temperature: Tensor,
+        head: Head,
+        stats: dict[str, Tensor],
+        coefs: dict[str, Tensor | None],
+        out: Tensor,
+    ) -> None:
+        call, n = self._call(logits, ids, temperature, head), (ids.numel(),)
+        for name in ("logp", "lse", *(name for name in ("entropy", "log_sum_p_sq") if coefs.get(name) is not None)):
+            if stats.get(name) is None:
+                raise InvalidCall(f"token_grad: the statistic {name!r} is needed and missing.")
+        known = [self._address(name, stats.get(name), n, logits) for name in COEFS]
+        by = [self._address(f"coefficient {name}", coefs.get(name), n, logits) for name in COEFS]
+        self._check(self.module.token_grad(call, known, by, out.data_ptr(), self._out_rows(logits, out)))
+
+    def token_loss_grad(
+        self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
+    ) -> Tensor:
+        compiled, length, reads_p_sq, entropy_gradient = self._compiled(program)
+        call, n = self._call(logits, ids, temperature, head), ids.numel()
+        weights = inputs.weights
+        shared = len(program.terms) == 1 or weights.stride(0) == 0  # one vector for all terms
+        if weights.shape != (len(program.terms), n):
+            raise InvalidCall(f"row weights are {tuple(weights.shape)}, expected {(len(program.terms), n)}.")
+        rows = torch.empty(len(LOSS_ROWS), n, device=logits.device)
+        stored = (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)
+        status = self.module.token_loss_grad(
+            call, compiled, self._address("params", params, (length,), logits), reads_p_sq, entropy_gradient,
+            self._address("row weights", weights[0] if shared else weights, (n,) if shared else weights.shape, logits), 0 if shared else n,
+            [self._address(name, t, (n,), logits) for name, t in zip(("old_logp", "adv", "ref_logp", "sampling_logp"), stored, strict=True)],
+            rows.data_ptr(), out.data_ptr(), self._out_rows(logits, out),
+        )  # fmt: skip
+        self._check(status)
+        return rows
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    def span(t: Tensor) -> tuple[int, int]:
+        first = t.data_ptr()
+        return first, first + (sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+
+    (a0, a1), (b0, b1) = span(a), span(b)
+    return a0 < b1 and b0 < a1
