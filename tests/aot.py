@@ -22,7 +22,8 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from reweight_ops._core.backends import triton as backend  # noqa: E402
+from reweight_ops._core.backends import triton_launch  # noqa: E402
+from reweight_ops._core.backends import triton_token as backend  # noqa: E402
 from reweight_ops._core.backends.base import COEFS, Head  # noqa: E402
 from reweight_ops._core.formula.program import Program, RowInputs  # noqa: E402
 from reweight_ops.triton_kernels.config import MAX_REGISTERS, Config  # noqa: E402
@@ -88,7 +89,7 @@ def inspect(target: str, name: str, dtype: str, kernel) -> Compiled:
 
 
 class Recorder:
-    """Stands in for ``backend._launch``: compiles for ``target`` and keeps what came out, once for each specialization."""
+    """Stands in for ``triton_launch.launch``: compiles for ``target`` and keeps what came out, once for each specialization."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -96,16 +97,16 @@ class Recorder:
 
     def __enter__(self):
         driver.set_active(PretendedDriver(self.target))
-        self._launch, self._wave = backend._launch, backend._wave
-        backend._launch, backend._wave = self.launch, lambda device: TARGETS[self.target].warp_size
+        self._launch, self._wave = triton_launch.launch, triton_launch.wave
+        triton_launch.launch, triton_launch.wave = self.launch, lambda device: TARGETS[self.target].warp_size
         return self
 
     def __exit__(self, *error):
-        backend._launch, backend._wave = self._launch, self._wave
+        triton_launch.launch, triton_launch.wave = self._launch, self._wave
 
     def launch(self, kernel, programs, *args, warps, registers=MAX_REGISTERS, **meta):
         compiled = kernel.warmup(
-            *args, grid=(programs,), **meta, **backend._options(warps, TARGETS[self.target].backend == "hip", registers)
+            *args, grid=(programs,), **meta, **triton_launch.options(warps, TARGETS[self.target].backend == "hip", registers)
         )
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
@@ -136,11 +137,11 @@ def compile_all(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float3
 
 def split_and_capped(target: str) -> list[Compiled]:
     """The variants that the plain call does not launch: split rows, a softcap, a rule with every statistic, unaligned rows."""
-    backend._processors = lambda device: 10**6
+    triton_launch.processors = lambda device: 10**6
     try:
         return compile_all(target, (torch.bfloat16,), softcap=30.0) + compile_all(target, (torch.float32,), vocab=50257)
     finally:
-        backend._processors = lambda device: 1
+        triton_launch.processors = lambda device: 1
 
 
 def count_compilations(target: str = "sm_90") -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reweight_ops._core.backends import reference
+from reweight_ops._core.backends import reference_token as reference
 from reweight_ops._core.backends.base import Head
 from reweight_ops.testing import ERROR_FLOOR, gradient_errors, value_error
 

@@ -10,13 +10,12 @@ import torch._dynamo
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
+from reweight_ops._core.backends.select import why_not
 from reweight_ops.testing import make_batch
 
 SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01)
 BACKENDS = [
-    b
-    for b in ("reference", "cpu")
-    if rw.backends.select.why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None
+    b for b in ("reference", "cpu") if why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None
 ]
 
 

@@ -10,7 +10,7 @@ from criterion import assert_values
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from kernel_oracle import STATS, rows, statistics
 
-from reweight_ops._core.backends import reference
+from reweight_ops._core.backends import reference_token as reference
 from reweight_ops._core.backends.base import Head
 from reweight_ops._core.formula.printer import own_rules, own_weights
 from reweight_ops._core.formula.program import Program, RowInputs

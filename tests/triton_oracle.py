@@ -15,7 +15,8 @@ import triton
 from criterion import assert_gradient, assert_values, gradient_from
 from kernel_oracle import gradient, statistics
 
-from reweight_ops._core.backends import triton as backend
+from reweight_ops._core.backends import triton_launch
+from reweight_ops._core.backends import triton_token as backend
 from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Head
 from reweight_ops._core.formula.namespace import TorchNamespace
 from reweight_ops._core.formula.program import Program, RowInputs
@@ -39,7 +40,7 @@ def fuse_multiply_add() -> None:
     InterpreterBuilder.create_fma = fma
 
 
-if backend.interpreted() and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
+if triton_launch.interpreted() and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
     fuse_multiply_add()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._core.catalogue.table import markdown
-from .._core.files import write_atomically
 from .._core.formula.cpp import rules_inc
 from .._core.formula.triton import rules_py
 

@@ -1,6 +1,6 @@
-"""The contract of a backend: three verbs on rows of logits, and a reason for every request it cannot serve.
+"""The contract of a backend: six primitives on rows of logits, and a reason for every request it cannot serve.
 
-Everything vocabulary-sized happens in these verbs; autograd, plans, ratios, reductions and metrics exist once, above them.
+Everything vocabulary-sized happens in these primitives; autograd, plans, ratios, reductions and metrics exist once, above them.
 
 **Rows.** ``logits`` has shape ``R + (V,)`` with R of one or two dimensions, the last one contiguous, any other stride (see
 :func:`rows_of`). ``ids`` is int64 ``[N]``, contiguous, ``N = numel(R)``. Per-row tensors are ``[N]``, contiguous, fp32 (fp64 when the
@@ -14,6 +14,12 @@ logits are fp64: only the reference takes those). ``temperature`` has 1 or N ele
 * fp32 arithmetic for fp16, bf16 and fp32 logits, one rounding at the end; the target's gradient is formed in fp32 from ``logp``.
 * The result of a row depends, bitwise, only on the row, V and the dtype; ``token_stats`` and ``token_loss_grad`` of one backend give
   bitwise the same ``logp`` (so an on-policy ratio is exactly 1).
+
+**Two logits tensors** (divergences). p is the softmax of ``logits``, q that of ``other``; each has its own temperature and soft cap, both have
+``vocab_size`` columns. Of the ids only whether they are :data:`OUT` matters. Only ``logits`` gets a gradient.
+
+* ``-inf`` logits are probabilities of 0: ``0·log(0/x) = 0``; KL(q‖p) is ``inf`` iff a column has p = 0 and q > 0, KL(p‖q) iff one has q = 0
+  and p > 0. A row in which either tensor has no finite logit, or a NaN or ``+inf``: NaN.
 """
 
 from __future__ import annotations
@@ -37,7 +43,14 @@ LOSS_ROWS = ("logp", "entropy", "weighted_loss", "loss", "coef", "ent_coef")
 #: Coefficients of ``token_grad``: derivatives of the loss by these row statistics.
 COEFS = ("logp", "entropy", "lse", "log_sum_p_sq")
 
-Verb = Literal["token_stats", "token_grad", "token_loss_grad"]
+#: Row statistics of two logits tensors, in the order of ``divergence_stats``. A log-sum-exp is a pair of numbers, value and what its rounding
+#: lost: from one fp32 number alone probabilities would lose digits when all logits share an offset.
+DIVERGENCE_STATS = ("forward_kl", "reverse_kl", "entropy", "other_entropy", "lse", "lse_low", "other_lse", "other_lse_low")
+
+#: Those that have a gradient, in the order of coefficients: KL(q‖p), KL(p‖q), H(p).
+DIVERGENCE_COEFS = ("forward_kl", "reverse_kl", "entropy")
+
+Primitive = Literal["token_stats", "token_grad", "token_loss_grad", "divergence_stats", "divergence_grad", "divergence_loss_grad"]
 
 
 class Head(NamedTuple):
@@ -67,18 +80,31 @@ def rows_of(logits: Tensor) -> RowAddresses:
     return RowAddresses(max(logits.size(1), 1), logits.stride(0), logits.stride(1))
 
 
+class DivergenceInputs(NamedTuple):
+    """The two tensors of a call and how each becomes distributions. ``temperature``: 1 or N elements."""
+
+    logits: Tensor
+    other: Tensor
+    ids: Tensor
+    temperature: Tensor
+    other_temperature: Tensor
+    head: Head
+    other_head: Head
+
+
 class Request(NamedTuple):
     """What a call asks of a backend: enough to say no before any memory is touched."""
 
-    verb: Verb
+    primitive: Primitive
     device: torch.device
     dtype: torch.dtype
     program: Program | None = None
+    other_dtype: torch.dtype | None = None  # of a second logits tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Backend:
-    """Three verbs and the reason why not. ``unsupported_reason`` never raises for a well-formed request and never guesses.
+    """Six primitives and the reason why not. ``unsupported_reason`` never raises for a well-formed request and never guesses.
 
     * ``token_stats(logits, ids, temperature, head, stats) -> Tensor [len(stats), N]``: the named statistics, a subset of :data:`STATS`.
     * ``token_grad(logits, ids, temperature, head, stats, coefs, out) -> None``: writes ``dL/dlogits`` to ``out`` (shape of logits, own strides; may be
@@ -89,6 +115,14 @@ class Backend:
     The gradient of a row, with ``x`` the capped and scaled logit, ``p = exp(x - lse)`` and ``c_*`` the coefficients::
 
         1/T * (1 - (capped/cap)^2) * [ c_logp*(1[v=y] - p) - c_ent*p*(log p + H) + c_lse*p + 2*c_p2*p*(p/exp(log_sum_p_sq) - 1) ]
+
+    * ``divergence_stats(inputs) -> Tensor [len(DIVERGENCE_STATS), N]``, 0 in rows that are out.
+    * ``divergence_grad(inputs, table, coefs [3, N], out) -> None``: writes, per row and column, with ``c`` the coefficients in the order of
+      :data:`DIVERGENCE_COEFS`, ``1/T · slope · [c_0·(p - q) + p·(c_1·(log p - log q - KL(p‖q)) - c_2·(log p + H(p)))]``; 0 on ``-inf`` logits,
+      in rows that are out and in rows whose coefficients are all 0 (which are not read); NaN in a row with ``c_1 ≠ 0`` and an infinite
+      KL(p‖q). ``out`` may be ``logits`` itself.
+    * ``divergence_loss_grad(inputs, constants [3], weights [N], out) -> Tensor [len(DIVERGENCE_STATS), N]``: both at once, with
+      ``c_k = weights·constants_k``.
     """
 
     name: str
@@ -96,6 +130,10 @@ class Backend:
     token_stats: Callable[[Tensor, Tensor, Tensor, Head, tuple[str, ...]], Tensor]
     token_grad: Callable[[Tensor, Tensor, Tensor, Head, dict[str, Tensor], dict[str, Tensor | None], Tensor], None]
     token_loss_grad: Callable[[Tensor, Tensor, Tensor, Head, RowInputs, Program, Tensor, Tensor], Tensor]
-    kernel_of: Callable[[Tensor, int, torch.device], str] | None = (
-        None  # which of several kernels token_loss_grad takes, and why (logits, vocab_size)
-    )
+    divergence_stats: Callable[[DivergenceInputs], Tensor]
+    divergence_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], None]
+    divergence_loss_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], Tensor]
+    #: Which of several kernels token_loss_grad takes, and why (logits, vocab_size, device).
+    kernel_of: Callable[[Tensor, int, torch.device], str] | None = None
+    #: It serves everything, slowly: ``auto`` prefers a faster backend's two passes to its one.
+    is_fallback: bool = False

@@ -13,7 +13,8 @@ import torch
 
 from ...errors import BackendUnavailable
 from .base import Backend, Request
-from .native import DTYPES, Native, checked
+from .native import Native, checked, dtype_reason
+from .native_divergence import NativeDivergence
 
 
 def _load() -> ModuleType:
@@ -29,14 +30,23 @@ _C: Any = checked(_load(), "cpu")
 _native = Native(_C, "cpu", lambda device: {"threads": torch.get_num_threads()}, lambda status: None)
 
 
-def _unsupported_reason(request: Request) -> str | None:
+def unsupported_reason(request: Request) -> str | None:
     if request.device.type != "cpu":
         return f"logits are on {request.device}, this backend runs on the CPU"
-    if request.dtype not in DTYPES:
-        return f"logits are {request.dtype}, expected fp32, bf16 or fp16"
+    if (reason := dtype_reason(request)) is not None:
+        return reason
     return None if request.program is None else _native.why_not(request.program)
 
 
-token_stats, token_grad, token_loss_grad = _native.token_stats, _native.token_grad, _native.token_loss_grad
+_divergence = NativeDivergence(_native)
 
-BACKEND = Backend("cpu", _unsupported_reason, token_stats, token_grad, token_loss_grad)
+BACKEND = Backend(
+    name="cpu",
+    unsupported_reason=unsupported_reason,
+    token_stats=_native.token_stats,
+    token_grad=_native.token_grad,
+    token_loss_grad=_native.token_loss_grad,
+    divergence_stats=_divergence.divergence_stats,
+    divergence_grad=_divergence.divergence_grad,
+    divergence_loss_grad=_divergence.divergence_loss_grad,
+)

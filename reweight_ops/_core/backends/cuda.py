@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ...errors import BackendUnavailable, ReweightOpsError
 from .base import Backend, Request, rows_of
-from .native import DTYPES, Native, checked
+from .native import DTYPES, Native, checked, dtype_reason
+from .native_divergence import NativeDivergence
 
 _INSUFFICIENT_DRIVER = 35
 
@@ -70,11 +71,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _unsupported_reason(request: Request) -> str | None:
+def unsupported_reason(request: Request) -> str | None:
     if request.device.type != "cuda":
         return f"logits are on {request.device}, this backend runs on NVIDIA GPUs"
-    if request.dtype not in DTYPES:
-        return f"logits are {request.dtype}, expected fp32, bf16 or fp16"
+    if (reason := dtype_reason(request)) is not None:
+        return reason
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
     if _capability(request.device) < (8, 0):
@@ -92,6 +93,16 @@ def _kernel_of(logits: Tensor, vocab_size: int, device: torch.device) -> str:
     return f"streaming ({why})" if why else "ring (rows stay on chip)"
 
 
-token_stats, token_grad, token_loss_grad = _native.token_stats, _native.token_grad, _native.token_loss_grad
+_divergence = NativeDivergence(_native)
 
-BACKEND = Backend("cuda", _unsupported_reason, token_stats, token_grad, token_loss_grad, _kernel_of)
+BACKEND = Backend(
+    name="cuda",
+    unsupported_reason=unsupported_reason,
+    token_stats=_native.token_stats,
+    token_grad=_native.token_grad,
+    token_loss_grad=_native.token_loss_grad,
+    divergence_stats=_divergence.divergence_stats,
+    divergence_grad=_divergence.divergence_grad,
+    divergence_loss_grad=_divergence.divergence_loss_grad,
+    kernel_of=_kernel_of,
+)

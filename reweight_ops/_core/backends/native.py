@@ -17,7 +17,7 @@ from ..formula.base import RULES, WEIGHTS
 from ..formula.derive import derive
 from ..formula.program import Program, RowInputs
 from ..formula.trace import trace_rule, trace_weight
-from .base import COEFS, LOSS_ROWS, STATS, Head, RowAddresses, rows_of
+from .base import COEFS, LOSS_ROWS, STATS, Head, Request, RowAddresses, rows_of
 from .sources import source_hash
 
 _MAX_TERMS, _MAX_WEIGHTS = 4, 4
@@ -33,16 +33,24 @@ def checked(module: Any, part: str) -> Any:
     return module
 
 
-class Native:
-    """The verbs of :class:`~.base.Backend` on tensors of one device type.
+def dtype_reason(request: Request) -> str | None:
+    """Why a compiled backend cannot take the dtypes of a request."""
+    for name, dtype in (("logits", request.dtype), ("the other logits", request.other_dtype)):
+        if dtype is not None and dtype not in DTYPES:
+            return f"{name} are {dtype}, expected fp32, bf16 or fp16"
+    return None
 
-    ``place(device)`` gives the last arguments of the module's ``Call``; ``check(status)`` sees what every verb returned.
+
+class Native:
+    """The token primitives of :class:`~.base.Backend` on tensors of one device type, and what every call of the module is checked for.
+
+    ``place(device)`` gives the last arguments of the module's ``Call``; ``check(status)`` sees what every primitive returned.
     """
 
     def __init__(
         self, module: Any, device_type: str, place: Callable[[torch.device], dict[str, int]], check: Callable[[int], None]
     ) -> None:
-        self.module, self.device_type, self._place, self._check = module, device_type, place, check
+        self.module, self.device_type, self._place, self.check = module, device_type, place, check
         self.why_not = lru_cache(maxsize=256)(self._why_not)
         self._compiled = lru_cache(maxsize=256)(self._compile)
 
@@ -75,7 +83,7 @@ class Native:
         compiled = self.module.Program(list(program.terms), [(name, scope == "all") for name, scope in program.weights])
         return compiled, length, "log_sum_p_sq" in read, entropy_gradient
 
-    def _address(self, name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> int:
+    def address(self, name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> int:
         """``data_ptr()`` of a contiguous tensor of exactly this shape and dtype, on the device of ``like``; 0 for None."""
         if t is None:
             return 0
@@ -96,7 +104,7 @@ class Native:
         if t.size(-1) > _MAX_COLUMNS:
             raise InvalidCall(f"{name} has {t.size(-1)} columns, at most {_MAX_COLUMNS} are supported.")
 
-    def _call(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head) -> Any:
+    def call(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head) -> Any:
         self._check_layout("logits", logits)
         n, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
         if not 0 < head.vocab_size <= columns:
@@ -104,11 +112,11 @@ class Native:
         per_row = temperature.numel() != 1
         return self.module.Call(
             DTYPES[logits.dtype], logits.data_ptr(), rows_of(logits), n, columns, (head.vocab_size, head.vocab_start, head.total()), head.softcap,
-            self._address("ids", ids, (n,), logits, torch.int64),
-            self._address("temperature", temperature.reshape(-1), (n,) if per_row else (1,), logits), per_row, **self._place(logits.device),
+            self.address("ids", ids, (n,), logits, torch.int64),
+            self.address("temperature", temperature.reshape(-1), (n,) if per_row else (1,), logits), per_row, **self._place(logits.device),
         )  # fmt: skip
 
-    def _out_rows(self, logits: Tensor, out: Tensor) -> RowAddresses:
+    def out_rows(self, logits: Tensor, out: Tensor) -> RowAddresses:
         self._check_layout("out", out)
         if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
             raise InvalidCall(
@@ -122,10 +130,10 @@ class Native:
         return rows_of(out)
 
     def token_stats(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
-        call = self._call(logits, ids, temperature, head)
+        call = self.call(logits, ids, temperature, head)
         out = torch.empty(len(stats), ids.numel(), device=logits.device)
         where = dict(zip(stats, out.unbind(), strict=True))
-        self._check(self.module.token_stats(call, [where[name].data_ptr() if name in where else 0 for name in STATS]))
+        self.check(self.module.token_stats(call, [where[name].data_ptr() if name in where else 0 for name in STATS]))
         return out
 
     def token_grad(
@@ -138,19 +146,19 @@ class Native:
         coefs: dict[str, Tensor | None],
         out: Tensor,
     ) -> None:
-        call, n = self._call(logits, ids, temperature, head), (ids.numel(),)
+        call, n = self.call(logits, ids, temperature, head), (ids.numel(),)
         for name in ("logp", "lse", *(name for name in ("entropy", "log_sum_p_sq") if coefs.get(name) is not None)):
             if stats.get(name) is None:
                 raise InvalidCall(f"token_grad: the statistic {name!r} is needed and missing.")
-        known = [self._address(name, stats.get(name), n, logits) for name in COEFS]
-        by = [self._address(f"coefficient {name}", coefs.get(name), n, logits) for name in COEFS]
-        self._check(self.module.token_grad(call, known, by, out.data_ptr(), self._out_rows(logits, out)))
+        known = [self.address(name, stats.get(name), n, logits) for name in COEFS]
+        by = [self.address(f"coefficient {name}", coefs.get(name), n, logits) for name in COEFS]
+        self.check(self.module.token_grad(call, known, by, out.data_ptr(), self.out_rows(logits, out)))
 
     def token_loss_grad(
         self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
     ) -> Tensor:
         compiled, length, reads_p_sq, entropy_gradient = self._compiled(program)
-        call, n = self._call(logits, ids, temperature, head), ids.numel()
+        call, n = self.call(logits, ids, temperature, head), ids.numel()
         weights = inputs.weights
         shared = len(program.terms) == 1 or weights.stride(0) == 0  # one vector for all terms
         if weights.shape != (len(program.terms), n):
@@ -158,12 +166,12 @@ class Native:
         rows = torch.empty(len(LOSS_ROWS), n, device=logits.device)
         stored = (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)
         status = self.module.token_loss_grad(
-            call, compiled, self._address("params", params, (length,), logits), reads_p_sq, entropy_gradient,
-            self._address("row weights", weights[0] if shared else weights, (n,) if shared else weights.shape, logits), 0 if shared else n,
-            [self._address(name, t, (n,), logits) for name, t in zip(("old_logp", "adv", "ref_logp", "sampling_logp"), stored, strict=True)],
-            rows.data_ptr(), out.data_ptr(), self._out_rows(logits, out),
+            call, compiled, self.address("params", params, (length,), logits), reads_p_sq, entropy_gradient,
+            self.address("row weights", weights[0] if shared else weights, (n,) if shared else weights.shape, logits), 0 if shared else n,
+            [self.address(name, t, (n,), logits) for name, t in zip(("old_logp", "adv", "ref_logp", "sampling_logp"), stored, strict=True)],
+            rows.data_ptr(), out.data_ptr(), self.out_rows(logits, out),
         )  # fmt: skip
-        self._check(status)
+        self.check(status)
         return rows
 
 

@@ -8,49 +8,49 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from .divergence import COEFS, TABLE, Two
+from .base import DIVERGENCE_COEFS, DIVERGENCE_STATS, DivergenceInputs
 from .native import Native
 
 
 class NativeDivergence:
-    """The verbs of :class:`~.verbs.DivergenceBackend` by the module of a :class:`~..backends.native.Native`."""
+    """The divergence primitives of :class:`~.base.Backend` by the module of a :class:`~.native.Native`."""
 
     def __init__(self, native: Native) -> None:
         self._native, self._module = native, native.module
 
-    def _calls(self, two: Two) -> tuple[Any, Any]:
+    def _calls(self, two: DivergenceInputs) -> tuple[Any, Any]:
         rows = [t.shape[:-1] for t in (two.logits, two.other)]
         if rows[0] != rows[1] or two.head.vocab_size != two.other_head.vocab_size:
             raise InvalidCall(f"the two logits tensors are {tuple(two.logits.shape)} and {tuple(two.other.shape)}: other rows or columns.")
         if two.logits.device != two.other.device:
             raise InvalidCall(f"the two logits tensors are on {two.logits.device} and {two.other.device}.")
         return (
-            self._native._call(two.logits, two.ids, two.temperature, two.head),
-            self._native._call(two.other, two.ids, two.other_temperature, two.other_head),
+            self._native.call(two.logits, two.ids, two.temperature, two.head),
+            self._native.call(two.other, two.ids, two.other_temperature, two.other_head),
         )
 
-    def _table(self, two: Two) -> Tensor:
-        return torch.empty(len(TABLE), two.ids.numel(), device=two.logits.device)
+    def _table(self, two: DivergenceInputs) -> Tensor:
+        return torch.empty(len(DIVERGENCE_STATS), two.ids.numel(), device=two.logits.device)
 
-    def stats(self, two: Two) -> Tensor:
+    def divergence_stats(self, two: DivergenceInputs) -> Tensor:
         calls, table = self._calls(two), self._table(two)
-        self._native._check(self._module.divergence_stats(*calls, table.data_ptr()))
+        self._native.check(self._module.divergence_stats(*calls, table.data_ptr()))
         return table
 
-    def grad(self, two: Two, table: Tensor, coefs: Tensor, out: Tensor) -> None:
+    def divergence_grad(self, two: DivergenceInputs, table: Tensor, coefs: Tensor, out: Tensor) -> None:
         n, like = two.ids.numel(), two.logits
-        known = self._native._address("table", table, (len(TABLE), n), like)
-        by = self._native._address("coefs", coefs, (len(COEFS), n), like)
-        strides = self._native._out_rows(like, out)
-        self._native._check(self._module.divergence_grad(*self._calls(two), known, by, out.data_ptr(), strides))
+        known = self._native.address("table", table, (len(DIVERGENCE_STATS), n), like)
+        by = self._native.address("coefs", coefs, (len(DIVERGENCE_COEFS), n), like)
+        strides = self._native.out_rows(like, out)
+        self._native.check(self._module.divergence_grad(*self._calls(two), known, by, out.data_ptr(), strides))
 
-    def loss_grad(self, two: Two, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    def divergence_loss_grad(self, two: DivergenceInputs, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         n, like = two.ids.numel(), two.logits
         table = self._table(two)
         given = (
-            self._native._address("constants", constants, (len(COEFS),), like),
-            self._native._address("weights", weights, (n,), like),
+            self._native.address("constants", constants, (len(DIVERGENCE_COEFS),), like),
+            self._native.address("weights", weights, (n,), like),
         )
-        strides = self._native._out_rows(like, out)
-        self._native._check(self._module.divergence_loss_grad(*self._calls(two), table.data_ptr(), *given, out.data_ptr(), strides))
+        strides = self._native.out_rows(like, out)
+        self._native.check(self._module.divergence_loss_grad(*self._calls(two), table.data_ptr(), *given, out.data_ptr(), strides))
         return table

@@ -1,4 +1,4 @@
-"""The reference: two logits tensors in plain PyTorch, on any device and in any float dtype, fp64 included. It is truth, not speed."""
+"""The reference's divergence primitives in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..rows.groups import OUT
-from .divergence import DivergenceBackend, Two
-from .reference import _Distribution as Distribution
+from .base import DivergenceInputs
+from .reference_token import Distribution
 
 
 class _Logs(NamedTuple):
@@ -23,7 +23,7 @@ class _Logs(NamedTuple):
     lse: Tensor
 
 
-def _logs(logits: Tensor, two: Two, temperature: Tensor, head: object) -> _Logs:
+def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, head: object) -> _Logs:
     dtype = torch.float64 if two.logits.dtype == torch.float64 else torch.float32
     at = Distribution(logits.to(dtype) if logits.dtype.itemsize < dtype.itemsize else logits, two.ids, temperature, head)  # type: ignore[arg-type]
     top = at.x.amax(-1, keepdim=True)
@@ -35,7 +35,7 @@ def _logs(logits: Tensor, two: Two, temperature: Tensor, head: object) -> _Logs:
     return _Logs(at, torch.where(dead, 0, log), p, dead, (top + total)[:, 0])
 
 
-def stats(two: Two) -> Tensor:
+def divergence_stats(two: DivergenceInputs) -> Tensor:
     a, b = _logs(two.logits, two, two.temperature, two.head), _logs(two.other, two, two.other_temperature, two.other_head)
     d = torch.where(a.dead | b.dead, 0, a.log - b.log)
     sick = a.lse.isnan() | b.lse.isnan()
@@ -49,7 +49,7 @@ def stats(two: Two) -> Tensor:
     return torch.where(two.ids != OUT, rows, 0)
 
 
-def grad(two: Two, table: Tensor, coefs: Tensor, out: Tensor) -> None:
+def divergence_grad(two: DivergenceInputs, table: Tensor, coefs: Tensor, out: Tensor) -> None:
     a, b = _logs(two.logits, two, two.temperature, two.head), _logs(two.other, two, two.other_temperature, two.other_head)
     forward, reverse, entropy = coefs[:, :, None]
     g = forward * (a.p - b.p)
@@ -67,10 +67,7 @@ def grad(two: Two, table: Tensor, coefs: Tensor, out: Tensor) -> None:
     out[..., columns:].zero_()
 
 
-def loss_grad(two: Two, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-    table = stats(two)
-    grad(two, table, constants[:, None] * weights, out)
+def divergence_loss_grad(two: DivergenceInputs, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    table = divergence_stats(two)
+    divergence_grad(two, table, constants[:, None] * weights, out)
     return table
-
-
-BACKEND = DivergenceBackend("reference", lambda device, dtype, other: None, stats, grad, loss_grad)

@@ -60,7 +60,6 @@ def reasons(request: Request, name: str = "auto") -> dict[str, str | None]:
     return {candidate: why_not(candidate, request) for candidate in candidates(request.device.type, name)}
 
 
-@torch.compiler.assume_constant_result
 def choose(request: Request, name: str = "auto") -> str:
     """The first candidate without a reason against it. Raises with every candidate's reason when none is left."""
     found = {}
@@ -74,5 +73,11 @@ def choose(request: Request, name: str = "auto") -> str:
             load(only)
         except BackendUnavailable as error:
             raise BackendUnavailable(f"backend {only!r} was asked for: {error}") from error
-        raise UnsupportedRequest(f"backend {only!r} was asked for and cannot run {request.verb}: {reason}.")
-    raise UnsupportedRequest(f"no backend can run {request.verb}: " + "; ".join(f"{k}: {v}" for k, v in found.items()))
+        raise UnsupportedRequest(f"backend {only!r} was asked for and cannot run {request.primitive}: {reason}.")
+    raise UnsupportedRequest(f"no backend can run {request.primitive}: " + "; ".join(f"{k}: {v}" for k, v in found.items()))
+
+
+@torch.compiler.assume_constant_result
+def choose_divergence(device: torch.device, dtype: torch.dtype, other_dtype: torch.dtype, name: str) -> str:
+    """:func:`choose` for two logits tensors, from plain arguments: torch.compile takes no record for a constant."""
+    return choose(Request("divergence_stats", device, dtype, other_dtype=other_dtype), name)

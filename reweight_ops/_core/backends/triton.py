@@ -17,202 +17,38 @@ this has been measured on a GPU yet.
 
 from __future__ import annotations
 
-import functools
-import warnings
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from ...errors import BackendUnavailable
-from ..formula.program import Program, RowInputs
-from .base import COEFS, LOSS_ROWS, STATS, Backend, Head, Request, rows_of
-
-try:
-    import triton
-except ImportError as error:
-    raise BackendUnavailable(f"Triton cannot be imported ({error}); pip install triton (Linux, or triton-windows).") from error
-
-from ...triton_kernels import kernels
-from ...triton_kernels.config import MAX_REGISTERS, Config, config_for
-from ..formula.triton import facts
-from .triton_cache import program_function
-
-#: The oldest and the newest Triton that the tests were run with; ``make triton-versions`` runs them with each.
-TESTED = ((3, 6), (3, 9))
-
-
-def _warn_if_untested(version: str) -> None:
-    """An older Triton may work, and may miscompile: once, when the backend is loaded. A newer one is what a newer PyTorch brings: no word."""
-    numbers = tuple(int(x) for x in version.split(".")[:2])
-    if numbers < TESTED[0]:
-        oldest, newest = (".".join(map(str, v)) for v in TESTED)
-        warnings.warn(
-            f"reweight_ops: Triton {version} is older than any that its kernels were tested with ({oldest} to {newest}); "
-            "`reweight-ops check --backend triton` tells whether it computes right here.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-_warn_if_untested(triton.__version__)
+from . import triton_divergence as divergence
+from . import triton_launch
+from . import triton_token as token
+from .base import Backend, Request
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_STAT_ORDER = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
-#: Rows up to which a row is split over programs: below this many programs per multiprocessor a device idles.
-_ROWS_PER_PROCESSOR = 2
 
 
-def interpreted() -> bool:
-    """Whether the kernels were decorated for Triton's interpreter (``TRITON_INTERPRET=1`` when they were imported)."""
-    return not isinstance(kernels.stats_kernel, triton.runtime.JITFunction)
-
-
-def _unsupported_reason(request: Request) -> str | None:
-    if request.dtype not in _DTYPES:
-        return f"logits are {request.dtype}; the kernels take float16, bfloat16 and float32"
-    if interpreted():
+def unsupported_reason(request: Request) -> str | None:
+    for dtype in (request.dtype, request.other_dtype):
+        if dtype is not None and dtype not in _DTYPES:
+            return f"logits are {dtype}; the kernels take float16, bfloat16 and float32"
+    if triton_launch.interpreted():
         return None if request.device.type == "cpu" else "TRITON_INTERPRET=1 is set: the kernels run on CPU tensors only"
     if request.device.type != "cuda":
         return f"logits are on {request.device.type}; Triton's kernels run on GPUs (set TRITON_INTERPRET=1 to run them on the CPU, slowly)"
     if torch.version.hip is None and torch.cuda.get_device_capability(request.device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
-    if torch.version.hip is not None and _wave(request.device) != 64:
+    if torch.version.hip is not None and triton_launch.wave(request.device) != 64:
         return "the GPU is none of AMD's data-center line (gfx90a, gfx942, gfx950)"
     return None
 
 
-@functools.lru_cache
-def _properties(device: torch.device) -> Any:
-    return torch.cuda.get_device_properties(device)
-
-
-def _wave(device: torch.device) -> int:
-    return 32 if device.type != "cuda" or torch.version.hip is None else int(_properties(device).warp_size)
-
-
-def _processors(device: torch.device) -> int:
-    return int(_properties(device).multi_processor_count) if device.type == "cuda" else 1
-
-
-def _launch(kernel: Any, programs: int, *args: Any, warps: int, registers: int = MAX_REGISTERS, **meta: Any) -> None:
-    """The one place where anything is launched."""
-    if interpreted():
-        import numpy
-
-        with numpy.errstate(all="ignore"):  # it warns of every 0 * inf in a branch that a select then drops
-            kernel[(programs,)](*args, **meta)
-    else:
-        kernel[(programs,)](*args, **meta, **_options(warps, torch.version.hip is not None, registers))
-
-
-def _options(warps: int, hip: bool, registers: int = MAX_REGISTERS) -> dict[str, Any]:
-    # Contraction off: kernels that share a sweep must round alike. Registers bounded, or ptxas spills for an occupancy nobody needs.
-    return {"num_warps": warps, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": registers})
-
-
-def _alignment(*tensors: Tensor) -> int:
-    """Bytes to which every row of every tensor is aligned: 16, 4, or that of an element."""
-    addresses = [a for t in tensors for a in (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))]
-    return next(n for n in (16, 4, 2) if n <= tensors[0].element_size() or all(a % n == 0 for a in addresses))
-
-
-class _Call:
-    """What the launches of one call have in common."""
-
-    def __init__(self, logits: Tensor, temperature: Tensor, head: Head, out: Tensor | None = None) -> None:
-        self.where = rows_of(logits)
-        self.rows = logits.numel() // logits.size(-1)
-        self.config: Config = config_for(head.vocab_size, logits.element_size(), _wave(logits.device))
-        self.segments = -(-head.vocab_size // self.config.segment)
-        self.split = self.segments > 1 and self.rows < _ROWS_PER_PROCESSOR * _processors(logits.device)
-        self.chunk = self.config.block * 4
-        self.softcap = 1.0 if head.softcap == float("inf") else head.softcap
-        self.tile = {"CAP": head.softcap != float("inf"), "BLOCK": self.config.block, "E": self.config.vector}
-        self.align = _alignment(logits, *([] if out is None else [out]))
-        self.t_stride = 0 if temperature.numel() == 1 else 1
-        self.emulate = interpreted() and logits.dtype == torch.bfloat16
-        self.device = torch.device("cuda", logits.device.index or 0) if logits.device.type == "cuda" else logits.device
-
-    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, keep: bool) -> Tensor | None:
-        """The segments' states and the targets' logits, if the rows are split."""
-        if not self.split:
-            return None
-        partial = torch.empty((self.rows, 4 * self.segments + 1), dtype=torch.float32, device=logits.device)
-        _launch(
-            kernels.partial_kernel, self.rows * self.segments, logits, ids, temperature, partial, self.t_stride, *self.where,
-            head.vocab_size, self.softcap, head.vocab_start, head.total(), SEGMENT=self.config.segment, **self.tile, ALIGN=self.align,
-            KEEP=keep, warps=self.config.warps,
-        )  # fmt: skip
-        return partial
-
-    def programs(self, out: Tensor) -> int:
-        """Programs that write a gradient."""
-        return self.rows * (-(-out.size(-1) // self.chunk) if self.split else 1)
-
-
-def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
-    out = torch.empty((len(stats), ids.numel()), dtype=torch.float32, device=logits.device)
-    if not ids.numel():
-        return out
-    assert set(stats) <= set(STATS)
-    call = _Call(logits, temperature, head)
-    partial = call.partial(logits, ids, temperature, head, keep=False)
-    _launch(
-        kernels.stats_kernel, call.rows, logits, ids, temperature, out if partial is None else partial, out, call.rows,
-        call.t_stride, *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
-        STATS=tuple(stats.index(name) if name in stats else -1 for name in _STAT_ORDER), SPLIT=call.split, SEGMENT=call.config.segment,
-        **call.tile, ALIGN=call.align, warps=call.config.warps,
-    )  # fmt: skip
-    return out
-
-
-def token_grad(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor
-) -> None:
-    n = ids.numel()
-    if not n:
-        return
-    call = _Call(logits, temperature, head, out)
-    by = [coefs.get(name) for name in COEFS]
-    nothing = stats["logp"]  # in the place of what no program reads
-    kept = call.split and out.data_ptr() == logits.data_ptr()
-    target = torch.empty(n, dtype=torch.float32, device=logits.device) if kept else nothing
-    if kept:
-        _launch(
-            kernels.target_kernel, n, logits, ids, target, *call.where, head.vocab_size, head.vocab_start, head.total(), warps=1
-        )  # fmt: skip
-    to = rows_of(out)
-    _launch(
-        kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, target, stats["logp"], stats["lse"],
-        stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing), *(nothing if c is None else c for c in by), call.t_stride,
-        *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
-        BY=tuple(c is not None for c in by), KEPT=kept, SPLIT=call.split, CHUNK=call.chunk, **call.tile, ALIGN=call.align,
-        EMULATE=call.emulate, warps=call.config.warps,
-    )  # fmt: skip
-
-
-def token_loss_grad(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
-) -> Tensor:
-    n = ids.numel()
-    rows = torch.empty((len(LOSS_ROWS), n), dtype=torch.float32, device=logits.device)
-    if not n:
-        return rows
-    call = _Call(logits, temperature, head, out)
-    known = facts(program)
-    partial = call.partial(logits, ids, temperature, head, keep=True)
-    to, entropy, p_sq = rows_of(out), "entropy" in known.moves, "log_sum_p_sq" in known.moves
-    given = [rows if x is None else x for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)]
-    _launch(
-        kernels.loss_grad_kernel, call.programs(out), logits, out, ids, temperature, inputs.weights, *given, params,
-        rows if partial is None else partial, rows, n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None),
-        *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
-        PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in known.reads,
-        SPLIT=call.split, CHUNK=call.chunk, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate,
-        warps=call.config.warps,
-    )  # fmt: skip
-    return rows
-
-
-BACKEND = Backend("triton", _unsupported_reason, token_stats, token_grad, token_loss_grad)
+BACKEND = Backend(
+    name="triton",
+    unsupported_reason=unsupported_reason,
+    token_stats=token.token_stats,
+    token_grad=token.token_grad,
+    token_loss_grad=token.token_loss_grad,
+    divergence_stats=divergence.divergence_stats,
+    divergence_grad=divergence.divergence_grad,
+    divergence_loss_grad=divergence.divergence_loss_grad,
+)

@@ -7,34 +7,27 @@ from torch import Tensor
 
 from ...triton_kernels.config import config_for
 from ...triton_kernels.divergence import divergence_kernel
-from . import triton as backend
-from .base import Request, rows_of
-from .divergence import TABLE, DivergenceBackend, Two
+from . import triton_launch
+from .base import DIVERGENCE_STATS, DivergenceInputs, rows_of
 
 #: Twice the state of one tensor's sweep in every thread: more registers than the kernels on one tensor may have, or they spill.
 _REGISTERS = 128
 
 
-def _unsupported_reason(device: torch.device, dtype: torch.dtype, other: torch.dtype) -> str | None:
-    return backend._unsupported_reason(Request("token_stats", device, dtype)) or backend._unsupported_reason(
-        Request("token_stats", device, other)
-    )
-
-
-def _launch(two: Two, table: Tensor, out: Tensor | None, coefs: Tensor, *, stats: bool, logs: bool) -> None:
+def _launch(two: DivergenceInputs, table: Tensor, out: Tensor | None, coefs: Tensor, *, stats: bool, logs: bool) -> None:
     n = two.ids.numel()
     if not n:
         return
     x, y = two.logits, two.other
     size = max(x.element_size(), y.element_size())
     columns = two.head.vocab_size
-    config = config_for(columns, size, backend._wave(x.device))
+    config = config_for(columns, size, triton_launch.wave(x.device))
     rows, others, to = rows_of(x), rows_of(y), rows_of(x if out is None else out)
     tensors = (x, y) if out is None else (x, y, out)
-    align = min(backend._alignment(t) for t in tensors)
+    align = min(triton_launch.alignment(t) for t in tensors)
     caps = [1.0 if h.softcap == float("inf") else h.softcap for h in (two.head, two.other_head)]
-    emulate = backend.interpreted() and x.dtype == torch.bfloat16
-    backend._launch(
+    emulate = triton_launch.interpreted() and x.dtype == torch.bfloat16
+    triton_launch.launch(
         divergence_kernel, n, x, y, x if out is None else out, two.ids, two.temperature, two.other_temperature, table, coefs,
         n, int(two.temperature.numel() > 1), int(two.other_temperature.numel() > 1),
         *rows, others.batch_stride, others.row_stride, to.batch_stride, to.row_stride,
@@ -44,20 +37,17 @@ def _launch(two: Two, table: Tensor, out: Tensor | None, coefs: Tensor, *, stats
     )  # fmt: skip
 
 
-def stats(two: Two) -> Tensor:
-    table = torch.empty((len(TABLE), two.ids.numel()), dtype=torch.float32, device=two.logits.device)
+def divergence_stats(two: DivergenceInputs) -> Tensor:
+    table = torch.empty((len(DIVERGENCE_STATS), two.ids.numel()), dtype=torch.float32, device=two.logits.device)
     _launch(two, table, None, table, stats=True, logs=False)
     return table
 
 
-def grad(two: Two, table: Tensor, coefs: Tensor, out: Tensor) -> None:
+def divergence_grad(two: DivergenceInputs, table: Tensor, coefs: Tensor, out: Tensor) -> None:
     _launch(two, table, out, coefs.contiguous(), stats=False, logs=True)
 
 
-def loss_grad(two: Two, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-    table = torch.empty((len(TABLE), two.ids.numel()), dtype=torch.float32, device=two.logits.device)
+def divergence_loss_grad(two: DivergenceInputs, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    table = torch.empty((len(DIVERGENCE_STATS), two.ids.numel()), dtype=torch.float32, device=two.logits.device)
     _launch(two, table, out, constants[:, None] * weights, stats=True, logs=True)
     return table
-
-
-BACKEND = DivergenceBackend("triton", _unsupported_reason, stats, grad, loss_grad)

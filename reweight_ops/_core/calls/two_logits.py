@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..backends.divergence import choose
+from ..backends.select import choose_divergence
 from ..rows.groups import describe
 from .keywords import HeadOptions
 from .logits import LogitsCall, resolve_logits, temperature_rows
@@ -80,7 +80,7 @@ def resolve_two(
         raise fail(f"other_softcap is {other_softcap}, expected a positive number, or None for off.")
     # A view: torch.compile takes no tensor twice.
     temperature = call.temperature.view(-1) if other_temperature is None else temperature_rows(call.rows, other_temperature, fail)
-    backend = choose(op, call.logits.device, call.logits.dtype, other.dtype, call.backend)
+    backend = choose_divergence(call.logits.device, call.logits.dtype, other.dtype, call.backend)
     heads = TwoHeads(call.vocab_size, call.softcap, cap, call.drop_last, backend)
     return TwoCall(call, _collapsed(other, fail), temperature, heads)
 

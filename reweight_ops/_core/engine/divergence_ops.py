@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends.base import Head
-from ..backends.divergence import TABLE, Two, load
+from ..backends.base import DIVERGENCE_STATS, DivergenceInputs, Head
+from ..backends.select import load
 from ..calls.two_logits import TwoHeads
 from .autograd import hand_out_once
 from .ops import clear_last, gradient_ops, op, row_dtype, scale, with_ids
@@ -17,12 +17,12 @@ from .ops import clear_last, gradient_ops, op, row_dtype, scale, with_ids
 
 def _two(
     logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, vocab: int, cap: float, other_cap: float, drop: bool
-) -> Two:
-    return Two(with_ids(logits, drop), other, ids, t, t_other, Head(vocab, cap), Head(vocab, other_cap))
+) -> DivergenceInputs:
+    return DivergenceInputs(with_ids(logits, drop), other, ids, t, t_other, Head(vocab, cap), Head(vocab, other_cap))
 
 
 def _fake_table(logits: Tensor, other: Tensor, ids: Tensor, *args: Any) -> Tensor:
-    return logits.new_empty((len(TABLE), ids.numel()), dtype=row_dtype(logits))
+    return logits.new_empty((len(DIVERGENCE_STATS), ids.numel()), dtype=row_dtype(logits))
 
 
 @op(_fake_table)
@@ -38,14 +38,14 @@ def divergence_stats(
     drop: bool,
     backend: str,
 ) -> Tensor:
-    return load(backend).stats(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop))
+    return load(backend).divergence_stats(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop))
 
 
 def _write_grad(
     out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, coefs: Tensor, vocab: int, cap: float,
     other_cap: float, drop: bool, backend: str,
 ) -> None:  # fmt: skip
-    load(backend).grad(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, with_ids(out, drop))
+    load(backend).divergence_grad(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, with_ids(out, drop))
     clear_last(out, drop)
 
 
@@ -57,7 +57,7 @@ def _write_loss_grad(
     cap: float, other_cap: float, drop: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     two = _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop)
-    table = load(backend).loss_grad(two, constants, weights, with_ids(out, drop))
+    table = load(backend).divergence_loss_grad(two, constants, weights, with_ids(out, drop))
     clear_last(out, drop)
     return table
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import Request
-from ..backends.select import candidates, choose, why_not
+from ..backends.select import candidates, choose, load, why_not
 from ..calls.logits import LogitsCall
 from ..calls.policy import LossCall
 from ..formula.program import Program
@@ -70,7 +70,7 @@ def pick(device: torch.device, dtype: torch.dtype, name: str, program_text: str 
     best = None  # the first that serves, with why it takes no one pass
     for backend in candidates(device.type, name):
         # The reference knows every program, which is no reason to prefer it to a fast backend that needs two passes.
-        if (best is not None and backend == "reference") or why_not(backend, Request("token_stats", device, dtype)) is not None:
+        if (best is not None and load(backend).is_fallback) or why_not(backend, Request("token_stats", device, dtype)) is not None:
             continue
         if program_text is None:
             return Choice("two_pass", backend, None)
