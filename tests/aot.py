@@ -109,7 +109,7 @@ class Recorder:
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
 
-PROGRAM = Program(("clip", "k3", "entropy_bonus"), (("advantage_reweighting", "surrogate"),))
+PROGRAM = Program.of(("clip", "k3", "entropy_bonus"), (("advantage_reweighting", "surrogate"),))
 PARAMS = torch.zeros(16)
 
 
@@ -144,7 +144,7 @@ def split_and_capped(target: str) -> list[Compiled]:
 
 def count_compilations(target: str = "sm_90") -> dict[str, int]:
     """Compilations of each kernel over calls that differ in everything that must not matter, for one dtype, program and alignment."""
-    program = Program(("clip", "k3"))
+    program = Program.of(("clip", "k3"))
     with Recorder(target) as recorder:
         for rows, length, temperature, beta, softcap in (
             (4, 8, 1.0, 0.1, 20.0),

@@ -18,13 +18,14 @@ logits are fp64: only the reference takes those). ``temperature`` has 1 or N ele
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..codegen.loss_program import Program
 
 #: The id of a row that is out of the loss.
 OUT = -100
@@ -69,33 +70,6 @@ def rows_of(logits: Tensor) -> RowAddresses:
     return RowAddresses(max(logits.size(1), 1), logits.stride(0), logits.stride(1))
 
 
-class Program(NamedTuple):
-    """What ``token_loss_grad`` evaluates per row, by registry names; hashable, so backends cache what they compile for it.
-
-    With ``log_ratio = clip(logp - old_logp, clamp_low, clamp_high)`` (zero gradient outside) and the leaves of :data:`~reweight_ops.rules.base.LEAVES`::
-
-        loss          = sum_k coef_k * u_k * rule_k(leaves)            u_0 = product of all weights, u_k = product of scope "all"
-        weighted_loss = sum_k w_k * coef_k * u_k * rule_k(leaves)      w_k: the row weight of term k, an input
-
-    A term whose ``w_k * coef_k * u_k`` is 0 contributes exactly 0 (never ``0 * inf``) to each of them and to the coefficients. ``params`` is one
-    fp32 vector: ``[clamp_low, clamp_high, (coef_k, fields of rule k)..., (fields of weight j)...]``. Term 0 is the surrogate.
-    """
-
-    terms: tuple[str, ...]
-    weights: tuple[tuple[str, str], ...] = ()  # (name, scope)
-
-    def encode(self) -> str:
-        """As one string, which is what crosses the boundary of a custom op: ``clip,k3|advantage_reweighting:surrogate``."""
-        return f"{','.join(self.terms)}|{','.join(':'.join(pair) for pair in self.weights)}"
-
-    @staticmethod
-    @functools.lru_cache(maxsize=512)
-    def decode(text: str) -> Program:
-        terms, weights = text.split("|")
-        pairs = (pair.split(":") for pair in weights.split(",") if pair)
-        return Program(tuple(terms.split(",")), tuple((name, scope) for name, scope in pairs))
-
-
 class RowInputs(NamedTuple):
     """Per-row inputs of ``token_loss_grad``. ``old_logp=None``: on-policy, ``old_logp = logp`` without gradient."""
 
@@ -104,6 +78,10 @@ class RowInputs(NamedTuple):
     adv: Tensor | None = None
     ref_logp: Tensor | None = None
     sampling_logp: Tensor | None = None
+
+    def stored(self) -> dict[str, Tensor]:
+        """What the call was given besides the weights, by the names of a formula's leaves."""
+        return {name: t for name, t in zip(self._fields[1:], self[1:], strict=True) if t is not None}
 
 
 class Request(NamedTuple):

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..codegen.loss_program import STATISTICS
 from .base import COEFS, OUT, Backend, Head, Program, Request, RowInputs
 from .program import run_program
 
@@ -94,10 +95,10 @@ def token_loss_grad(
 ) -> Tensor:
     names = ("logp", "entropy", "lse", "log_sum_p_sq")
     stats = dict(zip(names, token_stats(logits, ids, temperature, head, names), strict=True))
-    result = run_program(program, params, stats, inputs, ids != OUT)
-    token_grad(logits, ids, temperature, head, stats, {**result.coefs}, out)
+    weighted, loss, *by = run_program(program, params, stats, inputs, ids != OUT)
+    token_grad(logits, ids, temperature, head, stats, dict(zip(STATISTICS, by, strict=True)), out)
     bad = (ids != OUT) & ((ids < 0) | (ids >= head.total()))
-    rows = torch.stack([stats["logp"], stats["entropy"], result.weighted_loss, result.loss, result.coefs["logp"], result.coefs["entropy"]])
+    rows = torch.stack([stats["logp"], stats["entropy"], weighted, loss, *by[:2]])
     return torch.where(bad, math.nan, rows)
 
 

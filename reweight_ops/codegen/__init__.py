@@ -1,7 +1,7 @@
-"""One definition, every backend: trace a formula, differentiate it, print it as C++ and Triton.
+"""One definition, every backend: trace a formula, differentiate it, compose a loss, interpret it or print it.
 
-``python -m reweight_ops.codegen`` rewrites ``csrc/common/rules.inc`` and ``triton_kernels/rules.py`` from the package's rules and
-weights; with ``--check`` it writes nothing and exits 1 if one of them is stale.
+``python -m reweight_ops.codegen`` rewrites ``csrc/common/rules.inc`` from the package's rules and weights; with ``--check`` it
+writes nothing and exits 1 if it is stale.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def generated_files() -> dict[Path, str]:
     """Path (relative to the repository) and text of each generated file."""
     from .cpp import rules_inc
-    from .triton import rules_py
 
-    return {Path("csrc/common/rules.inc"): rules_inc(), Path("triton_kernels/rules.py"): rules_py()}
+    return {Path("csrc/common/rules.inc"): rules_inc()}
 
 
 def stale_files(root: Path = ROOT) -> list[Path]:

@@ -276,7 +276,7 @@ class _Owned(torch.autograd.Function):
 
 # --- beyond 2³¹ elements --------------------------------------------------------------------------------------------------------
 
-PROGRAM, PARAMS = Program(("clip",)), [-20.0, 20.0, 1.0, 0.2, 0.2, float("inf")]
+PROGRAM, PARAMS = Program.of(("clip",)), [-20.0, 20.0, 1.0, 0.2, 0.2, float("inf")]
 
 
 def verbs_on(place, z, ids, adv):

@@ -145,7 +145,7 @@ def test_a_sick_row_is_nan_and_alone(place, sickness):
 
 # --- bitwise --------------------------------------------------------------------------------------------------------------------
 
-PROGRAM, PARAMS = Program(("clip", "entropy_bonus")), [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05]
+PROGRAM, PARAMS = Program.of(("clip", "entropy_bonus")), [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05]
 
 
 class Rows:
