@@ -74,6 +74,7 @@ class NinjaBuild(build_ext):
         defines += [f"-DRW_HAS_{name.upper()}" for name in levels]
         objects = {"bindings.o": edge("bindings.o", "cxx", "bindings.cpp", [*flags, *includes(), *defines, sources("cpu")])}
         objects["dispatch.o"] = edge("dispatch.o", "cxx", "cpu/dispatch.cpp", [*flags, *includes(), *defines])
+        objects["evaluate_rows.o"] = edge("evaluate_rows.o", "cxx", "cpu/evaluate_rows.cpp", [*flags, *includes()])
         for name, march in levels.items():
             obj = f"kernels_{name}.o"
             objects[obj] = edge(obj, "cxx", "cpu/kernels.cpp", [*flags, *includes(), *march, f"-DRW_LEVEL={name}", *NO_FALSE_ALARM])

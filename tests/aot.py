@@ -24,8 +24,12 @@ from triton.runtime.driver import driver  # noqa: E402
 
 from reweight_ops._core.backends import triton_launch  # noqa: E402
 from reweight_ops._core.backends import triton_token as backend  # noqa: E402
-from reweight_ops._core.backends.base import COEFS, Head  # noqa: E402
-from reweight_ops._core.formula.program import Program, RowInputs  # noqa: E402
+from reweight_ops._core.backends.base import (  # noqa: E402
+    COEFS,
+    Head,
+    RowInputs,
+)
+from reweight_ops._core.formula.loss_program import Program  # noqa: E402
 from reweight_ops.triton_kernels.config import MAX_REGISTERS, Config  # noqa: E402
 
 TARGETS = {
@@ -111,7 +115,7 @@ class Recorder:
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
 
-PROGRAM = Program(("clip", "k3", "entropy_bonus"), (("advantage_reweighting", "surrogate"),))
+PROGRAM = Program.of(("clip", "k3", "entropy_bonus"), (("advantage_reweighting", "surrogate"),))
 PARAMS = torch.zeros(16)
 
 
@@ -146,7 +150,7 @@ def split_and_capped(target: str) -> list[Compiled]:
 
 def count_compilations(target: str = "sm_90") -> dict[str, int]:
     """Compilations of each kernel over calls that differ in everything that must not matter, for one dtype, program and alignment."""
-    program = Program(("clip", "k3"))
+    program = Program.of(("clip", "k3"))
     with Recorder(target) as recorder:
         for rows, length, temperature, beta, softcap in (
             (4, 8, 1.0, 0.1, 20.0),

@@ -16,10 +16,10 @@ from cuda_emulation.build import DTYPES, ROOT
 
 import reweight_ops
 from reweight_ops._core.backends import native, select
-from reweight_ops._core.backends.base import Head, Request
+from reweight_ops._core.backends.base import Head, Request, RowInputs
 from reweight_ops._core.backends.sources import source_hash
 from reweight_ops._core.engine.plan import Choice
-from reweight_ops._core.formula.program import Program, RowInputs
+from reweight_ops._core.formula.loss_program import Program
 from reweight_ops.errors import BackendUnavailable, ReweightOpsError
 
 explain_module = importlib.import_module("reweight_ops.explain")
@@ -39,8 +39,8 @@ def test_what_it_does_not_serve(backend):
     assert "fp32, bf16 or fp16" in reason(Request("token_stats", torch.device("cuda", 0), torch.float64))
     if not torch.cuda.is_available():
         assert "sees no GPU" in reason(Request("token_stats", torch.device("cuda", 0), torch.float32))
-    assert backend._native.why_not(Program(("clip", "k3"))) is None
-    assert "not compiled in" in backend._native.why_not(Program(("no_such_rule",)))
+    assert backend._native.why_not(Program.of(("clip", "k3"))) is None
+    assert "not compiled in" in backend._native.why_not(Program(("0 logp exp:0",)))
 
 
 def test_statuses(backend, monkeypatch):
@@ -247,7 +247,7 @@ def test_on_a_gpu_as_the_reference(backend, dtype, v):
     ids = torch.randint(0, v, (40,), generator=g)
     ids[3] = -100
     inputs = RowInputs(torch.ones(1, 40), None, torch.randn(40, generator=g))
-    program, params = Program(("clip",)), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, float("inf")])
+    program, params = Program.of(("clip",)), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, float("inf")])
     reference = select.load("reference")
     want_out, out = torch.empty_like(z), torch.empty_like(z, device="cuda")
     want = reference.token_loss_grad(z, ids, torch.ones(1), Head(v), inputs, program, params, want_out)

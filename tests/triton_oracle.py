@@ -17,9 +17,11 @@ from kernel_oracle import gradient, statistics
 
 from reweight_ops._core.backends import triton_launch
 from reweight_ops._core.backends import triton_token as backend
-from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Head
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Head, RowInputs
+from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.namespace import TorchNamespace
-from reweight_ops._core.formula.program import Program, RowInputs
+from reweight_ops._core.formula.text import write_formula
+from reweight_ops._core.formula.trace import trace_rule, trace_weight
 from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules import RULES, WEIGHTS
 
@@ -46,8 +48,10 @@ if triton_launch.interpreted() and tuple(int(n) for n in triton.__version__.spli
 
 def rows_in(program: Program) -> list[tuple[type, list[str]]]:
     """The classes of a program's parameters, in the order of the vector, with the names of theirs (a term's coefficient first)."""
-    terms = [(RULES[n], ["coef", *RULES[n].parameter_names()]) for n in program.terms]
-    return terms + [(WEIGHTS[n], list(WEIGHTS[n].parameter_names())) for n, _ in program.weights]
+    rules = {write_formula(trace_rule(cls)): cls for cls in RULES.values()}
+    weights = {write_formula(t): cls for cls in WEIGHTS.values() if not (t := trace_weight(cls)).uses_batch}
+    terms = [(rules[text], ["coef", *rules[text].parameter_names()]) for text in program.terms]
+    return terms + [(weights[text], list(weights[text].parameter_names())) for text, _ in program.weights]
 
 
 def default_params(program: Program, clamp: float = 20.0, **override: float) -> torch.Tensor:

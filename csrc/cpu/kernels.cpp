@@ -1,5 +1,6 @@
 // The three verbs at one instruction-set level: this file is compiled once per level, with RW_LEVEL naming it.
 #include "parallel.h"
+#include "program.h"
 #include "stream.h"
 #include "sweeps.h"
 #include "verbs.h"
@@ -152,6 +153,7 @@ template <class T, bool kFull>
 void token_loss_grad(const LossGradCall& call) {
     const Softcap softcap(call.softcap);
     const bool stream = streams(call, sizeof(T));
+    const LossEvaluator evaluate(call);
     for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int64_t i, int64_t next) {
         T* g = (T*)call.out + call.out_strides.offset(i);
         const Fetch ahead{(const char*)((const T*)call.logits + call.strides.offset(next < call.rows ? next : i)), 2};
@@ -163,7 +165,7 @@ void token_loss_grad(const LossGradCall& call) {
         const Row<T> row(call, i, softcap);
         const RowSweep sweep = sweep_row<T, kFull ? Sums::full : Sums::entropy>(row.x, call.vocab_size, row.scale, softcap);
         const RowStats s = row.finish(sweep);
-        const RowLoss l = evaluate(call, i, s);
+        const RowLoss l = evaluate(i, s);
         put_row(call, i, s, l);
         const double lse2 = sweep.state.ref + sweep.state.log_sum();
         const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};

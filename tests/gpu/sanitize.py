@@ -18,9 +18,8 @@ if sys.argv[2:3] == ["cpu"]:
 import torch
 
 import reweight_ops as rw
-from reweight_ops._core.backends.base import COEFS, STATS, DivergenceInputs, Head
+from reweight_ops._core.backends.base import COEFS, STATS, DivergenceInputs, Head, RowInputs
 from reweight_ops._core.backends.select import load
-from reweight_ops._core.formula.program import RowInputs
 from reweight_ops._core.rows.groups import OUT
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..formula.program import Program, RowInputs
+from ..formula.loss_program import Program
 
 #: Row statistics that ``token_stats`` can return: ``max_logp`` is ``max x - lse``, the log-prob of the likeliest token.
 STATS = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
@@ -78,6 +78,20 @@ def rows_of(logits: Tensor) -> RowAddresses:
     if logits.dim() == 2:
         return RowAddresses(max(logits.size(0), 1), 0, logits.stride(0))
     return RowAddresses(max(logits.size(1), 1), logits.stride(0), logits.stride(1))
+
+
+class RowInputs(NamedTuple):
+    """Per-row inputs of ``token_loss_grad``. ``old_logp=None``: on-policy, ``old_logp = logp`` without gradient."""
+
+    weights: Tensor  # [K, N]: row weight of each term; dimension 0 may be expanded (stride 0)
+    old_logp: Tensor | None = None
+    adv: Tensor | None = None
+    ref_logp: Tensor | None = None
+    sampling_logp: Tensor | None = None
+
+    def stored(self) -> dict[str, Tensor]:
+        """What the call was given besides the weights, by the names of a formula's leaves."""
+        return {name: t for name, t in zip(self._fields[1:], self[1:], strict=True) if t is not None}
 
 
 class DivergenceInputs(NamedTuple):

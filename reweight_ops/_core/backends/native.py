@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable, InvalidCall
-from ..formula.base import RULES, WEIGHTS
-from ..formula.derive import derive
-from ..formula.program import Program, RowInputs
-from ..formula.trace import trace_rule, trace_weight
-from .base import COEFS, LOSS_ROWS, STATS, Head, Request, RowAddresses, rows_of
+from ..formula.loss_program import Program
+from .base import COEFS, LOSS_ROWS, STATS, Head, Request, RowAddresses, RowInputs, rows_of
+from .native_programs import Compiled, CompiledRules, Programs, Tables
 from .sources import source_hash
 
-_MAX_TERMS, _MAX_WEIGHTS = 4, 4
 _MAX_COLUMNS = 2**31 - 2**20
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -51,37 +48,15 @@ class Native:
         self, module: Any, device_type: str, place: Callable[[torch.device], dict[str, int]], check: Callable[[int], None]
     ) -> None:
         self.module, self.device_type, self._place, self.check = module, device_type, place, check
-        self.why_not = lru_cache(maxsize=256)(self._why_not)
+        self._programs: Programs = Tables(module) if hasattr(module, "Table") else CompiledRules(module)
+        self.why_not = lru_cache(maxsize=256)(self._programs.why_not)
         self._compiled = lru_cache(maxsize=256)(self._compile)
 
-    def _why_not(self, program: Program) -> str | None:
-        """Why the module cannot run a program."""
-        if len(program.terms) > _MAX_TERMS or len(program.weights) > _MAX_WEIGHTS:
-            return f"one pass evaluates at most {_MAX_TERMS} terms and {_MAX_WEIGHTS} weights"
-        for what, names, registry, built in (
-            ("rule", program.terms, RULES, self.module.rules()),
-            ("weight", tuple(name for name, _ in program.weights), WEIGHTS, self.module.weights()),
-        ):
-            for name in names:
-                if name not in built:
-                    return f"{what} {name!r} is not compiled in"
-                if built[name] != len(registry[name].parameter_names()):
-                    return f"{what} {name!r} was compiled with other parameters: rebuild the extension"
-        return None
-
-    def _compile(self, program: Program) -> tuple[Any, int, bool, bool]:
-        """The program for the module, the length of its parameters, whether it reads log_sum_p_sq, and whether its loss depends on the entropy."""
+    def _compile(self, program: Program, device: torch.device) -> Compiled:
         reason = self.why_not(program)
         if reason is not None:
             raise InvalidCall(f"token_loss_grad on {self.device_type}: {reason}.")
-        rules = [RULES[name] for name in program.terms]
-        weights = [WEIGHTS[name] for name, _ in program.weights]
-        length = 2 + sum(1 + len(r.parameter_names()) for r in rules) + sum(len(w.parameter_names()) for w in weights)
-        read = frozenset().union(*(trace_rule(r).leaves for r in rules), *(trace_weight(w).leaves for w in weights))
-        slopes = [derive(trace_rule(r))["entropy"] for r in rules]
-        entropy_gradient = any(slope.op != "const" or slope.args[0] != 0 for slope in slopes)
-        compiled = self.module.Program(list(program.terms), [(name, scope == "all") for name, scope in program.weights])
-        return compiled, length, "log_sum_p_sq" in read, entropy_gradient
+        return self._programs.compile(program, device)
 
     def address(self, name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> int:
         """``data_ptr()`` of a contiguous tensor of exactly this shape and dtype, on the device of ``like``; 0 for None."""
@@ -157,7 +132,7 @@ class Native:
     def token_loss_grad(
         self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
     ) -> Tensor:
-        compiled, length, reads_p_sq, entropy_gradient = self._compiled(program)
+        compiled, length, reads_p_sq, entropy_gradient, _ = self._compiled(program, logits.device)
         call, n = self.call(logits, ids, temperature, head), ids.numel()
         weights = inputs.weights
         shared = len(program.terms) == 1 or weights.stride(0) == 0  # one vector for all terms

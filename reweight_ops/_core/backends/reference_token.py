@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..formula.program import Program, RowInputs, run_program
+from ..formula.loss_program import STATISTICS, Program
+from ..formula.program import evaluate_rows
 from ..rows.groups import OUT
-from .base import COEFS, Head
+from .base import COEFS, Head, RowInputs
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -91,8 +92,9 @@ def token_loss_grad(
 ) -> Tensor:
     names = ("logp", "entropy", "lse", "log_sum_p_sq")
     stats = dict(zip(names, token_stats(logits, ids, temperature, head, names), strict=True))
-    result = run_program(program, params, stats, inputs, ids != OUT)
-    token_grad(logits, ids, temperature, head, stats, {**result.coefs}, out)
+    leaves = {"old_logp": stats["logp"]} | {name: stats[name] for name in STATISTICS} | inputs.stored()
+    weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.weights, keep=ids != OUT)
+    token_grad(logits, ids, temperature, head, stats, dict(zip(STATISTICS, by, strict=True)), out)
     bad = (ids != OUT) & ((ids < 0) | (ids >= head.total()))
-    rows = torch.stack([stats["logp"], stats["entropy"], result.weighted_loss, result.loss, result.coefs["logp"], result.coefs["entropy"]])
+    rows = torch.stack([stats["logp"], stats["entropy"], weighted, loss, *by[:2]])
     return torch.where(bad, math.nan, rows)

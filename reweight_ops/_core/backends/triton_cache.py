@@ -15,8 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ..files import write_atomically
-from ..formula.base import RULES, WEIGHTS
-from ..formula.program import Program
+from ..formula.loss_program import Program
 from ..formula.triton import program_py
 
 
@@ -47,12 +46,11 @@ def load_source(text: str, folder: Path) -> ModuleType:
     return module
 
 
-_functions: dict[tuple[Any, ...], Any] = {}
+_functions: dict[Program, Any] = {}
 
 
 def program_function(program: Program) -> Any:
-    """The ``@triton.jit`` function of a program. Keyed by the classes, so a rule that a notebook redefines is printed anew."""
-    key = (program, *(RULES[name] for name in program.terms), *(WEIGHTS[name] for name, _ in program.weights))
-    if key not in _functions:
-        _functions[key] = load_source(program_py(program), cache_folder()).program
-    return _functions[key]
+    """The ``@triton.jit`` function of a program."""
+    if program not in _functions:
+        _functions[program] = load_source(program_py(program), cache_folder()).program
+    return _functions[program]

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from ...triton_kernels import kernels
 from ...triton_kernels.config import Config, config_for
-from ..formula.program import Program, RowInputs
-from ..formula.triton import facts
+from ..formula.loss_program import Program, loss_graph
 from . import triton_launch
-from .base import COEFS, LOSS_ROWS, STATS, Head, rows_of
+from .base import COEFS, LOSS_ROWS, STATS, Head, RowInputs, rows_of
 from .triton_cache import program_function
 
 _STAT_ORDER = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
@@ -101,15 +100,15 @@ def token_loss_grad(
     if not n:
         return rows
     call = _Call(logits, temperature, head, out)
-    known = facts(program)
+    graph = loss_graph(program)
     partial = call.partial(logits, ids, temperature, head, keep=True)
-    to, entropy, p_sq = rows_of(out), "entropy" in known.moves, "log_sum_p_sq" in known.moves
+    to, entropy, p_sq = rows_of(out), graph.moves("entropy"), graph.moves("log_sum_p_sq")
     given = [rows if x is None else x for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)]
     triton_launch.launch(
         kernels.loss_grad_kernel, call.programs(out), logits, out, ids, temperature, inputs.weights, *given, params,
         rows if partial is None else partial, rows, n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None),
         *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
-        PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in known.reads,
+        PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in graph.reads(),
         SPLIT=call.split, CHUNK=call.chunk, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate,
         warps=call.config.warps,
     )  # fmt: skip

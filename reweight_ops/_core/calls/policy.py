@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.base import RowInputs
 from ..formula.leaves import Leaves, safe_where
 from ..formula.namespace import TorchNamespace
-from ..formula.program import RowInputs
 from ..formula.terms import Term, TermResult, Terms, evaluate
 from ..rows.batch import BatchStatistics
 from ..rows.constants import parameter_vector

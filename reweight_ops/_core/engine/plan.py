@@ -15,7 +15,7 @@ from ..backends.base import Request
 from ..backends.select import candidates, choose, load, why_not
 from ..calls.logits import LogitsCall
 from ..calls.policy import LossCall
-from ..formula.program import Program
+from ..formula.loss_program import Program
 from ..formula.trace import trace_weight
 from .autograd import HeadCall, OnePassLoss, RowStatistics
 from .output import PolicyLossOutput

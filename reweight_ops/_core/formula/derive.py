@@ -94,25 +94,25 @@ def _through(slope: Expr, factor: Expr, combine: Callable[[Expr, Expr], Expr] = 
     return result
 
 
-class _Derivative:
-    """d/d``leaf`` of the nodes of one graph."""
+class Derivative:
+    """d/d``variable`` of the nodes of one graph, where the nodes ``fixed`` do not depend on it."""
 
-    def __init__(self, leaf: str) -> None:
-        self.leaf = leaf
-        self.memo: dict[int, Expr] = {}
+    def __init__(self, variable: Expr, fixed: tuple[Expr, ...] = ()) -> None:
+        zero, one = variable.graph.const(0.0), variable.graph.const(1.0)
+        self.memo = {x.index: zero for x in fixed} | {variable.index: one}
 
     def __call__(self, x: Expr) -> Expr:
         if x.index not in self.memo:
-            self.memo[x.index] = self._of(x)
+            for node in walk(x):  # operands first, so that no recursion is deep
+                if node.index not in self.memo and not node.is_bool:
+                    self.memo[node.index] = self._of(node)
         return self.memo[x.index]
 
     def _of(self, x: Expr) -> Expr:
         g = x.graph
         zero, one = g.const(0.0), g.const(1.0)
         match x.op, x.args:
-            case "leaf", (name,):
-                return one if name == self.leaf else zero
-            case (("const" | "param" | "stop"), _):
+            case (("leaf" | "const" | "param" | "stop"), _):
                 return zero
             case "add", (a, b):
                 return add(self(a), self(b))
@@ -151,17 +151,23 @@ class _Derivative:
         raise TypeError(f"{x.op} has no derivative inside a kernel.")
 
 
-def value(traced: Traced) -> Expr:
-    """The formula's value. ``a + stop(b - a)``, the straight-through idiom, becomes ``b``: the sum would lose b's digits to a's."""
+def value_of(root: Expr) -> Expr:
+    """``a + stop(b - a)``, the straight-through idiom, becomes ``b``: the sum would lose b's digits to a's."""
     memo: dict[int, Expr] = {}
-    for x in walk(traced.result):
+    for x in walk(root):
         operands = [memo[a.index] if isinstance(a, Expr) else a for a in x.args]
         memo[x.index] = x.graph.node(x.op, *operands)
         if x.op == "add" and operands[1].op == "stop" and operands[1].args[0].op == "sub" and operands[1].args[0].args[1] is operands[0]:
             memo[x.index] = operands[1].args[0].args[0]
-    return memo[traced.result.index]
+    return memo[root.index]
+
+
+def value(traced: Traced) -> Expr:
+    """The formula's value; see :func:`value_of`."""
+    return value_of(traced.result)
 
 
 def derive(traced: Traced) -> dict[str, Expr]:
     """The partial derivative of the formula by each of :data:`~reweight_ops._core.formula.base.DIFFERENTIABLE_LEAVES`."""
-    return {leaf: _Derivative(leaf)(traced.result) for leaf in DIFFERENTIABLE_LEAVES}
+    graph = traced.result.graph
+    return {leaf: Derivative(graph.node("leaf", leaf))(traced.result) for leaf in DIFFERENTIABLE_LEAVES}

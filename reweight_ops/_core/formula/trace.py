@@ -301,18 +301,23 @@ class Traced:
     uses_batch: bool
 
 
+def unstopped(x: Expr) -> Expr:
+    """The node whose value ``x`` has, which is itself unless it only stops the gradient."""
+    return unstopped(x.args[0]) if x.op == "stop" else x
+
+
 def walk(*roots: Expr) -> list[Expr]:
     """Every node that ``roots`` depend on, operands before their users, each once."""
     order: dict[int, Expr] = {}
-
-    def visit(x: Expr) -> None:
-        if x.index not in order:
-            for operand in x.operands:
-                visit(operand)
-            order[x.index] = x
-
-    for root in roots:
-        visit(root)
+    waiting = list(reversed(roots))  # a stack, and no recursion: a loss of many terms is a deep graph
+    while waiting:
+        x = waiting[-1]
+        missing = [a for a in x.operands if a.index not in order] if x.index not in order else []
+        if missing:
+            waiting += reversed(missing)
+        else:
+            order.setdefault(x.index, x)
+            waiting.pop()
     return list(order.values())
 
 

@@ -10,13 +10,10 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..formula.base import CURRENT_LEAVES, Rule, TokenWeight
-from ..formula.program import Program
+from ..formula.loss_program import Program
 from ..formula.trace import trace_rule, trace_weight
 from .ratio import Ratio, TokenRatio
 from .reduction import NoReduction, Reduction, TokenMean
-
-#: The most terms that fit in one pass; more go to two_pass.
-MAX_ONE_PASS_TERMS = 4
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,9 @@ class PolicyLossSpec:
             raise InvalidCall("PolicyLossSpec: NoReduction takes no weight.")
         # Traced now, and kept: a call, and torch.compile above it, only reads the results.
         object.__setattr__(self, "_requires", self._find_requires())
-        object.__setattr__(self, "_program", self._find_program())
-        object.__setattr__(self, "_program_text", self.program.encode())
         object.__setattr__(self, "_obstacle", self._find_obstacle())
+        object.__setattr__(self, "_program", self._find_program())
+        object.__setattr__(self, "_program_text", self.program and self.program.encode())
         object.__setattr__(self, "_values", self._find_values())
 
     # --- what follows from the fields ---------------------------------------------------------------------------------------
@@ -96,12 +93,12 @@ class PolicyLossSpec:
         return self.ratio.level != "token" or batch or any(r.coupled for r in self.reductions)
 
     @property
-    def program(self) -> Program:
-        """What a one-pass kernel evaluates in the row."""
+    def program(self) -> Program | None:
+        """What a one-pass kernel evaluates in the row; None where :attr:`one_pass_obstacle` says why not."""
         return self._program  # type: ignore[attr-defined,no-any-return]
 
     @property
-    def program_text(self) -> str:
+    def program_text(self) -> str | None:
         """:attr:`program` as it crosses the boundary of a custom op."""
         return self._program_text  # type: ignore[attr-defined,no-any-return]
 
@@ -137,8 +134,10 @@ class PolicyLossSpec:
             waiting += inner
         return found
 
-    def _find_program(self) -> Program:
-        return Program(tuple(r.name for r in self.rules), tuple((w.name, w.scope) for w in self.weights))
+    def _find_program(self) -> Program | None:
+        if self.one_pass_obstacle is not None:
+            return None
+        return Program.of(map(type, self.rules), [(type(w), w.scope) for w in self.weights])
 
     def _find_values(self) -> tuple[Any, ...]:
         values: list[Any] = [*self.ratio.bounds(), 1.0, *self.surrogate.parameters().values()]
@@ -151,8 +150,6 @@ class PolicyLossSpec:
     def _find_obstacle(self) -> str | None:
         if self.ratio.one_pass_obstacle is not None:
             return self.ratio.one_pass_obstacle
-        if len(self.rules) > MAX_ONE_PASS_TERMS:
-            return f"the loss has {len(self.rules)} terms, one pass holds {MAX_ONE_PASS_TERMS}"
         if not self.reduction.scalar:
             return "the loss is not reduced to a number"
         for w in self.weights:
