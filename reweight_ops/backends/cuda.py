@@ -94,4 +94,4 @@ def _kernel_of(logits: Tensor, vocab_size: int, device: torch.device) -> str:
 
 token_stats, token_grad, token_loss_grad = _native.token_stats, _native.token_grad, _native.token_loss_grad
 
-BACKEND = Backend("cuda", _unsupported_reason, token_stats, token_grad, token_loss_grad, _kernel_of)
+BACKEND = Backend("cuda", _unsupported_reason, token_stats, token_grad, token_loss_grad, _kernel_of, _native.scale)

@@ -18,6 +18,7 @@ from ..errors import BackendUnavailable, InvalidCall
 from ..rules.base import RULES, WEIGHTS
 from ..sources import source_hash
 from .base import COEFS, LOSS_ROWS, STATS, Head, Program, RowAddresses, RowInputs, rows_of
+from .scale import scale_in_torch, spans_of
 
 _MAX_TERMS, _MAX_WEIGHTS = 4, 4
 _MAX_COLUMNS = 2**31 - 2**20
@@ -164,6 +165,14 @@ class Native:
         )  # fmt: skip
         self._check(status)
         return rows
+
+    def scale(self, grad: Tensor, factor: Tensor) -> None:
+        spans = spans_of(grad)
+        if spans is None or grad.dtype not in DTYPES:
+            scale_in_torch(grad, factor)
+            return
+        where = self._address("factor", factor.detach().float(), (), grad)
+        self._check(self.module.scale(DTYPES[grad.dtype], grad.data_ptr(), *spans, where, **self._place(grad.device)))
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

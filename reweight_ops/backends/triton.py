@@ -35,6 +35,8 @@ except ImportError as error:
 from ..codegen.triton import facts
 from ..triton_kernels import kernels
 from ..triton_kernels.config import MAX_REGISTERS, Config, config_for
+from ..triton_kernels.scale import scale_kernel
+from .scale import scale_in_torch, spans_of
 from .triton_programs import program_function
 
 #: The oldest and the newest Triton that the tests were run with; ``make triton-versions`` runs them with each.
@@ -214,4 +216,25 @@ def token_loss_grad(
     return rows
 
 
-BACKEND = Backend("triton", _unsupported_reason, token_stats, token_grad, token_loss_grad)
+#: Threads of a program that scales, vectors of each in flight, and programs on a multiprocessor: 64 KiB of loads there.
+_SCALE_THREADS, _SCALE_VECTORS, _SCALE_PROGRAMS = 256, 4, 4
+
+
+def scale(grad: Tensor, factor: Tensor) -> None:
+    spans = spans_of(grad)
+    if spans is None or grad.dtype not in _DTYPES:
+        scale_in_torch(grad, factor)
+        return
+    size = grad.element_size()
+    block = _SCALE_THREADS * _SCALE_VECTORS * 16 // size
+    tiles = (spans.columns + 16 // size - 2) // block + 1  # a row begins at most one element less than a vector into its first tile
+    if not spans.rows * spans.columns:
+        return
+    programs = min(spans.rows * tiles, _SCALE_PROGRAMS * _processors(grad.device))
+    _launch(
+        scale_kernel, programs, grad, factor.detach().float(), spans.rows, spans.columns, tiles, *spans.addresses, FLAT=spans.rows == 1, BLOCK=block,
+        SIZE=size, EMULATE=interpreted() and grad.dtype == torch.bfloat16, warps=_SCALE_THREADS // _wave(grad.device),
+    )  # fmt: skip
+
+
+BACKEND = Backend("triton", _unsupported_reason, token_stats, token_grad, token_loss_grad, scale=scale)
