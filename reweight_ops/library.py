@@ -156,11 +156,12 @@ token_loss_grad, token_loss_grad_ = gradient_ops("token_loss_grad", _write_token
 
 
 def may_overwrite(consume: bool) -> bool:
-    """Whether backward may write over a tensor that forward saved: never in a compiled graph.
+    """Whether backward may write a gradient over logits: never in a compiled graph.
 
-    There a write becomes a copy, taken with the strides that the tensor had when the graph was traced. Inductor may have saved it with others,
-    for it pads rows on GPUs, and then the copy takes wrong elements: gradients are wrong without a word (PyTorch 2.11 and 2.13).
-    Whatever a compiled backward calls therefore gives a new tensor. A write in forward is over a tensor of its own graph, whose strides are kept.
+    There a write becomes a copy, taken with the strides that the logits had when the graph was traced. Inductor may have saved them with others, for
+    it pads rows on GPUs (and may save what backward was to recompute), and then the copy takes wrong elements: a wrong gradient without a word
+    (PyTorch 2.11 and 2.13). What a compiled backward calls therefore gives a new tensor. A write in forward is over a tensor of the same graph,
+    whose strides are kept.
     """
     return consume and not torch.compiler.is_compiling()
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from . import library
 from .autograd import hand_out_once
-from .linear_gemms import Chunk, Gradients, Head, Settings, balanced, chunks, live_rows
+from .linear_gemms import Chunk, Gradients, Head, Settings, balanced, chunks, live_rows, padded
 
 _DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
 
@@ -77,8 +77,7 @@ class LinearStatistics(torch.autograd.Function):
         gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], total_chunks, settings)
         for data, rows in zip(kept, chunks(0, recomputed_from, max(size, 1)), strict=True):
             part, h = table.rows(rows), hidden[rows]
-            _write_gradient(data[: h.size(0)], part, settings)
-            gradients.add(rows, h, data, part.live() if settings.drop_inert else None)
+            gradients.add(rows, h, _gradient(data, h.size(0), part, settings), part.live() if settings.drop_inert else None)
         kept = data = None  # freed before the working chunk is made
         if rest:
             # Without compaction the same chunks as in forward, so that the same logits are found.
@@ -87,8 +86,8 @@ class LinearStatistics(torch.autograd.Function):
             for rows in chunks(0, rest, size):
                 where = slice(recomputed_from + rows.start, recomputed_from + rows.stop) if index is None else recomputed_from + index[rows]
                 h = hidden[where]
-                _write_gradient(chunk.logits(h), table.rows(where), settings)
-                gradients.add(where, h, chunk.data, None)
+                chunk.logits(h)
+                gradients.add(where, h, _gradient(chunk.data, h.size(0), table.rows(where), settings), None)
         return (*gradients.finish(), None, None, None, None, None)
 
 
@@ -113,13 +112,17 @@ class _Table:
         return live_rows(*self.by.values())
 
 
-def _write_gradient(z: Tensor, table: _Table, settings: Settings) -> None:
-    """The logits' gradient over the logits."""
+def _gradient(chunk: Tensor, count: int, table: _Table, settings: Settings) -> Tensor:
+    """The gradient of a chunk's first ``count`` rows of logits, and padding: over them where that may be."""
     known, by = table.known, table.by
-    library.token_grad_(
-        z, table.ids, table.temperature, known["logp"], known["lse"], known.get("entropy"), known.get("log_sum_p_sq"),
+    arguments = (
+        chunk[:count], table.ids, table.temperature, known["logp"], known["lse"], known.get("entropy"), known.get("log_sum_p_sq"),
         *(by.get(name) for name in _DERIVATIVES), settings.vocab_size, settings.softcap, False, settings.backend,
     )  # fmt: skip
+    if library.may_overwrite(True):
+        library.token_grad_(*arguments)
+        return chunk
+    return padded(library.token_grad(*arguments), chunk.size(0))
 
 
 class LinearOnePassLoss(torch.autograd.Function):

@@ -172,6 +172,19 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
 
 
+def scales(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -> list[Compiled]:
+    """Scaling: once for each dtype of gradients without gaps, once for others, whatever their sizes, strides and addresses are."""
+    result = []
+    for dtype in dtypes:
+        with Recorder(target) as recorder:
+            for shape in ((4, 32000), (1, 3, 31991)):
+                memory = torch.empty((*shape[:-2], shape[-2] * 2, shape[-1] + 16), dtype=dtype)
+                for grad in (torch.empty(shape, dtype=dtype), memory[..., ::2, :-16], memory[..., 1::2, 3:-13]):
+                    backend.scale(grad, torch.ones(()))
+        result += [inspect(target, name, str(dtype)[6:], kernel) for name, kernel in recorder.kernels.values()]
+    return result
+
+
 def oversized(target: str) -> list[Compiled]:
     """The negative control: tiles far too large for the registers."""
     backend.config_for = lambda columns, itemsize, wave: Config(1 << (16 if wave == 64 else 14), 16 // itemsize, 4, 1 << 16)
@@ -186,5 +199,5 @@ if __name__ == "__main__":
     if task == "count":
         print(json.dumps(count_compilations()))
     else:
-        run = {"compile": compile_all, "variants": split_and_capped, "oversized": oversized}[task]
+        run = {"compile": compile_all, "variants": split_and_capped, "oversized": oversized, "scales": scales}[task]
         print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
 import reweight_ops as rw
@@ -79,7 +79,10 @@ def backward_graph_of(loss) -> torch.fx.Graph:
         graphs.append(module.graph)
         return make_boxed_func(module.forward)
 
-    compiler = aot_autograd(fw_compiler=lambda module, inputs: make_boxed_func(module.forward), bw_compiler=keep)
+    # The partition that inductor takes: what backward recomputes, it may save instead.
+    compiler = aot_autograd(
+        fw_compiler=lambda module, inputs: make_boxed_func(module.forward), bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
     z = leaf()
     torch.autograd.grad(torch.compile(lambda z: loss(z * 1), fullgraph=True, backend=compiler)(z) * 3, z)
     (graph,) = graphs

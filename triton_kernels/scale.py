@@ -22,11 +22,13 @@ def scale_kernel(
             before = (P.to(tl.int64) % 16) // SIZE
             first = (tile - row * tiles) * BLOCK
             P = tl.multiple_of(P - before + first, 16)
-            cols = tl.arange(0, BLOCK)
             if (first >= before) & (first + BLOCK <= before + columns):
+                cols = tl.arange(0, BLOCK)
                 x = tl.load(P + cols, eviction_policy="evict_first").to(tl.float32) * factor
                 tl.store(P + cols, round_to(x, X.dtype.element_ty, EMULATE), eviction_policy="evict_first")
             else:
-                inside = (first + cols >= before) & (first + cols < before + columns)
-                x = tl.load(P + cols, mask=inside, other=0.0).to(tl.float32) * factor
-                tl.store(P + cols, round_to(x, X.dtype.element_ty, EMULATE), mask=inside)
+                for part in range(0, BLOCK, BLOCK // 4):  # masks take registers
+                    at = part + tl.arange(0, BLOCK // 4)
+                    inside = (first + at >= before) & (first + at < before + columns)
+                    x = tl.load(P + at, mask=inside, other=0.0).to(tl.float32) * factor
+                    tl.store(P + at, round_to(x, X.dtype.element_ty, EMULATE), mask=inside)
