@@ -22,7 +22,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from reweight_ops._core.backends import triton_launch  # noqa: E402
+from reweight_ops._core.backends import triton_launch, triton_scale  # noqa: E402
 from reweight_ops._core.backends import triton_token as backend  # noqa: E402
 from reweight_ops._core.backends.base import (  # noqa: E402
     COEFS,
@@ -178,6 +178,19 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
 
 
+def scales(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -> list[Compiled]:
+    """Scaling: once for each dtype of gradients without gaps, once for others, whatever their sizes, strides and addresses are."""
+    result = []
+    for dtype in dtypes:
+        with Recorder(target) as recorder:
+            for shape in ((4, 32000), (1, 3, 31991)):
+                memory = torch.empty((*shape[:-2], shape[-2] * 2, shape[-1] + 16), dtype=dtype)
+                for grad in (torch.empty(shape, dtype=dtype), memory[..., ::2, :-16], memory[..., 1::2, 3:-13]):
+                    triton_scale.scale(grad, torch.ones(()))
+        result += [inspect(target, name, str(dtype)[6:], kernel) for name, kernel in recorder.kernels.values()]
+    return result
+
+
 def oversized(target: str) -> list[Compiled]:
     """The negative control: tiles far too large for the registers."""
     backend.config_for = lambda columns, itemsize, wave: Config(1 << (16 if wave == 64 else 14), 16 // itemsize, 4, 1 << 16)
@@ -192,5 +205,5 @@ if __name__ == "__main__":
     if task == "count":
         print(json.dumps(count_compilations()))
     else:
-        run = {"compile": compile_all, "variants": split_and_capped, "oversized": oversized}[task]
+        run = {"compile": compile_all, "variants": split_and_capped, "oversized": oversized, "scales": scales}[task]
         print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))

@@ -54,7 +54,7 @@ def ops_arguments(backend, drop_last):
         "token_grad_": (z.clone(), ids, one, logp, lse, entropy, None, rows[0], rows[1], None, None, *tail, backend),
         "token_loss_grad": (z, ids, one, weights, logp - 0.1, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
         "token_loss_grad_": (z.clone(), ids, one, weights, None, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
-        "scale_": (z.clone(), torch.tensor(2.0)),
+        "scale_": (z.clone(), torch.tensor(2.0), backend),
         "divergence_stats": (z, *two, *pair_tail),
         "divergence_grad": (z, *two, table, torch.stack(rows[:3]), *pair_tail),
         "divergence_grad_": (z.clone(), *two, table, torch.stack(rows[:3]), *pair_tail),

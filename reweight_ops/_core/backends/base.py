@@ -125,6 +125,8 @@ class Backend:
       ``logits`` itself). ``stats`` maps ``logp`` and ``lse`` always, ``entropy`` and ``log_sum_p_sq`` when their coefficient is given, to ``[N]``;
       ``coefs`` maps names of :data:`COEFS` to ``[N]`` or None (zero). A row whose coefficients are all 0 is not read.
     * ``token_loss_grad(logits, ids, temperature, head, inputs, program, params, out) -> Tensor [len(LOSS_ROWS), N]``, and writes ``out``.
+    * ``scale(grad, factor) -> None``: ``grad *= factor``, a 0-d tensor, in at least fp32 with one rounding, for a gradient that the backend has made (of
+      logits, or of what a head is made of). A kernel reads the factor on the device, and returns at once if it is exactly 1. None: torch does it.
 
     The gradient of a row, with ``x`` the capped and scaled logit, ``p = exp(x - lse)`` and ``c_*`` the coefficients::
 
@@ -147,6 +149,7 @@ class Backend:
     divergence_stats: Callable[[DivergenceInputs], Tensor]
     divergence_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], None]
     divergence_loss_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], Tensor]
+    scale: Callable[[Tensor, Tensor], None] | None = None
     #: Which of several kernels token_loss_grad takes, and why (logits, vocab_size, device).
     kernel_of: Callable[[Tensor, int, torch.device], str] | None = None
     #: It serves everything, slowly: ``auto`` prefers a faster backend's two passes to its one.

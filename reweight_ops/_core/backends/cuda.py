@@ -104,5 +104,6 @@ BACKEND = Backend(
     divergence_stats=_divergence.divergence_stats,
     divergence_grad=_divergence.divergence_grad,
     divergence_loss_grad=_divergence.divergence_loss_grad,
+    scale=_native.scale,
     kernel_of=_kernel_of,
 )

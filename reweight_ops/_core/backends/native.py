@@ -16,6 +16,7 @@ from ...errors import BackendUnavailable, InvalidCall
 from ..formula.loss_program import Program
 from .base import COEFS, LOSS_ROWS, STATS, Head, Request, RowAddresses, RowInputs, rows_of
 from .native_programs import Compiled, CompiledRules, Programs, Tables
+from .scale import scale_in_torch, spans_of
 from .sources import source_hash
 
 _MAX_COLUMNS = 2**31 - 2**20
@@ -148,6 +149,14 @@ class Native:
         )  # fmt: skip
         self.check(status)
         return rows
+
+    def scale(self, grad: Tensor, factor: Tensor) -> None:
+        spans = spans_of(grad)
+        if spans is None or grad.dtype not in DTYPES:
+            scale_in_torch(grad, factor)
+            return
+        where = self.address("factor", factor.detach().float(), (), grad)
+        self.check(self.module.scale(DTYPES[grad.dtype], grad.data_ptr(), *spans, where, **self._place(grad.device)))
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

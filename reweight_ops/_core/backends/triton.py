@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 
 from . import triton_divergence as divergence
-from . import triton_launch
+from . import triton_launch, triton_scale
 from . import triton_token as token
 from .base import Backend, Request
 
@@ -51,4 +51,5 @@ BACKEND = Backend(
     divergence_stats=divergence.divergence_stats,
     divergence_grad=divergence.divergence_grad,
     divergence_loss_grad=divergence.divergence_loss_grad,
+    scale=triton_scale.scale,
 )

@@ -67,7 +67,7 @@ class RowStatistics(torch.autograd.Function):
             by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"),
             head.vocab_size, head.softcap, head.drop_last, head.backend,
         )  # fmt: skip
-        if head.consume:
+        if library.may_overwrite(head.consume):
             library.token_grad_(*arguments)
             return logits, None, None, None, None
         return library.token_grad(*arguments), None, None, None, None
@@ -93,6 +93,7 @@ class OnePassLoss(torch.autograd.Function):
         else:
             rows, grad = library.token_loss_grad(*arguments)
         ctx.set_materialize_grads(False)
+        ctx.backend = head.backend
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(rows)
         return rows[2].sum(), rows
@@ -104,5 +105,4 @@ class OnePassLoss(torch.autograd.Function):
             return (None,) * 7
         hand_out_once(ctx, "policy_loss")
         (grad,) = ctx.saved_tensors
-        library.scale(grad, upstream)
-        return grad, None, None, None, None, None, None
+        return library.scaled(grad, upstream, ctx.backend), None, None, None, None, None, None

@@ -12,7 +12,7 @@ from ..backends.base import DIVERGENCE_STATS, DivergenceInputs, Head
 from ..backends.select import load
 from ..calls.two_logits import TwoHeads
 from .autograd import hand_out_once
-from .ops import clear_last, gradient_ops, op, row_dtype, scale, with_ids
+from .ops import clear_last, gradient_ops, may_overwrite, op, row_dtype, scaled, with_ids
 
 
 def _two(
@@ -87,7 +87,7 @@ class DivergenceStatistics(torch.autograd.Function):
             return (None,) * 7
         *tensors, table = ctx.saved_tensors
         coefs = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads[:3]])
-        if ctx.consume:
+        if may_overwrite(ctx.consume):
             divergence_grad_(*tensors, table, coefs, *ctx.heads)
             return tensors[0], None, None, None, None, None, None
         return divergence_grad(*tensors, table, coefs, *ctx.heads), None, None, None, None, None, None
@@ -106,6 +106,7 @@ class OnePassDivergence(torch.autograd.Function):
             table, grad = divergence_loss_grad_(*arguments), logits
         else:
             table, grad = divergence_loss_grad(*arguments)
+        ctx.backend = heads.backend
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(table)
         return weighted_sum(table, constants, weights), table
@@ -115,8 +116,7 @@ class OnePassDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
         hand_out_once(ctx, "distillation_loss")
         (grad,) = ctx.saved_tensors
-        scale(grad, upstream)
-        return grad, None, None, None, None, None, None, None, None
+        return scaled(grad, upstream, ctx.backend), None, None, None, None, None, None, None, None
 
 
 def weighted_sum(table: Tensor, constants: Tensor, weights: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 from torch.library import Library, infer_schema
 
 from ..backends.base import COEFS, LOSS_ROWS, Head, RowInputs
+from ..backends.scale import scale_in_torch
 from ..backends.select import load
 from ..formula.loss_program import Program
 from .memory import empty
@@ -155,14 +156,29 @@ def _write_token_loss_grad(
 token_loss_grad, token_loss_grad_ = gradient_ops("token_loss_grad", _write_token_loss_grad, _fake_loss_rows)
 
 
-def scale(grad: Tensor, factor: Tensor) -> None:
-    """``grad *= factor`` for a scalar upstream gradient; on the CPU no memory is touched when it is exactly 1."""
+def may_overwrite(consume: bool) -> bool:
+    """Whether backward may write a gradient over logits: never in a compiled graph.
+
+    There a write becomes a copy, taken with the strides that the logits had when the graph was traced. Inductor may have saved them with others, for
+    it pads rows on GPUs (and may save what backward was to recompute), and then the copy takes wrong elements: a wrong gradient without a word
+    (PyTorch 2.11 and 2.13). What a compiled backward calls therefore gives a new tensor. A write in forward is over a tensor of the same graph,
+    whose strides are kept.
+    """
+    return consume and not torch.compiler.is_compiling()
+
+
+@op(lambda grad, factor, backend: None, mutates=("grad",))
+def scale_(grad: Tensor, factor: Tensor, backend: str) -> None:
+    if not grad.is_inference():
+        increment_version(grad)
+    (load(backend).scale or scale_in_torch)(grad, factor)
+
+
+def scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """``grad * factor`` for a gradient that backward hands out and its 0-d upstream gradient: in place, one launch on a GPU; a new tensor in a
+    compiled graph (see :func:`may_overwrite`), where it is arithmetic that the compiler fuses with what comes next."""
     if torch.compiler.is_compiling():
-        scale_(grad, factor)
-    elif grad.device.type != "cpu" or factor.item() != 1:
-        grad.mul_(factor)
-
-
-@op(lambda grad, factor: None, mutates=("grad",))
-def scale_(grad: Tensor, factor: Tensor) -> None:
-    scale(grad, factor)
+        return (grad.to(row_dtype(grad)) * factor).to(grad.dtype)
+    if grad.device.type != "cpu" or factor.item() != 1:  # on the CPU it is known here, so most calls do not even reach the op
+        scale_(grad, factor, backend)
+    return grad

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops as library
 from ..autograd import hand_out_once
-from .gemms import Chunk, Gradients, Head, Settings, balanced, chunks, live_rows
+from .gemms import Chunk, Gradients, Head, Settings, balanced, chunks, live_rows, padded
 
 _DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
 
@@ -77,8 +77,7 @@ class LinearStatistics(torch.autograd.Function):
         gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], total_chunks, settings)
         for data, rows in zip(kept, chunks(0, recomputed_from, max(size, 1)), strict=True):
             part, h = table.rows(rows), hidden[rows]
-            _write_gradient(data[: h.size(0)], part, settings)
-            gradients.add(rows, h, data, part.live() if settings.drop_inert else None)
+            gradients.add(rows, h, _gradient(data, h.size(0), part, settings), part.live() if settings.drop_inert else None)
         kept = data = None  # freed before the working chunk is made
         if rest:
             # Without compaction the same chunks as in forward, so that the same logits are found.
@@ -87,8 +86,8 @@ class LinearStatistics(torch.autograd.Function):
             for rows in chunks(0, rest, size):
                 where = slice(recomputed_from + rows.start, recomputed_from + rows.stop) if index is None else recomputed_from + index[rows]
                 h = hidden[where]
-                _write_gradient(chunk.logits(h), table.rows(where), settings)
-                gradients.add(where, h, chunk.data, None)
+                chunk.logits(h)
+                gradients.add(where, h, _gradient(chunk.data, h.size(0), table.rows(where), settings), None)
         return (*gradients.finish(), None, None, None, None, None)
 
 
@@ -113,13 +112,17 @@ class _Table:
         return live_rows(*self.by.values())
 
 
-def _write_gradient(z: Tensor, table: _Table, settings: Settings) -> None:
-    """The logits' gradient over the logits."""
+def _gradient(chunk: Tensor, count: int, table: _Table, settings: Settings) -> Tensor:
+    """The gradient of a chunk's first ``count`` rows of logits, and padding: over them where that may be."""
     known, by = table.known, table.by
-    library.token_grad_(
-        z, table.ids, table.temperature, known["logp"], known["lse"], known.get("entropy"), known.get("log_sum_p_sq"),
+    arguments = (
+        chunk[:count], table.ids, table.temperature, known["logp"], known["lse"], known.get("entropy"), known.get("log_sum_p_sq"),
         *(by.get(name) for name in _DERIVATIVES), settings.vocab_size, settings.softcap, False, settings.backend,
     )  # fmt: skip
+    if library.may_overwrite(True):
+        library.token_grad_(*arguments)
+        return chunk
+    return padded(library.token_grad(*arguments), chunk.size(0))
 
 
 class LinearOnePassLoss(torch.autograd.Function):
@@ -148,7 +151,7 @@ class LinearOnePassLoss(torch.autograd.Function):
             gradients.add(rows, h, chunk.data, live_rows(table[4], table[5]) if settings.drop_inert else None)
         table = torch.cat(parts, 1) if parts else hidden.new_zeros(6, 0, dtype=params.dtype)
         results = gradients.finish()
-        ctx.given = [g is not None for g in results]
+        ctx.given, ctx.backend = [g is not None for g in results], settings.backend
         ctx.save_for_backward(*(g for g in results if g is not None))
         ctx.mark_non_differentiable(table)
         return table[2].sum(), table
@@ -158,8 +161,6 @@ class LinearOnePassLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
         hand_out_once(ctx, "linear_policy_loss")
         saved = iter(ctx.saved_tensors)
-        results = [next(saved) if given else None for given in ctx.given]
-        for g in results:
-            if g is not None:
-                library.scale(g, upstream)
+        # A launch each: of these tensors, of several dtypes, the smallest costs the few microseconds that an empty launch takes.
+        results = [library.scaled(next(saved), upstream, ctx.backend) if given else None for given in ctx.given]
         return (*results, *(None,) * 7)
