@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends.native import Native
@@ -29,12 +28,10 @@ class NativeDivergence:
             self._native._call(two.other, two.ids, two.other_temperature, two.other_head),
         )
 
-    def _table(self, two: Two) -> Tensor:
-        return torch.empty(len(TABLE), two.ids.numel(), device=two.logits.device)
-
     def stats(self, two: Two) -> Tensor:
-        calls, table = self._calls(two), self._table(two)
-        self._native._check(self._module.divergence_stats(*calls, table.data_ptr()))
+        calls = self._calls(two)
+        table, (address, *_) = self._native._rows(TABLE, two.logits, two.ids.numel())
+        self._native._check(self._module.divergence_stats(*calls, address))
         return table
 
     def grad(self, two: Two, table: Tensor, coefs: Tensor, out: Tensor) -> None:
@@ -46,11 +43,11 @@ class NativeDivergence:
 
     def loss_grad(self, two: Two, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         n, like = two.ids.numel(), two.logits
-        table = self._table(two)
+        table, (address, *_) = self._native._rows(TABLE, like, n)
         given = (
             self._native._address("constants", constants, (len(COEFS),), like),
             self._native._address("weights", weights, (n,), like),
         )
         strides = self._native._out_rows(like, out)
-        self._native._check(self._module.divergence_loss_grad(*self._calls(two), table.data_ptr(), *given, out.data_ptr(), strides))
+        self._native._check(self._module.divergence_loss_grad(*self._calls(two), address, *given, out.data_ptr(), strides))
         return table
