@@ -149,9 +149,9 @@ def _slopes(surrogate: Rule) -> Table:
     for ratio in (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0):
         cells = []
         for adv in (1.0, -1.0):
-            logp = torch.tensor(math.log(0.5), dtype=torch.float64, requires_grad=True)
+            logp = torch.tensor(math.log(0.5), dtype=torch.float64, device="cpu", requires_grad=True)
             old = logp.detach() - math.log(ratio)
-            stored = {"old_logp": old, "ref_logp": old, "sampling_logp": old, "adv": torch.tensor(adv, dtype=torch.float64)}
+            stored = {"old_logp": old, "ref_logp": old, "sampling_logp": old, "adv": torch.tensor(adv, dtype=torch.float64, device="cpu")}
             t = Leaves({"logp": logp, "log_ratio": logp - old, **stored})
             loss = surrogate.loss(xp, t)
             (slope,) = torch.autograd.grad(loss, logp)

@@ -43,21 +43,25 @@ def make_batch(
     row = torch.float64 if dtype == torch.float64 else torch.float32
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=g, dtype=torch.float64)
+        return torch.randn(size, generator=g, dtype=torch.float64, device="cpu")
 
-    ids = torch.randint(0, vocab, shape, generator=g)
+    ids = torch.randint(0, vocab, shape, generator=g, device="cpu")
     z = normal(*shape, vocab) * 2
-    z += torch.where(torch.rand(z.shape, generator=g) < 4 / vocab, 8.0, 0.0)  # outliers: without them every p is about 1/V
-    lift = torch.rand(shape, generator=g) * 12
+
+    def uniform(size: tuple[int, ...]) -> Tensor:
+        return torch.rand(size, generator=g, dtype=torch.float32, device="cpu")
+
+    z += 8.0 * (uniform(z.shape) < 4 / vocab)  # outliers: without them every p is about 1/V
+    lift = uniform(shape) * 12
     z.scatter_add_(-1, ids[..., None], lift.to(z.dtype)[..., None])  # targets from rare to nearly certain
-    buffer = torch.zeros(*shape[:-1], shape[-1] + 1, vocab + 3, dtype=dtype)
+    buffer = torch.zeros(*shape[:-1], shape[-1] + 1, vocab + 3, dtype=dtype, device="cpu")
     buffer[..., :-1, :vocab] = z.to(dtype)
     leaf = buffer.to(device).requires_grad_()
     logits = (leaf * 1)[..., :-1, :vocab]
     logp = torch.log_softmax(logits.detach().double().cpu(), -1).gather(-1, ids[..., None])[..., 0]
 
-    lengths = torch.randint(1, shape[-1] + 1, shape[:-1], generator=g)
-    mask = torch.arange(shape[-1]) < lengths[..., None]
+    lengths = torch.randint(1, shape[-1] + 1, shape[:-1], generator=g, device="cpu")
+    mask = torch.arange(shape[-1], device="cpu") < lengths[..., None]
     mask[..., 0] = True
     batch: dict[str, Any] = {
         "logits": logits,
@@ -73,11 +77,13 @@ def make_batch(
         batch["sampling_per_token_logps"] = (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
     if any(r.reads_groups for r in spec.reductions):
         sequences = math.prod(shape[:-1])
-        batch["group_ids"], batch["num_groups"] = (torch.arange(sequences) * 2 // sequences).to(device), 2
-        sign = torch.where(torch.arange(sequences) % 2 == 0, 1.0, -1.0).view(*shape[:-1], 1)  # both labels in both groups
+        batch["group_ids"], batch["num_groups"] = (torch.arange(sequences, device="cpu") * 2 // sequences).to(device), 2
+        sign = (1.0 - 2.0 * (torch.arange(sequences, dtype=torch.float64, device="cpu") % 2)).view(
+            *shape[:-1], 1
+        )  # both labels in both groups
         batch["advantages"] = (normal(*shape).abs() * sign).to(device, row)
     if isinstance(spec.ratio, SegmentRatio):
-        batch["segment_ids"] = (torch.arange(shape[-1]) // 3).expand(shape).contiguous().to(device)
+        batch["segment_ids"] = (torch.arange(shape[-1], device="cpu") // 3).expand(shape).contiguous().to(device)
     _assert_meaningful(spec, batch, logp)
     return batch
 
@@ -244,7 +250,10 @@ def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     for _ in range(4):
         moved = {
-            name: x + ERROR_FLOOR * (1 + x.abs()) * (torch.rand(x.shape, generator=g, dtype=torch.float64) * 2 - 1).sign().to(x.device)
+            name: x
+            + ERROR_FLOOR
+            * (1 + x.abs())
+            * (torch.rand(x.shape, generator=g, dtype=torch.float64, device="cpu") * 2 - 1).sign().to(x.device)
             for name, x in leaves.items()
         }
         moved = {name: torch.where(call.rows.keep, moved[name], x) for name, x in leaves.items()}

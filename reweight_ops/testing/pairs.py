@@ -21,7 +21,7 @@ def pair_inputs(spec: PairSpec, shape: tuple[int, int], dtype: torch.dtype, gene
     pairs = shape[0] // spec.group_size
     sizes = {**dict.fromkeys(PER_PAIR, (pairs,)), "noise": (pairs + 1,), "reward_mask": shape, "kl_mask": shape, "kl": shape}
     names = [need for need in sizes if need in spec.requires]
-    return {NEEDS[name][-1]: torch.rand(sizes[name], generator=generator, dtype=dtype) for name in names}
+    return {NEEDS[name][-1]: torch.rand(sizes[name], generator=generator, dtype=dtype, device="cpu") for name in names}
 
 
 def make_pairs(
@@ -49,7 +49,7 @@ def make_divergence(shape: tuple[int, ...], vocab: int, dtype: torch.dtype, devi
     """Logits, targets and mask of :func:`~.testing.make_batch`, and other logits near those."""
     policy = make_batch(grpo(), shape, vocab, dtype, device)
     batch = {name: policy[name] for name in ("logits", "completion_ids", "completion_mask")}
-    noise = 1.5 * torch.randn((*shape, vocab), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = 1.5 * torch.randn((*shape, vocab), generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu")
     return batch | {"other_logits": (policy["logits"].detach().double().cpu() + noise).to(device, dtype)}
 
 
@@ -123,7 +123,10 @@ def _slopes(spec: PairSpec, batch: dict[str, Any], loss_scale: float) -> tuple[T
     coef, exact = slopes(statistics)
     g, change, loss_change = torch.Generator().manual_seed(0), torch.zeros_like(coef), torch.zeros_like(exact.loss)
     for _ in range(4):
-        signs = {name: torch.rand(x.shape, generator=g, dtype=torch.float64).sub(0.5).sign().to(x.device) for name, x in statistics.items()}
+        signs = {
+            name: torch.rand(x.shape, generator=g, dtype=torch.float64, device="cpu").sub(0.5).sign().to(x.device)
+            for name, x in statistics.items()
+        }
         moved, out = slopes({name: x + ERROR_FLOOR * (1 + x.abs()) * signs[name] for name, x in statistics.items()})
         change = torch.maximum(change, (moved - coef).abs())
         loss_change = torch.maximum(loss_change, (out.loss - exact.loss).detach().abs())

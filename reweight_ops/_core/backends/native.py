@@ -70,6 +70,12 @@ class Native:
             )
         return t.data_ptr()
 
+    def rows(self, names: tuple[str, ...], like: Tensor, n: int) -> tuple[Tensor, list[int]]:
+        """New rows ``[len(names), n]`` for a verb to fill, and the address of each: fp32, whatever PyTorch's default dtype is."""
+        rows = torch.empty((len(names), n), dtype=torch.float32, device=like.device)
+        self.address("a result", rows, (len(names), n), like)
+        return rows, [row.data_ptr() for row in rows.unbind()]
+
     def _check_layout(self, name: str, t: Tensor) -> None:
         if t.dim() not in (2, 3) or t.device.type != self.device_type or t.dtype not in DTYPES or t.layout != torch.strided:
             raise InvalidCall(
@@ -107,9 +113,9 @@ class Native:
 
     def token_stats(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
         call = self.call(logits, ids, temperature, head)
-        out = torch.empty(len(stats), ids.numel(), device=logits.device)
-        where = dict(zip(stats, out.unbind(), strict=True))
-        self.check(self.module.token_stats(call, [where[name].data_ptr() if name in where else 0 for name in STATS]))
+        out, addresses = self.rows(stats, logits, ids.numel())
+        where = dict(zip(stats, addresses, strict=True))
+        self.check(self.module.token_stats(call, [where.get(name, 0) for name in STATS]))
         return out
 
     def token_grad(
@@ -139,13 +145,13 @@ class Native:
         shared = len(program.terms) == 1 or weights.stride(0) == 0  # one vector for all terms
         if weights.shape != (len(program.terms), n):
             raise InvalidCall(f"row weights are {tuple(weights.shape)}, expected {(len(program.terms), n)}.")
-        rows = torch.empty(len(LOSS_ROWS), n, device=logits.device)
+        rows, (address, *_) = self.rows(LOSS_ROWS, logits, n)
         stored = (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)
         status = self.module.token_loss_grad(
             call, compiled, self.address("params", params, (length,), logits), reads_p_sq, entropy_gradient,
             self.address("row weights", weights[0] if shared else weights, (n,) if shared else weights.shape, logits), 0 if shared else n,
             [self.address(name, t, (n,), logits) for name, t in zip(("old_logp", "adv", "ref_logp", "sampling_logp"), stored, strict=True)],
-            rows.data_ptr(), out.data_ptr(), self.out_rows(logits, out),
+            address, out.data_ptr(), self.out_rows(logits, out),
         )  # fmt: skip
         self.check(status)
         return rows

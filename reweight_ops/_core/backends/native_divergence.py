@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
@@ -29,12 +28,10 @@ class NativeDivergence:
             self._native.call(two.other, two.ids, two.other_temperature, two.other_head),
         )
 
-    def _table(self, two: DivergenceInputs) -> Tensor:
-        return torch.empty(len(DIVERGENCE_STATS), two.ids.numel(), device=two.logits.device)
-
     def divergence_stats(self, two: DivergenceInputs) -> Tensor:
-        calls, table = self._calls(two), self._table(two)
-        self._native.check(self._module.divergence_stats(*calls, table.data_ptr()))
+        calls = self._calls(two)
+        table, (address, *_) = self._native.rows(DIVERGENCE_STATS, two.logits, two.ids.numel())
+        self._native.check(self._module.divergence_stats(*calls, address))
         return table
 
     def divergence_grad(self, two: DivergenceInputs, table: Tensor, coefs: Tensor, out: Tensor) -> None:
@@ -46,11 +43,11 @@ class NativeDivergence:
 
     def divergence_loss_grad(self, two: DivergenceInputs, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         n, like = two.ids.numel(), two.logits
-        table = self._table(two)
+        table, (address, *_) = self._native.rows(DIVERGENCE_STATS, like, n)
         given = (
             self._native.address("constants", constants, (len(DIVERGENCE_COEFS),), like),
             self._native.address("weights", weights, (n,), like),
         )
         strides = self._native.out_rows(like, out)
-        self._native.check(self._module.divergence_loss_grad(*self._calls(two), table.data_ptr(), *given, out.data_ptr(), strides))
+        self._native.check(self._module.divergence_loss_grad(*self._calls(two), address, *given, out.data_ptr(), strides))
         return table

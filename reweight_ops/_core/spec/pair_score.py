@@ -49,7 +49,8 @@ class LogRatio(Score):
             return super().sums(s, name)
         shared = s.split(s.lengths).amin(0)
         limit = s.spread(s.join(shared.expand(s.size, -1)))
-        return s.sum(s.tokens[name] * torch.where(s.position() <= limit, 1.0, self.ld_alpha))
+        x = s.tokens[name]
+        return s.sum(torch.where(s.position() <= limit, x, self.ld_alpha * x))
 
     def scores(self, s: Sequences, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
         assert ref_logps is not None

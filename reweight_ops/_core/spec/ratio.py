@@ -50,7 +50,7 @@ class Ratio:
         if not isinstance(low, Tensor) and not isinstance(high, Tensor) and low == -math.inf and high == math.inf:
             return log_ratio
         if isinstance(low, Tensor) or isinstance(high, Tensor):
-            low, high = torch.as_tensor(low).to(log_ratio), torch.as_tensor(high).to(log_ratio)
+            low, high = (torch.as_tensor(x, dtype=log_ratio.dtype, device=log_ratio.device) for x in (low, high))
         return log_ratio.clamp(low, high)
 
 

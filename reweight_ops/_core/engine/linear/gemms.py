@@ -166,7 +166,7 @@ class Gradients:
                 return
             chunk, h = compacted(chunk, live), h[live]
             count = live.numel()
-        h = h.to(weight.dtype)
+        h = _finite(h.to(weight.dtype))
         whole = chunk.to(weight.dtype)
         grad = whole[:count]
         if not count:
@@ -230,6 +230,12 @@ class Gradients:
             if need and source is not None:
                 results[i] = torch.zeros_like(source, memory_format=torch.contiguous_format) if found is None else found.to(source.dtype)
         return tuple(results)
+
+
+def _finite(h: Tensor) -> Tensor:
+    """Hidden states for the GEMMs that sum over rows, with 0 for what is not finite: a row that is out, or has no coefficient, may hold anything, and
+    ``0 · NaN`` would be every parameter's gradient. No NaN is hidden: a row that counts has NaN logits there, and a gradient of NaN in every column."""
+    return torch.nan_to_num(h, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
