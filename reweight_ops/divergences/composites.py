@@ -125,7 +125,9 @@ def dhkd(
     )
 
     def rows(s: Tensor, t: Tensor) -> Tensor:
-        u = ((s - t) / (2 * temperature)).abs()
+        # Columns masked in both are equal.
+        dead = (s == -math.inf) & (t == -math.inf)
+        u = (torch.where(dead, 0, s - t) / (2 * temperature)).abs()
         return temperature**2 * (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1)
 
     return per_row(op, call, rows)

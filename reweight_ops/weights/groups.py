@@ -131,7 +131,8 @@ def _divergence(logits: Tensor, keep: Tensor, groups: _Groups, size: Tensor, tem
     total = size.new_zeros(groups.count, t)
     for v in range(0, V, columns):
         logp = chunk(v) - lse[..., None]
-        d = (groups.spread(groups.sum(logp) / size[:, None, None]) - logp).clamp(-11, 11)
+        mean = groups.spread(groups.sum(logp) / size[:, None, None])
+        d = torch.where(logp == -torch.inf, 0, mean - logp).clamp(-11, 11)  # p = 0 is its own geometric mean
         total += groups.sum((torch.expm1(d) - d).sum(-1))
     return total / size[:, None]
 

@@ -5,7 +5,6 @@ This is two_pass's middle, differentiated by autograd. One_pass runs its generat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -73,5 +72,8 @@ def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep:
             weighted = weighted + term.coef * term.shares(own)
         chosen = chosen | selected
     # Every comparison with NaN is false: without this a clip would call a row without a log-prob clipped, and its gradient 0.
-    sick = chosen & leaves["logp"].isnan()
-    return TermResult(torch.where(sick, torch.where(sick, leaves["logp"], 0) * math.nan, weighted), loss)
+    logp = leaves["logp"]
+    sick = chosen & logp.isnan()
+    # Times NaN in sick rows only: in the others a NaN, though discarded, would alarm autograd's anomaly mode.
+    spoiled = logp * torch.where(sick, logp.detach(), 1)
+    return TermResult(torch.where(sick, spoiled, weighted), loss)

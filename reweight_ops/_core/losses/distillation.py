@@ -99,7 +99,9 @@ def _generalized_jsd(call: TwoCall, beta: float) -> Tensor:
 
     def rows(x: Tensor, y: Tensor) -> Tensor:
         p, q = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
-        mix = torch.logaddexp(p + math.log1p(-beta), q + math.log(beta))
+        # A column without mass in either has no mixture, whose slope would be NaN; it is multiplied by their p and q, which are 0.
+        dead = (p == -math.inf) & (q == -math.inf)
+        mix = torch.logaddexp(torch.where(dead, 0, p) + math.log1p(-beta), torch.where(dead, 0, q) + math.log(beta))
         both = [torch.where(t == -math.inf, 0, t.exp() * (torch.where(t == -math.inf, 0, t) - mix)).sum(-1) for t in (q, p)]
         return beta * both[0] + (1 - beta) * both[1]
 
