@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Request
-from reweight_ops.backends.select import why_not
-from reweight_ops.catalogue import CATALOGUE
-from reweight_ops.catalogue.evaluate import result_of
-from reweight_ops.catalogue.golden import GOLDEN
-from reweight_ops.divergences.ops import KINDS
-from reweight_ops.linear import Lora
-from reweight_ops.methods.registry import METHODS
+from reweight_ops._core.backends.base import Request
+from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.catalogue.methods import METHODS
+from reweight_ops._core.catalogue.registry import CATALOGUE
+from reweight_ops._core.losses.distillation import KINDS
+from reweight_ops._core.losses.linear import Lora
 from reweight_ops.testing import make_batch
-from reweight_ops.testing_pairs import make_divergence, make_pairs
+from reweight_ops.testing.golden import result_of
+from reweight_ops.testing.golden_rows import GOLDEN
+from reweight_ops.testing.pairs import make_divergence, make_pairs
 
 BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 SHAPE, VOCAB, WIDTH = (2, 4), 19, 6

@@ -22,7 +22,7 @@ from reweight_ops._core.engine.plan import Choice
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops.errors import BackendUnavailable, ReweightOpsError
 
-explain_module = importlib.import_module("reweight_ops.explain")
+explain_module = importlib.import_module("reweight_ops._core.losses.explain")
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SASS_ARCH = "90"

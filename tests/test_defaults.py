@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Request
-from reweight_ops.backends.select import why_not
+from reweight_ops._core.backends.base import Request
+from reweight_ops._core.backends.select import why_not
 
 DEFAULTS = {
     "usual": "",
