@@ -239,7 +239,9 @@ def _finite(h: Tensor) -> Tensor:
 
 @op(lambda out, left, right, accumulate: None, mutates=("out",))
 def wide_gemm_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
-    """``out = left @ right``, or ``out += left @ right``, into a dtype wider than the operands'. An op, for inductor cannot lower ``addmm`` with ``out_dtype``."""
+    """``out = left @ right``, or ``out += left @ right``, into a dtype wider than the operands'.
+
+    An op, for inductor cannot lower ``addmm`` with ``out_dtype``."""
     if _widens(left, out.dtype):
         if accumulate:
             torch.addmm(out, left, right, out_dtype=out.dtype, out=out)

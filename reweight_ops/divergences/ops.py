@@ -257,7 +257,7 @@ def distillation_loss(
     )
     if factor.requires_grad:
         raise rows.error("token_weights require grad; here they are detached. For a gradient: (w * token_divergence(...)).sum().")
-    weights = (torch.where(rows.keep, factor, 0) * loss_scale / divisor).contiguous()
+    weights = torch.where(rows.keep, factor * loss_scale / divisor, 0)
     constants = parameter_vector(KINDS[kind][:3], rows.dtype, rows.device)
     one_pass = plan != "two_pass" and call.p.needs_grad
     if one_pass:
