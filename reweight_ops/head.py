@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import consumed
 from .errors import InvalidCall, UnsupportedRequest
 from .keywords import HeadOptions
 from .loss_call import parameter_vector
 from .rows import Rows, describe, resolve_rows
-
-_CONSUMED = "_reweight_ops_consumed"
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class LogitsCall:
         return torch.is_grad_enabled() and self.logits.requires_grad
 
     def mark_consumed(self) -> None:
-        if self.consume and not torch.compiler.is_compiling():
-            setattr(self.original, _CONSUMED, True)
+        if self.consume:
+            consumed.mark(self.original)
 
 
 def resolve_logits(
@@ -60,7 +59,7 @@ def resolve_logits(
         raise fail(f"completion_ids are {completion_ids.dtype}, expected int32 or int64.")
     if completion_ids.device != logits.device:
         raise fail(f"completion_ids are on {completion_ids.device}, logits on {logits.device}.")
-    if getattr(logits, _CONSUMED, False):
+    if consumed.is_consumed(logits):
         raise fail("these logits were consumed by an earlier call with consume_logits=True: they hold a gradient now.")
 
     shape = tuple(completion_ids.shape)
