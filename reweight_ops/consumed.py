@@ -43,8 +43,8 @@ class _Region(NamedTuple):
 
 
 def _region(logits: Tensor) -> _Region:
-    dtype_offset = logits.storage_offset() * logits.element_size()
-    return _Region(dtype_offset, (*logits.shape, logits.element_size()), (*(s * logits.element_size() for s in logits.stride()), 1))
+    size = logits.element_size()  # in bytes: a view may have another dtype
+    return _Region(int(logits.storage_offset()) * size, (*logits.shape, size), (*(s * size for s in logits.stride()), 1))
 
 
 def mark(logits: Tensor) -> None:
