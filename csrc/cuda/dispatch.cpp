@@ -7,6 +7,7 @@
 #include "device.h"
 #include "divergence.h"
 #include "slices.h"
+#include "variants.h"
 
 namespace reweight_ops {
 namespace {
@@ -59,9 +60,9 @@ Plan plan(const LossGradCall& call) {
         p.why_not = "rows of the logits do not all start at a multiple of 16 bytes";
     } else if (!starts_at_vectors(call.out, call.out_strides, call.rows, size)) {
         p.why_not = "rows of the gradient do not all start at a multiple of 16 bytes";
-    } else if (2 * slices.tiles() >= p.tiles) {  // one tile more than two rows: it moves while both are in use
-        p.why_not = "two rows of " + std::to_string(call.vocab_size) + " columns do not fit in the shared memory of " + std::to_string(slices.count) +
-                    " blocks (" + std::to_string(2 * slices.tiles() + 1) + " tiles of 16 KiB in each, " + std::to_string(p.tiles) + " fit)";
+    } else if (const int needed = slices.tiles() + 1 + kStoresInFlight; needed > p.tiles) {  // a tile of the next row, and what is in motion
+        p.why_not = "a row of " + std::to_string(call.vocab_size) + " columns does not fit in the shared memory of " + std::to_string(slices.count) +
+                    " blocks (" + std::to_string(needed) + " tiles of 16 KiB in each, " + std::to_string(p.tiles) + " fit)";
     } else {
         p.status = ring_for(call).clusters(call, p.tiles, p.clusters);
         if (p.clusters == 0) p.why_not = "the GPU cannot run a cluster of " + std::to_string(slices.count) + " blocks that keep rows on chip";

@@ -2,6 +2,9 @@
 // would otherwise have had its vector: which thread has which column never depends on an address.
 #pragma once
 
+#include <limits>
+#include <type_traits>
+
 #include "platform.h"
 
 namespace reweight_ops {
@@ -57,14 +60,55 @@ RW_DEVICE Vector pack(const float* x) {
     return v;
 }
 
-/// One vector from `x`, of fp32.
-template <class T>
-RW_DEVICE void store_vector(T* p, const float* x, bool aligned) {
-    if (aligned) {
-        store16(p, pack<T>(x));
+/// The largest element, a NaN being none: -inf or more.
+template <class T, int n>
+RW_DEVICE float largest(const Vector (&v)[n]) {
+    float top = -std::numeric_limits<float>::infinity();
+    if constexpr (sizeof(T) == 2) {
+        uint32_t pair = v[0].words[0];
+#pragma unroll
+        for (int u = 0; u < n; ++u) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) pair = max_pair<T>(pair, v[u].words[j]);
+        }
+        return fmaxf(fmaxf(top, widen(T{uint16_t(pair)})), widen(T{uint16_t(pair >> 16)}));
     } else {
 #pragma unroll
-        for (int j = 0; j < kPerVector<T>; ++j) narrow(x[j], p[j]);
+        for (int u = 0; u < n; ++u) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) top = fmaxf(top, as_float(v[u].words[j]));
+        }
+        return top;
+    }
+}
+
+/// -inf has an exponential of 0, and 0 * -inf would be NaN. Bounding two bf16 at once by -1e20 costs half as much as bounding their exponents; fp16 has
+/// no number that is as good as -inf.
+template <class T>
+constexpr bool kBoundsPairs = std::is_same_v<T, Bf16>;
+constexpr float kLowest = 1e18f;  // a row whose largest logit is within this has none of it where logits were bounded
+
+RW_DEVICE Vector bounded(Vector v) {
+    constexpr uint32_t low = 0xe0ade0adu;  // -9.97e19
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v.words[j] = max_pair_or_nan(v.words[j], low);
+    return v;
+}
+
+template <class T>
+RW_DEVICE void store_vector(T* p, const Vector& v, bool aligned) {
+    if (aligned) {
+        store16(p, v);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        if constexpr (sizeof(T) == 4) {
+            p[j] = as_float(v.words[j]);
+        } else {
+            p[2 * j].bits = uint16_t(v.words[j]);
+            p[2 * j + 1].bits = uint16_t(v.words[j] >> 16);
+        }
     }
 }
 
