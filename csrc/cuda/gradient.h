@@ -112,54 +112,61 @@ RW_DEVICE void with_terms(Terms terms, const F& f) {
     }
 }
 
-/// From the last vectors to the first: what the statistics sweep read last is what the second-level cache still has. May be in place.
-template <class T, Terms kTerms, bool kAligned>
-RW_DEVICE void sweep_gradient(const T* x, T* out, int vocab, const RowGradient& g, const Softcap& softcap) {
-    // Registers: element by element, and with a softcap, they do not suffice for more.
-    constexpr int kInFlight = !kAligned || kTerms == Terms::far ? 1 : kTerms == Terms::full ? kUnroll / 2 : kUnroll;
-    constexpr int n = kPerVector<T>, kStep = kThreads * kInFlight;
-    const int vectors = vocab / n, whole = vectors / kStep, tail = tail_of<T>(thread_index(), vocab);
-    if (tail >= 0) narrow(gradient_of<kTerms>(kTerms == Terms::fill ? 0.0f : widen(x[tail]), g, softcap), out[tail]);
-    for (int i = whole * kStep + thread_index(); i < vectors; i += kThreads) {
-        Vector v{};
-        if constexpr (kTerms != Terms::fill) v = load_vector(x + int64_t(i) * n, kAligned);
-        store_vector(out + int64_t(i) * n, gradient_of<T, kTerms>(v, g, softcap), kAligned);
-    }
-    int64_t at = (int64_t(whole) * kStep + thread_index()) * n;
-    for (int step = whole; step > 0; --step) {
-        at -= kStep * n;
-        Vector v[kInFlight] = {};
-        if constexpr (kTerms != Terms::fill) {
+/// One step of a gradient sweep: the vectors at `at`, at + kThreads, ... of both.
+template <class T, Terms kTerms, int kInFlight>
+RW_DEVICE void write_vectors(const T* x, T* out, int at, const RowGradient& g, const Softcap& softcap) {
+    constexpr int n = kPerVector<T>;
+    Vector v[kInFlight] = {};
+    if constexpr (kTerms != Terms::fill) {
 #pragma unroll
-            for (int u = 0; u < kInFlight; ++u) v[u] = load_vector(x + at + u * kThreads * n, kAligned);
-        }
-#pragma unroll
-        for (int u = 0; u < kInFlight; ++u) store_vector(out + at + u * kThreads * n, gradient_of<T, kTerms>(v[u], g, softcap), kAligned);
+        for (int u = 0; u < kInFlight; ++u) v[u] = load16(x + int64_t(at + u * kThreads) * n);
     }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) store16(out + int64_t(at + u * kThreads) * n, gradient_of<T, kTerms>(v[u], g, softcap));
 }
 
-/// The thread whose sweep writes a column, and which may therefore write it again without a barrier.
-template <class T>
-RW_DEVICE int owner(int column, int vocab) {
-    constexpr int n = kPerVector<T>;
-    const int tail = vocab / n * n;
-    return column < tail ? column / n % kThreads : column - tail;
+/// Which columns of a row its threads write: `head` a thread each, whole vectors, and what is left a thread each. A gradient depends on no order, so
+/// that vectors are where they are aligned in memory, if logits and gradient agree about it; else everything goes element by element.
+struct GradientColumns {
+    int head, vectors;
+
+    template <class T>
+    RW_DEVICE GradientColumns(const T* x, const T* out, bool reads, int vocab) {
+        const auto off = [](const T* p) { return int(reinterpret_cast<uintptr_t>(p) & 15); };
+        head = (16 - off(out)) % 16 / int(sizeof(T));
+        if (head > vocab) head = vocab;
+        vectors = !reads || off(x) == off(out) ? (vocab - head) / kPerVector<T> : 0;
+    }
+    /// The thread that writes a column, and which may therefore write it again without a barrier.
+    template <class T>
+    RW_DEVICE int owner(int column) const {
+        const int in_vectors = column - head, after = in_vectors - vectors * kPerVector<T>;
+        return (in_vectors < 0 ? column : after < 0 ? in_vectors / kPerVector<T> : after) % kThreads;
+    }
+};
+
+/// From the last columns to the first: what the statistics sweep read last is what the second-level cache still has. May be in place.
+template <class T, Terms kTerms>
+RW_DEVICE void sweep_gradient(const T* x, T* out, int vocab, const GradientColumns& columns, const RowGradient& g, const Softcap& softcap) {
+    // Registers: with a softcap, they do not suffice for more.
+    constexpr int kInFlight = kTerms == Terms::far ? 1 : kTerms == Terms::full ? kUnroll / 2 : kUnroll;
+    constexpr int n = kPerVector<T>, kStep = kThreads * kInFlight;
+    const auto write = [&](int column) { narrow(gradient_of<kTerms>(kTerms == Terms::fill ? 0.0f : widen(x[column]), g, softcap), out[column]); };
+    const int whole = columns.vectors / kStep * kStep;
+    for (int column = columns.head + columns.vectors * n + thread_index(); column < vocab; column += kThreads) write(column);
+    const T* const from = x + columns.head;
+    T* const to = out + columns.head;
+    for (int at = whole + thread_index(); at < columns.vectors; at += kThreads) write_vectors<T, kTerms, 1>(from, to, at, g, softcap);
+    for (int at = whole - kStep + thread_index(); at >= 0; at -= kStep) write_vectors<T, kTerms, kInFlight>(from, to, at, g, softcap);
+    if (thread_index() < columns.head) write(thread_index());
 }
 
 /// Writes one gradient row, padding included. kFull: with softcap or Σp² terms.
 template <class T, bool kFull>
 RW_DEVICE void write_gradient(const T* x, T* out, int vocab, int columns, int target, const RowGradient& g, const Softcap& softcap) {
-    const bool aligned = is_aligned(out) && (g.terms == Terms::fill || is_aligned(x));
-    const auto sweep = [&](auto terms) {
-        constexpr Terms kTerms = decltype(terms)::value;
-        if (aligned) {
-            sweep_gradient<T, kTerms, true>(x, out, vocab, g, softcap);
-        } else {
-            sweep_gradient<T, kTerms, false>(x, out, vocab, g, softcap);
-        }
-    };
-    with_terms<kFull>(g.terms, sweep);
-    if (target >= 0 && owner<T>(target, vocab) == thread_index()) narrow(g.target, out[target]);
+    const GradientColumns division(x, out, g.terms != Terms::fill, vocab);
+    with_terms<kFull>(g.terms, [&](auto terms) { sweep_gradient<T, decltype(terms)::value>(x, out, vocab, division, g, softcap); });
+    if (target >= 0 && division.owner<T>(target) == thread_index()) narrow(g.target, out[target]);
     for (int64_t column = vocab + thread_index(); column < columns; column += kThreads) narrow(0.0f, out[column]);
 }
 

@@ -8,13 +8,13 @@
 namespace reweight_ops {
 namespace {
 
-/// Of the kernel that evaluates rules: with a softcap, and on Ampere, its registers do not fit twice on a processor.
+/// Of the kernel that evaluates rules: with a softcap, and on Ampere, its registers do not fit more often on a processor.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <bool kFull>
 constexpr int kRuleBlocks = 1;
 #else
 template <bool kFull>
-constexpr int kRuleBlocks = kFull ? 1 : 2;
+constexpr int kRuleBlocks = kFull ? 1 : RW_RULE_BLOCKS;
 #endif
 /// With a softcap, registers for more are not to be had.
 constexpr int blocks_of(bool full, int blocks) { return full && blocks > 2 ? 2 : blocks; }
@@ -25,42 +25,44 @@ RW_DEVICE Target target_of(const Row<T>& row, const Softcap& softcap) {
     return row.target < 0 ? Target() : Target(widen(row.x[row.target]), softcap);
 }
 
-/// A thread's sums of a slice: whole tiles, then what is left of it. `x` is the row.
-template <class T, Sums kSums, bool kAligned>
-RW_DEVICE Sweep sweep_slice(const T* x, int columns, const Slices& slices, int slice, float scale, const Softcap& softcap) {
-    constexpr int n = kPerVector<T>;
-    const int vectors = slices.end(slice) - slices.begin(slice), whole = vectors / kTileVectors;
-    const T* from = x + (int64_t(slices.begin(slice)) + thread_index()) * n;
+/// A thread's sums of a slice: whole tiles, then what is left of it. load(i) gives the slice's vector i.
+template <class T, Sums kSums, class Load>
+RW_DEVICE Sweep sweep_slice(int vectors, float scale, const Softcap& softcap, const Load& load) {
+    const int whole = vectors / kTileVectors * kTileVectors;
     Sweep s;
-    for (int tile = 0; tile < whole; ++tile, from += kTileVectors * n) {
+    int i = thread_index();
+    for (; i < whole; i += kTileVectors) {
         Vector v[kUnroll];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) v[u] = load_vector(from + u * kThreads * n, kAligned);
+        for (int u = 0; u < kUnroll; ++u) v[u] = load(i + u * kThreads);
         absorb_tile<T, kSums>(s, v, scale, softcap);
     }
-    const int left = vectors - whole * kTileVectors - thread_index();
-    if (left > 0) {
+    if (i < vectors) {
         Vector v[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             v[u] = minus_infinities<T>();
-            if (u * kThreads < left) v[u] = load_vector(from + u * kThreads * n, kAligned);
+            if (i + u * kThreads < vectors) v[u] = load(i + u * kThreads);
         }
         absorb_tile<T, kSums>(s, v, scale, softcap);
     }
-    if (slice == slices.count - 1) absorb_tail<T, kSums>(s, x, columns, scale, softcap);
     return s;
 }
 
 /// Leaves the sums of each warp in `partials`.
 template <class T, Sums kSums, bool kAligned>
 RW_DEVICE void sweep_statistics(const T* x, int columns, const Slices& slices, float scale, const Softcap& softcap, RowPartials& partials) {
+    const ShiftedRow<T> shifted(x, slices.vectors);
     for (int slice = 0; slice < slices.count; ++slice) {
-        const Sweep swept = sweep_slice<T, kSums, kAligned>(x, columns, slices, slice, scale, softcap);
+        const int begin = slices.begin(slice), vectors = slices.end(slice) - begin;
+        const T* const from = x + int64_t(begin) * kPerVector<T>;
+        const auto load = [&](int i) { return kAligned ? load16(from + int64_t(i) * kPerVector<T>) : shifted.load(begin + i); };
+        Sweep swept = sweep_slice<T, kSums>(vectors, scale, softcap, load);
+        const bool last = slice == slices.count - 1;
+        if (last) absorb_tail<T, kSums>(swept, x, columns, scale, softcap);
         const Partial s = merge_warp<kSums>(swept, scale, softcap, [&](int thread, const auto& f) {
-            const T* const from = x + int64_t(slices.begin(slice)) * kPerVector<T>;
-            for_each_of<T>(thread, slices.end(slice) - slices.begin(slice), [&](int i) { return load_vector(from + int64_t(i) * kPerVector<T>, kAligned); }, f);
-            const int tail = slice == slices.count - 1 && thread_index() % 32 == 0 ? tail_of<T>(thread, columns) : -1;
+            for_each_of<T>(thread, vectors, [&](int i) { return load_vector(from + int64_t(i) * kPerVector<T>, kAligned); }, f);
+            const int tail = last && thread_index() % 32 == 0 ? tail_of<T>(thread, columns) : -1;
             if (tail >= 0) f(widen(x[tail]));
         });
         if (thread_index() % 32 == 0) partials[slice][thread_index() / 32] = s;
@@ -68,13 +70,9 @@ RW_DEVICE void sweep_statistics(const T* x, int columns, const Slices& slices, f
 }
 
 /// The sums of a row, in every thread of warp 0 (unspecified elsewhere). One barrier; `partials` may be reused after the next one.
-template <Sums kSums, class T>
+template <Sums kSums, bool kAligned, class T>
 RW_DEVICE Partial sum_row(const Row<T>& row, int columns, const Slices& slices, const Softcap& softcap, RowPartials& partials) {
-    if (is_aligned(row.x)) {
-        sweep_statistics<T, kSums, true>(row.x, columns, slices, row.scale, softcap, partials);
-    } else {
-        sweep_statistics<T, kSums, false>(row.x, columns, slices, row.scale, softcap, partials);
-    }
+    sweep_statistics<T, kSums, kAligned>(row.x, columns, slices, row.scale, softcap, partials);
     barrier();
     Partial sums{-kInf, 0.0f, 0.0f, 0.0f};
     if (thread_index() < 32) {
@@ -91,8 +89,9 @@ RW_DEVICE void fill_zero(T* out, int64_t columns) {
 
 // ---- token_stats
 
-template <class T, Sums kSums>
-RW_KERNEL(kThreads, blocks_of(kSums == Sums::full, kStatsBlocks)) stats_kernel(RW_PARAMETER StatsCall call) {
+/// kAligned: every row starts at a multiple of 16 bytes.
+template <class T, Sums kSums, bool kAligned>
+RW_KERNEL(kThreads, blocks_of(kSums == Sums::full || !kAligned, kStatsBlocks)) stats_kernel(RW_PARAMETER StatsCall call) {
     // Two: while warp 0 merges those of one row, the others write those of the next.
     RW_SHARED(DoubleBuffer<RowPartials>, partials);
     const Softcap softcap(call.softcap);
@@ -104,7 +103,7 @@ RW_KERNEL(kThreads, blocks_of(kSums == Sums::full, kStatsBlocks)) stats_kernel(R
             continue;
         }
         const Row<T> row(call, i);
-        const Partial sums = sum_row<kSums>(row, int(call.vocab_size), slices, softcap, partials[buffer]);
+        const Partial sums = sum_row<kSums, kAligned>(row, int(call.vocab_size), slices, softcap, partials[buffer]);
         buffer ^= 1;
         if (thread_index() == 0) put_row(call, i, finish(sums, target_of(row, softcap), row.temperature, row.scale));
     }
@@ -154,7 +153,7 @@ RW_KERNEL(kThreads, blocks_of(kFull, kGradBlocks)) grad_kernel(RW_PARAMETER Grad
 
 // ---- token_loss_grad
 
-template <class T, bool kFull>
+template <class T, bool kFull, bool kAligned>
 RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCall call) {
     RW_SHARED(RowPartials, partials);
     RW_SHARED(RowGradient, gradient);
@@ -169,7 +168,7 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
         }
         const Row<T> row(call, i);
         constexpr Sums kSums = kFull ? Sums::full : Sums::entropy;
-        const Partial sums = sum_row<kSums>(row, int(call.vocab_size), slices, softcap, partials);
+        const Partial sums = sum_row<kSums, kAligned>(row, int(call.vocab_size), slices, softcap, partials);
         if (thread_index() == 0) gradient = loss_of_row(call, i, row, sums, target_of(row, softcap), true, softcap);
         barrier();
         write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient, softcap);
@@ -188,9 +187,18 @@ int launch_rows(void (*kernel)(const C), const C& call, int blocks_per_processor
     return launch(kernel, {call.rows < blocks ? call.rows : blocks, kThreads}, call);
 }
 
+/// Calls f(full, aligned) with constants of the compiler.
+template <class F>
+int with_kind(bool full, bool aligned, const F& f) {
+    if (full) return aligned ? f(std::true_type(), std::true_type()) : f(std::true_type(), std::false_type());
+    return aligned ? f(std::false_type(), std::true_type()) : f(std::false_type(), std::false_type());
+}
+
 int launch_stats(const StatsCall& call) {
-    const bool full = call.log_sum_p_sq || call.softcap < kInf;
-    return launch_rows(full ? stats_kernel<RW_ELEMENT, Sums::full> : stats_kernel<RW_ELEMENT, Sums::entropy>, call, blocks_of(full, kStatsBlocks));
+    return with_kind(call.log_sum_p_sq || call.softcap < kInf, rows_are_aligned(call), [&](auto full, auto aligned) {
+        constexpr Sums kSums = full.value ? Sums::full : Sums::entropy;
+        return launch_rows(stats_kernel<RW_ELEMENT, kSums, aligned.value>, call, blocks_of(full.value || !aligned.value, kStatsBlocks));
+    });
 }
 
 int launch_grad(const GradCall& call) {
@@ -198,13 +206,11 @@ int launch_grad(const GradCall& call) {
     return launch_rows(full ? grad_kernel<RW_ELEMENT, true> : grad_kernel<RW_ELEMENT, false>, call, blocks_of(full, kGradBlocks));
 }
 
+/// As many blocks as fit: where their rows are more than the second-level cache holds, the second read comes from memory, but enough is in flight.
 int launch_loss_grad(const LossGradCall& call) {
-    const bool full = call.reads_p_sq || call.softcap < kInf;
-    const Device device = device_of(call.device);
-    if (device.status) return device.status;
-    // Two blocks a processor, for one waits at barriers; one where two rows a processor are more than half of the cache that the second read is for.
-    const int64_t in_flight = 2 * device.processors * call.vocab_size * int64_t(sizeof(RW_ELEMENT));
-    return launch_rows(full ? loss_grad_kernel<RW_ELEMENT, true> : loss_grad_kernel<RW_ELEMENT, false>, call, in_flight > device.l2_bytes / 2 ? 1 : 2);
+    return with_kind(call.reads_p_sq || call.softcap < kInf, rows_are_aligned(call), [&](auto full, auto aligned) {
+        return launch_rows(loss_grad_kernel<RW_ELEMENT, full.value, aligned.value>, call, full.value ? 2 : RW_RULE_BLOCKS);
+    });
 }
 
 }  // namespace

@@ -36,6 +36,10 @@
 #ifndef RW_GRAD_BLOCKS
 #define RW_GRAD_BLOCKS 4
 #endif
+/// The same of the streaming kernel that evaluates rules.
+#ifndef RW_RULE_BLOCKS
+#define RW_RULE_BLOCKS 3
+#endif
 
 namespace reweight_ops {
 

@@ -95,6 +95,8 @@ inline Vector load16(const void* p) {
     std::memcpy(&v, p, 16);
     return v;
 }
+inline Vector load16_cached(const void* p) { return load16(p); }
+inline uint32_t shift_pair(uint32_t low, uint32_t high, int bits) { return uint32_t((uint64_t(high) << 32 | low) >> bits); }
 inline void store16(void* p, Vector v) {
     check_alignment(p);
     std::memcpy(p, &v, 16);
