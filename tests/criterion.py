@@ -1,12 +1,12 @@
-"""The package's accuracy criterion (reweight_ops/testing.py), asserted of what kernels return: one for every backend."""
+"""The package's accuracy criterion (reweight_ops/testing/__init__.py), asserted of what kernels return: one for every backend."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from reweight_ops.backends import reference
-from reweight_ops.backends.base import Head
+from reweight_ops._core.backends import reference_token as reference
+from reweight_ops._core.backends.base import SoftmaxParams
 from reweight_ops.testing import ERROR_FLOOR, gradient_errors, value_error
 
 
@@ -29,7 +29,7 @@ def assert_gradient(got: Tensor, fp32: Tensor, truth: Tensor, size: Tensor, colu
 
 
 def gradient_from(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: dict[str, Tensor], coefs: dict[str, Tensor]
+    logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: dict[str, Tensor], coefs: dict[str, Tensor]
 ) -> Tensor:
     """fp32 PyTorch's gradient from given fp32 statistics: what any two-pass implementation has to work with."""
     out = torch.empty_like(logits)

@@ -9,8 +9,10 @@ from criterion import assert_gradient, assert_values
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from kernel_oracle import gradient, rows, statistics
 
-from reweight_ops.backends.base import OUT, Head, Program, RowInputs
-from reweight_ops.codegen.printer import own_rules
+from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.formula.printer import own_rules
+from reweight_ops._core.rows.groups import OUT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: In 16-byte vectors, with the blocks of a cluster: a tile is 1024 vectors, a block holds up to 10 tiles of a row, and 13 of two rows.
@@ -28,8 +30,8 @@ SHAPES = {
 CLAMP = [-20.0, 20.0]
 CLIP = [1.0, 0.2, 0.2, math.inf]
 PROGRAMS = {
-    "plain": (Program(("clip",)), [*CLAMP, *CLIP]),
-    "entropy": (Program(("clip", "entropy_bonus")), [*CLAMP, *CLIP, 0.05]),
+    "plain": (Program.of(("clip",)), [*CLAMP, *CLIP]),
+    "entropy": (Program.of(("clip", "entropy_bonus")), [*CLAMP, *CLIP, 0.05]),
 }
 NOT_SUPPORTED = "status 801"
 
@@ -97,7 +99,9 @@ def loss_grad(cuda, z, ids, adv, program=PROGRAMS["entropy"], head=None, tempera
     temperature = torch.linspace(0.7, 1.4, n) if temperature is None else temperature
     weights = torch.ones(len(program[0].terms), n)
     given = RowInputs(weights, torch.linspace(-3, 0, n), adv) if inputs is None else inputs
-    return cuda.token_loss_grad(z, ids, temperature, head or Head(z.size(-1)), given, program[0], torch.tensor(program[1]), out), out
+    return cuda.token_loss_grad(
+        z, ids, temperature, head or SoftmaxParams(z.size(-1)), given, program[0], torch.tensor(program[1]), out
+    ), out
 
 
 def same(a, b):
@@ -135,7 +139,7 @@ def test_as_the_streaming_kernel(emulator, cuda, dtype, shape, schedule):
     n = 16 if vectors < 7000 else 9
     emulator.set_device(9, 227 << 10, 2 if n == 16 else 1)
     z, ids, adv = batch(n, v, dtype, padding=5)
-    head = Head(v)
+    head = SoftmaxParams(v)
     want_rows, want = by_streaming(emulator, cuda, z, ids, adv, head=head)
     assert (want[..., v:] == 0).all() and (want[ids == OUT] == 0).all() and (want != 0).any()
     got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, head=head)
@@ -171,8 +175,8 @@ def test_every_gradient(emulator, cuda, dtype, case, schedule, monkeypatch):
     program = PROGRAMS.get(case, PROGRAMS["entropy"])
     if case == "squares":
         compiled = cuda._compiled  # as for a rule that reads log_sum_p_sq
-        monkeypatch.setattr(cuda, "_compiled", lambda p: (*compiled(p)[:2], True, *compiled(p)[3:]))
-    head = Head(v, 12.0 if case == "softcap" else math.inf)
+        monkeypatch.setattr(cuda, "_compiled", lambda *a: (*compiled(*a)[:2], True, *compiled(*a)[3:]))
+    head = SoftmaxParams(v, 12.0 if case == "softcap" else math.inf)
     want_rows, want = by_streaming(emulator, cuda, z, ids, adv, program=program, head=head)
     got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, program=program, head=head)
     assert same(got_rows, want_rows) and same(got, want)
@@ -186,7 +190,7 @@ def test_every_rule(emulator, cuda, name):
     old, ref, sampling = (torch.randn(n, generator=g) - 3 for _ in range(3))
     inputs = RowInputs(torch.rand(1, n, generator=g), old, torch.randn(n, generator=g), ref, sampling)
     values = [0.5] * len(own_rules()[name].parameter_names())
-    program = Program((name,)), [*CLAMP, 1.0, *values]
+    program = Program.of((name,)), [*CLAMP, 1.0, *values]
     want_rows, want = by_streaming(emulator, cuda, z, ids, None, program=program, inputs=inputs)
     got_rows, got = by_ring(emulator, cuda, "random", 1, z, ids, None, program=program, inputs=inputs)
     assert same(got_rows, want_rows) and same(got, want)
@@ -218,8 +222,8 @@ def test_statistics_agree(emulator, cuda, dtype, shape):
     odd.copy_(values)
     emulator.set_schedule("random", 3)
     one = torch.ones(1)
-    logp = cuda.token_stats(z, ids, one, Head(v), ("logp",))[0]
-    assert torch.equal(cuda.token_stats(odd, ids, one, Head(v), ("logp",))[0], logp)
+    logp = cuda.token_stats(z, ids, one, SoftmaxParams(v), ("logp",))[0]
+    assert torch.equal(cuda.token_stats(odd, ids, one, SoftmaxParams(v), ("logp",))[0], logp)
     inputs = RowInputs(torch.ones(1, n), logp, torch.ones(n))
     for logits, kernel in ((z, "ring"), (z, "streaming"), (odd, "auto")):
         emulator.set_kernel(kernel)
@@ -262,7 +266,7 @@ def test_all_rows_out(emulator, cuda):
 
 
 def why(cuda, emulator, z, out=None):
-    call = cuda._call(z, torch.zeros(z.numel() // max(z.size(-1), 1), dtype=torch.int64), torch.ones(1), Head(z.size(-1)))
+    call = cuda._call(z, torch.zeros(z.numel() // max(z.size(-1), 1), dtype=torch.int64), torch.ones(1), SoftmaxParams(z.size(-1)))
     out = z if out is None else out
     return emulator.why_streaming(call, out.data_ptr(), cuda._out_rows(z, out))
 

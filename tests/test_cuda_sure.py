@@ -7,7 +7,7 @@ import sure_rows
 import torch
 from cuda_emulation.fixtures import SCHEDULES, emulated
 
-from reweight_ops.backends.base import Head, Program, RowInputs
+from reweight_ops._core.backends.base import Head, Program, RowInputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: From rows that live in one thread to rows over several warps, tiles and slices.

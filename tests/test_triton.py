@@ -17,17 +17,21 @@ pytest.importorskip("triton")
 
 from triton_oracle import DEVICE, Batch, check_grad, check_loss_grad, check_stats, default_params, run_loss_grad, run_stats
 
-from reweight_ops.backends import triton as backend
-from reweight_ops.backends import triton_programs
-from reweight_ops.backends.base import COEFS, LOSS_ROWS, OUT, STATS, Head, Program, Request, RowInputs
-from reweight_ops.codegen.printer import own_rules
-from reweight_ops.codegen.triton import program_py
+from reweight_ops._core.backends import triton_cache as triton_programs
+from reweight_ops._core.backends import triton_launch
+from reweight_ops._core.backends import triton_token as backend
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Request, RowInputs, SoftmaxParams
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.formula.printer import own_rules
+from reweight_ops._core.formula.triton import program_py
+from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules import RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 from reweight_ops.triton_kernels.config import Config, config_for
 
 ROWS = 12
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RICH = Program(("clip", "k3", "entropy_bonus"), (("current_advantage_reweighting", "surrogate"), ("probability_band", "all")))
+RICH = Program.of(("clip", "k3", "entropy_bonus"), (("current_advantage_reweighting", "surrogate"), ("probability_band", "all")))
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +56,7 @@ def make(dtype=torch.float32, n=ROWS, v=400, program=RICH, seed=0, **change) -> 
     ids[::2] = logits[::2].float().argmax(-1)
     logits[0, ids[0]] = 40.0  # p = 1 to fp32
     logits[1] *= 4
-    batch = Batch(logits, ids, torch.tensor([0.8]), Head(v), None, program, default_params(program))
+    batch = Batch(logits, ids, torch.tensor([0.8]), SoftmaxParams(v), None, program, default_params(program))
     batch = dataclasses.replace(batch, **change)
     n = batch.ids.numel()
     logp = torch.nan_to_num(batch.statistics(torch.float32)["logp"], neginf=-30.0)
@@ -102,13 +106,13 @@ CONDITIONS = {
     "strides, padding and poison": strided,
     "rows that are out": masked,
     "-inf": minus_infinity,
-    "softcap": lambda dtype: make(dtype, head=Head(400, softcap=5.0)),
+    "softcap": lambda dtype: make(dtype, head=SoftmaxParams(400, softcap=5.0)),
     "softcap and -inf": lambda dtype: make(
-        dtype, logits=minus_infinity(dtype).logits, ids=minus_infinity(dtype).ids, head=Head(400, softcap=30.0)
+        dtype, logits=minus_infinity(dtype).logits, ids=minus_infinity(dtype).ids, head=SoftmaxParams(400, softcap=30.0)
     ),
     "a temperature each row": lambda dtype: make(dtype, temperature=torch.linspace(0.3, 2.5, ROWS)),
     "a large common shift": lambda dtype: make(dtype, logits=make(dtype).logits + 300),
-    "padded vocabulary": lambda dtype: make(dtype, head=Head(350), ids=make(dtype).ids % 350),
+    "padded vocabulary": lambda dtype: make(dtype, head=SoftmaxParams(350), ids=make(dtype).ids % 350),
     "an odd vocabulary": lambda dtype: make(dtype, v=397),
     "a tiny vocabulary": lambda dtype: make(dtype, v=3),
 }
@@ -126,12 +130,12 @@ def test_conditions(condition, dtype, small_tiles):
 @pytest.mark.parametrize("name", sorted(own_rules()))
 def test_rules(name):
     terms = (name,) if own_rules()[name].kind == "surrogate" else ("reinforce", name)
-    check_loss_grad(make(n=24, program=Program(terms)))
+    check_loss_grad(make(n=24, program=Program.of(terms)))
 
 
 @pytest.mark.parametrize(
     "program",
-    [Program(("clip", "k1", "k2", "entropy_bonus")), Program(("cispo", "k3_corrected"), (("truncated_importance", "surrogate"),))],
+    [Program.of(("clip", "k1", "k2", "entropy_bonus")), Program.of(("cispo", "k3_corrected"), (("truncated_importance", "surrogate"),))],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_programs(program, dtype):
@@ -161,7 +165,7 @@ def test_in_place(dtype, small_tiles):
 
 
 def test_on_policy_is_ratio_one_and_keeps_its_gradient():
-    batch = make(program=Program(("clip",)))
+    batch = make(program=Program.of(("clip",)))
     batch.inputs = batch.inputs._replace(old_logp=None)
     rows = check_loss_grad(batch)
     assert torch.equal(rows[3], -batch.inputs.adv * (batch.inputs.weights[0] != 0))
@@ -173,7 +177,7 @@ def test_on_policy_is_ratio_one_and_keeps_its_gradient():
 
 
 def split(monkeypatch, yes: bool) -> None:
-    monkeypatch.setattr(backend, "_processors", lambda device: 10**6 if yes else 0)
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 10**6 if yes else 0)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
@@ -181,12 +185,12 @@ def split(monkeypatch, yes: bool) -> None:
 def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch):
     """And a verb of split rows is at most two launches, of whole rows always one."""
     n, v = 6, 1000  # 4 segments of 256 columns and, with padding, 3 chunks of 512
-    batch = make(dtype, n=n, v=v + 300, head=Head(v), ids=torch.tensor([3, 999, OUT, 600, v + 1, 511]))
+    batch = make(dtype, n=n, v=v + 300, head=SoftmaxParams(v), ids=torch.tensor([3, 999, OUT, 600, v + 1, 511]))
     given = [x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature)]
     coefs = {name: torch.linspace(-1, 2, n, device=DEVICE) for name in COEFS}
     launched = []
-    launch = backend._launch
-    monkeypatch.setattr(backend, "_launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
+    launch = triton_launch.launch
+    monkeypatch.setattr(triton_launch, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
 
     def run(yes: bool):
         split(monkeypatch, yes)
@@ -217,7 +221,7 @@ def test_a_row_is_the_same_bits_wherever_it_stands(small_tiles):
 
 
 def test_both_verbs_give_the_same_logp(small_tiles):
-    batch = make(torch.bfloat16, head=Head(400, softcap=20.0))
+    batch = make(torch.bfloat16, head=SoftmaxParams(400, softcap=20.0))
     stats, rows = run_stats(batch, ("logp", "entropy")), run_loss_grad(batch)[0]
     assert torch.equal(stats["logp"], rows[0]) and torch.equal(stats["entropy"], rows[1])
     assert torch.equal(run_stats(batch, ("logp",))["logp"], rows[0])
@@ -229,7 +233,7 @@ def test_both_verbs_give_the_same_logp(small_tiles):
 @pytest.mark.parametrize("sickness", ["nan", "+inf", "all -inf", "nan in the last tile"])
 @pytest.mark.parametrize("softcap", [math.inf, 30.0])
 def test_a_sick_row_is_nan_and_alone(sickness, softcap, small_tiles):
-    batch = make(n=8, head=Head(400, softcap=softcap))
+    batch = make(n=8, head=SoftmaxParams(400, softcap=softcap))
     healthy, healthy_out = run_loss_grad(batch)
     batch.logits = batch.logits.clone()
     if sickness == "all -inf":
@@ -249,7 +253,7 @@ def test_a_sick_row_is_nan_and_alone(sickness, softcap, small_tiles):
 
 def test_a_sick_row_is_nan_also_where_the_rule_only_compares():
     """Every comparison with NaN is false, and clip would call the row clipped: no gradient. Padding stays zero all the same."""
-    batch = make(n=8, program=Program(("clip",)), head=Head(350), ids=make(n=8).ids % 350)
+    batch = make(n=8, program=Program.of(("clip",)), head=SoftmaxParams(350), ids=make(n=8).ids % 350)
     batch.logits = batch.logits.clone()
     batch.logits[4, 17] = math.nan
     rows, out = run_loss_grad(batch)
@@ -267,13 +271,15 @@ def test_the_targets_slope_keeps_its_digits_as_p_goes_to_1():
     stats = {"logp": logp, "lse": -logp}
     out = torch.full((24, 2), math.nan, device=DEVICE)
     given = {k: v.to(DEVICE) for k, v in stats.items()}
-    backend.token_grad(logits.to(DEVICE), ids.to(DEVICE), torch.ones(1, device=DEVICE), Head(2), given, {"logp": one.to(DEVICE)}, out)
+    backend.token_grad(
+        logits.to(DEVICE), ids.to(DEVICE), torch.ones(1, device=DEVICE), SoftmaxParams(2), given, {"logp": one.to(DEVICE)}, out
+    )
     want = -torch.expm1(logp.double())
     assert ((out[:, 0].cpu().double() - want).abs() <= 8 * 2.0**-24 * want).all()
 
 
 def test_a_target_of_minus_infinity():
-    batch = make(program=Program(("reinforce", "entropy_bonus")))
+    batch = make(program=Program.of(("reinforce", "entropy_bonus")))
     batch.logits = batch.logits.clone()
     batch.logits[5, batch.ids[5]] = -math.inf
     rows, out = run_loss_grad(batch)
@@ -291,7 +297,7 @@ def test_two_shards_are_one_vocabulary():
     whole = check_stats(batch)
     halves = []
     for start, stop in ((0, 256), (256, 600)):
-        head = Head(stop - start, vocab_start=start, vocab_total=600)
+        head = SoftmaxParams(stop - start, vocab_start=start, vocab_total=600)
         part = dataclasses.replace(batch, logits=batch.logits[:, start:stop], head=head)
         stats = check_stats(part)
         assert torch.equal(stats["logp"] == -math.inf, (batch.ids < start) | (batch.ids >= stop))
@@ -311,13 +317,13 @@ def test_two_shards_are_one_vocabulary():
 def test_no_rows_and_no_live_rows():
     empty = torch.empty(0, 8, device=DEVICE)
     ids, t = torch.empty(0, dtype=torch.int64, device=DEVICE), torch.ones(1, device=DEVICE)
-    assert backend.token_stats(empty, ids, t, Head(8), STATS).shape == (len(STATS), 0)
+    assert backend.token_stats(empty, ids, t, SoftmaxParams(8), STATS).shape == (len(STATS), 0)
     inputs = RowInputs(torch.empty(1, 0, device=DEVICE), adv=torch.empty(0, device=DEVICE))
     rows = backend.token_loss_grad(
-        empty, ids, t, Head(8), inputs, Program(("reinforce",)), default_params(Program(("reinforce",))).to(DEVICE), empty
+        empty, ids, t, SoftmaxParams(8), inputs, Program.of(("reinforce",)), default_params(Program.of(("reinforce",))).to(DEVICE), empty
     )
     assert rows.shape == (len(LOSS_ROWS), 0)
-    batch = make(program=Program(("clip",)))
+    batch = make(program=Program.of(("clip",)))
     batch.inputs = batch.inputs._replace(weights=torch.zeros(1, ROWS))
     rows, out = run_loss_grad(batch)
     assert torch.equal(out, torch.zeros_like(out))
@@ -371,7 +377,7 @@ def test_a_users_rule_runs_in_one_pass_with_its_derivative(registries, monkeypat
         def weight(self, xp, t, batch):
             return 1 + self.a * xp.log1p(-0.5 * xp.exp(t.logp))
 
-    program = Program(("soft_gate", "k3"), (("rarity", "surrogate"),))
+    program = Program.of(("soft_gate", "k3"), (("rarity", "surrogate"),))
     check_loss_grad(make(program=program))
     assert len(list(tmp_path.glob("programs/*.py"))) == 1
 
@@ -380,7 +386,7 @@ def test_a_users_rule_runs_in_one_pass_with_its_derivative(registries, monkeypat
         def loss(self, xp, t):
             return -t.adv * t.logp * t.entropy
 
-    check_loss_grad(make(program=Program(("soft_gate",))))
+    check_loss_grad(make(program=Program.of(("soft_gate",))))
     assert len(list(tmp_path.glob("programs/*.py"))) == 2
 
 
@@ -417,9 +423,9 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 def test_reasons():
     request = Request("token_stats", torch.device(DEVICE), torch.float32)
-    assert backend.BACKEND.unsupported_reason(request) is None
-    assert "float64" in backend.BACKEND.unsupported_reason(request._replace(dtype=torch.float64))
-    assert "xpu" in backend.BACKEND.unsupported_reason(request._replace(device=torch.device("xpu"))) or backend.interpreted()
+    assert load("triton").unsupported_reason(request) is None
+    assert "float64" in load("triton").unsupported_reason(request._replace(dtype=torch.float64))
+    assert "xpu" in load("triton").unsupported_reason(request._replace(device=torch.device("xpu"))) or triton_launch.interpreted()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -436,9 +442,9 @@ def test_launch_shapes(columns, itemsize, wave):
 
 def test_alignment_classes():
     base = torch.zeros(4096, dtype=torch.bfloat16)
-    assert backend._alignment(base.view(4, 1024)) == 16
-    assert backend._alignment(base[2:2050].view(2, 1024)) == 4
-    assert backend._alignment(base[1:2049].view(2, 1024)) == 2
-    assert backend._alignment(base[:1002].view(2, 501)) == 2
-    assert backend._alignment(base[:1000].view(2, 500), base[1:1001].view(2, 500)) == 2
-    assert backend._alignment(base.float()[1:1001].view(2, 500)) == 4
+    assert triton_launch.alignment(base.view(4, 1024)) == 16
+    assert triton_launch.alignment(base[2:2050].view(2, 1024)) == 4
+    assert triton_launch.alignment(base[1:2049].view(2, 1024)) == 2
+    assert triton_launch.alignment(base[:1002].view(2, 501)) == 2
+    assert triton_launch.alignment(base[:1000].view(2, 500), base[1:1001].view(2, 500)) == 2
+    assert triton_launch.alignment(base.float()[1:1001].view(2, 500)) == 4

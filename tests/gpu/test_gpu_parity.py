@@ -7,9 +7,11 @@ import torch
 from places import DRY, batch_on, sized
 
 import reweight_ops as rw
-from reweight_ops.backends.base import COEFS, OUT, STATS, Head, Program, RowInputs
-from reweight_ops.backends.select import load
-from reweight_ops.methods.registry import METHODS
+from reweight_ops._core.backends.base import COEFS, STATS, RowInputs, SoftmaxParams
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.calls.specs import METHODS
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules.penalties import EntropyBonus
 from reweight_ops.rules.surrogates import Reinforce
 from reweight_ops.testing import compare, make_batch
@@ -145,7 +147,7 @@ def test_a_sick_row_is_nan_and_alone(place, sickness):
 
 # --- bitwise --------------------------------------------------------------------------------------------------------------------
 
-PROGRAM, PARAMS = Program(("clip", "entropy_bonus")), [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05]
+PROGRAM, PARAMS = Program.of(("clip", "entropy_bonus")), [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05]
 
 
 class Rows:
@@ -164,7 +166,7 @@ class Rows:
         ids, (adv, old, w) = self.ids, self.rows
         if order is not None:
             ids, adv, old, w = ids[order], adv[order], old[order], w[order]
-        one, head, n = torch.ones(1, device=z.device), Head(z.size(-1)), ids.numel()
+        one, head, n = torch.ones(1, device=z.device), SoftmaxParams(z.size(-1)), ids.numel()
         stats = self.verbs.token_stats(z, ids, one, head, STATS)
         inputs = RowInputs(w.expand(2, n), old.contiguous(), adv.contiguous())
         out = torch.full_like(z, math.nan) if out is None else out

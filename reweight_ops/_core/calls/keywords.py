@@ -1,0 +1,265 @@
+"""The keywords that ops share, by record: how logits become distributions, what a policy loss reads per row, ... Each has one default.
+
+An unknown keyword is a TypeError that names the nearest known one, and what a TRL or verl name is called here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
+
+from torch import Tensor, dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Options:
+    """Base of the records: frozen dataclasses of keywords, each with its default."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ()
+
+    def named(self) -> dict[str, Any]:
+        """The values by public name, for the resolver and its messages."""
+        return {name: getattr(self, name) for name in self.NAMES}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxOptions(Options):
+    """How a row of logits becomes a distribution, and who computes it."""
+
+    temperature: Any = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+    drop_last: bool = False
+    consume_logits: bool = False
+    process_group: Any = None
+    backend: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyOptions(Options):
+    """What a policy loss reads beside logits and advantages."""
+
+    completion_mask: Any = None
+    denominator_mask: Any = None
+    cu_seqlens: Any = None
+    sequence_ids: Any = None
+    num_sequences: int | None = None
+    segment_ids: Any = None
+    group_ids: Any = None
+    num_groups: int | None = None
+    old_per_token_logps: Any = None
+    ref_per_token_logps: Any = None
+    sampling_per_token_logps: Any = None
+    importance_sampling_ratio: Any = None
+    token_weights: Any = None
+    num_items_in_batch: Any = None
+    num_sequences_in_batch: Any = None
+    loss_scale: Any = 1.0
+    validate: bool = False
+
+
+class Lora(NamedTuple):
+    """A low-rank term of the head: ``logits += scale · (hidden @ aᵀ) @ bᵀ``, ``a [r, D]``, ``b [V, r]``. ``W + scale·b·a`` is never built."""
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LMHeadOptions(Options):
+    """The LM head of an op that takes hidden states, and its chunks."""
+
+    lm_head_bias: Any = None
+    logit_scale: float = 1.0
+    logits_dtype: dtype | None = None
+    accumulate_dtype: dtype | None = None
+    chunk_rows: int | None = None
+    memory_budget: int | None = None
+    lora: Lora | None = None
+    row_index: Any = None
+    compact_rows: bool | None = None
+
+
+class SoftmaxKeywords(TypedDict, total=False):
+    """:class:`SoftmaxOptions` for type checkers (a test holds the names together)."""
+
+    temperature: float | Tensor
+    softcap: float | None
+    vocab_size: int | None
+    drop_last: bool
+    consume_logits: bool
+    process_group: ProcessGroup | None
+    backend: str
+
+
+class PolicyKeywords(TypedDict, total=False):
+    """:class:`PolicyOptions` for type checkers."""
+
+    completion_mask: Tensor | None
+    denominator_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    sequence_ids: Tensor | None
+    num_sequences: int | None
+    segment_ids: Tensor | None
+    group_ids: Tensor | None
+    num_groups: int | None
+    old_per_token_logps: Tensor | float | None
+    ref_per_token_logps: Tensor | float | None
+    sampling_per_token_logps: Tensor | float | None
+    importance_sampling_ratio: Tensor | float | None
+    token_weights: Tensor | float | None
+    num_items_in_batch: float | Tensor | None
+    num_sequences_in_batch: float | Tensor | None
+    loss_scale: float | Tensor
+    validate: bool
+
+
+class PolicyLossKeywords(SoftmaxKeywords, PolicyKeywords, total=False):
+    """The keywords of :func:`~reweight_ops.policy_loss`."""
+
+
+class LMHeadKeywords(SoftmaxKeywords, total=False):
+    """:class:`SoftmaxOptions` and :class:`LMHeadOptions` for type checkers."""
+
+    lm_head_bias: Tensor | None
+    logit_scale: float
+    logits_dtype: dtype | None
+    accumulate_dtype: dtype | None
+    chunk_rows: int | None
+    memory_budget: int | None
+    lora: tuple[Tensor, Tensor, float] | None
+    row_index: Tensor | None
+    compact_rows: bool | None
+
+
+class LinearPolicyLossKeywords(LMHeadKeywords, PolicyKeywords, total=False):
+    """The keywords of :func:`~reweight_ops.linear_policy_loss`."""
+
+
+class PairKeywords(TypedDict, total=False):
+    """:class:`PairOptions` for type checkers (a test holds the names together)."""
+
+    completion_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    sequence_ids: Tensor | None
+    num_sequences: int | None
+    pairs: str
+    ref_per_token_logps: Tensor | None
+    ref_sequence_logps: Tensor | None
+    old_per_token_logps: Tensor | None
+    old_sequence_logps: Tensor | None
+    ref_logits: Tensor | None
+    per_token_kl: Tensor | None
+    reward_mask: Tensor | None
+    kl_mask: Tensor | None
+    reward_margins: Tensor | None
+    judge_margins: Tensor | None
+    consistency: Tensor | None
+    chosen_values: Tensor | None
+    rejected_values: Tensor | None
+    noise: Tensor | None
+    num_pairs_in_batch: float | Tensor | None
+    loss_scale: float | Tensor
+    validate: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairOptions(Options):
+    """The keywords of a pair loss beside the softmax's."""
+
+    completion_mask: Any = None
+    cu_seqlens: Any = None
+    sequence_ids: Any = None
+    num_sequences: int | None = None
+    pairs: str = "halves"
+    ref_per_token_logps: Any = None
+    ref_sequence_logps: Any = None
+    old_per_token_logps: Any = None
+    old_sequence_logps: Any = None
+    ref_logits: Any = None
+    per_token_kl: Any = None
+    reward_mask: Any = None
+    kl_mask: Any = None
+    reward_margins: Any = None
+    judge_margins: Any = None
+    consistency: Any = None
+    chosen_values: Any = None
+    rejected_values: Any = None
+    noise: Any = None
+    num_pairs_in_batch: Any = None
+    loss_scale: Any = 1.0
+    validate: bool = False
+
+
+#: What users of TRL, verl, Liger and others may type, and what it is here.
+ALIASES = {
+    "epsilon": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
+    "epsilon_low": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
+    "epsilon_high": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
+    "eps_low": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
+    "eps_high": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
+    "clip_ratio": "spec=methods.verl(clip_ratio=...)",
+    "clip_ratio_low": "spec=methods.verl(clip_ratio_low=...)",
+    "clip_ratio_high": "spec=methods.verl(clip_ratio_high=...)",
+    "clip_ratio_c": "spec=methods.verl(clip_ratio_c=...)",
+    "delta": "spec=methods.grpo(delta=...)",
+    "beta": "spec=methods.grpo(beta=...)",
+    "kl_coef": "spec=methods.grpo(beta=...)",
+    "loss_type": "spec=methods.trl(loss_type=...)",
+    "loss_mode": "spec=methods.verl(loss_mode=...)",
+    "loss_agg_mode": "spec=methods.verl(loss_agg_mode=...)",
+    "importance_sampling_level": "spec=methods.trl(importance_sampling_level=...)",
+    "max_completion_length": "spec=methods.trl(max_completion_length=...)",
+    "entropy_coef": "spec=methods.trl(entropy_coef=...)",
+    "old_log_prob": "old_per_token_logps",
+    "old_log_probs": "old_per_token_logps",
+    "old_logp": "old_per_token_logps",
+    "old_logprobs": "old_per_token_logps",
+    "prev_logprobs": "old_per_token_logps",
+    "ref_log_prob": "ref_per_token_logps",
+    "ref_logp": "ref_per_token_logps",
+    "ref_logprobs": "ref_per_token_logps",
+    "rollout_log_probs": "sampling_per_token_logps",
+    "rollout_is_weights": "importance_sampling_ratio",
+    "vllm_is_ratio": "importance_sampling_ratio",
+    "response_mask": "completion_mask",
+    "action_mask": "completion_mask",
+    "loss_mask": "completion_mask",
+    "attention_mask": "completion_mask",
+    "labels": "completion_ids",
+    "index": "completion_ids",
+    "selected_token_ids": "completion_ids",
+    "inplace": "consume_logits",
+    "inplace_backward": "consume_logits",
+    "loss_scale_factor": "loss_scale, or spec=methods.verl(loss_scale_factor=...)",
+    "weights": "token_weights",
+    "loss_weights": "token_weights",
+    "final_logit_softcapping": "softcap",
+}
+
+
+for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
+    _record.NAMES = tuple(f.name for f in dataclasses.fields(_record))
+
+
+def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple[str, ...] = ()) -> list[Any]:
+    """One of each record from the keywords; a keyword of none is a TypeError. ``own``: the op's other keywords, for the message."""
+    known = [name for record in records for name in record.NAMES]
+    for name in keywords:
+        if name not in known:
+            _reject(op, name, (*known, *own))
+    return [record(**{name: keywords[name] for name in record.NAMES if name in keywords}) for record in records]
+
+
+def _reject(op: str, name: str, known: tuple[str, ...]) -> NoReturn:
+    hint = ""
+    alias = ALIASES.get(name, "")
+    if alias.split("=")[0].split(",")[0] in known:
+        hint = f" Here it is {alias}."
+    elif near := difflib.get_close_matches(name, known, n=1):
+        hint = f" Did you mean {near[0]}?"
+    raise TypeError(f"{op}() got an unexpected keyword argument {name!r}.{hint}")

@@ -1,0 +1,66 @@
+"""Two logits tensors of a call, resolved: the rows, and how each becomes distributions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidCall
+from ..backends.base import SoftmaxParams
+from ..rows.groups import describe
+from .keywords import SoftmaxOptions
+from .logits import Logits, collapsed, resolve_logits
+from .softmax import resolve_softcap, resolve_temperature
+
+
+@dataclass(frozen=True)
+class TwoLogits:
+    """The logits of p, with the call's rows and options, and what belongs to q."""
+
+    p: Logits
+    other: Tensor
+    other_temperature: Tensor
+    other_softmax: SoftmaxParams
+
+
+def resolve_two_logits(
+    op: str, logits: Any, other: Any, mask: Any, options: SoftmaxOptions, other_temperature: Any, other_softcap: Any, more: dict[str, Any]
+) -> TwoLogits:
+    """Check the two tensors against each other. Without ``completion_ids`` in ``more``, ``mask`` alone says which rows are in."""
+    tensors = {"logits": logits, "other_logits": other, "completion_mask": mask, "temperature": options.temperature, **more}
+
+    def fail(message: str) -> InvalidCall:
+        return InvalidCall(f"{op}: {message} {describe(tensors)}")
+
+    for name in ("logits", "other_logits"):
+        if not isinstance(tensors[name], Tensor) or tensors[name].dim() < 2:
+            raise fail(f"{name} must be a tensor R + (V,).")
+    shape = list(logits.shape[:-1])
+    shape[-1] -= int(options.drop_last)
+    ids = more.get("completion_ids", torch.zeros(shape, dtype=torch.int64, device=logits.device))
+    call = resolve_logits(op, logits, ids, options, tensors)
+    if other.device != logits.device:
+        raise fail(f"other_logits are on {other.device}, logits on {logits.device}.")
+    if not other.is_floating_point() or other.dtype.itemsize < 2 or (other.dtype == torch.float64) != (logits.dtype == torch.float64):
+        raise fail(f"other_logits are {other.dtype}, logits {logits.dtype}; expected fp16, bf16 or fp32, or fp64 for both.")
+    if other.requires_grad and torch.is_grad_enabled():
+        raise fail("other_logits require grad, but no gradient flows to them: pass them detached.")
+    if options.drop_last and other.shape[:-1] == logits.shape[:-1]:
+        other = other[..., :-1, :]
+    if list(other.shape[:-1]) != shape:
+        raise fail(f"other_logits has shape {tuple(other.shape)}, expected {tuple(shape)} + (V,).")
+    if options.vocab_size is None and other.shape[-1] != logits.shape[-1]:
+        raise fail(
+            f"logits have {logits.shape[-1]} columns, other_logits {other.shape[-1]}: pass vocab_size, the columns of both softmaxes."
+        )
+    if other.shape[-1] < call.softmax.vocab_size:
+        raise fail(f"vocab_size is {call.softmax.vocab_size}, other_logits have {other.shape[-1]} columns.")
+    if other.stride(-1) != 1 and other.shape[-1] > 1:
+        raise fail("the last dimension of other_logits is not contiguous: pass other_logits.contiguous().")
+    softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap("other_softcap", other_softcap, fail))
+    # A view: torch.compile takes no tensor twice.
+    temperature = call.temperature.view(-1) if other_temperature is None else resolve_temperature(call.rows, other_temperature, fail)
+    return TwoLogits(call, collapsed("other_logits", other, fail), temperature, softmax)

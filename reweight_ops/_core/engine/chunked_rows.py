@@ -1,0 +1,110 @@
+"""Losses that are not worth a kernel: a per-row formula in torch, evaluated and differentiated a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends.base import SoftmaxParams
+from ..calls.logits import Logits
+from ..calls.two_logits import TwoLogits
+from ..rows.rows import Rows
+from .run import Call
+from .source import PlainSource, SourceInfo
+from .statistics import StatisticsObjective
+
+#: Elements of a chunk: with the dozen temporaries of a formula in fp32 about a gigabyte at most.
+CHUNK_ELEMENTS = 1 << 24
+
+Formula = Callable[..., Tensor]  # x [n, V], then whatever else per row -> [n]
+
+
+def _x(z: Tensor, dtype: torch.dtype, softmax: SoftmaxParams, temperature: Tensor) -> Tensor:
+    z, softcap = z[:, : softmax.vocab_size].to(dtype), softmax.softcap
+    if softcap < torch.inf:
+        z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
+    return z / temperature[:, None]
+
+
+class ChunkedRows(torch.autograd.Function):
+    """``formula(x, *rest)`` of every row; backward evaluates it again, chunk by chunk, so memory is one chunk and the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, keep: Tensor, formula: Formula, prepare: Callable[..., Tensor], *rest: Tensor) -> Tensor:
+        ctx.formula, ctx.prepare = formula, prepare
+        ctx.save_for_backward(z, keep, *rest)
+        step = max(CHUNK_ELEMENTS // max(z.size(-1), 1), 1)
+        parts = [formula(prepare(z[i : i + step], i), *(r[i : i + step] for r in rest)) for i in range(0, z.size(0), step)]
+        return torch.where(keep, torch.cat(parts) if parts else z.new_zeros(0), 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        z, keep, *rest = ctx.saved_tensors
+        out = torch.empty_like(z)
+        step = max(CHUNK_ELEMENTS // max(z.size(-1), 1), 1)
+        for i in range(0, z.size(0), step):
+            with torch.enable_grad():
+                part = z[i : i + step].detach().requires_grad_()
+                value = ctx.formula(ctx.prepare(part, i), *(r[i : i + step] for r in rest))
+            (grad,) = torch.autograd.grad(value, part, torch.where(keep[i : i + step], upstream[i : i + step], 0))
+            out[i : i + step] = torch.where(keep[i : i + step, None] & (part > -torch.inf), grad, 0)
+        return out, None, None, None, *(None for _ in rest)
+
+
+@dataclass(frozen=True)
+class FormulaSource(PlainSource):
+    """``formula(x, [y,] *more)`` of every row that is in, under the name ``value``: x and y are capped and divided by their temperatures.
+
+    ``more``: ``[N, ...]`` tensors.
+    """
+
+    logits: Logits | TwoLogits
+    formula: Formula
+    more: tuple[Tensor, ...] = ()
+
+    @property
+    def p(self) -> Logits:
+        return self.logits if isinstance(self.logits, Logits) else self.logits.p
+
+    @property
+    def rows(self) -> Rows:
+        return self.p.rows
+
+    @property
+    def info(self) -> SourceInfo:
+        p = self.p
+        other = None if isinstance(self.logits, Logits) else self.logits.other.dtype
+        return SourceInfo(p.values.device, p.values.dtype, p.needs_grad, None, other_dtype=other)
+
+    def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        p, rows = self.p, self.rows
+        if p.consume:
+            raise rows.error("consume_logits=True: this loss is a composite that does not write over its logits.")
+        # In a row that is out the formula sees zeros.
+        values = p.values[..., :-1, :] if p.drop_last else p.values
+        z = torch.where(rows.keep[:, None], values.reshape(rows.count, values.size(-1)), 0)
+        temperature = p.temperature.expand(rows.count)
+
+        def prepare(part: Tensor, i: int) -> Tensor:
+            return _x(part, rows.dtype, p.softmax, temperature[i : i + len(part)])
+
+        formula, more = self.formula, self.more
+        if isinstance(self.logits, TwoLogits):
+            two = self.logits
+            more = (two.other.reshape(rows.count, two.other.size(-1)), two.other_temperature.expand(rows.count), rows.keep, *more)
+
+            def formula(x: Tensor, y: Tensor, t: Tensor, inside: Tensor, *rest: Tensor) -> Tensor:
+                return self.formula(x, _x(torch.where(inside[:, None], y, 0), rows.dtype, two.other_softmax, t), *rest)
+
+        return {"value": ChunkedRows.apply(z, rows.keep, formula, prepare, *more)}  # type: ignore[no-untyped-call]
+
+
+def formula_call(source: FormulaSource) -> Call[Tensor]:
+    """The call of an op that returns the formula's value per token, of shape R."""
+    return Call(source, StatisticsObjective(("value",), lambda found: source.rows.unflatten(found["value"])))

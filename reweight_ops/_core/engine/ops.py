@@ -1,0 +1,257 @@
+"""The package's custom ops: the primitives of a backend as ``torch.ops.reweight_ops.*``, with fakes, so that torch.compile sees through.
+
+Every op takes logits of shape ``R + (V,)`` (``drop_last``: one position more), flat ``[N]`` rows, and a backend's name. The mutating ones
+write the gradient over the logits and bump the version counter: an earlier autograd user of the logits then raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.library import Library, infer_schema
+
+from ..backends.base import COEFS, DIVERGENCE_STATS, LOSS_ROWS, DivergenceInputs, RowInputs, SoftmaxParams
+from ..backends.scale import scale_in_torch
+from ..backends.select import load
+from ..formula.loss_program import Program
+from .memory import empty
+
+_library = Library("reweight_ops", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """An op for every device. Not ``torch.library.custom_op``: its layers for autograd (ours is in :mod:`.autograd`) and for default
+    arguments are Python too, and cost as much as everything else that a call does."""
+    _library.define(name + schema)  # type: ignore[no-untyped-call]
+    # A compiled graph that calls the op must not be traced any further.
+    _library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"reweight_ops::{name}", fake, lib=_library)
+    return getattr(torch.ops.reweight_ops, name).default
+
+
+def op(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """The function as an op of its name."""
+    return lambda function: _define(function.__name__, infer_schema(function, mutates_args=mutates), function, fake)
+
+
+def gradient_ops(name: str, write: Callable[..., Any], fake_rows: Callable[..., Tensor] | None = None) -> tuple[Any, Any]:
+    """The ops ``name``, which gives a new tensor, and ``name_``, which writes over the logits, from ``write(out, logits, ...)``, which writes
+    a gradient to ``out``. Rows that it returns besides, of the shape of ``fake_rows(logits, ...)``, come first."""
+    arguments = infer_schema(write, mutates_args=()).removeprefix("(Tensor out, Tensor logits, ").rpartition(" -> ")[0]
+
+    def out_of_place(logits: Tensor, *rest: Any) -> Any:
+        out = empty(logits.shape, logits.dtype, logits.device)
+        rows = write(out, logits, *rest)
+        return out if rows is None else (rows, out)
+
+    def in_place(logits: Tensor, *rest: Any) -> Any:
+        if not logits.is_inference():
+            increment_version(logits)
+        return write(logits, logits, *rest)
+
+    def fake_out_of_place(logits: Tensor, *rest: Any) -> Any:
+        out = logits.new_empty(logits.shape)
+        return out if fake_rows is None else (fake_rows(logits, *rest), out)
+
+    def fake_in_place(logits: Tensor, *rest: Any) -> Any:
+        return None if fake_rows is None else fake_rows(logits, *rest)
+
+    return (
+        _define(
+            name, f"(Tensor logits, {arguments} -> {'Tensor' if fake_rows is None else '(Tensor, Tensor)'}", out_of_place, fake_out_of_place
+        ),
+        _define(f"{name}_", f"(Tensor(a!) logits, {arguments} -> {'()' if fake_rows is None else 'Tensor'}", in_place, fake_in_place),
+    )
+
+
+def without_last_position(t: Tensor, drop_last: bool) -> Tensor:
+    """The positions of logits that have an id."""
+    return t[..., :-1, :] if drop_last else t
+
+
+def clear_last(out: Tensor, drop_last: bool) -> None:
+    """The gradient of the position that has none."""
+    if drop_last:
+        out[..., -1, :].zero_()
+
+
+def row_dtype(logits: Tensor) -> torch.dtype:
+    """What row arithmetic is done in."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _fake_stats(
+    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
+) -> Tensor:
+    return logits.new_empty((len(stats.split(",")), ids.numel()), dtype=row_dtype(logits))
+
+
+@op(_fake_stats)
+def token_stats(
+    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
+) -> Tensor:
+    softmax = SoftmaxParams(vocab_size, softcap)
+    return load(backend).token_stats(without_last_position(logits, drop_last), ids, temperature, softmax, tuple(stats.split(",")))
+
+
+def _write_token_grad(
+    out: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    logp: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    log_sum_p_sq: Tensor | None,
+    by_logp: Tensor | None,
+    by_entropy: Tensor | None,
+    by_lse: Tensor | None,
+    by_log_sum_p_sq: Tensor | None,
+    vocab_size: int,
+    softcap: float,
+    drop_last: bool,
+    backend: str,
+) -> None:
+    known = {"logp": logp, "lse": lse, "entropy": entropy, "log_sum_p_sq": log_sum_p_sq}
+    stats = {name: t for name, t in known.items() if t is not None}
+    coefs = dict(zip(COEFS, (by_logp, by_entropy, by_lse, by_log_sum_p_sq), strict=True))
+    softmax = SoftmaxParams(vocab_size, softcap)
+    load(backend).token_grad(
+        without_last_position(logits, drop_last), ids, temperature, softmax, stats, coefs, without_last_position(out, drop_last)
+    )
+    clear_last(out, drop_last)
+
+
+token_grad, token_grad_ = gradient_ops("token_grad", _write_token_grad)
+
+
+def _fake_loss_rows(logits: Tensor, ids: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty((len(LOSS_ROWS), ids.numel()), dtype=row_dtype(logits))
+
+
+def _write_token_loss_grad(
+    out: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    weights: Tensor,
+    old_logp: Tensor | None,
+    adv: Tensor | None,
+    ref_logp: Tensor | None,
+    sampling_logp: Tensor | None,
+    params: Tensor,
+    program: str,
+    vocab_size: int,
+    softcap: float,
+    drop_last: bool,
+    backend: str,
+) -> Tensor:
+    softmax, inputs = SoftmaxParams(vocab_size, softcap), RowInputs(weights, old_logp, adv, ref_logp, sampling_logp)
+    verb = load(backend).token_loss_grad
+    rows = verb(
+        without_last_position(logits, drop_last),
+        ids,
+        temperature,
+        softmax,
+        inputs,
+        Program.decode(program),
+        params,
+        without_last_position(out, drop_last),
+    )
+    clear_last(out, drop_last)
+    return rows
+
+
+token_loss_grad, token_loss_grad_ = gradient_ops("token_loss_grad", _write_token_loss_grad, _fake_loss_rows)
+
+
+# ---- two logits tensors
+
+
+def _two(
+    logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, vocab: int, cap: float, other_cap: float, drop: bool
+) -> DivergenceInputs:
+    return DivergenceInputs(
+        without_last_position(logits, drop), other, ids, t, t_other, SoftmaxParams(vocab, cap), SoftmaxParams(vocab, other_cap)
+    )
+
+
+def _fake_table(logits: Tensor, other: Tensor, ids: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty((len(DIVERGENCE_STATS), ids.numel()), dtype=row_dtype(logits))
+
+
+@op(_fake_table)
+def divergence_stats(
+    logits: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    t: Tensor,
+    t_other: Tensor,
+    vocab: int,
+    cap: float,
+    other_cap: float,
+    drop: bool,
+    backend: str,
+) -> Tensor:
+    return load(backend).divergence_stats(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop))
+
+
+def _write_divergence_grad(
+    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, coefs: Tensor, vocab: int, cap: float,
+    other_cap: float, drop: bool, backend: str,
+) -> None:  # fmt: skip
+    load(backend).divergence_grad(
+        _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, without_last_position(out, drop)
+    )
+    clear_last(out, drop)
+
+
+divergence_grad, divergence_grad_ = gradient_ops("divergence_grad", _write_divergence_grad)
+
+
+def _write_divergence_loss_grad(
+    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, constants: Tensor, weights: Tensor, vocab: int,
+    cap: float, other_cap: float, drop: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    two = _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop)
+    table = load(backend).divergence_loss_grad(two, constants, weights, without_last_position(out, drop))
+    clear_last(out, drop)
+    return table
+
+
+divergence_loss_grad, divergence_loss_grad_ = gradient_ops("divergence_loss_grad", _write_divergence_loss_grad, _fake_table)
+
+
+# ---- what backward does with a finished gradient
+
+
+def may_overwrite(consume: bool) -> bool:
+    """Whether backward may write a gradient over logits: never in a compiled graph.
+
+    There a write becomes a copy, taken with the strides that the logits had when the graph was traced. Inductor may have saved them with others, for
+    it pads rows on GPUs (and may save what backward was to recompute), and then the copy takes wrong elements: a wrong gradient without a word
+    (PyTorch 2.11 and 2.13). What a compiled backward calls therefore gives a new tensor. A write in forward is over a tensor of the same graph,
+    whose strides are kept.
+    """
+    return consume and not torch.compiler.is_compiling()
+
+
+@op(lambda grad, factor, backend: None, mutates=("grad",))
+def scale_(grad: Tensor, factor: Tensor, backend: str) -> None:
+    if not grad.is_inference():
+        increment_version(grad)
+    (load(backend).scale or scale_in_torch)(grad, factor)
+
+
+def scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """``grad * factor`` for a gradient that backward hands out and its 0-d upstream gradient: in place, one launch on a GPU; a new tensor in a
+    compiled graph (see :func:`may_overwrite`), where it is arithmetic that the compiler fuses with what comes next."""
+    if torch.compiler.is_compiling():
+        return (grad.to(row_dtype(grad)) * factor).to(grad.dtype)
+    if grad.device.type != "cpu" or factor.item() != 1:  # on the CPU it is known here, so most calls do not even reach the op
+        scale_(grad, factor, backend)
+    return grad

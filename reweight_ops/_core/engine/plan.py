@@ -1,0 +1,133 @@
+"""The two plans of a loss, and which one a call takes.
+
+``one_pass`` is an optimisation of ``two_pass``, never a different result: it needs everything but the row's own statistics beforehand.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidCall, UnsupportedRequest
+from ..backends.base import Primitive, Request
+from ..backends.select import NAMES, candidates, choose, load, why_not
+from ..formula.loss_program import Program
+from .source import MoreMetrics, Source, SourceInfo
+
+PLANS = ("auto", "one_pass", "two_pass")
+
+Output = TypeVar("Output", covariant=True)
+
+
+class Choice(NamedTuple):
+    """A plan, a backend, and why not one pass (None when it is one pass)."""
+
+    plan: str
+    backend: str
+    why_not_one_pass: str | None
+
+
+class Objective(Protocol[Output]):
+    """A loss bound to a call's data, or just statistics: what becomes of a source's statistics.
+
+    ``reads``: the statistics it takes, by name. ``program``: as it crosses the op boundary, None for a loss without.
+    """
+
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+
+    @property
+    def program(self) -> str | None: ...
+
+    def one_pass_unsupported_reason(self, info: SourceInfo, requested: bool) -> str | None:
+        """Why this call, whatever the backend, does not take one pass.
+
+        ``requested``: the caller asked for it, which settles the matters of taste.
+        """
+
+    def work(self) -> Any:
+        """What a fused loss computes: an argument of :meth:`~.source.Source.one_pass`."""
+
+    def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> Output: ...
+
+    def from_one_pass(self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None) -> Output: ...
+
+
+@torch.compiler.assume_constant_result
+def pick(
+    device: torch.device,
+    dtype: torch.dtype,
+    other_dtype: torch.dtype | None,
+    name: str,
+    statistics: tuple[Primitive, ...],
+    one_pass: Primitive | None,
+    program: str | None,
+) -> Choice:
+    """The first backend that runs the loss in one pass, if one is asked for and any does; else the first that has the statistics."""
+
+    def request(primitive: Primitive, decoded: Program | None = None) -> Request:
+        other = other_dtype if primitive.startswith("divergence") else None
+        return Request(primitive, device, dtype, decoded, other)
+
+    best = None  # the first that serves, with why it takes no one pass
+    for backend in candidates(device.type, name):
+        # The fallback knows every program, which is no reason to prefer it to a fast backend that needs two passes.
+        if best is not None and load(backend).is_fallback:
+            continue
+        if any(why_not(backend, request(primitive)) is not None for primitive in statistics):
+            continue
+        if one_pass is None:
+            return Choice("two_pass", backend, None)
+        reason = why_not(backend, request(one_pass, None if program is None else Program.decode(program)))
+        if reason is None:
+            return Choice("one_pass", backend, None)
+        best = best or Choice("two_pass", backend, reason)
+    if best is None:
+        for primitive in statistics:
+            choose(request(primitive), name)  # raises, with everybody's reason
+    assert best is not None
+    return best
+
+
+def choose_plan(source: Source, objective: Objective[Any], plan: str, info: SourceInfo | None = None) -> Choice:
+    """The plan and backend of a call, with the reason against one pass. Raises if the plan that was asked for is impossible."""
+    op = source.rows.op
+    info = info or source.info
+    if plan not in PLANS:
+        raise InvalidCall(f"{op}: plan is {plan!r}, expected one of {', '.join(PLANS)}.")
+    if plan == "two_pass":
+        reason: str | None = "plan='two_pass' was asked for"
+    else:
+        reason = objective.one_pass_unsupported_reason(info, requested=plan == "one_pass")
+    if info.backend is None:
+        return Choice("two_pass", "torch", reason)
+    one_pass = info.one_pass if reason is None else None
+    choice: Choice = pick(
+        info.device, info.dtype, info.other_dtype, info.backend, info.statistics, one_pass, objective.program if one_pass else None
+    )
+    if choice.plan != "one_pass":
+        choice = Choice("two_pass", choice.backend, reason or choice.why_not_one_pass)
+    if plan == "one_pass" and choice.plan != plan and info.needs_grad:
+        raise UnsupportedRequest(f"{op}: plan='one_pass' is impossible: {choice.why_not_one_pass}.")
+    return choice
+
+
+def backend_reasons(info: SourceInfo, choice: Choice, program: str | None) -> dict[str, str | None]:
+    """Every backend, and why it cannot run the chosen plan of a call (None: it can)."""
+    if info.backend is None:
+        return {}
+    if choice.plan == "one_pass":
+        assert info.one_pass is not None
+        primitives: tuple[Primitive, ...] = (info.one_pass,)
+    else:
+        primitives, program = info.statistics, None
+    decoded = None if program is None else Program.decode(program)
+    found: dict[str, str | None] = {}
+    for name in NAMES:
+        requests = [
+            Request(p, info.device, info.dtype, decoded, info.other_dtype if p.startswith("divergence") else None) for p in primitives
+        ]
+        found[name] = next((reason for reason in (why_not(name, r) for r in requests) if reason is not None), None)
+    return found

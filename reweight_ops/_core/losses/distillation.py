@@ -1,0 +1,188 @@
+"""The public ops on two logits tensors: per-token divergences with a gradient, and the distillation loss in one pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ...errors import InvalidCall
+from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
+from ..calls.two_logits import TwoLogits, resolve_two_logits
+from ..catalogue.registry import published
+from ..engine.chunked_rows import FormulaSource, formula_call
+from ..engine.distillation import (
+    KINDS,
+    STATISTICS,
+    DistillationLossOutput,
+    DistillationObjective,
+    distillation_weights,
+    divergence_of,
+)
+from ..engine.run import Call, run
+from ..engine.sources import TwoLogitsSource
+from ..engine.statistics import StatisticsObjective
+from .explain import explained
+
+
+def _token_divergence(
+    logits: Tensor,
+    other_logits: Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float | None = None,
+    completion_mask: Tensor | None = None,
+    other_temperature: Any = None,
+    other_softcap: float | None = None,
+    **keywords: Any,
+) -> Call[Tensor]:
+    op = "token_divergence"
+    own = ("kind", "completion_mask", "other_temperature", "other_softcap", "beta")
+    (options,) = parse(op, keywords, SoftmaxOptions, own=own)
+    if kind not in (*KINDS, "generalized_jsd"):
+        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}, generalized_jsd.")
+    if beta is not None and kind != "generalized_jsd":
+        raise InvalidCall(f"{op}: beta belongs to kind='generalized_jsd'; with {kind!r} it would have no effect.")
+    both = resolve_two_logits(op, logits, other_logits, completion_mask, options, other_temperature, other_softcap, {})
+    if kind == "generalized_jsd":
+        return _generalized_jsd(both, 0.5 if beta is None else beta)
+
+    def finish(found: dict[str, Tensor]) -> Tensor:
+        return both.p.rows.unflatten(divergence_of(kind, tuple(found[name] for name in STATISTICS)))
+
+    return Call(TwoLogitsSource(both), StatisticsObjective(STATISTICS, finish))
+
+
+@explained(_token_divergence)
+@published(
+    "token_divergence", "Full-vocabulary KL to a reference or teacher", kind="divergence", level="token", plan="two passes", arxiv="1503.02531",
+    paper="Distilling the Knowledge in a Neural Network", certainty="verified",
+)  # fmt: skip
+def token_divergence(
+    logits: Tensor,
+    other_logits: Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float | None = None,
+    completion_mask: Tensor | None = None,
+    other_temperature: Any = None,
+    other_softcap: float | None = None,
+    **keywords: Unpack[SoftmaxKeywords],
+) -> Tensor:
+    """The divergence of two next-token distributions over the whole vocabulary, per token, with its gradient to ``logits``.
+
+    With p the softmax of ``logits`` (the policy, the student) and q that of ``other_logits`` (the reference, the teacher; detached)::
+
+        forward_kl               KL(q‖p) = Σ q·(log q - log p)          gradient 1/T·(p - q)
+        reverse_kl               KL(p‖q) = Σ p·(log p - log q)          gradient 1/T·p·(log p - log q - KL)
+        jeffreys                 their sum
+        cross_entropy            H(q, p) = -Σ q·log p                   reverse_cross_entropy  H(p, q);   symmetric_cross_entropy  half of each
+        generalized_jsd          β·KL(q‖m) + (1-β)·KL(p‖m), m = β·q + (1-β)·p: Agarwal et al. 2023, arXiv:2306.13649 (a composite in chunks)
+
+    One read of each tensor forward, one more of each and one write backward. KL(q‖p) is ``inf`` iff a column has p = 0 (a ``-inf`` logit) and q > 0,
+    KL(p‖q) iff one has q = 0 and p > 0, whose gradient is then NaN in that row; ``0·log 0 = 0``. A column with p = 0 has gradient 0.
+
+    Args:
+        logits: ``R + (V,)``; other_logits: the same rows, any of fp16, bf16 and fp32 beside any other (fp64 beside fp64).
+        completion_mask: R; rows that are out are never read, give 0, and get a gradient of exact 0.
+        beta: of ``generalized_jsd`` only, in (0, 1); default 0.5.
+        other_temperature, other_softcap: q's own; default: the temperature of p, and no soft cap.
+        temperature, softcap, vocab_size, drop_last, consume_logits, backend: as in :func:`token_logps`. ``vocab_size`` is needed where the two heads are padded
+            differently.
+
+    Returns:
+        R in fp32 (fp64 for fp64 logits).
+
+    >>> import torch, reweight_ops as rw
+    >>> rw.token_divergence(torch.zeros(1, 2), torch.tensor([[0.0, -torch.inf]]))
+    tensor([0.6931])
+    """
+    return run(
+        _token_divergence(
+            logits, other_logits, kind=kind, beta=beta, completion_mask=completion_mask, other_temperature=other_temperature,
+            other_softcap=other_softcap, **keywords,
+        )
+    )  # fmt: skip
+
+
+def _generalized_jsd(both: TwoLogits, beta: float) -> Call[Tensor]:
+    if not 0 < beta < 1:
+        raise InvalidCall(f"token_divergence: beta is {beta}, expected a number in (0, 1); 0 is forward_kl and 1 reverse_kl.")
+
+    def rows(x: Tensor, y: Tensor) -> Tensor:
+        p, q = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
+        # A column without mass in either has no mixture, whose slope would be NaN; it is multiplied by their p and q, which are 0.
+        dead = (p == -math.inf) & (q == -math.inf)
+        mix = torch.logaddexp(torch.where(dead, 0, p) + math.log1p(-beta), torch.where(dead, 0, q) + math.log(beta))
+        both = [torch.where(t == -math.inf, 0, t.exp() * (torch.where(t == -math.inf, 0, t) - mix)).sum(-1) for t in (q, p)]
+        return beta * both[0] + (1 - beta) * both[1]
+
+    return formula_call(FormulaSource(both, rows))
+
+
+def _distillation_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    kind: str = "forward_kl",
+    completion_mask: Tensor | None = None,
+    token_weights: Tensor | float | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    loss_scale: float | Tensor = 1.0,
+    plan: str = "auto",
+    teacher_temperature: Any = None,
+    teacher_softcap: float | None = None,
+    **keywords: Any,
+) -> Call[DistillationLossOutput]:
+    op = "distillation_loss"
+    named = {"token_weights": token_weights, "num_items_in_batch": num_items_in_batch, "loss_scale": loss_scale}
+    own = ("kind", "completion_mask", *named, "plan", "teacher_temperature", "teacher_softcap")
+    (options,) = parse(op, keywords, SoftmaxOptions, own=own)
+    if kind not in KINDS:
+        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)} (token_divergence has generalized_jsd).")
+    both = resolve_two_logits(op, logits, teacher_logits, completion_mask, options, teacher_temperature, teacher_softcap, named)
+    rows = both.p.rows
+    weights = distillation_weights(rows, token_weights, num_items_in_batch, loss_scale)
+    return Call(TwoLogitsSource(both), DistillationObjective(kind, rows, weights), plan)
+
+
+@explained(_distillation_loss)
+def distillation_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    kind: str = "forward_kl",
+    completion_mask: Tensor | None = None,
+    token_weights: Tensor | float | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    loss_scale: float | Tensor = 1.0,
+    plan: str = "auto",
+    teacher_temperature: Any = None,
+    teacher_softcap: float | None = None,
+    **keywords: Unpack[SoftmaxKeywords],
+) -> DistillationLossOutput:
+    """``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items``: distillation with one read of each tensor and one write of the gradient.
+
+    ``kind`` and the tensors are those of :func:`token_divergence` (``teacher_logits`` is its ``other_logits``); ``token_weights`` w are per row, detached.
+    ``num_items_in_batch`` is the final divisor (default: the rows that are in). Hinton's factor T² is the caller's: ``loss_scale=T**2``.
+
+    ``one_pass`` (the default where a gradient is needed) forms the gradient in forward; a second backward raises, ``plan="two_pass"`` keeps the logits.
+    ``consume_logits=True`` writes the gradient over the logits: no extra memory.
+
+    >>> import torch, reweight_ops as rw
+    >>> logits = torch.zeros(1, 2, requires_grad=True)
+    >>> out = rw.distillation_loss(logits, torch.tensor([[0.0, -torch.inf]]))
+    >>> out.loss.backward()
+    >>> logits.grad
+    tensor([[-0.5000,  0.5000]])
+    """
+    return run(
+        _distillation_loss(
+            logits, teacher_logits, kind=kind, completion_mask=completion_mask, token_weights=token_weights,
+            num_items_in_batch=num_items_in_batch, loss_scale=loss_scale, plan=plan, teacher_temperature=teacher_temperature,
+            teacher_softcap=teacher_softcap, **keywords,
+        )
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""``explain``: which plan and backend a call takes, and why not the others. Runs nothing, accepts meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from ...errors import InvalidCall
+from ..engine.plan import backend_reasons, choose_plan
+from ..engine.run import Call
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+#: Public op to the function that resolves its arguments to a call.
+_PREPARED: dict[Any, Callable[..., Call[Any]]] = {}
+
+
+def explained(prepare: Callable[..., Call[Any]]) -> Callable[[Op], Op]:
+    """Register a public op: ``op(*args) == run(prepare(*args))``, so that ``explain(op, *args)`` answers for it."""
+
+    def register(op: Op) -> Op:
+        _PREPARED[op] = prepare
+        return op
+
+    return register
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would do: plan, backend, and why not the others; in one pass also the kernel, of a backend that has several."""
+
+    plan: str
+    backend: str
+    why_not_one_pass: str | None
+    backends: dict[str, str | None]
+    kernel: str | None = None
+
+    def __str__(self) -> str:
+        lines = [
+            f"plan: {self.plan}" + (f" (not one_pass: {self.why_not_one_pass})" if self.why_not_one_pass else ""),
+            f"backend: {self.backend}" + (f", kernel: {self.kernel}" if self.kernel else ""),
+        ]
+        return "\n".join([*lines, *(f"  {name}: {'available' if reason is None else reason}" for name, reason in self.backends.items())])
+
+
+def explain(op: Any, *args: Any, device: torch.device | str | None = None, **keywords: Any) -> Explanation:
+    """What ``op(*args, **keywords)`` would do, for every public op that takes logits, hidden states or log-probs.
+
+    ``device``: explain for that device instead of the tensors' own; with meta tensors the default is a GPU if there is one, else the CPU.
+
+    >>> import torch, reweight_ops as rw
+    >>> logits = torch.empty(2, 3, 8, device="meta", requires_grad=True)
+    >>> rw.explain(rw.policy_loss, logits, torch.empty(2, 3, dtype=torch.long, device="meta"), 1.0, spec="gspo", device="cpu").plan
+    'two_pass'
+    """
+    prepare = _PREPARED.get(op)
+    if prepare is None:
+        raise InvalidCall(f"explain: expected one of {', '.join(sorted(f.__name__ for f in _PREPARED))}.")
+    call = prepare(*args, **keywords)
+    source, objective = call.source, call.objective
+    info = source.info._replace(device=_device(source.info.device, device))
+    choice = choose_plan(source, objective, call.plan, info)
+    kernel = source.kernel(choice.backend, info.device) if choice.plan == "one_pass" else None
+    return Explanation(choice.plan, choice.backend, choice.why_not_one_pass, backend_reasons(info, choice, objective.program), kernel)
+
+
+def _device(own: torch.device, asked: torch.device | str | None) -> torch.device:
+    if asked is not None:
+        return torch.device(asked)
+    if own.type == "meta":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return own

@@ -1,0 +1,128 @@
+"""The public ops from hidden states: the same numbers as from logits, which never exist as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..calls.hidden import resolve_hidden
+from ..calls.keywords import LinearPolicyLossKeywords, LMHeadKeywords, LMHeadOptions, PolicyOptions, SoftmaxOptions, parse
+from ..calls.policy import resolve_loss
+from ..calls.specs import named_spec
+from ..engine.linear.source import HiddenSource
+from ..engine.output import PolicyLossOutput
+from ..engine.policy import PolicyObjective
+from ..engine.run import Call, run
+from ..spec.policy import PolicyLossSpec
+from .explain import explained
+from .statistics import logps_call
+
+
+def _linear_token_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: bool = False,
+    **keywords: Any,
+) -> Call[Any]:
+    op = "linear_token_logps"
+    options, head = parse(op, keywords, SoftmaxOptions, LMHeadOptions, own=("completion_mask", "return_entropy"))
+    named = {"completion_mask": completion_mask}
+    return logps_call(HiddenSource(resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)), return_entropy)
+
+
+@explained(_linear_token_logps)
+def linear_token_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: bool = False,
+    **keywords: Unpack[LMHeadKeywords],
+) -> Any:
+    """:func:`token_logps` of ``logits = logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``, a few rows of logits at a time.
+
+    Args:
+        hidden: ``R + (D,)``. lm_head_weight: ``[V, D]`` in the same dtype (or under autocast, which casts as ``F.linear`` does).
+        completion_ids, completion_mask, return_entropy, temperature, softcap, vocab_size, backend: as in :func:`token_logps`.
+        lm_head_bias: ``[V]``. logit_scale: a number, before the soft cap.
+        logits_dtype: dtype of a chunk's logits (default: hidden's). ``torch.float32`` from 16-bit operands rounds once less.
+        accumulate_dtype: dtype in which the weight's gradient is summed over chunks. Default: the weight's where that is fp32 (also under
+            autocast) or there are at most 8 chunks, each of which then rounds the sum once; else fp32, rounded once, for a buffer of its size.
+        chunk_rows: rows a chunk; default: multiples of 64, at most 96 MiB of logits on a CPU and 1 GiB on a GPU, or 256 rows.
+        memory_budget: bytes of logits. Bounds a chunk, and what is left over keeps chunks for backward, which then need not be recomputed.
+            Default: one chunk.
+        lora: ``Lora(a, b, scale)``, a low-rank term of the head.
+        row_index: ``[M]`` int64, flat positions of the rows to compute, each once, known to the host: nothing waits. Rows that are in must be
+            among them (checked on a CPU, and with ``validate=True``).
+        compact_rows: drop the rows that are out before the first GEMM, and rows without a coefficient from the backward ones. On a CPU it
+            costs nothing and is the default. On a GPU it waits: once for the rows, and in backward once (one_pass: in forward, once a chunk);
+            off by default, and under CUDA-graph capture.
+
+    Gradients go to hidden, weight, bias and the LoRA factors, exactly those that require one; any upstream gradient, per row too. Backward
+    recomputes the logits of the chunks that were not kept (one more GEMM). For one ``chunk_rows`` a row's results are the same bits wherever
+    it stands: the last chunk is padded.
+
+    >>> import torch, reweight_ops as rw
+    >>> rw.linear_token_logps(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 3]))
+    tensor([-1.3863, -1.3863])
+    """
+    return run(
+        _linear_token_logps(
+            hidden, lm_head_weight, completion_ids, completion_mask=completion_mask, return_entropy=return_entropy, **keywords
+        )
+    )  # fmt: skip
+
+
+def _linear_policy_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor | float | None,
+    *,
+    spec: PolicyLossSpec | str,
+    plan: str = "auto",
+    differentiable_outputs: bool = False,
+    **keywords: Any,
+) -> Call[PolicyLossOutput]:
+    op = "linear_policy_loss"
+    own = ("spec", "plan", "differentiable_outputs")
+    options, data, head = parse(op, keywords, SoftmaxOptions, PolicyOptions, LMHeadOptions, own=own)
+    named = {"advantages": advantages, **data.named()}
+    resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named, data.validate)
+    call = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
+    return Call(HiddenSource(resolved), PolicyObjective(call, differentiable_outputs), plan)
+
+
+@explained(_linear_policy_loss)
+def linear_policy_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor | float | None,
+    *,
+    spec: PolicyLossSpec | str,
+    plan: str = "auto",
+    differentiable_outputs: bool = False,
+    **keywords: Unpack[LinearPolicyLossKeywords],
+) -> PolicyLossOutput:
+    """:func:`policy_loss` from hidden states: arguments of :func:`linear_token_logps` and of :func:`policy_loss`.
+
+    ``one_pass`` forms every gradient in forward from three GEMMs a chunk; ``two_pass`` recomputes the logits in backward (four).
+
+    >>> import torch, reweight_ops as rw
+    >>> hidden = torch.zeros(1, 2, 3, requires_grad=True)
+    >>> rw.linear_policy_loss(hidden, torch.ones(4, 3), torch.tensor([[1, 2]]), 1.0, spec="grpo").loss
+    tensor(-1., grad_fn=<...>)
+    """
+    return run(
+        _linear_policy_loss(
+            hidden, lm_head_weight, completion_ids, advantages, spec=spec, plan=plan, differentiable_outputs=differentiable_outputs,
+            **keywords,
+        )
+    )  # fmt: skip

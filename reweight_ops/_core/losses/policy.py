@@ -1,0 +1,146 @@
+"""The public policy losses: from logits, and from log-probs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..calls.keywords import PolicyKeywords, PolicyLossKeywords, PolicyOptions, SoftmaxOptions, parse
+from ..calls.logits import resolve_logits
+from ..calls.logps import resolve_logps
+from ..calls.policy import resolve_loss
+from ..calls.specs import named_spec
+from ..engine.output import PolicyLossOutput
+from ..engine.policy import PolicyObjective
+from ..engine.run import Call, run
+from ..engine.sources import LogitsSource, LogpsSource
+from ..spec.policy import PolicyLossSpec
+from .explain import explained
+
+
+def _policy_loss(
+    logits: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor | float | None,
+    *,
+    spec: PolicyLossSpec | str,
+    plan: str = "auto",
+    differentiable_outputs: bool = False,
+    **keywords: Any,
+) -> Call[PolicyLossOutput]:
+    op = "policy_loss"
+    options, data = parse(op, keywords, SoftmaxOptions, PolicyOptions, own=("spec", "plan", "differentiable_outputs"))
+    resolved = resolve_logits(op, logits, completion_ids, options, {"advantages": advantages, **data.named()}, data.validate)
+    call = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
+    return Call(LogitsSource(resolved), PolicyObjective(call, differentiable_outputs), plan)
+
+
+@explained(_policy_loss)
+def policy_loss(
+    logits: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor | float | None,
+    *,
+    spec: PolicyLossSpec | str,
+    plan: str = "auto",
+    differentiable_outputs: bool = False,
+    **keywords: Unpack[PolicyLossKeywords],
+) -> PolicyLossOutput:
+    """A reweighted policy loss from logits, ``loss_scale · Σ_k coef_k · Σ_i w_ki · u_ki · ℓ_k(row i)``, and its gradient.
+
+    Per-row arguments have exactly one of the shapes R (token), ``R[:-1]`` or ``R[:-1] + (1,)`` (sequence; with ``cu_seqlens`` ``[S]`` or
+    ``[S, 1]``), or are a number. Log-probs are fp32 or fp64 and detached.
+
+    Args:
+        logits, completion_ids, completion_mask, temperature, softcap, vocab_size, drop_last, backend: as in :func:`token_logps`.
+        advantages: per row; None only if the spec does not read it.
+        spec: a :class:`PolicyLossSpec` or a method's name.
+        plan: ``"auto"``, ``"one_pass"`` (gradient in forward, one read and one write per logit) or ``"two_pass"`` (everything else).
+        differentiable_outputs: put ``per_token_logps`` and ``entropies`` into the graph; selects two_pass.
+        denominator_mask: which rows count in denominators only (default: the effective mask).
+        cu_seqlens: ``[S + 1]``, packed rows; or ``sequence_ids`` with ``num_sequences``; else one sequence per last dimension.
+        segment_ids: sub-sequence segments, for :class:`SegmentRatio`.
+        group_ids, num_groups: ``[S]``, which prompt each sequence answers, for :class:`GroupContrast`.
+        old_per_token_logps: of the behaviour policy; None: on-policy (ratio 1, gradient kept).
+        ref_per_token_logps: of the reference policy, if a penalty reads it.
+        sampling_per_token_logps: of the sampler, if a weight reads it.
+        importance_sampling_ratio, token_weights: detached factors on the surrogate only, already clipped by the caller.
+        num_items_in_batch: the final divisor of this call's sum. DDP and FSDP average gradients, so pass total / world_size.
+        num_sequences_in_batch: the same for a mean over sequences.
+        loss_scale: multiplies loss and gradient before any rounding (GradScaler's scale, 1/accumulation steps); metrics stay unscaled.
+        validate: check ids even on a GPU, which waits for it.
+        consume_logits: overwrite the logits with their gradient: no extra memory. Using them afterwards is an error.
+
+    Raises:
+        InvalidCall, UnsupportedRequest, BackendUnavailable; TypeError for an unknown keyword.
+
+    >>> import torch, reweight_ops as rw
+    >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
+    >>> out = rw.policy_loss(logits, torch.tensor([[1, 2]]), torch.tensor([1.0]), spec="grpo")
+    >>> out.loss
+    tensor(-1., grad_fn=<...>)
+    >>> out.loss.backward()
+    """
+    return run(
+        _policy_loss(
+            logits, completion_ids, advantages, spec=spec, plan=plan, differentiable_outputs=differentiable_outputs, **keywords
+        )
+    )  # fmt: skip
+
+
+def _policy_loss_from_logps(
+    per_token_logps: Tensor,
+    advantages: Tensor | float | None,
+    *,
+    spec: PolicyLossSpec | str,
+    entropies: Tensor | None = None,
+    log_sum_p_sq: Tensor | None = None,
+    **keywords: Any,
+) -> Call[PolicyLossOutput]:
+    op = "policy_loss_from_logps"
+    (data,) = parse(op, keywords, PolicyOptions, own=("spec", "entropies", "log_sum_p_sq"))
+    more = {"advantages": advantages, "entropies": entropies, "log_sum_p_sq": log_sum_p_sq}
+    rows = resolve_logps(op, per_token_logps, {**more, **data.named()})
+    call = resolve_loss(rows, advantages, named_spec(op, spec), data)
+    given = {}
+    for name, argument, value in (
+        ("logp", "per_token_logps", per_token_logps),
+        ("entropy", "entropies", entropies),
+        ("log_sum_p_sq", "log_sum_p_sq", log_sum_p_sq),
+    ):
+        if value is not None:
+            if tuple(value.shape) != rows.shape:
+                raise rows.error(f"{argument} has shape {tuple(value.shape)}, expected {rows.shape}.")
+            given[name] = torch.where(rows.keep, value.reshape(-1).to(rows.dtype), 0)
+        elif name in call.spec.requires:
+            raise rows.error(f"the spec reads {name}: pass {argument}.")
+    return Call(LogpsSource(rows, given), PolicyObjective(call))
+
+
+@explained(_policy_loss_from_logps)
+def policy_loss_from_logps(
+    per_token_logps: Tensor,
+    advantages: Tensor | float | None,
+    *,
+    spec: PolicyLossSpec | str,
+    entropies: Tensor | None = None,
+    log_sum_p_sq: Tensor | None = None,
+    **keywords: Unpack[PolicyKeywords],
+) -> PolicyLossOutput:
+    """The middle of two_pass alone, for trainers that have log-probs already (verl, prime-rl, OpenRLHF): exact autograd to
+    ``per_token_logps`` (R, fp32 or fp64) and to ``entropies`` and ``log_sum_p_sq`` where the spec reads them. Other arguments as in
+    :func:`policy_loss`.
+
+    >>> import torch, reweight_ops as rw
+    >>> logps = torch.full((1, 2), -1.0, requires_grad=True)
+    >>> rw.policy_loss_from_logps(logps, torch.tensor([0.5]), spec="reinforce").loss
+    tensor(0.5000, grad_fn=<...>)
+    """
+    return run(
+        _policy_loss_from_logps(
+            per_token_logps, advantages, spec=spec, entropies=entropies, log_sum_p_sq=log_sum_p_sq, **keywords
+        )
+    )  # fmt: skip
