@@ -121,10 +121,16 @@ inline float largest(Vec v) {
 }
 
 inline bool any(VecI v) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
     int32_t lanes[kWidth], seen = 0;
     store(lanes, v);
     for (int32_t lane : lanes) seen |= lane;
     return seen != 0;
+#endif
 }
 
 /// Largest integer <= t, for |t| < 2^22; NaN and -inf pass through.
