@@ -109,7 +109,7 @@ struct Accumulator {
 
     /// One vector of logits.
     template <bool kFar>
-    void add(Vec x, const Shift<kFar>& shift, const Exp2<5>& exponential, const Softcap& softcap) {
+    RW_INLINE void add(Vec x, const Shift<kFar>& shift, const Exp2<5>& exponential, const Softcap& softcap) {
         if constexpr (kSums == Sums::full) {
             Vec slope;
             if (softcap.on) softcap.apply(x, slope);
@@ -128,7 +128,7 @@ struct Accumulator {
 template <class T, Sums kSums, bool kFar>
 inline BlockSums sweep_block(const T* x, int64_t n, const Shift<kFar>& shift, const Exp2<5>& exponential, const Softcap& softcap) {
     Accumulator<kSums> acc[4];
-    const auto add2 = [&](Accumulator<kSums>* into, Vec a, Vec b) {
+    const auto add2 = [&](Accumulator<kSums>* into, Vec a, Vec b) RW_ALWAYS_INLINE {
         into[0].add(a, shift, exponential, softcap);
         into[1].add(b, shift, exponential, softcap);
     };
@@ -318,7 +318,7 @@ void grad_row(const T* x, T* g, int64_t columns, const Shift<kFar>& shift, doubl
     const double p = std::exp2(log_p);
     const Vec a = splat(float(p * (coefs.constant + coefs.log * kLn2 * log_p))), b = splat(float(p * coefs.log * kLn2)), d = splat(float(p * p * coefs.p_coef));
     const Exp2<kDegree<T>> exponential(kTerms == Terms::plain ? p * coefs.constant : 1.0);
-    const auto one = [&](Vec v) {
+    const auto one = [&](Vec v) RW_ALWAYS_INLINE {
         Vec slope = splat(1.0f);
         if constexpr (kTerms == Terms::full) {
             if (softcap.on) softcap.apply(v, slope);
