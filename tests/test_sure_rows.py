@@ -160,7 +160,7 @@ def test_equal_logits_of_any_size(verbs, dtype, offset):
     want[[0, 1], ids] = (1 - 1 / n).to(z.dtype)
     torch.testing.assert_close(contract.grad_of(verbs, z, ids, stats, {"logp": torch.ones(2)}), want, rtol=1e-6, atol=0)
     out, grad = contract.loss_grad(verbs, z, ids, program=REINFORCE)
-    torch.testing.assert_close(grad.float(), out[4, :, None] * want.float(), rtol=2 ** -7 if dtype == "bf16" else 1e-6, atol=0)
+    torch.testing.assert_close(grad.float(), out[4, :, None] * want.float(), rtol=2**-7 if dtype == "bf16" else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("offset", [1e4, 1e10, -1e30])
