@@ -74,6 +74,7 @@ class NinjaBuild(build_ext):
         defines += [f"-DRW_HAS_{name.upper()}" for name in levels]
         objects = {"bindings.o": edge("bindings.o", "cxx", "bindings.cpp", [*flags, *includes(), *defines, sources("cpu")])}
         objects["dispatch.o"] = edge("dispatch.o", "cxx", "cpu/dispatch.cpp", [*flags, *includes(), *defines])
+        objects["evaluate_rows.o"] = edge("evaluate_rows.o", "cxx", "cpu/evaluate_rows.cpp", [*flags, *includes()])
         for name, march in levels.items():
             obj = f"kernels_{name}.o"
             objects[obj] = edge(obj, "cxx", "cpu/kernels.cpp", [*flags, *includes(), *march, f"-DRW_LEVEL={name}", *NO_FALSE_ALARM])
@@ -102,7 +103,7 @@ class NinjaBuild(build_ext):
         objects["cuda_dispatch.o"] = edge("cuda_dispatch.o", "cxx", "cuda/dispatch.cpp", flags)
         for name, element in CUDA_DTYPES.items():
             words = [*NVCC_FLAGS, "-ccbin", cxx()[0], *targets, f"-I{ROOT / 'csrc'}", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"]
-            for kernel in ("streaming", "ring", "divergence"):
+            for kernel in ("streaming", "ring", "divergence", "scale"):
                 obj = f"{kernel}_{name}.o"
                 objects[obj] = edge(obj, "nvcc", f"cuda/{kernel}.cu", words, nvcc)
         library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
@@ -140,7 +141,7 @@ def cxx() -> list[str]:
 
 def sources(part: str) -> str:
     """What the Python side compares with the sources beside it."""
-    return f'-DRW_SOURCES="{runpy.run_path(str(ROOT / "reweight_ops/sources.py"))["source_hash"](part)}"'
+    return f'-DRW_SOURCES="{runpy.run_path(str(ROOT / "reweight_ops/_core/backends/sources.py"))["source_hash"](part)}"'
 
 
 def includes() -> list[str]:

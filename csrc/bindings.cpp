@@ -2,6 +2,7 @@
 #include "bindings.h"
 
 #include "cpu/dispatch.h"
+#include "cpu/evaluate_rows.h"
 
 using namespace reweight_ops;
 
@@ -24,24 +25,23 @@ auto divergence_verb(void (*DivergenceKernels::*which)(const DivergenceCall&)) {
     };
 }
 
-/// For tests of the generated rules as compiled: leaves [8, n], out [5, n].
-void apply_rule_to(const std::string& name, Address leaves, Address params, Address out, int64_t n) {
-    const int rule = find(kRuleNames, kRuleCount, name, "rule");
-    for (int64_t i = 0; i < n; ++i) {
-        const float* x = at(leaves) + i;
-        const Leaves t{x[0], x[n], x[2 * n], x[3 * n], x[4 * n], x[5 * n], x[6 * n], x[7 * n]};
-        const RuleOut r = apply_rule(rule, t, at(params));
-        const float values[] = {r.loss, r.d_logp, r.d_log_ratio, r.d_entropy, r.d_log_sum_p_sq};
-        for (int64_t k = 0; k < 5; ++k) at(out)[k * n + i] = values[k];
-    }
-}
-
-void apply_weight_to(const std::string& name, Address leaves, Address params, Address out, int64_t n) {
-    const int weight = find(kWeightNames, kWeightCount, name, "weight");
-    for (int64_t i = 0; i < n; ++i) {
-        const float* x = at(leaves) + i;
-        at(out)[i] = apply_weight(weight, {x[0], x[n], x[2 * n], x[3 * n], x[4 * n], x[5 * n], x[6 * n], x[7 * n]}, at(params));
-    }
+/// Stored rows; see EvaluateCall.
+template <class Real>
+void evaluate_rows_of(const ProgramTable& table, Address params, const std::array<Address, kLeaves>& leaves, Address row_weights,
+                      int64_t row_weights_step, Address keep, const std::vector<int>& outputs, Address out, int64_t rows, int threads) {
+    EvaluateCall<Real> call{};
+    call.table = table;
+    call.params = at<const Real>(params);
+    for (int i = 0; i < kLeaves; ++i) call.leaves[i] = at<const Real>(leaves[i]);
+    call.row_weights = at<const Real>(row_weights);
+    call.row_weights_step = row_weights_step;
+    call.keep = at<const bool>(keep);
+    call.outputs = outputs.data();
+    call.output_count = int(outputs.size());
+    call.out = at<Real>(out);
+    call.rows = rows;
+    call.threads = threads;
+    evaluate_rows(call);
 }
 
 /// `kind`: read, update (in place), copy (a to b), flush (drop a from the caches).
@@ -83,10 +83,17 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info, "Compiler, flags, version, instruction-set levels built and supported.");
     m.def("level", [] { return std::string(active_level().name); }, "The instruction-set level that runs.");
     m.def("set_level", &set_level, py::arg("name"), "Force a level by name, or 'auto'. ValueError if it was not built or this processor lacks it.");
-    bind_verbs(m, verb(&Kernels::token_stats), verb(&Kernels::token_grad), verb(&Kernels::token_loss_grad));
+    bind_table(m);
+    bind_verbs<ProgramTable>(m, verb(&Kernels::token_stats), verb(&Kernels::token_grad), verb(&Kernels::token_loss_grad));
     bind_divergence(m, divergence_verb(&DivergenceKernels::stats), divergence_verb(&DivergenceKernels::grad),
                     divergence_verb(&DivergenceKernels::loss_grad));
-    m.def("apply_rule", &apply_rule_to, py::arg("name"), py::arg("leaves"), py::arg("params"), py::arg("out"), py::arg("n"));
-    m.def("apply_weight", &apply_weight_to, py::arg("name"), py::arg("leaves"), py::arg("params"), py::arg("out"), py::arg("n"));
+    m.def(
+        "evaluate_rows",
+        [](bool fp64, const ProgramTable& table, Address params, std::array<Address, kLeaves> leaves, Address row_weights,
+                   int64_t row_weights_step, Address keep, std::vector<int> outputs, Address out, int64_t rows, int threads) {
+            (fp64 ? evaluate_rows_of<double> : evaluate_rows_of<float>)(table, params, leaves, row_weights, row_weights_step, keep, outputs, out, rows, threads);
+        },
+        NoGil(), py::arg("fp64"), py::arg("table"), py::arg("params"), py::arg("leaves"), py::arg("row_weights"), py::arg("row_weights_step"),
+        py::arg("keep"), py::arg("outputs"), py::arg("out"), py::arg("rows"), py::arg("threads"));
     m.def("stream", &stream, NoGil(), py::arg("kind"), py::arg("a"), py::arg("b"), py::arg("floats"), py::arg("threads"));
 }

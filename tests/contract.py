@@ -1,4 +1,4 @@
-"""The rules of reweight_ops/backends/base.py, asked of three verbs: one set of checks for the compiled backends, which say with which
+"""The rules of reweight_ops/_core/backends/base.py, asked of three verbs: one set of checks for the compiled backends, which say with which
 instruction sets, dtypes, threads or schedules they run. ``verbs`` has ``token_stats``, ``token_grad`` and ``token_loss_grad`` on CPU tensors."""
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import torch
 from criterion import assert_gradient, assert_values, gradient_from
 from kernel_oracle import STATS, clip_loss, gradient, rows, statistics
 
-from reweight_ops.backends.base import COEFS, OUT, Head, Program, RowInputs
+from reweight_ops._core.backends.base import COEFS, Head, RowInputs
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.rows.groups import OUT
 
 ONE = torch.ones(1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,8 +23,8 @@ KINDS = (
     + [(kind, head) for kind in ("peaked", "shifted") for head in ("plain", "cold")]
     + [("low", "plain")]
 )
-CLIP = Program(("clip",)), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf])
-BONUS = Program(("clip", "entropy_bonus")), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05])
+CLIP = Program.of(("clip",)), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf])
+BONUS = Program.of(("clip", "entropy_bonus")), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05])
 
 
 def temperature_of(value, n):
@@ -78,7 +80,7 @@ def check_token_loss_grad(verbs, dtype, n, v, head, bonus):
     exact = statistics(z.double(), ids, t.expand(n).double(), softcap)
     old = (exact["logp"] + torch.randn(n, generator=g) * 0.4).float()
     adv, weight = torch.randn(n, generator=g), torch.rand(n, generator=g)
-    program = Program(("clip", "entropy_bonus") if bonus else ("clip",))
+    program = Program.of(("clip", "entropy_bonus") if bonus else ("clip",))
     params = torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf] + ([bonus] if bonus else []))
     out = torch.full_like(z, math.nan)
     inputs = RowInputs(weight.expand(len(program.terms), n), old, adv)
@@ -152,7 +154,7 @@ def check_a_dead_target(verbs):
     """logp is -inf, the loss follows by formula, the other columns get their gradient and the target's is 0."""
     z, ids = rows(1, 300, torch.float32, "plain")
     z[0, ids[0]] = -math.inf
-    got, grad = loss_grad(verbs, z, ids, program=(Program(("reinforce",)), torch.tensor([-20.0, 20.0, 1.0])))
+    got, grad = loss_grad(verbs, z, ids, program=(Program.of(("reinforce",)), torch.tensor([-20.0, 20.0, 1.0])))
     assert got[0] == -math.inf and got[3].isinf() and grad[0, ids[0]] == 0 and grad.isfinite().all()
     torch.testing.assert_close(grad.double(), -got[4, 0].double() * torch.softmax(z.double(), -1), rtol=1e-5, atol=1e-9)
 

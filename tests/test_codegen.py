@@ -20,13 +20,14 @@ import torch
 from running_error import FUNCTION_ULPS, evaluate
 
 import reweight_ops.codegen as codegen
-from reweight_ops.codegen import cpp, triton
-from reweight_ops.codegen.derive import derive, value
-from reweight_ops.codegen.printer import own_rules, own_weights
-from reweight_ops.codegen.trace import trace_rule, trace_weight
+from reweight_ops._core.files import write_atomically
+from reweight_ops._core.formula import cpp, triton
+from reweight_ops._core.formula.base import DIFFERENTIABLE_LEAVES
+from reweight_ops._core.formula.derive import derive, value
+from reweight_ops._core.formula.namespace import TorchNamespace
+from reweight_ops._core.formula.printer import own_rules, own_weights, statements
+from reweight_ops._core.formula.trace import trace_rule, trace_weight
 from reweight_ops.rules import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
-from reweight_ops.rules.base import DIFFERENTIABLE_LEAVES
-from reweight_ops.rules.namespace import TorchNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 XP = TorchNamespace(torch.float64)
@@ -232,15 +233,16 @@ def run_triton(cls, params: dict[str, float], folder: Path) -> torch.Tensor:
     name = f"{'weight' if is_weight else 'rule'}_{cls.name}"
     outputs = 1 if is_weight else 5
     loads = [f"tl.load(X + {j} * N + i)" for j in range(len(LEAVES))] + [f"tl.load(P + {j})" for j in range(len(params))]
-    source = [
-        triton._HEADER,
-        "from reweight_ops.triton_kernels import math\n",
-        triton.weight_function(cls) if is_weight else triton.rule_function(cls),
-    ]
+    traced = trace_weight(cls) if is_weight else trace_rule(cls)
+    roots = [value(traced)] if is_weight else [value(traced), *derive(traced).values()]
+    lines, values = statements(triton.TRITON, roots)
+    arguments = [*LEAVES, *(triton.TRITON.local(p) for p in params)]
+    lines = [f"{n} = {load}" for n, load in zip(arguments, loads, strict=True)] + lines
+    source = [triton._HEADER, "from reweight_ops.triton_kernels import math\n"]
     source.append("@triton.jit\ndef kernel(X, P, O, N: tl.constexpr):\n    i = tl.arange(0, N)\n")
-    source.append(f"    out = {name}({', '.join(loads)})\n")
+    source += [f"    {line}\n" for line in lines]
     for k in range(outputs):
-        source.append(f"    tl.store(O + {k} * N + i, {'out' if is_weight else f'out[{k}]'} + tl.zeros([N], tl.float32))\n")
+        source.append(f"    tl.store(O + {k} * N + i, ({values[k]}) + tl.zeros([N], tl.float32))\n")
     (path := folder / f"generated_{name}.py").write_text("\n".join(source))
     x = torch.stack([points()[leaf] for leaf in LEAVES]).contiguous().to(DEVICE)
     out = torch.full((outputs, x.size(1)), float("nan"), device=DEVICE)
@@ -343,7 +345,7 @@ def test_committed_files_are_fresh():
 
 def test_check_names_a_stale_file_and_writes_nothing(tmp_path, monkeypatch):
     for path, text in codegen.generated_files().items():
-        codegen.write_atomically(tmp_path / path, text)
+        write_atomically(tmp_path / path, text)
     assert codegen.stale_files(tmp_path) == []
     (tmp_path / "csrc/common/rules.inc").write_text("old")
     assert codegen.stale_files(tmp_path) == [Path("csrc/common/rules.inc")]

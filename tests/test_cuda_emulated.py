@@ -10,9 +10,11 @@ from criterion import assert_values
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from kernel_oracle import STATS, rows, statistics
 
-from reweight_ops.backends import reference
-from reweight_ops.backends.base import OUT, Head, Program, RowInputs
-from reweight_ops.codegen.printer import own_rules, own_weights
+from reweight_ops._core.backends import reference_token as reference
+from reweight_ops._core.backends.base import Head, RowInputs
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.formula.printer import own_rules, own_weights
+from reweight_ops._core.rows.groups import OUT
 from reweight_ops.errors import InvalidCall
 
 #: One step of a thread is 4 vectors, one of a block 320 x 4: from a single column to more than two steps.
@@ -61,11 +63,8 @@ def test_token_loss_grad(cuda, dtype, head, bonus):
         contract.check_token_loss_grad(cuda, dtype, 12, v, head, bonus)
 
 
-PROGRAMS = [(Program((name, "k3"), ((weight, "all"),))) for name, weight in zip(own_rules(), [*own_weights()] * 3, strict=False)]
-
-
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.encode())
-def test_every_rule_and_weight(cuda, program):
+@pytest.mark.parametrize(("name", "weight"), zip(own_rules(), [*own_weights()] * 3, strict=False))
+def test_every_rule_and_weight(cuda, name, weight):
     """Against the reference's fp32: rows, and gradients of the same coefficients."""
     n, v = 8, 700
     z, ids = rows(n, v, torch.float32, "plain")
@@ -73,7 +72,8 @@ def test_every_rule_and_weight(cuda, program):
     logp = statistics(z, ids, torch.ones(n))["logp"]
     old, ref, sampling = (logp + 0.3 * torch.randn(n, generator=g) for _ in range(3))
     inputs = RowInputs(torch.rand(2, n, generator=g), old, torch.randn(n, generator=g), ref, sampling)
-    rule, weight = own_rules()[program.terms[0]], own_weights()[program.weights[0][0]]
+    program = Program.of((name, "k3"), ((weight, "all"),))
+    rule, weight = own_rules()[name], own_weights()[weight]
 
     def values(cls):
         made = cls() if cls.name != "probability_band" else None

@@ -9,8 +9,10 @@ from criterion import assert_gradient, assert_values
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from kernel_oracle import gradient, rows, statistics
 
-from reweight_ops.backends.base import OUT, Head, Program, RowInputs
-from reweight_ops.codegen.printer import own_rules
+from reweight_ops._core.backends.base import Head, RowInputs
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.formula.printer import own_rules
+from reweight_ops._core.rows.groups import OUT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: In 16-byte vectors, with the blocks of a cluster: a tile is 1024 vectors, a block holds up to 6 tiles of a row.
@@ -26,8 +28,8 @@ SHAPES = {
 CLAMP = [-20.0, 20.0]
 CLIP = [1.0, 0.2, 0.2, math.inf]
 PROGRAMS = {
-    "plain": (Program(("clip",)), [*CLAMP, *CLIP]),
-    "entropy": (Program(("clip", "entropy_bonus")), [*CLAMP, *CLIP, 0.05]),
+    "plain": (Program.of(("clip",)), [*CLAMP, *CLIP]),
+    "entropy": (Program.of(("clip", "entropy_bonus")), [*CLAMP, *CLIP, 0.05]),
 }
 NOT_SUPPORTED = "status 801"
 
@@ -169,7 +171,7 @@ def test_every_gradient(emulator, cuda, dtype, case, schedule, monkeypatch):
     program = PROGRAMS.get(case, PROGRAMS["entropy"])
     if case == "squares":
         compiled = cuda._compiled  # as for a rule that reads log_sum_p_sq
-        monkeypatch.setattr(cuda, "_compiled", lambda p: (*compiled(p)[:2], True, *compiled(p)[3:]))
+        monkeypatch.setattr(cuda, "_compiled", lambda *a: (*compiled(*a)[:2], True, *compiled(*a)[3:]))
     head = Head(v, 12.0 if case == "softcap" else math.inf)
     want_rows, want = by_streaming(emulator, cuda, z, ids, adv, program=program, head=head)
     got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, program=program, head=head)
@@ -184,7 +186,7 @@ def test_every_rule(emulator, cuda, name):
     old, ref, sampling = (torch.randn(n, generator=g) - 3 for _ in range(3))
     inputs = RowInputs(torch.rand(1, n, generator=g), old, torch.randn(n, generator=g), ref, sampling)
     values = [0.5] * len(own_rules()[name].parameter_names())
-    program = Program((name,)), [*CLAMP, 1.0, *values]
+    program = Program.of((name,)), [*CLAMP, 1.0, *values]
     want_rows, want = by_streaming(emulator, cuda, z, ids, None, program=program, inputs=inputs)
     got_rows, got = by_ring(emulator, cuda, "random", 1, z, ids, None, program=program, inputs=inputs)
     assert same(got_rows, want_rows) and same(got, want)

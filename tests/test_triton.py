@@ -17,17 +17,21 @@ pytest.importorskip("triton")
 
 from triton_oracle import DEVICE, Batch, check_grad, check_loss_grad, check_stats, default_params, run_loss_grad, run_stats
 
-from reweight_ops.backends import triton as backend
-from reweight_ops.backends import triton_programs
-from reweight_ops.backends.base import COEFS, LOSS_ROWS, OUT, STATS, Head, Program, Request, RowInputs
-from reweight_ops.codegen.printer import own_rules
-from reweight_ops.codegen.triton import program_py
+from reweight_ops._core.backends import triton_cache as triton_programs
+from reweight_ops._core.backends import triton_launch
+from reweight_ops._core.backends import triton_token as backend
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Head, Request, RowInputs
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.formula.printer import own_rules
+from reweight_ops._core.formula.triton import program_py
+from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules import RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 from reweight_ops.triton_kernels.config import Config, config_for
 
 ROWS = 12
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RICH = Program(("clip", "k3", "entropy_bonus"), (("current_advantage_reweighting", "surrogate"), ("probability_band", "all")))
+RICH = Program.of(("clip", "k3", "entropy_bonus"), (("current_advantage_reweighting", "surrogate"), ("probability_band", "all")))
 
 
 @pytest.fixture(autouse=True)
@@ -126,12 +130,12 @@ def test_conditions(condition, dtype, small_tiles):
 @pytest.mark.parametrize("name", sorted(own_rules()))
 def test_rules(name):
     terms = (name,) if own_rules()[name].kind == "surrogate" else ("reinforce", name)
-    check_loss_grad(make(n=24, program=Program(terms)))
+    check_loss_grad(make(n=24, program=Program.of(terms)))
 
 
 @pytest.mark.parametrize(
     "program",
-    [Program(("clip", "k1", "k2", "entropy_bonus")), Program(("cispo", "k3_corrected"), (("truncated_importance", "surrogate"),))],
+    [Program.of(("clip", "k1", "k2", "entropy_bonus")), Program.of(("cispo", "k3_corrected"), (("truncated_importance", "surrogate"),))],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_programs(program, dtype):
@@ -161,7 +165,7 @@ def test_in_place(dtype, small_tiles):
 
 
 def test_on_policy_is_ratio_one_and_keeps_its_gradient():
-    batch = make(program=Program(("clip",)))
+    batch = make(program=Program.of(("clip",)))
     batch.inputs = batch.inputs._replace(old_logp=None)
     rows = check_loss_grad(batch)
     assert torch.equal(rows[3], -batch.inputs.adv * (batch.inputs.weights[0] != 0))
@@ -173,7 +177,7 @@ def test_on_policy_is_ratio_one_and_keeps_its_gradient():
 
 
 def split(monkeypatch, yes: bool) -> None:
-    monkeypatch.setattr(backend, "_processors", lambda device: 10**6 if yes else 0)
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 10**6 if yes else 0)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
@@ -185,8 +189,8 @@ def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch
     given = [x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature)]
     coefs = {name: torch.linspace(-1, 2, n, device=DEVICE) for name in COEFS}
     launched = []
-    launch = backend._launch
-    monkeypatch.setattr(backend, "_launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
+    launch = triton_launch.launch
+    monkeypatch.setattr(triton_launch, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
 
     def run(yes: bool):
         split(monkeypatch, yes)
@@ -249,7 +253,7 @@ def test_a_sick_row_is_nan_and_alone(sickness, softcap, small_tiles):
 
 def test_a_sick_row_is_nan_also_where_the_rule_only_compares():
     """Every comparison with NaN is false, and clip would call the row clipped: no gradient. Padding stays zero all the same."""
-    batch = make(n=8, program=Program(("clip",)), head=Head(350), ids=make(n=8).ids % 350)
+    batch = make(n=8, program=Program.of(("clip",)), head=Head(350), ids=make(n=8).ids % 350)
     batch.logits = batch.logits.clone()
     batch.logits[4, 17] = math.nan
     rows, out = run_loss_grad(batch)
@@ -273,7 +277,7 @@ def test_the_targets_slope_keeps_its_digits_as_p_goes_to_1():
 
 
 def test_a_target_of_minus_infinity():
-    batch = make(program=Program(("reinforce", "entropy_bonus")))
+    batch = make(program=Program.of(("reinforce", "entropy_bonus")))
     batch.logits = batch.logits.clone()
     batch.logits[5, batch.ids[5]] = -math.inf
     rows, out = run_loss_grad(batch)
@@ -314,10 +318,10 @@ def test_no_rows_and_no_live_rows():
     assert backend.token_stats(empty, ids, t, Head(8), STATS).shape == (len(STATS), 0)
     inputs = RowInputs(torch.empty(1, 0, device=DEVICE), adv=torch.empty(0, device=DEVICE))
     rows = backend.token_loss_grad(
-        empty, ids, t, Head(8), inputs, Program(("reinforce",)), default_params(Program(("reinforce",))).to(DEVICE), empty
+        empty, ids, t, Head(8), inputs, Program.of(("reinforce",)), default_params(Program.of(("reinforce",))).to(DEVICE), empty
     )
     assert rows.shape == (len(LOSS_ROWS), 0)
-    batch = make(program=Program(("clip",)))
+    batch = make(program=Program.of(("clip",)))
     batch.inputs = batch.inputs._replace(weights=torch.zeros(1, ROWS))
     rows, out = run_loss_grad(batch)
     assert torch.equal(out, torch.zeros_like(out))
@@ -371,7 +375,7 @@ def test_a_users_rule_runs_in_one_pass_with_its_derivative(registries, monkeypat
         def weight(self, xp, t, batch):
             return 1 + self.a * xp.log1p(-0.5 * xp.exp(t.logp))
 
-    program = Program(("soft_gate", "k3"), (("rarity", "surrogate"),))
+    program = Program.of(("soft_gate", "k3"), (("rarity", "surrogate"),))
     check_loss_grad(make(program=program))
     assert len(list(tmp_path.glob("programs/*.py"))) == 1
 
@@ -380,7 +384,7 @@ def test_a_users_rule_runs_in_one_pass_with_its_derivative(registries, monkeypat
         def loss(self, xp, t):
             return -t.adv * t.logp * t.entropy
 
-    check_loss_grad(make(program=Program(("soft_gate",))))
+    check_loss_grad(make(program=Program.of(("soft_gate",))))
     assert len(list(tmp_path.glob("programs/*.py"))) == 2
 
 
@@ -417,9 +421,9 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 def test_reasons():
     request = Request("token_stats", torch.device(DEVICE), torch.float32)
-    assert backend.BACKEND.unsupported_reason(request) is None
-    assert "float64" in backend.BACKEND.unsupported_reason(request._replace(dtype=torch.float64))
-    assert "xpu" in backend.BACKEND.unsupported_reason(request._replace(device=torch.device("xpu"))) or backend.interpreted()
+    assert load("triton").unsupported_reason(request) is None
+    assert "float64" in load("triton").unsupported_reason(request._replace(dtype=torch.float64))
+    assert "xpu" in load("triton").unsupported_reason(request._replace(device=torch.device("xpu"))) or triton_launch.interpreted()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -436,9 +440,9 @@ def test_launch_shapes(columns, itemsize, wave):
 
 def test_alignment_classes():
     base = torch.zeros(4096, dtype=torch.bfloat16)
-    assert backend._alignment(base.view(4, 1024)) == 16
-    assert backend._alignment(base[2:2050].view(2, 1024)) == 4
-    assert backend._alignment(base[1:2049].view(2, 1024)) == 2
-    assert backend._alignment(base[:1002].view(2, 501)) == 2
-    assert backend._alignment(base[:1000].view(2, 500), base[1:1001].view(2, 500)) == 2
-    assert backend._alignment(base.float()[1:1001].view(2, 500)) == 4
+    assert triton_launch.alignment(base.view(4, 1024)) == 16
+    assert triton_launch.alignment(base[2:2050].view(2, 1024)) == 4
+    assert triton_launch.alignment(base[1:2049].view(2, 1024)) == 2
+    assert triton_launch.alignment(base[:1002].view(2, 501)) == 2
+    assert triton_launch.alignment(base[:1000].view(2, 500), base[1:1001].view(2, 500)) == 2
+    assert triton_launch.alignment(base.float()[1:1001].view(2, 500)) == 4

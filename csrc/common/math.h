@@ -1,4 +1,4 @@
-// The few functions that generated token rules call. Scalar fp32, once per row: exactness matters, speed does not.
+// The few functions that generated token rules call. Scalar fp32 (fp64 for checking), once per row: exactness matters, speed does not.
 //
 // Include as "common/math.h"; never put csrc/common itself on the include path, <math.h> would find this file.
 //
@@ -20,18 +20,19 @@
 #define RW_INF (std::numeric_limits<float>::infinity())
 #define RW_NAN (std::numeric_limits<float>::quiet_NaN())
 
-RW_HD inline float rw_exp(float x) { return expf(x); }
-RW_HD inline float rw_expm1(float x) { return expm1f(x); }
-RW_HD inline float rw_log(float x) { return logf(x); }
-RW_HD inline float rw_log1p(float x) { return log1pf(x); }
-RW_HD inline float rw_tanh(float x) { return tanhf(x); }
-RW_HD inline float rw_abs(float x) { return fabsf(x); }
-RW_HD inline float rw_min(float a, float b) { return (a < b || a != a) ? a : b; }
-RW_HD inline float rw_max(float a, float b) { return (a > b || a != a) ? a : b; }
-RW_HD inline float rw_clip(float x, float low, float high) { return rw_min(rw_max(x, low), high); }
+// Of float and double: the standard library overloads by type.
+template <class Real> RW_HD inline Real rw_exp(Real x) { return std::exp(x); }
+template <class Real> RW_HD inline Real rw_expm1(Real x) { return std::expm1(x); }
+template <class Real> RW_HD inline Real rw_log(Real x) { return std::log(x); }
+template <class Real> RW_HD inline Real rw_log1p(Real x) { return std::log1p(x); }
+template <class Real> RW_HD inline Real rw_tanh(Real x) { return std::tanh(x); }
+template <class Real> RW_HD inline Real rw_abs(Real x) { return std::fabs(x); }
+template <class Real> RW_HD inline Real rw_min(Real a, Real b) { return (a < b || a != a) ? a : b; }
+template <class Real> RW_HD inline Real rw_max(Real a, Real b) { return (a > b || a != a) ? a : b; }
+template <class Real> RW_HD inline Real rw_clip(Real x, Real low, Real high) { return rw_min(rw_max(x, low), high); }
 
 // The exponential of -|x| only: it cannot overflow, and both tails keep their relative accuracy.
-RW_HD inline float rw_sigmoid(float x) {
-  const float e = expf(-fabsf(x));
-  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+template <class Real> RW_HD inline Real rw_sigmoid(Real x) {
+  const Real e = std::exp(-std::fabs(x));
+  return (x < 0 ? e : Real(1)) / (1 + e);
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/program_table.h"
 #include "common/row_program.h"
 #include "common/row_state.h"
 
@@ -48,7 +49,8 @@ struct GradCall : Call {
 };
 
 struct LossGradCall : Call {
-    RowProgram program;
+    RowProgram program;     // of the rules that are compiled in
+    ProgramTable table;     // of any rules
     const float* params;
     bool reads_p_sq;        // some rule or weight reads log_sum_p_sq
     bool entropy_gradient;  // some rule may have a derivative by the entropy

@@ -1,5 +1,6 @@
 // The three verbs at one instruction-set level: this file is compiled once per level, with RW_LEVEL naming it.
 #include "parallel.h"
+#include "program.h"
 #include "stream.h"
 #include "sweeps.h"
 #include "verbs.h"
@@ -180,6 +181,7 @@ template <class T, bool kFull>
 void token_loss_grad(const LossGradCall& call) {
     const Softcap softcap(call.softcap);
     const bool stream = streams(call, sizeof(T));
+    const LossEvaluator evaluate(call);
     for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int64_t i, int64_t next) {
         T* g = (T*)call.out + call.out_strides.offset(i);
         const Fetch ahead{(const char*)((const T*)call.logits + call.strides.offset(next < call.rows ? next : i)), 2};
@@ -192,7 +194,7 @@ void token_loss_grad(const LossGradCall& call) {
         const RowSweep sweep = row.template sweep<kFull ? Sums::full : Sums::entropy>(call.vocab_size, softcap);
         const FinishedRow<double> finished = row.finish(sweep);
         const RowStats s = row.statistics(finished);
-        const RowLoss l = evaluate(call, i, s);
+        const RowLoss l = evaluate(i, s);
         put_row(call, i, s, l);
         const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
         write_grad(call, row, d, {sweep.top, -kLog2e * finished.log_total}, g, softcap, ahead, stream);

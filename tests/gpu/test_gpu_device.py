@@ -18,8 +18,9 @@ from places import (
 )
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Head, Program, RowInputs
-from reweight_ops.backends.select import load
+from reweight_ops._core.backends.base import Head, RowInputs
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.formula.loss_program import Program
 
 pytestmark = pytest.mark.gpu
 
@@ -276,7 +277,7 @@ class _Owned(torch.autograd.Function):
 
 # --- beyond 2³¹ elements --------------------------------------------------------------------------------------------------------
 
-PROGRAM, PARAMS = Program(("clip",)), [-20.0, 20.0, 1.0, 0.2, 0.2, float("inf")]
+PROGRAM, PARAMS = Program.of(("clip",)), [-20.0, 20.0, 1.0, 0.2, 0.2, float("inf")]
 
 
 def verbs_on(place, z, ids, adv):

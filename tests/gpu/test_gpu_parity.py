@@ -7,9 +7,11 @@ import torch
 from places import DRY, batch_on, sized
 
 import reweight_ops as rw
-from reweight_ops.backends.base import COEFS, OUT, STATS, Head, Program, RowInputs
-from reweight_ops.backends.select import load
-from reweight_ops.methods.registry import METHODS
+from reweight_ops._core.backends.base import COEFS, STATS, Head, RowInputs
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.calls.specs import METHODS
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules.penalties import EntropyBonus
 from reweight_ops.rules.surrogates import Reinforce
 from reweight_ops.testing import compare, make_batch
@@ -145,7 +147,7 @@ def test_a_sick_row_is_nan_and_alone(place, sickness):
 
 # --- bitwise --------------------------------------------------------------------------------------------------------------------
 
-PROGRAM, PARAMS = Program(("clip", "entropy_bonus")), [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05]
+PROGRAM, PARAMS = Program.of(("clip", "entropy_bonus")), [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05]
 
 
 class Rows:

@@ -1,0 +1,92 @@
+// A loss program as operations on numbered registers, interpreted: host and device, float and double.
+//
+// reweight_ops/codegen/table.py builds it. Registers: parameters, constants, what follows from those alone
+// ("uniform", computed once a call), a row's leaves and row weights, and the values between.
+#pragma once
+
+#include <cstdint>
+
+#include "common/math.h"
+
+namespace reweight_ops {
+
+/// Every operation of a table in the order of its codes: a name, the graph's name for it, and what it computes
+/// from the operands a, b, c. A condition is 1 or 0.
+#define RW_OPERATIONS(X)              \
+    X(add, "add", a + b)              \
+    X(sub, "sub", a - b)              \
+    X(mul, "mul", a * b)              \
+    X(div, "div", a / b)              \
+    X(neg, "neg", -a)                 \
+    X(abs, "abs", rw_abs(a))          \
+    X(min, "min", rw_min(a, b))       \
+    X(max, "max", rw_max(a, b))       \
+    X(clip, "clip", rw_clip(a, b, c)) \
+    X(exp, "exp", rw_exp(a))          \
+    X(expm1, "expm1", rw_expm1(a))    \
+    X(log, "log", rw_log(a))          \
+    X(log1p, "log1p", rw_log1p(a))    \
+    X(sigmoid, "sigmoid", rw_sigmoid(a)) \
+    X(tanh, "tanh", rw_tanh(a))       \
+    X(lt, "lt", Real(a < b))          \
+    X(le, "le", Real(a <= b))         \
+    X(eq, "eq", Real(a == b))         \
+    X(ne, "ne", Real(a != b))         \
+    X(both, "and", Real(a != 0 && b != 0)) \
+    X(either, "or", Real(a != 0 || b != 0)) \
+    X(negation, "not", Real(a == 0))  \
+    X(where, "where", a != 0 ? b : c)
+
+enum class Operation : int {
+#define RW_CODE(name, text, value) name,
+    RW_OPERATIONS(RW_CODE)
+#undef RW_CODE
+};
+
+constexpr int kMaxRegisters = 1 << 12;
+constexpr int kLeaves = 8;       // of reweight_ops/rules/base.py, LEAVES
+constexpr int kLossOutputs = 5;  // weighted_loss, loss, and the derivatives by logp, entropy and log_sum_p_sq
+
+/// An instruction is one word: 8 bits of code, then 12 bits each of the registers of the result and of a, b, c.
+struct ProgramTable {
+    const uint64_t* code;     // the uniform instructions first
+    const double* constants;  // behind the code
+    int parameters, constant_count, uniform, instructions, inputs, terms, registers;
+    int outputs[kLossOutputs];
+};
+
+/// Runs instructions on kRows rows at once; register i of row j is registers[i * kRows + j].
+template <int kRows, class Real>
+RW_HD inline void run_instructions(const uint64_t* code, int count, Real* registers) {
+    for (int i = 0; i < count; ++i) {
+        const uint64_t word = code[i];
+        const auto at = [&](int shift) { return registers + ((word >> shift) & (kMaxRegisters - 1)) * kRows; };
+        Real* const out = at(8);
+        const Real *const pa = at(20), *const pb = at(32), *const pc = at(44);
+        switch (static_cast<Operation>(word & 0xff)) {
+#define RW_CASE(name, text, value)                                      \
+    case Operation::name:                                               \
+        for (int j = 0; j < kRows; ++j) {                               \
+            const Real a = pa[j], b = pb[j], c = pc[j];                 \
+            (void)a, (void)b, (void)c;                                  \
+            out[j] = value;                                             \
+        }                                                               \
+        break;
+            RW_OPERATIONS(RW_CASE)
+#undef RW_CASE
+        }
+    }
+}
+
+/// The registers before a row's inputs: what they hold is the same for every row of a call.
+template <int kRows, class Real>
+RW_HD inline void fill_uniform(const ProgramTable& table, const Real* params, Real* registers) {
+    const auto put = [&](int i, Real value) {
+        for (int j = 0; j < kRows; ++j) registers[i * kRows + j] = value;
+    };
+    for (int i = 0; i < table.parameters; ++i) put(i, params[i]);
+    for (int i = 0; i < table.constant_count; ++i) put(table.parameters + i, Real(table.constants[i]));
+    run_instructions<kRows>(table.code, table.uniform, registers);
+}
+
+}  // namespace reweight_ops
