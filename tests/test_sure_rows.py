@@ -9,33 +9,33 @@ from contract import DTYPES, ONE
 from sure_rows import MARGINS, TOLERANCE, exact, sure_rows, worst
 
 import reweight_ops as rw
-from reweight_ops import divergences
-from reweight_ops.backends import reference
-from reweight_ops.backends.base import Head, Program
+from reweight_ops._core.backends import reference
+from reweight_ops._core.backends.base import DIVERGENCE_STATS, DivergenceInputs, Head
+from reweight_ops._core.formula.loss_program import Program
 
-BACKENDS = {"reference": reference}
+BACKENDS = {"reference": reference.BACKEND}
 LEVELS = ["reference"]
 try:
-    from reweight_ops.backends import cpu
+    from reweight_ops._core.backends import cpu
 
-    BACKENDS["cpu"] = cpu
+    BACKENDS["cpu"] = cpu.BACKEND
     LEVELS += cpu._C.build_info()["supported_levels"]
 except ImportError:
     cpu = None
 
 #: Where a soft cap makes margins of the margins: capped at 200, logits 119 apart are 107 apart.
 CAP = 200.0
-REINFORCE = Program(("reinforce",)), torch.tensor([-20.0, 20.0, 1.0])
+REINFORCE = Program.of(("reinforce",)), torch.tensor([-20.0, 20.0, 1.0])
 
 
 @pytest.fixture(params=LEVELS)
 def verbs(request):
     """The reference, or the CPU kernels at one instruction-set level."""
     if request.param == "reference":
-        yield reference
+        yield reference.BACKEND
         return
     cpu._C.set_level(request.param)
-    yield cpu
+    yield cpu.BACKEND
     cpu._C.set_level("auto")
 
 
@@ -136,8 +136,8 @@ def test_divergences(backend, vocab):
 
     p, q = log_probs(z), log_probs(y)
     head = Head(vocab)
-    two = divergences.verbs.Two(z, y, rows.ids, ONE, ONE, head, head)
-    table = dict(zip(divergences.verbs.TABLE, divergences.verbs.load(backend).stats(two), strict=True))
+    two = DivergenceInputs(z, y, rows.ids, ONE, ONE, head, head)
+    table = dict(zip(DIVERGENCE_STATS, BACKENDS[backend].divergence_stats(two), strict=True))
     assert_kept(table["entropy"], -(p.exp() * p).sum(1), "entropy")
     assert_kept(table["other_entropy"], -(q.exp() * q).sum(1), "other entropy")
     sure = rows.one_minus_p < 1e-5  # elsewhere some rows are equal but for roundings
