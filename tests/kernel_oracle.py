@@ -61,7 +61,7 @@ def rows(n: int, v: int, dtype: torch.dtype, kind: str, seed: int = 0) -> tuple[
     z.scatter_add_(1, ids[:, None], lift[:, None])
     if kind == "wide":
         z *= 100
-    z += {"shifted": 300.0, "far": 1e5, "low": -160.0}.get(kind, 0.0)
+    z += {"shifted": 300.0, "far": 3e4, "low": -160.0}.get(kind, 0.0)
     if kind == "low":
         z.clamp_(max=-100)
     return z.to(dtype), ids

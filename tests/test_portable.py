@@ -11,7 +11,6 @@ import torch
 from criterion import assert_gradient, assert_values
 from kernel_oracle import STATS, gradient, rows, statistics
 
-from reweight_ops._core.backends.base import Head
 from reweight_ops._core.backends.native import DTYPES
 
 _C = pytest.importorskip("reweight_ops._C")
