@@ -80,7 +80,7 @@ def _yardstick(spec: PairSpec, batch: dict[str, Any], loss_scale: float) -> tupl
     logits = batch["logits"].detach().clone().requires_grad_()
     rows = row_statistics(logits, rest["completion_ids"])
     rows = {name: torch.where(rest["completion_mask"].bool(), x, 0) for name, x in rows.items()}
-    more = {"log_sum_p_sq": rows["log_sum_p_sq"]} if "log_sum_p_sq" in spec.requires else {}
+    more: dict[str, Any] = {"log_sum_p_sq": rows["log_sum_p_sq"]} if "log_sum_p_sq" in spec.requires else {}
     out = preference_loss_from_logps(rows["logp"], **more, **rest, spec=spec, loss_scale=loss_scale)
     return torch.autograd.grad(out.loss, logits)[0], out
 
