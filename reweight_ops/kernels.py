@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backends.base import Head, Program, Request, RowInputs
+from .backends.base import Head, Request, RowInputs
 from .backends.select import choose, load
+from .codegen.loss_program import Program
 from .memory import empty
 
 __all__ = ["Head", "Program", "RowInputs", "token_grad", "token_loss_grad", "token_stats"]

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.library import Library, infer_schema
 
-from .backends.base import COEFS, LOSS_ROWS, Head, Program, RowInputs
+from .backends.base import COEFS, LOSS_ROWS, Head, RowInputs
 from .backends.select import load
+from .codegen.loss_program import Program
 from .memory import empty
 
 _library = Library("reweight_ops", "DEF")  # type: ignore[no-untyped-call]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .autograd import HeadCall, OnePassLoss, RowStatistics
-from .backends.base import Program, Request
+from .backends.base import Request
 from .backends.select import candidates, choose, why_not
 from .catalogue.registry import find
+from .codegen.loss_program import Program
 from .codegen.trace import trace_weight
 from .errors import InvalidCall, UnsupportedRequest
 from .head import LogitsCall

@@ -103,6 +103,11 @@ class Backend:
       ``coefs`` maps names of :data:`COEFS` to ``[N]`` or None (zero). A row whose coefficients are all 0 is not read.
     * ``token_loss_grad(logits, ids, temperature, head, inputs, program, params, out) -> Tensor [len(LOSS_ROWS), N]``, and writes ``out``.
 
+    * ``evaluate_rows(program, params, leaves, row_weights, outputs, keep) -> Tensor [len(outputs), N]``: a program on stored rows, without logits,
+      all in fp32 or all in fp64. ``leaves`` maps the leaves that the outputs depend on to ``[N]``; with ``log_ratio`` among them the program
+      does not form it from ``logp - old_logp``. ``row_weights`` is ``[K, N]``; ``outputs`` names those of
+      :class:`~reweight_ops.codegen.loss_program.LossGraph`; rows where ``keep`` (bool ``[N]``, or None) is False are 0. None: the backend has none.
+
     The gradient of a row, with ``x`` the capped and scaled logit, ``p = exp(x - lse)`` and ``c_*`` the coefficients::
 
         1/T * (1 - (capped/cap)^2) * [ c_logp*(1[v=y] - p) - c_ent*p*(log p + H) + c_lse*p + 2*c_p2*p*(p/exp(log_sum_p_sq) - 1) ]
@@ -116,3 +121,4 @@ class Backend:
     kernel_of: Callable[[Tensor, int, torch.device], str] | None = (
         None  # which of several kernels token_loss_grad takes, and why (logits, vocab_size)
     )
+    evaluate_rows: Callable[[Program, Tensor, dict[str, Tensor], Tensor, tuple[str, ...], Tensor | None], Tensor] | None = None

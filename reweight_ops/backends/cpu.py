@@ -12,6 +12,7 @@ import torch
 
 from ..errors import BackendUnavailable
 from .base import Backend, Request
+from .cpu_rows import RowsEvaluator
 from .native import DTYPES, Native, checked
 
 
@@ -39,4 +40,4 @@ def _unsupported_reason(request: Request) -> str | None:
 
 token_stats, token_grad, token_loss_grad = _native.token_stats, _native.token_grad, _native.token_loss_grad
 
-BACKEND = Backend("cpu", _unsupported_reason, token_stats, token_grad, token_loss_grad)
+BACKEND = Backend("cpu", _unsupported_reason, token_stats, token_grad, token_loss_grad, evaluate_rows=RowsEvaluator(_C))

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codegen.loss_program import Program
 from ..errors import BackendUnavailable, InvalidCall
 from ..sources import source_hash
-from .base import COEFS, LOSS_ROWS, STATS, Head, Program, RowAddresses, RowInputs, rows_of
+from .base import COEFS, LOSS_ROWS, STATS, Head, RowAddresses, RowInputs, rows_of
 from .native_programs import Compiled, CompiledRules, Programs, Tables
 
 _MAX_COLUMNS = 2**31 - 2**20

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..codegen.loss_program import STATISTICS
-from .base import COEFS, OUT, Backend, Head, Program, Request, RowInputs
-from .program import run_program
+from ..codegen.loss_program import STATISTICS, Program
+from .base import COEFS, OUT, Backend, Head, Request, RowInputs
+from .program import evaluate_rows, run_program
 
 
 def _unsupported_reason(request: Request) -> str | None:
@@ -102,4 +102,4 @@ def token_loss_grad(
     return torch.where(bad, math.nan, rows)
 
 
-BACKEND = Backend("reference", _unsupported_reason, token_stats, token_grad, token_loss_grad)
+BACKEND = Backend("reference", _unsupported_reason, token_stats, token_grad, token_loss_grad, evaluate_rows=evaluate_rows)

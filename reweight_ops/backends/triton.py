@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable
-from .base import COEFS, LOSS_ROWS, STATS, Backend, Head, Program, Request, RowInputs, rows_of
+from .base import COEFS, LOSS_ROWS, STATS, Backend, Head, Request, RowInputs, rows_of
 
 try:
     import triton
 except ImportError as error:
     raise BackendUnavailable(f"Triton cannot be imported ({error}); pip install triton (Linux, or triton-windows).") from error
 
-from ..codegen.loss_program import loss_graph
+from ..codegen.loss_program import Program, loss_graph
 from ..triton_kernels import kernels
 from ..triton_kernels.config import MAX_REGISTERS, Config, config_for
 from .triton_programs import program_function

@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from ..codegen import write_atomically
+from ..codegen.loss_program import Program
 from ..codegen.triton import program_py
-from .base import Program
 
 
 def cache_folder() -> Path:

@@ -124,9 +124,7 @@ class _Builder:
     def table(self) -> Table:
         levels = [*self.uniform, *self.varying]
         instructions = [
-            Instruction(x.op, self.at[x.index], tuple(self.at[unstopped(a).index] for a in x.operands))
-            for level in levels
-            for x in level
+            Instruction(x.op, self.at[x.index], tuple(self.at[unstopped(a).index] for a in x.operands)) for level in levels for x in level
         ]
         ends, at = [], 0
         for level in levels:

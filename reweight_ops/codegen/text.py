@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ..rules.base import LEAVES
 from .trace import Expr, Graph, Traced, walk
 
+
 def write_formula(traced: Traced) -> str:
     """The text of a formula. TypeError if it reads the batch."""
     if traced.uses_batch:
@@ -47,4 +48,3 @@ def read_formula(text: str, graph: Graph, parameter: Callable[[], Expr], leaf: C
             op, *at = token.split(":")
             nodes.append(graph.node(op, *(nodes[int(i)] for i in at)))
     return nodes[-1]
-
