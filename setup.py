@@ -103,7 +103,7 @@ class NinjaBuild(build_ext):
         objects["cuda_dispatch.o"] = edge("cuda_dispatch.o", "cxx", "cuda/dispatch.cpp", flags)
         for name, element in CUDA_DTYPES.items():
             words = [*NVCC_FLAGS, "-ccbin", cxx()[0], *targets, f"-I{ROOT / 'csrc'}", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"]
-            for kernel in ("streaming", "ring", "divergence"):
+            for kernel in ("streaming", "ring", "divergence", "scale"):
                 obj = f"{kernel}_{name}.o"
                 objects[obj] = edge(obj, "nvcc", f"cuda/{kernel}.cu", words, nvcc)
         library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
@@ -141,7 +141,7 @@ def cxx() -> list[str]:
 
 def sources(part: str) -> str:
     """What the Python side compares with the sources beside it."""
-    return f'-DRW_SOURCES="{runpy.run_path(str(ROOT / "reweight_ops/sources.py"))["source_hash"](part)}"'
+    return f'-DRW_SOURCES="{runpy.run_path(str(ROOT / "reweight_ops/_core/backends/sources.py"))["source_hash"](part)}"'
 
 
 def includes() -> list[str]:

@@ -128,11 +128,13 @@ def _values_alone(values: Callable[[Tensor], Tensor], data: PairData) -> Job:
 def _ours(backend: str, consume: bool) -> Callable[[PairData], Job]:
     def make(data: PairData) -> Job:
         import reweight_ops as rw
-        from reweight_ops.divergences.verbs import load
+        from reweight_ops._core.backends.base import Request
+        from reweight_ops._core.backends.select import load
         from reweight_ops.errors import BackendUnavailable
 
         try:
-            reason = load(backend).unsupported_reason(data.logits.device, data.logits.dtype, data.other.dtype)
+            request = Request("divergence_stats", data.logits.device, data.logits.dtype, other_dtype=data.other.dtype)
+            reason = load(backend).unsupported_reason(request)
         except BackendUnavailable as error:
             reason = str(error)
         if reason is not None:

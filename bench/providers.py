@@ -151,8 +151,8 @@ def chunked(data: Data) -> Job:
 
 
 def serving(backend: str, input: Tensor) -> None:
-    from reweight_ops.backends.base import Request
-    from reweight_ops.backends.select import why_not
+    from reweight_ops._core.backends.base import Request
+    from reweight_ops._core.backends.select import why_not
 
     reason = why_not(backend, Request("token_stats", input.device, input.dtype))
     if reason is not None:
@@ -193,7 +193,7 @@ def _verbs(backend: str, in_place: bool) -> Callable[[Data], Job]:
 
     def make(data: Data) -> Job:
         from reweight_ops import kernels
-        from reweight_ops.backends.base import RowInputs
+        from reweight_ops._core.formula.program import RowInputs
 
         serving(backend, data.logits)
         z, ids, one = data.logits, data.ids.flatten(), torch.ones(1, device=data.logits.device)

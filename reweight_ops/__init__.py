@@ -1,23 +1,26 @@
 """Reweighted policy losses for LLM reinforcement learning, straight from vocabulary-sized logits. Start at :func:`policy_loss`."""
 
 from . import advantages, divergences, kernels, methods, objectives, preference, rewards, rules, sample_weights, schedules, weights
-from .backends.select import NAMES as BACKENDS
-from .coupling import Constraint, GroupContrast
+from ._core import moved as _moved
+from ._core.backends.select import NAMES as BACKENDS
+from ._core.calls.specs import METHODS, method
+from ._core.engine.metrics import Metrics
+from ._core.engine.output import PolicyLossOutput, TokenStats
+from ._core.formula.base import Rule, TokenWeight, rule, weight
+from ._core.losses.explain import Explanation, explain
+from ._core.losses.linear import Lora, linear_policy_loss, linear_token_logps
+from ._core.losses.policy import policy_loss, policy_loss_from_logps, token_logps, token_stats
+from ._core.spec.coupled import Constraint, GroupContrast
+from ._core.spec.policy import Penalty, PolicyLossSpec
+from ._core.spec.ratio import CenteredRatio, GeometricMeanRatio, Ratio, SegmentRatio, SequenceRatio, TokenRatio
+from ._core.spec.reduction import FromFunction, NoReduction, Reduction, SequenceMean, TokenMean, TokenSum
 from .divergences import DistillationLossOutput, distillation_loss, token_divergence
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
-from .explain import Explanation, explain
-from .linear import Lora, linear_policy_loss, linear_token_logps
-from .methods.registry import METHODS, method
-from .metrics import Metrics
-from .output import PolicyLossOutput, TokenStats
-from .policy_loss import policy_loss, policy_loss_from_logps, token_logps, token_stats
 from .preference import PairSpec, PreferenceLossOutput, linear_preference_loss, preference_loss, preference_loss_from_logps
-from .ratio import CenteredRatio, GeometricMeanRatio, Ratio, SegmentRatio, SequenceRatio, TokenRatio
-from .reduction import FromFunction, NoReduction, Reduction, SequenceMean, TokenMean, TokenSum
-from .rules.base import Rule, TokenWeight, rule, weight
-from .spec import Penalty, PolicyLossSpec
 
 __version__ = "0.1.0"
+
+_moved.install()
 
 __all__ = [
     "BACKENDS",

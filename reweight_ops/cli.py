@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from . import __version__
-from .backends.base import Request
-from .backends.select import NAMES, load, why_not
-from .catalogue import CATALOGUE, KINDS, Entry, find
-from .catalogue.table import level, plan
-from .checks import DTYPES, Case, GoldenCase, Selection, cases, golden_cases, run_case, run_golden
+from ._core.backends.base import Request
+from ._core.backends.select import NAMES, load, why_not
+from ._core.catalogue.registry import CATALOGUE, KINDS, Entry, find
+from ._core.catalogue.table import level, plan
+from ._core.formula.base import Rule, TokenWeight
+from ._core.formula.leaves import Leaves
+from ._core.formula.namespace import TorchNamespace
+from ._core.spec.policy import PolicyLossSpec
 from .errors import BackendUnavailable, ReweightOpsError
-from .rules.base import Rule, TokenWeight
-from .spec import PolicyLossSpec
+from .testing.checks import DTYPES, Case, GoldenCase, Selection, cases, golden_cases, run_case, run_golden
 
 try:
     import typer
@@ -140,9 +142,6 @@ def _show_spec(spec: PolicyLossSpec) -> None:
 
 def _slopes(surrogate: Rule) -> Table:
     """The surrogate of one token at a few ratios."""
-    from .rules.namespace import TorchNamespace
-    from .terms import Leaves
-
     xp = TorchNamespace(torch.float64)
     table = Table(
         "ratio", "loss, A = +1", "slope", "loss, A = -1", "slope", title="surrogate of one token with p = 0.5 (slope: by its log-prob)"
@@ -150,9 +149,9 @@ def _slopes(surrogate: Rule) -> Table:
     for ratio in (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0):
         cells = []
         for adv in (1.0, -1.0):
-            logp = torch.tensor(math.log(0.5), dtype=torch.float64, requires_grad=True)
+            logp = torch.tensor(math.log(0.5), dtype=torch.float64, device="cpu", requires_grad=True)
             old = logp.detach() - math.log(ratio)
-            stored = {"old_logp": old, "ref_logp": old, "sampling_logp": old, "adv": torch.tensor(adv, dtype=torch.float64)}
+            stored = {"old_logp": old, "ref_logp": old, "sampling_logp": old, "adv": torch.tensor(adv, dtype=torch.float64, device="cpu")}
             t = Leaves({"logp": logp, "log_ratio": logp - old, **stored})
             loss = surrogate.loss(xp, t)
             (slope,) = torch.autograd.grad(loss, logp)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backends.base import Head, Request, RowInputs
-from .backends.select import choose, load
-from .codegen.loss_program import Program
-from .memory import empty
+from ._core.backends.base import Head, Request, RowInputs
+from ._core.backends.select import choose, load
+from ._core.engine.memory import empty
+from ._core.formula.loss_program import Program
 
 __all__ = ["Head", "Program", "RowInputs", "token_grad", "token_loss_grad", "token_stats"]
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .catalogue import published
+from ._core.catalogue.registry import published
+from ._core.rows.grouped import floats
 from .errors import InvalidCall
-from .grouping import floats
 
 __all__ = [
     "ConstrainedRLHF",

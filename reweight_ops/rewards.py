@@ -1,7 +1,7 @@
 """Reward transforms: several rewards into one, and rewards that look at lengths or at the group. Rewards in, rewards out.
 
 Pure functions; ``[B]`` is one value a completion, ``[B, K]`` one for each of K reward models (TRL's ``rewards_per_func``). Groups as in
-:mod:`reweight_ops.grouping`. fp32 or fp64, detached. A NaN in ``[B, K]`` is a reward that does not apply to its completion and is left out; a
+:mod:`reweight_ops._core.rows.grouped`. fp32 or fp64, detached. A NaN in ``[B, K]`` is a reward that does not apply to its completion and is left out; a
 completion without any, and a NaN in ``[B]``, stays NaN: the advantages of this package read it as a completion without a score.
 """
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .catalogue import published
+from ._core.catalogue.registry import published
+from ._core.rows.grouped import GroupKeywords, floats, grouped, require
 from .errors import InvalidCall
-from .grouping import GroupKeywords, floats, grouped, require
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -3,7 +3,7 @@
 Pure functions, ``[B]`` in and out unless stated; fp32 or fp64; inputs are used detached (the logits of :func:`source_weights` excepted). Weights
 that the papers normalize to a sum of 1 have **mean 1** here, so that the mean of ``weight·loss`` over the batch is the papers' ``sum_i w_i
 loss_i``. Weights over a global batch: gather the inputs of all ranks first, and take your rows of the result. Groups as in
-:mod:`reweight_ops.grouping`."""
+:mod:`reweight_ops._core.rows.grouped`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .catalogue import published
+from ._core.catalogue.registry import published
+from ._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, like
+from ._core.rows.groups import describe
 from .errors import InvalidCall
-from .grouping import Grouped, GroupKeywords, floats, grouped, like
-from .rows import describe
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .catalogue import published
+from ._core.catalogue.registry import published
+from ._core.rows.grouped import floats, grouped
+from ._core.spec.policy import PolicyLossSpec
 from .errors import InvalidCall
-from .grouping import floats, grouped
 from .methods.reweighting import lopti as lopti_spec
-from .spec import PolicyLossSpec
 
 __all__ = ["D3sBudget", "Relift", "ReliftState", "all_failed", "capo", "d3s", "lopti", "lopti_updates", "tsa"]
 

@@ -22,8 +22,10 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from reweight_ops.backends import triton as backend  # noqa: E402
-from reweight_ops.backends.base import COEFS, Head, Program, RowInputs  # noqa: E402
+from reweight_ops._core.backends import triton_launch, triton_scale  # noqa: E402
+from reweight_ops._core.backends import triton_token as backend  # noqa: E402
+from reweight_ops._core.backends.base import COEFS, Head, RowInputs  # noqa: E402
+from reweight_ops._core.formula.loss_program import Program  # noqa: E402
 from reweight_ops.triton_kernels.config import MAX_REGISTERS, Config  # noqa: E402
 
 TARGETS = {
@@ -87,7 +89,7 @@ def inspect(target: str, name: str, dtype: str, kernel) -> Compiled:
 
 
 class Recorder:
-    """Stands in for ``backend._launch``: compiles for ``target`` and keeps what came out, once for each specialization."""
+    """Stands in for ``triton_launch.launch``: compiles for ``target`` and keeps what came out, once for each specialization."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -95,16 +97,16 @@ class Recorder:
 
     def __enter__(self):
         driver.set_active(PretendedDriver(self.target))
-        self._launch, self._wave = backend._launch, backend._wave
-        backend._launch, backend._wave = self.launch, lambda device: TARGETS[self.target].warp_size
+        self._launch, self._wave = triton_launch.launch, triton_launch.wave
+        triton_launch.launch, triton_launch.wave = self.launch, lambda device: TARGETS[self.target].warp_size
         return self
 
     def __exit__(self, *error):
-        backend._launch, backend._wave = self._launch, self._wave
+        triton_launch.launch, triton_launch.wave = self._launch, self._wave
 
     def launch(self, kernel, programs, *args, warps, registers=MAX_REGISTERS, **meta):
         compiled = kernel.warmup(
-            *args, grid=(programs,), **meta, **backend._options(warps, TARGETS[self.target].backend == "hip", registers)
+            *args, grid=(programs,), **meta, **triton_launch.options(warps, TARGETS[self.target].backend == "hip", registers)
         )
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
@@ -135,11 +137,11 @@ def compile_all(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float3
 
 def split_and_capped(target: str) -> list[Compiled]:
     """The variants that the plain call does not launch: split rows, a softcap, a rule with every statistic, unaligned rows."""
-    backend._processors = lambda device: 10**6
+    triton_launch.processors = lambda device: 10**6
     try:
         return compile_all(target, (torch.bfloat16,), softcap=30.0) + compile_all(target, (torch.float32,), vocab=50257)
     finally:
-        backend._processors = lambda device: 1
+        triton_launch.processors = lambda device: 1
 
 
 def count_compilations(target: str = "sm_90") -> dict[str, int]:
@@ -172,6 +174,19 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
 
 
+def scales(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -> list[Compiled]:
+    """Scaling: once for each dtype of gradients without gaps, once for others, whatever their sizes, strides and addresses are."""
+    result = []
+    for dtype in dtypes:
+        with Recorder(target) as recorder:
+            for shape in ((4, 32000), (1, 3, 31991)):
+                memory = torch.empty((*shape[:-2], shape[-2] * 2, shape[-1] + 16), dtype=dtype)
+                for grad in (torch.empty(shape, dtype=dtype), memory[..., ::2, :-16], memory[..., 1::2, 3:-13]):
+                    triton_scale.scale(grad, torch.ones(()))
+        result += [inspect(target, name, str(dtype)[6:], kernel) for name, kernel in recorder.kernels.values()]
+    return result
+
+
 def oversized(target: str) -> list[Compiled]:
     """The negative control: tiles far too large for the registers."""
     backend.config_for = lambda columns, itemsize, wave: Config(1 << (16 if wave == 64 else 14), 16 // itemsize, 4, 1 << 16)
@@ -186,5 +201,5 @@ if __name__ == "__main__":
     if task == "count":
         print(json.dumps(count_compilations()))
     else:
-        run = {"compile": compile_all, "variants": split_and_capped, "oversized": oversized}[task]
+        run = {"compile": compile_all, "variants": split_and_capped, "oversized": oversized, "scales": scales}[task]
         print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))

@@ -10,9 +10,8 @@ from dataclasses import asdict
 import aot
 import torch
 
-from reweight_ops.backends.base import Head
-from reweight_ops.divergences import triton as divergence
-from reweight_ops.divergences.verbs import Two
+from reweight_ops._core.backends import triton_divergence as divergence
+from reweight_ops._core.backends.base import DivergenceInputs, Head
 
 
 def call_all(
@@ -21,10 +20,10 @@ def call_all(
     """Every verb once, on tensors that are described and never read."""
     x, y = torch.empty(rows, vocab, dtype=dtype), torch.empty(rows, vocab, dtype=other)
     t = torch.ones(temperatures)
-    two = Two(x, y, torch.zeros(rows, dtype=torch.int64), t, t.clone(), Head(vocab, softcap), Head(vocab, softcap))
-    table = divergence.stats(two)
-    divergence.grad(two, table, torch.zeros(3, rows), x)
-    divergence.loss_grad(two, torch.ones(3), torch.ones(rows), x)
+    two = DivergenceInputs(x, y, torch.zeros(rows, dtype=torch.int64), t, t.clone(), Head(vocab, softcap), Head(vocab, softcap))
+    table = divergence.divergence_stats(two)
+    divergence.divergence_grad(two, table, torch.zeros(3, rows), x)
+    divergence.divergence_loss_grad(two, torch.ones(3), torch.ones(rows), x)
 
 
 def compile_all(target: str, pairs, **more) -> list[dict]:

@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture
 def registry():
     """User definitions of a test are gone after it."""
-    from reweight_ops.rules.base import RULES, WEIGHTS
+    from reweight_ops._core.formula.base import RULES, WEIGHTS
 
     saved = dict(RULES), dict(WEIGHTS)
     yield

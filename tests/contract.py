@@ -1,4 +1,4 @@
-"""The rules of reweight_ops/backends/base.py, asked of three verbs: one set of checks for the compiled backends, which say with which
+"""The rules of reweight_ops/_core/backends/base.py, asked of three verbs: one set of checks for the compiled backends, which say with which
 instruction sets, dtypes, threads or schedules they run. ``verbs`` has ``token_stats``, ``token_grad`` and ``token_loss_grad`` on CPU tensors."""
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import torch
 from criterion import assert_gradient, assert_values, gradient_from
 from kernel_oracle import STATS, clip_loss, gradient, rows, statistics
 
-from reweight_ops.backends.base import COEFS, OUT, Head, Program, RowInputs
+from reweight_ops._core.backends.base import COEFS, Head, RowInputs
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.rows.groups import OUT
 
 ONE = torch.ones(1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

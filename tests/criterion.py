@@ -1,12 +1,12 @@
-"""The package's accuracy criterion (reweight_ops/testing.py), asserted of what kernels return: one for every backend."""
+"""The package's accuracy criterion (reweight_ops/testing/__init__.py), asserted of what kernels return: one for every backend."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from reweight_ops.backends import reference
-from reweight_ops.backends.base import Head
+from reweight_ops._core.backends import reference_token as reference
+from reweight_ops._core.backends.base import Head
 from reweight_ops.testing import ERROR_FLOOR, gradient_errors, value_error
 
 

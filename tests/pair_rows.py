@@ -7,9 +7,9 @@ import math
 import torch
 from torch.utils import deterministic
 
-from reweight_ops.backends.base import OUT, Head
-from reweight_ops.divergences import reference
-from reweight_ops.divergences.verbs import Two
+from reweight_ops._core.backends import reference_divergence as reference
+from reweight_ops._core.backends.base import DivergenceInputs, Head
+from reweight_ops._core.rows.groups import OUT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = ("plain", "shifted", "close", "peaked", "cap", "other_cap", "per_row")
@@ -34,7 +34,7 @@ def make(n, v, dtype=torch.float32, other=None, case="plain", seed=0, device="cp
     t, u = (torch.linspace(0.5, 2, n), torch.linspace(1.7, 0.6, n)) if case == "per_row" else (torch.tensor([0.8]), torch.tensor([0.9]))
     caps = {"cap": (6.0, 5.0), "other_cap": (math.inf, 5.0)}.get(case, (math.inf, math.inf))
     tensors = (x.to(device) for x in (z.to(dtype), y.to(other or dtype), ids, t, u))
-    return Two(*tensors, Head(v, caps[0]), Head(v, caps[1]))
+    return DivergenceInputs(*tensors, Head(v, caps[0]), Head(v, caps[1]))
 
 
 def as_dtype(two, dtype):
@@ -54,12 +54,12 @@ def close_enough(got, single, exact, floor, what):
 def both_plans(verbs, two, constants, weights):
     """Yields (plan, table, gradient), of one pass also in place."""
     out = torch.full_like(two.logits, math.nan)
-    yield "one pass", verbs.loss_grad(two, constants, weights, out), out
-    table, out = verbs.stats(two), torch.full_like(two.logits, math.nan)
-    verbs.grad(two, table, constants[:, None] * weights, out)
+    yield "one pass", verbs.divergence_loss_grad(two, constants, weights, out), out
+    table, out = verbs.divergence_stats(two), torch.full_like(two.logits, math.nan)
+    verbs.divergence_grad(two, table, constants[:, None] * weights, out)
     yield "two passes", table, out
     place = two.logits.clone()
-    yield "in place", verbs.loss_grad(two._replace(logits=place), constants, weights, place), place
+    yield "in place", verbs.divergence_loss_grad(two._replace(logits=place), constants, weights, place), place
 
 
 def assert_accurate(verbs, two, constants, same_bits=True):
@@ -67,8 +67,8 @@ def assert_accurate(verbs, two, constants, same_bits=True):
     n, v = two.ids.numel(), two.logits.size(-1)
     constants, weights = torch.tensor(constants, device=two.logits.device), torch.linspace(0.5, 2, n, device=two.logits.device)
     exact_out, single_out = (torch.empty_like(two.logits, dtype=d) for d in (torch.float64, torch.float32))
-    exact = reference.loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), exact_out)
-    single = reference.loss_grad(as_dtype(two, torch.float32), constants, weights, single_out)
+    exact = reference.divergence_loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), exact_out)
+    single = reference.divergence_loss_grad(as_dtype(two, torch.float32), constants, weights, single_out)
     size = 4 * U * (exact[:4].max() + 1)
     floor = (4 * U * constants.abs().sum() * weights / two.temperature)[:, None].double()
     results = list(both_plans(verbs, two, constants, weights))
@@ -88,7 +88,7 @@ def assert_far_rows(verbs, two, constants, weights, far, stride):
     """The rows of one of the three tensors (``logits``, ``other``, ``out``) ``stride`` elements apart, in memory that is mapped but for those
     rows never touched: the same bits."""
     want = torch.empty_like(two.logits)
-    table = verbs.loss_grad(two, constants, weights, want)
+    table = verbs.divergence_loss_grad(two, constants, weights, want)
     n, v = want.shape
     filled, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False  # or all of it would be touched
     try:
@@ -101,4 +101,4 @@ def assert_far_rows(verbs, two, constants, weights, far, stride):
     else:
         wide.copy_(getattr(two, far))
         two = two._replace(**{far: wide})
-    assert torch.equal(verbs.loss_grad(two, constants, weights, out), table) and torch.equal(out, want)
+    assert torch.equal(verbs.divergence_loss_grad(two, constants, weights, out), table) and torch.equal(out, want)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import torch
 
+from reweight_ops._core.formula.namespace import TorchNamespace
 from reweight_ops.rules import LEAVES, Rule, TokenWeight, rule, weight
-from reweight_ops.rules.namespace import TorchNamespace
 
 _UNARY = ("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs", "stop_gradient")
 

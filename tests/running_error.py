@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reweight_ops.codegen.trace import Expr, walk
+from reweight_ops._core.formula.trace import Expr, walk
 
 #: Bound on the relative error of exp, expm1, log, log1p, sigmoid and tanh of csrc/common/math.h and triton_kernels/math.py, in units of u.
 FUNCTION_ULPS = 8.0

@@ -11,9 +11,13 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 import reweight_ops as rw
-from reweight_ops import checks, cli, testing_pairs
-from reweight_ops.backends import reference
-from reweight_ops.catalogue import CATALOGUE
+from reweight_ops import cli
+from reweight_ops._core.backends import reference_token as reference
+from reweight_ops._core.backends import select
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.catalogue.registry import CATALOGUE
+from reweight_ops.testing import checks
+from reweight_ops.testing import pairs as testing_pairs
 
 
 @pytest.fixture
@@ -98,8 +102,8 @@ def test_check_fails_on_a_wrong_gradient_of_pairs(run, monkeypatch, method):
         reference.token_grad(logits, ids, temperature, head, stats, coefs, out)
         out.mul_(1 + error)
 
-    broken = rw.backends.base.Backend("cpu", reference._unsupported_reason, reference.token_stats, wrong, reference.token_loss_grad)
-    monkeypatch.setitem(rw.backends.select._loaded, "cpu", broken)
+    broken = dataclasses.replace(load("reference"), name="cpu", token_grad=wrong)
+    monkeypatch.setitem(select._loaded, "cpu", broken)
     arguments = ("check", "--backend", "cpu", "--kind", "pair_loss", "--method", method, "--vocab", "101", "--dtype", "float32")
     error = 0.0
     assert run(*arguments).exit_code == 0
@@ -135,8 +139,8 @@ def test_check_fails_on_a_wrong_kernel(run, monkeypatch):
         out.mul_(1.01)
         return rows
 
-    broken = rw.backends.base.Backend("cpu", reference._unsupported_reason, reference.token_stats, wrong, fused)
-    monkeypatch.setitem(rw.backends.select._loaded, "cpu", broken)
+    broken = dataclasses.replace(load("reference"), name="cpu", token_grad=wrong, token_loss_grad=fused)
+    monkeypatch.setitem(select._loaded, "cpu", broken)
     result = run("check", "--backend", "cpu", "--method", "grpo", "--vocab", "101")
     assert result.exit_code == 1 and "3 failed" in result.stdout and "target column" in result.stdout and "golden" not in result.stdout
 

@@ -20,13 +20,14 @@ import torch
 from running_error import FUNCTION_ULPS, evaluate
 
 import reweight_ops.codegen as codegen
-from reweight_ops.codegen import cpp, triton
-from reweight_ops.codegen.derive import derive, value
-from reweight_ops.codegen.printer import own_rules, own_weights, statements
-from reweight_ops.codegen.trace import trace_rule, trace_weight
+from reweight_ops._core.files import write_atomically
+from reweight_ops._core.formula import cpp, triton
+from reweight_ops._core.formula.base import DIFFERENTIABLE_LEAVES
+from reweight_ops._core.formula.derive import derive, value
+from reweight_ops._core.formula.namespace import TorchNamespace
+from reweight_ops._core.formula.printer import own_rules, own_weights, statements
+from reweight_ops._core.formula.trace import trace_rule, trace_weight
 from reweight_ops.rules import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
-from reweight_ops.rules.base import DIFFERENTIABLE_LEAVES
-from reweight_ops.rules.namespace import TorchNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 XP = TorchNamespace(torch.float64)
@@ -344,7 +345,7 @@ def test_committed_files_are_fresh():
 
 def test_check_names_a_stale_file_and_writes_nothing(tmp_path, monkeypatch):
     for path, text in codegen.generated_files().items():
-        codegen.write_atomically(tmp_path / path, text)
+        write_atomically(tmp_path / path, text)
     assert codegen.stale_files(tmp_path) == []
     (tmp_path / "csrc/common/rules.inc").write_text("old")
     assert codegen.stale_files(tmp_path) == [Path("csrc/common/rules.inc")]

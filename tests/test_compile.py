@@ -9,14 +9,13 @@ import torch
 import torch._dynamo
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Request
+from reweight_ops._core.backends.base import Request
+from reweight_ops._core.backends.select import why_not
 from reweight_ops.testing import make_batch
 
 SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01)
 BACKENDS = [
-    b
-    for b in ("reference", "cpu")
-    if rw.backends.select.why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None
+    b for b in ("reference", "cpu") if why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None
 ]
 
 
@@ -55,7 +54,7 @@ def ops_arguments(backend, drop_last):
         "token_grad_": (z.clone(), ids, one, logp, lse, entropy, None, rows[0], rows[1], None, None, *tail, backend),
         "token_loss_grad": (z, ids, one, weights, logp - 0.1, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
         "token_loss_grad_": (z.clone(), ids, one, weights, None, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
-        "scale_": (z.clone(), torch.tensor(2.0)),
+        "scale_": (z.clone(), torch.tensor(2.0), backend),
         "divergence_stats": (z, *two, *pair_tail),
         "divergence_grad": (z, *two, table, torch.stack(rows[:3]), *pair_tail),
         "divergence_grad_": (z.clone(), *two, table, torch.stack(rows[:3]), *pair_tail),

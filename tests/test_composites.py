@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import reweight_ops as rw
 from reweight_ops import divergences
-from reweight_ops.divergences import chunks
+from reweight_ops._core.engine import chunked_rows as chunks
 
 V = 7
 

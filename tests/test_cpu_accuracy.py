@@ -8,9 +8,9 @@ import torch
 from contract import DTYPES
 from kernel_oracle import STATS, gradient, rows
 
-from reweight_ops.backends.base import Head
+from reweight_ops._core.backends.base import Head
 
-cpu = pytest.importorskip("reweight_ops.backends.cpu", exc_type=ImportError)
+cpu = pytest.importorskip("reweight_ops._core.backends.cpu", exc_type=ImportError)
 _C = cpu._C
 
 WIDTHS = [1, 2, 33, 2049, 4099]

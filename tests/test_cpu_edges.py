@@ -10,10 +10,11 @@ from contract import BONUS, CLIP, ONE
 from kernel_oracle import rows
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Head, Program, Request, RowInputs
+from reweight_ops._core.backends.base import Head, Request, RowInputs
+from reweight_ops._core.formula.loss_program import Program
 from reweight_ops.errors import InvalidCall
 
-cpu = pytest.importorskip("reweight_ops.backends.cpu", exc_type=ImportError)
+cpu = pytest.importorskip("reweight_ops._core.backends.cpu", exc_type=ImportError)
 _C = cpu._C
 
 DTYPES = list(contract.DTYPES.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("reweight_ops.backends.cpu", exc_type=ImportError)
+pytest.importorskip("reweight_ops._core.backends.cpu", exc_type=ImportError)
 if not Path("/proc/self/clear_refs").exists():
     pytest.skip("the peak of resident memory is read from Linux's /proc", allow_module_level=True)
 

@@ -15,13 +15,14 @@ from cuda_emulation import fixtures
 from cuda_emulation.build import DTYPES, ROOT
 
 import reweight_ops
-from reweight_ops.backends import native, select
-from reweight_ops.backends.base import Head, Program, Request, RowInputs
+from reweight_ops._core.backends import native, select
+from reweight_ops._core.backends.base import Head, Request, RowInputs
+from reweight_ops._core.backends.sources import source_hash
+from reweight_ops._core.engine.plan import Choice
+from reweight_ops._core.formula.loss_program import Program
 from reweight_ops.errors import BackendUnavailable, ReweightOpsError
-from reweight_ops.plans import Choice
-from reweight_ops.sources import source_hash
 
-explain_module = importlib.import_module("reweight_ops.explain")
+explain_module = importlib.import_module("reweight_ops._core.losses.explain")
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SASS_ARCH = "90"
@@ -29,7 +30,7 @@ SASS_ARCH = "90"
 
 @pytest.fixture(scope="module")
 def backend():
-    return pytest.importorskip("reweight_ops.backends.cuda", reason="built without CUDA", exc_type=ImportError)
+    return pytest.importorskip("reweight_ops._core.backends.cuda", reason="built without CUDA", exc_type=ImportError)
 
 
 def test_what_it_does_not_serve(backend):
@@ -64,7 +65,7 @@ def test_a_launch_without_a_driver_is_a_status(backend):
 def test_without_the_extension(monkeypatch):
     monkeypatch.setitem(sys.modules, "reweight_ops._cuda", None)
     monkeypatch.delattr(reweight_ops, "_cuda", raising=False)
-    monkeypatch.delitem(sys.modules, "reweight_ops.backends.cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "reweight_ops._core.backends.cuda", raising=False)
     monkeypatch.setattr(select, "_loaded", {})
     with pytest.raises(BackendUnavailable, match="REWEIGHT_OPS_BUILD=cuda"):
         select.load("cuda")
@@ -82,7 +83,7 @@ def test_an_extension_built_from_other_sources(monkeypatch, tmp_path, part):
     changed = source_hash(part, tmp_path / "csrc")
     assert changed != module.sources and source_hash(part, tmp_path / "nowhere") is None
     monkeypatch.setattr(native, "source_hash", lambda part: changed)
-    monkeypatch.delitem(sys.modules, f"reweight_ops.backends.{part}", raising=False)
+    monkeypatch.delitem(sys.modules, f"reweight_ops._core.backends.{part}", raising=False)
     monkeypatch.setattr(select, "_loaded", {})
     with pytest.raises(BackendUnavailable, match="built from other sources; rebuild it with pip install -e"):
         select.load(part)
@@ -116,7 +117,7 @@ def test_the_documented_limits_of_the_ring(monkeypatch, backend):
         for device, limits in (((9, 227 << 10, 1), (393216, 196608)), ((12, 99 << 10, 1), (16384, 8192))):
             emulated.set_device(*device)
             for dtype, limit in zip((torch.float16, torch.float32), limits, strict=True):
-                assert str(limit) in sys.modules["reweight_ops.backends.cuda"].__doc__
+                assert str(limit) in sys.modules["reweight_ops._core.backends.cuda"].__doc__
                 for v, kernel in ((limit, "ring"), (limit + 64, "streaming")):
                     assert backend.BACKEND.kernel_of(torch.empty(2, v, dtype=dtype, device="meta"), v, torch.device("cuda", 0)).startswith(
                         kernel
@@ -126,10 +127,10 @@ def test_the_documented_limits_of_the_ring(monkeypatch, backend):
 
 
 def test_not_on_rocm(monkeypatch):
-    monkeypatch.delitem(sys.modules, "reweight_ops.backends.cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "reweight_ops._core.backends.cuda", raising=False)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.raises(BackendUnavailable, match="ROCm"):
-        importlib.import_module("reweight_ops.backends.cuda")
+        importlib.import_module("reweight_ops._core.backends.cuda")
 
 
 # ---- what the compiler made
@@ -173,6 +174,7 @@ NEEDED = {
     "stats_kernel": [r"LDG\S*\.128"],
     "grad_kernel": [r"LDG\S*\.128", r"STG\S*\.128"],
     "divergence_kernel": [r"LDG\S*\.128", r"STG\S*\.128"],
+    "scale_kernel": [r"(LDG\S*\.128[\s\S]*?){4}STG\S*\.128"],  # four loads in flight
     "ring_kernel": [
         r"UBLKCP\.S\.G",
         r"UBLKCP\.G\.S",
@@ -200,8 +202,8 @@ def problems(sass: str, count: int) -> list[str]:
 
 
 def test_sass_has_wide_accesses_and_no_local_memory(tmp_path):
-    for file in ("streaming.cu", "divergence.cu"):
-        assert problems(compile_sass(ROOT / "csrc/cuda" / file, "bf16", tmp_path, nvcc_flags()), 6) == [], file
+    for file, functions in (("streaming.cu", 6), ("divergence.cu", 6), ("scale.cu", 1)):
+        assert problems(compile_sass(ROOT / "csrc/cuda" / file, "bf16", tmp_path, nvcc_flags()), functions) == [], file
 
 
 def test_sass_of_the_ring(tmp_path):

@@ -10,9 +10,11 @@ from criterion import assert_values
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from kernel_oracle import STATS, rows, statistics
 
-from reweight_ops.backends import reference
-from reweight_ops.backends.base import OUT, Head, Program, RowInputs
-from reweight_ops.codegen.printer import own_rules, own_weights
+from reweight_ops._core.backends import reference_token as reference
+from reweight_ops._core.backends.base import Head, RowInputs
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.formula.printer import own_rules, own_weights
+from reweight_ops._core.rows.groups import OUT
 from reweight_ops.errors import InvalidCall
 
 #: One step of a thread is 4 vectors, one of a block 320 x 4: from a single column to more than two steps.

@@ -12,7 +12,7 @@ from cuda_emulation.build import ROOT, SANITIZE, build, compiler
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")]
 
-STREAMING, RING, PAIR = "test_cuda_emulated.py", "test_cuda_ring.py", "test_cuda_divergence.py"
+STREAMING, RING, PAIR, SCALE = "test_cuda_emulated.py", "test_cuda_ring.py", "test_cuda_divergence.py", "test_cuda_scale.py"
 
 #: name: (file, what it says, what the bug says). Bugs of the streaming kernel, of what both kernels share, and of the choice between them.
 MUTANTS = {
@@ -152,6 +152,24 @@ PAIR_MUTANTS = {
     )
 }  # fmt: skip
 
+#: Bugs of the kernel that scales.
+SCALE_MUTANTS = {
+    f"scale: {name}": ("scale.cu", text, bug)
+    for name, text, bug in (
+        ("written at 1", "    if (factor == 1.0f) return;\n", ""),
+        ("the last column forgotten", "} else if (tail + i - head < columns) {", "} else if (tail + i - head + 1 < columns) {"),
+        ("the first columns forgotten", "    if (i < head) {\n", "    if (i + 1 < head) {\n"),
+        ("ends by every tile", "if (of_row == 0) scale_ends", "scale_ends"),
+        ("a vector too many", "if (i >= vectors) continue;", "if (i > vectors) continue;"),
+        ("a vector not loaded", "if (i < vectors) v[u]", "if (i + 1 < vectors) v[u]"),
+        ("vectors at any address", "const int64_t before = int64_t(", "const int64_t before = 0 * int64_t("),
+        ("the last tile forgotten", "(columns / kPerVector<T> + kScaleTile - 1) / kScaleTile", "(columns / kPerVector<T> + kScaleTile) / kScaleTile - 1"),
+        ("the first row alone", "tile < call.rows * tiles", "tile < tiles"),
+        ("rows in 32 bits", ": call.strides.offset(row)", ": int32_t(call.strides.offset(row))"),
+        ("a factor rounded first", "values[j] *= factor;", "values[j] *= as_float(as_bits(factor) & 0xffff0000u);"),
+    )
+}  # fmt: skip
+
 #: Those that fp32 shows; all others are built and run in bf16 alone.
 IN_FP32 = {
     "target by its rounded probability",
@@ -163,7 +181,12 @@ IN_FP32 = {
 }
 
 #: The tests that have to find each.
-FOUND_BY = {**dict.fromkeys(MUTANTS, STREAMING), **dict.fromkeys(RING_MUTANTS, RING), **dict.fromkeys(PAIR_MUTANTS, PAIR)}
+FOUND_BY = {
+    **dict.fromkeys(MUTANTS, STREAMING),
+    **dict.fromkeys(RING_MUTANTS, RING),
+    **dict.fromkeys(PAIR_MUTANTS, PAIR),
+    **dict.fromkeys(SCALE_MUTANTS, SCALE),
+}
 
 # Not observable here, and why each is right or harmless:
 # * wait_until_copied() for reads only. The end of a kernel completes its writes; what a block must outlive is the reading of its shared memory.
@@ -193,7 +216,7 @@ def run_tests(module: Path, *files: str, **environment: str) -> subprocess.Compl
 
 #: Importing PyTorch takes longer than most bugs live: children are forked from a process that has.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["pytest", "torch", "reweight_ops.kernels", "reweight_ops.backends.reference", "reweight_ops.testing"])
+FORK.set_forkserver_preload(["pytest", "torch", "reweight_ops.kernels", "reweight_ops._core.backends.reference", "reweight_ops.testing"])
 
 
 def run_forked(module: Path, file: str, log: Path) -> None:
@@ -207,13 +230,13 @@ def run_forked(module: Path, file: str, log: Path) -> None:
 
 def test_without_a_bug_everything_passes():
     """Else a failure would count as found every time."""
-    result = run_tests(build(), STREAMING, RING, PAIR)
+    result = run_tests(build(), STREAMING, RING, PAIR, SCALE)
     assert result.returncode == 0, result.stdout[-2000:]
 
 
 @pytest.mark.parametrize("name", FOUND_BY)
 def test_a_planted_bug_is_found(name, tmp_path):
-    file, text, bug = {**MUTANTS, **RING_MUTANTS, **PAIR_MUTANTS}[name]
+    file, text, bug = {**MUTANTS, **RING_MUTANTS, **PAIR_MUTANTS, **SCALE_MUTANTS}[name]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     path = tmp_path / "csrc/cuda" / file
     source = path.read_text()
@@ -232,7 +255,7 @@ def test_a_planted_bug_is_found(name, tmp_path):
     assert process.exitcode not in (0, 2, 3, 4, 5), f"not found: {name}\n{log.read_text()[-2000:]}"
 
 
-@pytest.mark.parametrize("file", [STREAMING, RING, PAIR])
+@pytest.mark.parametrize("file", [STREAMING, RING, PAIR, SCALE])
 def test_sanitizers(file):
     """Reads and writes outside of rows and of shared memory, and undefined behavior, under AddressSanitizer and UBSan."""
     # libstdc++ too: the sanitizer wants to know how exceptions are thrown before anybody throws one.

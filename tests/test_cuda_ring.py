@@ -9,8 +9,10 @@ from criterion import assert_gradient, assert_values
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from kernel_oracle import gradient, rows, statistics
 
-from reweight_ops.backends.base import OUT, Head, Program, RowInputs
-from reweight_ops.codegen.printer import own_rules
+from reweight_ops._core.backends.base import Head, RowInputs
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.formula.printer import own_rules
+from reweight_ops._core.rows.groups import OUT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: In 16-byte vectors, with the blocks of a cluster: a tile is 1024 vectors, a block holds up to 6 tiles of a row.

@@ -177,7 +177,7 @@ def test_checkpointing_changes_no_gradient(name):
 @pytest.mark.parametrize(("plan", "passes"), [("one_pass", 2), ("two_pass", 3)])
 def test_what_checkpointing_the_head_costs(plan, passes, monkeypatch):
     """Every logit once more: its memory was one chunk anyway. The logits' GEMMs are counted in rows."""
-    from reweight_ops.linear_gemms import Chunk
+    from reweight_ops._core.engine.linear.gemms import Chunk
 
     seen = []
     logits = Chunk.logits

@@ -32,7 +32,7 @@ def test_a_new_method_is_one_file_plus_the_generated_ones(tmp_path):
     run("-m", "reweight_ops.codegen")
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     changed = {str(p.relative_to(tmp_path)) for p in after if before.get(p) != after[p]}
-    assert changed == {name, "csrc/common/rules.inc"}
+    assert changed == {name, "csrc/common/rules.inc", "docs/methods.md"}
     assert "rule_topr" in (tmp_path / "csrc/common/rules.inc").read_text()
     script = f"""
 import torch, reweight_ops as rw
@@ -95,7 +95,7 @@ def test_the_public_surface_is_sorted_and_documented():
 
 
 def test_importing_the_package_imports_no_backend_and_no_extra():
-    backends = [f"reweight_ops.backends.{name}" for name in rw.BACKENDS]
+    backends = [f"reweight_ops._core.backends.{name}" for name in rw.BACKENDS]
     extras = [
         "trl",
         "transformers",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reweight_ops as rw
-from reweight_ops.keywords import ALIASES, DataKeywords, DataOptions, HeadKeywords, HeadOptions
+from reweight_ops._core.calls.keywords import ALIASES, DataKeywords, DataOptions, HeadKeywords, HeadOptions
 
 Z = torch.randn(2, 3, 7)
 IDS = torch.randint(7, (2, 3))

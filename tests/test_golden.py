@@ -8,12 +8,12 @@ import golden
 import pytest
 import torch
 
-from reweight_ops.catalogue import KINDS
-from reweight_ops.catalogue.evaluate import build, golden_error, result_of, token_weights
-from reweight_ops.catalogue.golden import GOLDEN, GOLDEN_KINDS
-from reweight_ops.checks import LOSS_KINDS, by_hand
-from reweight_ops.rules.base import RULES, WEIGHTS
-from reweight_ops.rules.namespace import TorchNamespace
+from reweight_ops._core.catalogue.registry import KINDS
+from reweight_ops._core.formula.base import RULES, WEIGHTS
+from reweight_ops._core.formula.namespace import TorchNamespace
+from reweight_ops.testing.checks import LOSS_KINDS, by_hand
+from reweight_ops.testing.golden import build, golden_error, result_of, token_weights
+from reweight_ops.testing.golden_rows import GOLDEN, GOLDEN_KINDS
 
 
 def evaluate(row: golden.Row):

@@ -9,7 +9,7 @@ import torch
 import reweight_ops as rw
 from reweight_ops import advantages as adv
 from reweight_ops import rewards, sample_weights
-from reweight_ops.catalogue import CATALOGUE
+from reweight_ops._core.catalogue.registry import CATALOGUE
 
 B, G, T = 24, 4, 6
 

@@ -11,13 +11,13 @@ from running_error import evaluate as bounded
 from test_trace import no_tie
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Head, Request, RowInputs
-from reweight_ops.backends.select import load, why_not
-from reweight_ops.codegen.loss_program import ONE_PASS, Program, loss_graph
-from reweight_ops.codegen.printer import own_rules, own_weights
-from reweight_ops.codegen.table import build_table
-from reweight_ops.codegen.text import read_formula, write_formula
-from reweight_ops.codegen.trace import trace_rule, trace_weight, walk
+from reweight_ops._core.backends.base import Head, Request, RowInputs
+from reweight_ops._core.backends.select import load, why_not
+from reweight_ops._core.formula.loss_program import ONE_PASS, Program, loss_graph
+from reweight_ops._core.formula.printer import own_rules, own_weights
+from reweight_ops._core.formula.table import build_table
+from reweight_ops._core.formula.text import read_formula, write_formula
+from reweight_ops._core.formula.trace import trace_rule, trace_weight, walk
 from reweight_ops.errors import InvalidCall
 from reweight_ops.rules import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 from reweight_ops.testing import make_batch

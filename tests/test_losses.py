@@ -1,5 +1,6 @@
 """Losses that couple rows, shapes of the cross-entropy and unlearning: the op against independent transcriptions, loss and gradient, in fp64."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from oracles import papers
 
 import reweight_ops as rw
+from reweight_ops._core.backends import select
+from reweight_ops._core.backends.select import load
 
 B, T, V = 8, 9, 7
 
@@ -276,7 +279,7 @@ def test_methods_refuse_what_they_do_not_know():
 
 def test_the_criterion_still_sees_a_wrong_kernel_under_coupled_rows(monkeypatch):
     """The allowance for coupled rows is small: a relative error of 1e-4 in one target column of VESPO fails."""
-    import reweight_ops.backends.reference as reference
+    import reweight_ops._core.backends.reference_token as reference
     from reweight_ops.testing import compare, make_batch
 
     def wrong(logits, ids, temperature, head, stats, coefs, out):
@@ -285,8 +288,8 @@ def test_the_criterion_still_sees_a_wrong_kernel_under_coupled_rows(monkeypatch)
             worst = coefs["logp"].abs().argmax()
             out.view(-1, out.size(-1))[worst, ids[worst]] *= 1 + 1e-4
 
-    broken = rw.backends.base.Backend("cpu", reference._unsupported_reason, reference.token_stats, wrong, reference.token_loss_grad)
-    monkeypatch.setitem(rw.backends.select._loaded, "cpu", broken)
+    broken = dataclasses.replace(load("reference"), name="cpu", token_grad=wrong)
+    monkeypatch.setitem(select._loaded, "cpu", broken)
     spec = rw.methods.vespo()
     batch = make_batch(spec)
     assert compare(spec, batch, backend="reference").passed and not compare(spec, batch, backend="cpu").passed

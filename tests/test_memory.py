@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reweight_ops import memory
+from reweight_ops._core.engine import memory
 
 CPU = torch.device("cpu")
 

@@ -1,11 +1,14 @@
 """Plans and truth: the fp64 reference passes gradcheck, one pass means two passes, and every fp32/16-bit result meets the criterion."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 import reweight_ops as rw
+from reweight_ops._core.backends import select
+from reweight_ops._core.backends.select import load
 from reweight_ops.testing import compare, gradcheck, make_batch
 
 METHODS = sorted(rw.METHODS)
@@ -44,7 +47,7 @@ def test_fp64_reference_passes_gradcheck(name):
 
 
 def test_gradcheck_sees_a_wrong_gradient(monkeypatch):
-    import reweight_ops.backends.reference as reference
+    import reweight_ops._core.backends.reference_token as reference
 
     right = reference.token_grad
 
@@ -52,8 +55,8 @@ def test_gradcheck_sees_a_wrong_gradient(monkeypatch):
         right(logits, ids, temperature, head, stats, coefs, out)
         out[..., 0] *= 1.001
 
-    broken = rw.backends.base.Backend("reference", reference._unsupported_reason, reference.token_stats, wrong, reference.token_loss_grad)
-    monkeypatch.setitem(rw.backends.select._loaded, "reference", broken)
+    broken = dataclasses.replace(load("reference"), name="reference", token_grad=wrong)
+    monkeypatch.setitem(select._loaded, "reference", broken)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         gradcheck(SPECS["grpo"], make_batch(SPECS["grpo"], (4, 10), vocab=7, dtype=torch.float64, seed=3))
 
@@ -81,15 +84,15 @@ def test_reference_meets_the_criterion(name, dtype):
 
 def test_compare_sees_a_wrong_kernel(monkeypatch):
     """The criterion itself: a relative error of 1e-5 in one target column fails in fp32."""
-    import reweight_ops.backends.reference as reference
+    import reweight_ops._core.backends.reference_token as reference
 
     def wrong(logits, ids, temperature, head, stats, coefs, out):
         reference.token_grad(logits, ids, temperature, head, stats, coefs, out)
         if out.dtype == torch.float32:
             out.view(-1, out.size(-1))[0, ids[0]] *= 1 + 1e-5
 
-    broken = rw.backends.base.Backend("cpu", reference._unsupported_reason, reference.token_stats, wrong, reference.token_loss_grad)
-    monkeypatch.setitem(rw.backends.select._loaded, "cpu", broken)
+    broken = dataclasses.replace(load("reference"), name="cpu", token_grad=wrong)
+    monkeypatch.setitem(select._loaded, "cpu", broken)
     batch = make_batch(SPECS["reinforce"])
     good = compare(SPECS["reinforce"], batch, backend="reference", plan="two_pass")
     bad = compare(SPECS["reinforce"], batch, backend="cpu", plan="two_pass")

@@ -11,8 +11,8 @@ import torch
 from criterion import assert_gradient, assert_values, gradient_from
 from kernel_oracle import STATS, gradient, rows, statistics
 
-from reweight_ops.backends.base import Head
-from reweight_ops.backends.native import DTYPES
+from reweight_ops._core.backends.base import Head
+from reweight_ops._core.backends.native import DTYPES
 
 _C = pytest.importorskip("reweight_ops._C")
 ROOT = Path(__file__).resolve().parents[1]

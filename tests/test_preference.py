@@ -10,9 +10,9 @@ from oracles import preference as oracle
 
 import reweight_ops as rw
 from reweight_ops import preference
-from reweight_ops.catalogue import CATALOGUE
-from reweight_ops.preference.scores import log1mexp
-from reweight_ops.testing_pairs import pair_inputs
+from reweight_ops._core.catalogue.registry import CATALOGUE
+from reweight_ops._core.rows.numerics import log1mexp
+from reweight_ops.testing.pairs import pair_inputs
 
 P, T, V = 4, 7, 13
 LENGTHS = ((7, 3, 1, 5), (4, 6, 2, 5))  # chosen, rejected

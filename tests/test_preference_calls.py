@@ -10,8 +10,8 @@ from test_preference import P, T, V, batch
 
 import reweight_ops as rw
 from reweight_ops import preference
-from reweight_ops.catalogue import CATALOGUE
-from reweight_ops.preference.inputs import PairKeywords, PairOptions
+from reweight_ops._core.calls.pairs import PairKeywords, PairOptions
+from reweight_ops._core.catalogue.registry import CATALOGUE
 
 
 def logits_batch(dtype=torch.float32):

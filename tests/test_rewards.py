@@ -8,7 +8,7 @@ from oracles import estimators
 
 import reweight_ops as rw
 from reweight_ops import rewards
-from reweight_ops.catalogue import golden
+from reweight_ops.testing import golden_rows as golden
 
 NAN, INF = math.nan, math.inf
 

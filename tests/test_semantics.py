@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Request
-from reweight_ops.backends.select import why_not
+from reweight_ops._core.backends.base import Request
+from reweight_ops._core.backends.select import why_not
 
 CPU_BACKENDS = [
     b
@@ -410,7 +410,7 @@ def test_no_reduction_takes_a_per_row_upstream(data, backend):
 
 
 def test_advantages_may_be_none_where_nothing_reads_them(data, backend):
-    from reweight_ops.rules.base import RULES
+    from reweight_ops._core.formula.base import RULES
 
     @rw.rule("sft_nll")
     class SftNll(rw.Rule):
@@ -436,7 +436,7 @@ def test_advantages_may_be_none_where_nothing_reads_them(data, backend):
 
 
 def test_constants_are_uploaded_once(data):
-    from reweight_ops import loss_call
+    from reweight_ops._core.calls import policy as loss_call
 
     spec = rw.methods.grpo(epsilon_low=0.123)
     rw.policy_loss(data["z"], data["ids"], 1.0, spec=spec)

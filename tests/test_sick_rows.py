@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Request
-from reweight_ops.backends.select import load, why_not
-from reweight_ops.codegen.trace import trace_weight
-from reweight_ops.methods.registry import METHODS
+from reweight_ops._core.backends.base import Request
+from reweight_ops._core.backends.select import load, why_not
+from reweight_ops._core.calls.specs import METHODS
+from reweight_ops._core.formula.trace import trace_weight
 from reweight_ops.testing import make_batch
 from reweight_ops.weights.entropy import DualLevelDownSampling, TopEntropy
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reweight_ops as rw
-from reweight_ops.rules.base import RULES, WEIGHTS, Rule, TokenWeight
+from reweight_ops._core.formula.base import RULES, WEIGHTS, Rule, TokenWeight
 from reweight_ops.testing import compare, gradcheck, make_batch
 
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from random_formulas import ExactSlopes
 from running_error import evaluate
 
-from reweight_ops.codegen.derive import derive, value
-from reweight_ops.codegen.trace import Graph, TracedNamespace, trace_rule, trace_weight, walk
+from reweight_ops._core.formula.base import DIFFERENTIABLE_LEAVES
+from reweight_ops._core.formula.derive import derive, value
+from reweight_ops._core.formula.namespace import FUNCTIONS, TorchNamespace
+from reweight_ops._core.formula.trace import Graph, TracedNamespace, trace_rule, trace_weight, walk
 from reweight_ops.rules import LEAVES, RULES, Rule, TokenWeight, rule, weight
-from reweight_ops.rules.base import DIFFERENTIABLE_LEAVES
-from reweight_ops.rules.namespace import FUNCTIONS, TorchNamespace
 
 
 @pytest.fixture(autouse=True)

@@ -17,11 +17,15 @@ pytest.importorskip("triton")
 
 from triton_oracle import DEVICE, Batch, check_grad, check_loss_grad, check_stats, default_params, run_loss_grad, run_stats
 
-from reweight_ops.backends import triton as backend
-from reweight_ops.backends import triton_programs
-from reweight_ops.backends.base import COEFS, LOSS_ROWS, OUT, STATS, Head, Program, Request, RowInputs
-from reweight_ops.codegen.printer import own_rules
-from reweight_ops.codegen.triton import program_py
+from reweight_ops._core.backends import triton_cache as triton_programs
+from reweight_ops._core.backends import triton_launch
+from reweight_ops._core.backends import triton_token as backend
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Head, Request, RowInputs
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.formula.printer import own_rules
+from reweight_ops._core.formula.triton import program_py
+from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules import RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 from reweight_ops.triton_kernels.config import Config, config_for
 
@@ -173,7 +177,7 @@ def test_on_policy_is_ratio_one_and_keeps_its_gradient():
 
 
 def split(monkeypatch, yes: bool) -> None:
-    monkeypatch.setattr(backend, "_processors", lambda device: 10**6 if yes else 0)
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 10**6 if yes else 0)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
@@ -185,8 +189,8 @@ def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch
     given = [x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature)]
     coefs = {name: torch.linspace(-1, 2, n, device=DEVICE) for name in COEFS}
     launched = []
-    launch = backend._launch
-    monkeypatch.setattr(backend, "_launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
+    launch = triton_launch.launch
+    monkeypatch.setattr(triton_launch, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
 
     def run(yes: bool):
         split(monkeypatch, yes)
@@ -417,9 +421,9 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 def test_reasons():
     request = Request("token_stats", torch.device(DEVICE), torch.float32)
-    assert backend.BACKEND.unsupported_reason(request) is None
-    assert "float64" in backend.BACKEND.unsupported_reason(request._replace(dtype=torch.float64))
-    assert "xpu" in backend.BACKEND.unsupported_reason(request._replace(device=torch.device("xpu"))) or backend.interpreted()
+    assert load("triton").unsupported_reason(request) is None
+    assert "float64" in load("triton").unsupported_reason(request._replace(dtype=torch.float64))
+    assert "xpu" in load("triton").unsupported_reason(request._replace(device=torch.device("xpu"))) or triton_launch.interpreted()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -436,9 +440,9 @@ def test_launch_shapes(columns, itemsize, wave):
 
 def test_alignment_classes():
     base = torch.zeros(4096, dtype=torch.bfloat16)
-    assert backend._alignment(base.view(4, 1024)) == 16
-    assert backend._alignment(base[2:2050].view(2, 1024)) == 4
-    assert backend._alignment(base[1:2049].view(2, 1024)) == 2
-    assert backend._alignment(base[:1002].view(2, 501)) == 2
-    assert backend._alignment(base[:1000].view(2, 500), base[1:1001].view(2, 500)) == 2
-    assert backend._alignment(base.float()[1:1001].view(2, 500)) == 4
+    assert triton_launch.alignment(base.view(4, 1024)) == 16
+    assert triton_launch.alignment(base[2:2050].view(2, 1024)) == 4
+    assert triton_launch.alignment(base[1:2049].view(2, 1024)) == 2
+    assert triton_launch.alignment(base[:1002].view(2, 501)) == 2
+    assert triton_launch.alignment(base[:1000].view(2, 500), base[1:1001].view(2, 500)) == 2
+    assert triton_launch.alignment(base.float()[1:1001].view(2, 500)) == 4

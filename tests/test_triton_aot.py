@@ -72,6 +72,14 @@ def test_variants_compile(aot, target):
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, target):
+    """For gradients without gaps and others. Four loads and four stores: what a thread has in flight."""
+    compiled = aot("scales", target)
+    assert sorted(k["dtype"] for k in compiled) == sorted(["bfloat16", "float16", "float32"] * 2)
+    assert_sound(compiled, {"scale_kernel": (4, 4)})
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_spill_gate_fires(aot, target):
     """The negative control: with tiles that are far too large the same measurement reports spills."""
     assert any(kernel["spilled"] > 0 for kernel in aot("oversized", target))

@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from reweight_ops.backends import triton as backend
-from reweight_ops.checks import Case, run_case
+from reweight_ops._core.backends import triton_launch
+from reweight_ops._core.backends import triton_token as backend
+from reweight_ops.testing.checks import Case, run_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -21,7 +22,7 @@ def test_by_the_criterion(method, dtype):
     assert found.backend == "triton" and found.plan == ("two_pass" if method == "gspo_token" else "one_pass")
 
 
-@pytest.mark.skipif(not backend.interpreted(), reason="a GPU rounds by itself")
+@pytest.mark.skipif(not triton_launch.interpreted(), reason="a GPU rounds by itself")
 def test_the_criterion_sees_one_bit_of_bf16(monkeypatch):
     """The negative control: without the emulated rounding the interpreter truncates."""
     original = backend._Call.__init__
@@ -36,8 +37,8 @@ def test_the_criterion_sees_one_bit_of_bf16(monkeypatch):
 
 def test_an_older_triton_is_called_untested():
     with pytest.warns(RuntimeWarning, match=r"Triton 3\.5\.1 is older .*3\.6 to 3\.9"):
-        backend._warn_if_untested("3.5.1")
+        triton_launch.warn_if_untested("3.5.1")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for version in ("3.6.0", "3.9.0", "3.10.0+git1234"):
-            backend._warn_if_untested(version)
+            triton_launch.warn_if_untested(version)

@@ -15,12 +15,15 @@ import triton
 from criterion import assert_gradient, assert_values, gradient_from
 from kernel_oracle import gradient, statistics
 
-from reweight_ops.backends import triton as backend
-from reweight_ops.backends.base import COEFS, LOSS_ROWS, OUT, STATS, Head, Program, RowInputs
-from reweight_ops.codegen.text import write_formula
-from reweight_ops.codegen.trace import trace_rule, trace_weight
+from reweight_ops._core.backends import triton_launch
+from reweight_ops._core.backends import triton_token as backend
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Head, RowInputs
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.formula.namespace import TorchNamespace
+from reweight_ops._core.formula.text import write_formula
+from reweight_ops._core.formula.trace import trace_rule, trace_weight
+from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules import RULES, WEIGHTS
-from reweight_ops.rules.namespace import TorchNamespace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,7 +42,7 @@ def fuse_multiply_add() -> None:
     InterpreterBuilder.create_fma = fma
 
 
-if backend.interpreted() and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
+if triton_launch.interpreted() and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
     fuse_multiply_add()
 
 
@@ -198,7 +201,7 @@ def program_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tens
         return dict(zip(leaves, found, strict=True))
 
     def size(x: torch.Tensor) -> torch.Tensor:
-        """Of a loss and of its slopes times what they multiply: the package's (reweight_ops/testing.py) row by row."""
+        """Of a loss and of its slopes times what they multiply: the package's (reweight_ops/testing/__init__.py) row by row."""
         return (x.abs() + sum(d.abs() * (1 + leaves[name].abs()) for name, d in slopes(x).items())).detach()
 
     coefs = slopes(weighted)

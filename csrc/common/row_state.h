@@ -1,7 +1,8 @@
 // Online softmax of one row in base 2: sums relative to a reference that may grow. Host and device.
 //
-// With t = log2(e)·x - ref the state holds sum = Σ 2^t, dot = Σ 2^t·t and sum_sq = Σ 4^t. Everything is relative to the reference: the
-// textbook forms (Σ p·x, log Σ e^2x) lose four digits when the logits share a large offset.
+// With t = log2(e)/T·x - ref the state holds sum = Σ 2^t, dot = Σ 2^t·t and sum_sq = Σ 4^t. Everything is relative to the reference: the
+// textbook forms (Σ p·x, log Σ e^2x) lose four digits when the logits share a large offset. The largest column is not in the sums of a
+// finished row: beside its 1, those of a sure row would vanish in rounding, and with them the log-prob and the gradient.
 #pragma once
 
 #include <cmath>
@@ -28,7 +29,8 @@ struct RowState {
 
     /// The same sums relative to another reference.
     RW_METHOD void rebase(Real to) {
-        if (sum != 0) {  // an empty state has ref = -inf: nothing to scale, and -inf - to would poison dot
+        if (to == ref) return;
+        if (sum != 0) {  // an empty state may have ref = -inf: nothing to scale, and -inf - to would poison dot
             const Real shift = ref - to, factor = std::exp2(shift);
             dot = factor * (dot + shift * sum);
             sum *= factor;
@@ -45,30 +47,42 @@ struct RowState {
     }
 
     RW_METHOD void merge(RowState other) {
-        const Real top = other.ref > ref ? other.ref : ref;
-        rebase(top);
-        other.rebase(top);
+        if (other.ref > ref) {
+            rebase(other.ref);
+        } else {
+            other.rebase(ref);
+        }
         update(other.sum, other.dot, other.sum_sq);
     }
+};
 
-    /// log2 of the sum. NaN for a row that holds NaN or +inf, and for one that is all -inf: there is no distribution.
-    RW_METHOD Real log_sum() const { return sum > 0 ? std::log2(sum) : std::numeric_limits<Real>::quiet_NaN(); }
+/// A row: its largest x·log2(e)/T, and the sums of all columns but that one, relative to it. NaN where there is no distribution: a row that
+/// holds NaN or +inf, or nothing but -inf.
+template <class Real>
+struct FinishedRow {
+    Real top, log_total;  // log_total: the log-sum-exp relative to the largest, in natural units
+    RowState<Real> rest;
 
-    /// `target` and `top`: log2(e)·x of the target (-inf if it is not here) and of the largest logit.
-    RW_METHOD RowStats finish(Real target, Real top) const {
-        const Real ln2 = Real(0.693147180559945309417), log_s = log_sum();
+    RW_METHOD FinishedRow(Real largest, const RowState<Real>& others) : top(largest), rest(others) {
+        rest.rebase(top);
+        log_total = top > -std::numeric_limits<Real>::infinity() ? std::log1p(rest.sum) : std::numeric_limits<Real>::quiet_NaN();
+    }
+
+    /// `target`: log2(e)/T·x of the target, -inf if it is not here.
+    RW_METHOD RowStats statistics(Real target) const {
+        const Real ln2 = Real(0.693147180559945309417);
         RowStats out;
-        out.logp = at_most_zero(((target - ref) - log_s) * ln2);
-        out.entropy = 0.0f - at_most_zero((dot / sum - log_s) * ln2);  // and not -0
-        out.lse = float((ref + log_s) * ln2);
-        out.log_sum_p_sq = at_most_zero((std::log2(sum_sq) - 2 * log_s) * ln2);
-        out.max_logp = at_most_zero(((top - ref) - log_s) * ln2);
+        out.logp = at_most_zero((target - top) * ln2 - log_total);
+        out.entropy = 0.0f - at_most_zero(rest.dot / (1 + rest.sum) * ln2 - log_total);  // and not -0
+        out.lse = float(top * ln2 + log_total);
+        out.log_sum_p_sq = at_most_zero(std::log1p(rest.sum_sq) - 2 * log_total);
+        out.max_logp = at_most_zero(-log_total);
         return out;
     }
 
   private:
-    /// Rounding may leave the range by 1e-7 where p is 1; nobody expects a positive log-prob. NaN stays.
-    static RW_METHOD float at_most_zero(Real x) { return x > 0 ? 0.0f : float(x); }
+    /// Rounding may leave the range by 1e-7 where p is 1; nobody expects a positive log-prob, or a -0. NaN stays.
+    static RW_METHOD float at_most_zero(Real x) { return x >= 0 ? 0.0f : float(x); }
 };
 
 }  // namespace

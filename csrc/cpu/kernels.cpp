@@ -12,8 +12,7 @@ namespace {
 template <class T>
 struct Row {
     const T* x;
-    double inverse_temperature;
-    float scale;           // log2(e) / T
+    double inverse_temperature, scale;  // scale: log2(e) / T
     int64_t target;        // -1: in another shard
     float target_logit;    // capped; -inf if in another shard
     float target_slope = 1.0f;
@@ -21,16 +20,25 @@ struct Row {
     Row(const Call& call, int64_t i, const Softcap& softcap)
         : x((const T*)call.logits + call.strides.offset(i)),
           inverse_temperature(1.0 / call.temperature[call.temperature_per_row ? i : 0]),
-          scale(float(kLog2e * inverse_temperature)),
+          scale(kLog2e * inverse_temperature),
           target(call.ids[i] - call.vocab_start) {
         if (target < 0 || target >= call.vocab_size) target = -1;
         target_logit = target < 0 ? -kInf : load1(x + target);
         if (softcap.on) softcap.apply_one(target_logit, target_slope);
     }
 
-    RowStats finish(const RowSweep& sweep) const {
-        return sweep.state.finish(double(target_logit) * scale, double(sweep.top) * scale);
+    template <Sums kSums>
+    RowSweep sweep(int64_t columns, const Softcap& softcap) const {
+        return RowSweeper<T, kSums>(scale, softcap)(x, columns);
     }
+    FinishedRow<double> finish(const RowSweep& sweep) const { return {double(sweep.top) * scale, sweep.rest}; }
+
+    /// Where p is 1, as fp32 can say it, by the log-prob of a column with some logit: there no column has a larger exponential.
+    Anchor anchor(float logit, double logp) const {
+        const float at = float(logit - logp / inverse_temperature);
+        return {at, (double(at) - logit) * scale + kLog2e * logp};
+    }
+    RowStats statistics(const FinishedRow<double>& row) const { return row.statistics(double(target_logit) * scale); }
 };
 
 // ---- the gradient row
@@ -73,25 +81,31 @@ bool streams(const C& call, int64_t element) {
 
 /// Writes one gradient row, which may be the row of logits.
 template <class T>
-void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, double lse2, T* g, const Softcap& softcap, Fetch ahead, bool stream) {
+void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, Anchor anchor, T* g, const Softcap& softcap, Fetch ahead, bool stream) {
     const int64_t v = call.vocab_size;
     if (d.all_zero()) {
         fill(g, call.columns, 0.0f);
         return;
     }
-    if (lse2 != lse2) {
+    if (anchor.log_p != anchor.log_p) {
         fill(g, v, kNaN);
     } else {
         const GradCoefs c = d.coefs(row.inverse_temperature);
-        const auto sweep = [&](auto grad) { grad(row.x, g, v, row.scale, lse2, c, softcap, ahead); };
         stream = stream && (uintptr_t)g % 64 == 0;
-        if (softcap.on || d.p_sq_coef != 0) {
-            sweep(grad_row<T, Terms::full, false>);
-        } else if (d.entropy_coef != 0) {
-            sweep(stream ? grad_row<T, Terms::entropy, true> : grad_row<T, Terms::entropy, false>);
-        } else {
-            sweep(stream ? grad_row<T, Terms::plain, true> : grad_row<T, Terms::plain, false>);
-        }
+        with_shift(row.scale, anchor.at, [&](const auto& shift) {
+            using S = std::decay_t<decltype(shift)>;
+            const double log_p = anchor.log_p - (double(anchor.at) * row.scale - shift.ref);
+            const auto sweep = [&](auto grad) { grad(row.x, g, v, shift, log_p, c, softcap, ahead); };
+            if (S::kFarAway || softcap.on || d.p_sq_coef != 0) {  // far away one form serves all
+                sweep(grad_row<T, Terms::full, false, S::kFarAway>);
+            } else if constexpr (!S::kFarAway) {
+                if (d.entropy_coef != 0) {
+                    sweep(stream ? grad_row<T, Terms::entropy, true, false> : grad_row<T, Terms::entropy, false, false>);
+                } else {
+                    sweep(stream ? grad_row<T, Terms::plain, true, false> : grad_row<T, Terms::plain, false, false>);
+                }
+            }
+        });
         if (stream) stream_fence();
         if (row.target >= 0) {
             const double slope = row.target_slope * row.inverse_temperature;
@@ -109,7 +123,7 @@ void token_stats(const StatsCall& call) {
     for_each_row(call.rows, call.vocab_size, threads_for(call.rows, call.vocab_size, call.threads), [&](int64_t i, int64_t) {
         if (is_invalid(call, i)) return put_invalid_row(call, i);
         const Row<T> row(call, i, softcap);
-        put_row(call, i, row.finish(sweep_row<T, kSums>(row.x, call.vocab_size, row.scale, softcap)));
+        put_row(call, i, row.statistics(row.finish(row.template sweep<kSums>(call.vocab_size, softcap))));
     });
 }
 
@@ -140,10 +154,10 @@ void token_grad(const GradCall& call) {
         const Row<T> row(call, i, softcap);
         const Derivatives d{get(call.logp_coef, i), get(call.entropy_coef, i), get(call.lse_coef, i), get(call.p_sq_coef, i),
                             call.logp[i],           get(call.entropy, i),      get(call.log_sum_p_sq, i)};
-        // Both logp and lse are rounded to fp32; the smaller one gives lse with the smaller error.
+        // Both logp and lse are rounded to fp32; the smaller one gives probabilities with the smaller error.
         const bool by_logp = row.target >= 0 && std::fabs(d.logp) < std::fabs(call.lse[i]);
-        const double lse2 = by_logp ? double(row.target_logit) * row.scale - kLog2e * d.logp : kLog2e * call.lse[i];
-        write_grad(call, row, d, lse2, g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
+        const Anchor anchor = by_logp ? row.anchor(row.target_logit, d.logp) : row.anchor(0.0f, -call.lse[i]);
+        write_grad(call, row, d, anchor, g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
     });
 }
 
@@ -163,13 +177,13 @@ void token_loss_grad(const LossGradCall& call) {
             return;
         }
         const Row<T> row(call, i, softcap);
-        const RowSweep sweep = sweep_row<T, kFull ? Sums::full : Sums::entropy>(row.x, call.vocab_size, row.scale, softcap);
-        const RowStats s = row.finish(sweep);
+        const RowSweep sweep = row.template sweep<kFull ? Sums::full : Sums::entropy>(call.vocab_size, softcap);
+        const FinishedRow<double> finished = row.finish(sweep);
+        const RowStats s = row.statistics(finished);
         const RowLoss l = evaluate(i, s);
         put_row(call, i, s, l);
-        const double lse2 = sweep.state.ref + sweep.state.log_sum();
         const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
-        write_grad(call, row, d, lse2, g, softcap, ahead, stream);
+        write_grad(call, row, d, {sweep.top, -kLog2e * finished.log_total}, g, softcap, ahead, stream);
     });
 }
 

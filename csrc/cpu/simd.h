@@ -120,6 +120,13 @@ inline float largest(Vec v) {
     return top;
 }
 
+inline bool any(VecI v) {
+    int32_t lanes[kWidth], seen = 0;
+    store(lanes, v);
+    for (int32_t lane : lanes) seen |= lane;
+    return seen != 0;
+}
+
 /// Largest integer <= t, for |t| < 2^22; NaN and -inf pass through.
 inline Vec floor(Vec t) {
 #if defined(__AVX512F__)

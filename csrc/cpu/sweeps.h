@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
+#include <utility>
 
 #include "common/row_state.h"
 #include "simd.h"
@@ -66,22 +68,38 @@ struct Softcap {
     }
 };
 
-/// t = scale·x - ref, to within the rounding of t itself however large x is: in one rounding, or by subtracting before scaling.
-struct Shift {
-    Vec scale, minus;
-    double ref;  // the representable reference nearest to the wanted one
+/// Beyond this magnitude of x·log2(e)/T, fp32 cannot hold a reference that keeps exponents small.
+constexpr double kFarAway = 1 << 20;
+inline bool is_far(float at, double scale) { return !(std::fabs(at * scale) < kFarAway); }
 
-    Shift(float k, double wanted) : scale(splat(k)) {
-        const float r = kFused ? float(wanted) : float(wanted / k);
+/// t = x·log2(e)/T - ref, to within a few roundings of t itself however large x is: in one instruction, or by subtracting before scaling,
+/// which is right for any x. The scale is rounded; as `ref` is what it gives at the logit `at`, that costs a rounding of the difference only.
+template <bool kFar>
+struct Shift {
+    static constexpr bool kFma = kFused && !kFar;
+    static constexpr bool kFarAway = kFar;
+    Vec scale, minus;
+    double ref;
+
+    Shift(double exact_scale, float at) {
+        const float k = float(exact_scale), r = kFma ? float(double(at) * k) : at;
+        scale = splat(k);
         minus = splat(-r);
-        ref = kFused ? r : double(r) * k;
+        ref = double(at) * exact_scale;
+        if (kFma) ref -= double(at) * k - r;
     }
-    Vec operator()(Vec x) const { return kFused ? fma(x, scale, minus) : (x + minus) * scale; }
+    Vec operator()(Vec x) const { return kFma ? fma(x, scale, minus) : (x + minus) * scale; }
 };
 
+/// body(the shift to `at`): a generic function of it, for everything that is done relative to one logit.
+template <class Body>
+auto with_shift(double scale, float at, const Body& body) {
+    return is_far(at, scale) ? body(Shift<true>(scale, at)) : body(Shift<false>(scale, at));
+}
+
 struct BlockSums {
-    float top;  // the largest capped logit
-    double sum, dot, sum_sq;
+    float top = -kInf;  // the largest capped logit
+    RowState<double> state;
 };
 
 template <Sums kSums>
@@ -89,7 +107,8 @@ struct Accumulator {
     Vec top = splat(-kInf), sum{}, dot{}, sum_sq{};
 
     /// One vector of logits.
-    void add(Vec x, const Shift& shift, const Exp2<5>& exponential, const Softcap& softcap) {
+    template <bool kFar>
+    void add(Vec x, const Shift<kFar>& shift, const Exp2<5>& exponential, const Softcap& softcap) {
         if constexpr (kSums == Sums::full) {
             Vec slope;
             if (softcap.on) softcap.apply(x, slope);
@@ -105,8 +124,8 @@ struct Accumulator {
 };
 
 /// Sums of one block relative to shift.ref.
-template <class T, Sums kSums>
-inline BlockSums sweep_block(const T* x, int64_t n, const Shift& shift, const Exp2<5>& exponential, const Softcap& softcap) {
+template <class T, Sums kSums, bool kFar>
+inline BlockSums sweep_block(const T* x, int64_t n, const Shift<kFar>& shift, const Exp2<5>& exponential, const Softcap& softcap) {
     Accumulator<kSums> acc[4];
     const auto add2 = [&](Accumulator<kSums>* into, Vec a, Vec b) {
         into[0].add(a, shift, exponential, softcap);
@@ -129,8 +148,11 @@ inline BlockSums sweep_block(const T* x, int64_t n, const Shift& shift, const Ex
         load2_partial(x + i, n - i, a, b);
         add2(acc + 2, a, b);
     }
-    return {largest(max(max(acc[0].top, acc[1].top), max(acc[2].top, acc[3].top))), sum4(acc[0].sum, acc[1].sum, acc[2].sum, acc[3].sum),
-            sum4(acc[0].dot, acc[1].dot, acc[2].dot, acc[3].dot), sum4(acc[0].sum_sq, acc[1].sum_sq, acc[2].sum_sq, acc[3].sum_sq)};
+    BlockSums sums{largest(max(max(acc[0].top, acc[1].top), max(acc[2].top, acc[3].top))), {}};
+    sums.state.ref = shift.ref;
+    sums.state.update(sum4(acc[0].sum, acc[1].sum, acc[2].sum, acc[3].sum), sum4(acc[0].dot, acc[1].dot, acc[2].dot, acc[3].dot),
+                      sum4(acc[0].sum_sq, acc[1].sum_sq, acc[2].sum_sq, acc[3].sum_sq));
+    return sums;
 }
 
 /// The largest capped logit of a block.
@@ -153,44 +175,96 @@ inline float block_top(const T* x, int64_t n, const Softcap& softcap) {
     return top;
 }
 
-/// A row's online softmax and its largest capped logit.
+/// The first column of a block whose capped logit is `top`; there is one.
+template <class T>
+inline int64_t find_top(const T* x, int64_t n, float top, const Softcap& softcap) {
+    const auto is_top = [&](Vec v) {
+        Vec slope;
+        if (softcap.on) softcap.apply(v, slope);
+        return v == splat(top);
+    };
+    Vec a, b;
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+        load2(x + i, a, b);
+        if (any(is_top(a) | is_top(b))) break;
+    }
+    while (i + 1 < n && !is_top(splat(load1(x + i)))[0]) ++i;
+    return i;
+}
+
+/// The largest capped logit of a row, and the sums of all columns but that one.
 struct RowSweep {
-    RowState<double> state;
     float top = -kInf;
+    RowState<double> rest;
 };
 
-/// `scale`: log2(e) / T.
+/// A sum of exponentials that is smaller than this beside the largest lost too many digits in an fp32 addition to it.
+constexpr double kSmallRest = 1.0 / 1024;
+
 template <class T, Sums kSums>
-RowSweep sweep_row(const T* x, int64_t columns, float scale, const Softcap& softcap) {
-    RowSweep row;
-    const Exp2<5> exponential(1.0);
-    const auto raised = [scale](double ref, float top) {
-        const double t = double(top) * scale;
-        return t > ref + kMargin ? Shift(scale, t).ref : ref;
-    };
-    for (int64_t begin = 0; begin < columns; begin += kBlock) {
-        const int64_t n = columns - begin < kBlock ? columns - begin : kBlock;
-        const T* block = x + begin;
-        double ref = row.state.ref;
-        if (ref == -kInf) ref = raised(ref, block_top(block, n, softcap));
-        // A block of -inf still has to be swept, relative to anything finite: it may hold a NaN.
-        BlockSums sums = sweep_block<T, kSums>(block, n, Shift(scale, ref == -kInf ? 0.0 : ref), exponential, softcap);
-        const double wanted = raised(ref, sums.top);
-        if (wanted != ref) {
-            ref = wanted;
-            sums = sweep_block<T, kSums>(block, n, Shift(scale, ref), exponential, softcap);
+class RowSweeper {
+public:
+    /// `scale`: log2(e) / T.
+    RowSweeper(double scale, const Softcap& softcap) : scale_(scale), softcap_(softcap) {}
+
+    RowSweep operator()(const T* x, int64_t columns) {
+        const T* home = x;  // the block that holds the largest column is kept apart: what it holds besides may need a second look
+        BlockSums kept;
+        RowState<double> others;
+        for (int64_t begin = 0; begin < columns; begin += kBlock) {
+            const int64_t n = size_of(columns - begin);
+            if (at_ == -kInf) at_ = block_top(x + begin, n, softcap_);
+            BlockSums sums = sweep(x + begin, n);
+            if (double(sums.top) * scale_ > double(at_) * scale_ + kMargin) {
+                at_ = sums.top;
+                sums = sweep(x + begin, n);
+            }
+            if (sums.top > kept.top) {
+                std::swap(sums, kept);
+                home = x + begin;
+            }
+            others.merge(sums.state);
         }
-        if (ref != row.state.ref) row.state.rebase(ref);
-        row.state.update(sums.sum, sums.dot, sums.sum_sq);
-        row.top = sums.top > row.top ? sums.top : row.top;
+        if (kept.top == -kInf) return {kept.top, others};
+        RowSweep row{kept.top, others};
+        row.rest.merge(without(kept));
+        const double largest = std::exp2(double(row.top) * scale_ - row.rest.ref);
+        if (row.rest.sum < kSmallRest * largest) {
+            const int64_t n = size_of(columns - (home - x)), column = find_top(home, n, row.top, softcap_);
+            row.rest = others;
+            row.rest.merge(sweep(home, column).state);
+            row.rest.merge(sweep(home + column + 1, n - column - 1).state);
+        }
+        return row;
     }
-    // One column may be nearly all of the sum. What it added is put right, so that a log-prob near 0 is as exact as fp32 can hold it.
-    const double ref = row.state.ref, t = double(row.top) * scale - ref, e = std::exp2(t);
-    const Vec t_added = Shift(scale, ref)(splat(row.top));
-    const double e_added = exponential(t_added)[0];
-    if (std::isfinite(t)) row.state.update(e - e_added, e * t - e_added * t_added[0], e * e - e_added * e_added);
-    return row;
-}
+
+private:
+    static int64_t size_of(int64_t left) { return left < kBlock ? left : kBlock; }
+
+    /// Sums relative to the reference. Where there is none, all is -inf so far: relative to anything finite, for there may be a NaN.
+    BlockSums sweep(const T* x, int64_t n) const {
+        return with_shift(scale_, at_ == -kInf ? 0.0f : at_, [&](const auto& shift) {
+            // Far away one form serves all.
+            constexpr Sums kThese = std::decay_t<decltype(shift)>::kFarAway ? Sums::full : kSums;
+            return sweep_block<T, kThese>(x, n, shift, exponential_, softcap_);
+        });
+    }
+
+    /// Less what its largest column added.
+    RowState<double> without(const BlockSums& sums) const {
+        const Vec t = with_shift(scale_, at_, [&](const auto& shift) { return shift(splat(sums.top)); });
+        const double e = exponential_(t)[0];
+        RowState<double> rest = sums.state;
+        rest.update(-e, -e * t[0], -e * e);
+        return rest;
+    }
+
+    const double scale_;
+    const Softcap& softcap_;
+    const Exp2<5> exponential_{1.0};
+    float at_ = -kInf;  // the logit that exponentials are relative to
+};
 
 /// Gradients beyond this size are held by no cache when they are next read.
 constexpr int64_t kCacheBytes = 8 << 20;
@@ -207,13 +281,18 @@ struct GradCoefs {
     double constant, log, p_coef;
 };
 
+/// Where probabilities are measured from: a logit near the largest, and the log2 of the probability that a column with that logit has.
+struct Anchor {
+    float at;
+    double log_p;
+};
+
 /// The gradient row from the logits, in one sweep. May be written over them. kStream: past the caches, for which g must be aligned to 64.
-template <class T, Terms kTerms, bool kStream>
-void grad_row(const T* x, T* g, int64_t columns, float scale, double lse2, const GradCoefs& coefs, const Softcap& softcap, Fetch ahead) {
-    // With e = 2^t relative to ref, p = e·2^(ref - lse2): what is lost by rounding lse2 to ref goes into the coefficients.
-    const Shift shift(scale, lse2);
-    const double rest = shift.ref - lse2, p = std::exp2(rest);
-    const Vec a = splat(float(p * (coefs.constant + coefs.log * kLn2 * rest))), b = splat(float(p * coefs.log * kLn2)), d = splat(float(p * p * coefs.p_coef));
+template <class T, Terms kTerms, bool kStream, bool kFar>
+void grad_row(const T* x, T* g, int64_t columns, const Shift<kFar>& shift, double log_p, const GradCoefs& coefs, const Softcap& softcap, Fetch ahead) {
+    // p = e·2^log_p: log_p, of a column where the shift is 0, goes into the coefficients.
+    const double p = std::exp2(log_p);
+    const Vec a = splat(float(p * (coefs.constant + coefs.log * kLn2 * log_p))), b = splat(float(p * coefs.log * kLn2)), d = splat(float(p * p * coefs.p_coef));
     const Exp2<kDegree<T>> exponential(kTerms == Terms::plain ? p * coefs.constant : 1.0);
     const auto one = [&](Vec v) {
         Vec slope = splat(1.0f);

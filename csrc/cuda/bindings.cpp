@@ -3,6 +3,7 @@
 
 #include "dispatch.h"
 #include "divergence.h"
+#include "scale.h"
 
 #if defined(RW_EMULATION)
 #include "platform.h"
@@ -19,6 +20,14 @@ PYBIND11_MODULE(RW_MODULE, m) {
     bind_rules(m);
     bind_verbs<RowProgram>(m, token_stats, token_grad, token_loss_grad);
     bind_divergence(m, divergence, divergence, divergence);
+    m.def(
+        "scale",
+        [](int dtype, Address data, std::array<int64_t, 3> strides, int64_t rows, int64_t columns, Address factor, int device, Address stream) {
+            return scale({static_cast<DType>(dtype), at<void>(data), {strides[0], strides[1], strides[2]}, rows, columns, at<const float>(factor), device,
+                          at<void>(stream)});
+        },
+        py::call_guard<py::gil_scoped_release>(), py::arg("dtype"), py::arg("data"), py::arg("strides"), py::arg("rows"), py::arg("columns"),
+        py::arg("factor"), py::arg("device") = 0, py::arg("stream") = 0, "data *= factor, which is read on the device; nothing where it is 1.");
     m.def(
         "why_streaming",
         [](const Call& call, Address out, std::array<int64_t, 3> out_strides) {

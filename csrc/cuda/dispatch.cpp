@@ -6,6 +6,7 @@
 
 #include "device.h"
 #include "divergence.h"
+#include "scale.h"
 #include "slices.h"
 
 namespace reweight_ops {
@@ -88,6 +89,14 @@ int divergence(const DivergenceCall& call) {
         case DType::bf16: return divergence_bf16(call);
         case DType::f16: return divergence_f16(call);
         default: return divergence_f32(call);
+    }
+}
+
+int scale(const ScaleCall& call) {
+    switch (call.dtype) {
+        case DType::bf16: return scale_bf16(call);
+        case DType::f16: return scale_f16(call);
+        default: return scale_f32(call);
     }
 }
 

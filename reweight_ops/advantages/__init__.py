@@ -1,6 +1,6 @@
 """Advantage estimators: rewards in, advantages out, as pure functions on tensors.
 
-``[B]`` rewards and groups of completions (see :mod:`reweight_ops.grouping` for the convention) give ``[B]`` advantages; token-level estimators take
+``[B]`` rewards and groups of completions (see :mod:`reweight_ops._core.rows.grouped` for the convention) give ``[B]`` advantages; token-level estimators take
 and give ``[B, T]`` with a ``completion_mask``. Either goes straight into :func:`reweight_ops.policy_loss`. All of them: fp32 or fp64 (16 bits are
 an error), detached, on the inputs' device without waiting for it; a NaN reward marks a completion without a score, which is in no statistic and
 has advantage 0 (TRL's convention); a group of one, or of equal rewards, has advantage 0 unless the docstring says otherwise.
@@ -12,17 +12,7 @@ from .difficulty import difficulty_prior, grpo_lead, lens, mapo_mixed, ngrpo
 from .outcome import aapo, dr_grpo, gdpo, grpo, opo, pvpo, qae, rloo
 from .policy_statistics import canon, edge_grpo
 from .segments import SpoSegments, gigpo, spo_chain, spo_segments, spo_tree
-from .tokens import (
-    Gae,
-    decoupled_gae,
-    discounted_returns,
-    gae,
-    hapo,
-    reinforce_plus_plus,
-    reinforce_plus_plus_baseline,
-    remax,
-    whiten,
-)
+from .tokens import Gae, decoupled_gae, discounted_returns, gae, hapo, reinforce_plus_plus, reinforce_plus_plus_baseline, remax, whiten
 
 __all__ = [
     "Gae",

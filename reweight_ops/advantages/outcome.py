@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..catalogue import published
+from .._core.catalogue.registry import published
+from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped
 from ..errors import InvalidCall
-from ..grouping import Grouped, GroupKeywords, floats, grouped
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

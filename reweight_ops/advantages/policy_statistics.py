@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..catalogue import published
+from .._core.catalogue.registry import published
+from .._core.rows.grouped import GroupKeywords, grouped
 from ..errors import InvalidCall
-from ..grouping import GroupKeywords, grouped
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

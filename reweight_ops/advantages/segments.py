@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..catalogue import published
+from .._core.catalogue.registry import published
+from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, like, require
+from .._core.rows.groups import describe
 from ..errors import InvalidCall
-from ..grouping import Grouped, GroupKeywords, floats, grouped, like, require
-from ..rows import describe
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

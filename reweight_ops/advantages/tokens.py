@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..catalogue import published
+from .._core.catalogue.registry import published
+from .._core.rows.grouped import GroupKeywords, floats, grouped, like
+from .._core.rows.groups import describe
 from ..errors import InvalidCall
-from ..grouping import GroupKeywords, floats, grouped, like
-from ..rows import describe
 from .outcome import singletons
 
 if TYPE_CHECKING:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import ROOT, generated_files, stale_files, write_atomically
+from .._core.files import write_atomically
+from . import ROOT, generated_files, stale_files
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m reweight_ops.codegen", description="Write the generated rule files.")
+    parser = argparse.ArgumentParser(prog="python -m reweight_ops.codegen", description="Write the generated files.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 and name the files that are stale")
     check = parser.parse_args().check
     if not (ROOT / "csrc").is_dir():
-        sys.exit(f"{ROOT} is no checkout of the repository: the generated files live in csrc/ and triton_kernels/.")
+        sys.exit(f"{ROOT} is no checkout of the repository: the generated files live in csrc/, triton_kernels/ and docs/.")
     stale = stale_files()
     for path in stale:
         print(f"{path} {'is stale: run python -m reweight_ops.codegen' if check else 'written'}")

@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from ..catalogue import published
+from .._core.calls.keywords import HeadKeywords, head_options
+from .._core.calls.logits import resolve_logits
+from .._core.calls.two_logits import resolve_two
+from .._core.catalogue.registry import published
+from .._core.engine.chunked_rows import per_row
+from .._core.losses.distillation import token_divergence
+from .._core.losses.policy import token_logps, token_stats
+from .._core.rows.numerics import log1mexp
 from ..errors import InvalidCall
-from ..head import resolve_logits
-from ..keywords import HeadKeywords, head_options
-from ..policy_loss import token_logps, token_stats
-from ..preference.scores import log1mexp
-from .chunks import per_row
-from .ops import resolve_two, token_divergence
 
 _OWN = ("completion_mask",)
 
@@ -124,7 +125,9 @@ def dhkd(
     )
 
     def rows(s: Tensor, t: Tensor) -> Tensor:
-        u = ((s - t) / (2 * temperature)).abs()
+        # Columns masked in both are equal.
+        dead = (s == -math.inf) & (t == -math.inf)
+        u = (torch.where(dead, 0, s - t) / (2 * temperature)).abs()
         return temperature**2 * (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1)
 
     return per_row(op, call, rows)

@@ -7,7 +7,8 @@ import importlib
 import pkgutil
 from typing import Any
 
-from .registry import METHODS, method, published
+from .._core.calls.specs import METHODS, method
+from .._core.catalogue.registry import published
 from .trl import trl
 from .verl import verl
 

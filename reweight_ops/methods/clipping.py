@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..reduction import SequenceMean, TokenMean
+from .._core.catalogue.registry import published
+from .._core.spec.policy import PolicyLossSpec
+from .._core.spec.reduction import SequenceMean, TokenMean
 from ..rules.surrogates import Cispo, Clip, DppoTV, DualClip, Reinforce, Sapo
-from ..spec import PolicyLossSpec
-from .parts import entropy, kl
-from .registry import published
+from .penalties import entropy, kl
 
 
 @published("ppo", "Proximal Policy Optimization", paper="Proximal Policy Optimization Algorithms", arxiv="1707.06347")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..coupling import Constraint, GroupContrast
+from .._core.catalogue.registry import published
+from .._core.formula.base import Rule
+from .._core.spec.coupled import Constraint, GroupContrast
+from .._core.spec.policy import Penalty, PolicyLossSpec
+from .._core.spec.ratio import CenteredRatio, SequenceRatio, TokenRatio
 from ..errors import InvalidCall, UnsupportedRequest
-from ..ratio import CenteredRatio, SequenceRatio, TokenRatio
-from ..rules.base import Rule
 from ..rules.likelihood import NLL, DriftK1, DriftK3, LikelihoodRatio
 from ..rules.surrogates import Clip
-from ..spec import Penalty, PolicyLossSpec
-from .parts import is_zero
-from .registry import published
+from .penalties import is_zero
 
 
 def _constraint(strength: Any, bound: Any, estimator: str) -> tuple[Penalty, ...]:
@@ -47,7 +47,8 @@ def disco(
     group_size: int | None = None,
     process_group: Any = None,
 ) -> PolicyLossSpec:
-    """``-1/Q Σ_q { mean_{i in q+} s_i - τ·log mean_{j in q-} exp(s_j/τ) } + sg(β·max(KL - δ, 0))·KL``; see :class:`~reweight_ops.coupling.GroupContrast`.
+    """``-1/Q Σ_q { mean_{i in q+} s_i - τ·log mean_{j in q-} exp(s_j/τ) } + sg(β·max(KL - δ, 0))·KL``;
+    see :class:`~reweight_ops._core.spec.coupled.GroupContrast`.
 
     ``score``: ``"log_likelihood"``, ``s_i`` the mean of logp over the response, τ = 10; ``"likelihood_ratio"``, the mean of r, τ = 1; ``tau=inf`` is the
     basic variant without the log-sum-exp. ``advantages``: the rewards, one a sequence; positive where above 0. β = ``kl_strength``, δ = ``kl_bound``; KL is

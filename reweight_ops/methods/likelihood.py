@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..ratio import SequenceRatio
-from ..reduction import SequenceMean, TokenMean
+from .._core.catalogue.registry import published
+from .._core.spec.policy import Penalty, PolicyLossSpec
+from .._core.spec.ratio import SequenceRatio
+from .._core.spec.reduction import SequenceMean, TokenMean
 from ..rules.likelihood import NLL, NPO, CompSum, LikelihoodAscent, MarginNLL
-from ..spec import Penalty, PolicyLossSpec
 from ..weights.probability import SignWeight
-from .registry import published
 
 _WAGLE = "WAGLE: Strategic Weight Attribution for Effective and Modular Unlearning in Large Language Models"
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .._core.catalogue.registry import published
+from .._core.formula.base import TokenWeight
+from .._core.spec.policy import PolicyLossSpec
 from ..errors import InvalidCall
-from ..rules.base import TokenWeight
 from ..rules.surrogates import Clip, DualClip
-from ..spec import PolicyLossSpec
 from ..weights.entropy import Entropy, HapoLower, HapoRedistribution, HapoUpper, TopEntropy
 from ..weights.probability import (
     AdvantageReweighting,
@@ -24,8 +25,7 @@ from ..weights.probability import (
     SigmoidReweighting,
     SignWeight,
 )
-from .parts import entropy, kl
-from .registry import published
+from .penalties import entropy, kl
 
 _AR_PAPER = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._core.catalogue.registry import published
+from .._core.spec.policy import PolicyLossSpec
+from .._core.spec.ratio import GeometricMeanRatio, SequenceRatio
+from .._core.spec.reduction import SequenceMean
 from ..errors import InvalidCall
-from ..ratio import GeometricMeanRatio, SequenceRatio
-from ..reduction import SequenceMean
 from ..rules.surrogates import Clip, Reinforce, Unclipped
-from ..spec import PolicyLossSpec
 from ..weights.importance import OffPolicySequenceMask, SamplerSequenceMask, SequenceGamma
-from .parts import kl
-from .registry import published
+from .penalties import kl
 
 
 @published("gspo", "Group Sequence Policy Optimization", paper="Group Sequence Policy Optimization", arxiv="2507.18071")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .._core.formula.base import Rule, TokenWeight
+from .._core.spec.policy import PolicyLossSpec
+from .._core.spec.ratio import SequenceRatio, TokenRatio
+from .._core.spec.reduction import Reduction, SequenceMean, TokenMean
 from ..errors import InvalidCall
-from ..ratio import SequenceRatio, TokenRatio
-from ..reduction import Reduction, SequenceMean, TokenMean
-from ..rules.base import Rule, TokenWeight
 from ..rules.penalties import K3, K3Corrected
 from ..rules.surrogates import Cispo, Clip, Reinforce, Sapo
-from ..spec import PolicyLossSpec
 from ..weights.entropy import TopEntropy
 from ..weights.importance import OffPolicySequenceMask, SequenceGamma
-from .parts import entropy, kl
+from .penalties import entropy, kl
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .._core.formula.base import Rule
+from .._core.spec.policy import PolicyLossSpec
+from .._core.spec.ratio import Ratio, SequenceRatio, TokenRatio
+from .._core.spec.reduction import Reduction, SequenceMean, TokenMean, TokenSum
 from ..errors import InvalidCall
-from ..ratio import Ratio, SequenceRatio, TokenRatio
-from ..reduction import Reduction, SequenceMean, TokenMean, TokenSum
-from ..rules.base import Rule
 from ..rules.penalties import K1, K2, K3, Absolute, K1StraightThrough, K3StraightThrough
 from ..rules.surrogates import Cispo, Clip, DppoTV, DualClip, Reinforce, Sapo
-from ..spec import PolicyLossSpec
-from .parts import entropy, kl
+from .penalties import entropy, kl
 
 LOSS_MODES = ("vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")

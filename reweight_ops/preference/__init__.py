@@ -6,8 +6,12 @@ A spec is a score (how tokens become a sequence's score), terms (functions of ma
 vectors, in ``scores.py``, ``losses.py`` and ``weights.py``.
 """
 
-from .evaluate import PreferenceLossOutput
-from .losses import (
+from .._core.engine.pairs import PreferenceLossOutput
+from .._core.losses.preference import linear_preference_loss, preference_loss, preference_loss_from_logps
+from .._core.rows.pairs import Pairs, Sequences, Side
+from .._core.spec.pair_parts import PairLoss, PairWeight, Score
+from .._core.spec.pairs import PairSpec, PairTerm
+from .losses import (  # fmt: skip
     Aot,
     ApoDown,
     ApoZero,
@@ -29,9 +33,9 @@ from .losses import (
     SoftLabel,
     SppoHard,
     SquaredNash,
-)  # fmt: skip
+)
 from .masks import from_first_difference, mapo_masks, rank_consistency
-from .methods import (
+from .methods import (  # fmt: skip
     apo,
     bco,
     cdpo,
@@ -58,13 +62,9 @@ from .methods import (
     sppo,
     unlikelihood,
     wpo,
-)  # fmt: skip
-from .ops import linear_preference_loss, preference_loss, preference_loss_from_logps
-from .parts import PairLoss, PairWeight, Score
+)
 from .scores import Likelihood, LikelihoodAgainstUnlikelihood, LogRatio, MaskedLogRatio
-from .spec import PairSpec, PairTerm
 from .trl import trl
-from .view import Pairs, Sequences, Side
 from .weights import Agreement, MarginAdaptive, SampledAlignment
 
 __all__ = [

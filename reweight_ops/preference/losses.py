@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._core.rows.numerics import log1mexp
+from .._core.rows.pairs import Pairs
+from .._core.spec.pair_parts import PairLoss
 from ..errors import InvalidCall
-from .parts import PairLoss
-from .view import Pairs
 
 
 def smoothed(x: Tensor, epsilon: Any) -> Tensor:
@@ -218,8 +219,6 @@ class OddsRatio(PairLoss):
     """``-log σ(log odds(y_w) - log odds(y_l))``, ``odds = P/(1-P)`` and ``P`` the geometric mean of the tokens' probabilities."""
 
     def loss(self, p: Pairs) -> Tensor:
-        from .scores import log1mexp
-
         chosen, rejected = (x - log1mexp(x) for x in (p.chosen.mean_logps, p.rejected.mean_logps))
         return -F.logsigmoid(chosen - rejected)
 

@@ -7,34 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._core.rows.pairs import from_first_difference as from_first_difference
 from ..errors import InvalidCall
-from .view import LAYOUTS
-
-
-def from_first_difference(completion_ids: Tensor, completion_mask: Tensor | None = None, *, pairs: str = "halves") -> Tensor:
-    """``[B, T]`` bool: the tokens of ``completion_mask`` from the first column on in which the two sequences of a pair differ.
-
-    Steps of a search tree share a prefix; only what follows it says anything about the preference. ``B`` is even, ``pairs`` as in :func:`preference_loss`.
-    A pair that does not differ has no token left.
-
-    >>> import torch
-    >>> from_first_difference(torch.tensor([[5, 6, 7], [5, 8, 7]])).int()
-    tensor([[0, 1, 1],
-            [0, 1, 1]], dtype=torch.int32)
-    """
-    if completion_ids.dim() != 2 or completion_ids.size(0) % 2 or pairs not in LAYOUTS:
-        raise InvalidCall(
-            f"from_first_difference: completion_ids is {tuple(completion_ids.shape)}, pairs {pairs!r}; expected [2·P, T] and one of {LAYOUTS}."
-        )
-    keep = completion_ids != -100
-    if completion_mask is not None:
-        keep = keep & (completion_mask != 0)
-    ids = torch.where(keep, completion_ids, -100)
-    columns = ids.size(1)
-    both = ids.view(2, -1, columns) if pairs == "halves" else ids.view(-1, 2, columns).transpose(0, 1)
-    started = ((both[0] != both[1]).cumsum(-1) > 0)[None].expand_as(both)
-    started = (started if pairs == "halves" else started.transpose(0, 1)).reshape(ids.shape)
-    return keep & started
 
 
 def mapo_masks(activations: Sequence[Tensor], completion_mask: Tensor) -> Tensor:

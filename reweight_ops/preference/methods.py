@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..catalogue import published
+from .._core.catalogue.registry import published
+from .._core.spec.pair_parts import PairLoss
+from .._core.spec.pairs import PairSpec, PairTerm
 from ..errors import InvalidCall
-from .losses import (
+from .losses import (  # fmt: skip
     ApoDown,
     ApoZero,
     BcoPair,
@@ -28,10 +30,8 @@ from .losses import (
     SoftLabel,
     SppoHard,
     SquaredNash,
-)  # fmt: skip
-from .parts import PairLoss
+)
 from .scores import Likelihood, LikelihoodAgainstUnlikelihood, LogRatio, MaskedLogRatio
-from .spec import PairSpec, PairTerm
 from .weights import Agreement, MarginAdaptive, SampledAlignment
 
 

@@ -2,75 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..errors import InvalidCall
-from .parts import Score
-from .view import Sequences
-
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-
-
-def log1mexp(logp: Tensor) -> Tensor:
-    """``log(1 - p)`` from ``log p``, accurate at both ends, finite and without gradient at ``p = 1``."""
-    # Above this p is 1 in the dtype: the exact value is unbounded, and unknown.
-    x = logp.clamp(max=-torch.finfo(logp.dtype).eps / 2)
-    near = x > -math.log(2)
-    # Each branch sees only arguments that it can take: the gradient of the one that is not chosen must not be NaN.
-    return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.where(near, -1.0, x).exp()))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogRatio(Score):
-    """``f'(π/π_ref)`` of the sequence; with reverse KL (plain DPO) ``log π(y) - γ·log π_ref(y)``.
-
-    ``gamma``: the reference's exponent (DPO^γ). ``ld_alpha``: weight of the tokens beyond the shorter sequence's length (LD-DPO, arXiv:2409.06411); None: 1.
-    ``divergence``: f-DPO (arXiv:2309.16240), TRL's names; ``forward_kl`` ``1 - 1/t``, ``js_divergence`` ``log(2t/(t+1))``,
-    ``alpha_divergence`` ``(t^(α-1) - 1)/(α-1)`` with the exponent's argument cut at 80 as in TRL.
-    """
-
-    reads: ClassVar[tuple[str, ...]] = ("ref",)
-
-    gamma: Any = 1.0
-    ld_alpha: Any = None
-    divergence: str = "reverse_kl"
-    alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCES:
-            raise InvalidCall(f"LogRatio: divergence is {self.divergence!r}, expected one of {', '.join(DIVERGENCES)}.")
-        if self.alpha != 1.0 and self.divergence != "alpha_divergence":
-            raise InvalidCall(
-                f"LogRatio: alpha belongs to divergence='alpha_divergence'; with {self.divergence!r} it would have no effect."
-            )
-
-    def needs(self) -> tuple[str, ...]:
-        return ("ref",) if self.ld_alpha is None else ("ref", "order")
-
-    def sums(self, s: Sequences, name: str) -> Tensor:
-        if self.ld_alpha is None or name in s.given:
-            return super().sums(s, name)
-        shared = s.split(s.lengths).amin(0)
-        limit = s.spread(s.join(shared.expand(s.size, -1)))
-        return s.sum(s.tokens[name] * torch.where(s.position() <= limit, 1.0, self.ld_alpha))
-
-    def scores(self, s: Sequences, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-        assert ref_logps is not None
-        log_t = logps - (ref_logps if isinstance(self.gamma, (int, float)) and self.gamma == 1 else self.gamma * ref_logps)
-        if self.divergence == "forward_kl":
-            return -torch.expm1(-log_t)
-        if self.divergence == "js_divergence":
-            return math.log(2) + F.logsigmoid(log_t)
-        power = self.alpha - 1.0
-        if self.divergence == "reverse_kl" or abs(power) < 1e-6:
-            return log_t
-        return torch.expm1((power * log_t).clamp(max=80.0)) / power
+from .._core.rows.numerics import log1mexp
+from .._core.rows.pairs import Sequences
+from .._core.spec.pair_parts import Score
+from .._core.spec.pair_score import LogRatio as LogRatio
 
 
 @dataclass(frozen=True, kw_only=True)

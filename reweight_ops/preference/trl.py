@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .._core.spec.pair_parts import PairLoss
+from .._core.spec.pairs import PairSpec, PairTerm
 from ..errors import InvalidCall
-from .losses import (
+from .losses import (  # fmt: skip
     Aot,
     ApoDown,
     ApoZero,
@@ -20,10 +22,8 @@ from .losses import (
     Robust,
     Sigmoid,
     SppoHard,
-)  # fmt: skip
-from .parts import PairLoss
+)
 from .scores import LogRatio
-from .spec import PairSpec, PairTerm
 from .weights import SampledAlignment
 
 #: TRL 1.16's ``loss_type`` to the term; the second value: whether ``label_smoothing`` is part of it.

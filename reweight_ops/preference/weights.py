@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._core.rows.pairs import Pairs
+from .._core.spec.pair_parts import PairWeight
 from ..errors import InvalidCall
-from .parts import PairWeight
-from .view import Pairs
 
 
 @dataclass(frozen=True, kw_only=True)

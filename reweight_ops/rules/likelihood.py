@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Rule, rule
+from .._core.formula.base import Rule, rule
 
 
 @rule("nll", kind="any")

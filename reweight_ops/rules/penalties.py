@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from .base import Rule, rule
+from .._core.formula.base import Rule, rule
 
 
 def _k3(xp, d):

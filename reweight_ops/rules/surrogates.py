@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .base import Rule, rule
+from .._core.formula.base import Rule, rule
 
 
 @rule("clip")

@@ -3,7 +3,7 @@
 They multiply the *term*, not the advantage: the two differ for negative factors, and clip metrics must use the unweighted advantage.
 """
 
-from .batch import BatchStatistics
+from .._core.rows.batch import BatchStatistics
 from .entropy import (
     DualLevelDownSampling,
     Entropy,

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..catalogue import published
+from .._core.catalogue.registry import published
+from .._core.formula.base import TokenWeight, weight
 from ..errors import InvalidCall
-from ..rules.base import TokenWeight, weight
 
 
 @weight

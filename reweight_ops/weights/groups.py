@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..catalogue import published
+from .._core.catalogue.registry import published
+from .._core.formula.base import TokenWeight, weight
 from ..errors import InvalidCall
-from ..rules.base import TokenWeight, weight
 
 #: A chunk of TW-GRPO holds at most this many logits in fp32, a few copies at a time.
 _CHUNK = 1 << 24
@@ -131,7 +131,8 @@ def _divergence(logits: Tensor, keep: Tensor, groups: _Groups, size: Tensor, tem
     total = size.new_zeros(groups.count, t)
     for v in range(0, V, columns):
         logp = chunk(v) - lse[..., None]
-        d = (groups.spread(groups.sum(logp) / size[:, None, None]) - logp).clamp(-11, 11)
+        mean = groups.spread(groups.sum(logp) / size[:, None, None])
+        d = torch.where(logp == -torch.inf, 0, mean - logp).clamp(-11, 11)  # p = 0 is its own geometric mean
         total += groups.sum((torch.expm1(d) - d).sum(-1))
     return total / size[:, None]
 

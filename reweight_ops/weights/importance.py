@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..catalogue import published
+from .._core.catalogue.registry import published
+from .._core.formula.base import TokenWeight, weight
 from ..errors import InvalidCall
-from ..rules.base import TokenWeight, weight
 
 
 @weight

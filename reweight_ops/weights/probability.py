@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ..catalogue import published
-from ..rules.base import TokenWeight, weight
+from .._core.catalogue.registry import published
+from .._core.formula.base import TokenWeight, weight
 
 _AR = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..catalogue import published
-from ..rules.base import TokenWeight, weight
+from .._core.catalogue.registry import published
+from .._core.formula.base import TokenWeight, weight
 
 
 @published(

@@ -41,10 +41,12 @@ NOT_BUILT = -1
 LEFT_OUT = """
 #include "dispatch.h"
 #include "divergence.h"
+#include "scale.h"
 namespace reweight_ops {{
 const StreamingKernels streaming_{0} = {{[](const StatsCall&) {{ return {1}; }}, [](const GradCall&) {{ return {1}; }}, [](const LossGradCall&) {{ return {1}; }}}};
 const RingKernels ring_{0} = {{[](const LossGradCall&, int, int& count) {{ return count = 1, 0; }}, [](const LossGradCall&, int, int64_t) {{ return {1}; }}}};
 const DivergenceLaunch divergence_{0} = [](const DivergenceCall&) {{ return {1}; }};
+const ScaleLaunch scale_{0} = [](const ScaleCall&) {{ return {1}; }};
 }}
 """
 
@@ -68,7 +70,7 @@ def build(
     headers = [*sorted(csrc.glob("common/*")), *sorted(csrc.glob("cuda/*.h")), *sorted(HERE.glob("*.h"))]
     host = [
         *sorted(csrc.glob("common/*")),
-        *(csrc / "cuda" / name for name in ("dispatch.h", "divergence.h", "device.h", "platform.h", "slices.h")),
+        *(csrc / "cuda" / name for name in ("dispatch.h", "divergence.h", "scale.h", "device.h", "platform.h", "slices.h")),
         *sorted(HERE.glob("*.h")),
     ]
     units: dict[str, tuple[Path, list[str], list[Path]]] = {
@@ -88,6 +90,7 @@ def build(
         words = ["-x", "c++", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"]
         units[f"streaming_{name}"] = csrc / "cuda/streaming.cu", words, [h for h in headers if h.name not in ("ring.h", "asynchronous.h")]
         units[f"divergence_{name}"] = csrc / "cuda/divergence.cu", words, [h for h in headers if h.name not in ("ring.h", "asynchronous.h")]
+        units[f"scale_{name}"] = csrc / "cuda/scale.cu", words, [*host, csrc / "cuda/elements.h"]
         units[f"ring_{name}"] = csrc / "cuda/ring.cu", words, headers
 
     def compile_one(name: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reweight_ops.backends.native import Native
+from reweight_ops._core.backends.native import Native
 
 from .build import NOT_BUILT, build, compiler, load
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reweight_ops.backends.base import Request
-from reweight_ops.backends.select import why_not
+from reweight_ops._core.backends.base import Request
+from reweight_ops._core.backends.select import why_not
 from reweight_ops.testing import make_batch
 
 _DRY_BACKENDS = [b for b in os.environ.get("REWEIGHT_OPS_GPU_TESTS", "").split(",") if b]

@@ -18,10 +18,9 @@ if sys.argv[2:3] == ["cpu"]:
 import torch
 
 import reweight_ops as rw
-from reweight_ops.backends.base import COEFS, OUT, STATS, Head, RowInputs
-from reweight_ops.backends.select import load
-from reweight_ops.divergences import verbs as divergences
-from reweight_ops.divergences.verbs import Two
+from reweight_ops._core.backends.base import COEFS, STATS, DivergenceInputs, Head, RowInputs
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.rows.groups import OUT
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("backend")
@@ -82,17 +81,17 @@ def one(
 
 def pair(n: int, v: int, dtype: torch.dtype, other: torch.dtype, shifts: tuple[int, int] = (0, 0), softcap: float = float("inf")) -> None:
     """The three verbs on two logits tensors, in place too."""
-    verbs, device = divergences.load(options.backend), options.device
+    verbs, device = load(options.backend), options.device
     z, y = rows(n, v, dtype, shifts[0]), rows(n, v, other, shifts[1])
     ids = torch.arange(n)
     ids[0] = OUT
     head, one = Head(max(v - 3, 1), softcap), torch.ones(1).to(device)
-    two = Two(z, y, ids.to(device), one, one, head, head)
+    two = DivergenceInputs(z, y, ids.to(device), one, one, head, head)
     constants, weights = torch.tensor([0.5, 0.7, -0.3]).to(device), torch.ones(n).to(device)
     coefs = torch.ones(3, n).to(device)
-    verbs.grad(two, verbs.stats(two), coefs, out_like(z))
-    verbs.loss_grad(two, constants, weights, out_like(z))
-    verbs.loss_grad(two, constants, weights, z)
+    verbs.divergence_grad(two, verbs.divergence_stats(two), coefs, out_like(z))
+    verbs.divergence_loss_grad(two, constants, weights, out_like(z))
+    verbs.divergence_loss_grad(two, constants, weights, z)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:

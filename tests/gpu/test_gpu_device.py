@@ -18,8 +18,9 @@ from places import (
 )
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Head, Program, RowInputs
-from reweight_ops.backends.select import load
+from reweight_ops._core.backends.base import Head, RowInputs
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.formula.loss_program import Program
 
 pytestmark = pytest.mark.gpu
 

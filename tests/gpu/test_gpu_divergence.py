@@ -9,10 +9,10 @@ from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, asser
 from places import DRY, captured, compilations, keep_busy, no_synchronization, other_stream, peak_bytes, sized, synchronize, two_devices
 
 import reweight_ops as rw
-from reweight_ops.backends.base import Head
-from reweight_ops.divergences import reference
-from reweight_ops.divergences.ops import KINDS
-from reweight_ops.divergences.verbs import Two, load
+from reweight_ops._core.backends import reference_divergence as reference
+from reweight_ops._core.backends.base import DivergenceInputs, Head
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.losses.distillation import KINDS
 
 pytestmark = pytest.mark.gpu
 
@@ -82,7 +82,7 @@ def test_zero_probabilities_and_sick_rows(place, verbs, dtype, cap):
     sick = [6, 7, 8, 9, 10]
     constants, weights = mixture(two)
     want = torch.empty_like(z, dtype=torch.float64)
-    exact = reference.loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), want)
+    exact = reference.divergence_loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), want)
     assert exact[0, 0] == math.inf and exact[1, 1] == math.inf and exact[:2, sick].isnan().all()
     for plan, table, grad in both_plans(verbs, two, constants, weights):
         torch.testing.assert_close(table[:2].double(), exact[:2], rtol=1e-5, atol=2e-6, equal_nan=True, msg=lambda m, p=plan: f"{p}: {m}")
@@ -111,16 +111,16 @@ def test_rows_that_are_out_or_without_coefficients_are_not_read(place, verbs):
     two = make(8, sized(5000, 131), torch.bfloat16, device=place.device)
     constants, weights = mixture(two)
     clean = torch.empty_like(two.logits)
-    table = verbs.loss_grad(two, constants, weights, clean)
+    table = verbs.divergence_loss_grad(two, constants, weights, clean)
     two.logits[3], two.other[7] = math.nan, math.nan
     out = torch.full_like(two.logits, math.nan)
-    assert torch.equal(verbs.loss_grad(two, constants, weights, out), table) and torch.equal(out, clean)
+    assert torch.equal(verbs.divergence_loss_grad(two, constants, weights, out), table) and torch.equal(out, clean)
     assert (out[[3, 7]] == 0).all() and (table[:, [3, 7]] == 0).all()
     coefs, want = constants[:, None] * weights, torch.empty_like(out)
-    verbs.grad(two, table, coefs, want)
+    verbs.divergence_grad(two, table, coefs, want)
     two.logits[1] = two.other[1] = math.nan
     coefs[:, 1] = 0
-    verbs.grad(two, table, coefs, out)
+    verbs.divergence_grad(two, table, coefs, out)
     assert (out[1] == 0).all() and torch.equal(out[[0, 2]], want[[0, 2]])
 
 
@@ -134,19 +134,19 @@ def test_a_row_is_the_same_bits_wherever_it_stands(place, verbs, dtype, vocab):
     two = make(n, vocab, dtype, torch.float32, case="per_row", device=place.device)
     constants, weights = mixture(two)
     out = torch.full_like(two.logits, math.nan)
-    table = verbs.loss_grad(two, constants, weights, out)
+    table = verbs.divergence_loss_grad(two, constants, weights, out)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(place.device)
     for few in (order, order[:1], order[: n // 3]):
-        some = Two(*(x[few].contiguous() for x in two[:5]), *two[5:])
+        some = DivergenceInputs(*(x[few].contiguous() for x in two[:5]), *two[5:])
         got_out = torch.full_like(some.logits, math.nan)
-        got = verbs.loss_grad(some, constants, weights[few].contiguous(), got_out)
+        got = verbs.divergence_loss_grad(some, constants, weights[few].contiguous(), got_out)
         assert torch.equal(got, table[:, few]) and torch.equal(got_out, out[few])
     whole = -(-vocab // 8) * 8 + 16
     for starts in ((1, 3, 2), (1, 0, 0), (0, 1, 0), (0, 0, 1), (8, 8, 8)):
         buffers = [torch.full((n, whole), math.nan, dtype=t.dtype, device=t.device) for t in (two.logits, two.other, out)]
         x, y, g = (b[:, s : s + vocab + 4] for b, s in zip(buffers, starts, strict=True))
         x[:, :vocab], y[:, :vocab] = two.logits, two.other
-        got = verbs.loss_grad(two._replace(logits=x, other=y), constants, weights, g)
+        got = verbs.divergence_loss_grad(two._replace(logits=x, other=y), constants, weights, g)
         assert torch.equal(got, table) and torch.equal(g[:, :vocab], out) and (g[:, vocab:] == 0).all(), starts
         assert buffers[2][:, : starts[2]].isnan().all() and buffers[2][:, starts[2] + vocab + 4 :].isnan().all(), starts
 

@@ -7,9 +7,11 @@ import torch
 from places import DRY, batch_on, sized
 
 import reweight_ops as rw
-from reweight_ops.backends.base import COEFS, OUT, STATS, Head, Program, RowInputs
-from reweight_ops.backends.select import load
-from reweight_ops.methods.registry import METHODS
+from reweight_ops._core.backends.base import COEFS, STATS, Head, RowInputs
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.calls.specs import METHODS
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules.penalties import EntropyBonus
 from reweight_ops.rules.surrogates import Reinforce
 from reweight_ops.testing import compare, make_batch

@@ -14,8 +14,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl_common import TINY, T, assert_same, current, make_inputs, run
 
 import reweight_ops as rw
-from reweight_ops.integrations import trl_head
 from reweight_ops.integrations.trl import ReweightGRPOTrainer, patch_trl
+from reweight_ops.integrations.trl import head as trl_head
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 HOOKS = [{}, {"fuse_loss": True}]

@@ -1,0 +1,54 @@
+"""The C++ backend: fp32, bf16 and fp16 logits on the CPU, every program whose rules are compiled in.
+
+Threads follow ``torch.set_num_threads``. A row is swept twice for a loss, the second time from the cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ...errors import BackendUnavailable
+from .base import Backend, Request
+from .cpu_rows import RowsEvaluator
+from .native import Native, checked, dtype_reason
+from .native_divergence import NativeDivergence
+
+
+def _load() -> ModuleType:
+    try:
+        return importlib.import_module("reweight_ops._C")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"the compiled extension reweight_ops._C is missing or does not load ({error}); reinstall with a C++ compiler and REWEIGHT_OPS_BUILD=cpu."
+        ) from error
+
+
+_C: Any = checked(_load(), "cpu")
+_native = Native(_C, "cpu", lambda device: {"threads": torch.get_num_threads()}, lambda status: None)
+
+
+def unsupported_reason(request: Request) -> str | None:
+    if request.device.type != "cpu":
+        return f"logits are on {request.device}, this backend runs on the CPU"
+    if (reason := dtype_reason(request)) is not None:
+        return reason
+    return None if request.program is None else _native.why_not(request.program)
+
+
+_divergence = NativeDivergence(_native)
+
+BACKEND = Backend(
+    name="cpu",
+    unsupported_reason=unsupported_reason,
+    token_stats=_native.token_stats,
+    token_grad=_native.token_grad,
+    token_loss_grad=_native.token_loss_grad,
+    divergence_stats=_divergence.divergence_stats,
+    divergence_grad=_divergence.divergence_grad,
+    divergence_loss_grad=_divergence.divergence_loss_grad,
+    evaluate_rows=RowsEvaluator(_C),
+)

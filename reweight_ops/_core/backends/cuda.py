@@ -1,0 +1,109 @@
+"""The CUDA backend: NVIDIA GPUs from Ampere (compute capability 8.0) on, every program whose rules are compiled in.
+
+Kernels run on the current stream of the logits' device. Nothing here or below synchronizes, and nothing allocates but the outputs, through
+PyTorch: calls can be captured in a CUDA graph.
+
+``token_loss_grad`` has two kernels that give the same bits. *Ring* keeps a row on chip, in the shared memory of a cluster of 1, 2, 4 or 8 blocks, so
+that a logit is read once and its gradient written once. It serves a call if
+
+* the GPU is of compute capability 9.0 or later and can run such a cluster,
+* every row of the logits and of the gradient starts at a multiple of 16 bytes (a row stride of whole 16 bytes; any vocabulary size),
+* two rows fit on chip: on sm_90 and sm_100 up to 393216 columns in 16 bits and 196608 in 32, on sm_120 16384 and 8192.
+
+*Streaming* serves every other call and reads the logits twice, the second time from the second-level cache where that holds them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendUnavailable, ReweightOpsError
+from .base import Backend, Request, rows_of
+from .native import DTYPES, Native, checked, dtype_reason
+from .native_divergence import NativeDivergence
+
+_INSUFFICIENT_DRIVER = 35
+
+
+def _load() -> ModuleType:
+    if torch.version.hip is not None:
+        raise BackendUnavailable("this PyTorch is built for ROCm, the kernels are for NVIDIA GPUs; use the backend triton.")
+    try:
+        return importlib.import_module("reweight_ops._cuda")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"this installation has no CUDA kernels ({error}); reinstall where nvcc is found (CUDA_HOME or PATH) with REWEIGHT_OPS_BUILD=cuda."
+        ) from error
+
+
+_cuda: Any = checked(_load(), "cuda")
+
+
+def _check(status: int) -> None:
+    """Raises for a CUDA status other than success."""
+    if status == 0:
+        return
+    if status == _INSUFFICIENT_DRIVER and torch.cuda.is_available():
+        version = _cuda.runtime_version()
+        raise BackendUnavailable(
+            f"the GPU's driver is too old for this build, which was made with CUDA {version // 1000}.{version % 1000 // 10}: "
+            "update the driver, or rebuild reweight_ops with an older CUDA toolkit."
+        )
+    raise ReweightOpsError(f"CUDA status {status}, {_cuda.error_string(status)}.")
+
+
+def _place(device: torch.device) -> dict[str, int]:
+    return {"device": device.index or 0, "stream": torch.cuda.current_stream(device).cuda_stream}
+
+
+_native = Native(_cuda, "cuda", _place, _check)
+
+
+@functools.lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def unsupported_reason(request: Request) -> str | None:
+    if request.device.type != "cuda":
+        return f"logits are on {request.device}, this backend runs on NVIDIA GPUs"
+    if (reason := dtype_reason(request)) is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
+    if _capability(request.device) < (8, 0):
+        return "the GPU is older than Ampere (compute capability 8.0)"
+    return None if request.program is None else _native.why_not(request.program)
+
+
+def _kernel_of(logits: Tensor, vocab_size: int, device: torch.device) -> str:
+    address = 0 if logits.device.type == "meta" else logits.data_ptr()
+    rows, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
+    strides = rows_of(logits)
+    vocab = (vocab_size, 0, vocab_size)
+    call = _cuda.Call(DTYPES[logits.dtype], address, strides, rows, columns, vocab, math.inf, 0, 0, False, device=device.index or 0)
+    why = _cuda.why_streaming(call, address, strides)
+    return f"streaming ({why})" if why else "ring (rows stay on chip)"
+
+
+_divergence = NativeDivergence(_native)
+
+BACKEND = Backend(
+    name="cuda",
+    unsupported_reason=unsupported_reason,
+    token_stats=_native.token_stats,
+    token_grad=_native.token_grad,
+    token_loss_grad=_native.token_loss_grad,
+    divergence_stats=_divergence.divergence_stats,
+    divergence_grad=_divergence.divergence_grad,
+    divergence_loss_grad=_divergence.divergence_loss_grad,
+    scale=_native.scale,
+    kernel_of=_kernel_of,
+)

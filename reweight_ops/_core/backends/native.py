@@ -1,0 +1,174 @@
+"""What the compiled backends share: calls of a module of kernels, checked.
+
+The modules take raw addresses and check nothing, so everything that could make them read or write out of bounds is checked here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendUnavailable, InvalidCall
+from ..formula.loss_program import Program
+from .base import COEFS, LOSS_ROWS, STATS, Head, Request, RowAddresses, RowInputs, rows_of
+from .native_programs import Compiled, CompiledRules, Programs, Tables
+from .scale import scale_in_torch, spans_of
+from .sources import source_hash
+
+_MAX_COLUMNS = 2**31 - 2**20
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def checked(module: Any, part: str) -> Any:
+    """The module, unless it was built from other sources than those beside the package (an installation from a wheel has none)."""
+    expected = source_hash(part)
+    if expected is not None and getattr(module, "sources", None) != expected:
+        raise BackendUnavailable(f"{module.__name__} was built from other sources; rebuild it with pip install -e .")
+    return module
+
+
+def dtype_reason(request: Request) -> str | None:
+    """Why a compiled backend cannot take the dtypes of a request."""
+    for name, dtype in (("logits", request.dtype), ("the other logits", request.other_dtype)):
+        if dtype is not None and dtype not in DTYPES:
+            return f"{name} are {dtype}, expected fp32, bf16 or fp16"
+    return None
+
+
+class Native:
+    """The token primitives of :class:`~.base.Backend` on tensors of one device type, and what every call of the module is checked for.
+
+    ``place(device)`` gives the last arguments of the module's ``Call``; ``check(status)`` sees what every primitive returned.
+    """
+
+    def __init__(
+        self, module: Any, device_type: str, place: Callable[[torch.device], dict[str, int]], check: Callable[[int], None]
+    ) -> None:
+        self.module, self.device_type, self._place, self.check = module, device_type, place, check
+        self._programs: Programs = Tables(module) if hasattr(module, "Table") else CompiledRules(module)
+        self.why_not = lru_cache(maxsize=256)(self._programs.why_not)
+        self._compiled = lru_cache(maxsize=256)(self._compile)
+
+    def _compile(self, program: Program, device: torch.device) -> Compiled:
+        reason = self.why_not(program)
+        if reason is not None:
+            raise InvalidCall(f"token_loss_grad on {self.device_type}: {reason}.")
+        return self._programs.compile(program, device)
+
+    def address(self, name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> int:
+        """``data_ptr()`` of a contiguous tensor of exactly this shape and dtype, on the device of ``like``; 0 for None."""
+        if t is None:
+            return 0
+        if t.shape != shape or t.dtype != dtype or t.device != like.device or not t.is_contiguous():
+            layout = "contiguous" if t.is_contiguous() else f"strides {t.stride()}"
+            raise InvalidCall(
+                f"{name} is {tuple(t.shape)} {t.dtype} {t.device} {layout}, expected {tuple(shape)} {dtype} {like.device} contiguous."
+            )
+        return t.data_ptr()
+
+    def rows(self, names: tuple[str, ...], like: Tensor, n: int) -> tuple[Tensor, list[int]]:
+        """New rows ``[len(names), n]`` for a verb to fill, and the address of each: fp32, whatever PyTorch's default dtype is."""
+        rows = torch.empty((len(names), n), dtype=torch.float32, device=like.device)
+        self.address("a result", rows, (len(names), n), like)
+        return rows, [row.data_ptr() for row in rows.unbind()]
+
+    def _check_layout(self, name: str, t: Tensor) -> None:
+        if t.dim() not in (2, 3) or t.device.type != self.device_type or t.dtype not in DTYPES or t.layout != torch.strided:
+            raise InvalidCall(
+                f"{name} is {tuple(t.shape)} {t.dtype} {t.device}, expected [N, V] or [B, T, V], fp32, bf16 or fp16 on {self.device_type}."
+            )
+        if t.stride(-1) != 1 and t.size(-1) > 1:
+            raise InvalidCall(f"{name} has strides {t.stride()}: the last dimension must be contiguous.")
+        if t.size(-1) > _MAX_COLUMNS:
+            raise InvalidCall(f"{name} has {t.size(-1)} columns, at most {_MAX_COLUMNS} are supported.")
+
+    def call(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head) -> Any:
+        self._check_layout("logits", logits)
+        n, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
+        if not 0 < head.vocab_size <= columns:
+            raise InvalidCall(f"vocab_size is {head.vocab_size}, logits have {columns} columns.")
+        per_row = temperature.numel() != 1
+        return self.module.Call(
+            DTYPES[logits.dtype], logits.data_ptr(), rows_of(logits), n, columns, (head.vocab_size, head.vocab_start, head.total()), head.softcap,
+            self.address("ids", ids, (n,), logits, torch.int64),
+            self.address("temperature", temperature.reshape(-1), (n,) if per_row else (1,), logits), per_row, **self._place(logits.device),
+        )  # fmt: skip
+
+    def out_rows(self, logits: Tensor, out: Tensor) -> RowAddresses:
+        self._check_layout("out", out)
+        if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
+            raise InvalidCall(
+                f"out is {tuple(out.shape)} {out.dtype} {out.device}, expected {tuple(logits.shape)} {logits.dtype} {logits.device} like the logits."
+            )
+        same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
+        if not same and out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() and _overlap(out, logits):
+            raise InvalidCall("out overlaps the logits without being the same view of them.")
+        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+            raise InvalidCall(f"out has strides {out.stride()}: rows would overwrite each other.")
+        return rows_of(out)
+
+    def token_stats(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
+        call = self.call(logits, ids, temperature, head)
+        out, addresses = self.rows(stats, logits, ids.numel())
+        where = dict(zip(stats, addresses, strict=True))
+        self.check(self.module.token_stats(call, [where.get(name, 0) for name in STATS]))
+        return out
+
+    def token_grad(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        temperature: Tensor,
+        head: Head,
+        stats: dict[str, Tensor],
+        coefs: dict[str, Tensor | None],
+        out: Tensor,
+    ) -> None:
+        call, n = self.call(logits, ids, temperature, head), (ids.numel(),)
+        for name in ("logp", "lse", *(name for name in ("entropy", "log_sum_p_sq") if coefs.get(name) is not None)):
+            if stats.get(name) is None:
+                raise InvalidCall(f"token_grad: the statistic {name!r} is needed and missing.")
+        known = [self.address(name, stats.get(name), n, logits) for name in COEFS]
+        by = [self.address(f"coefficient {name}", coefs.get(name), n, logits) for name in COEFS]
+        self.check(self.module.token_grad(call, known, by, out.data_ptr(), self.out_rows(logits, out)))
+
+    def token_loss_grad(
+        self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
+    ) -> Tensor:
+        compiled, length, reads_p_sq, entropy_gradient, _ = self._compiled(program, logits.device)
+        call, n = self.call(logits, ids, temperature, head), ids.numel()
+        weights = inputs.weights
+        shared = len(program.terms) == 1 or weights.stride(0) == 0  # one vector for all terms
+        if weights.shape != (len(program.terms), n):
+            raise InvalidCall(f"row weights are {tuple(weights.shape)}, expected {(len(program.terms), n)}.")
+        rows, (address, *_) = self.rows(LOSS_ROWS, logits, n)
+        stored = (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)
+        status = self.module.token_loss_grad(
+            call, compiled, self.address("params", params, (length,), logits), reads_p_sq, entropy_gradient,
+            self.address("row weights", weights[0] if shared else weights, (n,) if shared else weights.shape, logits), 0 if shared else n,
+            [self.address(name, t, (n,), logits) for name, t in zip(("old_logp", "adv", "ref_logp", "sampling_logp"), stored, strict=True)],
+            address, out.data_ptr(), self.out_rows(logits, out),
+        )  # fmt: skip
+        self.check(status)
+        return rows
+
+    def scale(self, grad: Tensor, factor: Tensor) -> None:
+        spans = spans_of(grad)
+        if spans is None or grad.dtype not in DTYPES:
+            scale_in_torch(grad, factor)
+            return
+        where = self.address("factor", factor.detach().float(), (), grad)
+        self.check(self.module.scale(DTYPES[grad.dtype], grad.data_ptr(), *spans, where, **self._place(grad.device)))
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    def span(t: Tensor) -> tuple[int, int]:
+        first = t.data_ptr()
+        return first, first + (sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+
+    (a0, a1), (b0, b1) = span(a), span(b)
+    return a0 < b1 and b0 < a1

@@ -1,0 +1,73 @@
+"""The reference's divergence primitives in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rows.groups import OUT
+from .base import DivergenceInputs
+from .reference_token import Distribution
+
+
+class _Logs(NamedTuple):
+    """A row's ``x``, its log-probs (0 on dead columns), its probabilities, dead columns, and its log-sum-exp."""
+
+    at: Distribution
+    log: Tensor
+    p: Tensor
+    dead: Tensor
+    lse: Tensor
+
+
+def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, head: object) -> _Logs:
+    dtype = torch.float64 if two.logits.dtype == torch.float64 else torch.float32
+    at = Distribution(logits.to(dtype) if logits.dtype.itemsize < dtype.itemsize else logits, two.ids, temperature, head)  # type: ignore[arg-type]
+    top = at.x.amax(-1, keepdim=True)
+    total = (at.x - top).exp().sum(-1, keepdim=True).log()
+    log = (at.x - top) - total
+    p = log.exp()
+    # A row without any finite logit is NaN everywhere: there, nothing is dead.
+    dead = (at.x == -math.inf) & (top > -math.inf)
+    return _Logs(at, torch.where(dead, 0, log), p, dead, (top + total)[:, 0])
+
+
+def divergence_stats(two: DivergenceInputs) -> Tensor:
+    a, b = _logs(two.logits, two, two.temperature, two.head), _logs(two.other, two, two.other_temperature, two.other_head)
+    d = torch.where(a.dead | b.dead, 0, a.log - b.log)
+    sick = a.lse.isnan() | b.lse.isnan()
+    forward, reverse = -(b.p * d).sum(-1), (a.p * d).sum(-1)
+    forward = torch.where((a.dead & ~b.dead).any(-1) & ~sick, math.inf, forward)
+    reverse = torch.where((b.dead & ~a.dead).any(-1) & ~sick, math.inf, reverse)
+    entropies = [-(t.p * t.log).sum(-1) for t in (a, b)]
+    zero = torch.zeros_like(forward)
+    rows = torch.stack([forward.clamp(min=0), reverse.clamp(min=0), *entropies, a.lse, zero, b.lse, zero])
+    rows[:4] = torch.where(sick, math.nan, rows[:4])
+    return torch.where(two.ids != OUT, rows, 0)
+
+
+def divergence_grad(two: DivergenceInputs, table: Tensor, coefs: Tensor, out: Tensor) -> None:
+    a, b = _logs(two.logits, two, two.temperature, two.head), _logs(two.other, two, two.other_temperature, two.other_head)
+    forward, reverse, entropy = coefs[:, :, None]
+    g = forward * (a.p - b.p)
+    kl, h = table[1][:, None], table[2][:, None]
+    g = g + torch.where(reverse == 0, 0, reverse * a.p * (torch.where(a.dead | b.dead, 0, a.log - b.log) - kl))
+    g = g - torch.where(entropy == 0, 0, entropy * a.p * (a.log + h))
+    g = g * a.at.slope / a.at.temperature
+    g = torch.where(a.dead, 0, g)
+    # inf - inf in every column with mass: no direction is right, so none is given.
+    g = torch.where((reverse != 0) & ~kl.isfinite(), math.nan, g)
+    live = ((two.ids != OUT) & (coefs != 0).any(0))[:, None]
+    g = torch.where(live, g, 0)
+    columns = two.head.vocab_size
+    out[..., :columns].copy_(g.view(out[..., :columns].shape))
+    out[..., columns:].zero_()
+
+
+def divergence_loss_grad(two: DivergenceInputs, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    table = divergence_stats(two)
+    divergence_grad(two, table, constants[:, None] * weights, out)
+    return table

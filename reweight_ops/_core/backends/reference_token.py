@@ -1,0 +1,100 @@
+"""The reference's token primitives in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..formula.loss_program import STATISTICS, Program
+from ..formula.program import evaluate_rows
+from ..rows.groups import OUT
+from .base import COEFS, Head, RowInputs
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Distribution:
+    """``x`` of every row and what the verbs need of it, in the accumulation dtype."""
+
+    def __init__(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head) -> None:
+        n = ids.numel()
+        z = logits[..., : head.vocab_size].reshape(n, head.vocab_size).to(accumulation_dtype(logits.dtype))
+        self.inside = ids != OUT
+        z = torch.where(self.inside[:, None], z, 0)  # a row that is out may hold anything
+        self.temperature = temperature.to(z.dtype).view(-1, 1)
+        self.dead = z == -math.inf
+        self.slope: Tensor | float = 1.0
+        if math.isfinite(head.softcap):
+            capped = head.softcap * torch.tanh(z / head.softcap)
+            self.slope = 1 - (capped / head.softcap) ** 2
+            z = torch.where(self.dead, -math.inf, torch.where(z == math.inf, math.nan, capped))
+        self.x = z / self.temperature
+        self.bad = self.inside & ((ids < 0) | (ids >= head.total()))
+        local = ids - head.vocab_start
+        self.has_target = (local >= 0) & (local < head.vocab_size) & self.inside & ~self.bad
+        self.target = torch.where(self.has_target, local, 0)[:, None]
+
+
+def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
+    d = Distribution(logits, ids, temperature, head)
+    top = d.x.amax(-1, keepdim=True)
+    shifted = d.x - top
+    weight = shifted.exp()
+    total = weight.sum(-1)
+    log_total = total.log()
+    out = {"lse": top[:, 0] + log_total, "max_logp": 0 - log_total}
+    target = shifted.gather(-1, d.target)[:, 0] - log_total
+    out["logp"] = torch.where(d.has_target | target.isnan(), target, -math.inf)
+    out["entropy"] = log_total - torch.where(d.dead, 0, weight * shifted).sum(-1) / total
+    out["log_sum_p_sq"] = (2 * shifted).exp().sum(-1).log() - 2 * log_total
+    rows = torch.stack([out[name] for name in stats])
+    rows = torch.where(d.bad, math.nan, rows)
+    return torch.where(d.inside, rows, 0)
+
+
+def token_grad(
+    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor
+) -> None:
+    d = Distribution(logits, ids, temperature, head)
+    zero = torch.zeros_like(stats["logp"])
+    c, e, z, q = (zero if coefs.get(name) is None else coefs[name] for name in COEFS)
+    assert c is not None and e is not None and z is not None and q is not None
+    live = d.inside & ~d.bad & ((c != 0) | (e != 0) | (z != 0) | (q != 0))
+    entropy, p_sq = stats.get("entropy", zero), stats.get("log_sum_p_sq", zero).exp()
+
+    def terms(p: Tensor, logp: Tensor, column: tuple[slice, None] | slice) -> Tensor:
+        by_entropy = -e[column] * p * (logp + entropy[column])
+        return by_entropy + z[column] * p + 2 * q[column] * p * (p / p_sq[column] - 1)
+
+    every = (slice(None), None)
+    logp = d.x - stats["lse"][:, None]
+    p = logp.exp()
+    grad = terms(p, torch.where(d.dead, 0, logp), every) - c[:, None] * p
+    # The target's own element from its log-prob: p - 1 of a rounded neighbour loses everything as p goes to 1.
+    y, everything = stats["logp"], slice(None)
+    p_y = y.exp()
+    at_target = terms(p_y, torch.where(p_y > 0, y, 0), everything) - c * torch.expm1(y)
+    grad = torch.where(d.has_target[:, None], grad.scatter(-1, d.target, at_target[:, None]), grad)
+    grad = grad * d.slope / d.temperature
+    grad = torch.where(d.dead & ~stats["lse"].isnan()[:, None], 0, grad)
+    grad = torch.where(live[:, None], grad, 0)
+    out[..., : head.vocab_size].copy_(grad.view(out[..., : head.vocab_size].shape))
+    if out.size(-1) > head.vocab_size:
+        out[..., head.vocab_size :].zero_()
+
+
+def token_loss_grad(
+    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
+) -> Tensor:
+    names = ("logp", "entropy", "lse", "log_sum_p_sq")
+    stats = dict(zip(names, token_stats(logits, ids, temperature, head, names), strict=True))
+    leaves = {"old_logp": stats["logp"]} | {name: stats[name] for name in STATISTICS} | inputs.stored()
+    weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.weights, keep=ids != OUT)
+    token_grad(logits, ids, temperature, head, stats, dict(zip(STATISTICS, by, strict=True)), out)
+    bad = (ids != OUT) & ((ids < 0) | (ids >= head.total()))
+    rows = torch.stack([stats["logp"], stats["entropy"], weighted, loss, *by[:2]])
+    return torch.where(bad, math.nan, rows)

@@ -1,0 +1,83 @@
+"""Which backend serves a call, and why not the others. A backend asked for by name never falls back."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import torch
+
+from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
+from .base import Backend, Request
+
+#: Preference by device, best first; the reference serves what nobody else can. On GPUs Triton leads until both were measured on one.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+_loaded: dict[str, Backend | BackendUnavailable] = {}
+
+
+def load(name: str) -> Backend:
+    """The backend of that name, imported on first use. Raises :class:`BackendUnavailable` with what would fix it."""
+    if name not in NAMES:
+        raise InvalidCall(f"unknown backend {name!r}; the backends are {', '.join(NAMES)} and auto.")
+    if name not in _loaded:
+        try:
+            _loaded[name] = importlib.import_module(f"{__package__}.{name}").BACKEND
+        except BackendUnavailable as error:
+            _loaded[name] = error
+        except ModuleNotFoundError as error:
+            if error.name != f"{__package__}.{name}":
+                raise
+            _loaded[name] = BackendUnavailable(f"backend {name!r} is not part of this installation.")
+    found = _loaded[name]
+    if isinstance(found, BackendUnavailable):
+        raise found
+    return found
+
+
+def why_not(name: str, request: Request) -> str | None:
+    """None if the backend can serve the request, else the reason."""
+    try:
+        return load(name).unsupported_reason(request)
+    except BackendUnavailable as error:
+        return str(error)
+
+
+def candidates(device_type: str, name: str = "auto") -> tuple[str, ...]:
+    """The backends to try, in order. ``REWEIGHT_OPS_BACKEND`` replaces "auto", and then nothing else is tried."""
+    if name == "auto":
+        name = os.environ.get("REWEIGHT_OPS_BACKEND", "auto")
+    if name == "auto":
+        return _PREFERENCE.get(device_type, ("reference",))
+    if name not in NAMES:
+        raise InvalidCall(f"unknown backend {name!r}; the backends are {', '.join(NAMES)} and auto.")
+    return (name,)
+
+
+def reasons(request: Request, name: str = "auto") -> dict[str, str | None]:
+    """Every candidate and why it cannot serve the request (None: it can)."""
+    return {candidate: why_not(candidate, request) for candidate in candidates(request.device.type, name)}
+
+
+def choose(request: Request, name: str = "auto") -> str:
+    """The first candidate without a reason against it. Raises with every candidate's reason when none is left."""
+    found = {}
+    for candidate in candidates(request.device.type, name):
+        found[candidate] = why_not(candidate, request)
+        if found[candidate] is None:
+            return candidate
+    if len(found) == 1:
+        (only, reason), *_ = found.items()
+        try:
+            load(only)
+        except BackendUnavailable as error:
+            raise BackendUnavailable(f"backend {only!r} was asked for: {error}") from error
+        raise UnsupportedRequest(f"backend {only!r} was asked for and cannot run {request.primitive}: {reason}.")
+    raise UnsupportedRequest(f"no backend can run {request.primitive}: " + "; ".join(f"{k}: {v}" for k, v in found.items()))
+
+
+@torch.compiler.assume_constant_result
+def choose_divergence(device: torch.device, dtype: torch.dtype, other_dtype: torch.dtype, name: str) -> str:
+    """:func:`choose` for two logits tensors, from plain arguments: torch.compile takes no record for a constant."""
+    return choose(Request("divergence_stats", device, dtype, other_dtype=other_dtype), name)

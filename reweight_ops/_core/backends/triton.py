@@ -1,0 +1,55 @@
+"""The Triton backend: NVIDIA from Ampere on, AMD's data-center GPUs, and Triton's interpreter (which runs on the CPU, for tests).
+
+Each verb is one launch, a program each row. A few long rows (fewer than twice the multiprocessors) are split over programs. Programs of
+one launch can wait for each other only where the hardware promises to run them at once, so a split takes a second launch where a program
+needs what another one computes or writes over:
+
+* ``token_stats``: states of segments, then their merge. (The last program of a row could merge without waiting, if it knew that it is the
+  last; but the counter for that has to be zeroed in each call, a launch as well, or shared by calls of other streams and graphs.)
+* ``token_loss_grad``: states of segments, then the rest. Every program of a row merges its segments and evaluates the rule itself.
+* ``token_grad``: one launch; in place another before it, which keeps the targets' logits. No program can know whether the target's column
+  has been written already, and every program needs that logit: ``log p`` is ``x - x_y + logp`` where ``lse`` is large, because ``x - lse``
+  is only as exact as an fp32 number of that size (1.5e-5 near 300).
+
+There is no persistent grid: a row of a real vocabulary is hundreds of kilobytes, against which the start of its program is small. None of
+this has been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import triton_divergence as divergence
+from . import triton_launch, triton_scale
+from . import triton_token as token
+from .base import Backend, Request
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def unsupported_reason(request: Request) -> str | None:
+    for dtype in (request.dtype, request.other_dtype):
+        if dtype is not None and dtype not in _DTYPES:
+            return f"logits are {dtype}; the kernels take float16, bfloat16 and float32"
+    if triton_launch.interpreted():
+        return None if request.device.type == "cpu" else "TRITON_INTERPRET=1 is set: the kernels run on CPU tensors only"
+    if request.device.type != "cuda":
+        return f"logits are on {request.device.type}; Triton's kernels run on GPUs (set TRITON_INTERPRET=1 to run them on the CPU, slowly)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(request.device) < (8, 0):
+        return "the GPU is older than Ampere (compute capability 8.0)"
+    if torch.version.hip is not None and triton_launch.wave(request.device) != 64:
+        return "the GPU is none of AMD's data-center line (gfx90a, gfx942, gfx950)"
+    return None
+
+
+BACKEND = Backend(
+    name="triton",
+    unsupported_reason=unsupported_reason,
+    token_stats=token.token_stats,
+    token_grad=token.token_grad,
+    token_loss_grad=token.token_loss_grad,
+    divergence_stats=divergence.divergence_stats,
+    divergence_grad=divergence.divergence_grad,
+    divergence_loss_grad=divergence.divergence_loss_grad,
+    scale=triton_scale.scale,
+)

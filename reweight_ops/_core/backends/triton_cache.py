@@ -1,0 +1,56 @@
+"""A program's Triton function: printed once, kept as a module in a cache folder (Triton compiles from source files), imported once.
+
+The folder is ``REWEIGHT_OPS_CACHE``, else ``reweight_ops`` in the platform's cache folder. A file's name is the hash of its text, files are
+written atomically and never changed, so any number of processes may share the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..files import write_atomically
+from ..formula.loss_program import Program
+from ..formula.triton import program_py
+
+
+def cache_folder() -> Path:
+    if named := os.environ.get("REWEIGHT_OPS_CACHE"):
+        return Path(named)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "reweight_ops"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/reweight_ops"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reweight_ops"
+
+
+def load_source(text: str, folder: Path) -> ModuleType:
+    """The module with this text, from ``folder/programs/<hash>.py``."""
+    name = f"reweight_ops_program_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    path = folder / "programs" / f"{name}.py"
+    # A file that a crash or a disk left short would fail forever: compare, do not trust the name.
+    if not path.is_file() or path.read_text() != text:
+        write_atomically(path, text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
+_functions: dict[Program, Any] = {}
+
+
+def program_function(program: Program) -> Any:
+    """The ``@triton.jit`` function of a program."""
+    if program not in _functions:
+        _functions[program] = load_source(program_py(program), cache_folder()).program
+    return _functions[program]

@@ -1,0 +1,79 @@
+"""How Triton kernels are launched here: on which machine, with which options, and what is known of tensors beforehand."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendUnavailable
+
+try:
+    import triton
+except ImportError as error:
+    raise BackendUnavailable(f"Triton cannot be imported ({error}); pip install triton (Linux, or triton-windows).") from error
+
+from ...triton_kernels import kernels
+from ...triton_kernels.config import MAX_REGISTERS
+
+#: The oldest and the newest Triton that the tests were run with; ``make triton-versions`` runs them with each.
+TESTED = ((3, 6), (3, 9))
+
+
+def warn_if_untested(version: str) -> None:
+    """An older Triton may work, and may miscompile: once, when the backend is loaded. A newer one is what a newer PyTorch brings: no word."""
+    numbers = tuple(int(x) for x in version.split(".")[:2])
+    if numbers < TESTED[0]:
+        oldest, newest = (".".join(map(str, v)) for v in TESTED)
+        warnings.warn(
+            f"reweight_ops: Triton {version} is older than any that its kernels were tested with ({oldest} to {newest}); "
+            "`reweight-ops check --backend triton` tells whether it computes right here.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+warn_if_untested(triton.__version__)
+
+
+def interpreted() -> bool:
+    """Whether the kernels were decorated for Triton's interpreter (``TRITON_INTERPRET=1`` when they were imported)."""
+    return not isinstance(kernels.stats_kernel, triton.runtime.JITFunction)
+
+
+@functools.lru_cache
+def properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+def wave(device: torch.device) -> int:
+    return 32 if device.type != "cuda" or torch.version.hip is None else int(properties(device).warp_size)
+
+
+def processors(device: torch.device) -> int:
+    return int(properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+def launch(kernel: Any, programs: int, *args: Any, warps: int, registers: int = MAX_REGISTERS, **meta: Any) -> None:
+    """The one place where anything is launched."""
+    if interpreted():
+        import numpy
+
+        with numpy.errstate(all="ignore"):  # it warns of every 0 * inf in a branch that a select then drops
+            kernel[(programs,)](*args, **meta)
+    else:
+        kernel[(programs,)](*args, **meta, **options(warps, torch.version.hip is not None, registers))
+
+
+def options(warps: int, hip: bool, registers: int = MAX_REGISTERS) -> dict[str, Any]:
+    # Contraction off: kernels that share a sweep must round alike. Registers bounded, or ptxas spills for an occupancy nobody needs.
+    return {"num_warps": warps, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": registers})
+
+
+def alignment(*tensors: Tensor) -> int:
+    """Bytes to which every row of every tensor is aligned: 16, 4, or that of an element."""
+    addresses = [a for t in tensors for a in (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))]
+    return next(n for n in (16, 4, 2) if n <= tensors[0].element_size() or all(a % n == 0 for a in addresses))

@@ -1,0 +1,115 @@
+"""One logits tensor in Triton: the launches of the token primitives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...triton_kernels import kernels
+from ...triton_kernels.config import Config, config_for
+from ..formula.loss_program import Program, loss_graph
+from . import triton_launch
+from .base import COEFS, LOSS_ROWS, STATS, Head, RowInputs, rows_of
+from .triton_cache import program_function
+
+_STAT_ORDER = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
+#: Rows up to which a row is split over programs: below this many programs per multiprocessor a device idles.
+_ROWS_PER_PROCESSOR = 2
+
+
+class _Call:
+    """What the launches of one call have in common."""
+
+    def __init__(self, logits: Tensor, temperature: Tensor, head: Head, out: Tensor | None = None) -> None:
+        self.where = rows_of(logits)
+        self.rows = logits.numel() // logits.size(-1)
+        self.config: Config = config_for(head.vocab_size, logits.element_size(), triton_launch.wave(logits.device))
+        self.segments = -(-head.vocab_size // self.config.segment)
+        self.split = self.segments > 1 and self.rows < _ROWS_PER_PROCESSOR * triton_launch.processors(logits.device)
+        self.chunk = self.config.block * 4
+        self.softcap = 1.0 if head.softcap == float("inf") else head.softcap
+        self.tile = {"CAP": head.softcap != float("inf"), "BLOCK": self.config.block, "E": self.config.vector}
+        self.align = triton_launch.alignment(logits, *([] if out is None else [out]))
+        self.t_stride = 0 if temperature.numel() == 1 else 1
+        self.emulate = triton_launch.interpreted() and logits.dtype == torch.bfloat16
+        self.device = torch.device("cuda", logits.device.index or 0) if logits.device.type == "cuda" else logits.device
+
+    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, keep: bool) -> Tensor | None:
+        """The segments' states and the targets' logits, if the rows are split."""
+        if not self.split:
+            return None
+        partial = torch.empty((self.rows, 4 * self.segments + 1), dtype=torch.float32, device=logits.device)
+        triton_launch.launch(
+            kernels.partial_kernel, self.rows * self.segments, logits, ids, temperature, partial, self.t_stride, *self.where,
+            head.vocab_size, self.softcap, head.vocab_start, head.total(), SEGMENT=self.config.segment, **self.tile, ALIGN=self.align,
+            KEEP=keep, warps=self.config.warps,
+        )  # fmt: skip
+        return partial
+
+    def programs(self, out: Tensor) -> int:
+        """Programs that write a gradient."""
+        return self.rows * (-(-out.size(-1) // self.chunk) if self.split else 1)
+
+
+def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
+    out = torch.empty((len(stats), ids.numel()), dtype=torch.float32, device=logits.device)
+    if not ids.numel():
+        return out
+    assert set(stats) <= set(STATS)
+    call = _Call(logits, temperature, head)
+    partial = call.partial(logits, ids, temperature, head, keep=False)
+    triton_launch.launch(
+        kernels.stats_kernel, call.rows, logits, ids, temperature, out if partial is None else partial, out, call.rows,
+        call.t_stride, *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
+        STATS=tuple(stats.index(name) if name in stats else -1 for name in _STAT_ORDER), SPLIT=call.split, SEGMENT=call.config.segment,
+        **call.tile, ALIGN=call.align, warps=call.config.warps,
+    )  # fmt: skip
+    return out
+
+
+def token_grad(
+    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor
+) -> None:
+    n = ids.numel()
+    if not n:
+        return
+    call = _Call(logits, temperature, head, out)
+    by = [coefs.get(name) for name in COEFS]
+    nothing = stats["logp"]  # in the place of what no program reads
+    kept = call.split and out.data_ptr() == logits.data_ptr()
+    target = torch.empty(n, dtype=torch.float32, device=logits.device) if kept else nothing
+    if kept:
+        triton_launch.launch(
+            kernels.target_kernel, n, logits, ids, target, *call.where, head.vocab_size, head.vocab_start, head.total(), warps=1
+        )  # fmt: skip
+    to = rows_of(out)
+    triton_launch.launch(
+        kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, target, stats["logp"], stats["lse"],
+        stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing), *(nothing if c is None else c for c in by), call.t_stride,
+        *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
+        BY=tuple(c is not None for c in by), KEPT=kept, SPLIT=call.split, CHUNK=call.chunk, **call.tile, ALIGN=call.align,
+        EMULATE=call.emulate, warps=call.config.warps,
+    )  # fmt: skip
+
+
+def token_loss_grad(
+    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
+) -> Tensor:
+    n = ids.numel()
+    rows = torch.empty((len(LOSS_ROWS), n), dtype=torch.float32, device=logits.device)
+    if not n:
+        return rows
+    call = _Call(logits, temperature, head, out)
+    graph = loss_graph(program)
+    partial = call.partial(logits, ids, temperature, head, keep=True)
+    to, entropy, p_sq = rows_of(out), graph.moves("entropy"), graph.moves("log_sum_p_sq")
+    given = [rows if x is None else x for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)]
+    triton_launch.launch(
+        kernels.loss_grad_kernel, call.programs(out), logits, out, ids, temperature, inputs.weights, *given, params,
+        rows if partial is None else partial, rows, n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None),
+        *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
+        PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in graph.reads(),
+        SPLIT=call.split, CHUNK=call.chunk, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate,
+        warps=call.config.warps,
+    )  # fmt: skip
+    return rows

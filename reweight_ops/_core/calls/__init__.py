@@ -1,0 +1,1 @@
+"""How a call's arguments become what the engine runs."""

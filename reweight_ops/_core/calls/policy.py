@@ -1,0 +1,198 @@
+"""One call of a policy loss, resolved: its rows, its spec, and everything per row as ``[N]``. Both plans and the metrics start from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.base import RowInputs
+from ..formula.leaves import Leaves, safe_where
+from ..formula.namespace import TorchNamespace
+from ..formula.terms import Term, TermResult, Terms, evaluate
+from ..rows.batch import BatchStatistics
+from ..rows.constants import parameter_vector
+from ..rows.rows import Rows
+from ..spec.policy import PolicyLossSpec, resolved
+from ..spec.reduction import Divisors, Reduction
+from .keywords import DataOptions
+
+#: The statistics of the current policy that the middle differentiates through.
+STATISTICS = ("logp", "entropy", "log_sum_p_sq")
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """``factor`` is the caller's detached factor of the surrogate (token weights, importance-sampling ratio), part of its row weight."""
+
+    spec: PolicyLossSpec
+    rows: Rows
+    divisors: Divisors
+    loss_scale: Any
+    adv: Tensor | None
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    sampling_logp: Tensor | None
+    factor: Tensor | None
+    adv_per_sequence: bool = False
+
+    def released(self) -> LossCall:
+        """The same without the call's arguments (kept for error messages): a result must not keep the logits alive."""
+        # Written out: older versions of torch.compile do not trace dataclasses.replace.
+        rows = self.rows.released()
+        return LossCall(
+            self.spec, rows, self.divisors, self.loss_scale, self.adv, self.old_logp, self.ref_logp, self.sampling_logp, self.factor,
+            self.adv_per_sequence,
+        )  # fmt: skip
+
+    def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
+        """``[K, N]``: every term's row weight, ``loss_scale`` included. ``statistics`` are needed only if a reduction is over a weight."""
+        found: dict[Any, Tensor] = {}
+        for reduction in self.spec.reductions:
+            if id(reduction) not in found:
+                u = None if reduction.weight is None else self._evaluate_weight(reduction.weight, statistics)
+                w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
+                # A coupled reduction is scaled after it, being no linear function.
+                found[id(reduction)] = w * self.loss_scale if self._is_scaled and not reduction.coupled else w
+        per_term = [found[id(reduction)] for reduction in self.spec.reductions]
+        if self.factor is None and len(found) == 1:
+            return per_term[0].expand(len(per_term), -1)
+        if self.factor is not None:
+            per_term[0] = per_term[0] * self.factor
+        return torch.stack(per_term)
+
+    @property
+    def _is_scaled(self) -> bool:
+        return not (isinstance(self.loss_scale, (int, float)) and self.loss_scale == 1)
+
+    def inputs(self) -> RowInputs:
+        """What a one-pass kernel reads per row."""
+        return RowInputs(self.row_weights(), self.old_logp, self.adv, self.ref_logp, self.sampling_logp)
+
+    def bound(self, formula: Any, statistics: dict[str, Tensor] | None) -> Any:
+        """A rule or weight with its per-row hyper-parameters as ``[N]``: tensors flattened, formulas evaluated, detached."""
+
+        def resolve(name: str, value: Any) -> Tensor:
+            return self.rows.per_row(name, value) if isinstance(value, Tensor) else self._evaluate_weight(value, statistics)
+
+        return resolved(formula, resolve)
+
+    def terms(self, statistics: dict[str, Tensor]) -> Terms:
+        """The spec's rules and weights bound to this call's values."""
+        spec = self.spec
+        terms = []
+        coefs = [1.0, *(p.coef for p in spec.penalties)]
+        for rule, coef, reduction in zip(spec.rules, coefs, spec.reductions, strict=True):
+            terms.append(Term(self.bound(rule, statistics), coef, self._shares(reduction) if reduction.coupled else None))
+        return Terms(terms, [self.bound(weight, statistics) for weight in spec.weights])
+
+    def _shares(self, reduction: Reduction) -> Callable[[Tensor], Tensor]:
+        def shares(weighted: Tensor) -> Tensor:
+            found = reduction.shares(self.rows, weighted, self.adv)
+            return found * self.loss_scale if self._is_scaled else found
+
+        return shares
+
+    def log_ratio(self, logp: Tensor) -> Tensor:
+        """The clamped log-ratio at the spec's level."""
+        denominator = self.ref_logp if self.spec.ratio.against == "ref" else self.old_logp
+        return self.spec.ratio.log_ratio(self.rows, logp, logp.detach() if denominator is None else denominator, self.adv)
+
+    def leaves(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every leaf that this call can give a formula."""
+        logp = statistics["logp"]
+        found = {**statistics, "old_logp": logp.detach() if self.old_logp is None else self.old_logp, "log_ratio": self.log_ratio(logp)}
+        return {**found, **self._stored()}
+
+    def safe_leaves(self, statistics: dict[str, Tensor]) -> Leaves:
+        """The same, with harmless values in the rows that are out."""
+        return Leaves(safe_where(self.rows.keep, self.leaves(statistics)))
+
+    def evaluate(self, statistics: dict[str, Tensor]) -> TermResult:
+        """The middle of two_pass: per-row losses from :data:`STATISTICS`, exact under autograd."""
+        leaves = self.leaves(statistics)
+        return evaluate(self.terms(statistics), leaves, self.row_weights(statistics), self.rows.keep, BatchStatistics(self.rows))
+
+    def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
+        """A weight outside of the terms: of a reduction, or of a hyper-parameter. Without statistics it may read stored leaves only."""
+        leaves = self.safe_leaves(statistics) if statistics is not None else Leaves(safe_where(self.rows.keep, self._stored()))
+        with torch.no_grad():
+            u: Tensor = self.bound(weight, statistics).weight(TorchNamespace(self.rows.dtype), leaves, BatchStatistics(self.rows))
+        return u.detach()
+
+    def _stored(self) -> dict[str, Tensor]:
+        found = {"old_logp": self.old_logp, "adv": self.adv, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def params(self) -> Tensor:
+        """The hyper-parameters as one vector on the rows' device: what crosses the op boundary."""
+        return parameter_vector(self.spec.parameter_values, self.rows.dtype, self.rows.device)
+
+
+def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: DataOptions) -> LossCall:
+    """Check a call's per-row arguments against what its spec reads, and flatten them."""
+    requires = spec.requires
+
+    def stored(name: str, leaf: str, why: str) -> Tensor | None:
+        value = getattr(data, name)
+        if value is None:
+            if leaf in requires and leaf != "old_logp":
+                raise rows.error(f"{why} needs {name}.")
+            return None
+        return rows.per_row(name, value, logps=True)
+
+    estimators = [r.name for r in spec.rules[1:] if r.name != "entropy_bonus"]
+    reader = estimators[0] if estimators else spec.surrogate.name
+    old = stored("old_per_token_logps", "old_logp", "")
+    ref = stored("ref_per_token_logps", "ref_logp", f"the penalty {reader!r}")
+    sampling = stored("sampling_per_token_logps", "sampling_logp", f"a weight of the spec ({', '.join(w.name for w in spec.weights)})")
+    if advantages is None and "adv" in requires:
+        raise rows.error(f"the surrogate {spec.surrogate.name!r} reads advantages, which is None.")
+    divisors = Divisors(data.num_items_in_batch, data.num_sequences_in_batch)
+    _check_divisors(rows, spec, divisors)
+    if data.group_ids is not None and not any(r.reads_groups for r in spec.reductions):
+        raise rows.error("no reduction of the spec reads prompts; group_ids would have no effect.")
+    for reduction in spec.reductions:
+        reduction.check(rows)
+    adv = None if advantages is None else rows.per_row("advantages", advantages)
+    per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
+    scale = data.loss_scale
+    if isinstance(scale, Tensor) and scale.dim() != 0:
+        raise rows.error(
+            f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights."
+        )
+    return LossCall(spec, rows, divisors, scale, adv, old, ref, sampling, _factor(rows, data), per_sequence)
+
+
+def _factor(rows: Rows, data: DataOptions) -> Tensor | None:
+    factor = None
+    for name in ("importance_sampling_ratio", "token_weights"):
+        value = getattr(data, name)
+        if value is not None:
+            if name == "importance_sampling_ratio" and isinstance(value, Tensor) and value.requires_grad:
+                raise rows.error(
+                    "importance_sampling_ratio requires grad; it is a detached factor. Factors with a gradient are token_weights."
+                )
+            row = rows.per_row(name, value)
+            factor = row if factor is None else factor * row
+    return factor
+
+
+def _check_divisors(rows: Rows, spec: PolicyLossSpec, divisors: Divisors) -> None:
+    for name in ("num_items_in_batch", "num_sequences_in_batch"):
+        value = getattr(divisors, name)
+        if value is None:
+            continue
+        if isinstance(value, Tensor) and value.dim() != 0:
+            raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
+        if not any(name in r.reads and not getattr(r, "per_call", False) for r in spec.reductions):
+            reduction, other = (
+                type(spec.reduction).__name__,
+                {"num_items_in_batch": "num_sequences_in_batch"}.get(name, "num_items_in_batch"),
+            )
+            reads = f"divides by {other}" if other in spec.reduction.reads else "has no divisor"
+            raise rows.error(f"{reduction} {reads}; {name} would have no effect.")

@@ -1,0 +1,63 @@
+"""A spec by itself, or by its method's name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from ...errors import InvalidCall
+from ..catalogue.registry import CATALOGUE, find
+from ..spec.pairs import PairSpec
+from ..spec.policy import PolicyLossSpec
+
+#: Name to :class:`~reweight_ops._core.catalogue.registry.Entry`: the losses of the catalogue.
+METHODS = CATALOGUE["policy_loss"]
+
+
+def method(name: str, **options: Any) -> PolicyLossSpec:
+    """The spec of the method of that name: ``method("dapo", epsilon_high=0.3)`` is ``methods.dapo(epsilon_high=0.3)``."""
+    spec: PolicyLossSpec = find(name, "policy_loss")[0].function(**options)
+    return spec
+
+
+_PACKAGE = __name__.split(".")[0]
+
+#: Name of a method to its spec with all defaults.
+_named: dict[str, PolicyLossSpec] = {}
+
+
+@torch.compiler.assume_constant_result
+def _build(name: str) -> None:
+    # A side effect on purpose: torch.compile runs this while tracing, and then reads the finished spec from the global above.
+    function = find(name, "policy_loss")[0].function
+    # A method of the user's own may be defined again, or a rule that it is made of.
+    if name not in _named or not function.__module__.startswith(f"{_PACKAGE}."):
+        _named[name] = function()
+
+
+def named_spec(op: str, spec: Any) -> PolicyLossSpec:
+    """A spec, by itself or by its method's name."""
+    if isinstance(spec, str):
+        _build(spec)
+        return _named[spec]
+    if not isinstance(spec, PolicyLossSpec):
+        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.")
+    return spec
+
+
+def named_pair_spec(op: str, spec: Any) -> PairSpec:
+    """A spec, by itself or by its method's name."""
+    if isinstance(spec, str):
+        entry = find(spec, "pair_loss")[0]
+        missing = [name for name, default in entry.defaults.items() if default is inspect.Parameter.empty]
+        if missing:
+            raise InvalidCall(
+                f"{op}: {spec!r} has no default for {', '.join(missing)}: pass spec=rw.preference.{spec}({missing[0]}=..., ...)."
+            )
+        built: PairSpec = entry.function()
+        return built
+    if not isinstance(spec, PairSpec):
+        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PairSpec or one of {', '.join(sorted(CATALOGUE['pair_loss']))}.")
+    return spec

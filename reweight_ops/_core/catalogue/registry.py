@@ -1,0 +1,132 @@
+"""Entries of the catalogue, and the decorator that registers them beside their formula."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ...errors import InvalidCall
+
+#: Kind of entry: where it is called from, and what it is.
+KINDS = {
+    "policy_loss": ("rw.methods", "functions that return the spec of a loss"),
+    "token_weight": ("rw.weights", "multipliers of a loss term, one a token"),
+    "advantage": ("rw.advantages", "rewards in, advantages out"),
+    "reward": ("rw.rewards", "rewards in, rewards out"),
+    "objective": ("rw.objectives", "weights of several rewards or losses, with state"),
+    "sample_weight": ("rw.sample_weights", "one weight or choice a sample"),
+    "pair_loss": ("rw.preference", "functions that return the spec of a loss of pairs"),
+    "divergence": ("rw.divergences", "a second logits tensor, or another normaliser"),
+    "schedule": ("rw.schedules", "what changes from step to step"),
+}
+
+CERTAINTIES = {
+    "verified": "the paper's text or the authors' code was read",
+    "secondary": "transcribed from a port or from notes on the paper",
+    "derived": "no formula was found: ours, after the paper's description",
+}
+
+_Published = TypeVar("_Published", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published method. ``function`` is the function or class that a user calls; its docstring is the formula."""
+
+    name: str
+    full_name: str
+    kind: str
+    paper: str
+    arxiv: str
+    certainty: str
+    function: Callable[..., Any]
+    level: str | None = None
+    plan: str | None = None
+    #: Values for the arguments without a default (those that the paper does not state), for ``show``, ``check`` and the table only.
+    example: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def formula(self) -> str:
+        """The docstring: formula, equation, and what differs from the paper."""
+        return inspect.getdoc(self.function) or ""
+
+    @property
+    def differs(self) -> str | None:
+        """The sentence(s) after ``Differs from the paper:`` in the docstring."""
+        found = re.search(r"Differs from the paper:\s*(.+?)(?:\n\s*\n|\Z)", self.formula, re.DOTALL)
+        return None if found is None else " ".join(found[1].split())
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Parameter name to default; ``inspect.Parameter.empty`` for one that must be given. Not what ``**`` collects (group arguments)."""
+        return {name: p.default for name, p in inspect.signature(self.function).parameters.items() if p.kind is not p.VAR_KEYWORD}
+
+    @property
+    def call(self) -> str:
+        """How a user writes it: ``rw.methods.dapo``."""
+        return f"{KINDS[self.kind][0]}.{self.function.__name__}"
+
+    def build(self, **options: Any) -> Any:
+        """The spec that a method returns, with the example's values for arguments that have no default."""
+        return self.function(**{**self.example, **options})
+
+
+#: Kind, then name, to entry. Filled by importing the package.
+CATALOGUE: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+
+
+def _kind_of_module(module: str) -> str:
+    package = __name__.split(".")[0]
+    for kind, (where, _) in KINDS.items():
+        if f"{module}.".startswith(f"{where.replace('rw', package, 1)}."):
+            return kind
+    raise InvalidCall(f"published: {module} says no kind; the kinds are: {', '.join(KINDS)}.")
+
+
+def published(
+    name: str,
+    full_name: str,
+    *,
+    paper: str,
+    arxiv: str,
+    kind: str | None = None,
+    certainty: str = "verified",
+    level: str | None = None,
+    plan: str | None = None,
+    example: dict[str, Any] | None = None,
+) -> Callable[[_Published], _Published]:
+    """Register a function or class. ``arxiv`` is the id, or ``unknown``; never invented. ``level``: token, segment, sequence, group, pair, ...
+
+    ``kind``: one of :data:`KINDS`; in the package's own modules it follows from the module.
+    """
+    if kind is not None and kind not in KINDS:
+        raise InvalidCall(f"published: kind is {kind!r}; the kinds are: {', '.join(KINDS)}.")
+    if certainty not in CERTAINTIES:
+        raise InvalidCall(f"published: certainty is {certainty!r}; expected one of {', '.join(CERTAINTIES)}.")
+    if arxiv != "unknown" and not re.fullmatch(r"\d{4}\.\d{4,5}", arxiv):
+        raise InvalidCall(f"published: arxiv is {arxiv!r}, expected an id like 2505.12929, or 'unknown'.")
+
+    def register(function: _Published) -> _Published:
+        of = kind or _kind_of_module(function.__module__)
+        known = CATALOGUE[of].get(name)
+        if known is not None and known.function.__module__ != function.__module__:
+            raise InvalidCall(f"the {of.replace('_', ' ')} {name!r} is taken by {known.function.__module__}.")
+        CATALOGUE[of][name] = Entry(name, full_name, of, paper, arxiv, certainty, function, level, plan, example or {})
+        return function
+
+    return register
+
+
+def find(name: str, kind: str | None = None) -> list[Entry]:
+    """Every entry of that name, over all kinds (GRPO is a loss and an advantage); an error that names the nearest if there is none."""
+    kinds = KINDS if kind is None else (kind,)
+    found = [CATALOGUE[k][name] for k in kinds if name in CATALOGUE[k]]
+    if not found:
+        names = sorted({n for k in kinds for n in CATALOGUE[k]})
+        near = difflib.get_close_matches(name, names, n=1)
+        raise InvalidCall(f"no entry {name!r}.{f' Did you mean {near[0]!r}?' if near else ''} The names are: {', '.join(names)}.")
+    return found

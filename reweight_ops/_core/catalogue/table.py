@@ -1,0 +1,63 @@
+"""``docs/methods.md``: the catalogue as a table, from the registry."""
+
+from __future__ import annotations
+
+from ..formula.trace import trace_weight
+from .left_out import LEFT_OUT
+from .registry import CATALOGUE, CERTAINTIES, KINDS, Entry
+
+_HEAD = """\
+# The catalogue
+
+Generated from the registry by `python -m reweight_ops.codegen`; do not edit. `reweight-ops show NAME` prints an entry's formula, its defaults and
+what differs from the paper.
+
+{certainties}
+
+An entry that is *derived* is not presented as its authors'. A *composite* is PyTorch code with bounded memory. Entries without a plan work on rewards,
+log-probs or masks and never see logits; PyTorch computes them wherever their tensors are.
+"""
+
+
+def plan(entry: Entry) -> str:
+    """How an entry reaches the logits."""
+    if entry.plan is not None:
+        return entry.plan
+    if entry.kind == "policy_loss":
+        return "one pass" if entry.build().one_pass_obstacle is None else "two passes"
+    if entry.kind == "token_weight":
+        weight = entry.build()
+        return "two passes" if trace_weight(type(weight)).uses_batch or not weight.detach else "one pass"
+    return ""
+
+
+def level(entry: Entry) -> str:
+    """At which level it acts: given, or the ratio's of a loss."""
+    if entry.level is None and entry.kind == "policy_loss":
+        return str(entry.build().ratio.level)
+    return entry.level or ""
+
+
+def backends(entry: Entry) -> str:
+    """Which backends compute its vocabulary-sized part: what takes a plan runs on all of them."""
+    return "all" if plan(entry) in ("one pass", "two passes") else "PyTorch"
+
+
+def _line(entry: Entry) -> str:
+    link = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv != "unknown" else "unknown"
+    return f"| `{entry.name}` | {entry.full_name} | {entry.paper} | {link} | {level(entry)} | {plan(entry)} | {backends(entry)} | {entry.certainty} |"
+
+
+def markdown() -> str:
+    """The whole page."""
+    parts = [_HEAD.format(certainties="\n".join(f"- *{name}*: {meaning}" for name, meaning in CERTAINTIES.items()))]
+    for kind, (module, meaning) in KINDS.items():
+        if not CATALOGUE[kind]:
+            continue
+        rows = [_line(CATALOGUE[kind][name]) for name in sorted(CATALOGUE[kind])]
+        head = (
+            "| name | full name | paper | arXiv | level | plan | backends | certainty |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+        )
+        parts.append(f"## `{module}`: {meaning}\n\n{head}\n" + "\n".join(rows) + "\n")
+    parts.append("## Left out, and why\n\n" + "\n".join(f"- **{title}**: {reason}" for title, reason in LEFT_OUT.items()) + "\n")
+    return "\n".join(parts)

@@ -1,0 +1,1 @@
+"""Runs a call: plan, autograd, custom ops, outputs."""

@@ -1,0 +1,166 @@
+"""The chunked LM head's two autograd Functions: logits of a few rows at a time in one reused buffer, and the kernels in place on it.
+
+As for logits there are statistics (backward recomputes a chunk's logits, or has kept them) and the one-pass loss (three GEMMs in forward).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import ops as library
+from ..autograd import hand_out_once
+from .gemms import Chunk, Gradients, Head, Settings, balanced, chunks, live_rows, padded
+
+_DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
+
+
+def _per_row(t: Tensor, rows: slice) -> Tensor:
+    return t if t.size(-1) == 1 else t[..., rows].contiguous()
+
+
+class LinearStatistics(torch.autograd.Function):
+    """Statistics ``[M]`` of the rows of the head's logits, differentiable to everything the head is made of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
+        lora_scale: float, ids: Tensor, temperature: Tensor, settings: Settings, stats: str,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        head = Head(weight, bias, lora_a, lora_b, lora_scale).to(settings.compute_dtype)
+        count = hidden.size(0)
+        size = min(settings.chunk_rows, count)
+        working: Chunk | None = None
+        kept: list[Chunk] = []
+        parts = []
+        for rows in chunks(0, count, max(size, 1)):
+            if rows.stop <= settings.keep_rows:
+                chunk = Chunk(size, head, settings)
+                kept.append(chunk)
+            else:
+                chunk = working = working or Chunk(size, head, settings)
+            z, t = chunk.logits(hidden[rows]), _per_row(temperature, rows)
+            parts.append(library.token_stats(z, ids[rows], t, settings.vocab_size, settings.softcap, False, stats, settings.backend))
+        wide = torch.float64 if settings.logits_dtype == torch.float64 else torch.float32
+        table = torch.cat(parts, 1) if parts else hidden.new_zeros(len(stats.split(",")), 0, dtype=wide)
+        outputs = tuple(table.unbind())
+        ctx.set_materialize_grads(False)
+        ctx.settings, ctx.names, ctx.lora_scale = settings, stats.split(","), lora_scale
+        # Backward writes over them, so they serve once; a second backward recomputes.
+        ctx.kept = [chunk.data for chunk in kept]
+        ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, ids, temperature, *outputs)
+        ctx.mark_non_differentiable(*(t for name, t in zip(ctx.names, outputs, strict=True) if name == "max_logp"))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, lora_a, lora_b, ids, temperature, *stats = ctx.saved_tensors
+        settings: Settings = ctx.settings
+        by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
+        if all(g is None for g in by.values()):
+            return (None,) * 10
+        known = dict(zip(ctx.names, stats, strict=True))
+        table = _Table(ids, temperature, known, by)
+        parameters = Head(weight, bias, lora_a, lora_b, ctx.lora_scale)
+        head = parameters.to(settings.compute_dtype)
+        count, kept, ctx.kept = hidden.size(0), ctx.kept, []
+        size = min(settings.chunk_rows, count)
+        recomputed_from = min(len(kept) * size, count)
+        # Rows without a coefficient are not even recomputed.
+        index = table.rows(slice(recomputed_from, count)).live() if settings.drop_inert else None
+        rest = count - recomputed_from if index is None else index.numel()
+        total_chunks = len(kept) + -(-rest // max(size, 1))
+        gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], total_chunks, settings)
+        for data, rows in zip(kept, chunks(0, recomputed_from, max(size, 1)), strict=True):
+            part, h = table.rows(rows), hidden[rows]
+            gradients.add(rows, h, _gradient(data, h.size(0), part, settings), part.live() if settings.drop_inert else None)
+        kept = data = None  # freed before the working chunk is made
+        if rest:
+            # Without compaction the same chunks as in forward, so that the same logits are found.
+            size = size if index is None else balanced(rest, size)
+            chunk = Chunk(min(size, rest), head, settings)
+            for rows in chunks(0, rest, size):
+                where = slice(recomputed_from + rows.start, recomputed_from + rows.stop) if index is None else recomputed_from + index[rows]
+                h = hidden[where]
+                chunk.logits(h)
+                gradients.add(where, h, _gradient(chunk.data, h.size(0), table.rows(where), settings), None)
+        return (*gradients.finish(), None, None, None, None, None)
+
+
+class _Table:
+    """Everything per row that backward reads."""
+
+    def __init__(self, ids: Tensor, temperature: Tensor, known: dict[str, Tensor], by: dict[str, Tensor | None]) -> None:
+        self.ids, self.temperature, self.known, self.by = ids, temperature, known, by
+
+    def rows(self, rows: slice | Tensor) -> _Table:
+        def take(x: Tensor) -> Tensor:
+            return x[rows].contiguous()
+
+        return _Table(
+            take(self.ids),
+            self.temperature if self.temperature.size(-1) == 1 else take(self.temperature),
+            {name: take(x) for name, x in self.known.items()},
+            {name: None if x is None else take(x) for name, x in self.by.items()},
+        )
+
+    def live(self) -> Tensor | None:
+        return live_rows(*self.by.values())
+
+
+def _gradient(chunk: Tensor, count: int, table: _Table, settings: Settings) -> Tensor:
+    """The gradient of a chunk's first ``count`` rows of logits, and padding: over them where that may be."""
+    known, by = table.known, table.by
+    arguments = (
+        chunk[:count], table.ids, table.temperature, known["logp"], known["lse"], known.get("entropy"), known.get("log_sum_p_sq"),
+        *(by.get(name) for name in _DERIVATIVES), settings.vocab_size, settings.softcap, False, settings.backend,
+    )  # fmt: skip
+    if library.may_overwrite(True):
+        library.token_grad_(*arguments)
+        return chunk
+    return padded(library.token_grad(*arguments), chunk.size(0))
+
+
+class LinearOnePassLoss(torch.autograd.Function):
+    """``(loss, rows)`` with every gradient formed in forward, from one GEMM for the logits and two for the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
+        ids: Tensor, temperature: Tensor, inputs: tuple[Tensor | None, ...], params: Tensor, program: str, settings: Settings,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        parameters = Head(weight, bias, lora_a, lora_b, lora_scale)
+        head = parameters.to(settings.compute_dtype)
+        count = hidden.size(0)
+        size = min(settings.chunk_rows, count)
+        gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], -(-count // max(size, 1)), settings)
+        chunk, parts = Chunk(size, head, settings), []
+        for rows in chunks(0, count, max(size, 1)):
+            h = hidden[rows]
+            z = chunk.logits(h)
+            row_inputs = [None if t is None else t[..., rows].contiguous() for t in inputs]
+            table = library.token_loss_grad_(
+                z, ids[rows], _per_row(temperature, rows), *row_inputs, params, program,
+                settings.vocab_size, settings.softcap, False, settings.backend,
+            )  # fmt: skip
+            parts.append(table)
+            gradients.add(rows, h, chunk.data, live_rows(table[4], table[5]) if settings.drop_inert else None)
+        table = torch.cat(parts, 1) if parts else hidden.new_zeros(6, 0, dtype=params.dtype)
+        results = gradients.finish()
+        ctx.given, ctx.backend = [g is not None for g in results], settings.backend
+        ctx.save_for_backward(*(g for g in results if g is not None))
+        ctx.mark_non_differentiable(table)
+        return table[2].sum(), table
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
+        hand_out_once(ctx, "linear_policy_loss")
+        saved = iter(ctx.saved_tensors)
+        # A launch each: of these tensors, of several dtypes, the smallest costs the few microseconds that an empty launch takes.
+        results = [library.scaled(next(saved), upstream, ctx.backend) if given else None for given in ctx.given]
+        return (*results, *(None,) * 7)

@@ -1,0 +1,281 @@
+"""The GEMMs of a chunked LM head: a chunk's logits into a reused buffer, and from their gradient those of hidden states, weight, bias and LoRA.
+
+Which dtype, how many rows at a time, and which rows are left out is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..memory import empty
+
+#: Bytes of logits by device, and the fewest rows that still make an efficient GEMM (every chunk reads the weight again).
+_BUDGET = {"cpu": 96 << 20, "cuda": 1 << 30}
+_FEWEST_ROWS = 256
+#: Up to this many chunks a 16-bit weight's gradient is summed in its own dtype, beyond in fp32: each chunk rounds the sum once.
+CHUNKS_IN_WEIGHT_DTYPE = 8
+#: Rows without a coefficient are dropped from the backward GEMMs if at least this share of a chunk is: a gather has its price too.
+_WORTH_DROPPING = 0.1
+#: Bytes that move at once when a chunk is compacted: on a CPU few enough for a cache, on a GPU enough for its bandwidth.
+_BLOCK = {"cpu": 4 << 20, "cuda": 64 << 20}
+#: Rows of the weight that are worked on at once where a copy in a wider dtype is needed.
+_SLICE = 8192
+
+
+def _widens(operand: Tensor, out: torch.dtype) -> bool:
+    """Whether a GEMM of 16-bit operands can write ``out`` unrounded: on a GPU, since torch 2.8."""
+    return operand.device.type == "cuda" and operand.dtype.itemsize == 2 and out == torch.float32 and hasattr(torch.ops.aten.mm, "dtype")
+
+
+class Settings(NamedTuple):
+    """What a chunk needs besides tensors."""
+
+    vocab_size: int
+    softcap: float
+    backend: str
+    chunk_rows: int
+    logits_dtype: torch.dtype
+    compute_dtype: torch.dtype  # of the GEMMs' operands
+    accumulate_dtype: torch.dtype | None  # of the weight's gradient over chunks; None: by the number of chunks
+    drop_inert: bool  # rows without a coefficient may be counted on the host and dropped
+    keep_rows: int  # of these leading rows two_pass keeps the logits for backward
+
+
+class Head(NamedTuple):
+    """``logits = hidden @ weightᵀ + bias + lora_scale · (hidden @ lora_aᵀ) @ lora_bᵀ``."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    lora_a: Tensor | None  # [r, D]
+    lora_b: Tensor | None  # [V, r]
+    lora_scale: float
+
+    def to(self, dtype: torch.dtype) -> Head:
+        w, b, lora_a, lora_b = (None if t is None else t.to(dtype) for t in self[:4])
+        assert w is not None
+        return Head(w, b, lora_a, lora_b, self.lora_scale)
+
+
+class Chunking(NamedTuple):
+    """How many rows at a time, and of how many the logits outlive forward."""
+
+    chunk_rows: int
+    keep_rows: int
+
+
+def chunking(rows: int, row_bytes: int, device: torch.device, chunk_rows: int | None = None, memory_budget: int | None = None) -> Chunking:
+    """The chunks of ``rows`` rows with ``row_bytes`` bytes of logits each.
+
+    The working chunk gets the device's budget (or the caller's, if smaller), but at least 256 rows; their size is chosen so that the
+    padded last one wastes little. What the caller's budget leaves over keeps chunks for backward; a single chunk is always kept, for it is there anyway.
+    """
+    row_bytes = max(row_bytes, 1)
+    if chunk_rows is None:
+        usual = _BUDGET.get(device.type, _BUDGET["cuda"])
+        chunk_rows = balanced(rows, max((usual if memory_budget is None else min(usual, memory_budget)) // row_bytes, _FEWEST_ROWS))
+    if rows <= chunk_rows:
+        return Chunking(chunk_rows, rows)
+    budget = memory_budget if memory_budget is not None else 0
+    if rows * row_bytes <= budget:
+        return Chunking(chunk_rows, rows)
+    chunk_bytes = chunk_rows * row_bytes
+    return Chunking(chunk_rows, max(budget // chunk_bytes - 1, 0) * chunk_rows)
+
+
+def balanced(rows: int, most: int) -> int:
+    """The size of chunks of at most ``most`` rows that pads least (the largest such): a multiple of 64, for a GEMM's tiles, if it may be."""
+    if rows <= most:
+        return max(rows, 1)
+    grain = 64 if most >= 128 else 1
+    largest = most // grain * grain
+    return min(range(largest, most // 2, -grain), key=lambda size: -(-rows // size) * size)
+
+
+def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+class Chunk:
+    """One chunk's logits, of ``size`` rows: where there are several chunks the last one is padded, for a GEMM with fewer rows may sum in another
+    order, and a row's result must not depend on where it stands."""
+
+    def __init__(self, size: int, head: Head, settings: Settings) -> None:
+        self.head = head
+        self.data = empty((size, head.weight.size(0)), settings.logits_dtype, head.weight.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits of up to ``size`` rows: the first rows of the buffer."""
+        weight, bias, a, b, scale = self.head
+        h, out = padded(hidden, self.data.size(0)).to(weight.dtype), self.data
+        if out.dtype != h.dtype:
+            _mm_wider(h, weight, out)
+            if bias is not None:
+                out += bias
+        elif bias is None:
+            torch.mm(h, weight.t(), out=out)
+        else:
+            torch.addmm(bias, h, weight.t(), out=out)
+        if a is not None and b is not None:
+            out.addmm_((h @ a.t()).to(out.dtype), b.t().to(out.dtype), alpha=scale)
+        return out[: hidden.size(0)]
+
+
+def padded(x: Tensor, rows: int) -> Tensor:
+    """``x`` with rows of zeros below, if it has fewer."""
+    return x if x.size(0) == rows else torch.cat([x, x.new_zeros(rows - x.size(0), x.size(1))])
+
+
+def _mm_wider(h: Tensor, weight: Tensor, out: Tensor) -> None:
+    """fp32 logits from 16-bit operands: one rounding less. On a GPU at GEMM speed; elsewhere in fp32, a slice of the weight at a time."""
+    if _widens(h, out.dtype):
+        torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
+        return
+    wide = h.to(out.dtype)
+    for columns in chunks(0, weight.size(0), _SLICE):
+        out[:, columns] = wide @ weight[columns].to(out.dtype).t()
+
+
+class Gradients:
+    """Accumulates what is asked for, from chunks of logit gradients: gradients of hidden, weight, bias and LoRA factors.
+
+    A parameter's gradient is summed in its own dtype where that is fp32 (also under autocast: no rounding to 16 bits on the way), else as
+    ``accumulate_dtype`` says.
+    """
+
+    def __init__(self, hidden: Tensor, parameters: Head, head: Head, needs: tuple[bool, ...], chunk_count: int, settings: Settings) -> None:
+        """``parameters`` as the caller has them, ``head`` in the dtype of the GEMMs."""
+        self.head = head
+        self.sources = (hidden, *parameters[:4])
+        self.needs = [need and x is not None for need, x in zip(needs, self.sources, strict=True)]
+        self.chunk_count, self.settings = chunk_count, settings
+        compute = settings.compute_dtype
+        self.hidden = empty(hidden.shape, compute, hidden.device).zero_() if self.needs[0] else None
+        self.totals: list[Tensor | None] = [None] * 4  # a parameter's first chunk writes, the others add
+
+    def add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, live: Tensor | None) -> None:
+        """``chunk`` holds dL/dlogits of the rows (a run of all rows, or their positions), and padding; ``live``: positions in the chunk of
+        the only rows whose gradient is not 0, ascending. They are moved to its top, over the others."""
+        weight, _, a, b, scale = self.head
+        count = h.size(0)
+        if live is not None:
+            if not live.numel():
+                return
+            chunk, h = compacted(chunk, live), h[live]
+            count = live.numel()
+        h = _finite(h.to(weight.dtype))
+        whole = chunk.to(weight.dtype)
+        grad = whole[:count]
+        if not count:
+            return
+        needs_weight, needs_bias, needs_a, needs_b = self.needs[1:]
+        through = None if b is None else scale * (grad @ b)  # [m, r]
+        if self.hidden is not None:
+            in_place = isinstance(rows, slice) and live is None and count == whole.size(0)
+            product = torch.mm(whole, weight, out=self.hidden[rows]) if in_place else torch.mm(whole, weight)[: grad.size(0)]
+            if through is not None and a is not None:
+                product += through @ a
+            if not in_place:
+                self._place(rows, live, product)
+        if needs_weight:
+            self._accumulate(0, grad.t(), h)
+        if needs_bias:
+            total = grad.sum(0, dtype=self._dtype(1))
+            self.totals[1] = total if self.totals[1] is None else self.totals[1].add_(total)
+        if a is not None and through is not None:
+            if needs_a:
+                self._accumulate(2, through.t(), h)
+            if needs_b:
+                self._accumulate(3, grad.t(), scale * (h @ a.t()))
+
+    def _place(self, rows: slice | Tensor, live: Tensor | None, product: Tensor) -> None:
+        assert self.hidden is not None
+        if not isinstance(rows, slice):
+            self.hidden.index_copy_(0, rows if live is None else rows[live], product)
+        elif live is not None:
+            self.hidden[rows].index_copy_(0, live, product)
+        else:
+            self.hidden[rows] = product
+
+    def _dtype(self, which: int) -> torch.dtype:
+        source = self.sources[which + 1]
+        assert source is not None
+        if source.dtype.itemsize >= 4 or self.settings.accumulate_dtype is not None:
+            return self.settings.accumulate_dtype or source.dtype
+        return torch.float32 if self.chunk_count > CHUNKS_IN_WEIGHT_DTYPE else source.dtype
+
+    def _accumulate(self, which: int, left: Tensor, right: Tensor) -> None:
+        dtype, total = self._dtype(which), self.totals[which]
+        if total is None:
+            total = empty((left.size(0), right.size(1)), dtype, left.device)
+            self.totals[which] = total
+            _product(total, left, right)
+        elif dtype == left.dtype:
+            total.addmm_(left, right)
+        elif _widens(left, dtype):
+            torch.addmm(total, left, right, out_dtype=dtype, out=total)
+        else:
+            # No such GEMM here: each chunk's product is rounded once, their sum is not.
+            for part in chunks(0, left.size(0), _SLICE):
+                total[part] += left[part] @ right
+
+    def finish(self) -> tuple[Tensor | None, ...]:
+        """The gradients in the inputs' dtypes: hidden, weight, bias, lora_a, lora_b; zeros where no row had one."""
+        results = [self.hidden, *self.totals]
+        for i, (need, source) in enumerate(zip(self.needs, self.sources, strict=True)):
+            found = results[i]
+            if need and source is not None:
+                results[i] = torch.zeros_like(source, memory_format=torch.contiguous_format) if found is None else found.to(source.dtype)
+        return tuple(results)
+
+
+def _finite(h: Tensor) -> Tensor:
+    """Hidden states for the GEMMs that sum over rows, with 0 for what is not finite: a row that is out, or has no coefficient, may hold anything, and
+    ``0 · NaN`` would be every parameter's gradient. No NaN is hidden: a row that counts has NaN logits there, and a gradient of NaN in every column."""
+    return torch.nan_to_num(h, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``left @ right`` into memory of the same dtype or a wider one."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    elif _widens(left, out.dtype):
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        for part in chunks(0, left.size(0), _SLICE):
+            out[part] = left[part] @ right
+
+
+def compacted(chunk: Tensor, live: Tensor) -> Tensor:
+    """The rows ``live`` (ascending) of ``chunk``, moved to its top: a view. A row only ever moves up, so a block of rows may overwrite what
+    lies above the next block's sources, and no second chunk is needed."""
+    row_bytes = max(chunk.size(1) * chunk.element_size(), 1)
+    rows = max(_BLOCK.get(chunk.device.type, _BLOCK["cuda"]) // row_bytes, 1)
+    spare = chunk.new_empty(min(rows, live.numel()), chunk.size(1))
+    for i in range(0, live.numel(), rows):
+        block = live[i : i + rows]
+        moved = torch.index_select(chunk, 0, block, out=spare[: block.numel()])
+        chunk[i : i + block.numel()] = moved
+    return chunk[: live.numel()]
+
+
+def live_rows(*coefs: Tensor | None) -> Tensor | None:
+    """Positions of the rows with a coefficient, or None where dropping the others is not worth it."""
+    known = [c != 0 for c in coefs if c is not None]
+    live = torch.stack(known).any(0)
+    index = live.nonzero()[:, 0]
+    return index if live.numel() - index.numel() >= _fewest_to_drop(live.numel()) else None
+
+
+def _fewest_to_drop(rows: int) -> float:
+    return max(_WORTH_DROPPING * rows, 1)
+
+
+def inert_rows_dropped(inert: Tensor, size: int) -> Tensor:
+    """How many of the rows marked in ``inert`` ``[M]`` are dropped in chunks of ``size`` rows, by the rule of :func:`live_rows`."""
+    parts = [inert[rows] for rows in chunks(0, inert.numel(), size)]
+    dropped = [torch.where(x.sum() >= _fewest_to_drop(x.numel()), x.sum(), 0) for x in parts]
+    return torch.stack(dropped).sum() if dropped else inert.sum()

@@ -1,0 +1,146 @@
+"""Metrics of a policy loss, under TRL's names: computed from ``[N]`` vectors after the pass, on device, without a synchronisation.
+
+Each metric is a numerator and a denominator (or an extremum), so that micro-batches and ranks combine exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidCall
+from ..calls.policy import LossCall
+from ..formula.namespace import TorchNamespace
+from ..formula.trace import trace_rule
+from ..spec.ratio import SequenceRatio
+
+#: Metrics that are a minimum or maximum, and those that are sums; all others are means.
+_EXTREMA = {"clip_ratio/low_min": "min", "clip_ratio/high_max": "max", "ratio/max": "max"}
+_SUMS = ("tokens", "sequences", "rows_skipped", "rows_dropped_forward", "rows_dropped_backward")
+
+#: verl's names of the same numbers; a metric without one keeps its name.
+VERL_NAMES = {
+    "clip_ratio/region_mean": "actor/pg_clipfrac", "approx_kl": "actor/ppo_kl", "entropy": "actor/entropy", "kl": "actor/kl_loss",
+}  # fmt: skip
+
+
+class Metrics(Mapping[str, Tensor]):
+    """Name to 0-d tensor. ``sums`` is one ``[M, 2]`` tensor of numerators and denominators (value and 1 for an extremum)."""
+
+    def __init__(self, names: tuple[str, ...], sums: Tensor) -> None:
+        self.names = names
+        self.sums = sums
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            row = self.sums[self.names.index(name)]
+        except ValueError:
+            raise KeyError(f"{name!r}; this call has: {', '.join(self.names)}") from None
+        return row[0] if name in _EXTREMA or name in _SUMS else row[0] / row[1].clamp(min=1e-30)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(self.names)})"
+
+    @staticmethod
+    def combine(parts: Iterable[Metrics]) -> Metrics:
+        """The metrics of several micro-batches as of one: numerators and denominators add, extrema compare."""
+        parts = list(parts)
+        if not parts or any(p.names != parts[0].names for p in parts):
+            raise InvalidCall("Metrics.combine: expected metrics of calls with one spec, the same names in each.")
+        stacked = torch.stack([p.sums for p in parts])
+        return Metrics(parts[0].names, _reduced(parts[0].names, stacked.sum(0), stacked.amin(0), stacked.amax(0)))
+
+    def all_reduce(self, group: Any = None) -> Metrics:
+        """The metrics over all ranks of ``group``."""
+        import torch.distributed as dist
+
+        results = []
+        for op in (dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX):
+            # NaN stands for "no sequence here"; it must not win an extremum.
+            neutral = {dist.ReduceOp.MIN: math.inf, dist.ReduceOp.MAX: -math.inf}.get(op)
+            value = self.sums.clone() if neutral is None else torch.where(self.sums.isnan(), neutral, self.sums)
+            dist.all_reduce(value, op=op, group=group)
+            results.append(value)
+        return Metrics(self.names, _reduced(self.names, *results))
+
+    def as_floats(self, names: str = "trl", prefix: str = "") -> dict[str, float]:
+        """Plain numbers: the one synchronisation. ``names`` is ``"trl"`` or ``"verl"``."""
+        if names not in ("trl", "verl"):
+            raise InvalidCall(f"Metrics.as_floats: names is {names!r}, expected 'trl' or 'verl'.")
+        values = torch.stack([self[name] for name in self.names]).tolist() if self.names else []
+        known = VERL_NAMES if names == "verl" else {}
+        return {prefix + known.get(name, name): value for name, value in zip(self.names, values, strict=True)}
+
+
+def _reduced(names: tuple[str, ...], total: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    rows = [{"min": low, "max": high}[_EXTREMA[name]][i] if name in _EXTREMA else total[i] for i, name in enumerate(names)]
+    return torch.stack(rows) if rows else total
+
+
+@torch.no_grad()
+def policy_metrics(
+    call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None, more: dict[str, Any] | None = None
+) -> Metrics:
+    """The metrics of a call from its row statistics; ``by`` are the loss's derivatives by logp and entropy, if known; ``more`` sums to add."""
+    rows, spec = call.rows, call.spec
+    xp, t, known = TorchNamespace(rows.dtype), call.safe_leaves(leaves), call.leaves(leaves)
+    keep = rows.keep.to(rows.dtype)
+    count = keep.sum()
+    found: dict[str, tuple[Tensor, Any]] = {}
+    if "entropy" in leaves:
+        found["entropy"] = ((t.entropy * keep).sum(), count)
+    terms = call.terms(leaves).terms
+    for penalty, bound in zip(spec.penalties, terms[1:], strict=True):
+        if "ref_logp" in known and "ref_logp" in trace_rule(type(penalty.rule)).leaves:
+            found["kl"] = ((bound.rule.loss(xp, t) * keep).sum(), count)
+            break
+    clipped = terms[0].rule.clipped(xp, t)
+    if clipped is not None:
+        low, high = (c.to(rows.dtype) * keep for c in clipped)
+        found |= _clip_metrics(call, low, high, count)
+    if "log_ratio" in spec.requires:
+        ratio = t.log_ratio.exp()
+        found["ratio/mean"] = ((ratio * keep).sum(), count)
+        found["ratio/max"] = (torch.where(rows.keep, ratio, -math.inf).max(), 1)
+        found["approx_kl"] = (((t.old_logp - t.logp) * keep).sum(), count)
+    if call.factor is not None:
+        found["weight/mean"] = ((torch.where(rows.keep, call.factor, 0)).sum(), count)
+    found["tokens"] = (count, 1)
+    if rows.sequences is not None:
+        found["sequences"] = ((rows.sequences.sum(keep) > 0).sum(), 1)
+    if by is not None:
+        found["rows_skipped"] = ((rows.keep & (by[0] == 0) & (by[1] == 0)).sum(), 1)
+    found |= {name: (value, 1) for name, value in (more or {}).items()}
+    pairs = [torch.stack([torch.as_tensor(x, dtype=rows.dtype, device=rows.device) for x in pair]) for pair in found.values()]
+    return Metrics(tuple(found), torch.stack(pairs))
+
+
+def _clip_metrics(call: LossCall, low: Tensor, high: Tensor, count: Tensor) -> dict[str, tuple[Tensor, Any]]:
+    rows = call.rows
+    cispo = call.spec.surrogate.name == "cispo"
+    kinds = {"low": low, "high": high, "region": torch.maximum(low, high)}
+    names = {"high": "cispo_clip_ratio"} if cispo else {kind: f"clip_ratio/{kind}_mean" for kind in kinds}
+    if rows.sequences is None:
+        return {name: (kinds[kind].sum(), count) for kind, name in names.items()}
+    lengths = rows.sequences.sum(rows.keep.to(rows.dtype))
+    per_sequence = {kind: rows.sequences.sum(x) / lengths for kind, x in kinds.items()}
+    found: dict[str, tuple[Tensor, Any]]
+    if isinstance(call.spec.ratio, SequenceRatio) and call.adv_per_sequence:
+        # One ratio and one advantage a sequence: TRL then counts sequences, not tokens.
+        found = {name: (per_sequence[kind].nan_to_num(0).sum(), rows.sequences.count) for kind, name in names.items()}
+    else:
+        found = {name: (kinds[kind].sum(), count) for kind, name in names.items()}
+    if not cispo:
+        found["clip_ratio/low_min"] = (torch.where(lengths > 0, per_sequence["low"], math.inf).min(), 1)
+        found["clip_ratio/high_max"] = (torch.where(lengths > 0, per_sequence["high"], -math.inf).max(), 1)
+    return found

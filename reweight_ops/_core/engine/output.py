@@ -1,0 +1,119 @@
+"""What a policy loss returns: the loss, detached per-row results, and metrics. What costs extra work is computed when it is first read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from ..calls.policy import STATISTICS, LossCall
+from ..formula.namespace import TorchNamespace
+from .metrics import Metrics, policy_metrics
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Per-row statistics, shape R, fp32 (fp64 for fp64 logits), 0 where a row is out; what was not asked for is None.
+
+    ``logps`` log-prob of the id · ``entropies`` · ``lse`` log-sum-exp of the scaled logits · ``log_sum_p_sq`` log Σp² · ``max_logp`` log-prob
+    of the likeliest token · ``is_top1`` bool: the id is a likeliest token · ``log1m_p`` log(1 - p) of the id, from its log-prob (so its error
+    is an fp32 rounding over 1 - p). The first three are differentiable.
+    """
+
+    logps: Tensor | None = None
+    entropies: Tensor | None = None
+    lse: Tensor | None = None
+    log_sum_p_sq: Tensor | None = None
+    max_logp: Tensor | None = None
+    is_top1: Tensor | None = None
+    log1m_p: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PolicyLossOutput:
+    """The result of a policy loss. All but ``loss`` are detached in both plans (unless ``differentiable_outputs=True``).
+
+    Shape R, fp32 (fp64 for fp64 logits), 0 where a row is out: ``per_token_logps``, ``entropies`` (None if not known),
+    ``per_token_loss`` (``Σ_k coef_k·u_k·ℓ_k``: before row weights, which are the reduction, ``loss_scale``, ``token_weights`` and
+    ``importance_sampling_ratio``), ``ratio`` (at the spec's level, clamped), ``coef`` (∂loss/∂logp of the total), ``is_clipped`` (bool).
+    """
+
+    loss: Tensor
+    per_token_logps: Tensor
+    entropies: Tensor | None
+    plan: str
+    backend: str
+    _call: LossCall = field(repr=False)
+    _leaves: dict[str, Tensor] = field(repr=False)  # [N], detached
+    _loss: Tensor = field(repr=False)  # [N], detached
+    _by: tuple[Tensor, Tensor] | None = field(repr=False, default=None)
+    #: More metrics (sums), from the loss's derivatives by logp and entropy.
+    _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False, default=None)
+
+    @cached_property
+    def per_token_loss(self) -> Tensor:
+        return self._call.rows.unflatten(self._loss)
+
+    @cached_property
+    def ratio(self) -> Tensor:
+        rows = self._call.rows
+        return rows.unflatten(torch.where(rows.keep, self._call.log_ratio(self._leaves["logp"]).detach().exp(), 0))
+
+    @cached_property
+    def is_clipped(self) -> Tensor:
+        rows, leaves = self._call.rows, self._call.safe_leaves(self._leaves)
+        clipped = self._call.terms(self._leaves).terms[0].rule.clipped(TorchNamespace(rows.dtype), leaves)
+        nothing = torch.zeros_like(rows.keep)
+        return rows.unflatten(nothing if clipped is None else (clipped[0] | clipped[1]) & rows.keep)
+
+    @cached_property
+    def _derivatives(self) -> tuple[Tensor, Tensor]:
+        if self._by is not None:
+            return self._by
+        return coefficients(self._call, self._leaves)
+
+    @cached_property
+    def coef(self) -> Tensor:
+        return self._call.rows.unflatten(self._derivatives[0])
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        more = {} if self._more is None else self._more(self._derivatives)
+        return policy_metrics(self._call, self._leaves, self._derivatives, more)
+
+
+def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """``[N]`` derivatives of the total loss by logp and by entropy."""
+    with torch.enable_grad():
+        probes = {name: leaves[name].detach().clone().requires_grad_() for name in STATISTICS if name in leaves}
+        total = call.evaluate(probes).weighted_loss.sum()
+        found = torch.autograd.grad(total, list(probes.values()), allow_unused=True) if total.requires_grad else [None] * len(probes)
+    by = dict(zip(probes, found, strict=True))
+    zero = torch.zeros_like(leaves["logp"])
+    by_logp, by_entropy = by.get("logp"), by.get("entropy")
+    return (zero if by_logp is None else by_logp), (zero if by_entropy is None else by_entropy)
+
+
+_ROWS = ("per_token_logps", "entropies", "per_token_loss", "ratio", "coef", "is_clipped")
+
+
+def _flatten(out: PolicyLossOutput) -> tuple[list[Any], Any]:
+    return [out.loss, *(getattr(out, name) for name in _ROWS), out.metrics.sums], (out.plan, out.backend, out.metrics.names)
+
+
+def _unflatten(values: Any, context: Any) -> PolicyLossOutput:
+    out = object.__new__(PolicyLossOutput)
+    loss, *rows, sums = values
+    plan, backend, names = context
+    for name, value in zip(("loss", *_ROWS), (loss, *rows), strict=True):
+        out.__dict__[name] = value
+    out.__dict__.update(plan=plan, backend=backend, metrics=Metrics(names, sums))
+    return out
+
+
+_pytree.register_pytree_node(PolicyLossOutput, _flatten, _unflatten, serialized_type_name="reweight_ops.PolicyLossOutput")

@@ -1,0 +1,1 @@
+"""One formula: written, traced, derived, interpreted, printed."""

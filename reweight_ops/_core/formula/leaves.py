@@ -1,0 +1,28 @@
+"""A token's fields as a formula sees them, with harmless values where a term does not select the row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: What a row that a term does not select is evaluated at: finite for every rule, so that its discarded derivative is no NaN.
+_SAFE = {
+    "logp": -1.0, "old_logp": -1.0, "log_ratio": 0.0, "ref_logp": -1.0, "sampling_logp": -1.0, "adv": 1.0, "entropy": 1.0, "log_sum_p_sq": -1.0,
+}  # fmt: skip
+
+
+class Leaves:
+    """What a formula reads of its tokens: attributes ``[N]``."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.values = values
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self.values:
+            raise AttributeError(f"the formula reads {name!r}, which this call was not given")
+        return self.values[name]
+
+
+def safe_where(selected: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The leaves with harmless values in the rows that are not selected."""
+    return {name: torch.where(selected, value, _SAFE[name]) for name, value in values.items()}

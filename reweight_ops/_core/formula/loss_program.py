@@ -1,0 +1,155 @@
+"""A whole pointwise loss as one expression graph, with its derivatives: what every backend evaluates per row.
+
+:class:`Program` names a loss by the texts of its formulas. :func:`loss_graph` composes them: PyTorch interprets
+the graph, Triton prints it, C++ and CUDA interpret it from a table (:mod:`.table`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ...errors import InvalidCall
+from .base import LEAVES, RULES, WEIGHTS, Rule, TokenWeight
+from .derive import Derivative, add, select, sub, value_of
+from .text import read_formula, write_formula
+from .trace import Expr, Graph, trace_rule, trace_weight, walk
+
+#: The row statistics through which a gradient reaches the logits.
+STATISTICS = ("logp", "entropy", "log_sum_p_sq")
+
+#: What a one-pass kernel computes per row: the two losses, and the derivatives of the first by :data:`STATISTICS`.
+ONE_PASS = ("weighted_loss", "loss", *(f"d_{name}" for name in STATISTICS))
+
+
+class Program(NamedTuple):
+    """A pointwise loss, by the texts of its formulas (:mod:`.text`): hashable, and never a rule's name.
+
+    With ``log_ratio = clip(logp - old_logp, clamp_low, clamp_high)``, without gradient outside of the bounds::
+
+        loss          = sum_k coef_k * u_k * rule_k(leaves)            u_0 = product of all weights, u_k = product of scope "all"
+        weighted_loss = sum_k w_k * coef_k * u_k * rule_k(leaves)      w_k: the row weight of term k, an input
+
+    A term whose ``w_k * coef_k * u_k`` is 0 contributes exactly 0 (never ``0 * inf``) to each of them and to every
+    derivative. ``params`` is one vector: ``[clamp_low, clamp_high, (coef_k, fields of rule k)..., (fields of weight
+    j)...]``. Term 0 is the surrogate.
+    """
+
+    terms: tuple[str, ...]
+    weights: tuple[tuple[str, str], ...] = ()  # (formula, scope)
+
+    @classmethod
+    def of(cls, rules: Iterable[type[Rule] | str], weights: Iterable[tuple[type[TokenWeight] | str, str]] = ()) -> Program:
+        """The program of rules and of (weight, scope), each a class or the name of a registered one."""
+        classes = [RULES[r] if isinstance(r, str) else r for r in rules]
+        scoped = [(WEIGHTS[w] if isinstance(w, str) else w, scope) for w, scope in weights]
+        terms = tuple(write_formula(trace_rule(c)) for c in classes)
+        return cls(terms, tuple((write_formula(trace_weight(c)), scope) for c, scope in scoped))
+
+    def encode(self) -> str:
+        """As one string, which is what crosses the boundary of a custom op."""
+        return f"{','.join(self.terms)}|{','.join(f'{scope}={text}' for text, scope in self.weights)}"
+
+    @staticmethod
+    @functools.lru_cache(maxsize=512)
+    def decode(text: str) -> Program:
+        terms, weights = text.split("|")
+        pairs = (pair.split("=") for pair in weights.split(",") if pair)
+        return Program(tuple(terms.split(",")), tuple((formula, scope) for scope, formula in pairs))
+
+
+class LossGraph:
+    """The outputs of a loss by name, each a node of one graph.
+
+    ``weighted_loss`` and ``loss``; ``d_<leaf>``, the derivative of the weighted loss by a leaf, ``d_logp`` and
+    ``d_old_logp`` through the ratio too; ``d_w<k>``, that by the row weight of term ``k``. Leaves are those of a
+    formula and ``w0, w1, ...``, the row weights; parameters are ``p0, p1, ...``. A row whose ``logp`` is NaN has a
+    NaN ``d_logp`` if any term selects it, whatever the comparisons of a rule make of a NaN.
+
+    ``given_ratio``: ``log_ratio`` is a leaf like any other, with a derivative of its own.
+    """
+
+    def __init__(self, program: Program, given_ratio: bool = False) -> None:
+        self.graph = g = Graph()
+        self.terms = len(program.terms)
+        self._found: dict[str, Expr] = {}
+        numbers = itertools.count()
+
+        def parameter() -> Expr:
+            return g.node("param", f"p{next(numbers)}")
+
+        low, high = parameter(), parameter()
+        raw = self._leaf("logp") - self._leaf("old_logp")
+        below, above = raw < low, high < raw
+        # Both are false for a NaN, which has to reach the loss and the gradient.
+        self._clamped = None if given_ratio else below | above
+        self._ratio = self._leaf("log_ratio") if given_ratio else select(below, low, select(above, high, raw))
+
+        def leaf(name: str) -> Expr:
+            return self._ratio if name == "log_ratio" else self._leaf(name)
+
+        rules = [(parameter(), read_formula(text, g, parameter, leaf)) for text in program.terms]
+        weights = [(g.node("stop", read_formula(text, g, parameter, leaf)), scope) for text, scope in program.weights]
+        self.parameters = next(numbers)
+        self._compose(rules, weights)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every output."""
+        leaves = [x for x in LEAVES if x != "log_ratio" or self._clamped is None]
+        return ("weighted_loss", "loss", *(f"d_{x}" for x in leaves), *(f"d_w{k}" for k in range(self.terms)))
+
+    def _leaf(self, name: str) -> Expr:
+        return self.graph.node("leaf", name)
+
+    def _compose(self, rules: list[tuple[Expr, Expr]], weights: list[tuple[Expr, str]]) -> None:
+        zero = self.graph.const(0.0)
+        self._weighted = self._loss = zero
+        self._off: list[Expr] = []  # per term: whether it selects zero
+        for k, (factor, rule) in enumerate(rules):
+            for u, scope in weights:
+                factor = factor * u if k == 0 or scope == "all" else factor
+            share = self._leaf(f"w{k}") * factor
+            off = self.graph.arithmetic("eq", share, zero)
+            self._off.append(off)
+            self._weighted = add(self._weighted, select(off, zero, share * rule))
+            self._loss = add(self._loss, select(off, zero, factor * rule))
+            never = self.graph.arithmetic("eq", factor, zero)
+            self._found[f"d_w{k}"] = value_of(select(never, zero, factor * rule))
+
+    def __getitem__(self, name: str) -> Expr:
+        if name not in self._found:
+            if name not in self.names:
+                raise InvalidCall(f"a loss has no output {name!r}; it has: {', '.join(self.names)}.")
+            self._found[name] = self._find(name)
+        return self._found[name]
+
+    def _find(self, name: str) -> Expr:
+        if name in ("weighted_loss", "loss"):
+            return value_of(self._weighted if name == "weighted_loss" else self._loss)
+        by = self._leaf(name.removeprefix("d_"))
+        slope = Derivative(by, () if by is self._ratio else (self._ratio,))(self._weighted)
+        if self._clamped is not None and name in ("d_logp", "d_old_logp"):
+            through = select(self._clamped, self.graph.const(0.0), Derivative(self._ratio)(self._weighted))
+            slope = (add if name == "d_logp" else sub)(slope, through)
+        if name == "d_logp":
+            unread = functools.reduce(lambda a, b: a & b, self._off)
+            slope = select((by != by) & ~unread, by, slope)
+        return slope
+
+    def reads(self, outputs: Iterable[str] = ONE_PASS) -> frozenset[str]:
+        """The leaves that these outputs depend on."""
+        return frozenset(x.args[0] for x in walk(*(self[name] for name in outputs)) if x.op == "leaf")
+
+    def moves(self, name: str) -> bool:
+        """Whether the weighted loss can depend on a leaf, by its formulas."""
+        slope = self[f"d_{name}"]
+        return not (slope.op == "const" and slope.args[0] == 0)
+
+
+@functools.lru_cache(maxsize=512)
+def loss_graph(program: Program, given_ratio: bool = False) -> LossGraph:
+    """The graph of a program, composed once."""
+    return LossGraph(program, given_ratio)

@@ -1,0 +1,26 @@
+"""A loss program in torch: its graph, interpreted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .interpret import evaluate
+from .loss_program import ONE_PASS, Program, loss_graph
+
+
+def evaluate_rows(
+    program: Program,
+    params: Tensor,
+    leaves: dict[str, Tensor],
+    row_weights: Tensor,
+    outputs: tuple[str, ...] = ONE_PASS,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """``[len(outputs), N]``; see :class:`~reweight_ops._core.backends.base.Backend`."""
+    graph = loss_graph(program, "log_ratio" in leaves)
+    known = leaves | {f"w{k}": w for k, w in enumerate(row_weights)}
+    numbers = {f"p{i}": x for i, x in enumerate(params.unbind())}
+    values = evaluate([graph[name] for name in outputs], known, numbers)
+    table = torch.stack([x.expand(row_weights.size(1)) for x in values])
+    return table if keep is None else torch.where(keep, table, 0)

@@ -1,0 +1,146 @@
+"""A loss graph as a table that C++ and CUDA interpret: operations on numbered registers, level by level.
+
+Registers, in this order: the program's parameters; the constants; what follows from those two alone and is computed
+once a call (uniform); a row's inputs, which are :data:`~reweight_ops._core.formula.base.LEAVES` and the row weights; the
+values between, each register used again as soon as a level has read its value for the last time.
+
+A level holds operations that do not depend on each other, and writes no register that it reads: the lanes of a warp
+can take them side by side. A condition is 1 or 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .base import LEAVES
+from .loss_program import ONE_PASS, LossGraph
+from .trace import SYMBOLS, Expr, unstopped, walk
+
+#: Operations in the order of their codes; ``csrc/common/program_table.h`` says what each computes.
+OPERATIONS = (
+    "add", "sub", "mul", "div", "neg", "abs", "min", "max", "clip", "exp", "expm1", "log", "log1p", "sigmoid", "tanh",
+    "lt", "le", "eq", "ne", "and", "or", "not", "where",
+)  # fmt: skip
+
+#: Registers that an operation can name.
+MAX_REGISTERS = 1 << 12
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """``registers[out] = op(*registers[operands])``."""
+
+    op: str
+    out: int
+    operands: tuple[int, ...]
+
+    def encode(self) -> int:
+        """One 64-bit word: 8 bits of code, then four times 12 bits of register (an absent operand repeats the first)."""
+        fields = (self.out, *self.operands, *[self.operands[0]] * (3 - len(self.operands)))
+        word = OPERATIONS.index(self.op)
+        for i, register in enumerate(fields):
+            word |= register << (8 + 12 * i)
+        return word
+
+
+@dataclass(frozen=True)
+class Table:
+    """A program as instructions. ``levels``: where each level ends; the first ``uniform_levels`` are computed once a call."""
+
+    instructions: tuple[Instruction, ...]
+    levels: tuple[int, ...]
+    uniform_levels: int
+    constants: tuple[float, ...]
+    parameters: int
+    inputs: int  # the register of the first leaf
+    terms: int
+    registers: int
+    outputs: tuple[int, ...]
+
+    @property
+    def uniform(self) -> int:
+        """How many instructions are computed once a call."""
+        return self.levels[self.uniform_levels - 1] if self.uniform_levels else 0
+
+    def words(self) -> list[int]:
+        """The instructions, then the constants as the bits of fp64 numbers, as int64."""
+        bits = struct.unpack(f"{len(self.constants)}q", struct.pack(f"{len(self.constants)}d", *self.constants))
+        return [*(i.encode() for i in self.instructions), *bits]
+
+
+def _leveled(nodes: Sequence[Expr], depth: dict[int, int]) -> list[list[Expr]]:
+    """The nodes by depth, which is found here; those of one operation side by side."""
+    levels: dict[int, list[Expr]] = {}
+    for x in nodes:
+        depth[x.index] = 1 + max((depth.get(unstopped(a).index, 0) for a in x.operands), default=0)
+        levels.setdefault(depth[x.index], []).append(x)
+    return [sorted(levels[d], key=lambda x: OPERATIONS.index(x.op)) for d in sorted(levels)]
+
+
+class _Builder:
+    def __init__(self, graph: LossGraph, roots: Sequence[Expr]) -> None:
+        self.graph, self.roots = graph, [unstopped(x) for x in roots]
+        nodes = [x for x in walk(*self.roots) if x.op != "stop"]
+        constants = [x for x in nodes if x.op == "const"]
+        self.constants = tuple(float(x.args[0]) for x in constants)
+        self.at: dict[int, int] = {x.index: graph.parameters + i for i, x in enumerate(constants)}
+        self.at |= {x.index: int(x.args[0][1:]) for x in nodes if x.op == "param"}
+        varying: set[int] = set()
+        for x in nodes:
+            if x.op == "leaf" or any(unstopped(a).index in varying for a in x.operands):
+                varying.add(x.index)
+        operations = [x for x in nodes if x.op not in SYMBOLS]
+        depth: dict[int, int] = {}
+        self.uniform = _leveled([x for x in operations if x.index not in varying], depth)
+        self.varying = _leveled([x for x in operations if x.index in varying], {})
+        first = graph.parameters + len(constants)
+        for x in (x for level in self.uniform for x in level):
+            self.at[x.index], first = first, first + 1
+        self.inputs = first
+        names = [*LEAVES, *(f"w{k}" for k in range(graph.terms))]
+        self.at |= {x.index: first + names.index(x.args[0]) for x in nodes if x.op == "leaf"}
+        self.registers = first + len(names)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        last_read = {unstopped(a).index: d for d, level in enumerate(self.varying) for x in level for a in x.operands}
+        last_read |= {x.index: len(self.varying) for x in self.roots}
+        ends: dict[int, list[int]] = {}
+        free: list[int] = []
+        for d, level in enumerate(self.varying):
+            for x in level:
+                if free:
+                    self.at[x.index] = heapq.heappop(free)
+                else:
+                    self.at[x.index], self.registers = self.registers, self.registers + 1
+                ends.setdefault(last_read[x.index], []).append(self.at[x.index])
+            for register in ends.get(d, ()):
+                heapq.heappush(free, register)
+
+    def table(self) -> Table:
+        levels = [*self.uniform, *self.varying]
+        instructions = [
+            Instruction(x.op, self.at[x.index], tuple(self.at[unstopped(a).index] for a in x.operands)) for level in levels for x in level
+        ]
+        ends, at = [], 0
+        for level in levels:
+            at += len(level)
+            ends.append(at)
+        return Table(
+            tuple(instructions), tuple(ends), len(self.uniform), self.constants, self.graph.parameters, self.inputs,
+            self.graph.terms, self.registers, tuple(self.at[x.index] for x in self.roots),
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=512)
+def _build(graph: LossGraph, outputs: tuple[str, ...]) -> Table:
+    return _Builder(graph, [graph[name] for name in outputs]).table()
+
+
+def build_table(graph: LossGraph, outputs: Iterable[str] = ONE_PASS) -> Table:
+    """The table that computes these outputs of a loss."""
+    return _build(graph, tuple(outputs))

@@ -1,0 +1,79 @@
+"""The middle of the computation, on ``[N]`` vectors: rules, weights and coefficients from row statistics to per-row losses.
+
+This is two_pass's middle, differentiated by autograd. One_pass runs its generated twin in the kernel (:mod:`.backends.program` in torch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import Rule, TokenWeight
+from .leaves import Leaves, safe_where
+from .namespace import TorchNamespace
+
+
+class Term(NamedTuple):
+    """One term of the loss: a rule whose fields are bound to values, and its coefficient (a number or 0-d tensor).
+
+    ``shares`` of a coupled reduction: from the term's weighted token losses (its coefficient apart) to what they add to the loss.
+    """
+
+    rule: Rule
+    coef: Any
+    shares: Callable[[Tensor], Tensor] | None = None
+
+
+class Terms(NamedTuple):
+    """All terms (0 is the surrogate), and the weights, fields bound."""
+
+    terms: Sequence[Term]
+    weights: Sequence[TokenWeight]
+
+
+class TermResult(NamedTuple):
+    weighted_loss: Tensor  # [N]: sum_k w_k * coef_k * u_k * rule_k
+    loss: Tensor  # [N]: the same without w_k
+
+
+def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep: Tensor, batch: Any) -> TermResult:
+    """Per-row losses from every leaf (``log_ratio`` included) and the row weights ``[K, N]``.
+
+    A term selects the rows where its weight is not zero and evaluates only those, so that nothing of the others, not even an overflow,
+    reaches the loss or a gradient. A weight that requires grad selects every row: its gradient is not zero where it is.
+    """
+    xp = TorchNamespace(leaves["logp"].dtype)
+    scoped: dict[str, Tensor | None] = {"surrogate": None, "all": None}
+    if terms.weights:
+        inside = Leaves(safe_where(keep, leaves))
+        for w in terms.weights:
+            u = w.weight(xp, inside, batch)
+            u = u.detach() if w.detach else u
+            so_far = scoped[w.scope]
+            scoped[w.scope] = u if so_far is None else so_far * u
+
+    weighted = loss = torch.zeros_like(leaves["logp"])
+    chosen = torch.zeros_like(keep)
+    for k, term in enumerate(terms.terms):
+        factor: Any = term.coef if term.shares is None else 1.0
+        for u in (scoped["all"], scoped["surrogate"] if k == 0 else None):
+            factor = factor if u is None else factor * u
+        total = row_weights[k] * factor
+        selected = keep if total.requires_grad else keep & (total != 0)
+        value = term.rule.loss(xp, Leaves(safe_where(selected, leaves)))
+        own = torch.where(selected, total * value, 0)
+        if term.shares is None:
+            loss, weighted = loss + torch.where(selected, factor * value, 0), weighted + own
+        else:
+            loss = loss + torch.where(selected, term.coef * factor * value, 0)
+            weighted = weighted + term.coef * term.shares(own)
+        chosen = chosen | selected
+    # Every comparison with NaN is false: without this a clip would call a row without a log-prob clipped, and its gradient 0.
+    logp = leaves["logp"]
+    sick = chosen & logp.isnan()
+    # Times NaN in sick rows only: in the others a NaN, though discarded, would alarm autograd's anomaly mode.
+    spoiled = logp * torch.where(sick, logp.detach(), 1)
+    return TermResult(torch.where(sick, spoiled, weighted), loss)

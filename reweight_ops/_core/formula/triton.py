@@ -1,0 +1,55 @@
+"""Print a loss as Triton: a module with one function, ``program``, that a kernel calls once per row.
+
+It is everything between the row's statistics and the coefficients of its gradient.
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+
+from .base import LEAVES
+from .loss_program import ONE_PASS, Program, loss_graph
+from .printer import Language, statements
+from .trace import walk
+
+_FUNCTIONS = ("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs")
+_INFIX = {
+    "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}", "lt": "{} < {}", "le": "{} <= {}",
+    "eq": "{} == {}", "ne": "{} != {}", "and": "{} & {}", "or": "{} | {}", "not": "~{}",
+}  # fmt: skip
+
+TRITON = Language(
+    templates=_INFIX
+    | {f: f"math.{f}({{}})" for f in _FUNCTIONS}
+    | {"min": "math.minimum({}, {})", "max": "math.maximum({}, {})", "clip": "math.clip({}, {}, {})", "where": "tl.where({}, {}, {})"},
+    infix=frozenset(_INFIX),
+    statement="{name} = {value}",
+    number="{}",
+    infinity='float("inf")',
+    leaf="{}",
+    alone="tl.full((), {}, tl.float32)",
+    reserved=frozenset({*keyword.kwlist, *dir(builtins), "tl", "math", "triton"}),
+)
+
+_HEADER = "# ruff: noqa\n# fmt: off\nimport triton\nimport triton.language as tl\n"
+
+
+def program_py(program: Program) -> str:
+    """The source of a module whose ``program`` evaluates a whole loss for one row.
+
+    ``program(params, w, w_stride, <leaves but log_ratio>)`` returns
+    :data:`~reweight_ops.codegen.loss_program.ONE_PASS`; ``w + k * w_stride`` is the address of the row weight of
+    term ``k``.
+    """
+    graph = loss_graph(program)
+    roots = [graph[name] for name in ONE_PASS]
+    read = {x.args[0] for x in walk(*roots) if x.op in ("leaf", "param")}
+    loads = [f"p{i} = tl.load(params + {i})" for i in range(graph.parameters) if f"p{i}" in read]
+    loads += [f"w{k} = tl.load(w + {k} * w_stride)" for k in range(graph.terms)]
+    lines, values = statements(TRITON, roots)
+    constant = [TRITON.alone.format(text) if x.op == "const" else text for x, text in zip(roots, values, strict=True)]
+    body = [*loads, *lines, f"return {', '.join(constant)}"]
+    signature = f"params, w, w_stride, {', '.join(x for x in LEAVES if x != 'log_ratio')}"
+    head = _HEADER + "\nfrom reweight_ops.triton_kernels import math\n\n\n@triton.jit\n"
+    return head + f"def program({signature}):\n" + "".join(f"    {line}\n" for line in body)

@@ -1,0 +1,169 @@
+"""The public ops of pair losses: from logits, from hidden states, from log-probs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ...errors import InvalidCall, UnsupportedRequest
+from ..calls.keywords import HeadKeywords, LinearHeadKeywords, head_options, reject_unknown
+from ..calls.logits import resolve_logits
+from ..calls.pairs import OPTION_NAMES, PairKeywords, PairOptions
+from ..calls.specs import named_pair_spec
+from ..engine.autograd import HeadCall
+from ..engine.pairs import PreferenceLossOutput, evaluate, resolve_pairs
+from ..engine.plan import pick, row_statistics
+from ..rows.pairs import from_first_difference
+from ..rows.rows import resolve_rows
+from ..spec.pairs import PairSpec
+from .distillation import token_divergence
+from .linear import LinearOptions, _resolve_linear, _statistics
+
+
+class PreferenceKeywords(PairKeywords, HeadKeywords, total=False):
+    """The keywords of a pair loss from logits."""
+
+
+class LinearPreferenceKeywords(PairKeywords, LinearHeadKeywords, total=False):
+    """The keywords of a pair loss from hidden states."""
+
+
+def preference_loss(
+    logits: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Unpack[PreferenceKeywords]
+) -> PreferenceLossOutput:
+    """A loss of pairs of completions from logits, ``loss_scale · mean_i w_i · Σ_k coef_k · ℓ_k(pair i)``, and its gradient.
+
+    Two reads of the logits and one write of their gradient (:func:`token_logps`), on every backend; what is between them is ``[S]`` vectors in torch.
+
+    Args:
+        logits, completion_ids, temperature, softcap, vocab_size, drop_last, consume_logits, backend: as in :func:`token_logps`.
+        spec: a :class:`PairSpec` or the name of a pair loss, whose arguments without a default make it a call: ``rw.preference.inpo(...)``.
+        completion_mask: R; a row is in iff not 0. A pair is out iff both its sequences are; it counts in no mean.
+        pairs: ``"halves"`` (TRL: all chosen sequences, then all rejected) or ``"interleaved"`` (chosen, rejected, chosen, ...).
+        cu_seqlens, or sequence_ids with num_sequences: packed rows; else one sequence per last dimension.
+        ref_per_token_logps: R, or ref_sequence_logps: ``[S]``, already summed as the spec's score sums them; fp32 or fp64, detached.
+        old_per_token_logps, old_sequence_logps: of the policy that the pairs were sampled from (INPO), likewise.
+        ref_logits: a second logits tensor of the shape of ``logits``, for a spec that reads KL(π_ref‖π) (SparsePO): one read of each.
+        reward_mask, kl_mask: R, token masks of any non-negative value; may require grad.
+        reward_margins, judge_margins, consistency, chosen_values, rejected_values: ``[P]``, detached; what a spec reads is in its docstring.
+        noise: ``[P + 1]`` standard normal draws.
+        num_pairs_in_batch: the final divisor of this call's sum, instead of its number of pairs.
+        loss_scale: multiplies loss and gradient before any rounding.
+
+    Raises:
+        InvalidCall: a shape or dtype that does not fit, an input that the spec needs and that is missing, or one that it does not read.
+
+    >>> import torch, reweight_ops as rw
+    >>> logits = torch.zeros(2, 3, 4, requires_grad=True)
+    >>> ids = torch.tensor([[1, 2, 3], [3, 2, 1]])
+    >>> out = rw.preference_loss(logits, ids, spec="dpo", ref_sequence_logps=torch.tensor([-5.0, -4.0]))
+    >>> out.loss
+    tensor(0.6444, grad_fn=<...>)
+    """
+    op = "preference_loss"
+    options, rest = _split(op, dict(keywords))
+    spec = named_pair_spec(op, spec)
+    head = head_options(op, rest, ("spec", *OPTION_NAMES))
+    tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
+    call = resolve_logits(op, logits, completion_ids, head, tensors, options.validate)
+    pairs = resolve_pairs(call.rows, spec, options)
+    choice = pick(call.logits.device, call.logits.dtype, call.backend, None)
+    head_call = HeadCall(call.vocab_size, call.softcap, call.drop_last, choice.backend, call.consume)
+    statistics = {}
+    if options.ref_logits is not None:
+        if call.consume:
+            raise call.rows.error("consume_logits=True and ref_logits exclude each other: two backward passes read the logits.")
+        kl = token_divergence(
+            logits, options.ref_logits, kind="forward_kl", completion_mask=call.rows.unflatten(call.rows.keep),
+            other_temperature=head.temperature, other_softcap=head.softcap, **rest,
+        )  # fmt: skip
+        statistics["kl"] = kl.reshape(-1)
+    names = ("logp", "lse", *(("log_sum_p_sq",) if "log_sum_p_sq" in spec.requires else ()))
+    found = row_statistics(call, head_call, names)
+    call.mark_consumed()
+    statistics |= {name: found[name] for name in names if name != "lse"}
+    return evaluate(pairs, statistics, choice.backend)
+
+
+def preference_loss_from_logps(
+    per_token_logps: Tensor,
+    *,
+    spec: PairSpec | str,
+    completion_ids: Tensor | None = None,
+    log_sum_p_sq: Tensor | None = None,
+    **keywords: Unpack[PairKeywords],
+) -> PreferenceLossOutput:
+    """The loss alone, for trainers that have log-probs already: exact autograd to ``per_token_logps`` (R, fp32 or fp64), and to ``per_token_kl``.
+
+    ``completion_ids``: R, only for specs that look at where a pair first differs. ``log_sum_p_sq``: R, for WPO. Other arguments: :func:`preference_loss`.
+
+    >>> import torch, reweight_ops as rw
+    >>> logps = torch.tensor([[-1.0, -2.0], [-2.0, -3.0]], requires_grad=True)
+    >>> rw.preference_loss_from_logps(logps, spec="dpo", ref_sequence_logps=torch.tensor([-4.0, -4.0])).loss
+    tensor(0.5981, grad_fn=<...>)
+    """
+    op = "preference_loss_from_logps"
+    options, rest = _split(op, dict(keywords))
+    if options.ref_logits is not None:
+        raise InvalidCall(f"{op}: ref_logits needs the policy's logits; pass per_token_kl=token_divergence(...).")
+    reject_unknown(op, rest, ("spec", "completion_ids", "log_sum_p_sq", *OPTION_NAMES))
+    spec = named_pair_spec(op, spec)
+    if not isinstance(per_token_logps, Tensor) or per_token_logps.dtype not in (torch.float32, torch.float64):
+        got = per_token_logps.dtype if isinstance(per_token_logps, Tensor) else type(per_token_logps).__name__
+        raise InvalidCall(f"{op}: per_token_logps is {got}, expected fp32 or fp64 log-probs (.float()).")
+    tensors = {"per_token_logps": per_token_logps, **options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
+    rows = resolve_rows(op, tuple(per_token_logps.shape), per_token_logps.device, per_token_logps.dtype, tensors)
+    call = resolve_pairs(rows, spec, options)
+    statistics = {"logp": per_token_logps.reshape(-1)}
+    if ("log_sum_p_sq" in spec.requires) != (log_sum_p_sq is not None):
+        raise rows.error("the spec reads log_sum_p_sq: pass it." if log_sum_p_sq is None else "the spec does not read log_sum_p_sq.")
+    if log_sum_p_sq is not None:
+        statistics["log_sum_p_sq"] = rows.per_row("log_sum_p_sq", log_sum_p_sq)
+    return evaluate(call, statistics, "torch")
+
+
+def linear_preference_loss(
+    hidden: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Unpack[LinearPreferenceKeywords]
+) -> PreferenceLossOutput:
+    """:func:`preference_loss` from hidden states, a few rows of logits at a time: head arguments of :func:`linear_token_logps`.
+
+    >>> import torch, reweight_ops as rw
+    >>> hidden = torch.zeros(2, 3, 5, requires_grad=True)
+    >>> ids = torch.tensor([[1, 2, 3], [3, 2, 1]])
+    >>> rw.linear_preference_loss(hidden, torch.ones(4, 5), ids, spec="dpo", ref_sequence_logps=torch.tensor([-5.0, -4.0])).loss
+    tensor(0.6444, grad_fn=<...>)
+    """
+    op = "linear_preference_loss"
+    options, rest = _split(op, dict(keywords))
+    spec = named_pair_spec(op, spec)
+    if options.ref_logits is not None:
+        raise UnsupportedRequest(f"{op}: ref_logits as a whole is what this op avoids; pass per_token_kl.")
+    linear_names = tuple(LinearOptions.__dataclass_fields__)
+    linear = LinearOptions(**{name: rest.pop(name) for name in linear_names if name in rest})
+    head = head_options(op, rest, ("spec", *linear_names, *OPTION_NAMES))
+    tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
+    call = _resolve_linear(op, hidden, lm_head_weight, completion_ids, linear, head, tensors)
+    pairs = resolve_pairs(call.rows, spec, options)
+    choice = pick(call.target.device, call.target.dtype, call.target.backend, None)
+    names = ("logp", "lse", *(("log_sum_p_sq",) if "log_sum_p_sq" in spec.requires else ()))
+    found = _statistics(call.with_backend(choice.backend), names)
+    return evaluate(pairs, {name: found[name] for name in names if name != "lse"}, choice.backend)
+
+
+def _split(op: str, keywords: dict[str, Any]) -> tuple[PairOptions, dict[str, Any]]:
+    own = {name: value for name, value in keywords.items() if name in OPTION_NAMES}
+    return PairOptions(**own), {name: value for name, value in keywords.items() if name not in OPTION_NAMES}
+
+
+def _mask(op: str, spec: PairSpec, options: PairOptions, completion_ids: Any) -> Any:
+    """The completion mask that the spec makes of the caller's."""
+    if spec.tokens == "completion":
+        return options.completion_mask
+    if options.cu_seqlens is not None or options.sequence_ids is not None:
+        raise InvalidCall(f"{op}: tokens='from_first_difference' compares columns: pass [B, T] tensors, not packed rows.")
+    if not isinstance(completion_ids, Tensor):
+        raise InvalidCall(f"{op}: tokens='from_first_difference' needs completion_ids.")
+    return from_first_difference(completion_ids, options.completion_mask, pairs=options.pairs)

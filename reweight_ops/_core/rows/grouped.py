@@ -1,0 +1,188 @@
+"""Completions in groups, those of one prompt: the one resolver of group arguments, and a group's statistics.
+
+Every function on rewards takes ``[B]`` tensors and one of ``group_size=G`` (an int: consecutive rows, ``B`` a multiple of ``G``) or
+``group_ids`` (``[B]``, ints in ``[0, num_groups)``, ragged groups in any order) with ``num_groups`` (an int, so that nothing waits for a GPU).
+An id outside of that range is an error on the CPU; on a GPU, and inside ``torch.compile``, its row is NaN.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidCall
+from .groups import Groups, describe
+
+
+class GroupKeywords(TypedDict, total=False):
+    """How rows form groups: ``group_size``, or ``group_ids`` with ``num_groups``."""
+
+    group_size: int | None
+    group_ids: Tensor | None
+    num_groups: int | None
+
+
+def eager_on_cpu(x: Tensor) -> bool:
+    """Whether values may be looked at: nothing waits for a GPU, nothing breaks a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def require(op: str, ok: Tensor, message: str, x: Tensor) -> Tensor:
+    """``x``, if ``ok`` (bool, the shape of ``x``) holds everywhere: else an error on the CPU, NaN where it fails on a GPU."""
+    if eager_on_cpu(ok):
+        if not bool(ok.all()):
+            raise InvalidCall(f"{op}: {message}")
+        return x
+    return torch.where(ok, x, torch.nan)
+
+
+def floats(op: str, name: str, value: Any, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A tensor argument, detached: fp32 or fp64 as it is, integers and bools as fp32; 16 bits and wrong shapes are errors."""
+    if not isinstance(value, Tensor):
+        raise InvalidCall(f"{op}: {name} is a {type(value).__name__}, expected a tensor.")
+    if value.dtype in (torch.float16, torch.bfloat16):
+        raise InvalidCall(f"{op}: {name} is {value.dtype}: statistics in 16 bits lose small differences; pass it as .float().")
+    if shape is not None and tuple(value.shape) != shape:
+        raise InvalidCall(f"{op}: {name} has shape {tuple(value.shape)}, expected {shape}. {describe({name: value})}")
+    x = value.detach()
+    return x if x.is_floating_point() else x.float()
+
+
+def like(op: str, name: str, value: Any, x: Tensor) -> Tensor:
+    """A second tensor argument, of the shape and dtype of the first, ``x``."""
+    return floats(op, name, value, tuple(x.shape)).to(x.dtype)
+
+
+class _CheckedGroups(Groups):
+    """Groups whose rows of no group are visible: NaN."""
+
+    def spread(self, y: Tensor) -> Tensor:
+        if self.index is None:
+            return super().spread(y)
+        return torch.cat([y, y.new_full((1,), torch.nan)])[self.index]
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """``values [B]`` in groups. A statistic is ``[B]`` too: each row holds its group's. Rows not ``scored`` (NaN rewards) are in none."""
+
+    op: str
+    groups: Groups
+    values: Tensor  # 0 where not scored
+    scored: Tensor
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over the scored rows of a group."""
+        return self.groups.spread(self.groups.sum(torch.where(self.scored, x, 0)))
+
+    @property
+    def size(self) -> Tensor:
+        """How many rows of the group are scored."""
+        return self.sum(torch.ones_like(self.values))
+
+    def max(self, x: Tensor) -> Tensor:
+        """-inf for a group without a scored row."""
+        x = torch.where(self.scored, x, -torch.inf)
+        if self.groups.index is None:
+            return self.groups.spread(x.view(self.groups.count, self.groups.length).amax(-1))
+        start = x.new_full((self.groups.count + 1,), -torch.inf)
+        return self.groups.spread(start.scatter_reduce(0, self.groups.index, x, "amax")[: self.groups.count])
+
+    def min(self, x: Tensor) -> Tensor:
+        return -self.max(-x)
+
+    def mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Measured from the least value that counts, so that the mean of equal values is exactly that value. 0 for an empty group."""
+        w = torch.ones_like(x) if weights is None else weights
+        least = self.min(x if weights is None else torch.where(w > 0, x, torch.inf))
+        anchor = torch.where(least.isfinite(), least, torch.where(least.isnan(), least, 0))
+        total = self.sum(w)
+        return anchor + self.sum(w * (x - anchor)) / torch.where(total == 0, 1, total)
+
+    def std(self, x: Tensor, correction: int = 1, weights: Tensor | None = None) -> Tensor:
+        """``correction`` 1 divides by ``n - 1`` (``torch.std``), 0 by ``n``. 0 for a group of one."""
+        w = torch.ones_like(x) if weights is None else weights
+        squares = self.sum(w * (x - self.mean(x, weights)) ** 2)
+        return (squares / (self.sum(w) - correction).clamp(min=1)).sqrt()
+
+    @property
+    def centered(self) -> Tensor:
+        """Values minus their group's mean: exactly 0 where a group's values are equal."""
+        return self.values - self.mean(self.values)
+
+    @property
+    def index(self) -> Tensor:
+        """``[B]`` int64: each row's group."""
+        if self.groups.index is not None:
+            return self.groups.index
+        return torch.arange(len(self.values), device=self.values.device) // self.groups.length
+
+    def order(self, key: Tensor) -> Tensor:
+        """``[B]`` int64: rows by group, then key, then row; rows without a score last in their group."""
+        first = torch.where(self.scored, key, torch.nan).sort(stable=True).indices
+        return first[self.index[first].sort(stable=True).indices]
+
+    def rank(self, key: Tensor) -> Tensor:
+        """``[B]`` int64: the place of a row in its group by ascending key, from 0; ties by row, rows without a score last."""
+        place = torch.empty_like(self.index).scatter_(0, self.order(key), torch.arange(len(key), device=key.device))
+        return place - self.start[self.index]
+
+    @property
+    def start(self) -> Tensor:
+        """``[count + 1]`` int64: where a group begins in :meth:`order`; the last entry is for rows of no group."""
+        sizes = torch.zeros(self.groups.count + 1, dtype=torch.int64, device=self.index.device)
+        sizes = sizes.index_put((self.index,), torch.ones_like(self.index), accumulate=True)
+        return sizes.cumsum(0) - sizes
+
+    def result(self, x: Tensor) -> Tensor:
+        """The values to return: 0 for a row without a score."""
+        return torch.where(self.scored, x, 0)
+
+    def like(self, name: str, value: Any) -> Tensor:
+        """A further ``[B]`` argument."""
+        return like(self.op, name, value, self.values)
+
+    def mask(self, name: str, value: Any) -> Tensor:
+        """A further ``[B]`` argument as bool: set iff it is not 0."""
+        return self.like(name, value) != 0
+
+
+def grouped(op: str, rewards: Any, keywords: Any, *, name: str = "rewards", whole: bool = False) -> Grouped:
+    """Resolve ``[B]`` rewards and :class:`GroupKeywords`. ``whole``: without keywords all rows are one group."""
+    for key in keywords:
+        if key not in GroupKeywords.__annotations__:
+            near = difflib.get_close_matches(key, GroupKeywords.__annotations__, n=1)
+            raise TypeError(f"{op}() got an unexpected keyword argument {key!r}.{f' Did you mean {near[0]}?' if near else ''}")
+    x = floats(op, name, rewards)
+    if x.dim() != 1:
+        raise InvalidCall(f"{op}: {name} has shape {tuple(x.shape)}, expected (B,): one value a completion. {describe({name: x})}")
+    size, ids, count = (keywords.get(k) for k in ("group_size", "group_ids", "num_groups"))
+    if whole and size is None and ids is None and count is None:
+        size = len(x)
+    if (size is None) == (ids is None) or (ids is None) != (count is None):
+        raise InvalidCall(f"{op}: pass group_size, or group_ids with num_groups, and not both.")
+    scored = ~x.isnan()
+    return Grouped(op, _equal(op, name, x, size) if ids is None else _listed(op, x, ids, count), torch.where(scored, x, 0), scored)
+
+
+def _equal(op: str, name: str, x: Tensor, size: Any) -> Groups:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1 or len(x) % size:
+        if isinstance(size, int) and size == len(x) == 0:
+            return Groups(0, 1)
+        raise InvalidCall(f"{op}: group_size is {size!r}; it must be an int that divides the {len(x)} rows of {name}.")
+    return Groups(len(x) // size, size)
+
+
+def _listed(op: str, x: Tensor, ids: Any, count: Any) -> Groups:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise InvalidCall(f"{op}: num_groups is {count!r}, expected a positive int.")
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or ids.shape != x.shape:
+        raise InvalidCall(f"{op}: group_ids must be an int32 or int64 tensor of shape {tuple(x.shape)}. {describe({'group_ids': ids})}")
+    inside = (ids >= 0) & (ids < count)
+    if eager_on_cpu(ids) and not bool(inside.all()):
+        raise InvalidCall(f"{op}: group_ids holds {ids[~inside][0].item()}, outside [0, num_groups={count}).")
+    return _CheckedGroups(count, index=torch.where(inside, ids, count).long())

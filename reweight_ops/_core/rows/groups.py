@@ -1,0 +1,53 @@
+"""Rows that belong together, the id of a row that is out, and how a call's tensors read in a message."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: The id of a row that is out of the loss.
+OUT = -100
+
+_DTYPE_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def describe(tensors: dict[str, Any]) -> str:
+    """``[logits (4, 8, 32000) bf16 cuda:0; ...]``: every tensor of a call, for error messages."""
+    parts = [
+        f"{name} {tuple(t.shape)} {_DTYPE_NAMES.get(t.dtype, str(t.dtype).removeprefix('torch.'))} {t.device}"
+        for name, t in tensors.items()
+        if isinstance(t, Tensor)
+    ]
+    return f"[{'; '.join(parts)}]"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows that belong together: ``count`` groups, either equal runs of ``length`` rows or given by ``index``."""
+
+    count: int
+    length: int = 0
+    index: Tensor | None = None  # [N] int64; ``count`` marks a row of no group
+
+    def sum(self, x: Tensor) -> Tensor:
+        """``[N] -> [count]``."""
+        if self.index is None:
+            return x.view(self.count, self.length).sum(-1)
+        # index_put and not index_add: the latter adds in an undefined order on CUDA.
+        return x.new_zeros(self.count + 1).index_put((self.index,), x, accumulate=True)[: self.count]
+
+    def max(self, x: Tensor) -> Tensor:
+        """``[N] -> [count]``; ``-inf`` for a group without rows."""
+        if self.index is None:
+            return x.view(self.count, self.length).amax(-1)
+        return x.new_full((self.count + 1,), -math.inf).scatter_reduce(0, self.index, x, "amax")[: self.count]
+
+    def spread(self, y: Tensor) -> Tensor:
+        """``[count] -> [N]``: each row gets its group's value, a row of no group 0."""
+        if self.index is None:
+            return y[:, None].expand(self.count, self.length).reshape(-1)
+        return torch.cat([y, y.new_zeros(1)])[self.index]

@@ -1,0 +1,231 @@
+"""The one resolver of shapes: what a call's rows are, which are in, how they form sequences, and per-row arguments as ``[N]``."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidCall, UnsupportedRequest
+from .groups import OUT, Groups, describe
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A call's rows: shape R, masks and groups. Everything per row is flat, ``[N]``."""
+
+    op: str
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype  # of the row arithmetic: fp32, or fp64 for fp64 logits
+    keep: Tensor  # [N] bool: rows in the loss
+    denominator: Tensor  # [N] bool: rows that count in denominators
+    sequences: Groups | None
+    segments: Groups | None
+    tensors: dict[str, Any] = field(repr=False)
+    ids: Tensor | None = None  # [N] int64, OUT where not kept
+    prompts: Groups | None = None  # of the sequences: those of one prompt
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    def error(self, message: str) -> InvalidCall:
+        return InvalidCall(f"{self.op}: {message} {describe(self.tensors)}")
+
+    def released(self) -> Rows:
+        """The same without the call's arguments."""
+        return Rows(
+            self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids,
+            self.prompts,
+        )  # fmt: skip
+
+    def need_sequences(self, why: str) -> Groups:
+        if self.sequences is None:
+            raise self.error(f"{why} needs sequences: pass [B, T] tensors, or cu_seqlens, or sequence_ids with num_sequences.")
+        return self.sequences
+
+    def need_prompts(self, why: str, group_size: int | None = None) -> Groups:
+        """The groups of sequences that share a prompt: the call's ``group_ids``, or runs of ``group_size`` sequences."""
+        count = self.need_sequences(why).count
+        if (group_size is None) == (self.prompts is None):
+            raise self.error(f"{why} needs either a group_size, or group_ids [S] with num_groups.")
+        if group_size is None:
+            assert self.prompts is not None
+            return self.prompts
+        if count % group_size:
+            raise self.error(f"{why}: {count} sequences are no multiple of group_size = {group_size}.")
+        return Groups(count // group_size, length=group_size)
+
+    def unflatten(self, x: Tensor) -> Tensor:
+        return x.view(self.shape)
+
+    def per_row(self, name: str, value: Any, *, logps: bool = False) -> Tensor:
+        """A per-row argument as ``[N]`` in the row dtype: token shape, sequence shape, or a constant; any other shape is an error."""
+        if not isinstance(value, Tensor):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return torch.full((self.count,), float(value), dtype=self.dtype, device=self.device)
+            raise self.error(f"{name} is a {type(value).__name__}, expected a tensor or a number.")
+        self._check(name, value, logps)
+        flat = self._flat(name, value)
+        if not torch.compiler.is_compiling() and flat.is_inference() and not torch.is_inference_mode_enabled():
+            flat = flat.clone()  # autograd refuses to save an inference tensor
+        return flat.to(self.dtype).contiguous()
+
+    def _check(self, name: str, value: Tensor, logps: bool) -> None:
+        if value.device != self.device:
+            raise self.error(f"{name} is on {value.device}, the logits or log-probs are on {self.device}.")
+        if logps and value.dtype not in (torch.float32, torch.float64):
+            raise self.error(f"{name} is {value.dtype}: log-probs in 16 bits lose the ratio; compute them with .float().")
+        if logps and value.requires_grad:
+            raise self.error(f"{name} requires grad, but no gradient flows to stored log-probs: pass it detached.")
+
+    def _flat(self, name: str, value: Tensor) -> Tensor:
+        shape, rows = tuple(value.shape), self.shape
+        if value.dim() == 0:
+            return value.expand(self.count)
+        packed = self.sequences is not None and self.sequences.index is not None
+        if shape == rows or (packed and shape == (self.count,)):
+            return value.reshape(-1)
+        if packed:
+            assert self.sequences is not None
+            if shape in ((self.sequences.count, 1), (self.sequences.count,)) and shape != (self.count,):
+                return self.sequences.spread(value.reshape(-1))
+            expected = f"({self.count},) per token, or ({self.sequences.count}, 1) per sequence"
+        else:
+            head = rows[:-1]
+            if shape in (head, (*head, 1)):
+                return value.reshape(*head, 1).expand(rows).reshape(-1)
+            expected = f"{rows} per token" + (f", or {head} or {(*head, 1)} per sequence" if head else ", or a number")
+        raise self.error(f"{name} has shape {shape}; the rows are {rows}, so expected {expected}.")
+
+
+def _mask(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: dict[str, Any]) -> Tensor:
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InvalidCall(f"{op}: {name} has shape {got}, expected {shape} like the rows. {describe(tensors)}")
+    return mask.reshape(-1) != 0
+
+
+def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: dict[str, Any]) -> Groups | None:
+    cu: Tensor | None
+    ids: Tensor | None
+    count: int | None
+    cu, ids, count = tensors.get("cu_seqlens"), tensors.get("sequence_ids"), tensors.get("num_sequences")
+    n = math.prod(shape)
+    if cu is not None and ids is not None:
+        raise InvalidCall(f"{op}: pass cu_seqlens or sequence_ids, not both. {describe(tensors)}")
+    if (ids is None) != (count is None):
+        raise InvalidCall(
+            f"{op}: sequence_ids and num_sequences go together (an int, so that nothing waits for the GPU). {describe(tensors)}"
+        )
+    if cu is not None:
+        if cu.dim() != 1 or cu.numel() < 2 or cu.dtype not in (torch.int32, torch.int64):
+            raise InvalidCall(f"{op}: cu_seqlens must be int32 or int64 of shape [S + 1]. {describe(tensors)}")
+        if math.prod(shape[:-1]) != 1:
+            raise InvalidCall(f"{op}: cu_seqlens needs packed rows, [N] or [1, N], not {shape}. {describe(tensors)}")
+        position = torch.arange(n, device=device, dtype=cu.dtype)
+        return Groups(cu.numel() - 1, index=torch.searchsorted(cu[1:].contiguous(), position, right=True))
+    if ids is not None and count is not None:
+        if tuple(ids.shape) not in (shape, (n,)):
+            raise InvalidCall(f"{op}: sequence_ids has shape {tuple(ids.shape)}, expected {shape}. {describe(tensors)}")
+        index = ids.reshape(-1).long()
+        return Groups(count, index=torch.where((index >= 0) & (index < count), index, count))
+    return Groups(math.prod(shape[:-1]), length=shape[-1]) if len(shape) >= 2 else None
+
+
+def _segments(
+    op: str, segment_ids: Tensor | None, shape: tuple[int, ...], sequences: Groups | None, tensors: dict[str, Any]
+) -> Groups | None:
+    """A segment is a run of equal ``segment_ids`` inside one sequence."""
+    if segment_ids is None:
+        return None
+    if tuple(segment_ids.shape) != shape:
+        raise InvalidCall(f"{op}: segment_ids has shape {tuple(segment_ids.shape)}, expected {shape}. {describe(tensors)}")
+    flat, n = segment_ids.reshape(-1), math.prod(shape)
+    position = torch.arange(n, device=flat.device)
+    owner = (
+        torch.zeros_like(position)
+        if sequences is None
+        else (position // max(sequences.length, 1) if sequences.index is None else sequences.index)
+    )
+    start = torch.ones_like(position)
+    start[1:] = ((flat[1:] != flat[:-1]) | (owner[1:] != owner[:-1])).long()
+    return Groups(n, index=start.cumsum(0) - 1)
+
+
+def _prompts(op: str, sequences: Groups | None, tensors: dict[str, Any]) -> Groups | None:
+    ids, count = tensors.get("group_ids"), tensors.get("num_groups")
+    if (ids is None) != (count is None):
+        raise InvalidCall(f"{op}: group_ids and num_groups go together (an int, so that nothing waits for the GPU). {describe(tensors)}")
+    if ids is None or count is None:
+        return None
+    total = 0 if sequences is None else sequences.count
+    if ids.numel() != total or ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
+        raise InvalidCall(
+            f"{op}: group_ids must be int32 or int64 of shape [S], one for each of the {total} sequences. {describe(tensors)}"
+        )
+    index = ids.long()
+    return Groups(count, index=torch.where((index >= 0) & (index < count), index, count))
+
+
+def resolve_rows(
+    op: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    tensors: dict[str, Any],
+    vocab_total: int = 0,
+    validate: bool = False,
+) -> Rows:
+    """Check masks, ids and sequences of a call and flatten them. ``tensors`` holds the call's arguments by their public names."""
+    if not shape:
+        raise InvalidCall(f"{op}: the rows have no dimension; expected completion_ids of shape [N] or [B, T]. {describe(tensors)}")
+    for name, t in tensors.items():
+        if isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not _is_fake(t):
+            raise UnsupportedRequest(f"{op}: {name} is a {type(t).__name__}; tensor subclasses are not supported, pass the local tensor.")
+    sequences = _sequences(op, shape, device, tensors)
+    ids = tensors.get("completion_ids")
+    masks = []
+    if tensors.get("completion_mask") is not None:
+        masks.append(_mask(op, "completion_mask", tensors["completion_mask"], shape, tensors))
+    if sequences is not None and sequences.index is not None:
+        masks.append(sequences.index < sequences.count)
+    if ids is not None:
+        ids = ids.reshape(-1).long()
+        if masks:
+            ids = torch.where(functools.reduce(torch.logical_and, masks), ids, OUT)
+        keep = ids != OUT
+        _check_ids(op, ids, vocab_total, validate, tensors)
+    elif masks:
+        keep = functools.reduce(torch.logical_and, masks)
+    else:
+        keep = torch.ones(math.prod(shape), dtype=torch.bool, device=device)
+    denominator = keep
+    if tensors.get("denominator_mask") is not None:
+        denominator = _mask(op, "denominator_mask", tensors["denominator_mask"], shape, tensors)
+    segments = _segments(op, tensors.get("segment_ids"), shape, sequences, tensors)
+    return Rows(op, shape, device, dtype, keep, denominator, sequences, segments, tensors, ids, _prompts(op, sequences, tensors))
+
+
+def _is_fake(t: Tensor) -> bool:
+    return isinstance(t, torch._subclasses.FakeTensor)
+
+
+def _check_ids(op: str, ids: Tensor, vocab_total: int, validate: bool, tensors: dict[str, Any]) -> None:
+    readable = ids.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(ids)
+    if not (validate or readable) or ids.device.type == "meta" or not ids.numel():
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low >= 0 and high < vocab_total:
+        return  # the usual case, in one sweep
+    bad = ((ids < 0) & (ids != OUT)) | (ids >= vocab_total)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        raise InvalidCall(
+            f"{op}: completion_ids[{row}] (flat) is {int(ids[row])}, expected 0 to {vocab_total - 1}, or {OUT} for a row that is out. {describe(tensors)}"
+        )

@@ -1,0 +1,125 @@
+"""Reductions that couple tokens: the loss is no fixed weighted sum of token losses, so it needs the statistics of the whole call (two_pass).
+
+Each turns a term's weighted token losses into per-row shares whose sum is the term's loss, in differentiable torch on ``[N]`` vectors: the gradient
+is autograd's, and every metric, ``loss_scale`` and backward works as for any other reduction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidCall
+from ..rows.groups import Groups
+from ..rows.rows import Rows
+from .reduction import Divisors, Reduction, TokenMean
+
+
+@dataclass(frozen=True)
+class GroupContrast(Reduction):
+    """Positive against negative sequences of each prompt, by their scores ``s_i``: minus the mean over the valid tokens of the token loss. ::
+
+        loss = -1/Q Σ_q { Σ_{i in q+} ω_i·s_i / Σ_{i in q+} ω_i  -  τ·log( 1/|q-| Σ_{j in q-} exp(s_j/τ) ) }
+
+    ``q+`` are the sequences of prompt q with advantage (label, reward) above 0, ``q-`` the others; ``ω_i = exp((1 - L_i/L_max)/λ)`` prefers short
+    positives. A prompt with positives only, or negatives only, adds 0, and counts in Q, the number of prompts with a token in the call.
+
+    ``temperature=inf`` is the plain mean over the negatives; ``length_temperature=inf`` is ω = 1. ``max_length=None``: the padded length. Prompts are
+    runs of ``group_size`` sequences, or the call's ``group_ids``; every response of a prompt must be in the call.
+    """
+
+    temperature: Any = 10.0
+    length_temperature: Any = math.inf
+    max_length: float | None = None
+    group_size: int | None = None
+
+    requires = ("adv",)
+    coupled = True
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise InvalidCall(
+                f"GroupContrast: group_size is {self.group_size!r}, expected a positive int, or None for the call's group_ids."
+            )
+
+    @property
+    def reads_groups(self) -> bool:
+        return self.group_size is None
+
+    def check(self, rows: Rows) -> None:
+        rows.need_prompts("GroupContrast", self.group_size)
+
+    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        sequences = rows.need_sequences("GroupContrast")
+        keep = rows.keep.to(rows.dtype)
+        return keep / sequences.spread(sequences.sum(keep)).clamp(min=1)
+
+    def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
+        assert adv is not None, "GroupContrast requires 'adv'"
+        sequences = rows.need_sequences("GroupContrast")
+        prompts = rows.need_prompts("GroupContrast", self.group_size)
+        scores, lengths = -sequences.sum(weighted), sequences.sum(rows.keep.to(rows.dtype))
+        present = lengths > 0
+        positive = present & (sequences.sum(torch.where(rows.keep, adv, 0)) > 0)
+        negative = present & ~positive
+        positives, negatives = (prompts.sum(x.to(rows.dtype)) for x in (positive, negative))
+        both = prompts.spread((positives > 0) & (negatives > 0))
+        count = (prompts.sum(present.to(rows.dtype)) > 0).sum().clamp(min=1)
+
+        omega = torch.where(positive, self._omega(rows, sequences, lengths), 0)
+        gain = omega / prompts.spread(prompts.sum(omega)).clamp(min=torch.finfo(rows.dtype).tiny) * scores
+        loss = self._soft_maximum(prompts, scores, negative) / prompts.spread(negatives).clamp(min=1)
+        per_sequence = torch.where(both & positive, -gain, 0) + torch.where(both & negative, loss, 0)
+        spread = sequences.spread(per_sequence / lengths.clamp(min=1)) / count
+        return torch.where(rows.keep, spread, 0)
+
+    def _omega(self, rows: Rows, sequences: Groups, lengths: Tensor) -> Tensor:
+        if isinstance(self.length_temperature, (int, float)) and math.isinf(self.length_temperature):
+            return torch.ones_like(lengths)
+        longest = self.max_length
+        if longest is None:
+            if sequences.index is not None:
+                raise rows.error("GroupContrast over packed sequences has no padded length: give max_length.")
+            longest = sequences.length
+        # The constant 1/λ cancels in the normalisation; without it no exp overflows, and equal lengths are exactly equal weights.
+        return torch.exp(-lengths / (longest * self.length_temperature))
+
+    def _soft_maximum(self, prompts: Groups, scores: Tensor, negative: Tensor) -> Tensor:
+        """``[S]``: each sequence gets its prompt's ``τ·logmeanexp(s_j/τ)`` over the negatives; 0 without any."""
+        counts = prompts.sum(negative.to(scores.dtype))
+        if isinstance(self.temperature, (int, float)) and math.isinf(self.temperature):
+            return prompts.spread(prompts.sum(torch.where(negative, scores, 0)) / counts.clamp(min=1))
+        scaled = torch.where(negative, scores, -math.inf) / self.temperature
+        top = prompts.spread(prompts.max(scaled.detach()))
+        top = torch.where(top > -math.inf, top, 0)
+        total = prompts.sum(torch.where(negative, torch.exp(torch.where(negative, scaled, 0) - top), 0))
+        mean = torch.where(counts > 0, total / counts.clamp(min=1), 1)
+        result: Tensor = self.temperature * (prompts.spread(mean.log()) + top)
+        return result
+
+
+@dataclass(frozen=True)
+class Constraint(Reduction):
+    """A squared-hinge constraint on the mean: ``sg(strength·max(K - bound, 0))·K``, with ``K`` the term's token mean over this call.
+
+    Its gradient is that of ``strength/2·max(K - bound, 0)²``: nothing while ``K`` is below the bound.
+    """
+
+    strength: Any = 1000.0
+    bound: Any = 1e-4
+
+    coupled = True
+
+    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        return TokenMean(per_call=True).row_weights(rows, divisors)
+
+    def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
+        result: Tensor = weighted * (self.strength * (weighted.detach().sum() - self.bound).clamp(min=0))
+        return result
+
+
+__all__ = ["Constraint", "GroupContrast"]

@@ -1,0 +1,75 @@
+"""What a pair method is: a score, terms, weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import InvalidCall
+from .pair_parts import PairLoss, PairPart, PairWeight, Score
+from .pair_score import LogRatio
+
+TOKENS = ("completion", "from_first_difference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairTerm:
+    """``coef · loss``."""
+
+    loss: PairLoss
+    coef: Any = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSpec:
+    """``L = loss_scale · mean_i w_i · Σ_k coef_k · ℓ_k(pair i)``.
+
+    ``score`` says how tokens become a sequence's score, ``beta`` times a score is its implicit reward, ``terms`` are the losses ℓ, ``weights``
+    multiply into the detached w. ``tokens="from_first_difference"``: only tokens from the first column on in which a pair differs. ``group_size``:
+    sequences of one pair, 2; more for lists (best first). Hyper-parameters are numbers or 0-d tensors (a schedule).
+    """
+
+    terms: tuple[PairTerm, ...]
+    beta: Any = 0.1
+    score: Score = LogRatio()
+    weights: tuple[PairWeight, ...] = ()
+    tokens: str = "completion"
+    group_size: int = 2
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.terms or any(not isinstance(t, PairTerm) for t in self.terms):
+            raise InvalidCall(f"PairSpec: terms is {self.terms!r}, expected at least one PairTerm.")
+        if not isinstance(self.score, Score):
+            raise InvalidCall(f"PairSpec: score is {self.score!r}, expected a Score.")
+        for w in self.weights:
+            if not isinstance(w, PairWeight):
+                raise InvalidCall(f"PairSpec: weights holds {w!r}, expected a PairWeight.")
+        if self.tokens not in TOKENS:
+            raise InvalidCall(f"PairSpec: tokens is {self.tokens!r}, expected one of {', '.join(TOKENS)}.")
+        if self.group_size < 2:
+            raise InvalidCall(f"PairSpec: group_size is {self.group_size}, expected at least 2.")
+        if isinstance(self.beta, (int, float)) and not self.beta > 0:
+            raise InvalidCall(f"PairSpec: beta is {self.beta}, expected a positive number.")
+
+    @property
+    def parts(self) -> tuple[PairPart, ...]:
+        return (self.score, *(t.loss for t in self.terms), *self.weights)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """What the parts need from the caller, by :data:`~reweight_ops._core.calls.pairs.NEEDS`."""
+        return frozenset(need for part in self.parts for need in part.needs())
+
+    def replace(self, **fields: Any) -> PairSpec:
+        """A copy with other fields."""
+        return dataclasses.replace(self, **fields)
+
+    def with_term(self, loss: PairLoss, coef: Any = 1.0) -> PairSpec:
+        """A copy with one term more."""
+        return dataclasses.replace(self, terms=(*self.terms, PairTerm(loss=loss, coef=coef)))
+
+    def with_weight(self, weight: PairWeight) -> PairSpec:
+        """A copy with one weight more."""
+        return dataclasses.replace(self, weights=(*self.weights, weight))

@@ -1,0 +1,217 @@
+"""What a method is: a surrogate, penalties, a ratio level, weights and a reduction. Data and facts of the model head are call arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import InvalidCall
+from ..formula.base import CURRENT_LEAVES, Rule, TokenWeight
+from ..formula.loss_program import Program
+from ..formula.trace import trace_rule, trace_weight
+from .ratio import Ratio, TokenRatio
+from .reduction import NoReduction, Reduction, TokenMean
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """``coef * sum_i w_i * rule(row i)``, ``w`` of the spec's reduction or the penalty's own. The coefficient is not part of the rule, so
+    that the metric of the same name is unscaled."""
+
+    rule: Rule
+    coef: Any
+    reduction: Reduction | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLossSpec:
+    """``L = loss_scale * Σ_k coef_k · Σ_i w_ki · u_ki · ℓ_k(row i)``; k = 0 is the surrogate (coef 1), k > 0 the penalties.
+
+    ``w`` comes from the reductions, ``u`` from the weights (scope ``"surrogate"`` or ``"all"``). Hyper-parameters are numbers, 0-d tensors
+    (a schedule: nothing is recompiled when their value changes), per-row tensors, or formulas (:class:`TokenWeight`, detached; both two_pass).
+    """
+
+    surrogate: Rule
+    penalties: tuple[Penalty, ...] = ()
+    ratio: Ratio = TokenRatio()
+    weights: tuple[TokenWeight, ...] = ()
+    reduction: Reduction = TokenMean()
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        for field, kind in (("surrogate", Rule), ("ratio", Ratio), ("reduction", Reduction)):
+            if not isinstance(getattr(self, field), kind):
+                raise InvalidCall(f"PolicyLossSpec: {field} is {getattr(self, field)!r}, expected a {kind.__name__}.")
+        if self.surrogate.kind == "penalty":
+            raise InvalidCall(f"PolicyLossSpec: {self.surrogate.name!r} is a penalty; give it as Penalty(rule, coef).")
+        for p in self.penalties:
+            if not isinstance(p, Penalty) or p.rule.kind == "surrogate":
+                raise InvalidCall(f"PolicyLossSpec: penalties holds {p!r}, expected Penalty(rule, coef) with a rule of kind 'penalty'.")
+            if p.reduction is not None and not (self.reduction.scalar and p.reduction.scalar):
+                raise InvalidCall("PolicyLossSpec: a penalty's own reduction and NoReduction exclude each other: the loss has one shape.")
+        for w in self.weights:
+            if not isinstance(w, TokenWeight):
+                raise InvalidCall(f"PolicyLossSpec: weights holds {w!r}, expected a TokenWeight.")
+        if isinstance(self.reduction, NoReduction) and self.reduction.weight is not None:
+            raise InvalidCall("PolicyLossSpec: NoReduction takes no weight.")
+        # Traced now, and kept: a call, and torch.compile above it, only reads the results.
+        object.__setattr__(self, "_requires", self._find_requires())
+        object.__setattr__(self, "_obstacle", self._find_obstacle())
+        object.__setattr__(self, "_program", self._find_program())
+        object.__setattr__(self, "_program_text", self.program and self.program.encode())
+        object.__setattr__(self, "_values", self._find_values())
+
+    # --- what follows from the fields ---------------------------------------------------------------------------------------
+    @property
+    def requires(self) -> frozenset[str]:
+        """The leaves that the formulas read, found by tracing them."""
+        return self._requires  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return (self.surrogate, *(p.rule for p in self.penalties))
+
+    @property
+    def all_weights(self) -> tuple[TokenWeight, ...]:
+        """The weights of the terms and those that reductions are made of."""
+        own = [r.weight for r in (self.reduction, *(p.reduction for p in self.penalties)) if r is not None and r.weight is not None]
+        return (*self.weights, *own)
+
+    @property
+    def reductions(self) -> tuple[Reduction, ...]:
+        """One a term."""
+        return (self.reduction, *(p.reduction or self.reduction for p in self.penalties))
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether a row's coefficients depend on the statistics of others."""
+        formulas = (*self.all_weights, *self._inner_formulas())
+        batch = any(trace_weight(type(w)).uses_batch for w in formulas)
+        return self.ratio.level != "token" or batch or any(r.coupled for r in self.reductions)
+
+    @property
+    def program(self) -> Program | None:
+        """What a one-pass kernel evaluates in the row; None where :attr:`one_pass_obstacle` says why not."""
+        return self._program  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def program_text(self) -> str | None:
+        """:attr:`program` as it crosses the boundary of a custom op."""
+        return self._program_text  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def one_pass_obstacle(self) -> str | None:
+        """Why no call with this spec can take one pass, whatever the backend; None if one can."""
+        return self._obstacle  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def parameter_values(self) -> tuple[Any, ...]:
+        """The hyper-parameters in the order of :class:`~reweight_ops._core.backends.base.Program`."""
+        return self._values  # type: ignore[attr-defined,no-any-return]
+
+    def _find_requires(self) -> frozenset[str]:
+        found: set[str] = set()
+        for r in self.rules:
+            found |= trace_rule(type(r)).leaves
+        for w in (*self.all_weights, *self._inner_formulas()):
+            found |= trace_weight(type(w)).leaves
+        for reduction in self.reductions:
+            found |= set(reduction.requires)
+        if "log_ratio" in found and self.ratio.against == "ref":
+            found.add("ref_logp")
+        return frozenset(found)
+
+    def _inner_formulas(self) -> list[TokenWeight]:
+        """The formulas that stand as hyper-parameters of rules and weights."""
+        found: list[TokenWeight] = []
+        waiting: list[Any] = [*self.rules, *self.all_weights]
+        while waiting:
+            inner = [v for v in waiting.pop().parameters().values() if isinstance(v, TokenWeight)]
+            found += inner
+            waiting += inner
+        return found
+
+    def _find_program(self) -> Program | None:
+        if self.one_pass_obstacle is not None:
+            return None
+        return Program.of(map(type, self.rules), [(type(w), w.scope) for w in self.weights])
+
+    def _find_values(self) -> tuple[Any, ...]:
+        values: list[Any] = [*self.ratio.bounds(), 1.0, *self.surrogate.parameters().values()]
+        for p in self.penalties:
+            values += [p.coef, *p.rule.parameters().values()]
+        for w in self.weights:
+            values += w.parameters().values()
+        return tuple(values)
+
+    def _find_obstacle(self) -> str | None:
+        if self.ratio.one_pass_obstacle is not None:
+            return self.ratio.one_pass_obstacle
+        if not self.reduction.scalar:
+            return "the loss is not reduced to a number"
+        for w in self.weights:
+            if trace_weight(type(w)).uses_batch:
+                return f"the weight {w.name!r} uses batch statistics"
+            if not w.detach:
+                return f"the weight {w.name!r} is not detached"
+        for r in self.reductions:
+            if r.coupled:
+                return f"{type(r).__name__} couples tokens: their coefficients depend on all of them"
+            if r.weight is not None and not reads_stored_only(r.weight):
+                return f"a reduction is over the weight {r.weight.name!r}, which reads current statistics"
+        if self._inner_formulas():
+            return f"a hyper-parameter is the formula {self._inner_formulas()[0].name!r}"
+        values: list[Any] = [*self.ratio.bounds(), *(p.coef for p in self.penalties)]
+        for formula in (*self.rules, *self.weights):
+            values += formula.parameters().values()
+        if any(isinstance(v, Tensor) and v.dim() > 0 for v in values):
+            return "a hyper-parameter is a per-row tensor"
+        if any(isinstance(v, Tensor) and v.requires_grad for v in values):
+            return "a hyper-parameter requires grad"
+        return None
+
+    # --- variations ---------------------------------------------------------------------------------------------------------
+    def replace(self, **fields: Any) -> PolicyLossSpec:
+        """A copy with other fields; dotted names reach inside: ``spec.replace(**{"surrogate.epsilon_high": 0.28, "penalties.0.coef": 0.01})``."""
+        result = self
+        for path, value in fields.items():
+            result = _replaced(result, path.split("."), value, path)
+        return result
+
+    def with_weight(self, weight: TokenWeight) -> PolicyLossSpec:
+        """A copy with one weight more."""
+        return dataclasses.replace(self, weights=(*self.weights, weight))
+
+    def with_penalty(self, penalty: Penalty) -> PolicyLossSpec:
+        """A copy with one penalty more."""
+        return dataclasses.replace(self, penalties=(*self.penalties, penalty))
+
+
+def _replaced(node: Any, path: list[str], value: Any, whole: str) -> Any:
+    if not path:
+        return value
+    head, *rest = path
+    if isinstance(node, tuple):
+        if not head.isdigit() or int(head) >= len(node):
+            raise InvalidCall(f"replace: {whole!r}: {head!r} is no position of a tuple of {len(node)}.")
+        at = int(head)
+        return (*node[:at], _replaced(node[at], rest, value, whole), *node[at + 1 :])
+    if not dataclasses.is_dataclass(node) or head not in {f.name for f in dataclasses.fields(node)}:
+        known = ", ".join(f.name for f in dataclasses.fields(node)) if dataclasses.is_dataclass(node) else "none"
+        raise InvalidCall(f"replace: {whole!r}: {type(node).__name__} has no field {head!r}; it has: {known}.")
+    return dataclasses.replace(node, **{head: _replaced(getattr(node, head), rest, value, whole)})  # type: ignore[type-var]
+
+
+def reads_stored_only(weight: TokenWeight) -> bool:
+    """Whether a weight is known before the pass: it reads nothing of the current policy."""
+    inner = (v for v in weight.parameters().values() if isinstance(v, TokenWeight))
+    return trace_weight(type(weight)).leaves.isdisjoint(CURRENT_LEAVES) and all(map(reads_stored_only, inner))
+
+
+def resolved(formula: Any, resolve: Any) -> Any:
+    """A rule or weight with its per-row hyper-parameters passed through ``resolve(name, tensor or formula)``; itself if it has none."""
+    rows = {name: v for name, v in formula.parameters().items() if isinstance(v, TokenWeight) or (isinstance(v, Tensor) and v.dim() > 0)}
+    return dataclasses.replace(formula, **{name: resolve(f"{formula.name}.{name}", v) for name, v in rows.items()}) if rows else formula

@@ -1,0 +1,151 @@
+"""Importance ratios: how per-token log-probs become the ``log_ratio`` that rules read, with an exact adjoint by autograd.
+
+The log-ratio is clamped with zero gradient outside, in every backend and in the reference: bare ``exp`` overflows in fp32 and turns a
+clipped token's zero gradient into NaN. ``clamp=inf`` is TRL's bare form.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidCall
+from ..rows.groups import Groups
+from ..rows.rows import Rows
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """``clamp`` is a bound on ``|log_ratio|``, or a pair of bounds. ``against``: the denominator, ``"old"`` or ``"ref"`` (the reference model)."""
+
+    level: ClassVar[str]
+
+    clamp: Any = 20.0
+    against: str = "old"
+
+    def __post_init__(self) -> None:
+        if self.against not in ("old", "ref"):
+            raise InvalidCall(f"{type(self).__name__}: against is {self.against!r}, expected 'old' or 'ref'.")
+
+    def bounds(self) -> tuple[Any, Any]:
+        return self.clamp if isinstance(self.clamp, tuple) else (-self.clamp, self.clamp)
+
+    @property
+    def one_pass_obstacle(self) -> str | None:
+        """Why a row's kernel cannot form this ratio; None if it can."""
+        if self.level != "token":
+            return f"the ratio is at {self.level} level"
+        return "the ratio is against the reference" if self.against != "old" else None
+
+    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+        """``[N]`` from ``[N]``; rows that are out contribute nothing. ``adv`` is None for a loss that reads no advantages."""
+        return self._clamped(logp - old_logp)
+
+    def _clamped(self, log_ratio: Tensor) -> Tensor:
+        low, high = self.bounds()
+        if not isinstance(low, Tensor) and not isinstance(high, Tensor) and low == -math.inf and high == math.inf:
+            return log_ratio
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            low, high = (torch.as_tensor(x, dtype=log_ratio.dtype, device=log_ratio.device) for x in (low, high))
+        return log_ratio.clamp(low, high)
+
+
+@dataclass(frozen=True)
+class TokenRatio(Ratio):
+    """``log_ratio_t = logp_t - old_logp_t``."""
+
+    level = "token"
+
+
+@dataclass(frozen=True)
+class SequenceRatio(Ratio):
+    """``log_ratio_t = mean over the sequence of (logp - old_logp)`` (the sum with ``normalize=False``). GSPO, arXiv:2507.18071, eq. 7.
+
+    ``gradient="sequence"``: through the mean, to every token (GSPO). ``"token"``: ``sg(mean) + logp_t - sg(logp_t)``, each token's own
+    gradient (GSPO-token, eq. 14; verl's ``gspo``).
+    """
+
+    level = "sequence"
+
+    normalize: bool = True
+    gradient: str = "sequence"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient not in ("sequence", "token"):
+            raise InvalidCall(f"{type(self).__name__}: gradient is {self.gradient!r}, expected 'sequence' or 'token'.")
+
+    def _groups(self, rows: Rows) -> Groups:
+        return rows.need_sequences("SequenceRatio")
+
+    def _drift(self, logp: Tensor, old_logp: Tensor, adv: Tensor | None) -> Tensor:
+        return logp - old_logp
+
+    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+        groups = self._groups(rows)
+        total = groups.sum(torch.where(rows.keep, self._drift(logp, old_logp, adv), 0))
+        if self.normalize:
+            total = total / groups.sum(rows.keep.to(rows.dtype)).clamp(min=1)
+        result = groups.spread(total)
+        if self.gradient == "token":
+            result = result.detach() + (logp - logp.detach())
+        return self._clamped(result)
+
+
+@dataclass(frozen=True)
+class SegmentRatio(SequenceRatio):
+    """:class:`SequenceRatio` over segments: runs of equal ``segment_ids`` inside a sequence."""
+
+    level = "segment"
+
+    def _groups(self, rows: Rows) -> Groups:
+        if rows.segments is None:
+            raise rows.error("SegmentRatio needs segment_ids.")
+        return rows.segments
+
+
+@dataclass(frozen=True)
+class GeometricMeanRatio(SequenceRatio):
+    """The geometric mean of the sequence's token ratios, each clipped in log space where that makes the objective smaller: for ``A > 0`` at most
+    ``epsilon_high``, else at least ``-epsilon_low``. GMPO, arXiv:2507.20673; a clipped token has no gradient.
+    """
+
+    epsilon_low: Any = 0.4
+    epsilon_high: Any = 0.4
+
+    def _drift(self, logp: Tensor, old_logp: Tensor, adv: Tensor | None) -> Tensor:
+        assert adv is not None, "the surrogate reads advantages"
+        drift = logp - old_logp
+        # Not as_tensor(0.4).to(drift): that is 0.4 rounded to fp32 in an fp64 reference.
+        low, high = (torch.as_tensor(x, dtype=drift.dtype, device=drift.device) for x in (self.epsilon_low, self.epsilon_high))
+        return torch.where(adv > 0, torch.minimum(drift, high), torch.maximum(drift, -low))
+
+
+@dataclass(frozen=True)
+class CenteredRatio(Ratio):
+    """``log_ratio_t = scale·(logp_t - old_logp_t - sg(mean))``, the mean over this call's tokens: centred where a stale policy's is not.
+
+    ``scale="std"`` divides by their standard deviation (detached) instead.
+    """
+
+    level = "batch"
+
+    scale: Any = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.scale, str) and self.scale != "std":
+            raise InvalidCall(f"CenteredRatio: scale is {self.scale!r}, expected a number, a 0-d tensor or 'std'.")
+
+    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+        drift = torch.where(rows.keep, logp - old_logp, 0)
+        count = rows.keep.sum().clamp(min=1)
+        centred = drift - drift.detach().sum() / count
+        if not isinstance(self.scale, str):
+            return self._clamped(self.scale * centred)
+        variance = torch.where(rows.keep, centred.detach(), 0).square().sum() / count
+        return self._clamped(centred / variance.sqrt().clamp(min=1e-6))

@@ -1,0 +1,159 @@
+"""Reductions are data: each turns masks into one weight a row, so that the loss is ``sum_i w_i * l_i`` and no kernel knows any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidCall
+from ..formula.base import TokenWeight
+from ..rows.rows import Rows
+
+
+@dataclass(frozen=True)
+class Divisors:
+    """What the caller knows about the whole batch: the *final* divisors of this call's sum (numbers or 0-d tensors)."""
+
+    num_items_in_batch: Any = None
+    num_sequences_in_batch: Any = None
+
+
+class Reduction:
+    """Base of all reductions; they are frozen dataclasses."""
+
+    #: Which of the two divisors this reduction reads; giving the other one is an error, since it would have no effect.
+    reads: ClassVar[tuple[str, ...]] = ()
+    #: Whether the result is one number.
+    scalar: ClassVar[bool] = True
+    #: A token weight that the row weights are made of, if any.
+    weight: TokenWeight | None = None
+    #: Leaves and per-call data that it reads besides.
+    requires: ClassVar[tuple[str, ...]] = ()
+    #: Whether the loss is no fixed linear combination of the token losses: :meth:`shares` then says what it is (always two_pass).
+    coupled: ClassVar[bool] = False
+
+    def check(self, rows: Rows) -> None:
+        """Raise if the call's rows lack what this reduction needs, before anything is computed."""
+
+    @property
+    def reads_groups(self) -> bool:
+        """Whether it reads the call's ``group_ids``."""
+        return False
+
+    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        """``[N]`` in the row dtype; 0 where a row is out."""
+        raise NotImplementedError(f"{type(self).__name__} defines no row_weights(self, rows, divisors, weight)")
+
+    def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
+        """Of a coupled reduction: ``[N]`` whose sum is the term's loss, from the weighted token losses ``[N]``; exact under autograd."""
+        raise NotImplementedError(f"{type(self).__name__} defines no shares(self, rows, weighted, adv)")
+
+
+def _over(numerator: Tensor, divisor: Any) -> Tensor:
+    result: Tensor = numerator / divisor
+    return result
+
+
+@dataclass(frozen=True)
+class TokenMean(Reduction):
+    """``sum(l) / num_items_in_batch``, or over the denominator mask's count when that is not given.
+
+    ``per_call=True``: always this call's own count (TRL's entropy bonus). ``weight``: the mean over the tokens that a token weight
+    selects, ``sum(u*l) / max(sum(u), 1)`` (TRL's entropy bonus under a top-entropy mask); always this call's own.
+    """
+
+    per_call: bool = False
+    weight: TokenWeight | None = None
+
+    reads = ("num_items_in_batch",)
+
+    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        keep = rows.keep.to(rows.dtype)
+        if weight is not None:
+            keep = torch.where(rows.keep, weight, 0)
+            return _over(keep, keep.sum().clamp(min=1))
+        if divisors.num_items_in_batch is not None and not self.per_call:
+            return _over(keep, divisors.num_items_in_batch)
+        return _over(keep, rows.denominator.sum().clamp(min=1))
+
+
+@dataclass(frozen=True)
+class TokenSum(Reduction):
+    """``sum(l)``."""
+
+    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        return rows.keep.to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class SequenceMean(Reduction):
+    """The mean over sequences of a per-sequence number: ``per`` is its token mean, its token sum, or its sum over a ``"constant"`` horizon.
+
+    ``horizon=None`` is the padded length (verl's default); TRL's Dr. GRPO has ``max_completion_length``. The mean is over
+    ``num_sequences_in_batch`` when given, else over all sequences (TRL) or the non-empty ones (verl), by ``count``.
+    """
+
+    per: str = "token_mean"
+    horizon: float | None = None
+    count: str = "all"
+
+    reads = ("num_sequences_in_batch",)
+
+    def __post_init__(self) -> None:
+        if self.per not in ("token_mean", "token_sum", "constant"):
+            raise InvalidCall(f"SequenceMean: per is {self.per!r}, expected 'token_mean', 'token_sum' or 'constant'.")
+        if self.count not in ("all", "nonempty"):
+            raise InvalidCall(f"SequenceMean: count is {self.count!r}, expected 'all' or 'nonempty'.")
+        if self.horizon is not None and self.per != "constant":
+            raise InvalidCall(f"SequenceMean: horizon has no effect with per={self.per!r}; it belongs to per='constant'.")
+
+    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        sequences = rows.need_sequences("SequenceMean")
+        keep = rows.keep.to(rows.dtype)
+        lengths = sequences.sum(rows.denominator.to(rows.dtype))
+        if divisors.num_sequences_in_batch is not None:
+            keep = _over(keep, divisors.num_sequences_in_batch)
+        elif self.count == "all":
+            keep = _over(keep, max(sequences.count, 1))
+        else:
+            keep = _over(keep, (lengths > 0).sum().clamp(min=1))
+        if self.per == "token_mean":
+            return keep / sequences.spread(lengths.clamp(min=1)).clamp(min=1)
+        if self.per == "constant":
+            if self.horizon is None and sequences.index is not None:
+                raise rows.error("SequenceMean(per='constant') over packed sequences has no padded length: give horizon.")
+            return _over(keep, self.horizon if self.horizon is not None else sequences.length)
+        return keep
+
+
+@dataclass(frozen=True)
+class FromFunction(Reduction):
+    """Any linear reducer of a trainer: ``fn(per_token_loss, mask) -> scalar``, both of the rows' shape.
+
+    Its weights are its gradient, taken by one autograd call; a function that is not linear in the loss gives wrong weights.
+    """
+
+    fn: Callable[[Tensor, Tensor], Tensor]
+
+    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        with torch.enable_grad():
+            probe = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device, requires_grad=True)
+            total = self.fn(probe, rows.unflatten(rows.keep.to(rows.dtype)))
+            if total.dim() != 0:
+                raise rows.error(f"FromFunction: fn returned shape {tuple(total.shape)}, expected one number.")
+            (weights,) = torch.autograd.grad(total, probe)
+        return torch.where(rows.keep, weights.reshape(-1), 0)
+
+
+@dataclass(frozen=True)
+class NoReduction(Reduction):
+    """No reduction: the loss has the rows' shape and takes a per-row upstream gradient (always two_pass)."""
+
+    scalar = False
+
+    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        return rows.keep.to(rows.dtype)

@@ -1,0 +1,135 @@
+"""What ``reweight-ops check`` runs: everything with a loss on every backend and dtype here, by the accuracy criterion; golden rows of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .._core.backends.base import Request
+from .._core.backends.select import NAMES, why_not
+from .._core.catalogue.registry import CATALOGUE
+from ..errors import InvalidCall
+from . import Comparison, compare, make_batch
+from .golden import golden_error
+from .golden_rows import GOLDEN, GOLDEN_KINDS, Golden
+from .pairs import compare_divergence, compare_pairs, make_divergence, make_pairs
+
+#: The kinds that are compared with the fp64 reference; of the divergences the one that has kernels, the others have golden rows.
+LOSS_KINDS = ("policy_loss", "pair_loss", "divergence")
+_KERNELS = ("token_divergence",)
+DIRECTIONS = ("forward_kl", "reverse_kl")
+DTYPES = ("float32", "bfloat16", "float16")
+#: So that fp16 gradients are no subnormals.
+LOSS_SCALE = 64.0
+
+
+@dataclass(frozen=True)
+class Case:
+    backend: str
+    method: str
+    dtype: str
+    device: str
+    kind: str = "policy_loss"
+    #: Of a divergence: which.
+    direction: str = ""
+
+
+def compared(kind: str) -> list[str]:
+    """The names of a kind's entries that are compared with the reference."""
+    names = sorted(CATALOGUE[kind]) if kind in LOSS_KINDS else []
+    return [name for name in names if kind != "divergence" or name in _KERNELS]
+
+
+def by_hand(kind: str) -> list[str]:
+    """The names of a kind's entries that have golden rows."""
+    return sorted(set(CATALOGUE[kind]) - set(compared(kind)))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to check; empty means everything. A name selects the entries of that name of all selected kinds (GRPO is a loss and an advantage)."""
+
+    backends: Sequence[str] = ()
+    methods: Sequence[str] = ()
+    kinds: Sequence[str] = ()
+    dtypes: Sequence[str] = DTYPES
+
+    def __post_init__(self) -> None:
+        kinds = tuple(dict.fromkeys((*LOSS_KINDS, *GOLDEN_KINDS)))
+        _known("kind", self.kinds, kinds)
+        _known("backend", self.backends, NAMES)
+        _known("dtype", self.dtypes, DTYPES)
+        _known("method", self.methods, sorted({name for kind in self.kinds or kinds for name in CATALOGUE[kind]}))
+        for backend in self.backends:
+            if not _devices(backend):
+                raise InvalidCall(f"check: {backend}: {why_not(backend, Request('token_stats', torch.device('cpu'), torch.float32))}")
+
+    def entries(self, kinds: Iterable[str], names: Callable[[str], list[str]]) -> list[tuple[str, str]]:
+        """Kind and name of what is selected of some kinds."""
+        found = [(kind, name) for kind in kinds if kind in (self.kinds or kinds) for name in names(kind)]
+        return [(kind, name) for kind, name in found if name in (self.methods or [name])]
+
+
+def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [x for x in given if x not in known]
+    if unknown:
+        raise InvalidCall(f"check: unknown {what} {', '.join(unknown)}; expected one of {', '.join(known)}.")
+
+
+def _devices(backend: str) -> list[str]:
+    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [d for d in available if why_not(backend, Request("token_stats", torch.device(d), torch.float32)) is None]
+
+
+def cases(selection: Selection) -> list[Case]:
+    """The losses to compare with the fp64 reference."""
+    places = [(backend, devices[-1]) for backend in selection.backends or NAMES if (devices := _devices(backend))]
+    return [
+        Case(backend, name, dtype, device, kind, direction)
+        for backend, device in places
+        for kind, name in selection.entries(LOSS_KINDS, compared)
+        for direction in (DIRECTIONS if kind == "divergence" else ("",))
+        for dtype in selection.dtypes
+    ]
+
+
+def run_case(case: Case, vocab: int) -> Comparison:
+    """Loss and gradient of one case; one_pass where the spec allows it and the backend has it, with a loss scale so that fp16 takes it too."""
+    dtype, backend = getattr(torch, case.dtype), case.backend
+    if case.kind == "divergence":
+        return compare_divergence(
+            case.direction, make_divergence((4, 16), vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE
+        )
+    spec = CATALOGUE[case.kind][case.method].build()
+    if case.kind == "pair_loss":
+        return compare_pairs(spec, make_pairs(spec, 4, 8, vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE)
+    return compare(spec, make_batch(spec, (4, 16), vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE)
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """The golden rows of an entry. They are PyTorch on small vectors: fp64 on the CPU, and fp32 on a GPU if there is one."""
+
+    kind: str
+    name: str
+    dtype: str
+    device: str
+
+    @property
+    def rows(self) -> list[Golden]:
+        return [row for row in GOLDEN if (row.kind, row.name) == (self.kind, self.name)]
+
+
+def golden_cases(selection: Selection) -> list[GoldenCase]:
+    """The entries whose golden rows to evaluate: no backend computes them, so they are left out where only others than ``reference`` are asked for."""
+    if selection.backends and "reference" not in selection.backends:
+        return []
+    places = [("float64", "cpu"), *([("float32", "cuda")] if torch.cuda.is_available() else [])]
+    return [GoldenCase(kind, name, *place) for kind, name in selection.entries(GOLDEN_KINDS, by_hand) for place in places]
+
+
+def run_golden(case: GoldenCase) -> float:
+    """The worst error of an entry's rows over what is allowed; ``inf`` without a row."""
+    return max((golden_error(row, getattr(torch, case.dtype), case.device) for row in case.rows), default=float("inf"))

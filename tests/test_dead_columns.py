@@ -1,0 +1,89 @@
+"""A column that is ``-inf`` in every tensor of a call is a column that is not there: the same value, the same gradient in the others, 0 in it."""
+
+import math
+
+import pytest
+import torch
+
+import reweight_ops as rw
+from reweight_ops._core.backends.base import Request
+from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.losses.distillation import KINDS
+
+BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+N, V, DEAD = 5, 11, 4
+KEEP = torch.arange(V) != DEAD
+
+
+def inputs():
+    g = torch.Generator().manual_seed(0)
+    z, other = 2 * torch.randn(N, V, generator=g), 2 * torch.randn(N, V, generator=g)
+    return z, other, torch.tensor([0, 3, 5, 10, 7])
+
+
+def compare(function):
+    """``function(logits, other, ids)`` with the column dead, and without it."""
+    z, other, ids = inputs()
+    whole = z.clone()
+    whole[:, DEAD] = other[:, DEAD] = -math.inf
+    found = []
+    for x, y, label in ((whole, other, ids), (z[:, KEEP], other[:, KEEP], ids - (ids > DEAD).long())):
+        x = x.clone().requires_grad_()
+        value = function(x, y, label)
+        (grad,) = torch.autograd.grad(value.sum(), x)
+        found.append((value.detach(), grad))
+    (value, grad), (want, slope) = found
+    torch.testing.assert_close(value, want, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(grad[:, KEEP], slope, rtol=2e-5, atol=2e-6)
+    assert torch.equal(grad[:, DEAD], torch.zeros(N))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [*KINDS, "generalized_jsd"])
+def test_token_divergence(kind, backend):
+    compare(lambda x, y, ids: rw.token_divergence(x, y, kind=kind, backend=backend))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_generalized_jsd_where_one_has_no_mass(beta):
+    """Finite for any two distributions; the gradient is that of the formula on the columns with mass."""
+    z, other, _ = inputs()
+    other[:, 2] = -math.inf
+    z[:, 6] = -math.inf
+    z[:, DEAD] = other[:, DEAD] = -math.inf
+    got = z.clone().requires_grad_()
+    value = rw.token_divergence(got, other, kind="generalized_jsd", beta=beta)
+    x = z.double().requires_grad_()
+    p, q = torch.softmax(x, -1), torch.softmax(other.double(), -1)
+    m = beta * q + (1 - beta) * p
+    tiny = 1e-300  # 0·log 0 = 0
+    want = (beta * q * (q.clamp(min=tiny).log() - m.clamp(min=tiny).log())).sum(-1)
+    want = want + ((1 - beta) * p * (p.clamp(min=tiny).log() - m.clamp(min=tiny).log())).sum(-1)
+    torch.testing.assert_close(value.double(), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(value.sum(), got)[0].double(), torch.autograd.grad(want.sum(), x)[0], rtol=1e-5, atol=1e-6
+    )
+
+
+COMPOSITES = {
+    "symmetric_cross_entropy": lambda x, y, ids: rw.divergences.symmetric_cross_entropy(x, y),
+    "confidence_masked_kl": lambda x, y, ids: rw.divergences.confidence_masked_kl(x, y, threshold=0.1, sharpening_temperature=0.5),
+    "pld": lambda x, y, ids: rw.divergences.pld(x, y, ids),
+    "dhkd": lambda x, y, ids: rw.divergences.dhkd(x, y),
+    "ldr": lambda x, y, ids: rw.divergences.ldr(x, ids) + math.log(x.shape[-1]),  # its V counts columns
+    "stablemax": lambda x, y, ids: rw.divergences.stablemax(x, ids),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_composites(name):
+    compare(COMPOSITES[name])
+
+
+def test_tw_grpo():
+    z, other, _ = inputs()
+    both = torch.stack([z, other])
+    both[..., DEAD] = -math.inf
+    mask = torch.ones(2, N)
+    whole, without = (rw.weights.tw_grpo(x, mask, group_size=2) for x in (both, both[..., KEEP]))
+    torch.testing.assert_close(whole, without)
