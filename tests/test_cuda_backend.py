@@ -114,7 +114,7 @@ def test_the_documented_limits_of_the_ring(monkeypatch, backend):
     emulated, _ = fixtures.emulated()
     monkeypatch.setattr(backend, "_cuda", emulated)
     try:
-        for device, limits in (((9, 227 << 10, 1), (393216, 196608)), ((12, 99 << 10, 1), (16384, 8192))):
+        for device, limits in (((9, 227 << 10, 1), (786432, 393216)), ((12, 99 << 10, 1), (32768, 16384))):
             emulated.set_device(*device)
             for dtype, limit in zip((torch.float16, torch.float32), limits, strict=True):
                 assert str(limit) in sys.modules["reweight_ops._core.backends.cuda"].__doc__
