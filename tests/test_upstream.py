@@ -7,8 +7,8 @@ import torch
 import torch._dynamo
 
 import reweight_ops as rw
-from reweight_ops._core.engine import ops as library
 from reweight_ops._core.backends import base, select
+from reweight_ops._core.engine import ops as library
 from reweight_ops.testing import make_batch
 
 SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01)
@@ -59,7 +59,13 @@ LOSSES = {
     **FROM_LOGITS,
     "linear": (
         linear,
-        lambda: [random(*SHAPE, WIDTH), random(VOCAB, WIDTH, seed=1), random(VOCAB, seed=2), random(RANK, WIDTH, seed=3), random(VOCAB, RANK, seed=4)],
+        lambda: [
+            random(*SHAPE, WIDTH),
+            random(VOCAB, WIDTH, seed=1),
+            random(VOCAB, seed=2),
+            random(RANK, WIDTH, seed=3),
+            random(VOCAB, RANK, seed=4),
+        ],
     ),
 }
 
