@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -11,7 +13,7 @@ from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
 from .base import Backend, Request
 
 #: Preference by device, best first; the reference serves what nobody else can. On GPUs Triton leads until both were measured on one.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 _loaded: dict[str, Backend | BackendUnavailable] = {}
@@ -34,6 +36,22 @@ def load(name: str) -> Backend:
     if isinstance(found, BackendUnavailable):
         raise found
     return found
+
+
+@contextmanager
+def door(device_type: str, backend: Backend) -> Iterator[None]:
+    """For tests: ``backend`` serves calls on tensors of that device type, in the place of the one of its name.
+
+    So calls on meta tensors take the path that a GPU takes, with a backend that launches nothing.
+    """
+    preference, loaded = dict(_PREFERENCE), dict(_loaded)
+    _PREFERENCE[device_type], _loaded[backend.name] = (backend.name, "reference"), backend
+    try:
+        yield
+    finally:
+        for table, before in ((_PREFERENCE, preference), (_loaded, loaded)):
+            table.clear()
+            table.update(before)  # type: ignore[arg-type]
 
 
 def why_not(name: str, request: Request) -> str | None:

@@ -16,6 +16,7 @@ from ...errors import InvalidCall
 from ..calls.policy import LossCall
 from ..formula.namespace import TorchNamespace
 from ..formula.trace import trace_rule
+from ..rows.constants import number_like
 from ..spec.ratio import SequenceRatio
 
 #: Metrics that are a minimum or maximum, and those that are sums; all others are means.
@@ -134,7 +135,7 @@ def policy_metrics(
     if by is not None:
         found["rows_skipped"] = ((rows.keep & (by[0] == 0) & (by[1] == 0)).sum(), 1)
     found |= {name: (value, 1) for name, value in (more or {}).items()}
-    pairs = [torch.stack([torch.as_tensor(x, dtype=rows.dtype, device=rows.device) for x in pair]) for pair in found.values()]
+    pairs = [torch.stack([number_like(x, keep) for x in pair]) for pair in found.values()]
     return Metrics(tuple(found), torch.stack(pairs))
 
 
