@@ -75,6 +75,74 @@ def leaf(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
 
 
+def trl_call(tensors, **options):
+    """A batch as TRL hands it, and numbers or tensors for what it divides and multiplies by."""
+    rows = torch.empty(4, 32, device="meta")
+    one = (lambda: torch.empty((), device="meta")) if tensors else (lambda: 0.5)
+    integers = torch.empty(4, 33, dtype=torch.long, device="meta")[:, 1:]
+    return {
+        "logits": leaf(4, 32, 64), "completion_ids": integers, "completion_mask": integers, "advantages": torch.empty(4, device="meta"),
+        "old_per_token_logps": rows, "ref_per_token_logps": rows, "loss_scale": one(), "temperature": one(), **options,
+    }  # fmt: skip
+
+
+def launches(call, metrics=False):
+    def once():
+        with Counted() as found:
+            out = rw.policy_loss(**call)
+            torch.autograd.grad(out.loss, call["logits"])
+            before = found.beside
+            if metrics:
+                dict(out.metrics)
+        return found, found.beside - before
+
+    once()
+    return once()
+
+
+DAPO, GRPO = rw.methods.dapo(), rw.methods.grpo(beta=0.04)
+
+#: Losses, and at most how much they may launch beside their vocabulary-sized kernels.
+GOALS = {
+    "one pass": (DAPO, "one_pass", {"num_items_in_batch": 7.0}, 6),
+    "one pass, a penalty, means of sequences": (GRPO, "one_pass", {}, 6),
+    "one pass, a divisor of its own": (DAPO, "one_pass", {}, 6),
+    "one pass, factors": (DAPO, "one_pass", {"token_weights": torch.empty(4, 32, device="meta")}, 6),
+    "two passes": (DAPO, "two_pass", {"num_items_in_batch": 7.0}, 8),
+    "two passes, a penalty, means of sequences": (GRPO, "two_pass", {}, 8),
+    "sequence level": (rw.methods.gspo(), "auto", {}, 16),
+}
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("name", GOALS)
+def test_few_launches(meta, name, tensors):
+    spec, plan, options, most = GOALS[name]
+    if tensors and "num_items_in_batch" in options:
+        options = {"num_items_in_batch": torch.empty((), dtype=torch.long, device="meta")}
+    if "ref_logp" not in spec.requires:
+        options = {**options, "ref_per_token_logps": None}
+    call = trl_call(tensors, spec=spec, plan=plan, **options)
+    found, _ = launches(call)
+    assert 0 < found.beside <= most, found
+    found, more = launches(call, metrics=True)
+    assert 0 < more <= 6, found
+
+
+def test_log_probs_take_few_launches(meta):
+    logits, ids = leaf(4, 32, 64), torch.empty(4, 32, dtype=torch.long, device="meta")
+
+    def once():
+        with Counted() as found:
+            both = rw.token_logps(logits, ids, completion_mask=ids, return_entropy=True)
+            torch.autograd.grad(both, logits, [torch.empty(4, 32, device="meta")] * 2)
+        return found
+
+    once()
+    found = once()
+    assert 0 < found.beside <= 4 and found.kernels["stats_kernel"] == 1, found
+
+
 def test_numbers_that_change_copy_nothing(meta):
     def step(x):
         ids, rows = torch.empty(2, 4, dtype=torch.long, device="meta"), torch.empty(2, 4, device="meta")

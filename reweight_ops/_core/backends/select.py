@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
+from ..rows.verbs import RowVerbs
 from .base import Backend, Request
 
 #: Preference by device, best first; the reference serves what nobody else can. On GPUs Triton leads until both were measured on one.
@@ -93,6 +94,16 @@ def choose(request: Request, name: str = "auto") -> str:
             raise BackendUnavailable(f"backend {only!r} was asked for: {error}") from error
         raise UnsupportedRequest(f"backend {only!r} was asked for and cannot run {request.primitive}: {reason}.")
     raise UnsupportedRequest(f"no backend can run {request.primitive}: " + "; ".join(f"{k}: {v}" for k, v in found.items()))
+
+
+def row_verbs(device: torch.device, dtype: torch.dtype, name: str) -> RowVerbs | None:
+    """Kernels for a call's rows, of the backend that serves its logits; None where PyTorch does it: in a compiled graph, whose compiler fuses it."""
+    if torch.compiler.is_compiling() or dtype == torch.float64:
+        return None
+    for candidate in candidates(device.type, name):
+        if why_not(candidate, Request("token_stats", device, dtype)) is None:
+            return load(candidate).rows
+    return None
 
 
 @torch.compiler.assume_constant_result
