@@ -2,13 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from bench.report import print_tables, summary
 
-FILES = sorted((Path(__file__).parents[1] / "bench/results").glob("*.json"))
+FILES = sorted((ROOT / "bench/results").glob("*.json"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)

@@ -4,17 +4,16 @@
 import math
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from criterion import assert_gradient, assert_values
 from kernel_oracle import STATS, gradient, rows, statistics
+from paths import ROOT
 
 from reweight_ops._core.backends.native import DTYPES
 
 _C = pytest.importorskip("reweight_ops._C")
-ROOT = Path(__file__).resolve().parents[1]
 #: compiler, and what runs what it builds
 PROCESSORS = {"here": ("g++", []), "arm64": ("aarch64-linux-gnu-g++", ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"])}
 DEFINES = ["-DRW_HAS_PORTABLE", "-DRW_LEVEL=portable"]
@@ -28,7 +27,10 @@ def verbs(request, tmp_path_factory):
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed")
     program = tmp_path_factory.mktemp(request.param) / "verbs"
-    sources = [ROOT / "tests/portable/verbs.cpp", *(ROOT / "csrc/cpu" / name for name in ("dispatch.cpp", "kernels.cpp", "divergence.cpp"))]
+    sources = [
+        ROOT / "tests/backends/cpu/portable.cpp",
+        *(ROOT / "csrc/cpu" / name for name in ("dispatch.cpp", "kernels.cpp", "divergence.cpp")),
+    ]
     flags = [*_C.build_info()["flags"].split(), "-Werror", "-Wno-psabi", *DEFINES, f"-I{ROOT / 'csrc'}"]
     done = subprocess.run([compiler, *flags, *map(str, sources), "-o", str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_emulation.build import ROOT, SANITIZE, build, compiler
+from cuda_emulation.build import SANITIZE, build, compiler
+from paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")]
 
@@ -244,7 +245,7 @@ FOUND_BY = {
 
 
 def run_tests(module: Path, *files: str, **environment: str) -> subprocess.CompletedProcess:
-    paths = [str(ROOT / "tests" / file) for file in files]
+    paths = [str(ROOT / "tests/backends/cuda" / file) for file in files]
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *paths],
         capture_output=True,

@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 pytest.importorskip("triton")
 
@@ -18,7 +18,7 @@ def aot(tmp_path_factory):
     environment.pop("TRITON_INTERPRET", None)
 
     def run(*arguments: str):
-        command = [sys.executable, str(Path(__file__).with_name("aot_divergence.py")), *arguments]
+        command = [sys.executable, str(ROOT / "tests/support/aot_divergence.py"), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,7 @@
 """Evaluate an expression graph in fp64 and bound the error that the same graph has in a shorter arithmetic.
 
 Running error analysis (Higham, Accuracy and Stability of Numerical Algorithms, section 3.3): every operation rounds once with unit
-``u``, every function of ``xp`` is wrong by at most ``FUNCTION_ULPS`` units (tests/test_codegen.py measures that), and what the
+``u``, every function of ``xp`` is wrong by at most ``FUNCTION_ULPS`` units (tests/formula/test_codegen.py measures that), and what the
 operands' errors do to the result is followed exactly, by intervals. A comparison whose operands are closer than their errors may
 come out either way, so a select on it is bounded over both branches.
 """

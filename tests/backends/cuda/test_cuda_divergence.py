@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from cuda_emulation.fixtures import SCHEDULES, emulated
-from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, assert_far_rows, both_plans, make
+from divergence_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, assert_far_rows, both_plans, make
 
 from reweight_ops._core.backends import reference_divergence as reference
 from reweight_ops._core.backends.base import DIVERGENCE_STATS, DivergenceInputs, SoftmaxParams

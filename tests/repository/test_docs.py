@@ -8,13 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import reweight_ops as rw
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_new_method_is_one_file_plus_the_generated_ones(tmp_path):

@@ -1,6 +1,6 @@
 """The generated C++ and Triton equal fp64 autograd of the formula they were printed from, value and every partial derivative.
 
-The error bound is the running error bound of the very expression that was printed (tests/running_error.py): the rounding of each of
+The error bound is the running error bound of the very expression that was printed (tests/support/running_error.py): the rounding of each of
 its fp32 operations, and nothing else, may separate the generated code from the truth. Inputs and hyper-parameters are fp32 numbers.
 """
 
@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from paths import ROOT
 from running_error import FUNCTION_ULPS, evaluate
 
 import reweight_ops.codegen as codegen
@@ -29,7 +30,6 @@ from reweight_ops._core.formula.printer import own_rules, own_weights, statement
 from reweight_ops._core.formula.trace import trace_rule, trace_weight
 from reweight_ops.rules import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 
-ROOT = Path(__file__).resolve().parents[1]
 XP = TorchNamespace(torch.float64)
 
 

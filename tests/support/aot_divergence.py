@@ -1,4 +1,4 @@
-"""Compile the kernel on two logits tensors for GPUs that are not here; see tests/aot.py. Run in a process without TRITON_INTERPRET."""
+"""Compile the kernel on two logits tensors for GPUs that are not here; see tests/support/aot.py. Run in a process without TRITON_INTERPRET."""
 
 from __future__ import annotations
 

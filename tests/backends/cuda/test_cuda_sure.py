@@ -1,4 +1,4 @@
-"""Sure tokens and large offsets, by the emulated CUDA kernels: log-prob and gradient keep what is left of them (tests/sure_rows.py has the bound)."""
+"""Sure tokens and large offsets, by the emulated CUDA kernels: log-prob and gradient keep what is left of them (tests/support/sure_rows.py has the bound)."""
 
 import math
 

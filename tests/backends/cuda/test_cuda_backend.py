@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulation import fixtures
-from cuda_emulation.build import DTYPES, ROOT
+from cuda_emulation.build import DTYPES
+from paths import ROOT
 
 import reweight_ops
 from reweight_ops._core.backends import native, select

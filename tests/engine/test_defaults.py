@@ -6,10 +6,10 @@ Each default has a process of its own, for a kernel that writes fp32 into a smal
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
@@ -42,7 +42,7 @@ def results(folder, which):
     path = folder / f"{which}.pt"
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(default=DEFAULTS[which]), path],
-        env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent), OMP_NUM_THREADS="1"),
+        env=dict(os.environ, PYTHONPATH=str(ROOT / "tests/support"), OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
     )

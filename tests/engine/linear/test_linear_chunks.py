@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 from test_linear import BACKENDS, B, D, T, V, from_hidden, from_logits, make, same
 
 import reweight_ops as rw
@@ -286,9 +287,7 @@ print(json.dumps(found))
 def test_memory_is_one_chunk():
     """Beyond the gradients: one chunk of the eight, in both plans and dtypes, also where rows are dropped; all of them where the budget lets
     two_pass keep them."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name, chunks in json.loads(done.stdout.splitlines()[-1]).items():
         if name.startswith("two_pass") and name.endswith("True"):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 pytest.importorskip("reweight_ops._core.backends.cpu", exc_type=ImportError)
 if not Path("/proc/self/clear_refs").exists():
@@ -32,7 +33,7 @@ print(json.dumps(found))
 
 
 def test_extra_memory():
-    root = Path(__file__).resolve().parents[1]
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     growth = json.loads(done.stdout.splitlines()[-1])

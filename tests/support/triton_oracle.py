@@ -1,6 +1,6 @@
-"""What tests/test_triton.py asks of the three verbs: batches run, and judged against fp64 by the criterion (tests/criterion.py).
+"""What tests/backends/triton/test_triton.py asks of the three verbs: batches run, and judged against fp64 by the criterion (tests/support/criterion.py).
 
-Truth knows nothing of any kernel: autograd through log_softmax (tests/kernel_oracle.py) and through the rules' own formulas. No verb is given
+Truth knows nothing of any kernel: autograd through log_softmax (tests/support/kernel_oracle.py) and through the rules' own formulas. No verb is given
 another one's results: the gradient of ``token_loss_grad`` is judged from the logits on, with the coefficients that fp64 finds.
 """
 
@@ -81,7 +81,7 @@ class Batch:
         return ~self.usable & (self.ids != OUT)
 
     def in_dtype(self, dtype: torch.dtype) -> tuple:
-        """The rows and the head as tests/kernel_oracle.py takes them."""
+        """The rows and the head as tests/support/kernel_oracle.py takes them."""
         n = self.ids.numel()
         rows = self.logits.detach()[..., : self.head.vocab_size].reshape(n, self.head.vocab_size).to(dtype)
         return rows, self.ids, self.temperature.to(dtype).expand(n)

@@ -1,6 +1,6 @@
 """The Triton backend against an fp64 oracle that knows nothing of it: autograd through log_softmax and the rules' own formulas.
 
-By the package's criterion (tests/criterion.py) and nothing looser. Runs in Triton's interpreter, or on a GPU if there is one.
+By the package's criterion (tests/support/criterion.py) and nothing looser. Runs in Triton's interpreter, or on a GPU if there is one.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "csrc", "reweight_ops", "triton_kernels")
 
 pytestmark = pytest.mark.slow
@@ -134,7 +134,7 @@ def test_sanitizers(tree):
     shutil.copytree(ROOT / "tests", tree / "tests", dirs_exist_ok=True)
     # detect_leaks: Python itself leaks on exit. The 2^31 case maps more than the sanitizer's shadow likes.
     code, log = run(
-        sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "tests/test_cpu_edges.py", "tests/test_cpu_accuracy.py",
+        sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "tests/backends/cpu/test_cpu_edges.py", "tests/backends/cpu/test_cpu_accuracy.py",
         "-k", "not beyond_two and not peaked and not shifted and not several", cwd=tree, LD_PRELOAD=preload, PYTHONPATH=str(tree),
         ASAN_OPTIONS="detect_leaks=0:verify_asan_link_order=0", UBSAN_OPTIONS="print_stacktrace=1",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The ring kernel, run thread by thread on the CPU. Its truth is the streaming kernel, whose accuracy tests/test_cuda_emulated.py judges: the two
+"""The ring kernel, run thread by thread on the CPU. Its truth is the streaming kernel, whose accuracy tests/backends/cuda/test_cuda_emulated.py judges: the two
 must agree in every bit, for any batch, under every schedule of threads, copies and messages."""
 
 import math

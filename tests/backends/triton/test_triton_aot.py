@@ -1,6 +1,6 @@
 """What a GPU would run, compiled without one: no spills, 16-byte loads and stores, and nothing recompiles that need not.
 
-Each test starts a process of its own (tests/aot.py): Triton decides at import whether it interprets or compiles.
+Each test starts a process of its own (tests/support/aot.py): Triton decides at import whether it interprets or compiles.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 pytest.importorskip("triton")
 
@@ -23,7 +23,7 @@ SPLIT_ROWS = {"partial_kernel": (1, 0), "gradient_kernel": (1, 1), "loss_grad_ke
 
 @pytest.fixture(scope="module")
 def aot(tmp_path_factory):
-    """Runs tests/aot.py and returns what it prints."""
+    """Runs tests/support/aot.py and returns what it prints."""
     folder = tmp_path_factory.mktemp("aot")
     environment = {
         **os.environ,
@@ -34,7 +34,7 @@ def aot(tmp_path_factory):
     environment.pop("TRITON_INTERPRET", None)
 
     def run(*arguments: str):
-        command = [sys.executable, str(Path(__file__).with_name("aot.py")), *arguments]
+        command = [sys.executable, str(ROOT / "tests/support/aot.py"), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout.splitlines()[-1])

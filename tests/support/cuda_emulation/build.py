@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 DTYPES = {"f32": "float", "bf16": "Bf16", "f16": "F16"}
 #: Contraction off as for nvcc (-fmad=false); the fortified longjmp takes a switch of stacks for an attack.
