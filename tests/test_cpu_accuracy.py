@@ -11,7 +11,7 @@ from kernel_oracle import STATS, gradient, rows
 from reweight_ops._core.backends.base import SoftmaxParams
 
 cpu = pytest.importorskip("reweight_ops._core.backends.cpu", exc_type=ImportError)
-_C = cpu._C
+_C, cpu = cpu._C, cpu.BACKEND
 
 WIDTHS = [1, 2, 33, 2049, 4099]
 
@@ -23,7 +23,7 @@ def level(request):
     _C.set_level("auto")
 
 
-@pytest.mark.parametrize(("kind", "head"), contract.KINDS)
+@pytest.mark.parametrize(("kind", "head"), [*contract.KINDS, *((kind, head) for kind in ("wide", "far") for head in ("plain", "cold"))])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_and_gradient(level, dtype, head, kind):
     for v in WIDTHS:

@@ -15,7 +15,7 @@ from reweight_ops._core.formula.loss_program import Program
 from reweight_ops.errors import InvalidCall
 
 cpu = pytest.importorskip("reweight_ops._core.backends.cpu", exc_type=ImportError)
-_C = cpu._C
+_C, cpu = cpu._C, cpu.BACKEND
 
 DTYPES = list(contract.DTYPES.values())
 
@@ -173,7 +173,7 @@ def request(verb="token_stats", device="cpu", dtype=torch.float32, program=None)
 
 
 def test_what_the_backend_does_not_serve():
-    reason = cpu.BACKEND.unsupported_reason
+    reason = cpu.unsupported_reason
     assert reason(request()) is None and reason(request("token_loss_grad", program=CLIP[0])) is None
     assert "fp32, bf16 or fp16" in reason(request(dtype=torch.float64))
     assert "CPU" in reason(request(device="cuda"))

@@ -63,7 +63,7 @@ def test_token_loss_grad(cuda, dtype, head, bonus):
         contract.check_token_loss_grad(cuda, dtype, 12, v, head, bonus)
 
 
-@pytest.mark.parametrize(("name", "weight"), zip(own_rules(), [*own_weights()] * 3, strict=False))
+@pytest.mark.parametrize(("name", "weight"), [*zip(own_rules(), [*own_weights()] * 3, strict=False)])
 def test_every_rule_and_weight(cuda, name, weight):
     """Against the reference's fp32: rows, and gradients of the same coefficients."""
     n, v = 8, 700

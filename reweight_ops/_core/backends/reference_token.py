@@ -32,25 +32,33 @@ class Distribution:
             capped = head.softcap * torch.tanh(z / head.softcap)
             self.slope = 1 - (capped / head.softcap) ** 2
             z = torch.where(self.dead, -math.inf, torch.where(z == math.inf, math.nan, capped))
-        self.x = z / self.temperature
+        # Everything is relative to the largest logit: an offset that all share costs no digits.
+        largest, self.where = z.max(-1, keepdim=True)
+        self.top = largest[:, 0] / self.temperature[:, 0]
+        self.below = (z - largest) / self.temperature
         self.bad = self.inside & ((ids < 0) | (ids >= head.total()))
         local = ids - head.vocab_start
         self.has_target = (local >= 0) & (local < head.vocab_size) & self.inside & ~self.bad
         self.target = torch.where(self.has_target, local, 0)[:, None]
+        self.whole = head.total() == head.vocab_size
+
+    def sum_of_others(self, values: Tensor) -> Tensor:
+        """Over all columns but the largest, whose 1 would swallow what the others have in a row with a sure token."""
+        return values.scatter(-1, self.where, 0).sum(-1)
+
+    def log_total(self) -> Tensor:
+        """The log-sum-exp relative to the largest."""
+        return torch.where(self.top.isfinite(), torch.log1p(self.sum_of_others(self.below.exp())), math.nan)
 
 
 def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
     d = Distribution(logits, ids, temperature, head)
-    top = d.x.amax(-1, keepdim=True)
-    shifted = d.x - top
-    weight = shifted.exp()
-    total = weight.sum(-1)
-    log_total = total.log()
-    out = {"lse": top[:, 0] + log_total, "max_logp": 0 - log_total}
-    target = shifted.gather(-1, d.target)[:, 0] - log_total
+    log_total, rest = d.log_total(), d.sum_of_others(d.below.exp())
+    out = {"lse": d.top + log_total, "max_logp": 0 - log_total}
+    target = d.below.gather(-1, d.target)[:, 0] - log_total
     out["logp"] = torch.where(d.has_target | target.isnan(), target, -math.inf)
-    out["entropy"] = log_total - torch.where(d.dead, 0, weight * shifted).sum(-1) / total
-    out["log_sum_p_sq"] = (2 * shifted).exp().sum(-1).log() - 2 * log_total
+    out["entropy"] = log_total - torch.where(d.dead, 0, d.below.exp() * d.below).sum(-1) / (1 + rest)
+    out["log_sum_p_sq"] = torch.log1p(d.sum_of_others((2 * d.below).exp())) - 2 * log_total
     rows = torch.stack([out[name] for name in stats])
     rows = torch.where(d.bad, math.nan, rows)
     return torch.where(d.inside, rows, 0)
@@ -77,7 +85,8 @@ def token_grad(
         return by_entropy + z[column] * p + 2 * q[column] * p * (p / p_sq[column] - 1)
 
     every = (slice(None), None)
-    logp = d.x - stats["lse"][:, None]
+    log_total = d.log_total() if d.whole else stats["lse"] - d.top  # a shard's lse is that of all
+    logp = d.below - log_total[:, None]
     p = logp.exp()
     grad = terms(p, torch.where(d.dead, 0, logp), every) - c[:, None] * p
     # The target's own element from its log-prob: p - 1 of a rounded neighbour loses everything as p goes to 1.

@@ -12,10 +12,9 @@ from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
+from . import consumed
 from .keywords import SoftmaxOptions
 from .softmax import Fail, resolve_softmax, resolve_temperature
-
-_CONSUMED = "_reweight_ops_consumed"
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Logits:
         return torch.is_grad_enabled() and self.values.requires_grad
 
     def mark_consumed(self) -> None:
-        if self.consume and not torch.compiler.is_compiling():
-            setattr(self.original, _CONSUMED, True)
+        if self.consume:
+            consumed.mark(self.original)
 
 
 def resolve_logits(
@@ -62,7 +61,7 @@ def resolve_logits(
         raise fail(f"completion_ids are {completion_ids.dtype}, expected int32 or int64.")
     if completion_ids.device != logits.device:
         raise fail(f"completion_ids are on {completion_ids.device}, logits on {logits.device}.")
-    if getattr(logits, _CONSUMED, False):
+    if consumed.is_consumed(logits):
         raise fail("these logits were consumed by an earlier call with consume_logits=True: they hold a gradient now.")
 
     shape = tuple(completion_ids.shape)

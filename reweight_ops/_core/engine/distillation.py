@@ -94,5 +94,4 @@ def distillation_weights(rows: Rows, token_weights: Any, num_items_in_batch: Any
     factor = rows.per_row("token_weights", 1.0 if token_weights is None else token_weights)
     if factor.requires_grad:
         raise rows.error("token_weights require grad; here they are detached. For a gradient: (w * token_divergence(...)).sum().")
-    weights: Tensor = torch.where(rows.keep, factor, 0) * loss_scale / divisor
-    return weights.contiguous()
+    return torch.where(rows.keep, factor * loss_scale / divisor, 0)

@@ -124,7 +124,8 @@ def evaluate(call: PairCall, statistics: dict[str, Tensor], backend: str) -> Pre
         total = torch.where(weight == 0, 0, weight * total)
     per_pair = torch.where(pairs.keep, total, 0)
     count = call.options.num_pairs_in_batch
-    divisor = pairs.keep.sum().clamp(min=1) if count is None else count
+    # Of a call without a pair the loss is 0, whatever the divisor.
+    divisor = pairs.keep.sum().clamp(min=1) if count is None else count + (~pairs.keep.any()).to(per_pair.dtype)
     loss = per_pair.sum() / divisor
     scale = call.options.loss_scale
     if not (isinstance(scale, (int, float)) and scale == 1):

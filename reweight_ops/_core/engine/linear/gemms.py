@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...calls.hidden import ChunkSettings, LMHead
 from ..memory import empty
+from ..ops import op
 
 #: Up to this many chunks a 16-bit weight's gradient is summed in its own dtype, beyond in fp32: each chunk rounds the sum once.
 CHUNKS_IN_WEIGHT_DTYPE = 8
@@ -65,7 +66,7 @@ def padded(x: Tensor, rows: int) -> Tensor:
 def _mm_wider(h: Tensor, weight: Tensor, out: Tensor) -> None:
     """fp32 logits from 16-bit operands: one rounding less. On a GPU at GEMM speed; elsewhere in fp32, a slice of the weight at a time."""
     if _widens(h, out.dtype):
-        torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
+        wide_gemm_(out, h, weight.t(), False)
         return
     wide = h.to(out.dtype)
     for columns in chunks(0, weight.size(0), _SLICE):
@@ -144,18 +145,16 @@ class Gradients:
 
     def _accumulate(self, which: int, left: Tensor, right: Tensor) -> None:
         dtype, total = self._dtype(which), self.totals[which]
+        first = total is None
         if total is None:
             total = empty((left.size(0), right.size(1)), dtype, left.device)
             self.totals[which] = total
-            _product(total, left, right)
-        elif dtype == left.dtype:
-            total.addmm_(left, right)
-        elif _widens(left, dtype):
-            torch.addmm(total, left, right, out_dtype=dtype, out=total)
+        if dtype != left.dtype:
+            wide_gemm_(total, left, right, not first)
+        elif first:
+            torch.mm(left, right, out=total)
         else:
-            # No such GEMM here: each chunk's product is rounded once, their sum is not.
-            for part in chunks(0, left.size(0), _SLICE):
-                total[part] += left[part] @ right
+            total.addmm_(left, right)
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """The gradients in the inputs' dtypes: hidden, weight, bias, lora_a, lora_b; zeros where no row had one."""
@@ -173,15 +172,21 @@ def _finite(h: Tensor) -> Tensor:
     return torch.nan_to_num(h, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``left @ right`` into memory of the same dtype or a wider one."""
-    if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    elif _widens(left, out.dtype):
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:
-        for part in chunks(0, left.size(0), _SLICE):
-            out[part] = left[part] @ right
+@op(lambda out, left, right, accumulate: None, mutates=("out",))
+def wide_gemm_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
+    """``out = left @ right``, or ``out += left @ right``, into a dtype wider than the operands'.
+
+    An op, for inductor cannot lower ``addmm`` with ``out_dtype``."""
+    if _widens(left, out.dtype):
+        if accumulate:
+            torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(left, right, out_dtype=out.dtype, out=out)
+        return
+    # No such GEMM here: each product is rounded once, their sum is not.
+    for part in chunks(0, left.size(0), _SLICE):
+        product = left[part] @ right
+        out[part] = out[part] + product if accumulate else product
 
 
 def compacted(chunk: Tensor, live: Tensor) -> Tensor:
