@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from built_in import own_rules, own_weights
 from random_formulas import drawn_rule, drawn_weight, truth
 from running_error import evaluate as bounded
 from test_trace import no_tie
@@ -14,7 +15,6 @@ import reweight_ops as rw
 from reweight_ops._core.backends.base import Head, Request, RowInputs
 from reweight_ops._core.backends.select import load, why_not
 from reweight_ops._core.formula.loss_program import ONE_PASS, Program, loss_graph
-from reweight_ops._core.formula.printer import own_rules, own_weights
 from reweight_ops._core.formula.table import build_table
 from reweight_ops._core.formula.text import read_formula, write_formula
 from reweight_ops._core.formula.trace import trace_rule, trace_weight, walk
