@@ -1,15 +1,30 @@
-"""The compiled extension: kernels on raw addresses, without any check. :mod:`reweight_ops.backends` validates every argument first."""
+"""The compiled extension: kernels on raw addresses, without any check. :mod:`reweight_ops._core.backends` validates every argument first."""
 
 from collections.abc import Sequence
 from typing import Any
 
-class Program:
-    """A loss by the names of its rules and weights; of a weight also whether its scope is "all". ValueError if one is not compiled in."""
+operations: list[str]
+sources: str
 
-    def __init__(self, terms: Sequence[str], weights: Sequence[tuple[str, bool]]) -> None: ...
+class Table:
+    """A loss program as a table of instructions, by the address of its words and the sizes of its parts."""
+
+    def __init__(
+        self,
+        words: int,
+        parameters: int,
+        constants: int,
+        uniform: int,
+        instructions: int,
+        inputs: int,
+        terms: int,
+        registers: int,
+        outputs: Sequence[int],
+    ) -> None: ...
 
 class Call:
-    """What all verbs share. ``strides``: rows per batch, batch and row stride in elements; ``vocab``: size, start, total."""
+    """What all verbs share. ``strides``: rows per batch, batch and row stride in elements; ``vocab``: size, start, total. ``threads``: on a CPU;
+    ``device``, ``stream``: on a GPU."""
 
     def __init__(
         self,
@@ -23,33 +38,45 @@ class Call:
         ids: int,
         temperature: int,
         temperature_per_row: bool,
-        threads: int,
+        threads: int = 1,
+        device: int = 0,
+        stream: int = 0,
     ) -> None: ...
 
 def build_info() -> dict[str, Any]: ...
 def level() -> str: ...
 def set_level(name: str) -> None: ...
-def rules() -> dict[str, int]: ...
-def weights() -> dict[str, int]: ...
-def token_stats(call: Call, out: Sequence[int]) -> None: ...
-def token_grad(call: Call, stats: Sequence[int], coefs: Sequence[int], out: int, out_strides: tuple[int, int, int]) -> None: ...
+def token_stats(call: Call, out: Sequence[int]) -> int: ...
+def token_grad(call: Call, stats: Sequence[int], coefs: Sequence[int], out: int, out_strides: tuple[int, int, int]) -> int: ...
 def token_loss_grad(
     call: Call,
-    program: Program,
+    program: Table,
     params: int,
     reads_p_sq: bool,
+    entropy_gradient: bool,
     row_weights: int,
     row_weights_step: int,
     inputs: Sequence[int],
     rows: int,
     out: int,
     out_strides: tuple[int, int, int],
+) -> int: ...
+def evaluate_rows(
+    fp64: bool,
+    table: Table,
+    params: int,
+    leaves: Sequence[int],
+    row_weights: int,
+    row_weights_step: int,
+    keep: int,
+    outputs: Sequence[int],
+    out: int,
+    rows: int,
+    threads: int,
 ) -> None: ...
 def divergence_stats(call: Call, other: Call, table: int) -> int: ...
 def divergence_grad(call: Call, other: Call, table: int, coefs: int, out: int, out_strides: tuple[int, int, int]) -> int: ...
 def divergence_loss_grad(
     call: Call, other: Call, table: int, constants: int, weights: int, out: int, out_strides: tuple[int, int, int]
 ) -> int: ...
-def apply_rule(name: str, leaves: int, params: int, out: int, n: int) -> None: ...
-def apply_weight(name: str, leaves: int, params: int, out: int, n: int) -> None: ...
 def stream(kind: str, a: int, b: int, floats: int, threads: int) -> None: ...

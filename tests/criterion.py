@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reweight_ops._core.backends import reference_token as reference
-from reweight_ops._core.backends.base import Head
 from reweight_ops.testing import ERROR_FLOOR, gradient_errors, value_error
 
 
@@ -26,12 +24,3 @@ def assert_gradient(got: Tensor, fp32: Tensor, truth: Tensor, size: Tensor, colu
     floor = (ERROR_FLOOR * size.double() + 1e-300)[:, None]
     parts, worst = gradient_errors(got, fp32, truth, floor, is_target)
     assert max(max(part) for part in parts.values()) <= 1, f"gradient: times what is allowed, (maximum, rms): {parts}; worst {worst}"
-
-
-def gradient_from(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: dict[str, Tensor], coefs: dict[str, Tensor]
-) -> Tensor:
-    """fp32 PyTorch's gradient from given fp32 statistics: what any two-pass implementation has to work with."""
-    out = torch.empty_like(logits)
-    reference.token_grad(logits, ids, temperature, head, stats, dict(coefs), out)
-    return out

@@ -51,7 +51,7 @@ def clip_loss(stats: dict[str, Tensor], old: Tensor, adv: Tensor, weight: Tensor
 
 def rows(n: int, v: int, dtype: torch.dtype, kind: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Logits [n, v] and ids. ``plain``: a language model's spread with outliers and a target of any mass; ``peaked``: sure rows;
-    ``shifted``: a large common offset; ``low``: everything at or below -100."""
+    ``shifted``: a large common offset, ``far``: a very large one; ``low``: everything at or below -100; ``wide``: hundreds of nats apart."""
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(n, v, generator=g, dtype=torch.float64) * 3
     ids = torch.randint(0, v, (n,), generator=g)
@@ -59,7 +59,9 @@ def rows(n: int, v: int, dtype: torch.dtype, kind: str, seed: int = 0) -> tuple[
     if kind == "peaked":
         lift = 12 + torch.rand(n, generator=g, dtype=torch.float64) * 25
     z.scatter_add_(1, ids[:, None], lift[:, None])
-    z += {"plain": 0.0, "peaked": 0.0, "shifted": 300.0, "low": -160.0}[kind]
+    if kind == "wide":
+        z *= 100
+    z += {"shifted": 300.0, "far": 3e4, "low": -160.0}.get(kind, 0.0)
     if kind == "low":
         z.clamp_(max=-100)
     return z.to(dtype), ids

@@ -10,7 +10,7 @@ from criterion import assert_gradient, assert_values
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from kernel_oracle import gradient, rows, statistics
 
-from reweight_ops._core.backends.base import Head, RowInputs
+from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.rows.groups import OUT
 
@@ -99,7 +99,9 @@ def loss_grad(cuda, z, ids, adv, program=PROGRAMS["entropy"], head=None, tempera
     temperature = torch.linspace(0.7, 1.4, n) if temperature is None else temperature
     weights = torch.ones(len(program[0].terms), n)
     given = RowInputs(weights, torch.linspace(-3, 0, n), adv) if inputs is None else inputs
-    return cuda.token_loss_grad(z, ids, temperature, head or Head(z.size(-1)), given, program[0], torch.tensor(program[1]), out), out
+    return cuda.token_loss_grad(
+        z, ids, temperature, head or SoftmaxParams(z.size(-1)), given, program[0], torch.tensor(program[1]), out
+    ), out
 
 
 def same(a, b):
@@ -137,7 +139,7 @@ def test_as_the_streaming_kernel(emulator, cuda, dtype, shape, schedule):
     n = 16 if vectors < 7000 else 9
     emulator.set_device(9, 227 << 10, 2 if n == 16 else 1)
     z, ids, adv = batch(n, v, dtype, padding=5)
-    head = Head(v)
+    head = SoftmaxParams(v)
     want_rows, want = by_streaming(emulator, cuda, z, ids, adv, head=head)
     assert (want[..., v:] == 0).all() and (want[ids == OUT] == 0).all() and (want != 0).any()
     got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, head=head)
@@ -174,7 +176,7 @@ def test_every_gradient(emulator, cuda, dtype, case, schedule, monkeypatch):
     if case == "squares":
         compiled = cuda._compiled  # as for a rule that reads log_sum_p_sq
         monkeypatch.setattr(cuda, "_compiled", lambda *a: (*compiled(*a)[:2], True, *compiled(*a)[3:]))
-    head = Head(v, 12.0 if case == "softcap" else math.inf)
+    head = SoftmaxParams(v, 12.0 if case == "softcap" else math.inf)
     want_rows, want = by_streaming(emulator, cuda, z, ids, adv, program=program, head=head)
     got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, program=program, head=head)
     assert same(got_rows, want_rows) and same(got, want)
@@ -220,8 +222,8 @@ def test_statistics_agree(emulator, cuda, dtype, shape):
     odd.copy_(values)
     emulator.set_schedule("random", 3)
     one = torch.ones(1)
-    logp = cuda.token_stats(z, ids, one, Head(v), ("logp",))[0]
-    assert torch.equal(cuda.token_stats(odd, ids, one, Head(v), ("logp",))[0], logp)
+    logp = cuda.token_stats(z, ids, one, SoftmaxParams(v), ("logp",))[0]
+    assert torch.equal(cuda.token_stats(odd, ids, one, SoftmaxParams(v), ("logp",))[0], logp)
     inputs = RowInputs(torch.ones(1, n), logp, torch.ones(n))
     for logits, kernel in ((z, "ring"), (z, "streaming"), (odd, "auto")):
         emulator.set_kernel(kernel)
@@ -264,7 +266,7 @@ def test_all_rows_out(emulator, cuda):
 
 
 def why(cuda, emulator, z, out=None):
-    call = cuda._call(z, torch.zeros(z.numel() // max(z.size(-1), 1), dtype=torch.int64), torch.ones(1), Head(z.size(-1)))
+    call = cuda._call(z, torch.zeros(z.numel() // max(z.size(-1), 1), dtype=torch.int64), torch.ones(1), SoftmaxParams(z.size(-1)))
     out = z if out is None else out
     return emulator.why_streaming(call, out.data_ptr(), cuda._out_rows(z, out))
 

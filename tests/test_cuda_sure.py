@@ -7,7 +7,7 @@ import sure_rows
 import torch
 from cuda_emulation.fixtures import SCHEDULES, emulated
 
-from reweight_ops.backends.base import Head, Program, RowInputs
+from reweight_ops._core.backends.base import Program, RowInputs, SoftmaxParams
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: From rows that live in one thread to rows over several warps, tiles and slices.
@@ -42,7 +42,7 @@ def one_pass(verbs, z, ids, adv=None):
     adv = torch.ones(n) if adv is None else adv
     columns = -(-z.size(-1) * z.itemsize // 16) * 16 // z.itemsize
     out = torch.full((n, columns), math.nan, dtype=z.dtype)[:, : z.size(-1)]
-    rows = verbs.token_loss_grad(z, ids, ONE, Head(z.size(-1)), RowInputs(torch.ones(1, n), None, adv), *PLAIN, out)
+    rows = verbs.token_loss_grad(z, ids, ONE, SoftmaxParams(z.size(-1)), RowInputs(torch.ones(1, n), None, adv), *PLAIN, out)
     return rows, out
 
 
@@ -82,12 +82,12 @@ def test_one_pass(kernels, dtype, vocab, kernel):
 
 @pytest.mark.parametrize("vocab", WIDTHS)
 def test_statistics_and_gradient(kernels, dtype, vocab):
-    module, verbs = kernels
+    _module, verbs = kernels
     rows = sure_rows.sure_rows(vocab, dtype)
     names = ("logp", "max_logp", "lse", "entropy", "log_sum_p_sq")
-    stats = dict(zip(names, verbs.token_stats(rows.logits, rows.ids, ONE, Head(vocab), names), strict=True))
+    stats = dict(zip(names, verbs.token_stats(rows.logits, rows.ids, ONE, SoftmaxParams(vocab), names), strict=True))
     out = torch.full_like(rows.logits, math.nan)
-    verbs.token_grad(rows.logits, rows.ids, ONE, Head(vocab), stats, {"logp": -torch.ones(rows.ids.numel())}, out)
+    verbs.token_grad(rows.logits, rows.ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(rows.ids.numel())}, out)
     assert_kept(rows, stats["logp"], out, dtype)
     assert torch.equal(stats["max_logp"], stats["logp"])
     # Σp² is (1 - δ)² and less than e^-2δ; the entropy δ·(1 + margin) and more. Both vanish as the log-prob does.
@@ -107,7 +107,7 @@ def test_the_same_bits(kernels, schedule):
     rows = sure_rows.sure_rows(8 * 10 * 1024 + 1003, torch.bfloat16)
     some = torch.arange(0, rows.ids.numel(), 5)
     z, ids = aligned(rows.logits[some]), rows.ids[some]
-    logp = verbs.token_stats(z, ids, ONE, Head(z.size(-1)), ("logp",))[0]
+    logp = verbs.token_stats(z, ids, ONE, SoftmaxParams(z.size(-1)), ("logp",))[0]
     assert sure_rows.worst(logp, rows.logp[some]) <= sure_rows.TOLERANCE
     found = {}
     for kernel in ("streaming", "ring"):
@@ -130,10 +130,10 @@ def test_one_value_everywhere(kernels, value, kernel):
         want = torch.full((3, vocab), 1 / vocab, dtype=torch.float64)
         want[torch.arange(3), ids] -= 1
         torch.testing.assert_close(out.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
-        logp, lse = verbs.token_stats(z, ids, ONE, Head(vocab), ("logp", "lse"))
+        logp, lse = verbs.token_stats(z, ids, ONE, SoftmaxParams(vocab), ("logp", "lse"))
         assert torch.equal(logp, got[0]) and lse.tolist() == pytest.approx([float(z[0, 0]) + math.log(vocab)] * 3)
         by_verb = torch.full_like(z, math.nan)
-        verbs.token_grad(z, ids, ONE, Head(vocab), {"logp": logp, "lse": lse}, {"logp": -torch.ones(3)}, by_verb)
+        verbs.token_grad(z, ids, ONE, SoftmaxParams(vocab), {"logp": logp, "lse": lse}, {"logp": -torch.ones(3)}, by_verb)
         torch.testing.assert_close(by_verb.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
 
 

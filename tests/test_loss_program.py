@@ -12,7 +12,7 @@ from running_error import evaluate as bounded
 from test_trace import no_tie
 
 import reweight_ops as rw
-from reweight_ops._core.backends.base import Head, Request, RowInputs
+from reweight_ops._core.backends.base import Request, RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load, why_not
 from reweight_ops._core.formula.loss_program import ONE_PASS, Program, loss_graph
 from reweight_ops._core.formula.table import build_table
@@ -122,12 +122,12 @@ def test_random_losses_in_one_pass(backend):
         drawn = Drawn(seed, n)
         g = torch.Generator().manual_seed(seed)
         z, ids, one = torch.randn(n, v, generator=g), torch.randint(0, v, (n,), generator=g), torch.ones(1)
-        stats = dict(zip(names, module.token_stats(z, ids, one, Head(v), names), strict=True))
+        stats = dict(zip(names, module.token_stats(z, ids, one, SoftmaxParams(v), names), strict=True))
         leaves = drawn.leaves | {name: stats[name] for name in names[:3]}
         leaves["old_logp"] = stats["logp"] + 0.5 * drawn.leaves["old_logp"]
         inputs = RowInputs(drawn.row_weights, leaves["old_logp"], *(leaves[x] for x in ("adv", "ref_logp", "sampling_logp")))
         out = torch.full_like(z, math.nan)
-        rows = module.token_loss_grad(z, ids, one, Head(v), inputs, drawn.program, drawn.params, out)
+        rows = module.token_loss_grad(z, ids, one, SoftmaxParams(v), inputs, drawn.program, drawn.params, out)
         assert torch.equal(rows[0], stats["logp"])
         by = ("d_logp", "d_entropy", "d_log_sum_p_sq")
         judged += drawn.check(rows[2:], ("weighted_loss", "loss", *by[:2]), leaves, 2.0**-24)
@@ -136,7 +136,9 @@ def test_random_losses_in_one_pass(backend):
         bounds = bounded([loss_graph(drawn.program)[name] for name in by], drawn.environment(leaves))
         want = torch.full((n, v), math.nan, dtype=torch.float64)
         coefs = {name.removeprefix("d_"): exact[name] for name in by}
-        load("reference").token_grad(z.double(), ids, one.double(), Head(v), {k: x.double() for k, x in stats.items()}, coefs, want)
+        load("reference").token_grad(
+            z.double(), ids, one.double(), SoftmaxParams(v), {k: x.double() for k, x in stats.items()}, coefs, want
+        )
         # The slopes of logp, entropy and log_sum_p_sq by a logit are at most 1, 2 log V and 2.
         size = (1.0, 2 * math.log(v), 2.0)
         bound = sum(k * (e + 2.0**-16 * exact[name].abs()) for k, name, (_, e) in zip(size, by, bounds, strict=True))

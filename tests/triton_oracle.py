@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import torch
 import triton
-from criterion import assert_gradient, assert_values, gradient_from
+from criterion import assert_gradient, assert_values
 from kernel_oracle import gradient, statistics
 
 from reweight_ops._core.backends import triton_launch
 from reweight_ops._core.backends import triton_token as backend
-from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Head, RowInputs
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.namespace import TorchNamespace
 from reweight_ops._core.formula.text import write_formula
@@ -67,7 +67,7 @@ class Batch:
     logits: torch.Tensor
     ids: torch.Tensor
     temperature: torch.Tensor
-    head: Head
+    head: SoftmaxParams
     inputs: RowInputs
     program: Program
     params: torch.Tensor
@@ -145,8 +145,8 @@ def check_grad(batch: Batch, names: tuple[str, ...] = COEFS, in_place: bool = Fa
 
 
 def judge_grad(batch: Batch, stats: dict[str, torch.Tensor], coefs: dict[str, torch.Tensor], got: torch.Tensor) -> None:
-    fp32 = gradient_from(*batch.in_dtype(torch.float32), batch.head, stats, coefs)
-    judge_gradient(batch, got, coefs, batch.gradient(torch.float64, live(batch, coefs)), fp32)
+    truth, fp32 = (batch.gradient(dtype, live(batch, coefs)) for dtype in (torch.float64, torch.float32))
+    judge_gradient(batch, got, coefs, truth, fp32)
 
 
 def live(batch: Batch, coefs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

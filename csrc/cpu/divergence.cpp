@@ -53,7 +53,7 @@ void pair_grad_row(const PairRow<T, U>& row, T* g, int64_t columns, const PairRe
     const Vec a = splat(float(p_factor * constant)), b = splat(float(p_factor * by_log * kUnit)), c = splat(float(p_factor * by_ratio * kUnit));
     const Vec f = splat(float(-q_factor * coefs[0])), unit = splat(kUnit);
     const Exp2<5> exponential(1.0);
-    const auto one = [&](Vec x, Vec y) {
+    const auto one = [&](Vec x, Vec y) RW_ALWAYS_INLINE {
         Vec slope = splat(1.0f), ignored;
         const VecI dead = x == splat(-kInf);
         if constexpr (kLogs) {

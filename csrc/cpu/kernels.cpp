@@ -140,6 +140,22 @@ void token_stats_of(const StatsCall& call) {
 
 // ---- token_grad
 
+/// Rounded to fp32, a number below this is off by 2^-23 at most; probabilities from it by as much, relative.
+constexpr float kSmallLog = 4.0f;
+
+/// From logp and lse, both of them rounded to fp32: the smaller one gives probabilities with the smaller error. Where both are large it is too
+/// large, and the row is summed again; not a shard of it, whose lse is that of all.
+template <class T>
+Anchor known_anchor(const GradCall& call, const Row<T>& row, int64_t i, const Softcap& softcap) {
+    const float lse = call.lse[i], logp = row.target < 0 ? kInf : call.logp[i];
+    const bool by_logp = std::fabs(logp) < std::fabs(lse), whole = call.vocab_size == call.vocab_total;
+    if (whole && !(std::fabs(by_logp ? logp : lse) < kSmallLog)) {
+        const RowSweep sweep = softcap.on ? row.template sweep<Sums::full>(call.vocab_size, softcap) : row.template sweep<Sums::plain>(call.vocab_size, softcap);
+        return {sweep.top, -kLog2e * row.finish(sweep).log_total};
+    }
+    return by_logp ? row.anchor(row.target_logit, logp) : row.anchor(0.0f, -lse);
+}
+
 template <class T>
 void token_grad(const GradCall& call) {
     const Softcap softcap(call.softcap);
@@ -154,9 +170,7 @@ void token_grad(const GradCall& call) {
         const Row<T> row(call, i, softcap);
         const Derivatives d{get(call.logp_coef, i), get(call.entropy_coef, i), get(call.lse_coef, i), get(call.p_sq_coef, i),
                             call.logp[i],           get(call.entropy, i),      get(call.log_sum_p_sq, i)};
-        // Both logp and lse are rounded to fp32; the smaller one gives probabilities with the smaller error.
-        const bool by_logp = row.target >= 0 && std::fabs(d.logp) < std::fabs(call.lse[i]);
-        const Anchor anchor = by_logp ? row.anchor(row.target_logit, d.logp) : row.anchor(0.0f, -call.lse[i]);
+        const Anchor anchor = known_anchor(call, row, i, softcap);
         write_grad(call, row, d, anchor, g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
     });
 }

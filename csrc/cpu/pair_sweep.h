@@ -112,7 +112,7 @@ struct PairAccumulator {
     /// One vector of both. kDead: columns may be -inf, which is a probability of 0; kSlow: so may exponents, references are of any size, and
     /// differences are in units of kLogUnit.
     template <bool kDead, bool kSlow>
-    void add(Vec x, Vec y, const Shift<kSlow>& p_shift, const Shift<kSlow>& q_shift, const Exp2<5>& exponential, const Softcap& p_cap, const Softcap& q_cap) {
+    RW_INLINE void add(Vec x, Vec y, const Shift<kSlow>& p_shift, const Shift<kSlow>& q_shift, const Exp2<5>& exponential, const Softcap& p_cap, const Softcap& q_cap) {
         Vec slope;
         if (p_cap.on) p_cap.apply(x, slope);
         if (q_cap.on) q_cap.apply(y, slope);

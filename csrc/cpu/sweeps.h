@@ -100,6 +100,7 @@ auto with_shift(double scale, float at, const Body& body) {
 struct BlockSums {
     float top = -kInf;  // the largest capped logit
     RowState<double> state;
+    bool has_top = true;  // its own term is in the sums
 };
 
 template <Sums kSums>
@@ -108,7 +109,7 @@ struct Accumulator {
 
     /// One vector of logits.
     template <bool kFar>
-    void add(Vec x, const Shift<kFar>& shift, const Exp2<5>& exponential, const Softcap& softcap) {
+    RW_INLINE void add(Vec x, const Shift<kFar>& shift, const Exp2<5>& exponential, const Softcap& softcap) {
         if constexpr (kSums == Sums::full) {
             Vec slope;
             if (softcap.on) softcap.apply(x, slope);
@@ -127,7 +128,7 @@ struct Accumulator {
 template <class T, Sums kSums, bool kFar>
 inline BlockSums sweep_block(const T* x, int64_t n, const Shift<kFar>& shift, const Exp2<5>& exponential, const Softcap& softcap) {
     Accumulator<kSums> acc[4];
-    const auto add2 = [&](Accumulator<kSums>* into, Vec a, Vec b) {
+    const auto add2 = [&](Accumulator<kSums>* into, Vec a, Vec b) RW_ALWAYS_INLINE {
         into[0].add(a, shift, exponential, softcap);
         into[1].add(b, shift, exponential, softcap);
     };
@@ -148,7 +149,8 @@ inline BlockSums sweep_block(const T* x, int64_t n, const Shift<kFar>& shift, co
         load2_partial(x + i, n - i, a, b);
         add2(acc + 2, a, b);
     }
-    BlockSums sums{largest(max(max(acc[0].top, acc[1].top), max(acc[2].top, acc[3].top))), {}};
+    BlockSums sums;
+    sums.top = largest(max(max(acc[0].top, acc[1].top), max(acc[2].top, acc[3].top)));
     sums.state.ref = shift.ref;
     sums.state.update(sum4(acc[0].sum, acc[1].sum, acc[2].sum, acc[3].sum), sum4(acc[0].dot, acc[1].dot, acc[2].dot, acc[3].dot),
                       sum4(acc[0].sum_sq, acc[1].sum_sq, acc[2].sum_sq, acc[3].sum_sq));
@@ -199,8 +201,11 @@ struct RowSweep {
     RowState<double> rest;
 };
 
-/// A sum of exponentials that is smaller than this beside the largest lost too many digits in an fp32 addition to it.
-constexpr double kSmallRest = 1.0 / 1024;
+/// Beside the 1 of the largest column, a sum of exponentials below this has lost too many digits in fp32: a block's 32 additions may take
+/// 2^-19. Such a block is summed again without that column.
+constexpr double kSmallRest = 1.0 / 2048;
+/// A largest logit that leaps ahead of the reference by 2^8 is likely to be nearly all of its row: the sweep that follows leaves it out at once.
+constexpr double kLeap = 8.0;
 
 template <class T, Sums kSums>
 class RowSweeper {
@@ -209,32 +214,29 @@ public:
     RowSweeper(double scale, const Softcap& softcap) : scale_(scale), softcap_(softcap) {}
 
     RowSweep operator()(const T* x, int64_t columns) {
-        const T* home = x;  // the block that holds the largest column is kept apart: what it holds besides may need a second look
+        const T* home = x;  // the block that holds the largest column is kept apart
         BlockSums kept;
         RowState<double> others;
         for (int64_t begin = 0; begin < columns; begin += kBlock) {
             const int64_t n = size_of(columns - begin);
             if (at_ == -kInf) at_ = block_top(x + begin, n, softcap_);
             BlockSums sums = sweep(x + begin, n);
-            if (double(sums.top) * scale_ > double(at_) * scale_ + kMargin) {
+            const double rise = (double(sums.top) - at_) * scale_;
+            if (rise > kMargin) {
                 at_ = sums.top;
-                sums = sweep(x + begin, n);
+                sums = rise > kLeap ? sweep_without(x + begin, n, sums.top) : sweep(x + begin, n);
             }
             if (sums.top > kept.top) {
                 std::swap(sums, kept);
                 home = x + begin;
             }
-            others.merge(sums.state);
+            others.merge(with_top(sums));
         }
-        if (kept.top == -kInf) return {kept.top, others};
         RowSweep row{kept.top, others};
-        row.rest.merge(without(kept));
-        const double largest = std::exp2(double(row.top) * scale_ - row.rest.ref);
-        if (row.rest.sum < kSmallRest * largest) {
-            const int64_t n = size_of(columns - (home - x)), column = find_top(home, n, row.top, softcap_);
+        row.rest.merge(without_top(kept));
+        if (kept.has_top && row.rest.sum < kSmallRest) {  // the largest is 1 to 4 times the reference
             row.rest = others;
-            row.rest.merge(sweep(home, column).state);
-            row.rest.merge(sweep(home + column + 1, n - column - 1).state);
+            row.rest.merge(sweep_without(home, size_of(columns - (home - x)), kept.top).state);
         }
         return row;
     }
@@ -251,13 +253,35 @@ private:
         });
     }
 
-    /// Less what its largest column added.
-    RowState<double> without(const BlockSums& sums) const {
-        const Vec t = with_shift(scale_, at_, [&](const auto& shift) { return shift(splat(sums.top)); });
-        const double e = exponential_(t)[0];
-        RowState<double> rest = sums.state;
-        rest.update(-e, -e * t[0], -e * e);
-        return rest;
+    /// The same without one of the largest columns: those before it and those after it.
+    BlockSums sweep_without(const T* x, int64_t n, float top) const {
+        if (top == -kInf || top == kInf) return sweep(x, n);
+        const int64_t column = find_top(x, n, top, softcap_);
+        BlockSums sums = sweep(x, column);
+        sums.state.merge(sweep(x + column + 1, n - column - 1).state);
+        sums.top = top;
+        sums.has_top = false;
+        return sums;
+    }
+
+    RowState<double> with_top(const BlockSums& sums) const {
+        RowState<double> state = sums.state;
+        if (!sums.has_top) {
+            const double t = double(sums.top) * scale_ - state.ref, e = std::exp2(t);
+            state.update(e, e * t, e * e);
+        }
+        return state;
+    }
+
+    /// Less exactly what the largest column added.
+    RowState<double> without_top(const BlockSums& sums) const {
+        RowState<double> state = sums.state;
+        if (sums.has_top && sums.top > -kInf) {
+            const Vec t = with_shift(scale_, at_, [&](const auto& shift) { return shift(splat(sums.top)); });
+            const double e = exponential_(t)[0];
+            state.update(-e, -e * t[0], -e * e);
+        }
+        return state;
     }
 
     const double scale_;
@@ -294,7 +318,7 @@ void grad_row(const T* x, T* g, int64_t columns, const Shift<kFar>& shift, doubl
     const double p = std::exp2(log_p);
     const Vec a = splat(float(p * (coefs.constant + coefs.log * kLn2 * log_p))), b = splat(float(p * coefs.log * kLn2)), d = splat(float(p * p * coefs.p_coef));
     const Exp2<kDegree<T>> exponential(kTerms == Terms::plain ? p * coefs.constant : 1.0);
-    const auto one = [&](Vec v) {
+    const auto one = [&](Vec v) RW_ALWAYS_INLINE {
         Vec slope = splat(1.0f);
         if constexpr (kTerms == Terms::full) {
             if (softcap.on) softcap.apply(v, slope);

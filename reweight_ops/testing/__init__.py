@@ -15,6 +15,7 @@ from .._core.losses.policy import policy_loss
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import SegmentRatio
 from ..errors import InvalidCall
+from .yardstick import yardstick
 
 #: A kernel's error may be this multiple of the error of fp32 PyTorch maths rounded once to the same dtype ...
 ERROR_RATIO = 1.5
@@ -188,19 +189,21 @@ def double_spec(spec: PolicyLossSpec) -> PolicyLossSpec:
 def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto", plan: str = "auto", **options: Any) -> Comparison:
     """Loss and gradient of a backend and plan against the fp64 reference, by the criterion of the package.
 
-    The gradient's error is divided by 1.5 times the error of fp32 reference maths rounded once to the logits' dtype, plus a floor of four fp32
+    The gradient's error is divided by 1.5 times the error of ``torch.log_softmax`` in fp32 rounded once to the logits' dtype, plus a floor of four fp32
     roundings of ``(|coef| + |ent_coef|)/T``, and of what four roundings of the other rows' statistics make of the coefficients.
     """
     got, out = _gradient(spec, batch, backend=backend, plan=plan, **options)
     common = {k: v for k, v in options.items() if k != "consume_logits"}
     truth, exact = _gradient(double_spec(spec), double_batch(batch), backend="reference", plan="two_pass", **common)
     single = {**batch, "logits": batch["logits"].float()} if batch["logits"].dtype != torch.float64 else batch
-    rounded, fp32 = _gradient(spec, single, backend="reference", plan="two_pass", **common)
+    _, resolved = _gradient(spec, single, backend="reference", plan="two_pass", **common)
+    head = {name: common[name] for name in ("temperature", "softcap", "vocab_size", "drop_last") if name in common}
+    fp32 = yardstick(resolved, single["logits"], single["completion_ids"], **head)
     floor = _floor(exact, common)
     ids = batch["completion_ids"].clamp(min=0)[..., None]
     is_target = torch.zeros(truth.shape, dtype=torch.bool, device=truth.device)
     is_target[..., : ids.shape[-2], :].scatter_(-1, ids, True)
-    parts, worst = gradient_errors(got, rounded, truth, floor, is_target)
+    parts, worst = gradient_errors(got, fp32.grad, truth, floor, is_target)
     return Comparison(
         loss=value_error(out.loss, fp32.loss, exact.loss, _loss_size(exact)),
         logps=value_error(out.per_token_logps, fp32.per_token_logps, exact.per_token_logps),

@@ -12,6 +12,7 @@ from ..divergences import token_divergence
 from ..methods import grpo
 from ..preference import PairSpec, PreferenceLossOutput, preference_loss, preference_loss_from_logps
 from . import ERROR_FLOOR, Comparison, double_batch, gradient_errors, make_batch, value_error
+from .yardstick import row_statistics
 
 PER_PAIR = ("reward_margins", "judge_margins", "consistency", "chosen_values", "rejected_values")
 
@@ -63,7 +64,7 @@ def compare_pairs(spec: PairSpec, batch: dict[str, Any], *, backend: str = "auto
 
     got, out = run(batch, backend)
     truth, exact = run(double_batch(batch), "reference")
-    rounded, fp32 = run({**batch, "logits": batch["logits"].float()}, "reference")
+    rounded, fp32 = _yardstick(spec, {**batch, "logits": batch["logits"].float()}, loss_scale)
     coef, size = _slopes(spec, double_batch(batch), loss_scale)
     grads = gradient_errors(got, rounded, truth, (ERROR_FLOOR * coef + 1e-300)[..., None], _targets(batch, truth))
     values = {
@@ -71,6 +72,17 @@ def compare_pairs(spec: PairSpec, batch: dict[str, Any], *, backend: str = "auto
         "logps": value_error(out.per_token_logps, fp32.per_token_logps, exact.per_token_logps),
     }
     return _comparison(grads, out.backend, **values)
+
+
+def _yardstick(spec: PairSpec, batch: dict[str, Any], loss_scale: float) -> tuple[Tensor, PreferenceLossOutput]:
+    """The gradient and the loss that ``torch.log_softmax`` and autograd give in fp32."""
+    rest = {name: x for name, x in batch.items() if name != "logits"}
+    logits = batch["logits"].detach().clone().requires_grad_()
+    rows = row_statistics(logits, rest["completion_ids"])
+    rows = {name: torch.where(rest["completion_mask"].bool(), x, 0) for name, x in rows.items()}
+    more: dict[str, Any] = {"log_sum_p_sq": rows["log_sum_p_sq"]} if "log_sum_p_sq" in spec.requires else {}
+    out = preference_loss_from_logps(rows["logp"], **more, **rest, spec=spec, loss_scale=loss_scale)
+    return torch.autograd.grad(out.loss, logits)[0], out
 
 
 def compare_divergence(kind: str, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0) -> Comparison:

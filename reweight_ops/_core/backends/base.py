@@ -53,7 +53,7 @@ DIVERGENCE_COEFS = ("forward_kl", "reverse_kl", "entropy")
 Primitive = Literal["token_stats", "token_grad", "token_loss_grad", "divergence_stats", "divergence_grad", "divergence_loss_grad"]
 
 
-class Head(NamedTuple):
+class SoftmaxParams(NamedTuple):
     """How a row of logits becomes a distribution: ``x = cap*tanh(z/cap)/T`` over ``vocab_size`` columns. Off is ``inf``."""
 
     vocab_size: int
@@ -102,8 +102,8 @@ class DivergenceInputs(NamedTuple):
     ids: Tensor
     temperature: Tensor
     other_temperature: Tensor
-    head: Head
-    other_head: Head
+    head: SoftmaxParams
+    other_head: SoftmaxParams
 
 
 class Request(NamedTuple):
@@ -147,9 +147,9 @@ class Backend:
 
     name: str
     unsupported_reason: Callable[[Request], str | None]
-    token_stats: Callable[[Tensor, Tensor, Tensor, Head, tuple[str, ...]], Tensor]
-    token_grad: Callable[[Tensor, Tensor, Tensor, Head, dict[str, Tensor], dict[str, Tensor | None], Tensor], None]
-    token_loss_grad: Callable[[Tensor, Tensor, Tensor, Head, RowInputs, Program, Tensor, Tensor], Tensor]
+    token_stats: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, tuple[str, ...]], Tensor]
+    token_grad: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, dict[str, Tensor], dict[str, Tensor | None], Tensor], None]
+    token_loss_grad: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, RowInputs, Program, Tensor, Tensor], Tensor]
     divergence_stats: Callable[[DivergenceInputs], Tensor]
     divergence_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], None]
     divergence_loss_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], Tensor]

@@ -14,7 +14,7 @@ from .reference_token import Distribution
 
 
 class _Logs(NamedTuple):
-    """A row's ``x``, its log-probs (0 on dead columns), its probabilities, dead columns, and its log-sum-exp."""
+    """A row, its log-probs (0 on dead columns), its probabilities, dead columns, and its log-sum-exp."""
 
     at: Distribution
     log: Tensor
@@ -26,13 +26,11 @@ class _Logs(NamedTuple):
 def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, head: object) -> _Logs:
     dtype = torch.float64 if two.logits.dtype == torch.float64 else torch.float32
     at = Distribution(logits.to(dtype) if logits.dtype.itemsize < dtype.itemsize else logits, two.ids, temperature, head)  # type: ignore[arg-type]
-    top = at.x.amax(-1, keepdim=True)
-    total = (at.x - top).exp().sum(-1, keepdim=True).log()
-    log = (at.x - top) - total
-    p = log.exp()
+    total = at.log_total()[:, None]
+    log = at.below - total
     # A row without any finite logit is NaN everywhere: there, nothing is dead.
-    dead = (at.x == -math.inf) & (top > -math.inf)
-    return _Logs(at, torch.where(dead, 0, log), p, dead, (top + total)[:, 0])
+    dead = (at.below == -math.inf) & ~total.isnan()
+    return _Logs(at, torch.where(dead, 0, log), log.exp(), dead, at.top + total[:, 0])
 
 
 def divergence_stats(two: DivergenceInputs) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..formula.loss_program import STATISTICS, Program
 from ..formula.program import evaluate_rows
 from ..rows.groups import OUT
-from .base import COEFS, Head, RowInputs
+from .base import COEFS, RowInputs, SoftmaxParams
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,7 +20,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class Distribution:
     """``x`` of every row and what the verbs need of it, in the accumulation dtype."""
 
-    def __init__(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head) -> None:
+    def __init__(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams) -> None:
         n = ids.numel()
         z = logits[..., : head.vocab_size].reshape(n, head.vocab_size).to(accumulation_dtype(logits.dtype))
         self.inside = ids != OUT
@@ -32,32 +32,46 @@ class Distribution:
             capped = head.softcap * torch.tanh(z / head.softcap)
             self.slope = 1 - (capped / head.softcap) ** 2
             z = torch.where(self.dead, -math.inf, torch.where(z == math.inf, math.nan, capped))
-        self.x = z / self.temperature
+        # Everything is relative to the largest logit: an offset that all share costs no digits.
+        largest, self.where = z.max(-1, keepdim=True)
+        self.top = largest[:, 0] / self.temperature[:, 0]
+        self.below = (z - largest) / self.temperature
         self.bad = self.inside & ((ids < 0) | (ids >= head.total()))
         local = ids - head.vocab_start
         self.has_target = (local >= 0) & (local < head.vocab_size) & self.inside & ~self.bad
         self.target = torch.where(self.has_target, local, 0)[:, None]
+        self.whole = head.total() == head.vocab_size
+
+    def sum_of_others(self, values: Tensor) -> Tensor:
+        """Over all columns but the largest, whose 1 would swallow what the others have in a row with a sure token."""
+        return values.scatter(-1, self.where, 0).sum(-1)
+
+    def log_total(self) -> Tensor:
+        """The log-sum-exp relative to the largest."""
+        return torch.where(self.top.isfinite(), torch.log1p(self.sum_of_others(self.below.exp())), math.nan)
 
 
-def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
+def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
     d = Distribution(logits, ids, temperature, head)
-    top = d.x.amax(-1, keepdim=True)
-    shifted = d.x - top
-    weight = shifted.exp()
-    total = weight.sum(-1)
-    log_total = total.log()
-    out = {"lse": top[:, 0] + log_total, "max_logp": 0 - log_total}
-    target = shifted.gather(-1, d.target)[:, 0] - log_total
+    log_total, rest = d.log_total(), d.sum_of_others(d.below.exp())
+    out = {"lse": d.top + log_total, "max_logp": 0 - log_total}
+    target = d.below.gather(-1, d.target)[:, 0] - log_total
     out["logp"] = torch.where(d.has_target | target.isnan(), target, -math.inf)
-    out["entropy"] = log_total - torch.where(d.dead, 0, weight * shifted).sum(-1) / total
-    out["log_sum_p_sq"] = (2 * shifted).exp().sum(-1).log() - 2 * log_total
+    out["entropy"] = log_total - torch.where(d.dead, 0, d.below.exp() * d.below).sum(-1) / (1 + rest)
+    out["log_sum_p_sq"] = torch.log1p(d.sum_of_others((2 * d.below).exp())) - 2 * log_total
     rows = torch.stack([out[name] for name in stats])
     rows = torch.where(d.bad, math.nan, rows)
     return torch.where(d.inside, rows, 0)
 
 
 def token_grad(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    head: SoftmaxParams,
+    stats: dict[str, Tensor],
+    coefs: dict[str, Tensor | None],
+    out: Tensor,
 ) -> None:
     d = Distribution(logits, ids, temperature, head)
     zero = torch.zeros_like(stats["logp"])
@@ -71,7 +85,8 @@ def token_grad(
         return by_entropy + z[column] * p + 2 * q[column] * p * (p / p_sq[column] - 1)
 
     every = (slice(None), None)
-    logp = d.x - stats["lse"][:, None]
+    log_total = d.log_total() if d.whole else stats["lse"] - d.top  # a shard's lse is that of all
+    logp = d.below - log_total[:, None]
     p = logp.exp()
     grad = terms(p, torch.where(d.dead, 0, logp), every) - c[:, None] * p
     # The target's own element from its log-prob: p - 1 of a rounded neighbour loses everything as p goes to 1.
@@ -88,7 +103,7 @@ def token_grad(
 
 
 def token_loss_grad(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
+    logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
 ) -> Tensor:
     names = ("logp", "entropy", "lse", "log_sum_p_sq")
     stats = dict(zip(names, token_stats(logits, ids, temperature, head, names), strict=True))

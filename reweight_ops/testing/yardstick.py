@@ -1,0 +1,59 @@
+"""What PyTorch itself makes of a loss in fp32: ``torch.log_softmax``, differentiated by autograd. The accuracy criterion measures in its errors.
+
+It shares nothing with a backend, the reference included, but a loss's formula from row statistics on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._core.engine.output import PolicyLossOutput
+
+
+class Yardstick(NamedTuple):
+    """A loss, its gradient by the logits, and the row statistics ``[*R]`` that it is formed from."""
+
+    loss: Tensor
+    grad: Tensor
+    per_token_logps: Tensor
+    entropies: Tensor
+
+
+def row_statistics(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    drop_last: bool = False,
+) -> dict[str, Tensor]:
+    """``logp``, ``entropy`` and ``log_sum_p_sq`` of every row, of the ids' shape, differentiable."""
+    x = logits[..., :-1, :] if drop_last else logits
+    x = x[..., :vocab_size]
+    if softcap is not None and softcap < math.inf:
+        x = softcap * torch.tanh(x / softcap)
+    if isinstance(temperature, Tensor) and temperature.dim():
+        temperature = temperature.reshape(*temperature.shape, *[1] * (x.dim() - temperature.dim()))
+    log_p = torch.log_softmax(x / temperature, -1)
+    finite = torch.where(log_p == -math.inf, 0, log_p)  # 0 * -inf is 0
+    return {
+        "logp": log_p.gather(-1, ids.clamp(min=0)[..., None].long())[..., 0],
+        "entropy": -(log_p.exp() * finite).sum(-1),
+        "log_sum_p_sq": torch.logsumexp(2 * log_p, -1),
+    }
+
+
+def yardstick(out: PolicyLossOutput, logits: Tensor, ids: Tensor, **head: Any) -> Yardstick:
+    """The loss of a call that gave ``out``, from these logits. ``head``: the keywords of :func:`row_statistics`."""
+    z = logits.detach().clone().requires_grad_()
+    call = out._call
+    rows = row_statistics(z, ids, **head)
+    statistics = {name: torch.where(call.rows.keep, value.reshape(-1), 0) for name, value in rows.items()}
+    loss = call.evaluate({name: statistics[name] for name in out._leaves}).weighted_loss.sum()
+    (grad,) = torch.autograd.grad(loss, z)
+    logps, entropies = (call.rows.unflatten(statistics[name].detach()) for name in ("logp", "entropy"))
+    return Yardstick(loss.detach(), grad, logps, entropies)
