@@ -44,6 +44,13 @@ void evaluate_rows_of(const ProgramTable& table, Address params, const std::arra
     evaluate_rows(call);
 }
 
+int find(const char* const* names, int count, const std::string& name, const char* what) {
+    for (int i = 0; i < count; ++i) {
+        if (name == names[i]) return i;
+    }
+    throw std::invalid_argument(std::string(what) + " " + name + " is not compiled in");
+}
+
 /// `kind`: read, update (in place), copy (a to b), flush (drop a from the caches).
 void stream(const std::string& kind, Address a, Address b, int64_t floats, int threads) {
     static const char* const kinds[] = {"read", "update", "copy", "flush"};

@@ -24,13 +24,6 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-int find(const char* const* names, int count, const std::string& name, const char* what) {
-    for (int i = 0; i < count; ++i) {
-        if (name == names[i]) return i;
-    }
-    throw std::invalid_argument(std::string(what) + " " + name + " is not compiled in");
-}
-
 /// A table by the address of its words, which must outlive it: the instructions, the constants, the ends of levels. `counts`:
 /// in the order of ProgramTable.
 inline ProgramTable make_table(Address words, std::array<int, 9> counts, std::array<int, kLossOutputs> outputs) {
