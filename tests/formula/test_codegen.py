@@ -1,4 +1,4 @@
-"""The generated C++ and Triton equal fp64 autograd of the formula they were printed from, value and every partial derivative.
+"""The table in C++ and the printed Triton equal fp64 autograd of the formula they come from, value and every partial derivative.
 
 The error bound is the running error bound of the very expression that was printed (tests/support/running_error.py): the rounding of each of
 its fp32 operations, and nothing else, may separate the generated code from the truth. Inputs and hyper-parameters are fp32 numbers.
@@ -17,16 +17,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from built_in import own_rules, own_weights
 from paths import ROOT
 from running_error import FUNCTION_ULPS, evaluate
 
 import reweight_ops.codegen as codegen
+from reweight_ops._core.backends.base import Request
+from reweight_ops._core.backends.select import load as load_backend
+from reweight_ops._core.backends.select import why_not
 from reweight_ops._core.files import write_atomically
-from reweight_ops._core.formula import cpp, triton
+from reweight_ops._core.formula import triton
 from reweight_ops._core.formula.base import DIFFERENTIABLE_LEAVES
 from reweight_ops._core.formula.derive import derive, value
+from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.namespace import TorchNamespace
-from reweight_ops._core.formula.printer import own_rules, own_weights, statements
+from reweight_ops._core.formula.printer import statements
 from reweight_ops._core.formula.trace import trace_rule, trace_weight
 from reweight_ops.rules import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 
@@ -132,33 +137,15 @@ def assert_within_running_error(cls, got: torch.Tensor, params: dict[str, float]
 
 
 @pytest.fixture(scope="module")
-def library(formulas, tmp_path_factory):
-    """rules.inc as it would be with the extra formulas, compiled by the host compiler."""
+def library(tmp_path_factory):
+    """math.h, compiled by the host compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler (g++ or clang++) on PATH")
     folder = tmp_path_factory.mktemp("cpp")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpp, "own_rules", lambda: formulas.rules)
-        patch.setattr(cpp, "own_weights", lambda: formulas.weights)
-        (folder / "rules.inc").write_text(cpp.rules_inc().replace('"math.h"', '"common/math.h"'))
     (folder / "host.cpp").write_text(
         """
         #include "common/math.h"
-        #include "rules.inc"
-        static Leaves leaves(const float* x, long n, long i) {
-          return Leaves{x[i], x[n + i], x[2 * n + i], x[3 * n + i], x[4 * n + i], x[5 * n + i], x[6 * n + i], x[7 * n + i]};
-        }
-        extern "C" void run_rule(int id, long n, const float* x, const float* p, float* out) {
-          for (long i = 0; i < n; ++i) {
-            const RuleOut r = apply_rule(id, leaves(x, n, i), p);
-            const float values[] = {r.loss, r.d_logp, r.d_log_ratio, r.d_entropy, r.d_log_sum_p_sq};
-            for (int k = 0; k < 5; ++k) out[k * n + i] = values[k];
-          }
-        }
-        extern "C" void run_weight(int id, long n, const float* x, const float* p, float* out) {
-          for (long i = 0; i < n; ++i) out[i] = apply_weight(id, leaves(x, n, i), p);
-        }
         extern "C" void run_math(int id, long n, const float* x, float* out) {
           for (long i = 0; i < n; ++i) {
             const float all[] = {rw_exp(x[i]), rw_expm1(x[i]), rw_log(x[i]), rw_log1p(x[i]), rw_sigmoid(x[i]), rw_tanh(x[i]),
@@ -167,50 +154,43 @@ def library(formulas, tmp_path_factory):
             out[i] = all[id];
           }
         }
-        extern "C" int rule_count() { return kRuleCount; }
-        extern "C" const char* rule_name(int i) { return kRuleNames[i]; }
-        extern "C" int rule_params(int i) { return kRuleParamCounts[i]; }
-        extern "C" int weight_count() { return kWeightCount; }
-        extern "C" const char* weight_name(int i) { return kWeightNames[i]; }
         """
     )
     command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{ROOT}/csrc"]
     subprocess.run([*command, "host.cpp", "-o", "host.so"], cwd=folder, check=True)
-    lib = ctypes.CDLL(str(folder / "host.so"))
-    lib.rule_name.restype = lib.weight_name.restype = ctypes.c_char_p
-    return lib
+    return ctypes.CDLL(str(folder / "host.so"))
 
 
 def _pointer(x: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
 
-def run_cpp(library, kind: str, index: int, params: dict[str, float], outputs: int) -> torch.Tensor:
-    x = torch.stack([points()[leaf] for leaf in LEAVES]).contiguous()
-    out = torch.full((outputs, x.size(1)), float("nan"))
-    p = torch.tensor([*params.values(), float("nan")])
-    getattr(library, f"run_{kind}")(index, ctypes.c_long(x.size(1)), _pointer(x), _pointer(p), _pointer(out))
-    return out
+@pytest.fixture
+def evaluate_rows():
+    if why_not("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is not None:
+        pytest.skip("the backend cpu is not there")
+    return load_backend("cpu").evaluate_rows
 
 
-def test_cpp_rules(library, formulas):
-    for index, cls in enumerate(formulas.rules.values()):
+def interpreted(evaluate_rows, program: Program, params: list[float], outputs: tuple[str, ...]) -> torch.Tensor:
+    """A program whose every factor is 1, on the points, by the table in C++."""
+    one = torch.ones(1, points()["logp"].numel())
+    return evaluate_rows(program, torch.tensor([-1.0, 1.0, 1.0, *params]), points(), one, outputs, None)
+
+
+def test_cpp_rules(evaluate_rows, formulas):
+    outputs = ("loss", *(f"d_{leaf}" for leaf in DIFFERENTIABLE_LEAVES))
+    for cls in formulas.rules.values():
         params = default_params(cls)
-        assert_within_running_error(cls, run_cpp(library, "rule", index, params, 5), params)
+        assert_within_running_error(cls, interpreted(evaluate_rows, Program.of((cls,)), [*params.values()], outputs), params)
 
 
-def test_cpp_weights(library, formulas):
-    for index, cls in enumerate(formulas.weights.values()):
+def test_cpp_weights(evaluate_rows, formulas):
+    one = rule("one")(type("One", (Rule,), {"loss": lambda self, xp, t: 0.0 * t.logp + 1.0}))
+    for cls in formulas.weights.values():
         params = default_params(cls)
-        assert_within_running_error(cls, run_cpp(library, "weight", index, params, 1), params)
-
-
-def test_cpp_tables(library, formulas):
-    assert [library.rule_name(i).decode() for i in range(library.rule_count())] == list(formulas.rules)
-    assert [library.rule_params(i) for i in range(library.rule_count())] == [len(c.parameter_names()) for c in formulas.rules.values()]
-    assert [library.weight_name(i).decode() for i in range(library.weight_count())] == list(formulas.weights)
-    assert run_cpp(library, "rule", 999, {}, 5).isnan().all()
-    assert run_cpp(library, "weight", -1, {}, 1).isnan().all()
+        program = Program.of((one,), ((cls, "all"),))
+        assert_within_running_error(cls, interpreted(evaluate_rows, program, [*params.values()], ("loss",)), params)
 
 
 # --- Triton (interpreter, or the GPU if there is one) ------------------------------------------------------------------------------
@@ -347,12 +327,6 @@ def test_check_names_a_stale_file_and_writes_nothing(tmp_path, monkeypatch):
     for path, text in codegen.generated_files().items():
         write_atomically(tmp_path / path, text)
     assert codegen.stale_files(tmp_path) == []
-    (tmp_path / "csrc/common/rules.inc").write_text("old")
-    assert codegen.stale_files(tmp_path) == [Path("csrc/common/rules.inc")]
+    (tmp_path / "docs/methods.md").write_text("old")
+    assert codegen.stale_files(tmp_path) == [Path("docs/methods.md")]
     assert not list(tmp_path.rglob(".*.py.*"))
-
-
-def test_ids_are_positions_in_the_sorted_names_of_our_own_rules(formulas):
-    assert list(own_rules()) == sorted(own_rules())
-    assert "every_function" in RULES
-    assert "every_function" not in own_rules()

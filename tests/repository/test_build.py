@@ -106,8 +106,8 @@ def test_headers_rebuild_what_includes_them(tree):
     (tree / "csrc/cpu/sweeps.h").touch()
     levels = build()
     assert levels >= 1, "the kernels include sweeps.h"
-    (tree / "csrc/common/rules.inc").touch()
-    assert build() > levels, "the bindings include the rules too"
+    (tree / "csrc/common/program_table.h").touch()
+    assert build() > levels, "the bindings include the table too"
 
 
 def test_sanitizers(tree):

@@ -5,6 +5,7 @@ import math
 import contract
 import pytest
 import torch
+from built_in import own_rules, own_weights
 from contract import ONE, loss_grad, stats_of
 from criterion import assert_values
 from cuda_emulation.fixtures import SCHEDULES, emulated
@@ -13,7 +14,6 @@ from kernel_oracle import STATS, rows, statistics
 from reweight_ops._core.backends import reference_token as reference
 from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
-from reweight_ops._core.formula.printer import own_rules, own_weights
 from reweight_ops._core.rows.groups import OUT
 from reweight_ops.errors import InvalidCall
 

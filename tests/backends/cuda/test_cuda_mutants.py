@@ -14,7 +14,7 @@ from paths import ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")]
 
 STREAMING, RING, PAIR, SURE = "test_cuda_emulated.py", "test_cuda_ring.py", "test_cuda_divergence.py", "test_cuda_sure.py"
-SCALE = "test_cuda_scale.py"
+SCALE, PROGRAM = "test_cuda_scale.py", "test_cuda_program.py"
 
 #: name: (file, what it says, what the bug says). Bugs of the streaming kernel, of what both kernels share, and of the choice between them.
 MUTANTS = {
@@ -205,6 +205,25 @@ SCALE_MUTANTS = {
     )
 }  # fmt: skip
 
+#: Bugs of the lanes that evaluate a loss program.
+PROGRAM_MUTANTS = {
+    f"program: {name}": ("program.h", text, bug)
+    for name, text, bug in (
+        ("no barrier between levels", "        warp_barrier();\n        begin = end;", "        begin = end;"),
+        ("no barrier before the first level", "    warp_barrier();\n    run_levels(table, table.uniform_levels", "    run_levels(table, table.uniform_levels"),
+        ("no barrier before the uniform levels", "    warp_barrier();\n    run_levels(table, 0", "    run_levels(table, 0"),
+        ("a level of more than 32 operations cut short", "k < end; k += 32", "k < end && k < begin + 32; k += 32"),
+        ("the first 32 again", "k < begin + 32 ? first : table.code[k]", "first"),
+        ("the next level not fetched", "if (end + lane < following) next = table.code[end + lane];", ""),
+        ("one step of row weights", "k += 27", "k += 1000"),
+        ("the first term's row weight for all", "k * call.row_weights_step + i", "i"),
+        ("no old log-prob on policy", "        if (!call.old_logp) inputs[kOldLogp] = s.logp;\n", ""),
+        ("constants as parameters", "registers[table.parameters + i] = float", "registers[i] = float"),
+        ("uniform levels skipped", "run_levels(table, 0, table.uniform_levels, 0, registers);", ""),
+        ("a costly operation kept as a cheap one", "operation <= Operation::where", "operation <= Operation::div"),
+    )
+}  # fmt: skip
+
 #: Those that fp32 shows; all others are built and run in bf16 alone.
 IN_FP32 = {
     "target by its rounded probability",
@@ -217,16 +236,18 @@ IN_FP32 = {
     "the scale's rounding ignored",
     "pair: a log-sum-exp without its low part",
     "pair: the center's rounding ignored",
+    *PROGRAM_MUTANTS,
 }
 
 #: The tests that have to find each.
-ALL_MUTANTS = {**MUTANTS, **RING_MUTANTS, **PAIR_MUTANTS, **SURE_MUTANTS, **SCALE_MUTANTS}
+ALL_MUTANTS = {**MUTANTS, **RING_MUTANTS, **PAIR_MUTANTS, **SURE_MUTANTS, **SCALE_MUTANTS, **PROGRAM_MUTANTS}
 FOUND_BY = {
     **dict.fromkeys(MUTANTS, STREAMING),
     **dict.fromkeys(RING_MUTANTS, RING),
     **dict.fromkeys(PAIR_MUTANTS, PAIR),
     **dict.fromkeys(SURE_MUTANTS, SURE),
     **dict.fromkeys(SCALE_MUTANTS, SCALE),
+    **dict.fromkeys(PROGRAM_MUTANTS, PROGRAM),
 }
 
 # Not observable here, and why each is right or harmless:
@@ -272,7 +293,7 @@ def run_forked(module: Path, file: str, log: Path) -> None:
 
 def test_without_a_bug_everything_passes():
     """Else a failure would count as found every time."""
-    result = run_tests(build(), STREAMING, RING, PAIR, SURE, SCALE)
+    result = run_tests(build(), STREAMING, RING, PAIR, SURE, SCALE, PROGRAM)
     assert result.returncode == 0, result.stdout[-2000:]
 
 
@@ -297,7 +318,7 @@ def test_a_planted_bug_is_found(name, tmp_path):
     assert process.exitcode not in (0, 2, 3, 4, 5), f"not found: {name}\n{log.read_text()[-2000:]}"
 
 
-@pytest.mark.parametrize("file", [STREAMING, RING, PAIR, SURE, SCALE])
+@pytest.mark.parametrize("file", [STREAMING, RING, PAIR, SURE, SCALE, PROGRAM])
 def test_sanitizers(file):
     """Reads and writes outside of rows and of shared memory, and undefined behavior, under AddressSanitizer and UBSan."""
     # libstdc++ too: the sanitizer wants to know how exceptions are thrown before anybody throws one.

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
+from built_in import own_rules
 from criterion import assert_gradient, assert_values
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from kernel_oracle import gradient, rows, statistics
 
 from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
-from reweight_ops._core.formula.printer import own_rules
 from reweight_ops._core.rows.groups import OUT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

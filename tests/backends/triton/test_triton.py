@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from built_in import own_rules
 
 pytest.importorskip("triton")
 
@@ -23,7 +24,6 @@ from reweight_ops._core.backends import triton_token as backend
 from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Request, RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.formula.loss_program import Program
-from reweight_ops._core.formula.printer import own_rules
 from reweight_ops._core.formula.triton import program_py
 from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules import RULES, WEIGHTS, Rule, TokenWeight, rule, weight

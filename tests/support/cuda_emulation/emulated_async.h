@@ -13,7 +13,6 @@ namespace emulation {
 unsigned char* dynamic_shared_memory();
 int rank_in_cluster();
 void barrier_of_cluster();
-void barrier_of_warp();
 
 void initialize(const Barrier* b, int arrivals);
 void arrive(const Barrier* b, int bytes);
@@ -31,7 +30,6 @@ void proxy_fence();
 
 inline int cluster_rank() { return emulation::rank_in_cluster(); }
 inline void cluster_barrier() { emulation::barrier_of_cluster(); }
-inline void warp_barrier() { emulation::barrier_of_warp(); }
 inline void initialize(Barrier& b, int arrivals) { emulation::initialize(&b, arrivals); }
 inline void publish_barriers() {}
 inline void arrive(Barrier& b) { emulation::arrive(&b, 0); }

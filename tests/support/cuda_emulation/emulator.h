@@ -31,6 +31,7 @@ struct Thread {
 const Thread& current();
 void* shared_memory(size_t bytes);
 void barrier_of_block();
+void barrier_of_warp();
 float exchange(float value, int lanes);
 float take(float value, int lane);
 uint32_t vote(bool holds);
@@ -59,6 +60,7 @@ inline int thread_index() { return emulation::current().index; }
 inline int64_t block_index() { return emulation::current().block; }
 inline int64_t block_count() { return emulation::current().blocks; }
 inline void barrier() { emulation::barrier_of_block(); }
+inline void warp_barrier() { emulation::barrier_of_warp(); }
 inline float shuffle_xor(float value, int lanes) { return emulation::exchange(value, lanes); }
 
 inline float broadcast(float value, int lane) { return emulation::take(value, lane); }
