@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_formulas import ExactSlopes
-from running_error import evaluate
+from running_error import evaluate, no_tie
 
 from reweight_ops._core.formula.base import DIFFERENTIABLE_LEAVES
 from reweight_ops._core.formula.derive import derive, value
@@ -198,14 +198,6 @@ def _grow(children):
         )
         | st.tuples(conditions, children, children).map(lambda c: f"xp.where({c[0]}, {c[1]}, {c[2]})")
     )
-
-
-def no_tie(traced, values) -> torch.Tensor:
-    """Rows in which no minimum or maximum is a tie, nor the two bounds of a clip: there the conventions differ, by contract."""
-    ties = [x for x in walk(traced.result) if x.op in ("min", "max", "clip")]
-    sides = evaluate([operand for x in ties for operand in x.args[-2:]], values)
-    unequal = [a[0] != b[0] for a, b in zip(sides[::2], sides[1::2], strict=True)]
-    return torch.stack([*unequal, torch.ones_like(values["logp"], dtype=torch.bool)]).all(0)
 
 
 @settings(max_examples=300, deadline=None)

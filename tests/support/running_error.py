@@ -97,3 +97,11 @@ def _node(x: Expr, args, values, shape, u, lipschitz):  # one branch per operati
             either = torch.where(v[1] == v[2], 0.0, (v[1] - v[2]).abs()) + torch.maximum(e[1], e[2])
             return y, torch.where(e[0], either, torch.where(v[0], e[1], e[2]))
     raise AssertionError(x.op)
+
+
+def no_tie(traced, values) -> torch.Tensor:
+    """Rows in which no minimum or maximum is a tie, nor the two bounds of a clip: there the conventions differ, by contract."""
+    ties = [x for x in walk(traced.result) if x.op in ("min", "max", "clip")]
+    sides = evaluate([operand for x in ties for operand in x.args[-2:]], values)
+    unequal = [a[0] != b[0] for a, b in zip(sides[::2], sides[1::2], strict=True)]
+    return torch.stack([*unequal, torch.ones_like(values["logp"], dtype=torch.bool)]).all(0)

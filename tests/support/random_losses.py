@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from random_formulas import drawn_rule, drawn_weight, truth
 from running_error import evaluate as bounded
-from test_trace import no_tie
+from running_error import no_tie
 
 from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
