@@ -291,7 +291,7 @@ def run_forked(module: Path, file: str, log: Path) -> None:
         os.dup2(to.fileno(), 1)
         os.dup2(to.fileno(), 2)
     os.chdir(ROOT)
-    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests" / file)])))
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests/backends/cuda" / file)])))
 
 
 def test_without_a_bug_everything_passes():
