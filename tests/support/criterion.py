@@ -1,4 +1,4 @@
-"""The package's accuracy criterion (reweight_ops/testing/__init__.py), asserted of what kernels return: one for every backend."""
+"""The package's accuracy criterion (reweight_ops/testing/criterion.py), asserted of what kernels return: one for every backend."""
 
 from __future__ import annotations
 

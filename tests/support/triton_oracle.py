@@ -201,7 +201,7 @@ def program_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tens
         return dict(zip(leaves, found, strict=True))
 
     def size(x: torch.Tensor) -> torch.Tensor:
-        """Of a loss and of its slopes times what they multiply: the package's (reweight_ops/testing/__init__.py) row by row."""
+        """Of a loss and of its slopes times what they multiply: the package's (reweight_ops/testing/criterion.py) row by row."""
         return (x.abs() + sum(d.abs() * (1 + leaves[name].abs()) for name, d in slopes(x).items())).detach()
 
     coefs = slopes(weighted)
