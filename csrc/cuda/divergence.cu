@@ -88,27 +88,17 @@ RW_DEVICE void add(State& s, const float (&x)[n], const float (&y)[n], float p_b
     Side p, q;
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-        if constexpr (kPlain) {
-            const float t = (x[j] - p_base) * scales.p, u = (y[j] - q_base) * scales.q;
-            const float e = exp2_approximate(t), f = exp2_approximate(u), d = t - u;
-            p.sum += e;
-            q.sum += f;
-            p.dot = fmaf(e, t, p.dot);
-            q.dot = fmaf(f, u, q.dot);
-            p.cross = fmaf(e, d, p.cross);
-            q.cross = fmaf(f, -d, q.cross);
-        } else {
-            const float t = exponent(x[j], p_base, scales.p), u = exponent(y[j], q_base, scales.q);
-            const bool p_dead = t == -kInf, q_dead = u == -kInf;
-            const float e = exp2_approximate(t), f = exp2_approximate(u), d = p_dead || q_dead ? 0.0f : t - u;
-            p.sum += e;
-            q.sum += f;
-            p.dot = fmaf(e, p_dead ? 0.0f : t, p.dot);
-            q.dot = fmaf(f, q_dead ? 0.0f : u, q.dot);
-            p.cross = fmaf(e, d, p.cross);
-            q.cross = fmaf(f, -d, q.cross);
-            if (p_dead != q_dead) (p_dead ? s.p_zero : s.q_zero) = 1.0f;
-        }
+        const float t = kPlain ? (x[j] - p_base) * scales.p : exponent(x[j], p_base, scales.p);
+        const float u = kPlain ? (y[j] - q_base) * scales.q : exponent(y[j], q_base, scales.q);
+        const bool p_dead = !kPlain && t == -kInf, q_dead = !kPlain && u == -kInf;
+        const float e = exp2_approximate(t), f = exp2_approximate(u), d = p_dead || q_dead ? 0.0f : t - u;
+        p.sum += e;
+        q.sum += f;
+        p.dot = fmaf(e, p_dead ? 0.0f : t, p.dot);
+        q.dot = fmaf(f, q_dead ? 0.0f : u, q.dot);
+        p.cross = fmaf(e, d, p.cross);
+        q.cross = fmaf(f, -d, q.cross);
+        if (p_dead != q_dead) (p_dead ? s.p_zero : s.q_zero) = 1.0f;
     }
     s.p.sum += p.sum, s.p.dot += p.dot, s.p.cross += p.cross;
     s.q.sum += q.sum, s.q.dot += q.dot, s.q.cross += q.cross;

@@ -225,9 +225,9 @@ LEAN_KERNELS = {
 
 
 def kind_of(loop: list[str]) -> str | None:
-    """Of a loop in which a thread has 4 vectors of 8 logits, an exponential each."""
+    """Of a loop in which a thread has 4 or 8 vectors of 8 logits, an exponential each."""
     count = {name: sum(name in text for text in loop) for name in ("MUFU.EX2", "MNMX", "HMNMX", "STS", "STG")}
-    if count["MUFU.EX2"] not in (32, 33):
+    if count["MUFU.EX2"] not in (32, 33, 64):
         return None
     if not count["STS"] and not count["STG"]:
         return "statistics"
@@ -242,11 +242,12 @@ def too_many(sass: str, kernel: str) -> list[str]:
     found = [f"{kernel}: no loop of {kind}" for kind in LEAN_KERNELS[kernel] - by_kind.keys()]
     for kind in LEAN_KERNELS[kernel] & by_kind.keys():
         loop, name = by_kind[kind], f"{kernel}, {kind}"
-        if len(loop) > LEAN[kind] * 32:
-            found.append(f"{name}: {len(loop) / 32:.2f} instructions a logit, at most {LEAN[kind]}")
+        logits = sum("MUFU.EX2" in x for x in loop) // 32 * 32
+        if len(loop) > LEAN[kind] * logits:
+            found.append(f"{name}: {len(loop) / logits:.2f} instructions a logit, at most {LEAN[kind]}")
         # Of a row's constants there may be other loads.
         loads = [x for x in loop if re.search(r"\b(LDG|LDS)\.", x)]
-        if sum(".128" in x for x in loads) != 4 or any(".U16" in x for x in loads):
+        if sum(".128" in x for x in loads) != logits // 8 or any(".U16" in x for x in loads):
             found.append(f"{name}: logits not read by 16 bytes")
         if any(re.search(r"\bCALL|MUFU\.RCP64H|I2F\S*\.U64|F2I\S*\.U64", x) for x in loop):
             found.append(f"{name}: a 64-bit division")

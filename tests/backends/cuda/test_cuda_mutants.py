@@ -20,9 +20,11 @@ SCALE, PROGRAM = "test_cuda_scale.py", "test_cuda_program.py"
 MUTANTS = {
     "no barrier before the block's merge": ("streaming.cu", "    barrier();\n    Partial sums{", "    Partial sums{"),
     "no second set of partial sums": ("streaming.cu", "        buffer ^= 1;\n        if (thread_index() == 0) put_row", "        if (thread_index() == 0) put_row"),
-    "no barrier before the gradient": ("streaming.cu", "        barrier();\n        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient,", "        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient,"),
-    "no barrier before a known gradient": ("streaming.cu", "        barrier();\n        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradients", "        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradients"),
-    "no second row of constants": ("streaming.cu", "gradients[buffer], softcap);\n        buffer ^= 1;", "gradients[buffer], softcap);"),
+    "no barrier before the gradient": ("streaming.cu", "        barrier();\n        write_gradient<T, kFull, kUnroll>", "        write_gradient<T, kFull, kUnroll>"),
+    "no barrier before a known gradient": ("streaming.cu", "        barrier();  // the constants of this row are in, and nobody reads those of the row before any more\n", ""),
+    "no second row of constants": ("streaming.cu", "prepare(i + block_count(), buffer ^ 1);", "prepare(i + block_count(), buffer);"),
+    "the constants of a row ahead forgotten": ("streaming.cu", "        prepare(i + block_count(), buffer ^ 1);\n", ""),
+    "the constants of the first row forgotten": ("streaming.cu", "    prepare(block_index(), buffer);\n", ""),
     "entropy sum not rebased": ("statistics.h", "factor * fmaf(shift, s.sum, s.dot)", "factor * s.dot"),
     "sum of squares rebased once": ("statistics.h", "s.sum_sq *= factor * factor", "s.sum_sq *= factor"),
     "no bound of a reference": ("statistics.h", "fminf(fmaxf(top * scale, -5.36870912e8f), 5.36870912e8f)", "top * scale"),
@@ -179,6 +181,7 @@ PAIR_MUTANTS = {
         ("pair: no guard for -inf", "return top == -kInf ? 0.0f : top;", "return top;"),
         ("pair: 0 * -inf in the entropy", "fmaf(e, p_dead ? 0.0f : t, p.dot)", "fmaf(e, t, p.dot)"),
         ("pair: -inf - -inf", "d = p_dead || q_dead ? 0.0f : t - u", "d = t - u"),
+        ("pair: no look for -inf where one tensor has none", "low = fminf(low, fminf(x[j], y[j]));", "low = fminf(low, y[j]);"),
         ("pair: zeros of the wrong tensor", "(p_dead ? s.p_zero : s.q_zero) = 1.0f", "s.q_zero = 1.0f"),
         ("pair: a gradient of -inf", "    if (x == -kInf) return 0.0f;\n", ""),
         ("pair: 0 * -inf in the gradient", "fmaxf((x - g.p_center) * scales.p, -200.0f)", "(x - g.p_center) * scales.p"),
@@ -288,7 +291,7 @@ def run_forked(module: Path, file: str, log: Path) -> None:
         os.dup2(to.fileno(), 1)
         os.dup2(to.fileno(), 2)
     os.chdir(ROOT)
-    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests" / file)])))
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests/backends/cuda" / file)])))
 
 
 def test_without_a_bug_everything_passes():

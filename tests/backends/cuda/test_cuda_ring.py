@@ -296,7 +296,7 @@ def test_the_rule(emulator, cuda):
     emulator.set_device(12, 99 << 10, 2)  # the smaller shared memory of sm_120
     assert why(cuda, emulator, torch.zeros(1, 32768, dtype=torch.bfloat16)) == ""
     assert "does not fit" in why(cuda, emulator, torch.zeros(1, 32776, dtype=torch.bfloat16))
-    emulator.set_device(9, 2 * 16400 + 2048, 2)
+    emulator.set_device(9, 2 * 16400 + 2816, 2)
     assert "3 tiles of 16 KiB in each, 2 fit" in why(cuda, emulator, z), "one of the next row, and one in motion"
     emulator.set_device(9, 227 << 10, 0)
     assert "cannot run a cluster of 1 blocks" in why(cuda, emulator, z)
@@ -325,7 +325,7 @@ def test_a_small_ring(emulator, cuda):
         z, ids, adv = batch(20, v, torch.bfloat16)
         want = by_streaming(emulator, cuda, z, ids, adv)
         for tiles in (least, least + 1, least + 2):
-            emulator.set_device(9, tiles * 16400 + 2048, 1)
+            emulator.set_device(9, tiles * 16400 + 2816, 1)
             for schedule in SCHEDULES:
                 got = by_ring(emulator, cuda, schedule, 1, z, ids, adv)
                 assert same(got[0], want[0]) and same(got[1], want[1]), schedule
