@@ -174,7 +174,7 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
 
 def oversized(target: str) -> list[Compiled]:
     """The negative control: tiles far too large for the registers."""
-    backend.config_for = lambda columns, itemsize, wave: Config(1 << (16 if wave == 64 else 14), 16 // itemsize, 4, 1 << 16)
+    backend.config_for = lambda columns, itemsize, wave: Config((1 << (16 if wave == 64 else 14)) * itemsize // 32, 2, 16 // itemsize, 4, 1 << 16)
     logits = torch.empty(4, 1 << 17, dtype=torch.bfloat16)
     with Recorder(target) as recorder:
         backend.token_stats(logits, torch.zeros(4, dtype=torch.int64), torch.ones(1), Head(1 << 17), ("logp", "entropy"))

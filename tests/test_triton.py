@@ -38,7 +38,7 @@ def _cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles and segments a row at sizes that the interpreter likes."""
-    monkeypatch.setattr(backend, "config_for", lambda columns, itemsize, wave: Config(128, 16 // itemsize, 1, 256))
+    monkeypatch.setattr(backend, "config_for", lambda columns, itemsize, wave: Config(64 * itemsize // 16, 2, 16 // itemsize, 1, 256))
 
 
 # --- batches --------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import triton.language as tl
 
 from . import math
 from .kernels import kernel
-from .sweep import LN2, LOWEST, _dot, _sum, base2_scale, capped, round_to, row_offset, zero_sweep
+from .sweep import LN2, LOWEST, base2_scale, capped, row_offset, slot_dot, slot_sum, zero_sweep
+from .words import round_to
 
 _FIXED = tl.constexpr(1125899906842624.0)  # 2⁵⁰: a thousand elements of that size fit in 63 bits
 

@@ -127,7 +127,9 @@ class _Call:
         self.split = self.segments > 1 and self.rows < _ROWS_PER_PROCESSOR * _processors(logits.device)
         self.chunk = self.config.block * 4
         self.softcap = 1.0 if head.softcap == float("inf") else head.softcap
-        self.tile = {"CAP": head.softcap != float("inf"), "BLOCK": self.config.block, "E": self.config.vector}
+        self.tile = {
+            "CAP": head.softcap != float("inf"), "SLOTS": self.config.slots, "VECTORS": self.config.vectors, "E": self.config.vector
+        }  # fmt: skip
         self.align = _alignment(logits, *([] if out is None else [out]))
         self.t_stride = 0 if temperature.numel() == 1 else 1
         self.emulate = interpreted() and logits.dtype == torch.bfloat16
@@ -141,7 +143,7 @@ class _Call:
         _launch(
             kernels.partial_kernel, self.rows * self.segments, logits, ids, temperature, partial, self.t_stride, *self.where,
             head.vocab_size, self.softcap, head.vocab_start, head.total(), SEGMENT=self.config.segment, **self.tile, ALIGN=self.align,
-            KEEP=keep, warps=self.config.warps,
+            POLICY="evict_last" if keep else "evict_first", warps=self.config.warps,
         )  # fmt: skip
         return partial
 
