@@ -24,7 +24,7 @@ from triton.runtime.driver import driver  # noqa: E402
 
 from reweight_ops.backends import triton as backend  # noqa: E402
 from reweight_ops.backends.base import COEFS, Head, Program, RowInputs  # noqa: E402
-from reweight_ops.triton_kernels.config import MAX_REGISTERS, Config  # noqa: E402
+from reweight_ops.triton_kernels.config import Config, Launch  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
@@ -102,10 +102,8 @@ class Recorder:
     def __exit__(self, *error):
         backend._launch, backend._wave = self._launch, self._wave
 
-    def launch(self, kernel, programs, *args, warps, registers=MAX_REGISTERS, **meta):
-        compiled = kernel.warmup(
-            *args, grid=(programs,), **meta, **backend._options(warps, TARGETS[self.target].backend == "hip", registers)
-        )
+    def launch(self, kernel, programs, *args, shape, wave, **meta):
+        compiled = kernel.warmup(*args, grid=(programs,), **meta, **backend._options(shape, wave, TARGETS[self.target].backend == "hip"))
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
 
@@ -174,7 +172,9 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
 
 def oversized(target: str) -> list[Compiled]:
     """The negative control: tiles far too large for the registers."""
-    backend.config_for = lambda columns, itemsize, wave: Config((1 << (16 if wave == 64 else 14)) * itemsize // 32, 2, 16 // itemsize, 4, 1 << 16)
+    threads, slots = 4 * TARGETS[target].warp_size, 1 << (12 if TARGETS[target].backend == "hip" else 10)
+    launch = Launch(threads, 64)
+    backend.config_for = lambda columns, itemsize, wave: Config(slots, 2, 8, 1 << 16, launch, launch, launch, 2)
     logits = torch.empty(4, 1 << 17, dtype=torch.bfloat16)
     with Recorder(target) as recorder:
         backend.token_stats(logits, torch.zeros(4, dtype=torch.int64), torch.ones(1), Head(1 << 17), ("logp", "entropy"))

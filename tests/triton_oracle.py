@@ -19,6 +19,7 @@ from reweight_ops.backends import triton as backend
 from reweight_ops.backends.base import COEFS, LOSS_ROWS, OUT, STATS, Head, Program, RowInputs
 from reweight_ops.rules import RULES, WEIGHTS
 from reweight_ops.rules.namespace import TorchNamespace
+from reweight_ops.triton_kernels.config import Config, Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,6 +40,12 @@ def fuse_multiply_add() -> None:
 
 if backend.interpreted() and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
     fuse_multiply_add()
+
+
+def small_config(columns: int, itemsize: int, wave: int) -> Config:
+    """Tiles of 128 columns and segments of 256: several of both at sizes that the interpreter likes."""
+    launch = Launch(wave, 64)
+    return Config(64 * itemsize // 16, 2, 16 // itemsize, 256, launch, launch, Launch(64 * itemsize // 16, 64), 2)
 
 
 def rows_in(program: Program) -> list[tuple[type, list[str]]]:

@@ -1,21 +1,58 @@
-"""Launch shapes: a table, no autotuning. What decides them (dtype, V, wave size) decides them for every row alike."""
+"""Launch shapes, from a model of what one multiprocessor has to have in flight. No autotuning: dtype and V decide, for every row alike.
+
+**Bytes in flight.** Memory at ``B`` bytes a second with a latency of ``L`` needs ``B·L`` bytes on their way, per processor ``B·L / processors``: 26 KiB
+on an H200 (4.3 TB/s, 0.8 us, 132), 14 KiB on an A100 (1.9 TB/s), 17 KiB on an MI300X (5.3 TB/s, 304). A thread has one tile in flight,
+``16·vectors`` bytes, so a processor has ``programs · threads · 16 · vectors``: :func:`bytes_in_flight`. Statistics read all the time. A one-pass program
+reads from memory for about half of its time and from L2 for the rest, so it needs twice as much a program.
+
+**Registers** decide the programs of a processor: ``65536 / (threads · registers)``. A tile and the one ahead take ``8·vectors`` of them as words.
+
+**L2.** Between its sweeps a one-pass row should stay in L2. It is read backwards the second time, so on average half of each row is alive:
+``processors · programs · row / 2``, of 50 MB: few programs for long rows, and then many vectors each.
+
+**Slots** are what the end of a row costs: about 480 instructions a thread with a slot, against 8.5 a logit of the sweep.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
+
+#: Registers of a multiprocessor (NVIDIA's), in 32-bit words.
+REGISTERS = 65536
+
+
+class Launch(NamedTuple):
+    """Threads of a program and the registers that each may have."""
+
+    threads: int
+    registers: int
+
+    def programs(self) -> int:
+        """Programs that a processor has room for."""
+        return min(2048 // self.threads, REGISTERS // (self.threads * self.registers))
+
+
+class Shape(NamedTuple):
+    """A tile is ``vectors`` runs of ``slots`` vectors of 16 bytes. These two decide the order of additions; a :class:`Launch` does not."""
+
+    slots: int
+    vectors: int
+    stats: Launch
+    one_pass: Launch
 
 
 class Config(NamedTuple):
-    """A tile is ``vectors`` runs of ``slots`` vectors of 16 bytes, ``vector`` elements each; ``segment`` columns are one partial state.
-
-    These four decide the order of additions, and ``warps`` does not.
-    """
+    """A shape for one dtype and wave size: ``vector`` elements are 16 bytes, ``segment`` columns are what one program of a split row sweeps."""
 
     slots: int
     vectors: int
     vector: int
-    warps: int
     segment: int
+    stats: Launch
+    one_pass: Launch
+    grad: Launch
+    grad_vectors: int
 
     @property
     def block(self) -> int:
@@ -23,19 +60,55 @@ class Config(NamedTuple):
         return self.slots * self.vectors * self.vector
 
 
-#: Registers of a thread on NVIDIA's: 1024 threads of a multiprocessor can have that many.
-MAX_REGISTERS = 64
+def bytes_in_flight(launch: Launch, slots: int, vectors: int) -> int:
+    """What the programs of one processor have on its way, at least: a tile each."""
+    return launch.programs() * max(slots, launch.threads) * vectors * 16
 
-#: Bytes of a row up to which a program has that many threads. More threads a row means fewer rows at once, which share the L2 between
-#: the two sweeps; fewer threads mean cheaper reductions.
-_THREADS = ((8 << 10, 128), (64 << 10, 256), (1 << 62, 512))
-_VECTORS = 2
+
+#: For rows of so many bytes at most. Each line is a variant: `REWEIGHT_OPS_TRITON_SHAPES` names one, for benchmarks (bench/NOTES.md has predictions).
+_LONG = 384 << 10
+VARIANTS: dict[str, tuple[tuple[int, Shape], ...]] = {
+    "default": (
+        (8 << 10, Shape(128, 1, Launch(128, 64), Launch(128, 64))),
+        (64 << 10, Shape(128, 4, Launch(128, 80), Launch(128, 80))),
+        (_LONG, Shape(256, 8, Launch(256, 128), Launch(256, 128))),
+        (1 << 62, Shape(512, 4, Launch(256, 128), Launch(512, 128))),
+    ),
+    # Half the bytes in flight, three programs: more rows alive in L2, less of a row's end unhidden.
+    "four vectors": (
+        (64 << 10, Shape(128, 4, Launch(128, 80), Launch(128, 80))),
+        (1 << 62, Shape(256, 4, Launch(256, 80), Launch(256, 80))),
+    ),
+    # One program a processor for the one pass: the fewest rows in L2.
+    "one program": (
+        (64 << 10, Shape(256, 4, Launch(256, 80), Launch(256, 80))),
+        (1 << 62, Shape(512, 8, Launch(512, 128), Launch(512, 128))),
+    ),
+    # As many programs as fit, two vectors each.
+    "two vectors": (
+        (64 << 10, Shape(128, 2, Launch(128, 64), Launch(128, 64))),
+        (1 << 62, Shape(256, 2, Launch(256, 64), Launch(256, 64))),
+    ),
+}
+_GRAD, _GRAD_VECTORS = Launch(256, 64), 4
 _SEGMENT_BYTES = 64 << 10
+#: Two tensors: ten numbers a slot and twice the words.
+_PAIR = ((64 << 10, Shape(128, 1, Launch(128, 128), Launch(128, 128))), (1 << 62, Shape(256, 2, Launch(256, 128), Launch(256, 128))))
 
 
 def config_for(columns: int, itemsize: int, wave: int = 32) -> Config:
-    """``wave``: threads of a warp, 64 on AMD's data-center GPUs."""
+    """For rows of ``columns`` elements; ``wave``: threads of a warp, 64 on AMD's data-center GPUs."""
+    table = VARIANTS[os.environ.get("REWEIGHT_OPS_TRITON_SHAPES", "default")]
+    shape = next(s for limit, s in table if columns * itemsize <= limit)
     vector = 16 // itemsize
-    threads = next(t for limit, t in _THREADS if columns * itemsize <= limit)
-    vectors = _VECTORS
-    return Config(threads, vectors, vector, threads // wave, max(threads * vectors * vector, _SEGMENT_BYTES // itemsize))
+    tile = shape.slots * shape.vectors * vector
+    segment = max(2 * tile, _SEGMENT_BYTES // itemsize)
+    return Config(shape.slots, shape.vectors, vector, segment, shape.stats, shape.one_pass, _GRAD, _GRAD_VECTORS)
+
+
+def pair_config(columns: int, itemsize: int, other_itemsize: int, wave: int = 32) -> Config:
+    """For rows of two tensors: a vector is 16 bytes of the one with the smaller elements."""
+    shape = next(s for limit, s in _PAIR if columns * max(itemsize, other_itemsize) <= limit)
+    vector = 16 // min(itemsize, other_itemsize)
+    segment = max(2 * shape.slots * shape.vectors * vector, _SEGMENT_BYTES // max(itemsize, other_itemsize))
+    return Config(shape.slots, shape.vectors, vector, segment, shape.stats, shape.one_pass, shape.one_pass, shape.vectors)

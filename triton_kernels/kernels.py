@@ -11,7 +11,19 @@ import triton
 import triton.language as tl
 
 from . import math
-from .sweep import LN2, base2_scale, capped, gradient_sweep, load_last_tiles, row_offset, row_state, segment_state, zero_sweep
+from .sweep import (
+    LN2,
+    base2_scale,
+    capped,
+    gradient_sweep,
+    load_last_tiles,
+    merged_row,
+    row_offset,
+    segment_slots,
+    store_slots,
+    swept_row,
+    zero_sweep,
+)
 from .words import load_tile
 
 OUT_OF_LOSS = tl.constexpr(-100)
@@ -41,11 +53,11 @@ def _target_logit(X, y, inside):
 
 
 @triton.jit
-def _partial_states(PARTIAL, row, V, SEGMENT: tl.constexpr):
-    """Where the states of a row's segments are, 4 numbers each, with the target's logit after them; and where that is."""
-    segments = tl.cdiv(V, SEGMENT)
-    P = PARTIAL + row.to(tl.int64) * (4 * segments + 1)
-    return P, P + 4 * segments
+def _split_row(PARTIAL, row, V, SEGMENT: tl.constexpr, SLOTS: tl.constexpr):
+    """What is kept of a split row: the slots of its segments; after them, the row's state (4 numbers) and the target's logit."""
+    size = tl.cdiv(V, SEGMENT) * (4 * SLOTS)
+    P = PARTIAL + row.to(tl.int64) * (size + 5)
+    return P, P + size
 
 
 @triton.jit
@@ -88,7 +100,7 @@ def partial_kernel(
     SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
     POLICY: tl.constexpr,
 ):  # fmt: skip
-    """A program each segment: its state to PARTIAL. The first also keeps the target's logit, which the next launch may write over."""
+    """A program each segment: its slots to PARTIAL. The first also keeps the target's logit, which the next launch may write over."""
     segments = tl.cdiv(V, SEGMENT)
     pid = tl.program_id(0)
     row = pid // segments
@@ -99,17 +111,31 @@ def partial_kernel(
         k = base2_scale(tl.load(T + row * t_stride))
         stop = tl.minimum(V, start + SEGMENT)
         z = load_tile(X + start, stop - start, SLOTS, VECTORS, E, ALIGN, POLICY)
-        top, rest, dot, rest_sq, _ = segment_state(
-            X, z, start, stop, stop, k, softcap, SEGMENT, SLOTS, VECTORS, E, CAP, True, True, ALIGN, POLICY
-        )
-        P, TARGET = _partial_states(PARTIAL, row, V, SEGMENT)
-        P += (pid % segments) * 4
-        tl.store(P, top)
-        tl.store(P + 1, rest)
-        tl.store(P + 2, dot)
-        tl.store(P + 3, rest_sq)
+        top, sum, dot, sum_sq, _ = segment_slots(X, z, start, stop, stop, k, softcap, SLOTS, VECTORS, E, CAP, True, True, ALIGN, POLICY)
+        P, STATE = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
+        store_slots(P + (pid % segments) * (4 * SLOTS), top, sum, dot, sum_sq, SLOTS)
         if start == 0:
-            tl.store(TARGET, _target_logit(X, y, inside))
+            tl.store(STATE + 4, _target_logit(X, y, inside))
+
+
+@kernel
+def merge_kernel(
+    X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
+    vocab_start: tl.int64, vocab_total: tl.int64,
+    SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The states of split rows, from their segments; before anything is written over the columns that this may have to read again."""
+    row = tl.program_id(0)
+    _, keep, bad, _ = _target(IDS, row, vocab_start, vocab_total, V)
+    if keep & (bad == 0):
+        X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
+        k = base2_scale(tl.load(T + row * t_stride))
+        P, STATE = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
+        top, rest, dot, rest_sq = merged_row(P, X, V, k, softcap, SEGMENT, SLOTS, E, CAP, True, True)
+        tl.store(STATE, top)
+        tl.store(STATE + 1, rest)
+        tl.store(STATE + 2, dot)
+        tl.store(STATE + 3, rest_sq)
 
 
 @kernel
@@ -128,11 +154,14 @@ def stats_kernel(
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         t = tl.load(T + row * t_stride)
         w_y, _ = capped(_target_logit(X, y, inside), softcap, CAP)
-        P, _ = _partial_states(PARTIAL, row, V, SEGMENT)
         k = base2_scale(t)
-        top, rest, dot, rest_sq = row_state(
-            X, P, V, k, softcap, SPLIT, SEGMENT, SLOTS, VECTORS, E, CAP, STATS[1] >= 0, STATS[3] >= 0, ALIGN, "evict_first"
-        )
+        if SPLIT:
+            P, _ = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
+            top, rest, dot, rest_sq = merged_row(P, X, V, k, softcap, SEGMENT, SLOTS, E, CAP, STATS[1] >= 0, STATS[3] >= 0)
+        else:
+            top, rest, dot, rest_sq = swept_row(
+                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, CAP, STATS[1] >= 0, STATS[3] >= 0, ALIGN, "evict_first"
+            )
         logp, entropy, lse, log_p_sq, max_logp = _finish(top, rest, dot, rest_sq, w_y, inside, t)
     result = (logp, entropy, lse, log_p_sq, max_logp)
     for i in tl.static_range(5):
@@ -202,10 +231,9 @@ def loss_grad_kernel(
     SPLIT: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
     CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, ``PROGRAM``, gradient: a row in one program, or (SPLIT) what partial_kernel found and CHUNK columns of the gradient.
+    """Statistics, ``PROGRAM``, gradient: a row in one program, or (SPLIT) the state that merge_kernel found and CHUNK columns of the gradient.
 
-    Every program of a split row merges all its segments, in the order in which one program would, and evaluates ``PROGRAM``: that is
-    shorter than a launch between the two. The first one writes the row's outputs.
+    Every program of a split row evaluates ``PROGRAM``, the first one writes the row's outputs.
     """
     row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
@@ -217,12 +245,17 @@ def loss_grad_kernel(
     if keep & (bad == 0):
         t = tl.load(T + row * t_stride)
         k = base2_scale(t)
-        P, TARGET = _partial_states(PARTIAL, row, V, SEGMENT)
-        top, rest, dot, rest_sq = row_state(
-            X, P, V, k, softcap, SPLIT, SEGMENT, SLOTS, VECTORS, E, CAP, True, READS_P_SQ, ALIGN, "evict_last"
-        )
+        if SPLIT:
+            _, STATE = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
+            top, rest, dot, rest_sq = tl.load(STATE), tl.load(STATE + 1), tl.load(STATE + 2), tl.load(STATE + 3)
+            z_y = tl.load(STATE + 4)
+        else:
+            top, rest, dot, rest_sq = swept_row(
+                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, CAP, True, READS_P_SQ, ALIGN, "evict_last"
+            )
+            z_y = _target_logit(X, y, inside)
         tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
-        w_y, slope = capped(tl.load(TARGET) if SPLIT else _target_logit(X, y, inside), softcap, CAP)
+        w_y, slope = capped(z_y, softcap, CAP)
         tl.debug_barrier()  # every thread has it before one writes the gradient over it
         logp, entropy, _, log_sum_p_sq, _ = _finish(top, rest, dot, rest_sq, w_y, inside, t)
         old = tl.where(has_old != 0, tl.load(OLD + row), logp)

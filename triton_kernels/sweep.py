@@ -5,11 +5,12 @@ the largest logit, and with ``x = (w - top)·k`` and ``e = 2^x`` the sums ``Σe 
 and is left out, so that ``-log1p(rest)``, its log-prob, has all its digits however close to 1 it is.
 
 A tile is ``VECTORS`` runs of ``[SLOTS, E]`` columns, ``E`` the elements of one 16-byte load (:mod:`.words`). A slot is one row of each run: it keeps its
-own maximum and sums relative to it, so the loop needs one exponential an element (and one a slot and tile) and nothing from another thread. At the end of a segment the slots are added in 64-bit fixed point. Integer addition is associative: the result depends neither on how the
-compiler lays a tile out over threads nor on the number of threads, hence not on the alignment of the row.
+own maximum and sums relative to it, so the loop needs one exponential an element (and one a slot and tile) and nothing from another thread. At the
+end of a row the slots are added in 64-bit fixed point. Integer addition is associative: the result depends neither on how the compiler lays a tile
+out over threads nor on the number of threads, hence not on the alignment of the row.
 
-**Segments.** A long row is cut into segments of fixed width whose states are merged in order. Who computes them, one program after
-another or a program each, changes nothing in the result.
+**Segments.** A long row is cut into segments of fixed width, and a slot's sums of one are merged with its sums of the next in order. Who computes
+them, one program after another or a program each, changes nothing in the result.
 
 **Loads** of the next tile are issued before this one's arithmetic, from one segment to the next too: a thread always has a tile in flight.
 
@@ -29,8 +30,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a running maximum starts:
 FLOOR = tl.constexpr(-200.0)
 _FIXED = tl.constexpr(1099511627776.0)  # 2⁴⁰: sums up to 2²³ fit in 63 bits, and 2⁻⁴⁰ is far below fp32's resolution at 1
 _UNFIXED = tl.constexpr(9.094947017729282e-13)
-#: A slot adds 1 and the others of its columns with at most 22 roundings of 2⁻²⁴ (16 tiles, a tree of 6): below this rest they may be 1 %.
-_SURE = tl.constexpr(2.0**-12)
+#: A sum that holds the 1 of the largest logit is rounded to 2⁻²⁴ with each tile: below this rest 160 tiles could cost it 1 %.
+_SURE = tl.constexpr(2.0**-10)
 
 
 @triton.jit
@@ -156,6 +157,16 @@ def _pair(high, low):
 
 
 @triton.jit
+def _high(pair):
+    return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _low(pair):
+    return pair.to(tl.int32)
+
+
+@triton.jit
 def _sum4(a, b, c, d):
     """Four sums of ``[SLOTS]`` by one reduction over the threads."""
     ab, cd = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
@@ -165,26 +176,32 @@ def _sum4(a, b, c, d):
 
 
 @triton.jit
-def _slot_rest(X, start, stop, slot, top, k, softcap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr):
-    """``Σe`` of the columns of one slot of a segment without the largest logit, which is there once: relatively exact."""
-    i = tl.arange(0, SEGMENT // SLOTS)
-    column = start + (i // E) * (SLOTS * E) + slot * E + i % E
-    w, _ = capped(tl.load(X + column, mask=column < stop, other=float("-inf")).to(tl.float32), softcap, CAP)
-    w = tl.where(w == top, float("-inf"), w)
-    second = tl.maximum(tl.max(w, 0), LOWEST)
-    total = _unfixed(tl.sum(_fixed(tl.exp2((w - second) * k)), 0))
-    return total * tl.exp2(_exponent(second - top, k, 0.0))
+def _rest_of_slot(X, V, slot, top, k, softcap, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr):
+    """``Σe`` of the columns of one slot of a row without the largest logit, which is there once: relatively exact. A few hundred columns."""
+    lane = tl.arange(0, SLOTS)
+    second = tl.full([SLOTS], LOWEST, tl.float32)
+    sum = tl.zeros([SLOTS], tl.float32)
+    for first in range(0, tl.cdiv(V, SLOTS * E) * E, SLOTS):
+        i = first + lane
+        column = i // E * (SLOTS * E) + slot * E + i % E
+        w, _ = capped(tl.load(X + column, mask=column < V, other=float("-inf")).to(tl.float32), softcap, CAP)
+        w = tl.where(w == top, float("-inf"), w)
+        larger = tl.maximum(second, w)
+        sum = tl.fma(tl.exp2(_exponent(second - larger, k, 0.0)), sum, tl.exp2((w - larger) * k))
+        second = larger
+    largest = tl.max(second, 0)
+    total = _unfixed(tl.sum(_fixed(tl.exp2(_exponent(second - largest, k, 0.0)) * sum), 0))
+    return total * tl.exp2(_exponent(largest - top, k, 0.0))
 
 
 @triton.jit
-def _segment_of_slots(
-    X, start, stop, k, softcap, top, sum, dot, sum_sq,
-    SEGMENT: tl.constexpr, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr,
+def row_of_slots(
+    X, V, k, softcap, top, sum, dot, sum_sq, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr
 ):  # fmt: skip
-    """The state of a segment from those of its slots.
+    """The state of a row from those of its slots; NaN if no logit is above -inf.
 
     The slot with the largest logit leads. The others are added relative to the largest among them, because 2⁻⁴⁰ of the leader may be more than they
-    have. What the leader has but its largest is lost where its sum rounds to 1; then its columns, a hundred or so, are read again.
+    have. What the leader has but its largest is lost where its sum rounds to 1; then its columns are read again.
     """
     largest, lead = tl.max(top, 0, return_indices=True, return_indices_tie_break_left=True)
     leads = tl.arange(0, SLOTS) == lead
@@ -202,95 +219,106 @@ def _segment_of_slots(
     S = _unfixed(S)
     gap = _exponent(second - largest, k, 0.0)
     to_top = tl.exp2(gap)
-    lead_sum, lead_dot = (of_leader >> 32).to(tl.int32).to(tl.float32, bitcast=True), of_leader.to(tl.int32).to(tl.float32, bitcast=True)
-    rest = tl.fma(to_top, S, lead_sum - 1.0)
+    rest = tl.fma(to_top, S, _high(of_leader) - 1.0)
     rest_dot = S * 0.0
     rest_sq = S * 0.0
     if ENTROPY:
-        rest_dot = tl.fma(to_top, tl.fma(gap, S, _unfixed(U)), lead_dot)
+        rest_dot = tl.fma(to_top, tl.fma(gap, S, _unfixed(U)), _low(of_leader).to(tl.float32, bitcast=True))
     if P_SQ:
         Q = _unfixed(tl.sum(_fixed(scale * scale * sum_sq), 0))
-        rest_sq = tl.fma(to_top * to_top, Q, (more >> 32).to(tl.int32).to(tl.float32, bitcast=True) - 1.0)
+        rest_sq = tl.fma(to_top * to_top, Q, _high(more) - 1.0)
     if (rest < _SURE) & (rest > -0.5):
-        rest = tl.fma(to_top, S, _slot_rest(X, start, stop, lead, largest, k, softcap, SEGMENT, SLOTS, E, CAP))
-        rest_sq = tl.minimum(tl.maximum(rest_sq, 0.0), rest * rest)  # a sum of squares: at most that, and no digit of Σp² from there on
-    sick = (more.to(tl.int32) > 0) | (largest == float("inf"))
-    return largest, tl.where(sick, float("nan"), rest), rest_dot, rest_sq
+        rest = tl.fma(to_top, S, _rest_of_slot(X, V, lead, largest, k, softcap, SLOTS, E, CAP))
+        rest_sq = tl.minimum(tl.maximum(rest_sq, 0.0), rest * rest)  # a sum of squares: at most that, of which Σp² has no digit any more
+    sick = (_low(more) > 0) | (largest == float("inf"))
+    return largest, tl.where(sick | (rest <= -1.0), float("nan"), rest), rest_dot, rest_sq
 
 
 @triton.jit
-def segment_state(
-    X, z, start, stop, limit, k, softcap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
+def segment_slots(
+    X, z, start, stop, limit, k, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """The state of the columns ``start`` to ``stop`` of the row at ``X``, of which ``z`` is the first tile; and the first tile after them, of which
+    """The slots of the columns ``start`` to ``stop`` of the row at ``X``, of which ``z`` is the first tile; and the first tile after them, of which
     nothing is read from ``limit`` on."""
     BLOCK: tl.constexpr = SLOTS * VECTORS * E
     dtype: tl.constexpr = X.dtype.element_ty
-    top = tl.full([SLOTS], LOWEST, tl.float32)
-    sum = tl.zeros([SLOTS], tl.float32)
-    dot = tl.zeros([SLOTS], tl.float32)
-    sum_sq = tl.zeros([SLOTS], tl.float32)
+    top, sum, dot, sum_sq = no_slots(SLOTS)
     full = start + (stop - start) // BLOCK * BLOCK
     for c in range(start, full - BLOCK, BLOCK):
         ahead = load_tile(X + c + BLOCK, None, SLOTS, VECTORS, E, ALIGN, POLICY)
-        w = tile_numbers(z, VECTORS, dtype)
+        w = tile_numbers(z, VECTORS, dtype, E)
         top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
         z = ahead
     if full > start:
         ahead = load_tile(X + full, limit - full, SLOTS, VECTORS, E, ALIGN, POLICY)
-        w = tile_numbers(z, VECTORS, dtype)
+        w = tile_numbers(z, VECTORS, dtype, E)
         top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
         z = ahead
-    if full < stop:
-        w = tile_numbers(z, VECTORS, dtype)
-        top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
+    for i in tl.static_range(VECTORS):
+        if full + i * (SLOTS * E) < stop:  # the last tile of a row, run by run
+            top, sum, dot, sum_sq = _tile(numbers(z[i], dtype, E), top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
     if stop % E != 0:  # what is left of a vector, in the slot that its column has
         first = stop // (SLOTS * E) * (SLOTS * E)
-        last = numbers(load_elements(X + first, stop // E * E - first, stop - first, SLOTS, E, POLICY), dtype)
+        last = numbers(load_elements(X + first, stop // E * E - first, stop - first, SLOTS, E, POLICY), dtype, E)
         top, sum, dot, sum_sq = _tile(last, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
-    top, rest, dot, rest_sq = _segment_of_slots(
-        X, start, stop, k, softcap, top, sum, dot, sum_sq, SEGMENT, SLOTS, E, CAP, ENTROPY, P_SQ
-    )
-    return top, rest, dot, rest_sq, z
+    return top, sum, dot, sum_sq, z
 
 
 @triton.jit
-def merge(top1, rest1, dot1, sq1, top2, rest2, dot2, sq2, k):
-    """The state of two segments, in this order. One that has no logit above -inf has a rest of -1."""
-    first = top1 >= top2
-    top, low = tl.where(first, top1, top2), tl.where(first, top2, top1)
-    rest, dot, sq = tl.where(first, rest1, rest2), tl.where(first, dot1, dot2), tl.where(first, sq1, sq2)
-    low_sum, low_dot = 1.0 + tl.where(first, rest2, rest1), tl.where(first, dot2, dot1)
-    low_sq = 1.0 + tl.where(first, sq2, sq1)
-    d = _exponent(low - top, k, 0.0)
-    a = tl.exp2(d)
-    return top, tl.fma(a, low_sum, rest), tl.fma(a, tl.fma(d, low_sum, low_dot), dot), tl.fma(a * a, low_sq, sq)
+def no_slots(SLOTS: tl.constexpr):
+    zero = tl.zeros([SLOTS], tl.float32)
+    return tl.full([SLOTS], LOWEST, tl.float32), zero, zero, zero
 
 
 @triton.jit
-def row_state(
-    X, PARTIAL, V, k, softcap, SPLIT: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
+def merge_slots(top1, sum1, dot1, sq1, top2, sum2, dot2, sq2, k):
+    """The slots of two segments, in this order."""
+    top = tl.maximum(top1, top2)
+    d1, d2 = _exponent(top1 - top, k, 0.0), _exponent(top2 - top, k, 0.0)
+    a1, a2 = tl.exp2(d1), tl.exp2(d2)
+    dot = tl.fma(a1, tl.fma(d1, sum1, dot1), a2 * tl.fma(d2, sum2, dot2))
+    return top, tl.fma(a1, sum1, a2 * sum2), dot, tl.fma(a1 * a1, sq1, a2 * a2 * sq2)
+
+
+@triton.jit
+def swept_row(
+    X, V, k, softcap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """The state of a whole row, swept here or (SPLIT) read from ``PARTIAL``; NaN if no logit is above -inf."""
-    top = tl.full((), LOWEST, tl.float32)
-    rest = tl.full((), -1.0, tl.float32)
-    dot = tl.full((), 0.0, tl.float32)
-    rest_sq = rest
-    if SPLIT:
-        for i in range(tl.cdiv(V, SEGMENT)):
-            P = PARTIAL + i * 4
-            top, rest, dot, rest_sq = merge(top, rest, dot, rest_sq, tl.load(P), tl.load(P + 1), tl.load(P + 2), tl.load(P + 3), k)
-    else:
-        z = load_tile(X, V, SLOTS, VECTORS, E, ALIGN, POLICY)
-        for start in range(0, V, SEGMENT):
-            stop = tl.minimum(V, start + SEGMENT)
-            top2, rest2, dot2, sq2, z = segment_state(
-                X, z, start, stop, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, ALIGN, POLICY
-            )
-            top, rest, dot, rest_sq = merge(top, rest, dot, rest_sq, top2, rest2, dot2, sq2, k)
-    return top, tl.where(rest > -1.0, rest, float("nan")), dot, rest_sq
+    """The state of a whole row."""
+    top, sum, dot, sum_sq = no_slots(SLOTS)
+    z = load_tile(X, V, SLOTS, VECTORS, E, ALIGN, POLICY)
+    for start in range(0, V, SEGMENT):
+        stop = tl.minimum(V, start + SEGMENT)
+        top2, sum2, dot2, sq2, z = segment_slots(
+            X, z, start, stop, V, k, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, ALIGN, POLICY
+        )
+        top, sum, dot, sum_sq = merge_slots(top, sum, dot, sum_sq, top2, sum2, dot2, sq2, k)
+    return row_of_slots(X, V, k, softcap, top, sum, dot, sum_sq, SLOTS, E, CAP, ENTROPY, P_SQ)
+
+
+@triton.jit
+def store_slots(P, top, sum, dot, sum_sq, SLOTS: tl.constexpr):
+    P += tl.arange(0, SLOTS)
+    tl.store(P, top)
+    tl.store(P + SLOTS, sum)
+    tl.store(P + 2 * SLOTS, dot)
+    tl.store(P + 3 * SLOTS, sum_sq)
+
+
+@triton.jit
+def merged_row(
+    P, X, V, k, softcap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr
+):  # fmt: skip
+    """The state of a row from the slots of its segments, which are at ``P``."""
+    top, sum, dot, sum_sq = no_slots(SLOTS)
+    P += tl.arange(0, SLOTS)
+    for _ in range(tl.cdiv(V, SEGMENT)):
+        top2, sum2, dot2, sq2 = tl.load(P), tl.load(P + SLOTS), tl.load(P + 2 * SLOTS), tl.load(P + 3 * SLOTS)
+        top, sum, dot, sum_sq = merge_slots(top, sum, dot, sum_sq, top2, sum2, dot2, sq2, k)
+        P += 4 * SLOTS
+    return row_of_slots(X, V, k, softcap, top, sum, dot, sum_sq, SLOTS, E, CAP, ENTROPY, P_SQ)
 
 
 @triton.jit
@@ -327,18 +355,30 @@ def load_last_tiles(X, start, stop, V, SLOTS: tl.constexpr, VECTORS: tl.constexp
 
 
 @triton.jit
+def _gradient_run(
+    P, z, columns, c, k, b, A, B, C, softcap, SLOTS: tl.constexpr, E: tl.constexpr,
+    CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, EMULATE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    w = numbers(z, dtype, E)
+    g = (gradient_tile(w[0], c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ),)
+    if E == 8:
+        g = g + (gradient_tile(w[1], c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ),)
+    store_run(P, g, columns, SLOTS, E, EMULATE)
+
+
+@triton.jit
 def _gradient_store(
     P, z, columns, c, k, b, A, B, C, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, EMULATE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the tile of words ``z``, all of it or its first ``columns``, to ``P``."""
     for i in tl.static_range(VECTORS):
-        w = numbers(z[i], dtype)
-        g = (gradient_tile(w[0], c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ),)
-        if E == 8:
-            g = g + (gradient_tile(w[1], c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ),)
-        left = None if columns is None else columns - i * (SLOTS * E)
-        store_run(P + i * (SLOTS * E), g, left, SLOTS, E, EMULATE)
+        if columns is None:
+            _gradient_run(P + i * (SLOTS * E), z[i], None, c, k, b, A, B, C, softcap, SLOTS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
+        else:
+            left = columns - i * (SLOTS * E)
+            if left > 0:
+                _gradient_run(P + i * (SLOTS * E), z[i], left, c, k, b, A, B, C, softcap, SLOTS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
 
 
 @triton.jit

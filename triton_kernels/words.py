@@ -1,8 +1,9 @@
 """Logits as 32-bit words: how rows are read and written 16 bytes at a time, whatever their dtype.
 
-A vector is four words: four columns in fp32, eight in a 16-bit dtype (the even columns in the low halves, the odd ones in the high). A loop that loads
-ahead carries words: as 16-bit elements they would take twice the registers. A tile of words is a tuple of ``[SLOTS, 4]`` tensors, a run each; as
-numbers a run is one fp32 tensor, or two (even columns, odd columns).
+A vector of ``E`` columns is four words: four columns in fp32, eight in a 16-bit dtype (the even columns in the low halves, the odd ones in the high). In
+fp32 beside a 16-bit tensor it has eight columns as well, and is eight words. A loop that loads ahead carries words: as 16-bit elements they would take
+twice the registers. A tile of words is a tuple of ``[SLOTS, words]`` tensors, a run each; as numbers a run is one fp32 tensor ``[SLOTS, 4]``, or two
+(even columns, odd columns).
 """
 
 import triton
@@ -38,12 +39,13 @@ def _low_half(x):
 @triton.jit
 def load_elements(P, first, stop, SLOTS: tl.constexpr, E: tl.constexpr, policy: tl.constexpr):
     """A run at ``P`` element by element: those from ``first`` to ``stop``, -inf beside them."""
-    even = tl.arange(0, SLOTS)[:, None] * E + tl.arange(0, 4)[None, :] * (E // 4)
-    low = tl.load(P + even, mask=(even >= first) & (even < stop), other=float("-inf"), eviction_policy=policy)
-    if E == 4:
-        return low.to(tl.int32, bitcast=True)
+    if P.dtype.element_ty == tl.float32:
+        i = _offsets(SLOTS, E)
+        return tl.load(P + i, mask=(i >= first) & (i < stop), other=float("-inf"), eviction_policy=policy).to(tl.int32, bitcast=True)
     else:
+        even = tl.arange(0, SLOTS)[:, None] * E + tl.arange(0, 4)[None, :] * 2
         odd = even + 1
+        low = tl.load(P + even, mask=(even >= first) & (even < stop), other=float("-inf"), eviction_policy=policy)
         high = tl.load(P + odd, mask=(odd >= first) & (odd < stop), other=float("-inf"), eviction_policy=policy)
         return _low_half(low) | (_low_half(high) << 16)
 
@@ -57,7 +59,7 @@ def load_run(P, columns, SLOTS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constex
         else:
             words = load_elements(P, 0, columns // E * E, SLOTS, E, policy)
     else:
-        W = tl.multiple_of(P.to(tl.pointer_type(tl.int32), bitcast=True), ALIGN) + _offsets(SLOTS, 4)
+        W = tl.multiple_of(P.to(tl.pointer_type(tl.int32), bitcast=True), ALIGN) + _offsets(SLOTS, E if P.dtype.element_ty == tl.float32 else 4)
         if columns is None:
             words = tl.load(W, eviction_policy=policy)
         else:
@@ -79,10 +81,15 @@ def load_tile(
 
 
 @triton.jit
-def numbers(words, dtype: tl.constexpr):
+def numbers(words, dtype: tl.constexpr, E: tl.constexpr):
     """A run in fp32: ``(all,)`` or ``(even columns, odd columns)``."""
     if dtype == tl.float32:
-        return (words.to(tl.float32, bitcast=True),)
+        x = words.to(tl.float32, bitcast=True)
+        if E == 4:
+            return (x,)
+        else:
+            even, odd = tl.split(tl.reshape(x, [x.shape[0], 4, 2]))
+            return even, odd
     elif dtype == tl.bfloat16:
         return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
     else:
@@ -91,11 +98,11 @@ def numbers(words, dtype: tl.constexpr):
 
 
 @triton.jit
-def tile_numbers(words, VECTORS: tl.constexpr, dtype: tl.constexpr):
+def tile_numbers(words, VECTORS: tl.constexpr, dtype: tl.constexpr, E: tl.constexpr):
     """A tile in fp32: the tensors of its runs, one after another."""
-    result = numbers(words[0], dtype)
+    result = numbers(words[0], dtype, E)
     for i in tl.static_range(1, VECTORS):
-        result = result + numbers(words[i], dtype)
+        result = result + numbers(words[i], dtype, E)
     return result
 
 

@@ -4,9 +4,10 @@ Each verb is one launch, a program each row. A few long rows (fewer than twice t
 one launch can wait for each other only where the hardware promises to run them at once, so a split takes a second launch where a program
 needs what another one computes or writes over:
 
-* ``token_stats``: states of segments, then their merge. (The last program of a row could merge without waiting, if it knew that it is the
+* ``token_stats``: slots of segments, then their merge. (The last program of a row could merge without waiting, if it knew that it is the
   last; but the counter for that has to be zeroed in each call, a launch as well, or shared by calls of other streams and graphs.)
-* ``token_loss_grad``: states of segments, then the rest. Every program of a row merges its segments and evaluates the rule itself.
+* ``token_loss_grad``: slots of segments, their merge, then the rest. A merge may have to read columns again, so all of them are done before
+  any program writes a gradient. Every program of a row evaluates the rule itself.
 * ``token_grad``: one launch; in place another before it, which keeps the targets' logits. No program can know whether the target's column
   has been written already, and every program needs that logit: ``log p`` is ``x - x_y + logp`` where ``lse`` is large, because ``x - lse``
   is only as exact as an fp32 number of that size (1.5e-5 near 300).
@@ -34,7 +35,7 @@ except ImportError as error:
 
 from ..codegen.triton import facts
 from ..triton_kernels import kernels
-from ..triton_kernels.config import MAX_REGISTERS, Config, config_for
+from ..triton_kernels.config import Config, Launch, config_for
 from .triton_programs import program_function
 
 #: The oldest and the newest Triton that the tests were run with; ``make triton-versions`` runs them with each.
@@ -94,7 +95,12 @@ def _processors(device: torch.device) -> int:
     return int(_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
-def _launch(kernel: Any, programs: int, *args: Any, warps: int, registers: int = MAX_REGISTERS, **meta: Any) -> None:
+def is_split(rows: int, segments: int, device: torch.device) -> bool:
+    """Whether there are too few rows for a program each."""
+    return segments > 1 and rows < _ROWS_PER_PROCESSOR * _processors(device)
+
+
+def _launch(kernel: Any, programs: int, *args: Any, shape: Launch, wave: int = 32, **meta: Any) -> None:
     """The one place where anything is launched."""
     if interpreted():
         import numpy
@@ -102,12 +108,12 @@ def _launch(kernel: Any, programs: int, *args: Any, warps: int, registers: int =
         with numpy.errstate(all="ignore"):  # it warns of every 0 * inf in a branch that a select then drops
             kernel[(programs,)](*args, **meta)
     else:
-        kernel[(programs,)](*args, **meta, **_options(warps, torch.version.hip is not None, registers))
+        kernel[(programs,)](*args, **meta, **_options(shape, wave, torch.version.hip is not None))
 
 
-def _options(warps: int, hip: bool, registers: int = MAX_REGISTERS) -> dict[str, Any]:
+def _options(shape: Launch, wave: int, hip: bool) -> dict[str, Any]:
     # Contraction off: kernels that share a sweep must round alike. Registers bounded, or ptxas spills for an occupancy nobody needs.
-    return {"num_warps": warps, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": registers})
+    return {"num_warps": shape.threads // wave, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": shape.registers})
 
 
 def _alignment(*tensors: Tensor) -> int:
@@ -122,10 +128,10 @@ class _Call:
     def __init__(self, logits: Tensor, temperature: Tensor, head: Head, out: Tensor | None = None) -> None:
         self.where = rows_of(logits)
         self.rows = logits.numel() // logits.size(-1)
-        self.config: Config = config_for(head.vocab_size, logits.element_size(), _wave(logits.device))
+        self.wave = _wave(logits.device)
+        self.config: Config = config_for(head.vocab_size, logits.element_size(), self.wave)
         self.segments = -(-head.vocab_size // self.config.segment)
-        self.split = self.segments > 1 and self.rows < _ROWS_PER_PROCESSOR * _processors(logits.device)
-        self.chunk = self.config.block * 4
+        self.split = is_split(self.rows, self.segments, logits.device)
         self.softcap = 1.0 if head.softcap == float("inf") else head.softcap
         self.tile = {
             "CAP": head.softcap != float("inf"), "SLOTS": self.config.slots, "VECTORS": self.config.vectors, "E": self.config.vector
@@ -135,21 +141,25 @@ class _Call:
         self.emulate = interpreted() and logits.dtype == torch.bfloat16
         self.device = torch.device("cuda", logits.device.index or 0) if logits.device.type == "cuda" else logits.device
 
-    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, keep: bool) -> Tensor | None:
-        """The segments' states and the targets' logits, if the rows are split."""
+    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, merge: bool) -> Tensor | None:
+        """The segments' slots and the targets' logits, if the rows are split; ``merge``: and the rows' states."""
         if not self.split:
             return None
-        partial = torch.empty((self.rows, 4 * self.segments + 1), dtype=torch.float32, device=logits.device)
-        _launch(
-            kernels.partial_kernel, self.rows * self.segments, logits, ids, temperature, partial, self.t_stride, *self.where,
-            head.vocab_size, self.softcap, head.vocab_start, head.total(), SEGMENT=self.config.segment, **self.tile, ALIGN=self.align,
-            POLICY="evict_last" if keep else "evict_first", warps=self.config.warps,
+        size = 4 * self.config.slots * self.segments + 5
+        partial = torch.empty((self.rows, size), dtype=torch.float32, device=logits.device)
+        args = (
+            logits, ids, temperature, partial, self.t_stride, *self.where, head.vocab_size, self.softcap, head.vocab_start, head.total()
         )  # fmt: skip
+        meta = {"SEGMENT": self.config.segment, **self.tile, "ALIGN": self.align, "shape": self.config.stats, "wave": self.wave}
+        policy = "evict_last" if merge else "evict_first"
+        _launch(kernels.partial_kernel, self.rows * self.segments, *args, **meta, POLICY=policy)
+        if merge:
+            _launch(kernels.merge_kernel, self.rows, *args, **meta)
         return partial
 
     def programs(self, out: Tensor) -> int:
         """Programs that write a gradient."""
-        return self.rows * (-(-out.size(-1) // self.chunk) if self.split else 1)
+        return self.rows * (-(-out.size(-1) // self.config.segment) if self.split else 1)
 
 
 def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
@@ -158,12 +168,12 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, st
         return out
     assert set(stats) <= set(STATS)
     call = _Call(logits, temperature, head)
-    partial = call.partial(logits, ids, temperature, head, keep=False)
+    partial = call.partial(logits, ids, temperature, head, merge=False)
     _launch(
         kernels.stats_kernel, call.rows, logits, ids, temperature, out if partial is None else partial, out, call.rows,
         call.t_stride, *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
         STATS=tuple(stats.index(name) if name in stats else -1 for name in _STAT_ORDER), SPLIT=call.split, SEGMENT=call.config.segment,
-        **call.tile, ALIGN=call.align, warps=call.config.warps,
+        **call.tile, ALIGN=call.align, shape=call.config.stats, wave=call.wave,
     )  # fmt: skip
     return out
 
@@ -181,15 +191,17 @@ def token_grad(
     target = torch.empty(n, dtype=torch.float32, device=logits.device) if kept else nothing
     if kept:
         _launch(
-            kernels.target_kernel, n, logits, ids, target, *call.where, head.vocab_size, head.vocab_start, head.total(), warps=1
+            kernels.target_kernel, n, logits, ids, target, *call.where, head.vocab_size, head.vocab_start, head.total(),
+            shape=Launch(call.wave, 64), wave=call.wave,
         )  # fmt: skip
     to = rows_of(out)
     _launch(
         kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, target, stats["logp"], stats["lse"],
         stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing), *(nothing if c is None else c for c in by), call.t_stride,
         *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
-        BY=tuple(c is not None for c in by), KEPT=kept, SPLIT=call.split, CHUNK=call.chunk, **call.tile, ALIGN=call.align,
-        EMULATE=call.emulate, warps=call.config.warps,
+        BY=tuple(c is not None for c in by), KEPT=kept, SPLIT=call.split, CHUNK=call.config.segment,
+        **call.tile | {"SLOTS": call.config.grad.threads, "VECTORS": call.config.grad_vectors}, ALIGN=call.align, EMULATE=call.emulate,
+        shape=call.config.grad, wave=call.wave,
     )  # fmt: skip
 
 
@@ -202,7 +214,7 @@ def token_loss_grad(
         return rows
     call = _Call(logits, temperature, head, out)
     known = facts(program)
-    partial = call.partial(logits, ids, temperature, head, keep=True)
+    partial = call.partial(logits, ids, temperature, head, merge=True)
     to, entropy, p_sq = rows_of(out), "entropy" in known.moves, "log_sum_p_sq" in known.moves
     given = [rows if x is None else x for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)]
     _launch(
@@ -210,8 +222,8 @@ def token_loss_grad(
         rows if partial is None else partial, rows, n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None),
         *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
         PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in known.reads,
-        SPLIT=call.split, CHUNK=call.chunk, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate,
-        warps=call.config.warps,
+        SPLIT=call.split, CHUNK=call.config.segment, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate,
+        shape=call.config.one_pass, wave=call.wave,
     )  # fmt: skip
     return rows
 
