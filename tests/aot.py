@@ -24,7 +24,7 @@ from triton.runtime.driver import driver  # noqa: E402
 
 from reweight_ops.backends import triton as backend  # noqa: E402
 from reweight_ops.backends.base import COEFS, Head, Program, RowInputs  # noqa: E402
-from reweight_ops.triton_kernels.config import Config, Launch  # noqa: E402
+from reweight_ops.triton_kernels.config import VARIANTS, Config, Launch  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
@@ -70,7 +70,8 @@ def inspect(target: str, name: str, dtype: str, kernel) -> Compiled:
         def number(key: str) -> int:
             return int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
 
-        spilled = number("private_segment_fixed_size") + 4 * number("vgpr_spill_count") + 4 * number("sgpr_spill_count")
+        # A scalar register spills into a lane of a vector register, not to memory.
+        spilled = number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
         loads, stores = (len(re.findall(rf"(?:global|buffer)_{kind}_(?:dwordx4|b128)", text)) for kind in ("load", "store"))
         return Compiled(target, name, dtype, number("vgpr_count"), spilled, loads, stores, kernel.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -132,12 +133,24 @@ def compile_all(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float3
 
 
 def split_and_capped(target: str) -> list[Compiled]:
-    """The variants that the plain call does not launch: split rows, a softcap, a rule with every statistic, unaligned rows."""
+    """The variants that the plain call does not launch: a softcap, and with it split rows; unaligned rows, split."""
+    whole = compile_all(target, (torch.bfloat16,), softcap=30.0)
     backend._processors = lambda device: 10**6
     try:
-        return compile_all(target, (torch.bfloat16,), softcap=30.0) + compile_all(target, (torch.float32,), vocab=50257)
+        return whole + compile_all(target, (torch.bfloat16,), softcap=30.0) + compile_all(target, (torch.float32,), vocab=50257)
     finally:
         backend._processors = lambda device: 1
+
+
+def every_shape(target: str) -> list[Compiled]:
+    """Whole rows in every line of the tables of shapes, with a rule that has an entropy gradient."""
+    result = []
+    for name, table in VARIANTS.items():
+        os.environ["REWEIGHT_OPS_TRITON_SHAPES"] = name
+        for limit, _ in table:
+            for dtype in (torch.bfloat16, torch.float32):
+                result += compile_all(target, (dtype,), vocab=min(limit, 1 << 20) // dtype.itemsize // 8 * 8)
+    return result
 
 
 def count_compilations(target: str = "sm_90") -> dict[str, int]:
@@ -174,7 +187,7 @@ def oversized(target: str) -> list[Compiled]:
     """The negative control: tiles far too large for the registers."""
     threads, slots = 4 * TARGETS[target].warp_size, 1 << (12 if TARGETS[target].backend == "hip" else 10)
     launch = Launch(threads, 64)
-    backend.config_for = lambda columns, itemsize, wave: Config(slots, 2, 8, 1 << 16, launch, launch, launch, 2)
+    backend.config_for = lambda columns, itemsize, capped: Config(slots, 2, 8, 1 << 16, launch, launch, launch, 2)
     logits = torch.empty(4, 1 << 17, dtype=torch.bfloat16)
     with Recorder(target) as recorder:
         backend.token_stats(logits, torch.zeros(4, dtype=torch.int64), torch.ones(1), Head(1 << 17), ("logp", "entropy"))
@@ -186,5 +199,5 @@ if __name__ == "__main__":
     if task == "count":
         print(json.dumps(count_compilations()))
     else:
-        run = {"compile": compile_all, "variants": split_and_capped, "oversized": oversized}[task]
+        run = {"compile": compile_all, "variants": split_and_capped, "shapes": every_shape, "oversized": oversized}[task]
         print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))

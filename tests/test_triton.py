@@ -427,18 +427,19 @@ def test_reasons():
 @pytest.mark.parametrize("columns", [1, 1000, 32000, 151936, 1 << 21])
 def test_launch_shapes(columns, itemsize, shapes, monkeypatch):
     monkeypatch.setenv("REWEIGHT_OPS_TRITON_SHAPES", shapes)
-    for wave in (32, 64):
-        config = config_for(columns, itemsize, wave)
+    for capped in (False, True):
+        config = config_for(columns, itemsize, capped)
         assert config.vector * itemsize == 16
+        assert config.block & (config.block - 1) == 0
         assert config.segment % config.block == 0
-        assert config.segment % (config.grad.threads * config.grad_vectors * config.vector) == 0  # chunks of a split gradient are whole tiles
+        assert (
+            config.segment % (config.grad.threads * config.grad_vectors * config.vector) == 0
+        )  # chunks of a split gradient are whole tiles
         for launch in (config.stats, config.one_pass, config.grad):
-            assert launch.threads % wave == 0
+            assert launch.threads % 64 == 0
             assert launch.programs() >= 1
         # More threads than slots would do the same work twice.
         assert max(config.stats.threads, config.one_pass.threads) <= config.slots
-        # Half the time a one-pass program reads from L2; a tile's largest common factor with 2^n decides nothing else.
-        assert config.block & (config.block - 1) == 0
 
 
 @pytest.mark.parametrize("columns, itemsize", [(32000, 2), (151936, 2), (262144, 2), (32000, 4), (151936, 4)])

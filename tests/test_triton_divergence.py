@@ -23,8 +23,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    def config(columns: int, itemsize: int, other_itemsize: int, wave: int) -> Config:
-        launch = Launch(wave, 128)
+    def config(columns: int, itemsize: int, other_itemsize: int) -> Config:
+        launch = Launch(32, 128)
         vector = 16 // min(itemsize, other_itemsize)
         return Config(64 // vector, 2, vector, 256, launch, launch, launch, 2)
 

@@ -42,9 +42,9 @@ if backend.interpreted() and tuple(int(n) for n in triton.__version__.split(".")
     fuse_multiply_add()
 
 
-def small_config(columns: int, itemsize: int, wave: int) -> Config:
+def small_config(columns: int, itemsize: int, capped: bool) -> Config:
     """Tiles of 128 columns and segments of 256: several of both at sizes that the interpreter likes."""
-    launch = Launch(wave, 64)
+    launch = Launch(32, 64)
     return Config(64 * itemsize // 16, 2, 16 // itemsize, 256, launch, launch, Launch(64 * itemsize // 16, 64), 2)
 
 

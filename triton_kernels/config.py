@@ -32,6 +32,10 @@ class Launch(NamedTuple):
         """Programs that a processor has room for."""
         return min(2048 // self.threads, REGISTERS // (self.threads * self.registers))
 
+    def alone(self) -> Launch:
+        """The same threads with all registers that they can have: for the few programs of split rows, which have the processors to themselves."""
+        return self._replace(registers=min(255, REGISTERS // self.threads))
+
 
 class Shape(NamedTuple):
     """A tile is ``vectors`` runs of ``slots`` vectors of 16 bytes. These two decide the order of additions; a :class:`Launch` does not."""
@@ -43,7 +47,7 @@ class Shape(NamedTuple):
 
 
 class Config(NamedTuple):
-    """A shape for one dtype and wave size: ``vector`` elements are 16 bytes, ``segment`` columns are what one program of a split row sweeps."""
+    """A shape for one dtype: ``vector`` elements are 16 bytes, ``segment`` columns are what one program of a split row sweeps."""
 
     slots: int
     vectors: int
@@ -96,17 +100,16 @@ _SEGMENT_BYTES = 64 << 10
 _PAIR = ((64 << 10, Shape(128, 1, Launch(128, 128), Launch(128, 128))), (1 << 62, Shape(256, 2, Launch(256, 128), Launch(256, 128))))
 
 
-def config_for(columns: int, itemsize: int, wave: int = 32) -> Config:
-    """For rows of ``columns`` elements; ``wave``: threads of a warp, 64 on AMD's data-center GPUs."""
+def config_for(columns: int, itemsize: int, capped: bool = False) -> Config:
+    """For rows of ``columns`` elements; ``capped``: a softcap takes registers, so tiles are smaller."""
     table = VARIANTS[os.environ.get("REWEIGHT_OPS_TRITON_SHAPES", "default")]
     shape = next(s for limit, s in table if columns * itemsize <= limit)
-    vector = 16 // itemsize
-    tile = shape.slots * shape.vectors * vector
-    segment = max(2 * tile, _SEGMENT_BYTES // itemsize)
-    return Config(shape.slots, shape.vectors, vector, segment, shape.stats, shape.one_pass, _GRAD, _GRAD_VECTORS)
+    vector, vectors = 16 // itemsize, min(shape.vectors, 4) if capped else shape.vectors
+    segment = max(2 * shape.slots * vectors * vector, _SEGMENT_BYTES // itemsize)
+    return Config(shape.slots, vectors, vector, segment, shape.stats, shape.one_pass, _GRAD, 2 if capped else _GRAD_VECTORS)
 
 
-def pair_config(columns: int, itemsize: int, other_itemsize: int, wave: int = 32) -> Config:
+def pair_config(columns: int, itemsize: int, other_itemsize: int) -> Config:
     """For rows of two tensors: a vector is 16 bytes of the one with the smaller elements."""
     shape = next(s for limit, s in _PAIR if columns * max(itemsize, other_itemsize) <= limit)
     vector = 16 // min(itemsize, other_itemsize)

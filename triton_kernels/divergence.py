@@ -273,7 +273,7 @@ def _gradient_columns(
     if P_CAP:
         g = g * slope
     # NaN everywhere in a sick row, whose w_const is NaN, and 0 on -inf in every other.
-    return tl.where((z == float("-inf")) & (w_const == w_const), 0.0, g)
+    return tl.where(z == float("-inf"), tl.where(w_const == w_const, 0.0, w_const), g)
 
 
 @triton.jit

@@ -250,9 +250,7 @@ def loss_grad_kernel(
             top, rest, dot, rest_sq = tl.load(STATE), tl.load(STATE + 1), tl.load(STATE + 2), tl.load(STATE + 3)
             z_y = tl.load(STATE + 4)
         else:
-            top, rest, dot, rest_sq = swept_row(
-                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, CAP, True, READS_P_SQ, ALIGN, "evict_last"
-            )
+            top, rest, dot, rest_sq = swept_row(X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, CAP, True, READS_P_SQ, ALIGN, "evict_last")
             z_y = _target_logit(X, y, inside)
         tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
         w_y, slope = capped(z_y, softcap, CAP)
@@ -331,7 +329,29 @@ def gradient_kernel(
         c, b = _reference_point(tl.where(by_target, w_y, 0.0), tl.where(by_target, -logp, lse), t, k)
         column = tl.where(inside, y, -1).to(tl.int32)
         gradient_sweep(
-            X, OUT, tiles, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, BY[1], BY[3], ALIGN, EMULATE
+            X,
+            OUT,
+            tiles,
+            start,
+            stop,
+            V,
+            column,
+            at_target,
+            c,
+            k,
+            b,
+            A,
+            B,
+            C,
+            softcap,
+            SLOTS,
+            VECTORS,
+            E,
+            CAP,
+            BY[1],
+            BY[3],
+            ALIGN,
+            EMULATE,
         )
     else:
         zero_sweep(OUT, start, stop, SLOTS * VECTORS * E, E)

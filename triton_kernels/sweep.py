@@ -111,9 +111,7 @@ def _logits(z, softcap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    z, top, sum, dot, sum_sq, k, softcap, SLOTS: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr
-):
+def _tile(z, top, sum, dot, sum_sq, k, softcap, SLOTS: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
     """The slots with one tile more, ``z`` in fp32: their largest logits, and their sums of ``e``, ``e·x`` and ``e²``."""
     ws = _logits(z, softcap, CAP)
     largest = ws[0]
@@ -291,9 +289,7 @@ def swept_row(
     z = load_tile(X, V, SLOTS, VECTORS, E, ALIGN, POLICY)
     for start in range(0, V, SEGMENT):
         stop = tl.minimum(V, start + SEGMENT)
-        top2, sum2, dot2, sq2, z = segment_slots(
-            X, z, start, stop, V, k, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, ALIGN, POLICY
-        )
+        top2, sum2, dot2, sq2, z = segment_slots(X, z, start, stop, V, k, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, ALIGN, POLICY)
         top, sum, dot, sum_sq = merge_slots(top, sum, dot, sum_sq, top2, sum2, dot2, sq2, k)
     return row_of_slots(X, V, k, softcap, top, sum, dot, sum_sq, SLOTS, E, CAP, ENTROPY, P_SQ)
 

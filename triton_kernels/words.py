@@ -59,7 +59,9 @@ def load_run(P, columns, SLOTS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constex
         else:
             words = load_elements(P, 0, columns // E * E, SLOTS, E, policy)
     else:
-        W = tl.multiple_of(P.to(tl.pointer_type(tl.int32), bitcast=True), ALIGN) + _offsets(SLOTS, E if P.dtype.element_ty == tl.float32 else 4)
+        W = tl.multiple_of(P.to(tl.pointer_type(tl.int32), bitcast=True), ALIGN) + _offsets(
+            SLOTS, E if P.dtype.element_ty == tl.float32 else 4
+        )
         if columns is None:
             words = tl.load(W, eviction_policy=policy)
         else:

@@ -129,7 +129,7 @@ class _Call:
         self.where = rows_of(logits)
         self.rows = logits.numel() // logits.size(-1)
         self.wave = _wave(logits.device)
-        self.config: Config = config_for(head.vocab_size, logits.element_size(), self.wave)
+        self.config: Config = config_for(head.vocab_size, logits.element_size(), head.softcap != float("inf"))
         self.segments = -(-head.vocab_size // self.config.segment)
         self.split = is_split(self.rows, self.segments, logits.device)
         self.softcap = 1.0 if head.softcap == float("inf") else head.softcap
@@ -223,7 +223,7 @@ def token_loss_grad(
         *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
         PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in known.reads,
         SPLIT=call.split, CHUNK=call.config.segment, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate,
-        shape=call.config.one_pass, wave=call.wave,
+        shape=call.config.one_pass.alone() if call.split else call.config.one_pass, wave=call.wave,
     )  # fmt: skip
     return rows
 

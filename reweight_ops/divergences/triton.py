@@ -30,7 +30,7 @@ class _Call:
         x, y = two.logits, two.other
         self.two, self.rows, self.out = two, two.ids.numel(), x if out is None else out
         wave = backend._wave(x.device)
-        self.config = pair_config(two.head.vocab_size, x.element_size(), y.element_size(), wave)
+        self.config = pair_config(two.head.vocab_size, x.element_size(), y.element_size())
         self.segments = -(-two.head.vocab_size // self.config.segment)
         self.split = backend.is_split(self.rows, self.segments, x.device)
         others, tensors = rows_of(y), (x, y) if out is None else (x, y, out)
