@@ -44,8 +44,7 @@ if backend.interpreted() and tuple(int(n) for n in triton.__version__.split(".")
 
 def small_config(columns: int, itemsize: int, capped: bool) -> Config:
     """Tiles of 128 columns and segments of 256: several of both at sizes that the interpreter likes."""
-    launch = Launch(32, 64)
-    return Config(64 * itemsize // 16, 2, 16 // itemsize, 256, launch, launch, Launch(64 * itemsize // 16, 64), 2)
+    return Config(64 * itemsize // 16, 2, 16 // itemsize, 256, Launch(32, 64), Launch(32, 64, 2), Launch(64 * itemsize // 16, 64), 2)
 
 
 def rows_in(program: Program) -> list[tuple[type, list[str]]]:

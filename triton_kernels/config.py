@@ -1,16 +1,16 @@
 """Launch shapes, from a model of what one multiprocessor has to have in flight. No autotuning: dtype and V decide, for every row alike.
 
-**Bytes in flight.** Memory at ``B`` bytes a second with a latency of ``L`` needs ``B·L`` bytes on their way, per processor ``B·L / processors``: 26 KiB
-on an H200 (4.3 TB/s, 0.8 us, 132), 14 KiB on an A100 (1.9 TB/s), 17 KiB on an MI300X (5.3 TB/s, 304). A thread has one tile in flight,
-``16·vectors`` bytes, so a processor has ``programs · threads · 16 · vectors``: :func:`bytes_in_flight`. Statistics read all the time. A one-pass program
-reads from memory for about half of its time and from L2 for the rest, so it needs twice as much a program.
+**Bytes in flight.** Memory of ``B`` bytes a second with a latency of ``L`` needs ``B·L`` bytes on their way, ``B·L / processors`` each: 26 KiB on an H200
+(4.3 TB/s, 0.8 us, 132), 14 KiB on an A100 (1.9 TB/s, 108), 14 KiB on an MI300X (5.3 TB/s, 304). A thread has ``ahead`` tiles in flight, ``16·vectors``
+bytes each: :func:`bytes_in_flight` is what the programs of a processor have together. Statistics read all the time. A one-pass program reads from memory
+for about half of its time and from L2 for the rest, so a program needs twice as much.
 
-**Registers** decide the programs of a processor: ``65536 / (threads · registers)``. A tile and the one ahead take ``8·vectors`` of them as words.
+**Registers** decide the programs of a processor: ``65536 / (threads · registers)``. The tile at work and those ahead take ``4·vectors`` each.
 
-**L2.** Between its sweeps a one-pass row should stay in L2. It is read backwards the second time, so on average half of each row is alive:
-``processors · programs · row / 2``, of 50 MB: few programs for long rows, and then many vectors each.
+**L2.** Between its sweeps a one-pass row should stay in L2. It is read backwards the second time, so on average half of each row is alive,
+``processors · programs · row / 2`` of 50 MB: few programs for long rows, each with much in flight.
 
-**Slots** are what the end of a row costs: about 480 instructions a thread with a slot, against 8.5 a logit of the sweep.
+**Slots** are what the end of a row costs: about 500 instructions a thread, against 8.6 a logit of the sweep. 256 for a row of 150 000 columns: 10 %.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ REGISTERS = 65536
 
 
 class Launch(NamedTuple):
-    """Threads of a program and the registers that each may have."""
+    """Threads of a program, the registers that each may have, and the tiles that are loaded ahead (1 or 2). None of it changes a bit of a result."""
 
     threads: int
     registers: int
+    ahead: int = 1
 
     def programs(self) -> int:
         """Programs that a processor has room for."""
@@ -65,36 +66,29 @@ class Config(NamedTuple):
 
 
 def bytes_in_flight(launch: Launch, slots: int, vectors: int) -> int:
-    """What the programs of one processor have on its way, at least: a tile each."""
-    return launch.programs() * max(slots, launch.threads) * vectors * 16
+    """What the programs of one processor have on its way while they wait for memory."""
+    return launch.programs() * slots * vectors * launch.ahead * 16
 
 
-#: For rows of so many bytes at most. Each line is a variant: `REWEIGHT_OPS_TRITON_SHAPES` names one, for benchmarks (bench/NOTES.md has predictions).
-_LONG = 384 << 10
+_SHORT, _LONG = 64 << 10, 384 << 10
+_SHORT_ROWS = (
+    (8 << 10, Shape(128, 1, Launch(128, 64), Launch(128, 64))),
+    (_SHORT, Shape(128, 4, Launch(128, 80), Launch(128, 80))),
+)
+#: For rows of at most so many bytes. `REWEIGHT_OPS_TRITON_SHAPES` names another table than "default", for benchmarks; bench/NOTES.md has predictions.
 VARIANTS: dict[str, tuple[tuple[int, Shape], ...]] = {
     "default": (
-        (8 << 10, Shape(128, 1, Launch(128, 64), Launch(128, 64))),
-        (64 << 10, Shape(128, 4, Launch(128, 80), Launch(128, 80))),
-        (_LONG, Shape(256, 8, Launch(256, 128), Launch(256, 128))),
-        (1 << 62, Shape(512, 4, Launch(256, 128), Launch(512, 128))),
+        *_SHORT_ROWS,
+        (_LONG, Shape(256, 4, Launch(256, 80), Launch(256, 128, 2))),
+        (1 << 62, Shape(512, 4, Launch(256, 128), Launch(512, 128, 2))),
     ),
-    # Half the bytes in flight, three programs: more rows alive in L2, less of a row's end unhidden.
-    "four vectors": (
-        (64 << 10, Shape(128, 4, Launch(128, 80), Launch(128, 80))),
-        (1 << 62, Shape(256, 4, Launch(256, 80), Launch(256, 80))),
-    ),
-    # One program a processor for the one pass: the fewest rows in L2.
-    "one program": (
-        (64 << 10, Shape(256, 4, Launch(256, 80), Launch(256, 80))),
-        (1 << 62, Shape(512, 8, Launch(512, 128), Launch(512, 128))),
-    ),
-    # As many programs as fit, two vectors each.
-    "two vectors": (
-        (64 << 10, Shape(128, 2, Launch(128, 64), Launch(128, 64))),
-        (1 << 62, Shape(256, 2, Launch(256, 64), Launch(256, 64))),
-    ),
+    "three programs": (*_SHORT_ROWS, (1 << 62, Shape(256, 4, Launch(256, 128, 2), Launch(256, 80)))),
+    "one program": (*_SHORT_ROWS, (1 << 62, Shape(512, 4, Launch(512, 128, 2), Launch(512, 128, 2)))),
+    "two vectors": (*_SHORT_ROWS, (1 << 62, Shape(256, 2, Launch(256, 64), Launch(256, 64)))),
+    "eight vectors": (*_SHORT_ROWS, (1 << 62, Shape(256, 8, Launch(256, 128), Launch(256, 128)))),
 }
 _GRAD, _GRAD_VECTORS = Launch(256, 64), 4
+_CAPPED_VECTORS = 2
 _SEGMENT_BYTES = 64 << 10
 #: Two tensors: ten numbers a slot and twice the words.
 _PAIR = ((64 << 10, Shape(128, 1, Launch(128, 128), Launch(128, 128))), (1 << 62, Shape(256, 2, Launch(256, 128), Launch(256, 128))))
@@ -104,9 +98,9 @@ def config_for(columns: int, itemsize: int, capped: bool = False) -> Config:
     """For rows of ``columns`` elements; ``capped``: a softcap takes registers, so tiles are smaller."""
     table = VARIANTS[os.environ.get("REWEIGHT_OPS_TRITON_SHAPES", "default")]
     shape = next(s for limit, s in table if columns * itemsize <= limit)
-    vector, vectors = 16 // itemsize, min(shape.vectors, 4) if capped else shape.vectors
+    vector, vectors = 16 // itemsize, min(shape.vectors, _CAPPED_VECTORS) if capped else shape.vectors
     segment = max(2 * shape.slots * vectors * vector, _SEGMENT_BYTES // itemsize)
-    return Config(shape.slots, vectors, vector, segment, shape.stats, shape.one_pass, _GRAD, 2 if capped else _GRAD_VECTORS)
+    return Config(shape.slots, vectors, vector, segment, shape.stats, shape.one_pass, _GRAD, _CAPPED_VECTORS if capped else _GRAD_VECTORS)
 
 
 def pair_config(columns: int, itemsize: int, other_itemsize: int) -> Config:

@@ -15,6 +15,7 @@ from .sweep import (
     LN2,
     base2_scale,
     capped,
+    first_tiles,
     gradient_sweep,
     load_last_tiles,
     merged_row,
@@ -24,7 +25,6 @@ from .sweep import (
     swept_row,
     zero_sweep,
 )
-from .words import load_tile
 
 OUT_OF_LOSS = tl.constexpr(-100)
 
@@ -98,7 +98,7 @@ def partial_kernel(
     X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
     vocab_start: tl.int64, vocab_total: tl.int64,
     SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
-    POLICY: tl.constexpr,
+    AHEAD: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """A program each segment: its slots to PARTIAL. The first also keeps the target's logit, which the next launch may write over."""
     segments = tl.cdiv(V, SEGMENT)
@@ -110,8 +110,10 @@ def partial_kernel(
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         k = base2_scale(tl.load(T + row * t_stride))
         stop = tl.minimum(V, start + SEGMENT)
-        z = load_tile(X + start, stop - start, SLOTS, VECTORS, E, ALIGN, POLICY)
-        top, sum, dot, sum_sq, _ = segment_slots(X, z, start, stop, stop, k, softcap, SLOTS, VECTORS, E, CAP, True, True, ALIGN, POLICY)
+        tiles = first_tiles(X + start, stop - start, SLOTS, VECTORS, E, AHEAD, ALIGN, POLICY)
+        top, sum, dot, sum_sq, _ = segment_slots(
+            X, tiles, start, stop, stop, k, softcap, SLOTS, VECTORS, E, AHEAD, CAP, True, True, ALIGN, POLICY
+        )
         P, STATE = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
         store_slots(P + (pid % segments) * (4 * SLOTS), top, sum, dot, sum_sq, SLOTS)
         if start == 0:
@@ -143,7 +145,7 @@ def stats_kernel(
     X, IDS, T, PARTIAL, OUT, N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64,
     V: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64, STATS: tl.constexpr,
     SPLIT: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """``OUT[STATS[name], row]``; STATS: the row of each of (logp, entropy, lse, log_sum_p_sq, max_logp), -1 for what nobody asked for."""
     row = tl.program_id(0)
@@ -160,7 +162,7 @@ def stats_kernel(
             top, rest, dot, rest_sq = merged_row(P, X, V, k, softcap, SEGMENT, SLOTS, E, CAP, STATS[1] >= 0, STATS[3] >= 0)
         else:
             top, rest, dot, rest_sq = swept_row(
-                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, CAP, STATS[1] >= 0, STATS[3] >= 0, ALIGN, "evict_first"
+                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, AHEAD, CAP, STATS[1] >= 0, STATS[3] >= 0, ALIGN, "evict_first"
             )
         logp, entropy, lse, log_p_sq, max_logp = _finish(top, rest, dot, rest_sq, w_y, inside, t)
     result = (logp, entropy, lse, log_p_sq, max_logp)
@@ -229,7 +231,7 @@ def loss_grad_kernel(
     V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
     PROGRAM: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, READS_P_SQ: tl.constexpr,
     SPLIT: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
-    CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+    CAP: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Statistics, ``PROGRAM``, gradient: a row in one program, or (SPLIT) the state that merge_kernel found and CHUNK columns of the gradient.
 
@@ -250,7 +252,9 @@ def loss_grad_kernel(
             top, rest, dot, rest_sq = tl.load(STATE), tl.load(STATE + 1), tl.load(STATE + 2), tl.load(STATE + 3)
             z_y = tl.load(STATE + 4)
         else:
-            top, rest, dot, rest_sq = swept_row(X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, CAP, True, READS_P_SQ, ALIGN, "evict_last")
+            top, rest, dot, rest_sq = swept_row(
+                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, AHEAD, CAP, True, READS_P_SQ, ALIGN, "evict_last"
+            )
             z_y = _target_logit(X, y, inside)
         tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
         w_y, slope = capped(z_y, softcap, CAP)

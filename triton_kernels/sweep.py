@@ -12,7 +12,7 @@ out over threads nor on the number of threads, hence not on the alignment of the
 **Segments.** A long row is cut into segments of fixed width, and a slot's sums of one are merged with its sums of the next in order. Who computes
 them, one program after another or a program each, changes nothing in the result.
 
-**Loads** of the next tile are issued before this one's arithmetic, from one segment to the next too: a thread always has a tile in flight.
+**Loads** of the next tile are issued before this one's arithmetic, AHEAD of them, from one segment to the next too: a thread always has one or two tiles in flight.
 
 Contraction of ``a * b + c`` is off at launch, and written ``tl.fma`` where it is wanted: two kernels that share a sweep must round alike.
 """
@@ -233,34 +233,50 @@ def row_of_slots(
 
 
 @triton.jit
+def first_tiles(
+    X, V, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr
+):  # fmt: skip
+    """The tiles that a sweep of ``V`` columns begins with: one, and another if AHEAD is 2."""
+    z = load_tile(X, V, SLOTS, VECTORS, E, ALIGN, POLICY)
+    if AHEAD == 1:
+        return (z,)
+    else:
+        BLOCK: tl.constexpr = SLOTS * VECTORS * E
+        return z, load_tile(X + BLOCK, V - BLOCK, SLOTS, VECTORS, E, ALIGN, POLICY)
+
+
+@triton.jit
 def segment_slots(
-    X, z, start, stop, limit, k, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
+    X, tiles, start, stop, limit, k, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """The slots of the columns ``start`` to ``stop`` of the row at ``X``, of which ``z`` is the first tile; and the first tile after them, of which
+    """The slots of the columns ``start`` to ``stop`` of the row at ``X``, of which ``tiles`` are the first AHEAD; and as many after them, of which
     nothing is read from ``limit`` on."""
     BLOCK: tl.constexpr = SLOTS * VECTORS * E
     dtype: tl.constexpr = X.dtype.element_ty
     top, sum, dot, sum_sq = no_slots(SLOTS)
     full = start + (stop - start) // BLOCK * BLOCK
-    for c in range(start, full - BLOCK, BLOCK):
-        ahead = load_tile(X + c + BLOCK, None, SLOTS, VECTORS, E, ALIGN, POLICY)
-        w = tile_numbers(z, VECTORS, dtype, E)
+    whole = tl.maximum(start, tl.minimum(full, (limit // BLOCK - AHEAD) * BLOCK))  # up to there the tile to load is whole
+    for c in range(start, whole, BLOCK):
+        ahead = load_tile(X + c + AHEAD * BLOCK, None, SLOTS, VECTORS, E, ALIGN, POLICY)
+        w = tile_numbers(tiles[0], VECTORS, dtype, E)
         top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
-        z = ahead
-    if full > start:
-        ahead = load_tile(X + full, limit - full, SLOTS, VECTORS, E, ALIGN, POLICY)
-        w = tile_numbers(z, VECTORS, dtype, E)
+        tiles = (ahead,) if AHEAD == 1 else (tiles[1], ahead)
+    for c in range(whole, full, BLOCK):
+        there = limit - (c + AHEAD * BLOCK)
+        ahead = load_tile(X + c + AHEAD * BLOCK, there, SLOTS, VECTORS, E, ALIGN, POLICY)
+        w = tile_numbers(tiles[0], VECTORS, dtype, E)
         top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
-        z = ahead
+        tiles = (ahead,) if AHEAD == 1 else (tiles[1], ahead)
     for i in tl.static_range(VECTORS):
         if full + i * (SLOTS * E) < stop:  # the last tile of a row, run by run
-            top, sum, dot, sum_sq = _tile(numbers(z[i], dtype, E), top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
+            w = numbers(tiles[0][i], dtype, E)
+            top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
     if stop % E != 0:  # what is left of a vector, in the slot that its column has
         first = stop // (SLOTS * E) * (SLOTS * E)
-        last = numbers(load_elements(X + first, stop // E * E - first, stop - first, SLOTS, E, POLICY), dtype, E)
-        top, sum, dot, sum_sq = _tile(last, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
-    return top, sum, dot, sum_sq, z
+        w = numbers(load_elements(X + first, stop // E * E - first, stop - first, SLOTS, E, POLICY), dtype, E)
+        top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
+    return top, sum, dot, sum_sq, tiles
 
 
 @triton.jit
@@ -281,15 +297,17 @@ def merge_slots(top1, sum1, dot1, sq1, top2, sum2, dot2, sq2, k):
 
 @triton.jit
 def swept_row(
-    X, V, k, softcap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
+    X, V, k, softcap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """The state of a whole row."""
     top, sum, dot, sum_sq = no_slots(SLOTS)
-    z = load_tile(X, V, SLOTS, VECTORS, E, ALIGN, POLICY)
+    tiles = first_tiles(X, V, SLOTS, VECTORS, E, AHEAD, ALIGN, POLICY)
     for start in range(0, V, SEGMENT):
         stop = tl.minimum(V, start + SEGMENT)
-        top2, sum2, dot2, sq2, z = segment_slots(X, z, start, stop, V, k, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, ALIGN, POLICY)
+        top2, sum2, dot2, sq2, tiles = segment_slots(
+            X, tiles, start, stop, V, k, softcap, SLOTS, VECTORS, E, AHEAD, CAP, ENTROPY, P_SQ, ALIGN, POLICY
+        )
         top, sum, dot, sum_sq = merge_slots(top, sum, dot, sum_sq, top2, sum2, dot2, sq2, k)
     return row_of_slots(X, V, k, softcap, top, sum, dot, sum_sq, SLOTS, E, CAP, ENTROPY, P_SQ)
 

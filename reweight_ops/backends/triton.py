@@ -152,7 +152,7 @@ class _Call:
         )  # fmt: skip
         meta = {"SEGMENT": self.config.segment, **self.tile, "ALIGN": self.align, "shape": self.config.stats, "wave": self.wave}
         policy = "evict_last" if merge else "evict_first"
-        _launch(kernels.partial_kernel, self.rows * self.segments, *args, **meta, POLICY=policy)
+        _launch(kernels.partial_kernel, self.rows * self.segments, *args, **meta, AHEAD=self.config.stats.ahead, POLICY=policy)
         if merge:
             _launch(kernels.merge_kernel, self.rows, *args, **meta)
         return partial
@@ -173,7 +173,7 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, st
         kernels.stats_kernel, call.rows, logits, ids, temperature, out if partial is None else partial, out, call.rows,
         call.t_stride, *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
         STATS=tuple(stats.index(name) if name in stats else -1 for name in _STAT_ORDER), SPLIT=call.split, SEGMENT=call.config.segment,
-        **call.tile, ALIGN=call.align, shape=call.config.stats, wave=call.wave,
+        **call.tile, ALIGN=call.align, AHEAD=call.config.stats.ahead, shape=call.config.stats, wave=call.wave,
     )  # fmt: skip
     return out
 
@@ -222,7 +222,8 @@ def token_loss_grad(
         rows if partial is None else partial, rows, n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None),
         *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
         PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in known.reads,
-        SPLIT=call.split, CHUNK=call.config.segment, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate,
+        SPLIT=call.split, CHUNK=call.config.segment, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align,
+        AHEAD=call.config.one_pass.ahead, EMULATE=call.emulate,
         shape=call.config.one_pass.alone() if call.split else call.config.one_pass, wave=call.wave,
     )  # fmt: skip
     return rows
