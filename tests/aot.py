@@ -153,6 +153,46 @@ def every_shape(target: str) -> list[Compiled]:
     return result
 
 
+def loops(kernel) -> list[list[str]]:
+    """The instructions of each innermost loop of a kernel, as the machine runs them (SASS)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+        text = subprocess.run([str(tool) if tool.exists() else "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label.group(1)] = len(lines)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(instruction.group(1))
+    ends = [(labels.get(m.group(1), len(lines)), i) for i, x in enumerate(lines) if (m := re.search(r"BRA\S*.*`\((\.L_\w+)\)", x))]
+    back = [(a, b) for a, b in ends if a <= b]
+    return [lines[a : b + 1] for a, b in back if not any((a, b) != (c, d) and a <= c and d <= b for c, d in back)]
+
+
+def whole_tile_loops(target: str) -> list[dict]:
+    """Of the default shape's loops over whole tiles, in bf16 and with an entropy gradient: the logits of an iteration, its instructions, how many of them
+    come before the last 16-byte load, and how many before the first exponential."""
+    result = []
+    with Recorder(target) as recorder:
+        call_all(torch.bfloat16, 151936)
+    for name, kernel in recorder.kernels.values():
+        for loop in loops(kernel):
+            loads = [i for i, x in enumerate(loop) if "LDG" in x and ".128" in x and not x.startswith("@")]
+            exponentials = [i for i, x in enumerate(loop) if "MUFU.EX2" in x]
+            if loads and exponentials:
+                writes = any("STG" in x and ".128" in x for x in loop)
+                result.append(
+                    {
+                        "kernel": name, "sweep": "gradient" if writes else "statistics", "logits": 8 * len(loads), "instructions": len(loop),
+                        "last_load": loads[-1], "first_exponential": exponentials[0],
+                    }
+                )  # fmt: skip
+    return result
+
+
 def count_compilations(target: str = "sm_90") -> dict[str, int]:
     """Compilations of each kernel over calls that differ in everything that must not matter, for one dtype, program and alignment."""
     program = Program(("clip", "k3"))
@@ -196,7 +236,9 @@ def oversized(target: str) -> list[Compiled]:
 
 if __name__ == "__main__":
     task, targets = sys.argv[1], sys.argv[2:] or list(TARGETS)
-    if task == "count":
+    if task == "loops":
+        print(json.dumps([found for target in targets for found in whole_tile_loops(target)]))
+    elif task == "count":
         print(json.dumps(count_compilations()))
     else:
         run = {"compile": compile_all, "variants": split_and_capped, "shapes": every_shape, "oversized": oversized}[task]

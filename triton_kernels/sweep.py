@@ -30,6 +30,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a running maximum starts:
 FLOOR = tl.constexpr(-200.0)
 _FIXED = tl.constexpr(1099511627776.0)  # 2⁴⁰: sums up to 2²³ fit in 63 bits, and 2⁻⁴⁰ is far below fp32's resolution at 1
 _UNFIXED = tl.constexpr(9.094947017729282e-13)
+_DOT = tl.constexpr(0.00390625)  # an exponent is up to 200: sums of that many times as much fit
 #: A sum that holds the 1 of the largest logit is rounded to 2⁻²⁴ with each tile: below this rest 160 tiles could cost it 1 %.
 _SURE = tl.constexpr(2.0**-10)
 
@@ -198,35 +199,37 @@ def row_of_slots(
 ):  # fmt: skip
     """The state of a row from those of its slots; NaN if no logit is above -inf.
 
-    The slot with the largest logit leads. The others are added relative to the largest among them, because 2⁻⁴⁰ of the leader may be more than they
-    have. What the leader has but its largest is lost where its sum rounds to 1; then its columns are read again.
+    The slot with the largest logit leads. The others are added relative to (a power of 2 near) the largest among them, because 2⁻⁴⁰ of the leader may be
+    more than they have. What the leader has but its largest is lost where its sum rounds to 1; then its columns are read again.
     """
     largest, lead = tl.max(top, 0, return_indices=True, return_indices_tie_break_left=True)
     leads = tl.arange(0, SLOTS) == lead
     second = tl.max(tl.where(leads, LOWEST, top), 0)
-    step = _exponent(tl.where(leads, 0.0, top - second), k, 0.0)
-    scale = tl.where(leads, 0.0, tl.exp2(step))
+    step = _exponent(tl.where(leads, 0.0, top - largest), k, 0.0)
+    lift = -tl.floor(_exponent(second - largest, k, 0.0))  # whole: a power of 2 rounds nothing, one rounding for all slots would not average out
+    to_top = tl.exp2(-lift)
+    scale = tl.where(leads, 0.0, tl.exp2(step + lift))
     none = tl.zeros([SLOTS], tl.int32)
     sick = tl.where(sum == sum, none, 1)  # integers know no NaN
     S, U, of_leader, more = _sum4(
         _fixed(scale * sum),
-        _fixed(scale * tl.fma(step, sum, dot)) if ENTROPY else none.to(tl.int64),
+        _fixed(scale * tl.fma(step, sum, dot) * _DOT) if ENTROPY else none.to(tl.int64),
         tl.where(leads, _pair(sum, dot), none.to(tl.int64)),
         _pair(tl.where(leads, sum_sq, 0.0), sick),
     )
-    S = _unfixed(S)
-    gap = _exponent(second - largest, k, 0.0)
-    to_top = tl.exp2(gap)
-    rest = tl.fma(to_top, S, _high(of_leader) - 1.0)
-    rest_dot = S * 0.0
-    rest_sq = S * 0.0
+    of_lead = _high(of_leader) - 1.0
+    # One rounding where a log-prob shows it: the sum is rounded as an integer.
+    together = _unfixed((S >> tl.minimum(lift, 15.0).to(tl.int64)) + _fixed(of_lead))
+    rest = tl.where(lift < 15.0, together, tl.fma(to_top, _unfixed(S), of_lead))
+    rest_dot = rest * 0.0
+    rest_sq = rest * 0.0
     if ENTROPY:
-        rest_dot = tl.fma(to_top, tl.fma(gap, S, _unfixed(U)), _low(of_leader).to(tl.float32, bitcast=True))
+        rest_dot = tl.fma(to_top, _unfixed(U) * (1.0 / _DOT), _low(of_leader).to(tl.float32, bitcast=True))
     if P_SQ:
-        Q = _unfixed(tl.sum(_fixed(scale * scale * sum_sq), 0))
-        rest_sq = tl.fma(to_top * to_top, Q, _high(more) - 1.0)
+        square = tl.where(leads, 0.0, tl.exp2(step))
+        rest_sq = _unfixed(tl.sum(_fixed(square * square * sum_sq), 0)) + (_high(more) - 1.0)
     if (rest < _SURE) & (rest > -0.5):
-        rest = tl.fma(to_top, S, _rest_of_slot(X, V, lead, largest, k, softcap, SLOTS, E, CAP))
+        rest = tl.fma(to_top, _unfixed(S), _rest_of_slot(X, V, lead, largest, k, softcap, SLOTS, E, CAP))
         rest_sq = tl.minimum(tl.maximum(rest_sq, 0.0), rest * rest)  # a sum of squares: at most that, of which Σp² has no digit any more
     sick = (_low(more) > 0) | (largest == float("inf"))
     return largest, tl.where(sick | (rest <= -1.0), float("nan"), rest), rest_dot, rest_sq
