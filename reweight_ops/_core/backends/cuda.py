@@ -1,4 +1,4 @@
-"""The CUDA backend: NVIDIA GPUs from Ampere (compute capability 8.0) on, every program whose rules are compiled in.
+"""The CUDA backend: NVIDIA GPUs from Ampere (compute capability 8.0) on, programs of up to 320 registers (a dozen terms).
 
 Kernels run on the current stream of the logits' device. Nothing here or below synchronizes, and nothing allocates but the outputs, through
 PyTorch: calls can be captured in a CUDA graph.
@@ -29,6 +29,16 @@ from ...errors import BackendUnavailable, ReweightOpsError
 from .base import Backend, Request, rows_of
 from .native import DTYPES, Native, checked, dtype_reason
 from .native_divergence import NativeDivergence
+
+#: Rows in few launches: there is one set of kernels for that, and it is Triton's.
+_row_kernels: dict[str, Any] = {}
+try:
+    from . import triton_launch, triton_rows
+except BackendUnavailable:
+    pass
+else:
+    if not triton_launch.interpreted():
+        _row_kernels = {"evaluate_rows": triton_rows.evaluate_rows, "rows": triton_rows.VERBS}
 
 _INSUFFICIENT_DRIVER = 35
 
@@ -106,5 +116,6 @@ BACKEND = Backend(
     divergence_grad=_divergence.divergence_grad,
     divergence_loss_grad=_divergence.divergence_loss_grad,
     scale=_native.scale,
+    **_row_kernels,
     kernel_of=_kernel_of,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...triton_kernels import metrics as metric_kernels
 from ...triton_kernels import rows as kernels
+from ...triton_kernels.config import Launch
 from ..formula.loss_program import ONE_PASS, Program
 from ..formula.monitor import Monitor
 from ..rows.verbs import METRICS, Masked, RowVerbs, Weighing
@@ -22,9 +23,14 @@ _EVALUATED = 256
 _REGISTERS = 128
 
 
-def _block(run: int) -> dict[str, int]:
-    block = min(_LARGEST, max(32, 1 << (run - 1).bit_length()))
-    return {"BLOCK": block, "warps": max(1, min(8, block // 256)), "registers": _REGISTERS}
+def _block(run: int) -> int:
+    """Rows of a sequence at a time."""
+    return min(_LARGEST, max(64, 1 << (run - 1).bit_length()))
+
+
+def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, BLOCK: int, **meta: Any) -> None:
+    shape = Launch(min(256, max(64, BLOCK // 8)), _REGISTERS)
+    triton_launch.launch(kernel, programs, *args, BLOCK=BLOCK, **meta, shape=shape, wave=triton_launch.wave(device))
 
 
 def _strides(t: Tensor | None, run: int) -> tuple[int, int]:
@@ -41,9 +47,9 @@ def mask(ids: Tensor, mask: Tensor | None, denominator: Tensor | None, run: int)
     counted = keep if denominator is None else torch.empty(n, dtype=torch.bool, device=device)
     lengths = torch.empty((2, sequences), dtype=torch.int32, device=device)
     given = [ids if t is None else t for t in (ids, mask, denominator)]
-    triton_launch.launch(
-        kernels.mask_kernel, sequences, *given, out, keep, counted, lengths, run, n, *_strides(ids, run), *_strides(mask, run),
-        *_strides(denominator, run), HAS_MASK=mask is not None, HAS_DENOMINATOR=denominator is not None, **_block(run),
+    _launch(
+        kernels.mask_kernel, sequences, device, *given, out, keep, counted, lengths, run, n, *_strides(ids, run), *_strides(mask, run),
+        *_strides(denominator, run), HAS_MASK=mask is not None, HAS_DENOMINATOR=denominator is not None, BLOCK=_block(run),
     )  # fmt: skip
     return Masked(out, keep, counted, lengths)
 
@@ -66,10 +72,10 @@ def weigh(masked: Masked, run: int, weighing: Weighing, scale: Any, factor: Tens
     times, stored = _number(scale)
     scaled = kernels.BY_TENSOR if stored else kernels.UNDIVIDED if times == 1 else kernels.BY_VALUE
     pointers = [t if isinstance(t, Tensor) else w for t in (divisor, scale, factor)]
-    triton_launch.launch(
-        kernels.weigh_kernel, sequences, masked.keep, masked.lengths, *pointers, w, run, n, sequences, by,
+    _launch(
+        kernels.weigh_kernel, sequences, w.device, masked.keep, masked.lengths, *pointers, w, run, n, sequences, by,
         1.0 if horizon is None else float(horizon), times, DIVIDE=divide.value, PER_LENGTH=weighing.per_length, HORIZON=horizon is not None,
-        SCALE_BY=scaled.value, HAS_FACTOR=factor is not None, TERMS=terms, **_block(run),
+        SCALE_BY=scaled.value, HAS_FACTOR=factor is not None, TERMS=terms, BLOCK=_block(run),
     )  # fmt: skip
     return w
 
@@ -77,9 +83,9 @@ def weigh(masked: Masked, run: int, weighing: Weighing, scale: Any, factor: Tens
 def ratio(masked: Masked, run: int, logp: Tensor, old: Tensor | None, params: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     sequences = masked.lengths.size(1)
     found, means = torch.empty_like(logp), torch.empty(sequences, dtype=torch.float32, device=logp.device)
-    triton_launch.launch(
-        kernels.ratio_kernel, sequences, logp, logp if old is None else old, masked.keep, masked.lengths, params, found, means, run,
-        HAS_OLD=old is not None, NORMALIZE=normalize, **_block(run),
+    _launch(
+        kernels.ratio_kernel, sequences, logp.device, logp, logp if old is None else old, masked.keep, masked.lengths, params, found, means, run,
+        HAS_OLD=old is not None, NORMALIZE=normalize, BLOCK=_block(run),
     )  # fmt: skip
     return found, means
 
@@ -87,9 +93,9 @@ def ratio(masked: Masked, run: int, logp: Tensor, old: Tensor | None, params: Te
 def adjoint(
     masked: Masked, run: int, by_ratio: Tensor, by_logp: Tensor, params: Tensor, means: Tensor, normalize: bool, shared: bool
 ) -> None:
-    triton_launch.launch(
-        kernels.adjoint_kernel, masked.lengths.size(1), by_ratio, by_logp, masked.keep, masked.lengths, params, means, run,
-        NORMALIZE=normalize, SHARED=shared, **_block(run),
+    _launch(
+        kernels.adjoint_kernel, masked.lengths.size(1), by_logp.device, by_ratio, by_logp, masked.keep, masked.lengths, params, means, run,
+        NORMALIZE=normalize, SHARED=shared, BLOCK=_block(run),
     )  # fmt: skip
 
 
@@ -112,10 +118,9 @@ def evaluate_rows(
     shared = row_weights.size(0) == 1 or row_weights.stride(0) == 0
     weights = row_weights[0].contiguous() if shared else row_weights.contiguous()
     stored = [leaves[name].contiguous() if name in leaves else weights for name in _ORDER]
-    triton_launch.launch(
-        kernels.evaluate_kernel, -(-n // _EVALUATED), *stored, weights, 0 if shared else n, params, weights if keep is None else keep, out, n,
+    _launch(
+        kernels.evaluate_kernel, -(-n // _EVALUATED), out.device, *stored, weights, 0 if shared else n, params, weights if keep is None else keep, out, n,
         PROGRAM=program_function(program, given, outputs), GIVEN=given, HAS_KEEP=keep is not None, OUTPUTS=len(outputs), BLOCK=_EVALUATED,
-        warps=_EVALUATED // 64,
     )  # fmt: skip
     return out
 
@@ -126,15 +131,15 @@ def metrics(
     n, sequences, like = masked.keep.numel(), masked.lengths.size(1), leaves["logp"]
     parts = torch.empty((metric_kernels.SUMS.value, sequences), dtype=torch.float32, device=like.device)
     stored = [leaves.get(name, like) for name in (*_ORDER, "d_logp", "d_entropy", "factor")]
-    triton_launch.launch(
-        metric_kernels.sums_kernel, sequences, *stored, masked.keep, params, parts, run, n, PROGRAM=monitor_function(monitor),
-        GIVEN="log_ratio" in leaves, BLOCK=min(_EVALUATED, _block(run)["BLOCK"]), warps=2, registers=_REGISTERS,
+    _launch(
+        metric_kernels.sums_kernel, sequences, like.device, *stored, masked.keep, params, parts, run, n, PROGRAM=monitor_function(monitor),
+        GIVEN="log_ratio" in leaves, BLOCK=min(_EVALUATED, _block(run)),
     )  # fmt: skip
     sums = torch.empty((len(names), 2), dtype=torch.float32, device=like.device)
     values = torch.empty(len(names), dtype=torch.float32, device=like.device)
-    triton_launch.launch(
-        metric_kernels.metrics_kernel, 1, parts, masked.lengths, sums, values, sequences, len(names),
-        AT=tuple(names.index(name) if name in names else -1 for name in METRICS), BLOCK=_EVALUATED, warps=4,
+    _launch(
+        metric_kernels.metrics_kernel, 1, like.device, parts, masked.lengths, sums, values, sequences, len(names),
+        AT=tuple(names.index(name) if name in names else -1 for name in METRICS), BLOCK=_EVALUATED,
     )  # fmt: skip
     return sums, values
 

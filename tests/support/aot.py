@@ -1,0 +1,294 @@
+"""Compile what the Triton backend would launch, for GPUs that are not here. Run in a process without TRITON_INTERPRET.
+
+A pretended driver names the target; the backend's own launch is replaced by Triton's ``warmup``, which specializes on the very arguments
+(dtypes, alignments, constants) and compiles, but launches nothing. So what is measured is what a GPU would run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+assert os.environ.get("TRITON_INTERPRET") != "1", "this module compiles: start it without TRITON_INTERPRET"
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+
+from reweight_ops._core.backends import triton_launch, triton_rows, triton_scale  # noqa: E402
+from reweight_ops._core.backends import triton_token as backend  # noqa: E402
+from reweight_ops._core.backends.base import COEFS, RowInputs, SoftmaxParams  # noqa: E402
+from reweight_ops._core.formula.base import RULES  # noqa: E402
+from reweight_ops._core.formula.loss_program import Program  # noqa: E402
+from reweight_ops._core.formula.monitor import Monitor  # noqa: E402
+from reweight_ops._core.rows.verbs import Weighing  # noqa: E402
+from reweight_ops.triton_kernels.config import VARIANTS, Config, Launch  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32), "gfx90a": GPUTarget("hip", "gfx90a", 64), "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}  # fmt: skip
+
+
+class PretendedDriver:
+    """Enough of a driver for ``warmup``. Each target is a device of its own, so compilations are kept apart."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+
+@dataclass
+class Compiled:
+    """One kernel as compiled: registers, bytes of stack (NVIDIA) or scratch (AMD), and its 16-byte loads and stores."""
+
+    target: str
+    kernel: str
+    dtype: str
+    registers: int
+    spilled: int
+    wide_loads: int
+    wide_stores: int
+    shared: int
+
+
+def inspect(target: str, name: str, dtype: str, kernel) -> Compiled:
+    if TARGETS[target].backend == "hip":
+        text = kernel.asm["amdgcn"]
+
+        def number(key: str) -> int:
+            return int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
+
+        # A scalar register spills into a lane of a vector register, not to memory.
+        spilled = number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
+        loads, stores = (len(re.findall(rf"(?:global|buffer)_{kind}_(?:dwordx4|b128)", text)) for kind in ("load", "store"))
+        return Compiled(target, name, dtype, number("vgpr_count"), spilled, loads, stores, kernel.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        out = subprocess.run(
+            [str(tool) if tool.exists() else "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", out.stdout).groups()  # LOCAL stays 0 when registers spill: STACK tells
+    ptx = kernel.asm["ptx"]
+    loads, stores = (len(re.findall(rf"{kind}\.global\S*\.v4\.b32", ptx)) for kind in ("ld", "st"))
+    return Compiled(target, name, dtype, int(registers), int(stack), loads, stores, kernel.metadata.shared)
+
+
+class Recorder:
+    """Stands in for ``triton_launch.launch``: compiles for ``target`` and keeps what came out, once for each specialization."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.kernels: dict[int, tuple[str, object]] = {}
+
+    def __enter__(self):
+        driver.set_active(PretendedDriver(self.target))
+        self._launch, self._wave = triton_launch.launch, triton_launch.wave
+        triton_launch.launch, triton_launch.wave = self.launch, lambda device: TARGETS[self.target].warp_size
+        return self
+
+    def __exit__(self, *error):
+        triton_launch.launch, triton_launch.wave = self._launch, self._wave
+
+    def launch(self, kernel, programs, *args, shape, wave=32, **meta):
+        compiled = kernel.warmup(
+            *args, grid=(programs,), **meta, **triton_launch.options(shape, wave, TARGETS[self.target].backend == "hip")
+        )
+        self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
+
+
+PROGRAM = Program.of(("clip", "k3", "entropy_bonus"), (("advantage_reweighting", "surrogate"),))
+PARAMS = torch.zeros(16)
+MONITOR = Monitor.of([RULES["clip"], RULES["k3"]])
+
+
+def call_all(dtype: torch.dtype, vocab: int, rows: int = 4, softcap: float = float("inf"), program: Program = PROGRAM) -> None:
+    """Every verb once, on tensors that are described and never read."""
+    logits = torch.empty(rows, vocab, dtype=dtype)
+    ids, temperature, head = torch.zeros(rows, dtype=torch.int64), torch.ones(1), SoftmaxParams(vocab, softcap)
+    backend.token_stats(logits, ids, temperature, head, ("logp", "entropy", "lse"))
+    stats = {name: torch.zeros(rows) for name in ("logp", "lse", "entropy", "log_sum_p_sq")}
+    backend.token_grad(logits, ids, temperature, head, stats, dict.fromkeys(COEFS, stats["logp"]), logits)
+    inputs = RowInputs(torch.ones(len(program.terms), rows), *(stats["logp"] for _ in range(4)))
+    backend.token_loss_grad(logits, ids, temperature, head, inputs, program, PARAMS, logits)
+
+
+def compile_all(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32), vocab: int = 151936, **more) -> list[Compiled]:
+    result = []
+    for dtype in dtypes:
+        with Recorder(target) as recorder:
+            call_all(dtype, vocab, **more)
+        result += [inspect(target, name, str(dtype)[6:], kernel) for name, kernel in recorder.kernels.values()]
+    return result
+
+
+def split_and_capped(target: str) -> list[Compiled]:
+    """The variants that the plain call does not launch: a softcap, and with it split rows; unaligned rows, split."""
+    whole = compile_all(target, (torch.bfloat16,), softcap=30.0)
+    triton_launch.processors = lambda device: 10**6
+    try:
+        return whole + compile_all(target, (torch.bfloat16,), softcap=30.0) + compile_all(target, (torch.float32,), vocab=50257)
+    finally:
+        triton_launch.processors = lambda device: 1
+
+
+def every_shape(target: str) -> list[Compiled]:
+    """Whole rows in every line of the tables of shapes, with a rule that has an entropy gradient."""
+    result = []
+    for name, table in VARIANTS.items():
+        os.environ["REWEIGHT_OPS_TRITON_SHAPES"] = name
+        for limit, _ in table:
+            for dtype in (torch.bfloat16, torch.float32):
+                result += compile_all(target, (dtype,), vocab=min(limit, 1 << 20) // dtype.itemsize // 8 * 8)
+    return result
+
+
+def loops(kernel) -> list[list[str]]:
+    """The instructions of each innermost loop of a kernel, as the machine runs them (SASS)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+        text = subprocess.run(
+            [str(tool) if tool.exists() else "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label.group(1)] = len(lines)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(instruction.group(1))
+    ends = [(labels.get(m.group(1), len(lines)), i) for i, x in enumerate(lines) if (m := re.search(r"BRA\S*.*`\((\.L_\w+)\)", x))]
+    back = [(a, b) for a, b in ends if a <= b]
+    return [lines[a : b + 1] for a, b in back if not any((a, b) != (c, d) and a <= c and d <= b for c, d in back)]
+
+
+def whole_tile_loops(target: str) -> list[dict]:
+    """Of the default shape's loops over whole tiles, in bf16 and with an entropy gradient: the logits of an iteration, its instructions, how many of them
+    come before the last 16-byte load, and how many before the first exponential."""
+    result = []
+    with Recorder(target) as recorder:
+        call_all(torch.bfloat16, 151936)
+    for name, kernel in recorder.kernels.values():
+        for loop in loops(kernel):
+            loads = [i for i, x in enumerate(loop) if "LDG" in x and ".128" in x and not x.startswith("@")]
+            exponentials = [i for i, x in enumerate(loop) if "MUFU.EX2" in x]
+            if loads and exponentials:
+                writes = any("STG" in x and ".128" in x for x in loop)
+                result.append(
+                    {
+                        "kernel": name, "sweep": "gradient" if writes else "statistics", "logits": 8 * len(loads), "instructions": len(loop),
+                        "last_load": loads[-1], "first_exponential": exponentials[0],
+                    }
+                )  # fmt: skip
+    return result
+
+
+def count_compilations(target: str = "sm_90") -> dict[str, int]:
+    """Compilations of each kernel over calls that differ in everything that must not matter, for one dtype, program and alignment."""
+    program = Program.of(("clip", "k3"))
+    with Recorder(target) as recorder:
+        for rows, length, temperature, beta, softcap in (
+            (4, 8, 1.0, 0.1, 20.0),
+            (1, 1, 0.7, 0.0, 30.0),
+            (33, 16, 2.0, 1.0, 21.5),
+            (1, 17, 1.0, 0.1, 1.0),
+        ):
+            for vocab in (32000, 32768, 31000 // 8 * 8):
+                n = rows * length
+                for logits in (
+                    torch.empty(rows, length, vocab, dtype=torch.bfloat16),
+                    torch.empty(rows, length + 1, vocab, dtype=torch.bfloat16)[:, :-1],
+                ):
+                    ids, head = torch.zeros(n, dtype=torch.int64), SoftmaxParams(vocab, softcap)
+                    for t in (torch.full((1,), temperature), torch.full((n,), temperature)):
+                        spare = torch.zeros(3 * n + 1)
+                        # Rows of a tensor start anywhere: their alignment is no reason to compile either.
+                        inputs = RowInputs(torch.ones(2, n), spare[1 : n + 1], spare[:n], spare[n : 2 * n], None)
+                        params = torch.tensor([-20.0, 20.0, 1.0, 0.2, beta, 9.0, beta, 20.0, 10.0])
+                        backend.token_loss_grad(logits, ids, t, head, inputs, program, params, logits)
+                        backend.token_loss_grad(logits, ids, t, head, inputs._replace(old_logp=None), program, params, logits)
+                        backend.token_stats(logits, ids, t, head, ("logp", "entropy"))
+                        backend.token_grad(logits, ids, t, head, {"logp": spare[1 : n + 1], "lse": spare[:n]}, {"logp": spare[:n]}, logits)
+    names = [name for name, _ in recorder.kernels.values()]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def scales(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -> list[Compiled]:
+    """Scaling: once for each dtype of gradients without gaps, once for others, whatever their sizes, strides and addresses are."""
+    result = []
+    for dtype in dtypes:
+        with Recorder(target) as recorder:
+            for shape in ((4, 32000), (1, 3, 31991)):
+                memory = torch.empty((*shape[:-2], shape[-2] * 2, shape[-1] + 16), dtype=dtype)
+                for grad in (torch.empty(shape, dtype=dtype), memory[..., ::2, :-16], memory[..., 1::2, 3:-13]):
+                    triton_scale.scale(grad, torch.ones(()))
+        result += [inspect(target, name, str(dtype)[6:], kernel) for name, kernel in recorder.kernels.values()]
+    return result
+
+
+def row_kernels(target: str) -> list[Compiled]:
+    """The kernels on rows, by the calls that launch them: lengths and addresses are no reason to compile one again."""
+    with Recorder(target) as recorder:
+        for sequences, length in ((4, 1000), (3, 1023)):
+            n = sequences * length
+            ids, rows = torch.zeros(sequences, length, dtype=torch.int64), torch.zeros(6, n)
+            masked = triton_rows.mask(ids, ids, ids.bool(), length)
+            for weighing in (Weighing("rows"), Weighing("sequences", True), Weighing(3.0, False, 5.0), Weighing(torch.ones(()), True)):
+                weights = triton_rows.weigh(masked, length, weighing, torch.ones(()), rows[0], 2)
+            ratio, means = triton_rows.ratio(masked, length, rows[0], rows[1], PARAMS, True)
+            leaves = dict(zip(("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"), rows, strict=True))
+            table = triton_rows.evaluate_rows(PROGRAM, PARAMS, leaves, torch.cat([weights, weights[:1]]), keep=masked.keep)
+            triton_rows.evaluate_rows(PROGRAM, PARAMS, leaves | {"log_ratio": ratio}, torch.cat([weights, weights[:1]]), ("loss", "d_log_ratio"))
+            triton_rows.adjoint(masked, length, table[0], table[1], PARAMS, means, True, True)
+            for known in (leaves, leaves | {"log_ratio": ratio}):
+                triton_rows.metrics(masked, length, MONITOR, PARAMS, known, ("entropy", "low", "largest ratio", "sequence region"))
+    return [inspect(target, name, "float32", kernel) for name, kernel in recorder.kernels.values()]
+
+
+def oversized(target: str) -> list[Compiled]:
+    """The negative control: tiles far too large for the registers."""
+    threads, slots = 4 * TARGETS[target].warp_size, 1 << (12 if TARGETS[target].backend == "hip" else 10)
+    launch = Launch(threads, 64)
+    backend.config_for = lambda columns, itemsize, capped: Config(slots, 2, 8, 1 << 16, launch, launch, launch, 2)
+    logits = torch.empty(4, 1 << 17, dtype=torch.bfloat16)
+    with Recorder(target) as recorder:
+        backend.token_stats(logits, torch.zeros(4, dtype=torch.int64), torch.ones(1), SoftmaxParams(1 << 17), ("logp", "entropy"))
+    return [inspect(target, name, "bfloat16", kernel) for name, kernel in recorder.kernels.values()]
+
+
+if __name__ == "__main__":
+    task, targets = sys.argv[1], sys.argv[2:] or list(TARGETS)
+    if task == "loops":
+        print(json.dumps([found for target in targets for found in whole_tile_loops(target)]))
+    elif task == "count":
+        print(json.dumps(count_compilations()))
+    else:
+        run = {
+            "compile": compile_all,
+            "variants": split_and_capped,
+            "shapes": every_shape,
+            "oversized": oversized,
+            "scales": scales,
+            "rows": row_kernels,
+        }[task]
+        print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))
