@@ -74,7 +74,8 @@ class Native:
         """New rows ``[len(names), n]`` for a verb to fill, and the address of each: fp32, whatever PyTorch's default dtype is."""
         rows = torch.empty((len(names), n), dtype=torch.float32, device=like.device)
         self.address("a result", rows, (len(names), n), like)
-        return rows, [row.data_ptr() for row in rows.unbind()]
+        first, size = rows.data_ptr(), 4 * n
+        return rows, [first + k * size for k in range(len(names))]
 
     def _check_layout(self, name: str, t: Tensor) -> None:
         if t.dim() not in (2, 3) or t.device.type != self.device_type or t.dtype not in DTYPES or t.layout != torch.strided:

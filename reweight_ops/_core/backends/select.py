@@ -98,7 +98,7 @@ def choose(request: Request, name: str = "auto") -> str:
 
 def row_verbs(device: torch.device, dtype: torch.dtype, name: str) -> RowVerbs | None:
     """Kernels for a call's rows, of the backend that serves its logits; None where PyTorch does it: in a compiled graph, whose compiler fuses it."""
-    if torch.compiler.is_compiling() or dtype == torch.float64:
+    if torch.compiler.is_compiling() or dtype == torch.float64 or (device.type == "cpu" and name != "triton"):
         return None
     for candidate in candidates(device.type, name):
         if why_not(candidate, Request("token_stats", device, dtype)) is None:

@@ -148,8 +148,9 @@ def policy_metrics(
     if by is not None:
         found["rows_skipped"] = ((rows.keep & (by[0] == 0) & (by[1] == 0)).sum(), 1)
     found |= {name: (value, 1) for name, value in (more or {}).items()}
-    pairs = [torch.stack([number_like(x, keep) for x in pair]) for pair in found.values()]
-    return Metrics(tuple(found), torch.stack(pairs))
+    numbers = {x: number_like(x, keep) for pair in found.values() for x in pair if not isinstance(x, Tensor)}
+    flat = [number_like(x, keep) if isinstance(x, Tensor) else numbers[x] for pair in found.values() for x in pair]
+    return Metrics(tuple(found), torch.stack(flat).view(-1, 2))
 
 
 #: What a kernel finds, by the name of the metric.

@@ -89,6 +89,10 @@ def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers and 0-d tensors as one vector. Numbers are kept per device; tensors must live on the device already."""
+    if device.type == "cpu" and not torch.compiler.is_compiling():  # the usual call there, whose time is mostly Python
+        known = _kept.get((values, dtype, device, 0))
+        if known is not None and lasts(known):
+            return known
     fixed = tuple([0.0 if isinstance(v, Tensor) else float(v) for v in values])
     numbers: Tensor
     if torch.compiler.is_compiling():

@@ -33,6 +33,18 @@ class Groups:
     length: int = 0
     index: Tensor | None = None  # [N] int64; ``count`` marks a row of no group
 
+    def count_rows(self, where: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[N]`` bool ``-> [count]``: how many rows of each group are True."""
+        if self.index is None:
+            return where.view(self.count, self.length).sum(-1, dtype=dtype)
+        return self.sum(where.to(dtype))
+
+    def divide(self, x: Tensor, by: Tensor) -> Tensor:
+        """``[N] / [count] -> [N]``: each row by its group's number, which is not 0; a row of no group by 1."""
+        if self.index is None:
+            return (x.view(self.count, self.length) / by[:, None]).view(-1)
+        return x / torch.cat([by, by.new_ones(1)])[self.index]
+
     def sum(self, x: Tensor) -> Tensor:
         """``[N] -> [count]``."""
         if self.index is None:

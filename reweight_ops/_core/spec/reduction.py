@@ -136,7 +136,7 @@ class SequenceMean(Reduction):
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         sequences = rows.need_sequences("SequenceMean")
         keep = rows.keep.to(rows.dtype)
-        lengths = sequences.sum(rows.denominator.to(rows.dtype))
+        lengths = sequences.count_rows(rows.denominator, rows.dtype)
         if divisors.num_sequences_in_batch is not None:
             keep = _over(keep, divisors.num_sequences_in_batch)
         elif self.count == "all":
@@ -144,7 +144,7 @@ class SequenceMean(Reduction):
         else:
             keep = _over(keep, (lengths > 0).sum().clamp(min=1))
         if self.per == "token_mean":
-            return keep / sequences.spread(lengths.clamp(min=1)).clamp(min=1)
+            return sequences.divide(keep, lengths.clamp(min=1))
         if self.per == "constant":
             if self.horizon is None and sequences.index is not None:
                 raise rows.error("SequenceMean(per='constant') over packed sequences has no padded length: give horizon.")
