@@ -175,5 +175,9 @@ def test_no_cache_keeps_a_tensor_without_elements():
     with torch._subclasses.FakeTensorMode(), torch.no_grad():
         call("cpu")  # the real one has kept its vectors
     call("meta")
+    from_logits = rw.policy_loss(
+        torch.zeros(2, 3, 5, requires_grad=True), torch.zeros(2, 3, dtype=torch.long), 1.0, spec="dapo", plan="two_pass"
+    )
+    assert from_logits.loss.isfinite()
     assert all(type(t) is torch.Tensor and t.device.type != "meta" for t in constants._kept.values())
     assert call("cpu").loss.isfinite()

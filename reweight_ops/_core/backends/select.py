@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
-from ..rows.verbs import RowVerbs
+from ..rows.verbs import RowVerbs, is_traced
 from .base import Backend, Request
 
 #: Preference by device, best first; the reference serves what nobody else can. On GPUs Triton leads until both were measured on one.
@@ -96,9 +97,10 @@ def choose(request: Request, name: str = "auto") -> str:
     raise UnsupportedRequest(f"no backend can run {request.primitive}: " + "; ".join(f"{k}: {v}" for k, v in found.items()))
 
 
-def row_verbs(device: torch.device, dtype: torch.dtype, name: str) -> RowVerbs | None:
-    """Kernels for a call's rows, of the backend that serves its logits; None where PyTorch does it: in a compiled graph, whose compiler fuses it."""
-    if torch.compiler.is_compiling() or dtype == torch.float64 or (device.type == "cpu" and name != "triton"):
+def row_verbs(logits: Tensor, name: str) -> RowVerbs | None:
+    """Kernels for a call's rows, of the backend that serves its logits; None where PyTorch does it: in a graph, whose compiler fuses it."""
+    device, dtype = logits.device, logits.dtype
+    if dtype == torch.float64 or (device.type == "cpu" and name != "triton") or is_traced(logits):
         return None
     for candidate in candidates(device.type, name):
         if why_not(candidate, Request("token_stats", device, dtype)) is None:

@@ -83,7 +83,7 @@ def resolve_logits(
 
     softmax = resolve_softmax(op, options, logits.shape[-1], fail)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    verbs = row_verbs(logits.device, logits.dtype, options.backend)
+    verbs = row_verbs(logits, options.backend)
     rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.vocab_size, validate, verbs)
     assert rows.ids is not None
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..backends.select import load
 from ..calls.policy import LossCall
 from ..formula.loss_program import Program, loss_graph
+from ..rows.verbs import is_traced
 from ..spec.ratio import SequenceRatio
 
 #: What a loss is differentiated by, and the outputs of its evaluation.
@@ -52,9 +53,11 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
     through the ratio are among them.
     """
     program, rows, found = call.spec.stored_program, call.rows, load(backend)
-    if torch.compiler.is_compiling() or program is None or found.evaluate_rows is None or found.is_fallback or not rows.count:
+    if program is None or found.evaluate_rows is None or found.is_fallback or not rows.count:
         return None
     if rows.dtype != torch.float32 or any(t is not None and t.requires_grad for t in (call.adv, call.factor)):
+        return None
+    if is_traced(statistics["logp"]):
         return None
     logp, detached = statistics["logp"], {name: t.detach() for name, t in statistics.items()}
     leaves = {**call.stored(), **detached}

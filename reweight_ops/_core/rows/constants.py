@@ -106,4 +106,6 @@ def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.
 
 def number_like(value: Any, like: Tensor) -> Tensor:
     """A number or 0-d tensor in the dtype of ``like``, on its device."""
-    return value.to(like.dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
+    if isinstance(value, Tensor):
+        return value if value.dtype == like.dtype else value.to(like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)

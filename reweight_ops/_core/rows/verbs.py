@@ -6,7 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
+
+_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+
+
+def is_traced(t: Tensor) -> bool:
+    """Whether a call on ``t`` is being recorded rather than run: a kernel that is no op would find no elements, or be left out of the graph."""
+    if torch.compiler.is_compiling() or isinstance(t, torch._subclasses.FakeTensor):
+        return True
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
 
 
 class Masked(NamedTuple):
