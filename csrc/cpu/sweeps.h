@@ -80,11 +80,14 @@ struct Shift {
     double ref;
 
     Shift(double exact_scale, float at) {
-        const float k = float(exact_scale), r = kFma ? float(double(at) * k) : at;
+        const float k = float(exact_scale);
+        const double product = double(at) * k;
+        // Rounded down, so that t is never just below 0 at `at`: from above, the polynomial goes to 1 exactly.
+        float r = kFma ? float(product) : at;
+        if (kFma && r > product) r = std::nextafter(r, -kInf);
         scale = splat(k);
         minus = splat(-r);
-        ref = double(at) * exact_scale;
-        if (kFma) ref -= double(at) * k - r;
+        ref = double(at) * exact_scale - (kFma ? product - r : 0.0);
     }
     Vec operator()(Vec x) const { return kFma ? fma(x, scale, minus) : (x + minus) * scale; }
 };
