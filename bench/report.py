@@ -99,7 +99,7 @@ def print_tables(document: dict[str, Any], console: Console | None = None) -> No
     pages = "huge pages" if m["huge_pages"] else "default pages"
     console.print(f"[bold]{m['processor']}[/], {m['threads']} threads, {pages}, torch {m['torch']}, commit {m['commit']}")
     for entry in document["cases"]:
-        busy = f", [red]others used {entry['foreign_load']:.0%} of the processor[/]" if entry["foreign_load"] > 0.05 else ""
+        busy = f", [red]others used {entry['foreign_load']:.0%} of the processor[/]" if entry.get("foreign_load", 0) > 0.05 else ""
         title = f"{entry['name']}   {entry['logits_bytes'] / 2**20:.0f} MiB of logits; {_speeds(entry)}{busy}"
         table = Table(title=title, title_justify="left", title_style="bold")
         others = [r["provider"] for r in entry["results"] if r["ms"] and not r["ours"]]

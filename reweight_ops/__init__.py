@@ -3,13 +3,15 @@
 from . import advantages, divergences, kernels, methods, objectives, preference, rewards, rules, sample_weights, schedules, weights
 from ._core import moved as _moved
 from ._core.backends.select import NAMES as BACKENDS
+from ._core.calls.keywords import Lora
 from ._core.calls.specs import METHODS, method
 from ._core.engine.metrics import Metrics
 from ._core.engine.output import PolicyLossOutput, TokenStats
 from ._core.formula.base import Rule, TokenWeight, rule, weight
 from ._core.losses.explain import Explanation, explain
-from ._core.losses.linear import Lora, linear_policy_loss, linear_token_logps
-from ._core.losses.policy import policy_loss, policy_loss_from_logps, token_logps, token_stats
+from ._core.losses.linear import linear_policy_loss, linear_token_logps
+from ._core.losses.policy import policy_loss, policy_loss_from_logps
+from ._core.losses.statistics import token_logps, token_stats
 from ._core.spec.coupled import Constraint, GroupContrast
 from ._core.spec.policy import Penalty, PolicyLossSpec
 from ._core.spec.ratio import CenteredRatio, GeometricMeanRatio, Ratio, SegmentRatio, SequenceRatio, TokenRatio

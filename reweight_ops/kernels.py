@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._core.backends.base import Head, Request, RowInputs
+from ._core.backends.base import Request, RowInputs, SoftmaxParams
 from ._core.backends.select import choose, load
 from ._core.engine.memory import empty
 from ._core.formula.loss_program import Program
 
-__all__ = ["Head", "Program", "RowInputs", "token_grad", "token_loss_grad", "token_stats"]
+__all__ = ["Program", "RowInputs", "SoftmaxParams", "token_grad", "token_loss_grad", "token_stats"]
 
 
 def _out(logits: Tensor, out: Tensor | None) -> Tensor:
@@ -21,13 +21,13 @@ def token_stats(
     ids: Tensor,
     temperature: Tensor,
     *,
-    head: Head | None = None,
+    head: SoftmaxParams | None = None,
     stats: tuple[str, ...] = ("logp", "entropy"),
     backend: str = "auto",
 ) -> Tensor:
     """``[len(stats), N]``."""
     name = choose(Request("token_stats", logits.device, logits.dtype), backend)
-    return load(name).token_stats(logits, ids, temperature, head or Head(logits.size(-1)), stats)
+    return load(name).token_stats(logits, ids, temperature, head or SoftmaxParams(logits.size(-1)), stats)
 
 
 def token_grad(
@@ -37,13 +37,13 @@ def token_grad(
     stats: dict[str, Tensor],
     coefs: dict[str, Tensor | None],
     *,
-    head: Head | None = None,
+    head: SoftmaxParams | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``dL/dlogits`` in ``out`` (``out=logits``: in place)."""
     name, out = choose(Request("token_grad", logits.device, logits.dtype), backend), _out(logits, out)
-    load(name).token_grad(logits, ids, temperature, head or Head(logits.size(-1)), stats, coefs, out)
+    load(name).token_grad(logits, ids, temperature, head or SoftmaxParams(logits.size(-1)), stats, coefs, out)
     return out
 
 
@@ -55,10 +55,10 @@ def token_loss_grad(
     program: Program,
     params: Tensor,
     *,
-    head: Head | None = None,
+    head: SoftmaxParams | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``([len(LOSS_ROWS), N], dL/dlogits)``."""
     name, out = choose(Request("token_loss_grad", logits.device, logits.dtype, program), backend), _out(logits, out)
-    return load(name).token_loss_grad(logits, ids, temperature, head or Head(logits.size(-1)), inputs, program, params, out), out
+    return load(name).token_loss_grad(logits, ids, temperature, head or SoftmaxParams(logits.size(-1)), inputs, program, params, out), out

@@ -24,7 +24,7 @@ from triton.runtime.driver import driver  # noqa: E402
 
 from reweight_ops._core.backends import triton_launch, triton_scale  # noqa: E402
 from reweight_ops._core.backends import triton_token as backend  # noqa: E402
-from reweight_ops._core.backends.base import COEFS, Head, RowInputs  # noqa: E402
+from reweight_ops._core.backends.base import COEFS, RowInputs, SoftmaxParams  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
 from reweight_ops.triton_kernels.config import MAX_REGISTERS, Config  # noqa: E402
 
@@ -118,7 +118,7 @@ PARAMS = torch.zeros(16)
 def call_all(dtype: torch.dtype, vocab: int, rows: int = 4, softcap: float = float("inf"), program: Program = PROGRAM) -> None:
     """Every verb once, on tensors that are described and never read."""
     logits = torch.empty(rows, vocab, dtype=dtype)
-    ids, temperature, head = torch.zeros(rows, dtype=torch.int64), torch.ones(1), Head(vocab, softcap)
+    ids, temperature, head = torch.zeros(rows, dtype=torch.int64), torch.ones(1), SoftmaxParams(vocab, softcap)
     backend.token_stats(logits, ids, temperature, head, ("logp", "entropy", "lse"))
     stats = {name: torch.zeros(rows) for name in ("logp", "lse", "entropy", "log_sum_p_sq")}
     backend.token_grad(logits, ids, temperature, head, stats, dict.fromkeys(COEFS, stats["logp"]), logits)
@@ -160,7 +160,7 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
                     torch.empty(rows, length, vocab, dtype=torch.bfloat16),
                     torch.empty(rows, length + 1, vocab, dtype=torch.bfloat16)[:, :-1],
                 ):
-                    ids, head = torch.zeros(n, dtype=torch.int64), Head(vocab, softcap)
+                    ids, head = torch.zeros(n, dtype=torch.int64), SoftmaxParams(vocab, softcap)
                     for t in (torch.full((1,), temperature), torch.full((n,), temperature)):
                         spare = torch.zeros(3 * n + 1)
                         # Rows of a tensor start anywhere: their alignment is no reason to compile either.
@@ -192,7 +192,7 @@ def oversized(target: str) -> list[Compiled]:
     backend.config_for = lambda columns, itemsize, wave: Config(1 << (16 if wave == 64 else 14), 16 // itemsize, 4, 1 << 16)
     logits = torch.empty(4, 1 << 17, dtype=torch.bfloat16)
     with Recorder(target) as recorder:
-        backend.token_stats(logits, torch.zeros(4, dtype=torch.int64), torch.ones(1), Head(1 << 17), ("logp", "entropy"))
+        backend.token_stats(logits, torch.zeros(4, dtype=torch.int64), torch.ones(1), SoftmaxParams(1 << 17), ("logp", "entropy"))
     return [inspect(target, name, "bfloat16", kernel) for name, kernel in recorder.kernels.values()]
 
 

@@ -11,7 +11,7 @@ import aot
 import torch
 
 from reweight_ops._core.backends import triton_divergence as divergence
-from reweight_ops._core.backends.base import DivergenceInputs, Head
+from reweight_ops._core.backends.base import DivergenceInputs, SoftmaxParams
 
 
 def call_all(
@@ -20,7 +20,9 @@ def call_all(
     """Every verb once, on tensors that are described and never read."""
     x, y = torch.empty(rows, vocab, dtype=dtype), torch.empty(rows, vocab, dtype=other)
     t = torch.ones(temperatures)
-    two = DivergenceInputs(x, y, torch.zeros(rows, dtype=torch.int64), t, t.clone(), Head(vocab, softcap), Head(vocab, softcap))
+    two = DivergenceInputs(
+        x, y, torch.zeros(rows, dtype=torch.int64), t, t.clone(), SoftmaxParams(vocab, softcap), SoftmaxParams(vocab, softcap)
+    )
     table = divergence.divergence_stats(two)
     divergence.divergence_grad(two, table, torch.zeros(3, rows), x)
     divergence.divergence_loss_grad(two, torch.ones(3), torch.ones(rows), x)

@@ -9,7 +9,7 @@ import torch
 from criterion import assert_gradient, assert_values
 from kernel_oracle import STATS, clip_loss, gradient, rows, statistics
 
-from reweight_ops._core.backends.base import COEFS, Head, RowInputs
+from reweight_ops._core.backends.base import COEFS, RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.rows.groups import OUT
 
@@ -32,12 +32,12 @@ def temperature_of(value, n):
 
 
 def stats_of(verbs, z, ids, names=STATS, head=None, temperature=ONE):
-    return dict(zip(names, verbs.token_stats(z, ids, temperature, head or Head(z.size(-1)), names), strict=True))
+    return dict(zip(names, verbs.token_stats(z, ids, temperature, head or SoftmaxParams(z.size(-1)), names), strict=True))
 
 
 def grad_of(verbs, z, ids, stats, coefs, head=None, temperature=ONE, out=None):
     out = torch.full_like(z, math.nan) if out is None else out
-    verbs.token_grad(z, ids, temperature, head or Head(z.size(-1)), stats, dict(coefs), out)
+    verbs.token_grad(z, ids, temperature, head or SoftmaxParams(z.size(-1)), stats, dict(coefs), out)
     return out
 
 
@@ -46,7 +46,7 @@ def loss_grad(verbs, z, ids, out=None, program=BONUS, head=None, temperature=ONE
     n = ids.numel()
     inputs = RowInputs(torch.ones(len(program[0].terms), n), None, torch.randn(n, generator=torch.Generator().manual_seed(seed)))
     out = torch.full_like(z, math.nan) if out is None else out
-    return verbs.token_loss_grad(z, ids, temperature, head or Head(z.size(-1)), inputs, *program, out), out
+    return verbs.token_loss_grad(z, ids, temperature, head or SoftmaxParams(z.size(-1)), inputs, *program, out), out
 
 
 # --- accuracy, by the package's criterion ---------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def check_statistics_and_gradient(verbs, dtype, n, v, head, kind):
     value, softcap = HEADS[head]
     z, ids = rows(n, v, dtype, kind, seed=v)
     t = temperature_of(value, n)
-    each, head = t.expand(n), Head(v, softcap)
+    each, head = t.expand(n), SoftmaxParams(v, softcap)
     exact = statistics(z.double(), ids, each.double(), softcap)
     single = statistics(z.float(), ids, each, softcap)
     got = stats_of(verbs, z, ids, head=head, temperature=t)
@@ -83,7 +83,7 @@ def check_token_loss_grad(verbs, dtype, n, v, head, bonus):
     params = torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf] + ([bonus] if bonus else []))
     out = torch.full_like(z, math.nan)
     inputs = RowInputs(weight.expand(len(program.terms), n), old, adv)
-    got = verbs.token_loss_grad(z, ids, t, Head(v, softcap), inputs, program, params, out)
+    got = verbs.token_loss_grad(z, ids, t, SoftmaxParams(v, softcap), inputs, program, params, out)
 
     def run(dtype):
         stats = statistics(z.to(dtype), ids, t.expand(n).to(dtype), softcap)
@@ -116,7 +116,7 @@ def check_minus_infinity(verbs, dtype, softcap):
     dead[0, ::3] = dead[1, :4096] = dead[2, 2048:6144] = dead[3, 5:] = True
     ids = torch.tensor([1, 5000, 7, 2])
     z[dead] = -math.inf
-    head = Head(v, softcap)
+    head = SoftmaxParams(v, softcap)
     got = stats_of(verbs, z, ids, head=head)
     for i in range(4):
         live = ~dead[i]
@@ -172,7 +172,7 @@ def check_a_sure_row(verbs):
 def check_a_bad_row(verbs, dtype, softcap, at):
     """NaN or +inf in column ``at``, or nothing but -inf: NaN in that row alone."""
     z, ids = rows(6, 5003, dtype, "plain")
-    head = Head(5003, softcap)
+    head = SoftmaxParams(5003, softcap)
     clean_stats, clean = stats_of(verbs, z, ids, head=head), loss_grad(verbs, z, ids, head=head)
     z[1, at] = math.nan
     z[3, at] = math.inf
@@ -215,7 +215,7 @@ def check_inert_rows(verbs, dtype):
     out = grad_of(verbs, z, ids, stats, {"logp": torch.tensor([1.0, 0.0, 0.0, 1.0]), "entropy": None})
     assert (out[1:3] == 0).all() and (out[[0, 3]] != 0).any(1).all()
     inputs = RowInputs(torch.tensor([[1.0, 0.0, 1.0, 1.0]]), stats["logp"] - 1, torch.tensor([1.0, 1.0, 1.0, -1.0]))
-    got = verbs.token_loss_grad(z, ids, ONE, Head(2500), inputs, *CLIP, out)
+    got = verbs.token_loss_grad(z, ids, ONE, SoftmaxParams(2500), inputs, *CLIP, out)
     # rows 0 and 2: ratio e > 1.2 and a positive advantage, clipped; row 1: no weight; row 3: not clipped
     assert (got[4, :3] == 0).all() and (out[:3] == 0).all() and got[4, 3] != 0 and (out[3] != 0).any()
 
@@ -234,7 +234,7 @@ def check_padding_and_shards(verbs, dtype):
     z, _ = rows(4, v + 437, dtype, "plain")
     z[:, v:] = math.nan  # padding is not in the softmax
     ids = torch.tensor([500, 1199, 1200, 3])  # the first two are here
-    head = Head(v, vocab_start=start, vocab_total=total)
+    head = SoftmaxParams(v, vocab_start=start, vocab_total=total)
     got = stats_of(verbs, z, ids, head=head)
     truth = statistics(z[:, :v].double(), (ids - start).clamp(0, v - 1), torch.ones(4, dtype=torch.float64))
     for name in STATS:

@@ -8,7 +8,7 @@ import torch
 from torch.utils import deterministic
 
 from reweight_ops._core.backends import reference_divergence as reference
-from reweight_ops._core.backends.base import DivergenceInputs, Head
+from reweight_ops._core.backends.base import DivergenceInputs, SoftmaxParams
 from reweight_ops._core.rows.groups import OUT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +34,7 @@ def make(n, v, dtype=torch.float32, other=None, case="plain", seed=0, device="cp
     t, u = (torch.linspace(0.5, 2, n), torch.linspace(1.7, 0.6, n)) if case == "per_row" else (torch.tensor([0.8]), torch.tensor([0.9]))
     caps = {"cap": (6.0, 5.0), "other_cap": (math.inf, 5.0)}.get(case, (math.inf, math.inf))
     tensors = (x.to(device) for x in (z.to(dtype), y.to(other or dtype), ids, t, u))
-    return DivergenceInputs(*tensors, Head(v, caps[0]), Head(v, caps[1]))
+    return DivergenceInputs(*tensors, SoftmaxParams(v, caps[0]), SoftmaxParams(v, caps[1]))
 
 
 def as_dtype(two, dtype):

@@ -12,9 +12,9 @@ from torch import Tensor
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import why_not
-from reweight_ops._core.catalogue.methods import METHODS
+from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.catalogue.registry import CATALOGUE
-from reweight_ops._core.losses.distillation import KINDS
+from reweight_ops._core.engine.distillation import KINDS
 from reweight_ops._core.losses.linear import Lora
 from reweight_ops.testing import make_batch
 from reweight_ops.testing.golden import result_of

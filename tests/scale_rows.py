@@ -55,7 +55,7 @@ def check_scaling(scale, dtype: torch.dtype, columns: int, device: str = "cpu", 
             want = memory.clone()
             want.as_strided(*layout).copy_((view.float() * f).to(dtype))
             scale(view, f)
-            torch.testing.assert_close(memory, want, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}, {factor}: {m}")
+            torch.testing.assert_close(memory, want, rtol=0, atol=0, equal_nan=True, msg=lambda m, where=f"{name}, {factor}": f"{where}: {m}")
 
 
 def check_untouched_at_one(scale, dtype: torch.dtype, device: str = "cpu") -> None:

@@ -10,7 +10,7 @@ from contract import BONUS, CLIP, ONE
 from kernel_oracle import rows
 
 import reweight_ops as rw
-from reweight_ops._core.backends.base import Head, Request, RowInputs
+from reweight_ops._core.backends.base import Request, RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops.errors import InvalidCall
 
@@ -81,7 +81,7 @@ def test_a_zero_weight_selects_zero(level):
     inputs = RowInputs(torch.tensor([[0.0, 1.0]]), torch.tensor([-1e30, -2.0]), torch.tensor([math.inf, 1.0]))
     params = torch.tensor([-math.inf, math.inf, 1.0, 0.2, 0.2, math.inf])
     out = torch.full_like(z, math.nan)
-    got = cpu.token_loss_grad(z, ids, ONE, Head(100), inputs, CLIP[0], params, out)
+    got = cpu.token_loss_grad(z, ids, ONE, SoftmaxParams(100), inputs, CLIP[0], params, out)
     assert (got[2:, 0] == 0).all() and (out[0] == 0).all() and got.isfinite().all()
 
 
@@ -192,20 +192,22 @@ def test_bad_arguments_do_not_reach_the_kernel():
         "ids is ": lambda: stats_of(z, ids[:3]),
         "temperature is": lambda: stats_of(z, ids, temperature=torch.ones(3)),
         "temperature is ": lambda: stats_of(z, ids, temperature=torch.ones(1).double()),
-        "vocab_size is 61": lambda: stats_of(z, ids, head=Head(61)),
+        "vocab_size is 61": lambda: stats_of(z, ids, head=SoftmaxParams(61)),
         "logits is": lambda: stats_of(z.double(), ids),
         "out is": lambda: loss_grad(z, ids, out=torch.empty(4, 61)),
         "out is ": lambda: loss_grad(z, ids, out=torch.empty(4, 60, dtype=torch.bfloat16)),
         "overlaps": lambda: overlap(ids),
-        "coefficient logp": lambda: cpu.token_grad(z, ids, ONE, Head(60), good, {"logp": torch.ones(3)}, torch.empty_like(z)),
+        "coefficient logp": lambda: cpu.token_grad(z, ids, ONE, SoftmaxParams(60), good, {"logp": torch.ones(3)}, torch.empty_like(z)),
         "'entropy' is needed": lambda: cpu.token_grad(
-            z, ids, ONE, Head(60), {"logp": good["logp"], "lse": good["lse"]}, {**one, "entropy": one["logp"]}, z
+            z, ids, ONE, SoftmaxParams(60), {"logp": good["logp"], "lse": good["lse"]}, {**one, "entropy": one["logp"]}, z
         ),
         "params is": lambda: loss_grad(z, ids, program=(CLIP[0], CLIP[1][:-1])),
         "adv is": lambda: cpu.token_loss_grad(
-            z, ids, ONE, Head(60), RowInputs(torch.ones(1, 4), None, torch.ones(5)), *CLIP, torch.empty_like(z)
+            z, ids, ONE, SoftmaxParams(60), RowInputs(torch.ones(1, 4), None, torch.ones(5)), *CLIP, torch.empty_like(z)
         ),
-        "row weights are": lambda: cpu.token_loss_grad(z, ids, ONE, Head(60), RowInputs(torch.ones(2, 4)), *CLIP, torch.empty_like(z)),
+        "row weights are": lambda: cpu.token_loss_grad(
+            z, ids, ONE, SoftmaxParams(60), RowInputs(torch.ones(2, 4)), *CLIP, torch.empty_like(z)
+        ),
     }
     for message, call in cases.items():
         with pytest.raises(InvalidCall, match=message.strip()):

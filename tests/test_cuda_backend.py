@@ -16,7 +16,7 @@ from cuda_emulation.build import DTYPES, ROOT
 
 import reweight_ops
 from reweight_ops._core.backends import native, select
-from reweight_ops._core.backends.base import Head, Request, RowInputs
+from reweight_ops._core.backends.base import Request, RowInputs, SoftmaxParams
 from reweight_ops._core.backends.sources import source_hash
 from reweight_ops._core.engine.plan import Choice
 from reweight_ops._core.formula.loss_program import Program
@@ -114,7 +114,7 @@ def test_the_documented_limits_of_the_ring(monkeypatch, backend):
     emulated, _ = fixtures.emulated()
     monkeypatch.setattr(backend, "_cuda", emulated)
     try:
-        for device, limits in (((9, 227 << 10, 1), (393216, 196608)), ((12, 99 << 10, 1), (16384, 8192))):
+        for device, limits in (((9, 227 << 10, 1), (786432, 393216)), ((12, 99 << 10, 1), (32768, 16384))):
             emulated.set_device(*device)
             for dtype, limit in zip((torch.float16, torch.float32), limits, strict=True):
                 assert str(limit) in sys.modules["reweight_ops._core.backends.cuda"].__doc__
@@ -251,10 +251,10 @@ def test_on_a_gpu_as_the_reference(backend, dtype, v):
     program, params = Program.of(("clip",)), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, float("inf")])
     reference = select.load("reference")
     want_out, out = torch.empty_like(z), torch.empty_like(z, device="cuda")
-    want = reference.token_loss_grad(z, ids, torch.ones(1), Head(v), inputs, program, params, want_out)
+    want = reference.token_loss_grad(z, ids, torch.ones(1), SoftmaxParams(v), inputs, program, params, want_out)
     there = RowInputs(*(x if x is None else x.cuda() for x in inputs))
-    got = backend.token_loss_grad(z.cuda(), ids.cuda(), torch.ones(1, device="cuda"), Head(v), there, program, params.cuda(), out)
+    got = backend.token_loss_grad(z.cuda(), ids.cuda(), torch.ones(1, device="cuda"), SoftmaxParams(v), there, program, params.cuda(), out)
     torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.cpu(), want_out)
-    stats = backend.token_stats(z.cuda(), ids.cuda(), torch.ones(1, device="cuda"), Head(v), ("logp",))
+    stats = backend.token_stats(z.cuda(), ids.cuda(), torch.ones(1, device="cuda"), SoftmaxParams(v), ("logp",))
     assert torch.equal(stats[0], got[0])

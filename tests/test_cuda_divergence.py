@@ -11,7 +11,7 @@ from cuda_emulation.fixtures import SCHEDULES, emulated
 from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, assert_far_rows, both_plans, make
 
 from reweight_ops._core.backends import reference_divergence as reference
-from reweight_ops._core.backends.base import DIVERGENCE_STATS, DivergenceInputs, Head
+from reweight_ops._core.backends.base import DIVERGENCE_STATS, DivergenceInputs, SoftmaxParams
 from reweight_ops._core.backends.native_divergence import NativeDivergence
 from reweight_ops.errors import InvalidCall
 
@@ -106,7 +106,7 @@ def test_one_tensor_masked_more_than_the_other(cuda, dtype):
 @pytest.mark.parametrize("cap", [math.inf, 20.0])
 def test_zero_probabilities_and_sick_rows(cuda, dtype, cap):
     v = 5003
-    two = make(12, v, DTYPES[dtype])._replace(ids=torch.arange(12), head=Head(v, cap), other_head=Head(v, cap))
+    two = make(12, v, DTYPES[dtype])._replace(ids=torch.arange(12), head=SoftmaxParams(v, cap), other_head=SoftmaxParams(v, cap))
     z, y = two.logits, two.other
     z[0, 4700] = -math.inf  # p = 0 < q
     y[1, 5001] = -math.inf  # q = 0 < p, in the tail
@@ -168,7 +168,7 @@ def test_far_apart(cuda):
     z, y = torch.zeros(1, 3000), torch.zeros(1, 3000)
     z[0, 7], y[0, 2900] = 1000.0, 1000.0
     one = torch.ones(1)
-    two = DivergenceInputs(z, y, torch.zeros(1, dtype=torch.int64), one, one, Head(3000), Head(3000))
+    two = DivergenceInputs(z, y, torch.zeros(1, dtype=torch.int64), one, one, SoftmaxParams(3000), SoftmaxParams(3000))
     out = torch.empty_like(z)
     table = cuda.divergence_loss_grad(two, torch.tensor(CONSTANTS["forward"]), one, out)
     assert table[:2, 0].tolist() == pytest.approx([1000, 1000], rel=1e-6) and out[0, 7] == 1 and out[0, 2900] == -1 and out.isfinite().all()

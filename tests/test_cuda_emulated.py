@@ -11,7 +11,7 @@ from cuda_emulation.fixtures import SCHEDULES, emulated
 from kernel_oracle import STATS, rows, statistics
 
 from reweight_ops._core.backends import reference_token as reference
-from reweight_ops._core.backends.base import Head, RowInputs
+from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.printer import own_rules, own_weights
 from reweight_ops._core.rows.groups import OUT
@@ -63,7 +63,7 @@ def test_token_loss_grad(cuda, dtype, head, bonus):
         contract.check_token_loss_grad(cuda, dtype, 12, v, head, bonus)
 
 
-@pytest.mark.parametrize(("name", "weight"), zip(own_rules(), [*own_weights()] * 3, strict=False))
+@pytest.mark.parametrize(("name", "weight"), [*zip(own_rules(), [*own_weights()] * 3, strict=False)])
 def test_every_rule_and_weight(cuda, name, weight):
     """Against the reference's fp32: rows, and gradients of the same coefficients."""
     n, v = 8, 700
@@ -86,8 +86,8 @@ def test_every_rule_and_weight(cuda, name, weight):
             [-20.0, 20.0, 1.0, *[0.5] * len(rule.parameter_names()), 0.1, 20.0, 10.0, *[0.5] * len(weight.parameter_names())]
         )
     out, want_out = torch.full_like(z, math.nan), torch.full_like(z, math.nan)
-    got = cuda.token_loss_grad(z, ids, ONE, Head(v), inputs, program, params, out)
-    want = reference.token_loss_grad(z, ids, ONE, Head(v), inputs, program, params, want_out)
+    got = cuda.token_loss_grad(z, ids, ONE, SoftmaxParams(v), inputs, program, params, out)
+    want = reference.token_loss_grad(z, ids, ONE, SoftmaxParams(v), inputs, program, params, want_out)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
     torch.testing.assert_close(out, want_out, rtol=2e-5, atol=2e-6)
     assert (out != 0).any()
@@ -164,13 +164,13 @@ def test_a_row_depends_on_itself_alone(cuda, schedule, dtype):
         assert torch.equal(clone, want) and torch.equal(got_rows, want_rows)
         out = torch.full_like(z, math.nan)
         coef = {"logp": want_rows[4], "entropy": want_rows[5]}
-        cuda.token_grad(z, ids, t, Head(v), want_stats, coef, out)
+        cuda.token_grad(z, ids, t, SoftmaxParams(v), want_stats, coef, out)
         again = z[order].clone()
         cuda.token_grad(
             again,
             ids[order],
             t[order],
-            Head(v),
+            SoftmaxParams(v),
             {k: s[order] for k, s in want_stats.items()},
             {k: c[order] for k, c in coef.items()},
             again,
@@ -234,7 +234,7 @@ def test_bad_arguments_do_not_reach_the_kernel(cuda):
     for message, call in {
         "the last dimension": lambda: stats_of(cuda, z.T, torch.zeros(60, dtype=torch.int64)),
         "ids is": lambda: stats_of(cuda, z, ids[:3]),
-        "vocab_size is 61": lambda: stats_of(cuda, z, ids, head=Head(61)),
+        "vocab_size is 61": lambda: stats_of(cuda, z, ids, head=SoftmaxParams(61)),
         "overwrite each other": lambda: loss_grad(cuda, z[:1].expand(4, 60), ids, out=z[:1].expand(4, 60)),
     }.items():
         with pytest.raises(InvalidCall, match=message):

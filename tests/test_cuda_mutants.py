@@ -12,7 +12,8 @@ from cuda_emulation.build import ROOT, SANITIZE, build, compiler
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")]
 
-STREAMING, RING, PAIR, SCALE = "test_cuda_emulated.py", "test_cuda_ring.py", "test_cuda_divergence.py", "test_cuda_scale.py"
+STREAMING, RING, PAIR, SURE = "test_cuda_emulated.py", "test_cuda_ring.py", "test_cuda_divergence.py", "test_cuda_sure.py"
+SCALE = "test_cuda_scale.py"
 
 #: name: (file, what it says, what the bug says). Bugs of the streaming kernel, of what both kernels share, and of the choice between them.
 MUTANTS = {
@@ -23,70 +24,103 @@ MUTANTS = {
     "no second row of constants": ("streaming.cu", "gradients[buffer], softcap);\n        buffer ^= 1;", "gradients[buffer], softcap);"),
     "entropy sum not rebased": ("statistics.h", "factor * fmaf(shift, s.sum, s.dot)", "factor * s.dot"),
     "sum of squares rebased once": ("statistics.h", "s.sum_sq *= factor * factor", "s.sum_sq *= factor"),
-    "no bound of a reference": ("statistics.h", "fmaxf(top * scale, -5.36870912e8f)", "top * scale"),
-    "0 * -inf in the entropy": ("statistics.h", "dot = fmaf(e, fmaxf(t, kFloor), dot)", "dot = fmaf(e, t, dot)"),
-    "0 * -inf in the gradient": ("gradient.h", "fmaf(fmaxf(t, kFloor), g.log, g.constant)", "fmaf(t, g.log, g.constant)"),
-    "last columns forgotten": ("statistics.h", "    if (tail >= columns) return;", "    if (tail + 1 >= columns) return;"),
-    "a vector too many": ("streaming.cu", "if (i < end) v[u / kUnroll]", "if (i <= end) v[u / kUnroll]"),
+    "no bound of a reference": ("statistics.h", "fminf(fmaxf(top * scale, -5.36870912e8f), 5.36870912e8f)", "top * scale"),
+    "0 * -inf in the entropy": ("statistics.h", "dot = fmaf(e, kBounded ? t : fmaxf(t, kFloor), dot)", "dot = fmaf(e, t, dot)"),
+    "0 * -inf in the gradient": ("gradient.h", "fmaf(kBounded ? t : fmaxf(t, kFloor), g.log, g.constant)", "fmaf(t, g.log, g.constant)"),
+    "last columns forgotten": ("statistics.h", "return tail < columns ? tail : -1;", "return tail + 1 < columns ? tail : -1;"),
+    "a vector too many": ("streaming.cu", "if (i + u * kThreads < vectors) v[u]", "if (i + u * kThreads <= vectors) v[u]"),
     "a slice ends a vector early": ("slices.h", "return begin(slice + 1);", "return begin(slice + 1) - (slice + 1 < count);"),
     "the last slice forgotten": ("streaming.cu", "for (int slice = 0; slice < slices.count; ++slice) sums", "for (int slice = 0; slice + (slices.count > 1) < slices.count; ++slice) sums"),
-    "gradient starts a step late": ("gradient.h", "(vectors - 1) / kStep * kStep", "vectors / kStep * kStep - kStep"),
-    "target written by another thread": ("gradient.h", "owner<T>(target, vocab) == thread_index()", "(owner<T>(target, vocab) ^ 1) == thread_index()"),
+    "gradient starts a step late": ("gradient.h", "for (int at = whole - kStep +", "for (int at = whole - 2 * kStep +"),
+    "target written by another thread": ("gradient.h", "division.owner<T>(target) == thread_index()", "(division.owner<T>(target) ^ 1) == thread_index()"),
     "target by its rounded probability": ("gradient.h", "logp_coef * expm1f(logp)", "logp_coef * (expf(logp) - 1.0f)"),
-    "target capped in fp32": ("statistics.h", "exact = softcap.exactly(x, slope);", "softcap.exactly(x, slope), exact = double(swept);"),
+    "target capped in fp32": ("partial.h", "exact = softcap.exactly(x, slope);", "softcap.exactly(x, slope), exact = double(swept);"),
     "softcap without slope": ("gradient.h", "fmaf(e, g.p_coef, factor) * slope", "fmaf(e, g.p_coef, factor)"),
-    "softcap makes -inf finite": ("statistics.h", "if (fabsf(x) != kInf) x = cap * r", "x = cap * r"),
+    "softcap makes -inf finite": ("partial.h", "if (fabsf(x) != kInf) x = cap * r", "x = cap * r"),
     "padding not cleared": ("gradient.h", "column < columns; column += kThreads", "column < vocab; column += kThreads"),
     "vectors at any address": ("elements.h", "& 15) == 0", "& 1) == 0"),
     "32-bit offsets": ("../common/verbs.h", "return (i / per_batch) * batch_stride", "return int32_t((i % per_batch) * row_stride) + (i / per_batch) * batch_stride; return (i / per_batch) * batch_stride"),
     "one temperature for all": ("row.h", "call.temperature_per_row ? i : 0", "0"),
     "rows that are out are swept": ("../common/verbs.h", "return call.ids[i] < 0 ||", "return"),
-    "shards ignored": ("row.h", "call.ids[i] - call.vocab_start", "call.ids[i]"),
+    "shards ignored": ("row.h", "id - call.vocab_start", "id"),
     "inert rows are swept": ("gradient.h", "    if (d.all_zero()) return g;\n", ""),
-    "NaN rows get numbers": ("gradient.h", "    if (rest != rest) {", "    if (false) {"),
-    "the top's share approximate": ("statistics.h", "s.sum += expm1f(t * kLn2) - (e - 1.0f);", ""),
+    "NaN rows get numbers": ("gradient.h", "    if (from.rest != from.rest) {", "    if (false) {"),
+    "the top's exponent taken for 0": ("row.h", "return {true, base, whole - t, inverse * (1.0f + expm1f(-t * kLn2))};", "return {true, base, whole, inverse};"),
+    "sums by the rounded reference": ("statistics.h", "Partial out{s.top, rest * back, back * fmaf(-t, rest, fmaf(-e, t, s.dot)), 0.0f};", "Partial out{s.top, rest, s.dot, 0.0f};"),
+    "columns at any address from the block before": ("elements.h", "load16_cached(blocks + i), b = load16_cached(blocks + i + 1)", "load16_cached(blocks + i - 1), b = load16_cached(blocks + i)"),
+    "eight bytes not skipped": ("elements.h", "w[j] = w[j + 2];", "w[j] = w[j];"),
+    "four bytes not skipped": ("elements.h", "w[j] = w[j + 1];", "w[j] = w[j];"),
+    "columns before the first vector forgotten": ("gradient.h", "    if (thread_index() < columns.head) write(thread_index());\n", ""),
+    "logits taken for aligned as the gradient is": ("gradient.h", "!reads || off(x) == off(out) ? (vocab", "true ? (vocab"),
     "the words of a pair swapped": ("elements.h", "narrow_pair<T>(x[2 * j], x[2 * j + 1])", "narrow_pair<T>(x[2 * j + 1], x[2 * j])"),
-    "the scale's rounding ignored": ("statistics.h", "rounding / log2e * (mean - t_top)", "0.0"),
+    "the scale's rounding ignored": ("partial.h", "rounding / log2e * mean * ln2", "0.0"),
 }  # fmt: skip
-WALK = "for (int slice = 0; slice < share.slices.count; ++slice) sums = merge(sums, as_partial(load_shared(&place.messages[slice].sums)), row.scale);"
+WALK = "for (int from = 0; from < slice.slices.count; ++from) sums = merge(sums, as_partial(load_shared(&stage.messages[from].sums)), row.scale);"
 
 #: Bugs of the ring kernel: its waits, its turns, its slices, its target.
 RING_MUTANTS = {
-    "gradient copied out before it is done": ("ring.cu", "        wait(ring.done(out.turn.index), out.turn.parity);\n", ""),
-    "refilled while it is copied out": ("ring.cu", "            wait_until_read_but_last();\n", ""),
-    "the wrong tile refilled": ("ring.cu", "for (bool refill = false;", "for (bool refill = true;"),
-    "the block ends before its copies": ("ring.cu", "    wait_until_copied();\n", ""),
-    "logits read before they are there": ("ring.cu", "        wait(ring.full(tile.index), tile.parity);\n", ""),
-    "no proxy fence": ("ring.cu", "release_to_copies(ring.done(tile.index));", "emulation::barrier_of_warp();\n        if (thread_index() % 32 == 0) arrive(ring.done(tile.index));"),
-    "no barrier of the warp": ("ring.cu", "release_to_copies(ring.done(tile.index));", "emulation::proxy_fence();\n        if (thread_index() % 32 == 0) arrive(ring.done(tile.index));"),
+    "gradient stored before it is there": ("ring.cu", "        wait(ring.empty(out.state.index), out.state.phase);\n", ""),
+    "loaded while it is stored": ("ring.cu", "            wait_group_read<kStoresInFlight>();\n", ""),
+    "the wrong tile loaded": ("ring.cu", "if (stored >= kStoresInFlight) load_next(in);", "load_next(in);"),
+    "the block ends before its stores": ("ring.cu", "    if constexpr (!kDirect) wait_group<0>();\n", ""),
+    "logits read before they are there": ("ring.cu", "        wait(ring.full(tile.index), tile.phase);\n        const Vector*", "        const Vector*"),
+    "the last logits read before they are there": ("ring.cu", "    wait(ring.full(tile.index), tile.phase);\n    const Vector*", "    const Vector*"),
+    "no proxy fence": ("ring.cu", "release_written(ring.empty(tile.index));", "release(ring.empty(tile.index));"),
+    "no barrier of the warp": ("ring.cu", "release_written(ring.empty(tile.index));", "emulation::proxy_fence();\n            if (thread_index() % 32 == 0) arrive(ring.empty(tile.index));"),
     "no barrier after the initialization": ("ring.cu", "    cluster_barrier();\n", ""),
-    "the warps' sums not waited for": ("ring.cu", "        wait(place.swept, turn.parity);\n", ""),
-    "messages not waited for": ("ring.cu", "            wait_for_cluster(place.exchanged, turn.parity);\n", ""),
-    "constants not waited for": ("ring.cu", "    wait(place.ready, parity);\n", ""),
-    "one message not expected": ("ring.cu", "share.slices.count * int(sizeof(Message))", "share.slices.count * int(sizeof(Message)) - 16"),
-    "an arrival for each thread": ("ring.h", "initialize(done(i), kWarps)", "initialize(done(i), kThreads)"),
-    "an arrival too few": ("ring.h", "initialize(place(i).swept, kWarps)", "initialize(place(i).swept, kWarps - 1)"),
-    "parity never turns": ("ring.h", "        parity ^= 1;\n", ""),
-    "one place for rows": ("ring.h", "constexpr int kPlaces = 2;", "constexpr int kPlaces = 1;"),
-    "messages to one place": ("ring.cu", "&place.messages[share.rank].sums", "&place.messages[0].sums"),
-    "messages to oneself": ("ring.cu", "place.exchanged, lane);\n            send({as_bits", "place.exchanged, share.rank);\n            send({as_bits"),
-    "the target read when it may be overwritten": ("ring.cu", "Target(as_float(load_shared(&place.messages[owner].target).words[0]), softcap)", "Target(widen(row.x[row.target]), softcap)"),
-    "the target's owner by its column alone": ("ring.cu", "vector < share.slices.vectors ? vector / share.slices.each : share.slices.count - 1", "vector / share.slices.each"),
-    "the target in the first slice's columns": ("ring.cu", "target - (share.begin + t * kTileVectors) * n", "target - t * kTileVectors * n"),
-    "the target written by another thread": ("ring.cu", "in_tile / n % kThreads == thread_index()", "(in_tile / n % kThreads ^ 1) == thread_index()"),
-    "the target of another row": ("ring.cu", "            place.target = row.target;\n", "            place.target = i == 0 ? row.target : place.target;\n"),
+    "the warps' sums not waited for": ("ring.cu", "        wait(stage.partials_full, state.phase);\n", ""),
+    "messages not waited for": ("ring.cu", "            wait_for_cluster(stage.cluster_full, state.phase);\n", ""),
+    "constants not waited for": ("ring.cu", "    wait(stage.gradient_full, at.phase);\n", ""),
+    "one message not expected": ("ring.cu", "slice.slices.count * int(sizeof(Message))", "slice.slices.count * int(sizeof(Message)) - 16"),
+    "an arrival for each thread": ("ring.h", "initialize(empty(i), kWarps)", "initialize(empty(i), kThreads)"),
+    "an arrival too few": ("ring.h", "initialize(stage(i).partials_full, kWarps)", "initialize(stage(i).partials_full, kWarps - 1)"),
+    "the phase never turns": ("ring.h", "        phase ^= 1;\n", ""),
+    "one stage for rows": ("ring.h", "constexpr int kStages = kRowsAhead + 1;", "constexpr int kStages = kRowsAhead;"),
+    "messages to one place": ("ring.cu", "&stage.messages[slice.rank].sums", "&stage.messages[0].sums"),
+    "messages to oneself": ("ring.cu", "stage.cluster_full, lane);\n            send({as_bits", "stage.cluster_full, slice.rank);\n            send({as_bits"),
+    "the target read when it may be overwritten": ("ring.cu", "Target(as_float(load_shared(&stage.messages[owner].target).words[0]), softcap)", "Target(widen(row.x[row.target]), softcap)"),
+    "the target's owner by its column alone": ("ring.cu", "vector < slice.slices.vectors ? vector / slice.slices.each : slice.slices.count - 1", "vector / slice.slices.each"),
+    "the target in the first slice's columns": ("ring.cu", "in_slice = out.target - slice.begin * n;", "in_slice = out.target;"),
+    "the target in the first tile": ("ring.cu", "const int at = in_slice - t * (kTileVectors * n);", "const int at = in_slice;"),
+    "the target written by another thread": ("ring.cu", "in_slice / n % kThreads == thread_index()", "(in_slice / n % kThreads ^ 1) == thread_index()"),
+    "the target of another row": ("ring.cu", "            stage.target = row.target;\n", "            stage.target = i == 0 ? row.target : stage.target;\n"),
     "slices that overlap": ("ring.h", "begin = slices.begin(rank);", "begin = slices.begin(rank) - (rank > 0);"),
-    "slices added in reverse": ("ring.cu", WALK, WALK.replace("[slice]", "[share.slices.count - 1 - slice]")),
-    "the last tile copied out whole": ("ring.cu", "ring.tile(out.turn.index), share.tile_vectors(out.tile) * 16, policy", "ring.tile(out.turn.index), kTileBytes, policy"),
-    "columns after the last vector forgotten": ("ring.cu", "    if (share.is_last()) absorb_tail<T, kSums>", "    if (false) absorb_tail<T, kSums>"),
-    "columns after the last vector added by every block": ("ring.cu", "    if (share.is_last()) absorb_tail<T, kSums>", "    absorb_tail<T, kSums>"),
-    "zeros of skipped rows forgotten": ("ring.cu", "[&](int64_t i) { write_zeros<T>(call, share, i); }", "[](int64_t) {}"),
-    "skipped rows are loaded": ("ring.cu", "        row = share.from(call, row + share.clusters);\n", "        row += share.clusters;\n"),
-    "a row of the next cluster": ("ring.h", "cluster = block_index() / slices.count;", "cluster = 0;"),
-    "a ring of exactly two rows": ("dispatch.cpp", "2 * slices.tiles() >= p.tiles", "2 * slices.tiles() > p.tiles"),
-    "strides between batches not looked at": ("dispatch.cpp", "(rows <= strides.per_batch || whole(strides.batch_stride * size))", "true"),
-    "the gradient's address not looked at": ("dispatch.cpp", "} else if (!starts_at_vectors(call.out, call.out_strides, call.rows, size)) {", "} else if (false) {"),
+    "slices added in reverse": ("ring.cu", WALK, WALK.replace("[from]", "[slice.slices.count - 1 - from]")),
+    "the last tile stored whole": ("ring.cu", "ring.tile(out.state.index), slice.tile_vectors(out.tile) * 16, stores", "ring.tile(out.state.index), kTileBytes, stores"),
+    "columns after the last vector forgotten": ("ring.cu", "    if (has_tail) absorb_tail<T, kSums>", "    if (false) absorb_tail<T, kSums>"),
+    "columns after the last vector added by every block": ("ring.cu", "const bool has_tail = slice.is_last() && vocab %", "const bool has_tail = vocab %"),
+    "columns after the last vector written twice": ("ring.cu", "const bool has_tail = last && slice.is_last() &&", "const bool has_tail = slice.is_last() &&"),
+    "zeros of skipped rows forgotten": ("ring.cu", "[&](int64_t i) { write_zeros<T>(call, slice, i); }", "[](int64_t) {}"),
+    "skipped rows are loaded": ("ring.h", "        rows.advance(call, [](int64_t) {});\n", "        rows.now.row += rows.step;\n"),
+    "a row of the next cluster": ("ring.h", "first = cluster;", "first = 0;"),
+    "a deadlock by one tile": ("ring.h", "const int room = ring_tiles - kStoresInFlight - tiles;", "const int room = ring_tiles - tiles;"),
+    "a whole row ahead in too few tiles": ("ring.h", "ahead = room < tiles ? room : tiles;", "ahead = tiles;"),
+    "a tile of the gradient too many kept": ("ring.h", "kept = kKeep || ahead == tiles ? ahead : 0;", "kept = ahead < tiles ? ahead + 1 : ahead;"),
+    "a tile of the gradient forgotten": ("ring.cu", "half ? at_once : 0, half ? slice.tiles : at_once, half, written", "half ? at_once : 0, half ? slice.tiles : at_once - (at_once > 1), half, written"),
+    "a stale prefetched row": ("ring.h", "        next = Peek(call, now.row + step, end);\n        settle", "        next.row = now.row + step;\n        settle"),
+    "the id of a row after a skipped one is stale": ("ring.h", "            next = Peek(call, now.row + step, end);\n        }\n    }\n};", "            next.row = now.row + step;\n        }\n    }\n};"),
+    "the next row's sums in this one's stage": ("ring.cu", "            sums_stage.advance(kStages);\n", ""),
+    "a ring that holds a row and nothing of the next": ("dispatch.cpp", "slices.tiles() + 1 + kStoresInFlight; needed > p.tiles", "slices.tiles() + kStoresInFlight; needed > p.tiles"),
+    "strides between batches not looked at": ("dispatch.h", "(call.rows <= strides.per_batch || whole(strides.batch_stride))", "true"),
+    "the gradient's address not looked at": ("dispatch.cpp", "} else if (!rows_are_aligned(call.out, call.out_strides, call)) {", "} else if (false) {"),
     "the device's memory not looked at": ("dispatch.cpp", "(device.shared_bytes - kBytesBesides) / kBytesPerTile", "14"),
+}  # fmt: skip
+
+#: Bugs of what is left beside a sure token, and of logits far from zero: in both kernels.
+SURE_MUTANTS = {
+    "sure: a lost rest": ("partial.h", "fmaf(e, l.rest, w.rest) + e", "w.rest + e"),
+    "sure: nothing summed again": ("statistics.h", "fabsf(merged.top) < kInf : merged.rest < kRoundedAway", "fabsf(merged.top) < kInf : false"),
+    "sure: summed again only where all is lost": ("statistics.h", "kRoundedAway = 0x1p-10f", "kRoundedAway = 0x1p-24f"),
+    "sure: every lane sums for the first": ("statistics.h", "const int lane = lowest_bit(todo);", "const int lane = 0;"),
+    "sure: the largest counted again": ("statistics.h", "return {top, (tops - 1.0f) + rest,", "return {top, tops + rest,"),
+    "sure: the last column not summed again": ("streaming.cu", "            if (tail >= 0) f(widen(x[tail]));\n", ""),
+    "sure: the last column not summed again in the ring": ("ring.cu", "        if (tail >= 0) f(widen(x[tail]));\n", ""),
+    "sure: summed again from another row's tiles": ("ring.cu", "const int tile = first + vector / kTileVectors;", "const int tile = vector / kTileVectors;"),
+    "sure: a tile beyond the ring": ("ring.cu", "tile < ring.tiles ? tile : tile - ring.tiles", "tile"),
+    "sure: a log-prob by the rounded sum": ("partial.h", "return x < 1.0f ? double(log1pf(x)) :", "return"),
+    "far: exponents relative to a product": ("statistics.h", "constexpr float kFar = 131072.0f;", "constexpr float kFar = 1e38f;"),
+    "far: a gradient relative to a product": ("gradient.h", "!from.near ? Terms::far :", "false ? Terms::far :"),
+    "far: lse in fp64": ("streaming.cu", "const bool by_target = by_logp && d.logp > -50.0f;", "const bool by_target = false;"),
 }  # fmt: skip
 
 #: Bugs of the kernels on two logits tensors. All are of one file.
@@ -174,17 +208,23 @@ SCALE_MUTANTS = {
 IN_FP32 = {
     "target by its rounded probability",
     "target capped in fp32",
-    "the top's share approximate",
+    "the top's exponent taken for 0",
+    "sums by the rounded reference",
+    "far: exponents relative to a product",
+    "far: a gradient relative to a product",
+    "far: lse in fp64",
     "the scale's rounding ignored",
     "pair: a log-sum-exp without its low part",
     "pair: the center's rounding ignored",
 }
 
 #: The tests that have to find each.
+ALL_MUTANTS = {**MUTANTS, **RING_MUTANTS, **PAIR_MUTANTS, **SURE_MUTANTS, **SCALE_MUTANTS}
 FOUND_BY = {
     **dict.fromkeys(MUTANTS, STREAMING),
     **dict.fromkeys(RING_MUTANTS, RING),
     **dict.fromkeys(PAIR_MUTANTS, PAIR),
+    **dict.fromkeys(SURE_MUTANTS, SURE),
     **dict.fromkeys(SCALE_MUTANTS, SCALE),
 }
 
@@ -198,6 +238,7 @@ FOUND_BY = {
 # * Two tensors, the number of blocks: speed alone.
 # * Two tensors, an empty sum rebased from its maximum of -inf: the bound of the shift makes the factor 0, and its sums are.
 # * Two tensors, a NaN among the first's logits where the table is of others: a bound of the exponent takes it for -200. Statistics are NaN for it.
+# * Whoever has seen nothing but masked logits sums them again: they count for nothing, however they are summed.
 # * publish_barriers(), acquire.cluster in wait_for_cluster(), L2 hints, the text of the assembly: what the emulator does not execute. The test of
 #   the SASS in test_cuda_backend.py sees the instructions; that they suffice is for a GPU and its racecheck to say.
 
@@ -230,13 +271,13 @@ def run_forked(module: Path, file: str, log: Path) -> None:
 
 def test_without_a_bug_everything_passes():
     """Else a failure would count as found every time."""
-    result = run_tests(build(), STREAMING, RING, PAIR, SCALE)
+    result = run_tests(build(), STREAMING, RING, PAIR, SURE, SCALE)
     assert result.returncode == 0, result.stdout[-2000:]
 
 
 @pytest.mark.parametrize("name", FOUND_BY)
 def test_a_planted_bug_is_found(name, tmp_path):
-    file, text, bug = {**MUTANTS, **RING_MUTANTS, **PAIR_MUTANTS, **SCALE_MUTANTS}[name]
+    file, text, bug = ALL_MUTANTS[name]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     path = tmp_path / "csrc/cuda" / file
     source = path.read_text()
@@ -255,7 +296,7 @@ def test_a_planted_bug_is_found(name, tmp_path):
     assert process.exitcode not in (0, 2, 3, 4, 5), f"not found: {name}\n{log.read_text()[-2000:]}"
 
 
-@pytest.mark.parametrize("file", [STREAMING, RING, PAIR, SCALE])
+@pytest.mark.parametrize("file", [STREAMING, RING, PAIR, SURE, SCALE])
 def test_sanitizers(file):
     """Reads and writes outside of rows and of shared memory, and undefined behavior, under AddressSanitizer and UBSan."""
     # libstdc++ too: the sanitizer wants to know how exceptions are thrown before anybody throws one.

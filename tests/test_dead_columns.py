@@ -8,7 +8,7 @@ import torch
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import why_not
-from reweight_ops._core.losses.distillation import KINDS
+from reweight_ops._core.engine.distillation import KINDS
 
 BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 N, V, DEAD = 5, 11, 4

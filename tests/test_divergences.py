@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import reweight_ops as rw
 from reweight_ops import divergences
-from reweight_ops._core.losses.distillation import KINDS
+from reweight_ops._core.engine.distillation import KINDS
 
 BACKENDS = ["reference", "cpu", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reweight_ops as rw
-from reweight_ops._core.calls.keywords import ALIASES, DataKeywords, DataOptions, HeadKeywords, HeadOptions
+from reweight_ops._core.calls.keywords import ALIASES, PolicyKeywords, PolicyOptions, SoftmaxKeywords, SoftmaxOptions
 
 Z = torch.randn(2, 3, 7)
 IDS = torch.randint(7, (2, 3))
@@ -103,9 +103,9 @@ def test_unknown_keywords_of_the_other_ops():
 
 
 def test_keyword_tables_agree():
-    assert set(HeadKeywords.__annotations__) == set(HeadOptions.__dataclass_fields__)
-    assert set(DataKeywords.__annotations__) == set(DataOptions.__dataclass_fields__)
-    known = {*HeadKeywords.__annotations__, *DataKeywords.__annotations__, "completion_ids", "spec"}
+    assert set(SoftmaxKeywords.__annotations__) == set(SoftmaxOptions.__dataclass_fields__)
+    assert set(PolicyKeywords.__annotations__) == set(PolicyOptions.__dataclass_fields__)
+    known = {*SoftmaxKeywords.__annotations__, *PolicyKeywords.__annotations__, "completion_ids", "spec"}
     assert all(target.split("=")[0].split(",")[0] in known for target in ALIASES.values()) and not known & set(ALIASES)
 
 
@@ -200,5 +200,5 @@ def test_explain_runs_nothing_and_takes_meta_tensors():
     assert two.plan == "two_pass" and "sequence level" in two.why_not_one_pass and "sequence level" in str(two)
     assert set(one.backends) == set(rw.BACKENDS) and one.backends["cuda"]
     assert rw.explain(rw.token_logps, z, ids, return_entropy=True, device="cpu").plan == "two_pass"
-    with pytest.raises(rw.InvalidCall, match="expected policy_loss"):
+    with pytest.raises(rw.InvalidCall, match="expected one of distillation_loss, linear_policy_loss"):
         rw.explain(print, z)

@@ -10,8 +10,9 @@ import torch
 from test_linear import BACKENDS, B, D, T, V, from_hidden, from_logits, make, same
 
 import reweight_ops as rw
+from reweight_ops._core.calls.chunking import balanced, chunking
 from reweight_ops._core.engine.linear import gemms as linear_gemms
-from reweight_ops._core.engine.linear.gemms import Chunk, Gradients, balanced, chunking, compacted
+from reweight_ops._core.engine.linear.gemms import Chunk, Gradients, compacted
 
 CPU = torch.device("cpu")
 

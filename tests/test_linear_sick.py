@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import reweight_ops as rw
+from reweight_ops import Lora
 from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import why_not
-from reweight_ops._core.losses.linear import Lora
 
 BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 B, T, D, V, R = 2, 16, 8, 37, 3

@@ -10,7 +10,7 @@ from test_preference import P, T, V, batch
 
 import reweight_ops as rw
 from reweight_ops import preference
-from reweight_ops._core.calls.pairs import PairKeywords, PairOptions
+from reweight_ops._core.calls.keywords import PairKeywords, PairOptions
 from reweight_ops._core.catalogue.registry import CATALOGUE
 
 

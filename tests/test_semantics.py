@@ -436,15 +436,15 @@ def test_advantages_may_be_none_where_nothing_reads_them(data, backend):
 
 
 def test_constants_are_uploaded_once(data):
-    from reweight_ops._core.calls import policy as loss_call
+    from reweight_ops._core.rows import constants
 
     spec = rw.methods.grpo(epsilon_low=0.123)
     rw.policy_loss(data["z"], data["ids"], 1.0, spec=spec)
-    before = dict(vars(loss_call._constants))
+    before = dict(vars(constants._constants))
     z = data["z"].clone().requires_grad_()
     for _ in range(3):
         rw.policy_loss(z, data["ids"], 1.0, spec=spec, temperature=0.77)
-    after = vars(loss_call._constants)
+    after = vars(constants._constants)
     assert len(set(after) - set(before)) <= 2 and all(after[key] is value for key, value in before.items())
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_formulas import ExactSlopes
 from running_error import evaluate
 
 from reweight_ops._core.formula.base import DIFFERENTIABLE_LEAVES
@@ -163,30 +164,6 @@ def leaf_values(n: int, seed: int) -> dict[str, torch.Tensor]:
     for value_ in values.values():
         value_[torch.rand(n, generator=g) < 0.1] = 0.0  # ties and kinks
     return values
-
-
-class _Exact(torch.autograd.Function):
-    """A function with its slope given apart: torch's own 1 - tanh(x)² and expm1(x) + 1 lose their digits in the tails."""
-
-    @staticmethod
-    def forward(ctx, x, function, slope):
-        ctx.save_for_backward(slope(x))
-        return function(x)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return upstream * ctx.saved_tensors[0], None, None
-
-
-class ExactSlopes(TorchNamespace):
-    def sigmoid(self, x):
-        return _Exact.apply(x, torch.sigmoid, lambda x: 1 / (2 + 2 * torch.cosh(x)))
-
-    def tanh(self, x):
-        return _Exact.apply(x, torch.tanh, lambda x: 1 / torch.cosh(x) ** 2)
-
-    def expm1(self, x):
-        return _Exact.apply(x, torch.expm1, torch.exp)
 
 
 def autograd(cls: type[Rule], values: dict[str, torch.Tensor], **fields: float):

@@ -20,7 +20,7 @@ from triton_oracle import DEVICE, Batch, check_grad, check_loss_grad, check_stat
 from reweight_ops._core.backends import triton_cache as triton_programs
 from reweight_ops._core.backends import triton_launch
 from reweight_ops._core.backends import triton_token as backend
-from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Head, Request, RowInputs
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Request, RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.printer import own_rules
@@ -56,7 +56,7 @@ def make(dtype=torch.float32, n=ROWS, v=400, program=RICH, seed=0, **change) -> 
     ids[::2] = logits[::2].float().argmax(-1)
     logits[0, ids[0]] = 40.0  # p = 1 to fp32
     logits[1] *= 4
-    batch = Batch(logits, ids, torch.tensor([0.8]), Head(v), None, program, default_params(program))
+    batch = Batch(logits, ids, torch.tensor([0.8]), SoftmaxParams(v), None, program, default_params(program))
     batch = dataclasses.replace(batch, **change)
     n = batch.ids.numel()
     logp = torch.nan_to_num(batch.statistics(torch.float32)["logp"], neginf=-30.0)
@@ -106,13 +106,13 @@ CONDITIONS = {
     "strides, padding and poison": strided,
     "rows that are out": masked,
     "-inf": minus_infinity,
-    "softcap": lambda dtype: make(dtype, head=Head(400, softcap=5.0)),
+    "softcap": lambda dtype: make(dtype, head=SoftmaxParams(400, softcap=5.0)),
     "softcap and -inf": lambda dtype: make(
-        dtype, logits=minus_infinity(dtype).logits, ids=minus_infinity(dtype).ids, head=Head(400, softcap=30.0)
+        dtype, logits=minus_infinity(dtype).logits, ids=minus_infinity(dtype).ids, head=SoftmaxParams(400, softcap=30.0)
     ),
     "a temperature each row": lambda dtype: make(dtype, temperature=torch.linspace(0.3, 2.5, ROWS)),
     "a large common shift": lambda dtype: make(dtype, logits=make(dtype).logits + 300),
-    "padded vocabulary": lambda dtype: make(dtype, head=Head(350), ids=make(dtype).ids % 350),
+    "padded vocabulary": lambda dtype: make(dtype, head=SoftmaxParams(350), ids=make(dtype).ids % 350),
     "an odd vocabulary": lambda dtype: make(dtype, v=397),
     "a tiny vocabulary": lambda dtype: make(dtype, v=3),
 }
@@ -185,7 +185,7 @@ def split(monkeypatch, yes: bool) -> None:
 def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch):
     """And a verb of split rows is at most two launches, of whole rows always one."""
     n, v = 6, 1000  # 4 segments of 256 columns and, with padding, 3 chunks of 512
-    batch = make(dtype, n=n, v=v + 300, head=Head(v), ids=torch.tensor([3, 999, OUT, 600, v + 1, 511]))
+    batch = make(dtype, n=n, v=v + 300, head=SoftmaxParams(v), ids=torch.tensor([3, 999, OUT, 600, v + 1, 511]))
     given = [x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature)]
     coefs = {name: torch.linspace(-1, 2, n, device=DEVICE) for name in COEFS}
     launched = []
@@ -221,7 +221,7 @@ def test_a_row_is_the_same_bits_wherever_it_stands(small_tiles):
 
 
 def test_both_verbs_give_the_same_logp(small_tiles):
-    batch = make(torch.bfloat16, head=Head(400, softcap=20.0))
+    batch = make(torch.bfloat16, head=SoftmaxParams(400, softcap=20.0))
     stats, rows = run_stats(batch, ("logp", "entropy")), run_loss_grad(batch)[0]
     assert torch.equal(stats["logp"], rows[0]) and torch.equal(stats["entropy"], rows[1])
     assert torch.equal(run_stats(batch, ("logp",))["logp"], rows[0])
@@ -233,7 +233,7 @@ def test_both_verbs_give_the_same_logp(small_tiles):
 @pytest.mark.parametrize("sickness", ["nan", "+inf", "all -inf", "nan in the last tile"])
 @pytest.mark.parametrize("softcap", [math.inf, 30.0])
 def test_a_sick_row_is_nan_and_alone(sickness, softcap, small_tiles):
-    batch = make(n=8, head=Head(400, softcap=softcap))
+    batch = make(n=8, head=SoftmaxParams(400, softcap=softcap))
     healthy, healthy_out = run_loss_grad(batch)
     batch.logits = batch.logits.clone()
     if sickness == "all -inf":
@@ -253,7 +253,7 @@ def test_a_sick_row_is_nan_and_alone(sickness, softcap, small_tiles):
 
 def test_a_sick_row_is_nan_also_where_the_rule_only_compares():
     """Every comparison with NaN is false, and clip would call the row clipped: no gradient. Padding stays zero all the same."""
-    batch = make(n=8, program=Program.of(("clip",)), head=Head(350), ids=make(n=8).ids % 350)
+    batch = make(n=8, program=Program.of(("clip",)), head=SoftmaxParams(350), ids=make(n=8).ids % 350)
     batch.logits = batch.logits.clone()
     batch.logits[4, 17] = math.nan
     rows, out = run_loss_grad(batch)
@@ -271,7 +271,9 @@ def test_the_targets_slope_keeps_its_digits_as_p_goes_to_1():
     stats = {"logp": logp, "lse": -logp}
     out = torch.full((24, 2), math.nan, device=DEVICE)
     given = {k: v.to(DEVICE) for k, v in stats.items()}
-    backend.token_grad(logits.to(DEVICE), ids.to(DEVICE), torch.ones(1, device=DEVICE), Head(2), given, {"logp": one.to(DEVICE)}, out)
+    backend.token_grad(
+        logits.to(DEVICE), ids.to(DEVICE), torch.ones(1, device=DEVICE), SoftmaxParams(2), given, {"logp": one.to(DEVICE)}, out
+    )
     want = -torch.expm1(logp.double())
     assert ((out[:, 0].cpu().double() - want).abs() <= 8 * 2.0**-24 * want).all()
 
@@ -295,7 +297,7 @@ def test_two_shards_are_one_vocabulary():
     whole = check_stats(batch)
     halves = []
     for start, stop in ((0, 256), (256, 600)):
-        head = Head(stop - start, vocab_start=start, vocab_total=600)
+        head = SoftmaxParams(stop - start, vocab_start=start, vocab_total=600)
         part = dataclasses.replace(batch, logits=batch.logits[:, start:stop], head=head)
         stats = check_stats(part)
         assert torch.equal(stats["logp"] == -math.inf, (batch.ids < start) | (batch.ids >= stop))
@@ -315,10 +317,10 @@ def test_two_shards_are_one_vocabulary():
 def test_no_rows_and_no_live_rows():
     empty = torch.empty(0, 8, device=DEVICE)
     ids, t = torch.empty(0, dtype=torch.int64, device=DEVICE), torch.ones(1, device=DEVICE)
-    assert backend.token_stats(empty, ids, t, Head(8), STATS).shape == (len(STATS), 0)
+    assert backend.token_stats(empty, ids, t, SoftmaxParams(8), STATS).shape == (len(STATS), 0)
     inputs = RowInputs(torch.empty(1, 0, device=DEVICE), adv=torch.empty(0, device=DEVICE))
     rows = backend.token_loss_grad(
-        empty, ids, t, Head(8), inputs, Program.of(("reinforce",)), default_params(Program.of(("reinforce",))).to(DEVICE), empty
+        empty, ids, t, SoftmaxParams(8), inputs, Program.of(("reinforce",)), default_params(Program.of(("reinforce",))).to(DEVICE), empty
     )
     assert rows.shape == (len(LOSS_ROWS), 0)
     batch = make(program=Program.of(("clip",)))

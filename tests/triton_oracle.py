@@ -17,7 +17,7 @@ from kernel_oracle import gradient, statistics
 
 from reweight_ops._core.backends import triton_launch
 from reweight_ops._core.backends import triton_token as backend
-from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Head, RowInputs
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.namespace import TorchNamespace
 from reweight_ops._core.formula.text import write_formula
@@ -67,7 +67,7 @@ class Batch:
     logits: torch.Tensor
     ids: torch.Tensor
     temperature: torch.Tensor
-    head: Head
+    head: SoftmaxParams
     inputs: RowInputs
     program: Program
     params: torch.Tensor

@@ -71,36 +71,62 @@ RW_DEVICE void send(Vector v, void* to, Barrier& on, int rank) {
                  : "memory");
 }
 
-// A row is read once and written once: neither has to stay in the second-level cache.
-RW_DEVICE uint64_t evict_first() {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
+// What the second-level cache is to think of what a policy comes with.
+#define RW_POLICY(name)                                                                         \
+    RW_DEVICE uint64_t name() {                                                                 \
+        uint64_t policy;                                                                        \
+        asm volatile("createpolicy.fractional.L2::" #name ".b64 %0, 1.0;" : "=l"(policy));      \
+        return policy;                                                                          \
+    }
+RW_POLICY(evict_first)
+RW_POLICY(evict_normal)
+RW_POLICY(evict_last)
+RW_POLICY(evict_unchanged)
+#undef RW_POLICY
+
 /// Addresses and size are multiples of 16 bytes. The bytes count on `on` as they come.
-RW_DEVICE void copy_in(void* shared, const void* global, int bytes, Barrier& on, uint64_t policy) {
+RW_DEVICE void bulk_load(void* shared, const void* global, int bytes, Barrier& on, uint64_t policy) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
                  "l"(global), "r"(bytes), "r"(shared_address(&on)), "l"(policy)
                  : "memory");
 }
 /// One group of its own, for the two waits below.
-RW_DEVICE void copy_out(void* global, const void* shared, int bytes, uint64_t policy) {
+RW_DEVICE void bulk_store(void* global, const void* shared, int bytes, uint64_t policy) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;\n\tcp.async.bulk.commit_group;" ::"l"(global),
                  "r"(shared_address(shared)), "r"(bytes), "l"(policy)
                  : "memory");
 }
-/// Until all but the thread's last copy_out have read their shared memory.
-RW_DEVICE void wait_until_read_but_last() { asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory"); }
-/// Until all of the thread's copies out are complete.
-RW_DEVICE void wait_until_copied() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+/// Until all but the thread's last N bulk stores have read their shared memory.
+template <int N>
+RW_DEVICE void wait_group_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+/// Until all but the thread's last N bulk stores are complete.
+template <int N>
+RW_DEVICE void wait_group() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
 
-/// One arrival for a warp whose threads have written what a copy is to read. The fence, the warp's barrier and the arrival belong together:
-/// without the fence copies may read what was there before.
-RW_DEVICE void release_to_copies(Barrier& b) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+/// One arrival for a warp whose threads have read a place that a bulk load is to fill.
+RW_DEVICE void release(Barrier& b) {
     warp_barrier();
     if (thread_index() % 32 == 0) arrive(b);
 }
+/// One arrival for a warp whose threads have written what a bulk store is to read. The fence, the warp's barrier and the arrival belong together:
+/// without the fence bulk stores may read what was there before.
+RW_DEVICE void release_written(Barrier& b) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    release(b);
+}
+
+/// As store16, with a policy.
+RW_DEVICE void store16(void* p, Vector v, uint64_t policy) {
+    asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]),
+                 "r"(v.words[3]), "l"(policy)
+                 : "memory");
+}
+/// Brings a line near, for whoever reads it in a moment.
+RW_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 
 RW_DEVICE Vector load_shared(const Vector* p) {
     const uint4 v = *reinterpret_cast<const uint4*>(p);

@@ -8,6 +8,7 @@
 #include "divergence.h"
 #include "scale.h"
 #include "slices.h"
+#include "variants.h"
 
 namespace reweight_ops {
 namespace {
@@ -40,29 +41,22 @@ struct Plan {
     int tiles = 0, clusters = 0;
 };
 
-bool starts_at_vectors(const void* p, const RowStrides& strides, int64_t rows, int size) {
-    const auto whole = [](int64_t bytes) { return bytes % 16 == 0; };
-    return whole(int64_t(reinterpret_cast<uintptr_t>(p))) && (rows <= 1 || whole(strides.row_stride * size)) &&
-           (rows <= strides.per_batch || whole(strides.batch_stride * size));
-}
-
 Plan plan(const LossGradCall& call) {
     Plan p;
-    const int size = call.dtype == DType::f32 ? 4 : 2;
-    const Slices slices(int(call.vocab_size) * int64_t(size) / 16);
+    const Slices slices(int(call.vocab_size * bytes_of(call.dtype) / 16));
     const Device device = device_of(call.device);
     p.status = device.status;
     if (p.status) return p;
     p.tiles = (device.shared_bytes - kBytesBesides) / kBytesPerTile;
     if (device.major < 9) {
         p.why_not = "the GPU is older than Hopper (compute capability 9.0)";
-    } else if (!starts_at_vectors(call.logits, call.strides, call.rows, size)) {
+    } else if (!rows_are_aligned(call)) {
         p.why_not = "rows of the logits do not all start at a multiple of 16 bytes";
-    } else if (!starts_at_vectors(call.out, call.out_strides, call.rows, size)) {
+    } else if (!rows_are_aligned(call.out, call.out_strides, call)) {
         p.why_not = "rows of the gradient do not all start at a multiple of 16 bytes";
-    } else if (2 * slices.tiles() >= p.tiles) {  // one tile more than two rows: it moves while both are in use
-        p.why_not = "two rows of " + std::to_string(call.vocab_size) + " columns do not fit in the shared memory of " + std::to_string(slices.count) +
-                    " blocks (" + std::to_string(2 * slices.tiles() + 1) + " tiles of 16 KiB in each, " + std::to_string(p.tiles) + " fit)";
+    } else if (const int needed = slices.tiles() + 1 + kStoresInFlight; needed > p.tiles) {  // a tile of the next row, and what is in motion
+        p.why_not = "a row of " + std::to_string(call.vocab_size) + " columns does not fit in the shared memory of " + std::to_string(slices.count) +
+                    " blocks (" + std::to_string(needed) + " tiles of 16 KiB in each, " + std::to_string(p.tiles) + " fit)";
     } else {
         p.status = ring_for(call).clusters(call, p.tiles, p.clusters);
         if (p.clusters == 0) p.why_not = "the GPU cannot run a cluster of " + std::to_string(slices.count) + " blocks that keep rows on chip";

@@ -18,9 +18,6 @@ template <class T, class U, bool kAligned>
 constexpr int kInFlight = kAligned && sizeof(T) + sizeof(U) < 8 ? 2 : 1;
 constexpr int kBlocksPerProcessor = 2;
 
-template <class T>
-using Twice = T[2];
-
 struct Side {
     float top = -kInf, sum = 0.0f, dot = 0.0f, cross = 0.0f;
 };
@@ -203,7 +200,7 @@ struct Known {
     RW_DEVICE Known(const State& s, const Rows<T, U>& row) {
         constexpr double ln2 = 0.693147180559945309417;
         const auto sums = [](const Side& u, float temperature, float zero) {
-            const double log_s = log_sum({0.0f, u.sum, 0.0f, 0.0f});
+            const double log_s = u.sum > 0 ? log2_of(u.sum) : double(kNaN);
             return PairSums{u.sum, u.dot, u.cross, log_s, double(u.top) / double(temperature) + log_s * ln2, zero > 0};
         };
         round_to_table(pair_stats(sums(s.p, row.p_temperature, s.p_zero), sums(s.q, row.q_temperature, s.q_zero)), values);
@@ -281,7 +278,7 @@ RW_DEVICE void sweep_gradient(const Rows<T, U>& row, T* out, int columns, const 
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) a[j] = one(a[j], b[j]);
 #pragma unroll
-            for (int k = 0; k < Group8<T>::kVectors; ++k) store_vector(out + column + k * kPerVector<T>, a + k * kPerVector<T>, kAligned);
+            for (int k = 0; k < Group8<T>::kVectors; ++k) store_vector(out + column + k * kPerVector<T>, pack<T>(a + k * kPerVector<T>), kAligned);
         });
     }
 }
@@ -295,8 +292,8 @@ RW_DEVICE void fill(T* out, int from, int to, float value) {
 template <class T, class U, bool kCapped>
 RW_KERNEL(kThreads, kBlocksPerProcessor) divergence_kernel(RW_PARAMETER DivergenceCall call) {
     // Two of each: while some threads still read those of one row, others write those of the next.
-    RW_SHARED(Twice<States>, states);
-    RW_SHARED(Twice<Gradient>, gradients);
+    RW_SHARED(DoubleBuffer<States>, states);
+    RW_SHARED(DoubleBuffer<Gradient>, gradients);
     const Softcap p_cap(call.softcap), q_cap(call.q.softcap);
     const int columns = int(call.vocab_size);
     int buffer = 0;

@@ -1,6 +1,9 @@
-// Rows as 16-byte vectors of fp32, bf16 or fp16. A row that is not aligned is read and written element by element, each by the thread that
-// would otherwise have had its vector: which thread has which column never depends on an address.
+// Rows as 16-byte vectors of fp32, bf16 or fp16. Of a row that is not aligned a vector is cut out of the two aligned ones that hold it: which thread
+// adds which column never depends on an address.
 #pragma once
+
+#include <limits>
+#include <type_traits>
 
 #include "platform.h"
 
@@ -57,20 +60,60 @@ RW_DEVICE Vector pack(const float* x) {
     return v;
 }
 
-/// One vector from `x`, of fp32.
-template <class T>
-RW_DEVICE void store_vector(T* p, const float* x, bool aligned) {
-    if (aligned) {
-        store16(p, pack<T>(x));
+/// The largest element, a NaN being none: -inf or more.
+template <class T, int n>
+RW_DEVICE float largest(const Vector (&v)[n]) {
+    float top = -std::numeric_limits<float>::infinity();
+    if constexpr (sizeof(T) == 2) {
+        uint32_t pair = v[0].words[0];
+#pragma unroll
+        for (int u = 0; u < n; ++u) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) pair = max_pair<T>(pair, v[u].words[j]);
+        }
+        return fmaxf(fmaxf(top, widen(T{uint16_t(pair)})), widen(T{uint16_t(pair >> 16)}));
     } else {
 #pragma unroll
-        for (int j = 0; j < kPerVector<T>; ++j) narrow(x[j], p[j]);
+        for (int u = 0; u < n; ++u) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) top = fmaxf(top, as_float(v[u].words[j]));
+        }
+        return top;
+    }
+}
+
+/// -inf has an exponential of 0, and 0 * -inf would be NaN. Bounding two bf16 at once by -1e20 costs half as much as bounding their exponents; fp16 has
+/// no number that is as good as -inf.
+template <class T>
+constexpr bool kBoundsPairs = std::is_same_v<T, Bf16>;
+constexpr float kLowest = 1e18f;  // a row whose largest logit is within this has none of it where logits were bounded
+
+RW_DEVICE Vector bounded(Vector v) {
+    constexpr uint32_t low = 0xe0ade0adu;  // -9.97e19
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v.words[j] = max_pair_or_nan(v.words[j], low);
+    return v;
+}
+
+template <class T>
+RW_DEVICE void store_vector(T* p, const Vector& v, bool aligned) {
+    if (aligned) {
+        store16(p, v);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        if constexpr (sizeof(T) == 4) {
+            p[j] = as_float(v.words[j]);
+        } else {
+            p[2 * j].bits = uint16_t(v.words[j]);
+            p[2 * j + 1].bits = uint16_t(v.words[j] >> 16);
+        }
     }
 }
 
 template <class T>
-RW_DEVICE Vector load_vector(const T* p, bool aligned) {
-    if (aligned) return load16(p);
+RW_DEVICE Vector load_elements(const T* p) {
     Vector v;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -82,6 +125,38 @@ RW_DEVICE Vector load_vector(const T* p, bool aligned) {
     }
     return v;
 }
+
+template <class T>
+RW_DEVICE Vector load_vector(const T* p, bool aligned) {
+    return aligned ? load16(p) : load_elements(p);
+}
+
+/// Reads vectors of a row at any address, and nothing around it.
+template <class T>
+struct ShiftedRow {
+    const T* x;
+    const Vector* blocks;  // the aligned one that holds the row's first byte
+    int skip, vectors;     // bytes of it before the row
+
+    RW_DEVICE ShiftedRow(const T* row, int whole_vectors) : x(row), skip(int(reinterpret_cast<uintptr_t>(row) & 15)), vectors(whole_vectors) {
+        blocks = reinterpret_cast<const Vector*>(reinterpret_cast<uintptr_t>(row) - uintptr_t(skip));
+    }
+    RW_DEVICE Vector load(int i) const {
+        if (i == 0 || i >= vectors - 1) return load_elements(x + int64_t(i) * kPerVector<T>);
+        const Vector a = load16_cached(blocks + i), b = load16_cached(blocks + i + 1);
+        uint32_t w[8] = {a.words[0], a.words[1], a.words[2], a.words[3], b.words[0], b.words[1], b.words[2], b.words[3]};
+        if (skip & 8) {
+#pragma unroll
+            for (int j = 0; j < 6; ++j) w[j] = w[j + 2];
+        }
+        if (skip & 4) {
+#pragma unroll
+            for (int j = 0; j < 5; ++j) w[j] = w[j + 1];
+        }
+        const int bits = skip % 4 * 8;
+        return {shift_pair(w[0], w[1], bits), shift_pair(w[1], w[2], bits), shift_pair(w[2], w[3], bits), shift_pair(w[3], w[4], bits)};
+    }
+};
 
 }  // namespace
 }  // namespace reweight_ops

@@ -25,120 +25,148 @@ struct Derivatives {
     }
 };
 
-/// e·constant, e·(constant + log·t), or e·(constant + log·t + p_coef·e) times the softcap's slope; or one value in every column.
-enum class Terms { fill, plain, entropy, full };
+/// e·constant, e·(constant + log·t) or e·(constant + log·t + p_coef·e) times the softcap's slope; or one value in every column.
+/// With t = scale·x - base; of `far` and `full` t = scale·(x - base), as exponents of logits of any size have to be.
+enum class Terms { fill, plain, entropy, far, full };
 
-/// With e = 2^t, t = scale·x - ref, and p = 2^rest·e: what a gradient sweep needs to know of its row.
+/// With e = 2^t and p = 2^rest·e: what a gradient sweep needs to know of its row.
 struct RowGradient {
     Terms terms;
     float value;  // of a fill
-    float scale, ref, constant, log, p_coef;
+    float scale, base, constant, log, p_coef;
     float target;  // the gradient of the target
 };
 
-/// `rest`: log2 of p/e, and `factor` is 2^rest; all by the row's reference. NaN: there is no distribution.
-RW_DEVICE RowGradient row_gradient(const Derivatives& d, float temperature, float scale, float ref, float rest, float factor,
-                                   const Target& target, bool softcap) {
+/// Where a row's exponents start: `near` for one multiply-add a logit, relative to a product; else relative to a logit.
+struct Origin {
+    bool near;
+    float base;
+    float rest, factor;  // log2 of p/e, and 2^rest. NaN: there is no distribution
+};
+
+RW_DEVICE RowGradient row_gradient(const Derivatives& d, float temperature, float scale, const Origin& from, const Target& target, bool full) {
     RowGradient g{};
     g.terms = Terms::fill;
     g.scale = scale;
     if (d.all_zero()) return g;
     g.target = target.exact == -kInf ? 0.0f : d.at_target() * target.slope / temperature;
-    if (rest != rest) {
+    if (from.rest != from.rest) {
         g.value = g.target = kNaN;
         return g;
     }
     float constant = d.lse_coef - d.logp_coef;
-    g.terms = softcap ? Terms::full : Terms::plain;
-    g.ref = ref;
+    g.terms = full ? Terms::full : !from.near ? Terms::far : d.entropy_coef != 0 ? Terms::entropy : Terms::plain;
+    g.base = from.base;
     if (d.entropy_coef != 0) {
-        constant -= d.entropy_coef * fmaf(kLn2, rest, d.entropy);
-        g.log = -d.entropy_coef * kLn2 * factor / temperature;
-        if (!softcap) g.terms = Terms::entropy;
+        constant -= d.entropy_coef * fmaf(kLn2, from.rest, d.entropy);
+        g.log = -d.entropy_coef * kLn2 * from.factor / temperature;
     }
     if (d.p_sq_coef != 0) {
         constant -= 2.0f * d.p_sq_coef;
-        g.p_coef = 2.0f * d.p_sq_coef / expf(d.log_sum_p_sq) * factor * factor / temperature;
-        g.terms = Terms::full;
+        g.p_coef = 2.0f * d.p_sq_coef / expf(d.log_sum_p_sq) * from.factor * from.factor / temperature;
     }
-    g.constant = constant * factor / temperature;
+    g.constant = constant * from.factor / temperature;
     return g;
 }
 
-template <Terms kTerms>
+/// kBounded: x is not -inf.
+template <Terms kTerms, bool kBounded = false>
 RW_DEVICE float gradient_of(float x, const RowGradient& g, const Softcap& softcap) {
     if constexpr (kTerms == Terms::fill) return g.value;
     float slope = 1.0f;
     if constexpr (kTerms == Terms::full) {
         if (softcap.on) slope = softcap.apply(x);
     }
-    const float t = fmaf(x, g.scale, -g.ref), e = exp2_approximate(t);
+    const float t = kTerms == Terms::far || kTerms == Terms::full ? (x - g.base) * g.scale : fmaf(x, g.scale, -g.base);
+    const float e = exp2_approximate(t);
     if constexpr (kTerms == Terms::plain) return e * g.constant;
-    float factor = fmaf(fmaxf(t, kFloor), g.log, g.constant);
+    float factor = fmaf(kBounded ? t : fmaxf(t, kFloor), g.log, g.constant);
     if constexpr (kTerms == Terms::full) factor = fmaf(e, g.p_coef, factor) * slope;
     return e * factor;
 }
 
-/// From the last vectors to the first: what the statistics sweep read last is what the second-level cache still has. May be in place.
-template <class T, Terms kTerms, bool kAligned>
-RW_DEVICE void sweep_gradient(const T* x, T* out, int vocab, const RowGradient& g, const Softcap& softcap) {
-    // Registers: element by element, and with a softcap, they do not suffice for more.
-    constexpr int kInFlight = !kAligned ? 1 : kTerms == Terms::full ? kUnroll / 2 : kUnroll;
-    constexpr int n = kPerVector<T>, kStep = kThreads * kInFlight;
-    const int vectors = vocab / n, tail = vectors * n + thread_index();
-    if (tail < vocab) narrow(gradient_of<kTerms>(kTerms == Terms::fill ? 0.0f : widen(x[tail]), g, softcap), out[tail]);
-    for (int begin = (vectors - 1) / kStep * kStep + thread_index(); begin >= 0; begin -= kStep) {
-        Vector v[kInFlight];
-        if constexpr (kTerms != Terms::fill) {
+/// The gradient in place of a vector of logits.
+template <class T, Terms kTerms>
+RW_DEVICE Vector gradient_of(const Vector& v, const RowGradient& g, const Softcap& softcap) {
+    constexpr bool kBounded = kBoundsPairs<T> && kTerms == Terms::entropy;
+    float values[kPerVector<T>] = {};
+    if constexpr (kTerms != Terms::fill) unpack<T>(kBounded ? bounded(v) : v, values);
 #pragma unroll
-            for (int u = 0; u < kInFlight; ++u) {
-                const int i = begin + u * kThreads;
-                if (i < vectors) v[u] = load_vector(x + int64_t(i) * n, kAligned);
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < kInFlight; ++u) {
-            const int i = begin + u * kThreads;
-            if (i >= vectors) continue;
-            float values[n] = {};
-            if constexpr (kTerms != Terms::fill) unpack<T>(v[u], values);
-#pragma unroll
-            for (int j = 0; j < n; ++j) values[j] = gradient_of<kTerms>(values[j], g, softcap);
-            store_vector(out + int64_t(i) * n, values, kAligned);
-        }
+    for (int j = 0; j < kPerVector<T>; ++j) values[j] = gradient_of<kTerms, kBounded>(values[j], g, softcap);
+    return pack<T>(values);
+}
+
+/// f(terms) with those of a row, as a constant of the compiler. kFull: the kernel for softcap and Σp² terms, which has no others.
+template <bool kFull, class F>
+RW_DEVICE void with_terms(Terms terms, const F& f) {
+    if (terms == Terms::fill) {
+        f(std::integral_constant<Terms, Terms::fill>());
+    } else if constexpr (kFull) {
+        f(std::integral_constant<Terms, Terms::full>());
+    } else if (terms == Terms::plain) {
+        f(std::integral_constant<Terms, Terms::plain>());
+    } else if (terms == Terms::entropy) {
+        f(std::integral_constant<Terms, Terms::entropy>());
+    } else {
+        f(std::integral_constant<Terms, Terms::far>());
     }
 }
 
-/// The thread whose sweep writes a column, and which may therefore write it again without a barrier.
-template <class T>
-RW_DEVICE int owner(int column, int vocab) {
+/// One step of a gradient sweep: the vectors at `at`, at + kThreads, ... of both.
+template <class T, Terms kTerms, int kInFlight>
+RW_DEVICE void write_vectors(const T* x, T* out, int at, const RowGradient& g, const Softcap& softcap) {
     constexpr int n = kPerVector<T>;
-    const int tail = vocab / n * n;
-    return column < tail ? column / n % kThreads : column - tail;
+    Vector v[kInFlight] = {};
+    if constexpr (kTerms != Terms::fill) {
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) v[u] = load16(x + int64_t(at + u * kThreads) * n);
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) store16(out + int64_t(at + u * kThreads) * n, gradient_of<T, kTerms>(v[u], g, softcap));
+}
+
+/// Which columns of a row its threads write: `head` a thread each, whole vectors, and what is left a thread each. A gradient depends on no order, so
+/// that vectors are where they are aligned in memory, if logits and gradient agree about it; else everything goes element by element.
+struct GradientColumns {
+    int head, vectors;
+
+    template <class T>
+    RW_DEVICE GradientColumns(const T* x, const T* out, bool reads, int vocab) {
+        const auto off = [](const T* p) { return int(reinterpret_cast<uintptr_t>(p) & 15); };
+        head = (16 - off(out)) % 16 / int(sizeof(T));
+        if (head > vocab) head = vocab;
+        vectors = !reads || off(x) == off(out) ? (vocab - head) / kPerVector<T> : 0;
+    }
+    /// The thread that writes a column, and which may therefore write it again without a barrier.
+    template <class T>
+    RW_DEVICE int owner(int column) const {
+        const int in_vectors = column - head, after = in_vectors - vectors * kPerVector<T>;
+        return (in_vectors < 0 ? column : after < 0 ? in_vectors / kPerVector<T> : after) % kThreads;
+    }
+};
+
+/// From the last columns to the first: what the statistics sweep read last is what the second-level cache still has. May be in place.
+template <class T, Terms kTerms>
+RW_DEVICE void sweep_gradient(const T* x, T* out, int vocab, const GradientColumns& columns, const RowGradient& g, const Softcap& softcap) {
+    // Registers: with a softcap, they do not suffice for more.
+    constexpr int kInFlight = kTerms == Terms::far ? 1 : kTerms == Terms::full ? kUnroll / 2 : kUnroll;
+    constexpr int n = kPerVector<T>, kStep = kThreads * kInFlight;
+    const auto write = [&](int column) { narrow(gradient_of<kTerms>(kTerms == Terms::fill ? 0.0f : widen(x[column]), g, softcap), out[column]); };
+    const int whole = columns.vectors / kStep * kStep;
+    for (int column = columns.head + columns.vectors * n + thread_index(); column < vocab; column += kThreads) write(column);
+    const T* const from = x + columns.head;
+    T* const to = out + columns.head;
+    for (int at = whole + thread_index(); at < columns.vectors; at += kThreads) write_vectors<T, kTerms, 1>(from, to, at, g, softcap);
+    for (int at = whole - kStep + thread_index(); at >= 0; at -= kStep) write_vectors<T, kTerms, kInFlight>(from, to, at, g, softcap);
+    if (thread_index() < columns.head) write(thread_index());
 }
 
 /// Writes one gradient row, padding included. kFull: with softcap or Σp² terms.
 template <class T, bool kFull>
 RW_DEVICE void write_gradient(const T* x, T* out, int vocab, int columns, int target, const RowGradient& g, const Softcap& softcap) {
-    const bool aligned = is_aligned(out) && (g.terms == Terms::fill || is_aligned(x));
-    const auto sweep = [&](auto terms) {
-        constexpr Terms kTerms = decltype(terms)::value;
-        if (aligned) {
-            sweep_gradient<T, kTerms, true>(x, out, vocab, g, softcap);
-        } else {
-            sweep_gradient<T, kTerms, false>(x, out, vocab, g, softcap);
-        }
-    };
-    if (g.terms == Terms::fill) {
-        sweep(std::integral_constant<Terms, Terms::fill>());
-    } else if (kFull) {
-        if constexpr (kFull) sweep(std::integral_constant<Terms, Terms::full>());
-    } else if (g.terms == Terms::entropy) {
-        if constexpr (!kFull) sweep(std::integral_constant<Terms, Terms::entropy>());
-    } else {
-        if constexpr (!kFull) sweep(std::integral_constant<Terms, Terms::plain>());
-    }
-    if (target >= 0 && owner<T>(target, vocab) == thread_index()) narrow(g.target, out[target]);
+    const GradientColumns division(x, out, g.terms != Terms::fill, vocab);
+    with_terms<kFull>(g.terms, [&](auto terms) { sweep_gradient<T, decltype(terms)::value>(x, out, vocab, division, g, softcap); });
+    if (target >= 0 && division.owner<T>(target) == thread_index()) narrow(g.target, out[target]);
     for (int64_t column = vocab + thread_index(); column < columns; column += kThreads) narrow(0.0f, out[column]);
 }
 

@@ -11,6 +11,10 @@ struct alignas(16) Vector {
     uint32_t words[4];
 };
 
+/// Two of each: while some threads still read one, others write the next.
+template <class T>
+using DoubleBuffer = T[2];
+
 /// The bits of a 16-bit number.
 struct Bf16 {
     uint16_t bits;
@@ -43,6 +47,11 @@ RW_DEVICE int64_t block_count() { return gridDim.x; }
 RW_DEVICE void barrier() { __syncthreads(); }
 RW_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
+RW_DEVICE float broadcast(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+/// The lanes of the warp for which it holds, a bit each.
+RW_DEVICE uint32_t ballot(bool holds) { return __ballot_sync(0xffffffffu, holds); }
+RW_DEVICE int lowest_bit(uint32_t bits) { return __ffs(int(bits)) - 1; }
+
 /// 2^x with a relative error of at most 2^-22; 0 below 2^-126.
 RW_DEVICE float exp2_approximate(float x) {
     float y;
@@ -62,6 +71,14 @@ RW_DEVICE Vector load16(const void* p) {
 RW_DEVICE void store16(void* p, Vector v) {
     asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
                  : "memory");
+}
+
+/// The 32 bits that begin `bits` into two words, the lower of which comes first.
+RW_DEVICE uint32_t shift_pair(uint32_t low, uint32_t high, int bits) { return __funnelshift_r(low, high, uint32_t(bits)); }
+/// Through L1: whoever reads every vector twice.
+RW_DEVICE Vector load16_cached(const void* p) {
+    const uint4 v = *static_cast<const uint4*>(p);
+    return {v.x, v.y, v.z, v.w};
 }
 
 RW_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -85,6 +102,28 @@ RW_DEVICE uint32_t narrow_pair<F16>(float first, float second) {
     uint32_t word;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
     return word;
+}
+
+/// The larger of two pairs, each half by itself; a NaN is no maximum.
+template <class T>
+RW_DEVICE uint32_t max_pair(uint32_t a, uint32_t b);
+template <>
+RW_DEVICE uint32_t max_pair<Bf16>(uint32_t a, uint32_t b) {
+    uint32_t m;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
+    return m;
+}
+template <>
+RW_DEVICE uint32_t max_pair<F16>(uint32_t a, uint32_t b) {
+    uint32_t m;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
+    return m;
+}
+/// The same, but a NaN stays.
+RW_DEVICE uint32_t max_pair_or_nan(uint32_t a, uint32_t b) {
+    uint32_t m;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
+    return m;
 }
 
 }  // namespace reweight_ops

@@ -1,10 +1,13 @@
 // token_loss_grad with the row on chip, for sm_90 and later: a logit is read once and its gradient written once.
 //
 // A persistent cluster of blocks works on one row after another, each block on its slice. The shared memory of a block is a ring of tiles,
-// filled by bulk copies that run across the ends of rows as far ahead as the ring allows. In a block,
-//   the mover's thread    copies logits in, and gradients out where logits were, tile by tile;
-//   8 computing warps     sweep statistics of a row, then the gradient of the row before it, in place: S(0) S(1) G(0) S(2) G(1) ...
-//   the evaluator's warp  exchanges sums with the other blocks, evaluates the row's rules and gives the gradient its constants, meanwhile.
+// filled by bulk loads that run across the ends of rows as far ahead as the ring allows. In a block,
+//   the load warp's thread  loads logits, and stores gradients from where logits were, tile by tile;
+//   8 computing warps       sweep statistics of a row and write the gradient of the row before it, in place;
+//   the rule warp           exchanges sums with the other blocks, evaluates the row's rules and gives the gradient its constants, meanwhile.
+// Where a whole row fits ahead, statistics of row k + 1 are complete before the gradient of row k: S(0) S(1) G(0) S(2) G(1) ... Else the ring holds a
+// row and the first tiles of the next: first S(k + 1) of those, G(k) but for as many tiles, S(k + 1) of the others, and then the rest of G(k), so
+// that memory has something to do while the sums of row k + 1 are exchanged.
 // Every wait is on a barrier in shared memory; after the start no barrier is for all threads.
 //
 // Sums are added in the order of slices.h, and the rest is the streaming kernel's own code: both give the same bits.
@@ -16,153 +19,211 @@
 namespace reweight_ops {
 namespace {
 
-// ---- the mover
-
-/// The tiles of a block, in order.
-struct Walk {
-    int64_t row;
-    int tile = 0;
-    Turn turn;
-
-    RW_DEVICE explicit Walk(int64_t first) : row(first) {}
-    RW_DEVICE void next(const Call& call, const Share& share, int tiles) {
-        turn.next(tiles);
-        if (++tile < share.tiles) return;
-        tile = 0;
-        row = share.from(call, row + share.clusters);
-    }
-};
+// ---- the load warp
 
 template <class T>
-RW_DEVICE void move_tiles(const RingCall& call, const Share& share, const Ring& ring) {
-    if (share.tiles == 0) return;
-    const uint64_t policy = evict_first();
-    const int64_t first = share.from(call, share.cluster);
-    const auto column = [&](const Walk& w) { return (share.begin + int64_t(w.tile) * kTileVectors) * kPerVector<T>; };
-    const auto load_next = [&](Walk& in) {
-        if (in.row >= call.rows) return;
-        const int bytes = share.tile_vectors(in.tile) * 16;
-        Barrier& full = ring.full(in.turn.index);
+RW_DEVICE void move_tiles(const RingCall& call, const BlockSlice& slice, const Ring& ring) {
+    if (slice.tiles == 0) return;
+    const uint64_t loads = RW_RING_LOADS(), stores = RW_RING_STORED();
+    const auto element = [&](const TileCursor& at) { return at.offset + (slice.begin + at.tile * kTileVectors) * int64_t(kPerVector<T>); };
+    const auto load_next = [&](TileCursor& in) {
+        if (!in.rows.more()) return;
+        const int bytes = slice.tile_vectors(in.tile) * 16;
+        Barrier& full = ring.full(in.state.index);
         arrive_expecting(full, bytes);
-        copy_in(ring.tile(in.turn.index), static_cast<const T*>(call.logits) + call.strides.offset(in.row) + column(in), bytes, full, policy);
-        in.next(call, share, ring.tiles);
+        bulk_load(ring.tile(in.state.index), static_cast<const T*>(call.logits) + element(in), bytes, full, loads);
+        in.advance(call, slice, call.strides, ring.tiles);
     };
-    Walk in(first), out(first);
+    TileCursor in(call, slice, call.strides), out(call, slice, call.out_strides);
     for (int i = 0; i < ring.tiles; ++i) load_next(in);
-    for (bool refill = false; out.row < call.rows; refill = true) {
-        wait(ring.done(out.turn.index), out.turn.parity);
-        copy_out(static_cast<T*>(call.out) + call.out_strides.offset(out.row) + column(out), ring.tile(out.turn.index), share.tile_vectors(out.tile) * 16, policy);
-        if (refill) {  // the tile before this one
-            wait_until_read_but_last();
-            load_next(in);
+    for (int stored = 0; out.rows.more(); ++stored) {
+        wait(ring.empty(out.state.index), out.state.phase);
+        if constexpr (!kDirect) {
+            bulk_store(static_cast<T*>(call.out) + element(out), ring.tile(out.state.index), slice.tile_vectors(out.tile) * 16, stores);
+            wait_group_read<kStoresInFlight>();
         }
-        out.next(call, share, ring.tiles);
+        if (stored >= kStoresInFlight) load_next(in);  // where the tile was that is no longer in motion
+        out.advance(call, slice, call.out_strides, ring.tiles);
     }
-    wait_until_copied();
+    if constexpr (!kDirect) wait_group<0>();
 }
 
-// ---- the evaluator
+// ---- the rule warp
 
-RW_DEVICE Vector as_vector(const Partial& s) { return {as_bits(s.top), as_bits(s.sum), as_bits(s.dot), as_bits(s.sum_sq)}; }
+RW_DEVICE Vector as_vector(const Partial& s) { return {as_bits(s.top), as_bits(s.rest), as_bits(s.dot), as_bits(s.sum_sq)}; }
 RW_DEVICE Partial as_partial(const Vector& v) { return {as_float(v.words[0]), as_float(v.words[1]), as_float(v.words[2]), as_float(v.words[3])}; }
 
+/// Brings near what the row's rules will read, by a lane each.
+RW_DEVICE void prefetch_inputs(const LossGradCall& call, int64_t i, int lane) {
+    const float* const inputs[] = {call.old_logp, call.adv, call.ref_logp, call.sampling_logp};
+    const float* at = nullptr;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        if (lane == k && inputs[k]) at = inputs[k] + i;
+    }
+    if (lane >= 4 && lane < 4 + call.program.terms) at = call.row_weights + (lane - 4) * call.row_weights_step + i;
+    if (at) prefetch(at);
+}
+
 template <class T>
-RW_DEVICE void evaluate_rows(const RingCall& call, const Share& share, const Ring& ring) {
+RW_DEVICE void evaluate_rows(const RingCall& call, const BlockSlice& slice, const Ring& ring) {
     const Softcap softcap(call.softcap);
     const int lane = thread_index() % 32;
     const auto skip = [&](int64_t i) {
-        if (share.rank == 0 && lane == 0) put_invalid_row(call, i);
+        if (slice.rank == 0 && lane == 0) put_invalid_row(call, i);
     };
-    Turn turn;
-    for (int64_t i = share.from(call, share.cluster, skip); i < call.rows; i = share.from(call, i + share.clusters, skip)) {
-        Place& place = ring.place(turn.index);
-        const Row<T> row(call, i);
+    PipelineState state;
+    for (RowCursor rows(call, slice, skip); rows.more(); rows.advance(call, skip)) {
+        const int64_t i = rows.now.row;
+        RowStage& stage = ring.stage(state.index);
+        prefetch_inputs(call, i, lane);
+        const Row<T> row(call, i, rows.now.id, rows.now.temperature);
         // The target's logit is read by the block that will overwrite it, and before anybody can: they wait for the message that has it.
         const int vector = row.target / kPerVector<T>;
-        const int owner = vector < share.slices.vectors ? vector / share.slices.each : share.slices.count - 1;
-        const float target = row.target >= 0 && owner == share.rank ? widen(row.x[row.target]) : -kInf;
-        if (lane == 0) arrive_expecting(place.exchanged, share.slices.count * int(sizeof(Message)));
-        wait(place.swept, turn.parity);
-        const Partial own = merge_slice(place.partials, row.scale);
-        if (lane < share.slices.count) {
-            send(as_vector(own), &place.messages[share.rank].sums, place.exchanged, lane);
-            send({as_bits(target)}, &place.messages[share.rank].target, place.exchanged, lane);
+        const int owner = vector < slice.slices.vectors ? vector / slice.slices.each : slice.slices.count - 1;
+        const float target = row.target >= 0 && owner == slice.rank ? widen(row.x[row.target]) : -kInf;
+        if (lane == 0) arrive_expecting(stage.cluster_full, slice.slices.count * int(sizeof(Message)));
+        wait(stage.partials_full, state.phase);
+        const Partial own = merge_slice(stage.partials, row.scale);
+        if (lane < slice.slices.count) {
+            send(as_vector(own), &stage.messages[slice.rank].sums, stage.cluster_full, lane);
+            send({as_bits(target)}, &stage.messages[slice.rank].target, stage.cluster_full, lane);
         }
         if (lane == 0) {
-            wait_for_cluster(place.exchanged, turn.parity);
+            wait_for_cluster(stage.cluster_full, state.phase);
             Partial sums{-kInf, 0.0f, 0.0f, 0.0f};
-            for (int slice = 0; slice < share.slices.count; ++slice) sums = merge(sums, as_partial(load_shared(&place.messages[slice].sums)), row.scale);
-            const Target known = row.target < 0 ? Target() : Target(as_float(load_shared(&place.messages[owner].target).words[0]), softcap);
-            place.gradient = loss_of_row(call, i, row, with_exact_top(sums, row.scale), known, share.rank == 0, softcap);
-            place.target = row.target;
-            arrive(place.ready);
+            for (int from = 0; from < slice.slices.count; ++from) sums = merge(sums, as_partial(load_shared(&stage.messages[from].sums)), row.scale);
+            const Target known = row.target < 0 ? Target() : Target(as_float(load_shared(&stage.messages[owner].target).words[0]), softcap);
+            stage.gradient = loss_of_row(call, i, row, sums, known, slice.rank == 0, softcap);
+            stage.target = row.target;
+            stage.row = i;
+            arrive(stage.gradient_full);
         }
         warp_barrier();  // the others would wait for the next row's sums in this warp's time
-        turn.next(kPlaces);
+        state.advance(kStages);
     }
 }
 
 // ---- the computing warps
 
+/// Adds tiles [from, to) of the slice to a thread's sums.
 template <class T, Sums kSums>
-RW_DEVICE void sweep_row(const RingCall& call, const Share& share, const Ring& ring, int64_t i, Turn& tile, Place& place, const Softcap& softcap) {
-    const Row<T> row(call, i);
-    Partial s{-kInf, 0.0f, 0.0f, 0.0f};
-    for (int t = 0; t < share.tiles; ++t) {
-        const int end = share.tile_vectors(t);
-        wait(ring.full(tile.index), tile.parity);
+RW_DEVICE void sweep_tiles(const BlockSlice& slice, const Ring& ring, int from, int to, PipelineState& tile, Sweep& s, float scale, const Softcap& softcap) {
+    const int whole = to < slice.whole_tiles ? to : slice.whole_tiles;
+    for (int t = from; t < whole; ++t) {
+        wait(ring.full(tile.index), tile.phase);
+        const Vector* const vectors = ring.tile(tile.index) + thread_index();
+        Vector v[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) v[u] = load_shared(vectors + u * kThreads);
+        absorb_tile<T, kSums>(s, v, scale, softcap);
+        tile.advance(ring.tiles);
+    }
+    if (from > slice.whole_tiles || to <= slice.whole_tiles) return;
+    wait(ring.full(tile.index), tile.phase);
+    const Vector* const vectors = ring.tile(tile.index) + thread_index();
+    const int left = slice.vectors - slice.whole_tiles * kTileVectors - thread_index();
+    if (left > 0) {
         Vector v[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-            const int at = thread_index() + u * kThreads;
             v[u] = minus_infinities<T>();
-            if (at < end) v[u] = load_shared(ring.tile(tile.index) + at);
+            if (u * kThreads < left) v[u] = load_shared(vectors + u * kThreads);
         }
-        if (thread_index() < end) absorb_tile<T, kSums>(s, v, row.scale, softcap);
-        tile.next(ring.tiles);
+        absorb_tile<T, kSums>(s, v, scale, softcap);
     }
-    if (share.is_last()) absorb_tail<T, kSums>(s, row.x, int(call.vocab_size), row.scale, softcap);
-    s = merge_lanes<32>(s, row.scale);
+    tile.advance(ring.tiles);
+}
+
+/// Gives the warp's sums of a row whose first tile is at `first`: all of them are still in the ring.
+template <class T, Sums kSums>
+RW_DEVICE void finish_sweep(const RingCall& call, const BlockSlice& slice, const Ring& ring, int64_t i, int first, Sweep& s, float scale, RowStage& stage,
+                            const Softcap& softcap) {
+    const int vocab = int(call.vocab_size);
+    const bool has_tail = slice.is_last() && vocab % kPerVector<T> != 0;
+    const T* const x = static_cast<const T*>(call.logits) + (has_tail ? call.strides.offset(i) : 0);
+    if (has_tail) absorb_tail<T, kSums>(s, x, vocab, scale, softcap);
+    const Partial sums = merge_warp<kSums>(s, scale, softcap, [&](int thread, const auto& f) {
+        const auto load = [&](int vector) {
+            const int tile = first + vector / kTileVectors;
+            return load_shared(ring.tile(tile < ring.tiles ? tile : tile - ring.tiles) + vector % kTileVectors);
+        };
+        for_each_of<T>(thread, slice.vectors, load, f);
+        const int tail = has_tail && thread_index() % 32 == 0 ? tail_of<T>(thread, vocab) : -1;
+        if (tail >= 0) f(widen(x[tail]));
+    });
     if (thread_index() % 32 == 0) {
-        place.partials[thread_index() / 32] = s;
-        arrive(place.swept);
+        stage.partials[thread_index() / 32] = sums;
+        arrive(stage.partials_full);
     }
 }
 
-/// The gradient of a slice in the place of its logits. `target`: its column, or -1.
+/// A row whose gradient is being written: g, its target's column or -1, and where it goes.
+template <class T>
+struct Output {
+    RowGradient g;
+    int target;
+    T* slice;  // the block's first column; used for direct stores alone
+    uint64_t policy;
+};
+
+/// The gradient of tiles [from, to) of the slice, in the place of their logits or directly to memory.
 template <class T, Terms kTerms>
-RW_DEVICE void write_tiles(const Share& share, const Ring& ring, Turn& tile, const RowGradient& g, int target, const Softcap& softcap) {
+RW_DEVICE void write_tiles(const BlockSlice& slice, const Ring& ring, int from, int to, PipelineState& tile, const Output<T>& out, const Softcap& softcap) {
     constexpr int n = kPerVector<T>;
-    for (int t = 0; t < share.tiles; ++t) {
-        Vector* const vectors = ring.tile(tile.index);
-        const int end = share.tile_vectors(t);
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int at = thread_index() + u * kThreads;
-            if (at >= end) continue;
-            float values[n] = {};
-            if constexpr (kTerms != Terms::fill) unpack<T>(load_shared(vectors + at), values);
-#pragma unroll
-            for (int j = 0; j < n; ++j) values[j] = gradient_of<kTerms>(values[j], g, softcap);
-            store_shared(vectors + at, pack<T>(values));
+    const int in_slice = out.target - slice.begin * n;  // the target's column
+    const bool has_target = out.target >= 0 && in_slice >= 0 && in_slice < slice.vectors * n && in_slice / n % kThreads == thread_index();
+    const int target_tile = has_target ? in_slice / (kTileVectors * n) : -1;
+    const auto write = [&](int t, int at, const Vector& v) {
+        if constexpr (kDirect) {
+            store16(out.slice + (int64_t(t) * kTileVectors + at) * n, v, out.policy);
+        } else {
+            store_shared(ring.tile(tile.index) + at, v);
         }
-        const int in_tile = target < 0 ? -1 : target - (share.begin + t * kTileVectors) * n;
-        if (in_tile >= 0 && in_tile < end * n && in_tile / n % kThreads == thread_index()) {
+    };
+    const auto finish_tile = [&](int t) {
+        if (t == target_tile) {
             T value;
-            narrow(g.target, value);
-            store_shared(reinterpret_cast<T*>(vectors) + in_tile, value);
+            narrow(out.g.target, value);
+            const int at = in_slice - t * (kTileVectors * n);
+            if constexpr (kDirect) {
+                out.slice[in_slice] = value;
+            } else {
+                store_shared(reinterpret_cast<T*>(ring.tile(tile.index)) + at, value);
+            }
         }
-        release_to_copies(ring.done(tile.index));
-        tile.next(ring.tiles);
+        if constexpr (kDirect) {
+            release(ring.empty(tile.index));
+        } else {
+            release_written(ring.empty(tile.index));
+        }
+        tile.advance(ring.tiles);
+    };
+    const int whole = to < slice.whole_tiles ? to : slice.whole_tiles;
+    for (int t = from; t < whole; ++t) {
+        const Vector* const vectors = ring.tile(tile.index) + thread_index();
+        Vector v[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) v[u] = load_shared(vectors + u * kThreads);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) write(t, thread_index() + u * kThreads, gradient_of<T, kTerms>(v[u], out.g, softcap));
+        finish_tile(t);
     }
+    if (from > slice.whole_tiles || to <= slice.whole_tiles) return;
+    const int end = slice.vectors - slice.whole_tiles * kTileVectors;
+#pragma unroll 1
+    for (int at = thread_index(); at < end; at += kThreads) {
+        write(slice.whole_tiles, at, gradient_of<T, kTerms>(load_shared(ring.tile(tile.index) + at), out.g, softcap));
+    }
+    finish_tile(slice.whole_tiles);
 }
 
-/// The columns that no copy brings: those after the last whole vector, and padding.
+/// The columns that are in no tile: those after the last whole vector, and padding.
 template <class T, Terms kTerms>
 RW_DEVICE void write_tail(const RingCall& call, int64_t i, const RowGradient& g, int target, const Softcap& softcap) {
-    const int vocab = int(call.vocab_size), tail = vocab / kPerVector<T> * kPerVector<T> + thread_index();
+    const int vocab = int(call.vocab_size), tail = tail_of<T>(thread_index(), vocab);
     T* const out = static_cast<T*>(call.out) + call.out_strides.offset(i);
-    if (tail < vocab) {
+    if (tail >= 0) {
         const T* const x = static_cast<const T*>(call.logits) + call.strides.offset(i);
         const float logit = kTerms == Terms::fill ? 0.0f : widen(x[tail]);
         narrow(tail == target ? g.target : gradient_of<kTerms>(logit, g, softcap), out[tail]);
@@ -170,48 +231,65 @@ RW_DEVICE void write_tail(const RingCall& call, int64_t i, const RowGradient& g,
     for (int64_t column = vocab + thread_index(); column < call.columns; column += kThreads) narrow(0.0f, out[column]);
 }
 
+/// The gradient of tiles [from, to) of the row at `stage`; with the last ones, of what is in no tile.
 template <class T, bool kFull>
-RW_DEVICE void write_row(const RingCall& call, const Share& share, const Ring& ring, int64_t i, Turn& tile, Place& place, int parity, const Softcap& softcap) {
-    wait(place.ready, parity);
-    const RowGradient g = place.gradient;
-    const int target = place.target;
-    const auto write = [&](auto terms) {
-        constexpr Terms kTerms = decltype(terms)::value;
-        write_tiles<T, kTerms>(share, ring, tile, g, target, softcap);
-        if (share.is_last()) write_tail<T, kTerms>(call, i, g, target, softcap);
-    };
-    if (g.terms == Terms::fill) {
-        write(std::integral_constant<Terms, Terms::fill>());
-    } else if constexpr (kFull) {
-        write(std::integral_constant<Terms, Terms::full>());
-    } else if (g.terms == Terms::entropy) {
-        write(std::integral_constant<Terms, Terms::entropy>());
-    } else {
-        write(std::integral_constant<Terms, Terms::plain>());
+RW_DEVICE void write_row(const RingCall& call, const BlockSlice& slice, const Ring& ring, int from, int to, bool last, PipelineState& tile,
+                         const PipelineState& at, const Softcap& softcap) {
+    const RowStage& stage = ring.stage(at.index);
+    wait(stage.gradient_full, at.phase);
+    Output<T> out{stage.gradient, stage.target, nullptr, 0};
+    if constexpr (kDirect) {
+        out.slice = static_cast<T*>(call.out) + call.out_strides.offset(stage.row) + int64_t(slice.begin) * kPerVector<T>;
+        out.policy = RW_RING_STORED();
     }
+    const bool has_tail = last && slice.is_last() && (call.columns > call.vocab_size || call.vocab_size % kPerVector<T>);
+    with_terms<kFull>(out.g.terms, [&](auto terms) {
+        constexpr Terms kTerms = decltype(terms)::value;
+        write_tiles<T, kTerms>(slice, ring, from, to, tile, out, softcap);
+        if (has_tail) write_tail<T, kTerms>(call, stage.row, out.g, out.target, softcap);
+    });
 }
 
 /// A row that holds nothing to compute is not in the ring: zeros, written to memory.
 template <class T>
-RW_DEVICE void write_zeros(const RingCall& call, const Share& share, int64_t i) {
+RW_DEVICE void write_zeros(const RingCall& call, const BlockSlice& slice, int64_t i) {
     T* const out = static_cast<T*>(call.out) + call.out_strides.offset(i);
-    for (int at = thread_index(); at < share.vectors; at += kThreads) store16(out + (share.begin + int64_t(at)) * kPerVector<T>, Vector{});
-    if (share.is_last()) write_tail<T, Terms::fill>(call, i, RowGradient{}, -1, Softcap(kInf));
+    for (int at = thread_index(); at < slice.vectors; at += kThreads) store16(out + (slice.begin + int64_t(at)) * kPerVector<T>, Vector{});
+    if (slice.is_last()) write_tail<T, Terms::fill>(call, i, RowGradient{}, -1, Softcap(kInf));
 }
 
 template <class T, bool kFull>
-RW_DEVICE void compute_rows(const RingCall& call, const Share& share, const Ring& ring) {
+RW_DEVICE void compute_rows(const RingCall& call, const BlockSlice& slice, const Ring& ring) {
+    constexpr Sums kSums = kFull ? Sums::full : Sums::entropy;
     const Softcap softcap(call.softcap);
-    const auto skip = [&](int64_t i) { write_zeros<T>(call, share, i); };
-    Turn swept, written, place, place_before;
-    int64_t before = -1;
-    for (int64_t i = share.from(call, share.cluster, skip);; i = share.from(call, i + share.clusters, skip)) {
-        if (i < call.rows) sweep_row<T, kFull ? Sums::full : Sums::entropy>(call, share, ring, i, swept, ring.place(place.index), softcap);
-        if (before >= 0) write_row<T, kFull>(call, share, ring, before, written, ring.place(place_before.index), place_before.parity, softcap);
-        if (i >= call.rows) break;
-        before = i;
-        place_before = place;
-        place.next(kPlaces);
+    const auto skip = [&](int64_t i) { write_zeros<T>(call, slice, i); };
+    const Lookahead look(ring.tiles, slice.tiles);
+    const int at_once = slice.tiles - look.kept;
+    PipelineState swept, written, sums_stage, gradient_stage;  // tiles, and rows
+    int pending = 0;                                           // rows whose sums are given and whose gradient is not written
+    RowCursor rows(call, slice, skip);
+    while (rows.more() || pending) {
+        const bool sweeps = rows.more(), writes = pending == look.rows || !sweeps;
+        const float scale = kLog2e / rows.now.temperature;
+        const int first = swept.index;
+        Sweep s;
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+            if (sweeps) sweep_tiles<T, kSums>(slice, ring, half ? look.ahead : 0, half ? slice.tiles : look.ahead, swept, s, scale, softcap);
+            if (sweeps && half) finish_sweep<T, kSums>(call, slice, ring, rows.now.row, first, s, scale, ring.stage(sums_stage.index), softcap);
+            if (writes && (half || at_once)) {
+                write_row<T, kFull>(call, slice, ring, half ? at_once : 0, half ? slice.tiles : at_once, half, written, gradient_stage, softcap);
+            }
+        }
+        if (writes) {
+            gradient_stage.advance(kStages);
+            --pending;
+        }
+        if (sweeps) {
+            sums_stage.advance(kStages);
+            ++pending;
+            rows.advance(call, skip);
+        }
     }
 }
 
@@ -220,16 +298,16 @@ RW_KERNEL(kRingThreads, 1) ring_kernel(RW_PARAMETER RingCall call) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     RW_DYNAMIC_SHARED(bytes);
     const Ring ring{bytes, call.tiles};
-    const Share share(call, kPerVector<T>);
+    const BlockSlice slice(call, kPerVector<T>);
     const int warp = thread_index() / 32;
     if (thread_index() == 0) ring.initialize_barriers();
     cluster_barrier();
     if (warp < kWarps) {
-        compute_rows<T, kFull>(call, share, ring);
-    } else if (warp == kEvaluator) {
-        evaluate_rows<T>(call, share, ring);
-    } else if (thread_index() == kMover * 32) {
-        move_tiles<T>(call, share, ring);
+        compute_rows<T, kFull>(call, slice, ring);
+    } else if (warp == kRuleWarp) {
+        evaluate_rows<T>(call, slice, ring);
+    } else if (thread_index() == kLoadWarp * 32) {
+        move_tiles<T>(call, slice, ring);
     }
     // No barrier at the end: whatever is sent to a block, it has waited for.
 #endif

@@ -4,97 +4,170 @@
 #include "asynchronous.h"
 #include "row.h"
 #include "slices.h"
+#include "variants.h"
 
 namespace reweight_ops {
 
 struct RingCall : LossGradCall {
-    int tiles;  // that fit in the ring: more than two rows' worth
+    int tiles;  // that fit in the ring
 };
 
 namespace {
 
 /// 8 warps compute, one moves tiles, one evaluates rows.
-constexpr int kMover = kWarps, kEvaluator = kWarps + 1, kRingThreads = kThreads + 64;
+constexpr int kLoadWarp = kWarps, kRuleWarp = kWarps + 1, kRingThreads = kThreads + 64;
 
 /// What a block of the cluster tells the others of a row: the sums of its slice, and the target's logit if that is in its slice.
 struct Message {
     Vector sums, target;
 };
 
-/// A row on its way through the block. Two rows are: a block sends row k after it has this block's message of row k - 1, which is sent when row
-/// k - 2 is evaluated; and its warps have written the gradient of row k - 2 when they give the sums of row k.
-struct Place {
+/// A row on its way through the block. A block sends row k after it has this block's message of row k - 1, which is sent when row k - 2 is evaluated;
+/// and its warps have written the gradient of row k - kStages when they give the sums of row k.
+struct RowStage {
     Message messages[kMaxSlices];
     SlicePartials partials;
     RowGradient gradient;
     int target;
-    Barrier swept;      // the warps' sums are in
-    Barrier exchanged;  // the messages of all blocks are in
-    Barrier ready;      // the gradient's constants are in
+    int64_t row;
+    Barrier partials_full;  // the warps' sums are in
+    Barrier cluster_full;   // the messages of all blocks are in
+    Barrier gradient_full;  // the gradient's constants are in
 };
-constexpr int kPlaces = 2;
+constexpr int kStages = kRowsAhead + 1;
 
-/// The place and the phase of something that comes round.
-struct Turn {
-    int index = 0, parity = 0;
-    RW_DEVICE void next(int count) {
+/// Which of several buffers that come round is next, and the parity of the phase to wait for there.
+struct PipelineState {
+    int index = 0, phase = 0;
+    RW_DEVICE void advance(int count) {
         if (++index < count) return;
         index = 0;
-        parity ^= 1;
+        phase ^= 1;
     }
 };
 
-static_assert(kBytesPerTile == kTileBytes + 2 * sizeof(Barrier) && kBytesBesides >= kPlaces * sizeof(Place));
+static_assert(kBytesPerTile == kTileBytes + 2 * sizeof(Barrier) && kBytesBesides >= kStages * sizeof(RowStage));
 
 /// Shared memory of a block.
 struct Ring {
     unsigned char* bytes;  // aligned to 128
     int tiles;
 
-    RW_DEVICE Vector* tile(int i) const { return reinterpret_cast<Vector*>(bytes + int64_t(i) * kTileBytes); }
-    RW_DEVICE Place& place(int i) const { return reinterpret_cast<Place*>(bytes + int64_t(tiles) * kTileBytes)[i]; }
-    RW_DEVICE Barrier& full(int i) const { return reinterpret_cast<Barrier*>(&place(kPlaces))[i]; }  // the logits are in
-    RW_DEVICE Barrier& done(int i) const { return full(tiles + i); }                                  // the gradient is in
+    RW_DEVICE Vector* tile(int i) const { return reinterpret_cast<Vector*>(bytes + i * kTileBytes); }
+    RW_DEVICE RowStage& stage(int i) const { return reinterpret_cast<RowStage*>(bytes + tiles * kTileBytes)[i]; }
+    RW_DEVICE Barrier& full(int i) const { return reinterpret_cast<Barrier*>(&stage(kStages))[i]; }  // the logits are in
+    RW_DEVICE Barrier& empty(int i) const { return full(tiles + i); }  // the warps are through: they have left the gradient there, or written it
 
     RW_DEVICE void initialize_barriers() const {
         for (int i = 0; i < tiles; ++i) {
             initialize(full(i), 1);
-            initialize(done(i), kWarps);
+            initialize(empty(i), kWarps);
         }
-        for (int i = 0; i < kPlaces; ++i) {
-            initialize(place(i).swept, kWarps);
-            initialize(place(i).exchanged, 1);
-            initialize(place(i).ready, 1);
+        for (int i = 0; i < kStages; ++i) {
+            initialize(stage(i).partials_full, kWarps);
+            initialize(stage(i).cluster_full, 1);
+            initialize(stage(i).gradient_full, 1);
         }
         publish_barriers();
     }
 };
 
 /// A block's share: a slice of every row of its cluster.
-struct Share {
+struct BlockSlice {
     Slices slices;
-    int rank, begin, vectors, tiles;
-    int64_t cluster, clusters;
+    int rank, begin, vectors, tiles, whole_tiles;
+    int64_t first, step, end;  // the cluster's rows
 
-    RW_DEVICE Share(const Call& call, int per_vector) : slices(int(call.vocab_size) / per_vector) {
+    RW_DEVICE BlockSlice(const Call& call, int per_vector) : slices(int(call.vocab_size) / per_vector) {
         rank = cluster_rank();
         begin = slices.begin(rank);
         vectors = slices.end(rank) - begin;
         tiles = (vectors + kTileVectors - 1) / kTileVectors;
-        cluster = block_index() / slices.count;
-        clusters = block_count() / slices.count;
+        whole_tiles = vectors / kTileVectors;
+        const int64_t cluster = block_index() / slices.count, clusters = block_count() / slices.count;
+        if (kNeighbours) {
+            first = call.rows * cluster / clusters;
+            step = 1;
+            end = call.rows * (cluster + 1) / clusters;
+        } else {
+            first = cluster;
+            step = clusters;
+            end = call.rows;
+        }
     }
     RW_DEVICE bool is_last() const { return rank == slices.count - 1; }
     RW_DEVICE int tile_vectors(int tile) const { return vectors - tile * kTileVectors < kTileVectors ? vectors - tile * kTileVectors : kTileVectors; }
+};
 
-    /// The first of the cluster's rows from `row` on that has something to compute; `skip` is told of those before it.
-    template <class Skip>
-    RW_DEVICE int64_t from(const Call& call, int64_t row, const Skip& skip) const {
-        for (; row < call.rows && is_invalid(call, row); row += clusters) skip(row);
-        return row;
+/// How far statistics run ahead of gradients. `rows` have their sums sent before the gradient of the oldest is begun; of the next one `ahead` tiles
+/// are swept before that, and `kept` tiles of the gradient wait until its sums are sent. Besides tiles in use, kStoresInFlight are in motion.
+struct Lookahead {
+    int rows, ahead, kept;
+
+    RW_DEVICE Lookahead(int ring_tiles, int tiles) : rows(1) {
+        const int room = ring_tiles - kStoresInFlight - tiles;
+        ahead = room < tiles ? room : tiles;
+        if (tiles > 0 && room >= tiles) rows = room / tiles < kRowsAhead ? room / tiles : kRowsAhead;
+        kept = kKeep || ahead == tiles ? ahead : 0;
     }
-    RW_DEVICE int64_t from(const Call& call, int64_t row) const {
-        return from(call, row, [](int64_t) {});
+};
+
+/// A row, and what decides whether it has anything to compute, on its way from memory: who peeks a row ahead does not wait for it.
+struct Peek {
+    int64_t row, id = 0;
+    float temperature = 1.0f;
+
+    RW_DEVICE Peek(const Call& call, int64_t i, int64_t end) : row(i) {
+        if (i >= end) return;
+        id = call.ids[i];
+        temperature = call.temperature[call.temperature_per_row ? i : 0];
+    }
+};
+
+/// The rows of a cluster that have something to compute; `skip` is told of the others.
+struct RowCursor {
+    int64_t step, end;
+    Peek now, next;
+
+    template <class Skip>
+    RW_DEVICE RowCursor(const Call& call, const BlockSlice& slice, const Skip& skip)
+        : step(slice.step), end(slice.end), now(call, slice.first, end), next(call, slice.first + step, end) {
+        settle(call, skip);
+    }
+    RW_DEVICE bool more() const { return now.row < end; }
+    template <class Skip>
+    RW_DEVICE void advance(const Call& call, const Skip& skip) {
+        now = next;
+        next = Peek(call, now.row + step, end);
+        settle(call, skip);
+    }
+
+  private:
+    template <class Skip>
+    RW_DEVICE void settle(const Call& call, const Skip& skip) {
+        while (more() && (now.id < 0 || now.id >= call.vocab_total)) {
+            skip(now.row);
+            now = next;
+            next = Peek(call, now.row + step, end);
+        }
+    }
+};
+
+/// The tiles of a block, in order. An offset takes a division: once a row.
+struct TileCursor {
+    RowCursor rows;
+    int64_t offset;  // of the row, in elements
+    int tile = 0;
+    PipelineState state;
+
+    RW_DEVICE TileCursor(const Call& call, const BlockSlice& slice, const RowStrides& strides)
+        : rows(call, slice, [](int64_t) {}), offset(strides.offset(rows.now.row)) {}
+    RW_DEVICE void advance(const Call& call, const BlockSlice& slice, const RowStrides& strides, int ring_tiles) {
+        state.advance(ring_tiles);
+        if (++tile < slice.tiles) return;
+        tile = 0;
+        rows.advance(call, [](int64_t) {});
+        offset = strides.offset(rows.now.row);
     }
 };
 

@@ -13,14 +13,21 @@ struct Row {
     float temperature, scale;  // scale: log2(e) / T
     int target;                // -1: in another shard
 
-    RW_DEVICE Row(const Call& call, int64_t i) {
+    RW_DEVICE Row(const Call& call, int64_t i) : Row(call, i, call.ids[i], call.temperature[call.temperature_per_row ? i : 0]) {}
+    RW_DEVICE Row(const Call& call, int64_t i, int64_t id, float t) : temperature(t), scale(kLog2e / t) {
         x = static_cast<const T*>(call.logits) + call.strides.offset(i);
-        temperature = call.temperature[call.temperature_per_row ? i : 0];
-        scale = kLog2e / temperature;
-        const int64_t local = call.ids[i] - call.vocab_start;
+        const int64_t local = id - call.vocab_start;
         target = local < 0 || local >= call.vocab_size ? -1 : int(local);
     }
 };
+
+/// Of a row whose sums are known. With t_top the largest logit's exponent: p = 2^(t - t_top) / (1 + rest).
+RW_DEVICE Origin origin_of(const Partial& sums, float scale, bool full) {
+    const float whole = float(-log_sum(sums) * 1.442695040888963407360), inverse = 1.0f / (1.0f + sums.rest);
+    if (full || !is_near(sums.top, scale)) return {false, sums.top, whole, inverse};
+    const float base = sums.top * scale, t = fmaf(sums.top, scale, -base);
+    return {true, base, whole - t, inverse * (1.0f + expm1f(-t * kLn2))};
+}
 
 /// From a row's sums to its loss, its outputs (if `writes`), and its gradient's constants. One thread.
 template <class T>
@@ -30,7 +37,8 @@ RW_DEVICE RowGradient loss_of_row(const LossGradCall& call, int64_t i, const Row
     const RowLoss l = evaluate(call, i, s);
     if (writes) put_row(call, i, s, l);
     const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
-    return row_gradient(d, row.temperature, row.scale, reference(sums.top, row.scale), -float(log_sum(sums)), 1.0f / sums.sum, target, softcap.on);
+    const bool full = softcap.on || call.reads_p_sq;
+    return row_gradient(d, row.temperature, row.scale, origin_of(sums, row.scale, full), target, full);
 }
 
 }  // namespace

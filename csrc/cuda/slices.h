@@ -8,13 +8,13 @@
 
 namespace reweight_ops {
 
-/// Threads that share a slice. Two blocks of 256 on a processor leave a thread 128 registers.
+/// Threads that share a slice.
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 /// Vectors of 16 bytes that a thread has of a tile, and after which it looks for a new maximum.
 constexpr int kUnroll = 4;
 constexpr int kTileVectors = kThreads * kUnroll, kTileBytes = kTileVectors * 16;
-/// Two rows of so many tiles, and one tile more, fit in the 227 KiB that a block has on sm_90.
-constexpr int kMaxTiles = 6;
+/// The longest slice, in tiles. 14 fit in the 227 KiB that a block has on sm_90: such a slice, 3 tiles of the next row, and one in motion.
+constexpr int kMaxTiles = 10;
 constexpr int kMaxSlices = 8;  // the largest cluster that every device with clusters can run
 
 /// Shared memory of a block that keeps rows on chip, for each tile and besides.

@@ -3,22 +3,21 @@
 #include "common/verbs.h"
 #include "dispatch.h"
 #include "row.h"
+#include "variants.h"
 
 namespace reweight_ops {
 namespace {
 
-constexpr int kBlocksPerProcessor = 2;
-/// Of the kernels that evaluate rules: with a softcap, and on Ampere, their registers do not fit twice on a processor.
+/// Of the kernel that evaluates rules: with a softcap, and on Ampere, its registers do not fit more often on a processor.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <bool kFull>
 constexpr int kRuleBlocks = 1;
 #else
 template <bool kFull>
-constexpr int kRuleBlocks = kFull ? 1 : kBlocksPerProcessor;
+constexpr int kRuleBlocks = kFull ? 1 : RW_RULE_BLOCKS;
 #endif
-
-template <class T>
-using Two = T[2];
+/// With a softcap, registers for more are not to be had.
+constexpr int blocks_of(bool full, int blocks) { return full && blocks > 2 ? 2 : blocks; }
 
 /// The target's logit, as it is in memory.
 template <class T>
@@ -26,46 +25,60 @@ RW_DEVICE Target target_of(const Row<T>& row, const Softcap& softcap) {
     return row.target < 0 ? Target() : Target(widen(row.x[row.target]), softcap);
 }
 
-/// Leaves the sums of each warp in `partials`. Vectors of two tiles are in flight, for one would not keep the memory busy.
+/// A thread's sums of a slice: whole tiles, then what is left of it. load(i) gives the slice's vector i.
+template <class T, Sums kSums, class Load>
+RW_DEVICE Sweep sweep_slice(int vectors, float scale, const Softcap& softcap, const Load& load) {
+    const int whole = vectors / kTileVectors * kTileVectors;
+    Sweep s;
+    int i = thread_index();
+    for (; i < whole; i += kTileVectors) {
+        Vector v[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) v[u] = load(i + u * kThreads);
+        absorb_tile<T, kSums>(s, v, scale, softcap);
+    }
+    if (i < vectors) {
+        Vector v[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            v[u] = minus_infinities<T>();
+            if (i + u * kThreads < vectors) v[u] = load(i + u * kThreads);
+        }
+        absorb_tile<T, kSums>(s, v, scale, softcap);
+    }
+    return s;
+}
+
+/// Leaves the sums of each warp in `partials`.
 template <class T, Sums kSums, bool kAligned>
 RW_DEVICE void sweep_statistics(const T* x, int columns, const Slices& slices, float scale, const Softcap& softcap, RowPartials& partials) {
-    constexpr int kTiles = kAligned ? 2 : 1, n = kPerVector<T>;
+    const ShiftedRow<T> shifted(x, slices.vectors);
     for (int slice = 0; slice < slices.count; ++slice) {
-        const int end = slices.end(slice);
-        Partial s{-kInf, 0.0f, 0.0f, 0.0f};
-        for (int begin = slices.begin(slice) + thread_index(); begin < end; begin += kTiles * kTileVectors) {
-            Vector v[kTiles][kUnroll];
-#pragma unroll
-            for (int u = 0; u < kTiles * kUnroll; ++u) {
-                const int i = begin + u * kThreads;
-                v[u / kUnroll][u % kUnroll] = minus_infinities<T>();
-                if (i < end) v[u / kUnroll][u % kUnroll] = load_vector(x + int64_t(i) * n, kAligned);
-            }
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t) {
-                if (begin + t * kTileVectors < end) absorb_tile<T, kSums>(s, v[t], scale, softcap);
-            }
-        }
-        if (slice == slices.count - 1) absorb_tail<T, kSums>(s, x, columns, scale, softcap);
-        s = merge_lanes<32>(s, scale);
+        const int begin = slices.begin(slice), vectors = slices.end(slice) - begin;
+        const T* const from = x + int64_t(begin) * kPerVector<T>;
+        const auto load = [&](int i) { return kAligned ? load16(from + int64_t(i) * kPerVector<T>) : shifted.load(begin + i); };
+        Sweep swept = sweep_slice<T, kSums>(vectors, scale, softcap, load);
+        const bool last = slice == slices.count - 1;
+        if (last) absorb_tail<T, kSums>(swept, x, columns, scale, softcap);
+        const Partial s = merge_warp<kSums>(swept, scale, softcap, [&](int thread, const auto& f) {
+            for_each_of<T>(thread, vectors, [&](int i) { return load_vector(from + int64_t(i) * kPerVector<T>, kAligned); }, f);
+            const int tail = last && thread_index() % 32 == 0 ? tail_of<T>(thread, columns) : -1;
+            if (tail >= 0) f(widen(x[tail]));
+        });
         if (thread_index() % 32 == 0) partials[slice][thread_index() / 32] = s;
     }
 }
 
 /// The sums of a row, in every thread of warp 0 (unspecified elsewhere). One barrier; `partials` may be reused after the next one.
-template <Sums kSums, class T>
+template <Sums kSums, bool kAligned, class T>
 RW_DEVICE Partial sum_row(const Row<T>& row, int columns, const Slices& slices, const Softcap& softcap, RowPartials& partials) {
-    if (is_aligned(row.x)) {
-        sweep_statistics<T, kSums, true>(row.x, columns, slices, row.scale, softcap, partials);
-    } else {
-        sweep_statistics<T, kSums, false>(row.x, columns, slices, row.scale, softcap, partials);
-    }
+    sweep_statistics<T, kSums, kAligned>(row.x, columns, slices, row.scale, softcap, partials);
     barrier();
     Partial sums{-kInf, 0.0f, 0.0f, 0.0f};
     if (thread_index() < 32) {
         for (int slice = 0; slice < slices.count; ++slice) sums = merge(sums, merge_slice(partials[slice], row.scale), row.scale);
     }
-    return with_exact_top(sums, row.scale);
+    return sums;
 }
 
 template <class T>
@@ -76,10 +89,11 @@ RW_DEVICE void fill_zero(T* out, int64_t columns) {
 
 // ---- token_stats
 
-template <class T, Sums kSums>
-RW_KERNEL(kThreads, kBlocksPerProcessor) stats_kernel(RW_PARAMETER StatsCall call) {
+/// kAligned: every row starts at a multiple of 16 bytes.
+template <class T, Sums kSums, bool kAligned>
+RW_KERNEL(kThreads, blocks_of(kSums == Sums::full || !kAligned, kStatsBlocks)) stats_kernel(RW_PARAMETER StatsCall call) {
     // Two: while warp 0 merges those of one row, the others write those of the next.
-    RW_SHARED(Two<RowPartials>, partials);
+    RW_SHARED(DoubleBuffer<RowPartials>, partials);
     const Softcap softcap(call.softcap);
     const Slices slices(int(call.vocab_size) / kPerVector<T>);
     int buffer = 0;
@@ -89,7 +103,7 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) stats_kernel(RW_PARAMETER StatsCall cal
             continue;
         }
         const Row<T> row(call, i);
-        const Partial sums = sum_row<kSums>(row, int(call.vocab_size), slices, softcap, partials[buffer]);
+        const Partial sums = sum_row<kSums, kAligned>(row, int(call.vocab_size), slices, softcap, partials[buffer]);
         buffer ^= 1;
         if (thread_index() == 0) put_row(call, i, finish(sums, target_of(row, softcap), row.temperature, row.scale));
     }
@@ -98,7 +112,7 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) stats_kernel(RW_PARAMETER StatsCall cal
 // ---- token_grad
 
 template <class T>
-RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, int64_t i, const Softcap& softcap) {
+RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, int64_t i, const Softcap& softcap, bool full) {
     const auto get = [i](const float* from) { return from ? from[i] : 0.0f; };
     const Derivatives d{get(call.logp_coef), get(call.entropy_coef), get(call.lse_coef), get(call.p_sq_coef),
                         call.logp[i],        get(call.entropy),      get(call.log_sum_p_sq)};
@@ -107,13 +121,20 @@ RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, in
     // Both logp and lse are rounded to fp32; the smaller one gives lse with the smaller error.
     const bool by_logp = row.target >= 0 && fabsf(d.logp) < fabsf(call.lse[i]);
     const double lse2 = by_logp ? target.exact * row.scale - unit * d.logp : unit * call.lse[i];
-    const float ref = float(lse2), rest = float(ref - lse2);
-    return row_gradient(d, row.temperature, row.scale, ref, rest, exp2f(rest), target, softcap.on);
+    if (!full && fabs(lse2) <= kFar) {
+        const float base = float(lse2), rest = float(base - lse2);
+        return row_gradient(d, row.temperature, row.scale, {true, base, rest, exp2f(rest)}, target, full);
+    }
+    // Relative to a logit near lse. Where that is huge, the target's own keeps what fp64 would lose.
+    const bool by_target = by_logp && d.logp > -50.0f;
+    const float base = float(by_target ? target.exact : lse2 / row.scale);
+    const float rest = float(by_target ? (double(base) - target.exact) * row.scale + unit * d.logp : double(base) * row.scale - lse2);
+    return row_gradient(d, row.temperature, row.scale, {false, base, rest, exp2f(rest)}, target, full);
 }
 
 template <class T, bool kFull>
-RW_KERNEL(kThreads, kBlocksPerProcessor) grad_kernel(RW_PARAMETER GradCall call) {
-    RW_SHARED(Two<RowGradient>, gradients);
+RW_KERNEL(kThreads, blocks_of(kFull, kGradBlocks)) grad_kernel(RW_PARAMETER GradCall call) {
+    RW_SHARED(DoubleBuffer<RowGradient>, gradients);
     const Softcap softcap(call.softcap);
     int buffer = 0;
     for (int64_t i = block_index(); i < call.rows; i += block_count()) {
@@ -123,7 +144,7 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) grad_kernel(RW_PARAMETER GradCall call)
             continue;
         }
         const Row<T> row(call, i);
-        if (thread_index() == 0) gradients[buffer] = known_gradient(call, row, i, softcap);
+        if (thread_index() == 0) gradients[buffer] = known_gradient(call, row, i, softcap, kFull);
         barrier();
         write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradients[buffer], softcap);
         buffer ^= 1;
@@ -132,7 +153,7 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) grad_kernel(RW_PARAMETER GradCall call)
 
 // ---- token_loss_grad
 
-template <class T, bool kFull>
+template <class T, bool kFull, bool kAligned>
 RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCall call) {
     RW_SHARED(RowPartials, partials);
     RW_SHARED(RowGradient, gradient);
@@ -147,7 +168,7 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
         }
         const Row<T> row(call, i);
         constexpr Sums kSums = kFull ? Sums::full : Sums::entropy;
-        const Partial sums = sum_row<kSums>(row, int(call.vocab_size), slices, softcap, partials);
+        const Partial sums = sum_row<kSums, kAligned>(row, int(call.vocab_size), slices, softcap, partials);
         if (thread_index() == 0) gradient = loss_of_row(call, i, row, sums, target_of(row, softcap), true, softcap);
         barrier();
         write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient, softcap);
@@ -156,30 +177,40 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
 
 // ---- launches
 
-/// Two blocks a processor, for one waits at barriers; one where two rows a processor are more than half of the cache that the second read is for.
+/// A persistent grid of so many blocks a processor.
 template <class C>
-int launch_rows(void (*kernel)(const C), const C& call, bool reads_twice) {
+int launch_rows(void (*kernel)(const C), const C& call, int blocks_per_processor) {
     if (call.rows == 0) return 0;
     const Device device = device_of(call.device);
     if (device.status) return device.status;
-    const int64_t in_flight = int64_t(kBlocksPerProcessor) * device.processors * call.vocab_size * int64_t(sizeof(RW_ELEMENT));
-    const int64_t blocks = int64_t(device.processors) * (reads_twice && in_flight > device.l2_bytes / 2 ? 1 : kBlocksPerProcessor);
+    const int64_t blocks = int64_t(device.processors) * blocks_per_processor;
     return launch(kernel, {call.rows < blocks ? call.rows : blocks, kThreads}, call);
 }
 
+/// Calls f(full, aligned) with constants of the compiler.
+template <class F>
+int with_kind(bool full, bool aligned, const F& f) {
+    if (full) return aligned ? f(std::true_type(), std::true_type()) : f(std::true_type(), std::false_type());
+    return aligned ? f(std::false_type(), std::true_type()) : f(std::false_type(), std::false_type());
+}
+
 int launch_stats(const StatsCall& call) {
-    const bool full = call.log_sum_p_sq || call.softcap < kInf;
-    return launch_rows(full ? stats_kernel<RW_ELEMENT, Sums::full> : stats_kernel<RW_ELEMENT, Sums::entropy>, call, false);
+    return with_kind(call.log_sum_p_sq || call.softcap < kInf, rows_are_aligned(call), [&](auto full, auto aligned) {
+        constexpr Sums kSums = full.value ? Sums::full : Sums::entropy;
+        return launch_rows(stats_kernel<RW_ELEMENT, kSums, aligned.value>, call, blocks_of(full.value || !aligned.value, kStatsBlocks));
+    });
 }
 
 int launch_grad(const GradCall& call) {
     const bool full = call.p_sq_coef || call.softcap < kInf;
-    return launch_rows(full ? grad_kernel<RW_ELEMENT, true> : grad_kernel<RW_ELEMENT, false>, call, false);
+    return launch_rows(full ? grad_kernel<RW_ELEMENT, true> : grad_kernel<RW_ELEMENT, false>, call, blocks_of(full, kGradBlocks));
 }
 
+/// As many blocks as fit: where their rows are more than the second-level cache holds, the second read comes from memory, but enough is in flight.
 int launch_loss_grad(const LossGradCall& call) {
-    const bool full = call.reads_p_sq || call.softcap < kInf;
-    return launch_rows(full ? loss_grad_kernel<RW_ELEMENT, true> : loss_grad_kernel<RW_ELEMENT, false>, call, true);
+    return with_kind(call.reads_p_sq || call.softcap < kInf, rows_are_aligned(call), [&](auto full, auto aligned) {
+        return launch_rows(loss_grad_kernel<RW_ELEMENT, full.value, aligned.value>, call, full.value ? 2 : RW_RULE_BLOCKS);
+    });
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ MOVED = {
     "divergences.chunks": "_core.engine.chunked_rows",
     "divergences.cpu": "_core.backends.cpu",
     "divergences.cuda": "_core.backends.cuda",
-    "divergences.library": "_core.engine.divergence_ops",
+    "divergences.library": "_core.engine.ops",
     "divergences.native": "_core.backends.native_divergence",
     "divergences.ops": "_core.losses.distillation",
     "divergences.reference": "_core.backends.reference_divergence",

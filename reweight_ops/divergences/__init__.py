@@ -1,6 +1,7 @@
 """A second logits tensor, or another normaliser than the softmax's. Every loss here is per token, of shape R, with a gradient to the logits."""
 
-from .._core.losses.distillation import DistillationLossOutput, distillation_loss, token_divergence
+from .._core.engine.distillation import DistillationLossOutput
+from .._core.losses.distillation import distillation_loss, token_divergence
 from .composites import aldr, confidence_masked_kl, dhkd, ldr, pld, stablemax, symmetric_cross_entropy
 
 __all__ = [

@@ -10,17 +10,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from .._core.calls.keywords import HeadKeywords, head_options
+from .._core.calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
 from .._core.calls.logits import resolve_logits
-from .._core.calls.two_logits import resolve_two
+from .._core.calls.two_logits import resolve_two_logits
 from .._core.catalogue.registry import published
-from .._core.engine.chunked_rows import per_row
+from .._core.engine.chunked_rows import FormulaSource, formula_call
+from .._core.engine.run import run
 from .._core.losses.distillation import token_divergence
-from .._core.losses.policy import token_logps, token_stats
+from .._core.losses.statistics import token_logps, token_stats
 from .._core.rows.numerics import log1mexp
 from ..errors import InvalidCall
 
 _OWN = ("completion_mask",)
+
+
+def _options(op: str, keywords: Any, own: tuple[str, ...]) -> SoftmaxOptions:
+    (options,) = parse(op, dict(keywords), SoftmaxOptions, own=own)
+    return options  # type: ignore[no-any-return]
 
 
 def _label(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +58,7 @@ def confidence_masked_kl(
     threshold: float,
     sharpening_temperature: float,
     completion_mask: Tensor | None = None,
-    **keywords: Unpack[HeadKeywords],
+    **keywords: Unpack[SoftmaxKeywords],
 ) -> Tensor:
     """``1[max_v q₁(v) > threshold]·KL(q_T‖p)`` per token: R. ``q_T`` is the softmax of the teacher's logits over ``sharpening_temperature``, ``q₁`` over 1.
 
@@ -79,7 +85,7 @@ def pld(
     *,
     completion_mask: Tensor | None = None,
     teacher_temperature: Any = 1.0,
-    **keywords: Unpack[HeadKeywords],
+    **keywords: Unpack[SoftmaxKeywords],
 ) -> Tensor:
     """``Σ_k q[π_k]·(log Σ_{j≥k} e^(s[π_j]) - s[π_k])`` per token: R.
 
@@ -87,11 +93,10 @@ def pld(
     With q on the label alone it is cross-entropy. A sort and a suffix log-sum-exp of the whole vocabulary, in chunks of rows.
     """
     op = "pld"
-    call = resolve_two(
-        op, logits, teacher_logits, completion_mask, head_options(op, dict(keywords), (*_OWN, "teacher_temperature")), teacher_temperature, None,
+    call = resolve_two_logits(
+        op, logits, teacher_logits, completion_mask, _options(op, keywords, (*_OWN, "teacher_temperature")), teacher_temperature, None,
         {"completion_ids": completion_ids},
     )  # fmt: skip
-    assert call.p.rows.ids is not None
 
     def rows(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
         q = torch.softmax(t, -1)
@@ -103,7 +108,7 @@ def pld(
         losses = torch.where(q == 0, 0, q * (torch.where(q == 0, 0, tail) - torch.where(q == 0, 0, s)))
         return torch.where(valid, losses.sum(-1), math.nan)
 
-    return per_row(op, call, rows, call.p.rows.ids)
+    return run(formula_call(FormulaSource(call, rows, (call.p.ids,))))
 
 
 @published(
@@ -120,9 +125,7 @@ def dhkd(
     op = "dhkd"
     if not isinstance(temperature, (int, float)) or not temperature > 0:
         raise InvalidCall(f"{op}: temperature is {temperature}, expected a positive number.")
-    call = resolve_two(
-        op, logits, teacher_logits, completion_mask, head_options(op, dict(keywords), (*_OWN, "temperature")), None, None, {}
-    )
+    call = resolve_two_logits(op, logits, teacher_logits, completion_mask, _options(op, keywords, (*_OWN, "temperature")), None, None, {})
 
     def rows(s: Tensor, t: Tensor) -> Tensor:
         # Columns masked in both are equal.
@@ -130,7 +133,7 @@ def dhkd(
         u = (torch.where(dead, 0, s - t) / (2 * temperature)).abs()
         return temperature**2 * (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1)
 
-    return per_row(op, call, rows)
+    return run(formula_call(FormulaSource(call, rows)))
 
 
 @published(
@@ -181,14 +184,15 @@ def aldr(entropies: Tensor, vocab_size: int, *, lambda0: float, alpha: float) ->
     "stablemax", "StableMax cross-entropy", level="token", plan="composite", arxiv="2501.04697",
     paper="Grokking at the Edge of Numerical Stability",
 )  # fmt: skip
-def stablemax(logits: Tensor, completion_ids: Tensor, *, completion_mask: Tensor | None = None, **keywords: Unpack[HeadKeywords]) -> Tensor:
+def stablemax(
+    logits: Tensor, completion_ids: Tensor, *, completion_mask: Tensor | None = None, **keywords: Unpack[SoftmaxKeywords]
+) -> Tensor:
     """``-log( s(z_y) / Σ_v s(z_v) )`` per token with ``s(x) = x + 1`` for ``x ≥ 0``, else ``1/(1 - x)``: R. Not invariant under shifts of the logits.
 
     Differs from the paper: in fp32 (fp64 for fp64 logits), where it computes in fp64; without its ε of 1e-30.
     """
     op = "stablemax"
-    call = resolve_logits(op, logits, completion_ids, head_options(op, dict(keywords), _OWN), {"completion_mask": completion_mask})
-    assert call.rows.ids is not None
+    call = resolve_logits(op, logits, completion_ids, _options(op, keywords, _OWN), {"completion_mask": completion_mask})
 
     def rows(x: Tensor, y: Tensor) -> Tensor:
         # Each branch sees arguments of its own sign only, so that no gradient is NaN.
@@ -196,4 +200,4 @@ def stablemax(logits: Tensor, completion_ids: Tensor, *, completion_mask: Tensor
         label, valid = _label(y, x)
         return torch.where(valid, s.sum(-1).log() - s.gather(-1, label)[:, 0].log(), math.nan)
 
-    return per_row(op, call, rows, call.rows.ids)
+    return run(formula_call(FormulaSource(call, rows, (call.ids,))))

@@ -194,7 +194,8 @@ class Discopop(PairLoss):
     def loss(self, p: Pairs) -> Tensor:
         x = p.beta * p.margins
         gate = torch.sigmoid(x / self.tau)
-        return -F.logsigmoid(x) * (1 - gate) + torch.exp(-x) * gate
+        # One exponent: exp(-x) alone is inf where the gate is 0.
+        return -F.logsigmoid(x) * (1 - gate) + torch.exp(F.logsigmoid(x / self.tau) - x)
 
 
 @dataclass(frozen=True, kw_only=True)

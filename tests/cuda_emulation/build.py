@@ -70,7 +70,7 @@ def build(
     headers = [*sorted(csrc.glob("common/*")), *sorted(csrc.glob("cuda/*.h")), *sorted(HERE.glob("*.h"))]
     host = [
         *sorted(csrc.glob("common/*")),
-        *(csrc / "cuda" / name for name in ("dispatch.h", "divergence.h", "scale.h", "device.h", "platform.h", "slices.h")),
+        *(csrc / "cuda" / name for name in ("dispatch.h", "divergence.h", "scale.h", "device.h", "platform.h", "slices.h", "variants.h")),
         *sorted(HERE.glob("*.h")),
     ]
     units: dict[str, tuple[Path, list[str], list[Path]]] = {

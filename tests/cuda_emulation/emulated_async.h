@@ -40,15 +40,29 @@ inline void wait(const Barrier& b, int parity) { emulation::wait(&b, parity); }
 inline void wait_for_cluster(const Barrier& b, int parity) { emulation::wait(&b, parity); }
 inline void send(Vector v, void* to, Barrier& on, int rank) { emulation::send(v, to, &on, rank); }
 inline uint64_t evict_first() { return 0; }
-inline void copy_in(void* shared, const void* global, int bytes, Barrier& on, uint64_t) { emulation::copy_in(shared, global, bytes, &on); }
-inline void copy_out(void* global, const void* shared, int bytes, uint64_t) { emulation::copy_out(global, shared, bytes); }
-inline void wait_until_read_but_last() { emulation::wait_for_copies(1, false); }
-inline void wait_until_copied() { emulation::wait_for_copies(0, true); }
-inline void release_to_copies(Barrier& b) {
-    emulation::proxy_fence();
+inline uint64_t evict_normal() { return 0; }
+inline uint64_t evict_last() { return 0; }
+inline uint64_t evict_unchanged() { return 0; }
+inline void bulk_load(void* shared, const void* global, int bytes, Barrier& on, uint64_t) { emulation::copy_in(shared, global, bytes, &on); }
+inline void bulk_store(void* global, const void* shared, int bytes, uint64_t) { emulation::copy_out(global, shared, bytes); }
+template <int N>
+void wait_group_read() {
+    emulation::wait_for_copies(N, false);
+}
+template <int N>
+void wait_group() {
+    emulation::wait_for_copies(N, true);
+}
+inline void release(Barrier& b) {
     warp_barrier();
     if (thread_index() % 32 == 0) arrive(b);
 }
+inline void release_written(Barrier& b) {
+    emulation::proxy_fence();
+    release(b);
+}
+inline void store16(void* p, Vector v, uint64_t) { store16(p, v); }
+inline void prefetch(const void*) {}
 
 inline Vector load_shared(const Vector* p) { return load16(p); }
 inline void store_shared(Vector* p, Vector v) {

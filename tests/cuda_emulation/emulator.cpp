@@ -207,13 +207,22 @@ void barrier_of_cluster() { meet(launch_now->cluster, "a barrier of the cluster"
 Meeting& own_warp() { return launch_now->running->block->warps[size_t(launch_now->running->thread.index / kWarp)]; }
 void barrier_of_warp() { meet(own_warp(), "a barrier of its warp"); }
 
-float exchange(float value, int lanes) {
-    const int lane = launch_now->running->thread.index % kWarp;
+/// What the warp's threads bring, in each of them.
+const float* bring(float value, const char* reason) {
     Meeting& warp = own_warp();
     float* values = warp.values[warp.generation % 2];
-    values[lane] = value;
-    meet(warp, "a shuffle");
-    return values[lane ^ lanes];
+    values[launch_now->running->thread.index % kWarp] = value;
+    meet(warp, reason);
+    return values;
+}
+
+float exchange(float value, int lanes) { return bring(value, "a shuffle")[launch_now->running->thread.index % kWarp ^ lanes]; }
+float take(float value, int lane) { return bring(value, "a shuffle")[lane]; }
+uint32_t vote(bool holds) {
+    const float* const values = bring(holds ? 1.0f : 0.0f, "a vote");
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kWarp; ++lane) bits |= uint32_t(values[lane] != 0.0f) << lane;
+    return bits;
 }
 
 void fail(const std::string& what) {

@@ -32,6 +32,8 @@ const Thread& current();
 void* shared_memory(size_t bytes);
 void barrier_of_block();
 float exchange(float value, int lanes);
+float take(float value, int lane);
+uint32_t vote(bool holds);
 /// Ends the launch with an error. Does not return.
 [[noreturn]] void fail(const std::string& what);
 
@@ -58,6 +60,10 @@ inline int64_t block_index() { return emulation::current().block; }
 inline int64_t block_count() { return emulation::current().blocks; }
 inline void barrier() { emulation::barrier_of_block(); }
 inline float shuffle_xor(float value, int lanes) { return emulation::exchange(value, lanes); }
+
+inline float broadcast(float value, int lane) { return emulation::take(value, lane); }
+inline uint32_t ballot(bool holds) { return emulation::vote(holds); }
+inline int lowest_bit(uint32_t bits) { return __builtin_ffs(int(bits)) - 1; }
 
 inline float as_float(uint32_t bits) {
     float x;
@@ -89,6 +95,8 @@ inline Vector load16(const void* p) {
     std::memcpy(&v, p, 16);
     return v;
 }
+inline Vector load16_cached(const void* p) { return load16(p); }
+inline uint32_t shift_pair(uint32_t low, uint32_t high, int bits) { return uint32_t((uint64_t(high) << 32 | low) >> bits); }
 inline void store16(void* p, Vector v) {
     check_alignment(p);
     std::memcpy(p, &v, 16);
@@ -114,6 +122,23 @@ uint32_t narrow_pair(float first, float second) {
     narrow(first, a);
     narrow(second, b);
     return uint32_t(a.bits) | uint32_t(b.bits) << 16;
+}
+
+template <class T>
+uint32_t max_pair(uint32_t a, uint32_t b) {
+    const auto one = [](uint32_t x, uint32_t y) {
+        const float p = widen(T{uint16_t(x)}), q = widen(T{uint16_t(y)});
+        return (q != q || p >= q ? x : y) & 0xffffu;
+    };
+    return one(a, b) | one(a >> 16, b >> 16) << 16;
+}
+
+inline uint32_t max_pair_or_nan(uint32_t a, uint32_t b) {
+    const auto one = [](uint32_t x, uint32_t y) {
+        const float p = widen(Bf16{uint16_t(x)}), q = widen(Bf16{uint16_t(y)});
+        return p != p || q != q ? 0x7fffu : (p >= q ? x : y) & 0xffffu;
+    };
+    return one(a, b) | one(a >> 16, b >> 16) << 16;
 }
 
 inline Device device_of(int) { return emulation::device(); }

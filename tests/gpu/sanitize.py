@@ -18,7 +18,7 @@ if sys.argv[2:3] == ["cpu"]:
 import torch
 
 import reweight_ops as rw
-from reweight_ops._core.backends.base import COEFS, STATS, DivergenceInputs, Head, RowInputs
+from reweight_ops._core.backends.base import COEFS, STATS, DivergenceInputs, RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.rows.groups import OUT
 
@@ -63,7 +63,7 @@ def one(
     kernel(which)
     verbs, g, device = load(options.backend), torch.Generator().manual_seed(v), options.device
     z = rows(n, v, dtype, shift)
-    head = Head(max(v - 3, 1), softcap)
+    head = SoftmaxParams(max(v - 3, 1), softcap)
     ids = torch.randint(0, head.vocab_size, (n,), generator=g)
     ids[0] = OUT
     ids, one = ids.to(device), torch.ones(1).to(device)
@@ -85,7 +85,7 @@ def pair(n: int, v: int, dtype: torch.dtype, other: torch.dtype, shifts: tuple[i
     z, y = rows(n, v, dtype, shifts[0]), rows(n, v, other, shifts[1])
     ids = torch.arange(n)
     ids[0] = OUT
-    head, one = Head(max(v - 3, 1), softcap), torch.ones(1).to(device)
+    head, one = SoftmaxParams(max(v - 3, 1), softcap), torch.ones(1).to(device)
     two = DivergenceInputs(z, y, ids.to(device), one, one, head, head)
     constants, weights = torch.tensor([0.5, 0.7, -0.3]).to(device), torch.ones(n).to(device)
     coefs = torch.ones(3, n).to(device)

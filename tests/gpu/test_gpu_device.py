@@ -18,7 +18,7 @@ from places import (
 )
 
 import reweight_ops as rw
-from reweight_ops._core.backends.base import Head, RowInputs
+from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.formula.loss_program import Program
 
@@ -281,7 +281,7 @@ PROGRAM, PARAMS = Program.of(("clip",)), [-20.0, 20.0, 1.0, 0.2, 0.2, float("inf
 
 
 def verbs_on(place, z, ids, adv):
-    verbs, one, head = load(place.backend), torch.ones(1, device=z.device), Head(z.size(-1))
+    verbs, one, head = load(place.backend), torch.ones(1, device=z.device), SoftmaxParams(z.size(-1))
     n = ids.numel()
     stats = verbs.token_stats(z, ids, one, head, ("logp", "lse", "entropy"))
     rows = verbs.token_loss_grad(z, ids, one, head, RowInputs(adv.view(1, n), None, adv), PROGRAM, torch.tensor(PARAMS, device=z.device), z)

@@ -10,9 +10,9 @@ from places import DRY, captured, compilations, keep_busy, no_synchronization, o
 
 import reweight_ops as rw
 from reweight_ops._core.backends import reference_divergence as reference
-from reweight_ops._core.backends.base import DivergenceInputs, Head
+from reweight_ops._core.backends.base import DivergenceInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
-from reweight_ops._core.losses.distillation import KINDS
+from reweight_ops._core.engine.distillation import KINDS
 
 pytestmark = pytest.mark.gpu
 
@@ -64,7 +64,7 @@ def test_mixed_dtypes(place, verbs, first, second):
 def test_zero_probabilities_and_sick_rows(place, verbs, dtype, cap):
     v = sized(5003, 131)
     two = make(12, v, dtype, device=place.device)._replace(
-        ids=torch.arange(12, device=place.device), head=Head(v, cap), other_head=Head(v, cap)
+        ids=torch.arange(12, device=place.device), head=SoftmaxParams(v, cap), other_head=SoftmaxParams(v, cap)
     )
     z, y = two.logits, two.other
     z[0, v - 3] = -math.inf  # p = 0 < q

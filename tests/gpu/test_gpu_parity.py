@@ -7,7 +7,7 @@ import torch
 from places import DRY, batch_on, sized
 
 import reweight_ops as rw
-from reweight_ops._core.backends.base import COEFS, STATS, Head, RowInputs
+from reweight_ops._core.backends.base import COEFS, STATS, RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.formula.loss_program import Program
@@ -166,7 +166,7 @@ class Rows:
         ids, (adv, old, w) = self.ids, self.rows
         if order is not None:
             ids, adv, old, w = ids[order], adv[order], old[order], w[order]
-        one, head, n = torch.ones(1, device=z.device), Head(z.size(-1)), ids.numel()
+        one, head, n = torch.ones(1, device=z.device), SoftmaxParams(z.size(-1)), ids.numel()
         stats = self.verbs.token_stats(z, ids, one, head, STATS)
         inputs = RowInputs(w.expand(2, n), old.contiguous(), adv.contiguous())
         out = torch.full_like(z, math.nan) if out is None else out

@@ -53,7 +53,7 @@ DIVERGENCE_COEFS = ("forward_kl", "reverse_kl", "entropy")
 Primitive = Literal["token_stats", "token_grad", "token_loss_grad", "divergence_stats", "divergence_grad", "divergence_loss_grad"]
 
 
-class Head(NamedTuple):
+class SoftmaxParams(NamedTuple):
     """How a row of logits becomes a distribution: ``x = cap*tanh(z/cap)/T`` over ``vocab_size`` columns. Off is ``inf``."""
 
     vocab_size: int
@@ -102,8 +102,8 @@ class DivergenceInputs(NamedTuple):
     ids: Tensor
     temperature: Tensor
     other_temperature: Tensor
-    head: Head
-    other_head: Head
+    head: SoftmaxParams
+    other_head: SoftmaxParams
 
 
 class Request(NamedTuple):
@@ -127,6 +127,10 @@ class Backend:
     * ``token_loss_grad(logits, ids, temperature, head, inputs, program, params, out) -> Tensor [len(LOSS_ROWS), N]``, and writes ``out``.
     * ``scale(grad, factor) -> None``: ``grad *= factor``, a 0-d tensor, in at least fp32 with one rounding, for a gradient that the backend has made (of
       logits, or of what a head is made of). A kernel reads the factor on the device, and returns at once if it is exactly 1. None: torch does it.
+    * ``evaluate_rows(program, params, leaves, row_weights, outputs, keep) -> Tensor [len(outputs), N]``: a program on stored rows, without logits,
+      all in fp32 or all in fp64. ``leaves`` maps the leaves that the outputs depend on to ``[N]``; with ``log_ratio`` among them the program
+      does not form it from ``logp - old_logp``. ``row_weights`` is ``[K, N]``; ``outputs`` names those of
+      :class:`~reweight_ops._core.formula.loss_program.LossGraph`; rows where ``keep`` (bool ``[N]``, or None) is False are 0. None: the backend has none.
 
     The gradient of a row, with ``x`` the capped and scaled logit, ``p = exp(x - lse)`` and ``c_*`` the coefficients::
 
@@ -143,13 +147,14 @@ class Backend:
 
     name: str
     unsupported_reason: Callable[[Request], str | None]
-    token_stats: Callable[[Tensor, Tensor, Tensor, Head, tuple[str, ...]], Tensor]
-    token_grad: Callable[[Tensor, Tensor, Tensor, Head, dict[str, Tensor], dict[str, Tensor | None], Tensor], None]
-    token_loss_grad: Callable[[Tensor, Tensor, Tensor, Head, RowInputs, Program, Tensor, Tensor], Tensor]
+    token_stats: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, tuple[str, ...]], Tensor]
+    token_grad: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, dict[str, Tensor], dict[str, Tensor | None], Tensor], None]
+    token_loss_grad: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, RowInputs, Program, Tensor, Tensor], Tensor]
     divergence_stats: Callable[[DivergenceInputs], Tensor]
     divergence_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], None]
     divergence_loss_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], Tensor]
     scale: Callable[[Tensor, Tensor], None] | None = None
+    evaluate_rows: Callable[[Program, Tensor, dict[str, Tensor], Tensor, tuple[str, ...], Tensor | None], Tensor] | None = None
     #: Which of several kernels token_loss_grad takes, and why (logits, vocab_size, device).
     kernel_of: Callable[[Tensor, int, torch.device], str] | None = None
     #: It serves everything, slowly: ``auto`` prefers a faster backend's two passes to its one.

@@ -13,6 +13,7 @@ import torch
 
 from ...errors import BackendUnavailable
 from .base import Backend, Request
+from .cpu_rows import RowsEvaluator
 from .native import Native, checked, dtype_reason
 from .native_divergence import NativeDivergence
 
@@ -49,4 +50,5 @@ BACKEND = Backend(
     divergence_stats=_divergence.divergence_stats,
     divergence_grad=_divergence.divergence_grad,
     divergence_loss_grad=_divergence.divergence_loss_grad,
+    evaluate_rows=RowsEvaluator(_C),
 )

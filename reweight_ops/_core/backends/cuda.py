@@ -8,7 +8,8 @@ that a logit is read once and its gradient written once. It serves a call if
 
 * the GPU is of compute capability 9.0 or later and can run such a cluster,
 * every row of the logits and of the gradient starts at a multiple of 16 bytes (a row stride of whole 16 bytes; any vocabulary size),
-* two rows fit on chip: on sm_90 and sm_100 up to 393216 columns in 16 bits and 196608 in 32, on sm_120 16384 and 8192.
+* a row and the beginning of the next fit on chip: on sm_90 and sm_100 up to 786432 columns in 16 bits and 393216 in 32, on sm_120 32768 and
+  16384.
 
 *Streaming* serves every other call and reads the logits twice, the second time from the second-level cache where that holds them.
 """

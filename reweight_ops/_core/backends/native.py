@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import BackendUnavailable, InvalidCall
 from ..formula.loss_program import Program
-from .base import COEFS, LOSS_ROWS, STATS, Head, Request, RowAddresses, RowInputs, rows_of
+from .base import COEFS, LOSS_ROWS, STATS, Request, RowAddresses, RowInputs, SoftmaxParams, rows_of
 from .native_programs import Compiled, CompiledRules, Programs, Tables
 from .scale import scale_in_torch, spans_of
 from .sources import source_hash
@@ -86,7 +86,7 @@ class Native:
         if t.size(-1) > _MAX_COLUMNS:
             raise InvalidCall(f"{name} has {t.size(-1)} columns, at most {_MAX_COLUMNS} are supported.")
 
-    def call(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head) -> Any:
+    def call(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams) -> Any:
         self._check_layout("logits", logits)
         n, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
         if not 0 < head.vocab_size <= columns:
@@ -104,6 +104,8 @@ class Native:
             raise InvalidCall(
                 f"out is {tuple(out.shape)} {out.dtype} {out.device}, expected {tuple(logits.shape)} {logits.dtype} {logits.device} like the logits."
             )
+        if not out.numel():
+            return rows_of(out)  # without memory: its address is that of everything without memory
         same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
         if not same and out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() and _overlap(out, logits):
             raise InvalidCall("out overlaps the logits without being the same view of them.")
@@ -111,7 +113,7 @@ class Native:
             raise InvalidCall(f"out has strides {out.stride()}: rows would overwrite each other.")
         return rows_of(out)
 
-    def token_stats(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
+    def token_stats(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
         call = self.call(logits, ids, temperature, head)
         out, addresses = self.rows(stats, logits, ids.numel())
         where = dict(zip(stats, addresses, strict=True))
@@ -123,7 +125,7 @@ class Native:
         logits: Tensor,
         ids: Tensor,
         temperature: Tensor,
-        head: Head,
+        head: SoftmaxParams,
         stats: dict[str, Tensor],
         coefs: dict[str, Tensor | None],
         out: Tensor,
@@ -137,7 +139,15 @@ class Native:
         self.check(self.module.token_grad(call, known, by, out.data_ptr(), self.out_rows(logits, out)))
 
     def token_loss_grad(
-        self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        temperature: Tensor,
+        head: SoftmaxParams,
+        inputs: RowInputs,
+        program: Program,
+        params: Tensor,
+        out: Tensor,
     ) -> Tensor:
         compiled, length, reads_p_sq, entropy_gradient, _ = self._compiled(program, logits.device)
         call, n = self.call(logits, ids, temperature, head), ids.numel()

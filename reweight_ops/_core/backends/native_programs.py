@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
-from ..formula.loss_program import Program, loss_graph
+from ..formula.loss_program import ONE_PASS, Program, loss_graph
 from ..formula.printer import own_rules, own_weights
 from ..formula.table import MAX_REGISTERS, OPERATIONS, Table, build_table
 from ..formula.text import write_formula
@@ -57,11 +57,12 @@ class Tables:
         words = torch.tensor(table.words(), dtype=torch.int64).to(device)
         return _compiled(program, self.load(table, words), words)
 
-    def load(self, table: Table, words: Tensor, outputs: tuple[int, ...] | None = None) -> Any:
+    def load(self, table: Table, words: Tensor) -> Any:
         """The module's own view of a table, whose words live where the kernels read them."""
+        outputs = (*table.outputs, *[0] * len(ONE_PASS))[: len(ONE_PASS)]
         return self.module.Table(
             words.data_ptr(), table.parameters, len(table.constants), table.uniform, len(table.instructions), table.inputs,
-            table.terms, table.registers, table.outputs if outputs is None else outputs,
+            table.terms, table.registers, outputs,
         )  # fmt: skip
 
 

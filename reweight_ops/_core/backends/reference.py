@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..formula.program import evaluate_rows
 from . import reference_divergence as divergence
 from . import reference_token as token
 from .base import Backend, Request
@@ -20,5 +21,6 @@ BACKEND = Backend(
     divergence_stats=divergence.divergence_stats,
     divergence_grad=divergence.divergence_grad,
     divergence_loss_grad=divergence.divergence_loss_grad,
+    evaluate_rows=evaluate_rows,
     is_fallback=True,
 )

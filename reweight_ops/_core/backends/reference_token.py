@@ -10,7 +10,7 @@ from torch import Tensor
 from ..formula.loss_program import STATISTICS, Program
 from ..formula.program import evaluate_rows
 from ..rows.groups import OUT
-from .base import COEFS, Head, RowInputs
+from .base import COEFS, RowInputs, SoftmaxParams
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,7 +20,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class Distribution:
     """``x`` of every row and what the verbs need of it, in the accumulation dtype."""
 
-    def __init__(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head) -> None:
+    def __init__(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams) -> None:
         n = ids.numel()
         z = logits[..., : head.vocab_size].reshape(n, head.vocab_size).to(accumulation_dtype(logits.dtype))
         self.inside = ids != OUT
@@ -51,7 +51,7 @@ class Distribution:
         return torch.where(self.top.isfinite(), torch.log1p(self.sum_of_others(self.below.exp())), math.nan)
 
 
-def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
+def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
     d = Distribution(logits, ids, temperature, head)
     log_total, rest = d.log_total(), d.sum_of_others(d.below.exp())
     out = {"lse": d.top + log_total, "max_logp": 0 - log_total}
@@ -65,7 +65,13 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, st
 
 
 def token_grad(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    head: SoftmaxParams,
+    stats: dict[str, Tensor],
+    coefs: dict[str, Tensor | None],
+    out: Tensor,
 ) -> None:
     d = Distribution(logits, ids, temperature, head)
     zero = torch.zeros_like(stats["logp"])
@@ -97,7 +103,7 @@ def token_grad(
 
 
 def token_loss_grad(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
+    logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
 ) -> Tensor:
     names = ("logp", "entropy", "lse", "log_sum_p_sq")
     stats = dict(zip(names, token_stats(logits, ids, temperature, head, names), strict=True))

@@ -9,7 +9,7 @@ from ...triton_kernels import kernels
 from ...triton_kernels.config import Config, config_for
 from ..formula.loss_program import Program, loss_graph
 from . import triton_launch
-from .base import COEFS, LOSS_ROWS, STATS, Head, RowInputs, rows_of
+from .base import COEFS, LOSS_ROWS, STATS, RowInputs, SoftmaxParams, rows_of
 from .triton_cache import program_function
 
 _STAT_ORDER = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
@@ -20,7 +20,7 @@ _ROWS_PER_PROCESSOR = 2
 class _Call:
     """What the launches of one call have in common."""
 
-    def __init__(self, logits: Tensor, temperature: Tensor, head: Head, out: Tensor | None = None) -> None:
+    def __init__(self, logits: Tensor, temperature: Tensor, head: SoftmaxParams, out: Tensor | None = None) -> None:
         self.where = rows_of(logits)
         self.rows = logits.numel() // logits.size(-1)
         self.config: Config = config_for(head.vocab_size, logits.element_size(), triton_launch.wave(logits.device))
@@ -34,7 +34,7 @@ class _Call:
         self.emulate = triton_launch.interpreted() and logits.dtype == torch.bfloat16
         self.device = torch.device("cuda", logits.device.index or 0) if logits.device.type == "cuda" else logits.device
 
-    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, keep: bool) -> Tensor | None:
+    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, keep: bool) -> Tensor | None:
         """The segments' states and the targets' logits, if the rows are split."""
         if not self.split:
             return None
@@ -51,7 +51,7 @@ class _Call:
         return self.rows * (-(-out.size(-1) // self.chunk) if self.split else 1)
 
 
-def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: tuple[str, ...]) -> Tensor:
+def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
     out = torch.empty((len(stats), ids.numel()), dtype=torch.float32, device=logits.device)
     if not ids.numel():
         return out
@@ -68,7 +68,13 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, st
 
 
 def token_grad(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    head: SoftmaxParams,
+    stats: dict[str, Tensor],
+    coefs: dict[str, Tensor | None],
+    out: Tensor,
 ) -> None:
     n = ids.numel()
     if not n:
@@ -93,7 +99,7 @@ def token_grad(
 
 
 def token_loss_grad(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: Head, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
+    logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
 ) -> Tensor:
     n = ids.numel()
     rows = torch.empty((len(LOSS_ROWS), n), dtype=torch.float32, device=logits.device)

@@ -1,4 +1,4 @@
-"""The keywords that ops share: HEAD (how logits become distributions) and DATA (everything per row), each with one default.
+"""The keywords that ops share, by record: how logits become distributions, what a policy loss reads per row, ... Each has one default.
 
 An unknown keyword is a TypeError that names the nearest known one, and what a TRL or verl name is called here.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 from torch import Tensor, dtype
 
@@ -15,9 +15,19 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+class Options:
+    """Base of the records: frozen dataclasses of keywords, each with its default."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ()
+
+    def named(self) -> dict[str, Any]:
+        """The values by public name, for the resolver and its messages."""
+        return {name: getattr(self, name) for name in self.NAMES}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadOptions:
-    """The HEAD keywords of an op that takes logits."""
+class SoftmaxOptions(Options):
+    """How a row of logits becomes a distribution, and who computes it."""
 
     temperature: Any = 1.0
     softcap: float | None = None
@@ -29,8 +39,8 @@ class HeadOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """The DATA keywords of a policy loss."""
+class PolicyOptions(Options):
+    """What a policy loss reads beside logits and advantages."""
 
     completion_mask: Any = None
     denominator_mask: Any = None
@@ -50,13 +60,32 @@ class DataOptions:
     loss_scale: Any = 1.0
     validate: bool = False
 
-    def named(self) -> dict[str, Any]:
-        """By public name, for the resolver and its messages."""
-        return {name: getattr(self, name) for name in _DATA}
+
+class Lora(NamedTuple):
+    """A low-rank term of the head: ``logits += scale · (hidden @ aᵀ) @ bᵀ``, ``a [r, D]``, ``b [V, r]``. ``W + scale·b·a`` is never built."""
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
 
 
-class HeadKeywords(TypedDict, total=False):
-    """HEAD for type checkers; the same names as :class:`HeadOptions` (a test holds them together)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LMHeadOptions(Options):
+    """The LM head of an op that takes hidden states, and its chunks."""
+
+    lm_head_bias: Any = None
+    logit_scale: float = 1.0
+    logits_dtype: dtype | None = None
+    accumulate_dtype: dtype | None = None
+    chunk_rows: int | None = None
+    memory_budget: int | None = None
+    lora: Lora | None = None
+    row_index: Any = None
+    compact_rows: bool | None = None
+
+
+class SoftmaxKeywords(TypedDict, total=False):
+    """:class:`SoftmaxOptions` for type checkers (a test holds the names together)."""
 
     temperature: float | Tensor
     softcap: float | None
@@ -67,8 +96,8 @@ class HeadKeywords(TypedDict, total=False):
     backend: str
 
 
-class DataKeywords(TypedDict, total=False):
-    """DATA for type checkers; the same names as :class:`DataOptions`."""
+class PolicyKeywords(TypedDict, total=False):
+    """:class:`PolicyOptions` for type checkers."""
 
     completion_mask: Tensor | None
     denominator_mask: Tensor | None
@@ -89,12 +118,12 @@ class DataKeywords(TypedDict, total=False):
     validate: bool
 
 
-class PolicyLossKeywords(HeadKeywords, DataKeywords, total=False):
-    """HEAD and DATA."""
+class PolicyLossKeywords(SoftmaxKeywords, PolicyKeywords, total=False):
+    """The keywords of :func:`~reweight_ops.policy_loss`."""
 
 
-class LinearHeadKeywords(HeadKeywords, total=False):
-    """HEAD and the keywords of a linear head."""
+class LMHeadKeywords(SoftmaxKeywords, total=False):
+    """:class:`SoftmaxOptions` and :class:`LMHeadOptions` for type checkers."""
 
     lm_head_bias: Tensor | None
     logit_scale: float
@@ -107,12 +136,64 @@ class LinearHeadKeywords(HeadKeywords, total=False):
     compact_rows: bool | None
 
 
-class LinearKeywords(LinearHeadKeywords, DataKeywords, total=False):
-    """HEAD, DATA and the keywords of a linear head."""
+class LinearPolicyLossKeywords(LMHeadKeywords, PolicyKeywords, total=False):
+    """The keywords of :func:`~reweight_ops.linear_policy_loss`."""
 
 
-_HEAD = tuple(f.name for f in dataclasses.fields(HeadOptions))
-_DATA = tuple(f.name for f in dataclasses.fields(DataOptions))
+class PairKeywords(TypedDict, total=False):
+    """:class:`PairOptions` for type checkers (a test holds the names together)."""
+
+    completion_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    sequence_ids: Tensor | None
+    num_sequences: int | None
+    pairs: str
+    ref_per_token_logps: Tensor | None
+    ref_sequence_logps: Tensor | None
+    old_per_token_logps: Tensor | None
+    old_sequence_logps: Tensor | None
+    ref_logits: Tensor | None
+    per_token_kl: Tensor | None
+    reward_mask: Tensor | None
+    kl_mask: Tensor | None
+    reward_margins: Tensor | None
+    judge_margins: Tensor | None
+    consistency: Tensor | None
+    chosen_values: Tensor | None
+    rejected_values: Tensor | None
+    noise: Tensor | None
+    num_pairs_in_batch: float | Tensor | None
+    loss_scale: float | Tensor
+    validate: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairOptions(Options):
+    """The keywords of a pair loss beside the softmax's."""
+
+    completion_mask: Any = None
+    cu_seqlens: Any = None
+    sequence_ids: Any = None
+    num_sequences: int | None = None
+    pairs: str = "halves"
+    ref_per_token_logps: Any = None
+    ref_sequence_logps: Any = None
+    old_per_token_logps: Any = None
+    old_sequence_logps: Any = None
+    ref_logits: Any = None
+    per_token_kl: Any = None
+    reward_mask: Any = None
+    kl_mask: Any = None
+    reward_margins: Any = None
+    judge_margins: Any = None
+    consistency: Any = None
+    chosen_values: Any = None
+    rejected_values: Any = None
+    noise: Any = None
+    num_pairs_in_batch: Any = None
+    loss_scale: Any = 1.0
+    validate: bool = False
+
 
 #: What users of TRL, verl, Liger and others may type, and what it is here.
 ALIASES = {
@@ -161,34 +242,17 @@ ALIASES = {
 }
 
 
-def head_options(op: str, keywords: dict[str, Any], own: tuple[str, ...] = ()) -> HeadOptions:
-    """The keywords as HEAD; anything else is a TypeError. ``own`` are the op's own keywords, for the message."""
-    _check(op, keywords, _HEAD, own)
-    return HeadOptions(**keywords)
+for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
+    _record.NAMES = tuple(f.name for f in dataclasses.fields(_record))
 
 
-def data_options(op: str, keywords: dict[str, Any], own: tuple[str, ...] = ()) -> DataOptions:
-    """The keywords as DATA."""
-    _check(op, keywords, _DATA, own)
-    return DataOptions(**keywords)
-
-
-def all_options(op: str, keywords: dict[str, Any], own: tuple[str, ...] = ()) -> tuple[HeadOptions, DataOptions]:
-    """The keywords as HEAD and DATA."""
-    _check(op, keywords, _HEAD + _DATA, own)
-    head = {name: value for name, value in keywords.items() if name in _HEAD}
-    return HeadOptions(**head), DataOptions(**{name: value for name, value in keywords.items() if name in _DATA})
-
-
-def reject_unknown(op: str, keywords: dict[str, Any], known: tuple[str, ...]) -> None:
-    """A TypeError for the first keyword that is none of ``known``."""
-    _check(op, keywords, (), known)
-
-
-def _check(op: str, keywords: dict[str, Any], known: tuple[str, ...], own: tuple[str, ...]) -> None:
+def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple[str, ...] = ()) -> list[Any]:
+    """One of each record from the keywords; a keyword of none is a TypeError. ``own``: the op's other keywords, for the message."""
+    known = [name for record in records for name in record.NAMES]
     for name in keywords:
         if name not in known:
-            _reject(op, name, known + own)
+            _reject(op, name, (*known, *own))
+    return [record(**{name: keywords[name] for name in record.NAMES if name in keywords}) for record in records]
 
 
 def _reject(op: str, name: str, known: tuple[str, ...]) -> NoReturn:

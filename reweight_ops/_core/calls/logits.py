@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import InvalidCall, UnsupportedRequest
-from ..rows.constants import parameter_vector
+from ...errors import InvalidCall
+from ..backends.base import SoftmaxParams
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
-from .keywords import HeadOptions
-
-_CONSUMED = "_reweight_ops_consumed"
+from . import consumed
+from .keywords import SoftmaxOptions
+from .softmax import Fail, resolve_softmax, resolve_temperature
 
 
 @dataclass(frozen=True)
-class LogitsCall:
-    """Logits as ``[N, V]`` or ``[B, T(+1), V]`` (a view), the rows, the temperature as ``[1]`` or ``[N]``."""
+class Logits:
+    """A call's logits: ``values`` as ``[N, V]`` or ``[B, T(+1), V]`` (a view), the ids of its rows, and their softmax.
 
-    logits: Tensor
+    ``temperature`` is ``[1]`` or ``[N]``; ``backend`` is what the caller asked for.
+    """
+
+    values: Tensor
     rows: Rows
+    ids: Tensor
     temperature: Tensor
-    vocab_size: int
-    softcap: float
+    softmax: SoftmaxParams
     drop_last: bool
     consume: bool
     backend: str
@@ -34,16 +36,16 @@ class LogitsCall:
 
     @property
     def needs_grad(self) -> bool:
-        return torch.is_grad_enabled() and self.logits.requires_grad
+        return torch.is_grad_enabled() and self.values.requires_grad
 
     def mark_consumed(self) -> None:
-        if self.consume and not torch.compiler.is_compiling():
-            setattr(self.original, _CONSUMED, True)
+        if self.consume:
+            consumed.mark(self.original)
 
 
 def resolve_logits(
-    op: str, logits: Any, completion_ids: Any, options: HeadOptions, data: dict[str, Any], validate: bool = False
-) -> LogitsCall:
+    op: str, logits: Any, completion_ids: Any, options: SoftmaxOptions, data: dict[str, Any], validate: bool = False
+) -> Logits:
     """Check logits against ids and resolve the rows. ``data`` holds the other tensors of the call by their public names."""
     tensors = {"logits": logits, "completion_ids": completion_ids, "temperature": options.temperature, **data}
 
@@ -53,15 +55,13 @@ def resolve_logits(
     for name in ("logits", "completion_ids"):
         if not isinstance(tensors[name], Tensor):
             raise fail(f"{name} is a {type(tensors[name]).__name__}, expected a tensor.")
-    if options.process_group is not None:
-        raise UnsupportedRequest(f"{op}: process_group: vocabulary-parallel logits are not supported yet; gather the vocabulary first.")
     if not logits.is_floating_point() or logits.dtype.itemsize < 2:
         raise fail(f"logits are {logits.dtype}, expected fp16, bf16, fp32 or fp64.")
     if completion_ids.dtype not in (torch.int32, torch.int64):
         raise fail(f"completion_ids are {completion_ids.dtype}, expected int32 or int64.")
     if completion_ids.device != logits.device:
         raise fail(f"completion_ids are on {completion_ids.device}, logits on {logits.device}.")
-    if getattr(logits, _CONSUMED, False):
+    if consumed.is_consumed(logits):
         raise fail("these logits were consumed by an earlier call with consume_logits=True: they hold a gradient now.")
 
     shape = tuple(completion_ids.shape)
@@ -80,53 +80,26 @@ def resolve_logits(
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise fail("the last dimension of logits is not contiguous (any other stride is fine): pass logits.contiguous().")
 
-    vocab_size, softcap = vocabulary(options, logits.shape[-1], fail)
+    softmax = resolve_softmax(op, options, logits.shape[-1], fail)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    rows = resolve_rows(op, shape, logits.device, dtype, tensors, vocab_size, validate)
+    rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.vocab_size, validate)
+    assert rows.ids is not None
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad
     if consume and logits.is_leaf:
         raise fail("consume_logits=True would overwrite a leaf that requires grad; it is for logits that a model computed.")
-    return LogitsCall(
-        _collapsed(logits, fail),
-        rows,
-        temperature_rows(rows, options.temperature, fail),
-        vocab_size,
-        softcap,
-        options.drop_last,
-        consume,
-        options.backend,
-        logits,
-    )
+    return Logits(
+        collapsed("logits", logits, fail), rows, rows.ids, resolve_temperature(rows, options.temperature, fail), softmax, options.drop_last,
+        consume, options.backend, logits,
+    )  # fmt: skip
 
 
-def _collapsed(logits: Tensor, fail: Any) -> Tensor:
+def collapsed(name: str, logits: Tensor, fail: Fail) -> Tensor:
+    """Logits with at most two leading dimensions, as a view."""
     if logits.dim() <= 3:
         return logits
     try:
         return logits.view(-1, *logits.shape[-2:])
     except RuntimeError:
         raise fail(
-            f"leading dimensions with strides {logits.stride()} are no single batch dimension: pass logits.contiguous() or [B, T, V]."
+            f"the leading dimensions of {name}, with strides {logits.stride()}, are no single batch dimension: pass {name}.contiguous() or [B, T, V]."
         ) from None
-
-
-def vocabulary(options: HeadOptions, columns: int, fail: Any) -> tuple[int, float]:
-    """``(vocab_size, softcap)`` of a head with that many columns; an off soft cap is inf."""
-    vocab_size = columns if options.vocab_size is None else options.vocab_size
-    if not 0 < vocab_size <= columns:
-        raise fail(f"vocab_size is {vocab_size}, logits have {columns} columns.")
-    softcap = math.inf if options.softcap is None else float(options.softcap)
-    if not softcap > 0:
-        raise fail(f"softcap is {options.softcap}, expected a positive number, or None for off.")
-    return vocab_size, softcap
-
-
-def temperature_rows(rows: Rows, value: Any, fail: Any) -> Tensor:
-    """The temperature as ``[1]`` or ``[N]`` in the row dtype."""
-    if isinstance(value, Tensor):
-        if value.requires_grad:
-            raise fail("temperature requires grad, but no gradient flows to it: pass it detached.")
-        return value.to(rows.dtype).view(1) if value.dim() == 0 else rows.per_row("temperature", value)
-    if not value > 0 or math.isinf(value):
-        raise fail(f"temperature is {value}, expected a positive number.")
-    return parameter_vector((value,), rows.dtype, rows.device)

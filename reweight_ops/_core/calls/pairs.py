@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,68 +10,7 @@ from torch import Tensor
 from ..rows.pairs import LAYOUTS
 from ..rows.rows import Rows
 from ..spec.pairs import PairSpec
-
-
-class PairKeywords(TypedDict, total=False):
-    """For type checkers; the same names as :class:`PairOptions` (a test holds them together)."""
-
-    completion_mask: Tensor | None
-    cu_seqlens: Tensor | None
-    sequence_ids: Tensor | None
-    num_sequences: int | None
-    pairs: str
-    ref_per_token_logps: Tensor | None
-    ref_sequence_logps: Tensor | None
-    old_per_token_logps: Tensor | None
-    old_sequence_logps: Tensor | None
-    ref_logits: Tensor | None
-    per_token_kl: Tensor | None
-    reward_mask: Tensor | None
-    kl_mask: Tensor | None
-    reward_margins: Tensor | None
-    judge_margins: Tensor | None
-    consistency: Tensor | None
-    chosen_values: Tensor | None
-    rejected_values: Tensor | None
-    noise: Tensor | None
-    num_pairs_in_batch: float | Tensor | None
-    loss_scale: float | Tensor
-    validate: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PairOptions:
-    """The keywords of a pair loss beside HEAD, each with its default."""
-
-    completion_mask: Any = None
-    cu_seqlens: Any = None
-    sequence_ids: Any = None
-    num_sequences: int | None = None
-    pairs: str = "halves"
-    ref_per_token_logps: Any = None
-    ref_sequence_logps: Any = None
-    old_per_token_logps: Any = None
-    old_sequence_logps: Any = None
-    ref_logits: Any = None
-    per_token_kl: Any = None
-    reward_mask: Any = None
-    kl_mask: Any = None
-    reward_margins: Any = None
-    judge_margins: Any = None
-    consistency: Any = None
-    chosen_values: Any = None
-    rejected_values: Any = None
-    noise: Any = None
-    num_pairs_in_batch: Any = None
-    loss_scale: Any = 1.0
-    validate: bool = False
-
-    def named(self) -> dict[str, Any]:
-        """By public name, for the resolver and its messages."""
-        return {name: getattr(self, name) for name in OPTION_NAMES}
-
-
-OPTION_NAMES = tuple(f.name for f in dataclasses.fields(PairOptions))
+from .keywords import PairOptions
 
 #: What a part may need: any one of these keywords. ``order`` (sequences one after the other) and ``log_sum_p_sq`` are seen to elsewhere.
 NEEDS = {

@@ -18,7 +18,7 @@ from ..rows.constants import parameter_vector
 from ..rows.rows import Rows
 from ..spec.policy import PolicyLossSpec, resolved
 from ..spec.reduction import Divisors, Reduction
-from .keywords import DataOptions
+from .keywords import PolicyOptions
 
 #: The statistics of the current policy that the middle differentiates through.
 STATISTICS = ("logp", "entropy", "log_sum_p_sq")
@@ -133,7 +133,7 @@ class LossCall:
         return parameter_vector(self.spec.parameter_values, self.rows.dtype, self.rows.device)
 
 
-def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: DataOptions) -> LossCall:
+def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: PolicyOptions) -> LossCall:
     """Check a call's per-row arguments against what its spec reads, and flatten them."""
     requires = spec.requires
 
@@ -168,7 +168,7 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: DataOp
     return LossCall(spec, rows, divisors, scale, adv, old, ref, sampling, _factor(rows, data), per_sequence)
 
 
-def _factor(rows: Rows, data: DataOptions) -> Tensor | None:
+def _factor(rows: Rows, data: PolicyOptions) -> Tensor | None:
     factor = None
     for name in ("importance_sampling_ratio", "token_weights"):
         value = getattr(data, name)

@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..backends.select import choose_divergence
+from ..backends.base import SoftmaxParams
 from ..rows.groups import describe
-from .keywords import HeadOptions
-from .logits import LogitsCall, resolve_logits, temperature_rows
-
-
-class TwoHeads(NamedTuple):
-    """What of a call crosses the op boundary beside tensors."""
-
-    vocab_size: int
-    softcap: float
-    other_softcap: float
-    drop_last: bool
-    backend: str
+from .keywords import SoftmaxOptions
+from .logits import Logits, collapsed, resolve_logits
+from .softmax import resolve_softcap, resolve_temperature
 
 
 @dataclass(frozen=True)
-class TwoCall:
-    """A resolved call: the logits of p, and what belongs to q."""
+class TwoLogits:
+    """The logits of p, with the call's rows and options, and what belongs to q."""
 
-    p: LogitsCall
+    p: Logits
     other: Tensor
     other_temperature: Tensor
-    heads: TwoHeads
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        assert self.p.rows.ids is not None
-        return self.p.logits, self.other, self.p.rows.ids, self.p.temperature, self.other_temperature
+    other_softmax: SoftmaxParams
 
 
-def resolve_two(
-    op: str, logits: Any, other: Any, mask: Any, options: HeadOptions, other_temperature: Any, other_softcap: Any, more: dict[str, Any]
-) -> TwoCall:
+def resolve_two_logits(
+    op: str, logits: Any, other: Any, mask: Any, options: SoftmaxOptions, other_temperature: Any, other_softcap: Any, more: dict[str, Any]
+) -> TwoLogits:
     """Check the two tensors against each other. Without ``completion_ids`` in ``more``, ``mask`` alone says which rows are in."""
     tensors = {"logits": logits, "other_logits": other, "completion_mask": mask, "temperature": options.temperature, **more}
 
@@ -71,24 +56,11 @@ def resolve_two(
         raise fail(
             f"logits have {logits.shape[-1]} columns, other_logits {other.shape[-1]}: pass vocab_size, the columns of both softmaxes."
         )
-    if other.shape[-1] < call.vocab_size:
-        raise fail(f"vocab_size is {call.vocab_size}, other_logits have {other.shape[-1]} columns.")
+    if other.shape[-1] < call.softmax.vocab_size:
+        raise fail(f"vocab_size is {call.softmax.vocab_size}, other_logits have {other.shape[-1]} columns.")
     if other.stride(-1) != 1 and other.shape[-1] > 1:
         raise fail("the last dimension of other_logits is not contiguous: pass other_logits.contiguous().")
-    cap = math.inf if other_softcap is None else float(other_softcap)
-    if not cap > 0:
-        raise fail(f"other_softcap is {other_softcap}, expected a positive number, or None for off.")
+    softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap("other_softcap", other_softcap, fail))
     # A view: torch.compile takes no tensor twice.
-    temperature = call.temperature.view(-1) if other_temperature is None else temperature_rows(call.rows, other_temperature, fail)
-    backend = choose_divergence(call.logits.device, call.logits.dtype, other.dtype, call.backend)
-    heads = TwoHeads(call.vocab_size, call.softcap, cap, call.drop_last, backend)
-    return TwoCall(call, _collapsed(other, fail), temperature, heads)
-
-
-def _collapsed(other: Tensor, fail: Any) -> Tensor:
-    if other.dim() <= 3:
-        return other
-    try:
-        return other.view(-1, *other.shape[-2:])
-    except RuntimeError:
-        raise fail("the leading dimensions of other_logits are no single batch dimension: pass other_logits.contiguous().") from None
+    temperature = call.temperature.view(-1) if other_temperature is None else resolve_temperature(call.rows, other_temperature, fail)
+    return TwoLogits(call, collapsed("other_logits", other, fail), temperature, softmax)

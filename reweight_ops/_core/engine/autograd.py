@@ -1,6 +1,6 @@
-"""The two autograd Functions of the package: statistics (two_pass) and the one-pass loss.
+"""The autograd Functions on logits: statistics (two_pass) and the one-pass loss, of one tensor and of two.
 
-Both call registered custom ops only, so torch.compile traces through. What is saved goes through ``save_for_backward``: the version
+All call registered custom ops only, so torch.compile traces through. What is saved goes through ``save_for_backward``: the version
 counters then catch a tensor that was changed in between, and nothing is kept alive (or cloned) longer than autograd needs it.
 """
 
@@ -13,39 +13,40 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...errors import ReweightOpsError
+from ..backends.base import SoftmaxParams
 from . import ops as library
 
 
-class HeadCall(NamedTuple):
-    """What the head and the layout contribute to a call of an op; primitives only, they cross the op boundary."""
+class OpOptions(NamedTuple):
+    """What every op of a call is told beside tensors and softmaxes."""
 
-    vocab_size: int
-    softcap: float
     drop_last: bool
     backend: str
     consume: bool
 
 
-def hand_out_once(ctx: Any, op: str) -> None:
+def forbid_second_backward(ctx: Any, op: str) -> None:
     """Raise at a second backward through a one-pass loss: the first scaled the gradient in place and gave it away."""
     if torch.compiler.is_compiling():
         return
-    if getattr(ctx, "spent", False):
+    if getattr(ctx, "gradient_released", False):
         raise ReweightOpsError(
             f"{op}: a second backward through a one-pass loss. Its gradient was handed out by the first; "
             'plan="two_pass" computes it in backward and supports retain_graph=True.'
         )
-    ctx.spent = True
+    ctx.gradient_released = True
 
 
 class RowStatistics(torch.autograd.Function):
     """``(logp, entropy, lse, log_sum_p_sq)`` of every row, differentiable with respect to the logits. ``[4, N]`` before unbinding."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, head: HeadCall, stats: str) -> tuple[Tensor, ...]:
-        rows = library.token_stats(logits, ids, temperature, head.vocab_size, head.softcap, head.drop_last, stats, head.backend)
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, options: OpOptions, stats: str
+    ) -> tuple[Tensor, ...]:
+        rows = library.token_stats(logits, ids, temperature, *softmax[:2], options.drop_last, stats, options.backend)
         ctx.set_materialize_grads(False)
-        ctx.head, ctx.names = head, stats.split(",")
+        ctx.softmax, ctx.options, ctx.names = softmax, options, stats.split(",")
         outputs = rows.unbind()
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name == "max_logp"]
         if fixed:
@@ -60,17 +61,17 @@ class RowStatistics(torch.autograd.Function):
         known = dict(zip(ctx.names, stats, strict=True))
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
         if all(by.get(name) is None for name in ("logp", "entropy", "lse", "log_sum_p_sq")):
-            return (None,) * 5
-        head = ctx.head
+            return (None,) * 6
+        options: OpOptions = ctx.options
         arguments = (
             logits, ids, temperature, known["logp"], known["lse"], known.get("entropy"), known.get("log_sum_p_sq"),
             by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"),
-            head.vocab_size, head.softcap, head.drop_last, head.backend,
+            *ctx.softmax[:2], options.drop_last, options.backend,
         )  # fmt: skip
-        if library.may_overwrite(head.consume):
+        if library.may_overwrite(options.consume):
             library.token_grad_(*arguments)
-            return logits, None, None, None, None
-        return library.token_grad(*arguments), None, None, None, None
+            return logits, *(None,) * 5
+        return library.token_grad(*arguments), *(None,) * 5
 
 
 class OnePassLoss(torch.autograd.Function):
@@ -85,15 +86,16 @@ class OnePassLoss(torch.autograd.Function):
         inputs: tuple[Tensor | None, ...],
         params: Tensor,
         program: str,
-        head: HeadCall,
+        softmax: SoftmaxParams,
+        options: OpOptions,
     ) -> tuple[Tensor, Tensor]:
-        arguments = (logits, ids, temperature, *inputs, params, program, head.vocab_size, head.softcap, head.drop_last, head.backend)
-        if head.consume:
+        arguments = (logits, ids, temperature, *inputs, params, program, *softmax[:2], options.drop_last, options.backend)
+        if options.consume:
             rows, grad = library.token_loss_grad_(*arguments), logits
         else:
             rows, grad = library.token_loss_grad(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.backend = head.backend
+        ctx.backend = options.backend
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(rows)
         return rows[2].sum(), rows
@@ -102,7 +104,73 @@ class OnePassLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _rows: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 7
-        hand_out_once(ctx, "policy_loss")
+            return (None,) * 8
+        forbid_second_backward(ctx, "policy_loss")
         (grad,) = ctx.saved_tensors
-        return library.scaled(grad, upstream, ctx.backend), None, None, None, None, None, None
+        return library.scaled(grad, upstream, ctx.backend), *(None,) * 7
+
+
+#: What crosses the boundary of an op on two tensors: columns of both softmaxes, and their soft caps.
+Softmaxes = tuple[int, float, float]
+
+
+class DivergenceStatistics(torch.autograd.Function):
+    """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, ``[N]`` each; the first three are differentiable with respect to the logits of p."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, softmaxes: Softmaxes, options: OpOptions
+    ) -> tuple[Tensor, ...]:
+        table = library.divergence_stats(logits, other, ids, t, t_other, *softmaxes, options.drop_last, options.backend)
+        ctx.set_materialize_grads(False)
+        ctx.softmaxes, ctx.options = softmaxes, options
+        outputs = tuple(row.clone() for row in table[:4])
+        ctx.mark_non_differentiable(outputs[3])
+        ctx.save_for_backward(logits, other, ids, t, t_other, table)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(g is None for g in grads[:3]):
+            return (None,) * 7
+        *tensors, table = ctx.saved_tensors
+        coefs = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads[:3]])
+        options: OpOptions = ctx.options
+        arguments = (*tensors, table, coefs, *ctx.softmaxes, options.drop_last, options.backend)
+        if library.may_overwrite(options.consume):
+            library.divergence_grad_(*arguments)
+            return tensors[0], *(None,) * 6
+        return library.divergence_grad(*arguments), *(None,) * 6
+
+
+class OnePassDivergence(torch.autograd.Function):
+    """``(Σ weights·Σ_k constants_k·stat_k, table)``: the gradient for upstream 1 is computed in forward; backward hands it out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, constants: Tensor, weights: Tensor, softmaxes: Softmaxes,
+        options: OpOptions,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        arguments = (logits, other, ids, t, t_other, constants, weights, *softmaxes, options.drop_last, options.backend)
+        if options.consume:
+            table, grad = library.divergence_loss_grad_(*arguments), logits
+        else:
+            table, grad = library.divergence_loss_grad(*arguments)
+        ctx.backend = options.backend
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(table)
+        return weighted_sum(table, constants, weights), table
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
+        forbid_second_backward(ctx, "distillation_loss")
+        (grad,) = ctx.saved_tensors
+        return library.scaled(grad, upstream, ctx.backend), *(None,) * 8
+
+
+def weighted_sum(table: Tensor, constants: Tensor, weights: Tensor) -> Tensor:
+    """``Σ_i w_i·Σ_k c_k·table[k, i]``; a factor of 0 selects 0, also beside an infinite divergence."""
+    terms = torch.where(constants[:, None] == 0, 0, constants[:, None] * table[:3]).sum(0)
+    return torch.where(weights == 0, 0, weights * terms).sum()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..calls.logits import LogitsCall
-
-if TYPE_CHECKING:
-    from ..calls.two_logits import TwoCall
+from ..backends.base import SoftmaxParams
+from ..calls.logits import Logits
+from ..calls.two_logits import TwoLogits
+from ..rows.rows import Rows
+from .run import Call
+from .source import PlainSource, SourceInfo
+from .statistics import StatisticsObjective
 
 #: Elements of a chunk: with the dozen temporaries of a formula in fp32 about a gigabyte at most.
 CHUNK_ELEMENTS = 1 << 24
@@ -20,8 +24,8 @@ CHUNK_ELEMENTS = 1 << 24
 Formula = Callable[..., Tensor]  # x [n, V], then whatever else per row -> [n]
 
 
-def _x(z: Tensor, dtype: torch.dtype, vocab: int, softcap: float, temperature: Tensor) -> Tensor:
-    z = z[:, :vocab].to(dtype)
+def _x(z: Tensor, dtype: torch.dtype, softmax: SoftmaxParams, temperature: Tensor) -> Tensor:
+    z, softcap = z[:, : softmax.vocab_size].to(dtype), softmax.softcap
     if softcap < torch.inf:
         z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
     return z / temperature[:, None]
@@ -53,28 +57,54 @@ class ChunkedRows(torch.autograd.Function):
         return out, None, None, None, *(None for _ in rest)
 
 
-def per_row(op: str, call: TwoCall | LogitsCall, formula: Formula, *more: Tensor) -> Tensor:
-    """``formula(x, [y,] *more)`` of every row that is in, of shape R: x and y are capped and divided by their temperatures. ``more``: ``[N, ...]`` tensors."""
-    p = call if isinstance(call, LogitsCall) else call.p
-    if p.consume:
-        raise p.rows.error("consume_logits=True: this loss is a composite that does not write over its logits.")
-    rows, width = p.rows, p.logits.size(-1)
-    # In a row that is out the formula sees zeros.
-    logits = p.logits[..., :-1, :] if p.drop_last else p.logits
-    z = logits.reshape(rows.count, width)
-    z = torch.where(rows.keep[:, None], z, 0)
-    temperature = p.temperature.expand(rows.count)
+@dataclass(frozen=True)
+class FormulaSource(PlainSource):
+    """``formula(x, [y,] *more)`` of every row that is in, under the name ``value``: x and y are capped and divided by their temperatures.
 
-    def prepare(part: Tensor, i: int) -> Tensor:
-        return _x(part, rows.dtype, p.vocab_size, p.softcap, temperature[i : i + len(part)])
+    ``more``: ``[N, ...]`` tensors.
+    """
 
-    if isinstance(call, LogitsCall):
-        return rows.unflatten(ChunkedRows.apply(z, rows.keep, formula, prepare, *more))  # type: ignore[no-untyped-call]
-    other, other_temperature = call.other.reshape(rows.count, call.other.size(-1)), call.other_temperature.expand(rows.count)
-    heads = call.heads
+    logits: Logits | TwoLogits
+    formula: Formula
+    more: tuple[Tensor, ...] = ()
 
-    def with_other(x: Tensor, y: Tensor, t: Tensor, inside: Tensor, *rest: Tensor) -> Tensor:
-        return formula(x, _x(torch.where(inside[:, None], y, 0), rows.dtype, heads.vocab_size, heads.other_softcap, t), *rest)
+    @property
+    def p(self) -> Logits:
+        return self.logits if isinstance(self.logits, Logits) else self.logits.p
 
-    found = ChunkedRows.apply(z, rows.keep, with_other, prepare, other, other_temperature, rows.keep, *more)  # type: ignore[no-untyped-call]
-    return rows.unflatten(found)
+    @property
+    def rows(self) -> Rows:
+        return self.p.rows
+
+    @property
+    def info(self) -> SourceInfo:
+        p = self.p
+        other = None if isinstance(self.logits, Logits) else self.logits.other.dtype
+        return SourceInfo(p.values.device, p.values.dtype, p.needs_grad, None, other_dtype=other)
+
+    def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        p, rows = self.p, self.rows
+        if p.consume:
+            raise rows.error("consume_logits=True: this loss is a composite that does not write over its logits.")
+        # In a row that is out the formula sees zeros.
+        values = p.values[..., :-1, :] if p.drop_last else p.values
+        z = torch.where(rows.keep[:, None], values.reshape(rows.count, values.size(-1)), 0)
+        temperature = p.temperature.expand(rows.count)
+
+        def prepare(part: Tensor, i: int) -> Tensor:
+            return _x(part, rows.dtype, p.softmax, temperature[i : i + len(part)])
+
+        formula, more = self.formula, self.more
+        if isinstance(self.logits, TwoLogits):
+            two = self.logits
+            more = (two.other.reshape(rows.count, two.other.size(-1)), two.other_temperature.expand(rows.count), rows.keep, *more)
+
+            def formula(x: Tensor, y: Tensor, t: Tensor, inside: Tensor, *rest: Tensor) -> Tensor:
+                return self.formula(x, _x(torch.where(inside[:, None], y, 0), rows.dtype, two.other_softmax, t), *rest)
+
+        return {"value": ChunkedRows.apply(z, rows.keep, formula, prepare, *more)}  # type: ignore[no-untyped-call]
+
+
+def formula_call(source: FormulaSource) -> Call[Tensor]:
+    """The call of an op that returns the formula's value per token, of shape R."""
+    return Call(source, StatisticsObjective(("value",), lambda found: source.rows.unflatten(found["value"])))

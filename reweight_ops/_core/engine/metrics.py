@@ -58,7 +58,8 @@ class Metrics(Mapping[str, Tensor]):
         if not parts or any(p.names != parts[0].names for p in parts):
             raise InvalidCall("Metrics.combine: expected metrics of calls with one spec, the same names in each.")
         stacked = torch.stack([p.sums for p in parts])
-        return Metrics(parts[0].names, _reduced(parts[0].names, stacked.sum(0), stacked.amin(0), stacked.amax(0)))
+        low, high = _neutral(stacked, math.inf).amin(0), _neutral(stacked, -math.inf).amax(0)
+        return Metrics(parts[0].names, _reduced(parts[0].names, stacked.sum(0), low, high))
 
     def all_reduce(self, group: Any = None) -> Metrics:
         """The metrics over all ranks of ``group``."""
@@ -66,9 +67,9 @@ class Metrics(Mapping[str, Tensor]):
 
         results = []
         for op in (dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX):
-            # NaN stands for "no sequence here"; it must not win an extremum.
+            # NaN stands for "no row here"; it must not win an extremum.
             neutral = {dist.ReduceOp.MIN: math.inf, dist.ReduceOp.MAX: -math.inf}.get(op)
-            value = self.sums.clone() if neutral is None else torch.where(self.sums.isnan(), neutral, self.sums)
+            value = self.sums.clone() if neutral is None else _neutral(self.sums, neutral)
             dist.all_reduce(value, op=op, group=group)
             results.append(value)
         return Metrics(self.names, _reduced(self.names, *results))
@@ -82,7 +83,19 @@ class Metrics(Mapping[str, Tensor]):
         return {prefix + known.get(name, name): value for name, value in zip(self.names, values, strict=True)}
 
 
+def _neutral(sums: Tensor, neutral: float) -> Tensor:
+    return torch.where(sums.isnan(), neutral, sums)
+
+
+def _extremum(values: Tensor, there: Tensor, which: str) -> Tensor:
+    """The least or greatest of the values that are there; NaN without any, which a trainer's mean over steps leaves out (TRL)."""
+    end = math.inf if which == "min" else -math.inf
+    ended = torch.cat([torch.where(there, values, end), values.new_full((1,), end)])
+    return torch.where(there.any(), ended.amin() if which == "min" else ended.amax(), math.nan)
+
+
 def _reduced(names: tuple[str, ...], total: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    low, high = torch.where(low == math.inf, math.nan, low), torch.where(high == -math.inf, math.nan, high)
     rows = [{"min": low, "max": high}[_EXTREMA[name]][i] if name in _EXTREMA else total[i] for i, name in enumerate(names)]
     return torch.stack(rows) if rows else total
 
@@ -111,7 +124,7 @@ def policy_metrics(
     if "log_ratio" in spec.requires:
         ratio = t.log_ratio.exp()
         found["ratio/mean"] = ((ratio * keep).sum(), count)
-        found["ratio/max"] = (torch.where(rows.keep, ratio, -math.inf).max(), 1)
+        found["ratio/max"] = (_extremum(ratio, rows.keep, "max"), 1)
         found["approx_kl"] = (((t.old_logp - t.logp) * keep).sum(), count)
     if call.factor is not None:
         found["weight/mean"] = ((torch.where(rows.keep, call.factor, 0)).sum(), count)
@@ -141,6 +154,6 @@ def _clip_metrics(call: LossCall, low: Tensor, high: Tensor, count: Tensor) -> d
     else:
         found = {name: (kinds[kind].sum(), count) for kind, name in names.items()}
     if not cispo:
-        found["clip_ratio/low_min"] = (torch.where(lengths > 0, per_sequence["low"], math.inf).min(), 1)
-        found["clip_ratio/high_max"] = (torch.where(lengths > 0, per_sequence["high"], -math.inf).max(), 1)
+        found["clip_ratio/low_min"] = (_extremum(per_sequence["low"], lengths > 0, "min"), 1)
+        found["clip_ratio/high_max"] = (_extremum(per_sequence["high"], lengths > 0, "max"), 1)
     return found

@@ -1,4 +1,4 @@
-"""The package's custom ops: the verbs of a backend as ``torch.ops.reweight_ops.*``, with fakes, so that torch.compile sees through.
+"""The package's custom ops: the primitives of a backend as ``torch.ops.reweight_ops.*``, with fakes, so that torch.compile sees through.
 
 Every op takes logits of shape ``R + (V,)`` (``drop_last``: one position more), flat ``[N]`` rows, and a backend's name. The mutating ones
 write the gradient over the logits and bump the version counter: an earlier autograd user of the logits then raises.
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.library import Library, infer_schema
 
-from ..backends.base import COEFS, LOSS_ROWS, Head, RowInputs
+from ..backends.base import COEFS, DIVERGENCE_STATS, LOSS_ROWS, DivergenceInputs, RowInputs, SoftmaxParams
 from ..backends.scale import scale_in_torch
 from ..backends.select import load
 from ..formula.loss_program import Program
@@ -43,30 +43,32 @@ def gradient_ops(name: str, write: Callable[..., Any], fake_rows: Callable[..., 
     a gradient to ``out``. Rows that it returns besides, of the shape of ``fake_rows(logits, ...)``, come first."""
     arguments = infer_schema(write, mutates_args=()).removeprefix("(Tensor out, Tensor logits, ").rpartition(" -> ")[0]
 
-    def apart(logits: Tensor, *rest: Any) -> Any:
+    def out_of_place(logits: Tensor, *rest: Any) -> Any:
         out = empty(logits.shape, logits.dtype, logits.device)
         rows = write(out, logits, *rest)
         return out if rows is None else (rows, out)
 
-    def over(logits: Tensor, *rest: Any) -> Any:
+    def in_place(logits: Tensor, *rest: Any) -> Any:
         if not logits.is_inference():
             increment_version(logits)
         return write(logits, logits, *rest)
 
-    def fake_apart(logits: Tensor, *rest: Any) -> Any:
+    def fake_out_of_place(logits: Tensor, *rest: Any) -> Any:
         out = logits.new_empty(logits.shape)
         return out if fake_rows is None else (fake_rows(logits, *rest), out)
 
-    def fake_over(logits: Tensor, *rest: Any) -> Any:
+    def fake_in_place(logits: Tensor, *rest: Any) -> Any:
         return None if fake_rows is None else fake_rows(logits, *rest)
 
     return (
-        _define(name, f"(Tensor logits, {arguments} -> {'Tensor' if fake_rows is None else '(Tensor, Tensor)'}", apart, fake_apart),
-        _define(f"{name}_", f"(Tensor(a!) logits, {arguments} -> {'()' if fake_rows is None else 'Tensor'}", over, fake_over),
+        _define(
+            name, f"(Tensor logits, {arguments} -> {'Tensor' if fake_rows is None else '(Tensor, Tensor)'}", out_of_place, fake_out_of_place
+        ),
+        _define(f"{name}_", f"(Tensor(a!) logits, {arguments} -> {'()' if fake_rows is None else 'Tensor'}", in_place, fake_in_place),
     )
 
 
-def with_ids(t: Tensor, drop_last: bool) -> Tensor:
+def without_last_position(t: Tensor, drop_last: bool) -> Tensor:
     """The positions of logits that have an id."""
     return t[..., :-1, :] if drop_last else t
 
@@ -92,8 +94,8 @@ def _fake_stats(
 def token_stats(
     logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
 ) -> Tensor:
-    head = Head(vocab_size, softcap)
-    return load(backend).token_stats(with_ids(logits, drop_last), ids, temperature, head, tuple(stats.split(",")))
+    softmax = SoftmaxParams(vocab_size, softcap)
+    return load(backend).token_stats(without_last_position(logits, drop_last), ids, temperature, softmax, tuple(stats.split(",")))
 
 
 def _write_token_grad(
@@ -117,8 +119,10 @@ def _write_token_grad(
     known = {"logp": logp, "lse": lse, "entropy": entropy, "log_sum_p_sq": log_sum_p_sq}
     stats = {name: t for name, t in known.items() if t is not None}
     coefs = dict(zip(COEFS, (by_logp, by_entropy, by_lse, by_log_sum_p_sq), strict=True))
-    head = Head(vocab_size, softcap)
-    load(backend).token_grad(with_ids(logits, drop_last), ids, temperature, head, stats, coefs, with_ids(out, drop_last))
+    softmax = SoftmaxParams(vocab_size, softcap)
+    load(backend).token_grad(
+        without_last_position(logits, drop_last), ids, temperature, softmax, stats, coefs, without_last_position(out, drop_last)
+    )
     clear_last(out, drop_last)
 
 
@@ -146,14 +150,83 @@ def _write_token_loss_grad(
     drop_last: bool,
     backend: str,
 ) -> Tensor:
-    head, inputs = Head(vocab_size, softcap), RowInputs(weights, old_logp, adv, ref_logp, sampling_logp)
+    softmax, inputs = SoftmaxParams(vocab_size, softcap), RowInputs(weights, old_logp, adv, ref_logp, sampling_logp)
     verb = load(backend).token_loss_grad
-    rows = verb(with_ids(logits, drop_last), ids, temperature, head, inputs, Program.decode(program), params, with_ids(out, drop_last))
+    rows = verb(
+        without_last_position(logits, drop_last),
+        ids,
+        temperature,
+        softmax,
+        inputs,
+        Program.decode(program),
+        params,
+        without_last_position(out, drop_last),
+    )
     clear_last(out, drop_last)
     return rows
 
 
 token_loss_grad, token_loss_grad_ = gradient_ops("token_loss_grad", _write_token_loss_grad, _fake_loss_rows)
+
+
+# ---- two logits tensors
+
+
+def _two(
+    logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, vocab: int, cap: float, other_cap: float, drop: bool
+) -> DivergenceInputs:
+    return DivergenceInputs(
+        without_last_position(logits, drop), other, ids, t, t_other, SoftmaxParams(vocab, cap), SoftmaxParams(vocab, other_cap)
+    )
+
+
+def _fake_table(logits: Tensor, other: Tensor, ids: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty((len(DIVERGENCE_STATS), ids.numel()), dtype=row_dtype(logits))
+
+
+@op(_fake_table)
+def divergence_stats(
+    logits: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    t: Tensor,
+    t_other: Tensor,
+    vocab: int,
+    cap: float,
+    other_cap: float,
+    drop: bool,
+    backend: str,
+) -> Tensor:
+    return load(backend).divergence_stats(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop))
+
+
+def _write_divergence_grad(
+    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, coefs: Tensor, vocab: int, cap: float,
+    other_cap: float, drop: bool, backend: str,
+) -> None:  # fmt: skip
+    load(backend).divergence_grad(
+        _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, without_last_position(out, drop)
+    )
+    clear_last(out, drop)
+
+
+divergence_grad, divergence_grad_ = gradient_ops("divergence_grad", _write_divergence_grad)
+
+
+def _write_divergence_loss_grad(
+    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, constants: Tensor, weights: Tensor, vocab: int,
+    cap: float, other_cap: float, drop: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    two = _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop)
+    table = load(backend).divergence_loss_grad(two, constants, weights, without_last_position(out, drop))
+    clear_last(out, drop)
+    return table
+
+
+divergence_loss_grad, divergence_loss_grad_ = gradient_ops("divergence_loss_grad", _write_divergence_loss_grad, _fake_table)
+
+
+# ---- what backward does with a finished gradient
 
 
 def may_overwrite(consume: bool) -> bool:

@@ -1,4 +1,4 @@
-"""From log-probs of tokens to the loss of pairs, in torch on small vectors: what every way into a pair loss shares."""
+"""A loss of pairs as an objective: from log-probs of tokens to the loss, in torch on small vectors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from ..calls.pairs import PairOptions, check_inputs, pair_inputs, sequence_inputs, token_inputs
+from ..calls.keywords import PairOptions
+from ..calls.pairs import check_inputs, pair_inputs, sequence_inputs, token_inputs
 from ..rows.pairs import Pairs, Sequences, Side
 from ..rows.rows import Rows
 from ..spec.pairs import PairSpec
 from .metrics import Metrics
+from .plan import Choice
+from .source import MoreMetrics, SourceInfo
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,34 @@ def resolve_pairs(rows: Rows, spec: PairSpec, options: PairOptions) -> PairCall:
     return PairCall(spec, rows, options, token_inputs(rows, options), sequence_inputs(rows, options))
 
 
+@dataclass(frozen=True)
+class PairObjective:
+    """A pair spec bound to a call's data."""
+
+    call: PairCall
+
+    program = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        requires, options = self.call.spec.requires, self.call.options
+        kl = ("kl",) if options.ref_logits is not None else ()
+        return ("logp", *(("log_sum_p_sq",) if "log_sum_p_sq" in requires else ()), *kl)
+
+    def one_pass_unsupported_reason(self, info: SourceInfo, requested: bool) -> str:
+        return "a pair's loss depends on all tokens of both sequences"
+
+    def work(self) -> Any:
+        raise NotImplementedError("a loss of pairs takes two passes")
+
+    def from_one_pass(self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None) -> PreferenceLossOutput:
+        raise NotImplementedError("a loss of pairs takes two passes")
+
+    def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> PreferenceLossOutput:
+        known = {name: value for name, value in statistics.items() if name != "lse"}
+        return evaluate(self.call, known, choice.backend)
+
+
 def evaluate(call: PairCall, statistics: dict[str, Tensor], backend: str) -> PreferenceLossOutput:
     """``statistics``: ``logp`` ``[N]``, and ``log_sum_p_sq`` and ``kl`` where the spec reads them; gradients flow to all of them."""
     spec, rows = call.spec, call.rows
@@ -93,7 +124,8 @@ def evaluate(call: PairCall, statistics: dict[str, Tensor], backend: str) -> Pre
         total = torch.where(weight == 0, 0, weight * total)
     per_pair = torch.where(pairs.keep, total, 0)
     count = call.options.num_pairs_in_batch
-    divisor = pairs.keep.sum().clamp(min=1) if count is None else count
+    # Of a call without a pair the loss is 0, whatever the divisor.
+    divisor = pairs.keep.sum().clamp(min=1) if count is None else count + (~pairs.keep.any()).to(per_pair.dtype)
     loss = per_pair.sum() / divisor
     scale = call.options.loss_scale
     if not (isinstance(scale, (int, float)) and scale == 1):

@@ -11,7 +11,8 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .base import RULES, WEIGHTS, Rule, TokenWeight
+from ...errors import InvalidCall
+from .base import LEAVES, RULES, WEIGHTS, Rule, TokenWeight
 from .derive import Derivative, add, select, sub, value_of
 from .text import read_formula, write_formula
 from .trace import Expr, Graph, trace_rule, trace_weight, walk
@@ -94,6 +95,12 @@ class LossGraph:
         self.parameters = next(numbers)
         self._compose(rules, weights)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every output."""
+        leaves = [x for x in LEAVES if x != "log_ratio" or self._clamped is None]
+        return ("weighted_loss", "loss", *(f"d_{x}" for x in leaves), *(f"d_w{k}" for k in range(self.terms)))
+
     def _leaf(self, name: str) -> Expr:
         return self.graph.node("leaf", name)
 
@@ -114,6 +121,8 @@ class LossGraph:
 
     def __getitem__(self, name: str) -> Expr:
         if name not in self._found:
+            if name not in self.names:
+                raise InvalidCall(f"a loss has no output {name!r}; it has: {', '.join(self.names)}.")
             self._found[name] = self._find(name)
         return self._found[name]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,25 +10,53 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ...errors import InvalidCall
-from ..calls.keywords import HeadKeywords, head_options
-from ..calls.two_logits import TwoCall, resolve_two
+from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
+from ..calls.two_logits import TwoLogits, resolve_two_logits
 from ..catalogue.registry import published
-from ..engine.chunked_rows import per_row
-from ..engine.divergence_ops import DivergenceStatistics, OnePassDivergence, weighted_sum
-from ..rows.constants import parameter_vector
+from ..engine.chunked_rows import FormulaSource, formula_call
+from ..engine.distillation import (
+    KINDS,
+    STATISTICS,
+    DistillationLossOutput,
+    DistillationObjective,
+    distillation_weights,
+    divergence_of,
+)
+from ..engine.run import Call, run
+from ..engine.sources import TwoLogitsSource
+from ..engine.statistics import StatisticsObjective
+from .explain import explained
 
-#: Kind to the coefficients of (KL(q‖p), KL(p‖q), H(p), H(q)). The last has no gradient: q is the other tensor's.
-KINDS = {
-    "forward_kl": (1.0, 0.0, 0.0, 0.0),
-    "reverse_kl": (0.0, 1.0, 0.0, 0.0),
-    "jeffreys": (1.0, 1.0, 0.0, 0.0),
-    "cross_entropy": (1.0, 0.0, 0.0, 1.0),
-    "reverse_cross_entropy": (0.0, 1.0, 1.0, 0.0),
-    "symmetric_cross_entropy": (0.5, 0.5, 0.5, 0.5),
-}
-_OWN = ("kind", "completion_mask", "other_temperature", "other_softcap", "beta")
+
+def _token_divergence(
+    logits: Tensor,
+    other_logits: Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float | None = None,
+    completion_mask: Tensor | None = None,
+    other_temperature: Any = None,
+    other_softcap: float | None = None,
+    **keywords: Any,
+) -> Call[Tensor]:
+    op = "token_divergence"
+    own = ("kind", "completion_mask", "other_temperature", "other_softcap", "beta")
+    (options,) = parse(op, keywords, SoftmaxOptions, own=own)
+    if kind not in (*KINDS, "generalized_jsd"):
+        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}, generalized_jsd.")
+    if beta is not None and kind != "generalized_jsd":
+        raise InvalidCall(f"{op}: beta belongs to kind='generalized_jsd'; with {kind!r} it would have no effect.")
+    both = resolve_two_logits(op, logits, other_logits, completion_mask, options, other_temperature, other_softcap, {})
+    if kind == "generalized_jsd":
+        return _generalized_jsd(both, 0.5 if beta is None else beta)
+
+    def finish(found: dict[str, Tensor]) -> Tensor:
+        return both.p.rows.unflatten(divergence_of(kind, tuple(found[name] for name in STATISTICS)))
+
+    return Call(TwoLogitsSource(both), StatisticsObjective(STATISTICS, finish))
 
 
+@explained(_token_divergence)
 @published(
     "token_divergence", "Full-vocabulary KL to a reference or teacher", kind="divergence", level="token", plan="two passes", arxiv="1503.02531",
     paper="Distilling the Knowledge in a Neural Network", certainty="verified",
@@ -43,7 +70,7 @@ def token_divergence(
     completion_mask: Tensor | None = None,
     other_temperature: Any = None,
     other_softcap: float | None = None,
-    **keywords: Unpack[HeadKeywords],
+    **keywords: Unpack[SoftmaxKeywords],
 ) -> Tensor:
     """The divergence of two next-token distributions over the whole vocabulary, per token, with its gradient to ``logits``.
 
@@ -73,27 +100,15 @@ def token_divergence(
     >>> rw.token_divergence(torch.zeros(1, 2), torch.tensor([[0.0, -torch.inf]]))
     tensor([0.6931])
     """
-    op = "token_divergence"
-    options = head_options(op, dict(keywords), _OWN)
-    if kind not in (*KINDS, "generalized_jsd"):
-        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}, generalized_jsd.")
-    if beta is not None and kind != "generalized_jsd":
-        raise InvalidCall(f"{op}: beta belongs to kind='generalized_jsd'; with {kind!r} it would have no effect.")
-    call = resolve_two(op, logits, other_logits, completion_mask, options, other_temperature, other_softcap, {})
-    if kind == "generalized_jsd":
-        return _generalized_jsd(call, 0.5 if beta is None else beta)
-    values = _statistics(call)
-    call.p.mark_consumed()
-    used = [c * x for c, x in zip(KINDS[kind], values, strict=True) if c]
-    return call.p.rows.unflatten(sum(used[1:], used[0]))
+    return run(
+        _token_divergence(
+            logits, other_logits, kind=kind, beta=beta, completion_mask=completion_mask, other_temperature=other_temperature,
+            other_softcap=other_softcap, **keywords,
+        )
+    )  # fmt: skip
 
 
-def _statistics(call: TwoCall) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = DivergenceStatistics.apply(*call.arguments, call.heads, call.p.consume)  # type: ignore[no-untyped-call]
-    return found
-
-
-def _generalized_jsd(call: TwoCall, beta: float) -> Tensor:
+def _generalized_jsd(both: TwoLogits, beta: float) -> Call[Tensor]:
     if not 0 < beta < 1:
         raise InvalidCall(f"token_divergence: beta is {beta}, expected a number in (0, 1); 0 is forward_kl and 1 reverse_kl.")
 
@@ -105,38 +120,36 @@ def _generalized_jsd(call: TwoCall, beta: float) -> Tensor:
         both = [torch.where(t == -math.inf, 0, t.exp() * (torch.where(t == -math.inf, 0, t) - mix)).sum(-1) for t in (q, p)]
         return beta * both[0] + (1 - beta) * both[1]
 
-    return per_row("token_divergence", call, rows)
+    return formula_call(FormulaSource(both, rows))
 
 
-@dataclass(frozen=True)
-class DistillationLossOutput:
-    """The result of :func:`distillation_loss`; all but ``loss`` are detached, of shape R, 0 where a row is out.
-
-    ``per_token_divergence``: before weights. ``forward_kl``, ``reverse_kl``, ``entropies`` (of the student) and ``teacher_entropies`` come with the same read.
-    """
-
-    loss: Tensor
-    per_token_divergence: Tensor
-    forward_kl: Tensor
-    reverse_kl: Tensor
-    entropies: Tensor
-    teacher_entropies: Tensor
-    plan: str
-    backend: str
-
-
-_LOSS_OWN = (
-    "kind",
-    "completion_mask",
-    "token_weights",
-    "num_items_in_batch",
-    "loss_scale",
-    "plan",
-    "teacher_temperature",
-    "teacher_softcap",
-)
+def _distillation_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    kind: str = "forward_kl",
+    completion_mask: Tensor | None = None,
+    token_weights: Tensor | float | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    loss_scale: float | Tensor = 1.0,
+    plan: str = "auto",
+    teacher_temperature: Any = None,
+    teacher_softcap: float | None = None,
+    **keywords: Any,
+) -> Call[DistillationLossOutput]:
+    op = "distillation_loss"
+    named = {"token_weights": token_weights, "num_items_in_batch": num_items_in_batch, "loss_scale": loss_scale}
+    own = ("kind", "completion_mask", *named, "plan", "teacher_temperature", "teacher_softcap")
+    (options,) = parse(op, keywords, SoftmaxOptions, own=own)
+    if kind not in KINDS:
+        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)} (token_divergence has generalized_jsd).")
+    both = resolve_two_logits(op, logits, teacher_logits, completion_mask, options, teacher_temperature, teacher_softcap, named)
+    rows = both.p.rows
+    weights = distillation_weights(rows, token_weights, num_items_in_batch, loss_scale)
+    return Call(TwoLogitsSource(both), DistillationObjective(kind, rows, weights), plan)
 
 
+@explained(_distillation_loss)
 def distillation_loss(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -149,7 +162,7 @@ def distillation_loss(
     plan: str = "auto",
     teacher_temperature: Any = None,
     teacher_softcap: float | None = None,
-    **keywords: Unpack[HeadKeywords],
+    **keywords: Unpack[SoftmaxKeywords],
 ) -> DistillationLossOutput:
     """``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items``: distillation with one read of each tensor and one write of the gradient.
 
@@ -166,41 +179,10 @@ def distillation_loss(
     >>> logits.grad
     tensor([[-0.5000,  0.5000]])
     """
-    op = "distillation_loss"
-    options = head_options(op, dict(keywords), _LOSS_OWN)
-    if kind not in KINDS:
-        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)} (token_divergence has generalized_jsd).")
-    if plan not in ("auto", "one_pass", "two_pass"):
-        raise InvalidCall(f"{op}: plan is {plan!r}, expected one of auto, one_pass, two_pass.")
-    named = {"token_weights": token_weights, "num_items_in_batch": num_items_in_batch, "loss_scale": loss_scale}
-    call = resolve_two(op, logits, teacher_logits, completion_mask, options, teacher_temperature, teacher_softcap, named)
-    rows = call.p.rows
-    for name in ("num_items_in_batch", "loss_scale"):
-        value = named[name]
-        if isinstance(value, Tensor) and value.dim() != 0:
-            raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
-    divisor = rows.keep.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    factor = (
-        torch.ones(rows.count, dtype=rows.dtype, device=rows.device)
-        if token_weights is None
-        else rows.per_row("token_weights", token_weights)
-    )
-    if factor.requires_grad:
-        raise rows.error("token_weights require grad; here they are detached. For a gradient: (w * token_divergence(...)).sum().")
-    weights = (torch.where(rows.keep, factor, 0) * loss_scale / divisor).contiguous()
-    constants = parameter_vector(KINDS[kind][:3], rows.dtype, rows.device)
-    one_pass = plan != "two_pass" and call.p.needs_grad
-    if one_pass:
-        loss, table = OnePassDivergence.apply(*call.arguments, constants, weights, call.heads, call.p.consume)  # type: ignore[no-untyped-call]
-        values: tuple[Tensor, ...] = tuple(table[:4].unbind())
-    else:
-        values = _statistics(call)
-        loss = weighted_sum(torch.stack(values[:3]), constants, weights)
-    if KINDS[kind][3]:  # the teacher's entropy: no gradient
-        loss = loss + KINDS[kind][3] * torch.where(weights == 0, 0, weights * values[3]).sum()
-    call.p.mark_consumed()
-    shown = [rows.unflatten(x.detach()) for x in values]
-    used = [c * x for c, x in zip(KINDS[kind], shown, strict=True) if c]
-    forward, reverse, entropy, teacher_entropy = shown
-    chosen = "one_pass" if one_pass else "two_pass"
-    return DistillationLossOutput(loss, sum(used[1:], used[0]), forward, reverse, entropy, teacher_entropy, chosen, call.heads.backend)
+    return run(
+        _distillation_loss(
+            logits, teacher_logits, kind=kind, completion_mask=completion_mask, token_weights=token_weights,
+            num_items_in_batch=num_items_in_batch, loss_scale=loss_scale, plan=plan, teacher_temperature=teacher_temperature,
+            teacher_softcap=teacher_softcap, **keywords,
+        )
+    )  # fmt: skip

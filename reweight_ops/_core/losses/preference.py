@@ -4,33 +4,51 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ...errors import InvalidCall, UnsupportedRequest
-from ..calls.keywords import HeadKeywords, LinearHeadKeywords, head_options, reject_unknown
+from ..calls.hidden import resolve_hidden
+from ..calls.keywords import LMHeadKeywords, LMHeadOptions, PairKeywords, PairOptions, SoftmaxKeywords, SoftmaxOptions, parse
 from ..calls.logits import resolve_logits
-from ..calls.pairs import OPTION_NAMES, PairKeywords, PairOptions
+from ..calls.logps import resolve_logps
 from ..calls.specs import named_pair_spec
-from ..engine.autograd import HeadCall
-from ..engine.pairs import PreferenceLossOutput, evaluate, resolve_pairs
-from ..engine.plan import pick, row_statistics
+from ..calls.two_logits import resolve_two_logits
+from ..engine.linear.source import HiddenSource
+from ..engine.pairs import PairObjective, PreferenceLossOutput, resolve_pairs
+from ..engine.run import Call, run
+from ..engine.sources import JoinedSource, LogitsSource, LogpsSource, TwoLogitsSource
 from ..rows.pairs import from_first_difference
-from ..rows.rows import resolve_rows
 from ..spec.pairs import PairSpec
-from .distillation import token_divergence
-from .linear import LinearOptions, _resolve_linear, _statistics
+from .explain import explained
 
 
-class PreferenceKeywords(PairKeywords, HeadKeywords, total=False):
+class PreferenceKeywords(PairKeywords, SoftmaxKeywords, total=False):
     """The keywords of a pair loss from logits."""
 
 
-class LinearPreferenceKeywords(PairKeywords, LinearHeadKeywords, total=False):
+class LinearPreferenceKeywords(PairKeywords, LMHeadKeywords, total=False):
     """The keywords of a pair loss from hidden states."""
 
 
+def _preference_loss(logits: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Any) -> Call[PreferenceLossOutput]:
+    op = "preference_loss"
+    softmax, options = parse(op, keywords, SoftmaxOptions, PairOptions, own=("spec",))
+    spec = named_pair_spec(op, spec)
+    tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
+    resolved = resolve_logits(op, logits, completion_ids, softmax, tensors, options.validate)
+    rows, source = resolved.rows, LogitsSource(resolved)
+    objective = PairObjective(resolve_pairs(rows, spec, options))
+    if options.ref_logits is None:
+        return Call(source, objective)
+    if resolved.consume:
+        raise rows.error("consume_logits=True and ref_logits exclude each other: two backward passes read the logits.")
+    keep = rows.unflatten(rows.keep)
+    both = resolve_two_logits(op, logits, options.ref_logits, keep, softmax, softmax.temperature, softmax.softcap, {})
+    return Call(JoinedSource(source, TwoLogitsSource(both)), objective)
+
+
+@explained(_preference_loss)
 def preference_loss(
     logits: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Unpack[PreferenceKeywords]
 ) -> PreferenceLossOutput:
@@ -63,31 +81,33 @@ def preference_loss(
     >>> out.loss
     tensor(0.6444, grad_fn=<...>)
     """
-    op = "preference_loss"
-    options, rest = _split(op, dict(keywords))
-    spec = named_pair_spec(op, spec)
-    head = head_options(op, rest, ("spec", *OPTION_NAMES))
-    tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
-    call = resolve_logits(op, logits, completion_ids, head, tensors, options.validate)
-    pairs = resolve_pairs(call.rows, spec, options)
-    choice = pick(call.logits.device, call.logits.dtype, call.backend, None)
-    head_call = HeadCall(call.vocab_size, call.softcap, call.drop_last, choice.backend, call.consume)
-    statistics = {}
+    return run(_preference_loss(logits, completion_ids, spec=spec, **keywords))
+
+
+def _preference_loss_from_logps(
+    per_token_logps: Tensor,
+    *,
+    spec: PairSpec | str,
+    completion_ids: Tensor | None = None,
+    log_sum_p_sq: Tensor | None = None,
+    **keywords: Any,
+) -> Call[PreferenceLossOutput]:
+    op = "preference_loss_from_logps"
+    (options,) = parse(op, keywords, PairOptions, own=("spec", "completion_ids", "log_sum_p_sq"))
     if options.ref_logits is not None:
-        if call.consume:
-            raise call.rows.error("consume_logits=True and ref_logits exclude each other: two backward passes read the logits.")
-        kl = token_divergence(
-            logits, options.ref_logits, kind="forward_kl", completion_mask=call.rows.unflatten(call.rows.keep),
-            other_temperature=head.temperature, other_softcap=head.softcap, **rest,
-        )  # fmt: skip
-        statistics["kl"] = kl.reshape(-1)
-    names = ("logp", "lse", *(("log_sum_p_sq",) if "log_sum_p_sq" in spec.requires else ()))
-    found = row_statistics(call, head_call, names)
-    call.mark_consumed()
-    statistics |= {name: found[name] for name in names if name != "lse"}
-    return evaluate(pairs, statistics, choice.backend)
+        raise InvalidCall(f"{op}: ref_logits needs the policy's logits; pass per_token_kl=token_divergence(...).")
+    spec = named_pair_spec(op, spec)
+    rows = resolve_logps(op, per_token_logps, {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)})
+    call = resolve_pairs(rows, spec, options)
+    given = {"logp": per_token_logps.reshape(-1)}
+    if ("log_sum_p_sq" in spec.requires) != (log_sum_p_sq is not None):
+        raise rows.error("the spec reads log_sum_p_sq: pass it." if log_sum_p_sq is None else "the spec does not read log_sum_p_sq.")
+    if log_sum_p_sq is not None:
+        given["log_sum_p_sq"] = rows.per_row("log_sum_p_sq", log_sum_p_sq)
+    return Call(LogpsSource(rows, given), PairObjective(call))
 
 
+@explained(_preference_loss_from_logps)
 def preference_loss_from_logps(
     per_token_logps: Tensor,
     *,
@@ -105,26 +125,25 @@ def preference_loss_from_logps(
     >>> rw.preference_loss_from_logps(logps, spec="dpo", ref_sequence_logps=torch.tensor([-4.0, -4.0])).loss
     tensor(0.5981, grad_fn=<...>)
     """
-    op = "preference_loss_from_logps"
-    options, rest = _split(op, dict(keywords))
-    if options.ref_logits is not None:
-        raise InvalidCall(f"{op}: ref_logits needs the policy's logits; pass per_token_kl=token_divergence(...).")
-    reject_unknown(op, rest, ("spec", "completion_ids", "log_sum_p_sq", *OPTION_NAMES))
+    return run(
+        _preference_loss_from_logps(per_token_logps, spec=spec, completion_ids=completion_ids, log_sum_p_sq=log_sum_p_sq, **keywords)
+    )
+
+
+def _linear_preference_loss(
+    hidden: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Any
+) -> Call[PreferenceLossOutput]:
+    op = "linear_preference_loss"
+    softmax, options, head = parse(op, keywords, SoftmaxOptions, PairOptions, LMHeadOptions, own=("spec",))
     spec = named_pair_spec(op, spec)
-    if not isinstance(per_token_logps, Tensor) or per_token_logps.dtype not in (torch.float32, torch.float64):
-        got = per_token_logps.dtype if isinstance(per_token_logps, Tensor) else type(per_token_logps).__name__
-        raise InvalidCall(f"{op}: per_token_logps is {got}, expected fp32 or fp64 log-probs (.float()).")
-    tensors = {"per_token_logps": per_token_logps, **options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
-    rows = resolve_rows(op, tuple(per_token_logps.shape), per_token_logps.device, per_token_logps.dtype, tensors)
-    call = resolve_pairs(rows, spec, options)
-    statistics = {"logp": per_token_logps.reshape(-1)}
-    if ("log_sum_p_sq" in spec.requires) != (log_sum_p_sq is not None):
-        raise rows.error("the spec reads log_sum_p_sq: pass it." if log_sum_p_sq is None else "the spec does not read log_sum_p_sq.")
-    if log_sum_p_sq is not None:
-        statistics["log_sum_p_sq"] = rows.per_row("log_sum_p_sq", log_sum_p_sq)
-    return evaluate(call, statistics, "torch")
+    if options.ref_logits is not None:
+        raise UnsupportedRequest(f"{op}: ref_logits as a whole is what this op avoids; pass per_token_kl.")
+    tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
+    resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, softmax, tensors, options.validate)
+    return Call(HiddenSource(resolved), PairObjective(resolve_pairs(resolved.rows, spec, options)))
 
 
+@explained(_linear_preference_loss)
 def linear_preference_loss(
     hidden: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Unpack[LinearPreferenceKeywords]
 ) -> PreferenceLossOutput:
@@ -136,26 +155,7 @@ def linear_preference_loss(
     >>> rw.linear_preference_loss(hidden, torch.ones(4, 5), ids, spec="dpo", ref_sequence_logps=torch.tensor([-5.0, -4.0])).loss
     tensor(0.6444, grad_fn=<...>)
     """
-    op = "linear_preference_loss"
-    options, rest = _split(op, dict(keywords))
-    spec = named_pair_spec(op, spec)
-    if options.ref_logits is not None:
-        raise UnsupportedRequest(f"{op}: ref_logits as a whole is what this op avoids; pass per_token_kl.")
-    linear_names = tuple(LinearOptions.__dataclass_fields__)
-    linear = LinearOptions(**{name: rest.pop(name) for name in linear_names if name in rest})
-    head = head_options(op, rest, ("spec", *linear_names, *OPTION_NAMES))
-    tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
-    call = _resolve_linear(op, hidden, lm_head_weight, completion_ids, linear, head, tensors)
-    pairs = resolve_pairs(call.rows, spec, options)
-    choice = pick(call.target.device, call.target.dtype, call.target.backend, None)
-    names = ("logp", "lse", *(("log_sum_p_sq",) if "log_sum_p_sq" in spec.requires else ()))
-    found = _statistics(call.with_backend(choice.backend), names)
-    return evaluate(pairs, {name: found[name] for name in names if name != "lse"}, choice.backend)
-
-
-def _split(op: str, keywords: dict[str, Any]) -> tuple[PairOptions, dict[str, Any]]:
-    own = {name: value for name, value in keywords.items() if name in OPTION_NAMES}
-    return PairOptions(**own), {name: value for name, value in keywords.items() if name not in OPTION_NAMES}
+    return run(_linear_preference_loss(hidden, lm_head_weight, completion_ids, spec=spec, **keywords))
 
 
 def _mask(op: str, spec: PairSpec, options: PairOptions, completion_ids: Any) -> Any:

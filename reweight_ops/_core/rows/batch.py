@@ -30,14 +30,18 @@ class BatchStatistics:
     def mean(self, x: Tensor) -> Tensor:
         return self.sum(x) / self._rows.keep.sum().clamp(min=1)
 
+    def _ended(self, x: Tensor, other: float) -> Tensor:
+        """``x`` in the rows that are in, else ``other``, and one more of those: a batch without rows has an extremum too."""
+        return torch.cat([self._only(x, other), x.new_full((1,), other)])
+
     def min(self, x: Tensor) -> Tensor:
-        return self._only(x, math.inf).min()
+        return self._ended(x, math.inf).min()
 
     def max(self, x: Tensor) -> Tensor:
-        return self._only(x, -math.inf).max()
+        return self._ended(x, -math.inf).max()
 
     def _order_statistics(self, x: Tensor, q: Any) -> tuple[Tensor, Tensor]:
-        ordered = self._only(x, math.inf).sort().values
+        ordered = self._ended(x, math.inf).sort().values
         return ordered, q * (self._rows.keep.sum() - 1).clamp(min=0).to(x.dtype)
 
     def quantile(self, x: Tensor, q: Any) -> Tensor:

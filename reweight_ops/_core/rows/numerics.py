@@ -15,3 +15,8 @@ def log1mexp(logp: Tensor) -> Tensor:
     near = x > -math.log(2)
     # Each branch sees only arguments that it can take: the gradient of the one that is not chosen must not be NaN.
     return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.where(near, -1.0, x).exp()))
+
+
+def log1mexp_or_inf(logp: Tensor) -> Tensor:
+    """``log(1 - p)`` from ``log p`` as it is: ``-inf`` at ``p = 1``. For values without a gradient."""
+    return torch.where(logp > -math.log(2), torch.log(-torch.expm1(logp)), torch.log1p(-logp.exp()))

@@ -129,7 +129,8 @@ def from_first_difference(completion_ids: Tensor, completion_mask: Tensor | None
         keep = keep & (completion_mask != 0)
     ids = torch.where(keep, completion_ids, -100)
     columns = ids.size(1)
-    both = ids.view(2, -1, columns) if pairs == "halves" else ids.view(-1, 2, columns).transpose(0, 1)
+    count = ids.size(0) // 2
+    both = ids.view(2, count, columns) if pairs == "halves" else ids.view(count, 2, columns).transpose(0, 1)
     started = ((both[0] != both[1]).cumsum(-1) > 0)[None].expand_as(both)
     started = (started if pairs == "halves" else started.transpose(0, 1)).reshape(ids.shape)
     return keep & started

@@ -38,7 +38,8 @@ from torch import Tensor
 from ..._core.engine.output import PolicyLossOutput
 from ..._core.formula.base import TokenWeight
 from ..._core.losses.linear import linear_policy_loss, linear_token_logps
-from ..._core.losses.policy import policy_loss, policy_loss_from_logps, token_logps
+from ..._core.losses.policy import policy_loss, policy_loss_from_logps
+from ..._core.losses.statistics import token_logps
 from ..._core.spec.policy import PolicyLossSpec
 from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
 from ...rules.penalties import EntropyBonus

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.generic import ModelOutput
 from trl.trainer import grpo_trainer
 
-from ..._core.losses.linear import Lora
+from ..._core.calls.keywords import Lora
 from ...errors import InvalidCall
 
 try:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...calls.chunking import balanced
+from ...calls.hidden import ChunkSettings, LMHead
 from .. import ops as library
-from ..autograd import hand_out_once
-from .gemms import Chunk, Gradients, Head, Settings, balanced, chunks, live_rows, padded
+from ..autograd import forbid_second_backward
+from .gemms import Chunk, Gradients, chunks, live_rows, padded
 
 _DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
 
@@ -28,9 +30,9 @@ class LinearStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
-        lora_scale: float, ids: Tensor, temperature: Tensor, settings: Settings, stats: str,
+        lora_scale: float, ids: Tensor, temperature: Tensor, settings: ChunkSettings, stats: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        head = Head(weight, bias, lora_a, lora_b, lora_scale).to(settings.compute_dtype)
+        head = LMHead(weight, bias, lora_a, lora_b, lora_scale).to(settings.compute_dtype)
         count = hidden.size(0)
         size = min(settings.chunk_rows, count)
         working: Chunk | None = None
@@ -43,7 +45,7 @@ class LinearStatistics(torch.autograd.Function):
             else:
                 chunk = working = working or Chunk(size, head, settings)
             z, t = chunk.logits(hidden[rows]), _per_row(temperature, rows)
-            parts.append(library.token_stats(z, ids[rows], t, settings.vocab_size, settings.softcap, False, stats, settings.backend))
+            parts.append(library.token_stats(z, ids[rows], t, *settings.softmax[:2], False, stats, settings.backend))
         wide = torch.float64 if settings.logits_dtype == torch.float64 else torch.float32
         table = torch.cat(parts, 1) if parts else hidden.new_zeros(len(stats.split(",")), 0, dtype=wide)
         outputs = tuple(table.unbind())
@@ -59,13 +61,13 @@ class LinearStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, lora_a, lora_b, ids, temperature, *stats = ctx.saved_tensors
-        settings: Settings = ctx.settings
+        settings: ChunkSettings = ctx.settings
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
         if all(g is None for g in by.values()):
             return (None,) * 10
         known = dict(zip(ctx.names, stats, strict=True))
         table = _Table(ids, temperature, known, by)
-        parameters = Head(weight, bias, lora_a, lora_b, ctx.lora_scale)
+        parameters = LMHead(weight, bias, lora_a, lora_b, ctx.lora_scale)
         head = parameters.to(settings.compute_dtype)
         count, kept, ctx.kept = hidden.size(0), ctx.kept, []
         size = min(settings.chunk_rows, count)
@@ -112,12 +114,12 @@ class _Table:
         return live_rows(*self.by.values())
 
 
-def _gradient(chunk: Tensor, count: int, table: _Table, settings: Settings) -> Tensor:
+def _gradient(chunk: Tensor, count: int, table: _Table, settings: ChunkSettings) -> Tensor:
     """The gradient of a chunk's first ``count`` rows of logits, and padding: over them where that may be."""
     known, by = table.known, table.by
     arguments = (
         chunk[:count], table.ids, table.temperature, known["logp"], known["lse"], known.get("entropy"), known.get("log_sum_p_sq"),
-        *(by.get(name) for name in _DERIVATIVES), settings.vocab_size, settings.softcap, False, settings.backend,
+        *(by.get(name) for name in _DERIVATIVES), *settings.softmax[:2], False, settings.backend,
     )  # fmt: skip
     if library.may_overwrite(True):
         library.token_grad_(*arguments)
@@ -131,9 +133,9 @@ class LinearOnePassLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
-        ids: Tensor, temperature: Tensor, inputs: tuple[Tensor | None, ...], params: Tensor, program: str, settings: Settings,
+        ids: Tensor, temperature: Tensor, inputs: tuple[Tensor | None, ...], params: Tensor, program: str, settings: ChunkSettings,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        parameters = Head(weight, bias, lora_a, lora_b, lora_scale)
+        parameters = LMHead(weight, bias, lora_a, lora_b, lora_scale)
         head = parameters.to(settings.compute_dtype)
         count = hidden.size(0)
         size = min(settings.chunk_rows, count)
@@ -145,7 +147,7 @@ class LinearOnePassLoss(torch.autograd.Function):
             row_inputs = [None if t is None else t[..., rows].contiguous() for t in inputs]
             table = library.token_loss_grad_(
                 z, ids[rows], _per_row(temperature, rows), *row_inputs, params, program,
-                settings.vocab_size, settings.softcap, False, settings.backend,
+                *settings.softmax[:2], False, settings.backend,
             )  # fmt: skip
             parts.append(table)
             gradients.add(rows, h, chunk.data, live_rows(table[4], table[5]) if settings.drop_inert else None)
@@ -159,7 +161,7 @@ class LinearOnePassLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
-        hand_out_once(ctx, "linear_policy_loss")
+        forbid_second_backward(ctx, "linear_policy_loss")
         saved = iter(ctx.saved_tensors)
         # A launch each: of these tensors, of several dtypes, the smallest costs the few microseconds that an empty launch takes.
         results = [library.scaled(next(saved), upstream, ctx.backend) if given else None for given in ctx.given]

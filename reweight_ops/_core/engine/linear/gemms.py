@@ -6,16 +6,14 @@ Which dtype, how many rows at a time, and which rows are left out is decided her
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...calls.hidden import ChunkSettings, LMHead
 from ..memory import empty
+from ..ops import op
 
-#: Bytes of logits by device, and the fewest rows that still make an efficient GEMM (every chunk reads the weight again).
-_BUDGET = {"cpu": 96 << 20, "cuda": 1 << 30}
-_FEWEST_ROWS = 256
 #: Up to this many chunks a 16-bit weight's gradient is summed in its own dtype, beyond in fp32: each chunk rounds the sum once.
 CHUNKS_IN_WEIGHT_DTYPE = 8
 #: Rows without a coefficient are dropped from the backward GEMMs if at least this share of a chunk is: a gather has its price too.
@@ -31,70 +29,6 @@ def _widens(operand: Tensor, out: torch.dtype) -> bool:
     return operand.device.type == "cuda" and operand.dtype.itemsize == 2 and out == torch.float32 and hasattr(torch.ops.aten.mm, "dtype")
 
 
-class Settings(NamedTuple):
-    """What a chunk needs besides tensors."""
-
-    vocab_size: int
-    softcap: float
-    backend: str
-    chunk_rows: int
-    logits_dtype: torch.dtype
-    compute_dtype: torch.dtype  # of the GEMMs' operands
-    accumulate_dtype: torch.dtype | None  # of the weight's gradient over chunks; None: by the number of chunks
-    drop_inert: bool  # rows without a coefficient may be counted on the host and dropped
-    keep_rows: int  # of these leading rows two_pass keeps the logits for backward
-
-
-class Head(NamedTuple):
-    """``logits = hidden @ weightᵀ + bias + lora_scale · (hidden @ lora_aᵀ) @ lora_bᵀ``."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    lora_a: Tensor | None  # [r, D]
-    lora_b: Tensor | None  # [V, r]
-    lora_scale: float
-
-    def to(self, dtype: torch.dtype) -> Head:
-        w, b, lora_a, lora_b = (None if t is None else t.to(dtype) for t in self[:4])
-        assert w is not None
-        return Head(w, b, lora_a, lora_b, self.lora_scale)
-
-
-class Chunking(NamedTuple):
-    """How many rows at a time, and of how many the logits outlive forward."""
-
-    chunk_rows: int
-    keep_rows: int
-
-
-def chunking(rows: int, row_bytes: int, device: torch.device, chunk_rows: int | None = None, memory_budget: int | None = None) -> Chunking:
-    """The chunks of ``rows`` rows with ``row_bytes`` bytes of logits each.
-
-    The working chunk gets the device's budget (or the caller's, if smaller), but at least 256 rows; their size is chosen so that the
-    padded last one wastes little. What the caller's budget leaves over keeps chunks for backward; a single chunk is always kept, for it is there anyway.
-    """
-    row_bytes = max(row_bytes, 1)
-    if chunk_rows is None:
-        usual = _BUDGET.get(device.type, _BUDGET["cuda"])
-        chunk_rows = balanced(rows, max((usual if memory_budget is None else min(usual, memory_budget)) // row_bytes, _FEWEST_ROWS))
-    if rows <= chunk_rows:
-        return Chunking(chunk_rows, rows)
-    budget = memory_budget if memory_budget is not None else 0
-    if rows * row_bytes <= budget:
-        return Chunking(chunk_rows, rows)
-    chunk_bytes = chunk_rows * row_bytes
-    return Chunking(chunk_rows, max(budget // chunk_bytes - 1, 0) * chunk_rows)
-
-
-def balanced(rows: int, most: int) -> int:
-    """The size of chunks of at most ``most`` rows that pads least (the largest such): a multiple of 64, for a GEMM's tiles, if it may be."""
-    if rows <= most:
-        return max(rows, 1)
-    grain = 64 if most >= 128 else 1
-    largest = most // grain * grain
-    return min(range(largest, most // 2, -grain), key=lambda size: -(-rows // size) * size)
-
-
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
@@ -103,7 +37,7 @@ class Chunk:
     """One chunk's logits, of ``size`` rows: where there are several chunks the last one is padded, for a GEMM with fewer rows may sum in another
     order, and a row's result must not depend on where it stands."""
 
-    def __init__(self, size: int, head: Head, settings: Settings) -> None:
+    def __init__(self, size: int, head: LMHead, settings: ChunkSettings) -> None:
         self.head = head
         self.data = empty((size, head.weight.size(0)), settings.logits_dtype, head.weight.device)
 
@@ -132,7 +66,7 @@ def padded(x: Tensor, rows: int) -> Tensor:
 def _mm_wider(h: Tensor, weight: Tensor, out: Tensor) -> None:
     """fp32 logits from 16-bit operands: one rounding less. On a GPU at GEMM speed; elsewhere in fp32, a slice of the weight at a time."""
     if _widens(h, out.dtype):
-        torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
+        wide_gemm_(out, h, weight.t(), False)
         return
     wide = h.to(out.dtype)
     for columns in chunks(0, weight.size(0), _SLICE):
@@ -146,7 +80,9 @@ class Gradients:
     ``accumulate_dtype`` says.
     """
 
-    def __init__(self, hidden: Tensor, parameters: Head, head: Head, needs: tuple[bool, ...], chunk_count: int, settings: Settings) -> None:
+    def __init__(
+        self, hidden: Tensor, parameters: LMHead, head: LMHead, needs: tuple[bool, ...], chunk_count: int, settings: ChunkSettings
+    ) -> None:
         """``parameters`` as the caller has them, ``head`` in the dtype of the GEMMs."""
         self.head = head
         self.sources = (hidden, *parameters[:4])
@@ -209,18 +145,16 @@ class Gradients:
 
     def _accumulate(self, which: int, left: Tensor, right: Tensor) -> None:
         dtype, total = self._dtype(which), self.totals[which]
+        first = total is None
         if total is None:
             total = empty((left.size(0), right.size(1)), dtype, left.device)
             self.totals[which] = total
-            _product(total, left, right)
-        elif dtype == left.dtype:
-            total.addmm_(left, right)
-        elif _widens(left, dtype):
-            torch.addmm(total, left, right, out_dtype=dtype, out=total)
+        if dtype != left.dtype:
+            wide_gemm_(total, left, right, not first)
+        elif first:
+            torch.mm(left, right, out=total)
         else:
-            # No such GEMM here: each chunk's product is rounded once, their sum is not.
-            for part in chunks(0, left.size(0), _SLICE):
-                total[part] += left[part] @ right
+            total.addmm_(left, right)
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """The gradients in the inputs' dtypes: hidden, weight, bias, lora_a, lora_b; zeros where no row had one."""
@@ -238,15 +172,21 @@ def _finite(h: Tensor) -> Tensor:
     return torch.nan_to_num(h, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``left @ right`` into memory of the same dtype or a wider one."""
-    if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    elif _widens(left, out.dtype):
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:
-        for part in chunks(0, left.size(0), _SLICE):
-            out[part] = left[part] @ right
+@op(lambda out, left, right, accumulate: None, mutates=("out",))
+def wide_gemm_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
+    """``out = left @ right``, or ``out += left @ right``, into a dtype wider than the operands'.
+
+    An op, for inductor cannot lower ``addmm`` with ``out_dtype``."""
+    if _widens(left, out.dtype):
+        if accumulate:
+            torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(left, right, out_dtype=out.dtype, out=out)
+        return
+    # No such GEMM here: each product is rounded once, their sum is not.
+    for part in chunks(0, left.size(0), _SLICE):
+        product = left[part] @ right
+        out[part] = out[part] + product if accumulate else product
 
 
 def compacted(chunk: Tensor, live: Tensor) -> Tensor:

@@ -1,0 +1,117 @@
+// Sums over part of a row that keep what a sure token leaves: the largest logit, and the rest without it. In such a row the sum of all exponentials
+// rounds to 1; the log-prob of its token is -log1p(rest), and 1 - p is rest / (1 + rest).
+#pragma once
+
+#include "common/row_state.h"
+#include "elements.h"
+#include "slices.h"
+
+namespace reweight_ops {
+namespace {
+
+/// Lower bound of an exponent: 2^-150 is 0, and 0 * -150 is 0 where 0 * -inf would be NaN.
+constexpr float kFloor = -150.0f;
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kInf = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
+
+struct Softcap {
+    bool on;
+    float cap;
+    RW_DEVICE explicit Softcap(float c) : on(c < kInf), cap(c) {}
+
+    /// cap·tanh(x / cap); returns its derivative. Infinities stay: -inf has no mass, +inf has to make the row NaN.
+    RW_DEVICE float apply(float& x) const {
+        const float r = tanhf(x / cap);
+        if (fabsf(x) != kInf) x = cap * r;
+        return 1.0f - r * r;
+    }
+
+    /// The same in fp64, for the one logit whose error nothing averages out: fp32 would cost its log-prob two units in the last place.
+    RW_DEVICE double exactly(float x, float& slope) const {
+        const double r = 1.0 - 2.0 / (exp(2.0 * double(x) / double(cap)) + 1.0);
+        slope = float(1.0 - r * r);
+        return fabsf(x) == kInf ? double(x) : cap * r;
+    }
+};
+
+/// The target's logit, -inf if it is not here: as the sweeps cap it, exactly, and the derivative of that.
+struct Target {
+    float swept = -kInf;
+    double exact = -kInf;
+    float slope = 1.0f;
+
+    RW_DEVICE Target() {}
+    RW_DEVICE Target(float x, const Softcap& softcap) : swept(x), exact(double(x)) {
+        if (!softcap.on) return;
+        softcap.apply(swept);
+        exact = softcap.exactly(x, slope);
+    }
+};
+
+/// With t = scale·(x - top) and e = 2^t: Σe, Σe·t and Σe² over the columns but the largest, whose own are 1, 0 and 1. Of nothing: top = -inf.
+struct Partial {
+    float top, rest, dot, sum_sq;
+};
+
+using SlicePartials = Partial[kWarps];
+using RowPartials = SlicePartials[kMaxSlices];
+
+/// The same bits in either order.
+RW_DEVICE Partial merge(const Partial& a, const Partial& b, float scale) {
+    const bool second = b.top > a.top;
+    const Partial w = second ? b : a, l = second ? a : b;
+    // Bounded: -inf - -inf is NaN, and so would be 0 * -inf.
+    const float shift = fmaxf((l.top - w.top) * scale, -1e30f), e = exp2_approximate(shift);
+    return {w.top, fmaf(e, l.rest, w.rest) + e, fmaf(e, fmaf(shift, 1.0f + l.rest, l.dot), w.dot), fmaf(e * e, l.sum_sq, w.sum_sq) + e * e};
+}
+
+template <int kLanes>
+RW_DEVICE Partial merge_lanes(Partial s, float scale) {
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes; lanes /= 2) {
+        s = merge(s, {shuffle_xor(s.top, lanes), shuffle_xor(s.rest, lanes), shuffle_xor(s.dot, lanes), shuffle_xor(s.sum_sq, lanes)}, scale);
+    }
+    return s;
+}
+
+/// The sums of a slice, by a warp: in every one of its threads.
+RW_DEVICE Partial merge_slice(const SlicePartials& partials, float scale) {
+    return merge_lanes<kWarps>(partials[thread_index() % kWarps], scale);
+}
+
+/// Rounding may leave the range by 1e-7 where p is 1; nobody expects a positive log-prob. NaN stays.
+RW_DEVICE float at_most_zero(float x) { return x > 0 ? 0.0f : x; }
+
+/// log2 of a number from 2^-126 on. The exponent apart: the logarithm of a mantissa has a smaller error, and costs no fp64 function.
+RW_DEVICE double log2_of(float x) {
+    const uint32_t bits = as_bits(x);
+    return double(int(bits >> 23) - 127) + double(log2f(as_float((bits & 0x7fffffu) | 0x3f800000u)));
+}
+
+/// The natural logarithm of 1 + x.
+RW_DEVICE double log1p_of(float x) { return x < 1.0f ? double(log1pf(x)) : log2_of(1.0f + x) * 0.693147180559945309417; }
+
+/// lse - top/T by the logits as swept. NaN for a row that holds NaN or +inf, and for one that is all -inf: there is no distribution.
+RW_DEVICE double log_sum(const Partial& s) { return s.rest < kInf && s.top > -kInf ? log1p_of(s.rest) : kNaN; }
+
+/// A dozen fp64 operations, once a row: what is rounded here, the ratio multiplies.
+RW_DEVICE RowStats finish(const Partial& s, const Target& target, float temperature, float scale) {
+    constexpr double ln2 = 0.693147180559945309417, log2e = 1.442695040888963407360;
+    const double log_s = log_sum(s), mean = double(s.dot / (1.0f + s.rest));
+    const double rounding = double(temperature) * scale - log2e;  // of the scale, which sharpens the row by as much
+    const double inverse = 1.0 / double(temperature);
+    const double swept = log_s - rounding / log2e * mean * ln2;  // lse - top/T
+    // The target's capped logit has an error, which its probability carries into lse.
+    const double above = (double(target.swept) - double(s.top)) * inverse - swept;
+    const double error = target.exact == double(target.swept) ? 0.0 : (target.exact - double(target.swept)) * inverse;
+    RowStats out;
+    out.logp = at_most_zero(error == 0.0 ? float(above) : float(above - error * expm1f(float(above))));
+    out.entropy = float(log_s - mean * ln2);
+    out.lse = float(double(s.top) * inverse + (error == 0.0 ? swept : swept + error * expf(float(above))));
+    out.log_sum_p_sq = at_most_zero(float(log1p_of(s.sum_sq) - 2.0 * log_s));
+    out.max_logp = target.swept == s.top ? out.logp : at_most_zero(float(-swept));
+    return out;
+}
+
+}  // namespace
+}  // namespace reweight_ops

@@ -1,0 +1,82 @@
+"""``evaluate_rows`` on the CPU: a loss program on stored rows, interpreted in C++."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidCall
+from ..formula.base import LEAVES
+from ..formula.loss_program import ONE_PASS, Program, loss_graph
+from ..formula.table import MAX_REGISTERS, build_table
+from .native_programs import Tables
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class _Loaded(NamedTuple):
+    table: Any  # of the module's own class
+    words: Tensor  # what it points at
+    outputs: tuple[int, ...]
+    reads: frozenset[str]
+    terms: int
+    parameters: int
+
+
+class RowsEvaluator:
+    """The primitive ``evaluate_rows`` of :class:`~reweight_ops._core.backends.base.Backend`, by a module of kernels."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self._tables = Tables(module)
+        self._loaded = lru_cache(maxsize=256)(self._load)
+
+    def _load(self, program: Program, given_ratio: bool, outputs: tuple[str, ...]) -> _Loaded:
+        graph = loss_graph(program, given_ratio)
+        table = build_table(graph, outputs)
+        if table.registers > MAX_REGISTERS:
+            raise InvalidCall(f"evaluate_rows: the loss takes {table.registers} registers, at most {MAX_REGISTERS} are supported.")
+        words = torch.tensor(table.words(), dtype=torch.int64)
+        return _Loaded(self._tables.load(table, words), words, table.outputs, graph.reads(outputs), table.terms, table.parameters)
+
+    def __call__(
+        self,
+        program: Program,
+        params: Tensor,
+        leaves: dict[str, Tensor],
+        row_weights: Tensor,
+        outputs: tuple[str, ...] = ONE_PASS,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        loaded = self._loaded(program, "log_ratio" in leaves, outputs)
+        terms, n = loaded.terms, row_weights.size(-1)
+        missing = sorted(x for x in loaded.reads if x in LEAVES and x not in leaves)
+        if missing:
+            raise InvalidCall(f"evaluate_rows: the loss reads {', '.join(missing)}, which was not given.")
+        if params.dtype not in _DTYPES:
+            raise InvalidCall(f"evaluate_rows: params are {params.dtype}, expected fp32 or fp64.")
+        shared = terms == 1 or row_weights.stride(0) == 0
+        if row_weights.shape != (terms, n):
+            raise InvalidCall(f"evaluate_rows: row weights are {tuple(row_weights.shape)}, expected {(terms, n)}.")
+        weights = row_weights[0] if shared else row_weights
+
+        def address(name: str, t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = params.dtype) -> int:
+            if t is None:
+                return 0
+            if t.shape != shape or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous():
+                raise InvalidCall(
+                    f"evaluate_rows: {name} is {tuple(t.shape)} {t.dtype} {t.device} with strides {t.stride()}, "
+                    f"expected {shape} {dtype} on the CPU, contiguous."
+                )
+            return t.data_ptr()
+
+        out = torch.empty(len(outputs), n, dtype=params.dtype)
+        self.module.evaluate_rows(
+            params.dtype == torch.float64, loaded.table, address("params", params, (loaded.parameters,)),
+            [address(name, leaves.get(name), (n,)) for name in LEAVES], address("row weights", weights, tuple(weights.shape)),
+            0 if shared else n, address("keep", keep, (n,), torch.bool), loaded.outputs, out.data_ptr(), n, torch.get_num_threads(),
+        )  # fmt: skip
+        return out

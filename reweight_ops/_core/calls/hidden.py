@@ -1,0 +1,201 @@
+"""Hidden states and the LM head of a call, resolved: the rows that are computed, and everything per row for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidCall
+from ..backends.base import SoftmaxParams
+from ..rows.groups import describe
+from ..rows.rows import Rows, resolve_rows
+from .chunking import chunking
+from .keywords import LMHeadOptions, SoftmaxOptions
+from .softmax import Fail, resolve_softmax, resolve_temperature
+
+
+class ChunkSettings(NamedTuple):
+    """What a chunk needs besides tensors."""
+
+    softmax: SoftmaxParams
+    backend: str
+    chunk_rows: int
+    logits_dtype: torch.dtype
+    compute_dtype: torch.dtype  # of the GEMMs' operands
+    accumulate_dtype: torch.dtype | None  # of the weight's gradient over chunks; None: by the number of chunks
+    drop_inert: bool  # rows without a coefficient may be counted on the host and dropped
+    keep_rows: int  # of these leading rows two_pass keeps the logits for backward
+
+
+class LMHead(NamedTuple):
+    """``logits = hidden @ weightᵀ + bias + lora_scale · (hidden @ lora_aᵀ) @ lora_bᵀ``."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    lora_a: Tensor | None  # [r, D]
+    lora_b: Tensor | None  # [V, r]
+    lora_scale: float
+
+    def to(self, dtype: torch.dtype) -> LMHead:
+        w, b, lora_a, lora_b = (None if t is None else t.to(dtype) for t in self[:4])
+        assert w is not None
+        return LMHead(w, b, lora_a, lora_b, self.lora_scale)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The hidden states of the rows that are computed, the head, and everything per row for them.
+
+    ``index`` selects the computed rows of the call; None means all.
+    """
+
+    states: Tensor  # [M, D]
+    head: LMHead
+    rows: Rows
+    index: Tensor | None
+    ids: Tensor  # [M]
+    temperature: Tensor  # [1] or [M]
+    settings: ChunkSettings
+
+    @property
+    def needs_grad(self) -> bool:
+        parts = (self.states, *self.head[:4])
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in parts)
+
+    def gather(self, row: Tensor) -> Tensor:
+        """``[..., N] -> [..., M]``: the computed rows."""
+        return row if self.index is None else row[..., self.index]
+
+    def scatter(self, row: Tensor) -> Tensor:
+        """``[M] -> [N]``, 0 in the rows that are not computed; differentiable."""
+        if self.index is None:
+            return row
+        return row.new_zeros(self.rows.count).index_put((self.index,), row)
+
+
+def resolve_hidden(
+    op: str,
+    hidden: Any,
+    weight: Any,
+    completion_ids: Any,
+    linear: LMHeadOptions,
+    options: SoftmaxOptions,
+    named: dict[str, Any],
+    validate: bool = False,
+) -> Hidden:
+    """Check hidden states, head and ids against each other. ``named`` holds the other tensors of the call by their public names."""
+    lora = linear.lora
+    tensors = {
+        "hidden": hidden, "lm_head_weight": weight, "completion_ids": completion_ids, "lm_head_bias": linear.lm_head_bias,
+        "lora.a": lora.a if lora else None, "lora.b": lora.b if lora else None, "temperature": options.temperature, **named,
+    }  # fmt: skip
+
+    def fail(message: str) -> InvalidCall:
+        return InvalidCall(f"{op}: {message} {describe(tensors)}")
+
+    for name, x in (("hidden", hidden), ("lm_head_weight", weight), ("completion_ids", completion_ids)):
+        if not isinstance(x, Tensor):
+            raise fail(f"{name} is a {type(x).__name__}, expected a tensor.")
+    for name in ("consume_logits", "drop_last"):
+        if getattr(options, name):
+            raise fail(f"{name} is for logits; here they are the op's own.")
+    if completion_ids.dtype not in (torch.int32, torch.int64):
+        raise fail(f"completion_ids are {completion_ids.dtype}, expected int32 or int64.")
+    shape, width = tuple(completion_ids.shape), hidden.size(-1)
+    if tuple(hidden.shape) != (*shape, width):
+        raise fail(f"hidden has shape {tuple(hidden.shape)}; completion_ids is {shape}, so expected {shape} + (D,).")
+    if weight.dim() != 2 or weight.size(1) != width:
+        raise fail(f"lm_head_weight has shape {tuple(weight.shape)}, expected (V, {width}).")
+    columns = weight.size(0)
+    if linear.lm_head_bias is not None and tuple(linear.lm_head_bias.shape) != (columns,):
+        raise fail(f"lm_head_bias has shape {tuple(linear.lm_head_bias.shape)}, expected ({columns},).")
+    if lora is not None and (lora.a.shape != (lora.b.size(-1), width) or lora.b.size(0) != columns):
+        raise fail(f"lora: a {tuple(lora.a.shape)} and b {tuple(lora.b.shape)}, expected (r, {width}) and ({columns}, r).")
+
+    compute, autocast = _compute_dtype(hidden)
+    for name, x in (
+        ("lm_head_weight", weight),
+        ("lm_head_bias", linear.lm_head_bias),
+        ("lora.a", lora.a if lora else None),
+        ("lora.b", lora.b if lora else None),
+    ):
+        if x is not None and (x.device != hidden.device or (x.dtype != hidden.dtype and not autocast)):
+            raise fail(f"{name} is {x.dtype} on {x.device}, hidden {hidden.dtype} on {hidden.device}: cast one, or use autocast.")
+    if not hidden.is_floating_point() or hidden.dtype.itemsize < 2:
+        raise fail(f"hidden is {hidden.dtype}, expected fp16, bf16, fp32 or fp64.")
+    logits_dtype = compute if linear.logits_dtype is None else linear.logits_dtype
+    if logits_dtype not in (compute, torch.float32) or logits_dtype.itemsize < compute.itemsize:
+        raise fail(f"logits_dtype is {logits_dtype}, expected {compute} or torch.float32.")
+    if linear.accumulate_dtype not in (None, compute, torch.float32) or (linear.accumulate_dtype or compute).itemsize < compute.itemsize:
+        raise fail(f"accumulate_dtype is {linear.accumulate_dtype}, expected None, {compute} or torch.float32.")
+    if not (isinstance(linear.logit_scale, (int, float)) and math.isfinite(linear.logit_scale) and linear.logit_scale > 0):
+        raise fail(f"logit_scale is {linear.logit_scale!r}, expected a positive number.")
+    for name in ("chunk_rows", "memory_budget"):
+        value = getattr(linear, name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise fail(f"{name} is {value!r}, expected a whole number of at least 1.")
+
+    softmax = resolve_softmax(op, options, columns, fail)
+    row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
+    rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, softmax.vocab_size, validate)
+    assert rows.ids is not None
+    # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s: the scale costs no pass and no rounding.
+    temperature = resolve_temperature(rows, options.temperature, fail) / linear.logit_scale
+    index, compact = _row_index(rows, linear, validate, fail)
+    flat = hidden.reshape(-1, width)
+    flat = flat if index is None else flat.index_select(0, index)
+    if index is not None and temperature.size(-1) != 1:
+        temperature = temperature[index]
+    size, keep = chunking(flat.size(0), columns * logits_dtype.itemsize, hidden.device, linear.chunk_rows, linear.memory_budget)
+    settings = ChunkSettings(
+        softmax._replace(softcap=softmax.softcap / linear.logit_scale), options.backend, size, logits_dtype, compute,
+        linear.accumulate_dtype, compact, keep,
+    )  # fmt: skip
+    a, b, scale = lora or (None, None, 1.0)
+    head = LMHead(weight, linear.lm_head_bias, a, b, float(scale))
+    ids = rows.ids if index is None else rows.ids[index]
+    call = Hidden(flat, head, rows, index, ids, temperature, settings)
+    if torch.compiler.is_compiling() or not call.needs_grad:
+        call = dataclasses.replace(call, settings=settings._replace(keep_rows=0))
+    return call
+
+
+def _row_index(rows: Rows, linear: LMHeadOptions, validate: bool, fail: Fail) -> tuple[Tensor | None, bool]:
+    """The rows to compute, and whether rows may be counted on the host."""
+    readable = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    capturing = rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    compact = (readable if linear.compact_rows is None else linear.compact_rows) and not capturing
+    if linear.row_index is not None:
+        index = linear.row_index
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or index.device != rows.device:
+            raise fail(f"row_index must be a tensor [M] of int64 on {rows.device}.")
+        if readable or validate:
+            _check_row_index(index, rows, fail)
+        return index, compact
+    if not compact:
+        return None, False
+    index = rows.keep.nonzero()[:, 0]
+    return (index if index.numel() < rows.count else None), True
+
+
+def _check_row_index(index: Tensor, rows: Rows, fail: Fail) -> None:
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows.count):
+        raise fail(f"row_index has positions outside 0 to {rows.count - 1}.")
+    times = torch.bincount(index, minlength=rows.count)
+    if bool((times > 1).any()):
+        raise fail(f"row_index names row {int((times > 1).nonzero()[0, 0])} more than once.")
+    missing = rows.keep & (times == 0)
+    if bool(missing.any()):
+        raise fail(f"row_index leaves out row {int(missing.nonzero()[0, 0])}, which is in the loss: mask it, or name it.")
+
+
+def _compute_dtype(hidden: Tensor) -> tuple[torch.dtype, bool]:
+    """The dtype of the GEMMs' operands, and whether it is autocast's, as for ``F.linear``."""
+    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
+        return hidden.dtype, False
+    return torch.get_autocast_dtype(hidden.device.type), True

@@ -1,0 +1,46 @@
+"""How a call's rows of logits become distributions: ``x = cap·tanh(z/cap)/T`` over ``vocab_size`` columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import InvalidCall, UnsupportedRequest
+from ..backends.base import SoftmaxParams
+from ..rows.constants import parameter_vector
+from ..rows.rows import Rows
+from .keywords import SoftmaxOptions
+
+Fail = Callable[[str], InvalidCall]
+
+
+def resolve_softmax(op: str, options: SoftmaxOptions, columns: int, fail: Fail) -> SoftmaxParams:
+    """The softmax over logits with that many columns."""
+    if options.process_group is not None:
+        raise UnsupportedRequest(f"{op}: process_group: vocabulary-parallel logits are not supported yet; gather the vocabulary first.")
+    vocab_size = columns if options.vocab_size is None else options.vocab_size
+    if not 0 < vocab_size <= columns:
+        raise fail(f"vocab_size is {vocab_size}, logits have {columns} columns.")
+    return SoftmaxParams(vocab_size, resolve_softcap("softcap", options.softcap, fail))
+
+
+def resolve_softcap(name: str, value: Any, fail: Fail) -> float:
+    """The cap; inf disables it."""
+    softcap = math.inf if value is None else float(value)
+    if not softcap > 0:
+        raise fail(f"{name} is {value}, expected a positive number, or None for off.")
+    return softcap
+
+
+def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
+    """The temperature as ``[1]`` or ``[N]`` in the row dtype."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise fail("temperature requires grad, but no gradient flows to it: pass it detached.")
+        return value.to(rows.dtype).view(1) if value.dim() == 0 else rows.per_row("temperature", value)
+    if not value > 0 or math.isinf(value):
+        raise fail(f"temperature is {value}, expected a positive number.")
+    return parameter_vector((value,), rows.dtype, rows.device)

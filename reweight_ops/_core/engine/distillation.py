@@ -1,0 +1,97 @@
+"""Divergences of two distributions as objectives: per token, and as a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rows.constants import parameter_vector
+from ..rows.rows import Rows
+from .autograd import weighted_sum
+from .plan import Choice
+from .source import DivergenceWork, MoreMetrics, SourceInfo
+
+#: Kind to the coefficients of (KL(q‖p), KL(p‖q), H(p), H(q)). The last has no gradient: q is the other tensor's.
+KINDS = {
+    "forward_kl": (1.0, 0.0, 0.0, 0.0),
+    "reverse_kl": (0.0, 1.0, 0.0, 0.0),
+    "jeffreys": (1.0, 1.0, 0.0, 0.0),
+    "cross_entropy": (1.0, 0.0, 0.0, 1.0),
+    "reverse_cross_entropy": (0.0, 1.0, 1.0, 0.0),
+    "symmetric_cross_entropy": (0.5, 0.5, 0.5, 0.5),
+}
+
+STATISTICS = ("forward_kl", "reverse_kl", "entropy", "other_entropy")
+
+
+def divergence_of(kind: str, values: tuple[Tensor, ...]) -> Tensor:
+    """The divergence of that kind from its :data:`STATISTICS`."""
+    used = [c * x for c, x in zip(KINDS[kind], values, strict=True) if c]
+    return sum(used[1:], used[0])
+
+
+@dataclass(frozen=True)
+class DistillationLossOutput:
+    """The result of :func:`distillation_loss`; all but ``loss`` are detached, of shape R, 0 where a row is out.
+
+    ``per_token_divergence``: before weights. ``forward_kl``, ``reverse_kl``, ``entropies`` (of the student) and ``teacher_entropies`` come with the same read.
+    """
+
+    loss: Tensor
+    per_token_divergence: Tensor
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    entropies: Tensor
+    teacher_entropies: Tensor
+    plan: str
+    backend: str
+
+
+@dataclass(frozen=True)
+class DistillationObjective:
+    """``Σ_i weights_i·D(p_i, q_i)``; ``weights`` ``[N]`` hold divisor and scale, 0 where a row is out."""
+
+    kind: str
+    rows: Rows
+    weights: Tensor
+
+    reads = STATISTICS
+    program = None
+
+    def one_pass_unsupported_reason(self, info: SourceInfo, requested: bool) -> str | None:
+        return None if info.needs_grad else "no gradient is needed, so only statistics are computed"
+
+    def work(self) -> DivergenceWork:
+        return DivergenceWork(parameter_vector(KINDS[self.kind][:3], self.rows.dtype, self.rows.device), self.weights)
+
+    def from_one_pass(self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None) -> DistillationLossOutput:
+        return self._output(loss, table[:4].unbind(), choice)
+
+    def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> DistillationLossOutput:
+        values = tuple(statistics[name] for name in STATISTICS)
+        return self._output(weighted_sum(torch.stack(values[:3]), *self.work()), values, choice)
+
+    def _output(self, loss: Tensor, values: tuple[Tensor, ...], choice: Choice) -> DistillationLossOutput:
+        teacher_share = KINDS[self.kind][3]
+        if teacher_share:  # the teacher's entropy: no gradient
+            loss = loss + teacher_share * torch.where(self.weights == 0, 0, self.weights * values[3]).sum()
+        shown = tuple(self.rows.unflatten(x.detach()) for x in values)
+        forward, reverse, entropies, teacher = shown
+        return DistillationLossOutput(
+            loss, divergence_of(self.kind, shown), forward, reverse, entropies, teacher, choice.plan, choice.backend
+        )
+
+
+def distillation_weights(rows: Rows, token_weights: Any, num_items_in_batch: Any, loss_scale: Any) -> Tensor:
+    """The weights of a :class:`DistillationObjective`."""
+    for name, value in (("num_items_in_batch", num_items_in_batch), ("loss_scale", loss_scale)):
+        if isinstance(value, Tensor) and value.dim() != 0:
+            raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
+    divisor = rows.keep.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    factor = rows.per_row("token_weights", 1.0 if token_weights is None else token_weights)
+    if factor.requires_grad:
+        raise rows.error("token_weights require grad; here they are detached. For a gradient: (w * token_divergence(...)).sum().")
+    return torch.where(rows.keep, factor * loss_scale / divisor, 0)

@@ -1,0 +1,80 @@
+"""A policy loss as an objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..calls.policy import LossCall
+from ..formula.trace import trace_weight
+from .output import PolicyLossOutput
+from .plan import Choice
+from .source import MoreMetrics, PolicyWork, SourceInfo
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """A spec bound to a call's data."""
+
+    call: LossCall
+    differentiable_outputs: bool = False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("logp", "entropy", *(("log_sum_p_sq",) if "log_sum_p_sq" in self.call.spec.requires else ()))
+
+    @property
+    def program(self) -> str | None:
+        return self.call.spec.program_text
+
+    def one_pass_unsupported_reason(self, info: SourceInfo, requested: bool) -> str | None:
+        call = self.call
+        if info.backend is None:
+            return "the log-probs are there already"
+        if not info.needs_grad:
+            return "no gradient is needed, so only statistics are computed"
+        if call.spec.one_pass_obstacle is not None:
+            return call.spec.one_pass_obstacle
+        if call.old_logp is None and any(
+            r.weight is not None and "old_logp" in trace_weight(type(r.weight)).leaves for r in call.spec.reductions
+        ):
+            return "a reduction is over the old log-probs, which on-policy are the current ones"
+        if self.differentiable_outputs:
+            return "differentiable_outputs=True puts log-probs and entropies into the graph"
+        if any(t is not None and t.requires_grad for t in (call.adv, call.factor)):
+            return "advantages or token_weights require grad"
+        if not requested and info.dtype == torch.float64:
+            return "fp64 is for checking, and two_pass is the exact autograd"
+        if not requested and info.dtype == torch.float16 and isinstance(call.loss_scale, (int, float)) and call.loss_scale == 1:
+            return "fp16 gradients are rounded in forward: pass GradScaler's factor as loss_scale"
+        return None
+
+    def work(self) -> PolicyWork:
+        program = self.program
+        assert program is not None, "a loss without a program takes two passes"
+        return PolicyWork(self.call.inputs(), self.call.params, program)
+
+    def from_one_pass(self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None) -> PolicyLossOutput:
+        rows = self.call.rows
+        logp, entropy, _, per_token, d_logp, d_entropy = table.unbind()
+        leaves, by = {"logp": logp, "entropy": entropy}, (d_logp, d_entropy)
+        return PolicyLossOutput(
+            loss, rows.unflatten(logp), rows.unflatten(entropy), choice.plan, choice.backend, self.call.released(), leaves, per_token, by,
+            more,
+        )  # fmt: skip
+
+    def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> PolicyLossOutput:
+        """Evaluate the loss from differentiable row statistics: the second half of two_pass, which touches only ``[N]`` tensors."""
+        rows = self.call.rows
+        leaves = {name: value for name, value in statistics.items() if name != "lse"}
+        result = self.call.evaluate(leaves)
+        loss = result.weighted_loss.sum() if self.call.spec.reduction.scalar else rows.unflatten(result.weighted_loss)
+        detached = {name: value.detach() for name, value in leaves.items()}
+        shown = leaves if self.differentiable_outputs else detached
+        entropies = rows.unflatten(shown["entropy"]) if "entropy" in shown else None
+        return PolicyLossOutput(
+            loss, rows.unflatten(shown["logp"]), entropies, choice.plan, choice.backend, self.call.released(), detached,
+            result.loss.detach(), None, more,
+        )  # fmt: skip

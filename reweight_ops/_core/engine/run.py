@@ -1,0 +1,34 @@
+"""Runs a call of a public op: an objective, evaluated on statistics that a source gets from a backend, by a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from .plan import Objective, choose_plan
+from .source import Source
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """A call of a public op, resolved. Nothing has been computed, so it can be explained as well as run."""
+
+    source: Source
+    objective: Objective[T]
+    plan: str = "auto"
+
+
+def run(call: Call[T]) -> T:
+    """The result of a call."""
+    source, objective = call.source, call.objective
+    choice = choose_plan(source, objective, call.plan)
+    more = source.more_metrics(choice.plan)
+    if choice.plan == "one_pass":
+        loss, table = source.one_pass(objective.work(), choice.backend)
+        result = objective.from_one_pass(loss, table, choice, more)
+    else:
+        result = objective.from_statistics(source.statistics(objective.reads, choice.backend), choice, more)
+    source.close()
+    return result

@@ -1,0 +1,139 @@
+"""The sources that are not made in chunks: one logits tensor, two, stored log-probs, and a formula over rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backends.select import load
+from ..calls.logits import Logits
+from ..calls.two_logits import TwoLogits
+from ..rows.rows import Rows
+from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
+from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
+
+#: Statistics of one tensor that the kernel of their gradient reads besides.
+ALWAYS = ("logp", "lse")
+
+
+@dataclass(frozen=True)
+class LogitsSource(PlainSource):
+    """Statistics of one logits tensor: of ``STATS`` in :mod:`reweight_ops._core.backends.base`."""
+
+    logits: Logits
+
+    @property
+    def rows(self) -> Rows:
+        return self.logits.rows
+
+    @property
+    def info(self) -> SourceInfo:
+        z = self.logits
+        return SourceInfo(z.values.device, z.values.dtype, z.needs_grad, z.backend, ("token_stats",), "token_loss_grad")
+
+    def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        z = self.logits
+        found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
+        values = RowStatistics.apply(  # type: ignore[no-untyped-call]
+            z.values, z.ids, z.temperature, z.softmax, self._options(backend), ",".join(found)
+        )
+        return dict(zip(found, values, strict=True))
+
+    def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
+        z = self.logits
+        loss, table = OnePassLoss.apply(  # type: ignore[no-untyped-call]
+            z.values, z.ids, z.temperature, tuple(work.inputs), work.params, work.program, z.softmax, self._options(backend)
+        )
+        return loss, table
+
+    def kernel(self, backend: str, device: torch.device) -> str | None:
+        kernel_of = load(backend).kernel_of
+        return None if kernel_of is None else kernel_of(self.logits.values, self.logits.softmax.vocab_size, device)
+
+    def close(self) -> None:
+        self.logits.mark_consumed()
+
+    def _options(self, backend: str) -> OpOptions:
+        return OpOptions(self.logits.drop_last, backend, self.logits.consume)
+
+
+@dataclass(frozen=True)
+class TwoLogitsSource(PlainSource):
+    """Divergences of two logits tensors: ``forward_kl``, ``reverse_kl``, ``entropy``, ``other_entropy``."""
+
+    both: TwoLogits
+
+    @property
+    def rows(self) -> Rows:
+        return self.both.p.rows
+
+    @property
+    def info(self) -> SourceInfo:
+        p = self.both.p
+        return SourceInfo(
+            p.values.device, p.values.dtype, p.needs_grad, p.backend, ("divergence_stats",), "divergence_loss_grad",
+            self.both.other.dtype,
+        )  # fmt: skip
+
+    def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        values = DivergenceStatistics.apply(*self._tensors, *self._rest(backend))  # type: ignore[no-untyped-call]
+        return dict(zip(("forward_kl", "reverse_kl", "entropy", "other_entropy"), values, strict=True))
+
+    def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
+        loss, table = OnePassDivergence.apply(*self._tensors, *work, *self._rest(backend))  # type: ignore[no-untyped-call]
+        return loss, table
+
+    def close(self) -> None:
+        self.both.p.mark_consumed()
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        p = self.both.p
+        return p.values, self.both.other, p.ids, p.temperature, self.both.other_temperature
+
+    def _rest(self, backend: str) -> tuple[Softmaxes, OpOptions]:
+        p = self.both.p
+        softmaxes = (p.softmax.vocab_size, p.softmax.softcap, self.both.other_softmax.softcap)
+        return softmaxes, OpOptions(p.drop_last, backend, p.consume)
+
+
+@dataclass(frozen=True)
+class JoinedSource(PlainSource):
+    """A source and, under the name ``kl``, the forward divergence of a second one over the same rows."""
+
+    first: LogitsSource
+    second: TwoLogitsSource
+
+    @property
+    def rows(self) -> Rows:
+        return self.first.rows
+
+    @property
+    def info(self) -> SourceInfo:
+        other = self.second.info
+        return self.first.info._replace(statistics=("token_stats", "divergence_stats"), one_pass=None, other_dtype=other.other_dtype)
+
+    def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        kl = self.second.statistics(("forward_kl",), backend)["forward_kl"]
+        return {**self.first.statistics(tuple(name for name in names if name != "kl"), backend), "kl": kl}
+
+    def close(self) -> None:
+        self.first.close()
+
+
+@dataclass(frozen=True)
+class LogpsSource(PlainSource):
+    """Statistics that the caller has computed already; ``given`` by name, ``[N]``."""
+
+    rows: Rows
+    given: dict[str, Tensor]
+
+    @property
+    def info(self) -> SourceInfo:
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in self.given.values())
+        return SourceInfo(self.rows.device, self.rows.dtype, needs_grad, None)
+
+    def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        return self.given

@@ -1,0 +1,130 @@
+"""The public ops that give row statistics from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ...errors import InvalidCall
+from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
+from ..calls.logits import resolve_logits
+from ..engine.output import TokenStats
+from ..engine.run import Call, run
+from ..engine.source import Source
+from ..engine.sources import LogitsSource
+from ..engine.statistics import StatisticsObjective
+from ..rows.numerics import log1mexp_or_inf
+from .explain import explained
+
+#: Public statistic -> the row statistics it is made of.
+_STATS = {
+    "logps": ("logp",), "entropies": ("entropy",), "lse": ("lse",), "log_sum_p_sq": ("log_sum_p_sq",),
+    "max_logp": ("max_logp",), "is_top1": ("logp", "max_logp"), "log1m_p": ("logp",),
+}  # fmt: skip
+
+
+def logps_call(source: Source, return_entropy: bool) -> Call[Any]:
+    """The call of an op that returns log-probs, or ``(logps, entropies)``."""
+    unflatten = source.rows.unflatten
+    if return_entropy:
+        return Call(source, StatisticsObjective(("logp", "entropy"), lambda s: (unflatten(s["logp"]), unflatten(s["entropy"]))))
+    return Call(source, StatisticsObjective(("logp",), lambda s: unflatten(s["logp"])))
+
+
+def _token_logps(
+    logits: Tensor, completion_ids: Tensor, *, completion_mask: Tensor | None = None, return_entropy: bool = False, **keywords: Any
+) -> Call[Any]:
+    op = "token_logps"
+    (options,) = parse(op, keywords, SoftmaxOptions, own=("completion_mask", "return_entropy"))
+    resolved = resolve_logits(op, logits, completion_ids, options, {"completion_mask": completion_mask})
+    return logps_call(LogitsSource(resolved), return_entropy)
+
+
+@explained(_token_logps)
+def token_logps(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: bool = False,
+    **keywords: Unpack[SoftmaxKeywords],
+) -> Any:
+    """Log-probs of the given ids, and the entropies, both differentiable: ``log_softmax(x)[id]`` and ``-Σ p log p`` with ``x = cap·tanh(z/cap)/T``.
+
+    The primitive for a trainer that keeps its own loss.
+
+    Args:
+        logits: ``R + (V,)``, fp16, bf16, fp32 or fp64; any batch and row stride, the last dimension contiguous. The op never shifts.
+        completion_ids: R, int32 or int64. ``-100``: the row is out.
+        completion_mask: R, any dtype; a row is in iff not 0. Rows that are out are never read, give 0, and get a gradient of exact 0.
+        return_entropy: also return the entropies.
+        temperature: T, a positive number, a 0-d tensor, or one per row (or sequence).
+        softcap: the cap of a tanh soft cap on the raw logits, None for off.
+        vocab_size: columns of the softmax if the head is padded beyond them; the others get a gradient of exact 0.
+        drop_last: logits have one position more than ids (the last is unread, its gradient 0): the layout without a copy in backward.
+        consume_logits: write the gradient over the logits in backward; saves one tensor of their size. Using them afterwards is an error.
+        backend: ``"auto"``, or ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``, which then never falls back.
+
+    Returns:
+        ``logps`` of shape R in fp32 (fp64 for fp64 logits), or ``(logps, entropies)``.
+
+    Raises:
+        InvalidCall: a shape, dtype or id that does not fit (on a GPU a bad id gives NaN in its row, without a synchronisation).
+        UnsupportedRequest, BackendUnavailable: nobody, or not the named backend, can run this.
+
+    >>> import torch, reweight_ops as rw
+    >>> rw.token_logps(torch.zeros(2, 4), torch.tensor([1, 3]))
+    tensor([-1.3863, -1.3863])
+    """
+    return run(_token_logps(logits, completion_ids, completion_mask=completion_mask, return_entropy=return_entropy, **keywords))
+
+
+def _token_stats(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    stats: Sequence[str] = ("logps", "entropies"),
+    completion_mask: Tensor | None = None,
+    **keywords: Any,
+) -> Call[TokenStats]:
+    op = "token_stats"
+    (options,) = parse(op, keywords, SoftmaxOptions, own=("completion_mask", "stats"))
+    if not stats or isinstance(stats, str) or any(name not in _STATS for name in stats):
+        raise InvalidCall(f"token_stats: stats is {stats!r}; expected some of {', '.join(_STATS)}.")
+    resolved = resolve_logits(op, logits, completion_ids, options, {"completion_mask": completion_mask})
+    rows = resolved.rows
+
+    def finish(found: dict[str, Tensor]) -> TokenStats:
+        values = {"logps": found["logp"], "lse": found["lse"], "entropies": found.get("entropy"), "max_logp": found.get("max_logp")}
+        values["log_sum_p_sq"] = found["log_sum_p_sq"].detach() if "log_sum_p_sq" in found else None
+        logp = found["logp"].detach()
+        values["is_top1"] = (logp >= found["max_logp"]) & rows.keep if "is_top1" in stats else None
+        values["log1m_p"] = torch.where(rows.keep, log1mexp_or_inf(logp), 0) if "log1m_p" in stats else None
+        return TokenStats(**{name: rows.unflatten(v) for name, v in values.items() if name in stats and v is not None})
+
+    reads = dict.fromkeys(part for name in stats for part in _STATS[name])
+    return Call(LogitsSource(resolved), StatisticsObjective(tuple(reads), finish))
+
+
+@explained(_token_stats)
+def token_stats(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    stats: Sequence[str] = ("logps", "entropies"),
+    completion_mask: Tensor | None = None,
+    **keywords: Unpack[SoftmaxKeywords],
+) -> TokenStats:
+    """Statistics of every row in one read of the logits; see :class:`TokenStats` for the names, :func:`token_logps` for the arguments.
+
+    ``logps``, ``entropies`` and ``lse`` are differentiable; ``log_sum_p_sq``, ``max_logp``, ``is_top1`` and ``log1m_p`` are not.
+
+    >>> import torch, reweight_ops as rw
+    >>> rw.token_stats(torch.zeros(1, 4), torch.tensor([2]), stats=("log_sum_p_sq",)).log_sum_p_sq
+    tensor([-1.3863])
+    """
+    return run(_token_stats(logits, completion_ids, stats=stats, completion_mask=completion_mask, **keywords))

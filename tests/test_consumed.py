@@ -1,0 +1,68 @@
+"""Consumed logits hold a gradient, under whatever name they are read again; what beside them shares their memory does not."""
+
+import pytest
+import torch
+
+import reweight_ops as rw
+from reweight_ops._core.calls import consumed
+
+ids = torch.randint(7, (4, 6))
+
+
+def logits():
+    return torch.randn(4, 7, 7).requires_grad_() * 1
+
+
+def consume(z, i, plan="one_pass"):
+    return rw.policy_loss(z, i, 1.0, spec="reinforce", plan=plan, consume_logits=True)
+
+
+NAMES = {
+    "itself": lambda z: (z, ids),
+    "detach": lambda z: (z.detach(), ids),
+    "view": lambda z: (z.view(2, 2, 6, 7), ids.view(2, 2, 6)),
+    "rows": lambda z: (z[1:3], ids[1:3]),
+    "columns": lambda z: (z[:, 2:], ids[:, 2:]),
+    "vocabulary": lambda z: (z[..., :5], ids.clamp(max=4)),
+    "data": lambda z: (z.data, ids),
+    "transposed": lambda z: (z.transpose(0, 1), ids.t()),
+}
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("name", NAMES)
+def test_another_name_is_refused(name, plan):
+    z = logits()
+    whole = z[:, :6]
+    consume(whole, ids, plan)
+    again, labels = NAMES[name](whole)
+    with pytest.raises(rw.InvalidCall, match="consumed"):
+        rw.token_logps(again.detach() if again.requires_grad else again, labels)
+
+
+def test_other_parts_of_the_memory_are_served():
+    z = logits()
+    for row in range(4):  # one sequence after the other
+        consume(z[row : row + 1, :3], ids[row : row + 1, :3])
+    assert rw.token_logps(z.detach()[:, 3:6], ids[:, 3:]).isfinite().all()
+    with pytest.raises(rw.InvalidCall, match="consumed"):
+        rw.token_logps(z.detach()[:, 2:6], ids[:, 2:])
+
+
+def test_boxes_against_every_element():
+    """Any two slices of a tensor: the answer is whether they share an element."""
+    base = torch.arange(3 * 5 * 2).view(3, 5, 2)
+    slices = [base[a:b, c:d] for a in range(3) for b in range(a + 1, 4) for c in range(5) for d in range(c + 1, 6)]
+    regions = [consumed._region(x) for x in slices]
+    for x, left in zip(slices, regions, strict=True):
+        inside = set(x.flatten().tolist())
+        for y, right in zip(slices, regions, strict=True):
+            assert left.overlaps(right) == bool(inside & set(y.flatten().tolist())), (left, right)
+
+
+def test_a_copy_is_served():
+    z = logits()
+    whole = z[:, :6]
+    kept = whole.detach().clone()
+    consume(whole, ids)
+    assert rw.token_logps(kept, ids).isfinite().all()
