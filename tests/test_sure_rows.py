@@ -10,7 +10,7 @@ from sure_rows import MARGINS, TOLERANCE, exact, sure_rows, worst
 
 import reweight_ops as rw
 from reweight_ops._core.backends import reference
-from reweight_ops._core.backends.base import DIVERGENCE_STATS, DivergenceInputs, Head
+from reweight_ops._core.backends.base import DIVERGENCE_STATS, DivergenceInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
 
 BACKENDS = {"reference": reference.BACKEND}
@@ -60,7 +60,7 @@ def half_step(dtype):
 def test_verbs_keep_log_prob_and_gradient(verbs, dtype, vocab, cap):
     dtype = DTYPES[dtype]
     rows = sure_rows(vocab, dtype)
-    z, ids, head, n = rows.logits, rows.ids, Head(vocab, cap), len(rows.ids)
+    z, ids, head, n = rows.logits, rows.ids, SoftmaxParams(vocab, cap), len(rows.ids)
     logp, one_minus_p = exact(capped(z, cap), ids)
     slope = 1 - (capped(z, cap) / cap).square().gather(1, ids[:, None])[:, 0] if cap < math.inf else 1.0
     stats = contract.stats_of(verbs, z, ids, head=head)
@@ -135,7 +135,7 @@ def test_divergences(backend, vocab):
         return below - torch.log1p(below.exp().scatter(1, rows.ids[:, None], 0.0).sum(1, keepdim=True))
 
     p, q = log_probs(z), log_probs(y)
-    head = Head(vocab)
+    head = SoftmaxParams(vocab)
     two = DivergenceInputs(z, y, rows.ids, ONE, ONE, head, head)
     table = dict(zip(DIVERGENCE_STATS, BACKENDS[backend].divergence_stats(two), strict=True))
     assert_kept(table["entropy"], -(p.exp() * p).sum(1), "entropy")
