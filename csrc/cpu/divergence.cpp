@@ -1,6 +1,7 @@
 // Two logits tensors at one instruction-set level: divergences of their softmaxes, and the gradient by the first. Compiled once per level.
 #include "divergence.h"
 
+#include "common/concat.h"
 #include "pair_sweep.h"
 #include "parallel.h"
 
@@ -193,8 +194,6 @@ void divergence_loss_grad(const DivergenceCall& call) {
 
 }  // namespace
 
-#define RW_CONCAT_(a, b) a##b
-#define RW_CONCAT(a, b) RW_CONCAT_(a, b)
 extern const DivergenceKernels RW_CONCAT(divergence_, RW_LEVEL);
 const DivergenceKernels RW_CONCAT(divergence_, RW_LEVEL) = {divergence_stats, divergence_grad, divergence_loss_grad};
 

@@ -1,4 +1,5 @@
 // The three verbs at one instruction-set level: this file is compiled once per level, with RW_LEVEL naming it.
+#include "common/concat.h"
 #include "parallel.h"
 #include "program.h"
 #include "stream.h"
@@ -43,36 +44,6 @@ struct Row {
 
 // ---- the gradient row
 
-/// Derivatives of the loss by the row's statistics, and those of the statistics that they multiply.
-struct Derivatives {
-    float logp_coef, entropy_coef, lse_coef, p_sq_coef;
-    float logp, entropy, log_sum_p_sq;
-
-    bool all_zero() const { return logp_coef == 0 && entropy_coef == 0 && lse_coef == 0 && p_sq_coef == 0; }
-
-    GradCoefs coefs(double inverse_temperature) const {
-        GradCoefs c{-double(logp_coef) + lse_coef, 0, 0};
-        if (entropy_coef != 0) {
-            c.constant -= double(entropy_coef) * entropy;
-            c.log = -double(entropy_coef);
-        }
-        if (p_sq_coef != 0) {
-            c.constant -= 2.0 * p_sq_coef;
-            c.p_coef = 2.0 * p_sq_coef / std::exp(double(log_sum_p_sq));
-        }
-        return {c.constant * inverse_temperature, c.log * inverse_temperature, c.p_coef * inverse_temperature};
-    }
-
-    /// The target's own element: p - 1 from its log-prob, for a rounded p loses everything as it goes to 1.
-    float at_target() const {
-        const double y = logp, p = std::exp(y);
-        double g = -logp_coef * std::expm1(y) + lse_coef * p;
-        if (entropy_coef != 0 && p > 0) g -= entropy_coef * p * (y + entropy);
-        if (p_sq_coef != 0) g += 2.0 * p_sq_coef * p * (p / std::exp(double(log_sum_p_sq)) - 1.0);
-        return float(g);
-    }
-};
-
 /// A gradient of its own that no cache holds anyway is written past them: a store would first read the line from memory.
 template <class C>
 bool streams(const C& call, int64_t element) {
@@ -81,7 +52,7 @@ bool streams(const C& call, int64_t element) {
 
 /// Writes one gradient row, which may be the row of logits.
 template <class T>
-void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, Anchor anchor, T* g, const Softcap& softcap, Fetch ahead, bool stream) {
+void write_grad(const Call& call, const Row<T>& row, const Derivatives<double>& d, Anchor anchor, T* g, const Softcap& softcap, Fetch ahead, bool stream) {
     const int64_t v = call.vocab_size;
     if (d.all_zero()) {
         fill(g, call.columns, 0.0f);
@@ -90,7 +61,7 @@ void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, Ancho
     if (anchor.log_p != anchor.log_p) {
         fill(g, v, kNaN);
     } else {
-        const GradCoefs c = d.coefs(row.inverse_temperature);
+        const GradCoefs<double> c = d.coefs(row.inverse_temperature);
         stream = stream && (uintptr_t)g % 64 == 0;
         with_shift(row.scale, anchor.at, [&](const auto& shift) {
             using S = std::decay_t<decltype(shift)>;
@@ -168,7 +139,7 @@ void token_grad(const GradCall& call) {
             return;
         }
         const Row<T> row(call, i, softcap);
-        const Derivatives d{get(call.logp_coef, i), get(call.entropy_coef, i), get(call.lse_coef, i), get(call.p_sq_coef, i),
+        const Derivatives<double> d{get(call.logp_coef, i), get(call.entropy_coef, i), get(call.lse_coef, i), get(call.p_sq_coef, i),
                             call.logp[i],           get(call.entropy, i),      get(call.log_sum_p_sq, i)};
         const Anchor anchor = known_anchor(call, row, i, softcap);
         write_grad(call, row, d, anchor, g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
@@ -196,7 +167,7 @@ void token_loss_grad(const LossGradCall& call) {
         const RowStats s = row.statistics(finished);
         const RowLoss l = evaluate(i, s);
         put_row(call, i, s, l);
-        const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
+        const Derivatives<double> d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
         write_grad(call, row, d, {sweep.top, -kLog2e * finished.log_total}, g, softcap, ahead, stream);
     });
 }
@@ -235,8 +206,6 @@ struct LossGrad {
 
 }  // namespace
 
-#define RW_CONCAT_(a, b) a##b
-#define RW_CONCAT(a, b) RW_CONCAT_(a, b)
 extern const Kernels RW_CONCAT(kernels_, RW_LEVEL);
 const Kernels RW_CONCAT(kernels_, RW_LEVEL) = {by_dtype<Stats, StatsCall>, by_dtype<Grad, GradCall>, by_dtype<LossGrad, LossGradCall>, stream};
 
