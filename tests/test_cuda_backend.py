@@ -201,15 +201,70 @@ def problems(sass: str, count: int) -> list[str]:
     return found
 
 
+def loops(function: str) -> list[list[str]]:
+    """The instructions of each loop that has no other inside: all from the target of a branch backwards to the branch, waits and rebasing among them."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", function)]
+    places = {at: i for i, (at, _) in enumerate(code)}
+    ends = []
+    for i, (at, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:
+            ends.append((places[int(target[1], 16)], i))
+    inner = [(a, b) for a, b in ends if not any((a, b) != (c, d) and a <= c and d <= b for c, d in ends)]
+    return [[text for _, text in code[a : b + 1]] for a, b in inner]
+
+
+#: Instructions a logit of the loops over whole tiles, at most.
+LEAN = {"statistics": 7.5, "gradient": 6.0, "gradient with entropy": 8.0}
+LEAN_KERNELS = {
+    "stats_kernelINS_4Bf16ELNS0_4SumsE0ELb1E": {"statistics"},
+    "grad_kernelINS_4Bf16ELb0E": {"gradient", "gradient with entropy"},
+    "ring_kernelINS_4Bf16ELb0E": {*LEAN},
+}
+
+
+def kind_of(loop: list[str]) -> str | None:
+    """Of a loop in which a thread has 4 vectors of 8 logits, an exponential each."""
+    count = {name: sum(name in text for text in loop) for name in ("MUFU.EX2", "MNMX", "HMNMX", "STS", "STG")}
+    if count["MUFU.EX2"] not in (32, 33):
+        return None
+    if not count["STS"] and not count["STG"]:
+        return "statistics"
+    # Exponents are bounded where an entropy needs it: two logits at once. One by one it is the loop for logits far from zero, which is never hot.
+    return "gradient" if not count["MNMX"] else "gradient with entropy" if count["HMNMX"] else None
+
+
+def too_many(sass: str, kernel: str) -> list[str]:
+    """What is wrong with a kernel's loops over whole tiles: instructions, accesses narrower than 16 bytes, a 64-bit division."""
+    (function,) = (f for f in re.split(r"Function : ", sass)[1:] if re.search(rf"\d{kernel}", f.split()[0]))
+    by_kind = {kind_of(loop): loop for loop in loops(function)}
+    found = [f"{kernel}: no loop of {kind}" for kind in LEAN_KERNELS[kernel] - by_kind.keys()]
+    for kind in LEAN_KERNELS[kernel] & by_kind.keys():
+        loop, name = by_kind[kind], f"{kernel}, {kind}"
+        if len(loop) > LEAN[kind] * 32:
+            found.append(f"{name}: {len(loop) / 32:.2f} instructions a logit, at most {LEAN[kind]}")
+        # Of a row's constants there may be other loads.
+        loads = [x for x in loop if re.search(r"\b(LDG|LDS)\.", x)]
+        if sum(".128" in x for x in loads) != 4 or any(".U16" in x for x in loads):
+            found.append(f"{name}: logits not read by 16 bytes")
+        if any(re.search(r"\bCALL|MUFU\.RCP64H|I2F\S*\.U64|F2I\S*\.U64", x) for x in loop):
+            found.append(f"{name}: a 64-bit division")
+    return found
+
+
 def test_sass_has_wide_accesses_and_no_local_memory(tmp_path):
-    for file, functions in (("streaming.cu", 6), ("divergence.cu", 6), ("scale.cu", 1)):
-        assert problems(compile_sass(ROOT / "csrc/cuda" / file, "bf16", tmp_path, nvcc_flags()), functions) == [], file
+    for file, functions in (("streaming.cu", 10), ("divergence.cu", 6), ("scale.cu", 1)):
+        sass = compile_sass(ROOT / "csrc/cuda" / file, "bf16", tmp_path, nvcc_flags())
+        assert problems(sass, functions) == [], file
+        if file == "streaming.cu":
+            assert [*too_many(sass, [*LEAN_KERNELS][0]), *too_many(sass, [*LEAN_KERNELS][1])] == []
 
 
 def test_sass_of_the_ring(tmp_path):
     """Bulk copies both ways, messages, and no barrier of all memory in the rows' loop: one comes with the barrier of the cluster at the start."""
     sass = compile_sass(ROOT / "csrc/cuda/ring.cu", "bf16", tmp_path, nvcc_flags())
     assert problems(sass, 2) == []
+    assert too_many(sass, [*LEAN_KERNELS][2]) == []
     for function in re.split(r"Function : ", sass)[1:]:
         assert len(re.findall(r"MEMBAR\.\S*GPU", function)) <= 1, function.split()[0]
 
@@ -224,15 +279,31 @@ def test_the_gates_see_spills_and_narrow_accesses(tmp_path):
     with pytest.raises(subprocess.CalledProcessError):
         compile_sass(source, "bf16", tmp_path, nvcc_flags())
     lenient = [f for f in nvcc_flags() if "Werror" not in f]
-    assert any("local memory" in p for p in problems(compile_sass(source, "bf16", tmp_path, lenient), 6))
+    assert any("local memory" in p for p in problems(compile_sass(source, "bf16", tmp_path, lenient), 10))
     elements = tmp_path / "csrc/cuda/elements.h"
-    elements.write_text(elements.read_text().replace("if (aligned) return load16(p);", ""))
-    assert any("no LDG" in p for p in problems(compile_sass(source, "bf16", tmp_path, lenient), 6))
+    elements.write_text(elements.read_text().replace("return aligned ? load16(p) : load_elements(p);", "return load_elements(p);"))
+    gradient = tmp_path / "csrc/cuda/gradient.h"
+    gradient.write_text(gradient.read_text().replace("v[u] = load16(x", "v[u] = load_elements(x"))
+    assert any("no LDG" in p for p in problems(compile_sass(source, "bf16", tmp_path, lenient), 10))
     text = ring.read_text()
-    planted = text.replace("if (lane < share.slices.count) {", "if (false) {")
+    planted = text.replace("if (lane < slice.slices.count) {", "if (false) {")
     assert planted != text
     ring.write_text(planted)
     assert any("no STAS" in p for p in problems(compile_sass(ring, "bf16", tmp_path, nvcc_flags()), 2))
+    ring.write_text(text)
+    elements.write_text(
+        (ROOT / "csrc/cuda/elements.h").read_text().replace("kBoundsPairs = std::is_same_v<T, Bf16>", "kBoundsPairs = false")
+    )
+    assert any(
+        "no loop of gradient with entropy" in p for p in too_many(compile_sass(ring, "bf16", tmp_path, nvcc_flags()), [*LEAN_KERNELS][2])
+    )
+    divided = text.replace(
+        "const int whole = to < slice.whole_tiles ? to : slice.whole_tiles;\n    for (int t = from; t < whole; ++t) {\n        wait",
+        "const int whole = to < slice.whole_tiles ? to : slice.whole_tiles;\n    for (int t = from; t < whole; ++t) {\n        if (slice.end % (slice.first + t + 1) == 12345) return;\n        wait",
+    )
+    assert divided != text
+    ring.write_text(divided)
+    assert any("64-bit division" in p for p in too_many(compile_sass(ring, "bf16", tmp_path, nvcc_flags()), [*LEAN_KERNELS][2]))
 
 
 # ---- on a GPU

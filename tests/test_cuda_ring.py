@@ -266,9 +266,9 @@ def test_all_rows_out(emulator, cuda):
 
 
 def why(cuda, emulator, z, out=None):
-    call = cuda._call(z, torch.zeros(z.numel() // max(z.size(-1), 1), dtype=torch.int64), torch.ones(1), SoftmaxParams(z.size(-1)))
+    call = cuda.call(z, torch.zeros(z.numel() // max(z.size(-1), 1), dtype=torch.int64), torch.ones(1), SoftmaxParams(z.size(-1)))
     out = z if out is None else out
-    return emulator.why_streaming(call, out.data_ptr(), cuda._out_rows(z, out))
+    return emulator.why_streaming(call, out.data_ptr(), cuda.out_rows(z, out))
 
 
 def test_the_rule(emulator, cuda):

@@ -7,13 +7,14 @@ import sure_rows
 import torch
 from cuda_emulation.fixtures import SCHEDULES, emulated
 
-from reweight_ops._core.backends.base import Program, RowInputs, SoftmaxParams
+from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
+from reweight_ops._core.formula.loss_program import Program
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: From rows that live in one thread to rows over several warps, tiles and slices.
 WIDTHS = [9, 65, 257, 5003, 20011]
 ONE = torch.ones(1)
-PLAIN = Program(("clip",)), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf])
+PLAIN = Program.of(("clip",)), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf])
 
 
 @pytest.fixture(scope="module")

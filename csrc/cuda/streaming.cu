@@ -146,7 +146,7 @@ RW_KERNEL(kThreads, blocks_of(kFull, kGradBlocks)) grad_kernel(RW_PARAMETER Grad
         const Row<T> row(call, i);
         if (thread_index() == 0) gradients[buffer] = known_gradient(call, row, i, softcap, kFull);
         barrier();
-        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradients[buffer], softcap);
+        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, RowGradient(gradients[buffer]), softcap);
         buffer ^= 1;
     }
 }
@@ -171,7 +171,7 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
         const Partial sums = sum_row<kSums, kAligned>(row, int(call.vocab_size), slices, softcap, partials);
         if (thread_index() == 0) gradient = loss_of_row(call, i, row, sums, target_of(row, softcap), true, softcap);
         barrier();
-        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient, softcap);
+        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, RowGradient(gradient), softcap);
     }
 }
 
