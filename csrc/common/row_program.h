@@ -47,6 +47,7 @@ RW_HD inline RowLoss evaluate_row(const RowProgram& program, const float* params
         out.entropy_coef += share * r.d_entropy;
         out.p_sq_coef += share * r.d_log_sum_p_sq;
         if (t.logp != t.logp) out.coef = t.logp;  // whatever the rule's comparisons make of a NaN
+        if (t.entropy != t.entropy && out.entropy_coef != 0.0f) out.entropy_coef = t.entropy;
     }
     return out;
 }

@@ -8,9 +8,6 @@
 namespace reweight_ops {
 namespace {
 
-/// Beyond this size, the two fp32 numbers of a log-sum-exp do not give probabilities to the precision of fp32.
-constexpr double kLargestLse = 1 << 24;
-
 template <class T, class U>
 PairResult known(const DivergenceCall& call, const PairRow<T, U>& row, int64_t i, const Caps& caps) {
     const auto get = [&](int k) { return double(call.known[k * call.rows + i]); };

@@ -12,7 +12,6 @@ from . import triton_launch
 from .base import COEFS, LOSS_ROWS, STATS, RowInputs, SoftmaxParams, rows_of
 from .triton_cache import program_function
 
-_STAT_ORDER = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
 #: Rows up to which a row is split over programs: below this many programs per multiprocessor a device idles.
 _ROWS_PER_PROCESSOR = 2
 
@@ -61,7 +60,7 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxP
     triton_launch.launch(
         kernels.stats_kernel, call.rows, logits, ids, temperature, out if partial is None else partial, out, call.rows,
         call.t_stride, *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
-        STATS=tuple(stats.index(name) if name in stats else -1 for name in _STAT_ORDER), SPLIT=call.split, SEGMENT=call.config.segment,
+        STATS=tuple(stats.index(name) if name in stats else -1 for name in STATS), SPLIT=call.split, SEGMENT=call.config.segment,
         **call.tile, ALIGN=call.align, warps=call.config.warps,
     )  # fmt: skip
     return out
@@ -82,18 +81,12 @@ def token_grad(
     call = _Call(logits, temperature, head, out)
     by = [coefs.get(name) for name in COEFS]
     nothing = stats["logp"]  # in the place of what no program reads
-    kept = call.split and out.data_ptr() == logits.data_ptr()
-    target = torch.empty(n, dtype=torch.float32, device=logits.device) if kept else nothing
-    if kept:
-        triton_launch.launch(
-            kernels.target_kernel, n, logits, ids, target, *call.where, head.vocab_size, head.vocab_start, head.total(), warps=1
-        )  # fmt: skip
     to = rows_of(out)
     triton_launch.launch(
-        kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, target, stats["logp"], stats["lse"],
-        stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing), *(nothing if c is None else c for c in by), call.t_stride,
+        kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, stats["logp"], stats["lse"],
+        stats.get("lse_low", nothing), stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing), *(nothing if c is None else c for c in by), call.t_stride,
         *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
-        BY=tuple(c is not None for c in by), KEPT=kept, SPLIT=call.split, CHUNK=call.chunk, **call.tile, ALIGN=call.align,
+        BY=tuple(c is not None for c in by), LOW="lse_low" in stats, SPLIT=call.split, CHUNK=call.chunk, **call.tile, ALIGN=call.align,
         EMULATE=call.emulate, warps=call.config.warps,
     )  # fmt: skip
 
