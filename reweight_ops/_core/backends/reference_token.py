@@ -113,7 +113,7 @@ def token_grad(
 def token_loss_grad(
     logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
 ) -> Tensor:
-    names = ("logp", "entropy", "lse", "log_sum_p_sq")
+    names = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq")
     stats = dict(zip(names, token_stats(logits, ids, temperature, head, names), strict=True))
     leaves = {"old_logp": stats["logp"]} | {name: stats[name] for name in STATISTICS} | inputs.stored()
     weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.weights, keep=ids != OUT)
