@@ -44,7 +44,7 @@ TRITONS ?= 3.6.0 3.7.0 3.8.0 3.9.0
 triton-versions: setup ## the Triton backend's tests with every version that it is tested with (fetches them; Triton 3.6's interpreter needs an older numpy)
 	@bad=; for v in $(TRITONS); do \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-$$v triton==$$v 'numpy<2.4' && \
-	  PYTHONPATH=build/triton-$$v $(BIN)/python -m pytest -q -n $(JOBS) tests/test_triton.py tests/test_triton_check.py tests/test_triton_aot.py || bad="$$bad $$v"; \
+	  PYTHONPATH=build/triton-$$v $(BIN)/python -m pytest -q -n $(JOBS) tests/backends/triton/test_triton.py tests/backends/triton/test_triton_check.py tests/backends/triton/test_triton_aot.py || bad="$$bad $$v"; \
 	done; test -z "$$bad" || { echo "failed with Triton$$bad"; exit 1; }
 
 setup: $(STAMP)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reweight_ops import _C
+from reweight_ops._core.calls.consumed import forget
 from reweight_ops.testing import ERROR_FLOOR, ERROR_RATIO
 
 from .device import FLUSH_BYTES, GPU_SHAPES
@@ -83,6 +84,7 @@ class Scratch:
 
     def restore(self) -> None:
         self.logits.copy_(self.pristine)
+        forget(self.logits)
         if self.spare is not None:
             self.spare.zero_()
         else:

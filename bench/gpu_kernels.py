@@ -158,7 +158,7 @@ def report(shapes: list[dict[str, Any]]) -> list[str]:
 
 def emulated(variants: dict[str, str]) -> dict[str, tuple[ModuleType, Native]]:
     """For the dry run: the same sources and settings, run thread by thread on the CPU."""
-    sys.path.insert(0, str(gpu_variants.ROOT / "tests"))
+    sys.path.insert(0, str(gpu_variants.ROOT / "tests/support"))
     from cuda_emulation.build import build, load
 
     made = {}

@@ -28,8 +28,8 @@ VARIANTS = {
     "3 stores": "RING_STORES=3",
     "neighbours": "RING_NEIGHBOURS=1",
     "2 rows ahead": "RING_ROWS_AHEAD=2",
-    "3 blocks": "STATS_BLOCKS=3 GRAD_BLOCKS=3 RULE_BLOCKS=2",
-    "2 blocks": "STATS_BLOCKS=2 GRAD_BLOCKS=2 RULE_BLOCKS=2",
+    "3 blocks": "STATS_BLOCKS=3 RULE_BLOCKS=2",
+    "2 blocks": "STATS_BLOCKS=2 RULE_BLOCKS=2 GRAD_BLOCKS=1",
 }
 #: Of these files, and for this dtype alone, each variant has objects of its own; the others are built once.
 _OWN, _DTYPE = ("ring", "streaming"), "bf16"

@@ -82,26 +82,15 @@ RW_DEVICE float exponent(float x, float base, float scale) {
     return t < -1e30f && x > -kInf ? -1e30f : t;
 }
 
-/// Adds n columns of both to a thread's sums. A NaN is no maximum, but makes the sum NaN.
-template <bool kCapped, int n>
-RW_DEVICE void absorb(State& s, float (&x)[n], float (&y)[n], const Scales& scales, const Softcap& p_cap, const Softcap& q_cap) {
-    float p_top = s.p.top, q_top = s.q.top;
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-        if constexpr (kCapped) {
-            if (p_cap.on) p_cap.apply(x[j]);
-            if (q_cap.on) q_cap.apply(y[j]);
-        }
-        p_top = fmaxf(p_top, x[j]);
-        q_top = fmaxf(q_top, y[j]);
-    }
-    rebase(s, p_top, q_top, scales);
-    const float p_base = finite_top(p_top), q_base = finite_top(q_top);
+/// What n columns add to the sums. kPlain: none is -inf, and no difference overflows: what the others have to look at in every column is not there.
+template <bool kPlain, int n>
+RW_DEVICE void add(State& s, const float (&x)[n], const float (&y)[n], float p_base, float q_base, const Scales& scales) {
     Side p, q;
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-        const float t = exponent(x[j], p_base, scales.p), u = exponent(y[j], q_base, scales.q);
-        const bool p_dead = t == -kInf, q_dead = u == -kInf;
+        const float t = kPlain ? (x[j] - p_base) * scales.p : exponent(x[j], p_base, scales.p);
+        const float u = kPlain ? (y[j] - q_base) * scales.q : exponent(y[j], q_base, scales.q);
+        const bool p_dead = !kPlain && t == -kInf, q_dead = !kPlain && u == -kInf;
         const float e = exp2_approximate(t), f = exp2_approximate(u), d = p_dead || q_dead ? 0.0f : t - u;
         p.sum += e;
         q.sum += f;
@@ -113,6 +102,30 @@ RW_DEVICE void absorb(State& s, float (&x)[n], float (&y)[n], const Scales& scal
     }
     s.p.sum += p.sum, s.p.dot += p.dot, s.p.cross += p.cross;
     s.q.sum += q.sum, s.q.dot += q.dot, s.q.cross += q.cross;
+}
+
+/// Adds n columns of both to a thread's sums. A NaN is no maximum, but makes the sum NaN.
+template <bool kCapped, int n>
+RW_DEVICE void absorb(State& s, float (&x)[n], float (&y)[n], const Scales& scales, const Softcap& p_cap, const Softcap& q_cap) {
+    constexpr float kLarge = 1e20f;
+    float p_top = s.p.top, q_top = s.q.top, low = kLarge;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+        if constexpr (kCapped) {
+            if (p_cap.on) p_cap.apply(x[j]);
+            if (q_cap.on) q_cap.apply(y[j]);
+        }
+        p_top = fmaxf(p_top, x[j]);
+        q_top = fmaxf(q_top, y[j]);
+        low = fminf(low, fminf(x[j], y[j]));
+    }
+    rebase(s, p_top, q_top, scales);
+    const float p_base = finite_top(p_top), q_base = finite_top(q_top);
+    if (!kCapped && low > -kLarge && fmaxf(p_top, q_top) < kLarge) {
+        add<true>(s, x, y, p_base, q_base, scales);
+    } else {
+        add<false>(s, x, y, p_base, q_base, scales);
+    }
 }
 
 /// A group of columns as it is in memory.

@@ -146,10 +146,10 @@ struct GradientColumns {
 };
 
 /// From the last columns to the first: what the statistics sweep read last is what the second-level cache still has. May be in place.
-template <class T, Terms kTerms>
+template <class T, Terms kTerms, int kVectors>
 RW_DEVICE void sweep_gradient(const T* x, T* out, int vocab, const GradientColumns& columns, const RowGradient& g, const Softcap& softcap) {
     // Registers: with a softcap, they do not suffice for more.
-    constexpr int kInFlight = kTerms == Terms::far ? 1 : kTerms == Terms::full ? kUnroll / 2 : kUnroll;
+    constexpr int kInFlight = kTerms == Terms::far ? 1 : kTerms == Terms::full ? kUnroll / 2 : kVectors;
     constexpr int n = kPerVector<T>, kStep = kThreads * kInFlight;
     const auto write = [&](int column) { narrow(gradient_of<kTerms>(kTerms == Terms::fill ? 0.0f : widen(x[column]), g, softcap), out[column]); };
     const int whole = columns.vectors / kStep * kStep;
@@ -161,11 +161,11 @@ RW_DEVICE void sweep_gradient(const T* x, T* out, int vocab, const GradientColum
     if (thread_index() < columns.head) write(thread_index());
 }
 
-/// Writes one gradient row, padding included. kFull: with softcap or Σp² terms.
-template <class T, bool kFull>
+/// Writes one gradient row, padding included. kFull: with softcap or Σp² terms. kVectors: in flight, a thread.
+template <class T, bool kFull, int kVectors>
 RW_DEVICE void write_gradient(const T* x, T* out, int vocab, int columns, int target, const RowGradient& g, const Softcap& softcap) {
     const GradientColumns division(x, out, g.terms != Terms::fill, vocab);
-    with_terms<kFull>(g.terms, [&](auto terms) { sweep_gradient<T, decltype(terms)::value>(x, out, vocab, division, g, softcap); });
+    with_terms<kFull>(g.terms, [&](auto terms) { sweep_gradient<T, decltype(terms)::value, kVectors>(x, out, vocab, division, g, softcap); });
     if (target >= 0 && division.owner<T>(target) == thread_index()) narrow(g.target, out[target]);
     for (int64_t column = vocab + thread_index(); column < columns; column += kThreads) narrow(0.0f, out[column]);
 }

@@ -45,6 +45,7 @@ RW_DEVICE int thread_index() { return int(threadIdx.x); }
 RW_DEVICE int64_t block_index() { return blockIdx.x; }
 RW_DEVICE int64_t block_count() { return gridDim.x; }
 RW_DEVICE void barrier() { __syncthreads(); }
+RW_DEVICE void warp_barrier() { __syncwarp(); }
 RW_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
 RW_DEVICE float broadcast(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }

@@ -84,7 +84,7 @@ RW_DEVICE Partial sum_row(const Row<T>& row, int columns, const Slices& slices, 
 template <class T>
 RW_DEVICE void fill_zero(T* out, int64_t columns) {
     const RowGradient zero{};
-    write_gradient<T, false>(out, out, int(columns), int(columns), -1, zero, Softcap(kInf));
+    write_gradient<T, false, kUnroll>(out, out, int(columns), int(columns), -1, zero, Softcap(kInf));
 }
 
 // ---- token_stats
@@ -131,21 +131,30 @@ RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, in
     return row_gradient(d, row.temperature, row.scale, {false, base, rest, exp2f(rest)}, target, full);
 }
 
+/// 8 warps write a row, and one gets the constants of the next meanwhile: its chain of reads and fp64 would hold up all of them.
+constexpr int kGradThreads = kThreads + 32;
+
 template <class T, bool kFull>
-RW_KERNEL(kThreads, blocks_of(kFull, kGradBlocks)) grad_kernel(RW_PARAMETER GradCall call) {
+RW_KERNEL(kGradThreads, blocks_of(kFull, kGradBlocks)) grad_kernel(RW_PARAMETER GradCall call) {
     RW_SHARED(DoubleBuffer<RowGradient>, gradients);
     const Softcap softcap(call.softcap);
+    const bool writes = thread_index() < kThreads;
+    const auto prepare = [&](int64_t i, int buffer) {
+        if (thread_index() != kThreads || i >= call.rows || is_invalid(call, i)) return;
+        gradients[buffer] = known_gradient(call, Row<T>(call, i), i, softcap, kFull);
+    };
     int buffer = 0;
+    prepare(block_index(), buffer);
     for (int64_t i = block_index(); i < call.rows; i += block_count()) {
-        T* out = static_cast<T*>(call.out) + call.out_strides.offset(i);
-        if (is_invalid(call, i)) {
+        barrier();  // the constants of this row are in, and nobody reads those of the row before any more
+        prepare(i + block_count(), buffer ^ 1);
+        T* const out = static_cast<T*>(call.out) + call.out_strides.offset(i);
+        if (writes && is_invalid(call, i)) {
             fill_zero(out, call.columns);
-            continue;
+        } else if (writes) {
+            const Row<T> row(call, i);
+            write_gradient<T, kFull, 2 * kUnroll>(row.x, out, int(call.vocab_size), int(call.columns), row.target, RowGradient(gradients[buffer]), softcap);
         }
-        const Row<T> row(call, i);
-        if (thread_index() == 0) gradients[buffer] = known_gradient(call, row, i, softcap, kFull);
-        barrier();
-        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, RowGradient(gradients[buffer]), softcap);
         buffer ^= 1;
     }
 }
@@ -156,6 +165,8 @@ template <class T, bool kFull, bool kAligned>
 RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCall call) {
     RW_SHARED(RowPartials, partials);
     RW_SHARED(RowGradient, gradient);
+    RW_SHARED(ProgramRegisters, program);
+    if (thread_index() < 32) prepare_program(call, program.values);
     const Softcap softcap(call.softcap);
     const Slices slices(int(call.vocab_size) / kPerVector<T>);
     for (int64_t i = block_index(); i < call.rows; i += block_count()) {
@@ -168,9 +179,12 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
         const Row<T> row(call, i);
         constexpr Sums kSums = kFull ? Sums::full : Sums::entropy;
         const Partial sums = sum_row<kSums, kAligned>(row, int(call.vocab_size), slices, softcap, partials);
-        if (thread_index() == 0) gradient = loss_of_row(call, i, row, sums, target_of(row, softcap), true, softcap);
+        if (thread_index() < 32) {
+            const RowGradient found = loss_of_row(call, i, row, sums, target_of(row, softcap), true, softcap, program);
+            if (thread_index() == 0) gradient = found;
+        }
         barrier();
-        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, RowGradient(gradient), softcap);
+        write_gradient<T, kFull, kUnroll>(row.x, out, int(call.vocab_size), int(call.columns), row.target, RowGradient(gradient), softcap);
     }
 }
 
@@ -178,12 +192,12 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
 
 /// A persistent grid of so many blocks a processor.
 template <class C>
-int launch_rows(void (*kernel)(const C), const C& call, int blocks_per_processor) {
+int launch_rows(void (*kernel)(const C), const C& call, int blocks_per_processor, int threads = kThreads) {
     if (call.rows == 0) return 0;
     const Device device = device_of(call.device);
     if (device.status) return device.status;
     const int64_t blocks = int64_t(device.processors) * blocks_per_processor;
-    return launch(kernel, {call.rows < blocks ? call.rows : blocks, kThreads}, call);
+    return launch(kernel, {call.rows < blocks ? call.rows : blocks, threads}, call);
 }
 
 /// Calls f(full, aligned) with constants of the compiler.
@@ -202,7 +216,7 @@ int launch_stats(const StatsCall& call) {
 
 int launch_grad(const GradCall& call) {
     const bool full = call.p_sq_coef || call.softcap < kInf;
-    return launch_rows(full ? grad_kernel<RW_ELEMENT, true> : grad_kernel<RW_ELEMENT, false>, call, blocks_of(full, kGradBlocks));
+    return launch_rows(full ? grad_kernel<RW_ELEMENT, true> : grad_kernel<RW_ELEMENT, false>, call, blocks_of(full, kGradBlocks), kGradThreads);
 }
 
 /// As many blocks as fit: where their rows are more than the second-level cache holds, the second read comes from memory, but enough is in flight.

@@ -29,12 +29,12 @@
 #ifndef RW_RING_ROWS_AHEAD
 #define RW_RING_ROWS_AHEAD 1
 #endif
-/// Blocks of 256 threads on a processor: of the statistics kernel, and of the gradient kernel.
+/// Blocks of 256 threads on a processor: of the statistics kernel, and of the gradient kernel (and 32 more threads, with twice as much in flight).
 #ifndef RW_STATS_BLOCKS
 #define RW_STATS_BLOCKS 4
 #endif
 #ifndef RW_GRAD_BLOCKS
-#define RW_GRAD_BLOCKS 4
+#define RW_GRAD_BLOCKS 2
 #endif
 /// The same of the streaming kernel that evaluates rules.
 #ifndef RW_RULE_BLOCKS

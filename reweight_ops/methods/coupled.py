@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .._core.calls.softmax import refuse_process_group
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule
 from .._core.spec.coupled import Constraint, GroupContrast
 from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.ratio import CenteredRatio, SequenceRatio, TokenRatio
-from ..errors import InvalidCall, UnsupportedRequest
+from ..errors import InvalidCall
 from ..rules.likelihood import NLL, DriftK1, DriftK3, LikelihoodRatio
 from ..rules.surrogates import Clip
 from .penalties import is_zero
@@ -23,12 +24,10 @@ def _constraint(strength: Any, bound: Any, estimator: str) -> tuple[Penalty, ...
     return () if is_zero(strength) else (Penalty(estimators[estimator], 1.0, Constraint(strength=strength, bound=bound)),)
 
 
-def _local(process_group: Any) -> None:
-    if process_group is not None:
-        raise UnsupportedRequest(
-            "sequence scores are not gathered over ranks: keep all responses to a prompt on one rank, which needs no process_group. "
-            "The prompts' mean is then this rank's, as DDP averages it, and so is the mean of the KL constraint."
-        )
+_NOT_GATHERED = (
+    "sequence scores are not gathered over ranks: keep all responses to a prompt on one rank, which needs no process_group. "
+    "The prompts' mean is then this rank's, as DDP averages it, and so is the mean of the KL constraint."
+)
 
 
 @published(
@@ -58,7 +57,7 @@ def disco(
     ranks, here every response to a prompt is in the call. Differs from the authors' code: it replaces the log-sum-exp by a term of the same
     gradient, so that its loss value is offset; here it is the objective's.
     """
-    _local(process_group)
+    refuse_process_group("disco", process_group, _NOT_GATHERED)
     scores: dict[str, tuple[Rule, float]] = {"log_likelihood": (NLL(), 10.0), "likelihood_ratio": (LikelihoodRatio(), 1.0)}
     if score not in scores:
         raise InvalidCall(f"disco: score is {score!r}, expected 'log_likelihood' or 'likelihood_ratio'.")
@@ -90,7 +89,7 @@ def drpo(
     λ = ``length_temperature`` (``inf``: DisCO), ``L_max`` = ``max_length``, by default the padded length as in the authors' code. The decoupling: a long
     correct response gets less weight, but never a negative one. Differs from the authors' code: as :func:`disco`.
     """
-    _local(process_group)
+    refuse_process_group("drpo", process_group, _NOT_GATHERED)
     contrast = GroupContrast(temperature=tau, length_temperature=length_temperature, max_length=max_length, group_size=group_size)
     return PolicyLossSpec(surrogate=NLL(), penalties=_constraint(kl_strength, kl_bound, kl_estimator), reduction=contrast, name="drpo")
 

@@ -17,10 +17,15 @@ from .keywords import SoftmaxOptions
 Fail = Callable[[str], InvalidCall]
 
 
+def refuse_process_group(op: str, process_group: Any, why: str) -> None:
+    """The one place where work over several processes is refused."""
+    if process_group is not None:
+        raise UnsupportedRequest(f"{op}: process_group: {why}")
+
+
 def resolve_softmax(op: str, options: SoftmaxOptions, columns: int, fail: Fail) -> SoftmaxParams:
     """The softmax over logits with that many columns."""
-    if options.process_group is not None:
-        raise UnsupportedRequest(f"{op}: process_group: vocabulary-parallel logits are not supported yet; gather the vocabulary first.")
+    refuse_process_group(op, options.process_group, "vocabulary-parallel logits are not supported yet; gather the vocabulary first.")
     vocab_size = columns if options.vocab_size is None else options.vocab_size
     if not 0 < vocab_size <= columns:
         raise fail(f"vocab_size is {vocab_size}, logits have {columns} columns.")

@@ -1,0 +1,108 @@
+"""Batches that exercise a loss: meaningful logits, masks, ratios, and the same in fp64."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core.spec.policy import PolicyLossSpec
+from .._core.spec.ratio import SegmentRatio
+
+
+def make_batch(
+    spec: PolicyLossSpec,
+    shape: tuple[int, ...] = (4, 16),
+    vocab: int = 257,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    on_policy: bool = False,
+) -> dict[str, Any]:
+    """Keyword arguments for ``policy_loss(**batch, spec=spec)`` that exercise the spec: outlier logits, targets with real mass, a ragged
+    mask, log-ratios on both sides of any clip. The logits are a non-leaf slice of a larger tensor and require grad.
+
+    >>> import reweight_ops as rw
+    >>> batch = make_batch(rw.methods.grpo())
+    >>> rw.policy_loss(**batch, spec="grpo").plan in ("one_pass", "two_pass")
+    True
+    """
+    g = torch.Generator().manual_seed(seed)
+    row = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, dtype=torch.float64, device="cpu")
+
+    ids = torch.randint(0, vocab, shape, generator=g, device="cpu")
+    z = normal(*shape, vocab) * 2
+
+    def uniform(size: tuple[int, ...]) -> Tensor:
+        return torch.rand(size, generator=g, dtype=torch.float32, device="cpu")
+
+    z += 8.0 * (uniform(z.shape) < 4 / vocab)  # outliers: without them every p is about 1/V
+    lift = uniform(shape) * 12
+    z.scatter_add_(-1, ids[..., None], lift.to(z.dtype)[..., None])  # targets from rare to nearly certain
+    buffer = torch.zeros(*shape[:-1], shape[-1] + 1, vocab + 3, dtype=dtype, device="cpu")
+    buffer[..., :-1, :vocab] = z.to(dtype)
+    leaf = buffer.to(device).requires_grad_()
+    logits = (leaf * 1)[..., :-1, :vocab]
+    logp = torch.log_softmax(logits.detach().double().cpu(), -1).gather(-1, ids[..., None])[..., 0]
+
+    lengths = torch.randint(1, shape[-1] + 1, shape[:-1], generator=g, device="cpu")
+    mask = torch.arange(shape[-1], device="cpu") < lengths[..., None]
+    mask[..., 0] = True
+    batch: dict[str, Any] = {
+        "logits": logits,
+        "completion_ids": ids.to(device),
+        "advantages": normal(*shape).to(device, row),
+        "completion_mask": mask.to(device),
+    }
+    if not on_policy and "old_logp" in spec.requires | {"old_logp"}:
+        batch["old_per_token_logps"] = (logp + 0.4 * normal(*shape)).clamp(max=-1e-4).to(device, row)
+    if "ref_logp" in spec.requires:
+        batch["ref_per_token_logps"] = (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
+    if "sampling_logp" in spec.requires:
+        batch["sampling_per_token_logps"] = (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
+    if any(r.reads_groups for r in spec.reductions):
+        sequences = math.prod(shape[:-1])
+        batch["group_ids"], batch["num_groups"] = (torch.arange(sequences, device="cpu") * 2 // sequences).to(device), 2
+        sign = (1.0 - 2.0 * (torch.arange(sequences, dtype=torch.float64, device="cpu") % 2)).view(
+            *shape[:-1], 1
+        )  # both labels in both groups
+        batch["advantages"] = (normal(*shape).abs() * sign).to(device, row)
+    if isinstance(spec.ratio, SegmentRatio):
+        batch["segment_ids"] = (torch.arange(shape[-1], device="cpu") // 3).expand(shape).contiguous().to(device)
+    _assert_meaningful(spec, batch, logp)
+    return batch
+
+
+def _assert_meaningful(spec: PolicyLossSpec, batch: dict[str, Any], logp: Tensor) -> None:
+    p = logp.exp()
+    assert (p > 0.5).any() and (p < 0.05).any(), "no target with real mass, or none without"
+    if "old_per_token_logps" in batch and logp.numel() >= 32:
+        ratio = (logp - batch["old_per_token_logps"].double().cpu()).exp()
+        assert (ratio > 1.3).any() and (ratio < 0.7).any(), "the ratio is active on one side only"
+
+
+def double_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its floating-point tensors in fp64."""
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+
+
+def double_spec(spec: PolicyLossSpec) -> PolicyLossSpec:
+    """The spec with its tensors in fp64: constants are exact in fp64 already."""
+
+    def double(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.double() if x.is_floating_point() else x
+        if isinstance(x, tuple):
+            return tuple(double(y) for y in x)
+        if dataclasses.is_dataclass(x) and not isinstance(x, type):
+            return dataclasses.replace(x, **{f.name: double(getattr(x, f.name)) for f in dataclasses.fields(x)})
+        return x
+
+    result: PolicyLossSpec = double(spec)
+    return result

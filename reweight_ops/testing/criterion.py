@@ -1,0 +1,167 @@
+"""The accuracy criterion: a kernel's error against fp64, by the error of PyTorch's own fp32 maths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core.engine.output import PolicyLossOutput, coefficients
+from .._core.losses.policy import policy_loss
+from .._core.spec.policy import PolicyLossSpec
+from .batches import double_batch, double_spec
+from .yardstick import yardstick
+
+#: A kernel's error may be this multiple of the error of fp32 PyTorch maths rounded once to the same dtype ...
+ERROR_RATIO = 1.5
+#: ... plus this many times (|coef| + |ent_coef|) / T: four roundings of an fp32 number of that size.
+ERROR_FLOOR = 4 * 2.0**-24
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Errors against fp64, each as a multiple of what the accuracy criterion allows (<= 1 passes); the gradient's for target and non-target
+    columns apart, maximum and rms. ``worst`` names the worst gradient element."""
+
+    loss: float
+    logps: float
+    entropies: float
+    grad_target: float
+    grad_rest: float
+    grad_target_rms: float
+    grad_rest_rms: float
+    worst: str
+    plan: str
+    backend: str
+
+    @property
+    def grad(self) -> float:
+        return max(self.grad_target, self.grad_rest, self.grad_target_rms, self.grad_rest_rms)
+
+    @property
+    def passed(self) -> bool:
+        return all(error <= 1 for error in (self.grad, self.loss, self.logps, self.entropies))
+
+
+def _gradient(spec: PolicyLossSpec, batch: dict[str, Any], **options: Any) -> tuple[Tensor, Any]:
+    logits = batch["logits"].detach().clone().requires_grad_()
+    probe = logits * 1 if options.get("consume_logits") else logits
+    out = policy_loss(**{**batch, "logits": probe}, spec=spec, **options)
+    loss = out.loss if out.loss.dim() == 0 else out.loss.sum()
+    (grad,) = torch.autograd.grad(loss, logits)
+    return grad, out
+
+
+def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto", plan: str = "auto", **options: Any) -> Comparison:
+    """Loss and gradient of a backend and plan against the fp64 reference, by the criterion of the package.
+
+    The gradient's error is divided by 1.5 times the error of ``torch.log_softmax`` in fp32 rounded once to the logits' dtype, plus a floor of four fp32
+    roundings of ``(|coef| + |ent_coef|)/T``, and of what four roundings of the other rows' statistics make of the coefficients.
+    """
+    got, out = _gradient(spec, batch, backend=backend, plan=plan, **options)
+    common = {k: v for k, v in options.items() if k != "consume_logits"}
+    truth, exact = _gradient(double_spec(spec), double_batch(batch), backend="reference", plan="two_pass", **common)
+    single = {**batch, "logits": batch["logits"].float()} if batch["logits"].dtype != torch.float64 else batch
+    _, resolved = _gradient(spec, single, backend="reference", plan="two_pass", **common)
+    head = {name: common[name] for name in ("temperature", "softcap", "vocab_size", "drop_last") if name in common}
+    fp32 = yardstick(resolved, single["logits"], single["completion_ids"], **head)
+    floor = _floor(exact, common)
+    ids = batch["completion_ids"].clamp(min=0)[..., None]
+    is_target = torch.zeros(truth.shape, dtype=torch.bool, device=truth.device)
+    is_target[..., : ids.shape[-2], :].scatter_(-1, ids, True)
+    parts, worst = gradient_errors(got, fp32.grad, truth, floor, is_target)
+    return Comparison(
+        loss=value_error(out.loss, fp32.loss, exact.loss, _loss_size(exact)),
+        logps=value_error(out.per_token_logps, fp32.per_token_logps, exact.per_token_logps),
+        entropies=value_error(out.entropies, fp32.entropies, exact.entropies),
+        grad_target=parts["target"][0],
+        grad_rest=parts["rest"][0],
+        grad_target_rms=parts["target"][1],
+        grad_rest_rms=parts["rest"][1],
+        worst=worst,
+        plan=out.plan,
+        backend=out.backend,
+    )
+
+
+def gradient_errors(
+    got: Tensor, rounded: Tensor, truth: Tensor, floor: Tensor, is_target: Tensor
+) -> tuple[dict[str, tuple[float, float]], str]:
+    """A gradient's maximum and rms error over what is allowed, for target columns and the rest, and the worst element. ``rounded``: by fp32 maths."""
+    parts, worst = {}, ""
+    for name, where in (("target", is_target), ("rest", ~is_target)):
+        if not where.any():  # a shard without targets, a vocabulary of one
+            parts[name] = 0.0, 0.0
+            continue
+        error, base = (got.double() - truth).abs(), (rounded.to(got.dtype).double() - truth).abs()
+        e, b, f = error[where], base[where], floor.expand_as(truth)[where]
+        share = e / (ERROR_RATIO * b.max() + f)
+        rms = e.square().mean().sqrt() / (ERROR_RATIO * b.square().mean().sqrt() + f.max())
+        parts[name] = float(share.max()), float(rms)
+        if parts[name][0] >= max(p[0] for p in parts.values()):
+            at = torch.unravel_index(torch.where(where, error, -1).argmax(), error.shape)
+            index = tuple(int(i) for i in at)
+            worst = f"{name} column {index}: got {float(got[index]):.9g}, exact {float(truth[index]):.9g}"
+    return parts, worst
+
+
+def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
+    """How much four roundings of every row's statistics change each row's coefficients (``[N]``), and the loss, where rows depend on each other.
+
+    A sequence's ratio, or a batch's maximum, sums or selects over many log-probs, so its coefficients are as wrong as those make them. Where
+    every row stands alone this is 0: there the criterion asks for the coefficient itself to four roundings.
+    """
+    call, leaves = exact._call, exact._leaves
+    coef, loss = torch.zeros_like(leaves["logp"]), torch.zeros((), dtype=torch.float64, device=leaves["logp"].device)
+    if not call.spec.couples_rows:
+        return coef, loss
+    known, value = exact._derivatives, call.evaluate(leaves).weighted_loss.sum()
+    g = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        moved = {
+            name: x
+            + ERROR_FLOOR
+            * (1 + x.abs())
+            * (torch.rand(x.shape, generator=g, dtype=torch.float64, device="cpu") * 2 - 1).sign().to(x.device)
+            for name, x in leaves.items()
+        }
+        moved = {name: torch.where(call.rows.keep, moved[name], x) for name, x in leaves.items()}
+        change = [(a - b).abs() for a, b in zip(coefficients(call, moved), known, strict=True)]
+        coef = torch.maximum(coef, change[0] + change[1])
+        loss = torch.maximum(loss, (call.evaluate(moved).weighted_loss.sum() - value).abs().double())
+    return coef, loss
+
+
+def _loss_size(exact: PolicyLossOutput) -> Tensor:
+    """What the loss's roundings are relative to: the sum of its terms' sizes, and of their slopes times the log-probs they are read at."""
+    call, leaves = exact._call, exact._leaves
+    terms = call.evaluate(leaves).weighted_loss.abs().sum()
+    slopes = exact._derivatives[0].abs() * (1 + leaves["logp"].abs()) + exact._derivatives[1].abs() * (1 + leaves["entropy"])
+    return terms + slopes.sum() + _conditioning(exact)[1] / ERROR_FLOOR
+
+
+def value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
+    """The largest error over 1.5 times fp32's own plus four roundings of a number of the values' size (a difference of log-sum-exps is of that
+    size). ``scale``: that size instead, one for all or one each; errors, fp32's too, are then relative to it."""
+    got, fp32, truth = got.detach().double(), fp32.detach().double(), truth.detach()
+    size = truth.abs().max() + 1 if scale is None else scale
+    error, base = (((x - truth).abs() / (size + 1e-300)).max() for x in (got, fp32))
+    return float(error / (ERROR_RATIO * base + ERROR_FLOOR))
+
+
+def _floor(exact: Any, options: dict[str, Any]) -> Tensor:
+    temperature = options.get("temperature", 1.0)
+    by_logp, by_entropy = exact._derivatives
+    size = exact._call.rows.unflatten(by_logp.abs() + by_entropy.abs() + _conditioning(exact)[0] / ERROR_FLOOR)
+    scale = (
+        temperature
+        if not isinstance(temperature, Tensor) or temperature.shape == size.shape
+        else temperature.reshape(*temperature.shape, 1)
+    )
+    floor = ERROR_FLOOR * size / scale
+    if options.get("drop_last"):
+        floor = torch.cat([floor, floor.new_zeros(*floor.shape[:-1], 1)], -1)
+    result: Tensor = (floor + 1e-300)[..., None]
+    return result
