@@ -12,7 +12,6 @@ from ..formula.program import evaluate_rows
 from ..rows.groups import OUT
 from .base import COEFS, RowInputs, SoftmaxParams
 
-
 #: Up to here ``lse`` and ``lse_low``, both fp32, give probabilities to the precision of fp32 at any temperature; beyond, a log-prob of the target
 #: above ``LEAST_LOGP`` does.
 LARGEST_LSE, LEAST_LOGP = 2.0**24, -50.0
