@@ -85,7 +85,8 @@ def token_grad(
     triton_launch.launch(
         kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, stats["logp"], stats["lse"],
         stats.get("lse_low", nothing), stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing),
-        *(nothing if c is None else c for c in by), call.t_stride, *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
+        *(nothing if c is None else c for c in by), call.t_stride,
+        *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
         BY=tuple(c is not None for c in by), LOW="lse_low" in stats, SPLIT=call.split, CHUNK=call.chunk, **call.tile, ALIGN=call.align,
         EMULATE=call.emulate, warps=call.config.warps,
     )  # fmt: skip
