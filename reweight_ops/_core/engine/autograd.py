@@ -37,6 +37,15 @@ def forbid_second_backward(ctx: Any, op: str) -> None:
     ctx.gradient_released = True
 
 
+#: What the kernel of a gradient reads and no caller does.
+LSE_LOW = "lse_low"
+
+
+def asked_for(stats: str, needs_grad: bool) -> str:
+    """The names of the statistics to compute for a caller who wants ``stats``."""
+    return f"{stats},{LSE_LOW}" if needs_grad else stats
+
+
 class RowStatistics(torch.autograd.Function):
     """``(logp, entropy, lse, log_sum_p_sq)`` of every row, differentiable with respect to the logits. ``[4, N]`` before unbinding."""
 
@@ -44,27 +53,29 @@ class RowStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, options: OpOptions, stats: str
     ) -> tuple[Tensor, ...]:
-        rows = library.token_stats(logits, ids, temperature, *softmax[:2], options.drop_last, stats, options.backend)
+        wanted = asked_for(stats, ctx.needs_input_grad[0])
+        rows = library.token_stats(logits, ids, temperature, *softmax[:2], options.drop_last, wanted, options.backend)
         ctx.set_materialize_grads(False)
         ctx.softmax, ctx.options, ctx.names = softmax, options, stats.split(",")
-        outputs = rows.unbind()
+        known = rows.unbind()
+        outputs = known[: len(ctx.names)]
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name == "max_logp"]
         if fixed:
             ctx.mark_non_differentiable(*fixed)
-        ctx.save_for_backward(logits, ids, temperature, *outputs)
+        ctx.save_for_backward(logits, ids, temperature, *known)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, ids, temperature, *stats = ctx.saved_tensors
-        known = dict(zip(ctx.names, stats, strict=True))
+        known = dict(zip((*ctx.names, LSE_LOW), stats, strict=True))
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
         if all(by.get(name) is None for name in ("logp", "entropy", "lse", "log_sum_p_sq")):
             return (None,) * 6
         options: OpOptions = ctx.options
         arguments = (
-            logits, ids, temperature, known["logp"], known["lse"], known.get("entropy"), known.get("log_sum_p_sq"),
+            logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
             by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"),
             *ctx.softmax[:2], options.drop_last, options.backend,
         )  # fmt: skip
