@@ -159,7 +159,9 @@ def loops(kernel) -> list[list[str]]:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-        text = subprocess.run([str(tool) if tool.exists() else "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [str(tool) if tool.exists() else "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
     labels: dict[str, int] = {}
     lines: list[str] = []
     for line in text.splitlines():

@@ -1,7 +1,7 @@
 """The Triton backend: NVIDIA from Ampere on, AMD's data-center GPUs, and Triton's interpreter (which runs on the CPU, for tests).
 
 Each verb is one launch, a program each row. A few long rows (fewer than twice the multiprocessors) are split over programs. Programs of
-one launch can wait for each other only where the hardware promises to run them at once, so a split takes a second launch where a program
+one launch can wait for each other only where the hardware promises to run them at once, so a split takes another launch where a program
 needs what another one computes or writes over:
 
 * ``token_stats``: slots of segments, then their merge. (The last program of a row could merge without waiting, if it knew that it is the
@@ -12,8 +12,7 @@ needs what another one computes or writes over:
   has been written already, and every program needs that logit: ``log p`` is ``x - x_y + logp`` where ``lse`` is large, because ``x - lse``
   is only as exact as an fp32 number of that size (1.5e-5 near 300).
 
-There is no persistent grid: a row of a real vocabulary is hundreds of kilobytes, against which the start of its program is small. None of
-this has been measured on a GPU yet.
+There is no persistent grid: a row of a real vocabulary is hundreds of kilobytes, against which the start of its program is small.
 """
 
 from __future__ import annotations
