@@ -1,7 +1,7 @@
 """The Triton backend: NVIDIA from Ampere on, AMD's data-center GPUs, and Triton's interpreter (which runs on the CPU, for tests).
 
 Each verb is one launch, a program each row. A few long rows (fewer than twice the multiprocessors) are split over programs. Programs of
-one launch can wait for each other only where the hardware promises to run them at once, so a split takes a second launch where a program
+one launch can wait for each other only where the hardware promises to run them at once, so a split takes another launch where a program
 needs what another one computes or writes over:
 
 * ``token_stats``: slots of segments, then their merge. (The last program of a row could merge without waiting, if it knew that it is the
