@@ -1,7 +1,8 @@
-"""Two logits tensors: divergences of their softmaxes and the gradient by the first. A program a row, in tiles as in :mod:`.sweep`.
+"""Two logits tensors: divergences of their softmaxes and the gradient by the first. Tiles, slots and segments are as in :mod:`.sweep`.
 
-p is the softmax of X, q that of Y. With ``x = (w - m)·k`` (base 2, relative to a slot's running maximum) and ``e = 2^x`` a slot holds, for each tensor,
-``S = Σ e``, ``U = Σ e·x`` and ``C = Σ e·(own x - the other's x)``: where the distributions are close, the differences themselves are small.
+p is the softmax of X, q that of Y. With ``x = (w - max)·k`` (base 2, relative to a slot's running maximum) and ``e = 2^x`` a slot holds, for each tensor,
+``sum = Σe``, ``dot = Σe·x`` and ``cross = Σe·(own x - the other's x)``: where the distributions are close, the differences themselves are small. And
+whether it has seen a column with p = 0 and q > 0, or the other way round.
 """
 
 import triton
@@ -9,23 +10,36 @@ import triton.language as tl
 
 from . import math
 from .kernels import kernel
-from .sweep import LN2, LOWEST, _dot, _sum, base2_scale, capped, round_to, row_offset, zero_sweep
+from .sweep import LN2, LOWEST, base2_scale, capped, row_offset, slot_dot, slot_sum, zero_sweep
+from .words import load_elements, load_tile, numbers, round_to, store_run
 
 _FIXED = tl.constexpr(1125899906842624.0)  # 2⁵⁰: a thousand elements of that size fit in 63 bits
+#: Numbers of a slot, and rows of a table.
+SLOT = tl.constexpr(10)
 
 
 @triton.jit
-def _step(m, top, k):
-    """The exponent by which what a slot holds shrinks when its maximum goes from m to top. Bounded: a slot that holds nothing, or only columns
+def _step(before, top, k):
+    """The exponent by which what a slot holds shrinks when its maximum grows to top. Bounded: a slot that holds nothing, or only columns
     that are masked by the lowest number, would have -inf there, and 0 times that is NaN."""
-    return tl.maximum((m - top) * k, -1e30)
+    return tl.maximum((before - top) * k, -1e30)
 
 
 @triton.jit
-def _moved(step, own_step, S, U, C):
+def _moved(step, own_step, sum, dot, cross):
     """A slot's sums relative to another maximum; ``step``: its own, ``own_step``: its own less the other tensor's."""
     scale = tl.exp2(step)
-    return scale * S, scale * tl.fma(step, S, U), scale * tl.fma(own_step, S, C)
+    return scale * sum, scale * tl.fma(step, sum, dot), scale * tl.fma(own_step, sum, cross)
+
+
+@triton.jit
+def _both_moved(state, p_top, q_top, kp, kq):
+    """The slots relative to these maxima."""
+    p_max, p_sum, p_dot, p_cross, q_max, q_sum, q_dot, q_cross, p_zero, q_zero = state
+    p_step, q_step = _step(p_max, p_top, kp), _step(q_max, q_top, kq)
+    p_sum, p_dot, p_cross = _moved(p_step, p_step - q_step, p_sum, p_dot, p_cross)
+    q_sum, q_dot, q_cross = _moved(q_step, q_step - p_step, q_sum, q_dot, q_cross)
+    return p_top, p_sum, p_dot, p_cross, q_top, q_sum, q_dot, q_cross, p_zero, q_zero
 
 
 @triton.jit
@@ -37,175 +51,351 @@ def _exponent(w, top, k):
 
 
 @triton.jit
-def _tile(
-    z, y, m, S, U, C, n, P, Q, D, p_zero, q_zero, kp, kq, p_cap, q_cap,
-    R: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr,
+def _logits(z, cap, CAP: tl.constexpr):
+    w, _ = capped(z[0], cap, CAP)
+    if len(z) == 1:
+        return (w,)
+    else:
+        odd, _ = capped(z[1], cap, CAP)
+        return w, odd
+
+
+@triton.jit
+def _run(x, y, state, kp, kq, p_cap, q_cap, SLOTS: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr):
+    """The slots with one run more, ``x`` and ``y`` in fp32."""
+    ws, vs = _logits(x, p_cap, P_CAP), _logits(y, q_cap, Q_CAP)
+    p_top, q_top = tl.maximum(state[0], tl.max(ws[0], 1)), tl.maximum(state[4], tl.max(vs[0], 1))  # drops NaN; e keeps it
+    for i in tl.static_range(1, len(x)):
+        p_top, q_top = tl.maximum(p_top, tl.max(ws[i], 1)), tl.maximum(q_top, tl.max(vs[i], 1))
+    p_max, p_sum, p_dot, p_cross, q_max, q_sum, q_dot, q_cross, p_zero, q_zero = _both_moved(state, p_top, q_top, kp, kq)
+    for i in tl.static_range(len(x)):
+        a, b = _exponent(ws[i], p_top, kp), _exponent(vs[i], q_top, kq)
+        p_dead, q_dead = a == float("-inf"), b == float("-inf")
+        e, f = tl.exp2(a), tl.exp2(b)
+        d = tl.where(p_dead | q_dead, 0.0, a - b)
+        p_sum += slot_sum(e, SLOTS)
+        q_sum += slot_sum(f, SLOTS)
+        p_dot = slot_dot(e, tl.where(p_dead, 0.0, a), p_dot, SLOTS)
+        q_dot = slot_dot(f, tl.where(q_dead, 0.0, b), q_dot, SLOTS)
+        p_cross = slot_dot(e, d, p_cross, SLOTS)
+        q_cross = slot_dot(f, 0.0 - d, q_cross, SLOTS)
+        p_zero = tl.maximum(p_zero, tl.max(tl.where(p_dead & (q_dead == 0), 1.0, 0.0), 1))
+        q_zero = tl.maximum(q_zero, tl.max(tl.where(q_dead & (p_dead == 0), 1.0, 0.0), 1))
+    return p_max, p_sum, p_dot, p_cross, q_max, q_sum, q_dot, q_cross, p_zero, q_zero
+
+
+@triton.jit
+def _no_slots(SLOTS: tl.constexpr):
+    zero = tl.zeros([SLOTS], tl.float32)
+    lowest = tl.full([SLOTS], LOWEST, tl.float32)
+    return lowest, zero, zero, zero, lowest, zero, zero, zero, zero, zero
+
+
+@triton.jit
+def _merged(state, other, kp, kq):
+    """The slots of two segments, in this order."""
+    p_top, q_top = tl.maximum(state[0], other[0]), tl.maximum(state[4], other[4])
+    s, o = _both_moved(state, p_top, q_top, kp, kq), _both_moved(other, p_top, q_top, kp, kq)
+    return (
+        p_top, s[1] + o[1], s[2] + o[2], s[3] + o[3], q_top, s[5] + o[5], s[6] + o[6], s[7] + o[7],
+        tl.maximum(s[8], o[8]), tl.maximum(s[9], o[9]),
+    )  # fmt: skip
+
+
+@triton.jit
+def _segment_slots(
+    X, Y, x, y, start, stop, limit, kp, kq, p_cap, q_cap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
+    P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """One tile more. ``m, S, U, C`` belong to p, ``n, P, Q, D`` to q."""
-    w, _ = capped(z, p_cap, P_CAP)
-    v, _ = capped(y, q_cap, Q_CAP)
-    p_top, q_top = tl.maximum(m, tl.max(w, 1)), tl.maximum(n, tl.max(v, 1))  # drops NaN; e keeps it
-    p_step, q_step = _step(m, p_top, kp), _step(n, q_top, kq)
-    S, U, C = _moved(p_step, p_step - q_step, S, U, C)
-    P, Q, D = _moved(q_step, q_step - p_step, P, Q, D)
-    a, b = _exponent(w, p_top, kp), _exponent(v, q_top, kq)
-    p_dead, q_dead = a == float("-inf"), b == float("-inf")
-    e, f = tl.exp2(a), tl.exp2(b)
-    d = tl.where(p_dead | q_dead, 0.0, a - b)
-    S += _sum(e, R, E)
-    P += _sum(f, R, E)
-    U = _dot(e, tl.where(p_dead, 0.0, a), U, R, E)
-    Q = _dot(f, tl.where(q_dead, 0.0, b), Q, R, E)
-    C = _dot(e, d, C, R, E)
-    D = _dot(f, 0.0 - d, D, R, E)
-    p_zero = tl.maximum(p_zero, tl.max(tl.where(p_dead & (q_dead == 0), 1, 0), 1))
-    q_zero = tl.maximum(q_zero, tl.max(tl.where(q_dead & (p_dead == 0), 1, 0), 1))
-    return p_top, S, U, C, q_top, P, Q, D, p_zero, q_zero
+    """The slots of the columns ``start`` to ``stop`` of the rows at ``X`` and ``Y``, of which ``x`` and ``y`` are the first tiles; and the first
+    tiles after them, of which nothing is read from ``limit`` on."""
+    BLOCK: tl.constexpr = SLOTS * VECTORS * E
+    p: tl.constexpr = X.dtype.element_ty
+    q: tl.constexpr = Y.dtype.element_ty
+    state = _no_slots(SLOTS)
+    full = start + (stop - start) // BLOCK * BLOCK
+    for c in range(start, full - BLOCK, BLOCK):
+        x_ahead = load_tile(X + c + BLOCK, None, SLOTS, VECTORS, E, ALIGN, POLICY)
+        y_ahead = load_tile(Y + c + BLOCK, None, SLOTS, VECTORS, E, ALIGN, POLICY)
+        for i in tl.static_range(VECTORS):
+            state = _run(numbers(x[i], p, E), numbers(y[i], q, E), state, kp, kq, p_cap, q_cap, SLOTS, P_CAP, Q_CAP)
+        x, y = x_ahead, y_ahead
+    if full > start:
+        x_ahead = load_tile(X + full, limit - full, SLOTS, VECTORS, E, ALIGN, POLICY)
+        y_ahead = load_tile(Y + full, limit - full, SLOTS, VECTORS, E, ALIGN, POLICY)
+        for i in tl.static_range(VECTORS):
+            state = _run(numbers(x[i], p, E), numbers(y[i], q, E), state, kp, kq, p_cap, q_cap, SLOTS, P_CAP, Q_CAP)
+        x, y = x_ahead, y_ahead
+    for i in tl.static_range(VECTORS):
+        if full + i * (SLOTS * E) < stop:  # the last tile of a row, run by run
+            state = _run(numbers(x[i], p, E), numbers(y[i], q, E), state, kp, kq, p_cap, q_cap, SLOTS, P_CAP, Q_CAP)
+    if stop % E != 0:  # what is left of a vector, in the slot that its column has
+        first = stop // (SLOTS * E) * (SLOTS * E)
+        x_last = load_elements(X + first, stop // E * E - first, stop - first, SLOTS, E, POLICY)
+        y_last = load_elements(Y + first, stop // E * E - first, stop - first, SLOTS, E, POLICY)
+        state = _run(numbers(x_last, p, E), numbers(y_last, q, E), state, kp, kq, p_cap, q_cap, SLOTS, P_CAP, Q_CAP)
+    return state, x, y
 
 
 @triton.jit
-def _total(x):
-    """The sum of ``[R]`` without its NaNs, in 64-bit fixed point relative to its largest element: no layout can change it."""
-    x = tl.where(x == x, x, 0.0)
-    largest = tl.maximum(tl.max(tl.abs(x), 0), 1e-20)
-    return tl.sum((x * (_FIXED / largest)).to(tl.int64), 0).to(tl.float32) * (largest / _FIXED)
-
-
-@triton.jit
-def _lse(m, k, log_s, T):
-    """``m/T + log_s`` as a value and what its rounding lost."""
-    r = m / T
-    value = r + log_s
-    return value, ((r - value) + log_s) + tl.fma(-r, T, m) / T
-
-
-@triton.jit
-def _row_stats(
-    X, Y, V, T, T_OTHER, p_cap, q_cap,
-    BLOCK: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, KEEP: tl.constexpr,
+def _swept_slots(
+    X, Y, V, kp, kq, p_cap, q_cap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
+    P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """The eight numbers of the table of a row."""
-    R: tl.constexpr = BLOCK // E
-    cols = tl.arange(0, R)[:, None] * E + tl.arange(0, E)[None, :]
-    kp, kq = base2_scale(T), base2_scale(T_OTHER)
-    m = tl.full([R], LOWEST, tl.float32)
-    n = tl.full([R], LOWEST, tl.float32)
-    S = tl.zeros([R], tl.float32)
-    U, C, P, Q, D = S, S, S, S, S
-    p_zero = tl.zeros([R], tl.int32)
-    q_zero = p_zero
-    policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
-    full = V // BLOCK * BLOCK
-    for c in range(0, full, BLOCK):
-        z = tl.load(X + c + cols, eviction_policy=policy).to(tl.float32)
-        y = tl.load(Y + c + cols, eviction_policy=policy).to(tl.float32)
-        m, S, U, C, n, P, Q, D, p_zero, q_zero = _tile(
-            z, y, m, S, U, C, n, P, Q, D, p_zero, q_zero, kp, kq, p_cap, q_cap, R, E, P_CAP, Q_CAP
+    """The slots of whole rows."""
+    state = _no_slots(SLOTS)
+    x = load_tile(X, V, SLOTS, VECTORS, E, ALIGN, POLICY)
+    y = load_tile(Y, V, SLOTS, VECTORS, E, ALIGN, POLICY)
+    for start in range(0, V, SEGMENT):
+        stop = tl.minimum(V, start + SEGMENT)
+        more, x, y = _segment_slots(
+            X, Y, x, y, start, stop, V, kp, kq, p_cap, q_cap, SLOTS, VECTORS, E, P_CAP, Q_CAP, ALIGN, POLICY
+        )  # fmt: skip
+        state = _merged(state, more, kp, kq)
+    return state
+
+
+@triton.jit
+def _split_slots(PARTIAL, V, kp, kq, SEGMENT: tl.constexpr, SLOTS: tl.constexpr):
+    """The slots of a row from those of its segments."""
+    state = _no_slots(SLOTS)
+    P = PARTIAL + tl.arange(0, SLOTS)
+    for _ in range(tl.cdiv(V, SEGMENT)):
+        more = (tl.load(P),)
+        for i in tl.static_range(1, SLOT):
+            more = more + (tl.load(P + i * SLOTS),)
+        state = _merged(state, more, kp, kq)
+        P += SLOT * SLOTS
+    return state
+
+
+@triton.jit
+def _joined8(a, b, c, d, e, f, g, h):
+    """``[SLOTS, 2, 2, 2]``: what one reduction over the threads can take together."""
+    return tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
+
+
+@triton.jit
+def _split8(x):
+    first, second = tl.split(x)
+    ab, cd = tl.split(first)
+    ef, gh = tl.split(second)
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    e, f = tl.split(ef)
+    g, h = tl.split(gh)
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def _size(x):
+    return tl.where(x == x, tl.abs(x), 0.0)
+
+
+@triton.jit
+def _fixed(x, size):
+    return (tl.where(x == x, x, 0.0) * (_FIXED / size)).to(tl.int64)
+
+
+@triton.jit
+def _lse(top, k, log_sum, T):
+    """``top/T + log_sum`` as a value and what its rounding lost."""
+    r = top / T
+    value = r + log_sum
+    return value, ((r - value) + log_sum) + tl.fma(-r, T, top) / T
+
+
+@triton.jit
+def _row_stats(state, T, T_OTHER, kp, kq, SLOTS: tl.constexpr):
+    """The eight numbers of the table of a row, from its slots, which are added in 64-bit fixed point relative to the largest: no layout can change that."""
+    p_top, q_top = tl.max(state[0], 0), tl.max(state[4], 0)
+    _, p_sum, p_dot, p_cross, _, q_sum, q_dot, q_cross, p_zero, q_zero = _both_moved(state, p_top, q_top, kp, kq)
+    sizes = _joined8(_size(p_sum), _size(p_dot), _size(p_cross), _size(q_sum), _size(q_dot), _size(q_cross), p_zero, q_zero)
+    s1, s2, s3, s4, s5, s6, p_zero, q_zero = _split8(tl.max(sizes, 0))
+    s1, s2, s3 = tl.maximum(s1, 1e-20), tl.maximum(s2, 1e-20), tl.maximum(s3, 1e-20)
+    s4, s5, s6 = tl.maximum(s4, 1e-20), tl.maximum(s5, 1e-20), tl.maximum(s6, 1e-20)
+    sick = ((p_sum == p_sum) & (q_sum == q_sum)) == 0  # integers know no NaN
+    none = tl.zeros([SLOTS], tl.int64)
+    p_sum, p_dot, p_cross, q_sum, q_dot, q_cross, sick, _ = _split8(
+        tl.sum(
+            _joined8(
+                _fixed(p_sum, s1), _fixed(p_dot, s2), _fixed(p_cross, s3), _fixed(q_sum, s4), _fixed(q_dot, s5), _fixed(q_cross, s6),
+                sick.to(tl.int64), none,
+            ),
+            0,
         )
-    if full < V:
-        there = full + cols < V
-        z = tl.load(X + full + cols, mask=there, other=float("-inf"), eviction_policy=policy).to(tl.float32)
-        y = tl.load(Y + full + cols, mask=there, other=float("-inf"), eviction_policy=policy).to(tl.float32)
-        m, S, U, C, n, P, Q, D, p_zero, q_zero = _tile(
-            z, y, m, S, U, C, n, P, Q, D, p_zero, q_zero, kp, kq, p_cap, q_cap, R, E, P_CAP, Q_CAP
-        )
-    # To the common maxima.
-    p_top, q_top = tl.max(m, 0), tl.max(n, 0)
-    p_step, q_step = _step(m, p_top, kp), _step(n, q_top, kq)
-    S, U, C = _moved(p_step, p_step - q_step, S, U, C)
-    P, Q, D = _moved(q_step, q_step - p_step, P, Q, D)
-    finite = (tl.max(tl.where(S == S, 0, 1), 0) == 0) & (tl.max(tl.where(P == P, 0, 1), 0) == 0)  # integers know no NaN
-    S, U, C, P, Q, D = _total(S), _total(U), _total(C), _total(P), _total(Q), _total(D)
-    sound = finite & (S > 0.0) & (P > 0.0) & (p_top < float("inf")) & (q_top < float("inf"))
+    )  # fmt: skip
+    p_sum, p_dot, p_cross = _unfixed(p_sum, s1), _unfixed(p_dot, s2), _unfixed(p_cross, s3)
+    q_sum, q_dot, q_cross = _unfixed(q_sum, s4), _unfixed(q_dot, s5), _unfixed(q_cross, s6)
+    sound = (sick == 0) & (p_sum > 0.0) & (q_sum > 0.0) & (p_top < float("inf")) & (q_top < float("inf"))
     nan = float("nan")
-    S, P = tl.where(sound, S, nan), tl.where(sound, P, nan)
-    log_s, log_p = math.log(S), math.log(P)
-    gap = log_s - log_p
-    forward = math.maximum(D / P * LN2 + gap, 0.0)
-    reverse = math.maximum(C / S * LN2 - gap, 0.0)
-    forward = tl.where((tl.max(p_zero, 0) > 0) & (forward == forward), float("inf"), forward)
-    reverse = tl.where((tl.max(q_zero, 0) > 0) & (reverse == reverse), float("inf"), reverse)
-    p_lse, p_low = _lse(p_top, kp, log_s, T)
-    q_lse, q_low = _lse(q_top, kq, log_p, T_OTHER)
-    return forward, reverse, log_s - U / S * LN2, log_p - Q / P * LN2, p_lse, p_low, q_lse, q_low
+    p_sum, q_sum = tl.where(sound, p_sum, nan), tl.where(sound, q_sum, nan)
+    p_log, q_log = math.log(p_sum), math.log(q_sum)
+    gap = p_log - q_log
+    forward = math.maximum(q_cross / q_sum * LN2 + gap, 0.0)
+    reverse = math.maximum(p_cross / p_sum * LN2 - gap, 0.0)
+    forward = tl.where((p_zero > 0.0) & (forward == forward), float("inf"), forward)
+    reverse = tl.where((q_zero > 0.0) & (reverse == reverse), float("inf"), reverse)
+    p_lse, p_low = _lse(p_top, kp, p_log, T)
+    q_lse, q_low = _lse(q_top, kq, q_log, T_OTHER)
+    return forward, reverse, p_log - p_dot / p_sum * LN2, q_log - q_dot / q_sum * LN2, p_lse, p_low, q_lse, q_low
+
+
+@triton.jit
+def _unfixed(total, size):
+    return total.to(tl.float32) * (size / _FIXED)
 
 
 @triton.jit
 def _center(lse, low, T, k):
-    """``(c, b)`` with ``log2 p = (w - c)·k + b``: c is T·lse rounded, b its rest."""
-    c = T * lse
-    return c, (tl.fma(T, lse, -c) + T * low) * -k
+    """``(center, rest)`` with ``log2 p = (w - center)·k + rest``: center is T·lse rounded."""
+    center = T * lse
+    return center, (tl.fma(T, lse, -center) + T * low) * -k
 
 
 @triton.jit
-def _gradient_tile(
-    z, y, cp, bp, kp, cq, bq, kq, A, B, C, F, p_cap, q_cap, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr
+def _gradient_columns(
+    z, y, p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap,
+    P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr,
 ):  # fmt: skip
-    """``p·(A + B·log2 p + C·(log2 p - log2 q)) - F·q``, times the slope of the cap; 0 where p has a ``-inf`` logit."""
+    """``p·(w_const + w_log·log2 p + w_ratio·(log2 p - log2 q)) - w_q·q``, times the slope of the cap; 0 where p has a ``-inf`` logit."""
     w, slope = capped(z, p_cap, P_CAP)
     v, _ = capped(y, q_cap, Q_CAP)
-    a = tl.fma(w - cp, kp, bp)
-    b = tl.fma(v - cq, kq, bq)
+    a = tl.fma(w - p_center, kp, p_rest)
+    b = tl.fma(v - q_center, kq, q_rest)
     # 2^-200 is 0, and 0 times anything finite is 0; where q is 0 and p is not, the caller has made the row NaN.
     a = math.maximum(a, -200.0)
     p, q = tl.exp2(a), tl.exp2(b)
-    factor = A
+    factor = w_const
     if LOGS:
-        factor = tl.fma(a, B, tl.fma(a - math.maximum(b, -1e30), C, A))
-    g = p * factor - F * q
+        factor = tl.fma(a, w_log, tl.fma(a - math.maximum(b, -1e30), w_ratio, w_const))
+    g = p * factor - w_q * q
     if P_CAP:
         g = g * slope
-    return tl.where(z == float("-inf"), 0.0, g)
+    # NaN everywhere in a sick row, whose w_const is NaN, and 0 on -inf in every other.
+    return tl.where(z == float("-inf"), tl.where(w_const == w_const, 0.0, w_const), g)
+
+
+@triton.jit
+def _gradient_run(
+    P, x, y, columns, p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap,
+    SLOTS: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a run, ``x`` and ``y`` in fp32: all of it, or of the whole vectors among the first ``columns``."""
+    g = (_gradient_columns(
+        x[0], y[0], p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap, P_CAP, Q_CAP, LOGS
+    ),)  # fmt: skip
+    if E == 8:
+        g = g + (_gradient_columns(
+            x[1], y[1], p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap, P_CAP, Q_CAP, LOGS
+        ),)  # fmt: skip
+    store_run(P, g, columns, SLOTS, E, EMULATE)
 
 
 @triton.jit
 def _row_gradient(
-    X, Y, OUT, V, width, T, T_OTHER, p_cap, q_cap, reverse, entropy, p_lse, p_low, q_lse, q_low, by_forward, by_reverse, by_entropy,
-    BLOCK: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr, EMULATE: tl.constexpr,
+    X, Y, OUT, start, stop, V, T, T_OTHER, p_cap, q_cap, reverse, entropy, p_lse, p_low, q_lse, q_low, by_forward, by_reverse, by_entropy,
+    SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr,
+    ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient row, last tile first: what was read last is still in L2."""
+    """Write the gradient of the columns ``start`` to ``stop``, last tile first: what was read last is still in L2."""
     kp, kq = base2_scale(T), base2_scale(T_OTHER)
-    cp, bp = _center(p_lse, p_low, T, kp)
-    cq, bq = _center(q_lse, q_low, T_OTHER, kq)
-    A = by_forward
-    B = 0.0 * A
-    C = B
+    p_center, p_rest = _center(p_lse, p_low, T, kp)
+    q_center, q_rest = _center(q_lse, q_low, T_OTHER, kq)
+    w_const = by_forward
+    w_log = 0.0 * w_const
+    w_ratio = w_log
     if LOGS:
-        A -= tl.where(by_reverse == 0.0, 0.0, by_reverse * reverse) + tl.where(by_entropy == 0.0, 0.0, by_entropy * entropy)
-        B = by_entropy * -LN2
-        C = by_reverse * LN2
+        w_const -= tl.where(by_reverse == 0.0, 0.0, by_reverse * reverse) + tl.where(by_entropy == 0.0, 0.0, by_entropy * entropy)
+        w_log = by_entropy * -LN2
+        w_ratio = by_reverse * LN2
     sick = (p_lse != p_lse) | (q_lse != q_lse) | ((by_reverse != 0.0) & (reverse == float("inf")))
-    A = tl.where(sick, float("nan"), A / T)
-    B, C, F = B / T, C / T, by_forward / T
-    cols = tl.arange(0, BLOCK // E)[:, None] * E + tl.arange(0, E)[None, :]
-    full = V // BLOCK * BLOCK
-    for first in range(full, width, BLOCK):
-        there = first + cols < V
-        z = tl.load(X + first + cols, mask=there, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-        y = tl.load(Y + first + cols, mask=there, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-        g = _gradient_tile(z, y, cp, bp, kp, cq, bq, kq, A, B, C, F, p_cap, q_cap, P_CAP, Q_CAP, LOGS)
-        g = tl.where(there, tl.where(sick, float("nan"), g), 0.0)
-        tl.store(OUT + first + cols, round_to(g, OUT.dtype.element_ty, EMULATE), mask=first + cols < width, eviction_policy="evict_first")
-    for i in range(full // BLOCK):
+    w_const = tl.where(sick, float("nan"), w_const / T)
+    w_log, w_ratio, w_q = w_log / T, w_ratio / T, by_forward / T
+    BLOCK: tl.constexpr = SLOTS * VECTORS * E
+    p: tl.constexpr = X.dtype.element_ty
+    q: tl.constexpr = Y.dtype.element_ty
+    last = tl.minimum(stop, V)
+    full = start + tl.maximum(last - start, 0) // BLOCK * BLOCK
+    there = tl.where(full > start, BLOCK, 0)
+    x = load_tile(X + (full - BLOCK), there, SLOTS, VECTORS, E, ALIGN, "evict_first")
+    y = load_tile(Y + (full - BLOCK), there, SLOTS, VECTORS, E, ALIGN, "evict_first")
+    for first in range(full, last // E * E, SLOTS * E):
+        x_run = load_tile(X + first, last - first, SLOTS, 1, E, ALIGN, "evict_first")
+        y_run = load_tile(Y + first, last - first, SLOTS, 1, E, ALIGN, "evict_first")
+        _gradient_run(
+            OUT + first, numbers(x_run[0], p, E), numbers(y_run[0], q, E), last - first, p_center, p_rest, kp, q_center, q_rest, kq,
+            w_const, w_log, w_ratio, w_q, p_cap, q_cap, SLOTS, E, P_CAP, Q_CAP, LOGS, EMULATE,
+        )  # fmt: skip
+    for first in range(tl.maximum(start, last // E * E), stop, SLOTS):  # what is left of a vector, and padding
+        column = first + tl.arange(0, SLOTS)
+        z = tl.load(X + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        v = tl.load(Y + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        g = _gradient_columns(
+            z, v, p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap, P_CAP, Q_CAP, LOGS
+        )
+        g = tl.where(column < V, g, 0.0)
+        tl.store(OUT + column, round_to(g, p, EMULATE), mask=column < stop, eviction_policy="evict_first")
+    for i in range((full - start) // BLOCK):
         first = full - (i + 1) * BLOCK
-        z = tl.load(X + first + cols, eviction_policy="evict_first").to(tl.float32)
-        y = tl.load(Y + first + cols, eviction_policy="evict_first").to(tl.float32)
-        g = _gradient_tile(z, y, cp, bp, kp, cq, bq, kq, A, B, C, F, p_cap, q_cap, P_CAP, Q_CAP, LOGS)
-        g = tl.where(sick, float("nan"), g)
-        tl.store(OUT + first + cols, round_to(g, OUT.dtype.element_ty, EMULATE), eviction_policy="evict_first")
+        there = tl.where(first > start, BLOCK, 0)
+        x_ahead = load_tile(X + (first - BLOCK), there, SLOTS, VECTORS, E, ALIGN, "evict_first")
+        y_ahead = load_tile(Y + (first - BLOCK), there, SLOTS, VECTORS, E, ALIGN, "evict_first")
+        for j in tl.static_range(VECTORS):
+            _gradient_run(
+                OUT + (first + j * (SLOTS * E)), numbers(x[j], p, E), numbers(y[j], q, E), None, p_center, p_rest, kp, q_center, q_rest, kq,
+                w_const, w_log, w_ratio, w_q, p_cap, q_cap, SLOTS, E, P_CAP, Q_CAP, LOGS, EMULATE,
+            )  # fmt: skip
+        x, y = x_ahead, y_ahead
+
+
+@kernel
+def partial_divergence_kernel(
+    X, Y, IDS, T, T_OTHER, PARTIAL, t_stride: tl.int32, other_t_stride: tl.int32,
+    per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, other_batch_stride: tl.int64, other_row_stride: tl.int64,
+    V: tl.int32, p_cap, q_cap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
+    P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """A program each segment of a split row: its slots to ``PARTIAL [N, segments, SLOT, SLOTS]``."""
+    segments = tl.cdiv(V, SEGMENT)
+    pid = tl.program_id(0)
+    row = pid // segments
+    start = (pid % segments) * SEGMENT
+    if tl.load(IDS + row) != -100:
+        X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
+        Y = tl.multiple_of(Y + row_offset(row, per_batch, other_batch_stride, other_row_stride), ALIGN)
+        kp, kq = base2_scale(tl.load(T + row * t_stride)), base2_scale(tl.load(T_OTHER + row * other_t_stride))
+        stop = tl.minimum(V, start + SEGMENT)
+        x = load_tile(X + start, stop - start, SLOTS, VECTORS, E, ALIGN, "evict_last")
+        y = load_tile(Y + start, stop - start, SLOTS, VECTORS, E, ALIGN, "evict_last")
+        state, _, _ = _segment_slots(
+            X, Y, x, y, start, stop, stop, kp, kq, p_cap, q_cap, SLOTS, VECTORS, E, P_CAP, Q_CAP, ALIGN, "evict_last"
+        )
+        P = PARTIAL + pid.to(tl.int64) * (SLOT * SLOTS) + tl.arange(0, SLOTS)
+        for i in tl.static_range(SLOT):
+            tl.store(P + i * SLOTS, state[i])
 
 
 @kernel
 def divergence_kernel(
-    X, Y, OUT, IDS, T, T_OTHER, TABLE, COEFS,
+    X, Y, OUT, IDS, T, T_OTHER, TABLE, COEFS, PARTIAL,
     N: tl.int64, t_stride: tl.int32, other_t_stride: tl.int32,
     per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, other_batch_stride: tl.int64, other_row_stride: tl.int64,
     out_batch_stride: tl.int64, out_row_stride: tl.int64, V: tl.int32, width: tl.int32, p_cap, q_cap,
-    STATS: tl.constexpr, GRAD: tl.constexpr, LOGS: tl.constexpr,
-    BLOCK: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+    STATS: tl.constexpr, GRAD: tl.constexpr, LOGS: tl.constexpr, SPLIT: tl.constexpr, SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
+    P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """A row: STATS writes ``TABLE [8, N]``, else it is read; GRAD writes ``OUT`` by the coefficients ``COEFS [3, N]``."""
-    row = tl.program_id(0)
+    """A row: STATS writes ``TABLE [8, N]``, else it is read; GRAD writes ``OUT`` by the coefficients ``COEFS [3, N]``.
+
+    SPLIT: statistics come from PARTIAL, and a gradient (which is then a launch of its own) is a program each SEGMENT of a row.
+    """
+    pid = tl.program_id(0)
+    row, start, stop = pid, 0, width
+    if SPLIT and GRAD:
+        chunks = tl.cdiv(width, SEGMENT)
+        row, start = pid // chunks, (pid % chunks) * SEGMENT
+        stop = tl.minimum(width, start + SEGMENT)
     keep = tl.load(IDS + row) != -100
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
     Y = tl.multiple_of(Y + row_offset(row, per_batch, other_batch_stride, other_row_stride), ALIGN)
@@ -215,9 +405,14 @@ def divergence_kernel(
     forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low = zero, zero, zero, zero, zero, zero, zero, zero
     if STATS:
         if keep:
-            forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low = _row_stats(
-                X, Y, V, t, u, p_cap, q_cap, BLOCK, E, P_CAP, Q_CAP, GRAD
-            )
+            kp, kq = base2_scale(t), base2_scale(u)
+            if SPLIT:
+                P = PARTIAL + row.to(tl.int64) * (tl.cdiv(V, SEGMENT) * (SLOT * SLOTS))
+                state = _split_slots(P, V, kp, kq, SEGMENT, SLOTS)
+            else:
+                policy: tl.constexpr = "evict_last" if GRAD else "evict_first"
+                state = _swept_slots(X, Y, V, kp, kq, p_cap, q_cap, SEGMENT, SLOTS, VECTORS, E, P_CAP, Q_CAP, ALIGN, policy)
+            forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low = _row_stats(state, t, u, kp, kq, SLOTS)
         values = (forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low)
         for i in tl.static_range(8):
             tl.store(G + i * N, values[i])
@@ -231,8 +426,8 @@ def divergence_kernel(
         live = keep & ((by_forward != 0.0) | (by_reverse != 0.0) | (by_entropy != 0.0))
         if live:
             _row_gradient(
-                X, Y, OUT, V, width, t, u, p_cap, q_cap, reverse, entropy, p_lse, p_low, q_lse, q_low, by_forward, by_reverse, by_entropy,
-                BLOCK, E, P_CAP, Q_CAP, LOGS, EMULATE,
+                X, Y, OUT, start, stop, V, t, u, p_cap, q_cap, reverse, entropy, p_lse, p_low, q_lse, q_low,
+                by_forward, by_reverse, by_entropy, SLOTS, VECTORS, E, P_CAP, Q_CAP, LOGS, ALIGN, EMULATE,
             )  # fmt: skip
         else:
-            zero_sweep(OUT, 0, width, BLOCK, E)
+            zero_sweep(OUT, start, stop, SLOTS * VECTORS * E, E)

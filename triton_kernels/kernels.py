@@ -11,7 +11,20 @@ import triton
 import triton.language as tl
 
 from . import math
-from .sweep import LN2, base2_scale, capped, gradient_sweep, row_offset, row_state, segment_state, zero_sweep
+from .sweep import (
+    LN2,
+    base2_scale,
+    capped,
+    first_tiles,
+    gradient_sweep,
+    load_last_tiles,
+    merged_row,
+    row_offset,
+    segment_slots,
+    store_slots,
+    swept_row,
+    zero_sweep,
+)
 
 OUT_OF_LOSS = tl.constexpr(-100)
 
@@ -40,11 +53,11 @@ def _target_logit(X, y, inside):
 
 
 @triton.jit
-def _partial_states(PARTIAL, row, V, SEGMENT: tl.constexpr):
-    """Where the states of a row's segments are, 4 numbers each, with the target's logit after them; and where that is."""
-    segments = tl.cdiv(V, SEGMENT)
-    P = PARTIAL + row.to(tl.int64) * (4 * segments + 1)
-    return P, P + 4 * segments
+def _split_row(PARTIAL, row, V, SEGMENT: tl.constexpr, SLOTS: tl.constexpr):
+    """What is kept of a split row: the slots of its segments; after them, the row's state (4 numbers) and the target's logit."""
+    size = tl.cdiv(V, SEGMENT) * (4 * SLOTS)
+    P = PARTIAL + row.to(tl.int64) * (size + 5)
+    return P, P + size
 
 
 @triton.jit
@@ -68,25 +81,26 @@ def _two_sum(a, b):
 
 
 @triton.jit
-def _finish(m, S, U, Q, w_y, inside, T):
+def _finish(top, rest, dot, rest_sq, w_y, inside, T):
     """``(logp, entropy, lse, log_sum_p_sq, max_logp)`` of a row from its state."""
-    log_s = math.log(S)
-    # (w_y - m)/T - log s, rounded once: a ratio's and a gradient's relative error is this one's absolute error.
-    w, lost = _two_sum(w_y, -m)
+    log_sum = math.log1p(rest)
+    # (w_y - top)/T - log_sum, rounded once: a ratio's and a gradient's relative error is this one's absolute error.
+    w, lost = _two_sum(w_y, -top)
     d = w / T
     lost += tl.where(tl.abs(d) < float("inf"), tl.fma(-d, T, w), 0.0)
-    x, more = _two_sum(d, -log_s)
-    logp = tl.where(inside, x + (more + lost / T), tl.where(S == S, float("-inf"), float("nan")))
-    return logp, log_s - U / S * LN2, m / T + log_s, math.log(Q) - 2.0 * log_s, 0.0 - log_s
+    x, more = _two_sum(d, -log_sum)
+    logp = tl.where(inside, x + (more + lost / T), tl.where(rest == rest, float("-inf"), float("nan")))
+    return logp, log_sum - dot / (1.0 + rest) * LN2, top / T + log_sum, math.log1p(rest_sq) - 2.0 * log_sum, 0.0 - log_sum
 
 
 @kernel
 def partial_kernel(
     X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
     vocab_start: tl.int64, vocab_total: tl.int64,
-    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, KEEP: tl.constexpr,
+    SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
+    AHEAD: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """A program each segment: its ``(m, S, U, Q)`` to PARTIAL. The first also keeps the target's logit, which the next launch may write over."""
+    """A program each segment: its slots to PARTIAL. The first also keeps the target's logit, which the next launch may write over."""
     segments = tl.cdiv(V, SEGMENT)
     pid = tl.program_id(0)
     row = pid // segments
@@ -95,22 +109,43 @@ def partial_kernel(
     if keep & (bad == 0):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         k = base2_scale(tl.load(T + row * t_stride))
-        m, s, u, q = segment_state(X, start, tl.minimum(V, start + SEGMENT), k, softcap, BLOCK, E, CAP, True, True, KEEP)
-        P, TARGET = _partial_states(PARTIAL, row, V, SEGMENT)
-        P += (pid % segments) * 4
-        tl.store(P, m)
-        tl.store(P + 1, s)
-        tl.store(P + 2, u)
-        tl.store(P + 3, q)
+        stop = tl.minimum(V, start + SEGMENT)
+        tiles = first_tiles(X + start, stop - start, SLOTS, VECTORS, E, AHEAD, ALIGN, POLICY)
+        top, sum, dot, sum_sq, _ = segment_slots(
+            X, tiles, start, stop, stop, k, softcap, SLOTS, VECTORS, E, AHEAD, CAP, True, True, ALIGN, POLICY
+        )
+        P, STATE = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
+        store_slots(P + (pid % segments) * (4 * SLOTS), top, sum, dot, sum_sq, SLOTS)
         if start == 0:
-            tl.store(TARGET, _target_logit(X, y, inside))
+            tl.store(STATE + 4, _target_logit(X, y, inside))
+
+
+@kernel
+def merge_kernel(
+    X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
+    vocab_start: tl.int64, vocab_total: tl.int64,
+    SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The states of split rows, from their segments; before anything is written over the columns that this may have to read again."""
+    row = tl.program_id(0)
+    _, keep, bad, _ = _target(IDS, row, vocab_start, vocab_total, V)
+    if keep & (bad == 0):
+        X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
+        k = base2_scale(tl.load(T + row * t_stride))
+        P, STATE = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
+        top, rest, dot, rest_sq = merged_row(P, X, V, k, softcap, SEGMENT, SLOTS, E, CAP, True, True)
+        tl.store(STATE, top)
+        tl.store(STATE + 1, rest)
+        tl.store(STATE + 2, dot)
+        tl.store(STATE + 3, rest_sq)
 
 
 @kernel
 def stats_kernel(
     X, IDS, T, PARTIAL, OUT, N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64,
     V: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64, STATS: tl.constexpr,
-    SPLIT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
+    SPLIT: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr,
+    ALIGN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """``OUT[STATS[name], row]``; STATS: the row of each of (logp, entropy, lse, log_sum_p_sq, max_logp), -1 for what nobody asked for."""
     row = tl.program_id(0)
@@ -121,10 +156,15 @@ def stats_kernel(
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         t = tl.load(T + row * t_stride)
         w_y, _ = capped(_target_logit(X, y, inside), softcap, CAP)
-        P, _ = _partial_states(PARTIAL, row, V, SEGMENT)
         k = base2_scale(t)
-        m, s, u, q = row_state(X, P, V, k, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, STATS[1] >= 0, STATS[3] >= 0, False)
-        logp, entropy, lse, log_p_sq, max_logp = _finish(m, s, u, q, w_y, inside, t)
+        if SPLIT:
+            P, _ = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
+            top, rest, dot, rest_sq = merged_row(P, X, V, k, softcap, SEGMENT, SLOTS, E, CAP, STATS[1] >= 0, STATS[3] >= 0)
+        else:
+            top, rest, dot, rest_sq = swept_row(
+                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, AHEAD, CAP, STATS[1] >= 0, STATS[3] >= 0, ALIGN, "evict_first"
+            )
+        logp, entropy, lse, log_p_sq, max_logp = _finish(top, rest, dot, rest_sq, w_y, inside, t)
     result = (logp, entropy, lse, log_p_sq, max_logp)
     for i in tl.static_range(5):
         if STATS[i] >= 0:
@@ -190,13 +230,12 @@ def loss_grad_kernel(
     per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64, out_row_stride: tl.int64,
     V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
     PROGRAM: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, READS_P_SQ: tl.constexpr,
-    SPLIT: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
-    BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+    SPLIT: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
+    CAP: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, ``PROGRAM``, gradient: a row in one program, or (SPLIT) what partial_kernel found and CHUNK columns of the gradient.
+    """Statistics, ``PROGRAM``, gradient: a row in one program, or (SPLIT) the state that merge_kernel found and CHUNK columns of the gradient.
 
-    Every program of a split row merges all its segments, in the order in which one program would, and evaluates ``PROGRAM``: that is
-    shorter than a launch between the two. The first one writes the row's outputs.
+    Every program of a split row evaluates ``PROGRAM``, the first one writes the row's outputs.
     """
     row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
@@ -208,11 +247,19 @@ def loss_grad_kernel(
     if keep & (bad == 0):
         t = tl.load(T + row * t_stride)
         k = base2_scale(t)
-        P, TARGET = _partial_states(PARTIAL, row, V, SEGMENT)
-        m, s, u, q = row_state(X, P, V, k, softcap, SEGMENT, SPLIT, BLOCK, E, CAP, True, READS_P_SQ, True)
-        w_y, slope = capped(tl.load(TARGET) if SPLIT else _target_logit(X, y, inside), softcap, CAP)
+        if SPLIT:
+            _, STATE = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
+            top, rest, dot, rest_sq = tl.load(STATE), tl.load(STATE + 1), tl.load(STATE + 2), tl.load(STATE + 3)
+            z_y = tl.load(STATE + 4)
+        else:
+            top, rest, dot, rest_sq = swept_row(
+                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, AHEAD, CAP, True, READS_P_SQ, ALIGN, "evict_last"
+            )
+            z_y = _target_logit(X, y, inside)
+        tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
+        w_y, slope = capped(z_y, softcap, CAP)
         tl.debug_barrier()  # every thread has it before one writes the gradient over it
-        logp, entropy, _, log_sum_p_sq, _ = _finish(m, s, u, q, w_y, inside, t)
+        logp, entropy, _, log_sum_p_sq, _ = _finish(top, rest, dot, rest_sq, w_y, inside, t)
         old = tl.where(has_old != 0, tl.load(OLD + row), logp)
         adv, ref, sampling = tl.load(ADV + row), tl.load(REF + row), tl.load(SAMPLING + row)
         weighted, loss, by_logp, by_entropy, by_p_sq = PROGRAM(
@@ -221,11 +268,14 @@ def loss_grad_kernel(
         live = (by_logp != 0.0) | (by_entropy != 0.0) | (by_p_sq != 0.0)
         if live:
             A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, slope, t, ENTROPY, P_SQ)
-            c, b = _reference_point(m, math.log(s), t, k)
+            c, b = _reference_point(top, math.log1p(rest), t, k)
             column = tl.where(inside, y, -1).to(tl.int32)
-            gradient_sweep(X, OUT, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, EMULATE)
+            gradient_sweep(
+                X, OUT, tiles, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, ALIGN,
+                EMULATE,
+            )  # fmt: skip
     if live == 0:
-        zero_sweep(OUT, start, stop, BLOCK, E)
+        zero_sweep(OUT, start, stop, SLOTS * VECTORS * E, E)
     if start == 0:
         R = ROWS + row
         tl.store(R, tl.where(bad, float("nan"), logp))
@@ -253,7 +303,7 @@ def gradient_kernel(
     t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64,
     out_row_stride: tl.int64, V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
     BY: tl.constexpr, KEPT: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+    SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """The gradient from given statistics, a row or (SPLIT) CHUNK of its columns a program. BY: which of (logp, entropy, lse, log_sum_p_sq)
     have coefficients. KEPT: the targets' logits are in TARGET.
@@ -271,6 +321,7 @@ def gradient_kernel(
     by_p_sq = tl.load(BY_P_SQ + row) if BY[3] else zero
     if keep & (bad == 0) & ((by_logp != 0.0) | (by_entropy != 0.0) | (by_lse != 0.0) | (by_p_sq != 0.0)):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
+        tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
         w_y, slope = capped(tl.load(TARGET + row) if KEPT else _target_logit(X, y, inside), softcap, CAP)
         tl.debug_barrier()  # every thread has it before one writes the gradient over it
         t, logp, lse = tl.load(T + row * t_stride), tl.load(LOGP + row), tl.load(LSE + row)
@@ -281,6 +332,30 @@ def gradient_kernel(
         by_target = inside & (w_y > float("-inf")) & (tl.abs(logp) < tl.abs(lse))
         c, b = _reference_point(tl.where(by_target, w_y, 0.0), tl.where(by_target, -logp, lse), t, k)
         column = tl.where(inside, y, -1).to(tl.int32)
-        gradient_sweep(X, OUT, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, BLOCK, E, CAP, BY[1], BY[3], EMULATE)
+        gradient_sweep(
+            X,
+            OUT,
+            tiles,
+            start,
+            stop,
+            V,
+            column,
+            at_target,
+            c,
+            k,
+            b,
+            A,
+            B,
+            C,
+            softcap,
+            SLOTS,
+            VECTORS,
+            E,
+            CAP,
+            BY[1],
+            BY[3],
+            ALIGN,
+            EMULATE,
+        )
     else:
-        zero_sweep(OUT, start, stop, BLOCK, E)
+        zero_sweep(OUT, start, stop, SLOTS * VECTORS * E, E)

@@ -45,7 +45,8 @@ def expm1(x):
 
 
 @triton.jit
-def log(x):
+def _log(x, tail):
+    """``log(x) + tail``, ``tail`` far below 1, rounded together."""
     # x = 2ᵏ·(1 + f) with 1 + f in [√½, √2); log(1 + f) = f - f²/2 + s·(f²/2 + R), s = f/(2 + f) (Cephes/fdlibm's split).
     tiny = x < 1.1754944e-38
     y = tl.where(tiny, x * 33554432.0, x)  # 2²⁵: a subnormal has too few bits to split
@@ -56,17 +57,22 @@ def log(x):
     z = s * s
     r = z * (0.66666662693 + z * (0.40000972152 + z * (0.28498786688 + z * 0.24279078841)))
     half = 0.5 * f * f
-    result = k * _LN2_HIGH - ((half - (s * (half + r) + k * _LN2_LOW)) - f)
+    result = k * _LN2_HIGH - ((half - (s * (half + r) + (k * _LN2_LOW + tail))) - f)
     result = tl.where(x == 0.0, float("-inf"), result)
     result = tl.where(x == float("inf"), x, result)
     return tl.where(x >= 0.0, result, float("nan"))
 
 
 @triton.jit
+def log(x):
+    return _log(x, 0.0)
+
+
+@triton.jit
 def log1p(x):
     u = 1.0 + x
     lost = tl.where(tl.abs(x) < 1.0, x - (u - 1.0), 1.0 - (u - x))  # what rounding took from 1 + x, exactly
-    return tl.where((u > 0.0) & (u < float("inf")), log(u) + lost / u, log(u))
+    return _log(u, tl.where((u > 0.0) & (u < float("inf")), lost / u, 0.0))
 
 
 @triton.jit

@@ -1,13 +1,19 @@
 """The two sweeps over a row of logits that every kernel is made of: its statistics, and its gradient.
 
-**Statistics.** ``w`` is the logit (softcapped if asked), ``k = log2(e) / T``, so ``p = 2^((w - m)·k) / S``. A tile is ``[R, E]`` with ``E``
-the elements of one 16-byte load: each of the ``R`` slots keeps a running maximum and sums relative to it, so the hot loop needs one
-exponential an element (and one a slot) and nothing from another thread. At the end of a segment the slots are brought to the
-common maximum and added in 64-bit fixed point. Integer addition is associative: the result does not depend on how the compiler
-lays a tile out over threads, hence not on the alignment of the row. Within a slot, the order is that of the columns.
+**Statistics.** ``w`` is the logit (softcapped if asked), ``k = log2(e) / T``, so ``p = 2^((w - top)·k) / Σ``. A state is ``(top, rest, dot, rest_sq)``:
+the largest logit, and with ``x = (w - top)·k`` and ``e = 2^x`` the sums ``Σe - 1``, ``Σe·x`` and ``Σe² - 1``. The largest logit's own ``e`` is exactly 1
+and is left out, so that ``-log1p(rest)``, its log-prob, has all its digits however close to 1 it is.
 
-**Segments.** A long row is cut into segments of fixed width whose results are merged in order. Who computes them, one program after
-another or a program each, changes nothing in the result.
+A tile is ``VECTORS`` runs of ``[SLOTS, E]`` columns, ``E`` the elements of one 16-byte load (:mod:`.words`). A slot is one row of each run: it keeps its
+own maximum and sums relative to it, so the loop needs one exponential an element (and one a slot and tile) and nothing from another thread. At the
+end of a row the slots are added in 64-bit fixed point. Integer addition is associative: the result depends neither on how the compiler lays a tile
+out over threads nor on the number of threads, hence not on the alignment of the row.
+
+**Segments.** A long row is cut into segments of fixed width, and a slot's sums of one are merged with its sums of the next in order. Who computes
+them, one program after another or a program each, changes nothing in the result.
+
+**Loads** of the next tile are issued before this one's arithmetic, AHEAD of them, from one segment to the
+next too: a thread always has one or two tiles in flight.
 
 Contraction of ``a * b + c`` is off at launch, and written ``tl.fma`` where it is wanted: two kernels that share a sweep must round alike.
 """
@@ -16,6 +22,7 @@ import triton
 import triton.language as tl
 
 from . import math
+from .words import load_elements, load_tile, numbers, round_to, store_run, tile_numbers
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -24,6 +31,9 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a running maximum starts:
 FLOOR = tl.constexpr(-200.0)
 _FIXED = tl.constexpr(1099511627776.0)  # 2⁴⁰: sums up to 2²³ fit in 63 bits, and 2⁻⁴⁰ is far below fp32's resolution at 1
 _UNFIXED = tl.constexpr(9.094947017729282e-13)
+_DOT = tl.constexpr(0.00390625)  # an exponent is up to 200: sums of that many times as much fit
+#: A sum that holds the 1 of the largest logit is rounded to 2⁻²⁴ with each tile: below this rest 160 tiles could cost it 1 %.
+_SURE = tl.constexpr(2.0**-10)
 
 
 @triton.jit
@@ -72,138 +82,271 @@ def _halves(x, R: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def _sum(x, R: tl.constexpr, E: tl.constexpr):
-    """``[R, E]`` to ``[R]``: the sum of each slot, in an order that no layout can change."""
-    if E == 8:
-        a, b = _halves(x, R, 8)
-        x = a + b
-    if E >= 4:
-        a, b = _halves(x, R, 4)
-        x = a + b
-    a, b = _halves(x, R, 2)
+def slot_sum(x, R: tl.constexpr):
+    """``[R, 4]`` to ``[R]``: the sum of each slot, in an order that no layout can change."""
+    a, b = _halves(x, R, 4)
+    a, b = _halves(a + b, R, 2)
     return a + b
 
 
 @triton.jit
-def _dot2(x, y, total, R: tl.constexpr):
-    x1, x2 = _halves(x, R, 2)
-    y1, y2 = _halves(y, R, 2)
-    return tl.fma(x2, y2, tl.fma(x1, y1, total))
-
-
-@triton.jit
-def _dot4(x, y, total, R: tl.constexpr):
+def slot_dot(x, y, total, R: tl.constexpr):
+    """``total`` plus the scalar product of each slot, likewise."""
     x1, x2 = _halves(x, R, 4)
     y1, y2 = _halves(y, R, 4)
-    return _dot2(x2, y2, _dot2(x1, y1, total, R), R)
+    x11, x12 = _halves(x1, R, 2)
+    y11, y12 = _halves(y1, R, 2)
+    total = tl.fma(x12, y12, tl.fma(x11, y11, total))
+    x21, x22 = _halves(x2, R, 2)
+    y21, y22 = _halves(y2, R, 2)
+    return tl.fma(x22, y22, tl.fma(x21, y21, total))
 
 
 @triton.jit
-def _dot(x, y, total, R: tl.constexpr, E: tl.constexpr):
-    """``total`` plus the scalar product of each slot, likewise."""
-    if E == 8:
-        x1, x2 = _halves(x, R, 8)
-        y1, y2 = _halves(y, R, 8)
-        total = _dot4(x2, y2, _dot4(x1, y1, total, R), R)
+def _logits(z, softcap, CAP: tl.constexpr):
+    w, _ = capped(z[0], softcap, CAP)
+    ws = (w,)
+    for i in tl.static_range(1, len(z)):
+        w, _ = capped(z[i], softcap, CAP)
+        ws = ws + (w,)
+    return ws
+
+
+@triton.jit
+def _tile(z, top, sum, dot, sum_sq, k, softcap, SLOTS: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
+    """The slots with one tile more, ``z`` in fp32: their largest logits, and their sums of ``e``, ``e·x`` and ``e²``."""
+    ws = _logits(z, softcap, CAP)
+    largest = ws[0]
+    for i in tl.static_range(1, len(z)):
+        largest = tl.maximum(largest, ws[i])
+    before = top
+    top = tl.maximum(top, tl.max(largest, 1))  # drops NaN; e keeps it
+    shift = _exponent(before - top, k, 0.0)
+    scale = tl.exp2(shift)
+    if ENTROPY:
+        dot = scale * tl.fma(shift, sum, dot)
+    if P_SQ:
+        sum_sq = scale * scale * sum_sq
+    more = tl.zeros([SLOTS, 4], tl.float32)
+    for i in tl.static_range(len(z)):
+        d = ws[i] - top[:, None]
+        x = _exponent(d, k, 0.0) if ENTROPY else d * k  # without a dot nothing multiplies an exponent of -inf
+        e = tl.exp2(x)
+        more = e if i == 0 else more + e
+        if ENTROPY:
+            dot = slot_dot(e, x, dot, SLOTS)
+        if P_SQ:
+            sum_sq = slot_dot(e, e, sum_sq, SLOTS)
+    return top, tl.fma(scale, sum, slot_sum(more, SLOTS)), dot, sum_sq
+
+
+@triton.jit
+def _fixed(x):
+    return (tl.where(x == x, x, 0.0) * _FIXED).to(tl.int64)
+
+
+@triton.jit
+def _unfixed(total):
+    return total.to(tl.float32) * _UNFIXED
+
+
+@triton.jit
+def _pair(high, low):
+    """Two 32-bit numbers in one of 64 bits."""
+    return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low.to(tl.int32, bitcast=True).to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _high(pair):
+    return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _low(pair):
+    return pair.to(tl.int32)
+
+
+@triton.jit
+def _sum4(a, b, c, d):
+    """Four sums of ``[SLOTS]`` by one reduction over the threads."""
+    ab, cd = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    return a, b, c, d
+
+
+@triton.jit
+def _rest_of_slot(X, V, slot, top, k, softcap, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr):
+    """``Σe`` of the columns of one slot of a row without the largest logit, which is there once: relatively exact. A few hundred columns."""
+    lane = tl.arange(0, SLOTS)
+    second = tl.full([SLOTS], LOWEST, tl.float32)
+    sum = tl.zeros([SLOTS], tl.float32)
+    for first in range(0, tl.cdiv(V, SLOTS * E) * E, SLOTS):
+        i = first + lane
+        column = i // E * (SLOTS * E) + slot * E + i % E
+        w, _ = capped(tl.load(X + column, mask=column < V, other=float("-inf")).to(tl.float32), softcap, CAP)
+        w = tl.where(w == top, float("-inf"), w)
+        larger = tl.maximum(second, w)
+        sum = tl.fma(tl.exp2(_exponent(second - larger, k, 0.0)), sum, tl.exp2((w - larger) * k))
+        second = larger
+    largest = tl.max(second, 0)
+    total = _unfixed(tl.sum(_fixed(tl.exp2(_exponent(second - largest, k, 0.0)) * sum), 0))
+    return total * tl.exp2(_exponent(largest - top, k, 0.0))
+
+
+@triton.jit
+def row_of_slots(
+    X, V, k, softcap, top, sum, dot, sum_sq, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr
+):  # fmt: skip
+    """The state of a row from those of its slots; NaN if no logit is above -inf.
+
+    The slot with the largest logit leads. The others are added relative to (a power of 2 near) the largest among them, because 2⁻⁴⁰ of the leader may be
+    more than they have. What the leader has but its largest is lost where its sum rounds to 1; then its columns are read again.
+    """
+    largest, lead = tl.max(top, 0, return_indices=True, return_indices_tie_break_left=True)
+    leads = tl.arange(0, SLOTS) == lead
+    second = tl.max(tl.where(leads, LOWEST, top), 0)
+    step = _exponent(tl.where(leads, 0.0, top - largest), k, 0.0)
+    lift = -tl.floor(
+        _exponent(second - largest, k, 0.0)
+    )  # whole: a power of 2 rounds nothing, one rounding for all slots would not average out
+    to_top = tl.exp2(-lift)
+    scale = tl.where(leads, 0.0, tl.exp2(step + lift))
+    none = tl.zeros([SLOTS], tl.int32)
+    sick = tl.where(sum == sum, none, 1)  # integers know no NaN
+    S, U, of_leader, more = _sum4(
+        _fixed(scale * sum),
+        _fixed(scale * tl.fma(step, sum, dot) * _DOT) if ENTROPY else none.to(tl.int64),
+        tl.where(leads, _pair(sum, dot), none.to(tl.int64)),
+        _pair(tl.where(leads, sum_sq, 0.0), sick),
+    )
+    of_lead = _high(of_leader) - 1.0
+    # One rounding where a log-prob shows it: the sum is rounded as an integer.
+    together = _unfixed((S >> tl.minimum(lift, 15.0).to(tl.int64)) + _fixed(of_lead))
+    rest = tl.where(lift < 15.0, together, tl.fma(to_top, _unfixed(S), of_lead))
+    rest_dot = rest * 0.0
+    rest_sq = rest * 0.0
+    if ENTROPY:
+        rest_dot = tl.fma(to_top, _unfixed(U) * (1.0 / _DOT), _low(of_leader).to(tl.float32, bitcast=True))
+    if P_SQ:
+        square = tl.where(leads, 0.0, tl.exp2(step))
+        rest_sq = _unfixed(tl.sum(_fixed(square * square * sum_sq), 0)) + (_high(more) - 1.0)
+    if (rest < _SURE) & (rest > -0.5):
+        rest = tl.fma(to_top, _unfixed(S), _rest_of_slot(X, V, lead, largest, k, softcap, SLOTS, E, CAP))
+        rest_sq = tl.minimum(tl.maximum(rest_sq, 0.0), rest * rest)  # a sum of squares: at most that, of which Σp² has no digit any more
+    sick = (_low(more) > 0) | (largest == float("inf"))
+    return largest, tl.where(sick | (rest <= -1.0), float("nan"), rest), rest_dot, rest_sq
+
+
+@triton.jit
+def first_tiles(
+    X, V, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr
+):  # fmt: skip
+    """The tiles that a sweep of ``V`` columns begins with: one, and another if AHEAD is 2."""
+    z = load_tile(X, V, SLOTS, VECTORS, E, ALIGN, POLICY)
+    if AHEAD == 1:
+        return (z,)
     else:
-        tl.static_assert(E == 4)
-        total = _dot4(x, y, total, R)
-    return total
+        BLOCK: tl.constexpr = SLOTS * VECTORS * E
+        return z, load_tile(X + BLOCK, V - BLOCK, SLOTS, VECTORS, E, ALIGN, POLICY)
 
 
 @triton.jit
-def _tile(z, m, s, u, q, k, softcap, R: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
-    """One tile more. ``s``, ``u``, ``q``: sums of ``e``, ``e·x`` and ``e²`` with ``x = (w - m)·k`` and ``e = 2^x``."""
-    w, _ = capped(z, softcap, CAP)
-    top = tl.maximum(m, tl.max(w, 1))  # drops NaN; e keeps it
-    shift = _exponent(m - top, k, 0.0)
-    scale = tl.exp2(shift)
-    x = _exponent(w - top[:, None], k, 0.0)
-    e = tl.exp2(x)
-    if ENTROPY:
-        u = _dot(e, x, scale * tl.fma(shift, s, u), R, E)
-    if P_SQ:
-        q = _dot(e, e, scale * scale * q, R, E)
-    return top, tl.fma(scale, s, _sum(e, R, E)), u, q
-
-
-@triton.jit
-def _total(x):
-    return tl.sum((tl.where(x == x, x, 0.0) * _FIXED).to(tl.int64), 0).to(tl.float32) * _UNFIXED
-
-
-@triton.jit
-def segment_state(
-    X, start, stop, k, softcap,
-    BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, KEEP: tl.constexpr,
+def segment_slots(
+    X, tiles, start, stop, limit, k, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr,
+    CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """``(m, S, U, Q)`` of the columns ``start`` to ``stop`` of the row at ``X``. KEEP: the row is read again soon, hold it in L2."""
-    R: tl.constexpr = BLOCK // E
-    cols = tl.arange(0, R)[:, None] * E + tl.arange(0, E)[None, :]
-    m = tl.full([R], LOWEST, tl.float32)
-    s = tl.zeros([R], tl.float32)
-    u = tl.zeros([R], tl.float32)
-    q = tl.zeros([R], tl.float32)
-    policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    """The slots of the columns ``start`` to ``stop`` of the row at ``X``, of which ``tiles`` are the first AHEAD; and as many after them, of which
+    nothing is read from ``limit`` on."""
+    BLOCK: tl.constexpr = SLOTS * VECTORS * E
+    dtype: tl.constexpr = X.dtype.element_ty
+    top, sum, dot, sum_sq = no_slots(SLOTS)
     full = start + (stop - start) // BLOCK * BLOCK
-    for c in range(start, full, BLOCK):
-        z = tl.load(X + c + cols, eviction_policy=policy).to(tl.float32)
-        m, s, u, q = _tile(z, m, s, u, q, k, softcap, R, E, CAP, ENTROPY, P_SQ)
-    if full < stop:
-        z = tl.load(X + full + cols, mask=full + cols < stop, other=float("-inf"), eviction_policy=policy).to(tl.float32)
-        m, s, u, q = _tile(z, m, s, u, q, k, softcap, R, E, CAP, ENTROPY, P_SQ)
-    # To the common maximum. Integers know no NaN, so it is looked for apart.
-    top = tl.max(m, 0)
-    shift = _exponent(m - top, k, 0.0)
-    scale = tl.exp2(shift)
-    S = _total(scale * s)
-    U = S * 0.0
-    Q = S * 0.0
-    if ENTROPY:
-        U = _total(scale * tl.fma(shift, s, u))
-    if P_SQ:
-        Q = _total(scale * scale * q)
-    sick = tl.max(tl.where(s == s, 0, 1), 0) > 0
-    return top, tl.where(sick | (top == float("inf")), float("nan"), S), U, Q
+    whole = tl.maximum(start, tl.minimum(full, (limit // BLOCK - AHEAD) * BLOCK))  # up to there the tile to load is whole
+    for c in range(start, whole, BLOCK):
+        ahead = load_tile(X + c + AHEAD * BLOCK, None, SLOTS, VECTORS, E, ALIGN, POLICY)
+        w = tile_numbers(tiles[0], VECTORS, dtype, E)
+        top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
+        tiles = (ahead,) if AHEAD == 1 else (tiles[1], ahead)
+    for c in range(whole, full, BLOCK):
+        there = limit - (c + AHEAD * BLOCK)
+        ahead = load_tile(X + c + AHEAD * BLOCK, there, SLOTS, VECTORS, E, ALIGN, POLICY)
+        w = tile_numbers(tiles[0], VECTORS, dtype, E)
+        top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
+        tiles = (ahead,) if AHEAD == 1 else (tiles[1], ahead)
+    for i in tl.static_range(VECTORS):
+        if full + i * (SLOTS * E) < stop:  # the last tile of a row, run by run
+            w = numbers(tiles[0][i], dtype, E)
+            top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
+    if stop % E != 0:  # what is left of a vector, in the slot that its column has
+        first = stop // (SLOTS * E) * (SLOTS * E)
+        w = numbers(load_elements(X + first, stop // E * E - first, stop - first, SLOTS, E, POLICY), dtype, E)
+        top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
+    return top, sum, dot, sum_sq, tiles
 
 
 @triton.jit
-def merge(m1, s1, u1, q1, m2, s2, u2, q2, k):
-    """The state of two segments, in this order."""
-    top = tl.maximum(m1, m2)
-    d1, d2 = _exponent(m1 - top, k, 0.0), _exponent(m2 - top, k, 0.0)
+def no_slots(SLOTS: tl.constexpr):
+    zero = tl.zeros([SLOTS], tl.float32)
+    return tl.full([SLOTS], LOWEST, tl.float32), zero, zero, zero
+
+
+@triton.jit
+def merge_slots(top1, sum1, dot1, sq1, top2, sum2, dot2, sq2, k):
+    """The slots of two segments, in this order."""
+    top = tl.maximum(top1, top2)
+    d1, d2 = _exponent(top1 - top, k, 0.0), _exponent(top2 - top, k, 0.0)
     a1, a2 = tl.exp2(d1), tl.exp2(d2)
-    u = tl.fma(a1, tl.fma(d1, s1, u1), a2 * tl.fma(d2, s2, u2))
-    return top, tl.fma(a1, s1, a2 * s2), u, tl.fma(a1 * a1, q1, a2 * a2 * q2)
+    dot = tl.fma(a1, tl.fma(d1, sum1, dot1), a2 * tl.fma(d2, sum2, dot2))
+    return top, tl.fma(a1, sum1, a2 * sum2), dot, tl.fma(a1 * a1, sq1, a2 * a2 * sq2)
 
 
 @triton.jit
-def row_state(
-    X, PARTIAL, V, k, softcap, SEGMENT: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, KEEP: tl.constexpr,
+def swept_row(
+    X, V, k, softcap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr,
+    CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """``(m, S, U, Q)`` of a whole row, swept here or (SPLIT) read from ``PARTIAL``; NaN sums if no logit is above -inf."""
-    m = tl.full((), LOWEST, tl.float32)
-    s = tl.full((), 0.0, tl.float32)
-    u = s
-    q = s
-    for i in range(tl.cdiv(V, SEGMENT)):
-        if SPLIT:
-            P = PARTIAL + i * 4
-            m2, s2, u2, q2 = tl.load(P), tl.load(P + 1), tl.load(P + 2), tl.load(P + 3)
-        else:
-            m2, s2, u2, q2 = segment_state(
-                X, i * SEGMENT, tl.minimum(V, i * SEGMENT + SEGMENT), k, softcap, BLOCK, E, CAP, ENTROPY, P_SQ, KEEP
-            )
-        m, s, u, q = merge(m, s, u, q, m2, s2, u2, q2, k)
-    return m, tl.where(s > 0.0, s, float("nan")), u, q
+    """The state of a whole row."""
+    top, sum, dot, sum_sq = no_slots(SLOTS)
+    tiles = first_tiles(X, V, SLOTS, VECTORS, E, AHEAD, ALIGN, POLICY)
+    for start in range(0, V, SEGMENT):
+        stop = tl.minimum(V, start + SEGMENT)
+        top2, sum2, dot2, sq2, tiles = segment_slots(
+            X, tiles, start, stop, V, k, softcap, SLOTS, VECTORS, E, AHEAD, CAP, ENTROPY, P_SQ, ALIGN, POLICY
+        )
+        top, sum, dot, sum_sq = merge_slots(top, sum, dot, sum_sq, top2, sum2, dot2, sq2, k)
+    return row_of_slots(X, V, k, softcap, top, sum, dot, sum_sq, SLOTS, E, CAP, ENTROPY, P_SQ)
+
+
+@triton.jit
+def store_slots(P, top, sum, dot, sum_sq, SLOTS: tl.constexpr):
+    P += tl.arange(0, SLOTS)
+    tl.store(P, top)
+    tl.store(P + SLOTS, sum)
+    tl.store(P + 2 * SLOTS, dot)
+    tl.store(P + 3 * SLOTS, sum_sq)
+
+
+@triton.jit
+def merged_row(
+    P, X, V, k, softcap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr
+):  # fmt: skip
+    """The state of a row from the slots of its segments, which are at ``P``."""
+    top, sum, dot, sum_sq = no_slots(SLOTS)
+    P += tl.arange(0, SLOTS)
+    for _ in range(tl.cdiv(V, SEGMENT)):
+        top2, sum2, dot2, sq2 = tl.load(P), tl.load(P + SLOTS), tl.load(P + 2 * SLOTS), tl.load(P + 3 * SLOTS)
+        top, sum, dot, sum_sq = merge_slots(top, sum, dot, sum_sq, top2, sum2, dot2, sq2, k)
+        P += 4 * SLOTS
+    return row_of_slots(X, V, k, softcap, top, sum, dot, sum_sq, SLOTS, E, CAP, ENTROPY, P_SQ)
 
 
 @triton.jit
 def gradient_tile(z, c, k, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
     """``p·(A + B·log2 p + C·p)`` with ``log2 p = (w - c)·k + b``, times the slope of the cap."""
     w, slope = capped(z, softcap, CAP)
-    log2_p = _exponent(w - c, k, b)
+    # Without a logarithm in the factor nothing multiplies an exponent of -inf.
+    log2_p = _exponent(w - c, k, b) if ENTROPY else tl.fma(w - c, k, b)
     p = tl.exp2(log2_p)
     factor = A
     if ENTROPY:
@@ -217,39 +360,79 @@ def gradient_tile(z, c, k, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.c
 
 
 @triton.jit
-def round_to(g, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """To nearest even, as hardware does. Triton's interpreter truncates to bfloat16: EMULATE there."""
-    if EMULATE:
-        bits = g.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        g = tl.where(g == g, rounded.to(tl.float32, bitcast=True), g)
-    return g.to(dtype)
+def _whole_tiles(start, stop, V, BLOCK: tl.constexpr):
+    """The column after the last whole tile of the softmax in ``start`` to ``stop``."""
+    return start + tl.maximum(tl.minimum(stop, V) - start, 0) // BLOCK * BLOCK
+
+
+@triton.jit
+def load_last_tiles(X, start, stop, V, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constexpr):
+    """What :func:`gradient_sweep` begins with: the vectors after the last whole tile, and that one. To be issued before its coefficients are known."""
+    BLOCK: tl.constexpr = SLOTS * VECTORS * E
+    full = _whole_tiles(start, stop, V, BLOCK)
+    end = load_tile(X + full, tl.minimum(stop, V) - full, SLOTS, VECTORS, E, ALIGN, "evict_first")
+    return end, load_tile(X + (full - BLOCK), tl.where(full > start, BLOCK, 0), SLOTS, VECTORS, E, ALIGN, "evict_first")
+
+
+@triton.jit
+def _gradient_run(
+    P, z, columns, c, k, b, A, B, C, softcap, SLOTS: tl.constexpr, E: tl.constexpr,
+    CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, EMULATE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    w = numbers(z, dtype, E)
+    g = (gradient_tile(w[0], c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ),)
+    if E == 8:
+        g = g + (gradient_tile(w[1], c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ),)
+    store_run(P, g, columns, SLOTS, E, EMULATE)
+
+
+@triton.jit
+def _gradient_store(
+    P, z, columns, c, k, b, A, B, C, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
+    CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, EMULATE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the tile of words ``z``, all of it or its first ``columns``, to ``P``."""
+    for i in tl.static_range(VECTORS):
+        if columns is None:
+            _gradient_run(P + i * (SLOTS * E), z[i], None, c, k, b, A, B, C, softcap, SLOTS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
+        else:
+            left = columns - i * (SLOTS * E)
+            if left > 0:
+                _gradient_run(P + i * (SLOTS * E), z[i], left, c, k, b, A, B, C, softcap, SLOTS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
 
 
 @triton.jit
 def gradient_sweep(
-    X, OUT, start, stop, V, y, at_target, c, k, b, A, B, C, softcap,
-    BLOCK: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, EMULATE: tl.constexpr,
+    X, OUT, tiles, start, stop, V, y, at_target, c, k, b, A, B, C, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
+    CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the columns ``start`` (a multiple of BLOCK) to ``stop``, last tile first: what was read last is still in L2.
+    """Write the gradient of the columns ``start`` (a multiple of a tile) to ``stop``, last tile first: what was read last is still in L2.
 
-    Columns from ``V`` on are not in the softmax, they get zeros. The target's column ``y`` (-1: none) is written over at the end.
+    ``tiles`` is what :func:`load_last_tiles` returned. Columns from ``V`` on are not in the softmax, they get zeros. The target's column ``y`` (-1: none)
+    is written over at the end.
     """
-    cols = tl.arange(0, BLOCK // E)[:, None] * E + tl.arange(0, E)[None, :]
-    full = tl.maximum(start, tl.minimum(stop, V) // BLOCK * BLOCK)
-    for first in range(full, stop, BLOCK):
-        z = tl.load(X + first + cols, mask=first + cols < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-        g = gradient_tile(z, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
-        g = tl.where(first + cols < V, g, 0.0)
-        tl.store(OUT + first + cols, round_to(g, OUT.dtype.element_ty, EMULATE), mask=first + cols < stop, eviction_policy="evict_first")
-    for i in range((full - start) // BLOCK):
+    BLOCK: tl.constexpr = SLOTS * VECTORS * E
+    dtype: tl.constexpr = X.dtype.element_ty
+    full = _whole_tiles(start, stop, V, BLOCK)
+    last = tl.minimum(stop, V)
+    end, z = tiles
+    if full < last:
+        _gradient_store(OUT + full, end, last - full, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
+    for first in range(tl.maximum(start, last // E * E), stop, SLOTS):  # what is left of a vector, and padding
+        column = first + tl.arange(0, SLOTS)
+        w = tl.load(X + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        g = tl.where(column < V, gradient_tile(w, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ), 0.0)
+        tl.store(OUT + column, round_to(g, dtype, EMULATE), mask=column < stop, eviction_policy="evict_first")
+    for i in range((full - start) // BLOCK - 1):
         first = full - (i + 1) * BLOCK
-        z = tl.load(X + first + cols, eviction_policy="evict_first").to(tl.float32)
-        g = gradient_tile(z, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
-        tl.store(OUT + first + cols, round_to(g, OUT.dtype.element_ty, EMULATE), eviction_policy="evict_first")
+        ahead = load_tile(X + (first - BLOCK), None, SLOTS, VECTORS, E, ALIGN, "evict_first")
+        _gradient_store(OUT + first, z, None, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
+        z = ahead
+    if full > start:
+        _gradient_store(OUT + start, z, None, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
     if (y >= start) & (y < stop):
         tl.debug_barrier()  # another thread has just written this column
-        tl.store(OUT + y, round_to(at_target, OUT.dtype.element_ty, EMULATE))
+        tl.store(OUT + y, round_to(at_target, dtype, EMULATE))
 
 
 @triton.jit

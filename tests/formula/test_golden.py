@@ -4,13 +4,13 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
-import golden
 import pytest
 import torch
 
 from reweight_ops._core.catalogue.registry import KINDS
 from reweight_ops._core.formula.base import RULES, WEIGHTS
 from reweight_ops._core.formula.namespace import TorchNamespace
+from reweight_ops.testing import golden_rules as golden
 from reweight_ops.testing.checks import LOSS_KINDS, by_hand
 from reweight_ops.testing.golden import build, golden_error, result_of, token_weights
 from reweight_ops.testing.golden_rows import GOLDEN, GOLDEN_KINDS

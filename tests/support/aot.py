@@ -26,7 +26,7 @@ from reweight_ops._core.backends import triton_launch, triton_scale  # noqa: E40
 from reweight_ops._core.backends import triton_token as backend  # noqa: E402
 from reweight_ops._core.backends.base import COEFS, RowInputs, SoftmaxParams  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
-from reweight_ops.triton_kernels.config import MAX_REGISTERS, Config  # noqa: E402
+from reweight_ops.triton_kernels.config import VARIANTS, Config, Launch  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
@@ -72,7 +72,8 @@ def inspect(target: str, name: str, dtype: str, kernel) -> Compiled:
         def number(key: str) -> int:
             return int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
 
-        spilled = number("private_segment_fixed_size") + 4 * number("vgpr_spill_count") + 4 * number("sgpr_spill_count")
+        # A scalar register spills into a lane of a vector register, not to memory.
+        spilled = number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
         loads, stores = (len(re.findall(rf"(?:global|buffer)_{kind}_(?:dwordx4|b128)", text)) for kind in ("load", "store"))
         return Compiled(target, name, dtype, number("vgpr_count"), spilled, loads, stores, kernel.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -104,9 +105,9 @@ class Recorder:
     def __exit__(self, *error):
         triton_launch.launch, triton_launch.wave = self._launch, self._wave
 
-    def launch(self, kernel, programs, *args, warps, registers=MAX_REGISTERS, **meta):
+    def launch(self, kernel, programs, *args, shape, wave=32, **meta):
         compiled = kernel.warmup(
-            *args, grid=(programs,), **meta, **triton_launch.options(warps, TARGETS[self.target].backend == "hip", registers)
+            *args, grid=(programs,), **meta, **triton_launch.options(shape, wave, TARGETS[self.target].backend == "hip")
         )
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
@@ -136,12 +137,66 @@ def compile_all(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float3
 
 
 def split_and_capped(target: str) -> list[Compiled]:
-    """The variants that the plain call does not launch: split rows, a softcap, a rule with every statistic, unaligned rows."""
+    """The variants that the plain call does not launch: a softcap, and with it split rows; unaligned rows, split."""
+    whole = compile_all(target, (torch.bfloat16,), softcap=30.0)
     triton_launch.processors = lambda device: 10**6
     try:
-        return compile_all(target, (torch.bfloat16,), softcap=30.0) + compile_all(target, (torch.float32,), vocab=50257)
+        return whole + compile_all(target, (torch.bfloat16,), softcap=30.0) + compile_all(target, (torch.float32,), vocab=50257)
     finally:
         triton_launch.processors = lambda device: 1
+
+
+def every_shape(target: str) -> list[Compiled]:
+    """Whole rows in every line of the tables of shapes, with a rule that has an entropy gradient."""
+    result = []
+    for name, table in VARIANTS.items():
+        os.environ["REWEIGHT_OPS_TRITON_SHAPES"] = name
+        for limit, _ in table:
+            for dtype in (torch.bfloat16, torch.float32):
+                result += compile_all(target, (dtype,), vocab=min(limit, 1 << 20) // dtype.itemsize // 8 * 8)
+    return result
+
+
+def loops(kernel) -> list[list[str]]:
+    """The instructions of each innermost loop of a kernel, as the machine runs them (SASS)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+        text = subprocess.run(
+            [str(tool) if tool.exists() else "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label.group(1)] = len(lines)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(instruction.group(1))
+    ends = [(labels.get(m.group(1), len(lines)), i) for i, x in enumerate(lines) if (m := re.search(r"BRA\S*.*`\((\.L_\w+)\)", x))]
+    back = [(a, b) for a, b in ends if a <= b]
+    return [lines[a : b + 1] for a, b in back if not any((a, b) != (c, d) and a <= c and d <= b for c, d in back)]
+
+
+def whole_tile_loops(target: str) -> list[dict]:
+    """Of the default shape's loops over whole tiles, in bf16 and with an entropy gradient: the logits of an iteration, its instructions, how many of them
+    come before the last 16-byte load, and how many before the first exponential."""
+    result = []
+    with Recorder(target) as recorder:
+        call_all(torch.bfloat16, 151936)
+    for name, kernel in recorder.kernels.values():
+        for loop in loops(kernel):
+            loads = [i for i, x in enumerate(loop) if "LDG" in x and ".128" in x and not x.startswith("@")]
+            exponentials = [i for i, x in enumerate(loop) if "MUFU.EX2" in x]
+            if loads and exponentials:
+                writes = any("STG" in x and ".128" in x for x in loop)
+                result.append(
+                    {
+                        "kernel": name, "sweep": "gradient" if writes else "statistics", "logits": 8 * len(loads), "instructions": len(loop),
+                        "last_load": loads[-1], "first_exponential": exponentials[0],
+                    }
+                )  # fmt: skip
+    return result
 
 
 def count_compilations(target: str = "sm_90") -> dict[str, int]:
@@ -189,7 +244,9 @@ def scales(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -
 
 def oversized(target: str) -> list[Compiled]:
     """The negative control: tiles far too large for the registers."""
-    backend.config_for = lambda columns, itemsize, wave: Config(1 << (16 if wave == 64 else 14), 16 // itemsize, 4, 1 << 16)
+    threads, slots = 4 * TARGETS[target].warp_size, 1 << (12 if TARGETS[target].backend == "hip" else 10)
+    launch = Launch(threads, 64)
+    backend.config_for = lambda columns, itemsize, capped: Config(slots, 2, 8, 1 << 16, launch, launch, launch, 2)
     logits = torch.empty(4, 1 << 17, dtype=torch.bfloat16)
     with Recorder(target) as recorder:
         backend.token_stats(logits, torch.zeros(4, dtype=torch.int64), torch.ones(1), SoftmaxParams(1 << 17), ("logp", "entropy"))
@@ -198,8 +255,16 @@ def oversized(target: str) -> list[Compiled]:
 
 if __name__ == "__main__":
     task, targets = sys.argv[1], sys.argv[2:] or list(TARGETS)
-    if task == "count":
+    if task == "loops":
+        print(json.dumps([found for target in targets for found in whole_tile_loops(target)]))
+    elif task == "count":
         print(json.dumps(count_compilations()))
     else:
-        run = {"compile": compile_all, "variants": split_and_capped, "oversized": oversized, "scales": scales}[task]
+        run = {
+            "compile": compile_all,
+            "variants": split_and_capped,
+            "shapes": every_shape,
+            "oversized": oversized,
+            "scales": scales,
+        }[task]
         print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))

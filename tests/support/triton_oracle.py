@@ -24,6 +24,7 @@ from reweight_ops._core.formula.text import write_formula
 from reweight_ops._core.formula.trace import trace_rule, trace_weight
 from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules import RULES, WEIGHTS
+from reweight_ops.triton_kernels.config import Config, Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -44,6 +45,11 @@ def fuse_multiply_add() -> None:
 
 if triton_launch.interpreted() and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
     fuse_multiply_add()
+
+
+def small_config(columns: int, itemsize: int, capped: bool) -> Config:
+    """Tiles of 128 columns and segments of 256: several of both at sizes that the interpreter likes."""
+    return Config(64 * itemsize // 16, 2, 16 // itemsize, 256, Launch(32, 64), Launch(32, 64, 2), Launch(64 * itemsize // 16, 64), 2)
 
 
 def rows_in(program: Program) -> list[tuple[type, list[str]]]:

@@ -1,40 +1,74 @@
-"""Two logits tensors in Triton: one launch for statistics, for a gradient, or for both."""
+"""Two logits tensors in Triton: one launch for statistics, for a gradient, or for both.
+
+A few long rows are split over programs as in :mod:`..backends.triton`: slots of segments, their merge, and, if asked for, the gradient.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...triton_kernels.config import config_for
-from ...triton_kernels.divergence import divergence_kernel
+from ...triton_kernels.config import pair_config
+from ...triton_kernels.divergence import SLOT, divergence_kernel, partial_divergence_kernel
 from . import triton_launch
 from .base import DIVERGENCE_STATS, DivergenceInputs, rows_of
 
-#: Twice the state of one tensor's sweep in every thread: more registers than the kernels on one tensor may have, or they spill.
-_REGISTERS = 128
+
+class _Call:
+    """What the launches of one call have in common."""
+
+    def __init__(self, two: DivergenceInputs, out: Tensor | None) -> None:
+        x, y = two.logits, two.other
+        self.two, self.rows, self.out = two, two.ids.numel(), x if out is None else out
+        wave = triton_launch.wave(x.device)
+        self.config = pair_config(two.head.vocab_size, x.element_size(), y.element_size())
+        self.segments = -(-two.head.vocab_size // self.config.segment)
+        self.split = triton_launch.is_split(self.rows, self.segments, x.device)
+        others, tensors = rows_of(y), (x, y) if out is None else (x, y, out)
+        self.where = *rows_of(x), others.batch_stride, others.row_stride
+        self.strides = int(two.temperature.numel() > 1), int(two.other_temperature.numel() > 1)
+        self.caps = [1.0 if h.softcap == float("inf") else h.softcap for h in (two.head, two.other_head)]
+        self.meta: dict[str, Any] = {
+            "SEGMENT": self.config.segment, "SLOTS": self.config.slots, "VECTORS": self.config.vectors, "E": self.config.vector,
+            "P_CAP": two.head.softcap != float("inf"), "Q_CAP": two.other_head.softcap != float("inf"),
+            "ALIGN": min(triton_launch.alignment(t) for t in tensors), "shape": self.config.stats, "wave": wave,
+        }  # fmt: skip
+
+    def partial(self) -> Tensor:
+        """The slots of every segment."""
+        two = self.two
+        slots = torch.empty((self.rows, self.segments, SLOT.value, self.config.slots), dtype=torch.float32, device=two.logits.device)
+        triton_launch.launch(
+            partial_divergence_kernel, self.rows * self.segments, two.logits, two.other, two.ids, two.temperature, two.other_temperature,
+            slots, *self.strides, *self.where, two.head.vocab_size, *self.caps, **self.meta,
+        )  # fmt: skip
+        return slots
+
+    def launch(self, programs: int, table: Tensor, coefs: Tensor, partial: Tensor, *, stats: bool, grad: bool, logs: bool) -> None:
+        two, to = self.two, rows_of(self.out)
+        triton_launch.launch(
+            divergence_kernel, programs, two.logits, two.other, self.out, two.ids, two.temperature, two.other_temperature, table, coefs,
+            partial, self.rows, *self.strides, *self.where, to.batch_stride, to.row_stride, two.head.vocab_size, two.logits.size(-1),
+            *self.caps, STATS=stats, GRAD=grad, LOGS=logs, SPLIT=self.split,
+            EMULATE=triton_launch.interpreted() and two.logits.dtype == torch.bfloat16, **self.meta,
+        )  # fmt: skip
 
 
 def _launch(two: DivergenceInputs, table: Tensor, out: Tensor | None, coefs: Tensor, *, stats: bool, logs: bool) -> None:
-    n = two.ids.numel()
-    if not n:
+    if not two.ids.numel():
         return
-    x, y = two.logits, two.other
-    size = max(x.element_size(), y.element_size())
-    columns = two.head.vocab_size
-    config = config_for(columns, size, triton_launch.wave(x.device))
-    rows, others, to = rows_of(x), rows_of(y), rows_of(x if out is None else out)
-    tensors = (x, y) if out is None else (x, y, out)
-    align = min(triton_launch.alignment(t) for t in tensors)
-    caps = [1.0 if h.softcap == float("inf") else h.softcap for h in (two.head, two.other_head)]
-    emulate = triton_launch.interpreted() and x.dtype == torch.bfloat16
-    triton_launch.launch(
-        divergence_kernel, n, x, y, x if out is None else out, two.ids, two.temperature, two.other_temperature, table, coefs,
-        n, int(two.temperature.numel() > 1), int(two.other_temperature.numel() > 1),
-        *rows, others.batch_stride, others.row_stride, to.batch_stride, to.row_stride,
-        columns, x.size(-1), *caps, STATS=stats, GRAD=out is not None, LOGS=logs, BLOCK=config.block, E=config.vector,
-        P_CAP=two.head.softcap != float("inf"), Q_CAP=two.other_head.softcap != float("inf"), ALIGN=align, EMULATE=emulate, warps=config.warps,
-        registers=_REGISTERS,
-    )  # fmt: skip
+    call = _Call(two, out)
+    grad = out is not None
+    if not call.split:
+        call.launch(call.rows, table, coefs, table, stats=stats, grad=grad, logs=logs)
+        return
+    if stats:
+        call.launch(call.rows, table, coefs, call.partial(), stats=True, grad=False, logs=False)
+    if grad:
+        chunks = -(-two.logits.size(-1) // call.config.segment)
+        call.launch(call.rows * chunks, table, coefs, table, stats=False, grad=True, logs=logs)
 
 
 def divergence_stats(two: DivergenceInputs) -> Tensor:

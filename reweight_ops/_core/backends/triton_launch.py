@@ -17,7 +17,7 @@ except ImportError as error:
     raise BackendUnavailable(f"Triton cannot be imported ({error}); pip install triton (Linux, or triton-windows).") from error
 
 from ...triton_kernels import kernels
-from ...triton_kernels.config import MAX_REGISTERS
+from ...triton_kernels.config import Launch
 
 #: The oldest and the newest Triton that the tests were run with; ``make triton-versions`` runs them with each.
 TESTED = ((3, 6), (3, 9))
@@ -44,6 +44,10 @@ def interpreted() -> bool:
     return not isinstance(kernels.stats_kernel, triton.runtime.JITFunction)
 
 
+#: Rows up to which a row is split over programs: below this many programs per multiprocessor a device idles.
+_ROWS_PER_PROCESSOR = 2
+
+
 @functools.lru_cache
 def properties(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device)
@@ -57,7 +61,12 @@ def processors(device: torch.device) -> int:
     return int(properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
-def launch(kernel: Any, programs: int, *args: Any, warps: int, registers: int = MAX_REGISTERS, **meta: Any) -> None:
+def is_split(rows: int, segments: int, device: torch.device) -> bool:
+    """Whether there are too few rows for a program each."""
+    return segments > 1 and rows < _ROWS_PER_PROCESSOR * processors(device)
+
+
+def launch(kernel: Any, programs: int, *args: Any, shape: Launch, wave: int = 32, **meta: Any) -> None:
     """The one place where anything is launched."""
     if interpreted():
         import numpy
@@ -65,12 +74,12 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int, registers: int = 
         with numpy.errstate(all="ignore"):  # it warns of every 0 * inf in a branch that a select then drops
             kernel[(programs,)](*args, **meta)
     else:
-        kernel[(programs,)](*args, **meta, **options(warps, torch.version.hip is not None, registers))
+        kernel[(programs,)](*args, **meta, **options(shape, wave, torch.version.hip is not None))
 
 
-def options(warps: int, hip: bool, registers: int = MAX_REGISTERS) -> dict[str, Any]:
+def options(shape: Launch, wave: int, hip: bool) -> dict[str, Any]:
     # Contraction off: kernels that share a sweep must round alike. Registers bounded, or ptxas spills for an occupancy nobody needs.
-    return {"num_warps": warps, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": registers})
+    return {"num_warps": shape.threads // wave, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": shape.registers})
 
 
 def alignment(*tensors: Tensor) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...triton_kernels.config import Launch
 from ...triton_kernels.scale import scale_kernel
 from . import triton_launch
 from .scale import scale_in_torch, spans_of
@@ -12,7 +13,7 @@ from .scale import scale_in_torch, spans_of
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 #: Threads of a program that scales, vectors of each in flight, and programs on a multiprocessor: 64 KiB of loads there.
-_THREADS, _VECTORS, _PROGRAMS = 256, 4, 4
+_THREADS, _VECTORS, _PROGRAMS, _REGISTERS = 256, 4, 4, 64
 
 
 def scale(grad: Tensor, factor: Tensor) -> None:
@@ -28,5 +29,6 @@ def scale(grad: Tensor, factor: Tensor) -> None:
     programs = min(spans.rows * tiles, _PROGRAMS * triton_launch.processors(grad.device))
     triton_launch.launch(
         scale_kernel, programs, grad, factor.detach().float(), spans.rows, spans.columns, tiles, *spans.addresses, FLAT=spans.rows == 1, BLOCK=block,
-        SIZE=size, EMULATE=triton_launch.interpreted() and grad.dtype == torch.bfloat16, warps=_THREADS // triton_launch.wave(grad.device),
+        SIZE=size, EMULATE=triton_launch.interpreted() and grad.dtype == torch.bfloat16,
+        shape=Launch(_THREADS, _REGISTERS), wave=triton_launch.wave(grad.device),
     )  # fmt: skip

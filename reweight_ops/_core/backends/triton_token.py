@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 from ...triton_kernels import kernels
-from ...triton_kernels.config import Config, config_for
+from ...triton_kernels.config import Config, Launch, config_for
 from ..formula.loss_program import Program, loss_graph
 from . import triton_launch
 from .base import COEFS, LOSS_ROWS, STATS, RowInputs, SoftmaxParams, rows_of
 from .triton_cache import program_function
 
 _STAT_ORDER = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
-#: Rows up to which a row is split over programs: below this many programs per multiprocessor a device idles.
-_ROWS_PER_PROCESSOR = 2
 
 
 class _Call:
@@ -23,32 +21,38 @@ class _Call:
     def __init__(self, logits: Tensor, temperature: Tensor, head: SoftmaxParams, out: Tensor | None = None) -> None:
         self.where = rows_of(logits)
         self.rows = logits.numel() // logits.size(-1)
-        self.config: Config = config_for(head.vocab_size, logits.element_size(), triton_launch.wave(logits.device))
+        self.wave = triton_launch.wave(logits.device)
+        self.config: Config = config_for(head.vocab_size, logits.element_size(), head.softcap != float("inf"))
         self.segments = -(-head.vocab_size // self.config.segment)
-        self.split = self.segments > 1 and self.rows < _ROWS_PER_PROCESSOR * triton_launch.processors(logits.device)
-        self.chunk = self.config.block * 4
+        self.split = triton_launch.is_split(self.rows, self.segments, logits.device)
         self.softcap = 1.0 if head.softcap == float("inf") else head.softcap
-        self.tile = {"CAP": head.softcap != float("inf"), "BLOCK": self.config.block, "E": self.config.vector}
+        self.tile = {
+            "CAP": head.softcap != float("inf"), "SLOTS": self.config.slots, "VECTORS": self.config.vectors, "E": self.config.vector
+        }  # fmt: skip
         self.align = triton_launch.alignment(logits, *([] if out is None else [out]))
         self.t_stride = 0 if temperature.numel() == 1 else 1
         self.emulate = triton_launch.interpreted() and logits.dtype == torch.bfloat16
         self.device = torch.device("cuda", logits.device.index or 0) if logits.device.type == "cuda" else logits.device
 
-    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, keep: bool) -> Tensor | None:
-        """The segments' states and the targets' logits, if the rows are split."""
+    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, merge: bool) -> Tensor | None:
+        """The segments' slots and the targets' logits, if the rows are split; ``merge``: and the rows' states."""
         if not self.split:
             return None
-        partial = torch.empty((self.rows, 4 * self.segments + 1), dtype=torch.float32, device=logits.device)
-        triton_launch.launch(
-            kernels.partial_kernel, self.rows * self.segments, logits, ids, temperature, partial, self.t_stride, *self.where,
-            head.vocab_size, self.softcap, head.vocab_start, head.total(), SEGMENT=self.config.segment, **self.tile, ALIGN=self.align,
-            KEEP=keep, warps=self.config.warps,
+        size = 4 * self.config.slots * self.segments + 5
+        partial = torch.empty((self.rows, size), dtype=torch.float32, device=logits.device)
+        args = (
+            logits, ids, temperature, partial, self.t_stride, *self.where, head.vocab_size, self.softcap, head.vocab_start, head.total()
         )  # fmt: skip
+        meta = {"SEGMENT": self.config.segment, **self.tile, "ALIGN": self.align, "shape": self.config.stats, "wave": self.wave}
+        policy = "evict_last" if merge else "evict_first"
+        triton_launch.launch(kernels.partial_kernel, self.rows * self.segments, *args, **meta, AHEAD=self.config.stats.ahead, POLICY=policy)
+        if merge:
+            triton_launch.launch(kernels.merge_kernel, self.rows, *args, **meta)
         return partial
 
     def programs(self, out: Tensor) -> int:
         """Programs that write a gradient."""
-        return self.rows * (-(-out.size(-1) // self.chunk) if self.split else 1)
+        return self.rows * (-(-out.size(-1) // self.config.segment) if self.split else 1)
 
 
 def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
@@ -57,12 +61,12 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxP
         return out
     assert set(stats) <= set(STATS)
     call = _Call(logits, temperature, head)
-    partial = call.partial(logits, ids, temperature, head, keep=False)
+    partial = call.partial(logits, ids, temperature, head, merge=False)
     triton_launch.launch(
         kernels.stats_kernel, call.rows, logits, ids, temperature, out if partial is None else partial, out, call.rows,
         call.t_stride, *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
         STATS=tuple(stats.index(name) if name in stats else -1 for name in _STAT_ORDER), SPLIT=call.split, SEGMENT=call.config.segment,
-        **call.tile, ALIGN=call.align, warps=call.config.warps,
+        **call.tile, ALIGN=call.align, AHEAD=call.config.stats.ahead, shape=call.config.stats, wave=call.wave,
     )  # fmt: skip
     return out
 
@@ -86,15 +90,17 @@ def token_grad(
     target = torch.empty(n, dtype=torch.float32, device=logits.device) if kept else nothing
     if kept:
         triton_launch.launch(
-            kernels.target_kernel, n, logits, ids, target, *call.where, head.vocab_size, head.vocab_start, head.total(), warps=1
+            kernels.target_kernel, n, logits, ids, target, *call.where, head.vocab_size, head.vocab_start, head.total(),
+            shape=Launch(call.wave, 64), wave=call.wave,
         )  # fmt: skip
     to = rows_of(out)
     triton_launch.launch(
         kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, target, stats["logp"], stats["lse"],
         stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing), *(nothing if c is None else c for c in by), call.t_stride,
         *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
-        BY=tuple(c is not None for c in by), KEPT=kept, SPLIT=call.split, CHUNK=call.chunk, **call.tile, ALIGN=call.align,
-        EMULATE=call.emulate, warps=call.config.warps,
+        BY=tuple(c is not None for c in by), KEPT=kept, SPLIT=call.split, CHUNK=call.config.segment,
+        **call.tile | {"SLOTS": call.config.grad.threads, "VECTORS": call.config.grad_vectors}, ALIGN=call.align, EMULATE=call.emulate,
+        shape=call.config.grad, wave=call.wave,
     )  # fmt: skip
 
 
@@ -107,7 +113,7 @@ def token_loss_grad(
         return rows
     call = _Call(logits, temperature, head, out)
     graph = loss_graph(program)
-    partial = call.partial(logits, ids, temperature, head, keep=True)
+    partial = call.partial(logits, ids, temperature, head, merge=True)
     to, entropy, p_sq = rows_of(out), graph.moves("entropy"), graph.moves("log_sum_p_sq")
     given = [rows if x is None else x for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)]
     triton_launch.launch(
@@ -115,7 +121,8 @@ def token_loss_grad(
         rows if partial is None else partial, rows, n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None),
         *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
         PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in graph.reads(),
-        SPLIT=call.split, CHUNK=call.chunk, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align, EMULATE=call.emulate,
-        warps=call.config.warps,
+        SPLIT=call.split, CHUNK=call.config.segment, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align,
+        AHEAD=call.config.one_pass.ahead, EMULATE=call.emulate,
+        shape=call.config.one_pass.alone() if call.split else call.config.one_pass, wave=call.wave,
     )  # fmt: skip
     return rows

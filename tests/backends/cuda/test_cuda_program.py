@@ -44,17 +44,28 @@ def test_random_rules(cuda, schedule):
 
 
 def test_a_level_wider_than_a_warp(cuda, schedule):
-    """Seventeen terms, and more row weights than lanes bring at once."""
-    terms = 17
-    program = Program.of(("clip", *["k2", "k3"] * 4, *["entropy_bonus"] * 8))
+    """And more row weights than its lanes bring at once."""
+    terms = 31
+    program = Program.of(("clip", *["k2", "k3"] * 4, *["entropy_bonus"] * 22))
     table = build_table(loss_graph(program))
     ends = [0, *table.levels]
     assert max(b - a for a, b in itertools.pairwise(ends)) > 32
-    params = [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, *[0.1, 20.0, 0.2, 20.0, 10.0] * 4, *[0.01 * k for k in range(8)]]
+    params = [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, *[0.1, 20.0, 0.2, 20.0, 10.0] * 4, *[0.01 * k for k in range(22)]]
     z, ids = rows(6, 300, torch.float32, "plain")
     g = torch.Generator().manual_seed(0)
     old, adv, ref = torch.randn(6, generator=g) * 0.1 - 6, torch.randn(6, generator=g), torch.randn(6, generator=g) * 0.3 - 6
     inputs = RowInputs(torch.rand(terms, 6, generator=g), old, adv, ref)
+    assert_like_the_reference(cuda, z, ids, inputs, program, params)
+
+
+def test_on_policy(cuda, schedule):
+    """Without old log-probs the ratio is exactly 1, and the row before has left nothing."""
+    z, ids = rows(6, 300, torch.float32, "plain")
+    inputs = RowInputs(torch.ones(1, 6), None, torch.randn(6, generator=torch.Generator().manual_seed(0)))
+    assert_like_the_reference(cuda, z, ids, inputs, Program.of(("clip",)), [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf])
+
+
+def assert_like_the_reference(cuda, z, ids, inputs, program, params):
     found = []
     for verbs in (cuda, reference):
         out = torch.full_like(z, math.nan)

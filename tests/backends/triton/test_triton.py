@@ -16,7 +16,7 @@ from built_in import own_rules
 
 pytest.importorskip("triton")
 
-from triton_oracle import DEVICE, Batch, check_grad, check_loss_grad, check_stats, default_params, run_loss_grad, run_stats
+from triton_oracle import DEVICE, Batch, check_grad, check_loss_grad, check_stats, default_params, run_loss_grad, run_stats, small_config
 
 from reweight_ops._core.backends import triton_cache as triton_programs
 from reweight_ops._core.backends import triton_launch
@@ -27,7 +27,7 @@ from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.triton import program_py
 from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules import RULES, WEIGHTS, Rule, TokenWeight, rule, weight
-from reweight_ops.triton_kernels.config import Config, config_for
+from reweight_ops.triton_kernels.config import VARIANTS, bytes_in_flight, config_for
 
 ROWS = 12
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,7 +42,7 @@ def _cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles and segments a row at sizes that the interpreter likes."""
-    monkeypatch.setattr(backend, "config_for", lambda columns, itemsize, wave: Config(128, 16 // itemsize, 1, 256))
+    monkeypatch.setattr(backend, "config_for", small_config)
 
 
 # --- batches --------------------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def split(monkeypatch, yes: bool) -> None:
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch):
-    """And a verb of split rows is at most two launches, of whole rows always one."""
+    """And a verb of split rows is at most three launches, of whole rows always one."""
     n, v = 6, 1000  # 4 segments of 256 columns and, with padding, 3 chunks of 512
     batch = make(dtype, n=n, v=v + 300, head=SoftmaxParams(v), ids=torch.tensor([3, 999, OUT, 600, v + 1, 511]))
     given = [x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature)]
@@ -204,7 +204,7 @@ def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch
     launched.clear()
     cut = run(True)
     keeps = ["target_kernel"] if in_place else []
-    assert launched == ["partial_kernel", "stats_kernel", *keeps, "gradient_kernel", "partial_kernel", "loss_grad_kernel"]
+    assert launched == ["partial_kernel", "stats_kernel", *keeps, "gradient_kernel", "partial_kernel", "merge_kernel", "loss_grad_kernel"]
     for one, other in zip(whole, cut, strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
 
@@ -428,16 +428,34 @@ def test_reasons():
     assert "xpu" in load("triton").unsupported_reason(request._replace(device=torch.device("xpu"))) or triton_launch.interpreted()
 
 
+@pytest.mark.parametrize("shapes", sorted(VARIANTS))
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("wave", [32, 64])
 @pytest.mark.parametrize("columns", [1, 1000, 32000, 151936, 1 << 21])
-def test_launch_shapes(columns, itemsize, wave):
-    config = config_for(columns, itemsize, wave)
-    assert config.vector * itemsize == 16
-    assert config.block & (config.block - 1) == 0
-    assert config.segment % config.block == 0
-    assert config.warps * wave <= 1024
-    assert config.block % (config.warps * wave * config.vector) == 0
+def test_launch_shapes(columns, itemsize, shapes, monkeypatch):
+    monkeypatch.setenv("REWEIGHT_OPS_TRITON_SHAPES", shapes)
+    for capped in (False, True):
+        config = config_for(columns, itemsize, capped)
+        assert config.vector * itemsize == 16
+        assert config.block & (config.block - 1) == 0
+        assert config.segment % config.block == 0
+        assert (
+            config.segment % (config.grad.threads * config.grad_vectors * config.vector) == 0
+        )  # chunks of a split gradient are whole tiles
+        for launch in (config.stats, config.one_pass, config.grad):
+            assert launch.threads % 64 == 0
+            assert launch.programs() >= 1
+        # More threads than slots would do the same work twice.
+        assert max(config.stats.threads, config.one_pass.threads) <= config.slots
+
+
+@pytest.mark.parametrize("columns, itemsize", [(32000, 2), (151936, 2), (262144, 2), (32000, 4), (151936, 4)])
+def test_enough_bytes_are_in_flight(columns, itemsize):
+    """An H200 needs 26 KiB a processor (4.3 TB/s, 0.8 us, 132 processors)."""
+    config = config_for(columns, itemsize)
+    needed = 4.3e12 * 0.8e-6 / 132
+    for launch in (config.stats, config.one_pass):
+        assert bytes_in_flight(launch, config.slots, config.vectors) >= needed
+    assert bytes_in_flight(config.grad, config.grad.threads, config.grad_vectors) >= needed
 
 
 def test_alignment_classes():

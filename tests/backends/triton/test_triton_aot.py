@@ -66,9 +66,16 @@ def test_every_verb_and_dtype_compiles_without_spills_and_streams_16_bytes_at_a_
 def test_variants_compile(aot, target):
     """Split rows, a softcap, and rows that are not aligned: those may load narrowly, but do not spill."""
     compiled = aot("variants", target)
-    assert {"partial_kernel", "target_kernel"} <= {k["kernel"] for k in compiled}
+    assert {"partial_kernel", "merge_kernel", "target_kernel"} <= {k["kernel"] for k in compiled}
     assert_sound([k for k in compiled if k["dtype"] == "bfloat16"], SPLIT_ROWS)
     assert_sound([k for k in compiled if k["dtype"] == "float32"], {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_every_shape_compiles_without_spills(aot, target):
+    """Those that a benchmark can choose as well."""
+    assert_sound(aot("shapes", target), {})
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

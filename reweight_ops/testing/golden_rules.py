@@ -1,6 +1,6 @@
 """Literal golden rows: for every rule a few tokens whose loss and derivative were worked out by hand, for weights a few small batches.
 
-Rows of published weights are the package's (``reweight_ops/testing/golden_rows.py``).
+Rows of published weights are the package's (:mod:`.golden_rows`).
 
 ``loss`` is the rule's value, ``dlogp`` its total derivative by the token's log-prob (through ``log_ratio = logp - old_logp`` and the
 reference distance alike), ``dentropy`` by the entropy, ``clipped`` the (below, above) flags. ``LN2 = log 2`` makes ratios and
@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from reweight_ops.testing.golden_rows import LN2, LN3, SPREAD, old
+from .golden_rows import LN2, LN3, SPREAD, old
 
 LN_1_1 = 0.09531017980432486  # log 1.1
 

@@ -1,0 +1,79 @@
+"""Two logits tensors on Triton where rows have several tiles and segments: accuracy, and that splitting rows changes no bit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from divergence_criterion import assert_accurate
+from triton_oracle import DEVICE
+
+from reweight_ops._core.backends import triton_divergence as backend
+from reweight_ops._core.backends import triton_launch as tokens
+from reweight_ops._core.backends.base import DivergenceInputs, SoftmaxParams
+from reweight_ops._core.rows.groups import OUT
+from reweight_ops.triton_kernels.config import Config, Launch
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    def config(columns: int, itemsize: int, other_itemsize: int) -> Config:
+        launch = Launch(32, 128)
+        vector = 16 // min(itemsize, other_itemsize)
+        return Config(64 // vector, 2, vector, 256, launch, launch, launch, 2)
+
+    monkeypatch.setattr(backend, "pair_config", config)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "dtype"),
+    [("shifted", "forward_kl", F32), ("close", "reverse_kl", F32), ("cap", "symmetric_cross_entropy", BF16)],
+    ids=str,
+)
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_accuracy(case, kind, dtype, split, monkeypatch):
+    monkeypatch.setattr(tokens, "processors", lambda device: 10**6 if split else 0)
+    assert_accurate("triton", case, kind, dtype)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32), (F32, BF16)], ids=str)
+def test_splitting_rows_changes_no_bit(dtypes, in_place, monkeypatch):
+    """And launches no more than its slots, their merge and the gradient."""
+    n, v = 5, 1003  # 4 segments, the last tile and the last vector not whole, padding after them
+    g = torch.Generator().manual_seed(0)
+    x, y = (4 * torch.randn(n, v + 300, generator=g).to(DEVICE) for _ in range(2))
+    x[2, 40:300] = -math.inf
+    ids = torch.tensor([0, OUT, 0, 0, 0], device=DEVICE)
+    t = torch.linspace(0.5, 1.5, n, device=DEVICE)
+    head = SoftmaxParams(v)
+    coefs = torch.tensor([[1.0, 0, -1, 0.5, 0], [0, 1, 0, -0.5, 0], [1, 1, 1, 0, 0]], device=DEVICE)
+    launched = []
+    launch = tokens.launch
+    monkeypatch.setattr(tokens, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
+
+    def run(yes: bool):
+        monkeypatch.setattr(tokens, "processors", lambda device: 10**6 if yes else 0)
+        logits = x.to(dtypes[0])
+        two = DivergenceInputs(logits, y.to(dtypes[1]), ids, t, t.flip(0).contiguous(), head, head)
+        table = backend.divergence_stats(two)
+        out = logits.clone() if in_place else torch.full_like(logits, math.nan)
+        backend.divergence_grad(two._replace(logits=out) if in_place else two, table, coefs, out)
+        fused = logits.clone() if in_place else torch.full_like(logits, math.nan)
+        both = backend.divergence_loss_grad(two._replace(logits=fused) if in_place else two, torch.ones(3, device=DEVICE), coefs[0], fused)
+        return table, out, both, fused
+
+    whole = run(False)
+    assert launched == ["divergence_kernel"] * 3
+    launched.clear()
+    cut = run(True)
+    pair = ["partial_divergence_kernel", "divergence_kernel"]
+    assert launched == [*pair, "divergence_kernel", *pair, "divergence_kernel"]
+    for one, other in zip(whole, cut, strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
