@@ -157,6 +157,25 @@ def test_offsets(kernels, vocab, offset):
         assert_kept(rows, got[0], out, torch.float32)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1000.0, -9000.0, 60000.0])
+@pytest.mark.parametrize("vocab", [257, 5003])
+def test_an_offset_costs_no_digits(kernels, vocab, offset):
+    """Logits that are multiples of 1/64 keep their differences exactly: statistics and gradient are those of no offset, to fp32's last digits."""
+    module, verbs = kernels
+    z = (torch.randn(4, vocab, generator=torch.Generator().manual_seed(vocab)) * 3 * 64).round() / 64
+    ids = torch.tensor([0, 1, vocab // 2, vocab - 1])
+    truth = torch.log_softmax(z.double(), -1)
+    entropy = -(truth.exp() * truth).sum(-1)
+    for kernel in ("streaming", "ring"):
+        module.set_kernel(kernel)
+        got, out = one_pass(verbs, aligned(z + offset), ids)
+        assert ((got[0].double() - truth[range(4), ids]).abs() <= 3e-6).all()
+        assert ((got[1].double() - entropy).abs() <= 3e-6).all()
+        want = truth.exp()
+        want[range(4), ids] -= 1
+        torch.testing.assert_close(out.double(), want, rtol=5e-6, atol=1e-12)
+
+
 def test_masks_far_below_a_sure_token(kernels):
     """The warps that see nothing but masked logits have nothing to sum again, and those of the few others do."""
     module, verbs = kernels
