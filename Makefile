@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
-.PHONY: demo test lint types tests slow gpu gpu-test gpu-bench triton-versions setup clean
+.PHONY: demo test lint types tests slow gpu gpu-test gpu-bench gpu-kernels triton-versions setup clean
 
 demo: setup            ## the main job: TRL's GRPOTrainer on a toy task, stock against fused, then reweighted
 	$(BIN)/python examples/trl_addition.py --out demo_output
@@ -34,11 +34,17 @@ gpu gpu-test gpu-bench:
 	@$(PYTHON) -c "import torch" 2>/dev/null || $(MAKE) setup
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m bench.gpu $(GPU_ARGS); else $(BIN)/python -m bench.gpu $(GPU_ARGS); fi
 
+# Names and settings of csrc/cuda/variants.h: make gpu-kernels VARIANTS='"direct=RING_DIRECT=1" "few=STATS_BLOCKS=2"'
+VARIANTS ?=
+gpu-kernels:           ## times compile-time variants of the CUDA kernels against what is shipped, in about a minute; needs nvcc, no built extension
+	@$(PYTHON) -c "import torch" 2>/dev/null || $(MAKE) setup
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m bench.gpu_kernels $(VARIANTS); else $(BIN)/python -m bench.gpu_kernels $(VARIANTS); fi
+
 TRITONS ?= 3.6.0 3.7.0 3.8.0 3.9.0
 triton-versions: setup ## the Triton backend's tests with every version that it is tested with (fetches them; Triton 3.6's interpreter needs an older numpy)
 	@bad=; for v in $(TRITONS); do \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-$$v triton==$$v 'numpy<2.4' && \
-	  PYTHONPATH=build/triton-$$v $(BIN)/python -m pytest -q -n $(JOBS) tests/test_triton.py tests/test_triton_check.py tests/test_triton_aot.py || bad="$$bad $$v"; \
+	  PYTHONPATH=build/triton-$$v $(BIN)/python -m pytest -q -n $(JOBS) tests/backends/triton/test_triton.py tests/backends/triton/test_triton_check.py tests/backends/triton/test_triton_aot.py || bad="$$bad $$v"; \
 	done; test -z "$$bad" || { echo "failed with Triton$$bad"; exit 1; }
 
 setup: $(STAMP)

@@ -40,6 +40,7 @@ X86_LEVELS = {
 }
 # Kernels of csrc/cuda are compiled once per dtype. No contraction: kernels that share a sweep must round alike. A spill is an error.
 CUDA_DTYPES = {"f32": "float", "bf16": "Bf16", "f16": "F16"}
+CUDA_KERNELS = ("streaming", "ring", "divergence", "scale")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
 # GCC 12 warns about its own AVX-512 header, and about the ABI of vectors that never leave their file.
@@ -101,17 +102,11 @@ class NinjaBuild(build_ext):
         ]
         objects = {"cuda_bindings.o": edge("cuda_bindings.o", "cxx", "cuda/bindings.cpp", [*flags, sources("cuda")])}
         objects["cuda_dispatch.o"] = edge("cuda_dispatch.o", "cxx", "cuda/dispatch.cpp", flags)
-        for name, element in CUDA_DTYPES.items():
-            words = [*NVCC_FLAGS, "-ccbin", cxx()[0], *targets, f"-I{ROOT / 'csrc'}", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"]
-            for kernel in ("streaming", "ring", "divergence", "scale"):
+        for name in CUDA_DTYPES:
+            for kernel in CUDA_KERNELS:
                 obj = f"{kernel}_{name}.o"
-                objects[obj] = edge(obj, "nvcc", f"cuda/{kernel}.cu", words, nvcc)
-        library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
-        if library is None:
-            raise RuntimeError(f"libcudart_static.a was not found in {toolkit}")
-        return self.link(
-            "reweight_ops._cuda", objects, [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
-        )
+                objects[obj] = cuda_edge(obj, kernel, name, targets, nvcc)
+        return self.link("reweight_ops._cuda", objects, cuda_libraries(toolkit))
 
     def link(self, module: str, objects: dict[str, str], words: list[str]) -> tuple[str, str]:
         target = Path(self.get_ext_fullpath(module)).absolute()
@@ -126,9 +121,7 @@ class NinjaBuild(build_ext):
 
         folder = Path(self.build_temp).absolute() / module
         folder.mkdir(parents=True, exist_ok=True)
-        compile_one = "$compiler $words -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
-        rules = "".join(f"rule {kind}\n  description = {kind.upper()} $out\n  command = {compile_one}" for kind in ("cxx", "nvcc"))
-        (folder / "build.ninja").write_text(rules + edges)
+        (folder / "build.ninja").write_text(RULES + edges)
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)
 
 
@@ -170,6 +163,13 @@ def toolkit_of(nvcc: Path) -> Path:
     return (Path(top.group(1).strip()) if top else nvcc.parents[1]).resolve()
 
 
+def cuda_libraries(toolkit: Path) -> list[str]:
+    library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
+    if library is None:
+        raise RuntimeError(f"libcudart_static.a was not found in {toolkit}")
+    return [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+
+
 def cuda_archs(nvcc: Path) -> list[str]:
     """What this toolkit can compile for, from Ampere to the newest; a driver compiles the PTX of the last one for anything newer."""
     named = os.environ.get("REWEIGHT_OPS_CUDA_ARCHS")
@@ -183,8 +183,22 @@ def cuda_archs(nvcc: Path) -> list[str]:
     return ["80", "90", "100", "120"] if version >= (12, 8) else ["80", "90"]
 
 
+def cuda_edge(obj: str, kernel: str, dtype: str, targets: list[str], nvcc: Path) -> str:
+    """One file of kernels for one dtype."""
+    words = [*NVCC_FLAGS, "-ccbin", cxx()[0], *targets, f"-I{ROOT / 'csrc'}", f"-DRW_ELEMENT={CUDA_DTYPES[dtype]}", f"-DRW_DTYPE={dtype}"]
+    return edge(obj, "nvcc", f"cuda/{kernel}.cu", words, nvcc)
+
+
 def ninja_quote(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
+
+
+#: How ninja compiles an edge.
+RULES = "".join(
+    f"rule {kind}\n  description = {kind.upper()} $out\n"
+    "  command = $compiler $words -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+    for kind in ("cxx", "nvcc")
+)
 
 
 def ninja_path(path: Path) -> str:
@@ -193,9 +207,10 @@ def ninja_path(path: Path) -> str:
 
 LICENSE = {"license_expression" if int(__version__.split(".")[0]) >= 77 else "license": "Apache-2.0"}
 
-setup(
-    **LICENSE,
-    packages=[*find_packages(str(ROOT), include=["reweight_ops", "reweight_ops.*"]), "reweight_ops.triton_kernels"],
-    ext_modules=[Extension("reweight_ops._C", sources=[]), Extension("reweight_ops._cuda", sources=[])],
-    cmdclass={"build_ext": NinjaBuild},
-)
+if __name__ == "__main__":  # bench/gpu_variants.py builds by the same flags
+    setup(
+        **LICENSE,
+        packages=[*find_packages(str(ROOT), include=["reweight_ops", "reweight_ops.*"]), "reweight_ops.triton_kernels"],
+        ext_modules=[Extension("reweight_ops._C", sources=[]), Extension("reweight_ops._cuda", sources=[])],
+        cmdclass={"build_ext": NinjaBuild},
+    )

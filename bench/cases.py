@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from reweight_ops import _C
+from reweight_ops._core.calls.consumed import forget
 from reweight_ops.testing import ERROR_FLOOR, ERROR_RATIO
+
+from .device import FLUSH_BYTES, GPU_SHAPES
 
 ENTROPY_COEF = 0.01
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 #: Of a baseline, which may compute in 16 bits: the same function, no more.
 SAME_FUNCTION = 0.05
 GATE_ROWS = 16
-#: Bytes written before each run on a GPU: several times the largest L2, so that a run finds none of its data there.
-FLUSH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,6 @@ class Case:
 
 
 CPU_SHAPES = ((256, 32000), (128, 151936), (512, 151936))
-#: About 2 GiB of bf16 logits each. First what matters most: a run that is out of time has it.
-GPU_SHAPES = ((8192, 151936), (8192, 128256), (32768, 32000), (4096, 262144))
 
 
 def cases(device: str = "cpu", tiny: bool = False) -> list[Case]:
@@ -85,6 +84,7 @@ class Scratch:
 
     def restore(self) -> None:
         self.logits.copy_(self.pristine)
+        forget(self.logits)
         if self.spare is not None:
             self.spare.zero_()
         else:

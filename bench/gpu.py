@@ -100,7 +100,7 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
     else:
         workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
         parallel = ["-n", workers] if importlib.util.find_spec("xdist") else []
-        tests = [*pytest, *parallel, "tests/gpu", "tests/test_triton.py", "tests/test_cuda_backend.py"]
+        tests = [*pytest, *parallel, "tests/gpu", "tests/backends/triton/test_triton.py", "tests/backends/cuda/test_cuda_backend.py"]
     found = [build, Stage("tests", "test", tests, 220, 90, {"REWEIGHT_OPS_GPU_TESTS": "cpu", **one_thread} if dry else {})]
     for tool, backend in (("memcheck", "cpu"),) if dry else CHECKS:
         watch = [] if dry else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]

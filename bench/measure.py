@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .device import clock
 from .providers import Absent, Job, Provider
 
 
@@ -97,36 +98,13 @@ class Effort:
     memory: Memory | None = None
 
 
-def _clock(device: str, job: Callable[[], Any]) -> tuple[float, float]:
-    """Milliseconds of one run, and those until the host has issued it; what it returns is freed outside.
-
-    On a GPU nothing waits before the start: the restoring of the data is still running, and the host issues the job behind it. So the
-    first figure is the device's alone unless the host is slower than both together, and then the second one shows it.
-    """
-    if device.startswith("cuda"):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        began = time.perf_counter()
-        kept = job()
-        issued = time.perf_counter() - began
-        end.record()
-        end.synchronize()
-        del kept
-        return float(start.elapsed_time(end)), issued * 1e3
-    began = time.perf_counter()
-    kept = job()
-    elapsed = time.perf_counter() - began
-    del kept
-    return elapsed * 1e3, elapsed * 1e3
-
-
 def _trial(result: Result, data: Any, job: Job, effort: Effort) -> bool:
     """One run for the growth of memory and a first idea of the time; False if that was too long to run it again."""
     data.restore()
     times: list[float] = []
 
     def run() -> None:
-        times.append(_clock(result.case.device, job)[0])
+        times.append(clock(result.case.device, job)[0])
 
     if effort.memory is None:
         run()
@@ -175,7 +153,7 @@ def run_case(
         # Each round in another order: what a job leaves in the caches, and how the system got its memory back, is the next one's luck.
         for what, name, job in random.Random(number).sample(timed, len(timed)):
             data.restore()
-            ms, issued = _clock(case.device, job)
+            ms, issued = clock(case.device, job)
             if what == "limit":
                 limits[name].append(ms)
                 continue

@@ -193,7 +193,7 @@ def _verbs(backend: str, in_place: bool) -> Callable[[Data], Job]:
 
     def make(data: Data) -> Job:
         from reweight_ops import kernels
-        from reweight_ops._core.formula.program import RowInputs
+        from reweight_ops._core.backends.base import RowInputs
 
         serving(backend, data.logits)
         z, ids, one = data.logits, data.ids.flatten(), torch.ones(1, device=data.logits.device)

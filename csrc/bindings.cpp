@@ -44,6 +44,13 @@ void evaluate_rows_of(const ProgramTable& table, Address params, const std::arra
     evaluate_rows(call);
 }
 
+int find(const char* const* names, int count, const std::string& name, const char* what) {
+    for (int i = 0; i < count; ++i) {
+        if (name == names[i]) return i;
+    }
+    throw std::invalid_argument(std::string(what) + " " + name + " is not compiled in");
+}
+
 /// `kind`: read, update (in place), copy (a to b), flush (drop a from the caches).
 void stream(const std::string& kind, Address a, Address b, int64_t floats, int threads) {
     static const char* const kinds[] = {"read", "update", "copy", "flush"};
@@ -83,8 +90,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info, "Compiler, flags, version, instruction-set levels built and supported.");
     m.def("level", [] { return std::string(active_level().name); }, "The instruction-set level that runs.");
     m.def("set_level", &set_level, py::arg("name"), "Force a level by name, or 'auto'. ValueError if it was not built or this processor lacks it.");
-    bind_table(m);
-    bind_verbs<ProgramTable>(m, verb(&Kernels::token_stats), verb(&Kernels::token_grad), verb(&Kernels::token_loss_grad));
+    m.attr("max_registers") = kMaxRegisters;
+    bind_verbs(m, verb(&Kernels::token_stats), verb(&Kernels::token_grad), verb(&Kernels::token_loss_grad));
     bind_divergence(m, divergence_verb(&DivergenceKernels::stats), divergence_verb(&DivergenceKernels::grad),
                     divergence_verb(&DivergenceKernels::loss_grad));
     m.def(

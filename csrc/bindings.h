@@ -1,4 +1,4 @@
-// What the bindings of every compiled backend share: calls from raw addresses, programs from names, the verbs. No torch header, no check.
+// What the bindings of every compiled backend share: calls from raw addresses, programs as tables, the verbs. No torch header, no check.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -24,45 +24,16 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-int find(const char* const* names, int count, const std::string& name, const char* what) {
-    for (int i = 0; i < count; ++i) {
-        if (name == names[i]) return i;
-    }
-    throw std::invalid_argument(std::string(what) + " " + name + " is not compiled in");
-}
-
-/// A program by names, with the offset of each part's parameters: coefficients and fields follow the two bounds of the log-ratio.
-inline RowProgram make_program(const std::vector<std::string>& terms, const std::vector<std::pair<std::string, bool>>& weights) {
-    if (terms.size() > kMaxTerms || weights.size() > kMaxWeights) throw std::invalid_argument("too many terms or weights for one pass");
-    RowProgram program{};
-    int offset = 2;
-    for (const std::string& name : terms) {
-        const int rule = find(kRuleNames, kRuleCount, name, "rule"), k = program.terms++;
-        program.rule[k] = rule;
-        program.rule_params[k] = ++offset;
-        offset += kRuleParamCounts[rule];
-    }
-    for (const auto& [name, all] : weights) {
-        const int weight = find(kWeightNames, kWeightCount, name, "weight"), j = program.weights++;
-        program.weight[j] = weight;
-        program.weight_params[j] = offset;
-        program.weight_all[j] = all;
-        offset += kWeightParamCounts[weight];
-    }
-    return program;
-}
-
-/// A table by the address of its words, which must outlive it: the instructions, then the constants.
-inline ProgramTable make_table(Address words, int parameters, int constants, int uniform, int instructions, int inputs, int terms, int registers,
-                        std::array<int, kLossOutputs> outputs) {
-    ProgramTable table{at<const uint64_t>(words), at<const double>(words) + instructions, parameters, constants, uniform, instructions,
-                       inputs, terms, registers, {}};
+/// A table by the address of its words, which must outlive it: the instructions, the constants, the ends of levels. `counts`:
+/// in the order of ProgramTable.
+inline ProgramTable make_table(Address words, std::array<int, 9> counts, std::array<int, kLossOutputs> outputs) {
+    const auto [parameters, constants, uniform_levels, levels, uniform, instructions, inputs, terms, registers] = counts;
+    const uint64_t* const code = at<const uint64_t>(words);
+    ProgramTable table{code, reinterpret_cast<const double*>(code + instructions), reinterpret_cast<const int64_t*>(code + instructions + constants),
+                       parameters, constants, uniform_levels, levels, uniform, instructions, inputs, terms, registers, {}};
     for (int k = 0; k < kLossOutputs; ++k) table.outputs[k] = outputs[k];
     return table;
 }
-
-inline void set_program(LossGradCall& call, const RowProgram& program) { call.program = program; }
-inline void set_program(LossGradCall& call, const ProgramTable& table) { call.table = table; }
 
 Call make_call(int dtype, Address logits, std::array<int64_t, 3> strides, int64_t rows, int64_t columns, std::array<int64_t, 3> vocab, float softcap,
                Address ids, Address temperature, bool temperature_per_row, int threads, int device, Address stream) {
@@ -112,12 +83,11 @@ GradCall grad_call(const Call& common, std::array<Address, 4> stats, std::array<
     return call;
 }
 
-template <class Program>
-LossGradCall loss_grad_call(const Call& common, const Program& program, Address params, bool reads_p_sq, bool entropy_gradient, Address row_weights,
+LossGradCall loss_grad_call(const Call& common, const ProgramTable& table, Address params, bool reads_p_sq, bool entropy_gradient, Address row_weights,
                      int64_t row_weights_step, std::array<Address, 4> inputs, Address rows, Address out, std::array<int64_t, 3> out_strides) {
     LossGradCall call{};
     static_cast<Call&>(call) = common;
-    set_program(call, program);
+    call.table = table;
     call.params = at(params);
     call.reads_p_sq = reads_p_sq;
     call.entropy_gradient = entropy_gradient;
@@ -134,38 +104,20 @@ LossGradCall loss_grad_call(const Call& common, const Program& program, Address 
     return call;
 }
 
-inline py::dict counts(const char* const* names, const int* parameters, int n) {
-    py::dict out;
-    for (int i = 0; i < n; ++i) out[names[i]] = parameters[i];
-    return out;
-}
-
-/// The class Program of a module that evaluates the rules that are compiled in, and their names.
-inline void bind_rules(py::module_& m) {
-    m.def("rules", [] { return counts(kRuleNames, kRuleParamCounts, kRuleCount); }, "Name to number of parameters, as compiled in.");
-    m.def("weights", [] { return counts(kWeightNames, kWeightParamCounts, kWeightCount); }, "Name to number of parameters, as compiled in.");
-    py::class_<RowProgram>(m, "Program", py::module_local()).def(py::init(&make_program), py::arg("terms"), py::arg("weights"));
-}
-
-/// The class Table of a module that evaluates any program, and the names of its operations.
-inline void bind_table(py::module_& m) {
+/// The classes Call and Table, the names of a table's operations, and the verbs. A verb returns a status, 0 for success.
+template <class Stats, class Grad, class LossGrad>
+void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad token_loss_grad) {
+    using NoGil = py::call_guard<py::gil_scoped_release>;
+#if defined(RW_SOURCES)
+    m.attr("sources") = RW_SOURCES;  // their hash, by reweight_ops/sources.py
+#endif
     std::vector<std::string> operations;
 #define RW_NAME(name, text, value) operations.push_back(text);
     RW_OPERATIONS(RW_NAME)
 #undef RW_NAME
     m.attr("operations") = operations;
     py::class_<ProgramTable>(m, "Table", py::module_local())
-        .def(py::init(&make_table), py::arg("words"), py::arg("parameters"), py::arg("constants"), py::arg("uniform"), py::arg("instructions"),
-             py::arg("inputs"), py::arg("terms"), py::arg("registers"), py::arg("outputs"));
-}
-
-/// The class Call, and the verbs. A verb returns a status, 0 for success.
-template <class Program, class Stats, class Grad, class LossGrad>
-void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad token_loss_grad) {
-    using NoGil = py::call_guard<py::gil_scoped_release>;
-#if defined(RW_SOURCES)
-    m.attr("sources") = RW_SOURCES;  // their hash, by reweight_ops/sources.py
-#endif
+        .def(py::init(&make_table), py::arg("words"), py::arg("counts"), py::arg("outputs"));
     py::class_<Call>(m, "Call", py::module_local())
         .def(py::init(&make_call), py::arg("dtype"), py::arg("logits"), py::arg("strides"), py::arg("rows"), py::arg("columns"), py::arg("vocab"),
              py::arg("softcap"), py::arg("ids"), py::arg("temperature"), py::arg("temperature_per_row"), py::arg("threads") = 1, py::arg("device") = 0,
@@ -181,12 +133,12 @@ void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad tok
         NoGil(), py::arg("call"), py::arg("stats"), py::arg("coefs"), py::arg("out"), py::arg("out_strides"));
     m.def(
         "token_loss_grad",
-        [=](const Call& call, const Program& program, Address params, bool reads_p_sq, bool entropy_gradient, Address row_weights,
+        [=](const Call& call, const ProgramTable& table, Address params, bool reads_p_sq, bool entropy_gradient, Address row_weights,
             int64_t row_weights_step, std::array<Address, 4> inputs, Address rows, Address out, std::array<int64_t, 3> out_strides) {
-            return token_loss_grad(loss_grad_call(call, program, params, reads_p_sq, entropy_gradient, row_weights, row_weights_step, inputs, rows, out,
+            return token_loss_grad(loss_grad_call(call, table, params, reads_p_sq, entropy_gradient, row_weights, row_weights_step, inputs, rows, out,
                                                   out_strides));
         },
-        NoGil(), py::arg("call"), py::arg("program"), py::arg("params"), py::arg("reads_p_sq"), py::arg("entropy_gradient"), py::arg("row_weights"),
+        NoGil(), py::arg("call"), py::arg("table"), py::arg("params"), py::arg("reads_p_sq"), py::arg("entropy_gradient"), py::arg("row_weights"),
         py::arg("row_weights_step"), py::arg("inputs"), py::arg("rows"), py::arg("out"), py::arg("out_strides"));
 }
 

@@ -4,23 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 operations: list[str]
+max_registers: int
 sources: str
 
 class Table:
-    """A loss program as a table of instructions, by the address of its words and the sizes of its parts."""
+    """A loss program as a table of instructions, by the address of its words, the sizes of its parts, and the registers of what it gives."""
 
-    def __init__(
-        self,
-        words: int,
-        parameters: int,
-        constants: int,
-        uniform: int,
-        instructions: int,
-        inputs: int,
-        terms: int,
-        registers: int,
-        outputs: Sequence[int],
-    ) -> None: ...
+    def __init__(self, words: int, counts: Sequence[int], outputs: Sequence[int]) -> None: ...
 
 class Call:
     """What all verbs share. ``strides``: rows per batch, batch and row stride in elements; ``vocab``: size, start, total. ``threads``: on a CPU;
@@ -50,7 +40,7 @@ def token_stats(call: Call, out: Sequence[int]) -> int: ...
 def token_grad(call: Call, stats: Sequence[int], coefs: Sequence[int], out: int, out_strides: tuple[int, int, int]) -> int: ...
 def token_loss_grad(
     call: Call,
-    program: Table,
+    table: Table,
     params: int,
     reads_p_sq: bool,
     entropy_gradient: bool,

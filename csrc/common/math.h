@@ -1,4 +1,4 @@
-// The few functions that generated token rules call. Scalar fp32 (fp64 for checking), once per row: exactness matters, speed does not.
+// The few functions of token rules. Scalar fp32 (fp64 for checking), once per row: exactness matters, speed does not.
 //
 // Include as "common/math.h"; never put csrc/common itself on the include path, <math.h> would find this file.
 //

@@ -1,6 +1,6 @@
 // A loss program as operations on numbered registers, interpreted: host and device, float and double.
 //
-// reweight_ops/codegen/table.py builds it. Registers: parameters, constants, what follows from those alone
+// reweight_ops/_core/formula/table.py builds it. Registers: parameters, constants, what follows from those alone
 // ("uniform", computed once a call), a row's leaves and row weights, and the values between.
 #pragma once
 
@@ -11,31 +11,29 @@
 namespace reweight_ops {
 
 /// Every operation of a table in the order of its codes: a name, the graph's name for it, and what it computes
-/// from the operands a, b, c. A condition is 1 or 0.
-#define RW_OPERATIONS(X)              \
+/// from the operands a, b, c. A condition is 1 or 0. First those that cost little.
+#define RW_CHEAP_OPERATIONS(X)        \
     X(add, "add", a + b)              \
     X(sub, "sub", a - b)              \
     X(mul, "mul", a * b)              \
-    X(div, "div", a / b)              \
-    X(neg, "neg", -a)                 \
-    X(abs, "abs", rw_abs(a))          \
     X(min, "min", rw_min(a, b))       \
     X(max, "max", rw_max(a, b))       \
     X(clip, "clip", rw_clip(a, b, c)) \
-    X(exp, "exp", rw_exp(a))          \
-    X(expm1, "expm1", rw_expm1(a))    \
-    X(log, "log", rw_log(a))          \
-    X(log1p, "log1p", rw_log1p(a))    \
-    X(sigmoid, "sigmoid", rw_sigmoid(a)) \
-    X(tanh, "tanh", rw_tanh(a))       \
+    X(abs, "abs", rw_abs(a))          \
     X(lt, "lt", Real(a < b))          \
     X(le, "le", Real(a <= b))         \
     X(eq, "eq", Real(a == b))         \
     X(ne, "ne", Real(a != b))         \
-    X(both, "and", Real(a != 0 && b != 0)) \
-    X(either, "or", Real(a != 0 || b != 0)) \
-    X(negation, "not", Real(a == 0))  \
     X(where, "where", a != 0 ? b : c)
+#define RW_COSTLY_OPERATIONS(X)          \
+    X(div, "div", a / b)                 \
+    X(exp, "exp", rw_exp(a))             \
+    X(expm1, "expm1", rw_expm1(a))       \
+    X(log, "log", rw_log(a))             \
+    X(log1p, "log1p", rw_log1p(a))       \
+    X(sigmoid, "sigmoid", rw_sigmoid(a)) \
+    X(tanh, "tanh", rw_tanh(a))
+#define RW_OPERATIONS(X) RW_CHEAP_OPERATIONS(X) RW_COSTLY_OPERATIONS(X)
 
 enum class Operation : int {
 #define RW_CODE(name, text, value) name,
@@ -44,14 +42,24 @@ enum class Operation : int {
 };
 
 constexpr int kMaxRegisters = 1 << 12;
-constexpr int kLeaves = 8;       // of reweight_ops/rules/base.py, LEAVES
-constexpr int kLossOutputs = 5;  // weighted_loss, loss, and the derivatives by logp, entropy and log_sum_p_sq
+constexpr int kMaxSharedRegisters = 320;  // where they are in a GPU's shared memory
+
+/// The order of a row's inputs, which row weights follow: LEAVES of reweight_ops/_core/formula/base.py.
+enum Leaf { kLogp, kOldLogp, kLogRatio, kRefLogp, kSamplingLogp, kAdv, kEntropy, kLogSumPSq, kLeaves };
+
+constexpr int kLossOutputs = 5;
+/// The row's share of the total and the same without its row weights, and the derivatives of the total by logp (through the ratio too),
+/// entropy and log_sum_p_sq.
+struct RowLoss {
+    float weighted_loss, loss, coef, entropy_coef, p_sq_coef;
+};
 
 /// An instruction is one word: 8 bits of code, then 12 bits each of the registers of the result and of a, b, c.
 struct ProgramTable {
     const uint64_t* code;     // the uniform instructions first
     const double* constants;  // behind the code
-    int parameters, constant_count, uniform, instructions, inputs, terms, registers;
+    const int64_t* ends;      // behind the constants: where each level ends
+    int parameters, constant_count, uniform_levels, levels, uniform, instructions, inputs, terms, registers;
     int outputs[kLossOutputs];
 };
 

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "common/program_table.h"
-#include "common/row_program.h"
 #include "common/row_state.h"
 
 namespace reweight_ops {
@@ -49,8 +48,7 @@ struct GradCall : Call {
 };
 
 struct LossGradCall : Call {
-    RowProgram program;     // of the rules that are compiled in
-    ProgramTable table;     // of any rules
+    ProgramTable table;
     const float* params;
     bool reads_p_sq;        // some rule or weight reads log_sum_p_sq
     bool entropy_gradient;  // some rule may have a derivative by the entropy
@@ -65,20 +63,6 @@ struct LossGradCall : Call {
 /// Whether the row holds nothing to compute: it is out of the loss, or its id is no token.
 RW_HD inline bool is_out(const Call& call, int64_t i) { return call.ids[i] == kOut; }
 RW_HD inline bool is_invalid(const Call& call, int64_t i) { return call.ids[i] < 0 || call.ids[i] >= call.vocab_total; }
-
-/// From the row's statistics to its loss and the coefficients of its gradient.
-RW_HD inline RowLoss evaluate(const LossGradCall& call, int64_t i, const RowStats& s) {
-    const auto get = [i](const float* from) { return from ? from[i] : RW_NAN; };  // what was not given, no rule reads
-    Leaves t{};
-    t.logp = s.logp;
-    t.old_logp = call.old_logp ? call.old_logp[i] : s.logp;
-    t.ref_logp = get(call.ref_logp);
-    t.sampling_logp = get(call.sampling_logp);
-    t.adv = get(call.adv);
-    t.entropy = s.entropy;
-    t.log_sum_p_sq = s.log_sum_p_sq;
-    return evaluate_row(call.program, call.params, t, call.row_weights + i, call.row_weights_step);
-}
 
 // ---- the outputs of a row
 

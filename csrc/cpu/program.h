@@ -19,12 +19,17 @@ public:
         const ProgramTable& table = call_.table;
         float registers[kMaxRegisters];
         std::memcpy(registers, uniform_, table.inputs * sizeof(float));
-        // In the order of LEAVES. What was not given, nothing reads; of log_ratio the program computes its own.
+        // What was not given, nothing reads; of log_ratio the program computes its own.
         const auto get = [i](const float* from, float otherwise) { return from ? from[i] : otherwise; };
-        const float leaves[kLeaves] = {s.logp, get(call_.old_logp, s.logp), RW_NAN, get(call_.ref_logp, RW_NAN),
-                                       get(call_.sampling_logp, RW_NAN), get(call_.adv, RW_NAN), s.entropy, s.log_sum_p_sq};
         float* const inputs = registers + table.inputs;
-        std::memcpy(inputs, leaves, sizeof leaves);
+        inputs[kLogp] = s.logp;
+        inputs[kOldLogp] = get(call_.old_logp, s.logp);
+        inputs[kLogRatio] = RW_NAN;
+        inputs[kRefLogp] = get(call_.ref_logp, RW_NAN);
+        inputs[kSamplingLogp] = get(call_.sampling_logp, RW_NAN);
+        inputs[kAdv] = get(call_.adv, RW_NAN);
+        inputs[kEntropy] = s.entropy;
+        inputs[kLogSumPSq] = s.log_sum_p_sq;
         for (int k = 0; k < table.terms; ++k) inputs[kLeaves + k] = call_.row_weights[k * call_.row_weights_step + i];
         run_instructions<1>(table.code + table.uniform, table.instructions - table.uniform, registers);
         const int* const out = table.outputs;

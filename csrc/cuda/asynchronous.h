@@ -31,7 +31,6 @@ RW_DEVICE int cluster_rank() {
 RW_DEVICE void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
-RW_DEVICE void warp_barrier() { __syncwarp(); }
 
 RW_DEVICE void initialize(Barrier& b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&b)), "r"(arrivals) : "memory"); }
 /// After the last initialize() and before a barrier of the cluster: other blocks and copies may then use the barriers.

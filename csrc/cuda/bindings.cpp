@@ -17,8 +17,8 @@ using namespace reweight_ops;
 
 PYBIND11_MODULE(RW_MODULE, m) {
     m.doc() = "CUDA kernels on raw addresses, without any check: reweight_ops.backends validates every argument first. Verbs return a status.";
-    bind_rules(m);
-    bind_verbs<RowProgram>(m, token_stats, token_grad, token_loss_grad);
+    m.attr("max_registers") = kMaxSharedRegisters;
+    bind_verbs(m, token_stats, token_grad, token_loss_grad);
     bind_divergence(m, divergence, divergence, divergence);
     m.def(
         "scale",

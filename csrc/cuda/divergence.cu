@@ -82,10 +82,43 @@ RW_DEVICE float exponent(float x, float base, float scale) {
     return t < -1e30f && x > -kInf ? -1e30f : t;
 }
 
+/// What n columns add to the sums. kPlain: none is -inf, and no difference overflows: what the others have to look at in every column is not there.
+template <bool kPlain, int n>
+RW_DEVICE void add(State& s, const float (&x)[n], const float (&y)[n], float p_base, float q_base, const Scales& scales) {
+    Side p, q;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+        if constexpr (kPlain) {
+            const float t = (x[j] - p_base) * scales.p, u = (y[j] - q_base) * scales.q;
+            const float e = exp2_approximate(t), f = exp2_approximate(u), d = t - u;
+            p.sum += e;
+            q.sum += f;
+            p.dot = fmaf(e, t, p.dot);
+            q.dot = fmaf(f, u, q.dot);
+            p.cross = fmaf(e, d, p.cross);
+            q.cross = fmaf(f, -d, q.cross);
+        } else {
+            const float t = exponent(x[j], p_base, scales.p), u = exponent(y[j], q_base, scales.q);
+            const bool p_dead = t == -kInf, q_dead = u == -kInf;
+            const float e = exp2_approximate(t), f = exp2_approximate(u), d = p_dead || q_dead ? 0.0f : t - u;
+            p.sum += e;
+            q.sum += f;
+            p.dot = fmaf(e, p_dead ? 0.0f : t, p.dot);
+            q.dot = fmaf(f, q_dead ? 0.0f : u, q.dot);
+            p.cross = fmaf(e, d, p.cross);
+            q.cross = fmaf(f, -d, q.cross);
+            if (p_dead != q_dead) (p_dead ? s.p_zero : s.q_zero) = 1.0f;
+        }
+    }
+    s.p.sum += p.sum, s.p.dot += p.dot, s.p.cross += p.cross;
+    s.q.sum += q.sum, s.q.dot += q.dot, s.q.cross += q.cross;
+}
+
 /// Adds n columns of both to a thread's sums. A NaN is no maximum, but makes the sum NaN.
 template <bool kCapped, int n>
 RW_DEVICE void absorb(State& s, float (&x)[n], float (&y)[n], const Scales& scales, const Softcap& p_cap, const Softcap& q_cap) {
-    float p_top = s.p.top, q_top = s.q.top;
+    constexpr float kLarge = 1e20f;
+    float p_top = s.p.top, q_top = s.q.top, low = kLarge;
 #pragma unroll
     for (int j = 0; j < n; ++j) {
         if constexpr (kCapped) {
@@ -94,25 +127,15 @@ RW_DEVICE void absorb(State& s, float (&x)[n], float (&y)[n], const Scales& scal
         }
         p_top = fmaxf(p_top, x[j]);
         q_top = fmaxf(q_top, y[j]);
+        low = fminf(low, fminf(x[j], y[j]));
     }
     rebase(s, p_top, q_top, scales);
     const float p_base = finite_top(p_top), q_base = finite_top(q_top);
-    Side p, q;
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-        const float t = exponent(x[j], p_base, scales.p), u = exponent(y[j], q_base, scales.q);
-        const bool p_dead = t == -kInf, q_dead = u == -kInf;
-        const float e = exp2_approximate(t), f = exp2_approximate(u), d = p_dead || q_dead ? 0.0f : t - u;
-        p.sum += e;
-        q.sum += f;
-        p.dot = fmaf(e, p_dead ? 0.0f : t, p.dot);
-        q.dot = fmaf(f, q_dead ? 0.0f : u, q.dot);
-        p.cross = fmaf(e, d, p.cross);
-        q.cross = fmaf(f, -d, q.cross);
-        if (p_dead != q_dead) (p_dead ? s.p_zero : s.q_zero) = 1.0f;
+    if (!kCapped && low > -kLarge && fmaxf(p_top, q_top) < kLarge) {
+        add<true>(s, x, y, p_base, q_base, scales);
+    } else {
+        add<false>(s, x, y, p_base, q_base, scales);
     }
-    s.p.sum += p.sum, s.p.dot += p.dot, s.p.cross += p.cross;
-    s.q.sum += q.sum, s.q.dot += q.dot, s.q.cross += q.cross;
 }
 
 /// A group of columns as it is in memory.

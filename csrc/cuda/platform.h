@@ -45,6 +45,7 @@ RW_DEVICE int thread_index() { return int(threadIdx.x); }
 RW_DEVICE int64_t block_index() { return blockIdx.x; }
 RW_DEVICE int64_t block_count() { return gridDim.x; }
 RW_DEVICE void barrier() { __syncthreads(); }
+RW_DEVICE void warp_barrier() { __syncwarp(); }
 RW_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
 RW_DEVICE float broadcast(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
@@ -68,6 +69,15 @@ RW_DEVICE Vector load16(const void* p) {
                  : "memory");
     return v;
 }
+/// Through L1: whoever reads every vector twice.
+RW_DEVICE Vector load16_cached(const void* p) {
+    Vector v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
 RW_DEVICE void store16(void* p, Vector v) {
     asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
                  : "memory");
@@ -75,12 +85,6 @@ RW_DEVICE void store16(void* p, Vector v) {
 
 /// The 32 bits that begin `bits` into two words, the lower of which comes first.
 RW_DEVICE uint32_t shift_pair(uint32_t low, uint32_t high, int bits) { return __funnelshift_r(low, high, uint32_t(bits)); }
-/// Through L1: whoever reads every vector twice.
-RW_DEVICE Vector load16_cached(const void* p) {
-    const uint4 v = *static_cast<const uint4*>(p);
-    return {v.x, v.y, v.z, v.w};
-}
-
 RW_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 RW_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 RW_DEVICE float widen(Bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }

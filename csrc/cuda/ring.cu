@@ -61,7 +61,7 @@ RW_DEVICE void prefetch_inputs(const LossGradCall& call, int64_t i, int lane) {
     for (int k = 0; k < 4; ++k) {
         if (lane == k && inputs[k]) at = inputs[k] + i;
     }
-    if (lane >= 4 && lane < 4 + call.program.terms) at = call.row_weights + (lane - 4) * call.row_weights_step + i;
+    if (lane >= 4 && lane < 4 + call.table.terms) at = call.row_weights + (lane - 4) * call.row_weights_step + i;
     if (at) prefetch(at);
 }
 
@@ -72,6 +72,7 @@ RW_DEVICE void evaluate_rows(const RingCall& call, const BlockSlice& slice, cons
     const auto skip = [&](int64_t i) {
         if (slice.rank == 0 && lane == 0) put_invalid_row(call, i);
     };
+    prepare_program(call, ring.program().values);
     PipelineState state;
     for (RowCursor rows(call, slice, skip); rows.more(); rows.advance(call, skip)) {
         const int64_t i = rows.now.row;
@@ -89,12 +90,16 @@ RW_DEVICE void evaluate_rows(const RingCall& call, const BlockSlice& slice, cons
             send(as_vector(own), &stage.messages[slice.rank].sums, stage.cluster_full, lane);
             send({as_bits(target)}, &stage.messages[slice.rank].target, stage.cluster_full, lane);
         }
+        Partial sums{-kInf, 0.0f, 0.0f, 0.0f};
+        Target known;
         if (lane == 0) {
             wait_for_cluster(stage.cluster_full, state.phase);
-            Partial sums{-kInf, 0.0f, 0.0f, 0.0f};
             for (int from = 0; from < slice.slices.count; ++from) sums = merge(sums, as_partial(load_shared(&stage.messages[from].sums)), row.scale);
-            const Target known = row.target < 0 ? Target() : Target(as_float(load_shared(&stage.messages[owner].target).words[0]), softcap);
-            stage.gradient = loss_of_row(call, i, row, sums, known, slice.rank == 0, softcap);
+            if (row.target >= 0) known = Target(as_float(load_shared(&stage.messages[owner].target).words[0]), softcap);
+        }
+        const RowGradient gradient = loss_of_row(call, i, row, sums, known, slice.rank == 0, softcap, ring.program());
+        if (lane == 0) {
+            stage.gradient = gradient;
             stage.target = row.target;
             stage.row = i;
             arrive(stage.gradient_full);

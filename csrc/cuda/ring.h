@@ -46,7 +46,7 @@ struct PipelineState {
     }
 };
 
-static_assert(kBytesPerTile == kTileBytes + 2 * sizeof(Barrier) && kBytesBesides >= kStages * sizeof(RowStage));
+static_assert(kBytesPerTile == kTileBytes + 2 * sizeof(Barrier) && kBytesBesides >= kStages * sizeof(RowStage) + sizeof(ProgramRegisters));
 
 /// Shared memory of a block.
 struct Ring {
@@ -55,7 +55,8 @@ struct Ring {
 
     RW_DEVICE Vector* tile(int i) const { return reinterpret_cast<Vector*>(bytes + i * kTileBytes); }
     RW_DEVICE RowStage& stage(int i) const { return reinterpret_cast<RowStage*>(bytes + tiles * kTileBytes)[i]; }
-    RW_DEVICE Barrier& full(int i) const { return reinterpret_cast<Barrier*>(&stage(kStages))[i]; }  // the logits are in
+    RW_DEVICE ProgramRegisters& program() const { return *reinterpret_cast<ProgramRegisters*>(&stage(kStages)); }
+    RW_DEVICE Barrier& full(int i) const { return reinterpret_cast<Barrier*>(&program() + 1)[i]; }  // the logits are in
     RW_DEVICE Barrier& empty(int i) const { return full(tiles + i); }  // the warps are through: they have left the gradient there, or written it
 
     RW_DEVICE void initialize_barriers() const {

@@ -3,6 +3,7 @@
 
 #include "common/verbs.h"
 #include "gradient.h"
+#include "program.h"
 
 namespace reweight_ops {
 namespace {
@@ -29,12 +30,15 @@ RW_DEVICE Origin origin_of(const Partial& sums, float scale, bool full) {
     return {true, base, whole - t, inverse * (1.0f + expm1f(-t * kLn2))};
 }
 
-/// From a row's sums to its loss, its outputs (if `writes`), and its gradient's constants. One thread.
+/// From a row's sums to its loss, its outputs (if `writes`), and its gradient's constants. All lanes of a warp; sums and target are lane 0's, and
+/// so is what is returned.
 template <class T>
 RW_DEVICE RowGradient loss_of_row(const LossGradCall& call, int64_t i, const Row<T>& row, const Partial& sums, const Target& target, bool writes,
-                                  const Softcap& softcap) {
-    const RowStats s = finish(sums, target, row.temperature, row.scale);
-    const RowLoss l = evaluate(call, i, s);
+                                  const Softcap& softcap, ProgramRegisters& program) {
+    RowStats s{};
+    if (thread_index() % 32 == 0) s = finish(sums, target, row.temperature, row.scale);
+    const RowLoss l = evaluate(call, i, s, program.values);
+    if (thread_index() % 32 != 0) return {};
     if (writes) put_row(call, i, s, l);
     const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
     const bool full = softcap.on || call.reads_p_sq;

@@ -18,7 +18,7 @@ constexpr int kMaxTiles = 10;
 constexpr int kMaxSlices = 8;  // the largest cluster that every device with clusters can run
 
 /// Shared memory of a block that keeps rows on chip, for each tile and besides.
-constexpr int kBytesPerTile = kTileBytes + 16, kBytesBesides = 2048;
+constexpr int kBytesPerTile = kTileBytes + 16, kBytesBesides = 2816;
 
 struct Slices {
     int vectors;      // whole vectors of the row; the columns after them belong to the last slice

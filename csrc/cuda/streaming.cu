@@ -146,7 +146,7 @@ RW_KERNEL(kThreads, blocks_of(kFull, kGradBlocks)) grad_kernel(RW_PARAMETER Grad
         const Row<T> row(call, i);
         if (thread_index() == 0) gradients[buffer] = known_gradient(call, row, i, softcap, kFull);
         barrier();
-        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradients[buffer], softcap);
+        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, RowGradient(gradients[buffer]), softcap);
         buffer ^= 1;
     }
 }
@@ -157,6 +157,8 @@ template <class T, bool kFull, bool kAligned>
 RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCall call) {
     RW_SHARED(RowPartials, partials);
     RW_SHARED(RowGradient, gradient);
+    RW_SHARED(ProgramRegisters, program);
+    if (thread_index() < 32) prepare_program(call, program.values);
     const Softcap softcap(call.softcap);
     const Slices slices(int(call.vocab_size) / kPerVector<T>);
     for (int64_t i = block_index(); i < call.rows; i += block_count()) {
@@ -169,9 +171,12 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
         const Row<T> row(call, i);
         constexpr Sums kSums = kFull ? Sums::full : Sums::entropy;
         const Partial sums = sum_row<kSums, kAligned>(row, int(call.vocab_size), slices, softcap, partials);
-        if (thread_index() == 0) gradient = loss_of_row(call, i, row, sums, target_of(row, softcap), true, softcap);
+        if (thread_index() < 32) {
+            const RowGradient found = loss_of_row(call, i, row, sums, target_of(row, softcap), true, softcap, program);
+            if (thread_index() == 0) gradient = found;
+        }
         barrier();
-        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient, softcap);
+        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, RowGradient(gradient), softcap);
     }
 }
 

@@ -28,7 +28,6 @@ MOVED = {
     "catalogue.registry": "_core.catalogue.registry",
     "catalogue.table": "_core.catalogue.table",
     "checks": "testing.checks",
-    "codegen.cpp": "_core.formula.cpp",
     "codegen.derive": "_core.formula.derive",
     "codegen.evaluate": "_core.formula.interpret",
     "codegen.printer": "_core.formula.printer",

@@ -1,7 +1,6 @@
-"""Writes the generated files: ``csrc/common/rules.inc`` from the package's rules and weights, and the catalogue ``docs/methods.md`` from its
-registry.
+"""Writes the generated file: the catalogue ``docs/methods.md`` from its registry.
 
-``python -m reweight_ops.codegen``; with ``--check`` it writes nothing and exits 1 if one of them is stale.
+``python -m reweight_ops.codegen``; with ``--check`` it writes nothing and exits 1 if it is stale.
 """
 
 from __future__ import annotations
@@ -9,14 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._core.catalogue.table import markdown
-from .._core.formula.cpp import rules_inc
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def generated_files() -> dict[Path, str]:
     """Path (relative to the repository) and text of each generated file."""
-    return {Path("csrc/common/rules.inc"): rules_inc(), Path("docs/methods.md"): markdown()}
+    return {Path("docs/methods.md"): markdown()}
 
 
 def stale_files(root: Path = ROOT) -> list[Path]:

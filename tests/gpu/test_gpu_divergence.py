@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from pair_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, assert_far_rows, both_plans, make
+from divergence_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, assert_far_rows, both_plans, make
 from places import DRY, captured, compilations, keep_busy, no_synchronization, other_stream, peak_bytes, sized, synchronize, two_devices
 
 import reweight_ops as rw

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from paths import ROOT
 
 from reweight_ops._core.moved import MOVED
 
-PACKAGE = Path(__file__).parents[2] / "reweight_ops"
+PACKAGE = ROOT / "reweight_ops"
 
 #: Lowest first. What stands in one line may not import each other; a folder is one unit, a file at the top is one too.
 LAYERS = (

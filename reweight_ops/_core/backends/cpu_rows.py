@@ -11,8 +11,8 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..formula.base import LEAVES
 from ..formula.loss_program import ONE_PASS, Program, loss_graph
-from ..formula.table import MAX_REGISTERS, build_table
-from .native_programs import Tables
+from ..formula.table import build_table
+from .native_programs import Programs
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -31,16 +31,18 @@ class RowsEvaluator:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self._tables = Tables(module)
+        self._programs = Programs(module)
         self._loaded = lru_cache(maxsize=256)(self._load)
 
     def _load(self, program: Program, given_ratio: bool, outputs: tuple[str, ...]) -> _Loaded:
         graph = loss_graph(program, given_ratio)
         table = build_table(graph, outputs)
-        if table.registers > MAX_REGISTERS:
-            raise InvalidCall(f"evaluate_rows: the loss takes {table.registers} registers, at most {MAX_REGISTERS} are supported.")
+        if table.registers > self.module.max_registers:
+            raise InvalidCall(
+                f"evaluate_rows: the loss takes {table.registers} registers, at most {self.module.max_registers} are supported."
+            )
         words = torch.tensor(table.words(), dtype=torch.int64)
-        return _Loaded(self._tables.load(table, words), words, table.outputs, graph.reads(outputs), table.terms, table.parameters)
+        return _Loaded(self._programs.load(table, words), words, table.outputs, graph.reads(outputs), table.terms, table.parameters)
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""The CUDA backend: NVIDIA GPUs from Ampere (compute capability 8.0) on, every program whose rules are compiled in.
+"""The CUDA backend: NVIDIA GPUs from Ampere (compute capability 8.0) on, programs of up to 320 registers (a dozen terms).
 
 Kernels run on the current stream of the logits' device. Nothing here or below synchronizes, and nothing allocates but the outputs, through
 PyTorch: calls can be captured in a CUDA graph.

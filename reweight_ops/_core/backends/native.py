@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import BackendUnavailable, InvalidCall
 from ..formula.loss_program import Program
 from .base import COEFS, LOSS_ROWS, STATS, Request, RowAddresses, RowInputs, SoftmaxParams, rows_of
-from .native_programs import Compiled, CompiledRules, Programs, Tables
+from .native_programs import Compiled, Programs
 from .scale import scale_in_torch, spans_of
 from .sources import source_hash
 
@@ -49,7 +49,7 @@ class Native:
         self, module: Any, device_type: str, place: Callable[[torch.device], dict[str, int]], check: Callable[[int], None]
     ) -> None:
         self.module, self.device_type, self._place, self.check = module, device_type, place, check
-        self._programs: Programs = Tables(module) if hasattr(module, "Table") else CompiledRules(module)
+        self._programs = Programs(module)
         self.why_not = lru_cache(maxsize=256)(self._programs.why_not)
         self._compiled = lru_cache(maxsize=256)(self._compile)
 

@@ -60,3 +60,9 @@ def is_consumed(logits: Tensor) -> bool:
         return False
     regions = getattr(logits.untyped_storage(), _MARK, ())
     return any(_region(logits).overlaps(region) for region in regions)
+
+
+def forget(logits: Tensor) -> None:
+    """Its storage has been filled anew, through a tensor that autograd does not know to be the same memory."""
+    if hasattr(logits.untyped_storage(), _MARK):
+        delattr(logits.untyped_storage(), _MARK)

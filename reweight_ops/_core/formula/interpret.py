@@ -1,4 +1,4 @@
-"""Evaluate a traced expression graph on tensors: the generated kernels' arithmetic, without a compiler."""
+"""Evaluate a traced expression graph on tensors: the kernels' arithmetic in torch."""
 
 from __future__ import annotations
 

@@ -82,10 +82,9 @@ class LossGraph:
 
         low, high = parameter(), parameter()
         raw = self._leaf("logp") - self._leaf("old_logp")
-        below, above = raw < low, high < raw
-        # Both are false for a NaN, which has to reach the loss and the gradient.
-        self._clamped = None if given_ratio else below | above
-        self._ratio = self._leaf("log_ratio") if given_ratio else select(below, low, select(above, high, raw))
+        # Both comparisons are false for a NaN, which has to reach the loss and the gradient.
+        self._clamped = None if given_ratio else (raw < low) | (high < raw)
+        self._ratio = self._leaf("log_ratio") if given_ratio else g.arithmetic("clip", raw, low, high)
 
         def leaf(name: str) -> Expr:
             return self._ratio if name == "log_ratio" else self._leaf(name)

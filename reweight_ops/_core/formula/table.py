@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import heapq
 import struct
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ from .trace import SYMBOLS, Expr, unstopped, walk
 
 #: Operations in the order of their codes; ``csrc/common/program_table.h`` says what each computes.
 OPERATIONS = (
-    "add", "sub", "mul", "div", "neg", "abs", "min", "max", "clip", "exp", "expm1", "log", "log1p", "sigmoid", "tanh",
-    "lt", "le", "eq", "ne", "and", "or", "not", "where",
+    "add", "sub", "mul", "min", "max", "clip", "abs", "lt", "le", "eq", "ne", "where",
+    "div", "exp", "expm1", "log", "log1p", "sigmoid", "tanh",
 )  # fmt: skip
 
 #: Registers that an operation can name.
@@ -67,36 +68,102 @@ class Table:
         return self.levels[self.uniform_levels - 1] if self.uniform_levels else 0
 
     def words(self) -> list[int]:
-        """The instructions, then the constants as the bits of fp64 numbers, as int64."""
+        """The instructions, the constants as the bits of fp64 numbers, and the ends of levels, as int64."""
         bits = struct.unpack(f"{len(self.constants)}q", struct.pack(f"{len(self.constants)}d", *self.constants))
-        return [*(i.encode() for i in self.instructions), *bits]
+        return [*(i.encode() for i in self.instructions), *bits, *self.levels]
 
 
-def _leveled(nodes: Sequence[Expr], depth: dict[int, int]) -> list[list[Expr]]:
-    """The nodes by depth, which is found here; those of one operation side by side."""
-    levels: dict[int, list[Expr]] = {}
+class _Lowering:
+    """The same values, to the bit, from fewer kinds of operations and in fewer levels.
+
+    Lanes of a warp that take different operations wait for each other. A condition is 1 or 0, so that *and* is a
+    product, *or* a maximum and *not* a difference; ``-x`` is a product too.
+    """
+
+    def __init__(self, roots: Sequence[Expr]) -> None:
+        nodes = walk(*roots)
+        self.depth: dict[int, int] = {}
+        self.uses = Counter(a.index for x in nodes for a in x.operands) + Counter(x.index for x in roots)
+        memo: dict[int, Expr] = {}
+        for x in nodes:
+            memo[x.index] = self._lower(x, [memo[a.index] for a in x.operands])
+        self.roots = [memo[x.index] for x in roots]
+
+    def _node(self, op: str, *operands: Expr) -> Expr:
+        x = operands[0].graph.node(op, *operands)
+        self.depth[x.index] = 1 + max(self.depth.get(a.index, 0) for a in operands)
+        return x
+
+    def _lower(self, x: Expr, a: list[Expr]) -> Expr:
+        match x.op:
+            case "stop":
+                return a[0]
+            case "neg":
+                return self._negative(x, a[0])
+            case "and":
+                return self._node("mul", *a)
+            case "or":
+                return self._node("max", *a)
+            case "not":
+                return self._node("sub", x.graph.const(1.0), a[0])
+            case "where":
+                return self._select(x, a)
+        return self._node(x.op, *a) if a else x
+
+    def _negative(self, x: Expr, a: Expr) -> Expr:
+        """``-(deep * shallow) = deep * -shallow``."""
+        minus = x.graph.const(-1.0)
+        if a.op == "mul" and self.uses[unstopped(x.args[0]).index] == 1:
+            deep, shallow = sorted(a.args, key=lambda y: -self.depth.get(y.index, 0))
+            if self.depth.get(shallow.index, 0) < self.depth.get(deep.index, 0):
+                return self._node("mul", deep, self._node("mul", minus, shallow))
+        return self._node("mul", minus, a)
+
+    def _select(self, x: Expr, a: list[Expr]) -> Expr:
+        """``where(c, u, where(d, u, v)) = where(c or d, u, v)``, where ``v`` comes later than the conditions."""
+        condition, same, inner = a
+        if inner.op == "where" and inner.args[1] is same and self.uses[unstopped(x.args[2]).index] == 1:
+            either, late = (condition, inner.args[0]), self.depth.get(inner.args[2].index, 0)
+            if max(self.depth.get(c.index, 0) for c in either) < late:
+                return self._node("where", self._node("max", *either), same, inner.args[2])
+        return self._node("where", *a)
+
+
+def _leveled(nodes: Sequence[Expr]) -> list[list[Expr]]:
+    """The nodes level by level: as few levels as their dependences allow, and in each as few kinds of operations.
+
+    A node that has room is put where its operation is taken anyway.
+    """
+    earliest: dict[int, int] = {}
     for x in nodes:
-        depth[x.index] = 1 + max((depth.get(unstopped(a).index, 0) for a in x.operands), default=0)
-        levels.setdefault(depth[x.index], []).append(x)
-    return [sorted(levels[d], key=lambda x: OPERATIONS.index(x.op)) for d in sorted(levels)]
+        earliest[x.index] = max((earliest[a.index] + 1 for a in x.operands if a.index in earliest), default=0)
+    latest = dict.fromkeys(earliest, max(earliest.values(), default=0))
+    levels: list[list[Expr]] = [[] for _ in range(max(earliest.values(), default=-1) + 1)]
+    for x in reversed(nodes):
+        room = range(latest[x.index], earliest[x.index] - 1, -1)
+        level = next((d for d in room if any(y.op == x.op for y in levels[d])), earliest[x.index])
+        levels[level].append(x)
+        for a in x.operands:
+            if a.index in latest:
+                latest[a.index] = min(latest[a.index], level - 1)
+    return [sorted(level, key=lambda x: (OPERATIONS.index(x.op), x.index)) for level in levels]
 
 
 class _Builder:
     def __init__(self, graph: LossGraph, roots: Sequence[Expr]) -> None:
-        self.graph, self.roots = graph, [unstopped(x) for x in roots]
-        nodes = [x for x in walk(*self.roots) if x.op != "stop"]
+        self.graph, self.roots = graph, _Lowering(roots).roots
+        nodes = walk(*self.roots)
         constants = [x for x in nodes if x.op == "const"]
         self.constants = tuple(float(x.args[0]) for x in constants)
         self.at: dict[int, int] = {x.index: graph.parameters + i for i, x in enumerate(constants)}
         self.at |= {x.index: int(x.args[0][1:]) for x in nodes if x.op == "param"}
         varying: set[int] = set()
         for x in nodes:
-            if x.op == "leaf" or any(unstopped(a).index in varying for a in x.operands):
+            if x.op == "leaf" or any(a.index in varying for a in x.operands):
                 varying.add(x.index)
         operations = [x for x in nodes if x.op not in SYMBOLS]
-        depth: dict[int, int] = {}
-        self.uniform = _leveled([x for x in operations if x.index not in varying], depth)
-        self.varying = _leveled([x for x in operations if x.index in varying], {})
+        self.uniform = _leveled([x for x in operations if x.index not in varying])
+        self.varying = _leveled([x for x in operations if x.index in varying])
         first = graph.parameters + len(constants)
         for x in (x for level in self.uniform for x in level):
             self.at[x.index], first = first, first + 1
@@ -107,7 +174,7 @@ class _Builder:
         self._allocate()
 
     def _allocate(self) -> None:
-        last_read = {unstopped(a).index: d for d, level in enumerate(self.varying) for x in level for a in x.operands}
+        last_read = {a.index: d for d, level in enumerate(self.varying) for x in level for a in x.operands}
         last_read |= {x.index: len(self.varying) for x in self.roots}
         ends: dict[int, list[int]] = {}
         free: list[int] = []
@@ -123,9 +190,7 @@ class _Builder:
 
     def table(self) -> Table:
         levels = [*self.uniform, *self.varying]
-        instructions = [
-            Instruction(x.op, self.at[x.index], tuple(self.at[unstopped(a).index] for a in x.operands)) for level in levels for x in level
-        ]
+        instructions = [Instruction(x.op, self.at[x.index], tuple(self.at[a.index] for a in x.operands)) for level in levels for x in level]
         ends, at = [], 0
         for level in levels:
             at += len(level)

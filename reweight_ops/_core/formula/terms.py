@@ -1,6 +1,6 @@
 """The middle of the computation, on ``[N]`` vectors: rules, weights and coefficients from row statistics to per-row losses.
 
-This is two_pass's middle, differentiated by autograd. One_pass runs its generated twin in the kernel (:mod:`.backends.program` in torch).
+This is two_pass's middle, differentiated by autograd. One_pass evaluates the same loss as a graph in the kernel (:mod:`.loss_program`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,334 @@
+"""Tests of the tests: bugs planted in the CUDA kernels, each of which the tests of the emulated kernels have to find. And sanitizers."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_emulation.build import SANITIZE, build, compiler
+from paths import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")]
+
+STREAMING, RING, PAIR, SURE = "test_cuda_emulated.py", "test_cuda_ring.py", "test_cuda_divergence.py", "test_cuda_sure.py"
+SCALE, PROGRAM = "test_cuda_scale.py", "test_cuda_program.py"
+
+#: name: (file, what it says, what the bug says). Bugs of the streaming kernel, of what both kernels share, and of the choice between them.
+MUTANTS = {
+    "no barrier before the block's merge": ("streaming.cu", "    barrier();\n    Partial sums{", "    Partial sums{"),
+    "no second set of partial sums": ("streaming.cu", "        buffer ^= 1;\n        if (thread_index() == 0) put_row", "        if (thread_index() == 0) put_row"),
+    "no barrier before the gradient": ("streaming.cu", "        barrier();\n        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient,", "        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradient,"),
+    "no barrier before a known gradient": ("streaming.cu", "        barrier();\n        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradients", "        write_gradient<T, kFull>(row.x, out, int(call.vocab_size), int(call.columns), row.target, gradients"),
+    "no second row of constants": ("streaming.cu", "gradients[buffer], softcap);\n        buffer ^= 1;", "gradients[buffer], softcap);"),
+    "entropy sum not rebased": ("statistics.h", "factor * fmaf(shift, s.sum, s.dot)", "factor * s.dot"),
+    "sum of squares rebased once": ("statistics.h", "s.sum_sq *= factor * factor", "s.sum_sq *= factor"),
+    "no bound of a reference": ("statistics.h", "fminf(fmaxf(top * scale, -5.36870912e8f), 5.36870912e8f)", "top * scale"),
+    "0 * -inf in the entropy": ("statistics.h", "dot = fmaf(e, kBounded ? t : fmaxf(t, kFloor), dot)", "dot = fmaf(e, t, dot)"),
+    "0 * -inf in the gradient": ("gradient.h", "fmaf(kBounded ? t : fmaxf(t, kFloor), g.log, g.constant)", "fmaf(t, g.log, g.constant)"),
+    "last columns forgotten": ("statistics.h", "return tail < columns ? tail : -1;", "return tail + 1 < columns ? tail : -1;"),
+    "a vector too many": ("streaming.cu", "if (i + u * kThreads < vectors) v[u]", "if (i + u * kThreads <= vectors) v[u]"),
+    "a slice ends a vector early": ("slices.h", "return begin(slice + 1);", "return begin(slice + 1) - (slice + 1 < count);"),
+    "the last slice forgotten": ("streaming.cu", "for (int slice = 0; slice < slices.count; ++slice) sums", "for (int slice = 0; slice + (slices.count > 1) < slices.count; ++slice) sums"),
+    "gradient starts a step late": ("gradient.h", "for (int at = whole - kStep +", "for (int at = whole - 2 * kStep +"),
+    "target written by another thread": ("gradient.h", "division.owner<T>(target) == thread_index()", "(division.owner<T>(target) ^ 1) == thread_index()"),
+    "target by its rounded probability": ("gradient.h", "logp_coef * expm1f(logp)", "logp_coef * (expf(logp) - 1.0f)"),
+    "target capped in fp32": ("partial.h", "exact = softcap.exactly(x, slope);", "softcap.exactly(x, slope), exact = double(swept);"),
+    "softcap without slope": ("gradient.h", "fmaf(e, g.p_coef, factor) * slope", "fmaf(e, g.p_coef, factor)"),
+    "softcap makes -inf finite": ("partial.h", "if (fabsf(x) != kInf) x = cap * r", "x = cap * r"),
+    "padding not cleared": ("gradient.h", "column < columns; column += kThreads", "column < vocab; column += kThreads"),
+    "vectors at any address": ("elements.h", "& 15) == 0", "& 1) == 0"),
+    "32-bit offsets": ("../common/verbs.h", "return (i / per_batch) * batch_stride", "return int32_t((i % per_batch) * row_stride) + (i / per_batch) * batch_stride; return (i / per_batch) * batch_stride"),
+    "one temperature for all": ("row.h", "call.temperature_per_row ? i : 0", "0"),
+    "rows that are out are swept": ("../common/verbs.h", "return call.ids[i] < 0 ||", "return"),
+    "shards ignored": ("row.h", "id - call.vocab_start", "id"),
+    "inert rows are swept": ("gradient.h", "    if (d.all_zero()) return g;\n", ""),
+    "NaN rows get numbers": ("gradient.h", "    if (from.rest != from.rest) {", "    if (false) {"),
+    "the top's exponent taken for 0": ("row.h", "return {true, base, whole - t, inverse * (1.0f + expm1f(-t * kLn2))};", "return {true, base, whole, inverse};"),
+    "sums by the rounded reference": ("statistics.h", "Partial out{s.top, rest * back, back * fmaf(-t, rest, fmaf(-e, t, s.dot)), 0.0f};", "Partial out{s.top, rest, s.dot, 0.0f};"),
+    "columns at any address from the block before": ("elements.h", "load16_cached(blocks + i), b = load16_cached(blocks + i + 1)", "load16_cached(blocks + i - 1), b = load16_cached(blocks + i)"),
+    "eight bytes not skipped": ("elements.h", "w[j] = w[j + 2];", "w[j] = w[j];"),
+    "four bytes not skipped": ("elements.h", "w[j] = w[j + 1];", "w[j] = w[j];"),
+    "columns before the first vector forgotten": ("gradient.h", "    if (thread_index() < columns.head) write(thread_index());\n", ""),
+    "logits taken for aligned as the gradient is": ("gradient.h", "!reads || off(x) == off(out) ? (vocab", "true ? (vocab"),
+    "the words of a pair swapped": ("elements.h", "narrow_pair<T>(x[2 * j], x[2 * j + 1])", "narrow_pair<T>(x[2 * j + 1], x[2 * j])"),
+    "the scale's rounding ignored": ("partial.h", "rounding / log2e * mean * ln2", "0.0"),
+}  # fmt: skip
+WALK = "for (int from = 0; from < slice.slices.count; ++from) sums = merge(sums, as_partial(load_shared(&stage.messages[from].sums)), row.scale);"
+
+#: Bugs of the ring kernel: its waits, its turns, its slices, its target.
+RING_MUTANTS = {
+    "gradient stored before it is there": ("ring.cu", "        wait(ring.empty(out.state.index), out.state.phase);\n", ""),
+    "loaded while it is stored": ("ring.cu", "            wait_group_read<kStoresInFlight>();\n", ""),
+    "the wrong tile loaded": ("ring.cu", "if (stored >= kStoresInFlight) load_next(in);", "load_next(in);"),
+    "the block ends before its stores": ("ring.cu", "    if constexpr (!kDirect) wait_group<0>();\n", ""),
+    "logits read before they are there": ("ring.cu", "        wait(ring.full(tile.index), tile.phase);\n        const Vector*", "        const Vector*"),
+    "the last logits read before they are there": ("ring.cu", "    wait(ring.full(tile.index), tile.phase);\n    const Vector*", "    const Vector*"),
+    "no proxy fence": ("ring.cu", "release_written(ring.empty(tile.index));", "release(ring.empty(tile.index));"),
+    "no barrier of the warp": ("ring.cu", "release_written(ring.empty(tile.index));", "emulation::proxy_fence();\n            if (thread_index() % 32 == 0) arrive(ring.empty(tile.index));"),
+    "no barrier after the initialization": ("ring.cu", "    cluster_barrier();\n", ""),
+    "the warps' sums not waited for": ("ring.cu", "        wait(stage.partials_full, state.phase);\n", ""),
+    "messages not waited for": ("ring.cu", "            wait_for_cluster(stage.cluster_full, state.phase);\n", ""),
+    "constants not waited for": ("ring.cu", "    wait(stage.gradient_full, at.phase);\n", ""),
+    "one message not expected": ("ring.cu", "slice.slices.count * int(sizeof(Message))", "slice.slices.count * int(sizeof(Message)) - 16"),
+    "an arrival for each thread": ("ring.h", "initialize(empty(i), kWarps)", "initialize(empty(i), kThreads)"),
+    "an arrival too few": ("ring.h", "initialize(stage(i).partials_full, kWarps)", "initialize(stage(i).partials_full, kWarps - 1)"),
+    "the phase never turns": ("ring.h", "        phase ^= 1;\n", ""),
+    "one stage for rows": ("ring.h", "constexpr int kStages = kRowsAhead + 1;", "constexpr int kStages = kRowsAhead;"),
+    "messages to one place": ("ring.cu", "&stage.messages[slice.rank].sums", "&stage.messages[0].sums"),
+    "messages to oneself": ("ring.cu", "stage.cluster_full, lane);\n            send({as_bits", "stage.cluster_full, slice.rank);\n            send({as_bits"),
+    "the target read when it may be overwritten": ("ring.cu", "Target(as_float(load_shared(&stage.messages[owner].target).words[0]), softcap)", "Target(widen(row.x[row.target]), softcap)"),
+    "the target's owner by its column alone": ("ring.cu", "vector < slice.slices.vectors ? vector / slice.slices.each : slice.slices.count - 1", "vector / slice.slices.each"),
+    "the target in the first slice's columns": ("ring.cu", "in_slice = out.target - slice.begin * n;", "in_slice = out.target;"),
+    "the target in the first tile": ("ring.cu", "const int at = in_slice - t * (kTileVectors * n);", "const int at = in_slice;"),
+    "the target written by another thread": ("ring.cu", "in_slice / n % kThreads == thread_index()", "(in_slice / n % kThreads ^ 1) == thread_index()"),
+    "the target of another row": ("ring.cu", "            stage.target = row.target;\n", "            stage.target = i == 0 ? row.target : stage.target;\n"),
+    "slices that overlap": ("ring.h", "begin = slices.begin(rank);", "begin = slices.begin(rank) - (rank > 0);"),
+    "slices added in reverse": ("ring.cu", WALK, WALK.replace("[from]", "[slice.slices.count - 1 - from]")),
+    "the last tile stored whole": ("ring.cu", "ring.tile(out.state.index), slice.tile_vectors(out.tile) * 16, stores", "ring.tile(out.state.index), kTileBytes, stores"),
+    "columns after the last vector forgotten": ("ring.cu", "    if (has_tail) absorb_tail<T, kSums>", "    if (false) absorb_tail<T, kSums>"),
+    "columns after the last vector added by every block": ("ring.cu", "const bool has_tail = slice.is_last() && vocab %", "const bool has_tail = vocab %"),
+    "columns after the last vector written twice": ("ring.cu", "const bool has_tail = last && slice.is_last() &&", "const bool has_tail = slice.is_last() &&"),
+    "zeros of skipped rows forgotten": ("ring.cu", "[&](int64_t i) { write_zeros<T>(call, slice, i); }", "[](int64_t) {}"),
+    "skipped rows are loaded": ("ring.h", "        rows.advance(call, [](int64_t) {});\n", "        rows.now.row += rows.step;\n"),
+    "a row of the next cluster": ("ring.h", "first = cluster;", "first = 0;"),
+    "a deadlock by one tile": ("ring.h", "const int room = ring_tiles - kStoresInFlight - tiles;", "const int room = ring_tiles - tiles;"),
+    "a whole row ahead in too few tiles": ("ring.h", "ahead = room < tiles ? room : tiles;", "ahead = tiles;"),
+    "a tile of the gradient too many kept": ("ring.h", "kept = kKeep || ahead == tiles ? ahead : 0;", "kept = ahead < tiles ? ahead + 1 : ahead;"),
+    "a tile of the gradient forgotten": ("ring.cu", "half ? at_once : 0, half ? slice.tiles : at_once, half, written", "half ? at_once : 0, half ? slice.tiles : at_once - (at_once > 1), half, written"),
+    "a stale prefetched row": ("ring.h", "        next = Peek(call, now.row + step, end);\n        settle", "        next.row = now.row + step;\n        settle"),
+    "the id of a row after a skipped one is stale": ("ring.h", "            next = Peek(call, now.row + step, end);\n        }\n    }\n};", "            next.row = now.row + step;\n        }\n    }\n};"),
+    "the next row's sums in this one's stage": ("ring.cu", "            sums_stage.advance(kStages);\n", ""),
+    "a ring that holds a row and nothing of the next": ("dispatch.cpp", "slices.tiles() + 1 + kStoresInFlight; needed > p.tiles", "slices.tiles() + kStoresInFlight; needed > p.tiles"),
+    "strides between batches not looked at": ("dispatch.h", "(call.rows <= strides.per_batch || whole(strides.batch_stride))", "true"),
+    "the gradient's address not looked at": ("dispatch.cpp", "} else if (!rows_are_aligned(call.out, call.out_strides, call)) {", "} else if (false) {"),
+    "the device's memory not looked at": ("dispatch.cpp", "(device.shared_bytes - kBytesBesides) / kBytesPerTile", "14"),
+}  # fmt: skip
+
+#: Bugs of what is left beside a sure token, and of logits far from zero: in both kernels.
+SURE_MUTANTS = {
+    "sure: a lost rest": ("partial.h", "fmaf(e, l.rest, w.rest) + e", "w.rest + e"),
+    "sure: nothing summed again": ("statistics.h", "fabsf(merged.top) < kInf : merged.rest < kRoundedAway", "fabsf(merged.top) < kInf : false"),
+    "sure: summed again only where all is lost": ("statistics.h", "kRoundedAway = 0x1p-10f", "kRoundedAway = 0x1p-24f"),
+    "sure: every lane sums for the first": ("statistics.h", "const int lane = lowest_bit(todo);", "const int lane = 0;"),
+    "sure: the largest counted again": ("statistics.h", "return {top, (tops - 1.0f) + rest,", "return {top, tops + rest,"),
+    "sure: the last column not summed again": ("streaming.cu", "            if (tail >= 0) f(widen(x[tail]));\n", ""),
+    "sure: the last column not summed again in the ring": ("ring.cu", "        if (tail >= 0) f(widen(x[tail]));\n", ""),
+    "sure: summed again from another row's tiles": ("ring.cu", "const int tile = first + vector / kTileVectors;", "const int tile = vector / kTileVectors;"),
+    "sure: a tile beyond the ring": ("ring.cu", "tile < ring.tiles ? tile : tile - ring.tiles", "tile"),
+    "sure: a log-prob by the rounded sum": ("partial.h", "return x < 1.0f ? double(log1pf(x)) :", "return"),
+    "far: exponents relative to a product": ("statistics.h", "constexpr float kFar = 131072.0f;", "constexpr float kFar = 1e38f;"),
+    "far: a gradient relative to a product": ("gradient.h", "!from.near ? Terms::far :", "false ? Terms::far :"),
+    "far: lse in fp64": ("streaming.cu", "const bool by_target = by_logp && d.logp > -50.0f;", "const bool by_target = false;"),
+}  # fmt: skip
+
+#: Bugs of the kernels on two logits tensors. All are of one file.
+PAIR_MUTANTS = {
+    name: ("divergence.cu", text, bug)
+    for name, text, bug in (
+        # columns, groups and rows
+        ("pair: a column after the last group forgotten", "    if (tail < columns) {\n", "    if (tail + 1 < columns) {\n"),
+        ("pair: a gradient after the last group forgotten", "    if (tail < columns) narrow", "    if (tail + 1 < columns) narrow"),
+        ("pair: a group too many", "if (i >= groups) continue;\n        float a", "if (i > groups) continue;\n        float a"),
+        ("pair: a group not loaded", "if (i >= groups) continue;\n        x[u]", "if (i + 1 >= groups) continue;\n        x[u]"),
+        ("pair: gradient starts a step late", "(groups - 1) / kStep * kStep", "groups / kStep * kStep - kStep"),
+        ("pair: the second's rows by the first's strides", "call.q.strides.offset(i)", "call.strides.offset(i)"),
+        ("pair: the first's rows in 32 bits", "static_cast<const T*>(call.logits) + call.strides.offset(i)", "static_cast<const T*>(call.logits) + int32_t(call.strides.offset(i))"),
+        ("pair: the second's rows in 32 bits", "+ call.q.strides.offset(i)", "+ int32_t(call.q.strides.offset(i))"),
+        ("pair: the gradient's rows in 32 bits", "+ call.out_strides.offset(i)", "+ int32_t(call.out_strides.offset(i))"),
+        ("pair: the second's dtype", "case DType::f16: return launch_rows<F16>", "case DType::f16: return launch_rows<Bf16>"),
+        # alignment
+        ("pair: the second's alignment not looked at", "is_aligned(row.x) && is_aligned(row.y)", "is_aligned(row.x)"),
+        ("pair: the first's alignment not looked at", "is_aligned(row.x) && is_aligned(row.y)", "is_aligned(row.y)"),
+        ("pair: the gradient's alignment not looked at", "} else if (aligned && is_aligned(out)) {", "} else if (aligned) {"),
+        # rows that are out, padding, rows without coefficients
+        ("pair: rows that are out are swept", "if (is_out(call, i)) {", "if (false) {"),
+        ("pair: the table of rows that are out forgotten", "            if (call.table && thread_index() == 0) put_column(call.table, call.rows, i, {});\n", ""),
+        ("pair: padding of rows that are out forgotten", "fill(out, 0, int(call.columns), 0.0f)", "fill(out, 0, columns, 0.0f)"),
+        ("pair: padding not cleared", "            fill(out, columns, int(call.columns), 0.0f);\n", ""),
+        ("pair: rows without coefficients are swept", "const bool none = forward == 0 && reverse == 0 && entropy == 0;", "const bool none = false;"),
+        ("pair: the first row's weight", "call.weights[i]", "call.weights[0]"),
+        ("pair: a coefficient of another row", "c[call.rows], c[2", "c[0], c[2"),
+        # temperature and soft cap
+        ("pair: the first's temperature for both", "kLog2e / q_temperature", "kLog2e / p_temperature"),
+        ("pair: the first's temperature for the second's center", "q(v[6], v[7], row.q_temperature,", "q(v[6], v[7], row.p_temperature,"),
+        ("pair: one temperature of the second", "call.q.temperature_per_row ? i : 0", "0"),
+        ("pair: a gradient not by temperature", "other = q_factor * forward / t", "other = q_factor * forward"),
+        ("pair: soft caps swapped", "p_cap(call.softcap), q_cap(call.q.softcap)", "p_cap(call.q.softcap), q_cap(call.softcap)"),
+        ("pair: the second's soft cap alone forgotten", "call.softcap < kInf || call.q.softcap < kInf", "call.softcap < kInf"),
+        ("pair: the second's soft cap forgotten in the gradient", "        if (q_cap.on) q_cap.apply(y);\n", ""),
+        ("pair: soft cap without slope", ") * slope;  // two", ");  // two"),
+        # signs and constants
+        ("pair: the difference's sign", "fmaf(f, -d, q.cross)", "fmaf(f, d, q.cross)"),
+        ("pair: the ratio the other way", "a - fmaxf(b, -1e30f)", "fmaxf(b, -1e30f) - a"),
+        ("pair: a log-sum-exp without its low part", "double(lse) + double(low)", "double(lse)"),
+        ("pair: the center's rounding ignored", "return 1.0f + expm1f(rest * kLn2);", "return 1.0f;"),
+        # sums and their order
+        ("pair: differences rebased by the own shift alone", "fmaf(shift - others_shift, s.sum, s.cross)", "fmaf(shift, s.sum, s.cross)"),
+        ("pair: entropy sum not rebased", "factor * fmaf(shift, s.sum, s.dot)", "factor * s.dot"),
+        ("pair: no bound of a shift", "fmaxf((from - to) * scale, -1e30f)", "(from - to) * scale"),
+        ("pair: half a warp's sums", "merge_lanes<32>(s,", "merge_lanes<16>(s,"),
+        ("pair: half the warps", "merge_lanes<kWarps>(states[buffer][thread_index() % kWarps],", "merge_lanes<kWarps / 2>(states[buffer][thread_index() % kWarps],"),
+        ("pair: a zero lost in the merge", "fmaxf(a.p_zero, b.p_zero)", "a.p_zero"),
+        ("pair: no barrier before the block's merge", "            barrier();\n            if (thread_index() < 32)", "            if (thread_index() < 32)"),
+        ("pair: no barrier before the gradient", "            barrier();\n            const Gradient& g", "            const Gradient& g"),
+        ("pair: no second set of sums and constants", "        buffer ^= 1;\n", ""),
+        # -inf
+        ("pair: no guard for -inf", "return top == -kInf ? 0.0f : top;", "return top;"),
+        ("pair: 0 * -inf in the entropy", "fmaf(e, p_dead ? 0.0f : t, p.dot)", "fmaf(e, t, p.dot)"),
+        ("pair: -inf - -inf", "d = p_dead || q_dead ? 0.0f : t - u", "d = t - u"),
+        ("pair: zeros of the wrong tensor", "(p_dead ? s.p_zero : s.q_zero) = 1.0f", "s.q_zero = 1.0f"),
+        ("pair: a gradient of -inf", "    if (x == -kInf) return 0.0f;\n", ""),
+        ("pair: 0 * -inf in the gradient", "fmaxf((x - g.p_center) * scales.p, -200.0f)", "(x - g.p_center) * scales.p"),
+        ("pair: no bound of a ratio", "a - fmaxf(b, -1e30f)", "a - b"),
+        ("pair: numbers for an infinite divergence", " || (reverse != 0 && !(fabsf(v[1]) < kInf))", ""),
+    )
+}  # fmt: skip
+
+#: Bugs of the kernel that scales.
+SCALE_MUTANTS = {
+    f"scale: {name}": ("scale.cu", text, bug)
+    for name, text, bug in (
+        ("written at 1", "    if (factor == 1.0f) return;\n", ""),
+        ("the last column forgotten", "} else if (tail + i - head < columns) {", "} else if (tail + i - head + 1 < columns) {"),
+        ("the first columns forgotten", "    if (i < head) {\n", "    if (i + 1 < head) {\n"),
+        ("ends by every tile", "if (of_row == 0) scale_ends", "scale_ends"),
+        ("a vector too many", "if (i >= vectors) continue;", "if (i > vectors) continue;"),
+        ("a vector not loaded", "if (i < vectors) v[u]", "if (i + 1 < vectors) v[u]"),
+        ("vectors at any address", "const int64_t before = int64_t(", "const int64_t before = 0 * int64_t("),
+        ("the last tile forgotten", "(columns / kPerVector<T> + kScaleTile - 1) / kScaleTile", "(columns / kPerVector<T> + kScaleTile) / kScaleTile - 1"),
+        ("the first row alone", "tile < call.rows * tiles", "tile < tiles"),
+        ("rows in 32 bits", ": call.strides.offset(row)", ": int32_t(call.strides.offset(row))"),
+        ("a factor rounded first", "values[j] *= factor;", "values[j] *= as_float(as_bits(factor) & 0xffff0000u);"),
+    )
+}  # fmt: skip
+
+#: Bugs of the lanes that evaluate a loss program.
+PROGRAM_MUTANTS = {
+    f"program: {name}": ("program.h", text, bug)
+    for name, text, bug in (
+        ("no barrier between levels", "        warp_barrier();\n        begin = end;", "        begin = end;"),
+        ("no barrier before the first level", "    warp_barrier();\n    run_levels(table, table.uniform_levels", "    run_levels(table, table.uniform_levels"),
+        ("no barrier before the uniform levels", "    warp_barrier();\n    run_levels(table, 0", "    run_levels(table, 0"),
+        ("a level of more than 32 operations cut short", "k < end; k += 32", "k < end && k < begin + 32; k += 32"),
+        ("the first 32 again", "k < begin + 32 ? first : table.code[k]", "first"),
+        ("the next level not fetched", "if (end + lane < following) next = table.code[end + lane];", ""),
+        ("one step of row weights", "k += 27", "k += 1000"),
+        ("the first term's row weight for all", "k * call.row_weights_step + i", "i"),
+        ("no old log-prob on policy", "        if (!call.old_logp) inputs[kOldLogp] = s.logp;\n", ""),
+        ("constants as parameters", "registers[table.parameters + i] = float", "registers[i] = float"),
+        ("uniform levels skipped", "run_levels(table, 0, table.uniform_levels, 0, registers);", ""),
+        ("a costly operation kept as a cheap one", "operation <= Operation::where", "operation <= Operation::div"),
+    )
+}  # fmt: skip
+
+#: Those that fp32 shows; all others are built and run in bf16 alone.
+IN_FP32 = {
+    "target by its rounded probability",
+    "target capped in fp32",
+    "the top's exponent taken for 0",
+    "sums by the rounded reference",
+    "far: exponents relative to a product",
+    "far: a gradient relative to a product",
+    "far: lse in fp64",
+    "the scale's rounding ignored",
+    "pair: a log-sum-exp without its low part",
+    "pair: the center's rounding ignored",
+    *PROGRAM_MUTANTS,
+}
+
+#: The tests that have to find each.
+ALL_MUTANTS = {**MUTANTS, **RING_MUTANTS, **PAIR_MUTANTS, **SURE_MUTANTS, **SCALE_MUTANTS, **PROGRAM_MUTANTS}
+FOUND_BY = {
+    **dict.fromkeys(MUTANTS, STREAMING),
+    **dict.fromkeys(RING_MUTANTS, RING),
+    **dict.fromkeys(PAIR_MUTANTS, PAIR),
+    **dict.fromkeys(SURE_MUTANTS, SURE),
+    **dict.fromkeys(SCALE_MUTANTS, SCALE),
+    **dict.fromkeys(PROGRAM_MUTANTS, PROGRAM),
+}
+
+# Not observable here, and why each is right or harmless:
+# * wait_until_copied() for reads only. The end of a kernel completes its writes; what a block must outlive is the reading of its shared memory.
+# * No barrier of the cluster at the end (there is none). Whatever is sent to a block it has waited for, so nobody writes to one that has ended.
+# * Expecting messages after they have been sent. The phase cannot end before the arrival that announces them.
+# * Gradients of a row before the statistics of the next one. Slower, and the same.
+# * Every block putting a row's outputs instead of the first: the same values.
+# * Two tensors, a block that walks through all rows from its first on: each is written again, with the same bits.
+# * Two tensors, the number of blocks: speed alone.
+# * Two tensors, an empty sum rebased from its maximum of -inf: the bound of the shift makes the factor 0, and its sums are.
+# * Two tensors, a NaN among the first's logits where the table is of others: a bound of the exponent takes it for -200. Statistics are NaN for it.
+# * Whoever has seen nothing but masked logits sums them again: they count for nothing, however they are summed.
+# * publish_barriers(), acquire.cluster in wait_for_cluster(), L2 hints, the text of the assembly: what the emulator does not execute. The test of
+#   the SASS in test_cuda_backend.py sees the instructions; that they suffice is for a GPU and its racecheck to say.
+
+
+def run_tests(module: Path, *files: str, **environment: str) -> subprocess.CompletedProcess:
+    paths = [str(ROOT / "tests/backends/cuda" / file) for file in files]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *paths],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=ROOT,
+        env={**os.environ, "REWEIGHT_OPS_EMULATED": str(module), **environment},
+    )
+
+
+#: Importing PyTorch takes longer than most bugs live: children are forked from a process that has.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["pytest", "torch", "reweight_ops.kernels", "reweight_ops._core.backends.reference", "reweight_ops.testing"])
+
+
+def run_forked(module: Path, file: str, log: Path) -> None:
+    os.environ["REWEIGHT_OPS_EMULATED"] = str(module)
+    with log.open("w") as to:
+        os.dup2(to.fileno(), 1)
+        os.dup2(to.fileno(), 2)
+    os.chdir(ROOT)
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests" / file)])))
+
+
+def test_without_a_bug_everything_passes():
+    """Else a failure would count as found every time."""
+    result = run_tests(build(), STREAMING, RING, PAIR, SURE, SCALE, PROGRAM)
+    assert result.returncode == 0, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize("name", FOUND_BY)
+def test_a_planted_bug_is_found(name, tmp_path):
+    file, text, bug = ALL_MUTANTS[name]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc/cuda" / file
+    source = path.read_text()
+    assert source.count(text) == 1, f"the text of mutant {name!r} is there {source.count(text)} times"
+    path.write_text(source.replace(text, bug))
+    dtypes = ("f32",) if name in IN_FP32 else ("bf16",)
+    (tmp_path / "build").mkdir()
+    for made in build(dtypes=dtypes).parents[1].glob("*.o"):  # those that the bug does not touch are used again
+        (tmp_path / "build" / made.name).symlink_to(made)
+    module = build(tmp_path / "csrc", folder=tmp_path / "build", dtypes=dtypes)
+    log = tmp_path / "log"
+    process = FORK.Process(target=run_forked, args=(module, FOUND_BY[name], log))
+    process.start()
+    process.join(900)
+    assert process.exitcode is not None, "it hangs"
+    assert process.exitcode not in (0, 2, 3, 4, 5), f"not found: {name}\n{log.read_text()[-2000:]}"
+
+
+@pytest.mark.parametrize("file", [STREAMING, RING, PAIR, SURE, SCALE, PROGRAM])
+def test_sanitizers(file):
+    """Reads and writes outside of rows and of shared memory, and undefined behavior, under AddressSanitizer and UBSan."""
+    # libstdc++ too: the sanitizer wants to know how exceptions are thrown before anybody throws one.
+    libraries = [
+        subprocess.run([*(compiler() or "").split(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip("no AddressSanitizer")
+    module = build(flags=("-O1", *SANITIZE))
+    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    result = run_tests(module, file, LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS=options)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

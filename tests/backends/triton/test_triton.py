@@ -1,0 +1,450 @@
+"""The Triton backend against an fp64 oracle that knows nothing of it: autograd through log_softmax and the rules' own formulas.
+
+By the package's criterion (tests/support/criterion.py) and nothing looser. Runs in Triton's interpreter, or on a GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+import sys
+
+import pytest
+import torch
+from built_in import own_rules
+
+pytest.importorskip("triton")
+
+from triton_oracle import DEVICE, Batch, check_grad, check_loss_grad, check_stats, default_params, run_loss_grad, run_stats
+
+from reweight_ops._core.backends import triton_cache as triton_programs
+from reweight_ops._core.backends import triton_launch
+from reweight_ops._core.backends import triton_token as backend
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Request, RowInputs, SoftmaxParams
+from reweight_ops._core.backends.select import load
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.formula.triton import program_py
+from reweight_ops._core.rows.groups import OUT
+from reweight_ops.rules import RULES, WEIGHTS, Rule, TokenWeight, rule, weight
+from reweight_ops.triton_kernels.config import Config, config_for
+
+ROWS = 12
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RICH = Program.of(("clip", "k3", "entropy_bonus"), (("current_advantage_reweighting", "surrogate"), ("probability_band", "all")))
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("REWEIGHT_OPS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles and segments a row at sizes that the interpreter likes."""
+    monkeypatch.setattr(backend, "config_for", lambda columns, itemsize, wave: Config(128, 16 // itemsize, 1, 256))
+
+
+# --- batches --------------------------------------------------------------------------------------------------------------------
+
+
+def make(dtype=torch.float32, n=ROWS, v=400, program=RICH, seed=0, **change) -> Batch:
+    """Logits with outliers, targets with real mass, both sides of the clip, both sides of the clamp."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(n, v, generator=g) * 2.5).to(dtype)
+    ids = torch.randint(0, v, (n,), generator=g)
+    ids[::2] = logits[::2].float().argmax(-1)
+    logits[0, ids[0]] = 40.0  # p = 1 to fp32
+    logits[1] *= 4
+    batch = Batch(logits, ids, torch.tensor([0.8]), SoftmaxParams(v), None, program, default_params(program))
+    batch = dataclasses.replace(batch, **change)
+    n = batch.ids.numel()
+    logp = torch.nan_to_num(batch.statistics(torch.float32)["logp"], neginf=-30.0)
+    drift = 0.3 * torch.randn(n, generator=g)
+    drift[-2:] = torch.tensor([100.0, -100.0])
+    if batch.inputs is None:
+        adv = torch.randn(n, generator=g)
+        adv[2] = 0.0
+        weights = torch.rand(len(batch.program.terms), n, generator=g) / n
+        weights[0, 3] = 0.0
+        others = (logp + 0.3 * torch.randn(n, generator=g) for _ in range(2))
+        batch.inputs = RowInputs(weights, logp - drift, adv, *others)
+    return batch
+
+
+def strided(dtype) -> Batch:
+    """Two leading dimensions, sliced out of a larger tensor full of NaN, with padding columns: every stride matters."""
+    batch = make(dtype)
+    big = torch.full((3, ROWS // 2 + 1, 500), math.nan, dtype=dtype)
+    view = big[1:, : ROWS // 2, 4:444]
+    view[..., :400] = batch.logits.view(2, ROWS // 2, 400)
+    return dataclasses.replace(batch, logits=view)
+
+
+def masked(dtype) -> Batch:
+    batch = make(dtype)
+    batch.ids[[1, 4]] = OUT
+    batch.ids[5], batch.ids[6] = 400, -7
+    batch.logits[1] = math.nan
+    batch.inputs.adv[1] = math.nan
+    return batch
+
+
+def minus_infinity(dtype) -> Batch:
+    """Whole tiles and the first tile of -inf, single columns, and all but one."""
+    batch = make(dtype)
+    keep = torch.zeros(ROWS, 400, dtype=torch.bool)
+    keep[torch.arange(ROWS), batch.ids] = True
+    dead = torch.rand(ROWS, 400, generator=torch.Generator().manual_seed(3)) < 0.3
+    dead[0, :300] = dead[3, 100:] = dead[7] = True
+    logits = torch.where(dead & ~keep, -math.inf, batch.logits.float()).to(dtype)
+    return make(dtype, logits=logits, ids=batch.ids)
+
+
+CONDITIONS = {
+    "plain": lambda dtype: make(dtype),
+    "strides, padding and poison": strided,
+    "rows that are out": masked,
+    "-inf": minus_infinity,
+    "softcap": lambda dtype: make(dtype, head=SoftmaxParams(400, softcap=5.0)),
+    "softcap and -inf": lambda dtype: make(
+        dtype, logits=minus_infinity(dtype).logits, ids=minus_infinity(dtype).ids, head=SoftmaxParams(400, softcap=30.0)
+    ),
+    "a temperature each row": lambda dtype: make(dtype, temperature=torch.linspace(0.3, 2.5, ROWS)),
+    "a large common shift": lambda dtype: make(dtype, logits=make(dtype).logits + 300),
+    "padded vocabulary": lambda dtype: make(dtype, head=SoftmaxParams(350), ids=make(dtype).ids % 350),
+    "an odd vocabulary": lambda dtype: make(dtype, v=397),
+    "a tiny vocabulary": lambda dtype: make(dtype, v=3),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_conditions(condition, dtype, small_tiles):
+    if dtype != torch.float16:  # the other verbs differ from this one in no conversion
+        check_stats(CONDITIONS[condition](dtype))
+        check_grad(CONDITIONS[condition](dtype))
+    check_loss_grad(CONDITIONS[condition](dtype))
+
+
+@pytest.mark.parametrize("name", sorted(own_rules()))
+def test_rules(name):
+    terms = (name,) if own_rules()[name].kind == "surrogate" else ("reinforce", name)
+    check_loss_grad(make(n=24, program=Program.of(terms)))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [Program.of(("clip", "k1", "k2", "entropy_bonus")), Program.of(("cispo", "k3_corrected"), (("truncated_importance", "surrogate"),))],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_programs(program, dtype):
+    check_loss_grad(make(dtype, program=program))
+
+
+@pytest.mark.parametrize("vocab", [32000, 50257, 151936])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
+def test_real_vocabularies(vocab, dtype):
+    batch = make(dtype, n=4, v=vocab)
+    check_stats(batch)
+    check_loss_grad(batch)
+
+
+@pytest.mark.parametrize("names", [("logp",), ("entropy",), ("lse", "logp"), ("log_sum_p_sq",)])
+def test_gradient_of_some_statistics(names):
+    check_grad(make(), names)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_in_place(dtype, small_tiles):
+    batch = make(dtype)
+    _, out = run_loss_grad(batch)
+    _, inside = run_loss_grad(batch, in_place=True)
+    assert torch.equal(out, inside)
+    check_grad(make(dtype), in_place=True)
+
+
+def test_on_policy_is_ratio_one_and_keeps_its_gradient():
+    batch = make(program=Program.of(("clip",)))
+    batch.inputs = batch.inputs._replace(old_logp=None)
+    rows = check_loss_grad(batch)
+    assert torch.equal(rows[3], -batch.inputs.adv * (batch.inputs.weights[0] != 0))
+    batch.inputs = batch.inputs._replace(old_logp=run_stats(batch, ("logp",))["logp"])
+    assert torch.equal(run_loss_grad(batch)[0], rows)
+
+
+# --- what must be bitwise -------------------------------------------------------------------------------------------------------
+
+
+def split(monkeypatch, yes: bool) -> None:
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 10**6 if yes else 0)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch):
+    """And a verb of split rows is at most two launches, of whole rows always one."""
+    n, v = 6, 1000  # 4 segments of 256 columns and, with padding, 3 chunks of 512
+    batch = make(dtype, n=n, v=v + 300, head=SoftmaxParams(v), ids=torch.tensor([3, 999, OUT, 600, v + 1, 511]))
+    given = [x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature)]
+    coefs = {name: torch.linspace(-1, 2, n, device=DEVICE) for name in COEFS}
+    launched = []
+    launch = triton_launch.launch
+    monkeypatch.setattr(triton_launch, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
+
+    def run(yes: bool):
+        split(monkeypatch, yes)
+        stats = backend.token_stats(*given, batch.head, STATS)
+        out = given[0].clone() if in_place else torch.full_like(given[0], math.nan)
+        backend.token_grad(out if in_place else given[0], *given[1:], batch.head, dict(zip(STATS, stats, strict=True)), coefs, out)
+        return (stats, out, *run_loss_grad(batch, in_place))
+
+    whole = run(False)
+    assert launched == ["stats_kernel", "gradient_kernel", "loss_grad_kernel"]
+    launched.clear()
+    cut = run(True)
+    keeps = ["target_kernel"] if in_place else []
+    assert launched == ["partial_kernel", "stats_kernel", *keeps, "gradient_kernel", "partial_kernel", "loss_grad_kernel"]
+    for one, other in zip(whole, cut, strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+def test_a_row_is_the_same_bits_wherever_it_stands(small_tiles):
+    batch = make(torch.bfloat16, n=10)
+    rows, out = run_loss_grad(batch)
+    order = torch.tensor([7, 2, 2, 9, 0])
+    inputs = RowInputs(*(None if x is None else x[..., order].contiguous() for x in batch.inputs))
+    moved = dataclasses.replace(batch, logits=batch.logits[order], ids=batch.ids[order], inputs=inputs)
+    moved_rows, moved_out = run_loss_grad(moved)
+    assert torch.equal(moved_rows, rows[:, order])
+    assert torch.equal(moved_out, out[order])
+
+
+def test_both_verbs_give_the_same_logp(small_tiles):
+    batch = make(torch.bfloat16, head=SoftmaxParams(400, softcap=20.0))
+    stats, rows = run_stats(batch, ("logp", "entropy")), run_loss_grad(batch)[0]
+    assert torch.equal(stats["logp"], rows[0]) and torch.equal(stats["entropy"], rows[1])
+    assert torch.equal(run_stats(batch, ("logp",))["logp"], rows[0])
+
+
+# --- sick rows, shards, nothing to do ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sickness", ["nan", "+inf", "all -inf", "nan in the last tile"])
+@pytest.mark.parametrize("softcap", [math.inf, 30.0])
+def test_a_sick_row_is_nan_and_alone(sickness, softcap, small_tiles):
+    batch = make(n=8, head=SoftmaxParams(400, softcap=softcap))
+    healthy, healthy_out = run_loss_grad(batch)
+    batch.logits = batch.logits.clone()
+    if sickness == "all -inf":
+        batch.logits[4] = -math.inf
+    else:
+        batch.logits[4, 399 if "last" in sickness else 17] = math.inf if sickness == "+inf" else math.nan
+    rows, out = run_loss_grad(batch)
+    assert rows[:, 4].isnan().all()
+    assert out[4].isnan().all()
+    others = torch.arange(8) != 4
+    assert torch.equal(rows[:, others], healthy[:, others])
+    assert torch.equal(out[others], healthy_out[others])
+    for values in run_stats(batch).values():
+        assert values[4].isnan()
+        assert values[others].isfinite().all()
+
+
+def test_a_sick_row_is_nan_also_where_the_rule_only_compares():
+    """Every comparison with NaN is false, and clip would call the row clipped: no gradient. Padding stays zero all the same."""
+    batch = make(n=8, program=Program.of(("clip",)), head=SoftmaxParams(350), ids=make(n=8).ids % 350)
+    batch.logits = batch.logits.clone()
+    batch.logits[4, 17] = math.nan
+    rows, out = run_loss_grad(batch)
+    assert rows[:5, 4].isnan().all()
+    assert out[4, :350].isnan().all()
+    assert torch.equal(out[:, 350:], torch.zeros(8, 50))
+
+
+def test_the_targets_slope_keeps_its_digits_as_p_goes_to_1():
+    """1 - p from logp, relatively accurate where a rounded p has no digit left."""
+    logp = -torch.logspace(-9, -1, 24)
+    logits = torch.zeros(24, 2)
+    logits[:, 1] = torch.log(torch.expm1(-logp.double())).float()
+    ids, one = torch.zeros(24, dtype=torch.int64), torch.ones(24)
+    stats = {"logp": logp, "lse": -logp}
+    out = torch.full((24, 2), math.nan, device=DEVICE)
+    given = {k: v.to(DEVICE) for k, v in stats.items()}
+    backend.token_grad(
+        logits.to(DEVICE), ids.to(DEVICE), torch.ones(1, device=DEVICE), SoftmaxParams(2), given, {"logp": one.to(DEVICE)}, out
+    )
+    want = -torch.expm1(logp.double())
+    assert ((out[:, 0].cpu().double() - want).abs() <= 8 * 2.0**-24 * want).all()
+
+
+def test_a_target_of_minus_infinity():
+    batch = make(program=Program.of(("reinforce", "entropy_bonus")))
+    batch.logits = batch.logits.clone()
+    batch.logits[5, batch.ids[5]] = -math.inf
+    rows, out = run_loss_grad(batch)
+    assert rows[0, 5] == -math.inf
+    assert out[5, batch.ids[5]] == 0
+    assert out[5].isfinite().all()
+    truth = batch.gradient(torch.float64, {"logp": torch.zeros(ROWS), "entropy": rows[5]})
+    truth[5] -= rows[4, 5] * torch.softmax(batch.logits[5].double() / 0.8, -1) / 0.8
+    usable = torch.arange(400) != batch.ids[5]
+    assert torch.allclose(out[5, usable].double(), truth[5, usable], rtol=1e-5, atol=1e-9)
+
+
+def test_two_shards_are_one_vocabulary():
+    batch = make(v=600)
+    whole = check_stats(batch)
+    halves = []
+    for start, stop in ((0, 256), (256, 600)):
+        head = SoftmaxParams(stop - start, vocab_start=start, vocab_total=600)
+        part = dataclasses.replace(batch, logits=batch.logits[:, start:stop], head=head)
+        stats = check_stats(part)
+        assert torch.equal(stats["logp"] == -math.inf, (batch.ids < start) | (batch.ids >= stop))
+        halves.append((part, stats))
+    # token_grad of a shard, from the statistics of the whole
+    g = torch.randn(ROWS, generator=torch.Generator().manual_seed(2))
+    outs = []
+    for part, _ in [(batch, None), *halves]:
+        out = torch.full(part.logits.shape, math.nan, device=DEVICE)
+        given = {k: v.to(DEVICE) for k, v in whole.items()}
+        coefs = {"logp": g.to(DEVICE), "entropy": -g.to(DEVICE)}
+        backend.token_grad(part.logits.to(DEVICE), batch.ids.to(DEVICE), batch.temperature.to(DEVICE), part.head, given, coefs, out)
+        outs.append(out.cpu())
+    assert torch.allclose(outs[0], torch.cat(outs[1:], -1), rtol=0, atol=16 * 2.0**-24)
+
+
+def test_no_rows_and_no_live_rows():
+    empty = torch.empty(0, 8, device=DEVICE)
+    ids, t = torch.empty(0, dtype=torch.int64, device=DEVICE), torch.ones(1, device=DEVICE)
+    assert backend.token_stats(empty, ids, t, SoftmaxParams(8), STATS).shape == (len(STATS), 0)
+    inputs = RowInputs(torch.empty(1, 0, device=DEVICE), adv=torch.empty(0, device=DEVICE))
+    rows = backend.token_loss_grad(
+        empty, ids, t, SoftmaxParams(8), inputs, Program.of(("reinforce",)), default_params(Program.of(("reinforce",))).to(DEVICE), empty
+    )
+    assert rows.shape == (len(LOSS_ROWS), 0)
+    batch = make(program=Program.of(("clip",)))
+    batch.inputs = batch.inputs._replace(weights=torch.zeros(1, ROWS))
+    rows, out = run_loss_grad(batch)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(rows[2:], torch.zeros_like(rows[2:]))
+
+
+def test_dead_rows_are_not_read_by_token_grad():
+    batch = make()
+    batch.logits = torch.full_like(batch.logits, math.nan)
+    zeros = {k: torch.zeros(ROWS, device=DEVICE) for k in ("logp", "lse", "entropy", "log_sum_p_sq")}
+    out = torch.full(batch.logits.shape, math.nan, device=DEVICE)
+    backend.token_grad(
+        batch.logits.to(DEVICE),
+        batch.ids.to(DEVICE),
+        batch.temperature.to(DEVICE),
+        batch.head,
+        zeros,
+        dict.fromkeys(COEFS, zeros["logp"]),
+        out,
+    )
+    assert torch.equal(out.cpu(), torch.zeros(ROWS, 400))
+
+
+# --- user rules -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registries():
+    saved = dict(RULES), dict(WEIGHTS)
+    yield
+    for registry, content in zip((RULES, WEIGHTS), saved, strict=True):
+        registry.clear()
+        registry.update(content)
+
+
+def test_a_users_rule_runs_in_one_pass_with_its_derivative(registries, monkeypatch, tmp_path):
+    monkeypatch.setenv("REWEIGHT_OPS_CACHE", str(tmp_path))
+
+    @rule("soft_gate")
+    class SoftGate(Rule):
+        sharpness: float = 3.0
+
+        def loss(self, xp, t):
+            gate = xp.sigmoid(self.sharpness * (t.entropy - 1.0)) + xp.tanh(t.log_sum_p_sq)
+            return -gate * t.adv * xp.minimum(xp.exp(t.log_ratio), 2.0)
+
+    @weight("rarity")
+    class Rarity(TokenWeight):
+        a: float = 0.5
+
+        def weight(self, xp, t, batch):
+            return 1 + self.a * xp.log1p(-0.5 * xp.exp(t.logp))
+
+    program = Program.of(("soft_gate", "k3"), (("rarity", "surrogate"),))
+    check_loss_grad(make(program=program))
+    assert len(list(tmp_path.glob("programs/*.py"))) == 1
+
+    @rule("soft_gate")  # a notebook cell that runs again
+    class SoftGate(Rule):  # noqa: F811
+        def loss(self, xp, t):
+            return -t.adv * t.logp * t.entropy
+
+    check_loss_grad(make(program=Program.of(("soft_gate",))))
+    assert len(list(tmp_path.glob("programs/*.py"))) == 2
+
+
+def test_the_cache_mends_a_short_file_and_serves_many_processes(tmp_path):
+    text = program_py(RICH) + "\n# of this test alone\n"
+    module = triton_programs.load_source(text, tmp_path)
+    path = next(tmp_path.glob("programs/*.py"))
+    path.write_text(text[:40])
+    del sys.modules[module.__name__]
+    assert triton_programs.load_source(text, tmp_path).program is not module.program
+    assert path.read_text() == text
+    path.unlink()
+    del sys.modules[module.__name__]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=triton_programs.load_source, args=(text, tmp_path)) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * 4
+    assert [p.name for p in (tmp_path / "programs").iterdir() if p.is_file()] == [path.name]
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("REWEIGHT_OPS_CACHE", str(tmp_path))
+    assert triton_programs.cache_folder() == tmp_path
+    monkeypatch.delenv("REWEIGHT_OPS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert triton_programs.cache_folder().name == "reweight_ops"
+
+
+# --- reasons and launch shapes --------------------------------------------------------------------------------------------------
+
+
+def test_reasons():
+    request = Request("token_stats", torch.device(DEVICE), torch.float32)
+    assert load("triton").unsupported_reason(request) is None
+    assert "float64" in load("triton").unsupported_reason(request._replace(dtype=torch.float64))
+    assert "xpu" in load("triton").unsupported_reason(request._replace(device=torch.device("xpu"))) or triton_launch.interpreted()
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("wave", [32, 64])
+@pytest.mark.parametrize("columns", [1, 1000, 32000, 151936, 1 << 21])
+def test_launch_shapes(columns, itemsize, wave):
+    config = config_for(columns, itemsize, wave)
+    assert config.vector * itemsize == 16
+    assert config.block & (config.block - 1) == 0
+    assert config.segment % config.block == 0
+    assert config.warps * wave <= 1024
+    assert config.block % (config.warps * wave * config.vector) == 0
+
+
+def test_alignment_classes():
+    base = torch.zeros(4096, dtype=torch.bfloat16)
+    assert triton_launch.alignment(base.view(4, 1024)) == 16
+    assert triton_launch.alignment(base[2:2050].view(2, 1024)) == 4
+    assert triton_launch.alignment(base[1:2049].view(2, 1024)) == 2
+    assert triton_launch.alignment(base[:1002].view(2, 501)) == 2
+    assert triton_launch.alignment(base[:1000].view(2, 500), base[1:1001].view(2, 500)) == 2
+    assert triton_launch.alignment(base.float()[1:1001].view(2, 500)) == 4

@@ -1,0 +1,91 @@
+"""What a GPU would run, compiled without one: no spills, 16-byte loads and stores, and nothing recompiles that need not.
+
+Each test starts a process of its own (tests/support/aot.py): Triton decides at import whether it interprets or compiles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+pytest.importorskip("triton")
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
+#: 16-byte loads and stores that each kernel's loops over full tiles need, at least.
+WHOLE_ROWS = {"stats_kernel": (1, 0), "gradient_kernel": (1, 1), "loss_grad_kernel": (2, 1)}
+SPLIT_ROWS = {"partial_kernel": (1, 0), "gradient_kernel": (1, 1), "loss_grad_kernel": (1, 1)}
+
+
+@pytest.fixture(scope="module")
+def aot(tmp_path_factory):
+    """Runs tests/support/aot.py and returns what it prints."""
+    folder = tmp_path_factory.mktemp("aot")
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "REWEIGHT_OPS_CACHE": str(folder / "ours"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    environment.pop("TRITON_INTERPRET", None)
+
+    def run(*arguments: str):
+        command = [sys.executable, str(ROOT / "tests/support/aot.py"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def assert_sound(compiled: list[dict], streaming: dict[str, tuple[int, int]]) -> None:
+    assert compiled
+    for kernel in compiled:
+        assert kernel["spilled"] == 0, kernel
+        loads, stores = streaming.get(kernel["kernel"], (0, 0))
+        assert kernel["wide_loads"] >= loads, kernel
+        assert kernel["wide_stores"] >= stores, kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_verb_and_dtype_compiles_without_spills_and_streams_16_bytes_at_a_time(aot, target):
+    compiled = aot("compile", target)
+    assert {(k["kernel"], k["dtype"]) for k in compiled} == {
+        (kernel, dtype)
+        for kernel in ("stats_kernel", "gradient_kernel", "loss_grad_kernel")
+        for dtype in ("bfloat16", "float16", "float32")
+    }
+    assert_sound(compiled, WHOLE_ROWS)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_variants_compile(aot, target):
+    """Split rows, a softcap, and rows that are not aligned: those may load narrowly, but do not spill."""
+    compiled = aot("variants", target)
+    assert {"partial_kernel", "target_kernel"} <= {k["kernel"] for k in compiled}
+    assert_sound([k for k in compiled if k["dtype"] == "bfloat16"], SPLIT_ROWS)
+    assert_sound([k for k in compiled if k["dtype"] == "float32"], {})
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, target):
+    """For gradients without gaps and others. Four loads and four stores: what a thread has in flight."""
+    compiled = aot("scales", target)
+    assert sorted(k["dtype"] for k in compiled) == sorted(["bfloat16", "float16", "float32"] * 2)
+    assert_sound(compiled, {"scale_kernel": (4, 4)})
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_spill_gate_fires(aot, target):
+    """The negative control: with tiles that are far too large the same measurement reports spills."""
+    assert any(kernel["spilled"] > 0 for kernel in aot("oversized", target))
+
+
+def test_nothing_recompiles_that_need_not(aot):
+    """Temperature, hyper-parameters, softcap, N, lengths, strides, V, a temperature per row, on-policy or not, the rows' addresses."""
+    counts = aot("count")
+    assert counts == {"gradient_kernel": 1, "loss_grad_kernel": 1, "stats_kernel": 1}

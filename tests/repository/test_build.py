@@ -1,0 +1,150 @@
+"""The build: what a wheel holds, what happens without a compiler, that a changed header rebuilds, and the kernels under sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "csrc", "reweight_ops", "triton_kernels")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the sources without anything that was built."""
+    to = tmp_path_factory.mktemp("tree")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        elif source.exists():
+            shutil.copy(source, to)
+    return to
+
+
+def run(*command, cwd, **environment):
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def wheel(tree, to, **environment):
+    code, log = run(
+        sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", to, tree, cwd=tree, **environment
+    )
+    shutil.rmtree(tree / "build", ignore_errors=True)
+    return code, log, next(iter(to.glob("*.whl")), None)
+
+
+def imported(site, code):
+    """Run ``code`` against the unpacked wheel alone: an editable install of this checkout must not answer for what the wheel lacks."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n{code}"
+    )
+    return run(sys.executable, "-c", script, cwd=site)
+
+
+def test_wheel_with_kernels(tree, tmp_path):
+    code, log, path = wheel(tree, tmp_path, REWEIGHT_OPS_BUILD="cpu")
+    assert code == 0, log
+    site = tmp_path / "site"
+    with zipfile.ZipFile(path) as z:
+        assert not [n for n in z.namelist() if n.startswith("triton_kernels")], "triton_kernels is a top-level name"
+        z.extractall(site)
+    code, log = imported(
+        site,
+        "import reweight_ops, reweight_ops._C as c, reweight_ops.triton_kernels as t\n"
+        "assert reweight_ops.__file__.startswith(sys.path[0]) and c.__file__.startswith(sys.path[0]) and t.__file__.startswith(sys.path[0])\n"
+        "print(c.build_info()['levels'], c.level())",
+    )
+    assert code == 0, log
+
+
+def test_without_a_compiler(tree, tmp_path):
+    code, log, path = wheel(tree, tmp_path, CXX="/nowhere/c++", REWEIGHT_OPS_BUILD="auto")
+    assert code == 0 and log.count("installing without compiled kernels") == 1, log
+    site = tmp_path / "site"
+    with zipfile.ZipFile(path) as z:
+        assert not [n for n in z.namelist() if n.endswith(".so")]
+        z.extractall(site)
+    code, log = imported(
+        site,
+        "import torch, reweight_ops as rw\n"
+        "z = torch.randn(2, 3, 50, requires_grad=True)\n"
+        "out = rw.policy_loss(z, torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), spec='ppo')\n"
+        "out.loss.backward(); assert out.backend == 'reference', out.backend\n"
+        "try: rw.token_logps(z, torch.zeros(2, 3, dtype=torch.long), backend='cpu')\n"
+        "except rw.BackendUnavailable as e: assert 'REWEIGHT_OPS_BUILD' in str(e)\n"
+        "else: raise AssertionError('no error')",
+    )
+    assert code == 0, log
+
+
+def test_a_part_asked_for_by_name_must_build(tree, tmp_path):
+    for environment in ({"REWEIGHT_OPS_BUILD": "cpu", "CXX": "/nowhere/c++"}, {"REWEIGHT_OPS_BUILD": "gpu"}):
+        code, log = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, cwd=tree, **environment)
+        assert code != 0, log
+    code, log = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, cwd=tree, REWEIGHT_OPS_BUILD="none")
+    assert code == 0 and not list(tmp_path.rglob("*.so")), log
+
+
+def test_headers_rebuild_what_includes_them(tree):
+    def build():
+        code, log = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, REWEIGHT_OPS_BUILD="cpu")
+        assert code == 0, log
+        return log.count("CXX ")
+
+    assert build() > 0
+    assert build() == 0, "nothing changed"
+    (tree / "csrc/cpu/sweeps.h").touch()
+    levels = build()
+    assert levels >= 1, "the kernels include sweeps.h"
+    (tree / "csrc/common/program_table.h").touch()
+    assert build() > levels, "the bindings include the table too"
+
+
+def test_sanitizers(tree):
+    """The edge cases and a part of the accuracy tests with address and undefined-behaviour sanitizers in the extension."""
+    found = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=False).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(Path(path).is_absolute() for path in found):
+        pytest.skip("g++ has no address sanitizer here")
+    preload = " ".join(found)  # libstdc++ too: the sanitizer wants to know how exceptions are thrown before anybody throws one
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1"
+    code, log = run(
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--inplace",
+        cwd=tree,
+        REWEIGHT_OPS_BUILD="cpu",
+        CXXFLAGS=flags,
+        LDFLAGS="-fsanitize=address,undefined",
+    )
+    assert code == 0, log
+    shutil.copytree(ROOT / "tests", tree / "tests", dirs_exist_ok=True)
+    # detect_leaks: Python itself leaks on exit. The 2^31 case maps more than the sanitizer's shadow likes.
+    code, log = run(
+        sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "tests/backends/cpu/test_cpu_edges.py", "tests/backends/cpu/test_cpu_accuracy.py",
+        "-k", "not beyond_two and not peaked and not shifted and not several", cwd=tree, LD_PRELOAD=preload, PYTHONPATH=str(tree),
+        ASAN_OPTIONS="detect_leaks=0:verify_asan_link_order=0", UBSAN_OPTIONS="print_stacktrace=1",
+    )  # fmt: skip
+    assert code == 0 and "runtime error" not in log and "AddressSanitizer" not in log, log[:3000] + log[-3000:]
+    code, log = run(
+        sys.executable,
+        "-c",
+        "import reweight_ops._C as c; print(c.build_info()['flags'])",
+        cwd=tree,
+        LD_PRELOAD=preload,
+        ASAN_OPTIONS="detect_leaks=0",
+    )
+    assert "-fsanitize=address" in log, log

@@ -1,0 +1,57 @@
+"""The examples run from a clean directory to their files."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.mark.slow
+def test_trl_addition(tmp_path):
+    for library in ("trl", "typer", "rich", "matplotlib"):
+        pytest.importorskip(library)
+    options = ["--steps", "2", "--seeds", "2", "--warm-start", "300", "--out", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, str(EXAMPLES / "trl_addition.py"), *options], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads((tmp_path / "out" / "trl_addition.json").read_text())
+    assert [run["name"] for run in numbers["runs"]] == ["stock TRL", "stock TRL", "fused", "fused + AR", "fused, Lopti"]
+    assert all(a["gradient_difference"] <= 1e-6 for a in numbers["agreement"])
+    shares = numbers["gradient_share_by_probability_quartile"]
+    assert shares["reweighted"][0] < shares["plain"][0], "reweighting must take from the least likely tokens"
+    assert (tmp_path / "out" / "trl_addition.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("lopti", [False, True])
+def test_group_advantages_learns(lopti):
+    """From a rate of guessing (one digit in ten), in thirty steps."""
+    spec = importlib.util.spec_from_file_location("group_advantages", EXAMPLES / "group_advantages.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    history = example.train("grpo", steps=30, lopti=lopti)
+    assert history[0] < 0.15 and sum(history[-5:]) / 5 > 2 * history[0]
+
+
+def test_group_advantages_has_estimators_that_run():
+    spec = importlib.util.spec_from_file_location("group_advantages", EXAMPLES / "group_advantages.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    for name in example.ESTIMATORS:
+        assert len(example.train(name, steps=1, lopti=False)) == 1
+
+
+def test_preference(capsys):
+    spec = importlib.util.spec_from_file_location("preference_example", EXAMPLES / "preference.py")
+    example = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = example
+    spec.loader.exec_module(example)
+    runs = example.main(["--steps", "40"])
+    assert set(runs) == {"dpo", "wpo", "sparse_po", "our own"}
+    for name, history in runs.items():
+        assert history[0]["rewards/margins"] == 0 or name == "sparse_po"  # the reference is where training starts
+        assert history[-1]["rewards/accuracies"] == 1 and history[-1]["loss"] < 0.8 * history[0]["loss"], name
+    assert "accuracy" in capsys.readouterr().out

@@ -1,0 +1,75 @@
+"""``make gpu-kernels`` where there is no GPU: its script and every variant, emulated; what nvcc makes of one; and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from cuda_emulation.build import compiler
+
+from bench import gpu_kernels, gpu_variants
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
+def test_the_dry_run(tmp_path, capsys):
+    """Two variants by name: each gives the bits of what is shipped, in shapes that take the ring and the streaming kernel."""
+    pytest.importorskip("pybind11")
+    arguments = ["--dry-run", "--out", str(tmp_path), "direct=RING_DIRECT=1", "more=RING_ROWS_AHEAD=2 RING_STORES=2"]
+    assert gpu_kernels.main(arguments) == 0
+    found = json.loads((tmp_path / "gpu-kernels.json").read_text())
+    assert list(found["variants"]) == ["shipped", "direct", "more"] and found["left_out"] == []
+    jobs = {"one pass", "one pass +entropy", "one pass, streaming", "statistics", "statistics +entropy", "gradient"}
+    for shape in found["shapes"]:
+        assert shape["wrong"] == {} and set(shape["fractions"]) == {f"{name}: {job}" for name in found["variants"] for job in jobs}
+        assert all(len(ms) == 1 for ms in shape["ms"].values())
+    assert "direct: one pass +entropy" in capsys.readouterr().out
+
+
+def test_a_variant_with_other_bits_is_wrong(monkeypatch):
+    """The gate: it is told and not timed."""
+    pytest.importorskip("pybind11")
+    if compiler() is None:
+        pytest.skip("no C++ compiler to build the emulated kernels")
+    made = gpu_kernels.emulated({"shipped": "", "other": ""})
+    module, verbs = made["other"]
+
+    class Other:
+        def __getattr__(self, name):
+            def call(*args):
+                found = getattr(verbs, name)(*args)
+                return [x + 1e-3 for x in found] if name == "token_stats" else found
+
+            return call
+
+    found = gpu_kernels.time_shape(3, 100, {**made, "other": (module, Other())}, "cpu", 1)
+    assert set(found["wrong"]) == {"other: statistics", "other: statistics +entropy"}
+    assert not set(found["wrong"]) & set(found["ms"]) and "wrong" in "".join(gpu_kernels.report([found]))
+
+
+def test_settings():
+    assert gpu_variants.defines("RING_KEEP=0 STATS_BLOCKS=3") == ["-DRW_RING_KEEP=0", "-DRW_STATS_BLOCKS=3"]
+    for settings in ("RING_KEPT=0", "RING_KEEP", "RING_KEEP=", "-DRW_RING_KEEP=0"):
+        with pytest.raises(ValueError, match="expected NAME=VALUE"):
+            gpu_variants.defines(settings)
+    assert gpu_variants.parse(["a=RING_KEEP=0", "b="]) == {"shipped": "", "a": "RING_KEEP=0", "b": ""}
+    for text in ("=RING_KEEP=0", "shipped=RING_KEEP=0"):
+        with pytest.raises(ValueError, match="a name of its own"):
+            gpu_variants.parse([text])
+    for settings in gpu_variants.VARIANTS.values():
+        gpu_variants.defines(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_nvcc_builds_variants(tmp_path):
+    """Every variant that is timed by default: no spills, and modules that live beside each other."""
+    paths = gpu_variants.build(gpu_variants.VARIANTS, "90", tmp_path)
+    modules = {name: gpu_variants.load(path) for name, path in paths.items()}
+    assert len({id(module) for module in modules.values()}) == len(gpu_variants.VARIANTS)
+    assert all(module.archs() == "90" for module in modules.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    assert gpu_kernels.main(["--out", str(tmp_path)]) == 2
+    assert "--dry-run" in capsys.readouterr().err

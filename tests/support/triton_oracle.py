@@ -1,0 +1,238 @@
+"""What tests/backends/triton/test_triton.py asks of the three verbs: batches run, and judged against fp64 by the criterion (tests/support/criterion.py).
+
+Truth knows nothing of any kernel: autograd through log_softmax (tests/support/kernel_oracle.py) and through the rules' own formulas. No verb is given
+another one's results: the gradient of ``token_loss_grad`` is judged from the logits on, with the coefficients that fp64 finds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import torch
+import triton
+from criterion import assert_gradient, assert_values
+from kernel_oracle import gradient, statistics
+
+from reweight_ops._core.backends import triton_launch
+from reweight_ops._core.backends import triton_token as backend
+from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, RowInputs, SoftmaxParams
+from reweight_ops._core.formula.loss_program import Program
+from reweight_ops._core.formula.namespace import TorchNamespace
+from reweight_ops._core.formula.text import write_formula
+from reweight_ops._core.formula.trace import trace_rule, trace_weight
+from reweight_ops._core.rows.groups import OUT
+from reweight_ops.rules import RULES, WEIGHTS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fuse_multiply_add() -> None:
+    """Triton's interpreter rounds ``tl.fma`` twice before 3.9, which no GPU does: the kernels count on one rounding. (The product of two fp32 numbers is
+    exact in fp64; the sum is rounded there first, which shows in hardly any fp32 result.)"""
+    import numpy
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def fma(self, x, y, z):
+        dtype = z.data.dtype
+        wide = (v.data.astype(numpy.float64) for v in (x, y))
+        return TensorHandle((numpy.multiply(*wide) + z.data).astype(dtype), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = fma
+
+
+if triton_launch.interpreted() and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
+    fuse_multiply_add()
+
+
+def rows_in(program: Program) -> list[tuple[type, list[str]]]:
+    """The classes of a program's parameters, in the order of the vector, with the names of theirs (a term's coefficient first)."""
+    rules = {write_formula(trace_rule(cls)): cls for cls in RULES.values()}
+    weights = {write_formula(t): cls for cls in WEIGHTS.values() if not (t := trace_weight(cls)).uses_batch}
+    terms = [(rules[text], ["coef", *rules[text].parameter_names()]) for text in program.terms]
+    return terms + [(weights[text], list(weights[text].parameter_names())) for text, _ in program.weights]
+
+
+def default_params(program: Program, clamp: float = 20.0, **override: float) -> torch.Tensor:
+    values = [-clamp, clamp]
+    for i, (cls, names) in enumerate(rows_in(program)):
+        defaults = {"coef": (1.0, 0.04, 0.01, 0.3)[i % 4], **cls().parameters(), **override}
+        values += [defaults[name] for name in names]
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@dataclasses.dataclass
+class Batch:
+    logits: torch.Tensor
+    ids: torch.Tensor
+    temperature: torch.Tensor
+    head: SoftmaxParams
+    inputs: RowInputs
+    program: Program
+    params: torch.Tensor
+
+    @property
+    def usable(self) -> torch.Tensor:
+        return (self.ids >= 0) & (self.ids < self.head.total())
+
+    @property
+    def bad(self) -> torch.Tensor:
+        return ~self.usable & (self.ids != OUT)
+
+    def in_dtype(self, dtype: torch.dtype) -> tuple:
+        """The rows and the head as tests/support/kernel_oracle.py takes them."""
+        n = self.ids.numel()
+        rows = self.logits.detach()[..., : self.head.vocab_size].reshape(n, self.head.vocab_size).to(dtype)
+        return rows, self.ids, self.temperature.to(dtype).expand(n)
+
+    def statistics(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return statistics(*self.in_dtype(dtype), self.head.softcap, self.head.vocab_start)
+
+    def gradient(self, dtype: torch.dtype, coefs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return gradient(*self.in_dtype(dtype), coefs, self.head.softcap, self.head.vocab_start)
+
+
+# --- token_stats ----------------------------------------------------------------------------------------------------------------
+
+
+def run_stats(batch: Batch, names: tuple[str, ...] = STATS) -> dict[str, torch.Tensor]:
+    to = (x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature))
+    return dict(zip(names, backend.token_stats(*to, batch.head, names).cpu(), strict=True))
+
+
+def check_stats(batch: Batch) -> dict[str, torch.Tensor]:
+    got = run_stats(batch)
+    judge_stats(batch, got)
+    return got
+
+
+def judge_stats(batch: Batch, got: dict[str, torch.Tensor]) -> None:
+    truth, fp32 = batch.statistics(torch.float64), batch.statistics(torch.float32)
+    for name, ours in got.items():
+        assert torch.equal(ours[batch.ids == OUT], torch.zeros(int((batch.ids == OUT).sum())))
+        assert ours[batch.bad].isnan().all()
+        infinite = batch.usable & (truth[name] == -math.inf)
+        assert (ours[infinite] == -math.inf).all()
+        finite = batch.usable & ~infinite
+        assert_values(ours[finite], fp32[name][finite], truth[name][finite], name)
+
+
+# --- token_grad -----------------------------------------------------------------------------------------------------------------
+
+
+def random_coefs(n: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Of these statistics; every fifth is 0."""
+    g = torch.Generator().manual_seed(1)
+    every = {name: torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.8) for name in COEFS}
+    return {name: every[name] for name in names}
+
+
+def run_grad(batch: Batch, stats: dict[str, torch.Tensor], coefs: dict[str, torch.Tensor], in_place: bool = False) -> torch.Tensor:
+    logits = batch.logits.to(DEVICE, copy=True)
+    out = logits if in_place else torch.full(logits.shape, math.nan, dtype=logits.dtype, device=DEVICE)
+    given = {name: x.to(DEVICE) for name, x in stats.items() if name in ("logp", "lse") or name in coefs}
+    by = {name: coefs[name].to(DEVICE) if name in coefs else None for name in COEFS}
+    backend.token_grad(logits, batch.ids.to(DEVICE), batch.temperature.to(DEVICE), batch.head, given, by, out)
+    return out.cpu()
+
+
+def check_grad(batch: Batch, names: tuple[str, ...] = COEFS, in_place: bool = False) -> None:
+    """From exact statistics rounded to fp32, which fp32 PyTorch is given too."""
+    stats = {name: x.float() for name, x in batch.statistics(torch.float64).items()}
+    coefs = random_coefs(batch.ids.numel(), names)
+    judge_grad(batch, stats, coefs, run_grad(batch, stats, coefs, in_place))
+
+
+def judge_grad(batch: Batch, stats: dict[str, torch.Tensor], coefs: dict[str, torch.Tensor], got: torch.Tensor) -> None:
+    truth, fp32 = (batch.gradient(dtype, live(batch, coefs)) for dtype in (torch.float64, torch.float32))
+    judge_gradient(batch, got, coefs, truth, fp32)
+
+
+def live(batch: Batch, coefs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.where(batch.usable, c, 0) for name, c in coefs.items()}
+
+
+def judge_gradient(batch: Batch, got: torch.Tensor, coefs: dict[str, torch.Tensor], truth: torch.Tensor, fp32: torch.Tensor) -> None:
+    """Exact zeros where rows are out and in the columns of padding, the criterion everywhere else."""
+    v, n, usable = batch.head.vocab_size, batch.ids.numel(), batch.usable
+    rows = got.reshape(n, got.size(-1))
+    assert torch.equal(rows[:, v:], torch.zeros_like(rows[:, v:])), "columns of padding have a gradient"
+    assert torch.equal(rows[~usable], torch.zeros_like(rows[~usable])), "a row that is out has a gradient"
+    size = sum(c.abs().double() for c in coefs.values()) / batch.temperature.double()
+    columns = batch.ids - batch.head.vocab_start
+    assert_gradient(rows[usable, :v], fp32[usable], truth[usable], size[usable], columns[usable])
+
+
+# --- token_loss_grad ------------------------------------------------------------------------------------------------------------
+
+
+def program_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Rows of LOSS_ROWS, the coefficients, and what roundings of the two losses are relative to; by autograd, all maths in ``dtype``."""
+    stats = batch.statistics(dtype)
+    xp, inputs, keep = TorchNamespace(dtype), batch.inputs, batch.ids != OUT
+    leaves = {name: torch.where(keep, stats[name], 0).detach().requires_grad_() for name in ("logp", "entropy", "log_sum_p_sq")}
+    logp = leaves["logp"]
+    old = logp.detach() if inputs.old_logp is None else inputs.old_logp.to(dtype)
+    params = iter(batch.params.tolist())
+    low, high = next(params), next(params)
+    stored = {"adv": inputs.adv, "ref_logp": inputs.ref_logp, "sampling_logp": inputs.sampling_logp}
+    t = SimpleNamespace(**leaves, old_logp=old, log_ratio=(logp - old).clamp(low, high))
+    t.__dict__.update({k: v.to(dtype) for k, v in stored.items() if v is not None})
+    made = [(dict(zip(names, (next(params) for _ in names), strict=True)), cls) for cls, names in rows_in(batch.program)]
+    terms, weights = made[: len(batch.program.terms)], made[len(batch.program.terms) :]
+    us = [
+        (cls(**fields).weight(xp, t, None).detach(), scope)
+        for (fields, cls), (_, scope) in zip(weights, batch.program.weights, strict=True)
+    ]
+    loss = weighted = torch.zeros_like(logp)
+    for k, (fields, cls) in enumerate(terms):
+        factor = torch.full_like(logp, fields.pop("coef"))
+        for u, scope in us:
+            factor = factor * u if k == 0 or scope == "all" else factor
+        w = inputs.weights[k].to(dtype)
+        chosen = keep & (w * factor != 0)
+        value = cls(**fields).loss(xp, t)
+        loss = loss + torch.where(chosen, factor * value, 0)
+        weighted = weighted + torch.where(chosen, w * factor * value, 0)
+
+    def slopes(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = torch.autograd.grad(x.sum(), list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
+
+    def size(x: torch.Tensor) -> torch.Tensor:
+        """Of a loss and of its slopes times what they multiply: the package's (reweight_ops/testing/__init__.py) row by row."""
+        return (x.abs() + sum(d.abs() * (1 + leaves[name].abs()) for name, d in slopes(x).items())).detach()
+
+    coefs = slopes(weighted)
+    rows = [logp, leaves["entropy"], weighted, loss, coefs["logp"], coefs["entropy"]]
+    sizes = {"weighted_loss": size(weighted), "loss": size(loss)}
+    return dict(zip(LOSS_ROWS, (x.detach() for x in rows), strict=True)), coefs, sizes
+
+
+def run_loss_grad(batch: Batch, in_place: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    to = lambda x: None if x is None else x.to(DEVICE)  # noqa: E731
+    logits = batch.logits.to(DEVICE, copy=in_place)
+    out = logits if in_place else torch.full(logits.shape, math.nan, dtype=logits.dtype, device=DEVICE)
+    inputs = RowInputs(*map(to, batch.inputs))
+    rows = backend.token_loss_grad(logits, to(batch.ids), to(batch.temperature), batch.head, inputs, batch.program, to(batch.params), out)
+    return rows.cpu(), out.cpu()
+
+
+def check_loss_grad(batch: Batch, in_place: bool = False) -> torch.Tensor:
+    rows, out = run_loss_grad(batch, in_place)
+    judge_loss_grad(batch, rows, out)
+    return rows
+
+
+def judge_loss_grad(batch: Batch, rows: torch.Tensor, out: torch.Tensor) -> None:
+    truth, coefs, sizes = program_rows(batch, torch.float64)
+    fp32, coefs32, _ = program_rows(batch, torch.float32)
+    assert rows[:, batch.bad].isnan().all()
+    assert torch.equal(rows[:, batch.ids == OUT], torch.zeros_like(rows[:, batch.ids == OUT]))
+    usable = batch.usable
+    for name, ours in zip(LOSS_ROWS, rows, strict=True):
+        scale = sizes[name][usable] if name in sizes else None
+        assert_values(ours[usable], fp32[name][usable], truth[name][usable], name, scale)
+    coefs, coefs32 = live(batch, coefs), live(batch, coefs32)
+    judge_gradient(batch, out, coefs, batch.gradient(torch.float64, coefs), batch.gradient(torch.float32, coefs32))
