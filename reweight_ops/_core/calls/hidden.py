@@ -14,7 +14,7 @@ from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
-from ..rows.transforms import in_transform
+from ..transforms import in_transform
 from .chunking import chunking
 from .keywords import LMHeadOptions, SoftmaxOptions
 from .softmax import Fail, resolve_softmax, resolve_temperature

@@ -87,7 +87,7 @@ class LossCall:
         coefs = [1.0, *(p.coef for p in spec.penalties)]
         for rule, coef, reduction in zip(spec.rules, coefs, spec.reductions, strict=True):
             terms.append(Term(self.bound(rule, statistics), coef, self._shares(reduction) if reduction.coupled else None))
-        return Terms(terms, [self.bound(weight, statistics) for weight in spec.weights])
+        return Terms(terms, [self.bound(weight, statistics) for weight in spec.weights], spec.unbounded)
 
     def _shares(self, reduction: Reduction) -> Callable[[Tensor], Tensor]:
         def shares(weighted: Tensor) -> Tensor:

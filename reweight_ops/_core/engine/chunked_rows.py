@@ -13,7 +13,7 @@ from ..backends.base import SoftmaxParams
 from ..calls.logits import Logits
 from ..calls.two_logits import TwoLogits
 from ..rows.rows import Rows
-from ..rows.transforms import in_transform
+from ..transforms import in_transform
 from . import again
 from .run import Call
 from .source import PlainSource, SourceInfo

@@ -14,7 +14,7 @@ from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import Primitive, Request
 from ..backends.select import NAMES, candidates, choose, load, why_not
 from ..formula.loss_program import Program
-from ..rows.transforms import in_transform
+from ..transforms import in_transform
 from .again import TORCH
 from .source import MoreMetrics, Source, SourceInfo
 

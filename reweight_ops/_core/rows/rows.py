@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
+from ..transforms import is_wrapped
 from .groups import OUT, Groups, describe
-from .transforms import is_wrapped
 
 
 @dataclass(frozen=True)
