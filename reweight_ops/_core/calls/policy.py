@@ -19,6 +19,7 @@ from ..rows.rows import Rows
 from ..spec.policy import PolicyLossSpec, resolved
 from ..spec.reduction import Divisors, Reduction
 from .keywords import PolicyOptions
+from .unused import without_unused
 
 #: The statistics of the current policy that the middle differentiates through.
 STATISTICS = ("logp", "entropy", "log_sum_p_sq")
@@ -136,6 +137,7 @@ class LossCall:
 def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: PolicyOptions) -> LossCall:
     """Check a call's per-row arguments against what its spec reads, and flatten them."""
     requires = spec.requires
+    advantages, data = without_unused(rows, advantages, spec, data)
 
     def stored(name: str, leaf: str, why: str) -> Tensor | None:
         value = getattr(data, name)

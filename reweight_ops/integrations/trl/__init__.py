@@ -206,6 +206,7 @@ class Hooks:
             "old_per_token_logps": inputs.get("old_per_token_logps"),
             "ref_per_token_logps": inputs.get("ref_per_token_logps"),
             "sampling_per_token_logps": inputs.get("sampling_per_token_logps"),
+            "unused": "ignore",  # TRL hands over what it has
         }
         if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
             data["importance_sampling_ratio"] = inputs["importance_sampling_ratio"]
