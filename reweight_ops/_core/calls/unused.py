@@ -25,7 +25,7 @@ def without_unused(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Poli
         raise _error(rows, next(iter(found.items())))
     if not found:
         return advantages, data
-    rest = {name: None for name in found if name != "advantages"}
+    rest: dict[str, Any] = {name: None for name in found if name != "advantages"}
     return None if "advantages" in found else advantages, dataclasses.replace(data, **rest)
 
 
