@@ -53,6 +53,7 @@ def policy_loss(
         num_sequences_in_batch: the same for a mean over sequences.
         loss_scale: multiplies loss and gradient before any rounding (GradScaler's scale, 1/accumulation steps); metrics stay unscaled.
         validate: check ids even on a GPU, which waits for it.
+        unused: what the spec does not read is an ``"error"``, or ``"ignore"``: for trainers that always hand over everything.
         consume_logits: overwrite the logits with their gradient: no extra memory. Using them afterwards is an error.
 
     Raises:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...calls.chunking import balanced
 from ...calls.hidden import ChunkSettings, LMHead
+from .. import again
 from .. import ops as library
 from ..autograd import LSE_LOW, asked_for, forbid_second_backward
 from .gemms import Chunk, Gradients, chunks, live_rows, padded
@@ -60,10 +60,15 @@ class LinearStatistics(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, lora_a, lora_b, ids, temperature, *stats = ctx.saved_tensors
         settings: ChunkSettings = ctx.settings
+        if again.wants_graph():
+
+            def formula(h: Tensor, w: Tensor, c: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, ...]:
+                return again.linear_stats(h, LMHead(w, c, a, b, ctx.lora_scale), ids, temperature, settings, ctx.names)
+
+            return (*again.gradient(formula, (hidden, weight, bias, lora_a, lora_b), grads), *(None,) * 5)
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
         if all(g is None for g in by.values()):
             return (None,) * 10
@@ -161,7 +166,6 @@ class LinearOnePassLoss(torch.autograd.Function):
         return table[2].sum(), table
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
         forbid_second_backward(ctx, "linear_policy_loss")
         saved = iter(ctx.saved_tensors)
