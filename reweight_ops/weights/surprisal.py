@@ -47,7 +47,7 @@ class StareState(NamedTuple):
 
 def stare_state(amplify: float = 1.1, damp: float = 0.9, device: torch.device | str | None = None) -> StareState:
     """The controller before the first step: the gate is open."""
-    return StareState(*(torch.tensor(x, dtype=torch.float32, device=device) for x in (amplify, damp, 1.0)))
+    return StareState(*(torch.full((), x, dtype=torch.float32, device=device) for x in (amplify, damp, 1.0)))
 
 
 def stare_update(

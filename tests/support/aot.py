@@ -22,10 +22,13 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from reweight_ops._core.backends import triton_launch, triton_scale  # noqa: E402
+from reweight_ops._core.backends import triton_launch, triton_rows, triton_scale  # noqa: E402
 from reweight_ops._core.backends import triton_token as backend  # noqa: E402
 from reweight_ops._core.backends.base import COEFS, RowInputs, SoftmaxParams  # noqa: E402
+from reweight_ops._core.formula.base import RULES  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
+from reweight_ops._core.formula.monitor import Monitor  # noqa: E402
+from reweight_ops._core.rows.verbs import Weighing  # noqa: E402
 from reweight_ops.triton_kernels.config import VARIANTS, Config, Launch  # noqa: E402
 
 TARGETS = {
@@ -114,6 +117,7 @@ class Recorder:
 
 PROGRAM = Program.of(("clip", "k3", "entropy_bonus"), (("advantage_reweighting", "surrogate"),))
 PARAMS = torch.zeros(16)
+MONITOR = Monitor.of([RULES["clip"], RULES["k3"]])
 
 
 def call_all(dtype: torch.dtype, vocab: int, rows: int = 4, softcap: float = float("inf"), program: Program = PROGRAM) -> None:
@@ -243,6 +247,27 @@ def scales(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -
     return result
 
 
+def row_kernels(target: str) -> list[Compiled]:
+    """The kernels on rows, by the calls that launch them: lengths and addresses are no reason to compile one again."""
+    with Recorder(target) as recorder:
+        for sequences, length in ((4, 1000), (3, 1023)):
+            n = sequences * length
+            ids, rows = torch.zeros(sequences, length, dtype=torch.int64), torch.zeros(6, n)
+            masked = triton_rows.mask(ids, ids, ids.bool(), length)
+            for weighing in (Weighing("rows"), Weighing("sequences", True), Weighing(3.0, False, 5.0), Weighing(torch.ones(()), True)):
+                weights = triton_rows.weigh(masked, length, weighing, torch.ones(()), rows[0], 2)
+            ratio, means = triton_rows.ratio(masked, length, rows[0], rows[1], PARAMS, True)
+            leaves = dict(zip(("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"), rows, strict=True))
+            table = triton_rows.evaluate_rows(PROGRAM, PARAMS, leaves, torch.cat([weights, weights[:1]]), keep=masked.keep)
+            triton_rows.evaluate_rows(
+                PROGRAM, PARAMS, leaves | {"log_ratio": ratio}, torch.cat([weights, weights[:1]]), ("loss", "d_log_ratio")
+            )
+            triton_rows.adjoint(masked, length, table[0], table[1], PARAMS, means, True, True)
+            for known in (leaves, leaves | {"log_ratio": ratio}):
+                triton_rows.metrics(masked, length, MONITOR, PARAMS, known, ("entropy", "low", "largest ratio", "sequence region"))
+    return [inspect(target, name, "float32", kernel) for name, kernel in recorder.kernels.values()]
+
+
 def oversized(target: str) -> list[Compiled]:
     """The negative control: tiles far too large for the registers."""
     threads, slots = 4 * TARGETS[target].warp_size, 1 << (12 if TARGETS[target].backend == "hip" else 10)
@@ -267,5 +292,6 @@ if __name__ == "__main__":
             "shapes": every_shape,
             "oversized": oversized,
             "scales": scales,
+            "rows": row_kernels,
         }[task]
         print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))

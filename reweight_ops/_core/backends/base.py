@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..formula.loss_program import Program
+from ..rows.verbs import RowVerbs
 
 #: Row statistics that ``token_stats`` can return: ``max_logp`` is ``max x - lse``, the log-prob of the likeliest token. ``lse_low`` is what
 #: rounding ``lse`` lost: from one fp32 number alone probabilities would lose digits when all logits share an offset. It is 0 in fp64.
@@ -157,6 +158,8 @@ class Backend:
     divergence_loss_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], Tensor]
     scale: Callable[[Tensor, Tensor], None] | None = None
     evaluate_rows: Callable[[Program, Tensor, dict[str, Tensor], Tensor, tuple[str, ...], Tensor | None], Tensor] | None = None
+    #: What it does with rows in one launch each, if it has kernels for that.
+    rows: RowVerbs | None = None
     #: Which of several kernels token_loss_grad takes, and why (logits, vocab_size, device).
     kernel_of: Callable[[Tensor, int, torch.device], str] | None = None
     #: It serves everything, slowly: ``auto`` prefers a faster backend's two passes to its one.

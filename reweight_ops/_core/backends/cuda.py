@@ -30,6 +30,16 @@ from .base import Backend, Request, rows_of
 from .native import DTYPES, Native, checked, dtype_reason
 from .native_divergence import NativeDivergence
 
+#: Rows in few launches: there is one set of kernels for that, and it is Triton's.
+_row_kernels: dict[str, Any] = {}
+try:
+    from . import triton_launch, triton_rows
+except BackendUnavailable:
+    pass
+else:
+    if not triton_launch.interpreted():
+        _row_kernels = {"evaluate_rows": triton_rows.evaluate_rows, "rows": triton_rows.VERBS}
+
 _INSUFFICIENT_DRIVER = 35
 
 
@@ -106,5 +116,6 @@ BACKEND = Backend(
     divergence_grad=_divergence.divergence_grad,
     divergence_loss_grad=_divergence.divergence_loss_grad,
     scale=_native.scale,
+    **_row_kernels,
     kernel_of=_kernel_of,
 )

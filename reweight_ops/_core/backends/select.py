@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
+from ..rows.verbs import RowVerbs
 from .base import Backend, Request
 
 #: Preference by device, best first; the reference serves what nobody else can. On GPUs Triton leads until both were measured on one.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 _loaded: dict[str, Backend | BackendUnavailable] = {}
@@ -34,6 +37,22 @@ def load(name: str) -> Backend:
     if isinstance(found, BackendUnavailable):
         raise found
     return found
+
+
+@contextmanager
+def door(device_type: str, backend: Backend) -> Iterator[None]:
+    """For tests: ``backend`` serves calls on tensors of that device type, in the place of the one of its name.
+
+    So calls on meta tensors take the path that a GPU takes, with a backend that launches nothing.
+    """
+    preference, loaded = dict(_PREFERENCE), dict(_loaded)
+    _PREFERENCE[device_type], _loaded[backend.name] = (backend.name, "reference"), backend
+    try:
+        yield
+    finally:
+        for table, before in ((_PREFERENCE, preference), (_loaded, loaded)):
+            table.clear()
+            table.update(before)  # type: ignore[arg-type]
 
 
 def why_not(name: str, request: Request) -> str | None:
@@ -75,6 +94,16 @@ def choose(request: Request, name: str = "auto") -> str:
             raise BackendUnavailable(f"backend {only!r} was asked for: {error}") from error
         raise UnsupportedRequest(f"backend {only!r} was asked for and cannot run {request.primitive}: {reason}.")
     raise UnsupportedRequest(f"no backend can run {request.primitive}: " + "; ".join(f"{k}: {v}" for k, v in found.items()))
+
+
+def row_verbs(device: torch.device, dtype: torch.dtype, name: str) -> RowVerbs | None:
+    """Kernels for a call's rows, of the backend that serves its logits; None where PyTorch does it: in a compiled graph, whose compiler fuses it."""
+    if torch.compiler.is_compiling() or dtype == torch.float64:
+        return None
+    for candidate in candidates(device.type, name):
+        if why_not(candidate, Request("token_stats", device, dtype)) is None:
+            return load(candidate).rows
+    return None
 
 
 @torch.compiler.assume_constant_result

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 
 from . import triton_divergence as divergence
-from . import triton_launch, triton_scale
+from . import triton_launch, triton_rows, triton_scale
 from . import triton_token as token
 from .base import Backend, Request
 
@@ -52,4 +52,6 @@ BACKEND = Backend(
     divergence_grad=divergence.divergence_grad,
     divergence_loss_grad=divergence.divergence_loss_grad,
     scale=triton_scale.scale,
+    evaluate_rows=triton_rows.evaluate_rows,
+    rows=triton_rows.VERBS,
 )

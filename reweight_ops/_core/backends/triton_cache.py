@@ -15,8 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from ..files import write_atomically
-from ..formula.loss_program import Program
-from ..formula.triton import program_py
+from ..formula.loss_program import ONE_PASS, Program
+from ..formula.monitor import Monitor
+from ..formula.triton import monitor_py, program_py
 
 
 def cache_folder() -> Path:
@@ -46,11 +47,19 @@ def load_source(text: str, folder: Path) -> ModuleType:
     return module
 
 
-_functions: dict[Program, Any] = {}
+_functions: dict[Any, Any] = {}
 
 
-def program_function(program: Program) -> Any:
+def program_function(program: Program, given_ratio: bool = False, outputs: tuple[str, ...] = ONE_PASS) -> Any:
     """The ``@triton.jit`` function of a program."""
-    if program not in _functions:
-        _functions[program] = load_source(program_py(program), cache_folder()).program
-    return _functions[program]
+    what = (program, given_ratio, outputs)
+    if what not in _functions:
+        _functions[what] = load_source(program_py(*what), cache_folder()).program
+    return _functions[what]
+
+
+def monitor_function(monitor: Monitor) -> Any:
+    """The ``@triton.jit`` function of what metrics evaluate in a row."""
+    if monitor not in _functions:
+        _functions[monitor] = load_source(monitor_py(monitor), cache_folder()).program
+    return _functions[monitor]

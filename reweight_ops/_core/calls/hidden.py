@@ -197,6 +197,7 @@ def _check_row_index(index: Tensor, rows: Rows, fail: Fail) -> None:
 
 def _compute_dtype(hidden: Tensor) -> tuple[torch.dtype, bool]:
     """The dtype of the GEMMs' operands, and whether it is autocast's, as for ``F.linear``."""
-    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
+    # A meta tensor's device has no autocast, and says so by raising.
+    if hidden.device.type == "meta" or hidden.dtype == torch.float64 or not torch.is_autocast_enabled(hidden.device.type):
         return hidden.dtype, False
     return torch.get_autocast_dtype(hidden.device.type), True

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
+from ..backends.select import row_verbs
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
 from . import consumed
@@ -82,7 +83,8 @@ def resolve_logits(
 
     softmax = resolve_softmax(op, options, logits.shape[-1], fail)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.vocab_size, validate)
+    verbs = row_verbs(logits.device, logits.dtype, options.backend)
+    rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.vocab_size, validate, verbs)
     assert rows.ids is not None
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad
     if consume and logits.is_leaf:

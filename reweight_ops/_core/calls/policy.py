@@ -51,6 +51,8 @@ class LossCall:
 
     def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
         """``[K, N]``: every term's row weight, ``loss_scale`` included. ``statistics`` are needed only if a reduction is over a weight."""
+        if self.rows.verbs is not None and (fused := self._fused_row_weights()) is not None:
+            return fused
         found: dict[Any, Tensor] = {}
         for reduction in self.spec.reductions:
             if id(reduction) not in found:
@@ -64,6 +66,23 @@ class LossCall:
         if self.factor is not None:
             per_term[0] = per_term[0] * self.factor
         return torch.stack(per_term)
+
+    def _fused_row_weights(self) -> Tensor | None:
+        """The same, a launch for each reduction; None if a kernel cannot form one of them."""
+        rows, terms = self.rows, self.spec.reductions
+        assert rows.verbs is not None and rows.masked is not None
+        plans = {id(r): None if r.coupled else r.weighing(rows, self.divisors) for r in terms}
+        if any(plan is None for plan in plans.values()) or (self.factor is not None and self.factor.requires_grad):
+            return None
+        share = len(plans) == 1
+        found = []
+        for k, reduction in enumerate(terms[:1] if share else terms):
+            plan = plans[id(reduction)]
+            assert plan is not None
+            factor = self.factor if k == 0 else None
+            count = len(terms) if share and factor is not None else 1
+            found.append(rows.verbs.weigh(rows.masked, rows.run, plan, self.loss_scale, factor, count))
+        return found[0].expand(len(terms), -1) if share else torch.cat(found)
 
     @property
     def _is_scaled(self) -> bool:
@@ -106,7 +125,7 @@ class LossCall:
         """Every leaf that this call can give a formula."""
         logp = statistics["logp"]
         found = {**statistics, "old_logp": logp.detach() if self.old_logp is None else self.old_logp, "log_ratio": self.log_ratio(logp)}
-        return {**found, **self._stored()}
+        return {**found, **self.stored()}
 
     def safe_leaves(self, statistics: dict[str, Tensor]) -> Leaves:
         """The same, with harmless values in the rows that are out."""
@@ -119,12 +138,13 @@ class LossCall:
 
     def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
         """A weight outside of the terms: of a reduction, or of a hyper-parameter. Without statistics it may read stored leaves only."""
-        leaves = self.safe_leaves(statistics) if statistics is not None else Leaves(safe_where(self.rows.keep, self._stored()))
+        leaves = self.safe_leaves(statistics) if statistics is not None else Leaves(safe_where(self.rows.keep, self.stored()))
         with torch.no_grad():
             u: Tensor = self.bound(weight, statistics).weight(TorchNamespace(self.rows.dtype), leaves, BatchStatistics(self.rows))
         return u.detach()
 
-    def _stored(self) -> dict[str, Tensor]:
+    def stored(self) -> dict[str, Tensor]:
+        """The leaves that the call was given."""
         found = {"old_logp": self.old_logp, "adv": self.adv, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
         return {name: value for name, value in found.items() if value is not None}
 

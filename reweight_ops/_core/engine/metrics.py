@@ -16,6 +16,7 @@ from ...errors import InvalidCall
 from ..calls.policy import LossCall
 from ..formula.namespace import TorchNamespace
 from ..formula.trace import trace_rule
+from ..rows.constants import number_like, parameter_vector
 from ..spec.ratio import SequenceRatio
 
 #: Metrics that are a minimum or maximum, and those that are sums; all others are means.
@@ -31,16 +32,27 @@ VERL_NAMES = {
 class Metrics(Mapping[str, Tensor]):
     """Name to 0-d tensor. ``sums`` is one ``[M, 2]`` tensor of numerators and denominators (value and 1 for an extremum)."""
 
-    def __init__(self, names: tuple[str, ...], sums: Tensor) -> None:
+    def __init__(self, names: tuple[str, ...], sums: Tensor, values: Tensor | None = None) -> None:
         self.names = names
         self.sums = sums
+        self._values = values  # [M], divided already
 
     def __getitem__(self, name: str) -> Tensor:
         try:
-            row = self.sums[self.names.index(name)]
+            at = self.names.index(name)
         except ValueError:
             raise KeyError(f"{name!r}; this call has: {', '.join(self.names)}") from None
-        return row[0] if name in _EXTREMA or name in _SUMS else row[0] / row[1].clamp(min=1e-30)
+        return self.all_values[at]
+
+    @property
+    def all_values(self) -> Tensor:
+        """``[M]``: all of them, divided at once when the first is read."""
+        if self._values is None:
+            sums = self.sums
+            means = tuple(0.0 if name in _EXTREMA or name in _SUMS else 1.0 for name in self.names)
+            divided = parameter_vector(means, sums.dtype, sums.device) != 0
+            self._values = sums[:, 0] / torch.where(divided, sums[:, 1].clamp(min=1e-30), 1)
+        return self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -78,7 +90,7 @@ class Metrics(Mapping[str, Tensor]):
         """Plain numbers: the one synchronisation. ``names`` is ``"trl"`` or ``"verl"``."""
         if names not in ("trl", "verl"):
             raise InvalidCall(f"Metrics.as_floats: names is {names!r}, expected 'trl' or 'verl'.")
-        values = torch.stack([self[name] for name in self.names]).tolist() if self.names else []
+        values = self.all_values.tolist() if self.names else []
         known = VERL_NAMES if names == "verl" else {}
         return {prefix + known.get(name, name): value for name, value in zip(self.names, values, strict=True)}
 
@@ -106,6 +118,8 @@ def policy_metrics(
 ) -> Metrics:
     """The metrics of a call from its row statistics; ``by`` are the loss's derivatives by logp and entropy, if known; ``more`` sums to add."""
     rows, spec = call.rows, call.spec
+    if (fused := _fused(call, leaves, by)) is not None and not more:
+        return fused
     xp, t, known = TorchNamespace(rows.dtype), call.safe_leaves(leaves), call.leaves(leaves)
     keep = rows.keep.to(rows.dtype)
     count = keep.sum()
@@ -134,8 +148,54 @@ def policy_metrics(
     if by is not None:
         found["rows_skipped"] = ((rows.keep & (by[0] == 0) & (by[1] == 0)).sum(), 1)
     found |= {name: (value, 1) for name, value in (more or {}).items()}
-    pairs = [torch.stack([torch.as_tensor(x, dtype=rows.dtype, device=rows.device) for x in pair]) for pair in found.values()]
+    pairs = [torch.stack([number_like(x, keep) for x in pair]) for pair in found.values()]
     return Metrics(tuple(found), torch.stack(pairs))
+
+
+#: What a kernel finds, by the name of the metric.
+_FUSED = {
+    "kl": "kl", "entropy": "entropy", "ratio/mean": "ratio", "ratio/max": "largest ratio", "approx_kl": "approx_kl", "weight/mean": "weight",
+    "tokens": "tokens", "sequences": "sequences", "rows_skipped": "skipped", "clip_ratio/low_min": "low_min", "clip_ratio/high_max": "high_max",
+}  # fmt: skip
+
+
+def _fused(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None) -> Metrics | None:
+    """The metrics by a backend's kernels; None if they cannot."""
+    rows, spec = call.rows, call.spec
+    monitor = spec.monitor
+    if rows.verbs is None or rows.masked is None or monitor is None or by is None or torch.compiler.is_compiling():
+        return None
+    found = {name: _FUSED[name] for name in ("entropy",) if name in leaves}
+    if monitor.kl is not None and call.ref_logp is not None:
+        found["kl"] = "kl"
+    if monitor.clip is not None:
+        found |= _clip_names(call)
+    if "log_ratio" in spec.requires:
+        found |= {name: _FUSED[name] for name in ("ratio/mean", "ratio/max", "approx_kl")}
+    if call.factor is not None:
+        found["weight/mean"] = "weight"
+    sequences = () if rows.sequences is None else ("sequences",)
+    found |= {name: _FUSED[name] for name in ("tokens", *sequences, "rows_skipped")}
+    known = {**call.stored(), **leaves, "d_logp": by[0], "d_entropy": by[1]}
+    known.setdefault("old_logp", leaves["logp"])
+    if call.factor is not None:
+        known["factor"] = call.factor
+    if type(spec.ratio) is SequenceRatio:
+        old = call.ref_logp if spec.ratio.against == "ref" else call.old_logp
+        known["log_ratio"], _ = rows.verbs.ratio(rows.masked, rows.run, leaves["logp"], old, call.params, spec.ratio.normalize)
+    elif spec.ratio.one_pass_obstacle is not None:
+        known["log_ratio"] = call.log_ratio(leaves["logp"])
+    return Metrics(tuple(found), *rows.verbs.metrics(rows.masked, rows.run, monitor, call.params, known, tuple(found.values())))
+
+
+def _clip_names(call: LossCall) -> dict[str, str]:
+    """Metric of a clip to what a kernel finds; see :func:`_clip_metrics`."""
+    cispo, sequences = call.spec.surrogate.name == "cispo", call.rows.sequences is not None
+    names = {"cispo_clip_ratio": "high"} if cispo else {f"clip_ratio/{kind}_mean": kind for kind in ("low", "high", "region")}
+    if sequences and isinstance(call.spec.ratio, SequenceRatio) and call.adv_per_sequence:
+        names = {name: f"sequence {kind}" for name, kind in names.items()}
+    extrema = ("clip_ratio/low_min", "clip_ratio/high_max") if sequences and not cispo else ()
+    return names | {name: _FUSED[name] for name in extrema}
 
 
 def _clip_metrics(call: LossCall, low: Tensor, high: Tensor, count: Tensor) -> dict[str, tuple[Tensor, Any]]:

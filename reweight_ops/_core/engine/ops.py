@@ -22,6 +22,9 @@ from .memory import empty
 
 _library = Library("reweight_ops", "DEF")  # type: ignore[no-untyped-call]
 
+#: Op to what it runs. A meta tensor's op is its fake; a test that counts what a device runs looks the function up here.
+BODIES: dict[Any, Callable[..., Any]] = {}
+
 
 def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """An op for every device. Not ``torch.library.custom_op``: its layers for autograd (ours is in :mod:`.autograd`) and for default
@@ -30,7 +33,9 @@ def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable
     # A compiled graph that calls the op must not be traced any further.
     _library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"reweight_ops::{name}", fake, lib=_library)
-    return getattr(torch.ops.reweight_ops, name).default
+    defined = getattr(torch.ops.reweight_ops, name).default
+    BODIES[defined] = function
+    return defined
 
 
 def op(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:

@@ -12,6 +12,7 @@ from ..formula.trace import trace_weight
 from .output import PolicyLossOutput
 from .plan import Choice
 from .source import MoreMetrics, PolicyWork, SourceInfo
+from .stored import evaluate_stored
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,26 @@ class PolicyObjective:
         """Evaluate the loss from differentiable row statistics: the second half of two_pass, which touches only ``[N]`` tensors."""
         rows = self.call.rows
         leaves = {name: value for name, value in statistics.items() if name != "lse"}
+        stored = evaluate_stored(self.call, leaves, choice.backend) if choice.backend != "torch" else None
+        if stored is not None:
+            return self._from_stored(leaves, *stored, choice, more)
         result = self.call.evaluate(leaves)
         loss = result.weighted_loss.sum() if self.call.spec.reduction.scalar else rows.unflatten(result.weighted_loss)
+        return self._shown(leaves, loss, result.loss.detach(), None, choice, more)
+
+    def _from_stored(
+        self, leaves: dict[str, Tensor], loss: Tensor, table: Tensor, total: bool, choice: Choice, more: MoreMetrics | None
+    ) -> PolicyLossOutput:
+        return self._shown(leaves, loss, table[1], (table[2], table[3]) if total else None, choice, more)
+
+    def _shown(
+        self, leaves: dict[str, Tensor], loss: Tensor, per_row: Tensor, by: tuple[Tensor, Tensor] | None, choice: Choice, more: MoreMetrics | None
+    ) -> PolicyLossOutput:  # fmt: skip
+        rows = self.call.rows
         detached = {name: value.detach() for name, value in leaves.items()}
         shown = leaves if self.differentiable_outputs else detached
         entropies = rows.unflatten(shown["entropy"]) if "entropy" in shown else None
         return PolicyLossOutput(
             loss, rows.unflatten(shown["logp"]), entropies, choice.plan, choice.backend, self.call.released(), detached,
-            result.loss.detach(), None, more,
+            per_row, by, more,
         )  # fmt: skip

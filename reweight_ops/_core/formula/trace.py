@@ -8,6 +8,7 @@ here, and says what to write instead.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import weakref
 from collections.abc import Callable, Iterator
@@ -361,3 +362,23 @@ def trace_weight(cls: type[TokenWeight]) -> Traced:
     if cls not in _weights:
         _weights[cls] = _trace(cls, lambda self, xp, t, graph: cls.weight(self, xp, t, _Batch(graph)))
     return _weights[cls]
+
+
+_clips: weakref.WeakKeyDictionary[type[Rule], tuple[Traced, Traced] | None] = weakref.WeakKeyDictionary()
+
+
+def trace_clip(cls: type[Rule]) -> tuple[Traced, Traced] | None:
+    """``cls.clipped`` as two graphs, 1 where a token is clipped and else 0; None if the rule does not clip."""
+    if cls not in _clips:
+
+        def side(k: int) -> Callable[[Any, TracedNamespace, _Leaves, Graph], Any]:
+            def call(self: Any, xp: TracedNamespace, t: _Leaves, graph: Graph) -> Any:
+                found = cls.clipped(self, xp, t)
+                return graph.const(math.nan) if found is None else xp.where(found[k], 1.0, 0.0)
+
+            return call
+
+        low, high = (_trace(cls, side(k)) for k in range(2))
+        absent = low.result.op == "const" and math.isnan(low.result.args[0])
+        _clips[cls] = None if absent else (low, high)
+    return _clips[cls]

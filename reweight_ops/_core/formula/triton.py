@@ -10,8 +10,9 @@ import keyword
 
 from .base import LEAVES
 from .loss_program import ONE_PASS, Program, loss_graph
+from .monitor import Monitor
 from .printer import Language, statements
-from .trace import walk
+from .trace import Expr, walk
 
 _FUNCTIONS = ("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs")
 _INFIX = {
@@ -35,21 +36,30 @@ TRITON = Language(
 _HEADER = "# ruff: noqa\n# fmt: off\nimport triton\nimport triton.language as tl\n"
 
 
-def program_py(program: Program) -> str:
+_LEAVES = ", ".join(x for x in LEAVES if x != "log_ratio")
+
+
+def program_py(program: Program, given_ratio: bool = False, outputs: tuple[str, ...] = ONE_PASS) -> str:
     """The source of a module whose ``program`` evaluates a whole loss for one row.
 
-    ``program(params, w, w_stride, <leaves but log_ratio>)`` returns
-    :data:`~reweight_ops.codegen.loss_program.ONE_PASS`; ``w + k * w_stride`` is the address of the row weight of
-    term ``k``.
+    ``program(params, w, w_stride, <leaves but log_ratio>)`` returns the outputs; ``w + k * w_stride`` is the address of
+    the row weight of term ``k``. ``given_ratio``: ``log_ratio`` comes last.
     """
-    graph = loss_graph(program)
-    roots = [graph[name] for name in ONE_PASS]
-    read = {x.args[0] for x in walk(*roots) if x.op in ("leaf", "param")}
-    loads = [f"p{i} = tl.load(params + {i})" for i in range(graph.parameters) if f"p{i}" in read]
-    loads += [f"w{k} = tl.load(w + {k} * w_stride)" for k in range(graph.terms)]
+    graph = loss_graph(program, given_ratio)
+    loads = [f"w{k} = tl.load(w + {k} * w_stride)" for k in range(graph.terms)]
+    return _module([graph[name] for name in outputs], f"params, w, w_stride, {_LEAVES}{', log_ratio' * given_ratio}", loads)
+
+
+def monitor_py(monitor: Monitor) -> str:
+    """The source of a module whose ``program(params, <leaves>)``, ``log_ratio`` the last of them, returns :meth:`Monitor.graph`."""
+    return _module(monitor.graph(), f"params, {_LEAVES}, log_ratio", [])
+
+
+def _module(roots: list[Expr], signature: str, loads: list[str]) -> str:
+    read = {x.args[0] for x in walk(*roots) if x.op == "param"}
+    loads = [f"{p} = tl.load(params + {p[1:]})" for p in sorted(read, key=lambda p: int(p[1:]))] + loads
     lines, values = statements(TRITON, roots)
     constant = [TRITON.alone.format(text) if x.op == "const" else text for x, text in zip(roots, values, strict=True)]
-    body = [*loads, *lines, f"return {', '.join(constant)}"]
-    signature = f"params, w, w_stride, {', '.join(x for x in LEAVES if x != 'log_ratio')}"
+    body = [*loads, *lines, f"return {', '.join(constant)}{',' * (len(constant) == 1)}"]
     head = _HEADER + "\nfrom reweight_ops.triton_kernels import math\n\n\n@triton.jit\n"
     return head + f"def program({signature}):\n" + "".join(f"    {line}\n" for line in body)

@@ -13,6 +13,10 @@ from torch import Tensor
 from ...errors import InvalidCall, UnsupportedRequest
 from ..transforms import is_wrapped
 from .groups import OUT, Groups, describe
+from .verbs import Masked, RowVerbs
+
+#: Rows without sequences are counted in runs of so many.
+RUN = 1024
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,13 @@ class Rows:
     tensors: dict[str, Any] = field(repr=False)
     ids: Tensor | None = None  # [N] int64, OUT where not kept
     prompts: Groups | None = None  # of the sequences: those of one prompt
+    verbs: RowVerbs | None = None  # a backend's, that found keep, denominator and ids
+    masked: Masked | None = None  # what they found
+
+    @property
+    def run(self) -> int:
+        """Rows that one program of the :attr:`verbs` takes: a sequence, or a run of rows without sequences."""
+        return RUN if self.sequences is None else self.sequences.length
 
     @property
     def count(self) -> int:
@@ -42,7 +53,7 @@ class Rows:
         """The same without the call's arguments."""
         return Rows(
             self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids,
-            self.prompts,
+            self.prompts, self.verbs, self.masked,
         )  # fmt: skip
 
     def need_sequences(self, why: str) -> Groups:
@@ -107,9 +118,13 @@ class Rows:
 
 def _mask(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: dict[str, Any]) -> Tensor:
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InvalidCall(f"{op}: {name} has shape {got}, expected {shape} like the rows. {describe(tensors)}")
+        raise _shape_error(op, name, mask, shape, tensors)
     return mask.reshape(-1) != 0
+
+
+def _shape_error(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: dict[str, Any]) -> InvalidCall:
+    got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    return InvalidCall(f"{op}: {name} has shape {got}, expected {shape} like the rows. {describe(tensors)}")
 
 
 def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: dict[str, Any]) -> Groups | None:
@@ -182,14 +197,27 @@ def resolve_rows(
     tensors: dict[str, Any],
     vocab_total: int = 0,
     validate: bool = False,
+    verbs: RowVerbs | None = None,
 ) -> Rows:
-    """Check masks, ids and sequences of a call and flatten them. ``tensors`` holds the call's arguments by their public names."""
+    """Check masks, ids and sequences of a call and flatten them. ``tensors`` holds the call's arguments by their public names.
+
+    ``verbs`` of the backend do it for ids of sequences of one length, where they are given.
+    """
     if not shape:
         raise InvalidCall(f"{op}: the rows have no dimension; expected completion_ids of shape [N] or [B, T]. {describe(tensors)}")
     for name, t in tensors.items():
         if isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not _is_fake(t):
             raise UnsupportedRequest(f"{op}: {name} is a {type(t).__name__}; tensor subclasses are not supported, pass the local tensor.")
     sequences = _sequences(op, shape, device, tensors)
+    segments = _segments(op, tensors.get("segment_ids"), shape, sequences, tensors)
+    prompts = _prompts(op, sequences, tensors)
+    if verbs is not None and math.prod(shape) > 0 and (sequences is None or sequences.index is None):
+        found = _masked(op, shape, verbs, RUN if sequences is None else sequences.length, tensors)
+        if found is not None:
+            _check_ids(op, found.ids, vocab_total, validate, tensors)
+            return Rows(
+                op, shape, device, dtype, found.keep, found.counted, sequences, segments, tensors, found.ids, prompts, verbs, found
+            )  # fmt: skip
     ids = tensors.get("completion_ids")
     masks = []
     if tensors.get("completion_mask") is not None:
@@ -209,8 +237,22 @@ def resolve_rows(
     denominator = keep
     if tensors.get("denominator_mask") is not None:
         denominator = _mask(op, "denominator_mask", tensors["denominator_mask"], shape, tensors)
-    segments = _segments(op, tensors.get("segment_ids"), shape, sequences, tensors)
-    return Rows(op, shape, device, dtype, keep, denominator, sequences, segments, tensors, ids, _prompts(op, sequences, tensors))
+    return Rows(op, shape, device, dtype, keep, denominator, sequences, segments, tensors, ids, prompts)
+
+
+def _masked(op: str, shape: tuple[int, ...], verbs: RowVerbs, run: int, tensors: dict[str, Any]) -> Masked | None:
+    """The ids and masks of a call, by one launch; None without ids."""
+    given = []
+    for name in ("completion_ids", "completion_mask", "denominator_mask"):
+        t = tensors.get(name)
+        if t is not None and (not isinstance(t, Tensor) or tuple(t.shape) != shape):
+            raise _shape_error(op, name, t, shape, tensors)
+        # At most one dimension of sequences, so that strides say where each begins.
+        given.append(t if t is None or t.dim() <= 2 else t.reshape(-1, shape[-1]))
+    ids, mask, denominator = given
+    if ids is None or any(t is not None and t.device != ids.device for t in (mask, denominator)):
+        return None
+    return verbs.mask(ids, mask, denominator, run)
 
 
 def _is_fake(t: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..formula.base import CURRENT_LEAVES, Rule, TokenWeight
 from ..formula.loss_program import Program
+from ..formula.monitor import Monitor
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
 from .ratio import Ratio, TokenRatio
 from .reduction import NoReduction, Reduction, TokenMean
@@ -64,6 +65,8 @@ class PolicyLossSpec:
         object.__setattr__(self, "_requires", self._find_requires())
         object.__setattr__(self, "_obstacle", self._find_obstacle())
         object.__setattr__(self, "_program", self._find_program())
+        object.__setattr__(self, "_stored_program", self._find_stored_program())
+        object.__setattr__(self, "_monitor", self._find_monitor())
         object.__setattr__(self, "_program_text", self.program and self.program.encode())
         object.__setattr__(self, "_values", self._find_values())
         object.__setattr__(self, "_unbounded", self._find_unbounded())
@@ -100,6 +103,16 @@ class PolicyLossSpec:
     def program(self) -> Program | None:
         """What a one-pass kernel evaluates in the row; None where :attr:`one_pass_obstacle` says why not."""
         return self._program  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def stored_program(self) -> Program | None:
+        """The same on stored rows, where a ratio of any level may be given; None if the loss is no program."""
+        return self._stored_program  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """What metrics evaluate in a row; None if no kernel can."""
+        return self._monitor  # type: ignore[attr-defined,no-any-return]
 
     @property
     def program_text(self) -> str | None:
@@ -158,8 +171,20 @@ class PolicyLossSpec:
         return found
 
     def _find_program(self) -> Program | None:
-        if self.one_pass_obstacle is not None:
+        return None if self.one_pass_obstacle is not None else self._own_program()
+
+    def _find_stored_program(self) -> Program | None:
+        return None if self._find_row_obstacle() is not None else self._own_program()
+
+    def _find_monitor(self) -> Monitor | None:
+        if self.stored_program is None:
             return None
+        try:
+            return Monitor.of([type(rule) for rule in self.rules])
+        except (TypeError, AttributeError):  # a user's clipped() may do what only torch can
+            return None
+
+    def _own_program(self) -> Program:
         return Program.of(map(type, self.rules), [(type(w), w.scope) for w in self.weights])
 
     def _find_values(self) -> tuple[Any, ...]:
@@ -171,8 +196,10 @@ class PolicyLossSpec:
         return tuple(values)
 
     def _find_obstacle(self) -> str | None:
-        if self.ratio.one_pass_obstacle is not None:
-            return self.ratio.one_pass_obstacle
+        return self.ratio.one_pass_obstacle or self._find_row_obstacle()
+
+    def _find_row_obstacle(self) -> str | None:
+        """Why the rest of the loss is none that a kernel can evaluate in a row."""
         if not self.reduction.scalar:
             return "the loss is not reduced to a number"
         for w in self.weights:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
+from ..rows.constants import number_like
 from ..rows.groups import Groups
 from ..rows.rows import Rows
 
@@ -50,7 +51,7 @@ class Ratio:
         if not isinstance(low, Tensor) and not isinstance(high, Tensor) and low == -math.inf and high == math.inf:
             return log_ratio
         if isinstance(low, Tensor) or isinstance(high, Tensor):
-            low, high = (torch.as_tensor(x, dtype=log_ratio.dtype, device=log_ratio.device) for x in (low, high))
+            low, high = number_like(low, log_ratio), number_like(high, log_ratio)
         return log_ratio.clamp(low, high)
 
 
@@ -122,8 +123,7 @@ class GeometricMeanRatio(SequenceRatio):
     def _drift(self, logp: Tensor, old_logp: Tensor, adv: Tensor | None) -> Tensor:
         assert adv is not None, "the surrogate reads advantages"
         drift = logp - old_logp
-        # Not as_tensor(0.4).to(drift): that is 0.4 rounded to fp32 in an fp64 reference.
-        low, high = (torch.as_tensor(x, dtype=drift.dtype, device=drift.device) for x in (self.epsilon_low, self.epsilon_high))
+        low, high = number_like(self.epsilon_low, drift), number_like(self.epsilon_high, drift)
         return torch.where(adv > 0, torch.minimum(drift, high), torch.maximum(drift, -low))
 
 

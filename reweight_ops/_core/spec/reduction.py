@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..formula.base import TokenWeight
 from ..rows.rows import Rows
+from ..rows.verbs import Weighing
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Reduction:
         """Whether it reads the call's ``group_ids``."""
         return False
 
+    def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
+        """The row weights as a backend's kernel forms them; None if only :meth:`row_weights` can."""
+        return None
+
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         """``[N]`` in the row dtype; 0 where a row is out."""
         raise NotImplementedError(f"{type(self).__name__} defines no row_weights(self, rows, divisors, weight)")
@@ -71,6 +76,12 @@ class TokenMean(Reduction):
 
     reads = ("num_items_in_batch",)
 
+    def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
+        if self.weight is not None:
+            return None
+        given = None if self.per_call else divisors.num_items_in_batch
+        return Weighing("rows" if given is None else given)
+
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         keep = rows.keep.to(rows.dtype)
         if weight is not None:
@@ -84,6 +95,9 @@ class TokenMean(Reduction):
 @dataclass(frozen=True)
 class TokenSum(Reduction):
     """``sum(l)``."""
+
+    def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
+        return Weighing()
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         return rows.keep.to(rows.dtype)
@@ -110,6 +124,14 @@ class SequenceMean(Reduction):
             raise InvalidCall(f"SequenceMean: count is {self.count!r}, expected 'all' or 'nonempty'.")
         if self.horizon is not None and self.per != "constant":
             raise InvalidCall(f"SequenceMean: horizon has no effect with per={self.per!r}; it belongs to per='constant'.")
+
+    def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
+        sequences = rows.need_sequences("SequenceMean")
+        given = divisors.num_sequences_in_batch
+        if given is None:
+            given = max(sequences.count, 1) if self.count == "all" else "sequences"
+        horizon = (sequences.length if self.horizon is None else self.horizon) if self.per == "constant" else None
+        return Weighing(given, self.per == "token_mean", horizon)
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         sequences = rows.need_sequences("SequenceMean")
@@ -154,6 +176,9 @@ class NoReduction(Reduction):
     """No reduction: the loss has the rows' shape and takes a per-row upstream gradient (always two_pass)."""
 
     scalar = False
+
+    def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
+        return Weighing()
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         return rows.keep.to(rows.dtype)

@@ -100,6 +100,17 @@ def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, targ
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_on_rows_compile_without_spills(aot, target):
+    """Once for each option and no more, whatever the lengths of sequences: four row weights, two evaluations and two sums."""
+    compiled = aot("rows", target)
+    names = [k["kernel"] for k in compiled]
+    assert {name: names.count(name) for name in names} == {
+        "mask_kernel": 1, "weigh_kernel": 4, "ratio_kernel": 1, "adjoint_kernel": 1, "evaluate_kernel": 2, "sums_kernel": 2, "metrics_kernel": 1,
+    }  # fmt: skip
+    assert_sound(compiled, {})
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_spill_gate_fires(aot, target):
     """The negative control: with tiles that are far too large the same measurement reports spills."""
     assert any(kernel["spilled"] > 0 for kernel in aot("oversized", target))

@@ -1,0 +1,109 @@
+"""What a call makes a GPU do, counted without one: the call runs on meta tensors, through a door to the Triton backend.
+
+A meta tensor has no elements: what would wait for one raises. Kernels are counted where they would be launched, PyTorch's own operations
+where they are dispatched.
+"""
+
+import dataclasses
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reweight_ops._core.backends import triton_launch
+from reweight_ops._core.backends.select import door
+from reweight_ops._core.backends.triton import BACKEND
+from reweight_ops._core.engine.ops import BODIES
+
+#: Kernels whose work is of the size of the vocabulary.
+VOCABULARY = ("partial_kernel", "stats_kernel", "loss_grad_kernel", "target_kernel", "gradient_kernel", "divergence_kernel")
+
+#: What allocates, or describes the same elements anew, and is no view by its schema.
+_FREE = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::_unsafe_view", "aten::lift_fresh"}
+
+
+def costs_nothing(op) -> bool:
+    return op.is_view or op._schema.name in _FREE
+
+
+class Counted(TorchDispatchMode):
+    """``operations`` of PyTorch, ``kernels`` of the package: each name and how many times a device would run it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        body = BODIES.get(func)
+        if body is not None:
+            with self:
+                return body(*args, **(kwargs or {}))
+        if not costs_nothing(func):
+            self.operations[func._schema.name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self._launch, triton_launch.launch = triton_launch.launch, self._count
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        triton_launch.launch = self._launch
+        return super().__exit__(*error)
+
+    def _count(self, kernel, programs, *args, **meta) -> None:
+        self.kernels[kernel.fn.__name__] += 1
+
+    @property
+    def beside(self) -> int:
+        """All of it but the vocabulary-sized kernels."""
+        return self.operations.total() + sum(n for name, n in self.kernels.items() if name not in VOCABULARY)
+
+    def __str__(self) -> str:
+        return f"{self.beside}: {dict(self.operations)} {dict(self.kernels)}"
+
+
+class HostCopy(Exception):
+    """Numbers of the host became a tensor of the device, or a tensor crossed between the two."""
+
+
+class NoHostCopies(TorchFunctionMode):
+    """Raises where elements would cross between host and device."""
+
+    _CONSTRUCTORS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.scalar_tensor)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self._CONSTRUCTORS and not isinstance(args[0], torch.Tensor):
+            raise HostCopy(f"{func.__name__}{args}")
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            for t in args:
+                if isinstance(t, torch.Tensor) and t.device.type != result.device.type and t.dim():
+                    raise HostCopy(f"{getattr(func, '__name__', func)} from {t.device} to {result.device}")
+        return result
+
+
+@contextmanager
+def on_meta():
+    """Meta tensors are served by the Triton backend, whose kernels are only counted."""
+    backend = dataclasses.replace(BACKEND, unsupported_reason=_reason)
+    with door("meta", backend):
+        yield
+
+
+def _reason(request):
+    for dtype in (request.dtype, request.other_dtype):
+        if dtype == torch.float64:
+            return "logits are fp64"
+    return None if request.device.type == "meta" else "only meta tensors come through the door"
+
+
+def moved(value):
+    """The same call on meta tensors."""
+
+    def move(t):
+        return torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t
+
+    return torch.utils._pytree.tree_map(move, value)

@@ -1,0 +1,161 @@
+"""What a loss does with rows rather than with logits: masks, row weights, sequence ratios, and the program of a loss on stored rows.
+
+A program has a sequence, ``length`` rows that follow each other; rows without sequences are cut into runs, of which the last may be short
+(``total`` rows in all).
+"""
+
+import triton
+import triton.language as tl
+
+from .kernels import OUT_OF_LOSS, kernel
+
+# How a row weight begins: what 1 is divided by.
+UNDIVIDED = tl.constexpr(0)
+BY_VALUE = tl.constexpr(1)
+BY_TENSOR = tl.constexpr(2)
+BY_ROWS = tl.constexpr(3)  # that count in denominators
+BY_SEQUENCES = tl.constexpr(4)  # that have such a row
+
+
+@kernel
+def mask_kernel(
+    IDS, MASK, DENOMINATOR, OUT_IDS, KEEP, COUNTED, LENGTHS, length: tl.int64, total: tl.int64, ids_stride: tl.int64, ids_step: tl.int64,
+    mask_stride: tl.int64, mask_step: tl.int64, den_stride: tl.int64, den_step: tl.int64,
+    HAS_MASK: tl.constexpr, HAS_DENOMINATOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``OUT_IDS``: the ids, OUT where the mask is 0; ``KEEP``: which are in; ``LENGTHS [2, S]``: how many are in, and in the denominator."""
+    s = tl.program_id(0).to(tl.int64)
+    kept, counted = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, length, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        inside = (t < length) & (s * length + t < total)
+        y = tl.load(IDS + s * ids_stride + t * ids_step, mask=inside, other=OUT_OF_LOSS).to(tl.int64)
+        if HAS_MASK:
+            m = tl.load(MASK + s * mask_stride + t * mask_step, mask=inside, other=0)
+            y = tl.where(m != 0, y, OUT_OF_LOSS)
+        keep = y != OUT_OF_LOSS
+        tl.store(OUT_IDS + s * length + t, y, mask=inside)
+        tl.store(KEEP + s * length + t, keep, mask=inside)
+        kept += keep.to(tl.int32)
+        if HAS_DENOMINATOR:
+            d = tl.load(DENOMINATOR + s * den_stride + t * den_step, mask=inside, other=0) != 0
+            tl.store(COUNTED + s * length + t, d, mask=inside)
+            counted += d.to(tl.int32)
+    rows = tl.sum(kept, 0)
+    tl.store(LENGTHS + s, rows)
+    tl.store(LENGTHS + tl.num_programs(0) + s, tl.sum(counted, 0) if HAS_DENOMINATOR else rows)
+
+
+@triton.jit
+def _divisor(LENGTHS, sequences, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows of all sequences, or how many have one; at least 1."""
+    found = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, sequences, BLOCK):
+        s = start + tl.arange(0, BLOCK)
+        n = tl.load(LENGTHS + sequences + s, mask=s < sequences, other=0)
+        found += ((n > 0) if SEQUENCES else n).to(tl.int64)
+    return tl.maximum(tl.sum(found, 0), 1).to(tl.float32)
+
+
+@kernel
+def weigh_kernel(
+    KEEP, LENGTHS, DIVISOR, SCALE, FACTOR, W, length: tl.int64, total: tl.int64, sequences: tl.int64, divisor, horizon, scale,
+    DIVIDE: tl.constexpr, PER_LENGTH: tl.constexpr, HORIZON: tl.constexpr, SCALE_BY: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    TERMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``W [TERMS, N]``: ``1 / divisor / (the sequence's length | horizon) * scale``, times FACTOR in term 0; 0 where a row is out."""
+    s = tl.program_id(0).to(tl.int64)
+    zero = tl.full((), 0.0, tl.float32)
+    w = zero + 1.0
+    if DIVIDE == BY_VALUE:
+        w = tl.div_rn(w, zero + divisor)
+    elif DIVIDE == BY_TENSOR:
+        w = tl.div_rn(w, tl.load(DIVISOR).to(tl.float32))
+    elif DIVIDE != UNDIVIDED:
+        w = tl.div_rn(w, _divisor(LENGTHS, sequences, DIVIDE == BY_SEQUENCES, BLOCK))
+    if PER_LENGTH:
+        w = tl.div_rn(w, tl.maximum(tl.load(LENGTHS + sequences + s), 1).to(tl.float32))
+    if HORIZON:
+        w = tl.div_rn(w, zero + horizon)
+    if SCALE_BY == BY_VALUE:
+        w *= scale
+    elif SCALE_BY == BY_TENSOR:
+        w *= tl.load(SCALE).to(tl.float32)
+    for start in range(0, length, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        row = s * length + t
+        inside = (t < length) & (row < total)
+        keep = tl.load(KEEP + row, mask=inside, other=0) != 0
+        for k in tl.static_range(TERMS):
+            own = w + tl.zeros((BLOCK,), tl.float32)
+            if HAS_FACTOR and k == 0:
+                own *= tl.load(FACTOR + row, mask=inside, other=0.0)
+            tl.store(W + k * total + row, tl.where(keep, own, 0.0), mask=inside)
+
+
+@kernel
+def ratio_kernel(
+    LOGP, OLD, KEEP, LENGTHS, PARAMS, RATIO, MEANS, length: tl.int64, HAS_OLD: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``MEANS``: each sequence's mean (sum) of ``logp - old``; ``RATIO``: the same in each of its rows, between the bounds that begin PARAMS."""
+    s = tl.program_id(0).to(tl.int64)
+    drift = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, length, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        keep = tl.load(KEEP + s * length + t, mask=t < length, other=0) != 0
+        logp = tl.load(LOGP + s * length + t, mask=keep, other=0.0)
+        old = tl.load(OLD + s * length + t, mask=keep, other=0.0) if HAS_OLD else logp
+        drift += tl.where(keep, logp - old, 0.0)
+    mean = tl.sum(drift, 0)
+    if NORMALIZE:
+        mean = tl.div_rn(mean, tl.maximum(tl.load(LENGTHS + s), 1).to(tl.float32))
+    tl.store(MEANS + s, mean)
+    low, high = tl.load(PARAMS), tl.load(PARAMS + 1)
+    clamped = tl.where(mean < low, low, tl.where(mean > high, high, mean))  # NaN stays
+    for start in range(0, length, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        tl.store(RATIO + s * length + t, clamped + tl.zeros((BLOCK,), tl.float32), mask=t < length)
+
+
+@kernel
+def adjoint_kernel(
+    BY_RATIO, BY_LOGP, KEEP, LENGTHS, PARAMS, MEANS, length: tl.int64, NORMALIZE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``BY_LOGP +=`` the derivatives by the ratio, through :func:`ratio_kernel`: to every token of the sequence (SHARED), or each to its own."""
+    s = tl.program_id(0).to(tl.int64)
+    mean = tl.load(MEANS + s)
+    if (mean >= tl.load(PARAMS)) & (mean <= tl.load(PARAMS + 1)):
+        found = tl.zeros((BLOCK,), tl.float32)
+        if SHARED:
+            for start in range(0, length, BLOCK):
+                t = start + tl.arange(0, BLOCK)
+                found += tl.load(BY_RATIO + s * length + t, mask=t < length, other=0.0)
+        share = tl.sum(found, 0)
+        if NORMALIZE and SHARED:
+            share = tl.div_rn(share, tl.maximum(tl.load(LENGTHS + s), 1).to(tl.float32))
+        for start in range(0, length, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            keep = tl.load(KEEP + s * length + t, mask=t < length, other=0) != 0
+            by = tl.load(BY_LOGP + s * length + t, mask=keep, other=0.0)
+            own = share if SHARED else tl.load(BY_RATIO + s * length + t, mask=keep, other=0.0)
+            tl.store(BY_LOGP + s * length + t, by + own, mask=keep)
+
+
+@kernel
+def evaluate_kernel(
+    LOGP, OLD, REF, SAMPLING, ADV, H, LOG_P_SQ, RATIO, W, w_stride: tl.int64, PARAMS, KEEP, OUT, n: tl.int64,
+    PROGRAM: tl.constexpr, GIVEN: tl.constexpr, HAS_KEEP: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``OUT [OUTPUTS, n]``: what PROGRAM makes of stored rows, 0 where KEEP is false. GIVEN: the ratio is among them."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < n
+    at = tl.minimum(row, n - 1)  # the program's own loads are unmasked
+    logp, old, ref, sampling = tl.load(LOGP + at), tl.load(OLD + at), tl.load(REF + at), tl.load(SAMPLING + at)
+    adv, entropy, log_sum_p_sq = tl.load(ADV + at), tl.load(H + at), tl.load(LOG_P_SQ + at)
+    if GIVEN:
+        found = PROGRAM(PARAMS, W + at, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq, tl.load(RATIO + at))
+    else:
+        found = PROGRAM(PARAMS, W + at, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq)
+    keep = tl.load(KEEP + at) != 0 if HAS_KEEP else inside
+    for k in tl.static_range(OUTPUTS):
+        tl.store(OUT + k * n + row, tl.where(keep, found[k], 0.0), mask=inside)
