@@ -120,8 +120,8 @@ def call_all(dtype: torch.dtype, vocab: int, rows: int = 4, softcap: float = flo
     """Every verb once, on tensors that are described and never read."""
     logits = torch.empty(rows, vocab, dtype=dtype)
     ids, temperature, head = torch.zeros(rows, dtype=torch.int64), torch.ones(1), SoftmaxParams(vocab, softcap)
-    backend.token_stats(logits, ids, temperature, head, ("logp", "entropy", "lse"))
-    stats = {name: torch.zeros(rows) for name in ("logp", "lse", "entropy", "log_sum_p_sq")}
+    backend.token_stats(logits, ids, temperature, head, ("logp", "entropy", "lse", "lse_low"))
+    stats = {name: torch.zeros(rows) for name in ("logp", "lse", "lse_low", "entropy", "log_sum_p_sq")}
     backend.token_grad(logits, ids, temperature, head, stats, dict.fromkeys(COEFS, stats["logp"]), logits)
     inputs = RowInputs(torch.ones(len(program.terms), rows), *(stats["logp"] for _ in range(4)))
     backend.token_loss_grad(logits, ids, temperature, head, inputs, program, PARAMS, logits)
@@ -224,7 +224,8 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
                         backend.token_loss_grad(logits, ids, t, head, inputs, program, params, logits)
                         backend.token_loss_grad(logits, ids, t, head, inputs._replace(old_logp=None), program, params, logits)
                         backend.token_stats(logits, ids, t, head, ("logp", "entropy"))
-                        backend.token_grad(logits, ids, t, head, {"logp": spare[1 : n + 1], "lse": spare[:n]}, {"logp": spare[:n]}, logits)
+                        stats = {"logp": spare[1 : n + 1], "lse": spare[:n], "lse_low": spare[1 : n + 1]}
+                        backend.token_grad(logits, ids, t, head, stats, {"logp": spare[:n]}, logits)
     names = [name for name, _ in recorder.kernels.values()]
     return {name: names.count(name) for name in sorted(set(names))}
 

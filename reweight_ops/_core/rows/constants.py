@@ -30,7 +30,7 @@ def _upload(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
     what = (values, dtype, device)
     if what not in _names:
         name = f"vector{next(_serial)}"
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch._C._DisableFuncTorch():  # what is kept outlives any of torch.func's transforms
             setattr(_constants, name, torch.tensor(values, dtype=dtype, device=device))
         _names[what] = name
     return _names[what]

@@ -123,7 +123,8 @@ SURE_MUTANTS = {
     "far: the top's exponent taken for 0": ("row.h", "return {true, base, whole - t, inverse * (1.0f + expm1f(-t * kLn2))};", "return {true, base, whole, inverse};"),
     "far: exponents relative to a product": ("statistics.h", "constexpr float kFar = 131072.0f;", "constexpr float kFar = 1e38f;"),
     "far: a gradient relative to a product": ("gradient.h", "!from.near ? Terms::far :", "false ? Terms::far :"),
-    "far: lse in fp64": ("streaming.cu", "const bool by_target = by_logp && d.logp > -50.0f;", "const bool by_target = false;"),
+    "far: lse in fp64": ("streaming.cu", "fabs(lse) > kLargestLse && d.logp > kLeastLogp", "false"),
+    "a log-sum-exp without its low part": ("streaming.cu", "low = get(call.lse_low)", "low = 0.0"),
 }  # fmt: skip
 
 #: Bugs of the kernels on two logits tensors. All are of one file.
@@ -236,6 +237,7 @@ IN_FP32 = {
     "far: exponents relative to a product",
     "far: a gradient relative to a product",
     "far: lse in fp64",
+    "a log-sum-exp without its low part",
     "the scale's rounding ignored",
     "pair: a log-sum-exp without its low part",
     "pair: the center's rounding ignored",

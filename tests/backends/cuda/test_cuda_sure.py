@@ -131,11 +131,18 @@ def test_one_value_everywhere(kernels, value, kernel):
         want = torch.full((3, vocab), 1 / vocab, dtype=torch.float64)
         want[torch.arange(3), ids] -= 1
         torch.testing.assert_close(out.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
-        logp, lse = verbs.token_stats(z, ids, ONE, SoftmaxParams(vocab), ("logp", "lse"))
+        names = ("logp", "lse", "lse_low")
+        stats = dict(zip(names, verbs.token_stats(z, ids, ONE, SoftmaxParams(vocab), names), strict=True))
+        logp, lse = stats["logp"], stats["lse"]
         assert torch.equal(logp, got[0]) and lse.tolist() == pytest.approx([float(z[0, 0]) + math.log(vocab)] * 3)
         by_verb = torch.full_like(z, math.nan)
-        verbs.token_grad(z, ids, ONE, SoftmaxParams(vocab), {"logp": logp, "lse": lse}, {"logp": -torch.ones(3)}, by_verb)
+        verbs.token_grad(z, ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_verb)
         torch.testing.assert_close(by_verb.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
+        if abs(value) < 1e38:  # else there is no log-sum-exp
+            cold = torch.full((1,), 0.7)
+            stats = dict(zip(names, verbs.token_stats(z, ids, cold, SoftmaxParams(vocab), names), strict=True))
+            verbs.token_grad(z, ids, cold, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_verb)
+            torch.testing.assert_close(by_verb.double(), want / 0.7, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e5, 1e7])
