@@ -86,7 +86,8 @@ class Table:
             return verbs.token_stats(self.logits, self.ids, one, head, names)
 
         if not self.stats:
-            self.stats = dict(zip(("logp", "lse"), statistics("logp", "lse"), strict=True))
+            names = ("logp", "lse", "lse_low")
+            self.stats = dict(zip(names, statistics(*names), strict=True))
         coef = self.inputs[1].adv
         return {
             "one pass": ("update", lambda: one_pass("auto", PLAIN[0], self.logits)),

@@ -202,7 +202,7 @@ def _verbs(backend: str, in_place: bool) -> Callable[[Data], Job]:
             return lambda: (tuple(kernels.token_stats(z, ids, one, stats=names, backend=backend).unbind()), None)
         out = z if in_place else torch.zeros_like(z)
         if data.case.job == "grad":
-            known = ("logp", "lse", *names[1:])
+            known = ("logp", "lse", "lse_low", *names[1:])
             stats = dict(zip(known, kernels.token_stats(data.pristine, ids, one, stats=known, backend=backend).clone(), strict=True))
             by = {"logp": data.advantages.flatten() / -data.case.rows}
             if data.case.entropy:

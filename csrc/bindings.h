@@ -56,24 +56,26 @@ Call make_call(int dtype, Address logits, std::array<int64_t, 3> strides, int64_
     return call;
 }
 
-StatsCall stats_call(const Call& common, std::array<Address, 5> out) {
+StatsCall stats_call(const Call& common, std::array<Address, 6> out) {
     StatsCall call{};
     static_cast<Call&>(call) = common;
     call.logp = at(out[0]);
     call.entropy = at(out[1]);
     call.lse = at(out[2]);
-    call.log_sum_p_sq = at(out[3]);
-    call.max_logp = at(out[4]);
+    call.lse_low = at(out[3]);
+    call.log_sum_p_sq = at(out[4]);
+    call.max_logp = at(out[5]);
     return call;
 }
 
-GradCall grad_call(const Call& common, std::array<Address, 4> stats, std::array<Address, 4> coefs, Address out, std::array<int64_t, 3> out_strides) {
+GradCall grad_call(const Call& common, std::array<Address, 5> stats, std::array<Address, 4> coefs, Address out, std::array<int64_t, 3> out_strides) {
     GradCall call{};
     static_cast<Call&>(call) = common;
     call.logp = at(stats[0]);
     call.entropy = at(stats[1]);
     call.lse = at(stats[2]);
     call.log_sum_p_sq = at(stats[3]);
+    call.lse_low = at(stats[4]);
     call.logp_coef = at(coefs[0]);
     call.entropy_coef = at(coefs[1]);
     call.lse_coef = at(coefs[2]);
@@ -123,11 +125,11 @@ void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad tok
              py::arg("softcap"), py::arg("ids"), py::arg("temperature"), py::arg("temperature_per_row"), py::arg("threads") = 1, py::arg("device") = 0,
              py::arg("stream") = 0);
     m.def(
-        "token_stats", [=](const Call& call, std::array<Address, 5> out) { return token_stats(stats_call(call, out)); }, NoGil(), py::arg("call"),
+        "token_stats", [=](const Call& call, std::array<Address, 6> out) { return token_stats(stats_call(call, out)); }, NoGil(), py::arg("call"),
         py::arg("out"));
     m.def(
         "token_grad",
-        [=](const Call& call, std::array<Address, 4> stats, std::array<Address, 4> coefs, Address out, std::array<int64_t, 3> out_strides) {
+        [=](const Call& call, std::array<Address, 5> stats, std::array<Address, 4> coefs, Address out, std::array<int64_t, 3> out_strides) {
             return token_grad(grad_call(call, stats, coefs, out, out_strides));
         },
         NoGil(), py::arg("call"), py::arg("stats"), py::arg("coefs"), py::arg("out"), py::arg("out_strides"));

@@ -41,7 +41,7 @@ def token_grad(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``dL/dlogits`` in ``out`` (``out=logits``: in place)."""
+    """``dL/dlogits`` in ``out`` (``out=logits``: in place), to the precision of fp32 if ``lse_low`` is among ``stats``."""
     name, out = choose(Request("token_grad", logits.device, logits.dtype), backend), _out(logits, out)
     load(name).token_grad(logits, ids, temperature, head or SoftmaxParams(logits.size(-1)), stats, coefs, out)
     return out

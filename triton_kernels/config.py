@@ -87,7 +87,7 @@ VARIANTS: dict[str, tuple[tuple[int, Shape], ...]] = {
     "two vectors": (*_SHORT_ROWS, (1 << 62, Shape(256, 2, Launch(256, 64), Launch(256, 64)))),
     "eight vectors": (*_SHORT_ROWS, (1 << 62, Shape(256, 8, Launch(256, 128), Launch(256, 128)))),
 }
-_GRAD, _GRAD_VECTORS = Launch(256, 64), 4
+_GRAD, _GRAD_VECTORS = Launch(256, 80), 4
 _CAPPED_VECTORS = 2
 _SEGMENT_BYTES = 64 << 10
 #: Two tensors: ten numbers a slot and twice the words.

@@ -82,7 +82,7 @@ def _two_sum(a, b):
 
 @triton.jit
 def _finish(top, rest, dot, rest_sq, w_y, inside, T):
-    """``(logp, entropy, lse, log_sum_p_sq, max_logp)`` of a row from its state."""
+    """``(logp, entropy, lse, lse_low, log_sum_p_sq, max_logp)`` of a row from its state."""
     log_sum = math.log1p(rest)
     # (w_y - top)/T - log_sum, rounded once: a ratio's and a gradient's relative error is this one's absolute error.
     w, lost = _two_sum(w_y, -top)
@@ -90,7 +90,10 @@ def _finish(top, rest, dot, rest_sq, w_y, inside, T):
     lost += tl.where(tl.abs(d) < float("inf"), tl.fma(-d, T, w), 0.0)
     x, more = _two_sum(d, -log_sum)
     logp = tl.where(inside, x + (more + lost / T), tl.where(rest == rest, float("-inf"), float("nan")))
-    return logp, log_sum - dot / (1.0 + rest) * LN2, top / T + log_sum, math.log1p(rest_sq) - 2.0 * log_sum, 0.0 - log_sum
+    largest = top / T
+    lse, lse_lost = _two_sum(largest, log_sum)
+    lse_low = tl.where(lse == lse, lse_lost + tl.where(tl.abs(largest) < float("inf"), tl.fma(-largest, T, top), 0.0) / T, lse)
+    return logp, log_sum - dot / (1.0 + rest) * LN2, lse, lse_low, math.log1p(rest_sq) - 2.0 * log_sum, 0.0 - log_sum
 
 
 @kernel
@@ -147,11 +150,11 @@ def stats_kernel(
     SPLIT: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr,
     ALIGN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """``OUT[STATS[name], row]``; STATS: the row of each of (logp, entropy, lse, log_sum_p_sq, max_logp), -1 for what nobody asked for."""
+    """``OUT[STATS[name], row]``; STATS: the row of each of (logp, entropy, lse, lse_low, log_sum_p_sq, max_logp), -1 for what nobody asked for."""
     row = tl.program_id(0)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     zero = tl.full((), 0.0, tl.float32)
-    logp, entropy, lse, log_p_sq, max_logp = zero, zero, zero, zero, zero
+    logp, entropy, lse, lse_low, log_p_sq, max_logp = zero, zero, zero, zero, zero, zero
     if keep & (bad == 0):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         t = tl.load(T + row * t_stride)
@@ -159,28 +162,28 @@ def stats_kernel(
         k = base2_scale(t)
         if SPLIT:
             P, _ = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
-            top, rest, dot, rest_sq = merged_row(P, X, V, k, softcap, SEGMENT, SLOTS, E, CAP, STATS[1] >= 0, STATS[3] >= 0)
+            top, rest, dot, rest_sq = merged_row(P, X, V, k, softcap, SEGMENT, SLOTS, E, CAP, STATS[1] >= 0, STATS[4] >= 0)
         else:
             top, rest, dot, rest_sq = swept_row(
-                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, AHEAD, CAP, STATS[1] >= 0, STATS[3] >= 0, ALIGN, "evict_first"
+                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, AHEAD, CAP, STATS[1] >= 0, STATS[4] >= 0, ALIGN, "evict_first"
             )
-        logp, entropy, lse, log_p_sq, max_logp = _finish(top, rest, dot, rest_sq, w_y, inside, t)
-    result = (logp, entropy, lse, log_p_sq, max_logp)
-    for i in tl.static_range(5):
+        logp, entropy, lse, lse_low, log_p_sq, max_logp = _finish(top, rest, dot, rest_sq, w_y, inside, t)
+    result = (logp, entropy, lse, lse_low, log_p_sq, max_logp)
+    for i in tl.static_range(6):
         if STATS[i] >= 0:
             tl.store(OUT + STATS[i] * N + row, tl.where(bad, float("nan"), result[i]))
 
 
 @triton.jit
-def _reference_point(w, r, T, k):
-    """``(c, b)`` with ``log2 p = (w_v - c)·k + b``, given ``lse = w/T + r``.
+def _reference_point(w, r, low, T, k):
+    """``(c, b)`` with ``log2 p = (w_v - c)·k + b``, given ``lse = w/T + r + low``, of which ``low`` is what rounding lost.
 
     c is ``T·lse`` and b the small rest of its rounding (exact, by two-sum): near c, where p is large, the difference then has no
     error of the size of lse.
     """
     c = tl.fma(T, r, w)
     s, lost = _two_sum(w, -c)
-    return c, (tl.fma(T, r, s) + lost) * -k
+    return c, tl.fma(T, low, tl.fma(T, r, s) + lost) * -k
 
 
 @triton.jit
@@ -259,7 +262,7 @@ def loss_grad_kernel(
         tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
         w_y, slope = capped(z_y, softcap, CAP)
         tl.debug_barrier()  # every thread has it before one writes the gradient over it
-        logp, entropy, _, log_sum_p_sq, _ = _finish(top, rest, dot, rest_sq, w_y, inside, t)
+        logp, entropy, _, _, log_sum_p_sq, _ = _finish(top, rest, dot, rest_sq, w_y, inside, t)
         old = tl.where(has_old != 0, tl.load(OLD + row), logp)
         adv, ref, sampling = tl.load(ADV + row), tl.load(REF + row), tl.load(SAMPLING + row)
         weighted, loss, by_logp, by_entropy, by_p_sq = PROGRAM(
@@ -268,7 +271,7 @@ def loss_grad_kernel(
         live = (by_logp != 0.0) | (by_entropy != 0.0) | (by_p_sq != 0.0)
         if live:
             A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, slope, t, ENTROPY, P_SQ)
-            c, b = _reference_point(top, math.log1p(rest), t, k)
+            c, b = _reference_point(top, math.log1p(rest), zero, t, k)
             column = tl.where(inside, y, -1).to(tl.int32)
             gradient_sweep(
                 X, OUT, tiles, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, ALIGN,
@@ -287,29 +290,15 @@ def loss_grad_kernel(
 
 
 @kernel
-def target_kernel(
-    X, IDS, TARGET, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, vocab_start: tl.int64,
-    vocab_total: tl.int64,
-):  # fmt: skip
-    """``TARGET[row]``: the target's logit, for the programs of a split row of which one will write over it."""
-    row = tl.program_id(0)
-    y, _, _, inside = _target(IDS, row, vocab_start, vocab_total, V)
-    tl.store(TARGET + row, _target_logit(X + row_offset(row, per_batch, batch_stride, row_stride), y, inside))
-
-
-@kernel
 def gradient_kernel(
-    X, OUT, IDS, T, TARGET, LOGP, LSE, H, LOG_P_SQ, BY_LOGP, BY_H, BY_LSE, BY_P_SQ,
+    X, OUT, IDS, T, LOGP, LSE, LSE_LOW, H, LOG_P_SQ, BY_LOGP, BY_H, BY_LSE, BY_P_SQ,
     t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64,
     out_row_stride: tl.int64, V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
-    BY: tl.constexpr, KEPT: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+    BY: tl.constexpr, LOW: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
     SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """The gradient from given statistics, a row or (SPLIT) CHUNK of its columns a program. BY: which of (logp, entropy, lse, log_sum_p_sq)
-    have coefficients. KEPT: the targets' logits are in TARGET.
-
-    ``log p`` of a column is ``(w - w_y)/T + logp`` where that rounds less than ``w/T - lse``: both statistics are rounded to fp32, and
-    lse may be the larger by far.
+    have coefficients. LOW: what rounding lse lost is in LSE_LOW. The target's logit is read by the program that writes over it, and by no other.
     """
     row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
@@ -322,15 +311,14 @@ def gradient_kernel(
     if keep & (bad == 0) & ((by_logp != 0.0) | (by_entropy != 0.0) | (by_lse != 0.0) | (by_p_sq != 0.0)):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
-        w_y, slope = capped(tl.load(TARGET + row) if KEPT else _target_logit(X, y, inside), softcap, CAP)
+        w_y, slope = capped(_target_logit(X, y, inside & (y >= start) & (y < stop)), softcap, CAP)
         tl.debug_barrier()  # every thread has it before one writes the gradient over it
         t, logp, lse = tl.load(T + row * t_stride), tl.load(LOGP + row), tl.load(LSE + row)
         entropy = tl.load(H + row) if BY[1] else zero
         log_p_sq = tl.load(LOG_P_SQ + row) if BY[3] else zero
         k = base2_scale(t)
         A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, slope, t, BY[1], BY[3])
-        by_target = inside & (w_y > float("-inf")) & (tl.abs(logp) < tl.abs(lse))
-        c, b = _reference_point(tl.where(by_target, w_y, 0.0), tl.where(by_target, -logp, lse), t, k)
+        c, b = _reference_point(zero, lse, tl.load(LSE_LOW + row) if LOW else zero, t, k)
         column = tl.where(inside, y, -1).to(tl.int32)
         gradient_sweep(
             X,

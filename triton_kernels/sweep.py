@@ -12,8 +12,7 @@ out over threads nor on the number of threads, hence not on the alignment of the
 **Segments.** A long row is cut into segments of fixed width, and a slot's sums of one are merged with its sums of the next in order. Who computes
 them, one program after another or a program each, changes nothing in the result.
 
-**Loads** of the next tile are issued before this one's arithmetic, AHEAD of them, from one segment to the
-next too: a thread always has one or two tiles in flight.
+**Loads** of the next tile, or of the next two (AHEAD), are issued before this one's arithmetic, from one segment to the next too.
 
 Contraction of ``a * b + c`` is off at launch, and written ``tl.fma`` where it is wanted: two kernels that share a sweep must round alike.
 """

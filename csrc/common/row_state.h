@@ -17,9 +17,13 @@
 namespace reweight_ops {
 namespace {  // one file is compiled for several instruction sets: the linker must not merge the copies
 
-/// The statistics of a row, in natural units.
+/// Up to this size the two fp32 numbers of a log-sum-exp give probabilities to the precision of fp32 at any temperature; beyond it, a log-prob of the
+/// target above the other one does.
+constexpr double kLargestLse = 1 << 24, kLeastLogp = -50;
+
+/// The statistics of a row, in natural units; `lse_low`: what rounding `lse` lost.
 struct RowStats {
-    float logp, entropy, lse, log_sum_p_sq, max_logp;
+    float logp, entropy, lse, lse_low, log_sum_p_sq, max_logp;
 };
 
 template <class Real>
@@ -68,13 +72,14 @@ struct FinishedRow {
         log_total = top > -std::numeric_limits<Real>::infinity() ? std::log1p(rest.sum) : std::numeric_limits<Real>::quiet_NaN();
     }
 
-    /// `target`: log2(e)/T·x of the target, -inf if it is not here.
-    RW_METHOD RowStats statistics(Real target) const {
+    /// `target`: log2(e)/T·x of the target, -inf if it is not here. `largest`: x/T of the largest, of which log2(e) would take digits.
+    RW_METHOD RowStats statistics(Real target, Real largest) const {
         const Real ln2 = Real(0.693147180559945309417);
         RowStats out;
         out.logp = at_most_zero((target - top) * ln2 - log_total);
         out.entropy = 0.0f - at_most_zero(rest.dot / (1 + rest.sum) * ln2 - log_total);  // and not -0
-        out.lse = float(top * ln2 + log_total);
+        out.lse = float(largest + log_total);
+        out.lse_low = float((largest - out.lse) + log_total);
         out.log_sum_p_sq = at_most_zero(std::log1p(rest.sum_sq) - 2 * log_total);
         out.max_logp = at_most_zero(-log_total);
         return out;

@@ -37,11 +37,12 @@ struct Call {
 
 /// Outputs are [rows], or null where nobody asked.
 struct StatsCall : Call {
-    float *logp, *entropy, *lse, *log_sum_p_sq, *max_logp;
+    float *logp, *entropy, *lse, *lse_low, *log_sum_p_sq, *max_logp;
 };
 
 struct GradCall : Call {
     const float *logp, *lse, *entropy, *log_sum_p_sq;                // entropy, log_sum_p_sq: null without their coefficient
+    const float* lse_low;                                            // null: 0
     const float *logp_coef, *entropy_coef, *lse_coef, *p_sq_coef;  // null: zero
     void* out;
     RowStrides out_strides;
@@ -73,6 +74,7 @@ RW_HD inline void put_row(const StatsCall& call, int64_t i, const RowStats& s) {
     put(call.logp, s.logp);
     put(call.entropy, s.entropy);
     put(call.lse, s.lse);
+    put(call.lse_low, s.lse_low);
     put(call.log_sum_p_sq, s.log_sum_p_sq);
     put(call.max_logp, s.max_logp);
 }
@@ -90,11 +92,11 @@ RW_HD inline void put_row(const LossGradCall& call, int64_t i, const RowStats& s
 RW_HD inline float value_of_invalid(const Call& call, int64_t i) { return is_out(call, i) ? 0.0f : RW_NAN; }
 RW_HD inline void put_invalid_row(const StatsCall& call, int64_t i) {
     const float v = value_of_invalid(call, i);
-    put_row(call, i, {v, v, v, v, v});
+    put_row(call, i, {v, v, v, v, v, v});
 }
 RW_HD inline void put_invalid_row(const LossGradCall& call, int64_t i) {
     const float v = value_of_invalid(call, i);
-    put_row(call, i, {v, v, v, v, v}, {v, v, v, v, v});
+    put_row(call, i, {v, v, v, v, v, v}, {v, v, v, v, v});
 }
 
 }  // namespace reweight_ops

@@ -1,14 +1,12 @@
 // Two logits tensors at one instruction-set level: divergences of their softmaxes, and the gradient by the first. Compiled once per level.
 #include "divergence.h"
 
+#include "common/concat.h"
 #include "pair_sweep.h"
 #include "parallel.h"
 
 namespace reweight_ops {
 namespace {
-
-/// Beyond this size, the two fp32 numbers of a log-sum-exp do not give probabilities to the precision of fp32.
-constexpr double kLargestLse = 1 << 24;
 
 template <class T, class U>
 PairResult known(const DivergenceCall& call, const PairRow<T, U>& row, int64_t i, const Caps& caps) {
@@ -193,8 +191,6 @@ void divergence_loss_grad(const DivergenceCall& call) {
 
 }  // namespace
 
-#define RW_CONCAT_(a, b) a##b
-#define RW_CONCAT(a, b) RW_CONCAT_(a, b)
 extern const DivergenceKernels RW_CONCAT(divergence_, RW_LEVEL);
 const DivergenceKernels RW_CONCAT(divergence_, RW_LEVEL) = {divergence_stats, divergence_grad, divergence_loss_grad};
 

@@ -1,4 +1,5 @@
 // The three verbs at one instruction-set level: this file is compiled once per level, with RW_LEVEL naming it.
+#include "common/concat.h"
 #include "parallel.h"
 #include "program.h"
 #include "stream.h"
@@ -33,45 +34,18 @@ struct Row {
     }
     FinishedRow<double> finish(const RowSweep& sweep) const { return {double(sweep.top) * scale, sweep.rest}; }
 
-    /// Where p is 1, as fp32 can say it, by the log-prob of a column with some logit: there no column has a larger exponential.
-    Anchor anchor(float logit, double logp) const {
+    /// Where p is 1, as fp32 can say it, by the log-prob, `logp` and what its rounding lost, of a column with some logit: there no column has a
+    /// larger exponential.
+    Anchor anchor(float logit, double logp, double low) const {
         const float at = float(logit - logp / inverse_temperature);
-        return {at, (double(at) - logit) * scale + kLog2e * logp};
+        return {at, ((double(at) - logit) * scale + kLog2e * logp) + kLog2e * low};
     }
-    RowStats statistics(const FinishedRow<double>& row) const { return row.statistics(double(target_logit) * scale); }
+    RowStats statistics(const RowSweep& sweep, const FinishedRow<double>& row) const {
+        return row.statistics(double(target_logit) * scale, sweep.top * inverse_temperature);
+    }
 };
 
 // ---- the gradient row
-
-/// Derivatives of the loss by the row's statistics, and those of the statistics that they multiply.
-struct Derivatives {
-    float logp_coef, entropy_coef, lse_coef, p_sq_coef;
-    float logp, entropy, log_sum_p_sq;
-
-    bool all_zero() const { return logp_coef == 0 && entropy_coef == 0 && lse_coef == 0 && p_sq_coef == 0; }
-
-    GradCoefs coefs(double inverse_temperature) const {
-        GradCoefs c{-double(logp_coef) + lse_coef, 0, 0};
-        if (entropy_coef != 0) {
-            c.constant -= double(entropy_coef) * entropy;
-            c.log = -double(entropy_coef);
-        }
-        if (p_sq_coef != 0) {
-            c.constant -= 2.0 * p_sq_coef;
-            c.p_coef = 2.0 * p_sq_coef / std::exp(double(log_sum_p_sq));
-        }
-        return {c.constant * inverse_temperature, c.log * inverse_temperature, c.p_coef * inverse_temperature};
-    }
-
-    /// The target's own element: p - 1 from its log-prob, for a rounded p loses everything as it goes to 1.
-    float at_target() const {
-        const double y = logp, p = std::exp(y);
-        double g = -logp_coef * std::expm1(y) + lse_coef * p;
-        if (entropy_coef != 0 && p > 0) g -= entropy_coef * p * (y + entropy);
-        if (p_sq_coef != 0) g += 2.0 * p_sq_coef * p * (p / std::exp(double(log_sum_p_sq)) - 1.0);
-        return float(g);
-    }
-};
 
 /// A gradient of its own that no cache holds anyway is written past them: a store would first read the line from memory.
 template <class C>
@@ -81,7 +55,7 @@ bool streams(const C& call, int64_t element) {
 
 /// Writes one gradient row, which may be the row of logits.
 template <class T>
-void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, Anchor anchor, T* g, const Softcap& softcap, Fetch ahead, bool stream) {
+void write_grad(const Call& call, const Row<T>& row, const Derivatives<double>& d, Anchor anchor, T* g, const Softcap& softcap, Fetch ahead, bool stream) {
     const int64_t v = call.vocab_size;
     if (d.all_zero()) {
         fill(g, call.columns, 0.0f);
@@ -90,7 +64,7 @@ void write_grad(const Call& call, const Row<T>& row, const Derivatives& d, Ancho
     if (anchor.log_p != anchor.log_p) {
         fill(g, v, kNaN);
     } else {
-        const GradCoefs c = d.coefs(row.inverse_temperature);
+        const GradCoefs<double> c = d.coefs(row.inverse_temperature);
         stream = stream && (uintptr_t)g % 64 == 0;
         with_shift(row.scale, anchor.at, [&](const auto& shift) {
             using S = std::decay_t<decltype(shift)>;
@@ -123,7 +97,8 @@ void token_stats(const StatsCall& call) {
     for_each_row(call.rows, call.vocab_size, threads_for(call.rows, call.vocab_size, call.threads), [&](int64_t i, int64_t) {
         if (is_invalid(call, i)) return put_invalid_row(call, i);
         const Row<T> row(call, i, softcap);
-        put_row(call, i, row.statistics(row.finish(row.template sweep<kSums>(call.vocab_size, softcap))));
+        const RowSweep sweep = row.template sweep<kSums>(call.vocab_size, softcap);
+        put_row(call, i, row.statistics(sweep, row.finish(sweep)));
     });
 }
 
@@ -140,20 +115,12 @@ void token_stats_of(const StatsCall& call) {
 
 // ---- token_grad
 
-/// Rounded to fp32, a number below this is off by 2^-23 at most; probabilities from it by as much, relative.
-constexpr float kSmallLog = 4.0f;
-
-/// From logp and lse, both of them rounded to fp32: the smaller one gives probabilities with the smaller error. Where both are large it is too
-/// large, and the row is summed again; not a shard of it, whose lse is that of all.
+/// The log-sum-exp is two fp32 numbers. Beyond kLargestLse they say less than the target's log-prob, unless that is tiny.
 template <class T>
-Anchor known_anchor(const GradCall& call, const Row<T>& row, int64_t i, const Softcap& softcap) {
-    const float lse = call.lse[i], logp = row.target < 0 ? kInf : call.logp[i];
-    const bool by_logp = std::fabs(logp) < std::fabs(lse), whole = call.vocab_size == call.vocab_total;
-    if (whole && !(std::fabs(by_logp ? logp : lse) < kSmallLog)) {
-        const RowSweep sweep = softcap.on ? row.template sweep<Sums::full>(call.vocab_size, softcap) : row.template sweep<Sums::plain>(call.vocab_size, softcap);
-        return {sweep.top, -kLog2e * row.finish(sweep).log_total};
-    }
-    return by_logp ? row.anchor(row.target_logit, logp) : row.anchor(0.0f, -lse);
+Anchor known_anchor(const GradCall& call, const Row<T>& row, int64_t i) {
+    const float lse = call.lse[i], logp = call.logp[i];
+    const bool by_target = row.target >= 0 && std::fabs(lse) > kLargestLse && logp > kLeastLogp;
+    return by_target ? row.anchor(row.target_logit, logp, 0) : row.anchor(0.0f, -lse, call.lse_low ? -call.lse_low[i] : 0);
 }
 
 template <class T>
@@ -168,10 +135,9 @@ void token_grad(const GradCall& call) {
             return;
         }
         const Row<T> row(call, i, softcap);
-        const Derivatives d{get(call.logp_coef, i), get(call.entropy_coef, i), get(call.lse_coef, i), get(call.p_sq_coef, i),
+        const Derivatives<double> d{get(call.logp_coef, i), get(call.entropy_coef, i), get(call.lse_coef, i), get(call.p_sq_coef, i),
                             call.logp[i],           get(call.entropy, i),      get(call.log_sum_p_sq, i)};
-        const Anchor anchor = known_anchor(call, row, i, softcap);
-        write_grad(call, row, d, anchor, g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
+        write_grad(call, row, d, known_anchor(call, row, i), g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
     });
 }
 
@@ -193,10 +159,10 @@ void token_loss_grad(const LossGradCall& call) {
         const Row<T> row(call, i, softcap);
         const RowSweep sweep = row.template sweep<kFull ? Sums::full : Sums::entropy>(call.vocab_size, softcap);
         const FinishedRow<double> finished = row.finish(sweep);
-        const RowStats s = row.statistics(finished);
+        const RowStats s = row.statistics(sweep, finished);
         const RowLoss l = evaluate(i, s);
         put_row(call, i, s, l);
-        const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
+        const Derivatives<double> d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
         write_grad(call, row, d, {sweep.top, -kLog2e * finished.log_total}, g, softcap, ahead, stream);
     });
 }
@@ -235,8 +201,6 @@ struct LossGrad {
 
 }  // namespace
 
-#define RW_CONCAT_(a, b) a##b
-#define RW_CONCAT(a, b) RW_CONCAT_(a, b)
 extern const Kernels RW_CONCAT(kernels_, RW_LEVEL);
 const Kernels RW_CONCAT(kernels_, RW_LEVEL) = {by_dtype<Stats, StatsCall>, by_dtype<Grad, GradCall>, by_dtype<LossGrad, LossGradCall>, stream};
 

@@ -9,7 +9,9 @@
 
 #include <cstdint>
 #include <cstring>
-#include <limits>
+
+#include "common/constants.h"
+#include "common/dtypes.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -36,16 +38,6 @@ typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t VecI __attribute__((vector_size(4 * kWidth)));
 typedef double VecD __attribute__((vector_size(8 * kWidth)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kWidth)));
-
-struct Bf16 {
-    uint16_t bits;
-};
-struct F16 {
-    uint16_t bits;
-};
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 template <class To, class From>
 inline To bit_cast(From from) {

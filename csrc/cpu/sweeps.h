@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/derivatives.h"
 #include "common/row_state.h"
 #include "simd.h"
 
@@ -19,9 +20,6 @@ constexpr int64_t kBlock = 128 * kWidth;
 constexpr double kMargin = 2.0;
 /// How far ahead of a sweep to fetch: the hardware's own prefetch stops at every page of 4 KiB.
 constexpr int64_t kFetchAhead = 8192;
-/// Lower bound of an exponent: 2^-150 is 0, and 0 * -150 is 0 where 0 * -inf would be NaN.
-constexpr float kFloor = -150.0f;
-constexpr double kLn2 = 0.693147180559945309417, kLog2e = 1.442695040888963407360;
 
 /// Starts loading the cache lines of [p, p + bytes); any address will do.
 template <int64_t kBytes>
@@ -82,11 +80,14 @@ struct Shift {
     double ref;
 
     Shift(double exact_scale, float at) {
-        const float k = float(exact_scale), r = kFma ? float(double(at) * k) : at;
+        const float k = float(exact_scale);
+        const double product = double(at) * k;
+        // Rounded down, so that t is never just below 0 at `at`: from above, the polynomial goes to 1 exactly.
+        float r = kFma ? float(product) : at;
+        if (kFma && r > product) r = std::nextafter(r, -kInf);
         scale = splat(k);
         minus = splat(-r);
-        ref = double(at) * exact_scale;
-        if (kFma) ref -= double(at) * k - r;
+        ref = double(at) * exact_scale - (kFma ? product - r : 0.0);
     }
     Vec operator()(Vec x) const { return kFma ? fma(x, scale, minus) : (x + minus) * scale; }
 };
@@ -300,11 +301,6 @@ void fill(T* g, int64_t n, float value) {
     if (i < n) store2_partial(g + i, n - i, splat(value), splat(value));
 }
 
-/// dL/dlogit = p·(constant + log·log p + p_coef·p) away from the target, before the softcap's slope; 1/T is in the coefficients.
-struct GradCoefs {
-    double constant, log, p_coef;
-};
-
 /// Where probabilities are measured from: a logit near the largest, and the log2 of the probability that a column with that logit has.
 struct Anchor {
     float at;
@@ -313,7 +309,7 @@ struct Anchor {
 
 /// The gradient row from the logits, in one sweep. May be written over them. kStream: past the caches, for which g must be aligned to 64.
 template <class T, Terms kTerms, bool kStream, bool kFar>
-void grad_row(const T* x, T* g, int64_t columns, const Shift<kFar>& shift, double log_p, const GradCoefs& coefs, const Softcap& softcap, Fetch ahead) {
+void grad_row(const T* x, T* g, int64_t columns, const Shift<kFar>& shift, double log_p, const GradCoefs<double>& coefs, const Softcap& softcap, Fetch ahead) {
     // p = e·2^log_p: log_p, of a column where the shift is 0, goes into the coefficients.
     const double p = std::exp2(log_p);
     const Vec a = splat(float(p * (coefs.constant + coefs.log * kLn2 * log_p))), b = splat(float(p * coefs.log * kLn2)), d = splat(float(p * p * coefs.p_coef));

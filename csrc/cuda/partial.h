@@ -107,7 +107,9 @@ RW_DEVICE RowStats finish(const Partial& s, const Target& target, float temperat
     RowStats out;
     out.logp = at_most_zero(error == 0.0 ? float(above) : float(above - error * expm1f(float(above))));
     out.entropy = float(log_s - mean * ln2);
-    out.lse = float(double(s.top) * inverse + (error == 0.0 ? swept : swept + error * expf(float(above))));
+    const double largest = double(s.top) * inverse, rest = error == 0.0 ? swept : swept + error * expf(float(above));
+    out.lse = float(largest + rest);
+    out.lse_low = float((largest - out.lse) + rest);
     out.log_sum_p_sq = at_most_zero(float(log1p_of(s.sum_sq) - 2.0 * log_s));
     out.max_logp = target.swept == s.top ? out.logp : at_most_zero(float(-swept));
     return out;

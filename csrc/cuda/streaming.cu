@@ -118,17 +118,16 @@ RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, in
                         call.logp[i],        get(call.entropy),      get(call.log_sum_p_sq)};
     const Target target = d.all_zero() ? Target() : target_of(row, softcap);
     const double unit = double(row.temperature) * row.scale;  // log2(e), with the rounding that the scale has
-    // Both logp and lse are rounded to fp32; the smaller one gives lse with the smaller error.
-    const bool by_logp = row.target >= 0 && fabsf(d.logp) < fabsf(call.lse[i]);
-    const double lse2 = by_logp ? target.exact * row.scale - unit * d.logp : unit * call.lse[i];
+    const double lse = call.lse[i], low = get(call.lse_low), lse2 = unit * (lse + low);
     if (!full && fabs(lse2) <= kFar) {
         const float base = float(lse2), rest = float(base - lse2);
         return row_gradient(d, row.temperature, row.scale, {true, base, rest, exp2f(rest)}, target, full);
     }
-    // Relative to a logit near lse. Where that is huge, the target's own keeps what fp64 would lose.
-    const bool by_target = by_logp && d.logp > -50.0f;
-    const float base = float(by_target ? target.exact : lse2 / row.scale);
-    const float rest = float(by_target ? (double(base) - target.exact) * row.scale + unit * d.logp : double(base) * row.scale - lse2);
+    // Relative to a logit near lse.
+    const bool by_target = row.target >= 0 && fabs(lse) > kLargestLse && d.logp > kLeastLogp;
+    const float base = float(by_target ? target.exact : lse * row.temperature);
+    const double from = by_target ? (base - target.exact) * row.scale + unit * d.logp : (double(base) * row.scale - unit * lse) - unit * low;
+    const float rest = float(from);
     return row_gradient(d, row.temperature, row.scale, {false, base, rest, exp2f(rest)}, target, full);
 }
 

@@ -29,7 +29,8 @@
 #ifndef RW_RING_ROWS_AHEAD
 #define RW_RING_ROWS_AHEAD 1
 #endif
-/// Blocks of 256 threads on a processor: of the statistics kernel, and of the gradient kernel (and 32 more threads, with twice as much in flight).
+/// Blocks of 256 threads on a processor: of the statistics kernel, and of the gradient kernel (and 32 more threads, with
+/// twice as much in flight: 3 spill).
 #ifndef RW_STATS_BLOCKS
 #define RW_STATS_BLOCKS 4
 #endif

@@ -15,7 +15,16 @@ from ..rules.surrogates import Cispo, Clip, Reinforce, Sapo
 from ..weights.entropy import TopEntropy
 from ..weights.importance import OffPolicySequenceMask, SequenceGamma
 from .penalties import entropy, kl
+from .unused import forbid_unused
 
+#: Options that only some loss types read, with their defaults; TRL ignores them elsewhere.
+_CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "epsilon": (*_CLIPPED, "cispo"), "epsilon_high": (*_CLIPPED, "cispo"), "delta": _CLIPPED,
+    "sapo_temperature_pos": ("sapo",), "sapo_temperature_neg": ("sapo",),
+    "vespo_k_pos": ("vespo",), "vespo_lambda_pos": ("vespo",), "vespo_k_neg": ("vespo",), "vespo_lambda_neg": ("vespo",),
+    "max_completion_length": ("dr_grpo",),
+}  # fmt: skip
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -38,6 +47,7 @@ def trl(
     vespo_k_neg: Any = 3.0,
     vespo_lambda_neg: Any = 2.0,
     off_policy_mask_threshold: Any = None,
+    unused: str = "error",
 ) -> PolicyLossSpec:
     """The loss of TRL's ``GRPOTrainer._compute_loss`` (1.15 and later), exactly: bare ``exp``, k3 without a clamp.
 
@@ -45,9 +55,16 @@ def trl(
     :mod:`reweight_ops.integrations.trl`). TRL folds vLLM's correction into ``vespo``'s sequence ratio: pass the sampler's log-probs as
     ``old_per_token_logps`` for that. ``off_policy_mask_threshold`` is against ``old_per_token_logps``, as in TRL without vLLM; against the
     sampler's log-probs it is ``weights.SamplerSequenceMask``.
+
+    An option that the loss type does not read is an error where it differs from its default; ``unused="ignore"`` takes a whole configuration.
     """
+    if unused not in ("error", "ignore"):
+        raise InvalidCall(f"methods.trl: unused is {unused!r}, expected 'error' or 'ignore'.")
+    given = locals()
     if loss_type not in LOSS_TYPES:
         raise InvalidCall(f"methods.trl: loss_type is {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}.")
+    if unused == "error":
+        forbid_unused("methods.trl", trl, given, f"loss_type={loss_type!r}", {name: loss_type in types for name, types in _READ_BY.items()})
     levels = {"token": TokenRatio(clamp=math.inf), "sequence": SequenceRatio(clamp=math.inf)}
     if importance_sampling_level not in levels:
         raise InvalidCall(f"methods.trl: importance_sampling_level is {importance_sampling_level!r}, expected 'token' or 'sequence'.")

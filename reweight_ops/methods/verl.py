@@ -13,9 +13,16 @@ from ..errors import InvalidCall
 from ..rules.penalties import K1, K2, K3, Absolute, K1StraightThrough, K3StraightThrough
 from ..rules.surrogates import Cispo, Clip, DppoTV, DualClip, Reinforce, Sapo
 from .penalties import entropy, kl
+from .unused import forbid_unused
 
 LOSS_MODES = ("vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+#: Options that only some modes read; verl ignores them elsewhere.
+_CLIPPED = ("vanilla", "gspo", "cispo", "dppo_tv")
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "clip_ratio": _CLIPPED, "clip_ratio_low": _CLIPPED, "clip_ratio_high": _CLIPPED, "clip_ratio_c": ("vanilla", "dppo_tv"),
+    "tau_pos": ("sapo",), "tau_neg": ("sapo",),
+}  # fmt: skip
 KL_TYPES: dict[str, Rule] = {
     "kl": K1(), "k1": K1(), "abs": Absolute(), "mse": K2(clamp=math.inf), "k2": K2(clamp=math.inf), "low_var_kl": K3(cap=10.0), "k3": K3(cap=10.0),
     "kl+": K1StraightThrough(), "k1+": K1StraightThrough(), "mse+": K2(clamp=math.inf), "k2+": K2(clamp=math.inf),
@@ -53,16 +60,27 @@ def verl(
     kl_loss_coef: Any = 0.001,
     kl_loss_type: str = "low_var_kl",
     entropy_coeff: Any = 0.0,
+    unused: str = "error",
 ) -> PolicyLossSpec:
     """A loss of verl's registry (0.9.1, ``core_algos.py``) with the KL and entropy terms that ``ppo_loss`` adds around it.
 
     ``batch_num_tokens / dp_size`` is ``num_items_in_batch`` here, ``global_batch_size / dp_size`` is ``num_sequences_in_batch``.
     As in verl, ``sapo`` averages its own term per sequence whatever ``loss_agg_mode`` is; KL and entropy follow ``loss_agg_mode``.
+
+    An option that the mode does not read is an error where it differs from its default; ``unused="ignore"`` takes a whole configuration.
     """
+    if unused not in ("error", "ignore"):
+        raise InvalidCall(f"methods.verl: unused is {unused!r}, expected 'error' or 'ignore'.")
+    given = locals()
     if loss_mode not in LOSS_MODES:
         raise InvalidCall(f"methods.verl: loss_mode is {loss_mode!r}, expected one of {', '.join(LOSS_MODES)}.")
     if use_kl_loss and kl_loss_type not in KL_TYPES:
         raise InvalidCall(f"methods.verl: kl_loss_type is {kl_loss_type!r}, expected one of {', '.join(KL_TYPES)}.")
+    if unused == "error":
+        reads = {name: loss_mode in modes for name, modes in _READ_BY.items()}
+        forbid_unused(
+            "methods.verl", verl, given, f"loss_mode={loss_mode!r}", reads | {"kl_loss_coef": use_kl_loss, "kl_loss_type": use_kl_loss}
+        )
     low = clip_ratio if clip_ratio_low is None else clip_ratio_low
     high = clip_ratio if clip_ratio_high is None else clip_ratio_high
     surrogates: dict[str, Rule] = {

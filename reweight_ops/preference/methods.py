@@ -278,10 +278,10 @@ def cream(beta: Any = 0.1) -> PairSpec:
 def mcts_dpo(beta: Any = 0.1, loss: str = "conservative") -> PairSpec:
     """DPO on the tokens from a pair's first difference on. ``loss="conservative"``: labels smoothed by ``ε = min(1 - c, ½)``, ``c = 1/(1 + q_l/max(1, q_w))``.
 
-    ``chosen_values``, ``rejected_values``: the search's q. ``"sigmoid"``: no smoothing. ``"ipo"``: ``(m - 1/(2β))²`` in sums. β is 0.1 in the authors' scripts.
-    Differs from the paper: nothing in the formula; the released code starts one token later, because it slices shifted log-probs by an index of unshifted ids.
+    ``chosen_values``, ``rejected_values``: the search's q. ``"sigmoid"``: no smoothing. ``"ipo"``: ``(m - 1/(2β))²``
+    with scores divided by the number of these tokens, as in the released code (``norm_prob``). β is 0.1 in the authors' scripts.
     """
-    kinds: dict[str, PairLoss] = {"conservative": SearchConfidence(), "sigmoid": Sigmoid(), "ipo": Ipo(average=False)}
+    kinds: dict[str, PairLoss] = {"conservative": SearchConfidence(), "sigmoid": Sigmoid(), "ipo": Ipo()}
     if loss not in kinds:
         raise InvalidCall(f"mcts_dpo: loss is {loss!r}, expected one of {', '.join(kinds)}.")
     return PairSpec(terms=_terms(kinds[loss]), beta=beta, tokens="from_first_difference", name="mcts_dpo")

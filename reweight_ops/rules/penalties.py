@@ -72,7 +72,7 @@ class K1StraightThrough(Rule):
 
     def loss(self, xp, t):
         k2 = 0.5 * (t.ref_logp - t.logp) * (t.ref_logp - t.logp)
-        return k2 + xp.stop_gradient(t.logp - t.ref_logp - k2)
+        return xp.straight_through(k2, t.logp - t.ref_logp)
 
 
 @rule("k3_straight_through", kind="penalty")
@@ -85,7 +85,7 @@ class K3StraightThrough(Rule):
     def loss(self, xp, t):
         k2 = 0.5 * (t.ref_logp - t.logp) * (t.ref_logp - t.logp)
         k3 = _k3(xp, xp.clip(t.ref_logp - t.logp, -self.clamp, self.clamp))
-        return k2 + xp.stop_gradient(xp.clip(k3, -self.cap, self.cap) - k2)
+        return xp.straight_through(k2, xp.clip(k3, -self.cap, self.cap))
 
 
 @rule("entropy_bonus", kind="penalty")

@@ -57,11 +57,14 @@ def make_batch(
     batch: dict[str, Any] = {
         "logits": logits,
         "completion_ids": ids.to(device),
-        "advantages": normal(*shape).to(device, row),
+        "advantages": normal(*shape).to(device, row) if "adv" in spec.requires else None,
         "completion_mask": mask.to(device),
     }
-    if not on_policy and "old_logp" in spec.requires | {"old_logp"}:
-        batch["old_per_token_logps"] = (logp + 0.4 * normal(*shape)).clamp(max=-1e-4).to(device, row)
+    # Drawn always: what is drawn after it does not depend on the spec.
+    old = (logp + 0.4 * normal(*shape)).clamp(max=-1e-4).to(device, row)
+    reads_old = "old_logp" in spec.requires or ("log_ratio" in spec.requires and spec.ratio.against == "old")
+    if reads_old and not on_policy:
+        batch["old_per_token_logps"] = old
     if "ref_logp" in spec.requires:
         batch["ref_per_token_logps"] = (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
     if "sampling_logp" in spec.requires:

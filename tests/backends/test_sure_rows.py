@@ -146,20 +146,23 @@ def test_divergences(backend, vocab):
         assert_kept(table[name][sure], truth[sure], name)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("offset", [1e4, 1e10, -1e30, 1e30])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_equal_logits_of_any_size(verbs, dtype, offset):
+def test_equal_logits_of_any_size(verbs, dtype, offset, temperature):
+    t = torch.tensor([temperature])
     z = torch.full((2, 9), offset, dtype=DTYPES[dtype])
     z[1, 4:] = -math.inf
     ids, n = torch.tensor([2, 3]), torch.tensor([9.0, 4.0])
-    stats = contract.stats_of(verbs, z, ids)
+    stats = contract.stats_of(verbs, z, ids, temperature=t)
     for name in ("logp", "max_logp", "log_sum_p_sq"):
         torch.testing.assert_close(stats[name], -n.log(), rtol=1e-6, atol=0)
     torch.testing.assert_close(stats["entropy"], n.log(), rtol=1e-6, atol=0)
-    want = torch.where(z == -math.inf, 0.0, -1 / n[:, None]).to(z.dtype)
-    want[[0, 1], ids] = (1 - 1 / n).to(z.dtype)
-    torch.testing.assert_close(contract.grad_of(verbs, z, ids, stats, {"logp": torch.ones(2)}), want, rtol=1e-6, atol=0)
-    out, grad = contract.loss_grad(verbs, z, ids, program=REINFORCE)
+    want = torch.where(z == -math.inf, 0.0, -1 / n[:, None] / t).to(z.dtype)
+    want[[0, 1], ids] = ((1 - 1 / n) / t).to(z.dtype)
+    grad = contract.grad_of(verbs, z, ids, stats, {"logp": torch.ones(2)}, temperature=t)
+    torch.testing.assert_close(grad, want, rtol=1e-6, atol=0)
+    out, grad = contract.loss_grad(verbs, z, ids, program=REINFORCE, temperature=t)
     torch.testing.assert_close(grad.float(), out[4, :, None] * want.float(), rtol=2**-7 if dtype == "bf16" else 1e-6, atol=0)
 
 

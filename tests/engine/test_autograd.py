@@ -94,14 +94,6 @@ def test_second_backward_of_one_pass_raises_and_two_pass_retains(batch, backend)
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_double_backward_raises(batch, backend, plan):
-    z = leaf(batch)
-    (grad,) = torch.autograd.grad(call(batch, z, plan=plan, backend=backend).loss, z, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        grad.sum().backward()
-
-
 def test_auto_takes_one_pass_only_when_it_may(batch, backend):
     z = leaf(batch)
     rows = torch.rand(3, 8)

@@ -38,8 +38,8 @@ def ops_arguments(backend, drop_last):
     z = torch.randn(n, t + drop_last, v, generator=g)
     ids = torch.randint(v, (n * t,), generator=g)
     one = torch.ones(1)
-    logp, entropy, lse, p_sq = rw.kernels.token_stats(
-        z[:, :t], ids, one, stats=("logp", "entropy", "lse", "log_sum_p_sq"), backend="reference"
+    logp, entropy, lse, low, p_sq = rw.kernels.token_stats(
+        z[:, :t], ids, one, stats=("logp", "entropy", "lse", "lse_low", "log_sum_p_sq"), backend="reference"
     )
     tail = (v, float("inf"), bool(drop_last))
     params = torch.tensor([v if torch.is_tensor(v) else float(v) for v in SPEC.parameter_values])
@@ -50,8 +50,8 @@ def ops_arguments(backend, drop_last):
     mixed = torch.tensor([0.5, 0.7, -0.3])
     return {
         "token_stats": (z, ids, one, *tail, "logp,entropy", backend),
-        "token_grad": (z, ids, one, logp, lse, entropy, p_sq, rows[0], rows[1], None, None, *tail, backend),
-        "token_grad_": (z.clone(), ids, one, logp, lse, entropy, None, rows[0], rows[1], None, None, *tail, backend),
+        "token_grad": (z, ids, one, logp, lse, low, entropy, p_sq, rows[0], rows[1], None, None, *tail, backend),
+        "token_grad_": (z.clone(), ids, one, logp, lse, None, entropy, None, rows[0], rows[1], None, None, *tail, backend),
         "token_loss_grad": (z, ids, one, weights, logp - 0.1, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
         "token_loss_grad_": (z.clone(), ids, one, weights, None, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
         "scale_": (z.clone(), torch.tensor(2.0), backend),

@@ -12,6 +12,7 @@ from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import load, why_not
 from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.formula.trace import trace_weight
+from reweight_ops.rules.penalties import K3
 from reweight_ops.testing import make_batch
 from reweight_ops.weights.entropy import DualLevelDownSampling, TopEntropy
 
@@ -34,7 +35,11 @@ def test_every_method(name, backend, plan, sickness):
     spec = METHODS[name].build()
     if plan == "one_pass" and spec.one_pass_obstacle:
         pytest.skip("two passes only")
-    rows_couple = any(r.coupled for r in spec.reductions) or any(trace_weight(type(w)).uses_batch for w in spec.all_weights)
+    rows_couple = (
+        spec.ratio.level == "batch"
+        or any(r.coupled for r in spec.reductions)
+        or any(trace_weight(type(w)).uses_batch for w in spec.all_weights)
+    )
     if backend == "triton" and (name not in ("grpo", "advantage_reweighting") or plan == "two_pass"):
         pytest.skip("the interpreter is slow; above the verbs nothing knows the backend")
     batch = make_batch(spec, (2, 6), 37)
@@ -94,3 +99,67 @@ def test_log_probs_that_are_nan_have_a_nan_gradient():
     out = rw.policy_loss_from_logps(logps, torch.tensor([1.0]), spec="dapo", old_per_token_logps=torch.full((1, 3), -1.0))
     out.loss.backward()
     assert logps.grad[0, 1].isnan() and logps.grad[0, [0, 2]].isfinite().all()
+
+
+#: Weights that compare a stored log-prob, and so give a token with a NaN none: it is in no term.
+DROPPED = {("lopti", "old_logp"), ("top_entropy", "old_logp")}
+STORED = {"old_logp": "old_per_token_logps", "ref_logp": "ref_per_token_logps", "sampling_logp": "sampling_per_token_logps"}
+
+
+def stored_leaves(spec):
+    against_old = "log_ratio" in spec.requires and spec.ratio.against == "old"
+    return [leaf for leaf in STORED if leaf in spec.requires or (leaf == "old_logp" and against_old)]
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_stored_log_prob_of_nan_is_a_gradient_of_nan(name, backend, plan):
+    """A guard on the gradient's norm must see it, whatever a clip makes of a comparison with NaN."""
+    spec = METHODS[name].build()
+    if plan == "one_pass" and spec.one_pass_obstacle:
+        pytest.skip("two passes only")
+    if backend == "triton" and (name not in ("grpo", "cispo") or plan == "two_pass"):
+        pytest.skip("the interpreter is slow; above the verbs nothing knows the backend")
+    for leaf in stored_leaves(spec):
+        batch = make_batch(spec, (2, 6), 37)
+        if batch.get(STORED[leaf]) is None or (name, leaf) in DROPPED:
+            continue
+        batch["completion_mask"].fill_(True)
+        batch[STORED[leaf]] = batch[STORED[leaf]].clone()
+        batch[STORED[leaf]][1, 4] = math.nan
+        grad, out = gradient(batch, spec, plan=plan, backend=backend)
+        assert grad[1, 4].isnan().all() and out.loss.isnan(), leaf
+        if not spec.couples_rows:
+            assert grad[1, [0, 1, 2, 3, 5]].isfinite().all() and grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+def test_an_overflow_that_is_not_selected_has_no_gradient(backend, plan):
+    """K3 without a clamp at a difference of 100: the value is the cap, the slope 0. And TRL's clip with a ratio that overflows."""
+    spec = rw.methods.grpo().replace(ratio=rw.TokenRatio(clamp=math.inf)).with_penalty(rw.Penalty(K3(clamp=math.inf, cap=10.0), 0.1))
+    batch = make_batch(spec, (2, 6), 37)
+    batch["completion_mask"].fill_(True)
+    logps = rw.token_logps(batch["logits"].detach(), batch["completion_ids"])
+    batch["old_per_token_logps"], batch["ref_per_token_logps"] = logps - 100, logps + 100
+    batch["advantages"] = torch.ones(2)
+    grad, out = gradient(batch, spec, plan=plan, backend=backend)
+    torch.testing.assert_close(out.per_token_loss, torch.full((2, 6), 1.0 - 1.2))
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+def test_a_log_prob_of_minus_inf_in_a_sequence_ratio(backend):
+    """GSPO-token has GSPO's values: its own gradient's path is no part of them."""
+    losses = []
+    for spec in (rw.methods.gspo(), rw.methods.gspo_token()):
+        batch = make_batch(spec, (2, 6), 37)
+        batch["logits"] = batch["logits"].detach().clone()
+        batch["completion_mask"].fill_(True)
+        batch["logits"][1, 4, batch["completion_ids"][1, 4]] = -math.inf
+        grad, out = gradient(batch, spec, backend=backend)
+        assert grad.isfinite().all()
+        losses.append(out.loss.detach())
+    torch.testing.assert_close(losses[0], losses[1])
+    assert losses[0].isfinite()

@@ -288,7 +288,8 @@ def test_mcts_dpo_counts_from_the_first_difference():
     )
     assert mixed.per_pair_loss.tolist() == pytest.approx(want, rel=1e-12)
     ipo = rw.preference_loss_from_logps(logps, spec=preference.mcts_dpo(0.7, "ipo"), completion_ids=ids, ref_per_token_logps=ref)
-    assert ipo.per_pair_loss.tolist() == pytest.approx([(y - 1 / 1.4) ** 2 for y in d])
+    per_token = [sum(x[0][2:]) / 2 - sum(x[2][2:]) / 2, sum(x[1][1:]) / 3 - sum(x[3][1:3]) / 2]
+    assert ipo.per_pair_loss.tolist() == pytest.approx([(y - 1 / 1.4) ** 2 for y in per_token])
     with pytest.raises(rw.InvalidCall, match="needs completion_ids"):
         rw.preference_loss_from_logps(logps, spec="mcts_dpo", ref_per_token_logps=ref, **values)
 

@@ -124,8 +124,8 @@ def call_all(dtype: torch.dtype, vocab: int, rows: int = 4, softcap: float = flo
     """Every verb once, on tensors that are described and never read."""
     logits = torch.empty(rows, vocab, dtype=dtype)
     ids, temperature, head = torch.zeros(rows, dtype=torch.int64), torch.ones(1), SoftmaxParams(vocab, softcap)
-    backend.token_stats(logits, ids, temperature, head, ("logp", "entropy", "lse"))
-    stats = {name: torch.zeros(rows) for name in ("logp", "lse", "entropy", "log_sum_p_sq")}
+    backend.token_stats(logits, ids, temperature, head, ("logp", "entropy", "lse", "lse_low"))
+    stats = {name: torch.zeros(rows) for name in ("logp", "lse", "lse_low", "entropy", "log_sum_p_sq")}
     backend.token_grad(logits, ids, temperature, head, stats, dict.fromkeys(COEFS, stats["logp"]), logits)
     inputs = RowInputs(torch.ones(len(program.terms), rows), *(stats["logp"] for _ in range(4)))
     backend.token_loss_grad(logits, ids, temperature, head, inputs, program, PARAMS, logits)
@@ -228,7 +228,8 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
                         backend.token_loss_grad(logits, ids, t, head, inputs, program, params, logits)
                         backend.token_loss_grad(logits, ids, t, head, inputs._replace(old_logp=None), program, params, logits)
                         backend.token_stats(logits, ids, t, head, ("logp", "entropy"))
-                        backend.token_grad(logits, ids, t, head, {"logp": spare[1 : n + 1], "lse": spare[:n]}, {"logp": spare[:n]}, logits)
+                        stats = {"logp": spare[1 : n + 1], "lse": spare[:n], "lse_low": spare[1 : n + 1]}
+                        backend.token_grad(logits, ids, t, head, stats, {"logp": spare[:n]}, logits)
     names = [name for name, _ in recorder.kernels.values()]
     return {name: names.count(name) for name in sorted(set(names))}
 
@@ -258,7 +259,9 @@ def row_kernels(target: str) -> list[Compiled]:
             ratio, means = triton_rows.ratio(masked, length, rows[0], rows[1], PARAMS, True)
             leaves = dict(zip(("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"), rows, strict=True))
             table = triton_rows.evaluate_rows(PROGRAM, PARAMS, leaves, torch.cat([weights, weights[:1]]), keep=masked.keep)
-            triton_rows.evaluate_rows(PROGRAM, PARAMS, leaves | {"log_ratio": ratio}, torch.cat([weights, weights[:1]]), ("loss", "d_log_ratio"))
+            triton_rows.evaluate_rows(
+                PROGRAM, PARAMS, leaves | {"log_ratio": ratio}, torch.cat([weights, weights[:1]]), ("loss", "d_log_ratio")
+            )
             triton_rows.adjoint(masked, length, table[0], table[1], PARAMS, means, True, True)
             for known in (leaves, leaves | {"log_ratio": ratio}):
                 triton_rows.metrics(masked, length, MONITOR, PARAMS, known, ("entropy", "low", "largest ratio", "sequence region"))

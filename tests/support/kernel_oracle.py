@@ -11,6 +11,11 @@ from torch import Tensor
 STATS = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
 
 
+def lse_low(lse: Tensor) -> Tensor:
+    """What rounding an exact log-sum-exp to fp32 loses, rounded to fp32."""
+    return (lse - lse.float()).float()
+
+
 def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float = math.inf, vocab_start: int = 0) -> dict[str, Tensor]:
     """Of every row ``[N]``, differentiably. ``logp`` is -inf where the id is none of the columns."""
     dead = logits == -math.inf

@@ -1,7 +1,8 @@
 """What tests/backends/triton/test_triton.py asks of the three verbs: batches run, and judged against fp64 by the criterion (tests/support/criterion.py).
 
 Truth knows nothing of any kernel: autograd through log_softmax (tests/support/kernel_oracle.py) and through the rules' own formulas. No verb is given
-another one's results: the gradient of ``token_loss_grad`` is judged from the logits on, with the coefficients that fp64 finds.
+another one's results (but statistics under a softcap): the gradient of ``token_loss_grad`` is judged from the logits on, with the coefficients
+that fp64 finds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import torch
 import triton
 from criterion import assert_gradient, assert_values
-from kernel_oracle import gradient, statistics
+from kernel_oracle import gradient, lse_low, statistics
 
 from reweight_ops._core.backends import triton_launch
 from reweight_ops._core.backends import triton_token as backend
@@ -118,10 +119,16 @@ def judge_stats(batch: Batch, got: dict[str, torch.Tensor]) -> None:
     for name, ours in got.items():
         assert torch.equal(ours[batch.ids == OUT], torch.zeros(int((batch.ids == OUT).sum())))
         assert ours[batch.bad].isnan().all()
+        if name == "lse_low":
+            continue  # means something only beside lse
         infinite = batch.usable & (truth[name] == -math.inf)
         assert (ours[infinite] == -math.inf).all()
         finite = batch.usable & ~infinite
         assert_values(ours[finite], fp32[name][finite], truth[name][finite], name)
+    if "lse_low" in got and batch.head.softcap == math.inf:  # the two numbers are as exact as the distance from the largest logit
+        rows, _, temperature = batch.in_dtype(torch.float64)
+        below = (rows.amax(-1) / temperature - got["lse"].double() - got["lse_low"].double())[batch.usable]
+        assert_values(below, fp32["max_logp"][batch.usable], truth["max_logp"][batch.usable], "lse_low")
 
 
 # --- token_grad -----------------------------------------------------------------------------------------------------------------
@@ -137,15 +144,19 @@ def random_coefs(n: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
 def run_grad(batch: Batch, stats: dict[str, torch.Tensor], coefs: dict[str, torch.Tensor], in_place: bool = False) -> torch.Tensor:
     logits = batch.logits.to(DEVICE, copy=True)
     out = logits if in_place else torch.full(logits.shape, math.nan, dtype=logits.dtype, device=DEVICE)
-    given = {name: x.to(DEVICE) for name, x in stats.items() if name in ("logp", "lse") or name in coefs}
+    given = {name: x.to(DEVICE) for name, x in stats.items() if name in ("logp", "lse", "lse_low") or name in coefs}
     by = {name: coefs[name].to(DEVICE) if name in coefs else None for name in COEFS}
     backend.token_grad(logits, batch.ids.to(DEVICE), batch.temperature.to(DEVICE), batch.head, given, by, out)
     return out.cpu()
 
 
 def check_grad(batch: Batch, names: tuple[str, ...] = COEFS, in_place: bool = False) -> None:
-    """From exact statistics rounded to fp32, which fp32 PyTorch is given too."""
-    stats = {name: x.float() for name, x in batch.statistics(torch.float64).items()}
+    """From exact statistics rounded to fp32. Under a softcap from the backend's own: a log-sum-exp then has to be that of the capped logits as its
+    kernels round them, as it is that of its own capped logits in fp32 PyTorch."""
+    exact = batch.statistics(torch.float64)
+    stats = {name: x.float() for name, x in exact.items()} | {"lse_low": lse_low(exact["lse"])}
+    if batch.head.softcap < math.inf:
+        stats = run_stats(batch)
     coefs = random_coefs(batch.ids.numel(), names)
     judge_grad(batch, stats, coefs, run_grad(batch, stats, coefs, in_place))
 

@@ -34,8 +34,9 @@ from torch import Tensor
 from ..formula.loss_program import Program
 from ..rows.verbs import RowVerbs
 
-#: Row statistics that ``token_stats`` can return: ``max_logp`` is ``max x - lse``, the log-prob of the likeliest token.
-STATS = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
+#: Row statistics that ``token_stats`` can return: ``max_logp`` is ``max x - lse``, the log-prob of the likeliest token. ``lse_low`` is what
+#: rounding ``lse`` lost: from one fp32 number alone probabilities would lose digits when all logits share an offset. It is 0 in fp64.
+STATS = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq", "max_logp")
 
 #: Per-row outputs of ``token_loss_grad``, in this order: ``weighted_loss`` is the row's share of the total loss, ``loss`` the
 #: same without the row weight of the reduction, ``coef`` and ``ent_coef`` the derivatives of the total by logp and entropy.
@@ -44,8 +45,7 @@ LOSS_ROWS = ("logp", "entropy", "weighted_loss", "loss", "coef", "ent_coef")
 #: Coefficients of ``token_grad``: derivatives of the loss by these row statistics.
 COEFS = ("logp", "entropy", "lse", "log_sum_p_sq")
 
-#: Row statistics of two logits tensors, in the order of ``divergence_stats``. A log-sum-exp is a pair of numbers, value and what its rounding
-#: lost: from one fp32 number alone probabilities would lose digits when all logits share an offset.
+#: Row statistics of two logits tensors, in the order of ``divergence_stats``; ``_low`` as in :data:`STATS`.
 DIVERGENCE_STATS = ("forward_kl", "reverse_kl", "entropy", "other_entropy", "lse", "lse_low", "other_lse", "other_lse_low")
 
 #: Those that have a gradient, in the order of coefficients: KL(q‖p), KL(p‖q), H(p).
@@ -124,6 +124,8 @@ class Backend:
     * ``token_stats(logits, ids, temperature, head, stats) -> Tensor [len(stats), N]``: the named statistics, a subset of :data:`STATS`.
     * ``token_grad(logits, ids, temperature, head, stats, coefs, out) -> None``: writes ``dL/dlogits`` to ``out`` (shape of logits, own strides; may be
       ``logits`` itself). ``stats`` maps ``logp`` and ``lse`` always, ``entropy`` and ``log_sum_p_sq`` when their coefficient is given, to ``[N]``;
+      without ``lse_low`` (0 then) probabilities are only as exact as an fp32 number of the size of ``lse``; with it they are exact to fp32 while
+      ``|lse| < 2^24``, and at any size where T is 1. The target's own element comes from ``logp``;
       ``coefs`` maps names of :data:`COEFS` to ``[N]`` or None (zero). A row whose coefficients are all 0 is not read.
     * ``token_loss_grad(logits, ids, temperature, head, inputs, program, params, out) -> Tensor [len(LOSS_ROWS), N]``, and writes ``out``.
     * ``scale(grad, factor) -> None``: ``grad *= factor``, a 0-d tensor, in at least fp32 with one rounding, for a gradient that the backend has made (of
@@ -133,7 +135,7 @@ class Backend:
       does not form it from ``logp - old_logp``. ``row_weights`` is ``[K, N]``; ``outputs`` names those of
       :class:`~reweight_ops._core.formula.loss_program.LossGraph`; rows where ``keep`` (bool ``[N]``, or None) is False are 0. None: the backend has none.
 
-    The gradient of a row, with ``x`` the capped and scaled logit, ``p = exp(x - lse)`` and ``c_*`` the coefficients::
+    The gradient of a row, with ``x`` the capped and scaled logit, ``p = exp(x - lse - lse_low)`` and ``c_*`` the coefficients::
 
         1/T * (1 - (capped/cap)^2) * [ c_logp*(1[v=y] - p) - c_ent*p*(log p + H) + c_lse*p + 2*c_p2*p*(p/exp(log_sum_p_sq) - 1) ]
 

@@ -135,7 +135,7 @@ class Native:
         for name in ("logp", "lse", *(name for name in ("entropy", "log_sum_p_sq") if coefs.get(name) is not None)):
             if stats.get(name) is None:
                 raise InvalidCall(f"token_grad: the statistic {name!r} is needed and missing.")
-        known = [self.address(name, stats.get(name), n, logits) for name in COEFS]
+        known = [self.address(name, stats.get(name), n, logits) for name in (*COEFS, "lse_low")]
         by = [self.address(f"coefficient {name}", coefs.get(name), n, logits) for name in COEFS]
         self.check(self.module.token_grad(call, known, by, out.data_ptr(), self.out_rows(logits, out)))
 

@@ -30,7 +30,7 @@ def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, head: obje
     log = at.below - total
     # A row without any finite logit is NaN everywhere: there, nothing is dead.
     dead = (at.below == -math.inf) & ~total.isnan()
-    return _Logs(at, torch.where(dead, 0, log), log.exp(), dead, at.top + total[:, 0])
+    return _Logs(at, torch.where(dead, 0, log), log.exp(), dead, (at.top + total[:, 0]).to(dtype))
 
 
 def divergence_stats(two: DivergenceInputs) -> Tensor:

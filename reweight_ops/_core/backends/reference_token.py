@@ -12,6 +12,10 @@ from ..formula.program import evaluate_rows
 from ..rows.groups import OUT
 from .base import COEFS, RowInputs, SoftmaxParams
 
+#: Up to here ``lse`` and ``lse_low``, both fp32, give probabilities to the precision of fp32 at any temperature; beyond, a log-prob of the target
+#: above ``LEAST_LOGP`` does.
+LARGEST_LSE, LEAST_LOGP = 2.0**24, -50.0
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -34,13 +38,12 @@ class Distribution:
             z = torch.where(self.dead, -math.inf, torch.where(z == math.inf, math.nan, capped))
         # Everything is relative to the largest logit: an offset that all share costs no digits.
         largest, self.where = z.max(-1, keepdim=True)
-        self.top = largest[:, 0] / self.temperature[:, 0]
+        self.top = largest[:, 0].double() / self.temperature[:, 0].double()
         self.below = (z - largest) / self.temperature
         self.bad = self.inside & ((ids < 0) | (ids >= head.total()))
         local = ids - head.vocab_start
         self.has_target = (local >= 0) & (local < head.vocab_size) & self.inside & ~self.bad
         self.target = torch.where(self.has_target, local, 0)[:, None]
-        self.whole = head.total() == head.vocab_size
 
     def sum_of_others(self, values: Tensor) -> Tensor:
         """Over all columns but the largest, whose 1 would swallow what the others have in a row with a sure token."""
@@ -54,12 +57,13 @@ class Distribution:
 def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
     d = Distribution(logits, ids, temperature, head)
     log_total, rest = d.log_total(), d.sum_of_others(d.below.exp())
-    out = {"lse": d.top + log_total, "max_logp": 0 - log_total}
+    lse = (d.top + log_total).to(log_total.dtype)
+    out = {"lse": lse, "lse_low": (d.top - lse) + log_total, "max_logp": 0 - log_total}
     target = d.below.gather(-1, d.target)[:, 0] - log_total
     out["logp"] = torch.where(d.has_target | target.isnan(), target, -math.inf)
     out["entropy"] = log_total - torch.where(d.dead, 0, d.below.exp() * d.below).sum(-1) / (1 + rest)
     out["log_sum_p_sq"] = torch.log1p(d.sum_of_others((2 * d.below).exp())) - 2 * log_total
-    rows = torch.stack([out[name] for name in stats])
+    rows = torch.stack([out[name].to(lse.dtype) for name in stats])
     rows = torch.where(d.bad, math.nan, rows)
     return torch.where(d.inside, rows, 0)
 
@@ -85,8 +89,11 @@ def token_grad(
         return by_entropy + z[column] * p + 2 * q[column] * p * (p / p_sq[column] - 1)
 
     every = (slice(None), None)
-    log_total = d.log_total() if d.whole else stats["lse"] - d.top  # a shard's lse is that of all
-    logp = d.below - log_total[:, None]
+    log_total = (stats["lse"] - d.top) + stats.get("lse_low", zero)
+    # There the quotient top/T has no fraction: the target says more about the others than the log-sum-exp does.
+    by_target = d.has_target & (stats["lse"].abs() > LARGEST_LSE) & (stats["logp"] > LEAST_LOGP)
+    log_total = torch.where(by_target, d.below.gather(-1, d.target)[:, 0] - stats["logp"], log_total)
+    logp = d.below - log_total[:, None].to(d.below.dtype)
     p = logp.exp()
     grad = terms(p, torch.where(d.dead, 0, logp), every) - c[:, None] * p
     # The target's own element from its log-prob: p - 1 of a rounded neighbour loses everything as p goes to 1.
@@ -105,7 +112,7 @@ def token_grad(
 def token_loss_grad(
     logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
 ) -> Tensor:
-    names = ("logp", "entropy", "lse", "log_sum_p_sq")
+    names = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq")
     stats = dict(zip(names, token_stats(logits, ids, temperature, head, names), strict=True))
     leaves = {"old_logp": stats["logp"]} | {name: stats[name] for name in STATISTICS} | inputs.stored()
     weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.weights, keep=ids != OUT)

@@ -1,15 +1,14 @@
 """The Triton backend: NVIDIA from Ampere on, AMD's data-center GPUs, and Triton's interpreter (which runs on the CPU, for tests).
 
 Each verb is one launch, a program each row. A few long rows (fewer than twice the multiprocessors) are split over programs. Programs of
-one launch can wait for each other only where the hardware promises to run them at once, so a split takes a second launch where a program
+one launch can wait for each other only where the hardware promises to run them at once, so a split takes another launch where a program
 needs what another one computes or writes over:
 
-* ``token_stats``: states of segments, then their merge. (The last program of a row could merge without waiting, if it knew that it is the
+* ``token_stats``: slots of segments, then their merge. (The last program of a row could merge without waiting, if it knew that it is the
   last; but the counter for that has to be zeroed in each call, a launch as well, or shared by calls of other streams and graphs.)
-* ``token_loss_grad``: states of segments, then the rest. Every program of a row merges its segments and evaluates the rule itself.
-* ``token_grad``: one launch; in place another before it, which keeps the targets' logits. No program can know whether the target's column
-  has been written already, and every program needs that logit: ``log p`` is ``x - x_y + logp`` where ``lse`` is large, because ``x - lse``
-  is only as exact as an fp32 number of that size (1.5e-5 near 300).
+* ``token_loss_grad``: slots of segments, their merge, then the rest. A merge may have to read columns again, so all of them are done before
+  any program writes a gradient. Every program of a row evaluates the rule itself.
+* ``token_grad``: one launch. The two numbers of a log-sum-exp are all that the programs of a row share.
 
 There is no persistent grid: a row of a real vocabulary is hundreds of kilobytes, against which the start of its program is small.
 

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from ...triton_kernels import kernels
-from ...triton_kernels.config import Config, Launch, config_for
+from ...triton_kernels.config import Config, config_for
 from ..formula.loss_program import Program, loss_graph
 from . import triton_launch
 from .base import COEFS, LOSS_ROWS, STATS, RowInputs, SoftmaxParams, rows_of
 from .triton_cache import program_function
-
-_STAT_ORDER = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
 
 
 class _Call:
@@ -65,7 +63,7 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxP
     triton_launch.launch(
         kernels.stats_kernel, call.rows, logits, ids, temperature, out if partial is None else partial, out, call.rows,
         call.t_stride, *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
-        STATS=tuple(stats.index(name) if name in stats else -1 for name in _STAT_ORDER), SPLIT=call.split, SEGMENT=call.config.segment,
+        STATS=tuple(stats.index(name) if name in stats else -1 for name in STATS), SPLIT=call.split, SEGMENT=call.config.segment,
         **call.tile, ALIGN=call.align, AHEAD=call.config.stats.ahead, shape=call.config.stats, wave=call.wave,
     )  # fmt: skip
     return out
@@ -86,19 +84,13 @@ def token_grad(
     call = _Call(logits, temperature, head, out)
     by = [coefs.get(name) for name in COEFS]
     nothing = stats["logp"]  # in the place of what no program reads
-    kept = call.split and out.data_ptr() == logits.data_ptr()
-    target = torch.empty(n, dtype=torch.float32, device=logits.device) if kept else nothing
-    if kept:
-        triton_launch.launch(
-            kernels.target_kernel, n, logits, ids, target, *call.where, head.vocab_size, head.vocab_start, head.total(),
-            shape=Launch(call.wave, 64), wave=call.wave,
-        )  # fmt: skip
     to = rows_of(out)
     triton_launch.launch(
-        kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, target, stats["logp"], stats["lse"],
-        stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing), *(nothing if c is None else c for c in by), call.t_stride,
+        kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, stats["logp"], stats["lse"],
+        stats.get("lse_low", nothing), stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing),
+        *(nothing if c is None else c for c in by), call.t_stride,
         *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
-        BY=tuple(c is not None for c in by), KEPT=kept, SPLIT=call.split, CHUNK=call.config.segment,
+        BY=tuple(c is not None for c in by), LOW="lse_low" in stats, SPLIT=call.split, CHUNK=call.config.segment,
         **call.tile | {"SLOTS": call.config.grad.threads, "VECTORS": call.config.grad_vectors}, ALIGN=call.align, EMULATE=call.emulate,
         shape=call.config.grad, wave=call.wave,
     )  # fmt: skip

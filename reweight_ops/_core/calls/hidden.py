@@ -14,6 +14,7 @@ from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
+from ..transforms import in_transform
 from .chunking import chunking
 from .keywords import LMHeadOptions, SoftmaxOptions
 from .softmax import Fail, resolve_softmax, resolve_temperature
@@ -167,7 +168,7 @@ def resolve_hidden(
 
 def _row_index(rows: Rows, linear: LMHeadOptions, validate: bool, fail: Fail) -> tuple[Tensor | None, bool]:
     """The rows to compute, and whether rows may be counted on the host."""
-    readable = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    readable = rows.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform()
     capturing = rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     compact = (readable if linear.compact_rows is None else linear.compact_rows) and not capturing
     if linear.row_index is not None:

@@ -59,6 +59,7 @@ class PolicyOptions(Options):
     num_sequences_in_batch: Any = None
     loss_scale: Any = 1.0
     validate: bool = False
+    unused: str = "error"
 
 
 class Lora(NamedTuple):
@@ -116,6 +117,7 @@ class PolicyKeywords(TypedDict, total=False):
     num_sequences_in_batch: float | Tensor | None
     loss_scale: float | Tensor
     validate: bool
+    unused: str
 
 
 class PolicyLossKeywords(SoftmaxKeywords, PolicyKeywords, total=False):

@@ -19,6 +19,7 @@ from ..rows.rows import Rows
 from ..spec.policy import PolicyLossSpec, resolved
 from ..spec.reduction import Divisors, Reduction
 from .keywords import PolicyOptions
+from .unused import without_unused
 
 #: The statistics of the current policy that the middle differentiates through.
 STATISTICS = ("logp", "entropy", "log_sum_p_sq")
@@ -106,7 +107,7 @@ class LossCall:
         coefs = [1.0, *(p.coef for p in spec.penalties)]
         for rule, coef, reduction in zip(spec.rules, coefs, spec.reductions, strict=True):
             terms.append(Term(self.bound(rule, statistics), coef, self._shares(reduction) if reduction.coupled else None))
-        return Terms(terms, [self.bound(weight, statistics) for weight in spec.weights])
+        return Terms(terms, [self.bound(weight, statistics) for weight in spec.weights], spec.unbounded)
 
     def _shares(self, reduction: Reduction) -> Callable[[Tensor], Tensor]:
         def shares(weighted: Tensor) -> Tensor:
@@ -156,6 +157,7 @@ class LossCall:
 def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: PolicyOptions) -> LossCall:
     """Check a call's per-row arguments against what its spec reads, and flatten them."""
     requires = spec.requires
+    advantages, data = without_unused(rows, advantages, spec, data)
 
     def stored(name: str, leaf: str, why: str) -> Tensor | None:
         value = getattr(data, name)

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import SoftmaxParams
 from ..rows.constants import parameter_vector
 from ..rows.rows import Rows
+from ..transforms import is_wrapped
 from .keywords import SoftmaxOptions
 
 Fail = Callable[[str], InvalidCall]
@@ -45,7 +47,19 @@ def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise fail("temperature requires grad, but no gradient flows to it: pass it detached.")
-        return value.to(rows.dtype).view(1) if value.dim() == 0 else rows.per_row("temperature", value)
+        found = value.to(rows.dtype).view(1) if value.dim() == 0 else rows.per_row("temperature", value)
+        if rows.device.type == "cpu" and not torch.compiler.is_compiling() and not is_wrapped(found):
+            _check_temperature(found, rows, fail)
+            return found
+        return torch.where(found > 0, found, math.nan)  # NaN in its rows, without waiting for a GPU
     if not value > 0 or math.isinf(value):
         raise fail(f"temperature is {value}, expected a positive number.")
     return parameter_vector((value,), rows.dtype, rows.device)
+
+
+def _check_temperature(temperature: Tensor, rows: Rows, fail: Fail) -> None:
+    bad = rows.keep & ~((temperature > 0) & (temperature < math.inf))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        at = temperature[row if temperature.numel() > 1 else 0]
+        raise fail(f"temperature is {float(at)} in row {row} (flat), expected a positive number.")

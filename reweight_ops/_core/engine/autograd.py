@@ -6,14 +6,16 @@ counters then catch a tensor that was changed in between, and nothing is kept al
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ...errors import ReweightOpsError
+from ...errors import ReweightOpsError, UnsupportedRequest
 from ..backends.base import SoftmaxParams
+from . import again
 from . import ops as library
 
 
@@ -26,15 +28,29 @@ class OpOptions(NamedTuple):
 
 
 def forbid_second_backward(ctx: Any, op: str) -> None:
-    """Raise at a second backward through a one-pass loss: the first scaled the gradient in place and gave it away."""
+    """Raise at a second backward through a one-pass loss: the first scaled the gradient in place and gave it away. And where autograd wants a
+    graph of the gradient, for there is none: what is differentiated through it would silently be 0."""
     if torch.compiler.is_compiling():
         return
+    if again.wants_graph():
+        raise UnsupportedRequest(
+            f'{op}: create_graph=True asks a one-pass loss for second derivatives, but its gradient was formed in forward. plan="two_pass" has them.'
+        )
     if getattr(ctx, "gradient_released", False):
         raise ReweightOpsError(
             f"{op}: a second backward through a one-pass loss. Its gradient was handed out by the first; "
             'plan="two_pass" computes it in backward and supports retain_graph=True.'
         )
     ctx.gradient_released = True
+
+
+#: What the kernel of a gradient reads and no caller does.
+LSE_LOW = "lse_low"
+
+
+def asked_for(stats: str, needs_grad: bool) -> str:
+    """The names of the statistics to compute for a caller who wants ``stats``."""
+    return f"{stats},{LSE_LOW}" if needs_grad else stats
 
 
 class RowStatistics(torch.autograd.Function):
@@ -44,27 +60,35 @@ class RowStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, options: OpOptions, stats: str
     ) -> tuple[Tensor, ...]:
-        rows = library.token_stats(logits, ids, temperature, *softmax[:2], options.drop_last, stats, options.backend)
+        wanted = asked_for(stats, ctx.needs_input_grad[0])
+        rows = library.token_stats(logits, ids, temperature, *softmax[:2], options.drop_last, wanted, options.backend)
         ctx.set_materialize_grads(False)
         ctx.softmax, ctx.options, ctx.names = softmax, options, stats.split(",")
-        outputs = rows.unbind()
+        known = rows.unbind()
+        outputs = known[: len(ctx.names)]
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name == "max_logp"]
         if fixed:
             ctx.mark_non_differentiable(*fixed)
-        ctx.save_for_backward(logits, ids, temperature, *outputs)
+        ctx.save_for_backward(logits, ids, temperature, *known)
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, ids, temperature, *stats = ctx.saved_tensors
-        known = dict(zip(ctx.names, stats, strict=True))
+        options: OpOptions = ctx.options
+        if again.wants_graph():
+            names, softmax = ctx.names, ctx.softmax
+
+            def formula(z: Tensor) -> tuple[Tensor, ...]:
+                return again.token_stats(again.rows(z, options.drop_last), ids, temperature, softmax, names)
+
+            return again.gradient(formula, (logits,), grads)[0], *(None,) * 5
+        known = dict(zip((*ctx.names, LSE_LOW), stats, strict=True))
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
         if all(by.get(name) is None for name in ("logp", "entropy", "lse", "log_sum_p_sq")):
             return (None,) * 6
-        options: OpOptions = ctx.options
         arguments = (
-            logits, ids, temperature, known["logp"], known["lse"], known.get("entropy"), known.get("log_sum_p_sq"),
+            logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
             by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"),
             *ctx.softmax[:2], options.drop_last, options.backend,
         )  # fmt: skip
@@ -101,7 +125,6 @@ class OnePassLoss(torch.autograd.Function):
         return rows[2].sum(), rows
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _rows: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 8
@@ -130,13 +153,23 @@ class DivergenceStatistics(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(g is None for g in grads[:3]):
             return (None,) * 7
         *tensors, table = ctx.saved_tensors
-        coefs = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads[:3]])
         options: OpOptions = ctx.options
+        if again.wants_graph():
+            logits, *rest = tensors
+
+            def formula(z: Tensor) -> tuple[Tensor, ...]:
+                return again.divergence_stats((z, *rest), ctx.softmaxes, options.drop_last)
+
+            (grad,) = again.gradient(formula, (logits,), (*grads[:3], None))
+            if grad is not None and grads[1] is not None:  # an infinite KL(p‖q) has a gradient of NaN
+                sick = (table[1].isinf() & (grads[1] != 0)).view(*tensors[1].shape[:-1], 1)
+                grad = torch.where(F.pad(sick, (0, 0, 0, 1)) if options.drop_last else sick, math.nan, grad)
+            return grad, *(None,) * 6
+        coefs = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads[:3]])
         arguments = (*tensors, table, coefs, *ctx.softmaxes, options.drop_last, options.backend)
         if library.may_overwrite(options.consume):
             library.divergence_grad_(*arguments)
@@ -163,7 +196,6 @@ class OnePassDivergence(torch.autograd.Function):
         return weighted_sum(table, constants, weights), table
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
         forbid_second_backward(ctx, "distillation_loss")
         (grad,) = ctx.saved_tensors

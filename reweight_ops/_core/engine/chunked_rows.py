@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.base import SoftmaxParams
 from ..calls.logits import Logits
 from ..calls.two_logits import TwoLogits
 from ..rows.rows import Rows
+from ..transforms import in_transform
+from . import again
 from .run import Call
 from .source import PlainSource, SourceInfo
 from .statistics import StatisticsObjective
@@ -43,9 +44,12 @@ class ChunkedRows(torch.autograd.Function):
         return torch.where(keep, torch.cat(parts) if parts else z.new_zeros(0), 0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         z, keep, *rest = ctx.saved_tensors
+        if again.wants_graph():
+            return again.gradient(lambda x: (_whole(x, keep, ctx.formula, ctx.prepare, *rest),), (z,), (upstream,))[0], *(None,) * (
+                3 + len(rest)
+            )
         out = torch.empty_like(z)
         step = max(CHUNK_ELEMENTS // max(z.size(-1), 1), 1)
         for i in range(0, z.size(0), step):
@@ -55,6 +59,12 @@ class ChunkedRows(torch.autograd.Function):
             (grad,) = torch.autograd.grad(value, part, torch.where(keep[i : i + step], upstream[i : i + step], 0))
             out[i : i + step] = torch.where(keep[i : i + step, None] & (part > -torch.inf), grad, 0)
         return out, None, None, None, *(None for _ in rest)
+
+
+def _whole(z: Tensor, keep: Tensor, formula: Formula, prepare: Callable[..., Tensor], *rest: Tensor) -> Tensor:
+    """The same for autograd to differentiate as often as it likes."""
+    x = torch.where(z == -torch.inf, -torch.inf, z)  # no gradient to what has no mass
+    return torch.where(keep, formula(prepare(x, 0), *rest), 0)
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,8 @@ class FormulaSource(PlainSource):
             def formula(x: Tensor, y: Tensor, t: Tensor, inside: Tensor, *rest: Tensor) -> Tensor:
                 return self.formula(x, _x(torch.where(inside[:, None], y, 0), rows.dtype, two.other_softmax, t), *rest)
 
+        if in_transform():
+            return {"value": _whole(z, rows.keep, formula, prepare, *more)}
         return {"value": ChunkedRows.apply(z, rows.keep, formula, prepare, *more)}  # type: ignore[no-untyped-call]
 
 

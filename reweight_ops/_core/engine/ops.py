@@ -110,6 +110,7 @@ def _write_token_grad(
     temperature: Tensor,
     logp: Tensor,
     lse: Tensor,
+    lse_low: Tensor | None,
     entropy: Tensor | None,
     log_sum_p_sq: Tensor | None,
     by_logp: Tensor | None,
@@ -121,7 +122,7 @@ def _write_token_grad(
     drop_last: bool,
     backend: str,
 ) -> None:
-    known = {"logp": logp, "lse": lse, "entropy": entropy, "log_sum_p_sq": log_sum_p_sq}
+    known = {"logp": logp, "lse": lse, "lse_low": lse_low, "entropy": entropy, "log_sum_p_sq": log_sum_p_sq}
     stats = {name: t for name, t in known.items() if t is not None}
     coefs = dict(zip(COEFS, (by_logp, by_entropy, by_lse, by_log_sum_p_sq), strict=True))
     softmax = SoftmaxParams(vocab_size, softcap)

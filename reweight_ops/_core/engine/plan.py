@@ -14,6 +14,8 @@ from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import Primitive, Request
 from ..backends.select import NAMES, candidates, choose, load, why_not
 from ..formula.loss_program import Program
+from ..transforms import in_transform
+from .again import TORCH
 from .source import MoreMetrics, Source, SourceInfo
 
 PLANS = ("auto", "one_pass", "two_pass")
@@ -95,14 +97,19 @@ def choose_plan(source: Source, objective: Objective[Any], plan: str, info: Sour
     """The plan and backend of a call, with the reason against one pass. Raises if the plan that was asked for is impossible."""
     op = source.rows.op
     info = info or source.info
+    transformed = in_transform()
     if plan not in PLANS:
         raise InvalidCall(f"{op}: plan is {plan!r}, expected one of {', '.join(PLANS)}.")
     if plan == "two_pass":
         reason: str | None = "plan='two_pass' was asked for"
+    elif transformed:
+        reason = "inside torch.func's transforms, which differentiate the torch formula"
     else:
         reason = objective.one_pass_unsupported_reason(info, requested=plan == "one_pass")
-    if info.backend is None:
-        return Choice("two_pass", "torch", reason)
+    if info.backend is None or transformed:
+        if plan == "one_pass" and info.backend is not None:
+            raise UnsupportedRequest(f"{op}: plan='one_pass' is impossible {reason}.")
+        return Choice("two_pass", TORCH, reason)
     one_pass = info.one_pass if reason is None else None
     choice: Choice = pick(
         info.device, info.dtype, info.other_dtype, info.backend, info.statistics, one_pass, objective.program if one_pass else None

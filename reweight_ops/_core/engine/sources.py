@@ -11,6 +11,7 @@ from ..backends.select import load
 from ..calls.logits import Logits
 from ..calls.two_logits import TwoLogits
 from ..rows.rows import Rows
+from . import again
 from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
 from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
 
@@ -36,6 +37,10 @@ class LogitsSource(PlainSource):
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         z = self.logits
         found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
+        if backend == again.TORCH:
+            return dict(
+                zip(found, again.token_stats(again.rows(z.values, z.drop_last), z.ids, z.temperature, z.softmax, found), strict=True)
+            )
         values = RowStatistics.apply(  # type: ignore[no-untyped-call]
             z.values, z.ids, z.temperature, z.softmax, self._options(backend), ",".join(found)
         )
@@ -78,7 +83,11 @@ class TwoLogitsSource(PlainSource):
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-        values = DivergenceStatistics.apply(*self._tensors, *self._rest(backend))  # type: ignore[no-untyped-call]
+        if backend == again.TORCH:
+            softmaxes, options = self._rest(backend)
+            values = again.divergence_stats(self._tensors, softmaxes, options.drop_last)
+        else:
+            values = DivergenceStatistics.apply(*self._tensors, *self._rest(backend))  # type: ignore[no-untyped-call]
         return dict(zip(("forward_kl", "reverse_kl", "entropy", "other_entropy"), values, strict=True))
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:

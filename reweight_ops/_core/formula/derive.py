@@ -94,6 +94,14 @@ def _through(slope: Expr, factor: Expr, combine: Callable[[Expr, Expr], Expr] = 
     return result
 
 
+def _saturating(slope: Expr, factor: Expr) -> Expr:
+    """The same for a factor that becomes 0 in rounding, where the slope may have overflowed."""
+    result = _through(slope, factor)
+    if any(x.op in ("exp", "expm1") for x in walk(slope)):
+        return select(slope.graph.arithmetic("eq", factor, 0.0), slope.graph.const(0.0), result)
+    return result
+
+
 class Derivative:
     """d/d``variable`` of the nodes of one graph, where the nodes ``fixed`` do not depend on it."""
 
@@ -133,10 +141,10 @@ class Derivative:
             case "log1p", (a,):
                 return _through(self(a), add(one, a), div)
             case "sigmoid", (a,):
-                return _through(self(a), mul(x, g.node("sigmoid", neg(a))))
+                return _saturating(self(a), mul(x, g.node("sigmoid", neg(a))))
             case "tanh", (a,):  # 1 - tanh² = 4·sigmoid(2x)·sigmoid(-2x)
                 twice = add(a, a)
-                return _through(self(a), 4.0 * (g.node("sigmoid", twice) * g.node("sigmoid", neg(twice))))
+                return _saturating(self(a), 4.0 * (g.node("sigmoid", twice) * g.node("sigmoid", neg(twice))))
             case "abs", (a,):
                 return select(zero < a, self(a), select(a < zero, neg(self(a)), zero))
             case "min", (a, b):

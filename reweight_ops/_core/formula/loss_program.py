@@ -60,13 +60,18 @@ class Program(NamedTuple):
         return Program(tuple(terms.split(",")), tuple((formula, scope) for scope, formula in pairs))
 
 
+def _is_zero(node: Expr) -> bool:
+    return node.op == "const" and node.args[0] == 0
+
+
 class LossGraph:
     """The outputs of a loss by name, each a node of one graph.
 
     ``weighted_loss`` and ``loss``; ``d_<leaf>``, the derivative of the weighted loss by a leaf, ``d_logp`` and
     ``d_old_logp`` through the ratio too; ``d_w<k>``, that by the row weight of term ``k``. Leaves are those of a
     formula and ``w0, w1, ...``, the row weights; parameters are ``p0, p1, ...``. A row whose ``logp`` is NaN has a
-    NaN ``d_logp`` if any term selects it, whatever the comparisons of a rule make of a NaN.
+    NaN loss and ``d_logp`` if any term selects it, whatever the comparisons of a rule make of a NaN, and so has a row
+    whose loss is NaN; a statistic that is NaN makes its own derivative NaN where the loss has one.
 
     ``given_ratio``: ``log_ratio`` is a leaf like any other, with a derivative of its own.
     """
@@ -127,13 +132,17 @@ class LossGraph:
 
     def _find(self, name: str) -> Expr:
         if name in ("weighted_loss", "loss"):
-            return value_of(self._weighted if name == "weighted_loss" else self._loss)
+            logp, unread = self._leaf("logp"), functools.reduce(lambda a, b: a & b, self._off)
+            return select((logp != logp) & ~unread, logp, value_of(self._weighted if name == "weighted_loss" else self._loss))
         by = self._leaf(name.removeprefix("d_"))
         slope = Derivative(by, () if by is self._ratio else (self._ratio,))(self._weighted)
         if self._clamped is not None and name in ("d_logp", "d_old_logp"):
             through = select(self._clamped, self.graph.const(0.0), Derivative(self._ratio)(self._weighted))
             slope = (add if name == "d_logp" else sub)(slope, through)
         if name == "d_logp":
+            loss = self["weighted_loss"]
+            slope = select(loss != loss, loss, slope)
+        elif by.args[0] in STATISTICS and not _is_zero(slope):
             unread = functools.reduce(lambda a, b: a & b, self._off)
             slope = select((by != by) & ~unread, by, slope)
         return slope
@@ -144,8 +153,7 @@ class LossGraph:
 
     def moves(self, name: str) -> bool:
         """Whether the weighted loss can depend on a leaf, by its formulas."""
-        slope = self[f"d_{name}"]
-        return not (slope.op == "const" and slope.args[0] == 0)
+        return not _is_zero(self[f"d_{name}"])
 
 
 @functools.lru_cache(maxsize=512)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import in_transform
+
 #: The closed vocabulary of ``xp``, besides arithmetic, comparison and ``& | ~`` of comparisons.
 FUNCTIONS = (
-    "exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs", "minimum", "maximum", "clip", "where", "stop_gradient",
+    "exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs", "minimum", "maximum", "clip", "where", "stop_gradient", "straight_through",
 )  # fmt: skip
 
 
@@ -25,19 +27,62 @@ def _unary(of_tensor: Callable[[Tensor], Tensor], of_number: Callable[[float], f
     return staticmethod(lambda x: of_tensor(x) if isinstance(x, Tensor) else of_number(x))
 
 
-class TorchNamespace:
-    """The reference implementation of ``xp`` in one floating dtype; autograd differentiates it."""
+class _Exponential(torch.autograd.Function):
+    """``exp`` (``shift`` 0) or ``expm1`` (1) whose gradient is 0 where nothing is to pass, also where it has overflowed: ``0·inf`` selects zero."""
 
-    exp = _unary(torch.exp, math.exp)
-    expm1 = _unary(torch.expm1, math.expm1)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: int) -> Tensor:
+        y = torch.expm1(x) if shift else torch.exp(x)
+        ctx.save_for_backward(y)
+        ctx.shift = shift
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return torch.where(upstream == 0, 0, upstream * (y + ctx.shift)), None
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, slope: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream, None
+
+
+class TorchNamespace:
+    """The reference implementation of ``xp`` in one floating dtype; autograd differentiates it.
+
+    ``unbounded``: arguments of ``exp`` may overflow, and a gradient that a clip has stopped is 0 all the same, as in kernels.
+    """
+
     log = _unary(torch.log, math.log)
     log1p = _unary(torch.log1p, math.log1p)
     sigmoid = _unary(torch.sigmoid, lambda x: 1 / (1 + math.exp(-x)))
     tanh = _unary(torch.tanh, math.tanh)
     abs = _unary(torch.abs, abs)
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, unbounded: bool = False) -> None:
         self.dtype = dtype
+        self._unbounded = unbounded
+
+    def exp(self, x: Any) -> Any:
+        return self._exponential(x, 0)
+
+    def expm1(self, x: Any) -> Any:
+        return self._exponential(x, 1)
+
+    def _exponential(self, x: Any, shift: int) -> Any:
+        if not isinstance(x, Tensor):
+            return math.expm1(x) if shift else math.exp(x)
+        if self._unbounded and x.requires_grad and not in_transform():
+            return _Exponential.apply(x, shift)  # type: ignore[no-untyped-call]
+        return torch.expm1(x) if shift else torch.exp(x)
 
     def _lift(self, value: Any, device: torch.device) -> Tensor:
         # Without the dtype a literal such as 1.05 would be rounded to fp32 inside an fp64 reference.
@@ -65,3 +110,9 @@ class TorchNamespace:
 
     def stop_gradient(self, x: Any) -> Any:
         return x.detach() if isinstance(x, Tensor) else x
+
+    def straight_through(self, slope: Tensor, value: Tensor) -> Any:
+        if in_transform():
+            return slope + (value - slope).detach()
+        # Not as this sum, which is NaN where the slope's formula is infinite.
+        return _StraightThrough.apply(slope, value)  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ This is two_pass's middle, differentiated by autograd. One_pass evaluates the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,10 +29,11 @@ class Term(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """All terms (0 is the surrogate), and the weights, fields bound."""
+    """All terms (0 is the surrogate), and the weights, fields bound. ``unbounded``: a log-ratio may be larger than ``exp`` can take."""
 
     terms: Sequence[Term]
     weights: Sequence[TokenWeight]
+    unbounded: bool = True
 
 
 class TermResult(NamedTuple):
@@ -45,7 +47,7 @@ def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep:
     A term selects the rows where its weight is not zero and evaluates only those, so that nothing of the others, not even an overflow,
     reaches the loss or a gradient. A weight that requires grad selects every row: its gradient is not zero where it is.
     """
-    xp = TorchNamespace(leaves["logp"].dtype)
+    xp = TorchNamespace(leaves["logp"].dtype, terms.unbounded)
     scoped: dict[str, Tensor | None] = {"surrogate": None, "all": None}
     if terms.weights:
         inside = Leaves(safe_where(keep, leaves))
@@ -71,9 +73,10 @@ def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep:
             loss = loss + torch.where(selected, term.coef * factor * value, 0)
             weighted = weighted + term.coef * term.shares(own)
         chosen = chosen | selected
-    # Every comparison with NaN is false: without this a clip would call a row without a log-prob clipped, and its gradient 0.
-    logp = leaves["logp"]
-    sick = chosen & logp.isnan()
+    # NaN in a row that counts is the row's loss and gradient: every comparison with NaN is false, so a clip would have stopped the gradient.
     # Times NaN in sick rows only: in the others a NaN, though discarded, would alarm autograd's anomaly mode.
-    spoiled = logp * torch.where(sick, logp.detach(), 1)
-    return TermResult(torch.where(sick, spoiled, weighted), loss)
+    logp = leaves["logp"]
+    unknown = chosen & logp.isnan()
+    sick = unknown | weighted.isnan()
+    spoiled = logp * torch.where(sick, math.nan, 1)
+    return TermResult(torch.where(sick, spoiled, weighted), torch.where(unknown, math.nan, loss))

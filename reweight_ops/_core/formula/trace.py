@@ -269,6 +269,10 @@ class TracedNamespace:
         value = self._graph.lift(x)
         return value if value.is_bool else self._graph.node("stop", value)
 
+    def straight_through(self, slope: Any, value: Any) -> Expr:
+        first, second = self._graph.number(slope), self._graph.number(value)
+        return first + self._graph.node("stop", second - first)
+
 
 class _Leaves:
     def __init__(self, graph: Graph) -> None:

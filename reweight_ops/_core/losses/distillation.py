@@ -22,41 +22,13 @@ from ..engine.distillation import (
     distillation_weights,
     divergence_of,
 )
-from ..engine.run import Call, run
+from ..engine.run import Call
 from ..engine.sources import TwoLogitsSource
 from ..engine.statistics import StatisticsObjective
-from .explain import explained
+from .explain import public_op
 
 
-def _token_divergence(
-    logits: Tensor,
-    other_logits: Tensor,
-    *,
-    kind: str = "forward_kl",
-    beta: float | None = None,
-    completion_mask: Tensor | None = None,
-    other_temperature: Any = None,
-    other_softcap: float | None = None,
-    **keywords: Any,
-) -> Call[Tensor]:
-    op = "token_divergence"
-    own = ("kind", "completion_mask", "other_temperature", "other_softcap", "beta")
-    (options,) = parse(op, keywords, SoftmaxOptions, own=own)
-    if kind not in (*KINDS, "generalized_jsd"):
-        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}, generalized_jsd.")
-    if beta is not None and kind != "generalized_jsd":
-        raise InvalidCall(f"{op}: beta belongs to kind='generalized_jsd'; with {kind!r} it would have no effect.")
-    both = resolve_two_logits(op, logits, other_logits, completion_mask, options, other_temperature, other_softcap, {})
-    if kind == "generalized_jsd":
-        return _generalized_jsd(both, 0.5 if beta is None else beta)
-
-    def finish(found: dict[str, Tensor]) -> Tensor:
-        return both.p.rows.unflatten(divergence_of(kind, tuple(found[name] for name in STATISTICS)))
-
-    return Call(TwoLogitsSource(both), StatisticsObjective(STATISTICS, finish))
-
-
-@explained(_token_divergence)
+@public_op
 @published(
     "token_divergence", "Full-vocabulary KL to a reference or teacher", kind="divergence", level="token", plan="two passes", arxiv="1503.02531",
     paper="Distilling the Knowledge in a Neural Network", certainty="verified",
@@ -71,7 +43,7 @@ def token_divergence(
     other_temperature: Any = None,
     other_softcap: float | None = None,
     **keywords: Unpack[SoftmaxKeywords],
-) -> Tensor:
+) -> Call[Tensor]:
     """The divergence of two next-token distributions over the whole vocabulary, per token, with its gradient to ``logits``.
 
     With p the softmax of ``logits`` (the policy, the student) and q that of ``other_logits`` (the reference, the teacher; detached)::
@@ -100,12 +72,21 @@ def token_divergence(
     >>> rw.token_divergence(torch.zeros(1, 2), torch.tensor([[0.0, -torch.inf]]))
     tensor([0.6931])
     """
-    return run(
-        _token_divergence(
-            logits, other_logits, kind=kind, beta=beta, completion_mask=completion_mask, other_temperature=other_temperature,
-            other_softcap=other_softcap, **keywords,
-        )
-    )  # fmt: skip
+    op = "token_divergence"
+    own = ("kind", "completion_mask", "other_temperature", "other_softcap", "beta")
+    (options,) = parse(op, dict(keywords), SoftmaxOptions, own=own)
+    if kind not in (*KINDS, "generalized_jsd"):
+        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}, generalized_jsd.")
+    if beta is not None and kind != "generalized_jsd":
+        raise InvalidCall(f"{op}: beta belongs to kind='generalized_jsd'; with {kind!r} it would have no effect.")
+    both = resolve_two_logits(op, logits, other_logits, completion_mask, options, other_temperature, other_softcap, {})
+    if kind == "generalized_jsd":
+        return _generalized_jsd(both, 0.5 if beta is None else beta)
+
+    def finish(found: dict[str, Tensor]) -> Tensor:
+        return both.p.rows.unflatten(divergence_of(kind, tuple(found[name] for name in STATISTICS)))
+
+    return Call(TwoLogitsSource(both), StatisticsObjective(STATISTICS, finish))
 
 
 def _generalized_jsd(both: TwoLogits, beta: float) -> Call[Tensor]:
@@ -123,33 +104,7 @@ def _generalized_jsd(both: TwoLogits, beta: float) -> Call[Tensor]:
     return formula_call(FormulaSource(both, rows))
 
 
-def _distillation_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    kind: str = "forward_kl",
-    completion_mask: Tensor | None = None,
-    token_weights: Tensor | float | None = None,
-    num_items_in_batch: float | Tensor | None = None,
-    loss_scale: float | Tensor = 1.0,
-    plan: str = "auto",
-    teacher_temperature: Any = None,
-    teacher_softcap: float | None = None,
-    **keywords: Any,
-) -> Call[DistillationLossOutput]:
-    op = "distillation_loss"
-    named = {"token_weights": token_weights, "num_items_in_batch": num_items_in_batch, "loss_scale": loss_scale}
-    own = ("kind", "completion_mask", *named, "plan", "teacher_temperature", "teacher_softcap")
-    (options,) = parse(op, keywords, SoftmaxOptions, own=own)
-    if kind not in KINDS:
-        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)} (token_divergence has generalized_jsd).")
-    both = resolve_two_logits(op, logits, teacher_logits, completion_mask, options, teacher_temperature, teacher_softcap, named)
-    rows = both.p.rows
-    weights = distillation_weights(rows, token_weights, num_items_in_batch, loss_scale)
-    return Call(TwoLogitsSource(both), DistillationObjective(kind, rows, weights), plan)
-
-
-@explained(_distillation_loss)
+@public_op
 def distillation_loss(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -163,7 +118,7 @@ def distillation_loss(
     teacher_temperature: Any = None,
     teacher_softcap: float | None = None,
     **keywords: Unpack[SoftmaxKeywords],
-) -> DistillationLossOutput:
+) -> Call[DistillationLossOutput]:
     """``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items``: distillation with one read of each tensor and one write of the gradient.
 
     ``kind`` and the tensors are those of :func:`token_divergence` (``teacher_logits`` is its ``other_logits``); ``token_weights`` w are per row, detached.
@@ -179,10 +134,13 @@ def distillation_loss(
     >>> logits.grad
     tensor([[-0.5000,  0.5000]])
     """
-    return run(
-        _distillation_loss(
-            logits, teacher_logits, kind=kind, completion_mask=completion_mask, token_weights=token_weights,
-            num_items_in_batch=num_items_in_batch, loss_scale=loss_scale, plan=plan, teacher_temperature=teacher_temperature,
-            teacher_softcap=teacher_softcap, **keywords,
-        )
-    )  # fmt: skip
+    op = "distillation_loss"
+    named = {"token_weights": token_weights, "num_items_in_batch": num_items_in_batch, "loss_scale": loss_scale}
+    own = ("kind", "completion_mask", *named, "plan", "teacher_temperature", "teacher_softcap")
+    (options,) = parse(op, dict(keywords), SoftmaxOptions, own=own)
+    if kind not in KINDS:
+        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)} (token_divergence has generalized_jsd).")
+    both = resolve_two_logits(op, logits, teacher_logits, completion_mask, options, teacher_temperature, teacher_softcap, named)
+    rows = both.p.rows
+    weights = distillation_weights(rows, token_weights, num_items_in_batch, loss_scale)
+    return Call(TwoLogitsSource(both), DistillationObjective(kind, rows, weights), plan)

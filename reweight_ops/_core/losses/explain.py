@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from typing_extensions import ParamSpec
 
 from ...errors import InvalidCall
 from ..engine.plan import backend_reasons, choose_plan
-from ..engine.run import Call
+from ..engine.run import Call, run
 
-Op = TypeVar("Op", bound=Callable[..., Any])
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Public op to the function that resolves its arguments to a call.
 _PREPARED: dict[Any, Callable[..., Call[Any]]] = {}
 
 
-def explained(prepare: Callable[..., Call[Any]]) -> Callable[[Op], Op]:
-    """Register a public op: ``op(*args) == run(prepare(*args))``, so that ``explain(op, *args)`` answers for it."""
+def public_op(prepare: Callable[P, Call[T]]) -> Callable[P, T]:
+    """The op that runs the call which ``prepare`` resolves. :func:`explain` asks for the call alone."""
 
-    def register(op: Op) -> Op:
-        _PREPARED[op] = prepare
-        return op
+    @functools.wraps(prepare)
+    def op(*args: P.args, **keywords: P.kwargs) -> T:
+        return run(prepare(*args, **keywords))
 
-    return register
+    signature = inspect.signature(prepare)
+    result = str(signature.return_annotation).removeprefix("Call[").removesuffix("]")
+    op.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
+    _PREPARED[op] = prepare
+    return op
 
 
 @dataclass(frozen=True)

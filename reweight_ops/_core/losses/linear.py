@@ -14,28 +14,13 @@ from ..calls.specs import named_spec
 from ..engine.linear.source import HiddenSource
 from ..engine.output import PolicyLossOutput
 from ..engine.policy import PolicyObjective
-from ..engine.run import Call, run
+from ..engine.run import Call
 from ..spec.policy import PolicyLossSpec
-from .explain import explained
+from .explain import public_op
 from .statistics import logps_call
 
 
-def _linear_token_logps(
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    completion_ids: Tensor,
-    *,
-    completion_mask: Tensor | None = None,
-    return_entropy: bool = False,
-    **keywords: Any,
-) -> Call[Any]:
-    op = "linear_token_logps"
-    options, head = parse(op, keywords, SoftmaxOptions, LMHeadOptions, own=("completion_mask", "return_entropy"))
-    named = {"completion_mask": completion_mask}
-    return logps_call(HiddenSource(resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)), return_entropy)
-
-
-@explained(_linear_token_logps)
+@public_op
 def linear_token_logps(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -44,7 +29,7 @@ def linear_token_logps(
     completion_mask: Tensor | None = None,
     return_entropy: bool = False,
     **keywords: Unpack[LMHeadKeywords],
-) -> Any:
+) -> Call[Any]:
     """:func:`token_logps` of ``logits = logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``, a few rows of logits at a time.
 
     Args:
@@ -72,34 +57,13 @@ def linear_token_logps(
     >>> rw.linear_token_logps(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 3]))
     tensor([-1.3863, -1.3863])
     """
-    return run(
-        _linear_token_logps(
-            hidden, lm_head_weight, completion_ids, completion_mask=completion_mask, return_entropy=return_entropy, **keywords
-        )
-    )  # fmt: skip
+    op = "linear_token_logps"
+    options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "return_entropy"))
+    named = {"completion_mask": completion_mask}
+    return logps_call(HiddenSource(resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)), return_entropy)
 
 
-def _linear_policy_loss(
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    completion_ids: Tensor,
-    advantages: Tensor | float | None,
-    *,
-    spec: PolicyLossSpec | str,
-    plan: str = "auto",
-    differentiable_outputs: bool = False,
-    **keywords: Any,
-) -> Call[PolicyLossOutput]:
-    op = "linear_policy_loss"
-    own = ("spec", "plan", "differentiable_outputs")
-    options, data, head = parse(op, keywords, SoftmaxOptions, PolicyOptions, LMHeadOptions, own=own)
-    named = {"advantages": advantages, **data.named()}
-    resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named, data.validate)
-    call = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
-    return Call(HiddenSource(resolved), PolicyObjective(call, differentiable_outputs), plan)
-
-
-@explained(_linear_policy_loss)
+@public_op
 def linear_policy_loss(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -110,7 +74,7 @@ def linear_policy_loss(
     plan: str = "auto",
     differentiable_outputs: bool = False,
     **keywords: Unpack[LinearPolicyLossKeywords],
-) -> PolicyLossOutput:
+) -> Call[PolicyLossOutput]:
     """:func:`policy_loss` from hidden states: arguments of :func:`linear_token_logps` and of :func:`policy_loss`.
 
     ``one_pass`` forms every gradient in forward from three GEMMs a chunk; ``two_pass`` recomputes the logits in backward (four).
@@ -120,9 +84,10 @@ def linear_policy_loss(
     >>> rw.linear_policy_loss(hidden, torch.ones(4, 3), torch.tensor([[1, 2]]), 1.0, spec="grpo").loss
     tensor(-1., grad_fn=<...>)
     """
-    return run(
-        _linear_policy_loss(
-            hidden, lm_head_weight, completion_ids, advantages, spec=spec, plan=plan, differentiable_outputs=differentiable_outputs,
-            **keywords,
-        )
-    )  # fmt: skip
+    op = "linear_policy_loss"
+    own = ("spec", "plan", "differentiable_outputs")
+    options, data, head = parse(op, dict(keywords), SoftmaxOptions, PolicyOptions, LMHeadOptions, own=own)
+    named = {"advantages": advantages, **data.named()}
+    resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named, data.validate)
+    call = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
+    return Call(HiddenSource(resolved), PolicyObjective(call, differentiable_outputs), plan)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -15,30 +13,13 @@ from ..calls.policy import resolve_loss
 from ..calls.specs import named_spec
 from ..engine.output import PolicyLossOutput
 from ..engine.policy import PolicyObjective
-from ..engine.run import Call, run
+from ..engine.run import Call
 from ..engine.sources import LogitsSource, LogpsSource
 from ..spec.policy import PolicyLossSpec
-from .explain import explained
+from .explain import public_op
 
 
-def _policy_loss(
-    logits: Tensor,
-    completion_ids: Tensor,
-    advantages: Tensor | float | None,
-    *,
-    spec: PolicyLossSpec | str,
-    plan: str = "auto",
-    differentiable_outputs: bool = False,
-    **keywords: Any,
-) -> Call[PolicyLossOutput]:
-    op = "policy_loss"
-    options, data = parse(op, keywords, SoftmaxOptions, PolicyOptions, own=("spec", "plan", "differentiable_outputs"))
-    resolved = resolve_logits(op, logits, completion_ids, options, {"advantages": advantages, **data.named()}, data.validate)
-    call = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
-    return Call(LogitsSource(resolved), PolicyObjective(call, differentiable_outputs), plan)
-
-
-@explained(_policy_loss)
+@public_op
 def policy_loss(
     logits: Tensor,
     completion_ids: Tensor,
@@ -48,7 +29,7 @@ def policy_loss(
     plan: str = "auto",
     differentiable_outputs: bool = False,
     **keywords: Unpack[PolicyLossKeywords],
-) -> PolicyLossOutput:
+) -> Call[PolicyLossOutput]:
     """A reweighted policy loss from logits, ``loss_scale · Σ_k coef_k · Σ_i w_ki · u_ki · ℓ_k(row i)``, and its gradient.
 
     Per-row arguments have exactly one of the shapes R (token), ``R[:-1]`` or ``R[:-1] + (1,)`` (sequence; with ``cu_seqlens`` ``[S]`` or
@@ -72,6 +53,7 @@ def policy_loss(
         num_sequences_in_batch: the same for a mean over sequences.
         loss_scale: multiplies loss and gradient before any rounding (GradScaler's scale, 1/accumulation steps); metrics stay unscaled.
         validate: check ids even on a GPU, which waits for it.
+        unused: what the spec does not read is an ``"error"``, or ``"ignore"``: for trainers that always hand over everything.
         consume_logits: overwrite the logits with their gradient: no extra memory. Using them afterwards is an error.
 
     Raises:
@@ -84,24 +66,34 @@ def policy_loss(
     tensor(-1., grad_fn=<...>)
     >>> out.loss.backward()
     """
-    return run(
-        _policy_loss(
-            logits, completion_ids, advantages, spec=spec, plan=plan, differentiable_outputs=differentiable_outputs, **keywords
-        )
-    )  # fmt: skip
+    op = "policy_loss"
+    options, data = parse(op, dict(keywords), SoftmaxOptions, PolicyOptions, own=("spec", "plan", "differentiable_outputs"))
+    resolved = resolve_logits(op, logits, completion_ids, options, {"advantages": advantages, **data.named()}, data.validate)
+    call = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
+    return Call(LogitsSource(resolved), PolicyObjective(call, differentiable_outputs), plan)
 
 
-def _policy_loss_from_logps(
+@public_op
+def policy_loss_from_logps(
     per_token_logps: Tensor,
     advantages: Tensor | float | None,
     *,
     spec: PolicyLossSpec | str,
     entropies: Tensor | None = None,
     log_sum_p_sq: Tensor | None = None,
-    **keywords: Any,
+    **keywords: Unpack[PolicyKeywords],
 ) -> Call[PolicyLossOutput]:
+    """The middle of two_pass alone, for trainers that have log-probs already (verl, prime-rl, OpenRLHF): exact autograd to
+    ``per_token_logps`` (R, fp32 or fp64) and to ``entropies`` and ``log_sum_p_sq`` where the spec reads them. Other arguments as in
+    :func:`policy_loss`.
+
+    >>> import torch, reweight_ops as rw
+    >>> logps = torch.full((1, 2), -1.0, requires_grad=True)
+    >>> rw.policy_loss_from_logps(logps, torch.tensor([0.5]), spec="reinforce").loss
+    tensor(0.5000, grad_fn=<...>)
+    """
     op = "policy_loss_from_logps"
-    (data,) = parse(op, keywords, PolicyOptions, own=("spec", "entropies", "log_sum_p_sq"))
+    (data,) = parse(op, dict(keywords), PolicyOptions, own=("spec", "entropies", "log_sum_p_sq"))
     more = {"advantages": advantages, "entropies": entropies, "log_sum_p_sq": log_sum_p_sq}
     rows = resolve_logps(op, per_token_logps, {**more, **data.named()})
     call = resolve_loss(rows, advantages, named_spec(op, spec), data)
@@ -118,29 +110,3 @@ def _policy_loss_from_logps(
         elif name in call.spec.requires:
             raise rows.error(f"the spec reads {name}: pass {argument}.")
     return Call(LogpsSource(rows, given), PolicyObjective(call))
-
-
-@explained(_policy_loss_from_logps)
-def policy_loss_from_logps(
-    per_token_logps: Tensor,
-    advantages: Tensor | float | None,
-    *,
-    spec: PolicyLossSpec | str,
-    entropies: Tensor | None = None,
-    log_sum_p_sq: Tensor | None = None,
-    **keywords: Unpack[PolicyKeywords],
-) -> PolicyLossOutput:
-    """The middle of two_pass alone, for trainers that have log-probs already (verl, prime-rl, OpenRLHF): exact autograd to
-    ``per_token_logps`` (R, fp32 or fp64) and to ``entropies`` and ``log_sum_p_sq`` where the spec reads them. Other arguments as in
-    :func:`policy_loss`.
-
-    >>> import torch, reweight_ops as rw
-    >>> logps = torch.full((1, 2), -1.0, requires_grad=True)
-    >>> rw.policy_loss_from_logps(logps, torch.tensor([0.5]), spec="reinforce").loss
-    tensor(0.5000, grad_fn=<...>)
-    """
-    return run(
-        _policy_loss_from_logps(
-            per_token_logps, advantages, spec=spec, entropies=entropies, log_sum_p_sq=log_sum_p_sq, **keywords
-        )
-    )  # fmt: skip

@@ -16,11 +16,11 @@ from ..calls.specs import named_pair_spec
 from ..calls.two_logits import resolve_two_logits
 from ..engine.linear.source import HiddenSource
 from ..engine.pairs import PairObjective, PreferenceLossOutput, resolve_pairs
-from ..engine.run import Call, run
+from ..engine.run import Call
 from ..engine.sources import JoinedSource, LogitsSource, LogpsSource, TwoLogitsSource
 from ..rows.pairs import from_first_difference
 from ..spec.pairs import PairSpec
-from .explain import explained
+from .explain import public_op
 
 
 class PreferenceKeywords(PairKeywords, SoftmaxKeywords, total=False):
@@ -31,27 +31,10 @@ class LinearPreferenceKeywords(PairKeywords, LMHeadKeywords, total=False):
     """The keywords of a pair loss from hidden states."""
 
 
-def _preference_loss(logits: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Any) -> Call[PreferenceLossOutput]:
-    op = "preference_loss"
-    softmax, options = parse(op, keywords, SoftmaxOptions, PairOptions, own=("spec",))
-    spec = named_pair_spec(op, spec)
-    tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
-    resolved = resolve_logits(op, logits, completion_ids, softmax, tensors, options.validate)
-    rows, source = resolved.rows, LogitsSource(resolved)
-    objective = PairObjective(resolve_pairs(rows, spec, options))
-    if options.ref_logits is None:
-        return Call(source, objective)
-    if resolved.consume:
-        raise rows.error("consume_logits=True and ref_logits exclude each other: two backward passes read the logits.")
-    keep = rows.unflatten(rows.keep)
-    both = resolve_two_logits(op, logits, options.ref_logits, keep, softmax, softmax.temperature, softmax.softcap, {})
-    return Call(JoinedSource(source, TwoLogitsSource(both)), objective)
-
-
-@explained(_preference_loss)
+@public_op
 def preference_loss(
     logits: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Unpack[PreferenceKeywords]
-) -> PreferenceLossOutput:
+) -> Call[PreferenceLossOutput]:
     """A loss of pairs of completions from logits, ``loss_scale · mean_i w_i · Σ_k coef_k · ℓ_k(pair i)``, and its gradient.
 
     Two reads of the logits and one write of their gradient (:func:`token_logps`), on every backend; what is between them is ``[S]`` vectors in torch.
@@ -81,19 +64,42 @@ def preference_loss(
     >>> out.loss
     tensor(0.6444, grad_fn=<...>)
     """
-    return run(_preference_loss(logits, completion_ids, spec=spec, **keywords))
+    op = "preference_loss"
+    softmax, options = parse(op, dict(keywords), SoftmaxOptions, PairOptions, own=("spec",))
+    spec = named_pair_spec(op, spec)
+    tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
+    resolved = resolve_logits(op, logits, completion_ids, softmax, tensors, options.validate)
+    rows, source = resolved.rows, LogitsSource(resolved)
+    objective = PairObjective(resolve_pairs(rows, spec, options))
+    if options.ref_logits is None:
+        return Call(source, objective)
+    if resolved.consume:
+        raise rows.error("consume_logits=True and ref_logits exclude each other: two backward passes read the logits.")
+    keep = rows.unflatten(rows.keep)
+    both = resolve_two_logits(op, logits, options.ref_logits, keep, softmax, softmax.temperature, softmax.softcap, {})
+    return Call(JoinedSource(source, TwoLogitsSource(both)), objective)
 
 
-def _preference_loss_from_logps(
+@public_op
+def preference_loss_from_logps(
     per_token_logps: Tensor,
     *,
     spec: PairSpec | str,
     completion_ids: Tensor | None = None,
     log_sum_p_sq: Tensor | None = None,
-    **keywords: Any,
+    **keywords: Unpack[PairKeywords],
 ) -> Call[PreferenceLossOutput]:
+    """The loss alone, for trainers that have log-probs already: exact autograd to ``per_token_logps`` (R, fp32 or fp64), and to ``per_token_kl``.
+
+    ``completion_ids``: R, only for specs that look at where a pair first differs. ``log_sum_p_sq``: R, for WPO. Other arguments: :func:`preference_loss`.
+
+    >>> import torch, reweight_ops as rw
+    >>> logps = torch.tensor([[-1.0, -2.0], [-2.0, -3.0]], requires_grad=True)
+    >>> rw.preference_loss_from_logps(logps, spec="dpo", ref_sequence_logps=torch.tensor([-4.0, -4.0])).loss
+    tensor(0.5981, grad_fn=<...>)
+    """
     op = "preference_loss_from_logps"
-    (options,) = parse(op, keywords, PairOptions, own=("spec", "completion_ids", "log_sum_p_sq"))
+    (options,) = parse(op, dict(keywords), PairOptions, own=("spec", "completion_ids", "log_sum_p_sq"))
     if options.ref_logits is not None:
         raise InvalidCall(f"{op}: ref_logits needs the policy's logits; pass per_token_kl=token_divergence(...).")
     spec = named_pair_spec(op, spec)
@@ -107,46 +113,10 @@ def _preference_loss_from_logps(
     return Call(LogpsSource(rows, given), PairObjective(call))
 
 
-@explained(_preference_loss_from_logps)
-def preference_loss_from_logps(
-    per_token_logps: Tensor,
-    *,
-    spec: PairSpec | str,
-    completion_ids: Tensor | None = None,
-    log_sum_p_sq: Tensor | None = None,
-    **keywords: Unpack[PairKeywords],
-) -> PreferenceLossOutput:
-    """The loss alone, for trainers that have log-probs already: exact autograd to ``per_token_logps`` (R, fp32 or fp64), and to ``per_token_kl``.
-
-    ``completion_ids``: R, only for specs that look at where a pair first differs. ``log_sum_p_sq``: R, for WPO. Other arguments: :func:`preference_loss`.
-
-    >>> import torch, reweight_ops as rw
-    >>> logps = torch.tensor([[-1.0, -2.0], [-2.0, -3.0]], requires_grad=True)
-    >>> rw.preference_loss_from_logps(logps, spec="dpo", ref_sequence_logps=torch.tensor([-4.0, -4.0])).loss
-    tensor(0.5981, grad_fn=<...>)
-    """
-    return run(
-        _preference_loss_from_logps(per_token_logps, spec=spec, completion_ids=completion_ids, log_sum_p_sq=log_sum_p_sq, **keywords)
-    )
-
-
-def _linear_preference_loss(
-    hidden: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Any
-) -> Call[PreferenceLossOutput]:
-    op = "linear_preference_loss"
-    softmax, options, head = parse(op, keywords, SoftmaxOptions, PairOptions, LMHeadOptions, own=("spec",))
-    spec = named_pair_spec(op, spec)
-    if options.ref_logits is not None:
-        raise UnsupportedRequest(f"{op}: ref_logits as a whole is what this op avoids; pass per_token_kl.")
-    tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
-    resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, softmax, tensors, options.validate)
-    return Call(HiddenSource(resolved), PairObjective(resolve_pairs(resolved.rows, spec, options)))
-
-
-@explained(_linear_preference_loss)
+@public_op
 def linear_preference_loss(
     hidden: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Unpack[LinearPreferenceKeywords]
-) -> PreferenceLossOutput:
+) -> Call[PreferenceLossOutput]:
     """:func:`preference_loss` from hidden states, a few rows of logits at a time: head arguments of :func:`linear_token_logps`.
 
     >>> import torch, reweight_ops as rw
@@ -155,7 +125,14 @@ def linear_preference_loss(
     >>> rw.linear_preference_loss(hidden, torch.ones(4, 5), ids, spec="dpo", ref_sequence_logps=torch.tensor([-5.0, -4.0])).loss
     tensor(0.6444, grad_fn=<...>)
     """
-    return run(_linear_preference_loss(hidden, lm_head_weight, completion_ids, spec=spec, **keywords))
+    op = "linear_preference_loss"
+    softmax, options, head = parse(op, dict(keywords), SoftmaxOptions, PairOptions, LMHeadOptions, own=("spec",))
+    spec = named_pair_spec(op, spec)
+    if options.ref_logits is not None:
+        raise UnsupportedRequest(f"{op}: ref_logits as a whole is what this op avoids; pass per_token_kl.")
+    tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
+    resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, softmax, tensors, options.validate)
+    return Call(HiddenSource(resolved), PairObjective(resolve_pairs(resolved.rows, spec, options)))
 
 
 def _mask(op: str, spec: PairSpec, options: PairOptions, completion_ids: Any) -> Any:

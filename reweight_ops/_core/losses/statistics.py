@@ -13,12 +13,12 @@ from ...errors import InvalidCall
 from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
 from ..calls.logits import resolve_logits
 from ..engine.output import TokenStats
-from ..engine.run import Call, run
+from ..engine.run import Call
 from ..engine.source import Source
 from ..engine.sources import LogitsSource
 from ..engine.statistics import StatisticsObjective
 from ..rows.numerics import log1mexp_or_inf
-from .explain import explained
+from .explain import public_op
 
 #: Public statistic -> the row statistics it is made of.
 _STATS = {
@@ -35,16 +35,7 @@ def logps_call(source: Source, return_entropy: bool) -> Call[Any]:
     return Call(source, StatisticsObjective(("logp",), lambda s: unflatten(s["logp"])))
 
 
-def _token_logps(
-    logits: Tensor, completion_ids: Tensor, *, completion_mask: Tensor | None = None, return_entropy: bool = False, **keywords: Any
-) -> Call[Any]:
-    op = "token_logps"
-    (options,) = parse(op, keywords, SoftmaxOptions, own=("completion_mask", "return_entropy"))
-    resolved = resolve_logits(op, logits, completion_ids, options, {"completion_mask": completion_mask})
-    return logps_call(LogitsSource(resolved), return_entropy)
-
-
-@explained(_token_logps)
+@public_op
 def token_logps(
     logits: Tensor,
     completion_ids: Tensor,
@@ -52,7 +43,7 @@ def token_logps(
     completion_mask: Tensor | None = None,
     return_entropy: bool = False,
     **keywords: Unpack[SoftmaxKeywords],
-) -> Any:
+) -> Call[Any]:
     """Log-probs of the given ids, and the entropies, both differentiable: ``log_softmax(x)[id]`` and ``-Σ p log p`` with ``x = cap·tanh(z/cap)/T``.
 
     The primitive for a trainer that keeps its own loss.
@@ -80,19 +71,31 @@ def token_logps(
     >>> rw.token_logps(torch.zeros(2, 4), torch.tensor([1, 3]))
     tensor([-1.3863, -1.3863])
     """
-    return run(_token_logps(logits, completion_ids, completion_mask=completion_mask, return_entropy=return_entropy, **keywords))
+    op = "token_logps"
+    (options,) = parse(op, dict(keywords), SoftmaxOptions, own=("completion_mask", "return_entropy"))
+    resolved = resolve_logits(op, logits, completion_ids, options, {"completion_mask": completion_mask})
+    return logps_call(LogitsSource(resolved), return_entropy)
 
 
-def _token_stats(
+@public_op
+def token_stats(
     logits: Tensor,
     completion_ids: Tensor,
     *,
     stats: Sequence[str] = ("logps", "entropies"),
     completion_mask: Tensor | None = None,
-    **keywords: Any,
+    **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[TokenStats]:
+    """Statistics of every row in one read of the logits; see :class:`TokenStats` for the names, :func:`token_logps` for the arguments.
+
+    ``logps``, ``entropies`` and ``lse`` are differentiable; ``log_sum_p_sq``, ``max_logp``, ``is_top1`` and ``log1m_p`` are not.
+
+    >>> import torch, reweight_ops as rw
+    >>> rw.token_stats(torch.zeros(1, 4), torch.tensor([2]), stats=("log_sum_p_sq",)).log_sum_p_sq
+    tensor([-1.3863])
+    """
     op = "token_stats"
-    (options,) = parse(op, keywords, SoftmaxOptions, own=("completion_mask", "stats"))
+    (options,) = parse(op, dict(keywords), SoftmaxOptions, own=("completion_mask", "stats"))
     if not stats or isinstance(stats, str) or any(name not in _STATS for name in stats):
         raise InvalidCall(f"token_stats: stats is {stats!r}; expected some of {', '.join(_STATS)}.")
     resolved = resolve_logits(op, logits, completion_ids, options, {"completion_mask": completion_mask})
@@ -108,23 +111,3 @@ def _token_stats(
 
     reads = dict.fromkeys(part for name in stats for part in _STATS[name])
     return Call(LogitsSource(resolved), StatisticsObjective(tuple(reads), finish))
-
-
-@explained(_token_stats)
-def token_stats(
-    logits: Tensor,
-    completion_ids: Tensor,
-    *,
-    stats: Sequence[str] = ("logps", "entropies"),
-    completion_mask: Tensor | None = None,
-    **keywords: Unpack[SoftmaxKeywords],
-) -> TokenStats:
-    """Statistics of every row in one read of the logits; see :class:`TokenStats` for the names, :func:`token_logps` for the arguments.
-
-    ``logps``, ``entropies`` and ``lse`` are differentiable; ``log_sum_p_sq``, ``max_logp``, ``is_top1`` and ``log1m_p`` are not.
-
-    >>> import torch, reweight_ops as rw
-    >>> rw.token_stats(torch.zeros(1, 4), torch.tensor([2]), stats=("log_sum_p_sq",)).log_sum_p_sq
-    tensor([-1.3863])
-    """
-    return run(_token_stats(logits, completion_ids, stats=stats, completion_mask=completion_mask, **keywords))

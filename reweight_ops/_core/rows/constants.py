@@ -18,11 +18,8 @@ class _Constants:
 
 _constants = _Constants()
 
-
 #: What a vector of a compiled graph holds, its dtype and device, to its attribute. As many as there are graphs, which find them there when they run.
 _names: dict[tuple[tuple[float, ...], torch.dtype, torch.device], str] = {}
-
-
 _serial = itertools.count()  # and not len(_names): two threads may make one at once
 
 
@@ -42,13 +39,13 @@ MOST = 256
 
 _kept: OrderedDict[Any, Tensor] = OrderedDict()
 
-
 #: False on a machine without a GPU, where only a fake tensor says that it is on one.
 _initialized: Callable[[], bool] = torch.cuda.is_initialized
 
 
 def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
+    # What is kept outlives any of torch.func's transforms.
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
         if device.type == "cpu":
             return torch.tensor(values, dtype=dtype, device=device)
         # The numbers are arguments of launches: a copy from the host would wait, and is illegal under CUDA-graph capture.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
+from ..transforms import is_wrapped
 from .groups import OUT, Groups, describe
 from .verbs import Masked, RowVerbs
 
@@ -259,7 +260,7 @@ def _is_fake(t: Tensor) -> bool:
 
 
 def _check_ids(op: str, ids: Tensor, vocab_total: int, validate: bool, tensors: dict[str, Any]) -> None:
-    readable = ids.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(ids)
+    readable = ids.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(ids) and not is_wrapped(ids)
     if not (validate or readable) or ids.device.type == "meta" or not ids.numel():
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))

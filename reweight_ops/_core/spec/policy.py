@@ -12,9 +12,12 @@ from ...errors import InvalidCall
 from ..formula.base import CURRENT_LEAVES, Rule, TokenWeight
 from ..formula.loss_program import Program
 from ..formula.monitor import Monitor
-from ..formula.trace import trace_rule, trace_weight
+from ..formula.trace import Expr, trace_rule, trace_weight, walk
 from .ratio import Ratio, TokenRatio
 from .reduction import NoReduction, Reduction, TokenMean
+
+#: ``exp`` of more overflows in fp32, with some room.
+_LARGEST_EXPONENT = 80.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class PolicyLossSpec:
         object.__setattr__(self, "_monitor", self._find_monitor())
         object.__setattr__(self, "_program_text", self.program and self.program.encode())
         object.__setattr__(self, "_values", self._find_values())
+        object.__setattr__(self, "_unbounded", self._find_unbounded())
 
     # --- what follows from the fields ---------------------------------------------------------------------------------------
     @property
@@ -124,6 +128,25 @@ class PolicyLossSpec:
     def parameter_values(self) -> tuple[Any, ...]:
         """The hyper-parameters in the order of :class:`~reweight_ops._core.backends.base.Program`."""
         return self._values  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether an ``exp`` in a formula may overflow: its argument is neither clipped by numbers nor a log-prob."""
+        return self._unbounded  # type: ignore[attr-defined,no-any-return]
+
+    def _find_unbounded(self) -> bool:
+        traced = [(r, trace_rule(type(r))) for r in self.rules] + [(w, trace_weight(type(w))) for w in self.all_weights]
+        return any(not self._is_bounded(x.args[0], formula) for formula, t in traced for x in walk(t.result) if x.op in ("exp", "expm1"))
+
+    def _is_bounded(self, x: Expr, formula: Rule | TokenWeight) -> bool:
+        if x.op == "leaf":
+            bounds = self.ratio.bounds() if x.args[0] == "log_ratio" else (0,)
+        elif x.op == "clip":
+            names = [a.args[0] for limit in x.args[1:] for a in walk(limit) if a.op == "param"]
+            bounds = tuple(getattr(formula, name) for name in names)
+        else:
+            return False
+        return all(isinstance(b, (int, float)) and abs(b) <= _LARGEST_EXPONENT for b in bounds)
 
     def _find_requires(self) -> frozenset[str]:
         found: set[str] = set()

@@ -93,7 +93,9 @@ class SequenceRatio(Ratio):
             total = total / groups.sum(rows.keep.to(rows.dtype)).clamp(min=1)
         result = groups.spread(total)
         if self.gradient == "token":
-            result = result.detach() + (logp - logp.detach())
+            # A log-prob of -inf has no own gradient, and must not make NaN of the sequence's value.
+            own = torch.where(logp.isfinite(), logp, 0)
+            result = result.detach() + (own - own.detach())
         return self._clamped(result)
 
 

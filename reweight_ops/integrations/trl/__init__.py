@@ -52,6 +52,7 @@ except ImportError as error:
     raise BackendUnavailable("reweight_ops.integrations.trl needs TRL: pip install 'trl>=1.15'") from error
 
 from .head import HeadOutput, adapters_on_head_allowed, adapts_head, choose_head, fused_forward, linear_obstacle, logits_of
+from .probe import Form, Prober
 
 #: The leading parameters of the two methods that are overridden; any further one must be optional.
 _SIGNATURES = {
@@ -128,6 +129,7 @@ class Hooks:
         self.passes = () if options.spec is None else resolve_passes(options.spec, trainer.args)
         self.head = choose_head(options.lm_head, options.consume_logits)
         self.warned: set[str] = set()
+        self.prober = Prober()
         trainer.fused_calls = Counter()
         trainer.delegated_calls = Counter()
         if self.fused and not self.passes and loss_digest(original_loss) not in _KNOWN_LOSSES:
@@ -157,7 +159,8 @@ class Hooks:
         if reason is not None:
             self._leave_to_trl(trainer, model, reason)
             return original(model, input_ids, attention_mask, logits_to_keep, **chunks, compute_aux_loss=compute_aux_loss, **multimodal)  # type: ignore[no-any-return]
-        if self._is_linear(trainer, model):
+        form = self._linear_form(trainer, model)
+        if form is not None:
             trainer.fused_calls["linear_token_logps"] += 1
             mask = attention_mask[:, -logits_to_keep:]
             batches = iter(zip(*(torch.split(x, batch_size or len(x)) for x in (input_ids[:, -logits_to_keep:], mask)), strict=True))
@@ -168,7 +171,7 @@ class Hooks:
                 found = linear_token_logps(hidden, head.pop("lm_head_weight"), ids, compact_rows=True, **head, **options)
                 return HeadOutput(log_probs=found[0] if compute_entropy else found, entropy=found[1] if compute_entropy else None)
 
-            with fused_forward(trainer, model, logits_to_keep, compute):
+            with fused_forward(trainer, model, logits_to_keep, form, compute):
                 return original(model, input_ids, attention_mask, logits_to_keep, **chunks)  # type: ignore[no-any-return]
         trainer.fused_calls["token_logps"] += 1
         parts = []
@@ -206,6 +209,7 @@ class Hooks:
             "old_per_token_logps": inputs.get("old_per_token_logps"),
             "ref_per_token_logps": inputs.get("ref_per_token_logps"),
             "sampling_per_token_logps": inputs.get("sampling_per_token_logps"),
+            "unused": "ignore",  # TRL hands over what it has
         }
         if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
             data["importance_sampling_ratio"] = inputs["importance_sampling_ratio"]
@@ -226,7 +230,8 @@ class Hooks:
         ids, advantages = inputs["completion_ids"], inputs["advantages"]
         all_ids = torch.cat([inputs["prompt_ids"], ids], dim=1)
         all_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        if not self._is_linear(trainer, model):
+        form = self._linear_form(trainer, model)
+        if form is None:
             trainer.fused_calls["policy_loss"] += 1
             logits = logits_of(trainer, model, all_ids, all_mask, ids.size(1))
             return policy_loss(logits, ids, advantages, drop_last=True, consume_logits=self.options.consume_logits, **options)
@@ -237,21 +242,24 @@ class Hooks:
             found.append(linear_policy_loss(hidden, head.pop("lm_head_weight"), ids, advantages, compact_rows=True, **head, **options))
             return HeadOutput(loss=found[0].loss)
 
-        with fused_forward(trainer, model, ids.size(1), compute), trainer.accelerator.autocast():
+        with fused_forward(trainer, model, ids.size(1), form, compute), trainer.accelerator.autocast():
             loss = model(input_ids=all_ids, attention_mask=all_mask, fused_lm_head=True).loss
         # The loss as the wrapped model hands it out: DDP and FSDP may have put their own node around it.
         return dataclasses.replace(found[0], loss=loss)
 
-    def _is_linear(self, trainer: Any, model: Any) -> bool:
-        """Whether the head is computed from hidden states; what decides it may change between calls (adapters are switched off for the reference)."""
+    def _linear_form(self, trainer: Any, model: Any) -> Form | None:
+        """How the head's logits follow from hidden states, None where they are built; what decides it may change between calls (adapters are
+        switched off for the reference)."""
         if self.head == "logits":
-            return False
+            return None
         reason = linear_obstacle(trainer, model)
-        if reason is not None and self.head == "linear":
-            raise UnsupportedRequest(f"lm_head='linear' is impossible with {reason}; lm_head='auto' or 'logits' builds the logits.")
-        if reason is not None:
-            self._warn(f"reweight_ops builds the logits: {reason}.")
-        return reason is None
+        form = Form(obstacle=reason) if reason is not None else self.prober.form(trainer, model)
+        if form.obstacle is None:
+            return form
+        if self.head == "linear":
+            raise UnsupportedRequest(f"lm_head='linear' is impossible with {form.obstacle}; lm_head='auto' or 'logits' builds the logits.")
+        self._warn(f"reweight_ops builds the logits: {form.obstacle}.")
+        return None
 
     def _head_options(self, trainer: Any) -> dict[str, Any]:
         return {"temperature": trainer.temperature, "backend": self.options.backend}
@@ -339,7 +347,8 @@ class ReweightGRPOTrainer(GRPOTrainer):
         reweight: token weights on top of the loss. Both ``spec`` and ``reweight`` imply ``fuse_loss``.
         backend: as in :func:`reweight_ops.policy_loss`.
         lm_head: ``"linear"``: from hidden states and the head's weight, without logits; ``"logits"``: through the model's logits; ``"auto"``:
-            linear where the head is a plain ``nn.Linear`` (also one that ``modules_to_save`` trains) with at most one plain LoRA adapter.
+            linear where the head is a plain ``nn.Linear`` (also one that ``modules_to_save`` trains) with at most one plain LoRA adapter, and a
+            probe of the model's own forward finds its logits to be the head's (scaled and soft-capped at most).
         consume_logits: write the gradient over the logits (so ``lm_head="logits"``); saves one tensor of their size. For models whose
             forward does not need its own logits in backward (autograd raises otherwise).
 

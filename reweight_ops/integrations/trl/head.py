@@ -123,8 +123,15 @@ def _saved_module(wrapper: Any) -> Any:
     return wrapper.original_module if wrapper.disable_adapters or not active else wrapper.modules_to_save[active[0]]
 
 
-def head_keywords(base: Any, hidden: Tensor) -> dict[str, Any]:
-    """The head as the keywords of the linear ops, ``lm_head_weight`` included, with the scale and soft cap of the model's config."""
+def decoder(base: Any) -> Any:
+    """The module whose last hidden states the head takes."""
+    config = base.config.get_text_config()
+    old_multimodal = config is not base.config and int(transformers.__version__.split(".")[0]) < 5
+    return base.model if old_multimodal else base.base_model
+
+
+def head_keywords(base: Any, hidden: Tensor, form: Any) -> dict[str, Any]:
+    """The head as the keywords of the linear ops, ``lm_head_weight`` included, with the scale and soft cap of ``form``."""
     head = base.get_output_embeddings()
     lora = None
     if isinstance(head, ModulesToSaveWrapper):
@@ -137,9 +144,9 @@ def head_keywords(base: Any, hidden: Tensor) -> dict[str, Any]:
             a, b = (factor.weight.to(hidden.dtype) for factor in factors)
             lora = Lora(a, b, float(head.scaling[active[0]]))
         head = head.base_layer
-    scale, softcap = scale_and_softcap(base.config.get_text_config())
     return {
-        "lm_head_weight": _whole(head.weight), "lm_head_bias": _whole(head.bias), "lora": lora, "logit_scale": scale, "softcap": softcap,
+        "lm_head_weight": _whole(head.weight), "lm_head_bias": _whole(head.bias), "lora": lora, "logit_scale": form.scale,
+        "softcap": form.softcap,
     }  # fmt: skip
 
 
@@ -152,7 +159,7 @@ def scale_and_softcap(config: Any) -> tuple[float, float | None]:
     """The number that a model multiplies its logits by, under the names that model families have for it, and its soft cap."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
         scale = getattr(config, name, None)
-        if scale is not None:
+        if isinstance(scale, (int, float)):  # MPT has names here, which its forward ignores
             break
     else:
         scale = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
@@ -161,24 +168,24 @@ def scale_and_softcap(config: Any) -> tuple[float, float | None]:
 
 
 @contextlib.contextmanager
-def fused_forward(trainer: Any, model: Any, keep: int, compute: Callable[[Tensor, dict[str, Any]], HeadOutput]) -> Iterator[None]:
+def fused_forward(
+    trainer: Any, model: Any, keep: int, form: Any, compute: Callable[[Tensor, dict[str, Any]], HeadOutput]
+) -> Iterator[None]:
     """While this is entered, ``model(..., fused_lm_head=True)`` returns ``compute(hidden, head keywords)``: the hidden states ``[B, keep, D]``
     that predict the last ``keep`` tokens."""
     base = base_model(trainer, model)
     original = base.__dict__.get("forward")
-    config = base.config.get_text_config()
-    old_multimodal = config is not base.config and int(transformers.__version__.split(".")[0]) < 5
     fp32 = trainer.args.cast_lm_head_to_fp32
 
     def forward(*args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return (original or type(base).forward.__get__(base))(*args, labels=labels, **kwargs)
         kwargs["use_cache"] = False
-        hidden = (base.model if old_multimodal else base.base_model)(*args, **kwargs).last_hidden_state[:, -(keep + 1) : -1]
+        hidden = decoder(base)(*args, **kwargs).last_hidden_state[:, -(keep + 1) : -1]
         hidden = hidden.to(base.get_output_embeddings().weight.device)
         with torch.autocast(hidden.device.type, enabled=False) if fp32 else contextlib.nullcontext():
             hidden = hidden.float() if fp32 else hidden
-            return compute(hidden, head_keywords(base, hidden))
+            return compute(hidden, head_keywords(base, hidden, form))
 
     base.forward = forward
     try:
@@ -197,14 +204,14 @@ def logits_of(trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tenso
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         inputs["logits_to_keep"] = keep + 1
     # TRL patches forward with its fused head; without `fused_lm_head=True` that is the original forward.
-    with trainer.accelerator.autocast(), _fp32_head(base, trainer.args.cast_lm_head_to_fp32):
+    with trainer.accelerator.autocast(), fp32_head(base, trainer.args.cast_lm_head_to_fp32):
         logits: Tensor = model(**inputs).logits
     # A slice of everything would still cost a copy in backward.
     return logits if logits.size(1) == keep + 1 else logits[:, -(keep + 1) :]
 
 
 @contextlib.contextmanager
-def _fp32_head(base: Any, enabled: bool) -> Iterator[None]:
+def fp32_head(base: Any, enabled: bool) -> Iterator[None]:
     """TRL's ``cast_lm_head_to_fp32`` under autocast, which would cast the head's matmul back; TRL's fused head leaves autocast too."""
     if not enabled:
         yield

@@ -51,7 +51,7 @@ def spec_of_trainer(trainer: Any) -> PolicyLossSpec:
 
 @lru_cache(maxsize=32)
 def _trl_spec(loss_type: str, **options: Any) -> PolicyLossSpec:
-    return methods.trl(loss_type, **options)
+    return methods.trl(loss_type, unused="ignore", **options)
 
 
 @lru_cache(maxsize=32)

@@ -28,7 +28,7 @@ int main(int, char** argument) {
     const auto logits = input<char>(bytes);
     const auto ids = input<int64_t>(n);
     const auto coefs = input<float>(4 * n);
-    std::vector<float> stats(5 * n);
+    std::vector<float> stats(5 * n), lse_low(n);
     std::vector<char> gradient(bytes);
     const auto stat = [&](int i) { return stats.data() + i * n; };
     const auto coef = [&](int i) { return coefs.data() + i * n; };
@@ -38,12 +38,12 @@ int main(int, char** argument) {
     const Call call{dtype, logits.data(), rows, n, v, v, 0, v, softcap, ids.data(), &temperature, false, threads, 0, nullptr};
     StatsCall wanted{};
     static_cast<Call&>(wanted) = call;
-    wanted.logp = stat(0), wanted.entropy = stat(1), wanted.lse = stat(2), wanted.log_sum_p_sq = stat(3), wanted.max_logp = stat(4);
+    wanted.logp = stat(0), wanted.entropy = stat(1), wanted.lse = stat(2), wanted.log_sum_p_sq = stat(3), wanted.max_logp = stat(4), wanted.lse_low = lse_low.data();
     active_level().kernels->token_stats(wanted);
 
     GradCall back{};
     static_cast<Call&>(back) = call;
-    back.logp = stat(0), back.entropy = stat(1), back.lse = stat(2), back.log_sum_p_sq = stat(3);
+    back.logp = stat(0), back.entropy = stat(1), back.lse = stat(2), back.log_sum_p_sq = stat(3), back.lse_low = lse_low.data();
     back.logp_coef = coef(0), back.entropy_coef = coef(1), back.lse_coef = coef(2), back.p_sq_coef = coef(3);
     back.out = gradient.data(), back.out_strides = rows;
     active_level().kernels->token_grad(back);

@@ -59,7 +59,7 @@ def test_a_launch_without_a_driver_is_a_status(backend):
     row = torch.zeros(8)
     ids = torch.zeros(1, dtype=torch.int64)
     call = backend._cuda.Call(0, row.data_ptr(), (1, 0, 8), 1, 8, (8, 0, 8), float("inf"), ids.data_ptr(), row.data_ptr(), False)
-    status = backend._cuda.token_stats(call, [row.data_ptr(), 0, 0, 0, 0])
+    status = backend._cuda.token_stats(call, [row.data_ptr(), 0, 0, 0, 0, 0])
     assert status != 0 and backend._cuda.error_string(status).startswith("cudaError")
 
 

@@ -48,8 +48,6 @@ MUTANTS = {
     "shards ignored": ("row.h", "id - call.vocab_start", "id"),
     "inert rows are swept": ("gradient.h", "    if (d.all_zero()) return g;\n", ""),
     "NaN rows get numbers": ("gradient.h", "    if (from.rest != from.rest) {", "    if (false) {"),
-    "the top's exponent taken for 0": ("row.h", "return {true, base, whole - t, inverse * (1.0f + expm1f(-t * kLn2))};", "return {true, base, whole, inverse};"),
-    "sums by the rounded reference": ("statistics.h", "Partial out{s.top, rest * back, back * fmaf(-t, rest, fmaf(-e, t, s.dot)), 0.0f};", "Partial out{s.top, rest, s.dot, 0.0f};"),
     "columns at any address from the block before": ("elements.h", "load16_cached(blocks + i), b = load16_cached(blocks + i + 1)", "load16_cached(blocks + i - 1), b = load16_cached(blocks + i)"),
     "eight bytes not skipped": ("elements.h", "w[j] = w[j + 2];", "w[j] = w[j];"),
     "four bytes not skipped": ("elements.h", "w[j] = w[j + 1];", "w[j] = w[j];"),
@@ -121,9 +119,12 @@ SURE_MUTANTS = {
     "sure: summed again from another row's tiles": ("ring.cu", "const int tile = first + vector / kTileVectors;", "const int tile = vector / kTileVectors;"),
     "sure: a tile beyond the ring": ("ring.cu", "tile < ring.tiles ? tile : tile - ring.tiles", "tile"),
     "sure: a log-prob by the rounded sum": ("partial.h", "return x < 1.0f ? double(log1pf(x)) :", "return"),
+    "far: sums by the rounded reference": ("statistics.h", "Partial out{s.top, rest * back, back * fmaf(-t, rest, fmaf(-e, t, s.dot)), 0.0f};", "Partial out{s.top, rest, s.dot, 0.0f};"),
+    "far: the top's exponent taken for 0": ("row.h", "return {true, base, whole - t, inverse * (1.0f + expm1f(-t * kLn2))};", "return {true, base, whole, inverse};"),
     "far: exponents relative to a product": ("statistics.h", "constexpr float kFar = 131072.0f;", "constexpr float kFar = 1e38f;"),
     "far: a gradient relative to a product": ("gradient.h", "!from.near ? Terms::far :", "false ? Terms::far :"),
-    "far: lse in fp64": ("streaming.cu", "const bool by_target = by_logp && d.logp > -50.0f;", "const bool by_target = false;"),
+    "far: lse in fp64": ("streaming.cu", "fabs(lse) > kLargestLse && d.logp > kLeastLogp", "false"),
+    "a log-sum-exp without its low part": ("streaming.cu", "low = get(call.lse_low)", "low = 0.0"),
 }  # fmt: skip
 
 #: Bugs of the kernels on two logits tensors. All are of one file.
@@ -231,11 +232,12 @@ PROGRAM_MUTANTS = {
 IN_FP32 = {
     "target by its rounded probability",
     "target capped in fp32",
-    "the top's exponent taken for 0",
-    "sums by the rounded reference",
+    "far: the top's exponent taken for 0",
+    "far: sums by the rounded reference",
     "far: exponents relative to a product",
     "far: a gradient relative to a product",
     "far: lse in fp64",
+    "a log-sum-exp without its low part",
     "the scale's rounding ignored",
     "pair: a log-sum-exp without its low part",
     "pair: the center's rounding ignored",

@@ -131,11 +131,18 @@ def test_one_value_everywhere(kernels, value, kernel):
         want = torch.full((3, vocab), 1 / vocab, dtype=torch.float64)
         want[torch.arange(3), ids] -= 1
         torch.testing.assert_close(out.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
-        logp, lse = verbs.token_stats(z, ids, ONE, SoftmaxParams(vocab), ("logp", "lse"))
+        names = ("logp", "lse", "lse_low")
+        stats = dict(zip(names, verbs.token_stats(z, ids, ONE, SoftmaxParams(vocab), names), strict=True))
+        logp, lse = stats["logp"], stats["lse"]
         assert torch.equal(logp, got[0]) and lse.tolist() == pytest.approx([float(z[0, 0]) + math.log(vocab)] * 3)
         by_verb = torch.full_like(z, math.nan)
-        verbs.token_grad(z, ids, ONE, SoftmaxParams(vocab), {"logp": logp, "lse": lse}, {"logp": -torch.ones(3)}, by_verb)
+        verbs.token_grad(z, ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_verb)
         torch.testing.assert_close(by_verb.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
+        if abs(value) < 1e38:  # else there is no log-sum-exp
+            cold = torch.full((1,), 0.7)
+            stats = dict(zip(names, verbs.token_stats(z, ids, cold, SoftmaxParams(vocab), names), strict=True))
+            verbs.token_grad(z, ids, cold, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_verb)
+            torch.testing.assert_close(by_verb.double(), want / 0.7, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e5, 1e7])
@@ -148,6 +155,25 @@ def test_offsets(kernels, vocab, offset):
         module.set_kernel(kernel)
         got, out = one_pass(verbs, aligned(rows.logits), rows.ids)
         assert_kept(rows, got[0], out, torch.float32)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0, -9000.0, 60000.0])
+@pytest.mark.parametrize("vocab", [257, 5003])
+def test_an_offset_costs_no_digits(kernels, vocab, offset):
+    """Logits that are multiples of 1/64 keep their differences exactly: statistics and gradient are those of no offset, to fp32's last digits."""
+    module, verbs = kernels
+    z = (torch.randn(4, vocab, generator=torch.Generator().manual_seed(vocab)) * 3 * 64).round() / 64
+    ids = torch.tensor([0, 1, vocab // 2, vocab - 1])
+    truth = torch.log_softmax(z.double(), -1)
+    entropy = -(truth.exp() * truth).sum(-1)
+    for kernel in ("streaming", "ring"):
+        module.set_kernel(kernel)
+        got, out = one_pass(verbs, aligned(z + offset), ids)
+        assert ((got[0].double() - truth[range(4), ids]).abs() <= 3e-6).all()
+        assert ((got[1].double() - entropy).abs() <= 3e-6).all()
+        want = truth.exp()
+        want[range(4), ids] -= 1
+        torch.testing.assert_close(out.double(), want, rtol=5e-6, atol=1e-12)
 
 
 def test_masks_far_below_a_sure_token(kernels):

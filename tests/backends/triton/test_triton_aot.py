@@ -66,9 +66,22 @@ def test_every_verb_and_dtype_compiles_without_spills_and_streams_16_bytes_at_a_
 def test_variants_compile(aot, target):
     """Split rows, a softcap, and rows that are not aligned: those may load narrowly, but do not spill."""
     compiled = aot("variants", target)
-    assert {"partial_kernel", "merge_kernel", "target_kernel"} <= {k["kernel"] for k in compiled}
+    assert {"partial_kernel", "merge_kernel", "gradient_kernel"} <= {k["kernel"] for k in compiled}
     assert_sound([k for k in compiled if k["dtype"] == "bfloat16"], SPLIT_ROWS)
     assert_sound([k for k in compiled if k["dtype"] == "float32"], {})
+
+
+def test_loads_come_early_and_logits_cost_few_instructions(aot):
+    """In what a Hopper runs: the compiler could put the next tile's loads after this one's arithmetic, and did so with eight vectors a tile."""
+    found = aot("loops", "sm_90")
+    assert [(x["kernel"], x["sweep"]) for x in found] == [
+        ("stats_kernel", "statistics"), ("gradient_kernel", "gradient"), ("loss_grad_kernel", "statistics"), ("loss_grad_kernel", "gradient")
+    ]  # fmt: skip
+    for loop in found:
+        assert loop["logits"] == 32
+        # The gradient verb has all four coefficients here, and holds them beside its tiles.
+        assert loop["last_load"] < (0.5 if loop["kernel"] == "gradient_kernel" else 0.25) * loop["instructions"], loop
+        assert loop["instructions"] <= 9.7 * loop["logits"], loop
 
 
 @pytest.mark.slow

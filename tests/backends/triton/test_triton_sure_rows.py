@@ -30,10 +30,10 @@ def measure(rows, temperature: float = 1.0):
     n, vocab = rows.logits.shape
     logits, ids = rows.logits.to(DEVICE), rows.ids.to(DEVICE)
     given = (logits, ids, torch.full((1,), temperature, device=DEVICE), SoftmaxParams(vocab))
-    logp, lse = backend.token_stats(*given, ("logp", "lse"))
+    logp, lse, low = backend.token_stats(*given, ("logp", "lse", "lse_low"))
     one = torch.ones(n, device=DEVICE)
     out, fused = torch.empty_like(logits), torch.empty_like(logits)
-    backend.token_grad(*given, {"logp": logp, "lse": lse}, {"logp": one}, out)
+    backend.token_grad(*given, {"logp": logp, "lse": lse, "lse_low": low}, {"logp": one}, out)
     inputs = RowInputs(one[None], adv=-one)  # the loss of REINFORCE is logp then
     found = backend.token_loss_grad(*given, inputs, REINFORCE, default_params(REINFORCE).to(DEVICE), fused)
     slopes = [g.gather(-1, ids[:, None])[:, 0].float().cpu() * temperature for g in (out, fused)]

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...calls.chunking import balanced
 from ...calls.hidden import ChunkSettings, LMHead
+from .. import again
 from .. import ops as library
-from ..autograd import forbid_second_backward
+from ..autograd import LSE_LOW, asked_for, forbid_second_backward
 from .gemms import Chunk, Gradients, chunks, live_rows, padded
 
 _DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
@@ -35,6 +35,7 @@ class LinearStatistics(torch.autograd.Function):
         head = LMHead(weight, bias, lora_a, lora_b, lora_scale).to(settings.compute_dtype)
         count = hidden.size(0)
         size = min(settings.chunk_rows, count)
+        wanted = asked_for(stats, any(ctx.needs_input_grad[:5]))
         working: Chunk | None = None
         kept: list[Chunk] = []
         parts = []
@@ -45,27 +46,33 @@ class LinearStatistics(torch.autograd.Function):
             else:
                 chunk = working = working or Chunk(size, head, settings)
             z, t = chunk.logits(hidden[rows]), _per_row(temperature, rows)
-            parts.append(library.token_stats(z, ids[rows], t, *settings.softmax[:2], False, stats, settings.backend))
+            parts.append(library.token_stats(z, ids[rows], t, *settings.softmax[:2], False, wanted, settings.backend))
         wide = torch.float64 if settings.logits_dtype == torch.float64 else torch.float32
-        table = torch.cat(parts, 1) if parts else hidden.new_zeros(len(stats.split(",")), 0, dtype=wide)
-        outputs = tuple(table.unbind())
+        table = torch.cat(parts, 1) if parts else hidden.new_zeros(len(wanted.split(",")), 0, dtype=wide)
+        known = table.unbind()
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.names, ctx.lora_scale = settings, stats.split(","), lora_scale
+        outputs = tuple(known[: len(ctx.names)])
         # Backward writes over them, so they serve once; a second backward recomputes.
         ctx.kept = [chunk.data for chunk in kept]
-        ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, ids, temperature, *outputs)
+        ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, ids, temperature, *known)
         ctx.mark_non_differentiable(*(t for name, t in zip(ctx.names, outputs, strict=True) if name == "max_logp"))
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, lora_a, lora_b, ids, temperature, *stats = ctx.saved_tensors
         settings: ChunkSettings = ctx.settings
+        if again.wants_graph():
+
+            def formula(h: Tensor, w: Tensor, c: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, ...]:
+                return again.linear_stats(h, LMHead(w, c, a, b, ctx.lora_scale), ids, temperature, settings, ctx.names)
+
+            return (*again.gradient(formula, (hidden, weight, bias, lora_a, lora_b), grads), *(None,) * 5)
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
         if all(g is None for g in by.values()):
             return (None,) * 10
-        known = dict(zip(ctx.names, stats, strict=True))
+        known = dict(zip((*ctx.names, LSE_LOW), stats, strict=True))
         table = _Table(ids, temperature, known, by)
         parameters = LMHead(weight, bias, lora_a, lora_b, ctx.lora_scale)
         head = parameters.to(settings.compute_dtype)
@@ -118,8 +125,8 @@ def _gradient(chunk: Tensor, count: int, table: _Table, settings: ChunkSettings)
     """The gradient of a chunk's first ``count`` rows of logits, and padding: over them where that may be."""
     known, by = table.known, table.by
     arguments = (
-        chunk[:count], table.ids, table.temperature, known["logp"], known["lse"], known.get("entropy"), known.get("log_sum_p_sq"),
-        *(by.get(name) for name in _DERIVATIVES), *settings.softmax[:2], False, settings.backend,
+        chunk[:count], table.ids, table.temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"),
+        known.get("log_sum_p_sq"), *(by.get(name) for name in _DERIVATIVES), *settings.softmax[:2], False, settings.backend,
     )  # fmt: skip
     if library.may_overwrite(True):
         library.token_grad_(*arguments)
@@ -159,7 +166,6 @@ class LinearOnePassLoss(torch.autograd.Function):
         return table[2].sum(), table
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
         forbid_second_backward(ctx, "linear_policy_loss")
         saved = iter(ctx.saved_tensors)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...calls.hidden import ChunkSettings, Hidden
 from ...rows.rows import Rows
+from .. import again
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
 from ..sources import ALWAYS
 from .autograd import LinearOnePassLoss, LinearStatistics
@@ -34,9 +35,12 @@ class HiddenSource(PlainSource):
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
         found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
-        values = LinearStatistics.apply(  # type: ignore[no-untyped-call]
-            h.states, *h.head, h.ids, h.temperature, self._settings(backend), ",".join(found)
-        )
+        if backend == again.TORCH:
+            values = again.linear_stats(h.states, h.head, h.ids, h.temperature, h.settings, found)
+        else:
+            values = LinearStatistics.apply(  # type: ignore[no-untyped-call]
+                h.states, *h.head, h.ids, h.temperature, self._settings(backend), ",".join(found)
+            )
         return {name: h.scatter(value) for name, value in zip(found, values, strict=True)}
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,5 @@
+// One word from two, both expanded first: names of the tables that are compiled once per level or dtype.
+#pragma once
+
+#define RW_CONCAT_(a, b) a##b
+#define RW_CONCAT(a, b) RW_CONCAT_(a, b)

@@ -1,0 +1,49 @@
+// From the derivatives of the loss by a row's statistics to its gradient by the row's logits.
+#pragma once
+
+#include <cmath>
+
+#include "common/row_state.h"
+
+namespace reweight_ops {
+namespace {
+
+/// dL/dlogit = p·(constant + log·log p + p_coef·p) away from the target, before the softcap's slope; 1/T is in the coefficients.
+template <class Real>
+struct GradCoefs {
+    Real constant, log, p_coef;
+};
+
+/// Derivatives of the loss by the row's statistics, and those of the statistics that they multiply.
+template <class Real>
+struct Derivatives {
+    float logp_coef, entropy_coef, lse_coef, p_sq_coef;
+    float logp, entropy, log_sum_p_sq;
+
+    RW_METHOD bool all_zero() const { return logp_coef == 0 && entropy_coef == 0 && lse_coef == 0 && p_sq_coef == 0; }
+
+    RW_METHOD GradCoefs<Real> coefs(Real inverse_temperature) const {
+        GradCoefs<Real> c{-Real(logp_coef) + lse_coef, 0, 0};
+        if (entropy_coef != 0) {
+            c.constant -= Real(entropy_coef) * entropy;
+            c.log = -Real(entropy_coef);
+        }
+        if (p_sq_coef != 0) {
+            c.constant -= 2 * p_sq_coef;
+            c.p_coef = 2 * p_sq_coef / std::exp(Real(log_sum_p_sq));
+        }
+        return {c.constant * inverse_temperature, c.log * inverse_temperature, c.p_coef * inverse_temperature};
+    }
+
+    /// The target's own element: p - 1 from its log-prob, for a rounded p loses everything as it goes to 1.
+    RW_METHOD float at_target() const {
+        const Real y = logp, p = std::exp(y);
+        Real g = -logp_coef * std::expm1(y) + lse_coef * p;
+        if (entropy_coef != 0 && p > 0) g -= entropy_coef * p * (y + entropy);
+        if (p_sq_coef != 0) g += 2 * p_sq_coef * p * (p / std::exp(Real(log_sum_p_sq)) - 1);
+        return float(g);
+    }
+};
+
+}  // namespace
+}  // namespace reweight_ops

@@ -1,0 +1,113 @@
+"""The row statistics as differentiable torch: what runs where autograd wants a graph of the gradient, and in ``torch.func``'s transforms.
+
+Kernels know first derivatives only. Under ``create_graph=True`` the backward of a statistic differentiates its formula here, so second
+derivatives are autograd's. Memory is eager PyTorch's: several tensors of the logits' size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends.base import SoftmaxParams
+from ..calls.hidden import ChunkSettings, LMHead
+from ..rows.groups import OUT
+from .ops import without_last_position
+
+#: The backend of a call whose statistics are these formulas.
+TORCH = "torch"
+
+
+def wants_graph() -> bool:
+    """Asked in backward: whether autograd wants a graph of the gradient. A compiled graph has none, and PyTorch raises there."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def gradient(
+    formula: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], upstream: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of ``formula(*inputs)`` by its inputs, with a graph of their own; None for an input that needs none."""
+    pairs = [(out, g) for out, g in zip(formula(*inputs), upstream, strict=True) if g is not None and out.requires_grad]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    outputs, grads = [out for out, _ in pairs], [g for _, g in pairs]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True) if pairs and wanted else ())
+    return [next(found, None) if x is not None and x.requires_grad else None for x in inputs]
+
+
+def rows(logits: Tensor, drop_last: bool) -> Tensor:
+    """``[N, V]`` of a call's logits."""
+    z = without_last_position(logits, drop_last)
+    return z.reshape(-1, z.size(-1))
+
+
+def log_probs(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> tuple[Tensor, Tensor, Tensor]:
+    """``(x, log_softmax(x), dead)`` of ``[N, V]`` logits: x as the kernels form it, and the columns without mass, which have no gradient."""
+    z = logits[:, : softmax.vocab_size]
+    z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+    # A row without any finite logit is NaN everywhere: there, nothing is dead.
+    dead = (z == -math.inf) & z.amax(-1, keepdim=True).isfinite()
+    x = torch.where(dead, 0, z)
+    if math.isfinite(softmax.softcap):
+        x = torch.where(x == math.inf, math.nan, softmax.softcap * torch.tanh(x / softmax.softcap))
+    x = torch.where(dead, -math.inf, x / temperature.view(-1, 1))
+    return x, torch.log_softmax(x, -1), dead
+
+
+def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str]) -> tuple[Tensor, ...]:
+    """The named statistics of ``[N, V]`` logits, ``[N]`` each; as :class:`~reweight_ops._core.backends.base.Backend` defines them."""
+    inside = ids != OUT
+    x, log_p, dead = log_probs(torch.where(inside[:, None], logits, 0), temperature, softmax)
+    bad = inside & ((ids < 0) | (ids >= softmax.total()))
+    known = torch.where(inside & ~bad, ids, 0)[:, None]
+    finite = torch.where(dead, 0, log_p)
+    formulas: dict[str, Callable[[], Tensor]] = {
+        "logp": lambda: log_p.gather(-1, known)[:, 0],
+        "entropy": lambda: -(log_p.exp() * finite).sum(-1),
+        "lse": lambda: x.logsumexp(-1) + 0 * log_p.detach().amax(-1),  # NaN where no column is finite
+        "log_sum_p_sq": lambda: (2 * log_p).logsumexp(-1),
+        "max_logp": lambda: log_p.detach().amax(-1),
+    }
+    return tuple(torch.where(inside, torch.where(bad, math.nan, formulas[name]()), 0) for name in names)
+
+
+def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSettings) -> Tensor:
+    """``[M, V]`` logits of a linear head, in the dtypes of the chunked one; a row that is out is never read."""
+    weight, bias, a, b, scale = head.to(settings.compute_dtype)
+    h, dtype = torch.where(keep[:, None], hidden, 0).to(settings.compute_dtype), settings.logits_dtype
+    z = h.to(dtype) @ weight.to(dtype).t()
+    z = z if bias is None else z + bias.to(dtype)
+    return z if a is None or b is None else z + scale * ((h @ a.t()).to(dtype) @ b.t().to(dtype))
+
+
+def linear_stats(
+    hidden: Tensor, head: LMHead, ids: Tensor, temperature: Tensor, settings: ChunkSettings, names: Sequence[str]
+) -> tuple[Tensor, ...]:
+    """The named statistics from hidden states ``[M, D]``."""
+    return token_stats(head_logits(hidden, head, ids != OUT, settings), ids, temperature, settings.softmax, names)
+
+
+def divergence_stats(tensors: Sequence[Tensor], softmaxes: tuple[int, float, float], drop_last: bool) -> tuple[Tensor, ...]:
+    """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, from logits, other logits, ids and both temperatures."""
+    logits, other, ids, temperature, other_temperature = tensors
+    vocab_size, softcap, other_softcap = softmaxes
+    inside = (ids != OUT)[:, None]
+    first = (rows(logits, drop_last), temperature, softcap)
+    second = (rows(other, False), other_temperature, other_softcap)
+    (_, log_p, dead_p), (_, log_q, dead_q) = (
+        log_probs(torch.where(inside, z, 0), t, SoftmaxParams(vocab_size, cap)) for z, t, cap in (first, second)
+    )
+    p, q, a, b = log_p.exp(), log_q.exp(), torch.where(dead_p, 0, log_p), torch.where(dead_q, 0, log_q)
+    d = torch.where(dead_p | dead_q, 0, a - b)
+    forward, reverse = -(q * d).sum(-1), (p * d).sum(-1)
+    sick = p.isnan().any(-1) | q.isnan().any(-1)
+    forward = torch.where((dead_p & ~dead_q).any(-1) & ~sick, math.inf, _at_least_zero(forward))
+    reverse = torch.where((dead_q & ~dead_p).any(-1) & ~sick, math.inf, _at_least_zero(reverse))
+    return tuple(torch.where(inside[:, 0], row, 0) for row in (forward, reverse, -(p * a).sum(-1), -(q * b).sum(-1)))
+
+
+def _at_least_zero(x: Tensor) -> Tensor:
+    """Rounding apart a divergence is: its value without the sign of a rounding, its gradient whole."""
+    return x - x.detach().clamp(max=0)
