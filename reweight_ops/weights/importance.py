@@ -7,7 +7,7 @@ from .._core.formula.base import TokenWeight, weight
 from ..errors import InvalidCall
 
 
-def _drift(xp, t):  # type: ignore[no-untyped-def]
+def _drift(xp, t):
     """``old_logp - sampling_logp``, and 0 (a ratio of 1) where the sampler's log-prob is NaN, as in TRL 1.16."""
     return xp.where(t.sampling_logp == t.sampling_logp, t.old_logp - t.sampling_logp, 0.0)
 

@@ -36,7 +36,13 @@ def data():
 def weights_of(weight, data, **given):
     """``[B, T]``, as the op applies them; 0 where masked."""
     spec = rw.PolicyLossSpec(surrogate=NLL(), weights=(weight,), reduction=rw.NoReduction())
-    stored = {"old_per_token_logps": data["old"], "ref_per_token_logps": data["ref"], "completion_mask": data["mask"], **given}
+    stored = {
+        "old_per_token_logps": data["old"],
+        "ref_per_token_logps": data["ref"],
+        "completion_mask": data["mask"],
+        "unused": "ignore",
+        **given,
+    }
     out = rw.policy_loss_from_logps(data["logps"], data["adv"], spec=spec, entropies=data["H"], **stored)
     return out.loss / -data["logps"]
 
