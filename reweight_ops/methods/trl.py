@@ -23,7 +23,6 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "epsilon": (*_CLIPPED, "cispo"), "epsilon_high": (*_CLIPPED, "cispo"), "delta": _CLIPPED,
     "sapo_temperature_pos": ("sapo",), "sapo_temperature_neg": ("sapo",),
     "vespo_k_pos": ("vespo",), "vespo_lambda_pos": ("vespo",), "vespo_k_neg": ("vespo",), "vespo_lambda_neg": ("vespo",),
-    "max_completion_length": ("dr_grpo",),
 }  # fmt: skip
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
@@ -53,8 +52,9 @@ def trl(
 
     ``dapo``, ``cispo`` and ``vespo`` divide by ``num_items_in_batch``, a call argument here: pass TRL's final normalizer (see
     :mod:`reweight_ops.integrations.trl`). TRL folds vLLM's correction into ``vespo``'s sequence ratio: pass the sampler's log-probs as
-    ``old_per_token_logps`` for that. ``off_policy_mask_threshold`` is against ``old_per_token_logps``, as in TRL without vLLM; against the
-    sampler's log-probs it is ``weights.SamplerSequenceMask``.
+    ``old_per_token_logps`` for that; a KL with ``use_bias_correction_kl`` is then weighted by the ratio to the sampler, where TRL's is to
+    the old policy: give ``use_bias_correction_kl=False`` there. ``off_policy_mask_threshold`` is against ``old_per_token_logps``, as in TRL
+    without vLLM; against the sampler's log-probs it is ``weights.SamplerSequenceMask``.
 
     An option that the loss type does not read is an error where it differs from its default; ``unused="ignore"`` takes a whole configuration.
     """
@@ -63,8 +63,6 @@ def trl(
     given = locals()
     if loss_type not in LOSS_TYPES:
         raise InvalidCall(f"methods.trl: loss_type is {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}.")
-    if unused == "error":
-        forbid_unused("methods.trl", trl, given, f"loss_type={loss_type!r}", {name: loss_type in types for name, types in _READ_BY.items()})
     levels = {"token": TokenRatio(clamp=math.inf), "sequence": SequenceRatio(clamp=math.inf)}
     if importance_sampling_level not in levels:
         raise InvalidCall(f"methods.trl: importance_sampling_level is {importance_sampling_level!r}, expected 'token' or 'sequence'.")
@@ -80,6 +78,8 @@ def trl(
         if importance_sampling_level != "token":
             raise InvalidCall("methods.trl: loss_type='vespo' has a sequence ratio of its own; importance_sampling_level must be 'token'.")
         surrogate = Reinforce()
+    if unused == "error":
+        forbid_unused("methods.trl", trl, given, f"loss_type={loss_type!r}", {name: loss_type in types for name, types in _READ_BY.items()})
     reductions: dict[str, Reduction] = {
         "grpo": SequenceMean(),
         "sapo": SequenceMean(),

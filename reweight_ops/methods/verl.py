@@ -10,7 +10,7 @@ from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import Ratio, SequenceRatio, TokenRatio
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean, TokenSum
 from ..errors import InvalidCall
-from ..rules.penalties import K1, K2, K3, Absolute, K1StraightThrough, K3StraightThrough
+from ..rules.penalties import K1, K2, K3, Absolute, AbsoluteStraightThrough, K1StraightThrough, K3StraightThrough
 from ..rules.surrogates import Cispo, Clip, DppoTV, DualClip, Reinforce, Sapo
 from .penalties import entropy, kl
 from .unused import forbid_unused
@@ -25,7 +25,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 KL_TYPES: dict[str, Rule] = {
     "kl": K1(), "k1": K1(), "abs": Absolute(), "mse": K2(clamp=math.inf), "k2": K2(clamp=math.inf), "low_var_kl": K3(cap=10.0), "k3": K3(cap=10.0),
-    "kl+": K1StraightThrough(), "k1+": K1StraightThrough(), "mse+": K2(clamp=math.inf), "k2+": K2(clamp=math.inf),
+    "kl+": K1StraightThrough(), "k1+": K1StraightThrough(), "abs+": AbsoluteStraightThrough(), "mse+": K2(clamp=math.inf), "k2+": K2(clamp=math.inf),
     "low_var_kl+": K3StraightThrough(cap=10.0), "k3+": K3StraightThrough(cap=10.0),
 }  # fmt: skip
 

@@ -75,6 +75,15 @@ class K1StraightThrough(Rule):
         return xp.straight_through(k2, t.logp - t.ref_logp)
 
 
+@rule("absolute_straight_through", kind="penalty")
+class AbsoluteStraightThrough(Rule):
+    """The value of ``|d|`` with the gradient of k2 (verl's ``abs+``)."""
+
+    def loss(self, xp, t):
+        k2 = 0.5 * (t.ref_logp - t.logp) * (t.ref_logp - t.logp)
+        return xp.straight_through(k2, xp.abs(t.ref_logp - t.logp))
+
+
 @rule("k3_straight_through", kind="penalty")
 class K3StraightThrough(Rule):
     """The value of k3 with the gradient of k2 (verl's ``k3+`` and ``low_var_kl+``, with ``cap=10``)."""

@@ -74,7 +74,9 @@ def token_weights(weights: tuple[TokenWeight, ...], tokens: dict[str, Any], shap
     stored: dict[str, Any] = {name: tensor(given[leaf]) for leaf, name in _STORED.items() if leaf in given}
     spec = PolicyLossSpec(surrogate=NLL(), weights=weights, reduction=NoReduction())
     advantages = tensor(given["adv"]) if "adv" in given else None
-    out = policy_loss_from_logps(logps, advantages, spec=spec, entropies=tensor(given["entropy"]), completion_mask=mask, **stored)
+    out = policy_loss_from_logps(
+        logps, advantages, spec=spec, entropies=tensor(given["entropy"]), completion_mask=mask, unused="ignore", **stored
+    )
     return out.loss / -logps
 
 

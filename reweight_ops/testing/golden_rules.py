@@ -97,6 +97,7 @@ ROWS = (
     Row("k3_corrected", distance(LN2, log_ratio=LN2), 2 * (1 - LN2), -2 * LN2),
     # Straight through: the value of k1 or k3, the slope of k2, -d.
     Row("k1_straight_through", distance(LN2), -LN2, -LN2),
+    Row("absolute_straight_through", distance(LN2), LN2, -LN2),
     Row("k3_straight_through", distance(LN2), 1 - LN2, -LN2),
     Row("k3_straight_through", distance(LN2), 0.25, -LN2, parameters={"cap": 0.25}),
     Row("entropy_bonus", {"logp": -LN2, "entropy": 1.5}, -1.5, 0.0, dentropy=-1.0),

@@ -7,18 +7,24 @@ from .._core.formula.base import TokenWeight, weight
 from ..errors import InvalidCall
 
 
+def _drift(xp, t):
+    """``old_logp - sampling_logp``, and 0 (a ratio of 1) where the sampler's log-prob is NaN, as in TRL 1.16."""
+    return xp.where(t.sampling_logp == t.sampling_logp, t.old_logp - t.sampling_logp, 0.0)
+
+
 @weight
 class TruncatedImportance(TokenWeight):
     """``clip(exp(old_logp - sampling_logp), ratio_min, ratio_max)``: truncated importance sampling against the sampler's own log-probs.
 
     TIS, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; TRL's ``token_truncate``.
+    A token whose sampler's log-prob is NaN has ratio 1, here and in the three below.
     """
 
     ratio_min: float = 0.0
     ratio_max: float = 2.0
 
     def weight(self, xp, t, batch):
-        return xp.clip(xp.exp(t.old_logp - t.sampling_logp), self.ratio_min, self.ratio_max)
+        return xp.clip(xp.exp(_drift(xp, t)), self.ratio_min, self.ratio_max)
 
 
 @weight
@@ -29,7 +35,7 @@ class MaskedImportance(TokenWeight):
     ratio_max: float = 2.0
 
     def weight(self, xp, t, batch):
-        ratio = xp.exp(t.old_logp - t.sampling_logp)
+        ratio = xp.exp(_drift(xp, t))
         return xp.where((ratio >= self.ratio_min) & (ratio <= self.ratio_max), ratio, 0.0)
 
 
@@ -41,7 +47,7 @@ class SequenceTruncatedImportance(TokenWeight):
     ratio_max: float = 3.0
 
     def weight(self, xp, t, batch):
-        return xp.clip(xp.exp(batch.seq_sum(t.old_logp - t.sampling_logp)), self.ratio_min, self.ratio_max)
+        return xp.clip(xp.exp(batch.seq_sum(_drift(xp, t))), self.ratio_min, self.ratio_max)
 
 
 @weight
@@ -52,7 +58,7 @@ class SequenceMaskedImportance(TokenWeight):
     ratio_max: float = 3.0
 
     def weight(self, xp, t, batch):
-        ratio = xp.exp(batch.seq_sum(t.old_logp - t.sampling_logp))
+        ratio = xp.exp(batch.seq_sum(_drift(xp, t)))
         return xp.where((ratio >= self.ratio_min) & (ratio <= self.ratio_max), ratio, 0.0)
 
 

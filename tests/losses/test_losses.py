@@ -32,7 +32,7 @@ def batch():
 
 
 def ours(batch, spec, adv, **options):
-    given = {"completion_mask": batch["mask"], "old_per_token_logps": batch["old"], "backend": "reference", **options}
+    given = {"completion_mask": batch["mask"], "old_per_token_logps": batch["old"], "backend": "reference", "unused": "ignore", **options}
     return rw.policy_loss(batch["logits"], batch["ids"], adv, spec=spec, **given)
 
 

@@ -29,9 +29,7 @@ def statistics(batch, temperature=1.0):
 
 def ours(batch, spec, adv, **options):
     names = {"old": "old_per_token_logps", "ref": "ref_per_token_logps"}
-    if "ref_logp" not in spec.requires:
-        del names["ref"]
-    data = {name: batch[key] for key, name in names.items()} | {"completion_mask": batch["mask"]}
+    data = {name: batch[key] for key, name in names.items()} | {"completion_mask": batch["mask"], "unused": "ignore"}
     return rw.policy_loss(batch["logits"], batch["ids"], adv, spec=spec, backend="reference", **{**data, **options})
 
 
@@ -65,7 +63,7 @@ def test_trl(batch, loss_type, level, extras):
         settings.pop("delta", None)
     if loss_type == "vespo" and level == "sequence":
         with pytest.raises(rw.InvalidCall, match="must be 'token'"):
-            rw.methods.trl(loss_type, **settings)
+            rw.methods.trl(loss_type, unused="ignore", **settings)
         return
     temperature = 0.9
     logp, entropy = statistics(batch, temperature)
@@ -75,7 +73,14 @@ def test_trl(batch, loss_type, level, extras):
             num_items_in_batch=41.0, importance_sampling_ratio=ratio, **settings,
         )  # fmt: skip
         divisor = {"num_items_in_batch": 41.0} if loss_type in ("dapo", "cispo", "vespo") else {}
-        out = ours(batch, rw.methods.trl(loss_type, **settings), adv, temperature=temperature, importance_sampling_ratio=ratio, **divisor)
+        out = ours(
+            batch,
+            rw.methods.trl(loss_type, unused="ignore", **settings),
+            adv,
+            temperature=temperature,
+            importance_sampling_ratio=ratio,
+            **divisor,
+        )
         same(out.loss, theirs, batch["logits"])
         metrics = out.metrics.as_floats("trl")
         assert {name: pytest.approx(value, rel=1e-9) for name, value in logged.items()} == {name: metrics[name] for name in logged}
@@ -96,7 +101,9 @@ def test_verl(batch, loss_mode, mode, around):
         loss_mode, logp, batch["adv"]["token"], mask, old_logps=batch["old"], ref_logps=batch["ref"], entropies=entropy,
         rollout_is_weights=batch["ratios"]["token"], clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5, **own,
     )  # fmt: skip
-    spec = rw.methods.verl(loss_mode, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5, use_kl_loss="kl" in around, **own)
+    spec = rw.methods.verl(
+        loss_mode, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5, use_kl_loss="kl" in around, unused="ignore", **own
+    )
     out = ours(batch, spec, batch["adv"]["token"], completion_mask=mask, importance_sampling_ratio=batch["ratios"]["token"])
     # verl divides a sequence's sum by its length + 1e-8
     torch.testing.assert_close(out.loss, theirs, rtol=1e-7, atol=1e-9)
@@ -105,7 +112,7 @@ def test_verl(batch, loss_mode, mode, around):
     assert b.abs().sum() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["k1", "abs", "k2", "k3", "k1+", "k3+", "low_var_kl"])
+@pytest.mark.parametrize("kind", ["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+", "low_var_kl"])
 def test_verl_kl_types(batch, kind):
     logp, _ = statistics(batch)
     theirs, _ = verl.policy_loss(

@@ -199,9 +199,9 @@ def test_metrics_exist_only_where_they_apply():
         "rows_skipped",
     } <= names
     grpo.pop("ref_per_token_logps")
-    reinforce = rw.policy_loss(**grpo, spec="reinforce").metrics
+    reinforce = rw.policy_loss(**grpo, spec="reinforce", unused="ignore").metrics
     assert not {"kl", "clip_ratio/low_mean", "ratio/mean", "weight/mean"} & set(reinforce)
-    assert "weight/mean" in rw.policy_loss(**grpo, spec="reinforce", token_weights=0.5).metrics
+    assert "weight/mean" in rw.policy_loss(**grpo, spec="reinforce", token_weights=0.5, unused="ignore").metrics
     with pytest.raises(KeyError, match="this call has"):
         reinforce["kl"]
 
@@ -215,7 +215,7 @@ def test_metrics_combine_like_one_batch():
     assert combined.as_floats() == pytest.approx(want.as_floats(), rel=1e-5)
     assert want["ratio/max"] > want["ratio/mean"] and combined.sums.shape == (len(want), 2)
     with pytest.raises(rw.InvalidCall, match="one spec"):
-        rw.Metrics.combine([want, rw.policy_loss(**whole, spec="reinforce").metrics])
+        rw.Metrics.combine([want, rw.policy_loss(**whole, spec="reinforce", unused="ignore").metrics])
 
 
 def test_metrics_names_and_prefix():

@@ -36,7 +36,13 @@ def data():
 def weights_of(weight, data, **given):
     """``[B, T]``, as the op applies them; 0 where masked."""
     spec = rw.PolicyLossSpec(surrogate=NLL(), weights=(weight,), reduction=rw.NoReduction())
-    stored = {"old_per_token_logps": data["old"], "ref_per_token_logps": data["ref"], "completion_mask": data["mask"], **given}
+    stored = {
+        "old_per_token_logps": data["old"],
+        "ref_per_token_logps": data["ref"],
+        "completion_mask": data["mask"],
+        "unused": "ignore",
+        **given,
+    }
     out = rw.policy_loss_from_logps(data["logps"], data["adv"], spec=spec, entropies=data["H"], **stored)
     return out.loss / -data["logps"]
 
@@ -268,3 +274,17 @@ def test_weight_builders_fail_loudly():
             build()
     with pytest.raises(TypeError, match="fraction"):
         rw.weights.DualLevelDownSampling()
+
+
+@pytest.mark.parametrize("name", ["TruncatedImportance", "MaskedImportance", "SequenceTruncatedImportance", "SequenceMaskedImportance"])
+def test_an_unknown_sampler_log_prob_is_a_ratio_of_one(name):
+    """As in TRL 1.16: the token stays, and its sequence's ratio is that of the others."""
+    spec = rw.methods.grpo().with_weight(getattr(rw.weights, name)(ratio_max=1.5))
+    logps, old, sampling = torch.full((2, 3), -1.0), torch.full((2, 3), -1.0), torch.full((2, 3), -1.0)
+    sampling[0, 1] = math.nan
+    options = {"spec": spec, "old_per_token_logps": old}
+    losses = [
+        rw.policy_loss_from_logps(logps.clone().requires_grad_(), torch.ones(2), sampling_per_token_logps=s, **options).loss
+        for s in (sampling, sampling.nan_to_num(-1.0))
+    ]
+    assert torch.equal(losses[0], losses[1]) and losses[0].isfinite()

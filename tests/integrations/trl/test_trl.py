@@ -150,7 +150,7 @@ def test_log_probs_and_entropies(trainers):
         grads = torch.autograd.grad(entropies.square().sum() + logps.sum(), list(trainer.model.parameters()))
         results[name] = logps, entropies, torch.cat([g.flatten() for g in grads])
         handle.remove()
-        assert aux is None and rows == [3, 3, 2]
+        assert aux is None and [n for n in rows if n > 1] == [3, 3, 2]  # the probe has one row
     for name in ("token", "token_logits"):
         for a, b in zip(results["stock"], results[name], strict=True):
             assert a.shape == b.shape
