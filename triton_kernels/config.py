@@ -107,5 +107,7 @@ def pair_config(columns: int, itemsize: int, other_itemsize: int) -> Config:
     """For rows of two tensors: a vector is 16 bytes of the one with the smaller elements."""
     shape = next(s for limit, s in _PAIR if columns * max(itemsize, other_itemsize) <= limit)
     vector = 16 // min(itemsize, other_itemsize)
-    segment = max(2 * shape.slots * shape.vectors * vector, _SEGMENT_BYTES // max(itemsize, other_itemsize))
-    return Config(shape.slots, shape.vectors, vector, segment, shape.stats, shape.one_pass, shape.one_pass, shape.vectors)
+    # A vector of the narrower tensor is two of the wider one: with two of them a tile spills.
+    vectors = shape.vectors if itemsize == other_itemsize else 1
+    segment = max(2 * shape.slots * vectors * vector, _SEGMENT_BYTES // max(itemsize, other_itemsize))
+    return Config(shape.slots, vectors, vector, segment, shape.stats, shape.one_pass, shape.one_pass, vectors)

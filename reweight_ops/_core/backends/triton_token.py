@@ -41,7 +41,7 @@ class _Call:
         args = (
             logits, ids, temperature, partial, self.t_stride, *self.where, head.vocab_size, self.softcap, head.vocab_start, head.total()
         )  # fmt: skip
-        meta = {"SEGMENT": self.config.segment, **self.tile, "ALIGN": self.align, "shape": self.config.stats, "wave": self.wave}
+        meta = {"SEGMENT": self.config.segment, **self.tile, "ALIGN": self.align, "shape": self.config.stats.alone(), "wave": self.wave}
         policy = "evict_last" if merge else "evict_first"
         triton_launch.launch(kernels.partial_kernel, self.rows * self.segments, *args, **meta, AHEAD=self.config.stats.ahead, POLICY=policy)
         if merge:

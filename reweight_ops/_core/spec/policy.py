@@ -62,6 +62,8 @@ class PolicyLossSpec:
         if isinstance(self.reduction, NoReduction) and self.reduction.weight is not None:
             raise InvalidCall("PolicyLossSpec: NoReduction takes no weight.")
         # Traced now, and kept: a call, and torch.compile above it, only reads the results.
+        reductions = (self.reduction, *(p.reduction or self.reduction for p in self.penalties))
+        object.__setattr__(self, "_reductions", reductions)
         object.__setattr__(self, "_requires", self._find_requires())
         object.__setattr__(self, "_obstacle", self._find_obstacle())
         object.__setattr__(self, "_program", self._find_program())
@@ -90,7 +92,7 @@ class PolicyLossSpec:
     @property
     def reductions(self) -> tuple[Reduction, ...]:
         """One a term."""
-        return (self.reduction, *(p.reduction or self.reduction for p in self.penalties))
+        return self._reductions  # type: ignore[attr-defined,no-any-return]
 
     @property
     def couples_rows(self) -> bool:
