@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from .._core.formula.namespace import TorchNamespace
 from .._core.losses.policy import policy_loss
 from .._core.spec.policy import PolicyLossSpec
 from ..errors import InvalidCall
@@ -49,9 +50,12 @@ class _Tape:
             position += 1
             return self.values[position - 1]
 
+        def straight_through(xp: TorchNamespace, slope: Tensor, value: Tensor) -> Tensor:
+            return slope + (value - slope).detach()  # as a sum of which one part stays
+
         @contextlib.contextmanager
         def play() -> Any:
-            with mock.patch.object(Tensor, "detach", detach):
+            with mock.patch.object(Tensor, "detach", detach), mock.patch.object(TorchNamespace, "straight_through", straight_through):
                 yield
             self.recorded = True
 

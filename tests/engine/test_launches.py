@@ -124,7 +124,8 @@ def test_few_launches(meta, name, tensors):
         options = {**options, "ref_per_token_logps": None}
     call = trl_call(tensors, spec=spec, plan=plan, **options)
     found, _ = launches(call)
-    assert 0 < found.beside <= most, found
+    # A tensor temperature may not be positive: one operation makes it NaN then, where the goal allows none.
+    assert 0 < found.beside <= most + tensors, found
     found, more = launches(call, metrics=True)
     assert 0 < more <= 6, found
 
@@ -152,7 +153,8 @@ def test_numbers_that_change_copy_nothing(meta):
         out.loss.backward()
         return out.metrics, rw.distillation_loss(leaf(2, 4, 16), leaf(2, 4, 16).detach(), temperature=1 + x, loss_scale=x).loss.backward()
 
-    step(0.1)
+    with Counted():
+        step(0.1)  # the first use may
     with NoHostCopies(), Counted():
         for i in range(2, 5):
             step(i / 10)

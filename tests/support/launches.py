@@ -35,6 +35,7 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.operations: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
+        self._launchers = []  # entered again inside of an op
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         body = BODIES.get(func)
@@ -46,11 +47,12 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def __enter__(self):
-        self._launch, triton_launch.launch = triton_launch.launch, self._count
+        self._launchers.append(triton_launch.launch)
+        triton_launch.launch = self._count
         return super().__enter__()
 
     def __exit__(self, *error):
-        triton_launch.launch = self._launch
+        triton_launch.launch = self._launchers.pop()
         return super().__exit__(*error)
 
     def _count(self, kernel, programs, *args, **meta) -> None:

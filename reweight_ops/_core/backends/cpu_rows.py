@@ -41,7 +41,7 @@ class RowsEvaluator:
             raise InvalidCall(
                 f"evaluate_rows: the loss takes {table.registers} registers, at most {self.module.max_registers} are supported."
             )
-        words = torch.tensor(table.words(), dtype=torch.int64)
+        words = torch.tensor(table.words(), dtype=torch.int64, device="cpu")
         return _Loaded(self._programs.load(table, words), words, table.outputs, graph.reads(outputs), table.terms, table.parameters)
 
     def __call__(
@@ -75,7 +75,7 @@ class RowsEvaluator:
                 )
             return t.data_ptr()
 
-        out = torch.empty(len(outputs), n, dtype=params.dtype)
+        out = torch.empty(len(outputs), n, dtype=params.dtype, device="cpu")
         self.module.evaluate_rows(
             params.dtype == torch.float64, loaded.table, address("params", params, (loaded.parameters,)),
             [address(name, leaves.get(name), (n,)) for name in LEAVES], address("row weights", weights, tuple(weights.shape)),

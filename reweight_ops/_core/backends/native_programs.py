@@ -39,7 +39,7 @@ class Programs:
         """The program where kernels on ``device`` read it: uploaded by the first call, so before a CUDA graph is captured."""
         graph = loss_graph(program)
         table = build_table(graph)
-        words = torch.tensor(table.words(), dtype=torch.int64).to(device)
+        words = torch.tensor(table.words(), dtype=torch.int64, device="cpu").to(device)
         reads_p_sq = "log_sum_p_sq" in graph.reads() or graph.moves("log_sum_p_sq")
         return Compiled(self.load(table, words), graph.parameters, reads_p_sq, graph.moves("entropy"), words)
 

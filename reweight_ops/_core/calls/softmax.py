@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import SoftmaxParams
@@ -51,7 +52,7 @@ def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
         if rows.device.type == "cpu" and not torch.compiler.is_compiling() and not is_wrapped(found):
             _check_temperature(found, rows, fail)
             return found
-        return torch.where(found > 0, found, math.nan)  # NaN in its rows, without waiting for a GPU
+        return threshold(found, 0.0, math.nan)  # NaN in its rows: one operation, and no wait for a GPU
     if not value > 0 or math.isinf(value):
         raise fail(f"temperature is {value}, expected a positive number.")
     return parameter_vector((value,), rows.dtype, rows.device)

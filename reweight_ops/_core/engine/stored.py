@@ -6,17 +6,18 @@ evaluation. A compiled graph takes that one, for its compiler fuses it, and so d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.select import load
 from ..calls.policy import LossCall
 from ..formula.loss_program import Program, loss_graph
 from ..rows.verbs import is_traced
 from ..spec.ratio import SequenceRatio
+from . import again
 
 #: What a loss is differentiated by, and the outputs of its evaluation.
 _BY = ("logp", "entropy", "log_sum_p_sq", "log_ratio")
@@ -26,24 +27,32 @@ class _StoredRows(torch.autograd.Function):
     """``(loss, table)`` of ``evaluate()``, whose table begins with the weighted loss, the loss, and the derivatives by ``statistics``."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, moving: tuple[bool, ...], *statistics: Tensor) -> Tensor:
-        ctx.moving = moving
-        ctx.save_for_backward(table)
+    def forward(ctx: Any, table: Tensor, moving: tuple[bool, ...], call: LossCall, *statistics: Tensor | None) -> Tensor:
+        ctx.moving, ctx.call = moving, call.released()
+        ctx.save_for_backward(table, *statistics)
         ctx.set_materialize_grads(False)
         return table[0].sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * (2 + len(ctx.moving))
-        (table,) = ctx.saved_tensors
         at = [i for i, moves in enumerate(ctx.moving) if moves]
-        if not at:
-            return (None,) * (2 + len(ctx.moving))
+        if upstream is None or not at:
+            return (None,) * (3 + len(ctx.moving))
+        table, *statistics = ctx.saved_tensors
+        if again.wants_graph():
+            # The formula from the statistics alone: the ratio is among what follows from the log-probs.
+            return None, None, None, *again.gradient(_formula(ctx.call), statistics[:-1], (upstream,)), None
         begin = at[0]
         scaled = table[2 + begin : 3 + at[-1]] * upstream
-        return None, None, *(scaled[i - begin] if moves else None for i, moves in enumerate(ctx.moving))
+        return None, None, None, *(scaled[i - begin] if moves else None for i, moves in enumerate(ctx.moving))
+
+
+def _formula(call: LossCall) -> Callable[..., tuple[Tensor]]:
+    def total(*statistics: Tensor | None) -> tuple[Tensor]:
+        known = {name: x for name, x in zip(_BY, statistics, strict=False) if x is not None}
+        return (call.evaluate(known).weighted_loss.sum(),)
+
+    return total
 
 
 def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor, bool] | None:
@@ -80,7 +89,7 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
         assert rows.verbs is not None and rows.masked is not None and isinstance(ratio, SequenceRatio)
         rows.verbs.adjoint(rows.masked, rows.run, table[5], table[2], params, means, ratio.normalize, ratio.gradient == "sequence")
     moving = tuple(name in inputs and (_moves(program, name, not pointwise) or (fused and name == "logp")) for name in _BY)
-    loss = _StoredRows.apply(table, moving, *(inputs.get(name) for name in _BY))  # type: ignore[no-untyped-call]
+    loss = _StoredRows.apply(table, moving, call, *(inputs.get(name) for name in _BY))  # type: ignore[no-untyped-call]
     return loss, table, pointwise or fused
 
 

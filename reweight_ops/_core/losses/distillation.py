@@ -28,11 +28,11 @@ from ..engine.statistics import StatisticsObjective
 from .explain import public_op
 
 
-@public_op
 @published(
     "token_divergence", "Full-vocabulary KL to a reference or teacher", kind="divergence", level="token", plan="two passes", arxiv="1503.02531",
     paper="Distilling the Knowledge in a Neural Network", certainty="verified",
 )  # fmt: skip
+@public_op
 def token_divergence(
     logits: Tensor,
     other_logits: Tensor,

@@ -24,7 +24,7 @@ def both(batch, **options):
     results = []
     for backend in ("triton", "reference"):
         z = batch["logits"].detach().clone().requires_grad_()
-        out = rw.policy_loss(**{**batch, "logits": z}, backend=backend, **options)
+        out = rw.policy_loss(**{**batch, "logits": z}, backend=backend, unused="ignore", **options)
         assert (out._call.rows.verbs is not None) == (backend == "triton")
         (grad,) = torch.autograd.grad(out.loss, z)
         rows = [out.per_token_logps, out.per_token_loss, out.ratio, out.coef]
