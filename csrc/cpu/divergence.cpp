@@ -62,9 +62,10 @@ void pair_grad_row(const PairRow<T, U>& row, T* g, int64_t columns, const PairRe
         const Vec e = exponential(u * unit), w = f * exponential(v * unit);
         Vec r;
         if constexpr (kLogs) {
-            // p is 0 below the floor, and 0 times anything finite is 0; where q is 0 and p is not, the row was filled with NaN.
+            // A column without p has no logs: those of a column that a large number masks overflow. Where q is 0 and p is not, the
+            // row was filled with NaN.
             const Vec s1 = max(splat(kFloor / kUnit), u), s2 = max(splat(-std::numeric_limits<float>::max()), v);
-            r = (e * fma(s1, b, fma(s1 - s2, c, a)) + w) * slope;
+            r = (select(e == splat(0.0f), e, e * fma(s1, b, fma(s1 - s2, c, a))) + w) * slope;
         } else {
             r = e * a + w;  // two roundings: where p and q are equal, so are both products
         }

@@ -78,5 +78,5 @@ def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep:
     logp = leaves["logp"]
     unknown = chosen & logp.isnan()
     sick = unknown | weighted.isnan()
-    spoiled = logp * torch.where(sick, math.nan, 1)
+    spoiled = logp * torch.ones_like(logp).masked_fill(sick, math.nan)
     return TermResult(torch.where(sick, spoiled, weighted), torch.where(unknown, math.nan, loss))
