@@ -109,7 +109,7 @@ struct PairAccumulator {
     Accumulated p, q;
     VecI p_zero{}, q_zero{};
 
-    /// One vector of both. kDead: columns may be -inf, which is a probability of 0; kSlow: so may exponents, references are of any size, and
+    /// One vector of both. kDead: columns may be -inf, which is a probability of 0; kSlow: references are of any size, and
     /// differences are in units of kLogUnit.
     template <bool kDead, bool kSlow>
     RW_INLINE void add(Vec x, Vec y, const Shift<kSlow>& p_shift, const Shift<kSlow>& q_shift, const Exp2<5>& exponential, const Softcap& p_cap, const Softcap& q_cap) {
@@ -124,7 +124,7 @@ struct PairAccumulator {
         if constexpr (kSlow) d = small_log(x, p_shift) - small_log(y, q_shift);
         if constexpr (kDead) {
             const VecI p_dead = x == splat(-kInf), q_dead = y == splat(-kInf);
-            d = select(p_dead | q_dead, splat(0.0f), d);
+            d = select(p_dead | q_dead | ((e == splat(0.0f)) & (f == splat(0.0f))), splat(0.0f), d);
             s = select(s == splat(-kInf), splat(0.0f), s);  // its e is 0
             t = select(t == splat(-kInf), splat(0.0f), t);
             p_zero |= p_dead & ~q_dead;
@@ -149,20 +149,20 @@ struct Caps {
     Softcap p, q;
 };
 
-template <bool kSlow, class T, class U>
+template <bool kDead, bool kSlow, class T, class U>
 inline PairBlock sweep_pair_block(const T* x, const U* y, int64_t n, const Shift<kSlow>& p_shift, const Shift<kSlow>& q_shift, const Exp2<5>& exponential, const Caps& caps) {
     PairAccumulator acc[2];
     int64_t i = 0;
     for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
         fetch<2 * kWidth * sizeof(T)>((const char*)(x + i) + kFetchAhead);
         fetch<2 * kWidth * sizeof(U)>((const char*)(y + i) + kFetchAhead);
-        acc[0].add<kSlow>(get(x + i), get(y + i), p_shift, q_shift, exponential, caps.p, caps.q);
-        acc[1].add<kSlow>(get(x + i + kWidth), get(y + i + kWidth), p_shift, q_shift, exponential, caps.p, caps.q);
+        acc[0].add<kDead>(get(x + i), get(y + i), p_shift, q_shift, exponential, caps.p, caps.q);
+        acc[1].add<kDead>(get(x + i + kWidth), get(y + i + kWidth), p_shift, q_shift, exponential, caps.p, caps.q);
     }
     for (; i < n; i += kWidth) {
         const int64_t rest = n - i;
         if (rest >= kWidth) {
-            acc[0].add<kSlow>(get(x + i), get(y + i), p_shift, q_shift, exponential, caps.p, caps.q);
+            acc[0].add<kDead>(get(x + i), get(y + i), p_shift, q_shift, exponential, caps.p, caps.q);
         } else {  // padded with -inf on both sides: nothing
             acc[1].add<true>(get_partial(x + i, rest), get_partial(y + i, rest), p_shift, q_shift, exponential, caps.p, caps.q);
         }
@@ -254,10 +254,12 @@ private:
         const float p_at = p_at_ == -kInf ? 0.0f : p_at_, q_at = q_at_ == -kInf ? 0.0f : q_at_;  // a block of -inf may hold a NaN
         if (!is_far(p_at, row_.x_scale) && !is_far(q_at, row_.y_scale)) {
             const Shift<false> p_shift(row_.x_scale, p_at), q_shift(row_.y_scale, q_at);
-            const PairBlock block = sweep_pair_block(x, y, n, p_shift, q_shift, exponential_, caps_);
-            if (block.finite()) return block;  // otherwise 0 * -inf
+            PairBlock block = sweep_pair_block<false>(x, y, n, p_shift, q_shift, exponential_, caps_);
+            if (block.finite()) return block;
+            block = sweep_pair_block<true>(x, y, n, p_shift, q_shift, exponential_, caps_);  // 0 * -inf: the same, without those columns
+            if (block.finite()) return block;
         }
-        return sweep_pair_block(x, y, n, Shift<true>(row_.x_scale, p_at), Shift<true>(row_.y_scale, q_at), exponential_, caps_);
+        return sweep_pair_block<true>(x, y, n, Shift<true>(row_.x_scale, p_at), Shift<true>(row_.y_scale, q_at), exponential_, caps_);
     }
 
     /// Adds a block to the others, unless it is a new home: then those that are no home any more.
