@@ -111,7 +111,7 @@ template <class Stats, class Grad, class LossGrad>
 void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad token_loss_grad) {
     using NoGil = py::call_guard<py::gil_scoped_release>;
 #if defined(RW_SOURCES)
-    m.attr("sources") = RW_SOURCES;  // their hash, by reweight_ops/sources.py
+    m.attr("sources") = RW_SOURCES;  // their hash, by reweight_ops/_core/backends/sources.py
 #endif
     std::vector<std::string> operations;
 #define RW_NAME(name, text, value) operations.push_back(text);

@@ -6,7 +6,7 @@
 
 namespace reweight_ops {
 
-constexpr int kDivergenceTable = 8;  // rows of the table; reweight_ops/divergences/verbs.py names them
+constexpr int kDivergenceTable = 8;  // rows of the table; reweight_ops/_core/rows/verbs.py names them
 
 /// The call itself is p's.
 struct DivergenceCall : Call {

@@ -1,5 +1,5 @@
 // The arguments of the three verbs as plain data, and what becomes of a row's statistics, for every compiled backend. Nothing is checked here
-// or below: reweight_ops/backends/native.py does that, once.
+// or below: reweight_ops/_core/backends/native.py does that, once.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Everything that differs between nvcc and g++. Kernels use these names only, so the same source runs on a GPU and, compiled by g++
-// against tests/cuda_emulation/emulator.h, on the CPU.
+// against tests/support/cuda_emulation/emulator.h, on the CPU.
 #pragma once
 
 #include <cstdint>

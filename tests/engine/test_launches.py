@@ -108,9 +108,9 @@ GOALS = {
     "one pass, a penalty, means of sequences": (GRPO, "one_pass", {}, 6),
     "one pass, a divisor of its own": (DAPO, "one_pass", {}, 6),
     "one pass, factors": (DAPO, "one_pass", {"token_weights": torch.empty(4, 32, device="meta")}, 6),
-    "two passes": (DAPO, "two_pass", {"num_items_in_batch": 7.0}, 8),
-    "two passes, a penalty, means of sequences": (GRPO, "two_pass", {}, 8),
-    "sequence level": (rw.methods.gspo(), "auto", {}, 16),
+    "two passes": (DAPO, "two_pass", {"num_items_in_batch": 7.0}, 7),
+    "two passes, a penalty, means of sequences": (GRPO, "two_pass", {}, 7),
+    "sequence level": (rw.methods.gspo(), "auto", {}, 9),
 }
 
 

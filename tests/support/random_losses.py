@@ -1,4 +1,4 @@
-"""Losses of random rules and weights (tests/random_formulas.py), and what every backend's result for them is held against."""
+"""Losses of random rules and weights (tests/support/random_formulas.py), and what every backend's result for them is held against."""
 
 from __future__ import annotations
 

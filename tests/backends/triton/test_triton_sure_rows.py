@@ -1,4 +1,4 @@
-"""Rows with one very likely token on Triton: log-prob and gradient keep their digits, and large common offsets cost none (tests/sure_rows.py)."""
+"""Rows with one very likely token on Triton: log-prob and gradient keep their digits, and large common offsets cost none (tests/support/sure_rows.py)."""
 
 from __future__ import annotations
 
