@@ -22,10 +22,10 @@ def meta(monkeypatch):
 
 
 def test_the_door_closes():
-    before = dict(select._PREFERENCE), dict(select._loaded)
+    before = dict(select.ORDER), dict(select._loaded)
     with on_meta():
-        assert select._PREFERENCE["meta"][0] == "triton" and select.load("triton") is not before[1].get("triton")
-    assert (dict(select._PREFERENCE), dict(select._loaded)) == before
+        assert select.ORDER["meta"][0] == "triton" and select.load("triton") is not before[1].get("triton")
+    assert (dict(select.ORDER), dict(select._loaded)) == before
 
 
 def test_operations_of_torch_and_kernels_are_counted(meta):

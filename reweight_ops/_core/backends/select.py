@@ -13,9 +13,8 @@ from torch import Tensor
 from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
 from ..rows.verbs import RowVerbs, is_traced
 from .base import Backend, Request
+from .preference import ORDER, kind_of
 
-#: Preference by device, best first; the reference serves what nobody else can. On GPUs Triton leads until both were measured on one.
-_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 _loaded: dict[str, Backend | BackendUnavailable] = {}
@@ -46,12 +45,12 @@ def door(device_type: str, backend: Backend) -> Iterator[None]:
 
     So calls on meta tensors take the path that a GPU takes, with a backend that launches nothing.
     """
-    preference, loaded = dict(_PREFERENCE), dict(_loaded)
-    _PREFERENCE[device_type], _loaded[backend.name] = (backend.name, "reference"), backend
+    order, loaded = dict(ORDER), dict(_loaded)
+    ORDER[device_type], _loaded[backend.name] = (backend.name, "reference"), backend
     try:
         yield
     finally:
-        for table, before in ((_PREFERENCE, preference), (_loaded, loaded)):
+        for table, before in ((ORDER, order), (_loaded, loaded)):
             table.clear()
             table.update(before)  # type: ignore[arg-type]
 
@@ -64,12 +63,12 @@ def why_not(name: str, request: Request) -> str | None:
         return str(error)
 
 
-def candidates(device_type: str, name: str = "auto") -> tuple[str, ...]:
+def candidates(device: torch.device, name: str = "auto") -> tuple[str, ...]:
     """The backends to try, in order. ``REWEIGHT_OPS_BACKEND`` replaces "auto", and then nothing else is tried."""
     if name == "auto":
         name = os.environ.get("REWEIGHT_OPS_BACKEND", "auto")
     if name == "auto":
-        return _PREFERENCE.get(device_type, ("reference",))
+        return ORDER.get(kind_of(device), ("reference",))
     if name not in NAMES:
         raise InvalidCall(f"unknown backend {name!r}; the backends are {', '.join(NAMES)} and auto.")
     return (name,)
@@ -77,13 +76,13 @@ def candidates(device_type: str, name: str = "auto") -> tuple[str, ...]:
 
 def reasons(request: Request, name: str = "auto") -> dict[str, str | None]:
     """Every candidate and why it cannot serve the request (None: it can)."""
-    return {candidate: why_not(candidate, request) for candidate in candidates(request.device.type, name)}
+    return {candidate: why_not(candidate, request) for candidate in candidates(request.device, name)}
 
 
 def choose(request: Request, name: str = "auto") -> str:
     """The first candidate without a reason against it. Raises with every candidate's reason when none is left."""
     found = {}
-    for candidate in candidates(request.device.type, name):
+    for candidate in candidates(request.device, name):
         found[candidate] = why_not(candidate, request)
         if found[candidate] is None:
             return candidate
@@ -102,7 +101,7 @@ def row_verbs(logits: Tensor, name: str) -> RowVerbs | None:
     device, dtype = logits.device, logits.dtype
     if dtype == torch.float64 or (device.type == "cpu" and name != "triton") or is_traced(logits):
         return None
-    for candidate in candidates(device.type, name):
+    for candidate in candidates(device, name):
         if why_not(candidate, Request("token_stats", device, dtype)) is None:
             return load(candidate).rows
     return None

@@ -74,7 +74,7 @@ def pick(
         return Request(primitive, device, dtype, decoded, other)
 
     best = None  # the first that serves, with why it takes no one pass
-    for backend in candidates(device.type, name):
+    for backend in candidates(device, name):
         # The fallback knows every program, which is no reason to prefer it to a fast backend that needs two passes.
         if best is not None and load(backend).is_fallback:
             continue
