@@ -5,6 +5,7 @@ from ._core import moved as _moved
 from ._core.backends.select import NAMES as BACKENDS
 from ._core.calls.keywords import Lora
 from ._core.calls.specs import METHODS, method
+from ._core.catalogue.search import find
 from ._core.engine.metrics import Metrics
 from ._core.engine.output import PolicyLossOutput, TokenStats
 from ._core.formula.base import Rule, TokenWeight, rule, weight
@@ -61,6 +62,7 @@ __all__ = [
     "distillation_loss",
     "divergences",
     "explain",
+    "find",
     "kernels",
     "linear_policy_loss",
     "linear_preference_loss",

@@ -1,4 +1,4 @@
-"""``reweight-ops info | methods | show NAME | check``."""
+"""``reweight-ops info | methods | find WORDS | show NAME | check``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import torch
 from . import __version__
 from ._core.backends.base import Request
 from ._core.backends.select import NAMES, load, why_not
-from ._core.catalogue.registry import CATALOGUE, KINDS, Entry, find
+from ._core.catalogue.registry import CATALOGUE, KINDS, Entry
+from ._core.catalogue.search import exact
+from ._core.catalogue.search import find as search
 from ._core.catalogue.table import level, plan
 from ._core.formula.base import Rule, TokenWeight
 from ._core.formula.leaves import Leaves
@@ -28,6 +30,7 @@ from .testing.checks import DTYPES, Case, GoldenCase, Selection, cases, golden_c
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ImportError as error:
@@ -105,13 +108,30 @@ def methods(kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KIN
 
 
 @app.command()
+def find(words: list[str], kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KINDS)}.")) -> None:
+    """Search by name, acronym, title, arXiv id or words; says what each hit is, how to write it, and what has matched. Exit code 1 without a hit."""
+    hits = search(" ".join(words), kind)
+    for hit in hits:
+        arxiv = "" if hit.arxiv == "unknown" else f", arXiv:{hit.arxiv}"
+        console.print(
+            f"[bold]{hit.call or 'left out'}[/]  {escape(hit.full_name)}\n    {escape(hit.paper)}{arxiv} [dim]({hit.why})[/]",
+            highlight=False,
+        )
+    if not hits:
+        console.print(f"nothing is called {' '.join(words)!r}; reweight-ops methods lists everything", highlight=False)
+        raise typer.Exit(1)
+
+
+@app.command()
 def show(name: str) -> None:
-    """One method: formula, paper, parameters; of a loss its spec, and its value and slope over the ratio."""
-    try:
-        found = find(name)
-    except ReweightOpsError as error:
-        raise typer.BadParameter(str(error)) from None
-    for entry in found:
+    """What is called so, by name, acronym, title or arXiv id: formula, paper, parameters; of a loss its spec, and its value and slope over the ratio."""
+    found = exact(name)
+    if not found:
+        near = [hit.call for hit in search(name) if hit.call][:3]
+        raise typer.BadParameter(
+            f"no entry {name!r}.{' Did you mean ' + ' or '.join(near) + '?' if near else ''} reweight-ops methods lists all."
+        )
+    for entry, _ in found:
         _show(entry)
 
 

@@ -9,7 +9,8 @@ import pytest
 import reweight_ops as rw
 from reweight_ops._core.calls.specs import named_spec
 from reweight_ops._core.catalogue.left_out import LEFT_OUT
-from reweight_ops._core.catalogue.registry import CATALOGUE, KINDS, find, published
+from reweight_ops._core.catalogue.registry import CATALOGUE, KINDS, published
+from reweight_ops._core.catalogue.search import entry_of
 from reweight_ops._core.catalogue.table import level, plan
 from reweight_ops.codegen import stale_files
 
@@ -56,7 +57,7 @@ def test_the_page_is_fresh():
 
 def test_names_and_registration_fail_loudly():
     with pytest.raises(rw.InvalidCall, match="Did you mean 'dapo'"):
-        find("dapoo")
+        entry_of("dapoo", "policy_loss")
     with pytest.raises(rw.InvalidCall, match="kind is 'loss'"):
         published("x", "X", kind="loss", paper="p", arxiv="unknown")
     with pytest.raises(rw.InvalidCall, match="expected an id like"):

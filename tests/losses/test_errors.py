@@ -53,7 +53,7 @@ WRONG = {
     "cu with padded rows": (dict(cu_seqlens=torch.tensor([0, 3, 6])), "packed rows"),
     "cu dtype": (dict(z=Z.view(6, 7), ids=IDS.view(6), adv=1.0, cu_seqlens=torch.tensor([0.0, 6.0])), "cu_seqlens must be int32 or int64"),
     "S == N": (dict(z=Z.view(6, 7), ids=IDS.view(6), adv=1.0, cu_seqlens=torch.arange(7), token_weights=torch.ones(7)), "token_weights has shape"),
-    "unknown method": (dict(spec="dappo"), "no entry 'dappo'. Did you mean 'dapo'"),
+    "unknown method": (dict(spec="dappo"), "no policy loss 'dappo'. Did you mean 'dapo'"),
     "spec a dict": (dict(spec={}), "expected a PolicyLossSpec or the name"),
     "plan": (dict(plan="three_pass"), "plan is 'three_pass', expected one of auto, one_pass, two_pass"),
     "backend": (dict(backend="tpu"), "unknown backend 'tpu'"),

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ...errors import InvalidCall
-from ..catalogue.registry import CATALOGUE, find
+from ..catalogue.registry import CATALOGUE
+from ..catalogue.search import entry_of
 from ..spec.pairs import PairSpec
 from ..spec.policy import PolicyLossSpec
 
@@ -18,7 +19,7 @@ METHODS = CATALOGUE["policy_loss"]
 
 def method(name: str, **options: Any) -> PolicyLossSpec:
     """The spec of the method of that name: ``method("dapo", epsilon_high=0.3)`` is ``methods.dapo(epsilon_high=0.3)``."""
-    spec: PolicyLossSpec = find(name, "policy_loss")[0].function(**options)
+    spec: PolicyLossSpec = entry_of(name, "policy_loss").function(**options)
     return spec
 
 
@@ -31,7 +32,7 @@ _named: dict[str, PolicyLossSpec] = {}
 @torch.compiler.assume_constant_result
 def _build(name: str) -> None:
     # A side effect on purpose: torch.compile runs this while tracing, and then reads the finished spec from the global above.
-    function = find(name, "policy_loss")[0].function
+    function = entry_of(name, "policy_loss").function
     # A method of the user's own may be defined again, or a rule that it is made of.
     if name not in _named or not function.__module__.startswith(f"{_PACKAGE}."):
         _named[name] = function()
@@ -50,7 +51,7 @@ def named_spec(op: str, spec: Any) -> PolicyLossSpec:
 def named_pair_spec(op: str, spec: Any) -> PairSpec:
     """A spec, by itself or by its method's name."""
     if isinstance(spec, str):
-        entry = find(spec, "pair_loss")[0]
+        entry = entry_of(spec, "pair_loss")
         missing = [name for name, default in entry.defaults.items() if default is inspect.Parameter.empty]
         if missing:
             raise InvalidCall(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable
@@ -119,14 +118,3 @@ def published(
         return function
 
     return register
-
-
-def find(name: str, kind: str | None = None) -> list[Entry]:
-    """Every entry of that name, over all kinds (GRPO is a loss and an advantage); an error that names the nearest if there is none."""
-    kinds = KINDS if kind is None else (kind,)
-    found = [CATALOGUE[k][name] for k in kinds if name in CATALOGUE[k]]
-    if not found:
-        names = sorted({n for k in kinds for n in CATALOGUE[k]})
-        near = difflib.get_close_matches(name, names, n=1)
-        raise InvalidCall(f"no entry {name!r}.{f' Did you mean {near[0]!r}?' if near else ''} The names are: {', '.join(names)}.")
-    return found

@@ -1,0 +1,75 @@
+"""What an entry of the catalogue is called: its name, the acronyms that its paper prints, its title and its arXiv id."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Protocol
+
+_GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "λ": "lambda", "μ": "mu", "ξ": "xi", "τ": "tau"}
+#: A longer beginning of a title, up to its colon, is no acronym.
+_MOST_WORDS = 3
+
+
+class Named(Protocol):
+    """What an entry of the registry is searched by."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def full_name(self) -> str: ...
+    @property
+    def paper(self) -> str: ...
+    @property
+    def arxiv(self) -> str: ...
+
+
+def key(text: str) -> str:
+    """The letters and digits of a text in lower case, Greek letters spelt out: ``GRPO-λ`` is ``grpolambda``, ``Vc-PPO`` is ``vcppo``.
+
+    >>> key("GRPO-λ"), key("arXiv:2505.12929")
+    ('grpolambda', '250512929')
+    """
+    text = re.sub(r"^(https?://)?(www\.)?arxiv(\.org/(abs|pdf)/|:)", "", text.strip().casefold())
+    return "".join(_GREEK.get(c, c) for c in text if c.isalnum())
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text, as keys.
+
+    >>> words("Low-probability tokens, GRPO-λ")
+    ('low', 'probability', 'tokens', 'grpo', 'lambda')
+    """
+    return tuple(key(word) for word in re.findall(r"\w+", text.replace("_", " ")))
+
+
+def _head(text: str) -> str:
+    """A title up to its colon, comma, bracket or dash."""
+    return re.split(r"[:(,]| - ", text)[0].strip()
+
+
+def _acronyms(entry: Named) -> Iterator[str]:
+    """As papers print them: what stands in brackets or before a colon."""
+    for bracket in re.findall(r"\(([^)]*)\)", entry.full_name):
+        yield from re.split(r"[,;]", bracket)
+    yield from (head for head in (_head(entry.full_name), _head(entry.paper)) if len(words(head)) <= _MOST_WORDS)
+
+
+def _initials(entry: Named) -> Iterator[str]:
+    """Of what is spelt out, and of the capitalised words with which a title begins: Robust Mean Teacher for ... is RMT."""
+    for text in (entry.full_name, entry.paper):
+        parts = re.findall(r"\w+", _head(text))
+        capitals = list(itertools.takewhile(lambda part: part[0].isupper(), parts))
+        yield from ("".join(part[0] for part in some) for some in (parts, capitals) if len(some) > 1)
+
+
+def names(entry: Named) -> Iterator[tuple[str, str]]:
+    """Every key of an entry, with what it is; the surest first."""
+    yield key(entry.name), "name"
+    if entry.arxiv != "unknown":
+        yield key(entry.arxiv), "arXiv id"
+    yield key(entry.paper), "title"
+    yield key(entry.full_name), "full name"
+    yield from ((key(acronym), "acronym") for acronym in _acronyms(entry) if key(acronym))
+    yield from ((key(initials), "initials") for initials in _initials(entry))

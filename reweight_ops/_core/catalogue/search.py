@@ -1,0 +1,131 @@
+"""Search the catalogue: by name, by an acronym as its paper prints it, by title, by arXiv id, or by words."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ...errors import InvalidCall
+from .keys import key, names, words
+from .left_out import LEFT_OUT
+from .registry import CATALOGUE, KINDS, Entry
+
+#: A shorter word has to be met whole: "ar" is in every other title.
+_LEAST_PREFIX = 4
+
+#: What a text may be of an entry, the surest first.
+_RANKS = (("name",), ("arXiv id", "title", "full name", "acronym"), ("initials",))
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One thing that a search has found. ``call`` is what to write, empty for what the package leaves out; ``why`` is what has matched."""
+
+    call: str
+    full_name: str
+    paper: str
+    arxiv: str
+    why: str
+
+    def __repr__(self) -> str:
+        source = f"{self.paper}, arXiv:{self.arxiv}" if self.arxiv != "unknown" else self.paper
+        return f"{self.call or 'left out'}: {self.full_name}. {source}. [{self.why}]"
+
+
+def entries(kind: str | None = None) -> list[Entry]:
+    """All entries, or those of a kind, in the catalogue's order."""
+    if kind is not None and kind not in KINDS:
+        raise InvalidCall(f"find: kind is {kind!r}; the kinds are: {', '.join(KINDS)}.")
+    return [entry for k in (KINDS if kind is None else (kind,)) for entry in CATALOGUE[k].values()]
+
+
+def exact(text: str, kind: str | None = None) -> list[tuple[Entry, str]]:
+    """Entries that are called so, with what the text is of them: those by name if there are any, else by id, title or acronym, else by initials."""
+    wanted = key(text)
+    matches = [(entry, why) for entry in entries(kind) for name, why in names(entry) if name == wanted]
+    surest = next((rank for rank in _RANKS if any(why in rank for _, why in matches)), ())
+    return list({entry.call: (entry, why) for entry, why in reversed(matches) if why in surest}.values())[::-1]
+
+
+def find(text: str, kind: str | None = None) -> list[Hit]:
+    """Entries of the catalogue that a text leads to, the surest first: names, acronyms, titles and arXiv ids, then words, then spelling.
+
+    Args:
+        text: ``"AR"``, ``"GRPO-λ"``, ``"2505.12929"``, the title of a paper, or a few words of it, in any case.
+        kind: only entries of this kind, one of ``rw.find``'s ``"policy_loss"``, ``"token_weight"``, ``"advantage"``, ``"reward"``, ``"objective"``,
+            ``"sample_weight"``, ``"pair_loss"``, ``"divergence"``, ``"schedule"``.
+
+    Returns:
+        Hits; ``hit.call`` is what to write, ``hit.why`` what has matched. Other entries of a paper that was found follow it. A method that the package
+        leaves out is a hit without a call, whose ``full_name`` says why. Without any match, the nearest spellings; an empty list if there are none.
+
+    Raises:
+        InvalidCall: the text has no letters or digits, or there is no such kind.
+
+    Example:
+        >>> [hit.call for hit in find("AR")]
+        ['rw.methods.advantage_reweighting', 'rw.weights.AdvantageReweighting', 'rw.methods.lopti', 'rw.schedules.lopti']
+        >>> find("2506.12542")[0].why
+        'arXiv id'
+    """
+    if not key(text):
+        raise InvalidCall(f"find: {text!r} has nothing to search for; give a name, an acronym, a title, an arXiv id or words.")
+    found = exact(text, kind)
+    papers = {entry.paper for entry, _ in found}
+    found += [(entry, "the same paper") for entry in entries(kind) if entry.paper in papers]
+    found += _by_words(text, kind)
+    hits = _hits(found)
+    if kind is None:
+        hits += _left_out(text)
+    return hits or _hits(_by_spelling(text, kind))
+
+
+def entry_of(name: str, kind: str) -> Entry:
+    """The entry of that kind and name; an error that says what was probably meant if there is none."""
+    if name in CATALOGUE[kind]:
+        return CATALOGUE[kind][name]
+    what = kind.replace("_", " ")
+    elsewhere = [entry for entry, _ in exact(name)]
+    near = [entry for entry, _ in exact(name, kind) or ([] if elsewhere else _by_spelling(name, kind))]
+    if near:
+        hint = f"Did you mean {near[0].name!r}?"
+    elif elsewhere and elsewhere[0].kind == "token_weight":
+        hint = f"{elsewhere[0].call} is a weight: add it to a loss, spec=rw.methods.grpo().with_weight({elsewhere[0].call}(...))."
+    elif elsewhere:
+        hint = f"{elsewhere[0].call} is {_a(elsewhere[0].kind.replace('_', ' '))}: {KINDS[elsewhere[0].kind][1]}."
+    else:
+        hint = f"rw.find({name!r}) searches papers and docstrings."
+    raise InvalidCall(f"no {what} {name!r}. {hint} The names are: {', '.join(sorted(CATALOGUE[kind]))}.")
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _hits(found: Iterable[tuple[Entry, str]]) -> list[Hit]:
+    first: dict[str, Hit] = {}
+    for entry, why in found:
+        first.setdefault(entry.call, Hit(entry.call, entry.full_name, entry.paper, entry.arxiv, why))
+    return list(first.values())
+
+
+def _has(wanted: Iterable[str], text: str) -> bool:
+    there = set(words(text))
+    return all(word in there or (len(word) >= _LEAST_PREFIX and any(w.startswith(word) for w in there)) for word in wanted)
+
+
+def _by_words(text: str, kind: str | None) -> list[tuple[Entry, str]]:
+    wanted = words(text)
+    titles = [(e, "words") for e in entries(kind) if _has(wanted, f"{e.name} {e.full_name} {e.paper}")]
+    return titles + [(e, "mentioned in its docstring") for e in entries(kind) if _has(wanted, e.formula)]
+
+
+def _by_spelling(text: str, kind: str | None) -> list[tuple[Entry, str]]:
+    called = {name: entry for entry in entries(kind) for name, why in names(entry) if why in ("name", "acronym")}
+    return [(called[name], "the nearest spelling") for name in difflib.get_close_matches(key(text), called, n=3, cutoff=0.75)]
+
+
+def _left_out(text: str) -> list[Hit]:
+    wanted = words(text)
+    return [Hit("", reason, title, "unknown", "words") for title, reason in LEFT_OUT.items() if _has(wanted, title)]
