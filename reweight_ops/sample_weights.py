@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._core.catalogue.registry import published
-from ._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, like
+from ._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, indices, like
 from ._core.rows.groups import describe
 from .errors import InvalidCall
 
@@ -243,6 +243,9 @@ def source_weights(source_logits: Tensor, source_ids: Tensor, *, normalize: str 
     floats("source_weights", "source_logits", source_logits)
     if source_logits.dim() != 1 or not source_logits.is_floating_point():
         raise InvalidCall(f"source_weights: source_logits must be (S,) and floating. {describe({'source_logits': source_logits})}")
+    if not isinstance(source_ids, Tensor) or source_ids.dim() != 1:
+        raise InvalidCall(f"source_weights: source_ids must be (B,), the source of each sample. {describe({'source_ids': source_ids})}")
+    source_ids = indices("source_weights", "source_ids", source_ids, tuple(source_ids.shape), len(source_logits), "the number of sources")
     ones = torch.ones(source_ids.shape, device=source_ids.device, dtype=source_logits.dtype)
     g = grouped("source_weights", ones, {"group_ids": source_ids, "num_groups": len(source_logits)}, name="source_ids")
     if normalize == "softplus":

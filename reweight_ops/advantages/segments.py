@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.catalogue.registry import published
-from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, like, require
+from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, indices, like, require, whole_number
 from .._core.rows.groups import describe
 from ..errors import InvalidCall
 
@@ -55,13 +55,17 @@ def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion
         raise InvalidCall(f"spo_chain: values has shape {tuple(v.shape)}, expected (B, S): a value for each cut. {describe({'values': v})}")
     r = floats("spo_chain", "rewards", rewards, (len(v),)).to(v.dtype)
     ids, cuts = segments
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != len(v):
+        raise InvalidCall(f"spo_chain: segments must be those of spo_segments, for {len(v)} rows. {describe({'segment_ids': ids})}")
+    cuts = indices("spo_chain", "segments.cuts", cuts, (len(v),), v.shape[1] + 1, "S + 1")
+    ids = indices("spo_chain", "segments.segment_ids", ids, tuple(ids.shape), v.shape[1] + 1, "S + 1")
     valid = floats("spo_chain", "completion_mask", completion_mask, tuple(ids.shape)) != 0
     past = torch.arange(v.shape[1] + 1, device=v.device) >= cuts[:, None]
     bounds = torch.where(past, r[:, None], torch.cat([v, v.new_zeros(len(v), 1)], 1))  # [B, S + 1], the reward from the end on
     gains = torch.cat([v.new_zeros(len(v), 1), bounds.diff(dim=1)], 1)  # by segment; 0 before the first cut
-    enough = (cuts <= v.shape[1])[:, None].expand(ids.shape)
+    cut = (ids <= cuts[:, None]) & (cuts <= v.shape[1])[:, None]
     advantages = require(
-        "spo_chain", enough, f"a row has more cuts than the {v.shape[1]} columns of values.", gains.gather(1, ids.clamp(max=v.shape[1]))
+        "spo_chain", cut | ~valid, "a token is in a segment behind its row's last cut.", gains.gather(1, ids.clamp(max=v.shape[1]))
     )
     return torch.where(valid, advantages, 0)
 
@@ -84,9 +88,10 @@ def spo_tree(values: Tensor, parents: Tensor, *, scale: str = "none", epsilon: f
     if scale not in ("none", "std"):
         raise InvalidCall(f"spo_tree: scale is {scale!r}, expected 'none' or 'std'.")
     v = floats("spo_tree", "values", values)
-    if v.dim() != 1 or not isinstance(parents, Tensor) or parents.shape != v.shape or parents.is_floating_point():
-        raise InvalidCall(f"spo_tree: values and parents must be (N,), parents ints. {describe({'values': v, 'parents': parents})}")
-    v = require("spo_tree", parents < len(v), f"a parent is none of the {len(v)} rows.", v)
+    if v.dim() != 1:
+        raise InvalidCall(f"spo_tree: values and parents must be (N,). {describe({'values': v, 'parents': parents})}")
+    parents = indices("spo_tree", "parents", parents, tuple(v.shape), len(v), "the number of rows", least=-1)
+    v = torch.where(parents < len(v), v, torch.nan)
     root = parents < 0
     # Roots are siblings of each other, in a group of their own that is dropped in the end.
     siblings = grouped(
@@ -137,13 +142,13 @@ def gigpo(
     rows = {"step_returns": step_returns, "episode_ids": episode_ids, "anchor_ids": anchor_ids}
     if any(not isinstance(x, Tensor) or x.dim() != 1 or x.shape != step_returns.shape for x in rows.values()):
         raise InvalidCall(f"gigpo: step_returns, episode_ids and anchor_ids must be (B,), one row a step. {describe(rows)}")
-    if episode_ids.is_floating_point() or anchor_ids.is_floating_point():
-        raise InvalidCall(f"gigpo: episode_ids and anchor_ids must be ints. {describe(rows)}")
+    whole_number("gigpo", "num_anchors", num_anchors)
+    episode_ids = indices("gigpo", "episode_ids", episode_ids, tuple(step_returns.shape), len(g.values), "the number of episodes")
+    anchor_ids = indices("gigpo", "anchor_ids", anchor_ids, tuple(step_returns.shape), num_anchors, "num_anchors")
     episode = grouped("gigpo", step_returns, {"group_ids": episode_ids, "num_groups": len(g.values)}, name="step_returns")
     whose = torch.where(episode.index < len(g.values), episode.index, 0)
-    inside = (anchor_ids >= 0) & (anchor_ids < num_anchors)
-    returns = require("gigpo", inside, f"anchor_ids holds a value outside [0, num_anchors={num_anchors}).", step_returns)
-    states = g.index[whose] * num_anchors + anchor_ids.clamp(0, num_anchors - 1)
-    step = grouped("gigpo", returns, {"group_ids": states, "num_groups": g.groups.count * num_anchors}, name="step_returns")
+    known = (anchor_ids < num_anchors) & (episode_ids < len(g.values))
+    states = torch.where(known, g.index[whose] * num_anchors + anchor_ids, g.groups.count * num_anchors)
+    step = grouped("gigpo", step_returns, {"group_ids": states, "num_groups": g.groups.count * num_anchors}, name="step_returns")
     by_episode = episode.groups.spread(_normalized(g, norm, epsilon))
     return step.result(by_episode + step_weight * _normalized(step, norm, epsilon))

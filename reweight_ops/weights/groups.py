@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
+from .._core.rows.grouped import indices, whole_number
 from ..errors import InvalidCall
 
 #: A chunk of TW-GRPO holds at most this many logits in fp32, a few copies at a time.
@@ -31,7 +32,7 @@ class Precomputed(TokenWeight):
 
 @dataclass(frozen=True)
 class _Groups:
-    index: Tensor  # [B] int64
+    index: Tensor  # [B] int64; ``count`` marks a row of no group, which is NaN
     count: int
 
     def sum(self, x: Tensor) -> Tensor:
@@ -39,19 +40,17 @@ class _Groups:
         return x.new_zeros(self.count + 1, *x.shape[1:]).index_put((self.index,), x, accumulate=True)[: self.count]
 
     def spread(self, y: Tensor) -> Tensor:
-        return torch.cat([y, y.new_zeros(1, *y.shape[1:])])[self.index]
+        return torch.cat([y, y.new_full((1, *y.shape[1:]), torch.nan)])[self.index]
 
 
 def _groups(op: str, rows: int, device: torch.device, group_size: int | None, group_ids: Tensor | None, num_groups: int | None) -> _Groups:
     if (group_size is None) == (group_ids is None) or (group_ids is None) != (num_groups is None):
         raise InvalidCall(f"{op}: pass group_size, or group_ids with num_groups.")
     if group_ids is not None and num_groups is not None:
-        if tuple(group_ids.shape) != (rows,):
-            raise InvalidCall(f"{op}: group_ids has shape {tuple(group_ids.shape)}, expected ({rows},).")
-        index = group_ids.long()
-        return _Groups(torch.where((index >= 0) & (index < num_groups), index, num_groups), num_groups)
+        whole_number(op, "num_groups", num_groups)
+        return _Groups(indices(op, "group_ids", group_ids, (rows,), num_groups, "num_groups"), num_groups)
     assert group_size is not None
-    if group_size < 1 or rows % group_size:
+    if rows % whole_number(op, "group_size", group_size):
         raise InvalidCall(f"{op}: {rows} sequences are no multiple of group_size = {group_size}.")
     return _Groups(torch.arange(rows, device=device) // group_size, rows // group_size)
 
@@ -102,7 +101,7 @@ def tw_grpo(
     keep = _mask("tw_grpo", completion_mask, (B, T))
     groups = _groups("tw_grpo", B, logits.device, group_size, group_ids, num_groups)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    size = torch.bincount(groups.index, minlength=groups.count + 1)[: groups.count].to(dtype).clamp(min=1)
+    size = groups.sum(torch.ones(B, dtype=dtype, device=logits.device)).clamp(min=1)
     positions = max(1, chunk_elements // max(B * V, 1))
     divergence = torch.cat(
         [

@@ -213,8 +213,8 @@ def test_wrong_group_arguments(name):
         ({"group_size": 4.0}, "divides the 24 rows"),
         ({"group_ids": IDS["group_ids"]}, "group_ids with num_groups"),
         ({**IDS, "num_groups": 0}, "expected a positive int"),
-        ({**IDS, "num_groups": 5}, r"group_ids holds 5, outside \[0, num_groups=5\)"),
-        ({**IDS, "group_ids": IDS["group_ids"] - 1}, "group_ids holds -1"),
+        ({**IDS, "num_groups": 5}, r"group_ids\[\d+\] is 5, outside \[0, num_groups=5\)"),
+        ({**IDS, "group_ids": IDS["group_ids"] - 1}, r"group_ids\[\d+\] is -1, outside"),
         ({**IDS, "group_ids": IDS["group_ids"][1:]}, "group_ids must be an int32 or int64"),
         ({**IDS, "group_ids": IDS["group_ids"].double()}, "group_ids must be an int32 or int64"),
     ]
@@ -259,8 +259,8 @@ def test_wrong_shapes_and_types():
         (lambda: adv.canon(r, r, metric_kind="len", group_size=G), "'entropy' or 'length'"),
         (lambda: adv.lens(r, torch.ones(B, T), torch.ones(B, T), importance="mean", group_size=G), "'length_normalized' or 'raw'"),
         (lambda: adv.pvpo(r, torch.ones(5, 2), group_size=G), r"expected \(6, M\)"),
-        (lambda: adv.spo_tree(r, r), "parents ints"),
-        (lambda: adv.gigpo(r, r, r, r, num_anchors=1, group_size=G), "must be ints"),
+        (lambda: adv.spo_tree(r, r), "parents must be an int32 or int64"),
+        (lambda: adv.gigpo(r, r, r, r, num_anchors=1, group_size=G), "episode_ids must be an int32 or int64"),
     ):
         with pytest.raises(rw.InvalidCall, match=message):
             call()

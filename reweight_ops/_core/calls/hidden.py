@@ -14,6 +14,7 @@ from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
+from ..rows.structure import Structure, is_readable
 from ..transforms import in_transform
 from .chunking import chunking
 from .keywords import LMHeadOptions, SoftmaxOptions
@@ -76,7 +77,8 @@ class Hidden:
         """``[M] -> [N]``, 0 in the rows that are not computed; differentiable."""
         if self.index is None:
             return row
-        return row.new_zeros(self.rows.count).index_put((self.index,), row)
+        found = row.new_zeros(self.rows.count).index_put((self.index,), row)
+        return found if self.rows.trust is None else torch.where(self.rows.keep, found * self.rows.trust, 0)
 
 
 def resolve_hidden(
@@ -144,10 +146,13 @@ def resolve_hidden(
     softmax = resolve_softmax(op, options, columns, fail)
     row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
     rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, softmax.vocab_size, validate)
-    assert rows.ids is not None
+    all_ids = rows.ids
+    assert all_ids is not None
     # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s: the scale costs no pass and no rounding.
     temperature = resolve_temperature(rows, options.temperature, fail) / linear.logit_scale
-    index, compact = _row_index(rows, linear, validate, fail)
+    index, compact, trust = _row_index(rows, linear, validate, fail)
+    if trust is not None:
+        rows = dataclasses.replace(rows, trust=trust if rows.trust is None else rows.trust * trust)
     flat = hidden.reshape(-1, width)
     flat = flat if index is None else flat.index_select(0, index)
     if index is not None and temperature.size(-1) != 1:
@@ -159,15 +164,15 @@ def resolve_hidden(
     )  # fmt: skip
     a, b, scale = lora or (None, None, 1.0)
     head = LMHead(weight, linear.lm_head_bias, a, b, float(scale))
-    ids = rows.ids if index is None else rows.ids[index]
+    ids = all_ids if index is None else all_ids[index]
     call = Hidden(flat, head, rows, index, ids, temperature, settings)
     if torch.compiler.is_compiling() or not call.needs_grad:
         call = dataclasses.replace(call, settings=settings._replace(keep_rows=0))
     return call
 
 
-def _row_index(rows: Rows, linear: LMHeadOptions, validate: bool, fail: Fail) -> tuple[Tensor | None, bool]:
-    """The rows to compute, and whether rows may be counted on the host."""
+def _row_index(rows: Rows, linear: LMHeadOptions, validate: bool, fail: Fail) -> tuple[Tensor | None, bool, Tensor | None]:
+    """The rows to compute, whether rows may be counted on the host, and :attr:`Rows.trust` of rows that a caller named."""
     readable = rows.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform()
     capturing = rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     compact = (readable if linear.compact_rows is None else linear.compact_rows) and not capturing
@@ -175,18 +180,35 @@ def _row_index(rows: Rows, linear: LMHeadOptions, validate: bool, fail: Fail) ->
         index = linear.row_index
         if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or index.device != rows.device:
             raise fail(f"row_index must be a tensor [M] of int64 on {rows.device}.")
-        if readable or validate:
+        if (readable and is_readable(index)) or validate:
             _check_row_index(index, rows, fail)
-        return index, compact
+            return index, compact, None
+        inside, trust = _unread_row_index(index, rows)
+        return inside, compact, trust
     if not compact:
-        return None, False
+        return None, False, None
     index = rows.keep.nonzero()[:, 0]
-    return (index if index.numel() < rows.count else None), True
+    return (index if index.numel() < rows.count else None), True, None
+
+
+def _unread_row_index(index: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Positions that exist, and NaN if one did not, if a row is named twice, or one that is in is not; nothing waits for the device."""
+    outside = (index < 0) | (index >= rows.count)
+    times = index.new_zeros(rows.count + 1)
+    times = times.index_put((torch.where(outside, rows.count, index),), torch.ones_like(index), accumulate=True)
+    wrong = (times[:-1] > 1) | (rows.keep & (times[:-1] == 0))
+    structure = Structure(rows.op, rows.tensors, False)
+    structure.require(~(outside.any() | wrong.any()))
+    trust = structure.trust(rows.dtype)
+    assert trust is not None
+    return torch.where(outside, 0, index), trust
 
 
 def _check_row_index(index: Tensor, rows: Rows, fail: Fail) -> None:
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows.count):
-        raise fail(f"row_index has positions outside 0 to {rows.count - 1}.")
+    outside = (index < 0) | (index >= rows.count)
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0, 0])
+        raise fail(f"row_index[{at}] is {int(index[at])}; row_index has positions outside 0 to {rows.count - 1}.")
     times = torch.bincount(index, minlength=rows.count)
     if bool((times > 1).any()):
         raise fail(f"row_index names row {int((times > 1).nonzero()[0, 0])} more than once.")

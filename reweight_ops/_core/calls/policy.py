@@ -59,7 +59,7 @@ class LossCall:
                 u = None if reduction.weight is None else self._evaluate_weight(reduction.weight, statistics)
                 w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
                 # A coupled reduction is scaled after it, being no linear function.
-                found[id(reduction)] = w * self.loss_scale if self._is_scaled and not reduction.coupled else w
+                found[id(reduction)] = w * self._scale if self._is_scaled and not reduction.coupled else w
         per_term = [found[id(reduction)] for reduction in self.spec.reductions]
         if self.factor is None and len(found) == 1:
             return per_term[0].expand(len(per_term), -1)
@@ -81,12 +81,16 @@ class LossCall:
             assert plan is not None
             factor = self.factor if k == 0 else None
             count = len(terms) if share and factor is not None else 1
-            found.append(rows.verbs.weigh(rows.masked, rows.run, plan, self.loss_scale, factor, count))
+            found.append(rows.verbs.weigh(rows.masked, rows.run, plan, self._scale, factor, count))
         return found[0].expand(len(terms), -1) if share else torch.cat(found)
 
     @property
     def _is_scaled(self) -> bool:
-        return not (isinstance(self.loss_scale, (int, float)) and self.loss_scale == 1)
+        return self.rows.trust is not None or not (isinstance(self.loss_scale, (int, float)) and self.loss_scale == 1)
+
+    @property
+    def _scale(self) -> Any:
+        return self.loss_scale if self.rows.trust is None else self.loss_scale * self.rows.trust
 
     def inputs(self) -> RowInputs:
         """What a one-pass kernel reads per row."""
@@ -112,14 +116,15 @@ class LossCall:
     def _shares(self, reduction: Reduction) -> Callable[[Tensor], Tensor]:
         def shares(weighted: Tensor) -> Tensor:
             found = reduction.shares(self.rows, weighted, self.adv)
-            return found * self.loss_scale if self._is_scaled else found
+            return found * self._scale if self._is_scaled else found
 
         return shares
 
     def log_ratio(self, logp: Tensor) -> Tensor:
         """The clamped log-ratio at the spec's level."""
         denominator = self.ref_logp if self.spec.ratio.against == "ref" else self.old_logp
-        return self.spec.ratio.log_ratio(self.rows, logp, logp.detach() if denominator is None else denominator, self.adv)
+        found = self.spec.ratio.log_ratio(self.rows, logp, logp.detach() if denominator is None else denominator, self.adv)
+        return found if self.rows.trust is None or self.spec.ratio.level == "token" else found * self.rows.trust
 
     def leaves(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every leaf that this call can give a formula."""

@@ -113,6 +113,8 @@ def evaluate(call: PairCall, statistics: dict[str, Tensor], backend: str) -> Pre
     """``statistics``: ``logp`` ``[N]``, and ``log_sum_p_sq`` and ``kl`` where the spec reads them; gradients flow to all of them."""
     spec, rows = call.spec, call.rows
     tokens = {name: torch.where(rows.keep, value, 0) for name, value in {**call.tokens, **statistics}.items()}
+    if rows.trust is not None:
+        tokens["logp"] = torch.where(rows.keep, tokens["logp"] * rows.trust, 0)
     s = Sequences(tokens, call.given, rows.keep, rows.need_sequences("a pair loss"), call.options.pairs, spec.group_size)
     pairs = _pairs(call, s)
     total = sum((term.coef * term.loss.loss(pairs) for term in spec.terms), torch.zeros_like(pairs.margins))
@@ -130,7 +132,7 @@ def evaluate(call: PairCall, statistics: dict[str, Tensor], backend: str) -> Pre
     scale = call.options.loss_scale
     if not (isinstance(scale, (int, float)) and scale == 1):
         loss = loss * scale
-    return _output(rows, pairs, loss, per_pair, weight, backend)
+    return _output(rows, pairs, rows.trusted(loss), per_pair, weight, backend)
 
 
 def _pairs(call: PairCall, s: Sequences) -> Pairs:

@@ -62,7 +62,7 @@ class PolicyObjective:
         logp, entropy, _, per_token, d_logp, d_entropy = table.unbind()
         leaves, by = {"logp": logp, "entropy": entropy}, (d_logp, d_entropy)
         return PolicyLossOutput(
-            loss, rows.unflatten(logp), rows.unflatten(entropy), choice.plan, choice.backend, self.call.released(), leaves, per_token, by,
+            rows.trusted(loss), rows.unflatten(logp), rows.unflatten(entropy), choice.plan, choice.backend, self.call.released(), leaves, per_token, by,
             more,
         )  # fmt: skip
 
@@ -90,6 +90,6 @@ class PolicyObjective:
         shown = leaves if self.differentiable_outputs else detached
         entropies = rows.unflatten(shown["entropy"]) if "entropy" in shown else None
         return PolicyLossOutput(
-            loss, rows.unflatten(shown["logp"]), entropies, choice.plan, choice.backend, self.call.released(), detached,
+            rows.trusted(loss), rows.unflatten(shown["logp"]), entropies, choice.plan, choice.backend, self.call.released(), detached,
             per_row, by, more,
         )  # fmt: skip

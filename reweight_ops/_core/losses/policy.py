@@ -52,7 +52,7 @@ def policy_loss(
         num_items_in_batch: the final divisor of this call's sum. DDP and FSDP average gradients, so pass total / world_size.
         num_sequences_in_batch: the same for a mean over sequences.
         loss_scale: multiplies loss and gradient before any rounding (GradScaler's scale, 1/accumulation steps); metrics stay unscaled.
-        validate: check ids even on a GPU, which waits for it.
+        validate: check ids, offsets and groups even on a GPU, which waits for it; without it they make the loss and its gradient NaN there.
         unused: what the spec does not read is an ``"error"``, or ``"ignore"``: for trainers that always hand over everything.
         consume_logits: overwrite the logits with their gradient: no extra memory. Using them afterwards is an error.
 
@@ -95,7 +95,7 @@ def policy_loss_from_logps(
     op = "policy_loss_from_logps"
     (data,) = parse(op, dict(keywords), PolicyOptions, own=("spec", "entropies", "log_sum_p_sq"))
     more = {"advantages": advantages, "entropies": entropies, "log_sum_p_sq": log_sum_p_sq}
-    rows = resolve_logps(op, per_token_logps, {**more, **data.named()})
+    rows = resolve_logps(op, per_token_logps, {**more, **data.named()}, data.validate)
     call = resolve_loss(rows, advantages, named_spec(op, spec), data)
     given = {}
     for name, argument, value in (

@@ -103,7 +103,8 @@ def preference_loss_from_logps(
     if options.ref_logits is not None:
         raise InvalidCall(f"{op}: ref_logits needs the policy's logits; pass per_token_kl=token_divergence(...).")
     spec = named_pair_spec(op, spec)
-    rows = resolve_logps(op, per_token_logps, {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)})
+    tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
+    rows = resolve_logps(op, per_token_logps, tensors, options.validate)
     call = resolve_pairs(rows, spec, options)
     given = {"logp": per_token_logps.reshape(-1)}
     if ("log_sum_p_sq" in spec.requires) != (log_sum_p_sq is not None):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from .groups import Groups, describe
+from .structure import is_readable
 
 
 class GroupKeywords(TypedDict, total=False):
@@ -26,14 +27,9 @@ class GroupKeywords(TypedDict, total=False):
     num_groups: int | None
 
 
-def eager_on_cpu(x: Tensor) -> bool:
-    """Whether values may be looked at: nothing waits for a GPU, nothing breaks a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def require(op: str, ok: Tensor, message: str, x: Tensor) -> Tensor:
     """``x``, if ``ok`` (bool, the shape of ``x``) holds everywhere: else an error on the CPU, NaN where it fails on a GPU."""
-    if eager_on_cpu(ok):
+    if is_readable(ok):
         if not bool(ok.all()):
             raise InvalidCall(f"{op}: {message}")
         return x
@@ -177,12 +173,24 @@ def _equal(op: str, name: str, x: Tensor, size: Any) -> Groups:
     return Groups(len(x) // size, size)
 
 
+def whole_number(op: str, name: str, value: Any, least: int = 1) -> int:
+    """A count: an int, so that nothing waits for a GPU."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < least:
+        raise InvalidCall(f"{op}: {name} is {value!r}, expected {'a positive int' if least == 1 else f'an int of at least {least}'}.")
+    return value  # type: ignore[return-value]
+
+
+def indices(op: str, name: str, ids: Any, shape: tuple[int, ...], count: int, total: str, least: int = 0) -> Tensor:
+    """Indices as int64: those outside of ``[least, count)`` are an error on the CPU, ``count`` elsewhere. ``total``: what ``count`` is called."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or tuple(ids.shape) != shape:
+        raise InvalidCall(f"{op}: {name} must be an int32 or int64 tensor of shape {shape}. {describe({name: ids})}")
+    inside = (ids >= least) & (ids < count)
+    if is_readable(ids) and not bool(inside.all()):
+        at = (~inside).nonzero()[0].tolist()
+        raise InvalidCall(f"{op}: {name}{at} is {ids[tuple(at)].item()}, outside [{least}, {total}={count}).")
+    return torch.where(inside, ids, count).long()
+
+
 def _listed(op: str, x: Tensor, ids: Any, count: Any) -> Groups:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise InvalidCall(f"{op}: num_groups is {count!r}, expected a positive int.")
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or ids.shape != x.shape:
-        raise InvalidCall(f"{op}: group_ids must be an int32 or int64 tensor of shape {tuple(x.shape)}. {describe({'group_ids': ids})}")
-    inside = (ids >= 0) & (ids < count)
-    if eager_on_cpu(ids) and not bool(inside.all()):
-        raise InvalidCall(f"{op}: group_ids holds {ids[~inside][0].item()}, outside [0, num_groups={count}).")
-    return _CheckedGroups(count, index=torch.where(inside, ids, count).long())
+    whole_number(op, "num_groups", count)
+    return _CheckedGroups(count, index=indices(op, "group_ids", ids, tuple(x.shape), count, "num_groups"))

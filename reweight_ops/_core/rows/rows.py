@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
-from ..transforms import is_wrapped
 from .groups import OUT, Groups, describe
+from .structure import Structure, is_fake, is_readable
 from .verbs import Masked, RowVerbs
 
 #: Rows without sequences are counted in runs of so many.
@@ -36,6 +36,7 @@ class Rows:
     prompts: Groups | None = None  # of the sequences: those of one prompt
     verbs: RowVerbs | None = None  # a backend's, that found keep, denominator and ids
     masked: Masked | None = None  # what they found
+    trust: Tensor | None = None  # []: NaN where sequences or groups turn out to be malformed on a device that is not waited for, else 1
 
     @property
     def run(self) -> int:
@@ -53,8 +54,12 @@ class Rows:
         """The same without the call's arguments."""
         return Rows(
             self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids,
-            self.prompts, self.verbs, self.masked,
+            self.prompts, self.verbs, self.masked, self.trust,
         )  # fmt: skip
+
+    def trusted(self, loss: Tensor) -> Tensor:
+        """The loss, NaN where :attr:`trust` is: also if malformed offsets leave no row in."""
+        return loss if self.trust is None else loss + (self.trust - 1)
 
     def need_sequences(self, why: str) -> Groups:
         if self.sequences is None:
@@ -106,7 +111,8 @@ class Rows:
         if packed:
             assert self.sequences is not None
             if shape in ((self.sequences.count, 1), (self.sequences.count,)) and shape != (self.count,):
-                return self.sequences.spread(value.reshape(-1))
+                spread = self.sequences.spread(value.reshape(-1))
+                return spread if self.trust is None else spread * self.trust
             expected = f"({self.count},) per token, or ({self.sequences.count}, 1) per sequence"
         else:
             head = rows[:-1]
@@ -127,7 +133,8 @@ def _shape_error(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors:
     return InvalidCall(f"{op}: {name} has shape {got}, expected {shape} like the rows. {describe(tensors)}")
 
 
-def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: dict[str, Any]) -> Groups | None:
+def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: dict[str, Any], structure: Structure) -> Groups | None:
+    """The sequences of a call. Rows of ids outside of them are in none here: only those that are in are an error, and which are is not known yet."""
     cu: Tensor | None
     ids: Tensor | None
     count: int | None
@@ -140,13 +147,17 @@ def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: d
             f"{op}: sequence_ids and num_sequences go together (an int, so that nothing waits for the GPU). {describe(tensors)}"
         )
     if cu is not None:
-        if cu.dim() != 1 or cu.numel() < 2 or cu.dtype not in (torch.int32, torch.int64):
-            raise InvalidCall(f"{op}: cu_seqlens must be int32 or int64 of shape [S + 1]. {describe(tensors)}")
+        structure.tensor("cu_seqlens", cu, device)
+        if cu.dim() != 1 or cu.numel() < 2:
+            raise InvalidCall(f"{op}: cu_seqlens must be of shape [S + 1], S at least 1. {describe(tensors)}")
         if math.prod(shape[:-1]) != 1:
             raise InvalidCall(f"{op}: cu_seqlens needs packed rows, [N] or [1, N], not {shape}. {describe(tensors)}")
+        structure.offsets("cu_seqlens", cu, n)
         position = torch.arange(n, device=device, dtype=cu.dtype)
         return Groups(cu.numel() - 1, index=torch.searchsorted(cu[1:].contiguous(), position, right=True))
     if ids is not None and count is not None:
+        structure.tensor("sequence_ids", ids, device)
+        structure.count("num_sequences", count)
         if tuple(ids.shape) not in (shape, (n,)):
             raise InvalidCall(f"{op}: sequence_ids has shape {tuple(ids.shape)}, expected {shape}. {describe(tensors)}")
         index = ids.reshape(-1).long()
@@ -155,11 +166,13 @@ def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: d
 
 
 def _segments(
-    op: str, segment_ids: Tensor | None, shape: tuple[int, ...], sequences: Groups | None, tensors: dict[str, Any]
+    op: str, shape: tuple[int, ...], device: torch.device, sequences: Groups | None, tensors: dict[str, Any], structure: Structure
 ) -> Groups | None:
     """A segment is a run of equal ``segment_ids`` inside one sequence."""
+    segment_ids = tensors.get("segment_ids")
     if segment_ids is None:
         return None
+    structure.tensor("segment_ids", segment_ids, device)
     if tuple(segment_ids.shape) != shape:
         raise InvalidCall(f"{op}: segment_ids has shape {tuple(segment_ids.shape)}, expected {shape}. {describe(tensors)}")
     flat, n = segment_ids.reshape(-1), math.prod(shape)
@@ -174,17 +187,18 @@ def _segments(
     return Groups(n, index=start.cumsum(0) - 1)
 
 
-def _prompts(op: str, sequences: Groups | None, tensors: dict[str, Any]) -> Groups | None:
+def _prompts(op: str, device: torch.device, sequences: Groups | None, tensors: dict[str, Any], structure: Structure) -> Groups | None:
     ids, count = tensors.get("group_ids"), tensors.get("num_groups")
     if (ids is None) != (count is None):
         raise InvalidCall(f"{op}: group_ids and num_groups go together (an int, so that nothing waits for the GPU). {describe(tensors)}")
     if ids is None or count is None:
         return None
+    structure.tensor("group_ids", ids, device)
+    structure.count("num_groups", count)
     total = 0 if sequences is None else sequences.count
-    if ids.numel() != total or ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
-        raise InvalidCall(
-            f"{op}: group_ids must be int32 or int64 of shape [S], one for each of the {total} sequences. {describe(tensors)}"
-        )
+    if ids.numel() != total or ids.dim() != 1:
+        raise InvalidCall(f"{op}: group_ids must be of shape [S], one for each of the {total} sequences. {describe(tensors)}")
+    structure.indices("group_ids", ids, count, "num_groups")
     index = ids.long()
     return Groups(count, index=torch.where((index >= 0) & (index < count), index, count))
 
@@ -206,23 +220,26 @@ def resolve_rows(
     if not shape:
         raise InvalidCall(f"{op}: the rows have no dimension; expected completion_ids of shape [N] or [B, T]. {describe(tensors)}")
     for name, t in tensors.items():
-        if isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not _is_fake(t):
+        if isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not is_fake(t):
             raise UnsupportedRequest(f"{op}: {name} is a {type(t).__name__}; tensor subclasses are not supported, pass the local tensor.")
-    sequences = _sequences(op, shape, device, tensors)
-    segments = _segments(op, tensors.get("segment_ids"), shape, sequences, tensors)
-    prompts = _prompts(op, sequences, tensors)
+    structure = Structure(op, tensors, validate)
+    sequences = _sequences(op, shape, device, tensors, structure)
+    segments = _segments(op, shape, device, sequences, tensors, structure)
+    prompts = _prompts(op, device, sequences, tensors, structure)
     if verbs is not None and math.prod(shape) > 0 and (sequences is None or sequences.index is None):
         found = _masked(op, shape, verbs, RUN if sequences is None else sequences.length, tensors)
         if found is not None:
             _check_ids(op, found.ids, vocab_total, validate, tensors)
             return Rows(
-                op, shape, device, dtype, found.keep, found.counted, sequences, segments, tensors, found.ids, prompts, verbs, found
+                op, shape, device, dtype, found.keep, found.counted, sequences, segments, tensors, found.ids, prompts, verbs, found,
+                structure.trust(dtype),
             )  # fmt: skip
     ids = tensors.get("completion_ids")
     masks = []
     if tensors.get("completion_mask") is not None:
         masks.append(_mask(op, "completion_mask", tensors["completion_mask"], shape, tensors))
     if sequences is not None and sequences.index is not None:
+        _check_sequence_ids(structure, tensors, [*masks, *([] if ids is None else [ids.reshape(-1) != OUT])])
         masks.append(sequences.index < sequences.count)
     if ids is not None:
         ids = ids.reshape(-1).long()
@@ -237,7 +254,18 @@ def resolve_rows(
     denominator = keep
     if tensors.get("denominator_mask") is not None:
         denominator = _mask(op, "denominator_mask", tensors["denominator_mask"], shape, tensors)
-    return Rows(op, shape, device, dtype, keep, denominator, sequences, segments, tensors, ids, prompts)
+    return Rows(
+        op, shape, device, dtype, keep, denominator, sequences, segments, tensors, ids, prompts, trust=structure.trust(dtype)
+    )  # fmt: skip
+
+
+def _check_sequence_ids(structure: Structure, tensors: dict[str, Any], masks: list[Tensor]) -> None:
+    """A row that is out by the caller's ``masks`` may have any sequence id."""
+    index, count = tensors.get("sequence_ids"), tensors.get("num_sequences")
+    if index is not None and count is not None:
+        structure.indices(
+            "sequence_ids", index.reshape(-1), count, "num_sequences", functools.reduce(torch.logical_and, masks) if masks else None
+        )
 
 
 def _masked(op: str, shape: tuple[int, ...], verbs: RowVerbs, run: int, tensors: dict[str, Any]) -> Masked | None:
@@ -255,13 +283,8 @@ def _masked(op: str, shape: tuple[int, ...], verbs: RowVerbs, run: int, tensors:
     return verbs.mask(ids, mask, denominator, run)
 
 
-def _is_fake(t: Tensor) -> bool:
-    return isinstance(t, torch._subclasses.FakeTensor)
-
-
 def _check_ids(op: str, ids: Tensor, vocab_total: int, validate: bool, tensors: dict[str, Any]) -> None:
-    readable = ids.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(ids) and not is_wrapped(ids)
-    if not (validate or readable) or ids.device.type == "meta" or not ids.numel():
+    if not (validate or is_readable(ids)) or ids.device.type == "meta" or not ids.numel():
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low >= 0 and high < vocab_total:
