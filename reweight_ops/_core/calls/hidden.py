@@ -29,6 +29,7 @@ class ChunkSettings(NamedTuple):
     chunk_rows: int
     logits_dtype: torch.dtype
     compute_dtype: torch.dtype  # of the GEMMs' operands
+    lora_dtype: torch.dtype  # of the low-rank term's
     accumulate_dtype: torch.dtype | None  # of the weight's gradient over chunks; None: by the number of chunks
     drop_inert: bool  # rows without a coefficient may be counted on the host and dropped
     keep_rows: int  # of these leading rows two_pass keeps the logits for backward
@@ -43,8 +44,10 @@ class LMHead(NamedTuple):
     lora_b: Tensor | None  # [V, r]
     lora_scale: float
 
-    def to(self, dtype: torch.dtype) -> LMHead:
-        w, b, lora_a, lora_b = (None if t is None else t.to(dtype) for t in self[:4])
+    def cast(self, settings: ChunkSettings) -> LMHead:
+        """The same in the dtypes of the GEMMs."""
+        compute, lora = settings.compute_dtype, settings.lora_dtype
+        w, b, lora_a, lora_b = (None if t is None else t.to(d) for t, d in zip(self[:4], (compute, compute, lora, lora), strict=True))
         assert w is not None
         return LMHead(w, b, lora_a, lora_b, self.lora_scale)
 
@@ -121,16 +124,19 @@ def resolve_hidden(
         raise fail(f"lora: a {tuple(lora.a.shape)} and b {tuple(lora.b.shape)}, expected (r, {width}) and ({columns}, r).")
 
     compute, autocast = _compute_dtype(hidden)
-    for name, x in (
-        ("lm_head_weight", weight),
-        ("lm_head_bias", linear.lm_head_bias),
-        ("lora.a", lora.a if lora else None),
-        ("lora.b", lora.b if lora else None),
+    lora_dtype = hidden.dtype if lora is None else lora.a.dtype
+    for name, x, dtype in (
+        ("lm_head_weight", weight, hidden.dtype),
+        ("lm_head_bias", linear.lm_head_bias, hidden.dtype),
+        ("lora.a", lora.a if lora else None, lora_dtype),
+        ("lora.b", lora.b if lora else None, lora_dtype),
     ):
-        if x is not None and (x.device != hidden.device or (x.dtype != hidden.dtype and not autocast)):
-            raise fail(f"{name} is {x.dtype} on {x.device}, hidden {hidden.dtype} on {hidden.device}: cast one, or use autocast.")
+        if x is not None and (x.device != hidden.device or (x.dtype != dtype and not autocast)):
+            raise fail(f"{name} is {x.dtype} on {x.device}, expected {dtype} on {hidden.device}: cast one, or use autocast.")
     if not hidden.is_floating_point() or hidden.dtype.itemsize < 2:
         raise fail(f"hidden is {hidden.dtype}, expected fp16, bf16, fp32 or fp64.")
+    if not autocast and torch.promote_types(lora_dtype, hidden.dtype) != lora_dtype:
+        raise fail(f"lora is {lora_dtype}, expected hidden's {hidden.dtype} or a wider dtype: cast its factors.")
     logits_dtype = compute if linear.logits_dtype is None else linear.logits_dtype
     if logits_dtype not in (compute, torch.float32) or logits_dtype.itemsize < compute.itemsize:
         raise fail(f"logits_dtype is {logits_dtype}, expected {compute} or torch.float32.")
@@ -160,7 +166,7 @@ def resolve_hidden(
     size, keep = chunking(flat.size(0), columns * logits_dtype.itemsize, hidden.device, linear.chunk_rows, linear.memory_budget)
     settings = ChunkSettings(
         softmax._replace(softcap=softmax.softcap / linear.logit_scale), options.backend, size, logits_dtype, compute,
-        linear.accumulate_dtype, compact, keep,
+        compute if autocast else lora_dtype, linear.accumulate_dtype, compact, keep,
     )  # fmt: skip
     a, b, scale = lora or (None, None, 1.0)
     head = LMHead(weight, linear.lm_head_bias, a, b, float(scale))

@@ -63,7 +63,11 @@ class PolicyOptions(Options):
 
 
 class Lora(NamedTuple):
-    """A low-rank term of the head: ``logits += scale · (hidden @ aᵀ) @ bᵀ``, ``a [r, D]``, ``b [V, r]``. ``W + scale·b·a`` is never built."""
+    """A low-rank term of the head: ``logits += scale · (hidden @ aᵀ) @ bᵀ``, ``a [r, D]``, ``b [V, r]``. ``W + scale·b·a`` is never built.
+
+    The factors have hidden's dtype or, both, a wider one (PEFT's fp32 beside a bf16 head): the term and its gradients are then computed in theirs,
+    and only the sum with the head's own logits is rounded. Autocast casts them as it casts the head.
+    """
 
     a: Tensor
     b: Tensor

@@ -75,11 +75,13 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: Softm
 
 def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSettings) -> Tensor:
     """``[M, V]`` logits of a linear head, in the dtypes of the chunked one; a row that is out is never read."""
-    weight, bias, a, b, scale = head.to(settings.compute_dtype)
+    weight, bias, a, b, scale = head.cast(settings)
     h, dtype = torch.where(keep[:, None], hidden, 0).to(settings.compute_dtype), settings.logits_dtype
-    z = h.to(dtype) @ weight.to(dtype).t()
-    z = z if bias is None else z + bias.to(dtype)
-    return z if a is None or b is None else z + scale * ((h @ a.t()).to(dtype) @ b.t().to(dtype))
+    wide = torch.promote_types(dtype, settings.lora_dtype)
+    z = h.to(wide) @ weight.to(wide).t()
+    z = z if bias is None else z + bias.to(wide)
+    z = z if a is None or b is None else z + scale * ((h.to(a.dtype) @ a.t()).to(wide) @ b.t().to(wide))
+    return z.to(dtype)
 
 
 def linear_stats(

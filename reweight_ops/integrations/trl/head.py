@@ -139,9 +139,9 @@ def head_keywords(base: Any, hidden: Tensor, form: Any) -> dict[str, Any]:
     if isinstance(head, LoraLinear):
         active = [] if head.disable_adapters or head.merged else _active_adapters(head)
         if active:
-            # PEFT may keep adapters in fp32 beside a 16-bit head: operands of one GEMM have one dtype.
+            # PEFT may keep adapters in fp32 beside a 16-bit head; the linear ops take factors in hidden's dtype or a wider one.
             factors: list[Any] = [head.lora_A[active[0]], head.lora_B[active[0]]]
-            a, b = (factor.weight.to(hidden.dtype) for factor in factors)
+            a, b = (factor.weight.to(torch.promote_types(factor.weight.dtype, hidden.dtype)) for factor in factors)
             lora = Lora(a, b, float(head.scaling[active[0]]))
         head = head.base_layer
     return {

@@ -32,7 +32,7 @@ class LinearStatistics(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
         lora_scale: float, ids: Tensor, temperature: Tensor, settings: ChunkSettings, stats: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        head = LMHead(weight, bias, lora_a, lora_b, lora_scale).to(settings.compute_dtype)
+        head = LMHead(weight, bias, lora_a, lora_b, lora_scale).cast(settings)
         count = hidden.size(0)
         size = min(settings.chunk_rows, count)
         wanted = asked_for(stats, any(ctx.needs_input_grad[:5]))
@@ -75,7 +75,7 @@ class LinearStatistics(torch.autograd.Function):
         known = dict(zip((*ctx.names, LSE_LOW), stats, strict=True))
         table = _Table(ids, temperature, known, by)
         parameters = LMHead(weight, bias, lora_a, lora_b, ctx.lora_scale)
-        head = parameters.to(settings.compute_dtype)
+        head = parameters.cast(settings)
         count, kept, ctx.kept = hidden.size(0), ctx.kept, []
         size = min(settings.chunk_rows, count)
         recomputed_from = min(len(kept) * size, count)
@@ -143,7 +143,7 @@ class LinearOnePassLoss(torch.autograd.Function):
         ids: Tensor, temperature: Tensor, inputs: tuple[Tensor | None, ...], params: Tensor, program: str, settings: ChunkSettings,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         parameters = LMHead(weight, bias, lora_a, lora_b, lora_scale)
-        head = parameters.to(settings.compute_dtype)
+        head = parameters.cast(settings)
         count = hidden.size(0)
         size = min(settings.chunk_rows, count)
         gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], -(-count // max(size, 1)), settings)

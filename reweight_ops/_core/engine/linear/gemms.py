@@ -45,6 +45,9 @@ class Chunk:
         """The logits of up to ``size`` rows: the first rows of the buffer."""
         weight, bias, a, b, scale = self.head
         h, out = padded(hidden, self.data.size(0)).to(weight.dtype), self.data
+        if b is not None and torch.promote_types(b.dtype, out.dtype) != out.dtype:
+            self._round_once(h)
+            return out[: hidden.size(0)]
         if out.dtype != h.dtype:
             _mm_wider(h, weight, out)
             if bias is not None:
@@ -54,8 +57,21 @@ class Chunk:
         else:
             torch.addmm(bias, h, weight.t(), out=out)
         if a is not None and b is not None:
-            out.addmm_((h @ a.t()).to(out.dtype), b.t().to(out.dtype), alpha=scale)
+            out.addmm_((h.to(a.dtype) @ a.t()).to(out.dtype), b.t().to(out.dtype), alpha=scale)
         return out[: hidden.size(0)]
+
+    def _round_once(self, h: Tensor) -> None:
+        """The logits of a head whose LoRA factors are wider than they: the sum of both terms is rounded, some columns at a time."""
+        weight, bias, a, b, scale = self.head
+        assert a is not None and b is not None
+        low_rank = scale * (h.to(a.dtype) @ a.t())
+        for columns in chunks(0, weight.size(0), _SLICE):
+            part = weight[columns]
+            wide = empty((h.size(0), part.size(0)), b.dtype, h.device)
+            _mm_wider(h, part, wide)
+            if bias is not None:
+                wide += bias[columns]
+            self.data[:, columns] = wide.addmm_(low_rank, b[columns].t())
 
 
 def padded(x: Tensor, rows: int) -> Tensor:
@@ -108,7 +124,7 @@ class Gradients:
         if not count:
             return
         needs_weight, needs_bias, needs_a, needs_b = self.needs[1:]
-        through = None if b is None else scale * (grad @ b)  # [m, r]
+        through = None if b is None else scale * _mm_mixed(grad, b)  # [m, r]
         if self.hidden is not None:
             in_place = isinstance(rows, slice) and live is None and count == whole.size(0)
             product = torch.mm(whole, weight, out=self.hidden[rows]) if in_place else torch.mm(whole, weight)[: grad.size(0)]
@@ -122,10 +138,11 @@ class Gradients:
             total = grad.sum(0, dtype=self._dtype(1))
             self.totals[1] = total if self.totals[1] is None else self.totals[1].add_(total)
         if a is not None and through is not None:
+            wide = h.to(a.dtype)
             if needs_a:
-                self._accumulate(2, through.t(), h)
+                self._accumulate(2, through.t(), wide)
             if needs_b:
-                self._accumulate(3, grad.t(), scale * (h @ a.t()))
+                self._accumulate(3, grad.t(), scale * (wide @ a.t()))
 
     def _place(self, rows: slice | Tensor, live: Tensor | None, product: Tensor) -> None:
         assert self.hidden is not None
@@ -149,7 +166,11 @@ class Gradients:
         if total is None:
             total = empty((left.size(0), right.size(1)), dtype, left.device)
             self.totals[which] = total
-        if dtype != left.dtype:
+        if left.dtype != right.dtype:
+            for part in chunks(0, left.size(0), _SLICE):
+                product = left[part].to(right.dtype) @ right
+                total[part] = product if first else total[part] + product
+        elif dtype != left.dtype:
             wide_gemm_(total, left, right, not first)
         elif first:
             torch.mm(left, right, out=total)
@@ -164,6 +185,16 @@ class Gradients:
             if need and source is not None:
                 results[i] = torch.zeros_like(source, memory_format=torch.contiguous_format) if found is None else found.to(source.dtype)
         return tuple(results)
+
+
+def _mm_mixed(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in the dtype of ``right``: a slice of the shared dimension at a time where ``left`` has another."""
+    if left.dtype == right.dtype:
+        return left @ right
+    total = right.new_zeros(left.size(0), right.size(1))
+    for part in chunks(0, right.size(0), _SLICE):
+        total.addmm_(left[:, part].to(right.dtype), right[part])
+    return total
 
 
 def _finite(h: Tensor) -> Tensor:
