@@ -89,9 +89,7 @@ class NinjaBuild(build_ext):
         if nvcc is None:
             raise RuntimeError("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
         archs = cuda_archs(nvcc)
-        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [
-            f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
-        ]
+        targets = cuda_targets(archs)
         toolkit = toolkit_of(nvcc)
         flags = [
             *FLAGS,
@@ -183,6 +181,10 @@ def cuda_archs(nvcc: Path) -> list[str]:
     return ["80", "90", "100", "120"] if version >= (12, 8) else ["80", "90"]
 
 
+def cuda_targets(archs: list[str]) -> list[str]:
+    return [*(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs), f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
 def cuda_edge(obj: str, kernel: str, dtype: str, targets: list[str], nvcc: Path) -> str:
     """One file of kernels for one dtype."""
     words = [*NVCC_FLAGS, "-ccbin", cxx()[0], *targets, f"-I{ROOT / 'csrc'}", f"-DRW_ELEMENT={CUDA_DTYPES[dtype]}", f"-DRW_DTYPE={dtype}"]
@@ -207,7 +209,7 @@ def ninja_path(path: Path) -> str:
 
 LICENSE = {"license_expression" if int(__version__.split(".")[0]) >= 77 else "license": "Apache-2.0"}
 
-if __name__ == "__main__":  # bench/gpu_variants.py builds by the same flags
+if __name__ == "__main__":  # bench/gpu_variants.py and tests/support/nvcc.py compile by the same flags
     setup(
         **LICENSE,
         packages=[*find_packages(str(ROOT), include=["reweight_ops", "reweight_ops.*"]), "reweight_ops.triton_kernels"],

@@ -161,13 +161,24 @@ RW_DEVICE void sweep_gradient(const T* x, T* out, int vocab, const GradientColum
     if (thread_index() < columns.head) write(thread_index());
 }
 
-/// Writes one gradient row, padding included. kFull: with softcap or Σp² terms. kVectors: in flight, a thread.
+/// A row whose gradient's constants are known.
+template <class T>
+struct GradientRow {
+    const T* x;
+    T* out;
+    int target;  // its column, -1: in another shard, or in none
+    RowGradient g;
+};
+
+/// Writes one gradient row, padding included. kFull: with softcap or Σp² terms. kVectors: in flight, a thread. A row in shared memory is read again
+/// after the sweep, whose registers are scarce.
 template <class T, bool kFull, int kVectors>
-RW_DEVICE void write_gradient(const T* x, T* out, int vocab, int columns, int target, const RowGradient& g, const Softcap& softcap) {
-    const GradientColumns division(x, out, g.terms != Terms::fill, vocab);
-    with_terms<kFull>(g.terms, [&](auto terms) { sweep_gradient<T, decltype(terms)::value, kVectors>(x, out, vocab, division, g, softcap); });
-    if (target >= 0 && division.owner<T>(target) == thread_index()) narrow(g.target, out[target]);
-    for (int64_t column = vocab + thread_index(); column < columns; column += kThreads) narrow(0.0f, out[column]);
+RW_DEVICE void write_gradient(const GradientRow<T>& row, int vocab, int columns, const Softcap& softcap) {
+    const RowGradient g = row.g;
+    const GradientColumns division(row.x, row.out, g.terms != Terms::fill, vocab);
+    with_terms<kFull>(g.terms, [&](auto terms) { sweep_gradient<T, decltype(terms)::value, kVectors>(row.x, row.out, vocab, division, g, softcap); });
+    if (row.target >= 0 && division.owner<T>(row.target) == thread_index()) narrow(row.g.target, row.out[row.target]);
+    for (int64_t column = vocab + thread_index(); column < columns; column += kThreads) narrow(0.0f, row.out[column]);
 }
 
 }  // namespace

@@ -50,21 +50,6 @@ RW_DEVICE void move_tiles(const RingCall& call, const BlockSlice& slice, const R
 
 // ---- the rule warp
 
-RW_DEVICE Vector as_vector(const Partial& s) { return {as_bits(s.top), as_bits(s.rest), as_bits(s.dot), as_bits(s.sum_sq)}; }
-RW_DEVICE Partial as_partial(const Vector& v) { return {as_float(v.words[0]), as_float(v.words[1]), as_float(v.words[2]), as_float(v.words[3])}; }
-
-/// Brings near what the row's rules will read, by a lane each.
-RW_DEVICE void prefetch_inputs(const LossGradCall& call, int64_t i, int lane) {
-    const float* const inputs[] = {call.old_logp, call.adv, call.ref_logp, call.sampling_logp};
-    const float* at = nullptr;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        if (lane == k && inputs[k]) at = inputs[k] + i;
-    }
-    if (lane >= 4 && lane < 4 + call.table.terms) at = call.row_weights + (lane - 4) * call.row_weights_step + i;
-    if (at) prefetch(at);
-}
-
 template <class T>
 RW_DEVICE void evaluate_rows(const RingCall& call, const BlockSlice& slice, const Ring& ring) {
     const Softcap softcap(call.softcap);

@@ -83,8 +83,7 @@ RW_DEVICE Partial sum_row(const Row<T>& row, int columns, const Slices& slices, 
 
 template <class T>
 RW_DEVICE void fill_zero(T* out, int64_t columns) {
-    const RowGradient zero{};
-    write_gradient<T, false, kUnroll>(out, out, int(columns), int(columns), -1, zero, Softcap(kInf));
+    write_gradient<T, false, kUnroll>(GradientRow<T>{out, out, -1, {}}, int(columns), int(columns), Softcap(kInf));
 }
 
 // ---- token_stats
@@ -131,30 +130,32 @@ RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, in
     return row_gradient(d, row.temperature, row.scale, {false, base, rest, exp2f(rest)}, target, full);
 }
 
-/// 8 warps write a row, and one gets the constants of the next meanwhile: its chain of reads and fp64 would hold up all of them.
+/// 8 warps write a row, and one gets the next ready meanwhile: its chain of reads, divisions and fp64 would hold up all of them.
 constexpr int kGradThreads = kThreads + 32;
+
+/// A row that holds nothing to compute is zeros.
+template <class T>
+RW_DEVICE GradientRow<T> known_row(const GradCall& call, int64_t i, const Softcap& softcap, bool full) {
+    T* const out = static_cast<T*>(call.out) + call.out_strides.offset(i);
+    if (is_invalid(call, i)) return {out, out, -1, {}};
+    const Row<T> row(call, i);
+    return {row.x, out, row.target, known_gradient(call, row, i, softcap, full)};
+}
 
 template <class T, bool kFull>
 RW_KERNEL(kGradThreads, blocks_of(kFull, kGradBlocks)) grad_kernel(RW_PARAMETER GradCall call) {
-    RW_SHARED(DoubleBuffer<RowGradient>, gradients);
+    RW_SHARED(DoubleBuffer<GradientRow<T>>, known);
     const Softcap softcap(call.softcap);
     const bool writes = thread_index() < kThreads;
     const auto prepare = [&](int64_t i, int buffer) {
-        if (thread_index() != kThreads || i >= call.rows || is_invalid(call, i)) return;
-        gradients[buffer] = known_gradient(call, Row<T>(call, i), i, softcap, kFull);
+        if (thread_index() == kThreads && i < call.rows) known[buffer] = known_row<T>(call, i, softcap, kFull);
     };
     int buffer = 0;
     prepare(block_index(), buffer);
     for (int64_t i = block_index(); i < call.rows; i += block_count()) {
-        barrier();  // the constants of this row are in, and nobody reads those of the row before any more
+        barrier();  // this row is ready, and nobody reads the one before any more
         prepare(i + block_count(), buffer ^ 1);
-        T* const out = static_cast<T*>(call.out) + call.out_strides.offset(i);
-        if (writes && is_invalid(call, i)) {
-            fill_zero(out, call.columns);
-        } else if (writes) {
-            const Row<T> row(call, i);
-            write_gradient<T, kFull, 2 * kUnroll>(row.x, out, int(call.vocab_size), int(call.columns), row.target, RowGradient(gradients[buffer]), softcap);
-        }
+        if (writes) write_gradient<T, kFull, 2 * kUnroll>(known[buffer], int(call.vocab_size), int(call.columns), softcap);
         buffer ^= 1;
     }
 }
@@ -164,7 +165,7 @@ RW_KERNEL(kGradThreads, blocks_of(kFull, kGradBlocks)) grad_kernel(RW_PARAMETER 
 template <class T, bool kFull, bool kAligned>
 RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCall call) {
     RW_SHARED(RowPartials, partials);
-    RW_SHARED(RowGradient, gradient);
+    RW_SHARED(GradientRow<T>, known);
     RW_SHARED(ProgramRegisters, program);
     if (thread_index() < 32) prepare_program(call, program.values);
     const Softcap softcap(call.softcap);
@@ -181,10 +182,10 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
         const Partial sums = sum_row<kSums, kAligned>(row, int(call.vocab_size), slices, softcap, partials);
         if (thread_index() < 32) {
             const RowGradient found = loss_of_row(call, i, row, sums, target_of(row, softcap), true, softcap, program);
-            if (thread_index() == 0) gradient = found;
+            if (thread_index() == 0) known = {row.x, out, row.target, found};
         }
         barrier();
-        write_gradient<T, kFull, kUnroll>(row.x, out, int(call.vocab_size), int(call.columns), row.target, RowGradient(gradient), softcap);
+        write_gradient<T, kFull, kUnroll>(known, int(call.vocab_size), int(call.columns), softcap);
     }
 }
 

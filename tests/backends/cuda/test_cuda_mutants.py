@@ -21,10 +21,12 @@ MUTANTS = {
     "no barrier before the block's merge": ("streaming.cu", "    barrier();\n    Partial sums{", "    Partial sums{"),
     "no second set of partial sums": ("streaming.cu", "        buffer ^= 1;\n        if (thread_index() == 0) put_row", "        if (thread_index() == 0) put_row"),
     "no barrier before the gradient": ("streaming.cu", "        barrier();\n        write_gradient<T, kFull, kUnroll>", "        write_gradient<T, kFull, kUnroll>"),
-    "no barrier before a known gradient": ("streaming.cu", "        barrier();  // the constants of this row are in, and nobody reads those of the row before any more\n", ""),
+    "no barrier before a known gradient": ("streaming.cu", "        barrier();  // this row is ready, and nobody reads the one before any more\n", ""),
     "no second row of constants": ("streaming.cu", "prepare(i + block_count(), buffer ^ 1);", "prepare(i + block_count(), buffer);"),
     "the constants of a row ahead forgotten": ("streaming.cu", "        prepare(i + block_count(), buffer ^ 1);\n", ""),
     "the constants of the first row forgotten": ("streaming.cu", "    prepare(block_index(), buffer);\n", ""),
+    "a row that is out reads logits": ("streaming.cu", "if (is_invalid(call, i)) return {out, out, -1, {}};", "if (is_invalid(call, i) && call.ids[i] > 0) return {out, out, -1, {}};"),
+    "the gradient of the row before": ("streaming.cu", "kUnroll>(known[buffer],", "kUnroll>(known[buffer ^ 1],"),
     "entropy sum not rebased": ("statistics.h", "factor * fmaf(shift, s.sum, s.dot)", "factor * s.dot"),
     "sum of squares rebased once": ("statistics.h", "s.sum_sq *= factor * factor", "s.sum_sq *= factor"),
     "no bound of a reference": ("statistics.h", "fminf(fmaxf(top * scale, -5.36870912e8f), 5.36870912e8f)", "top * scale"),
@@ -35,7 +37,7 @@ MUTANTS = {
     "a slice ends a vector early": ("slices.h", "return begin(slice + 1);", "return begin(slice + 1) - (slice + 1 < count);"),
     "the last slice forgotten": ("streaming.cu", "for (int slice = 0; slice < slices.count; ++slice) sums", "for (int slice = 0; slice + (slices.count > 1) < slices.count; ++slice) sums"),
     "gradient starts a step late": ("gradient.h", "for (int at = whole - kStep +", "for (int at = whole - 2 * kStep +"),
-    "target written by another thread": ("gradient.h", "division.owner<T>(target) == thread_index()", "(division.owner<T>(target) ^ 1) == thread_index()"),
+    "target written by another thread": ("gradient.h", "division.owner<T>(row.target) == thread_index()", "(division.owner<T>(row.target) ^ 1) == thread_index()"),
     "target by its rounded probability": ("gradient.h", "logp_coef * expm1f(logp)", "logp_coef * (expf(logp) - 1.0f)"),
     "target capped in fp32": ("partial.h", "exact = softcap.exactly(x, slope);", "softcap.exactly(x, slope), exact = double(swept);"),
     "softcap without slope": ("gradient.h", "fmaf(e, g.p_coef, factor) * slope", "fmaf(e, g.p_coef, factor)"),
@@ -267,7 +269,7 @@ FOUND_BY = {
 # * Two tensors, a NaN among the first's logits where the table is of others: a bound of the exponent takes it for -200. Statistics are NaN for it.
 # * Whoever has seen nothing but masked logits sums them again: they count for nothing, however they are summed.
 # * publish_barriers(), acquire.cluster in wait_for_cluster(), L2 hints, the text of the assembly: what the emulator does not execute. The test of
-#   the SASS in test_cuda_backend.py sees the instructions; that they suffice is for a GPU and its racecheck to say.
+#   the SASS in test_cuda_compiled.py sees the instructions; that they suffice is for a GPU and its racecheck to say.
 
 
 def run_tests(module: Path, *files: str, **environment: str) -> subprocess.CompletedProcess:
