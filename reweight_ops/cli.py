@@ -1,4 +1,4 @@
-"""``reweight-ops info | methods | show NAME | check``."""
+"""``reweight-ops info | methods | show NAME | check | trainers``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ._core.formula.leaves import Leaves
 from ._core.formula.namespace import TorchNamespace
 from ._core.spec.policy import PolicyLossSpec
 from .errors import BackendUnavailable, ReweightOpsError
+from .integrations.trainers import TRAINERS
 from .testing.checks import DTYPES, Case, GoldenCase, Selection, cases, golden_cases, run_case, run_golden
 
 try:
@@ -102,6 +103,16 @@ def methods(kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KIN
             e = CATALOGUE[one][name]
             table.add_row(name, e.full_name, level(e), plan(e), e.arxiv, e.certainty)
         console.print(table)
+
+
+@app.command()
+def trainers() -> None:
+    """The trainers that there are integrations for: what is installed here, whether that version was tested, and the hook to use."""
+    table = Table("trainer", "installed", "standing", "tested with", "hook", "page")
+    for t in TRAINERS.values():
+        version = t.installed
+        table.add_row(t.name, version or "no", t.standing(version) if version else "", ", ".join(t.tested), t.hook, t.page)
+    console.print(table)
 
 
 @app.command()
