@@ -1,4 +1,4 @@
-"""``reweight-ops info | methods | find WORDS | show NAME | check``."""
+"""``reweight-ops info | methods | find WORDS | show NAME | check | trainers``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ._core.formula.leaves import Leaves
 from ._core.formula.namespace import TorchNamespace
 from ._core.spec.policy import PolicyLossSpec
 from .errors import BackendUnavailable, ReweightOpsError
+from .integrations.trainers import TRAINERS
 from .testing.checks import DTYPES, Case, GoldenCase, Selection, cases, golden_cases, run_case, run_golden
 
 try:
@@ -120,6 +121,16 @@ def find(words: list[str], kind: str = typer.Option(None, help=f"Only this kind:
     if not hits:
         console.print(f"nothing is called {' '.join(words)!r}; reweight-ops methods lists everything", highlight=False)
         raise typer.Exit(1)
+
+
+@app.command()
+def trainers() -> None:
+    """The trainers that there are integrations for: what is installed here, whether that version was tested, and the hook to use."""
+    table = Table("trainer", "installed", "standing", "tested with", "hook", "page")
+    for t in TRAINERS.values():
+        version = t.installed
+        table.add_row(t.name, version or "no", t.standing(version) if version else "", ", ".join(t.tested), t.hook, t.page)
+    console.print(table)
 
 
 @app.command()

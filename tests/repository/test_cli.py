@@ -16,6 +16,7 @@ from reweight_ops._core.backends import reference_token as reference
 from reweight_ops._core.backends import select
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.catalogue.registry import CATALOGUE
+from reweight_ops.integrations.trainers import TRAINERS
 from reweight_ops.testing import checks
 from reweight_ops.testing import pairs as testing_pairs
 
@@ -160,3 +161,11 @@ def test_check_refuses_unknown_names(run):
         sys.argv = ["reweight-ops", "check", "--method", "dappo"]
         cli.main()
     assert exit_.value.code == 2
+
+
+def test_trainers_lists_versions_and_hooks(run, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
+    out = run("trainers").stdout
+    for trainer in TRAINERS.values():
+        assert trainer.name in out and trainer.page in out
+    assert "newer than any tested" in out

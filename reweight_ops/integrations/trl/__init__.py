@@ -11,6 +11,8 @@ Two hooks. The default one computes per-token log-probs and entropies and keeps 
 
     with patch_trl(fuse_loss=True):      # scripts that build GRPOTrainer themselves
         main()
+    with patch_trl(heads=True):          # any trainer: the head function that GRPO, RLOO, DPO, KTO, SFT and AsyncGRPO share
+        main()
 
 Both work from hidden states and the head's weight (``rw.linear_token_logps``, ``rw.linear_policy_loss``), so that ``[B, T, V]`` logits never
 exist, as in stock TRL. Heads that are more than a weight (``lm_head="auto"``: any that the linear ops do not know) go through their logits.
@@ -24,10 +26,8 @@ an error.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,8 @@ from ..._core.losses.statistics import token_logps
 from ..._core.spec.policy import PolicyLossSpec
 from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
 from ...rules.penalties import EntropyBonus
+from ..patching import Counts, Patch, Replacement, check_signature, source_digest
+from ..trainers import check_version
 from .spec import Normalized, normalize, resolve_passes, spec_of_trainer, with_weights, without_bonus
 
 try:
@@ -52,6 +54,7 @@ except ImportError as error:
     raise BackendUnavailable("reweight_ops.integrations.trl needs TRL: pip install 'trl>=1.15'") from error
 
 from .head import HeadOutput, adapters_on_head_allowed, adapts_head, choose_head, fused_forward, linear_obstacle, logits_of
+from .heads import head_replacements
 from .probe import Form, Prober
 
 #: The leading parameters of the two methods that are overridden; any further one must be optional.
@@ -80,23 +83,12 @@ _MULTIMODAL = (
 def check_signatures(trainer_class: type) -> None:
     """Raise :class:`BackendUnavailable` if TRL's methods are not the ones that this module overrides."""
     for name, expected in _SIGNATURES.items():
-        function = getattr(trainer_class, name, None)
-        parameters = [] if function is None else list(inspect.signature(function).parameters.values())
-        rest = parameters[len(expected) :]
-        if tuple(p.name for p in parameters[: len(expected)]) != expected or any(p.default is p.empty for p in rest):
-            found = "does not exist" if function is None else f"has the signature {inspect.signature(function)}"
-            raise BackendUnavailable(
-                f"TRL {trl.__version__}: {trainer_class.__name__}.{name} {found}, expected ({', '.join(expected)}, optional ...); "
-                "this integration is for TRL 1.15 and later versions with that signature."
-            )
+        check_signature(f"TRL {trl.__version__}", trainer_class, name, expected)
 
 
+#: The installed version, for messages.
+LIBRARY = check_version("TRL")
 check_signatures(GRPOTrainer)
-
-
-def loss_digest(function: Callable[..., Any]) -> str:
-    """A fingerprint of a function's source."""
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -123,16 +115,15 @@ class Options:
 class Hooks:
     """The two hooks for one trainer. ``original`` is TRL's method, bound."""
 
-    def __init__(self, trainer: Any, options: Options, original_loss: Callable[..., Any]) -> None:
+    def __init__(self, trainer: Any, options: Options, original_loss: Callable[..., Any], total: Counts | None = None) -> None:
         self.options = options
         self.fused = options.fuse_loss or options.own_method
         self.passes = () if options.spec is None else resolve_passes(options.spec, trainer.args)
         self.head = choose_head(options.lm_head, options.consume_logits)
-        self.warned: set[str] = set()
         self.prober = Prober()
-        trainer.fused_calls = Counter()
-        trainer.delegated_calls = Counter()
-        if self.fused and not self.passes and loss_digest(original_loss) not in _KNOWN_LOSSES:
+        self.counts = Counts("TRL", total)
+        trainer.fused_calls, trainer.delegated_calls = self.counts.fused_calls, self.counts.delegated_calls
+        if self.fused and not self.passes and source_digest(original_loss) not in _KNOWN_LOSSES:
             warnings.warn(
                 f"TRL {trl.__version__} has a loss that fuse_loss=True was not checked against: it may lack what TRL added. "
                 "The default hook (fuse_loss=False) keeps TRL's own loss.",
@@ -161,7 +152,7 @@ class Hooks:
             return original(model, input_ids, attention_mask, logits_to_keep, **chunks, compute_aux_loss=compute_aux_loss, **multimodal)  # type: ignore[no-any-return]
         form = self._linear_form(trainer, model)
         if form is not None:
-            trainer.fused_calls["linear_token_logps"] += 1
+            self.counts.ran("linear_token_logps")
             mask = attention_mask[:, -logits_to_keep:]
             batches = iter(zip(*(torch.split(x, batch_size or len(x)) for x in (input_ids[:, -logits_to_keep:], mask)), strict=True))
 
@@ -173,7 +164,7 @@ class Hooks:
 
             with fused_forward(trainer, model, logits_to_keep, form, compute):
                 return original(model, input_ids, attention_mask, logits_to_keep, **chunks)  # type: ignore[no-any-return]
-        trainer.fused_calls["token_logps"] += 1
+        self.counts.ran("token_logps")
         parts = []
         for ids, mask in zip(*(torch.split(x, batch_size or len(x)) for x in (input_ids, attention_mask)), strict=True):
             parts.append(
@@ -232,10 +223,10 @@ class Hooks:
         all_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         form = self._linear_form(trainer, model)
         if form is None:
-            trainer.fused_calls["policy_loss"] += 1
+            self.counts.ran("policy_loss")
             logits = logits_of(trainer, model, all_ids, all_mask, ids.size(1))
             return policy_loss(logits, ids, advantages, drop_last=True, consume_logits=self.options.consume_logits, **options)
-        trainer.fused_calls["linear_policy_loss"] += 1
+        self.counts.ran("linear_policy_loss")
         found: list[PolicyLossOutput] = []
 
         def compute(hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
@@ -258,7 +249,7 @@ class Hooks:
             return form
         if self.head == "linear":
             raise UnsupportedRequest(f"lm_head='linear' is impossible with {form.obstacle}; lm_head='auto' or 'logits' builds the logits.")
-        self._warn(f"reweight_ops builds the logits: {form.obstacle}.")
+        self.counts.warn_once(f"reweight_ops builds the logits: {form.obstacle}.")
         return None
 
     def _head_options(self, trainer: Any) -> dict[str, Any]:
@@ -284,13 +275,7 @@ class Hooks:
     def _leave_to_trl(self, trainer: Any, model: Any, reason: str) -> None:
         if adapts_head(trainer, model):
             raise UnsupportedRequest(f"{reason} is left to TRL, whose fused head would ignore the adapter on lm_head.")
-        trainer.delegated_calls[reason] += 1
-        self._warn(f"reweight_ops leaves this to TRL: {reason}. trainer.delegated_calls counts it.")
-
-    def _warn(self, message: str) -> None:
-        if message not in self.warned:
-            self.warned.add(message)
-            warnings.warn(message, stacklevel=5)
+        self.counts.left(reason)
 
 
 def _token_obstacle(compute_aux_loss: bool, multimodal: dict[str, Any]) -> str | None:
@@ -381,58 +366,57 @@ class ReweightGRPOTrainer(GRPOTrainer):
         return self._reweight_hooks.loss(self, super()._compute_loss, model, inputs)
 
 
-class TrlPatch:
-    """A patched ``GRPOTrainer``; ``undo()``, or leave the ``with`` block, to restore it."""
+def _grpo_replacements(options: Options, total: Counts) -> list[Replacement]:
+    logps, loss = (getattr(GRPOTrainer, name) for name in _SIGNATURES)
 
-    def __init__(self, options: Options) -> None:
-        if getattr(GRPOTrainer._compute_loss, "_reweight_ops", False):
-            raise InvalidCall("TRL is patched already; undo that patch first.")
-        self._originals = {name: getattr(GRPOTrainer, name) for name in _SIGNATURES}
-        logps, loss = self._originals.values()
+    def hooks(trainer: Any) -> Hooks:
+        if "_reweight_hooks" not in trainer.__dict__:
+            trainer._reweight_hooks = Hooks(trainer, options, loss, total)
+        return trainer._reweight_hooks  # type: ignore[no-any-return]
 
-        def hooks(trainer: Any) -> Hooks:
-            if "_reweight_hooks" not in trainer.__dict__:
-                trainer._reweight_hooks = Hooks(trainer, options, loss)
-            return trainer._reweight_hooks  # type: ignore[no-any-return]
+    def patched_logps(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(trainer, ReweightGRPOTrainer):  # reached through super(): it has hooks of its own
+            return logps(trainer, *args, **kwargs)
+        return hooks(trainer).token_logps(trainer, logps.__get__(trainer), *args, **kwargs)
 
-        def patched_logps(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(trainer, ReweightGRPOTrainer):  # reached through super(): it has hooks of its own
-                return logps(trainer, *args, **kwargs)
-            return hooks(trainer).token_logps(trainer, logps.__get__(trainer), *args, **kwargs)
+    def patched_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Any:
+        if isinstance(trainer, ReweightGRPOTrainer):
+            return loss(trainer, model, inputs)
+        return hooks(trainer).loss(trainer, loss.__get__(trainer), model, inputs)
 
-        def patched_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Any:
-            if isinstance(trainer, ReweightGRPOTrainer):
-                return loss(trainer, model, inputs)
-            return hooks(trainer).loss(trainer, loss.__get__(trainer), model, inputs)
-
-        patched_loss._reweight_ops = True  # type: ignore[attr-defined]
-        for name, function in zip(_SIGNATURES, (patched_logps, patched_loss), strict=True):
-            setattr(GRPOTrainer, name, function)
-
-    def undo(self) -> None:
-        """Restore TRL's methods; doing it twice does nothing."""
-        for name, original in self._originals.items():
-            setattr(GRPOTrainer, name, original)
-
-    def __enter__(self) -> TrlPatch:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.undo()
+    functions = zip(_SIGNATURES.items(), (patched_logps, patched_loss), strict=True)
+    return [Replacement(GRPOTrainer, name, function, expected) for (name, expected), function in functions]
 
 
 def patch_trl(
     *,
+    heads: bool = False,
     fuse_loss: bool = False,
     spec: PolicyLossSpec | str | Sequence[PolicyLossSpec | str] | None = None,
     reweight: TokenWeight | Sequence[TokenWeight] = (),
     backend: str = "auto",
     consume_logits: bool = False,
     lm_head: str = "auto",
-) -> TrlPatch:
+) -> Patch:
     """Put the hooks of :class:`ReweightGRPOTrainer` into ``GRPOTrainer`` itself, for scripts that build it.
 
-    Returns a patch with ``undo()``, also a context manager. Subclasses that override a hooked method keep theirs.
+    ``heads=True`` replaces the head function that all of TRL's trainers share instead, and takes ``backend`` only. The two are independent: enter
+    both patches for GRPO's hooks and the others' head.
+
+    Returns a patch with ``undo()``, ``fused_calls`` and ``delegated_calls``, also a context manager. Subclasses that override a hooked method keep theirs.
     TRL's constructor still refuses an adapter on the head.
+
+    Raises:
+        InvalidCall: an option that ``heads=True`` does not read, or TRL is patched already.
+        BackendUnavailable: TRL's functions are not the ones that are replaced here.
     """
-    return TrlPatch(Options(fuse_loss, spec, reweight, backend, consume_logits, lm_head))
+    options = Options(fuse_loss, spec, reweight, backend, consume_logits, lm_head)
+    total = Counts("TRL")
+    if not heads:
+        return Patch(LIBRARY, _grpo_replacements(options, total), total)
+    ignored = [f.name for f in dataclasses.fields(options) if f.name != "backend" and getattr(options, f.name) != f.default]
+    if ignored:
+        raise InvalidCall(
+            f"patch_trl: heads=True does not read {', '.join(ignored)}, which are GRPO's: enter a second patch_trl(...) for them."
+        )
+    return Patch(LIBRARY, head_replacements(backend, total), total)

@@ -22,6 +22,7 @@ from trl.trainer import grpo_trainer
 
 from ..._core.calls.keywords import Lora
 from ...errors import InvalidCall
+from ..layouts import predicting
 
 try:
     from peft.tuners.lora import Linear as LoraLinear
@@ -181,7 +182,7 @@ def fused_forward(
         if not fused_lm_head:
             return (original or type(base).forward.__get__(base))(*args, labels=labels, **kwargs)
         kwargs["use_cache"] = False
-        hidden = decoder(base)(*args, **kwargs).last_hidden_state[:, -(keep + 1) : -1]
+        hidden = predicting(decoder(base)(*args, **kwargs).last_hidden_state, keep)
         hidden = hidden.to(base.get_output_embeddings().weight.device)
         with torch.autocast(hidden.device.type, enabled=False) if fp32 else contextlib.nullcontext():
             hidden = hidden.float() if fp32 else hidden

@@ -54,6 +54,4 @@ def restore(request):
         trainer.__dict__.update(attributes, args=args)
         trainer.model.train()
         if hasattr(trainer, "_reweight_hooks"):
-            trainer._reweight_hooks.warned.clear()
-            trainer.fused_calls.clear()
-            trainer.delegated_calls.clear()
+            trainer._reweight_hooks.counts.clear()

@@ -1,0 +1,76 @@
+"""The trainers that there are integrations for: their versions, which of them were tested, and the hook to use. Imports none of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import warnings
+from dataclasses import dataclass
+
+from ..errors import InvalidCall
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A trainer as its users know it. ``tested``: versions that the parity tests passed with, oldest first; all later ones up to the last are served."""
+
+    name: str
+    distribution: str
+    tested: tuple[str, ...]
+    hook: str
+    page: str
+
+    @property
+    def installed(self) -> str | None:
+        """The installed version, None where there is none."""
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def standing(self, version: str) -> str:
+        """``version`` against the tested ones, in words."""
+        if version in self.tested:
+            return "tested"
+        if _numbers(version) > _numbers(self.tested[-1]):
+            return "newer than any tested"
+        return "older than any tested" if _numbers(version) < _numbers(self.tested[0]) else "between tested ones"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+TRAINERS: dict[str, Trainer] = {
+    t.name: t
+    for t in (
+        Trainer(
+            "TRL", "trl", ("1.15.0", "1.16.0"), "reweight_ops.integrations.trl: ReweightGRPOTrainer, patch_trl()", "docs/trainers/trl.md"
+        ),
+    )
+}
+
+_reported: set[str] = set()
+
+
+def named(name: str) -> Trainer:
+    """The trainer of this name."""
+    if name not in TRAINERS:
+        raise InvalidCall(f"no integration for {name!r}; there are: {', '.join(TRAINERS)}.")
+    return TRAINERS[name]
+
+
+def check_version(name: str) -> str:
+    """The installed version of a trainer as ``"name version"``; one that is newer than any tested warns, once."""
+    trainer = named(name)
+    version = trainer.installed
+    if version is None:
+        return name
+    if trainer.standing(version) == "newer than any tested" and name not in _reported:
+        _reported.add(name)
+        warnings.warn(
+            f"{name} {version} is newer than any that reweight_ops was tested with ({trainer.tested[-1]}). "
+            "What it replaces is checked by signature only.",
+            stacklevel=3,
+        )
+    return f"{name} {version}"
