@@ -15,7 +15,7 @@ namespace reweight_ops {
 #define RW_CHEAP_OPERATIONS(X)        \
     X(add, "add", a + b)              \
     X(sub, "sub", a - b)              \
-    X(mul, "mul", a * b)              \
+    X(mul, "mul", (a * b))            \
     X(min, "min", rw_min(a, b))       \
     X(max, "max", rw_max(a, b))       \
     X(clip, "clip", rw_clip(a, b, c)) \
