@@ -72,13 +72,13 @@ RW_HD inline void run_instructions(const uint64_t* code, int count, Real* regist
         Real* const out = at(8);
         const Real *const pa = at(20), *const pb = at(32), *const pc = at(44);
         switch (static_cast<Operation>(word & 0xff)) {
-#define RW_CASE(name, text, value)                                      \
-    case Operation::name:                                               \
-        for (int j = 0; j < kRows; ++j) {                               \
-            const Real a = pa[j], b = pb[j], c = pc[j];                 \
-            (void)a, (void)b, (void)c;                                  \
-            out[j] = value;                                             \
-        }                                                               \
+#define RW_CASE(name, text, value)                      \
+    case Operation::name:                               \
+        for (int j = 0; j < kRows; ++j) {               \
+            const Real a = pa[j], b = pb[j], c = pc[j]; \
+            (void)a, (void)b, (void)c;                  \
+            out[j] = value;                             \
+        }                                               \
         break;
             RW_OPERATIONS(RW_CASE)
 #undef RW_CASE
