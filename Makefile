@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
+CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test lint types tests slow gpu gpu-test gpu-bench gpu-kernels triton-versions setup clean
+.PHONY: demo test lint format types tests slow gpu gpu-test gpu-bench gpu-kernels triton-versions setup clean
 
 demo: setup            ## the main job: TRL's GRPOTrainer on a toy task, stock against fused, then reweighted
 	$(BIN)/python examples/trl_addition.py --out demo_output
@@ -15,7 +16,12 @@ test: lint types tests ## everything that CI runs
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/python -m reweight_ops.codegen --check
+
+format: setup          ## what lint asks for
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
 types: setup
 	$(BIN)/mypy

@@ -96,9 +96,10 @@ PYBIND11_MODULE(_C, m) {
                     divergence_verb(&DivergenceKernels::loss_grad));
     m.def(
         "evaluate_rows",
-        [](bool fp64, const ProgramTable& table, Address params, std::array<Address, kLeaves> leaves, Address row_weights,
-                   int64_t row_weights_step, Address keep, std::vector<int> outputs, Address out, int64_t rows, int threads) {
-            (fp64 ? evaluate_rows_of<double> : evaluate_rows_of<float>)(table, params, leaves, row_weights, row_weights_step, keep, outputs, out, rows, threads);
+        [](bool fp64, const ProgramTable& table, Address params, std::array<Address, kLeaves> leaves, Address row_weights, int64_t row_weights_step,
+           Address keep, std::vector<int> outputs, Address out, int64_t rows, int threads) {
+            (fp64 ? evaluate_rows_of<double> : evaluate_rows_of<float>)(table, params, leaves, row_weights, row_weights_step, keep, outputs, out,
+                                                                        rows, threads);
         },
         NoGil(), py::arg("fp64"), py::arg("table"), py::arg("params"), py::arg("leaves"), py::arg("row_weights"), py::arg("row_weights_step"),
         py::arg("keep"), py::arg("outputs"), py::arg("out"), py::arg("rows"), py::arg("threads"));

@@ -29,8 +29,19 @@ T* at(Address address) {
 inline ProgramTable make_table(Address words, std::array<int, 9> counts, std::array<int, kLossOutputs> outputs) {
     const auto [parameters, constants, uniform_levels, levels, uniform, instructions, inputs, terms, registers] = counts;
     const uint64_t* const code = at<const uint64_t>(words);
-    ProgramTable table{code, reinterpret_cast<const double*>(code + instructions), reinterpret_cast<const int64_t*>(code + instructions + constants),
-                       parameters, constants, uniform_levels, levels, uniform, instructions, inputs, terms, registers, {}};
+    ProgramTable table{code,
+                       reinterpret_cast<const double*>(code + instructions),
+                       reinterpret_cast<const int64_t*>(code + instructions + constants),
+                       parameters,
+                       constants,
+                       uniform_levels,
+                       levels,
+                       uniform,
+                       instructions,
+                       inputs,
+                       terms,
+                       registers,
+                       {}};
     for (int k = 0; k < kLossOutputs; ++k) table.outputs[k] = outputs[k];
     return table;
 }
@@ -85,8 +96,9 @@ GradCall grad_call(const Call& common, std::array<Address, 5> stats, std::array<
     return call;
 }
 
-LossGradCall loss_grad_call(const Call& common, const ProgramTable& table, Address params, bool reads_p_sq, bool entropy_gradient, Address row_weights,
-                     int64_t row_weights_step, std::array<Address, 4> inputs, Address rows, Address out, std::array<int64_t, 3> out_strides) {
+LossGradCall loss_grad_call(const Call& common, const ProgramTable& table, Address params, bool reads_p_sq, bool entropy_gradient,
+                            Address row_weights, int64_t row_weights_step, std::array<Address, 4> inputs, Address rows, Address out,
+                            std::array<int64_t, 3> out_strides) {
     LossGradCall call{};
     static_cast<Call&>(call) = common;
     call.table = table;
@@ -118,12 +130,11 @@ void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad tok
     RW_OPERATIONS(RW_NAME)
 #undef RW_NAME
     m.attr("operations") = operations;
-    py::class_<ProgramTable>(m, "Table", py::module_local())
-        .def(py::init(&make_table), py::arg("words"), py::arg("counts"), py::arg("outputs"));
+    py::class_<ProgramTable>(m, "Table", py::module_local()).def(py::init(&make_table), py::arg("words"), py::arg("counts"), py::arg("outputs"));
     py::class_<Call>(m, "Call", py::module_local())
         .def(py::init(&make_call), py::arg("dtype"), py::arg("logits"), py::arg("strides"), py::arg("rows"), py::arg("columns"), py::arg("vocab"),
-             py::arg("softcap"), py::arg("ids"), py::arg("temperature"), py::arg("temperature_per_row"), py::arg("threads") = 1, py::arg("device") = 0,
-             py::arg("stream") = 0);
+             py::arg("softcap"), py::arg("ids"), py::arg("temperature"), py::arg("temperature_per_row"), py::arg("threads") = 1,
+             py::arg("device") = 0, py::arg("stream") = 0);
     m.def(
         "token_stats", [=](const Call& call, std::array<Address, 6> out) { return token_stats(stats_call(call, out)); }, NoGil(), py::arg("call"),
         py::arg("out"));
@@ -137,8 +148,8 @@ void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad tok
         "token_loss_grad",
         [=](const Call& call, const ProgramTable& table, Address params, bool reads_p_sq, bool entropy_gradient, Address row_weights,
             int64_t row_weights_step, std::array<Address, 4> inputs, Address rows, Address out, std::array<int64_t, 3> out_strides) {
-            return token_loss_grad(loss_grad_call(call, table, params, reads_p_sq, entropy_gradient, row_weights, row_weights_step, inputs, rows, out,
-                                                  out_strides));
+            return token_loss_grad(
+                loss_grad_call(call, table, params, reads_p_sq, entropy_gradient, row_weights, row_weights_step, inputs, rows, out, out_strides));
         },
         NoGil(), py::arg("call"), py::arg("table"), py::arg("params"), py::arg("reads_p_sq"), py::arg("entropy_gradient"), py::arg("row_weights"),
         py::arg("row_weights_step"), py::arg("inputs"), py::arg("rows"), py::arg("out"), py::arg("out_strides"));
@@ -161,8 +172,9 @@ void bind_divergence(py::module_& m, Stats stats, Grad grad, LossGrad loss_grad)
     using NoGil = py::call_guard<py::gil_scoped_release>;
     using Strides = std::array<int64_t, 3>;
     m.def(
-        "divergence_stats", [=](const Call& call, const Call& other, Address table) { return stats(divergence_call(call, other, table, 0, {1, 0, 0})); },
-        NoGil(), py::arg("call"), py::arg("other"), py::arg("table"));
+        "divergence_stats",
+        [=](const Call& call, const Call& other, Address table) { return stats(divergence_call(call, other, table, 0, {1, 0, 0})); }, NoGil(),
+        py::arg("call"), py::arg("other"), py::arg("table"));
     m.def(
         "divergence_grad",
         [=](const Call& call, const Call& other, Address table, Address coefs, Address out, Strides out_strides) {
@@ -180,7 +192,8 @@ void bind_divergence(py::module_& m, Stats stats, Grad grad, LossGrad loss_grad)
             d.weights = at(weights);
             return loss_grad(d);
         },
-        NoGil(), py::arg("call"), py::arg("other"), py::arg("table"), py::arg("constants"), py::arg("weights"), py::arg("out"), py::arg("out_strides"));
+        NoGil(), py::arg("call"), py::arg("other"), py::arg("table"), py::arg("constants"), py::arg("weights"), py::arg("out"),
+        py::arg("out_strides"));
 }
 
 }  // namespace

@@ -21,18 +21,46 @@
 #define RW_NAN (std::numeric_limits<float>::quiet_NaN())
 
 // Of float and double: the standard library overloads by type.
-template <class Real> RW_HD inline Real rw_exp(Real x) { return std::exp(x); }
-template <class Real> RW_HD inline Real rw_expm1(Real x) { return std::expm1(x); }
-template <class Real> RW_HD inline Real rw_log(Real x) { return std::log(x); }
-template <class Real> RW_HD inline Real rw_log1p(Real x) { return std::log1p(x); }
-template <class Real> RW_HD inline Real rw_tanh(Real x) { return std::tanh(x); }
-template <class Real> RW_HD inline Real rw_abs(Real x) { return std::fabs(x); }
-template <class Real> RW_HD inline Real rw_min(Real a, Real b) { return (a < b || a != a) ? a : b; }
-template <class Real> RW_HD inline Real rw_max(Real a, Real b) { return (a > b || a != a) ? a : b; }
-template <class Real> RW_HD inline Real rw_clip(Real x, Real low, Real high) { return rw_min(rw_max(x, low), high); }
+template <class Real>
+RW_HD inline Real rw_exp(Real x) {
+    return std::exp(x);
+}
+template <class Real>
+RW_HD inline Real rw_expm1(Real x) {
+    return std::expm1(x);
+}
+template <class Real>
+RW_HD inline Real rw_log(Real x) {
+    return std::log(x);
+}
+template <class Real>
+RW_HD inline Real rw_log1p(Real x) {
+    return std::log1p(x);
+}
+template <class Real>
+RW_HD inline Real rw_tanh(Real x) {
+    return std::tanh(x);
+}
+template <class Real>
+RW_HD inline Real rw_abs(Real x) {
+    return std::fabs(x);
+}
+template <class Real>
+RW_HD inline Real rw_min(Real a, Real b) {
+    return (a < b || a != a) ? a : b;
+}
+template <class Real>
+RW_HD inline Real rw_max(Real a, Real b) {
+    return (a > b || a != a) ? a : b;
+}
+template <class Real>
+RW_HD inline Real rw_clip(Real x, Real low, Real high) {
+    return rw_min(rw_max(x, low), high);
+}
 
 // The exponential of -|x| only: it cannot overflow, and both tails keep their relative accuracy.
-template <class Real> RW_HD inline Real rw_sigmoid(Real x) {
-  const Real e = std::exp(-std::fabs(x));
-  return (x < 0 ? e : Real(1)) / (1 + e);
+template <class Real>
+RW_HD inline Real rw_sigmoid(Real x) {
+    const Real e = std::exp(-std::fabs(x));
+    return (x < 0 ? e : Real(1)) / (1 + e);
 }

@@ -15,7 +15,7 @@ namespace reweight_ops {
 #define RW_CHEAP_OPERATIONS(X)        \
     X(add, "add", a + b)              \
     X(sub, "sub", a - b)              \
-    X(mul, "mul", a * b)              \
+    X(mul, "mul", (a * b))            \
     X(min, "min", rw_min(a, b))       \
     X(max, "max", rw_max(a, b))       \
     X(clip, "clip", rw_clip(a, b, c)) \
@@ -72,13 +72,13 @@ RW_HD inline void run_instructions(const uint64_t* code, int count, Real* regist
         Real* const out = at(8);
         const Real *const pa = at(20), *const pb = at(32), *const pc = at(44);
         switch (static_cast<Operation>(word & 0xff)) {
-#define RW_CASE(name, text, value)                                      \
-    case Operation::name:                                               \
-        for (int j = 0; j < kRows; ++j) {                               \
-            const Real a = pa[j], b = pb[j], c = pc[j];                 \
-            (void)a, (void)b, (void)c;                                  \
-            out[j] = value;                                             \
-        }                                                               \
+#define RW_CASE(name, text, value)                      \
+    case Operation::name:                               \
+        for (int j = 0; j < kRows; ++j) {               \
+            const Real a = pa[j], b = pb[j], c = pc[j]; \
+            (void)a, (void)b, (void)c;                  \
+            out[j] = value;                             \
+        }                                               \
         break;
             RW_OPERATIONS(RW_CASE)
 #undef RW_CASE

@@ -85,7 +85,7 @@ struct FinishedRow {
         return out;
     }
 
-  private:
+private:
     /// Rounding may leave the range by 1e-7 where p is 1; nobody expects a positive log-prob, or a -0. NaN stays.
     static RW_METHOD float at_most_zero(Real x) { return x >= 0 ? 0.0f : float(x); }
 };

@@ -24,14 +24,14 @@ struct Call {
     DType dtype;
     const void* logits;
     RowStrides strides;
-    int64_t rows, columns;                           // columns: of the tensor, vocab_size and padding
+    int64_t rows, columns;  // columns: of the tensor, vocab_size and padding
     int64_t vocab_size, vocab_start, vocab_total;
-    float softcap;                                   // inf: off
+    float softcap;  // inf: off
     const int64_t* ids;
     const float* temperature;
     bool temperature_per_row;
-    int threads;                                     // CPU
-    int device;                                      // CUDA, and the stream to launch on
+    int threads;  // CPU
+    int device;   // CUDA, and the stream to launch on
     void* stream;
 };
 
@@ -41,8 +41,8 @@ struct StatsCall : Call {
 };
 
 struct GradCall : Call {
-    const float *logp, *lse, *entropy, *log_sum_p_sq;                // entropy, log_sum_p_sq: null without their coefficient
-    const float* lse_low;                                            // null: 0
+    const float *logp, *lse, *entropy, *log_sum_p_sq;              // entropy, log_sum_p_sq: null without their coefficient
+    const float* lse_low;                                          // null: 0
     const float *logp_coef, *entropy_coef, *lse_coef, *p_sq_coef;  // null: zero
     void* out;
     RowStrides out_strides;
@@ -51,10 +51,10 @@ struct GradCall : Call {
 struct LossGradCall : Call {
     ProgramTable table;
     const float* params;
-    bool reads_p_sq;        // some rule or weight reads log_sum_p_sq
-    bool entropy_gradient;  // some rule may have a derivative by the entropy
-    const float* row_weights;                        // [terms, rows]
-    int64_t row_weights_step;                        // between terms, 0 if they share one vector
+    bool reads_p_sq;                                         // some rule or weight reads log_sum_p_sq
+    bool entropy_gradient;                                   // some rule may have a derivative by the entropy
+    const float* row_weights;                                // [terms, rows]
+    int64_t row_weights_step;                                // between terms, 0 if they share one vector
     const float *old_logp, *adv, *ref_logp, *sampling_logp;  // null: not given
     float *logp, *entropy, *weighted_loss, *loss, *coef, *entropy_coef;
     void* out;

@@ -5,7 +5,7 @@
 
 namespace reweight_ops {
 
-#define RW_DECLARE(name)                \
+#define RW_DECLARE(name)                 \
     extern const Kernels kernels_##name; \
     extern const DivergenceKernels divergence_##name;
 #ifdef RW_HAS_PORTABLE
@@ -26,8 +26,8 @@ const std::vector<Level>& levels() {
         __builtin_cpu_init();
         const auto has = [](auto... features) { return (features && ...); };
         const bool v2 = has(__builtin_cpu_supports("sse4.2"), __builtin_cpu_supports("popcnt"));
-        const bool v3 = v2 && has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi"),
-                                  __builtin_cpu_supports("bmi2"));
+        const bool v3 =
+            v2 && has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi"), __builtin_cpu_supports("bmi2"));
         const bool v4 = v3 && has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512cd"),
                                   __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"));
         found.push_back({"v2", &kernels_v2, &divergence_v2, v2});

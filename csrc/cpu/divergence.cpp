@@ -88,7 +88,8 @@ void pair_grad_row(const PairRow<T, U>& row, T* g, int64_t columns, const PairRe
 }
 
 template <class T, class U>
-void write_pair_grad(const DivergenceCall& call, const PairRow<T, U>& row, int64_t i, const PairResult& known, const double (&coefs)[3], const Caps& caps) {
+void write_pair_grad(const DivergenceCall& call, const PairRow<T, U>& row, int64_t i, const PairResult& known, const double (&coefs)[3],
+                     const Caps& caps) {
     T* g = (T*)call.out + call.out_strides.offset(i);
     const int64_t v = call.vocab_size;
     const PairStats& s = known.stats;
@@ -123,9 +124,7 @@ struct Pair {
     static void rows(const DivergenceCall& call, const Body& body) {
         for_each_row(call.rows, 2 * call.columns, threads_for(call.rows, 2 * call.columns, call.threads), [&](int64_t i, int64_t) { body(i); });
     }
-    static void out_row(const DivergenceCall& call, int64_t i) {
-        put_column(call.table, call.rows, i, {});
-    }
+    static void out_row(const DivergenceCall& call, int64_t i) { put_column(call.table, call.rows, i, {}); }
 
     static void stats(const DivergenceCall& call) {
         const Caps caps{Softcap(call.softcap), Softcap(call.q.softcap)};

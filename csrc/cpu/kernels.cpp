@@ -14,8 +14,8 @@ template <class T>
 struct Row {
     const T* x;
     double inverse_temperature, scale;  // scale: log2(e) / T
-    int64_t target;        // -1: in another shard
-    float target_logit;    // capped; -inf if in another shard
+    int64_t target;                     // -1: in another shard
+    float target_logit;                 // capped; -inf if in another shard
     float target_slope = 1.0f;
 
     Row(const Call& call, int64_t i, const Softcap& softcap)
@@ -55,7 +55,8 @@ bool streams(const C& call, int64_t element) {
 
 /// Writes one gradient row, which may be the row of logits.
 template <class T>
-void write_grad(const Call& call, const Row<T>& row, const Derivatives<double>& d, Anchor anchor, T* g, const Softcap& softcap, Fetch ahead, bool stream) {
+void write_grad(const Call& call, const Row<T>& row, const Derivatives<double>& d, Anchor anchor, T* g, const Softcap& softcap, Fetch ahead,
+                bool stream) {
     const int64_t v = call.vocab_size;
     if (d.all_zero()) {
         fill(g, call.columns, 0.0f);
@@ -135,8 +136,8 @@ void token_grad(const GradCall& call) {
             return;
         }
         const Row<T> row(call, i, softcap);
-        const Derivatives<double> d{get(call.logp_coef, i), get(call.entropy_coef, i), get(call.lse_coef, i), get(call.p_sq_coef, i),
-                            call.logp[i],           get(call.entropy, i),      get(call.log_sum_p_sq, i)};
+        const Derivatives<double> d{get(call.logp_coef, i), get(call.entropy_coef, i), get(call.lse_coef, i),    get(call.p_sq_coef, i),
+                                    call.logp[i],           get(call.entropy, i),      get(call.log_sum_p_sq, i)};
         write_grad(call, row, d, known_anchor(call, row, i), g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
     });
 }

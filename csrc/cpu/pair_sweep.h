@@ -112,7 +112,8 @@ struct PairAccumulator {
     /// One vector of both. kDead: columns may be -inf, which is a probability of 0; kSlow: references are of any size, and
     /// differences are in units of kLogUnit.
     template <bool kDead, bool kSlow>
-    RW_INLINE void add(Vec x, Vec y, const Shift<kSlow>& p_shift, const Shift<kSlow>& q_shift, const Exp2<5>& exponential, const Softcap& p_cap, const Softcap& q_cap) {
+    RW_INLINE void add(Vec x, Vec y, const Shift<kSlow>& p_shift, const Shift<kSlow>& q_shift, const Exp2<5>& exponential, const Softcap& p_cap,
+                       const Softcap& q_cap) {
         Vec slope;
         if (p_cap.on) p_cap.apply(x, slope);
         if (q_cap.on) q_cap.apply(y, slope);
@@ -150,7 +151,8 @@ struct Caps {
 };
 
 template <bool kDead, bool kSlow, class T, class U>
-inline PairBlock sweep_pair_block(const T* x, const U* y, int64_t n, const Shift<kSlow>& p_shift, const Shift<kSlow>& q_shift, const Exp2<5>& exponential, const Caps& caps) {
+inline PairBlock sweep_pair_block(const T* x, const U* y, int64_t n, const Shift<kSlow>& p_shift, const Shift<kSlow>& q_shift,
+                                  const Exp2<5>& exponential, const Caps& caps) {
     PairAccumulator acc[2];
     int64_t i = 0;
     for (; i + 2 * kWidth <= n; i += 2 * kWidth) {

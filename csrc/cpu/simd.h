@@ -152,7 +152,9 @@ inline Vec power_of_two(Vec n) { return (Vec)((__builtin_convertvector(n, VecI) 
 
 /// Coefficients of 2^f on [0, 1] by degree. Degree 5 is exactly 1 at f = 0, so that the likeliest token of a sure row has p = 1.
 constexpr double kExp2Coefs[6][6] = {
-    {}, {}, {},
+    {},
+    {},
+    {},
     {9.999252186e-01, 6.958335405e-01, 2.260671555e-01, 7.802452261e-02},
     {1.000002593e+00, 6.930038345e-01, 2.414427569e-01, 5.201146062e-02, 1.353416791e-02},
     {1.0, 6.931513118e-01, 2.401644502e-01, 5.579991310e-02, 9.017030322e-03, 1.867130070e-03},
@@ -226,8 +228,8 @@ inline VecU round_to_bf16(Vec v) {
 inline VecU pack(const Bf16*, Vec even, Vec odd) {
 #if defined(__AVX512BF16__)
     // One instruction rounds both; it leaves the even columns in the lower half, so interleave. Results below 2^-126 become 0.
-    alignas(64) static const uint16_t order[32] = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                   8,  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
     return (VecU)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
 #else

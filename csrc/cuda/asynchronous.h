@@ -28,11 +28,11 @@ RW_DEVICE int cluster_rank() {
     return int(rank);
 }
 /// Of all threads of the cluster; orders what they wrote to shared memory before.
-RW_DEVICE void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-}
+RW_DEVICE void cluster_barrier() { asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory"); }
 
-RW_DEVICE void initialize(Barrier& b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&b)), "r"(arrivals) : "memory"); }
+RW_DEVICE void initialize(Barrier& b, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&b)), "r"(arrivals) : "memory");
+}
 /// After the last initialize() and before a barrier of the cluster: other blocks and copies may then use the barriers.
 RW_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 RW_DEVICE void arrive(Barrier& b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&b)) : "memory"); }
@@ -71,11 +71,11 @@ RW_DEVICE void send(Vector v, void* to, Barrier& on, int rank) {
 }
 
 // What the second-level cache is to think of what a policy comes with.
-#define RW_POLICY(name)                                                                         \
-    RW_DEVICE uint64_t name() {                                                                 \
-        uint64_t policy;                                                                        \
-        asm volatile("createpolicy.fractional.L2::" #name ".b64 %0, 1.0;" : "=l"(policy));      \
-        return policy;                                                                          \
+#define RW_POLICY(name)                                                                    \
+    RW_DEVICE uint64_t name() {                                                            \
+        uint64_t policy;                                                                   \
+        asm volatile("createpolicy.fractional.L2::" #name ".b64 %0, 1.0;" : "=l"(policy)); \
+        return policy;                                                                     \
     }
 RW_POLICY(evict_first)
 RW_POLICY(evict_normal)
@@ -85,9 +85,10 @@ RW_POLICY(evict_unchanged)
 
 /// Addresses and size are multiples of 16 bytes. The bytes count on `on` as they come.
 RW_DEVICE void bulk_load(void* shared, const void* global, int bytes, Barrier& on, uint64_t policy) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(bytes), "r"(shared_address(&on)), "l"(policy)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(&on)), "l"(policy)
+        : "memory");
 }
 /// One group of its own, for the two waits below.
 RW_DEVICE void bulk_store(void* global, const void* shared, int bytes, uint64_t policy) {
@@ -120,8 +121,8 @@ RW_DEVICE void release_written(Barrier& b) {
 
 /// As store16, with a policy.
 RW_DEVICE void store16(void* p, Vector v, uint64_t policy) {
-    asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]),
-                 "r"(v.words[3]), "l"(policy)
+    asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(v.words[0]), "r"(v.words[1]),
+                 "r"(v.words[2]), "r"(v.words[3]), "l"(policy)
                  : "memory");
 }
 /// Brings a line near, for whoever reads it in a moment.

@@ -23,7 +23,13 @@ PYBIND11_MODULE(RW_MODULE, m) {
     m.def(
         "scale",
         [](int dtype, Address data, std::array<int64_t, 3> strides, int64_t rows, int64_t columns, Address factor, int device, Address stream) {
-            return scale({static_cast<DType>(dtype), at<void>(data), {strides[0], strides[1], strides[2]}, rows, columns, at<const float>(factor), device,
+            return scale({static_cast<DType>(dtype),
+                          at<void>(data),
+                          {strides[0], strides[1], strides[2]},
+                          rows,
+                          columns,
+                          at<const float>(factor),
+                          device,
                           at<void>(stream)});
         },
         py::call_guard<py::gil_scoped_release>(), py::arg("dtype"), py::arg("data"), py::arg("strides"), py::arg("rows"), py::arg("columns"),
@@ -37,7 +43,8 @@ PYBIND11_MODULE(RW_MODULE, m) {
             full.out_strides = {out_strides[0], out_strides[1], out_strides[2]};
             return why_streaming(full);
         },
-        py::arg("call"), py::arg("out"), py::arg("out_strides"), "Why token_loss_grad would take its streaming kernel; empty: it would take the ring kernel.");
+        py::arg("call"), py::arg("out"), py::arg("out_strides"),
+        "Why token_loss_grad would take its streaming kernel; empty: it would take the ring kernel.");
     m.def("set_kernel", &set_kernel, py::arg("name"), "auto, or streaming or ring to compare them: what token_loss_grad takes in this process.");
 #if defined(RW_EMULATION)
     m.def("set_schedule", &emulation::set_schedule, py::arg("name"), py::arg("seed"), "eager, late, random or skew.");

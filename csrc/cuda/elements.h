@@ -82,8 +82,8 @@ RW_DEVICE float largest(const Vector (&v)[n]) {
     }
 }
 
-/// -inf has an exponential of 0, and 0 * -inf would be NaN. Bounding two bf16 at once by -1e20 costs half as much as bounding their exponents; fp16 has
-/// no number that is as good as -inf.
+/// -inf has an exponential of 0, and 0 * -inf would be NaN. Bounding two bf16 at once by -1e20 costs half as much as bounding their exponents; fp16
+/// has no number that is as good as -inf.
 template <class T>
 constexpr bool kBoundsPairs = std::is_same_v<T, Bf16>;
 constexpr float kLowest = 1e18f;  // a row whose largest logit is within this has none of it where logits were bounded

@@ -75,9 +75,7 @@ RW_DEVICE Partial merge_lanes(Partial s, float scale) {
 }
 
 /// The sums of a slice, by a warp: in every one of its threads.
-RW_DEVICE Partial merge_slice(const SlicePartials& partials, float scale) {
-    return merge_lanes<kWarps>(partials[thread_index() % kWarps], scale);
-}
+RW_DEVICE Partial merge_slice(const SlicePartials& partials, float scale) { return merge_lanes<kWarps>(partials[thread_index() % kWarps], scale); }
 
 /// Rounding may leave the range by 1e-7 where p is 1; nobody expects a positive log-prob. NaN stays.
 RW_DEVICE float at_most_zero(float x) { return x > 0 ? 0.0f : x; }

@@ -79,7 +79,8 @@ RW_DEVICE Vector load16_cached(const void* p) {
     return v;
 }
 RW_DEVICE void store16(void* p, Vector v) {
-    asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
+    asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]),
+                 "r"(v.words[3])
                  : "memory");
 }
 

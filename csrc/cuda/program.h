@@ -23,8 +23,7 @@ RW_DEVICE float compute(Operation operation, float a, float b, float c) {
     if (operation <= Operation::where) return result;
     switch (operation) {
 #define RW_CASE(name, text, value) \
-    case Operation::name:          \
-        return value;
+    case Operation::name: return value;
         RW_COSTLY_OPERATIONS(RW_CASE)
 #undef RW_CASE
         default: return kNaN;

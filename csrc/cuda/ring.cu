@@ -98,7 +98,8 @@ RW_DEVICE void evaluate_rows(const RingCall& call, const BlockSlice& slice, cons
 
 /// Adds tiles [from, to) of the slice to a thread's sums.
 template <class T, Sums kSums>
-RW_DEVICE void sweep_tiles(const BlockSlice& slice, const Ring& ring, int from, int to, PipelineState& tile, Sweep& s, float scale, const Softcap& softcap) {
+RW_DEVICE void sweep_tiles(const BlockSlice& slice, const Ring& ring, int from, int to, PipelineState& tile, Sweep& s, float scale,
+                           const Softcap& softcap) {
     const int whole = to < slice.whole_tiles ? to : slice.whole_tiles;
     for (int t = from; t < whole; ++t) {
         wait(ring.full(tile.index), tile.phase);
@@ -127,8 +128,8 @@ RW_DEVICE void sweep_tiles(const BlockSlice& slice, const Ring& ring, int from, 
 
 /// Gives the warp's sums of a row whose first tile is at `first`: all of them are still in the ring.
 template <class T, Sums kSums>
-RW_DEVICE void finish_sweep(const RingCall& call, const BlockSlice& slice, const Ring& ring, int64_t i, int first, Sweep& s, float scale, RowStage& stage,
-                            const Softcap& softcap) {
+RW_DEVICE void finish_sweep(const RingCall& call, const BlockSlice& slice, const Ring& ring, int64_t i, int first, Sweep& s, float scale,
+                            RowStage& stage, const Softcap& softcap) {
     const int vocab = int(call.vocab_size);
     const bool has_tail = slice.is_last() && vocab % kPerVector<T> != 0;
     const T* const x = static_cast<const T*>(call.logits) + (has_tail ? call.strides.offset(i) : 0);
@@ -159,7 +160,8 @@ struct Output {
 
 /// The gradient of tiles [from, to) of the slice, in the place of their logits or directly to memory.
 template <class T, Terms kTerms>
-RW_DEVICE void write_tiles(const BlockSlice& slice, const Ring& ring, int from, int to, PipelineState& tile, const Output<T>& out, const Softcap& softcap) {
+RW_DEVICE void write_tiles(const BlockSlice& slice, const Ring& ring, int from, int to, PipelineState& tile, const Output<T>& out,
+                           const Softcap& softcap) {
     constexpr int n = kPerVector<T>;
     const int in_slice = out.target - slice.begin * n;  // the target's column
     const bool has_target = out.target >= 0 && in_slice >= 0 && in_slice < slice.vectors * n && in_slice / n % kThreads == thread_index();
@@ -307,14 +309,18 @@ RW_KERNEL(kRingThreads, 1) ring_kernel(RW_PARAMETER RingCall call) {
 
 using Kernel = void (*)(const RingCall);
 
-Kernel kernel_for(const LossGradCall& call) { return call.reads_p_sq || call.softcap < kInf ? ring_kernel<RW_ELEMENT, true> : ring_kernel<RW_ELEMENT, false>; }
+Kernel kernel_for(const LossGradCall& call) {
+    return call.reads_p_sq || call.softcap < kInf ? ring_kernel<RW_ELEMENT, true> : ring_kernel<RW_ELEMENT, false>;
+}
 
 Shape shape(const LossGradCall& call, int tiles, int64_t clusters) {
     const int blocks = Slices(int(call.vocab_size) / kPerVector<RW_ELEMENT>).count;
     return {clusters * blocks, kRingThreads, blocks, tiles * kBytesPerTile + kBytesBesides};
 }
 
-int count_clusters(const LossGradCall& call, int tiles, int& count) { return active_clusters(kernel_for(call), shape(call, tiles, 1), call.device, count); }
+int count_clusters(const LossGradCall& call, int tiles, int& count) {
+    return active_clusters(kernel_for(call), shape(call, tiles, 1), call.device, count);
+}
 
 int launch_loss_grad(const LossGradCall& call, int tiles, int64_t clusters) {
     RingCall ring{call, tiles};

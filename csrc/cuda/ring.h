@@ -146,7 +146,7 @@ struct RowCursor {
         settle(call, skip);
     }
 
-  private:
+private:
     template <class Skip>
     RW_DEVICE void settle(const Call& call, const Skip& skip) {
         while (more() && (now.id < 0 || now.id >= call.vocab_total)) {

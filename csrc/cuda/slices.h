@@ -32,7 +32,7 @@ struct Slices {
     RW_METHOD int end(int slice) const { return begin(slice + 1); }
     RW_METHOD int tiles() const { return (each + kTileVectors - 1) / kTileVectors; }  // of the longest slice
 
-  private:
+private:
     /// Whole cache lines of 128 bytes.
     RW_METHOD int share() const { return ((vectors + count - 1) / count + 7) / 8 * 8; }
 };

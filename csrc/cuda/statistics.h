@@ -121,7 +121,8 @@ RW_DEVICE Partial sum_again(float top, float scale, const Softcap& softcap, cons
     return {top, (tops - 1.0f) + rest, dot, (tops - 1.0f) + sum_sq};
 }
 
-/// A thread's sums relative to its largest logit, and without it. What is taken away is what the sweep added: the same instruction on the same number.
+/// A thread's sums relative to its largest logit, and without it. What is taken away is what the sweep added: the same instruction on the same
+/// number.
 template <Sums kSums>
 RW_DEVICE Partial without_top(const Sweep& s, float scale) {
     if (!is_near(s.top, scale)) {  // to be summed again if it counts at all; a NaN stays

@@ -113,7 +113,7 @@ RW_KERNEL(kThreads, blocks_of(kSums == Sums::full || !kAligned, kStatsBlocks)) s
 template <class T>
 RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, int64_t i, const Softcap& softcap, bool full) {
     const auto get = [i](const float* from) { return from ? from[i] : 0.0f; };
-    const Derivatives d{get(call.logp_coef), get(call.entropy_coef), get(call.lse_coef), get(call.p_sq_coef),
+    const Derivatives d{get(call.logp_coef), get(call.entropy_coef), get(call.lse_coef),    get(call.p_sq_coef),
                         call.logp[i],        get(call.entropy),      get(call.log_sum_p_sq)};
     const Target target = d.all_zero() ? Target() : target_of(row, softcap);
     const double unit = double(row.temperature) * row.scale;  // log2(e), with the rounding that the scale has
