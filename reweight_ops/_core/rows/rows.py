@@ -214,7 +214,7 @@ def resolve_rows(
     if verbs is not None and math.prod(shape) > 0 and (sequences is None or sequences.index is None):
         found = _masked(op, shape, verbs, RUN if sequences is None else sequences.length, tensors)
         if found is not None:
-            _check_ids(op, found.ids, vocab_total, validate, tensors)
+            _check_ids(op, found.ids, vocab_total, validate, tensors, found.bounds)
             return Rows(
                 op, shape, device, dtype, found.keep, found.counted, sequences, segments, tensors, found.ids, prompts, verbs, found
             )  # fmt: skip
@@ -259,7 +259,11 @@ def _is_fake(t: Tensor) -> bool:
     return isinstance(t, torch._subclasses.FakeTensor)
 
 
-def _check_ids(op: str, ids: Tensor, vocab_total: int, validate: bool, tensors: dict[str, Any]) -> None:
+def _check_ids(
+    op: str, ids: Tensor, vocab_total: int, validate: bool, tensors: dict[str, Any], bounds: tuple[int, int] | None = None
+) -> None:
+    if bounds is not None and bounds[0] >= 0 and bounds[1] < vocab_total:
+        return
     readable = ids.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(ids) and not is_wrapped(ids)
     if not (validate or readable) or ids.device.type == "meta" or not ids.numel():
         return
