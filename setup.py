@@ -76,6 +76,7 @@ class NinjaBuild(build_ext):
         objects = {"bindings.o": edge("bindings.o", "cxx", "bindings.cpp", [*flags, *includes(), *defines, sources("cpu")])}
         objects["dispatch.o"] = edge("dispatch.o", "cxx", "cpu/dispatch.cpp", [*flags, *includes(), *defines])
         objects["evaluate_rows.o"] = edge("evaluate_rows.o", "cxx", "cpu/evaluate_rows.cpp", [*flags, *includes()])
+        objects["rows.o"] = edge("rows.o", "cxx", "cpu/rows.cpp", [*flags, *includes()])
         for name, march in levels.items():
             obj = f"kernels_{name}.o"
             objects[obj] = edge(obj, "cxx", "cpu/kernels.cpp", [*flags, *includes(), *march, f"-DRW_LEVEL={name}", *NO_FALSE_ALARM])

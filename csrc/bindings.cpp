@@ -3,6 +3,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/evaluate_rows.h"
+#include "cpu/rows.h"
 
 using namespace reweight_ops;
 
@@ -42,6 +43,23 @@ void evaluate_rows_of(const ProgramTable& table, Address params, const std::arra
     call.rows = rows;
     call.threads = threads;
     evaluate_rows(call);
+}
+
+/// Address, strides between sequences and between rows, bytes of an element, whether its highest bit is a sign.
+RowNumbers row_numbers(const std::array<int64_t, 5>& from) {
+    return {at<const void>(Address(from[0])), from[1], from[2], int(from[3]), from[4] != 0};
+}
+
+std::pair<int64_t, int64_t> mask_rows_of(const std::array<int64_t, 5>& ids, const std::array<int64_t, 5>& mask, const std::array<int64_t, 5>& denominator,
+                                         int64_t run, int64_t rows, Address out_ids, Address keep, Address counted, Address lengths) {
+    return mask_rows({row_numbers(ids), row_numbers(mask), row_numbers(denominator), run, rows, at<int64_t>(out_ids), at<bool>(keep),
+                      at<bool>(counted), at<int32_t>(lengths)});
+}
+
+void weigh_rows_of(Address keep, Address lengths, int64_t run, int64_t rows, int divide, float divisor, bool per_length, float horizon, float scale,
+                   Address factor, int terms, Address out) {
+    weigh_rows({at<const bool>(keep), at<const int32_t>(lengths), run, rows, static_cast<Divide>(divide), divisor, per_length, horizon, scale,
+                at<const float>(factor), terms, at(out)});
 }
 
 int find(const char* const* names, int count, const std::string& name, const char* what) {
@@ -103,5 +121,9 @@ PYBIND11_MODULE(_C, m) {
         },
         NoGil(), py::arg("fp64"), py::arg("table"), py::arg("params"), py::arg("leaves"), py::arg("row_weights"), py::arg("row_weights_step"),
         py::arg("keep"), py::arg("outputs"), py::arg("out"), py::arg("rows"), py::arg("threads"));
+    m.def("mask_rows", &mask_rows_of, py::arg("ids"), py::arg("mask"), py::arg("denominator"), py::arg("run"), py::arg("rows"), py::arg("out_ids"),
+          py::arg("keep"), py::arg("counted"), py::arg("lengths"));
+    m.def("weigh_rows", &weigh_rows_of, py::arg("keep"), py::arg("lengths"), py::arg("run"), py::arg("rows"), py::arg("divide"), py::arg("divisor"),
+          py::arg("per_length"), py::arg("horizon"), py::arg("scale"), py::arg("factor"), py::arg("terms"), py::arg("out"));
     m.def("stream", &stream, NoGil(), py::arg("kind"), py::arg("a"), py::arg("b"), py::arg("floats"), py::arg("threads"));
 }

@@ -64,6 +64,31 @@ def evaluate_rows(
     rows: int,
     threads: int,
 ) -> None: ...
+def mask_rows(
+    ids: tuple[int, int, int, int, int],
+    mask: tuple[int, int, int, int, int],
+    denominator: tuple[int, int, int, int, int],
+    run: int,
+    rows: int,
+    out_ids: int,
+    keep: int,
+    counted: int,
+    lengths: int,
+) -> tuple[int, int]: ...
+def weigh_rows(
+    keep: int,
+    lengths: int,
+    run: int,
+    rows: int,
+    divide: int,
+    divisor: float,
+    per_length: bool,
+    horizon: float,
+    scale: float,
+    factor: int,
+    terms: int,
+    out: int,
+) -> None: ...
 def divergence_stats(call: Call, other: Call, table: int) -> int: ...
 def divergence_grad(call: Call, other: Call, table: int, coefs: int, out: int, out_strides: tuple[int, int, int]) -> int: ...
 def divergence_loss_grad(

@@ -14,6 +14,7 @@ import torch
 from ...errors import BackendUnavailable
 from .base import Backend, Request
 from .cpu_rows import RowsEvaluator
+from .cpu_verbs import CpuVerbs
 from .native import Native, checked, dtype_reason
 from .native_divergence import NativeDivergence
 
@@ -51,4 +52,5 @@ BACKEND = Backend(
     divergence_grad=_divergence.divergence_grad,
     divergence_loss_grad=_divergence.divergence_loss_grad,
     evaluate_rows=RowsEvaluator(_C),
+    rows=CpuVerbs(_C).verbs(),
 )

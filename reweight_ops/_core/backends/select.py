@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
 from ..rows.verbs import RowVerbs, is_traced
+from ..transforms import in_transform
 from .base import Backend, Request
 from .preference import ORDER, kind_of
 
@@ -97,9 +98,10 @@ def choose(request: Request, name: str = "auto") -> str:
 
 
 def row_verbs(logits: Tensor, name: str) -> RowVerbs | None:
-    """Kernels for a call's rows, of the backend that serves its logits; None where PyTorch does it: in a graph, whose compiler fuses it."""
+    """Kernels for a call's rows, of the backend that serves its logits; None where PyTorch does it: in a graph, whose compiler fuses it, and in
+    ``torch.func``'s transforms."""
     device, dtype = logits.device, logits.dtype
-    if dtype == torch.float64 or (device.type == "cpu" and name != "triton") or is_traced(logits):
+    if dtype == torch.float64 or is_traced(logits) or in_transform():
         return None
     for candidate in candidates(device, name):
         if why_not(candidate, Request("token_stats", device, dtype)) is None:

@@ -72,7 +72,8 @@ class LossCall:
         rows, terms = self.rows, self.spec.reductions
         assert rows.verbs is not None and rows.masked is not None
         plans = {id(r): None if r.coupled else r.weighing(rows, self.divisors) for r in terms}
-        if any(plan is None for plan in plans.values()) or (self.factor is not None and self.factor.requires_grad):
+        numbers = (self.loss_scale, self.factor, *(plan.divisor for plan in plans.values() if plan is not None))
+        if any(plan is None for plan in plans.values()) or any(isinstance(x, Tensor) and x.requires_grad for x in numbers):
             return None
         share = len(plans) == 1
         found = []

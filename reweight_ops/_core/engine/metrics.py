@@ -166,6 +166,8 @@ def _fused(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] 
     monitor = spec.monitor
     if rows.verbs is None or rows.masked is None or monitor is None or by is None or torch.compiler.is_compiling():
         return None
+    if rows.verbs.metrics is None:
+        return None
     found = {name: _FUSED[name] for name in ("entropy",) if name in leaves}
     if monitor.kl is not None and call.ref_logp is not None:
         found["kl"] = "kl"
@@ -181,7 +183,7 @@ def _fused(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] 
     known.setdefault("old_logp", leaves["logp"])
     if call.factor is not None:
         known["factor"] = call.factor
-    if type(spec.ratio) is SequenceRatio:
+    if type(spec.ratio) is SequenceRatio and rows.verbs.ratio is not None:
         old = call.ref_logp if spec.ratio.against == "ref" else call.old_logp
         known["log_ratio"], _ = rows.verbs.ratio(rows.masked, rows.run, leaves["logp"], old, call.params, spec.ratio.normalize)
     elif spec.ratio.one_pass_obstacle is not None:

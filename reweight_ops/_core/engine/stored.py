@@ -73,11 +73,11 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
     leaves.setdefault("old_logp", detached["logp"])
     params, weights = call.params, call.row_weights(detached)
     ratio, inputs = call.spec.ratio, dict(statistics)
-    fused = type(ratio) is SequenceRatio and rows.verbs is not None
+    fused = type(ratio) is SequenceRatio and rows.verbs is not None and rows.verbs.ratio is not None
     pointwise = ratio.one_pass_obstacle is None
     means = None
     if fused:
-        assert rows.verbs is not None and rows.masked is not None and isinstance(ratio, SequenceRatio)
+        assert rows.verbs is not None and rows.verbs.ratio is not None and rows.masked is not None and isinstance(ratio, SequenceRatio)
         old = call.ref_logp if ratio.against == "ref" else call.old_logp
         leaves["log_ratio"], means = rows.verbs.ratio(rows.masked, rows.run, detached["logp"], old, params, ratio.normalize)
     elif not pointwise:
@@ -86,7 +86,7 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
     outputs = ("weighted_loss", "loss", *(f"d_{name}" for name in (_BY[:3] if pointwise else _BY)))
     table = found.evaluate_rows(program, params, leaves, weights, outputs, rows.keep)
     if means is not None:
-        assert rows.verbs is not None and rows.masked is not None and isinstance(ratio, SequenceRatio)
+        assert rows.verbs is not None and rows.verbs.adjoint is not None and rows.masked is not None and isinstance(ratio, SequenceRatio)
         rows.verbs.adjoint(rows.masked, rows.run, table[5], table[2], params, means, ratio.normalize, ratio.gradient == "sequence")
     moving = tuple(name in inputs and (_moves(program, name, not pointwise) or (fused and name == "logp")) for name in _BY)
     loss = _StoredRows.apply(table, moving, call, *(inputs.get(name) for name in _BY))  # type: ignore[no-untyped-call]

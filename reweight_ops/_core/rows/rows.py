@@ -229,7 +229,7 @@ def resolve_rows(
     if verbs is not None and math.prod(shape) > 0 and (sequences is None or sequences.index is None):
         found = _masked(op, shape, verbs, RUN if sequences is None else sequences.length, tensors)
         if found is not None:
-            _check_ids(op, found.ids, vocab_total, validate, tensors)
+            _check_ids(op, found.ids, vocab_total, validate, tensors, found.bounds)
             return Rows(
                 op, shape, device, dtype, found.keep, found.counted, sequences, segments, tensors, found.ids, prompts, verbs, found,
                 structure.trust(dtype),
@@ -283,7 +283,11 @@ def _masked(op: str, shape: tuple[int, ...], verbs: RowVerbs, run: int, tensors:
     return verbs.mask(ids, mask, denominator, run)
 
 
-def _check_ids(op: str, ids: Tensor, vocab_total: int, validate: bool, tensors: dict[str, Any]) -> None:
+def _check_ids(
+    op: str, ids: Tensor, vocab_total: int, validate: bool, tensors: dict[str, Any], bounds: tuple[int, int] | None = None
+) -> None:
+    if bounds is not None and bounds[0] >= 0 and bounds[1] < vocab_total:
+        return
     if not (validate or is_readable(ids)) or ids.device.type == "meta" or not ids.numel():
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))

@@ -21,12 +21,14 @@ def is_traced(t: Tensor) -> bool:
 
 class Masked(NamedTuple):
     """``ids`` ``[N]`` int64, OUT where a row is out; ``keep`` and ``counted`` (in denominators) bool ``[N]``; ``lengths`` int32 ``[2, S]``, how many
-    rows of each sequence are the one and the other. Rows without sequences count in runs."""
+    rows of each sequence are the one and the other. Rows without sequences count in runs. ``bounds``: the least and the largest id of the rows that
+    are in, from a backend that knows them on the host."""
 
     ids: Tensor
     keep: Tensor
     counted: Tensor
     lengths: Tensor
+    bounds: tuple[int, int] | None = None
 
 
 class Weighing(NamedTuple):
@@ -58,10 +60,12 @@ class RowVerbs:
     * ``metrics(masked, run, monitor, params, leaves, names) -> (sums [M, 2], values [M])``: those of :data:`METRICS` that are named. ``monitor`` is a
       :class:`~reweight_ops._core.formula.monitor.Monitor`; ``leaves`` are a formula's, and ``d_logp``, ``d_entropy`` and ``factor``; without
       ``log_ratio`` it is formed in the row, as a loss program forms it.
+
+    Where one of the last three is None, PyTorch does it; ``ratio`` and ``adjoint`` go together.
     """
 
     mask: Callable[[Tensor, Tensor | None, Tensor | None, int], Masked]
     weigh: Callable[[Masked, int, Weighing, Any, Tensor | None, int], Tensor]
-    ratio: Callable[[Masked, int, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]]
-    adjoint: Callable[[Masked, int, Tensor, Tensor, Tensor, Tensor, bool, bool], None]
-    metrics: Callable[[Masked, int, Any, Tensor, dict[str, Tensor], tuple[str, ...]], tuple[Tensor, Tensor]]
+    ratio: Callable[[Masked, int, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]] | None = None
+    adjoint: Callable[[Masked, int, Tensor, Tensor, Tensor, Tensor, bool, bool], None] | None = None
+    metrics: Callable[[Masked, int, Any, Tensor, dict[str, Tensor], tuple[str, ...]], tuple[Tensor, Tensor]] | None = None
