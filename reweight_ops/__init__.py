@@ -9,7 +9,7 @@ from ._core.engine.metrics import Metrics
 from ._core.engine.output import PolicyLossOutput, TokenStats
 from ._core.formula.base import Rule, TokenWeight, rule, weight
 from ._core.losses.explain import Explanation, explain
-from ._core.losses.linear import linear_policy_loss, linear_token_logps
+from ._core.losses.linear import linear_policy_loss, linear_token_logps, linear_token_stats
 from ._core.losses.policy import policy_loss, policy_loss_from_logps
 from ._core.losses.statistics import token_logps, token_stats
 from ._core.spec.coupled import Constraint, GroupContrast
@@ -65,6 +65,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_preference_loss",
     "linear_token_logps",
+    "linear_token_stats",
     "method",
     "methods",
     "objectives",

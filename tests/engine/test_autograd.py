@@ -277,14 +277,14 @@ def test_coef_is_the_derivative_by_the_log_prob(batch, backend):
 
 
 def test_statistics(batch, backend):
-    names = ("logps", "entropies", "lse", "log_sum_p_sq", "max_logp", "is_top1", "log1m_p")
+    names = ("logps", "entropies", "lse", "log_sum_p_sq", "max_logp", "is_top1", "log1m_p", "mean_logits")
     z, ids, mask = leaf(batch), batch["completion_ids"], batch["completion_mask"]
     got = rw.token_stats(z, ids, stats=names, completion_mask=mask, temperature=0.8, backend=backend)
     logp = torch.log_softmax(z.double() / 0.8, -1)
     y = logp.gather(-1, ids[..., None])[..., 0]
     want = {
         "logps": y, "entropies": -(logp.exp() * logp).sum(-1), "lse": (z.double() / 0.8).logsumexp(-1), "log_sum_p_sq": (2 * logp).logsumexp(-1),
-        "max_logp": logp.amax(-1),
+        "max_logp": logp.amax(-1), "mean_logits": (z.double() / 0.8).mean(-1),
     }  # fmt: skip
     for name, value in want.items():
         torch.testing.assert_close(getattr(got, name).double(), torch.where(mask, value, 0), rtol=2e-6, atol=2e-6)

@@ -23,7 +23,7 @@ from reweight_ops.testing.pairs import make_divergence, make_pairs
 
 BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 SHAPE, VOCAB, WIDTH = (2, 4), 19, 6
-STATS = ("logps", "entropies", "lse", "log_sum_p_sq", "max_logp", "is_top1", "log1m_p")
+STATS = ("logps", "entropies", "lse", "log_sum_p_sq", "max_logp", "is_top1", "log1m_p", "mean_logits")
 
 Call = Callable[[], list[Tensor]]
 
@@ -110,7 +110,10 @@ def linear(op, made, ids, options) -> list[Tensor]:
     leaves = {name: leaf(x) for name, x in made.items()}
     more = {"lora": Lora(leaves["a"], leaves["b"], 0.5)} if "a" in leaves else {}
     found = op(leaves["hidden"], leaves["weight"], ids, lm_head_bias=leaves["bias"], chunk_rows=3, **more, **options)
-    total, shown = (found.sum(), [found]) if isinstance(found, Tensor) else (found.loss.sum(), [found.metrics.sums])
+    if isinstance(found, rw.TokenStats):
+        total, shown = found.logps.sum() + found.entropies.sum() + found.lse.sum(), [getattr(found, name) for name in STATS]
+    else:
+        total, shown = (found.sum(), [found]) if isinstance(found, Tensor) else (found.loss.sum(), [found.metrics.sums])
     return with_gradients(total, list(leaves.values()), *shown)
 
 
@@ -138,6 +141,7 @@ def calls(backends: list[str] = BACKENDS) -> dict[str, Call]:
             parts = head(dtype, lora=True)
             options = {"completion_mask": mask, "backend": b}
             made[f"linear_token_logps {dtype} {b}"] = partial(linear, rw.linear_token_logps, parts, ids, options)
+            made[f"linear_token_stats {dtype} {b}"] = partial(linear, rw.linear_token_stats, parts, ids, {**options, "stats": STATS})
             for plan in ("one_pass", "two_pass"):
                 loss = {**options, "advantages": adv, "spec": "grpo", "plan": plan}
                 made[f"linear_policy_loss {plan} {dtype} {b}"] = partial(linear, rw.linear_policy_loss, parts, ids, loss)

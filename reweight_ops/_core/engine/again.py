@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import SoftmaxParams
+from ..backends.mean_logit import MEAN_LOGIT
 from ..calls.hidden import ChunkSettings, LMHead
 from ..rows.groups import OUT
 from .ops import without_last_position
@@ -69,6 +70,7 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: Softm
         "lse": lambda: x.logsumexp(-1) + 0 * log_p.detach().amax(-1),  # NaN where no column is finite
         "log_sum_p_sq": lambda: (2 * log_p).logsumexp(-1),
         "max_logp": lambda: log_p.detach().amax(-1),
+        MEAN_LOGIT: lambda: x.detach().mean(-1) + 0 * log_p.detach().amax(-1),
     }
     return tuple(torch.where(inside, torch.where(bad, math.nan, formulas[name]()), 0) for name in names)
 

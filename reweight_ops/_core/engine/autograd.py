@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import ReweightOpsError, UnsupportedRequest
 from ..backends.base import SoftmaxParams
+from ..backends.mean_logit import MEAN_LOGIT
 from . import again
 from . import ops as library
 
@@ -44,6 +45,9 @@ def forbid_second_backward(ctx: Any, op: str) -> None:
     ctx.gradient_released = True
 
 
+#: Statistics without a gradient.
+FIXED = ("max_logp", MEAN_LOGIT)
+
 #: What the kernel of a gradient reads and no caller does.
 LSE_LOW = "lse_low"
 
@@ -66,7 +70,7 @@ class RowStatistics(torch.autograd.Function):
         ctx.softmax, ctx.options, ctx.names = softmax, options, stats.split(",")
         known = rows.unbind()
         outputs = known[: len(ctx.names)]
-        fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name == "max_logp"]
+        fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED]
         if fixed:
             ctx.mark_non_differentiable(*fixed)
         ctx.save_for_backward(logits, ids, temperature, *known)

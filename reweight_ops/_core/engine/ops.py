@@ -15,9 +15,11 @@ from torch.autograd.graph import increment_version
 from torch.library import Library, infer_schema
 
 from ..backends.base import COEFS, DIVERGENCE_STATS, LOSS_ROWS, DivergenceInputs, RowInputs, SoftmaxParams
+from ..backends.mean_logit import MEAN_LOGIT, mean_logit
 from ..backends.scale import scale_in_torch
 from ..backends.select import load
 from ..formula.loss_program import Program
+from ..rows.groups import OUT
 from .memory import empty
 
 _library = Library("reweight_ops", "DEF")  # type: ignore[no-untyped-call]
@@ -99,8 +101,16 @@ def _fake_stats(
 def token_stats(
     logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
 ) -> Tensor:
-    softmax = SoftmaxParams(vocab_size, softcap)
-    return load(backend).token_stats(without_last_position(logits, drop_last), ids, temperature, softmax, tuple(stats.split(",")))
+    softmax, z = SoftmaxParams(vocab_size, softcap), without_last_position(logits, drop_last)
+    names = stats.split(",")
+    kernel = tuple(name for name in names if name != MEAN_LOGIT)
+    found = load(backend).token_stats(z, ids, temperature, softmax, kernel)
+    if MEAN_LOGIT not in names:
+        return found
+    mean, lse, at = mean_logit(z, temperature, softmax), found[kernel.index("lse")], names.index(MEAN_LOGIT)
+    # As for every statistic: 0 in a row that is out, NaN in a row without a distribution.
+    mean = torch.where(ids == OUT, 0, torch.where(lse.isnan(), lse, mean))
+    return torch.cat([found[:at], mean[None], found[at:]])
 
 
 def _write_token_grad(

@@ -22,7 +22,8 @@ class TokenStats:
 
     ``logps`` log-prob of the id · ``entropies`` · ``lse`` log-sum-exp of the scaled logits · ``log_sum_p_sq`` log Σp² · ``max_logp`` log-prob
     of the likeliest token · ``is_top1`` bool: the id is a likeliest token · ``log1m_p`` log(1 - p) of the id, from its log-prob (so its error
-    is an fp32 rounding over 1 - p). The first three are differentiable.
+    is an fp32 rounding over 1 - p) · ``mean_logits`` mean of the scaled logits over the vocabulary (``-inf`` if a column is). The first three
+    are differentiable.
     """
 
     logps: Tensor | None = None
@@ -32,6 +33,7 @@ class TokenStats:
     max_logp: Tensor | None = None
     is_top1: Tensor | None = None
     log1m_p: Tensor | None = None
+    mean_logits: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +13,12 @@ from ..calls.keywords import LinearPolicyLossKeywords, LMHeadKeywords, LMHeadOpt
 from ..calls.policy import resolve_loss
 from ..calls.specs import named_spec
 from ..engine.linear.source import HiddenSource
-from ..engine.output import PolicyLossOutput
+from ..engine.output import PolicyLossOutput, TokenStats
 from ..engine.policy import PolicyObjective
 from ..engine.run import Call
 from ..spec.policy import PolicyLossSpec
 from .explain import public_op
-from .statistics import logps_call
+from .statistics import check_stats, logps_call, stats_call
 
 
 @public_op
@@ -61,6 +62,31 @@ def linear_token_logps(
     options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "return_entropy"))
     named = {"completion_mask": completion_mask}
     return logps_call(HiddenSource(resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)), return_entropy)
+
+
+@public_op
+def linear_token_stats(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    stats: Sequence[str] = ("logps", "entropies"),
+    completion_mask: Tensor | None = None,
+    **keywords: Unpack[LMHeadKeywords],
+) -> Call[TokenStats]:
+    """:func:`token_stats` from hidden states, a few rows of logits at a time: the same names, the same gradients, from one set of GEMMs.
+
+    The other arguments are those of :func:`linear_token_logps`.
+
+    >>> import torch, reweight_ops as rw
+    >>> rw.linear_token_stats(torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]), stats=("log_sum_p_sq",)).log_sum_p_sq
+    tensor([-1.3863])
+    """
+    op = "linear_token_stats"
+    options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "stats"))
+    check_stats(op, stats)
+    named = {"completion_mask": completion_mask}
+    return stats_call(HiddenSource(resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)), stats)
 
 
 @public_op

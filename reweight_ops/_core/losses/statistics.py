@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ...errors import InvalidCall
+from ..backends.mean_logit import MEAN_LOGIT
 from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
 from ..calls.logits import resolve_logits
 from ..engine.output import TokenStats
@@ -24,6 +25,7 @@ from .explain import public_op
 _STATS = {
     "logps": ("logp",), "entropies": ("entropy",), "lse": ("lse",), "log_sum_p_sq": ("log_sum_p_sq",),
     "max_logp": ("max_logp",), "is_top1": ("logp", "max_logp"), "log1m_p": ("logp",),
+    "mean_logits": (MEAN_LOGIT,),
 }  # fmt: skip
 
 
@@ -88,7 +90,8 @@ def token_stats(
 ) -> Call[TokenStats]:
     """Statistics of every row in one read of the logits; see :class:`TokenStats` for the names, :func:`token_logps` for the arguments.
 
-    ``logps``, ``entropies`` and ``lse`` are differentiable; ``log_sum_p_sq``, ``max_logp``, ``is_top1`` and ``log1m_p`` are not.
+    ``logps``, ``entropies`` and ``lse`` are differentiable; ``log_sum_p_sq``, ``max_logp``, ``is_top1``, ``log1m_p`` and ``mean_logits`` are not.
+    ``mean_logits`` has no kernel: it takes one more read, in PyTorch.
 
     >>> import torch, reweight_ops as rw
     >>> rw.token_stats(torch.zeros(1, 4), torch.tensor([2]), stats=("log_sum_p_sq",)).log_sum_p_sq
@@ -96,18 +99,28 @@ def token_stats(
     """
     op = "token_stats"
     (options,) = parse(op, dict(keywords), SoftmaxOptions, own=("completion_mask", "stats"))
+    check_stats(op, stats)
+    return stats_call(LogitsSource(resolve_logits(op, logits, completion_ids, options, {"completion_mask": completion_mask})), stats)
+
+
+def check_stats(op: str, stats: Sequence[str]) -> None:
+    """Raise for names that are none of :class:`TokenStats`."""
     if not stats or isinstance(stats, str) or any(name not in _STATS for name in stats):
-        raise InvalidCall(f"token_stats: stats is {stats!r}; expected some of {', '.join(_STATS)}.")
-    resolved = resolve_logits(op, logits, completion_ids, options, {"completion_mask": completion_mask})
-    rows = resolved.rows
+        raise InvalidCall(f"{op}: stats is {stats!r}; expected some of {', '.join(_STATS)}.")
+
+
+def stats_call(source: Source, stats: Sequence[str]) -> Call[TokenStats]:
+    """The call of an op that returns the named statistics."""
+    rows = source.rows
 
     def finish(found: dict[str, Tensor]) -> TokenStats:
         values = {"logps": found["logp"], "lse": found["lse"], "entropies": found.get("entropy"), "max_logp": found.get("max_logp")}
         values["log_sum_p_sq"] = found["log_sum_p_sq"].detach() if "log_sum_p_sq" in found else None
         logp = found["logp"].detach()
+        values["mean_logits"] = found.get(MEAN_LOGIT)
         values["is_top1"] = (logp >= found["max_logp"]) & rows.keep if "is_top1" in stats else None
         values["log1m_p"] = torch.where(rows.keep, log1mexp_or_inf(logp), 0) if "log1m_p" in stats else None
         return TokenStats(**{name: rows.unflatten(v) for name, v in values.items() if name in stats and v is not None})
 
     reads = dict.fromkeys(part for name in stats for part in _STATS[name])
-    return Call(LogitsSource(resolved), StatisticsObjective(tuple(reads), finish))
+    return Call(source, StatisticsObjective(tuple(reads), finish))

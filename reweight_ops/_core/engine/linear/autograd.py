@@ -14,7 +14,7 @@ from ...calls.chunking import balanced
 from ...calls.hidden import ChunkSettings, LMHead
 from .. import again
 from .. import ops as library
-from ..autograd import LSE_LOW, asked_for, forbid_second_backward
+from ..autograd import FIXED, LSE_LOW, asked_for, forbid_second_backward
 from .gemms import Chunk, Gradients, chunks, live_rows, padded
 
 _DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
@@ -56,7 +56,7 @@ class LinearStatistics(torch.autograd.Function):
         # Backward writes over them, so they serve once; a second backward recomputes.
         ctx.kept = [chunk.data for chunk in kept]
         ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, ids, temperature, *known)
-        ctx.mark_non_differentiable(*(t for name, t in zip(ctx.names, outputs, strict=True) if name == "max_logp"))
+        ctx.mark_non_differentiable(*(t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED))
         return outputs
 
     @staticmethod

@@ -1,0 +1,44 @@
+"""The mean of a row's scaled logits: the one row statistic without a kernel, in PyTorch for every backend, at the price of one more read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .base import SoftmaxParams
+
+#: Its name among the statistics of an op.
+MEAN_LOGIT = "mean_logit"
+#: Elements that are worked on at once: on a CPU few enough for a cache, on a GPU enough for its bandwidth.
+_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}
+#: Columns that are summed in one run. A sum over a whole row would be split among threads where there are few rows, and its bits would depend on that.
+_RUN = 1024
+
+
+def mean_logit(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> Tensor:
+    """``mean_v cap·tanh(z_v/cap)/T`` of logits ``R + (V,)``, over the ``vocab_size`` columns: ``[N]`` in fp32 (fp64 for fp64 logits)."""
+    z = logits[..., : softmax.vocab_size]
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    parts = [_sum(_capped(block.to(dtype), softmax.softcap)) for block in _blocks(z)]
+    total = torch.cat(parts) if parts else z.new_zeros(0, dtype=dtype)
+    return total / (softmax.vocab_size * temperature.to(dtype))
+
+
+def _blocks(z: Tensor) -> Iterator[Tensor]:
+    """Views of a few rows each. A tensor of sequences is taken apart first, for its rows may have no common stride."""
+    for rows in z.unbind() if z.dim() == 3 else (z,):
+        most = _BLOCK.get(z.device.type, _BLOCK["cuda"])
+        yield from torch.split(rows, max(most // max(z.size(-1), 1), 1))
+
+
+def _capped(x: Tensor, softcap: float) -> Tensor:
+    return x if math.isinf(softcap) else torch.where(x == -math.inf, x, softcap * torch.tanh(x / softcap))
+
+
+def _sum(x: Tensor) -> Tensor:
+    whole = x.size(-1) // _RUN * _RUN
+    runs = x[:, :whole].reshape(x.size(0), whole // _RUN, _RUN)
+    return runs.sum(-1).sum(-1) + x[:, whole:].sum(-1)
