@@ -5,23 +5,33 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .._core.formula.base import Rule
+from .._core.formula.base import Rule, TokenWeight
 from .._core.spec.policy import PolicyLossSpec
-from .._core.spec.ratio import Ratio, SequenceRatio, TokenRatio
+from .._core.spec.ratio import GeometricMeanRatio, Ratio, SequenceRatio, TokenRatio
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean, TokenSum
 from ..errors import InvalidCall
 from ..rules.penalties import K1, K2, K3, Absolute, AbsoluteStraightThrough, K1StraightThrough, K3StraightThrough
-from ..rules.surrogates import Cispo, Clip, DppoTV, DualClip, Reinforce, Sapo
+from ..rules.surrogates import Cispo, Clip, DppoTV, DualClip, Reinforce, Sapo, Unclipped
+from ..weights.covariance import ClipCov, TopCovariance
+from ..weights.importance import MaskedImportance, SequenceMaskedImportance, SequenceTruncatedImportance, TruncatedImportance
+from .covariance import KlCov
+from .dppo_kl import DppoKL
+from .dro import Dro
 from .penalties import entropy, kl
 from .unused import forbid_unused
 
-LOSS_MODES = ("vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv")
+LOSS_MODES = (
+    "vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov", "geo_mean", "dro", "bypass_mode",
+)  # fmt: skip
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 #: Options that only some modes read; verl ignores them elsewhere.
-_CLIPPED = ("vanilla", "gspo", "cispo", "dppo_tv")
+_CLIPPED = ("vanilla", "gspo", "cispo", "dppo_tv", "dppo_kl", "clip_cov", "geo_mean", "bypass_mode")
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "clip_ratio": _CLIPPED, "clip_ratio_low": _CLIPPED, "clip_ratio_high": _CLIPPED, "clip_ratio_c": ("vanilla", "dppo_tv"),
-    "tau_pos": ("sapo",), "tau_neg": ("sapo",),
+    "clip_ratio": _CLIPPED, "clip_ratio_low": _CLIPPED, "clip_ratio_high": _CLIPPED,
+    "clip_ratio_c": ("vanilla", "dppo_tv", "dppo_kl", "bypass_mode"), "tau_pos": ("sapo",), "tau_neg": ("sapo",),
+    "clip_cov_ratio": ("clip_cov",), "clip_cov_lb": ("clip_cov",), "clip_cov_ub": ("clip_cov",), "kl_cov_ratio": ("kl_cov",),
+    "ppo_kl_coef": ("kl_cov",), "dro_beta": ("dro",), "rollout_loss_type": ("bypass_mode",), "rollout_is": ("bypass_mode",),
+    "rollout_is_threshold": ("bypass_mode",),
 }  # fmt: skip
 KL_TYPES: dict[str, Rule] = {
     "kl": K1(), "k1": K1(), "abs": Absolute(), "mse": K2(clamp=math.inf), "k2": K2(clamp=math.inf), "low_var_kl": K3(cap=10.0), "k3": K3(cap=10.0),
@@ -45,6 +55,24 @@ def _reduction(mode: str, loss_scale_factor: float | None) -> Reduction:
     return reductions[mode]
 
 
+def _bypass(clip: Rule, loss_type: str, level: str | None, threshold: Any) -> tuple[Rule, tuple[TokenWeight, ...]]:
+    """The surrogate and weights of ``bypass_mode``."""
+    if loss_type not in ("ppo_clip", "reinforce"):
+        raise InvalidCall(f"methods.verl: rollout_loss_type is {loss_type!r}, expected 'ppo_clip' or 'reinforce'.")
+    if level not in (None, "token", "sequence"):
+        raise InvalidCall(f"methods.verl: rollout_is is {level!r}, expected None, 'token' or 'sequence'.")
+    if loss_type == "ppo_clip" or level is None:
+        if level is not None:
+            raise InvalidCall("methods.verl: rollout_is has no effect with rollout_loss_type='ppo_clip': leave it out.")
+        return (clip if loss_type == "ppo_clip" else Reinforce()), ()
+    lower, upper = threshold if isinstance(threshold, tuple) else (None, threshold)
+    if lower is None:
+        truncated = TruncatedImportance if level == "token" else SequenceTruncatedImportance
+        return Reinforce(), (truncated(ratio_max=upper),)
+    masked = MaskedImportance if level == "token" else SequenceMaskedImportance
+    return Reinforce(), (masked(ratio_min=lower, ratio_max=upper),)
+
+
 def verl(
     loss_mode: str = "vanilla",
     *,
@@ -55,6 +83,15 @@ def verl(
     clip_ratio_c: Any = 3.0,
     tau_pos: Any = 1.0,
     tau_neg: Any = 1.05,
+    clip_cov_ratio: Any = 2e-4,
+    clip_cov_lb: Any = 1.0,
+    clip_cov_ub: Any = 5.0,
+    kl_cov_ratio: Any = 2e-4,
+    ppo_kl_coef: Any = 0.1,
+    dro_beta: Any = None,
+    rollout_loss_type: str = "ppo_clip",
+    rollout_is: str | None = None,
+    rollout_is_threshold: Any = 2.0,
     loss_scale_factor: float | None = None,
     use_kl_loss: bool = False,
     kl_loss_coef: Any = 0.001,
@@ -65,7 +102,13 @@ def verl(
     """A loss of verl's registry (0.9.1, ``core_algos.py``) with the KL and entropy terms that ``ppo_loss`` adds around it.
 
     ``batch_num_tokens / dp_size`` is ``num_items_in_batch`` here, ``global_batch_size / dp_size`` is ``num_sequences_in_batch``.
-    As in verl, ``sapo`` averages its own term per sequence whatever ``loss_agg_mode`` is; KL and entropy follow ``loss_agg_mode``.
+    As in verl, ``sapo`` averages its own term per sequence whatever ``loss_agg_mode`` is, and ``geo_mean`` over all sequences of the call, for which
+    ``num_sequences_in_batch`` must not be given; KL and entropy follow ``loss_agg_mode``. ``rollout_is_weights`` is ``importance_sampling_ratio`` here
+    (of ``geo_mean``: its geometric mean over each sequence). ``clip_cov`` draws its tokens by position instead of from a random generator.
+
+    ``bypass_mode``: ``rollout_loss_type`` and the next two are the fields of verl's ``rollout_correction`` (its ``loss_type`` is the first);
+    ``rollout_is_threshold`` is an upper bound, or ``(lower, upper)`` outside of which the weight is 0. With ``"reinforce"`` pass the sampler's log-probs
+    as ``sampling_per_token_logps`` and no ``old_per_token_logps``; with ``"ppo_clip"`` as the latter. Rejection sampling is ``completion_mask``.
 
     An option that the mode does not read is an error where it differs from its default; ``unused="ignore"`` takes a whole configuration.
     """
@@ -83,21 +126,47 @@ def verl(
         )
     low = clip_ratio if clip_ratio_low is None else clip_ratio_low
     high = clip_ratio if clip_ratio_high is None else clip_ratio_high
+    if loss_mode == "dro" and dro_beta is None:
+        raise InvalidCall("methods.verl: loss_mode='dro' has no default for dro_beta: pass it.")
+    bounds = {"epsilon_low": low, "epsilon_high": high}
+    region = {"divergence_low": low, "divergence_high": high, "ratio_max": clip_ratio_c}
+    dual = DualClip(**bounds, clip_ratio_c=clip_ratio_c)
+    bypassed, corrections = _bypass(dual, rollout_loss_type, rollout_is, rollout_is_threshold)
     surrogates: dict[str, Rule] = {
-        "vanilla": DualClip(epsilon_low=low, epsilon_high=high, clip_ratio_c=clip_ratio_c),
-        "gspo": Clip(epsilon_low=low, epsilon_high=high),
+        "vanilla": dual,
+        "gspo": Clip(**bounds),
         "sapo": Sapo(temperature_pos=tau_pos, temperature_neg=tau_neg),
         "gpg": Reinforce(),
         "cispo": Cispo(ratio_min=1 - low, ratio_max=1 + high),
-        "dppo_tv": DppoTV(divergence_low=low, divergence_high=high, ratio_max=clip_ratio_c),
+        "dppo_tv": DppoTV(**region),
+        "dppo_kl": DppoKL(**region),
+        "clip_cov": Clip(**bounds),
+        "kl_cov": KlCov(kl_coef=TopCovariance(fraction=kl_cov_ratio, value=ppo_kl_coef)),
+        "geo_mean": Unclipped(),
+        "bypass_mode": bypassed,
     }
-    ratio: Ratio = SequenceRatio(clamp=(-math.inf, 10.0), gradient="token") if loss_mode == "gspo" else TokenRatio()
+    if loss_mode == "dro":
+        surrogates["dro"] = Dro(beta=dro_beta)
+    weights: dict[str, tuple[TokenWeight, ...]] = {
+        "clip_cov": (ClipCov(fraction=clip_cov_ratio, lower=clip_cov_lb, upper=clip_cov_ub, **bounds),),
+        "bypass_mode": corrections,
+    }
+    bare = TokenRatio(clamp=math.inf)
+    ratios: dict[str, Ratio] = {
+        "gspo": SequenceRatio(clamp=(-math.inf, 10.0), gradient="token"),
+        "geo_mean": GeometricMeanRatio(clamp=math.inf, **bounds),
+        "clip_cov": bare,
+        "kl_cov": bare,
+        "dro": bare,
+    }
     own = _reduction(loss_agg_mode, loss_scale_factor)
-    around = own if loss_mode == "sapo" else None
+    alone = {"sapo": SequenceMean(per="token_mean", count="nonempty"), "geo_mean": SequenceMean()}
+    around = own if loss_mode in alone else None
     return PolicyLossSpec(
         surrogate=surrogates[loss_mode],
         penalties=(*(kl(kl_loss_coef, KL_TYPES[kl_loss_type], around) if use_kl_loss else ()), *entropy(entropy_coeff, around)),
-        ratio=ratio,
-        reduction=SequenceMean(per="token_mean", count="nonempty") if loss_mode == "sapo" else own,
+        ratio=ratios.get(loss_mode, TokenRatio()),
+        weights=weights.get(loss_mode, ()),
+        reduction=alone.get(loss_mode, own),
         name=f"verl_{loss_mode}",
     )

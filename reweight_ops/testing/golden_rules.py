@@ -17,6 +17,8 @@ from typing import Any
 from .golden_rows import LN2, LN3, SPREAD, old
 
 LN_1_1 = 0.09531017980432486  # log 1.1
+#: Advantages of mean 1 and log-probs of mean -3, on-policy.
+COVARYING = {"adv": [0.0, 1.0, 0.0, 3.0], "logp": [-4.0, -3.0, -4.0, -1.0], "old_logp": [-4.0, -3.0, -4.0, -1.0]}
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,19 @@ ROWS = (
     Row("dppo_tv", ratio(-LN2, 1.0), 0.5 * LN2, -0.5, clipped=(False, False)),
     # ratio_max = 1.5 truncates the weight.
     Row("dppo_tv", ratio(LN2, -1.0), -1.5 * LN2, 1.5, clipped=(False, False), parameters={"ratio_max": 1.5}),
+    # dppo_kl: p = 1/2, p_old = 1/4: .25 log .5 + .75 log 1.5 = .13. For A > 0 inside .2, outside .1; for A < 0 growth is fine.
+    Row("dppo_kl", ratio(LN2, 1.0), 2 * LN2, -2.0, clipped=(False, False)),
+    Row("dppo_kl", ratio(LN2, 1.0), 0.0, 0.0, clipped=(False, True), parameters={"divergence_high": 0.1}),
+    Row("dppo_kl", ratio(LN2, -1.0), -2 * LN2, 2.0, clipped=(False, False), parameters={"divergence_low": 0.1}),
+    # p_old = 1: log 2, over .2: A < 0 is dropped, A > 0 kept with r = 1/2.
+    Row("dppo_kl", ratio(-LN2, -1.0), 0.0, 0.0, clipped=(True, False)),
+    Row("dppo_kl", ratio(-LN2, 1.0), 0.5 * LN2, -0.5, clipped=(False, False)),
+    Row("dppo_kl", ratio(LN2, -1.0), -1.5 * LN2, 1.5, clipped=(False, False), parameters={"ratio_max": 1.5}),
+    # dro: 3 log 2 + .25 log² 2, slope -3 + .5 log 2.
+    Row("dro", ratio(LN2, 3.0), 3 * LN2 + 0.25 * LN2**2, -3 + 0.5 * LN2, parameters={"beta": 0.5}),
+    # kl_cov: -2 + .5 log 2; r = 1/2: -1/2 + .5 log 2, and moving down costs.
+    Row("kl_cov", ratio(LN2, 1.0), -2 + 0.5 * LN2, -1.5, parameters={"kl_coef": 0.5}),
+    Row("kl_cov", ratio(-LN2, 1.0), -0.5 + 0.5 * LN2, -1.0, parameters={"kl_coef": 0.5}),
     # Penalties, d = ref - logp = log 2, so u = 2 and 1 - u = -1.
     Row("k1", distance(LN2), -LN2, 1.0),
     Row("absolute", distance(LN2), LN2, -1.0),
@@ -194,6 +209,14 @@ WEIGHT_ROWS = (
     WeightRow("entropy", {"entropy": [0.5, 2.0]}, [0.5, 2.0]),
     # The .5 quantile of 1, 2, 3, 4 is 2.5.
     WeightRow("top_entropy", {"entropy": [1.0, 2.0, 3.0, 4.0]}, [0.0, 0.0, 1.0, 1.0], {"fraction": 0.5}),
+    # Covariances 1, 0, 1, 4. floor(.5·4) = 2: of equal ones the first.
+    WeightRow("top_covariance", COVARYING, [0.0, 0.0, 0.0, 3.0], {"value": 3.0}),
+    WeightRow("top_covariance", COVARYING, [3.0, 0.0, 0.0, 3.0], {"value": 3.0, "fraction": 0.5}),
+    # Between 1.5 and 5 there is the last alone; it is drawn, unless its ratio is clipped.
+    WeightRow("clip_cov", COVARYING, [1.0, 1.0, 1.0, 0.0], {"lower": 1.5}),
+    WeightRow("clip_cov", {**COVARYING, "old_logp": [-4.0, -3.0, -4.0, -2.0]}, [1.0, 1.0, 1.0, 1.0], {"lower": 1.5}),
+    # Without the last the means are 1/3 and -11/3: covariances 1/9, 4/9, 1/9.
+    WeightRow("clip_cov", COVARYING, [1.0, 0.0, 1.0, 0.0], {"lower": 0.2}, masked=(3,)),
     # .2(1 - h) for h <= 0; .28(1 + h) for h > 0.
     WeightRow("hapo_lower", SPREAD, [0.4, 0.3, 0.2, 0.2, 0.2], {"pivot": 0.5}),
     WeightRow("hapo_upper", SPREAD, [0.28, 0.28, 0.28, 0.42, 0.56], {"pivot": 0.5}),

@@ -4,6 +4,7 @@ They multiply the *term*, not the advantage: the two differ for negative factors
 """
 
 from .._core.rows.batch import BatchStatistics
+from .covariance import ClipCov, TopCovariance
 from .entropy import (
     DualLevelDownSampling,
     Entropy,
@@ -48,6 +49,7 @@ __all__ = [
     "AdvantageReweighting",
     "BalancedSigmoidReweighting",
     "BatchStatistics",
+    "ClipCov",
     "CurrentAdvantageReweighting",
     "DualLevelDownSampling",
     "Entropy",
@@ -74,6 +76,7 @@ __all__ = [
     "SteerExponential",
     "SteerLinear",
     "SurprisalReweighting",
+    "TopCovariance",
     "TopEntropy",
     "TrainingSignalAnnealing",
     "TruncatedImportance",

@@ -86,30 +86,90 @@ def test_trl(batch, loss_type, level, extras):
         assert {name: pytest.approx(value, rel=1e-9) for name, value in logged.items()} == {name: metrics[name] for name in logged}
 
 
+#: Options of a mode's own, so that they act on this batch.
+VERL_OWN = {
+    "clip_cov": dict(clip_cov_ratio=0.2, clip_cov_lb=1.8), "kl_cov": dict(kl_cov_ratio=0.2, ppo_kl_coef=0.3), "dro": dict(dro_beta=0.5),
+    "dppo_tv": dict(clip_ratio_low=0.04, clip_ratio_high=0.06), "dppo_kl": dict(clip_ratio_low=0.001, clip_ratio_high=0.002),
+}  # fmt: skip
+
+
 VERL_AROUND = {"plain": {}, "kl": dict(kl_loss_coef=0.05), "kl_entropy": dict(kl_loss_coef=0.05, entropy_coeff=0.02)}
 
 
 @pytest.mark.parametrize("around", VERL_AROUND)
 @pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"])
-@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv"])
+@pytest.mark.parametrize("loss_mode", [m for m in verl.LOSSES if m != "bypass_mode"])
 def test_verl(batch, loss_mode, mode, around):
     logp, entropy = statistics(batch)
     mask = batch["mask"].clone()
     mask[3] = False  # verl leaves empty sequences out of its sequence means
-    own = dict(loss_agg_mode=mode, **VERL_AROUND[around])
+    bounds = dict(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5)
+    own = dict(loss_agg_mode=mode, **VERL_AROUND[around], **(bounds | VERL_OWN.get(loss_mode, {})))
+    weights = batch["ratios"]["token"]
     theirs, _ = verl.policy_loss(
         loss_mode, logp, batch["adv"]["token"], mask, old_logps=batch["old"], ref_logps=batch["ref"], entropies=entropy,
-        rollout_is_weights=batch["ratios"]["token"], clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5, **own,
+        rollout_is_weights=weights, **own,
     )  # fmt: skip
-    spec = rw.methods.verl(
-        loss_mode, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5, use_kl_loss="kl" in around, unused="ignore", **own
-    )
-    out = ours(batch, spec, batch["adv"]["token"], completion_mask=mask, importance_sampling_ratio=batch["ratios"]["token"])
+    spec = rw.methods.verl(loss_mode, use_kl_loss="kl" in around, unused="ignore", **own)
+    if loss_mode == "geo_mean":  # verl takes the weights' geometric mean, in which a 1e-10 is added to each
+        weights = ((weights + 1e-10).log() * mask).sum(-1, keepdim=True).div(mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+    out = ours(batch, spec, batch["adv"]["token"], completion_mask=mask, importance_sampling_ratio=weights)
     # verl divides a sequence's sum by its length + 1e-8
     torch.testing.assert_close(out.loss, theirs, rtol=1e-7, atol=1e-9)
     (a,), (b,) = (torch.autograd.grad(loss, batch["logits"], retain_graph=True) for loss in (out.loss, theirs))
     torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     assert b.abs().sum() > 1e-3
+
+
+def test_the_batch_meets_the_rare_branches_of_verl(batch):
+    """Tokens are dropped, drawn and clipped, or the comparison above would prove little."""
+    for mode in ("dppo_tv", "dppo_kl", "clip_cov", "geo_mean"):
+        spec = rw.methods.verl(mode, unused="ignore", **VERL_OWN.get(mode, {}))
+        changed = rw.methods.verl(mode, unused="ignore", clip_ratio=10.0, clip_cov_lb=4.9)
+        one, other = (ours(batch, s, batch["adv"]["token"]).loss for s in (spec, changed))
+        assert (one - other).abs() > 1e-4, mode
+
+
+BYPASS = [
+    {"rollout_loss_type": "ppo_clip"},
+    {"rollout_loss_type": "reinforce"},
+    *(
+        {"rollout_loss_type": "reinforce", "rollout_is": level, "rollout_is_threshold": t}
+        for level in ("token", "sequence")
+        for t in (1.1, (0.8, 1.3))
+    ),
+]
+
+
+@pytest.mark.parametrize("options", BYPASS, ids=[" ".join(map(str, b.values())) for b in BYPASS])
+def test_verl_bypass_mode(batch, options):
+    """The old log-probs are the sampler's: as such for REINFORCE with weights, as the old policy's for the clip."""
+    logp, _ = statistics(batch)
+    theirs, _ = verl.policy_loss(
+        "bypass_mode", logp, batch["adv"]["token"], batch["mask"], old_logps=batch["old"], clip_ratio_c=1.5, **options
+    )
+    clip = options["rollout_loss_type"] == "ppo_clip"
+    spec = rw.methods.verl("bypass_mode", **options, **({"clip_ratio_c": 1.5} if clip else {}), unused="ignore")
+    data = {"old_per_token_logps" if clip else "sampling_per_token_logps": batch["old"]}
+    out = ours(batch, spec, batch["adv"]["token"], **{"old_per_token_logps": None, **data})
+    same(out.loss, theirs, batch["logits"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("dro",), "no default for dro_beta"),
+        (("vanilla", {"dro_beta": 0.1}), "dro_beta has no effect with loss_mode='vanilla'"),
+        (("kl_cov", {"clip_ratio": 0.3}), "clip_ratio has no effect"),
+        (("bypass_mode", {"rollout_loss_type": "ppo"}), "expected 'ppo_clip' or 'reinforce'"),
+        (("bypass_mode", {"rollout_is": "token"}), "rollout_is has no effect with rollout_loss_type='ppo_clip'"),
+        (("bypass_mode", {"rollout_loss_type": "reinforce", "rollout_is": "group"}), "expected None, 'token' or 'sequence'"),
+    ],
+)
+def test_verl_refuses_what_would_have_no_effect(options, message):
+    mode, *rest = options
+    with pytest.raises(rw.InvalidCall, match=message):
+        rw.methods.verl(mode, **dict(*rest))
 
 
 @pytest.mark.parametrize("kind", ["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+", "low_var_kl"])

@@ -122,7 +122,83 @@ def dppo_tv(logps, old, adv, mask, low, high, clip_ratio_c=3.0, **_):
     return -adv * torch.clamp(ratio, max=clip_ratio_c).detach() * logps * valid, metrics
 
 
-LOSSES = {"vanilla": vanilla, "gspo": gspo, "sapo": sapo, "gpg": gpg, "cispo": cispo, "dppo_tv": dppo_tv}
+def dppo_kl(logps, old, adv, mask, low, high, clip_ratio_c=3.0, **_):
+    """``compute_policy_loss_dppo_kl``."""
+    log_ratio = _log_ratio(logps, old)
+    ratio = torch.exp(log_ratio)
+    p, q = torch.exp(logps), torch.exp(old)
+    kl = q * (old - logps) + (1 - q) * torch.log((1.0 - q + 1e-8) / (1.0 - p + 1e-8))
+    valid = torch.where(adv > 0, (kl <= high) | (p <= q), (kl <= low) | (p >= q))
+    metrics = {"actor/pg_clipfrac": ~valid, "actor/pg_clipfrac_lower": (ratio > clip_ratio_c) & valid, "actor/ppo_kl": -log_ratio}
+    return -adv * torch.clamp(ratio, max=clip_ratio_c).detach() * logps * valid, metrics
+
+
+def dro(logps, old, adv, mask, low, high, dro_beta=None, **_):
+    """``compute_policy_loss_dro``."""
+    log_ratio = logps - old
+    return -(logps * adv - 0.5 * dro_beta * log_ratio.square()), {"actor/ppo_kl": -log_ratio}
+
+
+def _covariance(logps, adv, mask):
+    return (adv - masked_mean(adv, mask)) * (logps - masked_mean(logps.detach(), mask))
+
+
+def clip_cov(logps, old, adv, mask, low, high, clip_cov_ratio=2e-4, clip_cov_lb=1.0, clip_cov_ub=5.0, **_):
+    """``compute_policy_loss_clip_cov`` where there are no more candidates than it draws, so that nothing is left to chance."""
+    ratio = torch.exp(logps - old)
+    unclipped, clipped = -adv * ratio, -adv * torch.clamp(ratio, 1 - low, 1 + high)
+    covariance = _covariance(logps, adv, mask)
+    candidate = (covariance < clip_cov_ub) & (covariance > clip_cov_lb) & (mask > 0) & ~(clipped > unclipped)
+    assert candidate.sum() <= max(int(clip_cov_ratio * mask.sum().item()), 1), "the draw would be random"
+    return torch.maximum(unclipped, clipped) * ~candidate, {"actor/pg_clipfrac": candidate, "actor/ppo_kl": old - logps}
+
+
+def kl_cov(logps, old, adv, mask, low, high, kl_cov_ratio=2e-4, ppo_kl_coef=1.0, **_):
+    """``compute_policy_loss_kl_cov``."""
+    log_ratio = logps - old
+    loss = -adv * torch.exp(log_ratio)
+    covariance = torch.where(mask > 0, _covariance(logps, adv, mask).detach(), -torch.inf).flatten()
+    chosen = torch.zeros_like(covariance, dtype=torch.bool)
+    chosen[covariance.topk(max(1, int(int(mask.sum()) * kl_cov_ratio))).indices] = True
+    return torch.where(chosen.view_as(loss), loss + ppo_kl_coef * log_ratio.abs(), loss), {"actor/ppo_kl": log_ratio.abs()}
+
+
+def geo_mean(logps, old, adv, mask, low, high, **_):
+    """``compute_policy_loss_geo_mean``, a token's share of its sequence's loss; see ``policy_loss`` for the mean that it takes."""
+    log_ratio, sign = logps - old, torch.sign(adv)
+    clamped = torch.clamp(log_ratio, -low, high)
+    drift = sign * torch.min(sign * log_ratio, sign * clamped)
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    ratio = torch.exp((drift * mask).sum(-1, keepdim=True) / lengths)
+    moved = log_ratio != clamped
+    metrics = {"actor/pg_clipfrac": moved & (adv > 0), "actor/pg_clipfrac_lower": moved & (adv < 0), "actor/ppo_kl": -log_ratio}
+    return -adv * ratio, metrics
+
+
+def bypass_mode(
+    logps, old, adv, mask, low, high, clip_ratio_c=3.0, rollout_loss_type="ppo_clip", rollout_is=None, rollout_is_threshold=2.0, **_
+):
+    """``compute_policy_loss_bypass_mode`` without rejection, which is a mask: ``old`` are the sampler's log-probs."""
+    if rollout_loss_type == "ppo_clip":
+        return vanilla(logps, old, adv, mask, low, high, clip_ratio_c)
+    log_ratio = (logps - old).detach()
+    if rollout_is is None:
+        return -adv * logps, {"actor/ppo_kl": -log_ratio}
+    if rollout_is == "sequence":
+        log_ratio = (log_ratio * mask).sum(-1, keepdim=True).expand_as(log_ratio)
+    weight = torch.exp(log_ratio.clamp(-20, 20))
+    if isinstance(rollout_is_threshold, tuple):
+        lower, upper = rollout_is_threshold
+        weight = torch.where((weight >= lower) & (weight <= upper), weight, 0)
+    else:
+        weight = weight.clamp(max=rollout_is_threshold)
+    return -adv * logps * weight, {"actor/ppo_kl": (old - logps).detach()}
+
+
+LOSSES = {
+    "vanilla": vanilla, "gspo": gspo, "sapo": sapo, "gpg": gpg, "cispo": cispo, "dppo_tv": dppo_tv, "dppo_kl": dppo_kl, "clip_cov": clip_cov,
+    "kl_cov": kl_cov, "geo_mean": geo_mean, "dro": dro, "bypass_mode": bypass_mode,
+}  # fmt: skip
 
 
 def policy_loss(
@@ -144,14 +220,20 @@ def policy_loss(
     global_batch_info: dict[str, Any] | None = None,
     **settings: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss and metrics of one micro-batch; all tensors ``[B,T]``. ``settings``: ``clip_ratio_c``, ``tau_pos``, ``tau_neg``."""
+    """Loss and metrics of one micro-batch; all tensors ``[B,T]``. ``settings``: what the modes above take by name."""
     mask = mask.to(logps.dtype)
     info = global_batch_info or {}
     old_logps = logps.detach() if old_logps is None else old_logps
     matrix, rows = LOSSES[loss_mode](logps, old_logps, advantages, mask, clip_ratio_low, clip_ratio_high, **settings)
-    if rollout_is_weights is not None:
+    if rollout_is_weights is not None and loss_mode == "geo_mean":
+        logs = torch.log(rollout_is_weights + 1e-10) * mask
+        rollout_is_weights = torch.exp(logs.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1))
+    if rollout_is_weights is not None and loss_mode != "bypass_mode":
         matrix = matrix * rollout_is_weights
-    loss = agg_loss(matrix, mask, "seq-mean-token-mean" if loss_mode == "sapo" else loss_agg_mode, **info)
+    if loss_mode == "geo_mean":  # a mean over all sequences of this call, the empty ones too
+        loss = ((matrix * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+    else:
+        loss = agg_loss(matrix, mask, "seq-mean-token-mean" if loss_mode == "sapo" else loss_agg_mode, **info)
     if entropy_coeff:
         loss = loss - entropy_coeff * agg_loss(entropies, mask, loss_agg_mode, **info)
     if kl_loss_coef:

@@ -55,3 +55,16 @@ def test_preference(capsys):
         assert history[0]["rewards/margins"] == 0 or name == "sparse_po"  # the reference is where training starts
         assert history[-1]["rewards/accuracies"] == 1 and history[-1]["loss"] < 0.8 * history[0]["loss"], name
     assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_trl_heads(capsys):
+    pytest.importorskip("trl")
+    spec = importlib.util.spec_from_file_location("trl_heads", EXAMPLES / "trl_heads.py")
+    example = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = example
+    spec.loader.exec_module(example)
+    for name, (stock, ours, left) in example.main(["--steps", "4"]).items():
+        assert ours == pytest.approx(stock, rel=1e-4) and len(stock) == 4 and stock[-1] < stock[0], name  # TRL logs four digits
+        assert left == {}
+    assert "on our op" in capsys.readouterr().out

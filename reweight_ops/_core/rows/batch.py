@@ -60,13 +60,35 @@ class BatchStatistics:
     def top(self, x: Tensor, fraction: Any, where: Tensor) -> Tensor:
         """1.0 for the ``max(1, ceil(fraction·n))`` largest ``x`` among the n valid rows with ``where``, else 0.0; of equal ones the first."""
         candidate = self._rows.keep & where
+        # 0.07·100 is a rounding above 7 and means 7.
+        count = (fraction * candidate.sum().double() + 0.999999).floor()
+        return self._first(x, candidate, count)
+
+    def largest(self, x: Tensor, fraction: Any) -> Tensor:
+        """1.0 for the ``max(1, floor(fraction·n))`` largest ``x`` among the n valid rows, else 0.0; of equal ones the first."""
+        return self._first(x, self._rows.keep, self._count(fraction))
+
+    def draw(self, fraction: Any, where: Tensor, seed: Any) -> Tensor:
+        """1.0 for ``max(1, floor(fraction·n))`` of the n valid rows, or as many as have ``where``, drawn among those; else 0.0.
+
+        The draw is a permutation of the positions that ``seed`` decides.
+        """
+        keys = _scattered(torch.arange(where.numel(), device=where.device), seed)
+        order = keys.sort().indices
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        return self._first(-rank.to(self._rows.dtype), self._rows.keep & where, self._count(fraction))
+
+    def _count(self, fraction: Any) -> Tensor:
+        count: Tensor = (fraction * self._rows.keep.sum().double()).floor()
+        return count
+
+    def _first(self, x: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
+        """1.0 for the ``max(1, count)`` largest ``x`` among the candidates."""
         # Candidates first, the largest of them first: two stable sorts, the major key last. Exact where a value is infinite.
         order = torch.where(candidate, x, 0).sort(descending=True, stable=True).indices
         order = order[candidate[order].to(torch.uint8).sort(descending=True, stable=True).indices]
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        # 0.07·100 is a rounding above 7 and means 7.
-        count = (fraction * candidate.sum().double() + 0.999999).floor().clamp(min=1)
-        result: Tensor = (candidate & (rank < count)).to(x.dtype)
+        result: Tensor = (candidate & (rank < count.clamp(min=1))).to(x.dtype)
         return result
 
     def seq_sum(self, x: Tensor) -> Tensor:
@@ -76,3 +98,11 @@ class BatchStatistics:
     def seq_mean(self, x: Tensor) -> Tensor:
         counts = self._sequences().sum(self._rows.keep.to(x.dtype)).clamp(min=1)
         return self._sequences().spread(self._sequences().sum(self._only(x, 0)) / counts)
+
+
+def _scattered(position: Tensor, seed: Any) -> Tensor:
+    """A 62-bit hash of each position and the seed (SplitMix64's two rounds)."""
+    z = position + (seed.long() if isinstance(seed, Tensor) else int(seed)) * 0x51ED2701
+    for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return z & ((1 << 62) - 1)

@@ -12,13 +12,16 @@ import torch
 import trl.trainer.utils
 from torch import Tensor
 
-from ..._core.losses.linear import linear_token_logps
+from ..._core.losses.linear import linear_token_stats
 from ..patching import Counts, Replacement
 
 _PARAMETERS = (
     "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs",
 )  # fmt: skip
-_SERVED = ("log_probs", "entropy")
+#: TRL's name of a result to ours, in the order in which TRL's function returns them.
+_STATS = {
+    "log_probs": "logps", "entropy": "entropies", "log_sum_sq_probs": "log_sum_p_sq", "mean_logits": "mean_logits", "is_top1": "is_top1",
+}  # fmt: skip
 
 
 class ChunkedLogProb:
@@ -43,6 +46,7 @@ class ChunkedLogProb:
     ) -> tuple[Tensor | None, ...]:
         """``(log-probs, entropy, log Σp², mean of the scaled logits, is top-1)``, ``[N]`` each, None where not asked for.
 
+        Where several tokens are the likeliest each of them is top-1; in TRL the first one is.
         ``chunk_size``, TRL's width of a tile, is not read: the op bounds its own chunks.
         """
         reason = _obstacle(hidden, weight, outputs)
@@ -52,7 +56,7 @@ class ChunkedLogProb:
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
             return result
-        self.counts.ran("linear_token_logps")
+        self.counts.ran("linear_token_stats")
         if not torch.is_autocast_enabled(hidden.device.type):
             # TRL's function computes in hidden's dtype too, whatever the head's is.
             weight, bias = (None if x is None else x.to(hidden.dtype) for x in (weight, bias))  # type: ignore[assignment]
@@ -62,14 +66,15 @@ class ChunkedLogProb:
             "softcap": final_logit_softcapping,
             "logit_scale": logit_scale,
         }
-        entropy = "entropy" in outputs
-        found = linear_token_logps(hidden, weight, targets, return_entropy=entropy, backend=self.backend, **options)
-        return (*(found if entropy else (found, None)), None, None, None)
+        asked = {"log_probs", *outputs}
+        stats = [ours for theirs, ours in _STATS.items() if theirs in asked]
+        found = linear_token_stats(hidden, weight, targets, stats=stats, backend=self.backend, **options)
+        return tuple(getattr(found, name) for name in _STATS.values())
 
 
 def _obstacle(hidden: Tensor, weight: Tensor, outputs: Sequence[str]) -> str | None:
     """Why TRL has to compute this, or None."""
-    others = [name for name in outputs if name not in _SERVED]
+    others = [name for name in outputs if name not in _STATS]
     if others:
         return f"outputs {', '.join(others)}"
     if hasattr(weight, "ds_id"):

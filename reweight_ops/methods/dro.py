@@ -1,0 +1,38 @@
+"""DRO: a log-likelihood weighted by the advantage, with a square of the log-ratio instead of a clip."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .._core.catalogue.registry import published
+from .._core.formula.base import Rule, rule
+from .._core.spec.policy import PolicyLossSpec
+from .._core.spec.ratio import TokenRatio
+
+
+@rule("dro")
+class Dro(Rule):
+    """``-A·logp + beta/2·(log r)²``."""
+
+    beta: float
+
+    def loss(self, xp, t):
+        return -t.adv * t.logp + 0.5 * self.beta * t.log_ratio * t.log_ratio
+
+
+@published(
+    "dro",
+    "Direct Reward Optimisation (DRO)",
+    paper="Offline Regularised Reinforcement Learning for Large Language Models Alignment",
+    arxiv="2405.19107",
+    certainty="secondary",
+    example={"beta": 0.1},
+)
+def dro(beta: Any) -> PolicyLossSpec:
+    """``-(A·logp - β/2·(log r)²)``, token mean: the square of ``A - β·log r`` without what does not depend on the policy, over β.
+
+    Differs from the paper: per token and against the old policy, as verl (``dro``) and Tinker have it; the paper's is one square a response, against the
+    reference, with a learned value for A's baseline. No trainer states a default for β.
+    """
+    return PolicyLossSpec(surrogate=Dro(beta=beta), ratio=TokenRatio(clamp=math.inf), name="dro")

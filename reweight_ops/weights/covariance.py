@@ -1,0 +1,44 @@
+"""Weights that single out the tokens whose log-prob and advantage vary together: those that cost a policy its entropy (arXiv:2505.22617)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._core.formula.base import TokenWeight, weight
+
+
+def _covariance(t, batch):
+    """``(A - mean A)·(logp - mean logp)``, the means over this call's tokens."""
+    return (t.adv - batch.mean(t.adv)) * (t.logp - batch.mean(t.logp))
+
+
+@weight
+class ClipCov(TokenWeight):
+    """0 for ``max(1, floor(fraction·n))`` of the n tokens, drawn among those with a covariance in ``(lower, upper)`` that a clip with these bounds leaves;
+    else 1.
+
+    The draw is a permutation of the call's positions that ``seed`` decides (a number, or a 0-d tensor such as the step), the same on every backend.
+    """
+
+    fraction: float = 2e-4
+    lower: float = 1.0
+    upper: float = 5.0
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    seed: Any = 0.0
+
+    def weight(self, xp, t, batch):
+        covariance, ratio = _covariance(t, batch), xp.exp(t.log_ratio)
+        clipped = ((ratio < 1 - self.epsilon_low) & (t.adv < 0)) | ((ratio > 1 + self.epsilon_high) & (t.adv > 0))
+        return 1 - batch.draw(self.fraction, (covariance > self.lower) & (covariance < self.upper) & ~clipped, self.seed)
+
+
+@weight
+class TopCovariance(TokenWeight):
+    """``value`` for the ``max(1, floor(fraction·n))`` of the n tokens with the largest covariance, else 0."""
+
+    fraction: float = 2e-4
+    value: Any = 1.0
+
+    def weight(self, xp, t, batch):
+        return batch.largest(_covariance(t, batch), self.fraction) * self.value
