@@ -24,6 +24,7 @@ an error.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import warnings
@@ -395,11 +396,13 @@ class TrlPatch:
                 trainer._reweight_hooks = Hooks(trainer, options, loss)
             return trainer._reweight_hooks  # type: ignore[no-any-return]
 
+        @functools.wraps(logps)
         def patched_logps(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(trainer, ReweightGRPOTrainer):  # reached through super(): it has hooks of its own
                 return logps(trainer, *args, **kwargs)
             return hooks(trainer).token_logps(trainer, logps.__get__(trainer), *args, **kwargs)
 
+        @functools.wraps(loss)  # a subclass of ours still finds by it whether it knows TRL's loss
         def patched_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Any:
             if isinstance(trainer, ReweightGRPOTrainer):
                 return loss(trainer, model, inputs)
