@@ -1,5 +1,11 @@
 """Reweighted policy losses for LLM reinforcement learning, straight from vocabulary-sized logits. Start at :func:`policy_loss`."""
 
+import warnings as _warnings
+
+with _warnings.catch_warnings():  # PyTorch's at its own import, where there is no numpy: nothing here needs one
+    _warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch as _torch  # noqa: F401
+
 from . import advantages, divergences, kernels, methods, objectives, preference, rewards, rules, sample_weights, schedules, weights
 from ._core import moved as _moved
 from ._core.backends.select import NAMES as BACKENDS
@@ -87,3 +93,8 @@ __all__ = [
     "weight",
     "weights",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names: what the modules of the package import besides is none of them."""
+    return sorted([*__all__, "__version__"])

@@ -26,6 +26,7 @@ from ._core.formula.namespace import TorchNamespace
 from ._core.spec.policy import PolicyLossSpec
 from .errors import BackendUnavailable, ReweightOpsError
 from .integrations.trainers import TRAINERS
+from .testing.batches import LEAST_VOCAB
 from .testing.checks import DTYPES, Case, GoldenCase, Selection, cases, golden_cases, run_case, run_golden
 
 try:
@@ -50,6 +51,19 @@ def main() -> None:
     except ReweightOpsError as error:
         Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
         raise SystemExit(2) from None
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"reweight-ops {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_say_version, is_eager=True, help="Print the version and exit."),
+) -> None:
+    pass
 
 
 @app.command()
@@ -197,7 +211,7 @@ def check(
     method: list[str] = typer.Option(None, help="Only the entries of these names."),
     kind: list[str] = typer.Option(None, help=_ONLY_KINDS),
     dtype: list[str] = typer.Option(list(DTYPES), help="Logits' dtypes."),
-    vocab: int = typer.Option(4099, help="Vocabulary size."),
+    vocab: int = typer.Option(4099, min=LEAST_VOCAB, help="Vocabulary size."),
 ) -> None:
     """Gradient-check every loss on every backend here against the fp64 reference; the other entries by golden rows. Exit code 1 on failure."""
     selection = Selection(backend or (), method or (), kind or (), dtype)

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import SegmentRatio
+from ..errors import InvalidCall
+
+#: With fewer columns every target is likely.
+LEAST_VOCAB = 3
 
 
 def make_batch(
@@ -24,6 +28,7 @@ def make_batch(
 ) -> dict[str, Any]:
     """Keyword arguments for ``policy_loss(**batch, spec=spec)`` that exercise the spec: outlier logits, targets with real mass, a ragged
     mask, log-ratios on both sides of any clip. The logits are a non-leaf slice of a larger tensor and require grad.
+    Raises :class:`~reweight_ops.InvalidCall` where so few columns or rows cannot be all that.
 
     >>> import reweight_ops as rw
     >>> batch = make_batch(rw.methods.grpo())
@@ -84,10 +89,15 @@ def make_batch(
 
 def _assert_meaningful(spec: PolicyLossSpec, batch: dict[str, Any], logp: Tensor) -> None:
     p = logp.exp()
-    assert (p > 0.5).any() and (p < 0.05).any(), "no target with real mass, or none without"
+    if not ((p > 0.5).any() and (p < 0.05).any()):
+        shape = f"{tuple(logp.shape)} rows of {batch['logits'].shape[-1]} columns"
+        raise InvalidCall(
+            f"make_batch: of {shape} no target is likely, or none is unlikely; take more rows, or at least {LEAST_VOCAB} columns."
+        )
     if "old_per_token_logps" in batch and logp.numel() >= 32:
         ratio = (logp - batch["old_per_token_logps"].double().cpu()).exp()
-        assert (ratio > 1.3).any() and (ratio < 0.7).any(), "the ratio is active on one side only"
+        if not ((ratio > 1.3).any() and (ratio < 0.7).any()):
+            raise InvalidCall(f"make_batch: of {tuple(logp.shape)} rows the ratios lie on one side of 1; take more rows, or another seed.")
 
 
 def double_batch(batch: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from reweight_ops._core.backends import select
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.catalogue.registry import CATALOGUE
 from reweight_ops.integrations.trainers import TRAINERS
-from reweight_ops.testing import checks
+from reweight_ops.testing import checks, make_batch
 from reweight_ops.testing import pairs as testing_pairs
+from reweight_ops.testing.batches import LEAST_VOCAB
 
 
 @pytest.fixture
@@ -35,6 +36,11 @@ def test_info_names_versions_and_every_backend_with_its_reason(run):
     result = run("info")
     assert result.exit_code == 0 and rw.__version__ in result.stdout
     assert all(name in result.stdout for name in rw.BACKENDS) and "available" in result.stdout
+
+
+def test_version(run):
+    result = run("--version")
+    assert (result.exit_code, result.stdout.strip()) == (0, f"reweight-ops {rw.__version__}")
 
 
 def test_methods_lists_every_method(run):
@@ -61,6 +67,18 @@ def test_check_passes_and_says_what_was_not_checked(run):
     assert result.exit_code == 0 and "7 passed, 0 failed" in result.stdout and "cuda: not checked" in result.stdout
     result = run("check", "--backend", "reference", "--method", "grpo", "--kind", "policy_loss", "--vocab", "101")
     assert result.exit_code == 0 and "3 passed, 0 failed" in result.stdout and "golden" not in result.stdout
+
+
+def test_check_says_which_vocabularies_it_takes(run):
+    """So few columns that a batch means nothing are refused at once, and the fewest that it takes pass."""
+    for vocab in ("1", "0", "-3"):
+        result = run("check", "--vocab", vocab)
+        assert result.exit_code == 2 and "--vocab" in result.output and "Traceback" not in result.output
+    arguments = ("--backend", "reference", "--method", "grpo", "--method", "dpo", "--method", "token_divergence", "--vocab")
+    result = run("check", *arguments, str(LEAST_VOCAB))
+    assert result.exit_code == 0 and " 0 failed" in result.stdout
+    with pytest.raises(rw.InvalidCall, match=f"at least {LEAST_VOCAB} columns"):
+        make_batch(rw.methods.grpo(), vocab=1)
 
 
 def test_check_runs_every_entry(run):

@@ -111,6 +111,18 @@ def test_importing_the_package_imports_no_backend_and_no_extra():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_importing_the_package_says_nothing_without_numpy():
+    """PyTorch's own warning of that is no fault of a package that needs none."""
+    code = "import sys; sys.modules['numpy'] = None; import reweight_ops, torch; assert torch.ones(2).sum() == 2"
+    done = subprocess.run([sys.executable, "-W", "always::UserWarning", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_dir_shows_the_public_names_only():
+    assert dir(rw) == sorted([*rw.__all__, "__version__"])
+    assert all(hasattr(rw, name) for name in dir(rw))
+
+
 def test_triton_kernels_is_no_top_level_module():
     code = "import importlib.util as u; print(u.find_spec('triton_kernels'), u.find_spec('reweight_ops.triton_kernels') is not None)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout.split() == [

@@ -224,6 +224,9 @@ def test_metrics_names_and_prefix():
     assert m.as_floats("trl", "train/")["train/entropy"] == pytest.approx(float(m["entropy"]))
     verl = m.as_floats("verl")
     assert {"actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy"} <= set(verl)
+    assert all(name.startswith("actor/") and name.count("actor/") == 1 for name in verl) and len(verl) == len(m)
+    assert m.as_floats("verl", "actor/") == verl
+    assert m.as_floats("verl", "") == {name.removeprefix("actor/"): value for name, value in verl.items()}
     with pytest.raises(rw.InvalidCall, match="'trl' or 'verl'"):
         m.as_floats("liger")
 

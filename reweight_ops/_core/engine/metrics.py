@@ -23,10 +23,11 @@ from ..spec.ratio import SequenceRatio
 _EXTREMA = {"clip_ratio/low_min": "min", "clip_ratio/high_max": "max", "ratio/max": "max"}
 _SUMS = ("tokens", "sequences", "rows_skipped", "rows_dropped_forward", "rows_dropped_backward")
 
-#: verl's names of the same numbers; a metric without one keeps its name.
-VERL_NAMES = {
-    "clip_ratio/region_mean": "actor/pg_clipfrac", "approx_kl": "actor/ppo_kl", "entropy": "actor/entropy", "kl": "actor/kl_loss",
-}  # fmt: skip
+#: By whose names: what stands before every one of them, and other names of the same numbers; a metric without one keeps its name.
+NAMINGS: dict[str, tuple[str, dict[str, str]]] = {
+    "trl": ("", {}),
+    "verl": ("actor/", {"clip_ratio/region_mean": "pg_clipfrac", "approx_kl": "ppo_kl", "kl": "kl_loss"}),
+}
 
 
 class Metrics(Mapping[str, Tensor]):
@@ -86,13 +87,17 @@ class Metrics(Mapping[str, Tensor]):
             results.append(value)
         return Metrics(self.names, _reduced(self.names, *results))
 
-    def as_floats(self, names: str = "trl", prefix: str = "") -> dict[str, float]:
-        """Plain numbers: the one synchronisation. ``names`` is ``"trl"`` or ``"verl"``."""
-        if names not in ("trl", "verl"):
-            raise InvalidCall(f"Metrics.as_floats: names is {names!r}, expected 'trl' or 'verl'.")
+    def as_floats(self, names: str = "trl", prefix: str | None = None) -> dict[str, float]:
+        """Plain numbers: the one synchronisation. ``names`` is ``"trl"`` or ``"verl"``.
+
+        ``prefix`` stands before every name. The default is the library's own: none for TRL, ``actor/`` for verl.
+        """
+        if names not in NAMINGS:
+            raise InvalidCall(f"Metrics.as_floats: names is {names!r}, expected {' or '.join(map(repr, NAMINGS))}.")
+        usual, known = NAMINGS[names]
+        before = usual if prefix is None else prefix
         values = self.all_values.tolist() if self.names else []
-        known = VERL_NAMES if names == "verl" else {}
-        return {prefix + known.get(name, name): value for name, value in zip(self.names, values, strict=True)}
+        return {before + known.get(name, name): value for name, value in zip(self.names, values, strict=True)}
 
 
 def _neutral(sums: Tensor, neutral: float) -> Tensor:

@@ -26,6 +26,7 @@ an error.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
@@ -374,11 +375,13 @@ def _grpo_replacements(options: Options, total: Counts) -> list[Replacement]:
             trainer._reweight_hooks = Hooks(trainer, options, loss, total)
         return trainer._reweight_hooks  # type: ignore[no-any-return]
 
+    @functools.wraps(logps)
     def patched_logps(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(trainer, ReweightGRPOTrainer):  # reached through super(): it has hooks of its own
             return logps(trainer, *args, **kwargs)
         return hooks(trainer).token_logps(trainer, logps.__get__(trainer), *args, **kwargs)
 
+    @functools.wraps(loss)  # a subclass of ours still finds by it whether it knows TRL's loss
     def patched_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Any:
         if isinstance(trainer, ReweightGRPOTrainer):
             return loss(trainer, model, inputs)

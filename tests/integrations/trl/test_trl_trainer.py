@@ -1,5 +1,7 @@
 """The TRL trainer and patch: our own methods, what is left to TRL, undoing, and a short real training run. Offline, CPU."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -155,6 +157,13 @@ def test_signatures_are_checked():
 def test_unknown_loss_source_is_reported(make_trainer, monkeypatch):
     monkeypatch.setattr(integration, "_KNOWN_LOSSES", ())
     with pytest.warns(UserWarning, match="was not checked against"):
+        make_trainer(ReweightGRPOTrainer, ours={"fuse_loss": True})
+
+
+def test_a_known_loss_is_known_under_a_patch_too(make_trainer):
+    """The subclass finds TRL's loss behind the patch, so it warns only where TRL's own is another one."""
+    with patch_trl(), warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*was not checked against")
         make_trainer(ReweightGRPOTrainer, ours={"fuse_loss": True})
 
 
