@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
+from ..rows.constants import is_infinite
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
 from ..rows.structure import Structure, is_readable
@@ -142,7 +143,7 @@ def resolve_hidden(
         raise fail(f"logits_dtype is {logits_dtype}, expected {compute} or torch.float32.")
     if linear.accumulate_dtype not in (None, compute, torch.float32) or (linear.accumulate_dtype or compute).itemsize < compute.itemsize:
         raise fail(f"accumulate_dtype is {linear.accumulate_dtype}, expected None, {compute} or torch.float32.")
-    if not (isinstance(linear.logit_scale, (int, float)) and math.isfinite(linear.logit_scale) and linear.logit_scale > 0):
+    if not (isinstance(linear.logit_scale, (int, float)) and not is_infinite(linear.logit_scale) and linear.logit_scale > 0):
         raise fail(f"logit_scale is {linear.logit_scale!r}, expected a positive number.")
     for name in ("chunk_rows", "memory_budget"):
         value = getattr(linear, name)
@@ -165,7 +166,7 @@ def resolve_hidden(
         temperature = temperature[index]
     size, keep = chunking(flat.size(0), columns * logits_dtype.itemsize, hidden.device, linear.chunk_rows, linear.memory_budget)
     settings = ChunkSettings(
-        softmax._replace(softcap=softmax.softcap / linear.logit_scale), options.backend, size, logits_dtype, compute,
+        _scaled_cap(softmax, linear.logit_scale), options.backend, size, logits_dtype, compute,
         compute if autocast else lora_dtype, linear.accumulate_dtype, compact, keep,
     )  # fmt: skip
     a, b, scale = lora or (None, None, 1.0)
@@ -175,6 +176,11 @@ def resolve_hidden(
     if torch.compiler.is_compiling() or not call.needs_grad:
         call = dataclasses.replace(call, settings=settings._replace(keep_rows=0))
     return call
+
+
+def _scaled_cap(softmax: SoftmaxParams, scale: float) -> SoftmaxParams:
+    # No quotient without a cap: of a scale that a compiled graph takes as an input, it would be one too, and a cap is a constant.
+    return softmax._replace(softcap=softmax.softcap / scale) if math.isfinite(softmax.softcap) else softmax
 
 
 def _row_index(rows: Rows, linear: LMHeadOptions, validate: bool, fail: Fail) -> tuple[Tensor | None, bool, Tensor | None]:

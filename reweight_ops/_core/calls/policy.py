@@ -16,6 +16,7 @@ from ..formula.terms import Term, TermResult, Terms, evaluate
 from ..rows.batch import BatchStatistics
 from ..rows.constants import parameter_vector
 from ..rows.rows import Rows
+from ..spec.compiled import with_tensors
 from ..spec.policy import PolicyLossSpec, resolved
 from ..spec.reduction import Divisors, Reduction
 from .keywords import PolicyOptions
@@ -53,14 +54,14 @@ class LossCall:
         """``[K, N]``: every term's row weight, ``loss_scale`` included. ``statistics`` are needed only if a reduction is over a weight."""
         if self.rows.verbs is not None and (fused := self._fused_row_weights()) is not None:
             return fused
-        found: dict[Any, Tensor] = {}
-        for reduction in self.spec.reductions:
-            if id(reduction) not in found:
-                u = None if reduction.weight is None else self._evaluate_weight(reduction.weight, statistics)
-                w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
-                # A coupled reduction is scaled after it, being no linear function.
-                found[id(reduction)] = w * self._scale if self._is_scaled and not reduction.coupled else w
-        per_term = [found[id(reduction)] for reduction in self.spec.reductions]
+        found: dict[int, Tensor] = {}
+        for k in set(self.spec.reduction_of_term):
+            reduction = self.spec.reductions[k]
+            u = None if reduction.weight is None else self._evaluate_weight(reduction.weight, statistics)
+            w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
+            # A coupled reduction is scaled after it, being no linear function.
+            found[k] = w * self._scale if self._is_scaled and not reduction.coupled else w
+        per_term = [found[k] for k in self.spec.reduction_of_term]
         if self.factor is None and len(found) == 1:
             return per_term[0].expand(len(per_term), -1)
         if self.factor is not None:
@@ -71,14 +72,15 @@ class LossCall:
         """The same, a launch for each reduction; None if a kernel cannot form one of them."""
         rows, terms = self.rows, self.spec.reductions
         assert rows.verbs is not None and rows.masked is not None
-        plans = {id(r): None if r.coupled else r.weighing(rows, self.divisors) for r in terms}
+        own = self.spec.reduction_of_term
+        plans = {k: None if terms[k].coupled else terms[k].weighing(rows, self.divisors) for k in set(own)}
         numbers = (self.loss_scale, self.factor, *(plan.divisor for plan in plans.values() if plan is not None))
         if any(plan is None for plan in plans.values()) or any(isinstance(x, Tensor) and x.requires_grad for x in numbers):
             return None
         share = len(plans) == 1
         found = []
-        for k, reduction in enumerate(terms[:1] if share else terms):
-            plan = plans[id(reduction)]
+        for k in range(1 if share else len(terms)):
+            plan = plans[own[k]]
             assert plan is not None
             factor = self.factor if k == 0 else None
             count = len(terms) if share and factor is not None else 1
@@ -162,6 +164,7 @@ class LossCall:
 
 def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: PolicyOptions) -> LossCall:
     """Check a call's per-row arguments against what its spec reads, and flatten them."""
+    spec = with_tensors(spec, rows.dtype, rows.device)
     requires = spec.requires
     advantages, data = without_unused(rows, advantages, spec, data)
 

@@ -12,7 +12,7 @@ from torch.nn.functional import threshold
 
 from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import SoftmaxParams
-from ..rows.constants import parameter_vector
+from ..rows.constants import as_tensor, is_infinite, parameter_vector, varies
 from ..rows.rows import Rows
 from ..transforms import is_wrapped
 from .keywords import SoftmaxOptions
@@ -53,7 +53,9 @@ def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
             _check_temperature(found, rows, fail)
             return found
         return threshold(found, 0.0, math.nan)  # NaN in its rows: one operation, and no wait for a GPU
-    if not value > 0 or math.isinf(value):
+    if varies(value):
+        return resolve_temperature(rows, as_tensor(value, rows.dtype, rows.device), fail)
+    if not value > 0 or is_infinite(value):
         raise fail(f"temperature is {value}, expected a positive number.")
     return parameter_vector((value,), rows.dtype, rows.device)
 

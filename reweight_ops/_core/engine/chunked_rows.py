@@ -112,7 +112,7 @@ class FormulaSource(PlainSource):
             def formula(x: Tensor, y: Tensor, t: Tensor, inside: Tensor, *rest: Tensor) -> Tensor:
                 return self.formula(x, _x(torch.where(inside[:, None], y, 0), rows.dtype, two.other_softmax, t), *rest)
 
-        if in_transform():
+        if in_transform() or torch.compiler.is_compiling():  # the compiler makes the chunks of it that it sees fit
             return {"value": _whole(z, rows.keep, formula, prepare, *more)}
         return {"value": ChunkedRows.apply(z, rows.keep, formula, prepare, *more)}  # type: ignore[no-untyped-call]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils import _pytree
 
 from ..calls.policy import STATISTICS, LossCall
 from ..formula.namespace import TorchNamespace
+from ..once import computed_once
 from .metrics import Metrics, policy_metrics
 
 
@@ -57,33 +57,33 @@ class PolicyLossOutput:
     #: More metrics (sums), from the loss's derivatives by logp and entropy.
     _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False, default=None)
 
-    @cached_property
+    @computed_once
     def per_token_loss(self) -> Tensor:
         return self._call.rows.unflatten(self._loss)
 
-    @cached_property
+    @computed_once
     def ratio(self) -> Tensor:
         rows = self._call.rows
         return rows.unflatten(torch.where(rows.keep, self._call.log_ratio(self._leaves["logp"]).detach().exp(), 0))
 
-    @cached_property
+    @computed_once
     def is_clipped(self) -> Tensor:
         rows, leaves = self._call.rows, self._call.safe_leaves(self._leaves)
         clipped = self._call.terms(self._leaves).terms[0].rule.clipped(TorchNamespace(rows.dtype), leaves)
         nothing = torch.zeros_like(rows.keep)
         return rows.unflatten(nothing if clipped is None else (clipped[0] | clipped[1]) & rows.keep)
 
-    @cached_property
+    @computed_once
     def _derivatives(self) -> tuple[Tensor, Tensor]:
         if self._by is not None:
             return self._by
         return coefficients(self._call, self._leaves)
 
-    @cached_property
+    @computed_once
     def coef(self) -> Tensor:
         return self._call.rows.unflatten(self._derivatives[0])
 
-    @cached_property
+    @computed_once
     def metrics(self) -> Metrics:
         more = {} if self._more is None else self._more(self._derivatives)
         return policy_metrics(self._call, self._leaves, self._derivatives, more)
@@ -91,14 +91,25 @@ class PolicyLossOutput:
 
 def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """``[N]`` derivatives of the total loss by logp and by entropy."""
+    known = {name: leaves[name].detach() for name in STATISTICS if name in leaves}
+    by_logp, by_entropy = _traced_gradients(call, known) if torch.compiler.is_compiling() else _gradients(call, known)
+    zero = torch.zeros_like(leaves["logp"])
+    return (zero if by_logp is None else by_logp), (zero if by_entropy is None else by_entropy)
+
+
+def _traced_gradients(call: LossCall, known: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    # torch.compile traces this transform, and autograd.grad only where it is told to.
+    found = torch.func.grad(lambda probes: call.evaluate(probes).weighted_loss.sum())(known)
+    return found.get("logp"), found.get("entropy")
+
+
+def _gradients(call: LossCall, known: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
     with torch.enable_grad():
-        probes = {name: leaves[name].detach().clone().requires_grad_() for name in STATISTICS if name in leaves}
+        probes = {name: x.clone().requires_grad_() for name, x in known.items()}
         total = call.evaluate(probes).weighted_loss.sum()
         found = torch.autograd.grad(total, list(probes.values()), allow_unused=True) if total.requires_grad else [None] * len(probes)
     by = dict(zip(probes, found, strict=True))
-    zero = torch.zeros_like(leaves["logp"])
-    by_logp, by_entropy = by.get("logp"), by.get("entropy")
-    return (zero if by_logp is None else by_logp), (zero if by_entropy is None else by_entropy)
+    return by.get("logp"), by.get("entropy")
 
 
 _ROWS = ("per_token_logps", "entropies", "per_token_loss", "ratio", "coef", "is_clipped")

@@ -13,6 +13,7 @@ from ..calls.keywords import PairOptions
 from ..calls.pairs import check_inputs, pair_inputs, sequence_inputs, token_inputs
 from ..rows.pairs import Pairs, Sequences, Side
 from ..rows.rows import Rows
+from ..spec.compiled import with_tensors
 from ..spec.pairs import PairSpec
 from .metrics import Metrics
 from .plan import Choice
@@ -73,6 +74,7 @@ class PairCall:
 
 def resolve_pairs(rows: Rows, spec: PairSpec, options: PairOptions) -> PairCall:
     """Check a call's inputs against its spec."""
+    spec = with_tensors(spec, rows.dtype, rows.device)
     check_inputs(rows, spec, options)
     for name in ("loss_scale", "num_pairs_in_batch"):
         value = getattr(options, name)

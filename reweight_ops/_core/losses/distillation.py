@@ -25,6 +25,7 @@ from ..engine.distillation import (
 from ..engine.run import Call
 from ..engine.sources import TwoLogitsSource
 from ..engine.statistics import StatisticsObjective
+from ..rows.constants import number_like, varies
 from .explain import public_op
 
 
@@ -92,14 +93,17 @@ def token_divergence(
 def _generalized_jsd(both: TwoLogits, beta: float) -> Call[Tensor]:
     if not 0 < beta < 1:
         raise InvalidCall(f"token_divergence: beta is {beta}, expected a number in (0, 1); 0 is forward_kl and 1 reverse_kl.")
+    share: Any = number_like(beta, both.other_temperature) if varies(beta) else beta
+    log_q, log_p = (share.log(), torch.log1p(-share)) if varies(beta) else (math.log(beta), math.log1p(-beta))
 
     def rows(x: Tensor, y: Tensor) -> Tensor:
         p, q = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
         # A column without mass in either has no mixture, whose slope would be NaN; it is multiplied by their p and q, which are 0.
         dead = (p == -math.inf) & (q == -math.inf)
-        mix = torch.logaddexp(torch.where(dead, 0, p) + math.log1p(-beta), torch.where(dead, 0, q) + math.log(beta))
+        mix = torch.logaddexp(torch.where(dead, 0, p) + log_p, torch.where(dead, 0, q) + log_q)
         both = [torch.where(t == -math.inf, 0, t.exp() * (torch.where(t == -math.inf, 0, t) - mix)).sum(-1) for t in (q, p)]
-        return beta * both[0] + (1 - beta) * both[1]
+        mixed: Tensor = share * both[0] + (1 - share) * both[1]
+        return mixed
 
     return formula_call(FormulaSource(both, rows))
 

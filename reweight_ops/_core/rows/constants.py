@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 
 class _Constants:
@@ -84,9 +86,27 @@ def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
     return vector
 
 
+def varies(value: Any) -> bool:
+    """Whether it is a number that a compiled graph takes as an input: the second value that torch.compile meets makes it one."""
+    return torch.compiler.is_compiling() and isinstance(value, (int, float)) and not has_static_value(value)
+
+
+def as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number that :func:`varies` as a 0-d tensor. By a sum: of that torch.compile makes one of tensors, any value of which is the same graph."""
+    number: Tensor = torch.zeros((), dtype=dtype, device=device) + value
+    return number
+
+
+def is_infinite(value: Any) -> bool:
+    """Whether it is a number, and infinite; torch.compile takes no infinity as an input."""
+    return isinstance(value, (int, float)) and not varies(value) and math.isinf(value)
+
+
 def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers and 0-d tensors as one vector. Numbers are kept per device; tensors must live on the device already."""
-    if device.type == "cpu" and not torch.compiler.is_compiling():  # the usual call there, whose time is mostly Python
+    if torch.compiler.is_compiling():
+        values = tuple([as_tensor(v, dtype, device) if varies(v) else v for v in values])
+    elif device.type == "cpu":  # the usual call there, whose time is mostly Python
         known = _kept.get((values, dtype, device, 0))
         if known is not None and lasts(known):
             return known
@@ -105,4 +125,6 @@ def number_like(value: Any, like: Tensor) -> Tensor:
     """A number or 0-d tensor in the dtype of ``like``, on its device."""
     if isinstance(value, Tensor):
         return value if value.dtype == like.dtype else value.to(like.dtype)
+    if varies(value):
+        return as_tensor(value, like.dtype, like.device)
     return torch.full((), value, dtype=like.dtype, device=like.device)

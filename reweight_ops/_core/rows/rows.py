@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
+from .constants import as_tensor, varies
 from .groups import OUT, Groups, describe
 from .structure import Structure, is_fake, is_readable
 from .verbs import Masked, RowVerbs
@@ -84,6 +85,8 @@ class Rows:
     def per_row(self, name: str, value: Any, *, logps: bool = False) -> Tensor:
         """A per-row argument as ``[N]`` in the row dtype: token shape, sequence shape, or a constant; any other shape is an error."""
         if not isinstance(value, Tensor):
+            if varies(value):
+                return as_tensor(value, self.dtype, self.device).expand(self.count).contiguous()
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 return torch.full((self.count,), float(value), dtype=self.dtype, device=self.device)
             raise self.error(f"{name} is a {type(value).__name__}, expected a tensor or a number.")

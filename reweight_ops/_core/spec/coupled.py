@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
+from ..rows.constants import is_infinite
 from ..rows.groups import Groups
 from ..rows.rows import Rows
 from .reduction import Divisors, Reduction, TokenMean
@@ -78,7 +79,7 @@ class GroupContrast(Reduction):
         return torch.where(rows.keep, spread, 0)
 
     def _omega(self, rows: Rows, sequences: Groups, lengths: Tensor) -> Tensor:
-        if isinstance(self.length_temperature, (int, float)) and math.isinf(self.length_temperature):
+        if is_infinite(self.length_temperature):
             return torch.ones_like(lengths)
         longest = self.max_length
         if longest is None:
@@ -91,7 +92,7 @@ class GroupContrast(Reduction):
     def _soft_maximum(self, prompts: Groups, scores: Tensor, negative: Tensor) -> Tensor:
         """``[S]``: each sequence gets its prompt's ``τ·logmeanexp(s_j/τ)`` over the negatives; 0 without any."""
         counts = prompts.sum(negative.to(scores.dtype))
-        if isinstance(self.temperature, (int, float)) and math.isinf(self.temperature):
+        if is_infinite(self.temperature):
             return prompts.spread(prompts.sum(torch.where(negative, scores, 0)) / counts.clamp(min=1))
         scaled = torch.where(negative, scores, -math.inf) / self.temperature
         top = prompts.spread(prompts.max(scaled.detach()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InvalidCall
+from .compiled import set_default
 from .pair_parts import PairLoss, PairPart, PairWeight, Score
 from .pair_score import LogRatio
 
@@ -27,18 +28,19 @@ class PairSpec:
 
     ``score`` says how tokens become a sequence's score, ``beta`` times a score is its implicit reward, ``terms`` are the losses ℓ, ``weights``
     multiply into the detached w. ``tokens="from_first_difference"``: only tokens from the first column on in which a pair differs. ``group_size``:
-    sequences of one pair, 2; more for lists (best first). Hyper-parameters are numbers or 0-d tensors (a schedule).
+    sequences of one pair, 2; more for lists (best first). ``score``: by default ``LogRatio()``. Hyper-parameters are numbers or 0-d tensors (a schedule).
     """
 
     terms: tuple[PairTerm, ...]
     beta: Any = 0.1
-    score: Score = LogRatio()
+    score: Score = None  # type: ignore[assignment]  # LogRatio()
     weights: tuple[PairWeight, ...] = ()
     tokens: str = "completion"
     group_size: int = 2
     name: str | None = None
 
     def __post_init__(self) -> None:
+        set_default(self, "score", LogRatio)
         if not self.terms or any(not isinstance(t, PairTerm) for t in self.terms):
             raise InvalidCall(f"PairSpec: terms is {self.terms!r}, expected at least one PairTerm.")
         if not isinstance(self.score, Score):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
@@ -13,6 +15,7 @@ from ..formula.base import CURRENT_LEAVES, Rule, TokenWeight
 from ..formula.loss_program import Program
 from ..formula.monitor import Monitor
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
+from .compiled import describe, rebuild, set_default
 from .ratio import Ratio, TokenRatio
 from .reduction import NoReduction, Reduction, TokenMean
 
@@ -36,16 +39,19 @@ class PolicyLossSpec:
 
     ``w`` comes from the reductions, ``u`` from the weights (scope ``"surrogate"`` or ``"all"``). Hyper-parameters are numbers, 0-d tensors
     (a schedule: nothing is recompiled when their value changes), per-row tensors, or formulas (:class:`TokenWeight`, detached; both two_pass).
+    ``ratio``: by default ``TokenRatio()``; ``reduction``: ``TokenMean()``.
     """
 
     surrogate: Rule
     penalties: tuple[Penalty, ...] = ()
-    ratio: Ratio = TokenRatio()
+    ratio: Ratio = None  # type: ignore[assignment]  # TokenRatio()
     weights: tuple[TokenWeight, ...] = ()
-    reduction: Reduction = TokenMean()
+    reduction: Reduction = None  # type: ignore[assignment]  # TokenMean()
     name: str | None = None
 
     def __post_init__(self) -> None:
+        set_default(self, "ratio", TokenRatio)
+        set_default(self, "reduction", TokenMean)
         for field, kind in (("surrogate", Rule), ("ratio", Ratio), ("reduction", Reduction)):
             if not isinstance(getattr(self, field), kind):
                 raise InvalidCall(f"PolicyLossSpec: {field} is {getattr(self, field)!r}, expected a {kind.__name__}.")
@@ -62,15 +68,23 @@ class PolicyLossSpec:
         if isinstance(self.reduction, NoReduction) and self.reduction.weight is not None:
             raise InvalidCall("PolicyLossSpec: NoReduction takes no weight.")
         # Traced now, and kept: a call, and torch.compile above it, only reads the results.
-        reductions = (self.reduction, *(p.reduction or self.reduction for p in self.penalties))
-        object.__setattr__(self, "_reductions", reductions)
+        object.__setattr__(self, "_reductions", (self.reduction, *[p.reduction or self.reduction for p in self.penalties]))
+        object.__setattr__(self, "_reduction_of_term", (0, *[k if p.reduction else 0 for k, p in enumerate(self.penalties, 1)]))
+        object.__setattr__(self, "_values", self._find_values())
+        if torch.compiler.is_compiling():
+            for name, fact in getattr(_described, _facts_of(describe(self))).items():
+                object.__setattr__(self, name, fact)
+        else:
+            self._find_facts()
+
+    def _find_facts(self) -> None:
+        """What the formulas say, by tracing them; depends on the kinds of the hyper-parameters only."""
         object.__setattr__(self, "_requires", self._find_requires())
         object.__setattr__(self, "_obstacle", self._find_obstacle())
         object.__setattr__(self, "_program", self._find_program())
         object.__setattr__(self, "_stored_program", self._find_stored_program())
         object.__setattr__(self, "_monitor", self._find_monitor())
         object.__setattr__(self, "_program_text", self.program and self.program.encode())
-        object.__setattr__(self, "_values", self._find_values())
         object.__setattr__(self, "_unbounded", self._find_unbounded())
 
     # --- what follows from the fields ---------------------------------------------------------------------------------------
@@ -93,6 +107,11 @@ class PolicyLossSpec:
     def reductions(self) -> tuple[Reduction, ...]:
         """One a term."""
         return self._reductions  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def reduction_of_term(self) -> tuple[int, ...]:
+        """Which reduction is each term's: the position of the first term that has it."""
+        return self._reduction_of_term  # type: ignore[attr-defined,no-any-return]
 
     @property
     def couples_rows(self) -> bool:
@@ -240,6 +259,32 @@ class PolicyLossSpec:
     def with_penalty(self, penalty: Penalty) -> PolicyLossSpec:
         """A copy with one penalty more."""
         return dataclasses.replace(self, penalties=(*self.penalties, penalty))
+
+
+#: What :meth:`PolicyLossSpec._find_facts` finds.
+_FACTS = ("_requires", "_obstacle", "_program", "_stored_program", "_monitor", "_program_text", "_unbounded")
+
+
+class _Described:
+    """The facts of specs that compiled graphs build, each an attribute, where torch.compile looks for them."""
+
+
+_described = _Described()
+_attributes: dict[Any, str] = {}  # by description
+_serial = itertools.count()  # and not len(_attributes): two threads may describe one at once
+
+
+@torch.compiler.assume_constant_result
+def _facts_of(description: Any) -> str:
+    # Returns a name, so that torch.compile finds the finished facts in the global above.
+    if description not in _attributes:
+        spec = rebuild(description)
+        object.__setattr__(spec, "_reductions", (spec.reduction, *[p.reduction or spec.reduction for p in spec.penalties]))
+        spec._find_facts()
+        name = f"facts{next(_serial)}"
+        setattr(_described, name, {fact: getattr(spec, fact) for fact in _FACTS})
+        _attributes[description] = name
+    return _attributes[description]
 
 
 def _replaced(node: Any, path: list[str], value: Any, whole: str) -> Any:

@@ -1,0 +1,75 @@
+"""What torch.compile needs of a spec: a description in constants where a graph builds it, and tensors for the numbers that it takes as inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rows.constants import as_tensor, varies
+
+
+def set_default(spec: Any, field: str, make: Callable[[], Any]) -> None:
+    """The object that None stands for in a field of a frozen record. torch.compile follows no default that is an object itself."""
+    if getattr(spec, field) is None:
+        object.__setattr__(spec, field, make())
+
+
+def describe(node: Any) -> Any:
+    """A part, a tuple of parts or the value of a field in nested tuples of classes and constants.
+
+    A formula is traced by running it on symbols. torch.compile cannot follow that, and what comes of it depends on the kinds of the values only.
+    """
+    if isinstance(node, Tensor):
+        return "tensor", node.dim(), node.requires_grad
+    if varies(node):
+        return "tensor", 0, False
+    if isinstance(node, tuple):
+        return ("tuple", *[describe(x) for x in node])
+    if dataclasses.is_dataclass(node):
+        return "part", type(node), tuple([(f.name, describe(getattr(node, f.name))) for f in dataclasses.fields(node)])
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return "constant", node
+    return "constant", None  # a function of the caller's: nothing follows from it
+
+
+def rebuild(description: Any) -> Any:
+    """What :func:`describe` described, placeholders for its tensors; not checked again."""
+    kind, *rest = description
+    if kind == "tensor":
+        dimensions, requires_grad = rest
+        return torch.empty((0,) * dimensions, dtype=torch.float32, device="meta", requires_grad=requires_grad)
+    if kind == "tuple":
+        return tuple(rebuild(x) for x in rest)
+    if kind == "constant":
+        return rest[0]
+    cls, fields = rest
+    part = object.__new__(cls)
+    for name, value in fields:
+        object.__setattr__(part, name, rebuild(value))
+    return part
+
+
+def with_tensors(node: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A spec or a part of one, 0-d tensors for the numbers that a compiled graph takes as inputs."""
+    if not _takes_inputs(node):
+        return node
+    if isinstance(node, tuple):
+        return tuple([with_tensors(x, dtype, device) for x in node])
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        found = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+        return dataclasses.replace(node, **{name: with_tensors(x, dtype, device) for name, x in found.items() if _takes_inputs(x)})
+    return as_tensor(node, dtype, device)
+
+
+def _takes_inputs(node: Any) -> bool:
+    if not torch.compiler.is_compiling():
+        return False
+    if isinstance(node, tuple):
+        return any(_takes_inputs(x) for x in node)
+    if dataclasses.is_dataclass(node):
+        return any(_takes_inputs(getattr(node, f.name)) for f in dataclasses.fields(node))
+    return isinstance(node, float) and varies(node)
