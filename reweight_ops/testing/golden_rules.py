@@ -190,6 +190,14 @@ WEIGHT_ROWS = (
         [0.19914827347145578] * 2 + [1.0826822658929016] * 2 + [1.0, 1.0],
         sequences=3,
     ),
+    # The second token's correction makes it W = 2: e^(3(1 - 2)); 0 counts as 1e-8: e^(3(1 - 1e-8)).
+    WeightRow(
+        "sequence_gamma",
+        {"logp": -1.0, "old_logp": -1.0, "adv": 1.0},
+        [0.049787068367863944] * 2 + [20.08553632062157] * 2,
+        {"k_pos": 0.0, "correction": [1.0, 2.0, 0.0, 1.0]},
+        sequences=2,
+    ),
     WeightRow("precomputed", {}, [0.5, 2.0], {"values": [0.5, 2.0]}),
     WeightRow("entropy", {"entropy": [0.5, 2.0]}, [0.5, 2.0]),
     # The .5 quantile of 1, 2, 3, 4 is 2.5.

@@ -53,6 +53,21 @@ def test_gmpo(batch):
         batch["logp"], batch["logp"].detach(), batch["A"], batch["mask"], 0.2, 0.3), batch)  # fmt: skip
 
 
+def test_gmpo_has_one_advantage_a_sequence(batch):
+    """The paper's A is the sequence's; before, advantages of a token each gave a number that it does not define."""
+    spec, per_token = rw.methods.gmpo(), batch["A"][:, None].expand_as(batch["old"])
+    with pytest.raises(rw.InvalidCall, match="one advantage a sequence, these are one a token"):
+        ours(batch, spec, per_token)
+    packed = dict(cu_seqlens=torch.tensor([0, 4, 9]), completion_mask=None, old_per_token_logps=batch["old"][0])
+    one = {**batch, "logits": batch["logits"][0], "ids": batch["ids"][0]}
+    with pytest.raises(rw.InvalidCall, match="these are one a token"):
+        ours(one, spec, per_token[0], **packed)
+    want = ours(one, spec, batch["A"][:2, None], **packed).loss
+    assert want.isfinite() and ours(one, spec, 1.0, **packed).loss != want
+    short = {name: batch[name][:, :1] for name in ("logits", "ids", "mask", "old")}
+    assert torch.equal(ours(short, spec, per_token[:, :1]).loss, ours(short, spec, batch["A"]).loss)
+
+
 @pytest.mark.parametrize("options", [{}, dict(k_pos=1.0, lambda_pos=0.5, k_neg=2.0, lambda_neg=1.5)])
 def test_vespo(batch, options):
     expected = papers.vespo(batch["logp"], batch["old"], batch["A"], batch["mask"], **options)
