@@ -94,9 +94,7 @@ def trl(
         if importance_sampling_level != "token":
             raise InvalidCall("methods.trl: loss_type='vespo' has a sequence ratio of its own; importance_sampling_level must be 'token'.")
         surrogate = Reinforce()
-    correction = _correction(
-        loss_type, vllm_importance_sampling_mode, vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max
-    )
+    correction = _correction(loss_type, vllm_importance_sampling_mode, vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max)
     if unused == "error":
         clips = dict.fromkeys(("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"), correction is not None)
         forbid_unused("methods.trl", trl, given, "vllm_importance_sampling_mode=None", clips)
@@ -119,7 +117,7 @@ def trl(
     weights: tuple[TokenWeight, ...] = () if top is None else (top,)
     if loss_type == "vespo":
         numbers = {"k_pos": vespo_k_pos, "lambda_pos": vespo_lambda_pos, "k_neg": vespo_k_neg, "lambda_neg": vespo_lambda_neg}
-        weights = (*weights, SequenceGamma(**numbers, correction=1.0 if correction is None else correction))
+        weights = (*weights, SequenceGamma(**numbers, correction=1.0 if correction is None else correction))  # type: ignore[arg-type]
     elif correction is not None:
         weights = (*weights, correction)
     if off_policy_mask_threshold is not None:
