@@ -115,7 +115,6 @@ def d3s(progress: float, *, num_samples: tuple[int, int], token_fraction: tuple[
     "Training Signal Annealing: the threshold",
     paper="Unsupervised Data Augmentation for Consistency Training",
     arxiv="1904.12848",
-    certainty="secondary",
     level="step",
 )
 def tsa(progress: float | Tensor, *, num_classes: int, curve: str = "linear") -> float | Tensor:

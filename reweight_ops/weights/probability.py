@@ -162,7 +162,6 @@ def spo_probability_mask(threshold: float = 0.9) -> TokenWeight:
     "Training Signal Annealing",
     paper="Unsupervised Data Augmentation for Consistency Training",
     arxiv="1904.12848",
-    certainty="secondary",
     level="token",
     example={"threshold": 0.5},
 )

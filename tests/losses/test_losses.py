@@ -125,6 +125,24 @@ def test_drpo(batch):
     same(ours(batch, rw.methods.drpo(group_size=4, max_length=20, **options), batch["rewards"]).loss, expected, batch)
 
 
+def test_drpo_of_any_preference(batch):
+    """``exp(r_i/λ)`` of the positives' rewards, large ones without overflow; the length is one of them, up to a constant."""
+    rows = papers.sequences(batch["mask"], batch["logp"], batch["old"])
+    scores = torch.stack([lp.mean() for lp, _ in rows])
+    groups, options = [0, 0, 0, 0, 1, 1, 1, 1], dict(kl_strength=0.0, group_size=4)
+    rewards = batch["rewards"] * torch.tensor([2.0, 1, 1, 0.5, 1, 1.5, 3, 1])
+    expected = papers.disco(scores, rewards, groups, 10.0, [math.exp(r / 0.7) for r in rewards.tolist()])
+    spec = rw.methods.drpo(0.7, preference="advantages", **options)
+    same(ours(batch, spec, rewards).loss, expected, batch)
+    same(ours(batch, spec, torch.where(rewards > 0, rewards + 1000, rewards)).loss, expected, batch)
+    shorter = batch["rewards"] * torch.tensor([2 - len(lp) / T for lp, _ in rows], dtype=torch.float64)
+    same(ours(batch, rw.methods.drpo(0.3, preference="advantages", **options), shorter).loss,
+         ours(batch, rw.methods.drpo(0.3, **options), batch["rewards"]).loss, batch)  # fmt: skip
+    for wrong in (dict(preference="size"), dict(preference="advantages", max_length=20)):
+        with pytest.raises(rw.InvalidCall, match="GroupContrast"):
+            rw.methods.drpo(group_size=4, **wrong)
+
+
 def test_coupled_losses_take_prompts_by_id_and_packed_rows(batch):
     """Shuffled ``group_ids``, and the same tokens packed, give the loss of consecutive groups."""
     expected = ours(batch, rw.methods.drpo(group_size=4, kl_strength=2.0, kl_bound=-1.0), batch["rewards"])
