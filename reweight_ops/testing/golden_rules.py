@@ -161,6 +161,9 @@ WEIGHT_ROWS = (
     WeightRow("reward_ranked", {"adv": [4.0, -1.0, 0.0]}, [0.25, 0.0, 0.0]),
     WeightRow("probability_band", old(0.25, 0.5, 0.1), [1.0, 0.0, 0.0], {"lower": 0.25, "upper": 0.5}),
     WeightRow("probability_interval", old(0.25, 0.5, 0.1), [0.0, 1.0, 0.0], {"lower": 0.25, "upper": 0.5}),
+    # The .5 quantile of .1, .2, .4, .8 is .3; the masked .01 counts not.
+    WeightRow("probability_quantile", old(0.1, 0.4, 0.2, 0.8, 0.01), [1.0, 0.0, 1.0, 0.0, 0.0], masked=(4,)),
+    WeightRow("probability_quantile", old(0.1, 0.2, 0.3), [0.25, 0.5, 0.5], {"below": 0.25, "above": 0.5}),
     # Ratios 4 and 1/2, cap 2.
     WeightRow("truncated_importance", drift(2 * LN2, -LN2), [2.0, 0.5]),
     WeightRow("masked_importance", drift(2 * LN2, -LN2), [0.0, 0.5]),

@@ -208,3 +208,16 @@ def test_lopti(batch, plan):
     for half, theirs in zip(("low", "high"), papers.lopti(terms, old, batch["mask"], eta=0.1), strict=True):
         spec = rw.methods.lopti(half, eta=0.1, beta=0.04, entropy_coef=0.01)
         same(ours(batch, spec, A, plan=plan).loss, theirs, batch["logits"])
+
+
+def test_lopti_by_quantile_with_ar_and_dual_clip(batch):
+    """The authors' other split, on what their scripts train: reweighted advantages, dual clip."""
+    logp, _ = statistics(batch)
+    old, ratio = batch["old"], (logp - batch["old"]).exp()
+    A = (0.3 * old.exp() + 0.7) * batch["adv"]["token"]
+    clipped = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.24) * A)
+    terms = torch.where(A < 0, torch.minimum(clipped, -1.4 * A), clipped) + 0.04 * papers.k3(logp, batch["ref"])
+    assert (terms != clipped + 0.04 * papers.k3(logp, batch["ref"])).any()
+    for half, theirs in zip(("low", "high"), papers.lopti_by_portion(terms, old, batch["mask"], 0.4), strict=True):
+        spec = rw.methods.lopti(half, eta=0.4, split="quantile", alpha=0.3, epsilon_high=0.24, clip_ratio_c=1.4, beta=0.04)
+        same(ours(batch, spec, batch["adv"]["token"]).loss, theirs, batch["logits"])
