@@ -147,7 +147,7 @@ def dynamic_loss_reweighting(losses: Tensor, *, temperature: float, strategy: st
 )
 def glow(
     losses: Tensor,
-    previous_losses: Tensor,
+    previous_losses: Tensor | None,
     *,
     alpha: float = 1.0,
     beta: float = 20.0,
@@ -156,12 +156,16 @@ def glow(
 ) -> Tensor:
     """``w = clip(alpha·(1 - sigmoid(beta·(previous - loss))), min_weight, max_weight)``: what improved since the last epoch counts less.
 
-    Losses are each sample's token mean, now and in the last epoch; NaN in ``previous_losses`` is a sample without history, of weight 1 (the whole
-    first epoch). ``alpha`` and ``beta`` are the argument defaults of the authors' code, which sweeps 1 to 2 and 5 to 30.
+    Losses are each sample's token mean, now and in the last epoch. ``previous_losses=None`` is the first epoch, whose weights are 1; NaN is a sample
+    without history, for which the mean of the batch's losses stands, as in the authors' code. ``alpha`` and ``beta`` are the argument defaults
+    of that code, which sweeps 1 to 2 and 5 to 30.
     """
     x = floats("glow", "losses", losses)
-    gain = like("glow", "previous_losses", previous_losses, x) - x
-    return torch.where(gain.isnan() & ~x.isnan(), 1, (alpha * torch.sigmoid(-beta * gain)).clamp(min_weight, max_weight))
+    if previous_losses is None:
+        return torch.ones_like(x)
+    previous = like("glow", "previous_losses", previous_losses, x)
+    gain = torch.where(previous.isnan(), x.nanmean(), previous) - x
+    return (alpha * torch.sigmoid(-beta * gain)).clamp(min_weight, max_weight)
 
 
 @published(
@@ -195,8 +199,9 @@ def d3s(advantages: Tensor, *, num_samples: int, **groups: Unpack[GroupKeywords]
     default there).
 
     Such a subset is always the k highest and the ``num_samples - k`` lowest, so all k are tried; equal variances: the one with more high ones.
-    Advantages are not normalized again. ``num_samples`` grows over training by a schedule, :func:`reweight_ops.schedules.d3s`; its values were
-    not found, so it must be given. With group arguments (the variant D3S-I) it counts per group.
+    Advantages are not normalized again. The abstract states this choice; secondary is the rest. ``num_samples`` grows over training by a schedule,
+    :func:`reweight_ops.schedules.d3s`; its values were not found, so it must be given. With group arguments (the variant D3S-I) it counts per
+    group.
     """
     if num_samples < 1:
         raise InvalidCall(f"d3s: num_samples is {num_samples}, expected 1 or more.")

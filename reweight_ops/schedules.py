@@ -31,9 +31,9 @@ _Batch = TypeVar("_Batch")
     arxiv="2505.12929",
     level="step",
 )
-def lopti(**options: Any) -> tuple[PolicyLossSpec, PolicyLossSpec]:
+def lopti(order: str = "low_first", **options: Any) -> tuple[PolicyLossSpec, PolicyLossSpec]:
     """The losses of the two updates over one batch of rollouts: unlikely tokens first, then the others. Options as ``methods.lopti``'s, but
-    ``half``.
+    ``half``; among them ``alpha``, with which it is AR and Lopti together. ``order="high_first"`` is the authors' ablation.
 
     Each is a full update, with its optimizer steps, over **all** mini-batches, and the old log-probs stay those of the rollout. The order
     matters. In an own loop use :func:`lopti_updates`; in TRL give both as ``spec`` and set ``num_iterations=2``, which is the same order of
@@ -43,7 +43,10 @@ def lopti(**options: Any) -> tuple[PolicyLossSpec, PolicyLossSpec]:
     """
     if "half" in options:
         raise InvalidCall("schedules.lopti: half is set by the schedule; use methods.lopti(half=...) for one of the two losses.")
-    return lopti_spec("low", **options), lopti_spec("high", **options)
+    if order not in ("low_first", "high_first"):
+        raise InvalidCall(f"schedules.lopti: order is {order!r}, expected 'low_first' or 'high_first'.")
+    low, high = lopti_spec("low", **options), lopti_spec("high", **options)
+    return (low, high) if order == "low_first" else (high, low)
 
 
 def lopti_updates(mini_batches: Iterable[_Batch], **options: Any) -> Iterator[tuple[PolicyLossSpec, _Batch]]:
@@ -115,7 +118,6 @@ def d3s(progress: float, *, num_samples: tuple[int, int], token_fraction: tuple[
     "Training Signal Annealing: the threshold",
     paper="Unsupervised Data Augmentation for Consistency Training",
     arxiv="1904.12848",
-    certainty="secondary",
     level="step",
 )
 def tsa(progress: float | Tensor, *, num_classes: int, curve: str = "linear") -> float | Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._core.catalogue.registry import published
 from .._core.rows.grouped import GroupKeywords, floats, grouped, require
 from ..errors import InvalidCall
+from .outcome import singletons
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,12 +107,19 @@ def difficulty_prior(rewards: Tensor, correct: Tensor, *, slope: float, normaliz
     level="group",
 )
 def ngrpo(
-    rewards: Tensor, *, max_reward: float = 1.0, num_virtual: int = 1, epsilon: float = 1e-6, **groups: Unpack[GroupKeywords]
+    rewards: Tensor,
+    *,
+    max_reward: float = 1.0,
+    num_virtual: int = 1,
+    epsilon: float = 1e-6,
+    singleton: str = "reward",
+    **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """GRPO with ``num_virtual`` completions of ``max_reward`` added to the mean and the unbiased standard deviation. ``[B] -> [B]``.
 
     So an all-wrong group learns: at 0/1 rewards its advantage is ``-1/sqrt(G + 1)`` (-1/3 for G = 8, -0.447 for G = 4). A group whose rewards
-    all are ``max_reward`` has advantage 0. The loss clips 0.16 below and 0.24 above: ``methods.grpo(epsilon_low=0.16, epsilon_high=0.24)``.
+    all are ``max_reward`` has advantage 0. ``singleton``: what a group of one gets, ``"reward"`` (the authors' code: mean 0, standard deviation 1) or
+    ``"zero"``. The loss is ``methods.ngrpo``; the authors leave out groups whose completions are all correct.
     """
     if num_virtual < 0:
         raise InvalidCall(f"ngrpo: num_virtual is {num_virtual}, expected 0 or more.")
@@ -120,7 +128,8 @@ def ngrpo(
     from_max = g.values - max_reward  # measured from there, the virtual completions are zeros
     mean = g.sum(from_max) / count
     squares = g.sum((from_max - mean) ** 2) + num_virtual * mean**2
-    return g.result((from_max - mean) / ((squares / (count - 1).clamp(min=1)).sqrt() + epsilon))
+    scale = torch.where(g.size == 1, 1, (squares / (count - 1).clamp(min=1)).sqrt()) + epsilon
+    return singletons(g, from_max - mean, singleton) / scale
 
 
 @published(

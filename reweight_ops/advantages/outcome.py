@@ -144,7 +144,7 @@ def opo(rewards: Tensor, lengths: Tensor, *, singleton: str = "zero", **groups: 
 @published(
     "aapo",
     "Advantage-Augmented Policy Optimization",
-    paper="AAPO: Enhancing the Reasoning Capabilities of LLMs with Advantage Momentum",
+    paper="AAPO: Enhance the Reasoning Capabilities of LLMs with Advantage Momentum",
     arxiv="2505.14264",
     level="sequence",
 )

@@ -27,7 +27,7 @@ def canon(
     metric: Tensor,
     *,
     metric_kind: str = "entropy",
-    inter_weight: float | Tensor = 0.5,
+    inter_weight: float | Tensor = 1.0,
     alpha: float = 1.0,
     beta: float = 0.0,
     **groups: Unpack[GroupKeywords],
@@ -35,8 +35,8 @@ def canon(
     """The group is split by a metric; a completion is compared with the other half and with its own. ``[B], [B] -> [B]``.
 
     The ``floor(n/2)`` completions with the least ``metric`` are S, the others L; equal metrics by row, so the split is defined. ``inter = r -
-    mean(other half)``, ``intra = r - mean(own half)``, ``A = μ·inter + (1 - μ)·intra`` with ``μ = inter_weight``. At μ = 1/2 that is Dr. GRPO's
-    ``r - mean_g``, for groups of even size only.
+    mean(other half)``, ``intra = r - mean(own half)``, ``A = μ·inter + (1 - μ)·intra`` with ``μ = inter_weight``, 1 as the authors' code and scripts
+    have it: only the other half counts. At μ = 1/2 the metric has no effect in groups of even size: that is Dr. GRPO's ``r - mean_g``.
 
     ``alpha`` and ``beta`` (eq. 8) favour one half in ``inter``. ``metric_kind="entropy"`` (the mean token entropy under the old policy): L has
     ``r - α·mean(S) + β``, S has ``α·r - mean(L) - β``. ``"length"``: L has ``α·r - mean(S) + β``, S has ``r - α·mean(L) - β`` (α = 0.9 for

@@ -75,7 +75,6 @@ def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion
     "Segment Policy Optimization, tree",
     paper=_SPO,
     arxiv="2505.23564",
-    certainty="secondary",
     level="segment",
 )
 def spo_tree(values: Tensor, parents: Tensor, *, scale: str = "none", epsilon: float = 1e-8) -> Tensor:

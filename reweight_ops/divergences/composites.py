@@ -37,7 +37,7 @@ def _label(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @published(
     "symmetric_cross_entropy", "Symmetric cross-entropy with a mean teacher", level="token", plan="two passes", arxiv="2211.13081",
-    paper="Robust Mean Teacher for Continual and Gradual Test-Time Adaptation", certainty="secondary",
+    paper="Robust Mean Teacher for Continual and Gradual Test-Time Adaptation",
 )  # fmt: skip
 def symmetric_cross_entropy(logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
     """``-½·Σ q·log p - ½·Σ p·log q`` per token, q the (detached) teacher's: R.
@@ -49,7 +49,7 @@ def symmetric_cross_entropy(logits: Tensor, teacher_logits: Tensor, **keywords: 
 
 @published(
     "confidence_masked_kl", "Confidence-masked consistency (UDA)", level="token", plan="two passes", arxiv="1904.12848",
-    paper="Unsupervised Data Augmentation for Consistency Training", certainty="secondary",
+    paper="Unsupervised Data Augmentation for Consistency Training",
 )  # fmt: skip
 def confidence_masked_kl(
     logits: Tensor,

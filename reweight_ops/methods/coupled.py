@@ -77,6 +77,7 @@ def disco(
 def drpo(
     length_temperature: Any = 0.1,
     tau: Any = 10.0,
+    preference: str = "length",
     kl_strength: Any = 1000.0,
     kl_bound: Any = 1e-4,
     kl_estimator: str = "k1",
@@ -87,10 +88,16 @@ def drpo(
     """:func:`disco` with positives weighted by ``ω_i = exp((1 - L_i/L_max)/λ)`` among those of their prompt: short correct responses count more.
 
     λ = ``length_temperature`` (``inf``: DisCO), ``L_max`` = ``max_length``, by default the padded length as in the authors' code. The decoupling: a long
-    correct response gets less weight, but never a negative one. Differs from the authors' code: as :func:`disco`.
+    correct response gets less weight, but never a negative one.
+
+    ``preference="advantages"``: any other preference among correct responses, ``ω_i = exp(A_i/λ)``, with ``advantages`` the preference rewards of the
+    correct ones (a constant that makes them positive cancels in ω) and 0 or less for the wrong ones; the authors' code has the length only.
+    Differs from the authors' code: as :func:`disco`.
     """
     refuse_process_group("drpo", process_group, _NOT_GATHERED)
-    contrast = GroupContrast(temperature=tau, length_temperature=length_temperature, max_length=max_length, group_size=group_size)
+    contrast = GroupContrast(
+        temperature=tau, length_temperature=length_temperature, max_length=max_length, group_size=group_size, preference=preference
+    )
     return PolicyLossSpec(surrogate=NLL(), penalties=_constraint(kl_strength, kl_bound, kl_estimator), reduction=contrast, name="drpo")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._core.catalogue.registry import published
-from .._core.formula.base import TokenWeight
+from .._core.formula.base import Rule, TokenWeight
 from .._core.spec.policy import PolicyLossSpec
 from ..errors import InvalidCall
 from ..rules.surrogates import Clip, DualClip
@@ -21,13 +21,23 @@ from ..weights.probability import (
     PositiveAdvantageReweighting,
     ProbabilityBand,
     ProbabilityInterval,
+    ProbabilityQuantile,
     RewardRanked,
     SigmoidReweighting,
     SignWeight,
 )
-from .penalties import entropy, kl
+from .penalties import entropy, is_zero, kl
 
 _AR_PAPER = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
+#: Modes of the authors' code in which its ``neg_adv_weight`` acts.
+_NEGATIVE_WEIGHTED = ("linear", "positive_linear", "sigmoid", "balanced_sigmoid")
+
+
+def _clip(epsilon_low: Any, epsilon_high: Any, clip_ratio_c: Any) -> Rule:
+    """PPO's clip, or dual clip where there is a third bound."""
+    if clip_ratio_c is None:
+        return Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    return DualClip(epsilon_low=epsilon_low, epsilon_high=epsilon_high, clip_ratio_c=clip_ratio_c)
 
 
 @published("advantage_reweighting", "Advantage Reweighting (AR)", paper=_AR_PAPER, arxiv="2505.12929")
@@ -41,17 +51,21 @@ def advantage_reweighting(
     negative_weight: Any = 1.0,
     epsilon_low: Any = 0.2,
     epsilon_high: Any = 0.2,
+    clip_ratio_c: Any = None,
     beta: Any = 0.0,
     entropy_coef: Any = 0.0,
 ) -> PolicyLossSpec:
-    """Clip, each token's term times ``α·p + 1 - α`` (section 4.1), token mean.
+    """Clip (with ``clip_ratio_c`` dual clip), each token's term times ``α·p + 1 - α`` (section 4.1), token mean.
 
-    ``probabilities``: ``"old"`` as the authors' code, ``"current"`` (detached) as the paper. α is 0.2 to 0.3 there, 0.1 for mathematics.
+    ``probabilities``: ``"old"`` as the authors' code, ``"current"`` (detached) as the paper. α is 0.2 to 0.3 there, 0.1 for mathematics. The authors'
+    script of AR alone (K&K logic puzzles): ``alpha=0.2, epsilon_high=0.24, clip_ratio_c=10.0, beta=0.001``, ``advantages.grpo`` of 8 completions
+    sampled at temperature 0.7, learning rate 1e-6. AR with Lopti, α = 0.3, is ``schedules.lopti``.
 
     ``mode`` is one of the authors' code's: ``"linear"``; ``"positive_linear"``, where A > 0 only; ``"sigmoid"``, ``2σ(steepness·(p - midpoint))``;
     ``"negative_sigmoid"``, where A <= 0 only; ``"balanced_sigmoid"``, and the negatives scaled to the positives' mass; ``"interval"``, 1 where p is in
-    ``interval`` (open, closed) and 0 elsewhere; ``"raft"``, advantages ``1[A > 0]``; ``"raft_linear"``, those times the linear weight. Tokens with
-    ``A <= 0`` are weighted by ``negative_weight`` besides.
+    ``interval`` (open, closed) and 0 elsewhere; ``"raft"``, advantages ``1[A > 0]``; ``"raft_linear"``, those times the linear weight.
+    ``negative_weight`` (``neg_adv_weight``) multiplies tokens with ``A <= 0`` besides, in the modes in which it does so there: the linear ones,
+    ``"balanced_sigmoid"`` and ``"sigmoid"`` (there ``both_sigmoid_balance1``); in the others it is an error.
     """
     modes: dict[str, tuple[TokenWeight, ...]] = {
         "linear": (AdvantageReweighting(alpha=alpha),),
@@ -73,24 +87,46 @@ def advantage_reweighting(
             raise InvalidCall(f"advantage_reweighting: mode={mode!r} is of the authors' code, which has probabilities='old'.")
         weights = (CurrentAdvantageReweighting(alpha=alpha),)
     if isinstance(negative_weight, Tensor) or negative_weight != 1:
+        if mode not in _NEGATIVE_WEIGHTED:
+            raise InvalidCall(f"advantage_reweighting: negative_weight has no effect in the authors' mode={mode!r}: leave it out.")
         weights = (*weights, SignWeight(negative=negative_weight))
-    clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    clip = _clip(epsilon_low, epsilon_high, clip_ratio_c)
     return PolicyLossSpec(surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=weights, name="advantage_reweighting")
 
 
 @published("lopti", "Low-Probability Token Isolation (Lopti)", paper=_AR_PAPER, arxiv="2505.12929")
 def lopti(
-    half: str = "low", eta: Any = 0.5, epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, beta: Any = 0.0, entropy_coef: Any = 0.0
+    half: str = "low",
+    eta: Any = 0.5,
+    split: str = "probability",
+    alpha: Any = 0.0,
+    epsilon_low: Any = 0.2,
+    epsilon_high: Any = 0.2,
+    clip_ratio_c: Any = None,
+    beta: Any = 0.0,
+    entropy_coef: Any = 0.0,
 ) -> PolicyLossSpec:
     """One of two updates over the same batch with fixed old log-probs: ``half="low"`` (``p_old < η``) first, then ``"high"`` (section 4.2).
 
     All terms are masked, over the full denominator. Two updates are not one loss of two halves: step the optimizer in between.
+
+    ``split="quantile"``: the authors' other split, by ``p_old`` below or from its quantile η over this call's tokens (two passes); where a batch is several
+    calls, as mini-batches are, theirs is the whole batch's: find it beforehand and give it as ``eta`` of the first split. ``alpha``: AR on top, the
+    paper's best combination. The authors' scripts (K&K logic puzzles): ``eta=0.4`` alone, or ``eta=0.5, alpha=0.3``; both with ``epsilon_high=0.24,
+    clip_ratio_c=10.0, beta=0.001``, ``advantages.grpo`` of 8 completions sampled at temperature 0.7, learning rate 1e-6.
     """
     if half not in ("low", "high"):
         raise InvalidCall(f"lopti: half is {half!r}, expected 'low' (the first update) or 'high'.")
-    band = ProbabilityBand(upper=eta) if half == "low" else ProbabilityBand(lower=eta, upper=math.inf)
-    clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return PolicyLossSpec(surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=(band,), name="lopti")
+    low = half == "low"
+    splits: dict[str, TokenWeight] = {
+        "probability": ProbabilityBand(upper=eta) if low else ProbabilityBand(lower=eta, upper=math.inf),
+        "quantile": ProbabilityQuantile(quantile=eta, below=float(low), above=float(not low)),
+    }
+    if split not in splits:
+        raise InvalidCall(f"lopti: split is {split!r}, expected one of {', '.join(splits)}.")
+    weights = (splits[split],) if is_zero(alpha) else (splits[split], AdvantageReweighting(alpha=alpha))
+    clip = _clip(epsilon_low, epsilon_high, clip_ratio_c)
+    return PolicyLossSpec(surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=weights, name="lopti")
 
 
 @published(

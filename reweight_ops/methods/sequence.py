@@ -50,7 +50,8 @@ def luspo(epsilon_low: Any = 3e-4, epsilon_high: Any = 4e-4, beta: Any = 0.0) ->
 def gmpo(epsilon_low: Any = 0.4, epsilon_high: Any = 0.4, beta: Any = 0.0) -> PolicyLossSpec:
     """``-A·(Π_t r_t)^(1/L)``, each ``log r_t`` clipped to ``[-ε_low, ε_high]`` on the side that its advantage pushes to; mean over sequences.
 
-    The bounds are in log space: ratios of ``e^±0.4``. Advantages are one a sequence (verl's ``geo_mean``, TRL's ``GMPOTrainer``).
+    The bounds are in log space: ratios of ``e^±0.4``. The paper's A is the sequence's, for tokens of different signs it has no geometric mean: a tensor
+    of one advantage a token is an error (TRL's ``GMPOTrainer`` takes one a sequence; verl's ``geo_mean`` says that it supports no other).
     """
     ratio = GeometricMeanRatio(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(surrogate=Unclipped(), penalties=kl(beta), ratio=ratio, reduction=SequenceMean(), name="gmpo")

@@ -13,7 +13,14 @@ from ..errors import InvalidCall
 from ..rules.penalties import K3, K3Corrected
 from ..rules.surrogates import Cispo, Clip, Reinforce, Sapo
 from ..weights.entropy import TopEntropy
-from ..weights.importance import OffPolicySequenceMask, SequenceGamma
+from ..weights.importance import (
+    MaskedImportance,
+    OffPolicySequenceMask,
+    SequenceGamma,
+    SequenceMaskedImportance,
+    SequenceTruncatedImportance,
+    TruncatedImportance,
+)
 from .penalties import entropy, kl
 from .unused import forbid_unused
 
@@ -23,6 +30,10 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "epsilon": (*_CLIPPED, "cispo"), "epsilon_high": (*_CLIPPED, "cispo"), "delta": _CLIPPED,
     "sapo_temperature_pos": ("sapo",), "sapo_temperature_neg": ("sapo",),
     "vespo_k_pos": ("vespo",), "vespo_lambda_pos": ("vespo",), "vespo_k_neg": ("vespo",), "vespo_lambda_neg": ("vespo",),
+}  # fmt: skip
+_IMPORTANCE = {
+    "token_truncate": TruncatedImportance, "token_mask": MaskedImportance, "sequence_truncate": SequenceTruncatedImportance,
+    "sequence_mask": SequenceMaskedImportance,
 }  # fmt: skip
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
@@ -46,15 +57,20 @@ def trl(
     vespo_k_neg: Any = 3.0,
     vespo_lambda_neg: Any = 2.0,
     off_policy_mask_threshold: Any = None,
+    vllm_importance_sampling_mode: str | None = None,
+    vllm_importance_sampling_clip_min: Any = None,
+    vllm_importance_sampling_clip_max: Any = 3.0,
     unused: str = "error",
 ) -> PolicyLossSpec:
     """The loss of TRL's ``GRPOTrainer._compute_loss`` (1.15 and later), exactly: bare ``exp``, k3 without a clamp.
 
     ``dapo``, ``cispo`` and ``vespo`` divide by ``num_items_in_batch``, a call argument here: pass TRL's final normalizer (see
-    :mod:`reweight_ops.integrations.trl`). TRL folds vLLM's correction into ``vespo``'s sequence ratio: pass the sampler's log-probs as
-    ``old_per_token_logps`` for that; a KL with ``use_bias_correction_kl`` is then weighted by the ratio to the sampler, where TRL's is to
-    the old policy: give ``use_bias_correction_kl=False`` there. ``off_policy_mask_threshold`` is against ``old_per_token_logps``, as in TRL
-    without vLLM; against the sampler's log-probs it is ``weights.SamplerSequenceMask``.
+    :mod:`reweight_ops.integrations.trl`). ``off_policy_mask_threshold`` is against ``old_per_token_logps``, as in TRL without vLLM; against the
+    sampler's log-probs it is ``weights.SamplerSequenceMask``.
+
+    ``vllm_importance_sampling_mode``: TRL's correction for ``sampling_per_token_logps``; None, the default here, is none, or one that the call
+    has as ``importance_sampling_ratio``. ``vespo`` folds it into its sequence ratio, which a ratio of the call does not reach: give the mode there. The
+    KL's bias correction is by the ratio to the old policy in any case.
 
     An option that the loss type does not read is an error where it differs from its default; ``unused="ignore"`` takes a whole configuration.
     """
@@ -78,7 +94,10 @@ def trl(
         if importance_sampling_level != "token":
             raise InvalidCall("methods.trl: loss_type='vespo' has a sequence ratio of its own; importance_sampling_level must be 'token'.")
         surrogate = Reinforce()
+    correction = _correction(loss_type, vllm_importance_sampling_mode, vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max)
     if unused == "error":
+        clips = dict.fromkeys(("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"), correction is not None)
+        forbid_unused("methods.trl", trl, given, "vllm_importance_sampling_mode=None", clips)
         forbid_unused("methods.trl", trl, given, f"loss_type={loss_type!r}", {name: loss_type in types for name, types in _READ_BY.items()})
     reductions: dict[str, Reduction] = {
         "grpo": SequenceMean(),
@@ -97,8 +116,10 @@ def trl(
     bonus = entropy(entropy_coef, TokenMean(per_call=True, weight=top))
     weights: tuple[TokenWeight, ...] = () if top is None else (top,)
     if loss_type == "vespo":
-        gamma = SequenceGamma(k_pos=vespo_k_pos, lambda_pos=vespo_lambda_pos, k_neg=vespo_k_neg, lambda_neg=vespo_lambda_neg)
-        weights = (*weights, gamma)
+        numbers = {"k_pos": vespo_k_pos, "lambda_pos": vespo_lambda_pos, "k_neg": vespo_k_neg, "lambda_neg": vespo_lambda_neg}
+        weights = (*weights, SequenceGamma(**numbers, correction=1.0 if correction is None else correction))  # type: ignore[arg-type]
+    elif correction is not None:
+        weights = (*weights, correction)
     if off_policy_mask_threshold is not None:
         weights = (*weights, OffPolicySequenceMask(threshold=off_policy_mask_threshold))
     return PolicyLossSpec(
@@ -109,3 +130,16 @@ def trl(
         reduction=reductions[loss_type],
         name=f"trl_{loss_type}",
     )
+
+
+def _correction(loss_type: str, mode: str | None, clip_min: Any, clip_max: Any) -> TokenWeight | None:
+    """TRL's correction of the sampler's mismatch."""
+    if mode is None:
+        return None
+    if mode not in _IMPORTANCE:
+        raise InvalidCall(f"methods.trl: vllm_importance_sampling_mode is {mode!r}, expected None or one of {', '.join(_IMPORTANCE)}.")
+    if loss_type == "vespo" and not mode.startswith("token_"):
+        raise InvalidCall("methods.trl: loss_type='vespo' needs a token mode of vllm_importance_sampling_mode, as in TRL.")
+    if mode.endswith("_truncate") and clip_min is None and clip_max is None:
+        raise InvalidCall(f"methods.trl: vllm_importance_sampling_mode={mode!r} needs vllm_importance_sampling_clip_min or _max.")
+    return _IMPORTANCE[mode](ratio_min=0.0 if clip_min is None else clip_min, ratio_max=math.inf if clip_max is None else clip_max)

@@ -52,6 +52,7 @@ from .methods import (  # fmt: skip
     madpo,
     mcts_dpo,
     nca,
+    no_sft_ratio_w_unlikelihood,
     orpo,
     rank_list,
     robust_dpo,
@@ -73,6 +74,6 @@ __all__ = [
     "OddsRatio", "PairLoss", "PairSpec", "PairTerm", "PairWeight", "Pairs", "PreferenceLossOutput", "Robust", "SampledAlignment", "Score",
     "SearchConfidence", "Sequences", "Side", "Sigmoid", "SoftLabel", "SppoHard", "SquaredNash", "apo", "bco", "cdpo", "cpo", "cream", "discopop",
     "dpo", "dpo_gamma", "ens_loss", "exo", "from_first_difference", "hinge", "inpo", "ipo", "linear_preference_loss", "madpo", "mapo_masks",
-    "mcts_dpo", "nca", "orpo", "preference_loss", "preference_loss_from_logps", "rank_consistency", "rank_list", "robust_dpo", "rpo", "scir",
-    "simpo", "sparse_po", "sppo", "trl", "unlikelihood", "wpo",
+    "mcts_dpo", "nca", "no_sft_ratio_w_unlikelihood", "orpo", "preference_loss", "preference_loss_from_logps", "rank_consistency", "rank_list",
+    "robust_dpo", "rpo", "scir", "simpo", "sparse_po", "sppo", "trl", "unlikelihood", "wpo",
 ]  # fmt: skip

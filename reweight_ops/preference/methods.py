@@ -191,11 +191,24 @@ def dpo_gamma(gamma: Any, beta: Any = 0.1) -> PairSpec:
 
 @published(
     "unlikelihood", "Unlikelihood on the rejected sequence", level="pair", plan="two passes", arxiv="2405.19534",
-    paper="Preference Learning Algorithms Do Not Learn Preference Rankings", certainty="secondary",
+    paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
 )  # fmt: skip
 def unlikelihood(beta: Any = 0.1) -> PairSpec:
-    """``-log σ(β·(log π(y_w) + Σ_t log(1 - π(y_l,t))))``: no reference; finite and without gradient where a token's p is 1 in fp32."""
-    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=LikelihoodAgainstUnlikelihood(), name="unlikelihood")
+    """``-log σ(β·(log π(y_w) - log π_ref(y_w) + Σ_t log(1 - π(y_l,t)) - log π_ref(y_l)))``, the authors' loss of that name.
+
+    Finite and without gradient where a token's p is 1 in fp32. Without the reference it is :func:`no_sft_ratio_w_unlikelihood`.
+    """
+    score = LikelihoodAgainstUnlikelihood(reference=True)
+    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=score, name="unlikelihood")
+
+
+@published(
+    "no_sft_ratio_w_unlikelihood", "Unlikelihood on the rejected sequence, without a reference", level="pair", plan="two passes",
+    arxiv="2405.19534", paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
+)  # fmt: skip
+def no_sft_ratio_w_unlikelihood(beta: Any = 0.1) -> PairSpec:
+    """``-log σ(β·(log π(y_w) + Σ_t log(1 - π(y_l,t))))``: :func:`unlikelihood` without a reference, by the authors' name."""
+    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=LikelihoodAgainstUnlikelihood(), name="no_sft_ratio_w_unlikelihood")
 
 
 @published(

@@ -26,10 +26,19 @@ class Likelihood(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodAgainstUnlikelihood(Score):
-    """``log π(y)`` of a chosen sequence, ``-Σ_t log(1 - π(y_t))`` of a rejected one."""
+    """``log π(y)`` of a chosen sequence, ``-Σ_t log(1 - π(y_t))`` of a rejected one; ``reference``: less ``log π_ref(y)``, and plus it."""
+
+    reference: bool = False
+
+    def needs(self) -> tuple[str, ...]:
+        return ("ref",) if self.reference else ()
 
     def scores(self, s: Sequences, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-        return torch.where(s.rank() == 0, logps, -s.sum(log1mexp(s.tokens["logp"])))
+        chosen, rejected = logps, -s.sum(log1mexp(s.tokens["logp"]))
+        if self.reference:
+            assert ref_logps is not None
+            chosen, rejected = chosen - ref_logps, rejected + ref_logps
+        return torch.where(s.rank() == 0, chosen, rejected)
 
 
 @dataclass(frozen=True, kw_only=True)

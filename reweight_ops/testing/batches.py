@@ -81,6 +81,8 @@ def make_batch(
             *shape[:-1], 1
         )  # both labels in both groups
         batch["advantages"] = (normal(*shape).abs() * sign).to(device, row)
+    if spec.ratio.one_advantage:
+        batch["advantages"] = batch["advantages"][..., :1]
     if isinstance(spec.ratio, SegmentRatio):
         batch["segment_ids"] = (torch.arange(shape[-1], device="cpu") // 3).expand(shape).contiguous().to(device)
     _assert_meaningful(spec, batch, logp)

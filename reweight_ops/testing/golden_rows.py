@@ -89,6 +89,9 @@ ADVANTAGES = (
     _advantage("mapo_mixed", [0.2, -0.2], rewards=[1.2, 0.8], correct=[1, 1], epsilon=0, group_size=2),
     # All wrong, with the virtual 1: mean 1/(G+1), variance 1/(G+1), so -1/sqrt(G+1).
     _advantage("ngrpo", [-1 / sqrt(5)] * 4, rewards=[0.0] * 4, epsilon=0, group_size=4),
+    # A completion alone in its group keeps its reward, as in the authors' code; or is not used.
+    _advantage("ngrpo", [0.25, -2], rewards=[0.25, -2.0], epsilon=0, group_size=1),
+    _advantage("ngrpo", [0, 0], rewards=[0.25, -2.0], singleton="zero", epsilon=0, group_size=1),
     _advantage("ngrpo", [-1 / 3] * 8, rewards=[0.0] * 8, epsilon=0, group_size=8),
     # A quarter is right, under 1 - .4: baseline 0, population std sqrt(1/4·3/4).
     _advantage("qae", [4 / sqrt(3), 4 / sqrt(3), *[0.0] * 6], rewards=[1.0, 1, 0, 0, 0, 0, 0, 0], epsilon=0, group_size=8),
@@ -103,10 +106,10 @@ ADVANTAGES = (
         correct=[1.0, 0, 0], old_per_token_logps=[[-LN2], [-2 * LN2], [-LN2]], completion_mask=[[1], [1], [1]], epsilon=0, group_size=3,
     ),
     # Equal metrics: rows 0 and 1 are S with mean 1.5, rows 2 and 3 L with mean 0.
-    _advantage("canon", [2, 1, -1.5, -1.5], rewards=[2.0, 1, 0, 0], metric=[7.0] * 4, inter_weight=1.0, group_size=4),
+    _advantage("canon", [2, 1, -1.5, -1.5], rewards=[2.0, 1, 0, 0], metric=[7.0] * 4, group_size=4),
     # Inter .9·2 - .1, .9·1 - .1, -.9·1.5 + .1 twice; intra .5, -.5, 0, 0; half of each.
     _advantage(
-        "canon", [1.1, 0.15, -0.625, -0.625], rewards=[2.0, 1, 0, 0], metric=[1.0, 2, 3, 4], alpha=0.9, beta=0.1, group_size=4
+        "canon", [1.1, 0.15, -0.625, -0.625], rewards=[2.0, 1, 0, 0], metric=[1.0, 2, 3, 4], inter_weight=0.5, alpha=0.9, beta=0.1, group_size=4
     ),
     # z = +-1/sqrt(2) over entropies of 1/2 and 3/2 of their mean.
     _advantage("edge_grpo", [sqrt(2), -sqrt(2) / 3], rewards=[1.0, 0], entropy=[0.5, 1.5], epsilon=0, group_size=2),
@@ -252,9 +255,12 @@ SAMPLE_WEIGHTS = (
     ),
     # delta 2: h = -2, -1, 2; linupper min(h + 2, 2) = 0, 1, 2.
     _sample_weight("dynamic_loss_reweighting", shares(1, e, e**2, total=3), losses=[1.0, 2, 5], temperature=1.0, delta=2.0),
-    # No change: 1/2. Worse by log(3)/20: sigmoid(log 3) = 3/4. Improved much: the floor. New: 1. With alpha 12 the ceiling.
-    _sample_weight("glow", [0.5, 0.75, 0.5, 1], losses=[2.0, 2 + LN3 / 20, 1, 4], previous_losses=[2.0, 2, 2, nan]),
-    _sample_weight("glow", [5, 5, 0.5, 1], losses=[2.0, 2 + LN3 / 20, 1, 4], previous_losses=[2.0, 2, 2, nan], alpha=12.0),
+    # No change: 1/2. Worse by log(3)/20: sigmoid(log 3) = 3/4. Improved much: the floor. With alpha 12 the ceiling.
+    _sample_weight("glow", [0.5, 0.75, 0.5], losses=[2.0, 2 + LN3 / 20, 1], previous_losses=[2.0, 2, 2]),
+    _sample_weight("glow", [5, 5, 0.5], losses=[2.0, 2 + LN3 / 20, 1], previous_losses=[2.0, 2, 2], alpha=12.0),
+    # Without history the batch's mean 2 + log(3)/20 stands for it: worse than that by log(3)/20. In the first epoch every weight is 1.
+    _sample_weight("glow", [0.5, 0.75], losses=[2.0, 2 + LN3 / 10], previous_losses=[2.0, nan]),
+    _sample_weight("glow", [1, 1], losses=[2.0, 7], previous_losses=None),
     # Ties: the first.
     _sample_weight("raft", [0, 1, 0, 1, 0, 0], rewards=[1.0, 3, 3, 2, 0, 0], group_size=3),
     _sample_weight("raft", [0, 1, 1, 1, 1, 0], rewards=[1.0, 3, 3, 2, 0, 0], keep=2, group_size=3),

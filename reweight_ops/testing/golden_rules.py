@@ -176,6 +176,9 @@ WEIGHT_ROWS = (
     WeightRow("reward_ranked", {"adv": [4.0, -1.0, 0.0]}, [0.25, 0.0, 0.0]),
     WeightRow("probability_band", old(0.25, 0.5, 0.1), [1.0, 0.0, 0.0], {"lower": 0.25, "upper": 0.5}),
     WeightRow("probability_interval", old(0.25, 0.5, 0.1), [0.0, 1.0, 0.0], {"lower": 0.25, "upper": 0.5}),
+    # The .5 quantile of .1, .2, .4, .8 is .3; the masked .01 counts not.
+    WeightRow("probability_quantile", old(0.1, 0.4, 0.2, 0.8, 0.01), [1.0, 0.0, 1.0, 0.0, 0.0], masked=(4,)),
+    WeightRow("probability_quantile", old(0.1, 0.2, 0.3), [0.25, 0.5, 0.5], {"below": 0.25, "above": 0.5}),
     # Ratios 4 and 1/2, cap 2.
     WeightRow("truncated_importance", drift(2 * LN2, -LN2), [2.0, 0.5]),
     WeightRow("masked_importance", drift(2 * LN2, -LN2), [0.0, 0.5]),
@@ -204,6 +207,14 @@ WEIGHT_ROWS = (
         {"logp": -1.0, "old_logp": [-1 - LN2, -1.0, -1 - LN2, -1.0, -1.0, -1.0], "adv": [1.0, 1.0, -1.0, -1.0, 1.0, 1.0]},
         [0.19914827347145578] * 2 + [1.0826822658929016] * 2 + [1.0, 1.0],
         sequences=3,
+    ),
+    # The second token's correction makes it W = 2: e^(3(1 - 2)); 0 counts as 1e-8: e^(3(1 - 1e-8)).
+    WeightRow(
+        "sequence_gamma",
+        {"logp": -1.0, "old_logp": -1.0, "adv": 1.0},
+        [0.049787068367863944] * 2 + [20.08553632062157] * 2,
+        {"k_pos": 0.0, "correction": [1.0, 2.0, 0.0, 1.0]},
+        sequences=2,
     ),
     WeightRow("precomputed", {}, [0.5, 2.0], {"values": [0.5, 2.0]}),
     WeightRow("entropy", {"entropy": [0.5, 2.0]}, [0.5, 2.0]),

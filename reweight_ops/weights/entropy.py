@@ -47,7 +47,8 @@ class DualLevelDownSampling(TokenWeight):
     """1 for the ``fraction`` of this call's tokens with the largest ``|A|·H``, else 0: ``max(1, ceil(fraction·n))`` of n, of equal ones the first.
 
     The samples that the method leaves out beforehand are left out by ``completion_mask``. Differs from the paper: it states neither the budgets (so
-    ``fraction`` has no default) nor the denominator; ``reduction=TokenMean(weight=...)`` divides by the tokens kept, which is our reading.
+    ``fraction`` has no default) nor the denominator; ``reduction=TokenMean(weight=...)`` divides by the tokens kept, which is our reading. Only these
+    are secondary: the abstract states the rule.
     """
 
     fraction: float

@@ -94,16 +94,19 @@ _SMALLEST_LOG_RATIO = -18.420680743952367  # log 1e-8
 class SequenceGamma(TokenWeight):
     """``φ(W) = W^k·exp(λ·(1 - W))``, ``W`` the sequence's ratio (a product, not a mean); ``k, λ`` by the sign of A. VESPO, arXiv:2602.10693.
 
-    ``log W`` is clamped to ``[log 1e-8, 20]``, a token's share to ±20, as in TRL.
+    ``log W`` is clamped to ``[log 1e-8, 20]``, a token's share to ±20, as in TRL. ``correction``: a factor of W for each token, the old policy's
+    ratio to the sampler: :class:`TruncatedImportance` or :class:`MaskedImportance`, or a tensor; its log is clamped to ``[log 1e-8, 20]``.
     """
 
     k_pos: float = 2.0
     lambda_pos: float = 3.0
     k_neg: float = 3.0
     lambda_neg: float = 2.0
+    correction: float = 1.0
 
     def weight(self, xp, t, batch):
-        log_w = xp.clip(batch.seq_sum(xp.clip(t.logp - t.old_logp, -20.0, 20.0)), _SMALLEST_LOG_RATIO, 20.0)
+        drift = xp.clip(t.logp - t.old_logp, -20.0, 20.0) + xp.clip(xp.log(self.correction), _SMALLEST_LOG_RATIO, 20.0)
+        log_w = xp.clip(batch.seq_sum(drift), _SMALLEST_LOG_RATIO, 20.0)
         k = xp.where(t.adv >= 0, self.k_pos, self.k_neg)
         rate = xp.maximum(xp.where(t.adv >= 0, self.lambda_pos, self.lambda_neg), 1e-4)
         return xp.exp(rate + k * log_w - rate * xp.exp(log_w))

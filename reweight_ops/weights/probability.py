@@ -131,6 +131,23 @@ class ProbabilityBand(TokenWeight):
 
 
 @weight
+class ProbabilityQuantile(TokenWeight):
+    """``below`` where ``p_old`` is less than its ``quantile`` over this call's tokens, else ``above``; of every term, over the full denominator.
+
+    Linear interpolation between order statistics, as ``torch.quantile``. Lopti's split by portions (its code's ``seperate_portion``).
+    """
+
+    scope: str = "all"
+    quantile: float = 0.5
+    below: float = 1.0
+    above: float = 0.0
+
+    def weight(self, xp, t, batch):
+        p = xp.exp(t.old_logp)
+        return xp.where(p < batch.quantile(p, self.quantile), self.below, self.above)
+
+
+@weight
 class ProbabilityInterval(TokenWeight):
     """1 where ``lower < p_old <= upper``, else 0; of the surrogate (the ``mask_prob`` modes of AR's code: quarters, or all below a quarter's end)."""
 
@@ -162,7 +179,6 @@ def spo_probability_mask(threshold: float = 0.9) -> TokenWeight:
     "Training Signal Annealing",
     paper="Unsupervised Data Augmentation for Consistency Training",
     arxiv="1904.12848",
-    certainty="secondary",
     level="token",
     example={"threshold": 0.5},
 )

@@ -341,9 +341,20 @@ def test_mapo_refuses_what_turns_signs():
     assert adv.mapo_mixed(torch.zeros(4), torch.zeros(4), group_size=4).tolist() == [0] * 4
 
 
-def test_canon_is_dr_grpo_for_even_groups_only():
+def test_canons_default_compares_with_the_other_half_only(ragged):
+    """The authors' ``_lambda = 1``; with 1/2, the default before, the metric has no effect in even groups."""
+    metric = torch.rand(len(ragged["ids"]), generator=ragged["generator"], dtype=torch.float64)
+    keep = ragged["ids"] != 1
+    columns = ragged["rewards"][keep].tolist(), metric[keep].tolist()
+    close(
+        adv.canon(ragged["rewards"], metric, **ragged["groups"])[keep],
+        by_group(ragged["ids"][keep], lambda r, m: estimators.canon(r, m, mu=1.0), *columns),
+    )
+
+
+def test_canon_of_equal_parts_is_dr_grpo_for_even_groups_only():
     rewards, metric = torch.randn(2, 14, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    even = adv.canon(rewards[:8], metric[:8], group_size=8)
+    even = adv.canon(rewards[:8], metric[:8], inter_weight=0.5, group_size=8)
     close(even, adv.dr_grpo(rewards[:8], group_size=8))
-    odd = adv.canon(rewards[:7], metric[:7], group_size=7)
+    odd = adv.canon(rewards[:7], metric[:7], inter_weight=0.5, group_size=7)
     assert (odd - adv.dr_grpo(rewards[:7], group_size=7)).abs().max() > 1e-3

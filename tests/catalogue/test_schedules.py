@@ -27,6 +27,7 @@ def test_lopti_passes_over_everything_twice():
     assert (low, high) == (rw.methods.lopti("low", eta=0.3, beta=0.1), rw.methods.lopti("high", eta=0.3, beta=0.1)) and low != high
     order = list(schedules.lopti_updates((name for name in "abc"), eta=0.3, beta=0.1))
     assert order == [(low, "a"), (low, "b"), (low, "c"), (high, "a"), (high, "b"), (high, "c")]
+    assert schedules.lopti("high_first", eta=0.3, beta=0.1) == (high, low)
     with pytest.raises(rw.InvalidCall, match="half is set by the schedule"):
         schedules.lopti(half="low")
 

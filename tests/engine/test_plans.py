@@ -25,7 +25,7 @@ EXTRA = {
     "sequence_is": rw.methods.grpo().with_weight(rw.weights.SequenceMaskedImportance(ratio_max=math.inf)),
     "segment": rw.methods.gspo().replace(ratio=rw.SegmentRatio()),
     "current_ar_exact": rw.methods.grpo().with_weight(rw.weights.CurrentAdvantageReweighting(detach=False)),
-    "ar_sigmoid": rw.methods.advantage_reweighting(mode="negative_sigmoid", negative_weight=0.5),
+    "ar_sigmoid": rw.methods.advantage_reweighting(mode="sigmoid", negative_weight=0.5),
     "ar_balanced": rw.methods.advantage_reweighting(mode="balanced_sigmoid"),
     "ar_interval": rw.methods.advantage_reweighting(mode="interval", interval=(0.25, 0.9)),
     "raft_linear": rw.methods.advantage_reweighting(mode="raft_linear"),

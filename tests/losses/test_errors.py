@@ -172,6 +172,8 @@ def test_wrong_specs():
         (lambda: rw.methods.verl(loss_scale_factor=8), "no effect"),
         (lambda: rw.methods.verl(use_kl_loss=True, kl_loss_type="k4"), "kl_loss_type is 'k4'"),
         (lambda: rw.methods.lopti("middle"), "half is 'middle'"),
+        (lambda: rw.methods.lopti(split="median"), "split is 'median'"),
+        (lambda: rw.schedules.lopti("random"), "order is 'random'"),
         (lambda: rw.methods.advantage_reweighting(probabilities="new"), "probabilities is 'new'"),
         (lambda: rw.methods.dapo().replace(epsilon=1), "has no field 'epsilon'"),
         (lambda: rw.methods.dapo().replace(**{"penalties.0.coef": 1}), "no position"),

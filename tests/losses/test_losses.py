@@ -53,6 +53,21 @@ def test_gmpo(batch):
         batch["logp"], batch["logp"].detach(), batch["A"], batch["mask"], 0.2, 0.3), batch)  # fmt: skip
 
 
+def test_gmpo_has_one_advantage_a_sequence(batch):
+    """The paper's A is the sequence's; before, advantages of a token each gave a number that it does not define."""
+    spec, per_token = rw.methods.gmpo(), batch["A"][:, None].expand_as(batch["old"])
+    with pytest.raises(rw.InvalidCall, match="one advantage a sequence, these are one a token"):
+        ours(batch, spec, per_token)
+    packed = dict(cu_seqlens=torch.tensor([0, 4, 9]), completion_mask=None, old_per_token_logps=batch["old"][0])
+    one = {**batch, "logits": batch["logits"][0], "ids": batch["ids"][0]}
+    with pytest.raises(rw.InvalidCall, match="these are one a token"):
+        ours(one, spec, per_token[0], **packed)
+    want = ours(one, spec, batch["A"][:2, None], **packed).loss
+    assert want.isfinite() and ours(one, spec, 1.0, **packed).loss != want
+    short = {name: batch[name][:, :1] for name in ("logits", "ids", "mask", "old")}
+    assert torch.equal(ours(short, spec, per_token[:, :1]).loss, ours(short, spec, batch["A"]).loss)
+
+
 @pytest.mark.parametrize("options", [{}, dict(k_pos=1.0, lambda_pos=0.5, k_neg=2.0, lambda_neg=1.5)])
 def test_vespo(batch, options):
     expected = papers.vespo(batch["logp"], batch["old"], batch["A"], batch["mask"], **options)
@@ -108,6 +123,24 @@ def test_drpo(batch):
     longer = [math.exp((1 - len(lp) / 20) / 0.3) for lp, _ in rows]
     expected = papers.disco(scores, batch["rewards"], [0, 0, 0, 0, 1, 1, 1, 1], 10.0, longer)
     same(ours(batch, rw.methods.drpo(group_size=4, max_length=20, **options), batch["rewards"]).loss, expected, batch)
+
+
+def test_drpo_of_any_preference(batch):
+    """``exp(r_i/λ)`` of the positives' rewards, large ones without overflow; the length is one of them, up to a constant."""
+    rows = papers.sequences(batch["mask"], batch["logp"], batch["old"])
+    scores = torch.stack([lp.mean() for lp, _ in rows])
+    groups, options = [0, 0, 0, 0, 1, 1, 1, 1], dict(kl_strength=0.0, group_size=4)
+    rewards = batch["rewards"] * torch.tensor([2.0, 1, 1, 0.5, 1, 1.5, 3, 1])
+    expected = papers.disco(scores, rewards, groups, 10.0, [math.exp(r / 0.7) for r in rewards.tolist()])
+    spec = rw.methods.drpo(0.7, preference="advantages", **options)
+    same(ours(batch, spec, rewards).loss, expected, batch)
+    same(ours(batch, spec, torch.where(rewards > 0, rewards + 1000, rewards)).loss, expected, batch)
+    shorter = batch["rewards"] * torch.tensor([2 - len(lp) / T for lp, _ in rows], dtype=torch.float64)
+    same(ours(batch, rw.methods.drpo(0.3, preference="advantages", **options), shorter).loss,
+         ours(batch, rw.methods.drpo(0.3, **options), batch["rewards"]).loss, batch)  # fmt: skip
+    for wrong in (dict(preference="size"), dict(preference="advantages", max_length=20)):
+        with pytest.raises(rw.InvalidCall, match="GroupContrast"):
+            rw.methods.drpo(group_size=4, **wrong)
 
 
 def test_coupled_losses_take_prompts_by_id_and_packed_rows(batch):

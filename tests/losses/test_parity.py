@@ -67,7 +67,8 @@ def test_trl(batch, loss_type, level, extras):
         return
     temperature = 0.9
     logp, entropy = statistics(batch, temperature)
-    for adv, ratio in itertools.product(batch["adv"].values(), (None, *batch["ratios"].values())):
+    ratios = (None,) if loss_type == "vespo" else (None, *batch["ratios"].values())  # vespo has the correction in its weight: below
+    for adv, ratio in itertools.product(batch["adv"].values(), ratios):
         theirs, logged = trl.grpo_loss(
             logp, adv, batch["mask"], entropies=entropy, old_logps=batch["old"], ref_logps=batch["ref"], loss_type=loss_type,
             num_items_in_batch=41.0, importance_sampling_ratio=ratio, **settings,
@@ -84,6 +85,29 @@ def test_trl(batch, loss_type, level, extras):
         same(out.loss, theirs, batch["logits"])
         metrics = out.metrics.as_floats("trl")
         assert {name: pytest.approx(value, rel=1e-9) for name, value in logged.items()} == {name: metrics[name] for name in logged}
+
+
+@pytest.mark.parametrize("bounds", [{}, {"clip_min": 0.8, "clip_max": 1.2}, {"clip_min": 0.9, "clip_max": None}], ids=str)
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+def test_trl_correction_for_vllm(batch, loss_type, mode, bounds):
+    """From the sampler's log-probs. The KL's bias correction stays by the ratio to the old policy."""
+    options = {f"vllm_importance_sampling_{name}": value for name, value in {"mode": mode, **bounds}.items()}
+    if loss_type == "vespo" and mode.startswith("sequence"):
+        with pytest.raises(rw.InvalidCall, match="needs a token mode"):
+            rw.methods.trl(loss_type, **options)
+        return
+    sampling = batch["old"] + 0.2 * torch.randn(batch["old"].shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    sampling[0, 3] = float("nan")
+    logp, _ = statistics(batch)
+    ratio = trl.sampling_ratio(batch["old"], sampling, batch["mask"], mode, **bounds)
+    theirs, _ = trl.grpo_loss(
+        logp, batch["adv"]["sequence"], batch["mask"], old_logps=batch["old"], ref_logps=batch["ref"], loss_type=loss_type,
+        num_items_in_batch=41.0, importance_sampling_ratio=ratio, beta=0.5,
+    )  # fmt: skip
+    spec = rw.methods.trl(loss_type, beta=0.5, **options)
+    out = ours(batch, spec, batch["adv"]["sequence"], num_items_in_batch=41.0, sampling_per_token_logps=sampling)
+    same(out.loss, theirs, batch["logits"])
 
 
 #: Options of a mode's own, so that they act on this batch.
@@ -244,3 +268,16 @@ def test_lopti(batch, plan):
     for half, theirs in zip(("low", "high"), papers.lopti(terms, old, batch["mask"], eta=0.1), strict=True):
         spec = rw.methods.lopti(half, eta=0.1, beta=0.04, entropy_coef=0.01)
         same(ours(batch, spec, A, plan=plan).loss, theirs, batch["logits"])
+
+
+def test_lopti_by_quantile_with_ar_and_dual_clip(batch):
+    """The authors' other split, on what their scripts train: reweighted advantages, dual clip."""
+    logp, _ = statistics(batch)
+    old, ratio = batch["old"], (logp - batch["old"]).exp()
+    A = (0.3 * old.exp() + 0.7) * batch["adv"]["token"]
+    clipped = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.24) * A)
+    terms = torch.where(A < 0, torch.minimum(clipped, -1.4 * A), clipped) + 0.04 * papers.k3(logp, batch["ref"])
+    assert (terms != clipped + 0.04 * papers.k3(logp, batch["ref"])).any()
+    for half, theirs in zip(("low", "high"), papers.lopti_by_portion(terms, old, batch["mask"], 0.4), strict=True):
+        spec = rw.methods.lopti(half, eta=0.4, split="quantile", alpha=0.3, epsilon_high=0.24, clip_ratio_c=1.4, beta=0.04)
+        same(ours(batch, spec, batch["adv"]["token"]).loss, theirs, batch["logits"])

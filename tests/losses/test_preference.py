@@ -153,8 +153,9 @@ def test_by_hand():
     assert value(preference.cpo(beta=2.0)) == pytest.approx(math.log1p(math.exp(4)) + 1.5)
     # ORPO: log odds of e^-1.5: -1.5 - log(1 - 0.22313) = -1.24752, of e^-1: -1 - log(1 - 0.36788) = -0.54132; difference -0.70619.
     assert value(preference.orpo(beta=0.5)) == pytest.approx(1.5 + 0.5 * math.log1p(math.exp(0.7061934)), abs=1e-6)
-    # Unlikelihood: -3 + log(1 - e^-1) = -3.45868, β 2.
-    assert value(preference.unlikelihood(beta=2.0)) == pytest.approx(math.log1p(math.exp(6.9173503)), abs=1e-6)
+    # Unlikelihood: -3 + log(1 - e^-1) = -3.45868, β 2; with the reference's -4 and -0.5: -3 + 4 - 0.45868 + 0.5 = 1.04132.
+    assert value(preference.no_sft_ratio_w_unlikelihood(beta=2.0)) == pytest.approx(math.log1p(math.exp(6.9173503)), abs=1e-6)
+    assert value(preference.unlikelihood(beta=2.0), ref_per_token_logps=ref) == pytest.approx(math.log1p(math.exp(-2.0826497)), abs=1e-6)
     # APO.
     assert value(preference.apo(2.0, "zero"), ref_per_token_logps=ref) == pytest.approx(1 - 1 / (1 + math.exp(-2)) + 1 / (1 + math.exp(1)))
     # INPO, η 0.5, τ 0.2: D = -2, D_ref = -4 + 0.5 = -3.5, D_old = -1: -2 + 0.4·3.5 + 0.6·1 - 1 = -1.
@@ -198,9 +199,16 @@ def test_methods_with_inputs():
 
 
 def test_unlikelihood_against_the_formula():
-    logps, _, _, _, mask = batch(seed=4)
-    got = rw.preference_loss_from_logps(logps, spec="unlikelihood", completion_mask=mask).per_pair_loss.tolist()
-    want = [oracle.unlikelihood(c, r, 0.1) for c, r in zip(*sides(logps, mask), strict=True)]
+    logps, ref, _, _, mask = batch(seed=4)
+    call = dict(spec="unlikelihood", completion_mask=mask)
+    got = rw.preference_loss_from_logps(logps, **call, ref_per_token_logps=ref).per_pair_loss.tolist()
+    want = [oracle.unlikelihood(*sequences, 0.1) for sequences in zip(*sides(logps, mask), *sides(ref, mask), strict=True)]
+    assert got == pytest.approx(want, rel=1e-12)
+    with pytest.raises(rw.InvalidCall, match="needs ref_per_token_logps"):
+        rw.preference_loss_from_logps(logps, **call)
+    call["spec"] = "no_sft_ratio_w_unlikelihood"
+    got = rw.preference_loss_from_logps(logps, **call).per_pair_loss.tolist()
+    want = [oracle.no_sft_ratio_w_unlikelihood(c, r, 0.1) for c, r in zip(*sides(logps, mask), strict=True)]
     assert got == pytest.approx(want, rel=1e-12)
 
 

@@ -48,6 +48,7 @@ def test_arguments_with_effect_pass():
         (rw.methods.trl, "sapo", {"epsilon": 0.3}),
         (rw.methods.trl, "grpo", {"sapo_temperature_pos": 2.0}),
         (rw.methods.trl, "dapo", {"vespo_k_pos": 1.0}),
+        (rw.methods.trl, "dapo", {"vllm_importance_sampling_clip_max": 1.0}),
         (rw.methods.verl, "gspo", {"clip_ratio_c": 4.0}),
         (rw.methods.verl, "gpg", {"clip_ratio": 0.1}),
         (rw.methods.verl, "vanilla", {"tau_neg": 2.0}),

@@ -37,7 +37,9 @@ def mapo_mixed(rewards, correct):
 
 
 def ngrpo(rewards, r_max=1.0, count=1):
-    """arXiv:2509.18851: the group with ``count`` virtual completions of reward ``r_max``."""
+    """arXiv:2509.18851: the group with ``count`` virtual completions of reward ``r_max``; the authors' code has mean 0 and std 1 for one completion."""
+    if len(rewards) == 1:
+        return [rewards[0] / (1 + 1e-6)]
     extended = [*rewards, *([r_max] * count)]
     return [(r - mean(extended)) / (std(extended) + 1e-6) for r in rewards]
 
@@ -64,7 +66,7 @@ def lens(correct, texts, reading="length_normalized", alpha=0.25, epsilon=1e-4):
     return [(x - mean(r)) / (std(r) + epsilon) for x in r]
 
 
-def canon(rewards, metric, mu=0.5, alpha=1.0, beta=0.0, kind="entropy"):
+def canon(rewards, metric, mu, alpha=1.0, beta=0.0, kind="entropy"):
     """arXiv:2509.23962, eq. 5 to 8."""
     order = sorted(range(len(rewards)), key=lambda i: (metric[i], i))
     small, large = order[: len(order) // 2], order[len(order) // 2 :]

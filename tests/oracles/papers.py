@@ -95,7 +95,17 @@ def lopti(terms: Tensor, old: Tensor, mask: Tensor, eta: float = 0.5) -> tuple[T
 
     ``terms [B,T]``: all of a token's loss (surrogate, KL, entropy). Both divide by the count of *all* valid tokens, as the authors' code.
     """
-    low = (old.exp() < eta).to(terms.dtype)
+    return _halves(terms, old.exp() < eta, mask)
+
+
+def lopti_by_portion(terms: Tensor, old: Tensor, mask: Tensor, portion: float) -> tuple[Tensor, Tensor]:
+    """The authors' ``seperate_portion``: the threshold is that quantile of the valid tokens' probabilities."""
+    p = old.exp()
+    return _halves(terms, p < torch.quantile(p[mask != 0], portion), mask)
+
+
+def _halves(terms: Tensor, first: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    low = first.to(terms.dtype)
     valid = mask.to(terms.dtype)
     return (terms * low * valid).sum() / valid.sum(), (terms * (1 - low) * valid).sum() / valid.sum()
 

@@ -117,7 +117,14 @@ def madpo_weight(h: float, c_min: float, c_max: float, lam: float, tau: float) -
     return sigmoid(c * h) / sigmoid(h) if h > -tau else 1.0
 
 
-def unlikelihood(chosen: Token, rejected: Token, beta: float) -> float:
+def unlikelihood(chosen: Token, rejected: Token, ref_chosen: Token, ref_rejected: Token, beta: float) -> float:
+    """``loss_type="unlikelihood"`` of the authors' trainer: log(1 - p) of the rejected tokens against their log-probs under the reference."""
+    log_one_minus = sum(math.log(1 - math.exp(t)) for t in rejected)
+    return -log_sigmoid(beta * (sum(chosen) - sum(ref_chosen) + log_one_minus - sum(ref_rejected)))
+
+
+def no_sft_ratio_w_unlikelihood(chosen: Token, rejected: Token, beta: float) -> float:
+    """``loss_type="no_sft_ratio_w_unlikelihood"``."""
     return -log_sigmoid(beta * (sum(chosen) + sum(math.log(1 - math.exp(t)) for t in rejected)))
 
 

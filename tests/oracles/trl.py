@@ -1,5 +1,5 @@
 """TRL 1.16's GRPO loss. Source: ``trl/trainer/grpo_trainer.py``, ``_compute_loss``, ``get_high_entropy_mask``, ``get_off_policy_mask`` and
-``get_gamma_weights`` (without vLLM's correction)."""
+``get_gamma_weights``, and the correction for vLLM of ``_generate_and_score_completions``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ def high_entropy_mask(entropies: Tensor, mask: Tensor, quantile: float) -> Tenso
         return torch.zeros_like(mask, dtype=torch.bool)
     threshold = torch.quantile(entropies.detach()[mask.bool()], quantile)
     return (entropies * mask >= threshold) & mask.bool()
+
+
+def sampling_ratio(
+    old_logps: Tensor, sampling_logps: Tensor, mask: Tensor, mode: str, clip_min: float | None = None, clip_max: float | None = 3.0
+) -> Tensor:
+    """``importance_sampling_ratio``: ``[B,T]`` of a token mode, ``[B,1]`` of a sequence mode."""
+    diff = torch.nan_to_num((old_logps - sampling_logps) * mask, nan=0.0)
+    ratio = torch.exp(diff.sum(-1, keepdim=True) if mode.startswith("sequence") else diff)
+    if mode.endswith("truncate"):
+        return torch.clamp(ratio, min=clip_min, max=clip_max)
+    low, high = (-math.inf if clip_min is None else clip_min), (math.inf if clip_max is None else clip_max)
+    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
 
 
 def grpo_loss(
@@ -91,6 +103,8 @@ def grpo_loss(
         per_token_loss = -torch.sigmoid(temperatures * (coef_1 - 1)) * 4 / temperatures * advantages
     elif loss_type == "vespo":
         total = (torch.clamp(logps - old_logps, -20.0, 20.0) * mask).sum(-1, keepdim=True).detach()
+        if importance_sampling_ratio is not None:
+            total = total + torch.clamp(torch.log(importance_sampling_ratio), math.log(1e-8), 20.0).sum(-1, keepdim=True)
         log_w = torch.clamp(total, math.log(1e-8), 20.0)
         k = torch.where(advantages >= 0, vespo_k_pos, vespo_k_neg).to(logps)
         rate = torch.where(advantages >= 0, vespo_lambda_pos, vespo_lambda_neg).to(logps).clamp(min=1e-4)
@@ -106,7 +120,7 @@ def grpo_loss(
         per_token_loss = per_token_loss * ((advantages >= 0) | (drift <= off_policy_mask_threshold)).to(mask.dtype)
     if entropy_mask is not None:
         per_token_loss = per_token_loss * entropy_mask
-    if importance_sampling_ratio is not None:
+    if importance_sampling_ratio is not None and loss_type != "vespo":
         per_token_loss = per_token_loss * importance_sampling_ratio
     if per_token_kl is not None:
         per_token_loss = per_token_loss + beta * per_token_kl

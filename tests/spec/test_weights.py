@@ -144,13 +144,13 @@ def _reweighted(mode, A, p, alpha=0.3, k=5.0, tau=0.4, neg=0.7, mask=None):
     if mode == "sigmoid":
         return torch.where(positive, sigmoid * A, neg * sigmoid * A)
     if mode == "negative_sigmoid":
-        return torch.where(positive, A, neg * sigmoid * A)
+        return torch.where(positive, A, sigmoid * A)
     if mode == "balanced_sigmoid":
         plus, minus = torch.where(positive, A, 0), torch.where(positive, 0, sigmoid * A)
         return plus + minus * ((plus * p)[mask].sum() / -(minus * p)[mask].sum()) * neg
     if mode == "interval":
         inside = ((p > 0.25) & (p <= 0.5)).double()
-        return torch.where(positive, A, neg * A) * inside
+        return A * inside
     return positive.double() * (linear if mode == "raft_linear" else 1)
 
 
@@ -159,7 +159,13 @@ MODES = ["linear", "positive_linear", "sigmoid", "negative_sigmoid", "balanced_s
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_of_advantage_reweighting_is_the_clip_of_reweighted_advantages(data, mode):
-    spec = rw.methods.advantage_reweighting(mode=mode, interval=(0.25, 0.5), negative_weight=0.7)
+    options = {"mode": mode, "interval": (0.25, 0.5)}
+    if mode in ("negative_sigmoid", "interval", "raft", "raft_linear"):  # whose ``neg_adv_weight`` the authors' code does not read
+        with pytest.raises(rw.InvalidCall, match="negative_weight has no effect"):
+            rw.methods.advantage_reweighting(**options, negative_weight=0.7)
+    else:
+        options["negative_weight"] = 0.7
+    spec = rw.methods.advantage_reweighting(**options)
     given = {"old_per_token_logps": data["old"], "completion_mask": data["mask"]}
     logps = data["logps"].requires_grad_()
     A = _reweighted(mode, data["adv"], data["old"].exp(), mask=data["mask"])

@@ -39,7 +39,11 @@ FIRST = {
     "SFT vs CL reranking": "SFT or CL for multimodal reranking",
     "WPO": ("pair_loss/wpo",),
     "PRESENCE (self-influence)": "PRESENCE (self-influence)",
-    "DPO^gamma / unlikelihood variants": ("pair_loss/dpo_gamma", "pair_loss/unlikelihood"),
+    "DPO^gamma / unlikelihood variants": (
+        "pair_loss/dpo_gamma",
+        "pair_loss/unlikelihood",
+        "pair_loss/no_sft_ratio_w_unlikelihood",
+    ),
 }
 
 #: Methods of the two summary tables of the second survey.

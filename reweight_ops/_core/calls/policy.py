@@ -189,6 +189,7 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Policy
         raise rows.error("no reduction of the spec reads prompts; group_ids would have no effect.")
     for reduction in spec.reductions:
         reduction.check(rows)
+    spec.ratio.check(rows, advantages)
     adv = None if advantages is None else rows.per_row("advantages", advantages)
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
     scale = data.loss_scale

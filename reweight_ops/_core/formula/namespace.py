@@ -98,7 +98,9 @@ class TorchNamespace:
     def maximum(self, a: Any, b: Any) -> Tensor:
         return a.clamp(min=b) if isinstance(b, (int, float)) else torch.maximum(*self._pair(a, b))
 
-    def clip(self, x: Tensor, low: Any, high: Any) -> Tensor:
+    def clip(self, x: Any, low: Any, high: Any) -> Any:
+        if not isinstance(x, Tensor):  # a hyper-parameter that is a number, as the bounds are then
+            return min(max(x, low), high)
         if isinstance(low, Tensor) or isinstance(high, Tensor):
             low, high = self._lift(low, x.device), self._lift(high, x.device)
         return torch.clamp(x, low, high)

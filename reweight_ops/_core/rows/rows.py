@@ -96,6 +96,11 @@ class Rows:
             flat = flat.clone()  # autograd refuses to save an inference tensor
         return flat.to(self.dtype).contiguous()
 
+    def is_per_token(self, value: Tensor) -> bool:
+        """Whether a per-row argument is one a token and could differ inside a sequence."""
+        short = self.sequences is not None and self.sequences.index is None and self.sequences.length < 2
+        return value.dim() > 0 and not short and tuple(value.shape) in (self.shape, (self.count,))
+
     def _check(self, name: str, value: Tensor, logps: bool) -> None:
         if value.device != self.device:
             raise self.error(f"{name} is on {value.device}, the logits or log-probs are on {self.device}.")

@@ -29,19 +29,25 @@ class GroupContrast(Reduction):
     ``q+`` are the sequences of prompt q with advantage (label, reward) above 0, ``q-`` the others; ``ω_i = exp((1 - L_i/L_max)/λ)`` prefers short
     positives. A prompt with positives only, or negatives only, adds 0, and counts in Q, the number of prompts with a token in the call.
 
-    ``temperature=inf`` is the plain mean over the negatives; ``length_temperature=inf`` is ω = 1. ``max_length=None``: the padded length. Prompts are
-    runs of ``group_size`` sequences, or the call's ``group_ids``; every response of a prompt must be in the call.
+    ``preference="advantages"``: ``ω_i = exp(A_i/λ)`` instead, A the positives' own advantages (rewards), whatever they prefer.
+    ``temperature=inf`` is the plain mean over the negatives; ``length_temperature=inf``, λ of either preference, is ω = 1. ``max_length=None``: the
+    padded length. Prompts are runs of ``group_size`` sequences, or the call's ``group_ids``; every response of a prompt must be in the call.
     """
 
     temperature: Any = 10.0
     length_temperature: Any = math.inf
     max_length: float | None = None
     group_size: int | None = None
+    preference: str = "length"
 
     requires = ("adv",)
     coupled = True
 
     def __post_init__(self) -> None:
+        if self.preference not in ("length", "advantages"):
+            raise InvalidCall(f"GroupContrast: preference is {self.preference!r}, expected 'length' or 'advantages'.")
+        if self.preference == "advantages" and self.max_length is not None:
+            raise InvalidCall("GroupContrast: max_length has no effect with preference='advantages'.")
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
             raise InvalidCall(
                 f"GroupContrast: group_size is {self.group_size!r}, expected a positive int, or None for the call's group_ids."
@@ -65,13 +71,21 @@ class GroupContrast(Reduction):
         prompts = rows.need_prompts("GroupContrast", self.group_size)
         scores, lengths = -sequences.sum(weighted), sequences.sum(rows.keep.to(rows.dtype))
         present = lengths > 0
-        positive = present & (sequences.sum(torch.where(rows.keep, adv, 0)) > 0)
+        total = sequences.sum(torch.where(rows.keep, adv, 0))
+        positive = present & (total > 0)
         negative = present & ~positive
         positives, negatives = (prompts.sum(x.to(rows.dtype)) for x in (positive, negative))
         both = prompts.spread((positives > 0) & (negatives > 0))
         count = (prompts.sum(present.to(rows.dtype)) > 0).sum().clamp(min=1)
 
-        omega = torch.where(positive, self._omega(rows, sequences, lengths), 0)
+        if self.preference == "length":
+            omega = self._omega(rows, sequences, lengths)
+        else:
+            # Less the prompt's largest, which cancels in the normalisation: no exp overflows.
+            preferred = torch.where(positive, total / lengths.clamp(min=1), -math.inf) / self.length_temperature
+            top = prompts.spread(prompts.max(preferred))
+            omega = torch.exp(torch.where(positive, preferred - torch.where(top > -math.inf, top, 0), 0))
+        omega = torch.where(positive, omega, 0)
         gain = omega / prompts.spread(prompts.sum(omega)).clamp(min=torch.finfo(rows.dtype).tiny) * scores
         loss = self._soft_maximum(prompts, scores, negative) / prompts.spread(negatives).clamp(min=1)
         per_sequence = torch.where(both & positive, -gain, 0) + torch.where(both & negative, loss, 0)

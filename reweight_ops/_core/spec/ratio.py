@@ -24,6 +24,8 @@ class Ratio:
     """``clamp`` is a bound on ``|log_ratio|``, or a pair of bounds. ``against``: the denominator, ``"old"`` or ``"ref"`` (the reference model)."""
 
     level: ClassVar[str]
+    #: Whether the advantage is the sequence's, so that one a token is an error.
+    one_advantage: ClassVar[bool] = False
 
     clamp: Any = 20.0
     against: str = "old"
@@ -41,6 +43,14 @@ class Ratio:
         if self.level != "token":
             return f"the ratio is at {self.level} level"
         return "the ratio is against the reference" if self.against != "old" else None
+
+    def check(self, rows: Rows, advantages: Any) -> None:
+        """Raise if the advantages are none that this ratio is defined for: by their shape, so that no value is read."""
+        if self.one_advantage and isinstance(advantages, Tensor) and rows.is_per_token(advantages):
+            raise rows.error(
+                f"{type(self).__name__} has one advantage a sequence, these are one a token: pass [B] or [B, 1] (of packed rows [S, 1]); "
+                "of advantages that are repeated over the tokens, the first of each sequence."
+            )
 
     def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
         """``[N]`` from ``[N]``; rows that are out contribute nothing. ``adv`` is None for a loss that reads no advantages."""
@@ -115,7 +125,11 @@ class SegmentRatio(SequenceRatio):
 class GeometricMeanRatio(SequenceRatio):
     """The geometric mean of the sequence's token ratios, each clipped in log space where that makes the objective smaller: for ``A > 0`` at most
     ``epsilon_high``, else at least ``-epsilon_low``. GMPO, arXiv:2507.20673; a clipped token has no gradient.
+
+    The advantage is the sequence's: a tensor with one for each token is an error, by its shape.
     """
+
+    one_advantage = True
 
     epsilon_low: Any = 0.4
     epsilon_high: Any = 0.4
