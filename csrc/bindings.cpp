@@ -50,8 +50,9 @@ RowNumbers row_numbers(const std::array<int64_t, 5>& from) {
     return {at<const void>(Address(from[0])), from[1], from[2], int(from[3]), from[4] != 0};
 }
 
-std::pair<int64_t, int64_t> mask_rows_of(const std::array<int64_t, 5>& ids, const std::array<int64_t, 5>& mask, const std::array<int64_t, 5>& denominator,
-                                         int64_t run, int64_t rows, Address out_ids, Address keep, Address counted, Address lengths) {
+std::pair<int64_t, int64_t> mask_rows_of(const std::array<int64_t, 5>& ids, const std::array<int64_t, 5>& mask,
+                                         const std::array<int64_t, 5>& denominator, int64_t run, int64_t rows, Address out_ids, Address keep,
+                                         Address counted, Address lengths) {
     return mask_rows({row_numbers(ids), row_numbers(mask), row_numbers(denominator), run, rows, at<int64_t>(out_ids), at<bool>(keep),
                       at<bool>(counted), at<int32_t>(lengths)});
 }

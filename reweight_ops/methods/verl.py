@@ -154,7 +154,7 @@ def verl(
     bare = TokenRatio(clamp=math.inf)
     ratios: dict[str, Ratio] = {
         "gspo": SequenceRatio(clamp=(-math.inf, 10.0), gradient="token"),
-        "geo_mean": GeometricMeanRatio(clamp=math.inf, **bounds),
+        "geo_mean": GeometricMeanRatio(clamp=math.inf, token_advantages=True, **bounds),
         "clip_cov": bare,
         "kl_cov": bare,
         "dro": bare,

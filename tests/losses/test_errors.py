@@ -167,7 +167,7 @@ def test_wrong_specs():
         (lambda: rw.weights.TopEntropy(scope="kl"), "scope is 'kl'"),
         (lambda: rw.methods.trl("vespoo"), "loss_type is 'vespoo'"),
         (lambda: rw.methods.trl("dr_grpo"), "max_completion_length"),
-        (lambda: rw.methods.verl("clip_cov"), "loss_mode is 'clip_cov'"),
+        (lambda: rw.methods.verl("clip_cow"), "loss_mode is 'clip_cow'"),
         (lambda: rw.methods.verl(loss_agg_mode="mean"), "loss_agg_mode is 'mean'"),
         (lambda: rw.methods.verl(loss_scale_factor=8), "no effect"),
         (lambda: rw.methods.verl(use_kl_loss=True, kl_loss_type="k4"), "kl_loss_type is 'k4'"),

@@ -24,9 +24,6 @@ class Ratio:
     """``clamp`` is a bound on ``|log_ratio|``, or a pair of bounds. ``against``: the denominator, ``"old"`` or ``"ref"`` (the reference model)."""
 
     level: ClassVar[str]
-    #: Whether the advantage is the sequence's, so that one a token is an error.
-    one_advantage: ClassVar[bool] = False
-
     clamp: Any = 20.0
     against: str = "old"
 
@@ -43,6 +40,11 @@ class Ratio:
         if self.level != "token":
             return f"the ratio is at {self.level} level"
         return "the ratio is against the reference" if self.against != "old" else None
+
+    @property
+    def one_advantage(self) -> bool:
+        """Whether the advantage is the sequence's, so that one a token is an error."""
+        return False
 
     def check(self, rows: Rows, advantages: Any) -> None:
         """Raise if the advantages are none that this ratio is defined for: by their shape, so that no value is read."""
@@ -126,13 +128,17 @@ class GeometricMeanRatio(SequenceRatio):
     """The geometric mean of the sequence's token ratios, each clipped in log space where that makes the objective smaller: for ``A > 0`` at most
     ``epsilon_high``, else at least ``-epsilon_low``. GMPO, arXiv:2507.20673; a clipped token has no gradient.
 
-    The advantage is the sequence's: a tensor with one for each token is an error, by its shape.
+    The advantage is the sequence's: a tensor with one for each token is an error, by its shape. With ``token_advantages`` each token has its own
+    (verl's ``geo_mean``, whose trainer repeats the sequence's).
     """
-
-    one_advantage = True
 
     epsilon_low: Any = 0.4
     epsilon_high: Any = 0.4
+    token_advantages: bool = False
+
+    @property
+    def one_advantage(self) -> bool:
+        return not self.token_advantages
 
     def _drift(self, logp: Tensor, old_logp: Tensor, adv: Tensor | None) -> Tensor:
         assert adv is not None, "the surrogate reads advantages"

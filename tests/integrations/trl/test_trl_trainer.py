@@ -81,7 +81,7 @@ def test_window_and_micro_batch_normalization_mix(make_trainer):
         ({"spec": "dapo"}, {"beta": 0.1}, "beta=0.1 would have no effect"),
         ({"spec": rw.methods.grpo(beta=0.04)}, {}, "reference log-probs"),
         ({"spec": ["dapo", "grpo"]}, {}, "num_iterations is 1"),
-        ({"spec": "dappo"}, {}, "no entry 'dappo'"),
+        ({"spec": "dappo"}, {}, "no policy loss 'dappo'"),
         ({"spec": 3.0}, {}, "expected a PolicyLossSpec"),
     ],
 )
