@@ -15,6 +15,7 @@ import torch
 
 from . import __version__
 from ._core.backends.base import Request
+from ._core.backends.built import why_missing
 from ._core.backends.select import NAMES, load, why_not
 from ._core.catalogue.registry import CATALOGUE, KINDS, Entry, find
 from ._core.catalogue.table import level, plan
@@ -95,11 +96,11 @@ def _build_info() -> dict[str, Any]:
     try:
         extension = importlib.import_module(f"{__package__}._C")
     except ImportError as error:
-        return {"status": f"not built ({error})"}
+        return {"status": f"missing ({why_missing('_C', error)})"}
     try:
         cuda = f"compiled for {importlib.import_module(f'{__package__}._cuda').archs()}"
     except ImportError as error:
-        cuda = f"not built ({error})"
+        cuda = f"missing ({why_missing('_cuda', error)})"
     return {**extension.build_info(), "cuda": cuda}
 
 
