@@ -58,4 +58,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo_output gpu_output
+	rm -rf $(VENV) build *.egg-info demo_output gpu_output bench_output

@@ -23,6 +23,7 @@ from typing import Any
 
 from setuptools import Extension, __version__, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 FLAGS = [
@@ -49,6 +50,7 @@ CUDA_DTYPES = {"f32": "float", "bf16": "Bf16", "f16": "F16"}
 CUDA_KERNELS = ("streaming", "ring", "divergence", "scale")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
+BENCH, IN_A_CHECKOUT = "reweight_ops.bench", ("gpu", "gpu_kernels", "gpu_variants", "test_bench")
 # GCC 12 warns about its own AVX-512 header, and about the ABI of vectors that never leave their file.
 NO_FALSE_ALARM = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 
@@ -139,6 +141,14 @@ class NinjaBuild(build_ext):
                 said.append(line.strip())
         if process.returncode:
             raise RuntimeError(next((line for line in said if re.search(r"\b(error|fatal)\b", line, re.I)), said[-1])[:300])
+
+
+class Modules(build_py):
+    """The package's modules, without those of bench/ that work in a checkout alone."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found: list[tuple[str, str, str]] = super().find_package_modules(package, package_dir)
+        return [module for module in found if package != BENCH or module[1] not in IN_A_CHECKOUT]
 
 
 class LeftOut(RuntimeError):
@@ -287,7 +297,7 @@ LICENSE = {"license_expression" if int(__version__.split(".")[0]) >= 77 else "li
 if __name__ == "__main__":  # bench/gpu_variants.py builds by the same flags
     setup(
         **LICENSE,
-        packages=[*find_packages(str(ROOT), include=["reweight_ops", "reweight_ops.*"]), "reweight_ops.triton_kernels"],
+        packages=[*find_packages(str(ROOT), include=["reweight_ops", "reweight_ops.*"]), "reweight_ops.triton_kernels", BENCH],
         ext_modules=[Extension("reweight_ops._C", sources=[]), Extension("reweight_ops._cuda", sources=[])],
-        cmdclass={"build_ext": NinjaBuild},
+        cmdclass={"build_ext": NinjaBuild, "build_py": Modules},
     )

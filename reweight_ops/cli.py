@@ -1,4 +1,4 @@
-"""``reweight-ops info | methods | show NAME | check``."""
+"""``reweight-ops info | methods | show NAME | check | bench``."""
 
 from __future__ import annotations
 
@@ -216,6 +216,12 @@ def check(
     total = len(losses) + len(golden)
     console.print(f"{total - len(failed)} passed, {len(failed)} failed")
     raise typer.Exit(1 if failed or not total else 0)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure the kernels of this machine beside other libraries' (``reweight-ops bench --help``)."""
+    importlib.import_module(f"{__package__}.bench.__main__").main(context.args, "reweight-ops bench")
 
 
 def _check_row(table: Table, case: Case, vocab: int, failed: list[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "csrc", "reweight_ops", "triton_kernels")
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "csrc", "reweight_ops", "triton_kernels", "bench")
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +65,25 @@ def test_wheel_with_kernels(tree, tmp_path):
         "print(c.build_info()['levels'], c.level())",
     )
     assert code == 0, log
+    assert (site / "reweight_ops/bench/cases.py").exists()
+    assert not [p for name in ("gpu", "gpu_kernels", "test_bench") for p in site.rglob(f"bench/{name}.py")], "for a checkout only"
+    arguments = [
+        "bench",
+        "--tiny",
+        "--only",
+        "loss",
+        "float32",
+        "--rounds",
+        "1",
+        "--providers",
+        "none",
+        "--no-memory",
+        "--no-plot",
+        "--quiet",
+        "1",
+    ]
+    code, log = imported(site, f"from reweight_ops.cli import main\nsys.argv[1:] = {arguments}\nmain()")
+    assert code == 0 and "cpu one_pass" in log and list((site / "bench_output").glob("*.json")), log
 
 
 def test_without_a_compiler(tree, tmp_path):
