@@ -1,16 +1,22 @@
 """The build: what a wheel holds, what happens without a compiler, that a changed header rebuilds, and the kernels under sanitizers."""
 
+import base64
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 from paths import ROOT
 
-SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "csrc", "reweight_ops", "triton_kernels", "bench")
+SOURCES = ("pyproject.toml", "setup.py", "build_backend.py", "MANIFEST.in", "LICENSE", "README.md")
+SOURCES += ("csrc", "reweight_ops", "triton_kernels", "bench")
+#: What else the tests read.
+MORE = ("CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "constraints.txt", ".ci", ".clang-format", "docs", "examples", "tests")
 
 pytestmark = pytest.mark.slow
 
@@ -19,13 +25,16 @@ pytestmark = pytest.mark.slow
 def tree(tmp_path_factory):
     """A copy of the sources without anything that was built."""
     to = tmp_path_factory.mktemp("tree")
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, to / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        elif source.exists():
-            shutil.copy(source, to)
+    copy(SOURCES, to)
     return to
+
+
+def copy(names, to):
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json"))
+        else:
+            shutil.copy(ROOT / name, to)
 
 
 def run(*command, cwd, **environment):
@@ -106,6 +115,69 @@ def test_without_a_compiler(tree, tmp_path):
         "assert '/nowhere/c++' in said.backends['cpu'], said",
     )
     assert code == 0, log
+
+
+def hook(tree, name, to, **environment):
+    """What an installer calls of the build backend: the path of what it made."""
+    code, log = run(sys.executable, "-c", f"import build_backend as b; b.{name}({str(to)!r})", cwd=tree, **environment)
+    assert code == 0, log
+    (made,) = (path for path in to.iterdir() if path.suffix in (".whl", ".gz"))
+    return made
+
+
+def test_the_tests_run_from_the_sdist(tmp_path):
+    """It holds every file of a checkout, and there all tests are found and those of the documents pass."""
+    whole, made = tmp_path / "whole", tmp_path / "made"
+    whole.mkdir()
+    made.mkdir()
+    copy(SOURCES + MORE, whole)
+    want = {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()}
+    with tarfile.open(hook(whole, "build_sdist", made)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (sdist,) = tmp_path.glob("reweight_ops-*")
+    got = {p.relative_to(sdist) for p in sdist.rglob("*") if p.is_file()}
+    assert want <= got and all(p.name in ("PKG-INFO", "setup.cfg") or "egg-info" in p.parts[0] for p in got - want), (
+        want - got,
+        got - want,
+    )
+    for built in (ROOT / "reweight_ops").glob("_C.*.so"):  # from the same sources
+        shutil.copy(built, sdist / "reweight_ops")
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    code, log = run(*tests, "--collect-only", "-m", "slow or not slow", cwd=sdist)
+    assert code == 0, log[-3000:]
+    some = ["tests/repository/test_docs.py", "tests/repository/test_bench_results.py", "tests/backends/cpu/test_cpu_accuracy.py"]
+    code, log = run(*tests, *some, "-k", "not doctests and not peaked", cwd=sdist)
+    assert code == 0, log[-3000:]
+
+
+def test_type_checkers_find_an_editable_installation(tree, tmp_path):
+    """By a path in a file: they run no import hook. What is imported is the checkout's, the folders that lie elsewhere too."""
+    environment = tmp_path / "environment"
+    assert run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)[0] == 0
+    (site,) = environment.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(hook(tree, "build_editable", tmp_path, REWEIGHT_OPS_BUILD="none")) as wheel:
+        wheel.extractall(site)
+        (record,) = (name for name in wheel.namelist() if name.endswith("/RECORD"))
+        listed = {line.split(",")[0]: line.split(",")[1] for line in wheel.read(record).decode().splitlines()}
+        assert set(listed) == set(wheel.namelist())
+        for name, digest in listed.items():
+            sha = base64.urlsafe_b64encode(hashlib.sha256(wheel.read(name)).digest()).decode().rstrip("=")
+            assert name == record or digest == f"sha256={sha}", name
+    code, log = run(
+        sys.executable, "-c",
+        "import sys, site; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "for name in [m for m in sys.modules if m.startswith('__editable__')]: del sys.modules[name]\n"
+        f"sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r})\n"
+        "import pathlib, reweight_ops as rw, reweight_ops.triton_kernels as t, reweight_ops.bench as b\n"
+        "print(*(pathlib.Path(m.__file__).resolve().parent for m in (rw, t, b)))",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0 and log.split() == [str(tree / name) for name in ("reweight_ops", "triton_kernels", "bench")], log
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text("import reweight_ops as rw\nx: int = rw.__version__\n")
+    checker = [sys.executable, "-m", "mypy", "--cache-dir", tmp_path / "cache", "--follow-imports", "silent", "--ignore-missing-imports"]
+    code, log = run(*checker, "--python-executable", environment / "bin/python", "user.py", cwd=tmp_path)
+    assert code == 1 and 'has type "str", variable has type "int"' in log and log.count("error:") == 1, log
 
 
 def test_a_part_asked_for_by_name_must_build(tree, tmp_path):
