@@ -55,13 +55,19 @@ triton-versions: setup ## the Triton backend's tests with every version that it 
 
 setup: $(STAMP)
 
-# torch first and by itself: asked for through another package, pip may choose a build with gigabytes of CUDA.
-$(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+# torch first and by itself: asked for through another package, pip may choose a build with gigabytes of CUDA; and the package's build looks at it.
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+$(STAMP): pyproject.toml setup.py build_backend.py constraints.txt $(shell find csrc -type f)
+	@echo "== Setting up $(VENV); this takes minutes the first time. 1 of 4: a Python of its own"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) --upgrade pip
+	@echo "== 2 of 4: PyTorch"
+	$(INSTALL) torch
+	@echo "== 3 of 4: the package, whose kernels are compiled (REWEIGHT_OPS_BUILD chooses which), and what its tests and demo use"
+	$(INSTALL) -e '.[dev]'
 	touch $@
+	@echo "== 4 of 4: what there is now"
+	@$(BIN)/reweight-ops info
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo_output gpu_output
+	rm -rf $(VENV) build .editable *.egg-info demo_output gpu_output bench_output

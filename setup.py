@@ -1,10 +1,14 @@
 """Builds the torch-free extensions ``reweight_ops._C`` and, with nvcc, ``reweight_ops._cuda`` with ninja; all metadata is in pyproject.toml.
 
-``REWEIGHT_OPS_BUILD`` says what to build: ``auto`` (default: whatever this machine can, never an error), ``cpu``, ``cuda`` (CPU and CUDA)
-or ``none``; asked for by name, a part that cannot be built is an error. ``CXX``, ``CXXFLAGS`` and ``LDFLAGS`` are honoured. nvcc is looked for in
-``CUDA_HOME``, ``PATH`` and ``/usr/local/cuda``; ``REWEIGHT_OPS_CUDA_ARCHS`` (``80;90``) replaces the list of targets. A GPU is never looked for.
+``REWEIGHT_OPS_BUILD`` says what to build: ``auto`` (default: C++, and CUDA beside a PyTorch that is built for CUDA; never an error), ``cpu``,
+``cuda`` (C++ and CUDA) or ``none``; asked for by name, a part that cannot be built is an error. What was not built, and why, is remembered beside the
+package. ``CXX``, ``CXXFLAGS`` and ``LDFLAGS`` are honoured. nvcc is looked for in ``CUDA_HOME``, ``PATH`` and ``/usr/local/cuda``; the targets are the GPUs
+of this machine, without one all from Ampere on, or those of ``REWEIGHT_OPS_CUDA_ARCHS`` (``80;90``, or ``all``).
 """
 
+from __future__ import annotations
+
+import json
 import os
 import platform
 import re
@@ -12,11 +16,14 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, __version__, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 FLAGS = [
@@ -43,6 +50,7 @@ CUDA_DTYPES = {"f32": "float", "bf16": "Bf16", "f16": "F16"}
 CUDA_KERNELS = ("streaming", "ring", "divergence", "scale")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
+BENCH, IN_A_CHECKOUT = "reweight_ops.bench", ("gpu", "gpu_kernels", "gpu_variants", "test_bench")
 # GCC 12 warns about its own AVX-512 header, and about the ABI of vectors that never leave their file.
 NO_FALSE_ALARM = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 
@@ -52,18 +60,19 @@ class NinjaBuild(build_ext):
         wanted = os.environ.get("REWEIGHT_OPS_BUILD", "auto")
         if wanted not in ("auto", "cpu", "cuda", "none"):
             raise SystemExit(f"REWEIGHT_OPS_BUILD is {wanted!r}, expected auto, cpu, cuda or none.")
-        if wanted == "none":
-            return
-        parts = {"C++": self.cpu_part, "CUDA": self.cuda_part}
-        if wanted == "cpu":
-            del parts["CUDA"]
-        for name, part in parts.items():
+        say(f"REWEIGHT_OPS_BUILD is {wanted} (of auto, cpu, cuda, none).")
+        missing: dict[str, str] = {}
+        for name, module, part in (("C++", "_C", self.cpu_part), ("CUDA", "_cuda", self.cuda_part)):
             try:
-                self.build(name, *part())
+                if why := why_left_out(module, wanted):
+                    raise LeftOut(why)
+                self.build(*part())
             except (OSError, ImportError, subprocess.CalledProcessError, RuntimeError) as error:
-                if wanted != "auto":
+                if wanted != "auto" and not isinstance(error, LeftOut):
                     raise
-                print(f"\nreweight_ops: installing without {name} kernels, because: {error}\n", flush=True)
+                missing[module] = str(error)
+                say(f"installing without {name} kernels, because: {error}.")
+        shared("built")["remember"](Path(self.get_ext_fullpath("reweight_ops._C")).absolute().parent, missing)
 
     def cpu_part(self) -> tuple[str, str]:
         """The module's name and its build edges."""
@@ -90,6 +99,7 @@ class NinjaBuild(build_ext):
         if nvcc is None:
             raise RuntimeError("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
         archs = cuda_archs(nvcc)
+        say(f"CUDA kernels with {nvcc}, for compute capability {', '.join(archs)} (REWEIGHT_OPS_CUDA_ARCHS: others, as 80;90, or all).")
         targets = cuda_targets(archs)
         toolkit = toolkit_of(nvcc)
         flags = [
@@ -115,13 +125,76 @@ class NinjaBuild(build_ext):
         rule = f"rule link\n  command = {command}\n  description = LINK $out\n"
         return "".join([rule, *objects.values(), f"build {ninja_path(target)}: link {' '.join(objects)}\n"]), module
 
-    def build(self, name: str, edges: str, module: str) -> None:
+    def build(self, edges: str, module: str) -> None:
         import ninja
 
         folder = Path(self.build_temp).absolute() / module
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(RULES + edges)
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)
+        said = []
+        with subprocess.Popen(
+            [Path(ninja.BIN_DIR) / "ninja", "-C", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                said.append(line.strip())
+        if process.returncode:
+            raise RuntimeError(next((line for line in said if re.search(r"\b(error|fatal)\b", line, re.I)), said[-1])[:300])
+
+
+class Modules(build_py):
+    """The package's modules, without those of bench/ that work in a checkout alone."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found: list[tuple[str, str, str]] = super().find_package_modules(package, package_dir)
+        return [module for module in found if package != BENCH or module[1] not in IN_A_CHECKOUT]
+
+
+class LeftOut(RuntimeError):
+    """A part that this build is not to make."""
+
+
+def say(text: str) -> None:
+    print(f"reweight_ops: {text}", flush=True)
+
+
+def shared(name: str) -> dict[str, Any]:
+    """A file that the package and its build share; importing the package would import torch."""
+    return runpy.run_path(str(ROOT / f"reweight_ops/_core/backends/{name}.py"))
+
+
+def why_left_out(module: str, wanted: str) -> str | None:
+    """Why a module is not to be built; None if it is."""
+    if wanted == "none" or (wanted == "cpu" and module == "_cuda"):
+        return f"REWEIGHT_OPS_BUILD was {wanted}"
+    if wanted != "auto" or module != "_cuda":
+        return None
+    torch = installed_torch()
+    if torch is None:
+        return "no PyTorch was found where it is installed, and these are for a PyTorch that is built for CUDA"
+    return None if torch["cuda"] else f"PyTorch {torch['version']} is not built for CUDA"
+
+
+_ASK = """
+import importlib.util, json, pathlib, runpy
+found = importlib.util.find_spec("torch")
+if found is not None and found.origin:
+    said = runpy.run_path(str(pathlib.Path(found.origin).with_name("version.py")))
+    print(json.dumps({"version": said["__version__"], "cuda": said.get("cuda")}))
+"""
+
+
+def installed_torch() -> dict[str, Any] | None:
+    """``version`` and ``cuda`` (None: not built for it) of the PyTorch that the package will be beside, without importing it.
+
+    pip builds in an environment of its own, but by the interpreter that it installs for: without ``PYTHON*`` variables that one sees what is there.
+    """
+    for flags in ([], ["-E"]):
+        done = subprocess.run([sys.executable, *flags, "-c", _ASK], cwd="/", capture_output=True, text=True)
+        if done.stdout.strip():
+            found: dict[str, Any] = json.loads(done.stdout)
+            return found
+    return None
 
 
 def cxx() -> list[str]:
@@ -133,7 +206,7 @@ def cxx() -> list[str]:
 
 def sources(part: str) -> str:
     """What the Python side compares with the sources beside it."""
-    return f'-DRW_SOURCES="{runpy.run_path(str(ROOT / "reweight_ops/_core/backends/sources.py"))["source_hash"](part)}"'
+    return f'-DRW_SOURCES="{shared("sources")["source_hash"](part)}"'
 
 
 def includes() -> list[str]:
@@ -170,20 +243,34 @@ def cuda_libraries(toolkit: Path) -> list[str]:
 
 
 def cuda_archs(nvcc: Path) -> list[str]:
-    """What this toolkit can compile for, from Ampere to the newest; a driver compiles the PTX of the last one for anything newer."""
-    named = os.environ.get("REWEIGHT_OPS_CUDA_ARCHS")
-    if named:
+    """The GPUs of this machine, or what this toolkit can compile for, from Ampere to the newest; a driver compiles the PTX of the last for anything newer."""
+    named = os.environ.get("REWEIGHT_OPS_CUDA_ARCHS", "")
+    if named not in ("", "all"):
         return named.split(";")
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", text)
     version = tuple(map(int, release.groups())) if release else (0, 0)
     if version < (11, 8):
         raise RuntimeError("CUDA 11.8 or newer is needed")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    here = [] if named else [arch for arch in gpus_here() if int(arch) >= 80]
+    if here and all(f"sm_{arch}" in known for arch in here):
+        return here
     return ["80", "90", "100", "120"] if version >= (12, 8) else ["80", "90"]
 
 
 def cuda_targets(archs: list[str]) -> list[str]:
     return [*(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs), f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def gpus_here() -> list[str]:
+    """The compute capabilities of this machine's GPUs, as nvcc writes them; none where nvidia-smi finds none."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return sorted({"".join(found) for found in re.findall(r"^(\d+)\.(\d)$", said, re.M)}, key=int)
 
 
 def cuda_edge(obj: str, kernel: str, dtype: str, targets: list[str], nvcc: Path) -> str:
@@ -213,7 +300,7 @@ LICENSE = {"license_expression" if int(__version__.split(".")[0]) >= 77 else "li
 if __name__ == "__main__":  # bench/gpu_variants.py and tests/support/nvcc.py compile by the same flags
     setup(
         **LICENSE,
-        packages=[*find_packages(str(ROOT), include=["reweight_ops", "reweight_ops.*"]), "reweight_ops.triton_kernels"],
+        packages=[*find_packages(str(ROOT), include=["reweight_ops", "reweight_ops.*"]), "reweight_ops.triton_kernels", BENCH],
         ext_modules=[Extension("reweight_ops._C", sources=[]), Extension("reweight_ops._cuda", sources=[])],
-        cmdclass={"build_ext": NinjaBuild},
+        cmdclass={"build_ext": NinjaBuild, "build_py": Modules},
     )

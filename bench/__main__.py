@@ -1,6 +1,7 @@
-"""``python -m bench``: measure, print a table, write JSON and a plot under bench/results/.
+"""``python -m bench``, after an installation ``reweight-ops bench``: measure, print a table, write JSON and a plot under bench_output/.
 
 python -m bench                              all cases, with default pages and with huge pages (two processes)
+python -m bench --update                     the same into the committed results of bench/results/: never without this word
 python -m bench --only 128x151936 --rounds 15
 python -m bench --suite linear               from hidden states: the head's GEMMs with the loss between them
 python -m bench --suite pair                 divergences of two logits tensors
@@ -19,11 +20,10 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from reweight_ops import _C
 
 from .cases import cases
 from .linear import linear_cases, linear_providers
@@ -33,7 +33,18 @@ from .progress import Steps
 from .providers import Provider, providers
 from .report import plot, print_tables
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+#: Committed measurements; a package that is installed has none.
+RESULTS = HERE / "results"
+
+
+def extension() -> dict[str, Any] | None:
+    """What the C++ kernels are; None where there are none."""
+    try:
+        from reweight_ops import _C
+    except ImportError:
+        return None
+    return {**_C.build_info(), "level": _C.level()}
 
 
 def machine(device: str, commit: str | None) -> dict[str, Any]:
@@ -42,6 +53,8 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
     import reweight_ops
 
     def git(*arguments: str) -> str:
+        if not RESULTS.is_dir():  # installed: the checkout that a virtual environment may lie in is somebody else's
+            return ""
         try:
             return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()
         except OSError:
@@ -72,7 +85,7 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
         "commit": commit or (git("rev-parse", "--short", "HEAD") or "unknown") + (" (modified)" if modified else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    found["extension"] = {**_C.build_info(), "level": _C.level()}
+    found["extension"] = extension()
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
         found |= {"multiprocessors": p.multi_processor_count, "memory": p.total_memory, "l2": p.L2_cache_size}
@@ -133,13 +146,24 @@ def kept(path: Path, measured: list[dict[str, Any]], order: list[str]) -> list[d
     return sorted([*old, *measured], key=lambda entry: order.index(entry["name"]) if entry["name"] in order else len(order))
 
 
+def folder(options: argparse.Namespace) -> Path:
+    """Where results go. Committed ones are never replaced unless told, and there is nothing to update where there are none."""
+    asked = Path(options.out or (RESULTS if options.update else "bench_output")).resolve()
+    if asked == RESULTS and not RESULTS.is_dir():
+        raise SystemExit("--update is for the committed results of a checkout, and this is an installed package: name a folder with --out.")
+    if asked == RESULTS and not options.update:
+        raise SystemExit(f"{RESULTS} holds committed results: --update measures into them, and keeps the cases that are not measured.")
+    return asked
+
+
 def measure(options: argparse.Namespace) -> None:
-    every = suite(options)
+    every, out = suite(options), folder(options)
     if of_gpu(options):
         options.quiet = 1.0  # a GPU's own clock does not see what the host's processor does besides
     chosen = [c for c in every if all(word in c.name for word in options.only) and not any(word in c.name for word in options.skip)]
     if not chosen:
-        raise SystemExit(f"no case matches {options.only}")
+        words = " ".join(["--only", *options.only, *(["--skip", *options.skip] if options.skip else [])])
+        raise SystemExit("\n  ".join([f"no case matches {words}; the cases of this suite are:", *(c.name for c in every)]))
     backends = tuple(options.backends.split(",")) if options.backends else (("cpu",) if options.device == "cpu" else ("cuda", "triton"))
     who = [
         p
@@ -152,7 +176,7 @@ def measure(options: argparse.Namespace) -> None:
         "cases": [],
         "not_reached": [],
     }
-    path = Path(options.out) / file_name(options, document["machine"]["huge_pages"])
+    path = out / file_name(options, document["machine"]["huge_pages"])
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline, measured = time.monotonic() + options.seconds, list[dict[str, Any]]()
     # Of each case: with --update they may differ.
@@ -180,14 +204,18 @@ def measure(options: argparse.Namespace) -> None:
         raise SystemExit("\n".join(["ours are wrong:", *bad]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    shown = (__doc__ or "").partition("\n")[2].replace("python -m bench", prog)
+    parser = argparse.ArgumentParser(prog=prog, description=shown, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="words that a case's name must contain: 128x151936 bfloat16 +entropy")
     parser.add_argument("--skip", nargs="*", default=[], help="words that it must not contain")
     parser.add_argument(
         "--suite", default="logits", choices=tuple(SUITES), help="from logits, from hidden states, of two logits tensors; a GPU has all"
     )
-    parser.add_argument("--update", action="store_true", help="keep the other cases of the result file")
+    parser.add_argument(
+        "--update", action="store_true", help="write into results that are there, by default the committed ones, and keep their other cases"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--slow", type=float, default=10, help="a baseline that takes more seconds is run once, outside the rounds")
     parser.add_argument(
@@ -208,9 +236,9 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak of resident memory")
     parser.add_argument("--commit", help="what is measured, where that is no checkout of git's")
     parser.add_argument("--no-plot", action="store_true")
-    parser.add_argument("--out", default=str(HERE / "results"))
+    parser.add_argument("--out", help="folder of the results; default: bench_output, with --update the committed results")
     parser.add_argument("--show", help="print the table of a result file and measure nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.show:
         print_tables(json.loads(Path(options.show).read_text()))
         return
@@ -225,9 +253,10 @@ def main() -> None:
             measure(options)
             return
     for kind in kinds:
-        arguments = sys.argv[1:]
         environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1" if kind == "huge" else "0"}
-        subprocess.run([sys.executable, "-m", "bench", *arguments, "--pages", kind], env=environment, check=True)
+        done = subprocess.run([sys.executable, "-m", str(__package__), *arguments, "--pages", kind], env=environment)
+        if done.returncode:
+            raise SystemExit(done.returncode)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
         [*install, "-e", str(ROOT)],
         240,
         60,
-        {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_ROOT_USER_ACTION": "ignore", **archs()},
+        {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_ROOT_USER_ACTION": "ignore", "REWEIGHT_OPS_BUILD": "cuda"},
         lambda: "a dry run uses what is installed" if dry else None,
     )
     one_thread = {"OMP_NUM_THREADS": "1"}  # tiny shapes on a shared machine: threads only wait for each other
@@ -115,15 +115,6 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
     )
     bench += ["--commit", commit] if commit else []
     return [*found, Stage("bench", "bench", bench, seconds, 60 if dry else 240, one_thread if dry else {}, reserve=30)]
-
-
-def archs() -> dict[str, str]:
-    """Machine code for this GPU alone, which is all that is run here: a third of the build's time."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None or "REWEIGHT_OPS_CUDA_ARCHS" in os.environ:
-        return {}
-    said = subprocess.run([tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True).stdout.split()
-    return {"REWEIGHT_OPS_CUDA_ARCHS": ";".join(sorted({x.replace(".", "") for x in said}))} if said else {}
 
 
 # ---- running them

@@ -1,4 +1,4 @@
-"""``reweight-ops info | methods | find WORDS | show NAME | check | trainers``."""
+"""``reweight-ops info | methods | find WORDS | show NAME | check | trainers | bench``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 from . import __version__
 from ._core.backends.base import Request
+from ._core.backends.built import why_missing
 from ._core.backends.select import NAMES, load, why_not
 from ._core.catalogue.registry import CATALOGUE, KINDS, Entry
 from ._core.catalogue.search import exact
@@ -99,11 +100,11 @@ def _build_info() -> dict[str, Any]:
     try:
         extension = importlib.import_module(f"{__package__}._C")
     except ImportError as error:
-        return {"status": f"not built ({error})"}
+        return {"status": f"missing ({why_missing('_C', error)})"}
     try:
         cuda = f"compiled for {importlib.import_module(f'{__package__}._cuda').archs()}"
     except ImportError as error:
-        cuda = f"not built ({error})"
+        cuda = f"missing ({why_missing('_cuda', error)})"
     return {**extension.build_info(), "cuda": cuda}
 
 
@@ -246,6 +247,12 @@ def check(
     total = len(losses) + len(golden)
     console.print(f"{total - len(failed)} passed, {len(failed)} failed")
     raise typer.Exit(1 if failed or not total else 0)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure the kernels of this machine beside other libraries' (``reweight-ops bench --help``)."""
+    importlib.import_module(f"{__package__}.bench.__main__").main(context.args, "reweight-ops bench")
 
 
 def _check_row(table: Table, case: Case, vocab: int, failed: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The command line, in process."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 import reweight_ops as rw
+from bench import __main__ as harness
 from reweight_ops import cli
 from reweight_ops._core.backends import reference_token as reference
 from reweight_ops._core.backends import select
@@ -41,6 +43,19 @@ def test_info_names_versions_and_every_backend_with_its_reason(run):
 def test_version(run):
     result = run("--version")
     assert (result.exit_code, result.stdout.strip()) == (0, f"reweight-ops {rw.__version__}")
+
+
+def test_bench_hands_over_everything(run, monkeypatch):
+    """Its own help too. In an installation the module is part of the package; a test of the wheel runs that one."""
+    monkeypatch.setitem(sys.modules, "reweight_ops.bench.__main__", harness)
+    result = run("bench", "--help")
+    assert (
+        result.exit_code == 0
+        and result.stdout.startswith("usage: reweight-ops bench")
+        and "reweight-ops bench --suite pair" in result.stdout
+    )
+    result = run("bench", "--only", "nothing", "--skip", "fp16", "--tiny")
+    assert result.exit_code == 1 and "no case matches --only nothing --skip fp16; the cases" in result.output
 
 
 def test_methods_lists_every_method(run):
@@ -174,8 +189,6 @@ def test_check_refuses_unknown_names(run):
     ):
         assert isinstance(run("check", *arguments).exception, rw.InvalidCall)
     with pytest.raises(SystemExit) as exit_:
-        import sys
-
         sys.argv = ["reweight-ops", "check", "--method", "dappo"]
         cli.main()
     assert exit_.value.code == 2

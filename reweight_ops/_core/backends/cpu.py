@@ -13,6 +13,7 @@ import torch
 
 from ...errors import BackendUnavailable
 from .base import Backend, Request
+from .built import why_missing
 from .cpu_rows import RowsEvaluator
 from .cpu_verbs import CpuVerbs
 from .native import Native, checked, dtype_reason
@@ -24,7 +25,8 @@ def _load() -> ModuleType:
         return importlib.import_module("reweight_ops._C")
     except ImportError as error:
         raise BackendUnavailable(
-            f"the compiled extension reweight_ops._C is missing or does not load ({error}); reinstall with a C++ compiler and REWEIGHT_OPS_BUILD=cpu."
+            f"the compiled extension reweight_ops._C is missing or does not load ({why_missing('_C', error)}); "
+            "reinstall with a C++ compiler and REWEIGHT_OPS_BUILD=cpu."
         ) from error
 
 

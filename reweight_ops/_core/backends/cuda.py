@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...errors import BackendUnavailable, ReweightOpsError
 from .base import Backend, Request, rows_of
+from .built import why_missing
 from .native import DTYPES, Native, checked, dtype_reason
 from .native_divergence import NativeDivergence
 
@@ -50,7 +51,8 @@ def _load() -> ModuleType:
         return importlib.import_module("reweight_ops._cuda")
     except ImportError as error:
         raise BackendUnavailable(
-            f"this installation has no CUDA kernels ({error}); reinstall where nvcc is found (CUDA_HOME or PATH) with REWEIGHT_OPS_BUILD=cuda."
+            f"this installation has no CUDA kernels ({why_missing('_cuda', error)}); "
+            "reinstall where nvcc is found (CUDA_HOME or PATH) with REWEIGHT_OPS_BUILD=cuda."
         ) from error
 
 

@@ -5,6 +5,7 @@ The modules take raw addresses and check nothing, so everything that could make 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -17,17 +18,23 @@ from ..formula.loss_program import Program
 from .base import COEFS, LOSS_ROWS, STATS, Request, RowAddresses, RowInputs, SoftmaxParams, rows_of
 from .native_programs import Compiled, Programs
 from .scale import scale_in_torch, spans_of
-from .sources import source_hash
+from .sources import CSRC, source_hash
 
 _MAX_COLUMNS = 2**31 - 2**20
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def checked(module: Any, part: str) -> Any:
-    """The module, unless it was built from other sources than those beside the package (an installation from a wheel has none)."""
+    """The module, unless it was built from other sources than those beside the package (an installation from a wheel has none).
+
+    Of that a warning tells too: where other backends can serve the calls, nobody sees the error, only that they are slow.
+    """
     expected = source_hash(part)
     if expected is not None and getattr(module, "sources", None) != expected:
-        raise BackendUnavailable(f"{module.__name__} was built from other sources; rebuild it with pip install -e .")
+        choice = "REWEIGHT_OPS_BUILD=cuda " if part == "cuda" else ""
+        said = f"{module.__name__} was built from other sources; rebuild it with {choice}pip install -e {CSRC.parent} --no-deps"
+        warnings.warn(f"{said} (until then slower backends serve its calls).", stacklevel=2)
+        raise BackendUnavailable(said)
     return module
 
 

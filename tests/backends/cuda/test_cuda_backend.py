@@ -1,9 +1,11 @@
 """The CUDA backend where there is no GPU: what was compiled, and what it says. The tests marked gpu run it."""
 
 import importlib
+import re
 import shutil
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -80,10 +82,29 @@ def test_an_extension_built_from_other_sources(monkeypatch, tmp_path, part):
     monkeypatch.setattr(native, "source_hash", lambda part: changed)
     monkeypatch.delitem(sys.modules, f"reweight_ops._core.backends.{part}", raising=False)
     monkeypatch.setattr(select, "_loaded", {})
-    with pytest.raises(BackendUnavailable, match="built from other sources; rebuild it with pip install -e"):
+    choice = "REWEIGHT_OPS_BUILD=cuda " if part == "cuda" else ""
+    said = re.escape(f"built from other sources; rebuild it with {choice}pip install -e {ROOT} --no-deps")
+    with pytest.warns(UserWarning, match=said), pytest.raises(BackendUnavailable, match=said):
         select.load(part)
-    with pytest.raises(BackendUnavailable, match="older was built from other sources"):
+    with warnings.catch_warnings(), pytest.raises(BackendUnavailable, match=said):
+        warnings.simplefilter("error")  # told once
+        select.load(part)
+    older = "older was built from other sources"
+    with pytest.warns(UserWarning, match=older), pytest.raises(BackendUnavailable, match=older):
         native.checked(types.ModuleType("older"), part)
+
+
+def test_calls_that_a_stale_extension_would_serve_say_so_once(monkeypatch):
+    """They run, by the reference: what tells that it could be faster is the warning of the first one."""
+    module = pytest.importorskip("reweight_ops._C", exc_type=ImportError)
+    monkeypatch.setitem(sys.modules, "reweight_ops._C", types.SimpleNamespace(__name__=module.__name__, sources="other"))
+    monkeypatch.delitem(sys.modules, "reweight_ops._core.backends.cpu", raising=False)
+    monkeypatch.setattr(select, "_loaded", {})
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            reweight_ops.token_logps(torch.zeros(1, 2, 8), torch.zeros(1, 2, dtype=torch.int64))
+    assert len([w for w in found if "built from other sources" in str(w.message)]) == 1
 
 
 def test_explain_says_which_kernel_a_call_takes(backend, monkeypatch):
