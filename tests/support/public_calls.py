@@ -111,7 +111,7 @@ def _linear_distillation(op, made, two, options) -> list[Tensor]:
     leaves = {name: leaf(x) for name, x in made.items()}
     other = two["other_logits"].to(leaves["hidden"].dtype)
     found: list[Tensor] = []
-    for teacher in (other, rw.HiddenLogits(other, torch.eye(VOCAB, dtype=other.dtype, device="cpu"))):
+    for teacher in (other, rw.HiddenLogits(other, torch.eye(VOCAB, dtype=other.dtype, device=other.device))):
         out = op(leaves["hidden"], leaves["weight"], teacher, lm_head_bias=leaves["bias"], chunk_rows=3, **options)
         total, shown = (out.sum(), [out]) if isinstance(out, Tensor) else (out.loss, [out.per_token_divergence, out.entropies])
         found += with_gradients(total, list(leaves.values()), *shown)
