@@ -5,6 +5,7 @@ python -m bench --update                     the same into the committed results
 python -m bench --only 128x151936 --rounds 15
 python -m bench --suite linear               from hidden states: the head's GEMMs with the loss between them
 python -m bench --suite pair                 divergences of two logits tensors
+python -m bench --suite distill              from hidden states of a student and of a teacher
 python -m bench --show bench/results/cpu-huge-pages.json
 python -m bench --device cuda                a GPU's cases, from hidden states too (make gpu-bench does this)
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import cases
+from .distill import distill_cases, distill_providers
 from .linear import linear_cases, linear_providers
 from .measure import Effort, Memory, foreign_load, run_case
 from .pair import pair_cases, pair_providers
@@ -127,7 +129,7 @@ def of_gpu(options: argparse.Namespace) -> bool:
 
 
 #: What may be asked for by name; a GPU runs all.
-SUITES = {"logits": cases, "linear": linear_cases, "pair": pair_cases}
+SUITES = {"logits": cases, "linear": linear_cases, "pair": pair_cases, "distill": distill_cases}
 
 
 def suite(options: argparse.Namespace) -> list[Any]:
@@ -167,7 +169,7 @@ def measure(options: argparse.Namespace) -> None:
     backends = tuple(options.backends.split(",")) if options.backends else (("cpu",) if options.device == "cpu" else ("cuda", "triton"))
     who = [
         p
-        for p in [*providers(backends), *linear_providers(backends), *pair_providers(backends)]
+        for p in [*providers(backends), *linear_providers(backends), *pair_providers(backends), *distill_providers(backends)]
         if not options.providers or p.ours or any(word in p.name for word in options.providers.split(","))
     ]
     document: dict[str, Any] = {
@@ -211,7 +213,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     parser.add_argument("--only", nargs="*", default=[], help="words that a case's name must contain: 128x151936 bfloat16 +entropy")
     parser.add_argument("--skip", nargs="*", default=[], help="words that it must not contain")
     parser.add_argument(
-        "--suite", default="logits", choices=tuple(SUITES), help="from logits, from hidden states, of two logits tensors; a GPU has all"
+        "--suite",
+        default="logits",
+        choices=tuple(SUITES),
+        help="from logits, from hidden states, of two logits tensors, of two models' hidden states; a GPU has all",
     )
     parser.add_argument(
         "--update", action="store_true", help="write into results that are there, by default the committed ones, and keep their other cases"

@@ -20,6 +20,7 @@ LIMIT = {
     ("kl+grad", False): ("read", "read", "read", "copy"), ("kl+grad", True): ("read", "read", "read", "copy"),
     ("distill", False): ("read", "copy"), ("distill", True): ("read", "copy"),
     ("linear", False): ("gemms",), ("linear ce", False): ("gemms",),
+    **{(f"linear distill {kind}", False): ("gemms",) for kind in ("forward", "reverse", "jsd")},
 }  # fmt: skip
 
 

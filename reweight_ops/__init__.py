@@ -9,7 +9,7 @@ with _warnings.catch_warnings():  # PyTorch's at its own import, where there is 
 from . import advantages, divergences, kernels, methods, objectives, preference, rewards, rules, sample_weights, schedules, weights
 from ._core import moved as _moved
 from ._core.backends.select import NAMES as BACKENDS
-from ._core.calls.keywords import Lora
+from ._core.calls.keywords import HiddenLogits, Lora
 from ._core.calls.specs import METHODS, method
 from ._core.catalogue.search import find
 from ._core.engine.metrics import Metrics
@@ -17,6 +17,7 @@ from ._core.engine.output import PolicyLossOutput, TokenStats
 from ._core.formula.base import Rule, TokenWeight, rule, weight
 from ._core.losses.explain import Explanation, explain
 from ._core.losses.linear import linear_policy_loss, linear_token_logps, linear_token_stats
+from ._core.losses.linear_distillation import linear_distillation_loss, linear_token_divergence
 from ._core.losses.policy import policy_loss, policy_loss_from_logps
 from ._core.losses.statistics import token_logps, token_stats
 from ._core.spec.coupled import Constraint, GroupContrast
@@ -42,6 +43,7 @@ __all__ = [
     "FromFunction",
     "GeometricMeanRatio",
     "GroupContrast",
+    "HiddenLogits",
     "InvalidCall",
     "Lora",
     "Metrics",
@@ -70,8 +72,10 @@ __all__ = [
     "explain",
     "find",
     "kernels",
+    "linear_distillation_loss",
     "linear_policy_loss",
     "linear_preference_loss",
+    "linear_token_divergence",
     "linear_token_logps",
     "linear_token_stats",
     "method",

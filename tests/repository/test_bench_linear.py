@@ -9,8 +9,9 @@ import torch
 import reweight_ops as rw
 from bench import __main__ as harness
 from bench import linear, report
+from bench.distill import JOBS, TINY_SHAPE, DistillCase, distill_providers
 from bench.linear import LinearCase, linear_providers
-from bench.measure import Effort, Memory, run_case
+from bench.measure import Effort, Memory, gate, run_case
 
 CASES = [LinearCase("linear", 64, 32, 320, "float32", "cpu", zero) for zero in (False, True)]
 OURS = ("cpu one_pass", "cpu two_pass")
@@ -98,3 +99,14 @@ def test_both_limits_are_the_three_gemms(dtype):
     assert torch.equal(z, data.hidden.flatten(0, 1) @ data.weight.t())
     assert torch.equal(dh, z @ data.weight) and torch.equal(dw, z.t() @ data.hidden.flatten(0, 1))
     assert data.limits()["gemms, reused output"]() is None
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_distillation(job):
+    """Everyone passes the gate, which a gradient of another divergence does not."""
+    case = DistillCase(job, *TINY_SHAPE, "float32", "cpu")
+    results, limits, _ = run_case(case, distill_providers(("cpu",)), Effort(rounds=1), lambda: None)
+    assert [r.provider for r in results if r.ms] == ["eager", "TRL chunked", *OURS] and len(limits["gemms"]) == 1
+    other = DistillCase(JOBS[(JOBS.index(job) + 1) % len(JOBS)], *TINY_SHAPE, "float32", "cpu")
+    eager = distill_providers(("cpu",))[0]
+    assert gate(eager, case.data(), eager.make(other.data())) > 1

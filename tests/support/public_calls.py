@@ -106,6 +106,18 @@ def head(dtype: torch.dtype, lora: bool) -> dict:
     return made if lora else {name: x for name, x in made.items() if name not in ("a", "b")}
 
 
+def _linear_distillation(op, made, two, options) -> list[Tensor]:
+    """The hidden states' divergence to the logits ``two`` of another model, and to a head over them as its hidden states."""
+    leaves = {name: leaf(x) for name, x in made.items()}
+    other = two["other_logits"].to(leaves["hidden"].dtype)
+    found: list[Tensor] = []
+    for teacher in (other, rw.HiddenLogits(other, torch.eye(VOCAB, dtype=other.dtype, device=other.device))):
+        out = op(leaves["hidden"], leaves["weight"], teacher, lm_head_bias=leaves["bias"], chunk_rows=3, **options)
+        total, shown = (out.sum(), [out]) if isinstance(out, Tensor) else (out.loss, [out.per_token_divergence, out.entropies])
+        found += with_gradients(total, list(leaves.values()), *shown)
+    return found
+
+
 def linear(op, made, ids, options) -> list[Tensor]:
     leaves = {name: leaf(x) for name, x in made.items()}
     more = {"lora": Lora(leaves["a"], leaves["b"], 0.5)} if "a" in leaves else {}
@@ -154,6 +166,15 @@ def calls(backends: list[str] = BACKENDS) -> dict[str, Call]:
     two = make_divergence(SHAPE, VOCAB, torch.float32)
     for b in backends:
         made |= {f"token_divergence {kind} {b}": partial(_divergence, two, kind, b) for kind in (*KINDS, "generalized_jsd")}
+        for kind in (*KINDS, "generalized_jsd"):
+            options = {"kind": kind, "completion_mask": two["completion_mask"], "backend": b}
+            parts = head(torch.float32, lora=False)
+            made[f"linear_token_divergence {kind} {b}"] = partial(_linear_distillation, rw.linear_token_divergence, parts, two, options)
+            for plan in ("one_pass", "two_pass"):
+                planned = {**options, "plan": plan}
+                made[f"linear_distillation_loss {kind} {plan} {b}"] = partial(
+                    _linear_distillation, rw.linear_distillation_loss, parts, two, planned
+                )
         for plan in ("one_pass", "two_pass"):
             made |= {f"distillation_loss {kind} {plan} {b}": partial(_distillation, two, kind, plan, b) for kind in KINDS}
     for name in ("symmetric_cross_entropy", "confidence_masked_kl", "pld", "dhkd", "ldr", "stablemax"):

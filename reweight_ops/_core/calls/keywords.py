@@ -74,6 +74,20 @@ class Lora(NamedTuple):
     scale: float = 1.0
 
 
+class HiddenLogits(NamedTuple):
+    """Logits that are never formed as a whole: ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``, plus a LoRA term before the scale.
+
+    ``hidden``: ``R + (D,)``. ``lm_head_weight``: ``[V, D]``. ``lm_head_bias``: ``[V]``. ``logits_dtype``: of the logits, as in :func:`linear_token_logps`.
+    """
+
+    hidden: Tensor
+    lm_head_weight: Tensor
+    lm_head_bias: Tensor | None = None
+    logit_scale: float = 1.0
+    lora: Lora | None = None
+    logits_dtype: dtype | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMHeadOptions(Options):
     """The LM head of an op that takes hidden states, and its chunks."""

@@ -13,7 +13,7 @@ from ..backends.base import SoftmaxParams
 from ..rows.groups import describe
 from .keywords import SoftmaxOptions
 from .logits import Logits, collapsed, resolve_logits
-from .softmax import resolve_softcap, resolve_temperature
+from .softmax import Fail, resolve_softcap, resolve_temperature
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,29 @@ class TwoLogits:
     other: Tensor
     other_temperature: Tensor
     other_softmax: SoftmaxParams
+
+
+def check_other_logits(logits: Tensor, other: Tensor, shape: tuple[int, ...], vocab_size: int | None, fail: Fail) -> None:
+    """Check ``other_logits``, ``shape + (V,)``, against logits of any rows: their device, dtype and columns."""
+    if other.device != logits.device:
+        raise fail(f"other_logits are on {other.device}, logits on {logits.device}.")
+    if not other.is_floating_point() or other.dtype.itemsize < 2 or (other.dtype == torch.float64) != (logits.dtype == torch.float64):
+        raise fail(f"other_logits are {other.dtype}, logits {logits.dtype}; expected fp16, bf16 or fp32, or fp64 for both.")
+    if other.requires_grad and torch.is_grad_enabled():
+        raise fail("other_logits require grad, but no gradient flows to them: pass them detached.")
+    if tuple(other.shape[:-1]) != shape:
+        raise fail(f"other_logits has shape {tuple(other.shape)}, expected {shape} + (V,).")
+    check_columns(logits.shape[-1], other.shape[-1], vocab_size, fail)
+    if other.stride(-1) != 1 and other.shape[-1] > 1:
+        raise fail("the last dimension of other_logits is not contiguous: pass other_logits.contiguous().")
+
+
+def check_columns(columns: int, other_columns: int, vocab_size: int | None, fail: Fail) -> None:
+    """Both softmaxes are over the same columns."""
+    if vocab_size is None and other_columns != columns:
+        raise fail(f"logits have {columns} columns, other_logits {other_columns}: pass vocab_size, the columns of both softmaxes.")
+    if vocab_size is not None and other_columns < vocab_size:
+        raise fail(f"vocab_size is {vocab_size}, other_logits have {other_columns} columns.")
 
 
 def resolve_two_logits(
@@ -42,24 +65,9 @@ def resolve_two_logits(
     shape[-1] -= int(options.drop_last)
     ids = more.get("completion_ids", torch.zeros(shape, dtype=torch.int64, device=logits.device))
     call = resolve_logits(op, logits, ids, options, tensors)
-    if other.device != logits.device:
-        raise fail(f"other_logits are on {other.device}, logits on {logits.device}.")
-    if not other.is_floating_point() or other.dtype.itemsize < 2 or (other.dtype == torch.float64) != (logits.dtype == torch.float64):
-        raise fail(f"other_logits are {other.dtype}, logits {logits.dtype}; expected fp16, bf16 or fp32, or fp64 for both.")
-    if other.requires_grad and torch.is_grad_enabled():
-        raise fail("other_logits require grad, but no gradient flows to them: pass them detached.")
-    if options.drop_last and other.shape[:-1] == logits.shape[:-1]:
+    if options.drop_last and isinstance(other, Tensor) and other.shape[:-1] == logits.shape[:-1]:
         other = other[..., :-1, :]
-    if list(other.shape[:-1]) != shape:
-        raise fail(f"other_logits has shape {tuple(other.shape)}, expected {tuple(shape)} + (V,).")
-    if options.vocab_size is None and other.shape[-1] != logits.shape[-1]:
-        raise fail(
-            f"logits have {logits.shape[-1]} columns, other_logits {other.shape[-1]}: pass vocab_size, the columns of both softmaxes."
-        )
-    if other.shape[-1] < call.softmax.vocab_size:
-        raise fail(f"vocab_size is {call.softmax.vocab_size}, other_logits have {other.shape[-1]} columns.")
-    if other.stride(-1) != 1 and other.shape[-1] > 1:
-        raise fail("the last dimension of other_logits is not contiguous: pass other_logits.contiguous().")
+    check_other_logits(logits, other, tuple(shape), options.vocab_size, fail)
     softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap("other_softcap", other_softcap, fail))
     # A view: torch.compile takes no tensor twice.
     temperature = call.temperature.view(-1) if other_temperature is None else resolve_temperature(call.rows, other_temperature, fail)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..backends.base import SoftmaxParams
 from ..backends.mean_logit import MEAN_LOGIT
 from ..calls.hidden import ChunkSettings, LMHead
+from ..rows.constants import number_like, varies
 from ..rows.groups import OUT
 from .ops import without_last_position
 
@@ -93,8 +95,30 @@ def linear_stats(
     return token_stats(head_logits(hidden, head, ids != OUT, settings), ids, temperature, settings.softmax, names)
 
 
-def divergence_stats(tensors: Sequence[Tensor], softmaxes: tuple[int, float, float], drop_last: bool) -> tuple[Tensor, ...]:
-    """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, from logits, other logits, ids and both temperatures."""
+def other_logits(hidden: Tensor, head: LMHead | None, index: Tensor | None, keep: Tensor, settings: ChunkSettings) -> Tensor:
+    """``[M, V]`` logits of a frozen second tensor: of its hidden states and head, or rows of the logits that were given."""
+    if head is not None:
+        return head_logits(hidden, head, keep, settings)
+    flat = rows(hidden, False)
+    return flat if index is None else flat[index]
+
+
+def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """``β·KL(q‖m) + (1-β)·KL(p‖m)``, ``m = β·q + (1-β)·p``, of rows of log-probs."""
+    # A column without mass in either has no mixture, whose slope would be NaN; it is multiplied by their p and q, which are 0.
+    dead = (log_p == -math.inf) & (log_q == -math.inf)
+    share: Any = number_like(beta, log_p) if varies(beta) else beta
+    log_share, log_rest = (share.log(), torch.log1p(-share)) if varies(beta) else (math.log(beta), math.log1p(-beta))
+    mix = torch.logaddexp(torch.where(dead, 0, log_p) + log_rest, torch.where(dead, 0, log_q) + log_share)
+    to_q, to_p = (torch.where(t == -math.inf, 0, t.exp() * (torch.where(t == -math.inf, 0, t) - mix)).sum(-1) for t in (log_q, log_p))
+    jsd: Tensor = share * to_q + (1 - share) * to_p
+    return jsd
+
+
+def divergence_stats(
+    tensors: Sequence[Tensor], softmaxes: tuple[int, float, float], drop_last: bool, beta: float | None = None
+) -> tuple[Tensor, ...]:
+    """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, from logits, other logits, ids and both temperatures; with ``beta`` also the generalised JSD."""
     logits, other, ids, temperature, other_temperature = tensors
     vocab_size, softcap, other_softcap = softmaxes
     inside = (ids != OUT)[:, None]
@@ -109,7 +133,10 @@ def divergence_stats(tensors: Sequence[Tensor], softmaxes: tuple[int, float, flo
     sick = p.isnan().any(-1) | q.isnan().any(-1)
     forward = torch.where((dead_p & ~dead_q).any(-1) & ~sick, math.inf, _at_least_zero(forward))
     reverse = torch.where((dead_q & ~dead_p).any(-1) & ~sick, math.inf, _at_least_zero(reverse))
-    return tuple(torch.where(inside[:, 0], row, 0) for row in (forward, reverse, -(p * a).sum(-1), -(q * b).sum(-1)))
+    found = [forward, reverse, -(p * a).sum(-1), -(q * b).sum(-1)]
+    if beta is not None:
+        found.append(generalized_jsd(log_p, log_q, beta))
+    return tuple(torch.where(inside[:, 0], row, 0) for row in found)
 
 
 def _at_least_zero(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import InvalidCall
 from ..rows.constants import parameter_vector
 from ..rows.rows import Rows
 from .autograd import weighted_sum
@@ -26,10 +27,29 @@ KINDS = {
 
 STATISTICS = ("forward_kl", "reverse_kl", "entropy", "other_entropy")
 
+#: A kind that is no sum of them, with a parameter ``beta``.
+GENERALIZED_JSD = "generalized_jsd"
+
+
+def check_kind(op: str, kind: str, beta: float | None) -> float | None:
+    """``beta``, by default 0.5, of a generalised JSD; None for the other kinds. Raises for an unknown kind, and for a beta without effect."""
+    if kind not in (*KINDS, GENERALIZED_JSD):
+        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}, {GENERALIZED_JSD}.")
+    if kind != GENERALIZED_JSD:
+        if beta is not None:
+            raise InvalidCall(f"{op}: beta belongs to kind='generalized_jsd'; with {kind!r} it would have no effect.")
+        return None
+    beta = 0.5 if beta is None else beta
+    if not 0 < beta < 1:
+        raise InvalidCall(f"{op}: beta is {beta}, expected a number in (0, 1); 0 is forward_kl and 1 reverse_kl.")
+    return beta
+
 
 def divergence_of(kind: str, values: tuple[Tensor, ...]) -> Tensor:
-    """The divergence of that kind from its :data:`STATISTICS`."""
-    used = [c * x for c, x in zip(KINDS[kind], values, strict=True) if c]
+    """The divergence of that kind from its :data:`STATISTICS`, and from the generalised JSD where that is the kind."""
+    if kind == GENERALIZED_JSD:
+        return values[-1]
+    used = [c * x for c, x in zip(KINDS[kind], values[:4], strict=True) if c]
     return sum(used[1:], used[0])
 
 
@@ -58,28 +78,36 @@ class DistillationObjective:
     rows: Rows
     weights: Tensor
 
-    reads = STATISTICS
     program = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (*STATISTICS, GENERALIZED_JSD) if self.kind == GENERALIZED_JSD else STATISTICS
 
     def one_pass_unsupported_reason(self, info: SourceInfo, requested: bool) -> str | None:
         return None if info.needs_grad else "no gradient is needed, so only statistics are computed"
 
     def work(self) -> DivergenceWork:
-        return DivergenceWork(parameter_vector(KINDS[self.kind][:3], self.rows.dtype, self.rows.device), self.weights)
+        constants = KINDS.get(self.kind, (0.0,) * 4)[:3]
+        return DivergenceWork(parameter_vector(constants, self.rows.dtype, self.rows.device), self.weights)
 
     def from_one_pass(self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None) -> DistillationLossOutput:
-        return self._output(loss, table[:4].unbind(), choice)
+        return self._output(loss, (*table[:4].unbind(), *((table[-1],) if self.kind == GENERALIZED_JSD else ())), choice)
 
     def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> DistillationLossOutput:
-        values = tuple(statistics[name] for name in STATISTICS)
-        return self._output(weighted_sum(torch.stack(values[:3]), *self.work()), values, choice)
+        values = tuple(statistics[name] for name in self.reads)
+        if self.kind == GENERALIZED_JSD:
+            loss = torch.where(self.weights == 0, 0, self.weights * values[-1]).sum()
+        else:
+            loss = weighted_sum(torch.stack(values[:3]), *self.work())
+        return self._output(loss, values, choice)
 
     def _output(self, loss: Tensor, values: tuple[Tensor, ...], choice: Choice) -> DistillationLossOutput:
-        teacher_share = KINDS[self.kind][3]
+        teacher_share = KINDS[self.kind][3] if self.kind in KINDS else 0.0
         if teacher_share:  # the teacher's entropy: no gradient
             loss = loss + teacher_share * torch.where(self.weights == 0, 0, self.weights * values[3]).sum()
         shown = tuple(self.rows.unflatten(x.detach()) for x in values)
-        forward, reverse, entropies, teacher = shown
+        forward, reverse, entropies, teacher = shown[:4]
         return DistillationLossOutput(
             loss, divergence_of(self.kind, shown), forward, reverse, entropies, teacher, choice.plan, choice.backend
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,19 +12,20 @@ from ...errors import InvalidCall
 from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
 from ..calls.two_logits import TwoLogits, resolve_two_logits
 from ..catalogue.registry import published
+from ..engine.again import generalized_jsd
 from ..engine.chunked_rows import FormulaSource, formula_call
 from ..engine.distillation import (
     KINDS,
     STATISTICS,
     DistillationLossOutput,
     DistillationObjective,
+    check_kind,
     distillation_weights,
     divergence_of,
 )
 from ..engine.run import Call
 from ..engine.sources import TwoLogitsSource
 from ..engine.statistics import StatisticsObjective
-from ..rows.constants import number_like, varies
 from .explain import public_op
 
 
@@ -76,13 +76,10 @@ def token_divergence(
     op = "token_divergence"
     own = ("kind", "completion_mask", "other_temperature", "other_softcap", "beta")
     (options,) = parse(op, dict(keywords), SoftmaxOptions, own=own)
-    if kind not in (*KINDS, "generalized_jsd"):
-        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}, generalized_jsd.")
-    if beta is not None and kind != "generalized_jsd":
-        raise InvalidCall(f"{op}: beta belongs to kind='generalized_jsd'; with {kind!r} it would have no effect.")
+    beta = check_kind(op, kind, beta)
     both = resolve_two_logits(op, logits, other_logits, completion_mask, options, other_temperature, other_softcap, {})
-    if kind == "generalized_jsd":
-        return _generalized_jsd(both, 0.5 if beta is None else beta)
+    if beta is not None:
+        return _generalized_jsd(both, beta)
 
     def finish(found: dict[str, Tensor]) -> Tensor:
         return both.p.rows.unflatten(divergence_of(kind, tuple(found[name] for name in STATISTICS)))
@@ -91,19 +88,8 @@ def token_divergence(
 
 
 def _generalized_jsd(both: TwoLogits, beta: float) -> Call[Tensor]:
-    if not 0 < beta < 1:
-        raise InvalidCall(f"token_divergence: beta is {beta}, expected a number in (0, 1); 0 is forward_kl and 1 reverse_kl.")
-    share: Any = number_like(beta, both.other_temperature) if varies(beta) else beta
-    log_q, log_p = (share.log(), torch.log1p(-share)) if varies(beta) else (math.log(beta), math.log1p(-beta))
-
     def rows(x: Tensor, y: Tensor) -> Tensor:
-        p, q = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
-        # A column without mass in either has no mixture, whose slope would be NaN; it is multiplied by their p and q, which are 0.
-        dead = (p == -math.inf) & (q == -math.inf)
-        mix = torch.logaddexp(torch.where(dead, 0, p) + log_p, torch.where(dead, 0, q) + log_q)
-        both = [torch.where(t == -math.inf, 0, t.exp() * (torch.where(t == -math.inf, 0, t) - mix)).sum(-1) for t in (q, p)]
-        mixed: Tensor = share * both[0] + (1 - share) * both[1]
-        return mixed
+        return generalized_jsd(torch.log_softmax(x, -1), torch.log_softmax(y, -1), beta)
 
     return formula_call(FormulaSource(both, rows))
 

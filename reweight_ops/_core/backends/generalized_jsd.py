@@ -1,0 +1,59 @@
+"""The generalised Jensen-Shannon divergence of two logits tensors, in PyTorch for every backend: a few rows at a time, so that its temporaries are small."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..rows.groups import OUT
+from .base import DivergenceInputs
+
+#: Elements that are worked on at once, of about ten temporaries: on a CPU few enough for a cache, on a GPU enough for its bandwidth.
+_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+def generalized_jsd(two: DivergenceInputs, beta: float, weights: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``D = β·KL(q‖m) + (1-β)·KL(p‖m)`` with ``m = β·q + (1-β)·p`` of every row of logits ``[N, V]``: ``[N]``, 0 in rows
+    that are out.
+
+    With ``out``, which may be the logits, it also writes ``weights · dD/dlogits``: ``1/T · slope · (1-β)·p·(log p - log m - KL(p‖m))``, 0 in rows whose
+    weight is 0 and on ``-inf`` logits. m depends on p too, but what its derivative adds sums to 0.
+    """
+    n, columns = two.ids.numel(), two.head.vocab_size
+    keep, t, t_other = two.ids != OUT, two.temperature.expand(n), two.other_temperature.expand(n)
+    values = torch.zeros(n, dtype=t.dtype, device=two.logits.device)
+    most = max(_BLOCK.get(two.logits.device.type, _BLOCK["cuda"]) // max(columns, 1), 1)
+    for first in range(0, n, most):
+        rows = slice(first, min(first + most, n))
+        inside = keep[rows, None]
+        log_p, slope = _log_probs(two.logits[rows, :columns], inside, t[rows], two.head.softcap)
+        log_q, _ = _log_probs(two.other[rows, :columns], inside, t_other[rows], two.other_head.softcap)
+        p, gap, kl_p, kl_q = _to_the_mixture(log_p, log_q, beta)
+        values[rows] = torch.where(keep[rows], beta * kl_q + (1 - beta) * kl_p, 0)
+        if out is not None:
+            assert weights is not None
+            factor = (1 - beta) * weights[rows, None] / t[rows, None]
+            gradient = gap.sub_(kl_p[:, None]).mul_(p).mul_(slope).mul_(factor)
+            out[rows, :columns] = torch.where(inside & (factor != 0), gradient, 0).to(out.dtype)
+            out[rows, columns:] = 0
+    return values
+
+
+def _log_probs(z: Tensor, inside: Tensor, temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """Log-probs in the dtype of the temperature, and the slope of the soft cap. In a row that is out they are those of zeros."""
+    x, slope = torch.where(inside, z.to(temperature.dtype), 0), 1.0
+    if math.isinf(softcap):
+        return torch.log_softmax(x / temperature[:, None], -1), slope
+    tanh = torch.tanh(x / softcap)
+    capped = torch.where(x.isinf(), x, softcap * tanh)  # +inf makes the row NaN, as it does without a cap
+    return torch.log_softmax(capped / temperature[:, None], -1), 1 - tanh * tanh
+
+
+def _to_the_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``p``, ``log p - log m`` (0 where p is), ``KL(p‖m)`` and ``KL(q‖m)``."""
+    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+    p, q = log_p.exp(), log_q.exp()
+    gap, gap_q = (torch.where(log_x == -math.inf, 0, log_x - log_m) for log_x in (log_p, log_q))
+    return p, gap, (p * gap).sum(-1), (q * gap_q).sum(-1)

@@ -1,0 +1,121 @@
+"""Hidden states beside a second model's hidden states or logits, resolved: the rows that are computed, and how each becomes distributions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidCall
+from ..backends.base import SoftmaxParams
+from ..rows.groups import describe
+from .chunking import chunking
+from .hidden import ChunkSettings, Hidden, LMHead, resolve_hidden
+from .keywords import HiddenLogits, LMHeadOptions, SoftmaxOptions
+from .logits import collapsed
+from .softmax import Fail, resolve_softcap, resolve_temperature
+from .two_logits import check_columns, check_other_logits
+
+
+@dataclass(frozen=True)
+class OtherRows:
+    """The frozen logits of q: ``values`` are the hidden states ``[M, D]`` of the computed rows, or with ``head=None`` logits of all rows."""
+
+    values: Tensor
+    head: LMHead | None
+    temperature: Tensor  # [1] or [M]
+    softmax: SoftmaxParams
+    settings: ChunkSettings
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype if self.head is None else self.settings.logits_dtype
+
+
+@dataclass(frozen=True)
+class TwoHidden:
+    """The hidden states and head of p, with the call's rows and options, and what belongs to q."""
+
+    p: Hidden
+    other: OtherRows
+
+
+@dataclass(frozen=True)
+class OtherOptions:
+    """The keywords of q, and what they are called in messages."""
+
+    temperature: Any
+    softcap: float | None
+    name: str = "other"
+
+
+def resolve_two_hidden(
+    op: str, hidden: Any, weight: Any, other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions, named: dict[str, Any]
+) -> TwoHidden:  # fmt: skip
+    """Check the two models against each other. ``mask`` alone says which rows are in; ``named`` holds the other tensors of the call."""
+    if not isinstance(hidden, Tensor) or hidden.dim() < 2:
+        raise InvalidCall(f"{op}: hidden must be a tensor R + (D,).")
+    ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    p = resolve_hidden(op, hidden, weight, ids, head, softmax, {"completion_mask": mask, **named})
+    tensors = {"hidden": hidden, "lm_head_weight": weight, of_other.name: other, "completion_mask": mask, **named}
+
+    def fail(message: str) -> InvalidCall:
+        return InvalidCall(f"{op}: {message} {describe(tensors)}")
+
+    if isinstance(other, HiddenLogits):
+        q = _other_head(op, p, other, mask, head, softmax, of_other, fail)
+    elif isinstance(other, Tensor):
+        q = _other_logits(p, weight, other, softmax, of_other, fail)
+    else:
+        raise fail(f"{of_other.name} is a {type(other).__name__}, expected a HiddenLogits, or logits R + (V,).")
+    return TwoHidden(*_chunked(p, q, head))
+
+
+def _other_head(
+    op: str, p: Hidden, other: HiddenLogits, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions, fail: Fail
+) -> OtherRows:
+    parts = {"hidden": other.hidden, "lm_head_weight": other.lm_head_weight, "lm_head_bias": other.lm_head_bias}
+    parts |= {} if other.lora is None else {"lora.a": other.lora.a, "lora.b": other.lora.b}
+    for name, x in parts.items():
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise fail(f"{of_other.name}.{name} requires grad, but no gradient flows to it: pass it detached.")
+    ids = torch.zeros(p.rows.shape, dtype=torch.int64, device=p.states.device)
+    theirs = LMHeadOptions(
+        lm_head_bias=other.lm_head_bias, logit_scale=other.logit_scale, logits_dtype=other.logits_dtype, lora=other.lora,
+        row_index=head.row_index, compact_rows=head.compact_rows,
+    )  # fmt: skip
+    temperature = softmax.temperature if of_other.temperature is None else of_other.temperature
+    options = SoftmaxOptions(temperature=temperature, softcap=of_other.softcap, vocab_size=softmax.vocab_size, backend=softmax.backend)
+    q = resolve_hidden(f"{op}, {of_other.name}", other.hidden, other.lm_head_weight, ids, theirs, options, {"completion_mask": mask})
+    dtypes = (p.settings.logits_dtype, q.settings.logits_dtype)
+    if q.states.device != p.states.device or (dtypes[0] == torch.float64) != (dtypes[1] == torch.float64):
+        raise fail(
+            f"{of_other.name} has logits in {dtypes[1]} on {q.states.device}, expected {p.states.device}, and fp64 for both or for none."
+        )
+    check_columns(p.head.weight.size(0), q.head.weight.size(0), softmax.vocab_size, fail)
+    return OtherRows(q.states, q.head, q.temperature, q.settings.softmax, q.settings)
+
+
+def _other_logits(p: Hidden, weight: Tensor, other: Tensor, softmax: SoftmaxOptions, of_other: OtherOptions, fail: Fail) -> OtherRows:
+    like = torch.empty(0, weight.size(0), dtype=p.settings.logits_dtype, device=p.states.device)
+    check_other_logits(like, other, p.rows.shape, softmax.vocab_size, fail)
+    given = softmax.temperature if of_other.temperature is None else of_other.temperature
+    temperature = resolve_temperature(p.rows, given, fail)
+    if p.index is not None and temperature.size(-1) != 1:
+        temperature = temperature[p.index]
+    params = p.settings.softmax._replace(softcap=resolve_softcap(f"{of_other.name}_softcap", of_other.softcap, fail))
+    return OtherRows(collapsed(f"{of_other.name}_logits", other, fail), None, temperature, params, p.settings)
+
+
+def _chunked(p: Hidden, q: OtherRows, head: LMHeadOptions) -> tuple[Hidden, OtherRows]:
+    """Both with the same chunks, whose budget is for the logits of both models."""
+    row_bytes = p.head.weight.size(0) * p.settings.logits_dtype.itemsize
+    if q.head is not None:
+        row_bytes += q.head.weight.size(0) * q.settings.logits_dtype.itemsize
+    size, keep = chunking(p.states.size(0), row_bytes, p.states.device, head.chunk_rows, head.memory_budget)
+    keep = keep if p.settings.keep_rows else 0  # without a gradient, and in a graph, nothing is kept
+    own = p.settings._replace(chunk_rows=size, keep_rows=keep)
+    return dataclasses.replace(p, settings=own), dataclasses.replace(q, settings=q.settings._replace(chunk_rows=size, keep_rows=keep))

@@ -1,0 +1,71 @@
+"""Two models' hidden states, or one's and the other's logits, as a source: divergences of logits that never exist as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...calls.two_hidden import TwoHidden
+from ...rows.rows import Rows
+from .. import again
+from ..distillation import GENERALIZED_JSD, STATISTICS
+from ..source import DivergenceWork, PlainSource, SourceInfo
+from .divergence import Heads, LinearDivergences, LinearOnePassDivergence, Measure, OtherHead, formulas
+
+
+@dataclass(frozen=True)
+class TwoHiddenSource(PlainSource):
+    """Divergences of two heads: those of :class:`~..sources.TwoLogitsSource`, and with ``beta`` the generalised JSD."""
+
+    both: TwoHidden
+    beta: float | None = None
+
+    @property
+    def rows(self) -> Rows:
+        return self.both.p.rows
+
+    @property
+    def info(self) -> SourceInfo:
+        p, s = self.both.p, self.both.p.settings
+        return SourceInfo(
+            p.states.device, s.logits_dtype, p.needs_grad, s.backend, ("divergence_stats",), "divergence_loss_grad", self.both.other.dtype
+        )
+
+    def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        p, q = self.both.p, self.both.other
+        heads = self._heads(backend)
+        if backend == again.TORCH:
+            values = formulas(p.states, p.head, p.ids, p.temperature, q.temperature, self._other, heads)
+        else:
+            values = LinearDivergences.apply(  # type: ignore[no-untyped-call]
+                p.states, *p.head, p.ids, p.temperature, q.temperature, self._other, heads
+            )
+        found = (*STATISTICS, GENERALIZED_JSD)[: len(values)]
+        return {name: p.scatter(value) for name, value in zip(found, values, strict=True)}
+
+    def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
+        p, q = self.both.p, self.both.other
+        loss, table = LinearOnePassDivergence.apply(  # type: ignore[no-untyped-call]
+            p.states,
+            *p.head,
+            p.ids,
+            p.temperature,
+            q.temperature,
+            work.constants,
+            p.gather(work.weights),
+            self._other,
+            self._heads(backend),
+        )
+        return loss, torch.stack([p.scatter(row) for row in table.unbind()]) if p.index is not None else table
+
+    @property
+    def _other(self) -> OtherHead:
+        q = self.both.other
+        return OtherHead(q.values, q.head, self.both.p.index)
+
+    def _heads(self, backend: str) -> Heads:
+        p, q = self.both.p, self.both.other
+        softmaxes = (p.settings.softmax.vocab_size, p.settings.softmax.softcap, q.softmax.softcap)
+        return Heads(p.settings, q.settings, Measure(softmaxes, backend, self.beta))

@@ -1,0 +1,121 @@
+"""Divergences and distillation from hidden states: neither the student's logits nor the teacher's exist as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..calls.keywords import HiddenLogits, LMHeadKeywords, LMHeadOptions, SoftmaxOptions, parse
+from ..calls.two_hidden import OtherOptions, resolve_two_hidden
+from ..engine.distillation import (
+    GENERALIZED_JSD,
+    STATISTICS,
+    DistillationLossOutput,
+    DistillationObjective,
+    check_kind,
+    distillation_weights,
+    divergence_of,
+)
+from ..engine.linear.two_source import TwoHiddenSource
+from ..engine.run import Call
+from ..engine.statistics import StatisticsObjective
+from .explain import public_op
+
+
+@public_op
+def linear_token_divergence(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    other: HiddenLogits | Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float | None = None,
+    completion_mask: Tensor | None = None,
+    other_temperature: Any = None,
+    other_softcap: float | None = None,
+    **keywords: Unpack[LMHeadKeywords],
+) -> Call[Tensor]:
+    """:func:`token_divergence` from hidden states, a few rows of both models' logits at a time.
+
+    p is the softmax of ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)`` (the policy, the student), q that of ``other`` (the reference, the
+    teacher), which gets no gradient. Every kind is the same number, with the same gradient, as from logits.
+
+    Args:
+        hidden: ``R + (D,)``. lm_head_weight: ``[V, D]``, and the other arguments of p's head: as in :func:`linear_token_logps`.
+        other: ``HiddenLogits(hidden, lm_head_weight, lm_head_bias=, logit_scale=, lora=, logits_dtype=)``, of any width and dtype, all detached; or
+            logits ``R + (V,)``, any batch and row stride.
+        kind, beta, completion_mask, other_temperature, other_softcap: as in :func:`token_divergence`.
+        vocab_size: needed where the two heads are padded differently.
+        chunk_rows: rows a chunk. By default the logits of *both* models take at most 96 MiB on a CPU and 1 GiB on a GPU, or 256 rows.
+        memory_budget: bytes of both models' logits, as in :func:`linear_token_logps`.
+
+    Returns:
+        R in fp32 (fp64 for fp64 hidden states), with gradients to hidden, weight, bias and LoRA factors. Backward computes the logits of both
+        models again where they were not kept.
+
+    Raises:
+        InvalidCall: a shape or dtype that does not fit, or a tensor of ``other`` that requires grad.
+
+    >>> import torch, reweight_ops as rw
+    >>> teacher = rw.HiddenLogits(torch.zeros(1, 3), torch.ones(4, 3))
+    >>> rw.linear_token_divergence(torch.zeros(1, 2), torch.ones(4, 2), teacher, kind="reverse_cross_entropy")
+    tensor([1.3863])
+    """
+    op = "linear_token_divergence"
+    own = ("kind", "completion_mask", "other_temperature", "other_softcap", "beta")
+    options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=own)
+    beta = check_kind(op, kind, beta)
+    of_other = OtherOptions(other_temperature, other_softcap)
+    both = resolve_two_hidden(op, hidden, lm_head_weight, other, completion_mask, head, options, of_other, {})
+    reads = STATISTICS if beta is None else (GENERALIZED_JSD,)
+
+    def finish(found: dict[str, Tensor]) -> Tensor:
+        return both.p.rows.unflatten(divergence_of(kind, tuple(found[name] for name in reads)))
+
+    return Call(TwoHiddenSource(both, beta), StatisticsObjective(reads, finish))
+
+
+@public_op
+def linear_distillation_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    teacher: HiddenLogits | Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float | None = None,
+    completion_mask: Tensor | None = None,
+    token_weights: Tensor | float | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    loss_scale: float | Tensor = 1.0,
+    plan: str = "auto",
+    teacher_temperature: Any = None,
+    teacher_softcap: float | None = None,
+    **keywords: Unpack[LMHeadKeywords],
+) -> Call[DistillationLossOutput]:
+    """:func:`distillation_loss` from hidden states: ``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items`` without either model's logits.
+
+    ``kind``, ``beta`` and the two models are those of :func:`linear_token_divergence` (``teacher`` is its ``other``), ``generalized_jsd`` included;
+    ``token_weights``, ``num_items_in_batch`` and ``loss_scale`` those of :func:`distillation_loss`.
+
+    ``one_pass`` (the default where a gradient is needed) forms every gradient in forward: three GEMMs a chunk for the student, one for the teacher.
+    ``two_pass`` computes both logits again in backward (four and two), and supports a second one.
+
+    >>> import torch, reweight_ops as rw
+    >>> hidden = torch.zeros(1, 2, requires_grad=True)
+    >>> out = rw.linear_distillation_loss(hidden, torch.eye(2), torch.tensor([[0.0, -torch.inf]]))
+    >>> out.loss.backward()
+    >>> hidden.grad
+    tensor([[-0.5000,  0.5000]])
+    """
+    op = "linear_distillation_loss"
+    named = {"token_weights": token_weights, "num_items_in_batch": num_items_in_batch, "loss_scale": loss_scale}
+    own = ("kind", "beta", "completion_mask", *named, "plan", "teacher_temperature", "teacher_softcap")
+    options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=own)
+    beta = check_kind(op, kind, beta)
+    of_teacher = OtherOptions(teacher_temperature, teacher_softcap, "teacher")
+    both = resolve_two_hidden(op, hidden, lm_head_weight, teacher, completion_mask, head, options, of_teacher, named)
+    rows = both.p.rows
+    weights = distillation_weights(rows, token_weights, num_items_in_batch, loss_scale)
+    return Call(TwoHiddenSource(both, beta), DistillationObjective(kind, rows, weights), plan)
