@@ -3,12 +3,12 @@
 
 #include <cmath>
 
-#include "common/row_state.h"
+#include "common/row_stats.h"
 
 namespace reweight_ops {
 namespace {
 
-/// dL/dlogit = p·(constant + log·log p + p_coef·p) away from the target, before the softcap's slope; 1/T is in the coefficients.
+/// T·dL/dlogit = p·(constant + log·l + p_coef·p) away from the target, before the softcap's slope; l is log p, or log p and a constant.
 template <class Real>
 struct GradCoefs {
     Real constant, log, p_coef;
@@ -22,17 +22,18 @@ struct Derivatives {
 
     RW_METHOD bool all_zero() const { return logp_coef == 0 && entropy_coef == 0 && lse_coef == 0 && p_sq_coef == 0; }
 
-    RW_METHOD GradCoefs<Real> coefs(Real inverse_temperature) const {
+    /// `entropy_of_l`: -Σ p·l, which is the entropy where l is log p.
+    RW_METHOD GradCoefs<Real> coefs(Real entropy_of_l) const {
         GradCoefs<Real> c{-Real(logp_coef) + lse_coef, 0, 0};
         if (entropy_coef != 0) {
-            c.constant -= Real(entropy_coef) * entropy;
+            c.constant -= Real(entropy_coef) * entropy_of_l;
             c.log = -Real(entropy_coef);
         }
         if (p_sq_coef != 0) {
             c.constant -= 2 * p_sq_coef;
             c.p_coef = 2 * p_sq_coef / std::exp(Real(log_sum_p_sq));
         }
-        return {c.constant * inverse_temperature, c.log * inverse_temperature, c.p_coef * inverse_temperature};
+        return c;
     }
 
     /// The target's own element: p - 1 from its log-prob, for a rounded p loses everything as it goes to 1.

@@ -2,6 +2,7 @@
 // second.
 #pragma once
 
+#include "common/constants.h"
 #include "common/verbs.h"
 
 namespace reweight_ops {
@@ -35,13 +36,12 @@ struct PairStats {
 RW_HD inline double at_least_zero(double v) { return v < 0 ? 0.0 : v; }  // NaN stays
 
 RW_HD inline PairStats pair_stats(const PairSums& p, const PairSums& q) {
-    constexpr double ln2 = 0.693147180559945309417;
-    constexpr double nan = RW_NAN, inf = RW_INF;
+    constexpr double nan = kNaN, inf = kInf;
     if (p.log_sum != p.log_sum || q.log_sum != q.log_sum) return {nan, nan, nan, nan, nan, nan};
-    return {p.zero ? inf : at_least_zero((q.cross / q.sum - q.log_sum + p.log_sum) * ln2),
-            q.zero ? inf : at_least_zero((p.cross / p.sum - p.log_sum + q.log_sum) * ln2),
-            at_least_zero((p.log_sum - p.dot / p.sum) * ln2),
-            at_least_zero((q.log_sum - q.dot / q.sum) * ln2),
+    return {p.zero ? inf : at_least_zero((q.cross / q.sum - q.log_sum + p.log_sum) * kLn2),
+            q.zero ? inf : at_least_zero((p.cross / p.sum - p.log_sum + q.log_sum) * kLn2),
+            at_least_zero((p.log_sum - p.dot / p.sum) * kLn2),
+            at_least_zero((q.log_sum - q.dot / q.sum) * kLn2),
             p.lse,
             q.lse};
 }

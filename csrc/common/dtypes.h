@@ -4,7 +4,6 @@
 #include <cstdint>
 
 namespace reweight_ops {
-namespace {
 
 struct Bf16 {
     uint16_t bits;
@@ -13,5 +12,4 @@ struct F16 {
     uint16_t bits;
 };
 
-}  // namespace
 }  // namespace reweight_ops

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "common/program_table.h"
-#include "common/row_state.h"
+#include "common/row_stats.h"
 
 namespace reweight_ops {
 
@@ -60,6 +60,13 @@ struct LossGradCall : Call {
     void* out;
     RowStrides out_strides;
 };
+
+/// Where a row of logits starts.
+template <class T>
+RW_HD inline const T* row_of(const Call& call, int64_t i) {
+    return static_cast<const T*>(call.logits) + call.strides.offset(i);
+}
+RW_HD inline float temperature_of(const Call& call, int64_t i) { return call.temperature[call.temperature_per_row ? i : 0]; }
 
 /// Whether the row holds nothing to compute: it is out of the loss, or its id is no token.
 RW_HD inline bool is_out(const Call& call, int64_t i) { return call.ids[i] == kOut; }

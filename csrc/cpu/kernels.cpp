@@ -1,5 +1,6 @@
 // The three verbs at one instruction-set level: this file is compiled once per level, with RW_LEVEL naming it.
 #include "common/concat.h"
+#include "common/row_view.h"
 #include "parallel.h"
 #include "program.h"
 #include "stream.h"
@@ -9,21 +10,17 @@
 namespace reweight_ops {
 namespace {
 
-/// One row of a call: where it is, its scale, its target.
+/// One row of a call, its scale and its target's logit.
 template <class T>
-struct Row {
-    const T* x;
+struct Row : RowView<T, int64_t> {
+    using RowView<T, int64_t>::x, RowView<T, int64_t>::target;
+
     double inverse_temperature, scale;  // scale: log2(e) / T
-    int64_t target;                     // -1: in another shard
     float target_logit;                 // capped; -inf if in another shard
     float target_slope = 1.0f;
 
     Row(const Call& call, int64_t i, const Softcap& softcap)
-        : x((const T*)call.logits + call.strides.offset(i)),
-          inverse_temperature(1.0 / call.temperature[call.temperature_per_row ? i : 0]),
-          scale(kLog2e * inverse_temperature),
-          target(call.ids[i] - call.vocab_start) {
-        if (target < 0 || target >= call.vocab_size) target = -1;
+        : RowView<T, int64_t>(call, i), inverse_temperature(1.0 / this->temperature), scale(kLog2e * inverse_temperature) {
         target_logit = target < 0 ? -kInf : load1(x + target);
         if (softcap.on) softcap.apply_one(target_logit, target_slope);
     }
@@ -65,7 +62,8 @@ void write_grad(const Call& call, const Row<T>& row, const Derivatives<double>& 
     if (anchor.log_p != anchor.log_p) {
         fill(g, v, kNaN);
     } else {
-        const GradCoefs<double> c = d.coefs(row.inverse_temperature);
+        GradCoefs<double> c = d.coefs(d.entropy);
+        c = {c.constant * row.inverse_temperature, c.log * row.inverse_temperature, c.p_coef * row.inverse_temperature};
         stream = stream && (uintptr_t)g % 64 == 0;
         with_shift(row.scale, anchor.at, [&](const auto& shift) {
             using S = std::decay_t<decltype(shift)>;
@@ -120,8 +118,8 @@ void token_stats_of(const StatsCall& call) {
 template <class T>
 Anchor known_anchor(const GradCall& call, const Row<T>& row, int64_t i) {
     const float lse = call.lse[i], logp = call.logp[i];
-    const bool by_target = row.target >= 0 && std::fabs(lse) > kLargestLse && logp > kLeastLogp;
-    return by_target ? row.anchor(row.target_logit, logp, 0) : row.anchor(0.0f, -lse, call.lse_low ? -call.lse_low[i] : 0);
+    return is_by_target(row.target >= 0, lse, logp) ? row.anchor(row.target_logit, logp, 0)
+                                                    : row.anchor(0.0f, -lse, call.lse_low ? -call.lse_low[i] : 0);
 }
 
 template <class T>
@@ -151,7 +149,7 @@ void token_loss_grad(const LossGradCall& call) {
     const LossEvaluator evaluate(call);
     for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int64_t i, int64_t next) {
         T* g = (T*)call.out + call.out_strides.offset(i);
-        const Fetch ahead{(const char*)((const T*)call.logits + call.strides.offset(next < call.rows ? next : i)), 2};
+        const Fetch ahead{(const char*)row_of<T>(call, next < call.rows ? next : i), 2};
         if (is_invalid(call, i)) {
             put_invalid_row(call, i);
             fill(g, call.columns, 0.0f);

@@ -197,11 +197,10 @@ struct PairRow {
     const U* y;
     double inverse_temperature, x_scale, y_scale;  // scales: log2(e) / T
 
-    PairRow(const DivergenceCall& call, int64_t i)
-        : x((const T*)call.logits + call.strides.offset(i)), y((const U*)call.q.logits + call.q.strides.offset(i)) {
-        inverse_temperature = 1.0 / call.temperature[call.temperature_per_row ? i : 0];
+    PairRow(const DivergenceCall& call, int64_t i) : x(row_of<T>(call, i)), y(row_of<U>(call.q, i)) {
+        inverse_temperature = 1.0 / temperature_of(call, i);
         x_scale = kLog2e * inverse_temperature;
-        y_scale = kLog2e / call.q.temperature[call.q.temperature_per_row ? i : 0];
+        y_scale = kLog2e / temperature_of(call.q, i);
     }
 };
 

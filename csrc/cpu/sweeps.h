@@ -6,7 +6,8 @@
 #include <utility>
 
 #include "common/derivatives.h"
-#include "common/row_state.h"
+#include "common/terms.h"
+#include "row_state.h"
 #include "simd.h"
 
 namespace reweight_ops {
@@ -33,8 +34,6 @@ struct Fetch {
     int shift;
 };
 
-/// What a sweep computes besides Σe: nothing, Σe·t, or that and Σe² with an optional softcap.
-enum class Sums { plain, entropy, full };
 /// Degree of the exponential in a gradient of this type: its error vanishes in the rounding of the result.
 template <class T>
 constexpr int kDegree = 5;
@@ -42,9 +41,6 @@ template <>
 constexpr int kDegree<Bf16> = 3;
 template <>
 constexpr int kDegree<F16> = 4;
-
-/// What a gradient sweep evaluates: e·A, e·(A + B·t), or e·(A + B·t + D·e) times the softcap's slope.
-enum class Terms { plain, entropy, full };
 
 struct Softcap {
     bool on;

@@ -5,6 +5,7 @@
 // close, the differences themselves are small.
 #include "divergence.h"
 
+#include "common/concat.h"
 #include "statistics.h"
 
 namespace reweight_ops {
@@ -153,11 +154,11 @@ struct Rows {
     Scales scales;
 
     RW_DEVICE Rows(const DivergenceCall& call, int64_t i) {
-        x = static_cast<const T*>(call.logits) + call.strides.offset(i);
-        y = static_cast<const U*>(call.q.logits) + call.q.strides.offset(i);
-        p_temperature = call.temperature[call.temperature_per_row ? i : 0];
-        q_temperature = call.q.temperature[call.q.temperature_per_row ? i : 0];
-        scales = {kLog2e / p_temperature, kLog2e / q_temperature};
+        x = row_of<T>(call, i);
+        y = row_of<U>(call.q, i);
+        p_temperature = temperature_of(call, i);
+        q_temperature = temperature_of(call.q, i);
+        scales = {kLog2ef / p_temperature, kLog2ef / q_temperature};
     }
 };
 
@@ -211,10 +212,9 @@ struct Known {
 
     template <class T, class U>
     RW_DEVICE Known(const State& s, const Rows<T, U>& row) {
-        constexpr double ln2 = 0.693147180559945309417;
         const auto sums = [](const Side& u, float temperature, float zero) {
             const double log_s = u.sum > 0 ? log2_of(u.sum) : double(kNaN);
-            return PairSums{u.sum, u.dot, u.cross, log_s, double(u.top) / double(temperature) + log_s * ln2, zero > 0};
+            return PairSums{u.sum, u.dot, u.cross, log_s, double(u.top) / double(temperature) + log_s * kLn2, zero > 0};
         };
         round_to_table(pair_stats(sums(s.p, row.p_temperature, s.p_zero), sums(s.q, row.q_temperature, s.q_zero)), values);
     }
@@ -230,7 +230,7 @@ struct Center {
         center = float(exact);
         rest = float((double(center) - exact) * double(scale));
     }
-    RW_DEVICE float factor() const { return 1.0f + expm1f(rest * kLn2); }
+    RW_DEVICE float factor() const { return 1.0f + expm1f(rest * kLn2f); }
 };
 
 /// With t = (x - center)·scale of both tensors and e = 2^t: e_p·(constant + log·t_p + ratio·(t_p - t_q)) - other·e_q times the slope of the soft
@@ -256,7 +256,7 @@ struct Gradient {
         float sum = forward;
         if (reverse != 0) sum -= reverse * v[1];
         if (entropy != 0) sum -= entropy * v[2];
-        const float by_log = -entropy * kLn2, by_ratio = reverse * kLn2, p_factor = p.factor(), q_factor = q.factor();
+        const float by_log = -entropy * kLn2f, by_ratio = reverse * kLn2f, p_factor = p.factor(), q_factor = q.factor();
         constant = p_factor * (sum + by_log * p.rest + by_ratio * (p.rest - q.rest)) / t;
         log = p_factor * by_log / t;
         ratio = p_factor * by_ratio / t;
@@ -380,8 +380,6 @@ int launch_divergence(const DivergenceCall& call) {
 
 }  // namespace
 
-#define RW_CONCAT_(a, b) a##b
-#define RW_CONCAT(a, b) RW_CONCAT_(a, b)
 const DivergenceLaunch RW_CONCAT(divergence_, RW_DTYPE) = launch_divergence;
 
 }  // namespace reweight_ops

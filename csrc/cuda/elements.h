@@ -2,9 +2,9 @@
 // adds which column never depends on an address.
 #pragma once
 
-#include <limits>
 #include <type_traits>
 
+#include "common/constants.h"
 #include "platform.h"
 
 namespace reweight_ops {
@@ -63,7 +63,7 @@ RW_DEVICE Vector pack(const float* x) {
 /// The largest element, a NaN being none: -inf or more.
 template <class T, int n>
 RW_DEVICE float largest(const Vector (&v)[n]) {
-    float top = -std::numeric_limits<float>::infinity();
+    float top = -kInf;
     if constexpr (sizeof(T) == 2) {
         uint32_t pair = v[0].words[0];
 #pragma unroll

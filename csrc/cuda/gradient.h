@@ -3,33 +3,14 @@
 
 #include <type_traits>
 
+#include "common/derivatives.h"
 #include "statistics.h"
 
 namespace reweight_ops {
 namespace {
 
-/// Derivatives of the loss by the row's statistics, and those of the statistics that they multiply.
-struct Derivatives {
-    float logp_coef, entropy_coef, lse_coef, p_sq_coef;
-    float logp, entropy, log_sum_p_sq;
-
-    RW_DEVICE bool all_zero() const { return logp_coef == 0 && entropy_coef == 0 && lse_coef == 0 && p_sq_coef == 0; }
-
-    /// The target's own element: p - 1 from its log-prob, for a rounded p loses everything as it goes to 1.
-    RW_DEVICE float at_target() const {
-        const float p = expf(logp);
-        float g = lse_coef * p - logp_coef * expm1f(logp);
-        if (entropy_coef != 0 && p > 0) g -= entropy_coef * p * (logp + entropy);
-        if (p_sq_coef != 0) g += 2.0f * p_sq_coef * p * (p / expf(log_sum_p_sq) - 1.0f);
-        return g;
-    }
-};
-
-/// e·constant, e·(constant + log·t) or e·(constant + log·t + p_coef·e) times the softcap's slope; or one value in every column.
-/// With t = scale·x - base; of `far` and `full` t = scale·(x - base), as exponents of logits of any size have to be.
-enum class Terms { fill, plain, entropy, far, full };
-
-/// With e = 2^t and p = 2^rest·e: what a gradient sweep needs to know of its row.
+/// What a gradient sweep needs to know of its row, with p = 2^rest·e and e = 2^t: t = scale·x - base; of `far` and `full` t = scale·(x - base), as
+/// exponents of logits of any size have to be. A, B and D of Terms are constant, log and p_coef.
 struct RowGradient {
     Terms terms;
     float value;  // of a fill
@@ -44,7 +25,7 @@ struct Origin {
     float rest, factor;  // log2 of p/e, and 2^rest. NaN: there is no distribution
 };
 
-RW_DEVICE RowGradient row_gradient(const Derivatives& d, float temperature, float scale, const Origin& from, const Target& target, bool full) {
+RW_DEVICE RowGradient row_gradient(const Derivatives<float>& d, float temperature, float scale, const Origin& from, const Target& target, bool full) {
     RowGradient g{};
     g.terms = Terms::fill;
     g.scale = scale;
@@ -54,18 +35,12 @@ RW_DEVICE RowGradient row_gradient(const Derivatives& d, float temperature, floa
         g.value = g.target = kNaN;
         return g;
     }
-    float constant = d.lse_coef - d.logp_coef;
     g.terms = full ? Terms::full : !from.near ? Terms::far : d.entropy_coef != 0 ? Terms::entropy : Terms::plain;
     g.base = from.base;
-    if (d.entropy_coef != 0) {
-        constant -= d.entropy_coef * fmaf(kLn2, from.rest, d.entropy);
-        g.log = -d.entropy_coef * kLn2 * from.factor / temperature;
-    }
-    if (d.p_sq_coef != 0) {
-        constant -= 2.0f * d.p_sq_coef;
-        g.p_coef = 2.0f * d.p_sq_coef / expf(d.log_sum_p_sq) * from.factor * from.factor / temperature;
-    }
-    g.constant = constant * from.factor / temperature;
+    const GradCoefs<float> c = d.coefs(fmaf(kLn2f, from.rest, d.entropy));  // l = ln2·t
+    g.constant = c.constant * from.factor / temperature;
+    g.log = c.log * kLn2f * from.factor / temperature;
+    g.p_coef = c.p_coef * from.factor * from.factor / temperature;
     return g;
 }
 

@@ -2,17 +2,13 @@
 // rounds to 1; the log-prob of its token is -log1p(rest), and 1 - p is rest / (1 + rest).
 #pragma once
 
-#include "common/row_state.h"
+#include "common/constants.h"
+#include "common/row_stats.h"
 #include "elements.h"
 #include "slices.h"
 
 namespace reweight_ops {
 namespace {
-
-/// Lower bound of an exponent: 2^-150 is 0, and 0 * -150 is 0 where 0 * -inf would be NaN.
-constexpr float kFloor = -150.0f;
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-constexpr float kInf = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Softcap {
     bool on;
@@ -77,9 +73,6 @@ RW_DEVICE Partial merge_lanes(Partial s, float scale) {
 /// The sums of a slice, by a warp: in every one of its threads.
 RW_DEVICE Partial merge_slice(const SlicePartials& partials, float scale) { return merge_lanes<kWarps>(partials[thread_index() % kWarps], scale); }
 
-/// Rounding may leave the range by 1e-7 where p is 1; nobody expects a positive log-prob. NaN stays.
-RW_DEVICE float at_most_zero(float x) { return x > 0 ? 0.0f : x; }
-
 /// log2 of a number from 2^-126 on. The exponent apart: the logarithm of a mantissa has a smaller error, and costs no fp64 function.
 RW_DEVICE double log2_of(float x) {
     const uint32_t bits = as_bits(x);
@@ -87,24 +80,23 @@ RW_DEVICE double log2_of(float x) {
 }
 
 /// The natural logarithm of 1 + x.
-RW_DEVICE double log1p_of(float x) { return x < 1.0f ? double(log1pf(x)) : log2_of(1.0f + x) * 0.693147180559945309417; }
+RW_DEVICE double log1p_of(float x) { return x < 1.0f ? double(log1pf(x)) : log2_of(1.0f + x) * kLn2; }
 
 /// lse - top/T by the logits as swept. NaN for a row that holds NaN or +inf, and for one that is all -inf: there is no distribution.
 RW_DEVICE double log_sum(const Partial& s) { return s.rest < kInf && s.top > -kInf ? log1p_of(s.rest) : kNaN; }
 
 /// A dozen fp64 operations, once a row: what is rounded here, the ratio multiplies.
 RW_DEVICE RowStats finish(const Partial& s, const Target& target, float temperature, float scale) {
-    constexpr double ln2 = 0.693147180559945309417, log2e = 1.442695040888963407360;
     const double log_s = log_sum(s), mean = double(s.dot / (1.0f + s.rest));
-    const double rounding = double(temperature) * scale - log2e;  // of the scale, which sharpens the row by as much
+    const double rounding = double(temperature) * scale - kLog2e;  // of the scale, which sharpens the row by as much
     const double inverse = 1.0 / double(temperature);
-    const double swept = log_s - rounding / log2e * mean * ln2;  // lse - top/T
+    const double swept = log_s - rounding / kLog2e * mean * kLn2;  // lse - top/T
     // The target's capped logit has an error, which its probability carries into lse.
     const double above = (double(target.swept) - double(s.top)) * inverse - swept;
     const double error = target.exact == double(target.swept) ? 0.0 : (target.exact - double(target.swept)) * inverse;
     RowStats out;
     out.logp = at_most_zero(error == 0.0 ? float(above) : float(above - error * expm1f(float(above))));
-    out.entropy = float(log_s - mean * ln2);
+    out.entropy = float(log_s - mean * kLn2);
     const double largest = double(s.top) * inverse, rest = error == 0.0 ? swept : swept + error * expf(float(above));
     out.lse = float(largest + rest);
     out.lse_low = float((largest - out.lse) + rest);

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/dtypes.h"
+
 namespace reweight_ops {
 
 /// 16 bytes: what one thread loads or stores at once.
@@ -14,14 +16,6 @@ struct alignas(16) Vector {
 /// Two of each: while some threads still read one, others write the next.
 template <class T>
 using DoubleBuffer = T[2];
-
-/// The bits of a 16-bit number.
-struct Bf16 {
-    uint16_t bits;
-};
-struct F16 {
-    uint16_t bits;
-};
 
 }  // namespace reweight_ops
 

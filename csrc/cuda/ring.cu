@@ -14,6 +14,7 @@
 // Compiled once per dtype, with RW_ELEMENT and RW_DTYPE naming it.
 #include "ring.h"
 
+#include "common/concat.h"
 #include "dispatch.h"
 
 namespace reweight_ops {
@@ -216,8 +217,7 @@ RW_DEVICE void write_tail(const RingCall& call, int64_t i, const RowGradient& g,
     const int vocab = int(call.vocab_size), tail = tail_of<T>(thread_index(), vocab);
     T* const out = static_cast<T*>(call.out) + call.out_strides.offset(i);
     if (tail >= 0) {
-        const T* const x = static_cast<const T*>(call.logits) + call.strides.offset(i);
-        const float logit = kTerms == Terms::fill ? 0.0f : widen(x[tail]);
+        const float logit = kTerms == Terms::fill ? 0.0f : widen(row_of<T>(call, i)[tail]);
         narrow(tail == target ? g.target : gradient_of<kTerms>(logit, g, softcap), out[tail]);
     }
     for (int64_t column = vocab + thread_index(); column < call.columns; column += kThreads) narrow(0.0f, out[column]);
@@ -262,7 +262,7 @@ RW_DEVICE void compute_rows(const RingCall& call, const BlockSlice& slice, const
     RowCursor rows(call, slice, skip);
     while (rows.more() || pending) {
         const bool sweeps = rows.more(), writes = pending == look.rows || !sweeps;
-        const float scale = kLog2e / rows.now.temperature;
+        const float scale = kLog2ef / rows.now.temperature;
         const int first = swept.index;
         Sweep s;
 #pragma unroll 1
@@ -329,8 +329,6 @@ int launch_loss_grad(const LossGradCall& call, int tiles, int64_t clusters) {
 
 }  // namespace
 
-#define RW_CONCAT_(a, b) a##b
-#define RW_CONCAT(a, b) RW_CONCAT_(a, b)
 const RingKernels RW_CONCAT(ring_, RW_DTYPE) = {count_clusters, launch_loss_grad};
 
 }  // namespace reweight_ops

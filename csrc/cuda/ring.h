@@ -124,7 +124,7 @@ struct Peek {
     RW_DEVICE Peek(const Call& call, int64_t i, int64_t end) : row(i) {
         if (i >= end) return;
         id = call.ids[i];
-        temperature = call.temperature[call.temperature_per_row ? i : 0];
+        temperature = temperature_of(call, i);
     }
 };
 

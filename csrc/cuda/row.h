@@ -1,7 +1,7 @@
 // One row of a call: where it is and what its statistics come to. Shared by the kernels, which differ only in how a row is moved.
 #pragma once
 
-#include "common/verbs.h"
+#include "common/row_view.h"
 #include "gradient.h"
 #include "program.h"
 
@@ -9,25 +9,19 @@ namespace reweight_ops {
 namespace {
 
 template <class T>
-struct Row {
-    const T* x;
-    float temperature, scale;  // scale: log2(e) / T
-    int target;                // -1: in another shard
+struct Row : RowView<T, int> {
+    float scale;  // log2(e) / T
 
-    RW_DEVICE Row(const Call& call, int64_t i) : Row(call, i, call.ids[i], call.temperature[call.temperature_per_row ? i : 0]) {}
-    RW_DEVICE Row(const Call& call, int64_t i, int64_t id, float t) : temperature(t), scale(kLog2e / t) {
-        x = static_cast<const T*>(call.logits) + call.strides.offset(i);
-        const int64_t local = id - call.vocab_start;
-        target = local < 0 || local >= call.vocab_size ? -1 : int(local);
-    }
+    RW_DEVICE Row(const Call& call, int64_t i) : Row(call, i, call.ids[i], temperature_of(call, i)) {}
+    RW_DEVICE Row(const Call& call, int64_t i, int64_t id, float t) : RowView<T, int>(call, i, id, t), scale(kLog2ef / t) {}
 };
 
 /// Of a row whose sums are known. With t_top the largest logit's exponent: p = 2^(t - t_top) / (1 + rest).
 RW_DEVICE Origin origin_of(const Partial& sums, float scale, bool full) {
-    const float whole = float(-log_sum(sums) * 1.442695040888963407360), inverse = 1.0f / (1.0f + sums.rest);
+    const float whole = float(-log_sum(sums) * kLog2e), inverse = 1.0f / (1.0f + sums.rest);
     if (full || !is_near(sums.top, scale)) return {false, sums.top, whole, inverse};
     const float base = sums.top * scale, t = fmaf(sums.top, scale, -base);
-    return {true, base, whole - t, inverse * (1.0f + expm1f(-t * kLn2))};
+    return {true, base, whole - t, inverse * (1.0f + expm1f(-t * kLn2f))};
 }
 
 /// From a row's sums to its loss, its outputs (if `writes`), and its gradient's constants. All lanes of a warp; sums and target are lane 0's, and
@@ -40,7 +34,7 @@ RW_DEVICE RowGradient loss_of_row(const LossGradCall& call, int64_t i, const Row
     const RowLoss l = evaluate(call, i, s, program.values);
     if (thread_index() % 32 != 0) return {};
     if (writes) put_row(call, i, s, l);
-    const Derivatives d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
+    const Derivatives<float> d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
     const bool full = softcap.on || call.reads_p_sq;
     return row_gradient(d, row.temperature, row.scale, origin_of(sums, row.scale, full), target, full);
 }

@@ -2,6 +2,7 @@
 // fp32, rounded once. Compiled once per dtype, with RW_ELEMENT and RW_DTYPE naming it.
 #include "scale.h"
 
+#include "common/concat.h"
 #include "elements.h"
 
 namespace reweight_ops {
@@ -81,8 +82,6 @@ int launch_scale(const ScaleCall& call) {
 
 }  // namespace
 
-#define RW_CONCAT_(a, b) a##b
-#define RW_CONCAT(a, b) RW_CONCAT_(a, b)
 const ScaleLaunch RW_CONCAT(scale_, RW_DTYPE) = launch_scale;
 
 }  // namespace reweight_ops

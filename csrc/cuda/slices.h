@@ -4,7 +4,7 @@
 // thread i % kThreads. A thread adds its vectors of a slice in order, then a warp its threads, a slice its warps, and the row its slices.
 #pragma once
 
-#include "common/row_state.h"
+#include "common/row_stats.h"
 
 namespace reweight_ops {
 

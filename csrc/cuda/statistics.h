@@ -1,13 +1,11 @@
 // The statistics sweep: a thread's own sums of a slice.
 #pragma once
 
+#include "common/terms.h"
 #include "partial.h"
 
 namespace reweight_ops {
 namespace {
-
-/// What a sweep sums: Σe and Σe·t, or Σe² too, with an optional softcap.
-enum class Sums { entropy, full };
 
 /// A thread's sums while it sweeps, the largest logit among them, with t = scale·x - reference(top): one multiply-add a logit.
 struct Sweep {
@@ -130,7 +128,7 @@ RW_DEVICE Partial without_top(const Sweep& s, float scale) {
         return {s.top, nothing, nothing, nothing};
     }
     const float t = fmaf(s.top, scale, -reference(s.top, scale)), e = exp2_approximate(t);  // |t| <= 2^-7
-    const float u = -t * kLn2, back = fmaf(fmaf(fmaf(u, 1.0f / 6.0f, 0.5f), u, 1.0f), u, 1.0f);
+    const float u = -t * kLn2f, back = fmaf(fmaf(fmaf(u, 1.0f / 6.0f, 0.5f), u, 1.0f), u, 1.0f);
     const float rest = s.sum - e;
     Partial out{s.top, rest * back, back * fmaf(-t, rest, fmaf(-e, t, s.dot)), 0.0f};
     if constexpr (kSums == Sums::full) out.sum_sq = fmaf(-e, e, s.sum_sq) * back * back;

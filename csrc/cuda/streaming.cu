@@ -1,5 +1,6 @@
 // The three verbs for rows of any length: a persistent grid, one block a row, statistics read from memory and gradients from what the
 // second-level cache still holds. Compiled once per dtype, with RW_ELEMENT and RW_DTYPE naming it.
+#include "common/concat.h"
 #include "common/verbs.h"
 #include "dispatch.h"
 #include "row.h"
@@ -113,8 +114,8 @@ RW_KERNEL(kThreads, blocks_of(kSums == Sums::full || !kAligned, kStatsBlocks)) s
 template <class T>
 RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, int64_t i, const Softcap& softcap, bool full) {
     const auto get = [i](const float* from) { return from ? from[i] : 0.0f; };
-    const Derivatives d{get(call.logp_coef), get(call.entropy_coef), get(call.lse_coef),    get(call.p_sq_coef),
-                        call.logp[i],        get(call.entropy),      get(call.log_sum_p_sq)};
+    const Derivatives<float> d{get(call.logp_coef), get(call.entropy_coef), get(call.lse_coef),    get(call.p_sq_coef),
+                               call.logp[i],        get(call.entropy),      get(call.log_sum_p_sq)};
     const Target target = d.all_zero() ? Target() : target_of(row, softcap);
     const double unit = double(row.temperature) * row.scale;  // log2(e), with the rounding that the scale has
     const double lse = call.lse[i], low = get(call.lse_low), lse2 = unit * (lse + low);
@@ -123,7 +124,7 @@ RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, in
         return row_gradient(d, row.temperature, row.scale, {true, base, rest, exp2f(rest)}, target, full);
     }
     // Relative to a logit near lse.
-    const bool by_target = row.target >= 0 && fabs(lse) > kLargestLse && d.logp > kLeastLogp;
+    const bool by_target = is_by_target(row.target >= 0, call.lse[i], d.logp);
     const float base = float(by_target ? target.exact : lse * row.temperature);
     const double from = by_target ? (base - target.exact) * row.scale + unit * d.logp : (double(base) * row.scale - unit * lse) - unit * low;
     const float rest = float(from);
@@ -229,8 +230,6 @@ int launch_loss_grad(const LossGradCall& call) {
 
 }  // namespace
 
-#define RW_CONCAT_(a, b) a##b
-#define RW_CONCAT(a, b) RW_CONCAT_(a, b)
 const StreamingKernels RW_CONCAT(streaming_, RW_DTYPE) = {launch_stats, launch_grad, launch_loss_grad};
 
 }  // namespace reweight_ops

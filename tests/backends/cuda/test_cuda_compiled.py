@@ -83,7 +83,7 @@ def loops(function: str) -> list[list[str]]:
 #: Instructions a logit of the loops over whole tiles, at most.
 LEAN = {"statistics": 7.5, "gradient": 6.0, "gradient with entropy": 8.0}
 LEAN_KERNELS = {
-    "stats_kernelINS_4Bf16ELNS0_4SumsE0ELb1E": {"statistics"},
+    "stats_kernelINS_4Bf16ELNS0_4SumsE1ELb1E": {"statistics"},
     "grad_kernelINS_4Bf16ELb0E": {"gradient", "gradient with entropy"},
     "ring_kernelINS_4Bf16ELb0E": {*LEAN},
 }
