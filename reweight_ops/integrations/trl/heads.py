@@ -85,15 +85,15 @@ def _obstacle(hidden: Tensor, weight: Tensor, outputs: Sequence[str]) -> str | N
 
 
 def head_replacements(backend: str, counts: Counts) -> list[Replacement]:
-    """The head function, and which devices drop the positions without a label before it: TRL does on Triton's, here CPUs do too."""
+    """The head function, and which devices drop the positions without a label before it: TRL 1.16 does on Triton's, here CPUs do too."""
     utils: Any = trl.trainer.utils
-    on_triton = utils._use_triton
-
-    def compacts(device: torch.device) -> bool:
-        return device.type == "cpu" or on_triton(device)
-
     head = ChunkedLogProb(backend, counts, utils._ChunkedLogProbFunction)
-    return [
-        Replacement(utils, "_ChunkedLogProbFunction", head, _PARAMETERS, read_from="forward"),
-        Replacement(utils, "_use_triton", compacts, ("device",)),
-    ]
+    replacements = [Replacement(utils, "_ChunkedLogProbFunction", head, _PARAMETERS, read_from="forward")]
+    on_triton = getattr(utils, "_use_triton", None)
+    if on_triton is not None:  # TRL 1.15 drops them on every device
+
+        def compacts(device: torch.device) -> bool:
+            return device.type == "cpu" or on_triton(device)
+
+        replacements.append(Replacement(utils, "_use_triton", compacts, ("device",)))
+    return replacements
