@@ -72,19 +72,24 @@ class PolicyLossOutput:
         return rows.unflatten(nothing if clipped is None else (clipped[0] | clipped[1]) & rows.keep)
 
     @computed_once
-    def _derivatives(self) -> tuple[Tensor, Tensor]:
+    def _derivatives(self) -> tuple[Tensor, Tensor] | None:
         if self._by is not None:
             return self._by
+        if torch.compiler.is_exporting():  # whose programs have no derivatives
+            return None
         return coefficients(self._call, self._leaves)
 
     @computed_once
     def coef(self) -> Tensor:
+        if self._derivatives is None:
+            raise self._call.rows.unsupported("torch.export has no derivatives of two_pass, so no coef: return the loss and what else you need.")
         return self._call.rows.unflatten(self._derivatives[0])
 
     @computed_once
     def metrics(self) -> Metrics:
-        more = {} if self._more is None else self._more(self._derivatives)
-        return policy_metrics(self._call, self._leaves, self._derivatives, more)
+        by = self._derivatives
+        more = {} if self._more is None or by is None else self._more(by)
+        return policy_metrics(self._call, self._leaves, by, more)
 
 
 def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
