@@ -60,7 +60,7 @@ NUMBERS = {
     "bound of a clip, two_pass": lambda z, x: loss(z, rw.methods.dapo(epsilon_low=x), plan="two_pass"),
     "coefficient": lambda z, x: loss(z, kl(x)),
     "coefficient, two_pass": lambda z, x: loss(z, kl(x), plan="two_pass"),
-    "replaced": lambda z, x: loss(z, rw.methods.grpo().replace(**{"surrogate.delta": x})),
+    "replaced": lambda z, x: loss(z, rw.methods.grpo().replace(**{"surrogate.epsilon_low": x})),
     "weight": lambda z, x: loss(z, rw.methods.advantage_reweighting(alpha=x)),
     "weight over the batch": lambda z, x: loss(z, rw.methods.top_entropy(fraction=x)),
     "bound of a ratio": lambda z, x: loss(z, rw.methods.gspo().replace(**{"ratio.clamp": x})),

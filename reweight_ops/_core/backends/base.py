@@ -117,6 +117,14 @@ class Request(NamedTuple):
     other_dtype: torch.dtype | None = None  # of a second logits tensor
 
 
+def no_gpu(device: torch.device) -> str | None:
+    """Why PyTorch has no such GPU: on a login node there is no driver, and asking for a GPU's properties would raise."""
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
+    count = torch.cuda.device_count()
+    return None if (device.index or 0) < count else f"PyTorch sees {count} GPU{'s' * (count > 1)}, and no {device}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """Six primitives and the reason why not. ``unsupported_reason`` never raises for a well-formed request and never guesses.

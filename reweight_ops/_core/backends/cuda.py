@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable, ReweightOpsError
-from .base import Backend, Request, rows_of
+from .base import Backend, Request, no_gpu, rows_of
 from .built import why_missing
 from .native import DTYPES, Native, checked, dtype_reason
 from .native_divergence import NativeDivergence
@@ -89,8 +89,8 @@ def unsupported_reason(request: Request) -> str | None:
         return f"logits are on {request.device}, this backend runs on NVIDIA GPUs"
     if (reason := dtype_reason(request)) is not None:
         return reason
-    if not torch.cuda.is_available():
-        return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
+    if (reason := no_gpu(request.device)) is not None:
+        return reason
     if _capability(request.device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
     return None if request.program is None else _native.why_not(request.program)

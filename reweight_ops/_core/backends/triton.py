@@ -22,7 +22,7 @@ import torch
 from . import triton_divergence as divergence
 from . import triton_launch, triton_rows, triton_scale
 from . import triton_token as token
-from .base import Backend, Request
+from .base import Backend, Request, no_gpu
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -35,6 +35,8 @@ def unsupported_reason(request: Request) -> str | None:
         return None if request.device.type == "cpu" else "TRITON_INTERPRET=1 is set: the kernels run on CPU tensors only"
     if request.device.type != "cuda":
         return f"logits are on {request.device.type}; Triton's kernels run on GPUs (set TRITON_INTERPRET=1 to run them on the CPU, slowly)"
+    if (reason := no_gpu(request.device)) is not None:
+        return reason
     if torch.version.hip is None and torch.cuda.get_device_capability(request.device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
     if torch.version.hip is not None and triton_launch.wave(request.device) != 64:

@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from ..calls.policy import STATISTICS, LossCall
 from ..formula.namespace import TorchNamespace
 from ..once import computed_once
+from ..transforms import in_transform
 from .metrics import Metrics, policy_metrics
 
 
@@ -77,6 +78,10 @@ class PolicyLossOutput:
     def _derivatives(self) -> tuple[Tensor, Tensor]:
         if self._by is not None:
             return self._by
+        if torch.compiler.is_exporting():
+            raise self._call.rows.unsupported(
+                "torch.export has no derivatives of two_pass, so no coef: return the loss and what else you need."
+            )
         return coefficients(self._call, self._leaves)
 
     @computed_once
@@ -85,20 +90,22 @@ class PolicyLossOutput:
 
     @computed_once
     def metrics(self) -> Metrics:
-        more = {} if self._more is None else self._more(self._derivatives)
-        return policy_metrics(self._call, self._leaves, self._derivatives, more)
+        by = None if self._by is None and torch.compiler.is_exporting() else self._derivatives
+        more = {} if self._more is None or by is None else self._more(by)
+        return policy_metrics(self._call, self._leaves, by, more)
 
 
 def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """``[N]`` derivatives of the total loss by logp and by entropy."""
     known = {name: leaves[name].detach() for name in STATISTICS if name in leaves}
-    by_logp, by_entropy = _traced_gradients(call, known) if torch.compiler.is_compiling() else _gradients(call, known)
+    transform = torch.compiler.is_compiling() or in_transform()
+    by_logp, by_entropy = _transformed_gradients(call, known) if transform else _gradients(call, known)
     zero = torch.zeros_like(leaves["logp"])
     return (zero if by_logp is None else by_logp), (zero if by_entropy is None else by_entropy)
 
 
-def _traced_gradients(call: LossCall, known: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    # torch.compile traces this transform, and autograd.grad only where it is told to.
+def _transformed_gradients(call: LossCall, known: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    # Transforms nest, and torch.compile traces them; of autograd.grad neither is so.
     found = torch.func.grad(lambda probes: call.evaluate(probes).weighted_loss.sum())(known)
     return found.get("logp"), found.get("entropy")
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class _Constants:
@@ -31,7 +32,8 @@ def _compiled_in(values: tuple[float, ...], dtype: torch.dtype, device: torch.de
     what = (values, dtype, device)
     if what not in _names:
         name = f"vector{next(_serial)}"
-        setattr(_constants, name, _filled(values, dtype, device))
+        with _disable_current_modes():  # torch.export runs Python on fake tensors, which must not outlive it
+            setattr(_constants, name, _filled(values, dtype, device))
         _names[what] = name
     return _names[what]
 

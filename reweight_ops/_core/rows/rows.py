@@ -51,6 +51,9 @@ class Rows:
     def error(self, message: str) -> InvalidCall:
         return InvalidCall(f"{self.op}: {message} {describe(self.tensors)}")
 
+    def unsupported(self, message: str) -> UnsupportedRequest:
+        return UnsupportedRequest(f"{self.op}: {message}")
+
     def released(self) -> Rows:
         """The same without the call's arguments."""
         return Rows(

@@ -28,6 +28,7 @@ class LinearStatistics(torch.autograd.Function):
     """Statistics ``[M]`` of the rows of the head's logits, differentiable to everything the head is made of."""
 
     @staticmethod
+    @torch.no_grad()  # already so, but where torch.export runs it
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
         lora_scale: float, ids: Tensor, temperature: Tensor, settings: ChunkSettings, stats: str,
@@ -138,6 +139,7 @@ class LinearOnePassLoss(torch.autograd.Function):
     """``(loss, rows)`` with every gradient formed in forward, from one GEMM for the logits and two for the gradients."""
 
     @staticmethod
+    @torch.no_grad()  # already so, but where torch.export runs it
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
         ids: Tensor, temperature: Tensor, inputs: tuple[Tensor | None, ...], params: Tensor, program: str, settings: ChunkSettings,
