@@ -22,7 +22,7 @@ from ._core.losses.policy import policy_loss, policy_loss_from_logps
 from ._core.losses.statistics import token_logps, token_stats
 from ._core.spec.coupled import Constraint, GroupContrast
 from ._core.spec.policy import Penalty, PolicyLossSpec
-from ._core.spec.ratio import CenteredRatio, GeometricMeanRatio, Ratio, SegmentRatio, SequenceRatio, TokenRatio
+from ._core.spec.ratio import BatchMeanRatio, CenteredRatio, GeometricMeanRatio, Ratio, SegmentRatio, SequenceRatio, TokenRatio
 from ._core.spec.reduction import FromFunction, NoReduction, Reduction, SequenceMean, TokenMean, TokenSum
 from .divergences import DistillationLossOutput, distillation_loss, token_divergence
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
@@ -36,6 +36,7 @@ __all__ = [
     "BACKENDS",
     "METHODS",
     "BackendUnavailable",
+    "BatchMeanRatio",
     "CenteredRatio",
     "Constraint",
     "DistillationLossOutput",

@@ -222,6 +222,9 @@ class Recap:
     ``s = c + i``: ``c = μ/μ~`` with the mean loss μ of the last ``window`` updates and μ~ of the ``window`` before; ``i = σ/(μ + μ~)`` with the
     standard deviation σ of the last window. ``window`` was not found stated, so it must be given.
 
+    The abstract says "away from saturated objectives", which this formula, from notes on the paper, only does for losses that stay low and steady
+    relative to themselves: one that no longer falls has ``c = 1``, one that falls ``c < 1``, whatever their size.
+
     Differs from the paper: until two windows are full the weights are 1; σ is the population's.
     """
 

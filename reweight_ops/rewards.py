@@ -214,7 +214,8 @@ def grpo_lambda_length(
     The ``ceil(fraction·num_groups)`` groups (at least one) with the highest share of correct completions: a correct completion gets
     ``1 - alpha·sigmoid((L - mean)/(std + epsilon))`` over the group's correct lengths (unbiased; 0 for one), a wrong one 0. All other groups: 1
     or 0. Equal shares: the group with the lower number. ``alpha`` is not stated in what was read of the paper, so it must be given; λ =
-    ``fraction`` is its example. The λ-GRPO of arXiv:2510.06870 and the GRPO-λ of arXiv:2510.00194 are other methods.
+    ``fraction`` is its example. The share is relative to the batch, as summaries of the paper have it: where every prompt is answered badly, the best
+    of them are still pressed. The λ-GRPO of arXiv:2510.06870 and the GRPO-λ of arXiv:2510.00194 are other methods.
 
     Differs from the paper: ``epsilon``.
     """

@@ -7,12 +7,16 @@ from typing import Any
 
 from .._core.catalogue.registry import published
 from .._core.spec.policy import Penalty, PolicyLossSpec
-from .._core.spec.ratio import SequenceRatio
-from .._core.spec.reduction import SequenceMean, TokenMean
+from .._core.spec.ratio import BatchMeanRatio, Ratio, SequenceRatio
+from .._core.spec.reduction import Reduction, SequenceMean, TokenMean
+from ..errors import InvalidCall
 from ..rules.likelihood import NLL, NPO, CompSum, LikelihoodAscent, MarginNLL
 from ..weights.probability import SignWeight
+from .penalties import is_zero
 
 _WAGLE = "WAGLE: Strategic Weight Attribution for Effective and Modular Unlearning in Large Language Models"
+#: What is to be forgotten, and what retained, by the sign of a label.
+_LABELS = SignWeight(positive=0.0, negative=1.0), SignWeight(positive=1.0, negative=0.0)
 
 
 @published("sft", "Supervised fine-tuning", paper="Cross-Entropy Loss Functions: Theoretical Analysis and Applications", arxiv="2304.07288")
@@ -89,7 +93,7 @@ def grad_diff(gamma: Any) -> PolicyLossSpec:
     ``advantages`` are the labels, one a sequence or token: negative to forget, positive to retain. The paper's two batches in two calls are
     ``gradient_ascent()`` and ``sft()`` with ``loss_scale=γ``. WAGLE itself is a mask of parameters and no part of the loss.
     """
-    forget, retain = SignWeight(positive=0.0, negative=1.0), SignWeight(positive=1.0, negative=0.0)
+    forget, retain = _LABELS
     return PolicyLossSpec(
         surrogate=LikelihoodAscent(),
         penalties=(Penalty(NLL(), gamma, TokenMean(weight=retain)),),
@@ -105,10 +109,22 @@ def grad_diff(gamma: Any) -> PolicyLossSpec:
     arxiv="2404.05868",
     certainty="secondary",
 )
-def npo(beta: Any = 0.1) -> PolicyLossSpec:
+def npo(beta: Any = 0.1, gamma: Any = 0.0, level: str = "sequence") -> PolicyLossSpec:
     """``-(2/β)·log σ(-β·log(π/π_ref))``, the log-ratio summed over the sequence, mean over sequences to forget. Needs ``ref_per_token_logps``.
 
-    For β → 0 its gradient is gradient ascent's, ``gradient_ascent()`` on sequence sums.
+    ``gamma``: plus ``γ·NLL(retain)``, the mean over the tokens to retain, of one batch with both. ``advantages`` are then the labels, one a sequence:
+    negative to forget, positive to retain, and the first mean is over the sequences to forget. With ``gamma=0`` every sequence is one to forget.
+
+    ``level="batch"`` is the form of WAGLE's code (arXiv:2410.17509): one log-ratio, the mean over all tokens to forget. For β → 0 the gradient is
+    gradient ascent's: ``gradient_ascent()`` with ``level="batch"``, on sequence sums without.
     """
-    ratio = SequenceRatio(clamp=math.inf, against="ref", normalize=False)
-    return PolicyLossSpec(surrogate=NPO(beta=beta), ratio=ratio, reduction=SequenceMean(), name="npo")
+    if level not in ("sequence", "batch"):
+        raise InvalidCall(f"npo: level is {level!r}, expected 'sequence' (the paper) or 'batch' (WAGLE's code).")
+    forget, retain = (None, None) if is_zero(gamma) else _LABELS
+    ratio: Ratio = SequenceRatio(clamp=math.inf, against="ref", normalize=False)
+    reduction: Reduction = SequenceMean(weight=forget)
+    if level == "batch":
+        ratio = BatchMeanRatio(clamp=math.inf, against="ref", negative_only=forget is not None)
+        reduction = TokenMean(per_call=True, weight=forget)
+    penalties = () if retain is None else (Penalty(NLL(), gamma, TokenMean(weight=retain)),)
+    return PolicyLossSpec(surrogate=NPO(beta=beta), penalties=penalties, ratio=ratio, reduction=reduction, name="npo")

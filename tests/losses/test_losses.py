@@ -295,6 +295,23 @@ def test_npo(batch):
         ours(batch, "npo", None)
 
 
+def test_npo_with_retained_sequences_and_of_a_batch(batch):
+    """The mean is over the sequences to forget, whatever is retained beside them; WAGLE's code has one log-ratio a batch."""
+    logp, ref, mask = batch["logp"], batch["ref"], batch["mask"]
+    labels = torch.tensor([-1.0, 1, 1, -1, -1, 1, 1, 1])
+    forget, retain = mask & (labels < 0)[:, None], mask & (labels > 0)[:, None]
+    given = dict(ref_per_token_logps=ref, old_per_token_logps=None)
+    expected = papers.npo(logp[labels < 0], ref[labels < 0], mask[labels < 0], 0.3) - 0.7 * logp[retain].mean()
+    same(ours(batch, rw.methods.npo(0.3, gamma=0.7), labels, **given).loss, expected, batch)
+    counted = ours(batch, rw.methods.npo(0.3, gamma=0.7), labels, num_sequences_in_batch=6, **given)
+    same(counted.loss, papers.npo(logp[labels < 0], ref[labels < 0], mask[labels < 0], 0.3) / 2 - 0.7 * logp[retain].mean(), batch)
+    same(ours(batch, rw.methods.npo(0.3, level="batch"), None, **given).loss, papers.wagle_npo(logp, ref, mask, 0.3), batch)
+    expected = papers.wagle_npo(logp, ref, forget, 0.3) - 0.7 * logp[retain].mean()
+    same(ours(batch, rw.methods.npo(0.3, gamma=0.7, level="batch"), labels, **given).loss, expected, batch)
+    with pytest.raises(rw.InvalidCall, match="npo: level is 'token'"):
+        rw.methods.npo(level="token")
+
+
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_gradient_ascent_and_difference(batch, plan):
     mask, logp = batch["mask"], batch["logp"]

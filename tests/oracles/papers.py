@@ -200,6 +200,12 @@ def npo(logp, ref, mask, beta=0.1) -> Tensor:
     return torch.stack(terms).mean()
 
 
+def wagle_npo(logp, ref, mask, beta=0.1) -> Tensor:
+    """``src/unlearn/GA.py`` of arXiv:2410.17509: ``-2/beta log sigmoid(beta (NLL - NLL_ref))`` with the batch's token means."""
+    chosen = mask != 0
+    return -2 / beta * torch.log(torch.sigmoid(beta * (ref[chosen].mean() - logp[chosen].mean())))
+
+
 def comp_sum(logits: Tensor, ids: Tensor, mask: Tensor, tau: float) -> Tensor:
     """arXiv:2304.07288: ``Phi_tau(sum_{v != y} exp(z_v - z_y))``, ``Phi_tau(u) = ((1+u)^(1-tau) - 1)/(1-tau)``, ``log(1+u)`` at 1; mean."""
     u = torch.exp(logits - logits.gather(-1, ids[..., None])).sum(-1) - 1

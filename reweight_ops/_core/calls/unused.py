@@ -59,5 +59,9 @@ def _counts(reduction: Reduction, data: PolicyOptions) -> bool:
     if isinstance(reduction, TokenMean):
         return reduction.weight is None and (reduction.per_call or data.num_items_in_batch is None)
     if isinstance(reduction, SequenceMean):
-        return reduction.per == "token_mean" or (reduction.count == "nonempty" and data.num_sequences_in_batch is None)
+        return reduction.weight is None and _counts_sequences(reduction, data)
     return not isinstance(reduction, (TokenSum, FromFunction, NoReduction))
+
+
+def _counts_sequences(reduction: SequenceMean, data: PolicyOptions) -> bool:
+    return reduction.per == "token_mean" or (reduction.count == "nonempty" and data.num_sequences_in_batch is None)

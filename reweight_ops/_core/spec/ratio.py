@@ -148,6 +148,26 @@ class GeometricMeanRatio(SequenceRatio):
 
 
 @dataclass(frozen=True)
+class BatchMeanRatio(Ratio):
+    """``log_ratio_t = mean over this call's tokens of (logp - old_logp)``, with its gradient to every one of them.
+
+    ``negative_only``: over the tokens whose advantage is not positive.
+    """
+
+    level = "batch"
+
+    negative_only: bool = False
+
+    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+        chosen = rows.keep
+        if self.negative_only:
+            assert adv is not None, "negative_only reads advantages"
+            chosen = chosen & ~(adv > 0)
+        drift = torch.where(chosen, logp - old_logp, 0)
+        return self._clamped((drift.sum() / chosen.sum().clamp(min=1)).expand_as(drift))
+
+
+@dataclass(frozen=True)
 class CenteredRatio(Ratio):
     """``log_ratio_t = scale·(logp_t - old_logp_t - sg(mean))``, the mean over this call's tokens: centred where a stale policy's is not.
 

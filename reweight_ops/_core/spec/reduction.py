@@ -109,11 +109,15 @@ class SequenceMean(Reduction):
 
     ``horizon=None`` is the padded length (verl's default); TRL's Dr. GRPO has ``max_completion_length``. The mean is over
     ``num_sequences_in_batch`` when given, else over all sequences (TRL) or the non-empty ones (verl), by ``count``.
+
+    ``weight``: of the tokens that a token weight selects. A sequence's length is then its sum of weights, and the mean is over the sequences that
+    have any.
     """
 
     per: str = "token_mean"
     horizon: float | None = None
     count: str = "all"
+    weight: TokenWeight | None = None
 
     reads = ("num_sequences_in_batch",)
 
@@ -126,6 +130,8 @@ class SequenceMean(Reduction):
             raise InvalidCall(f"SequenceMean: horizon has no effect with per={self.per!r}; it belongs to per='constant'.")
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
+        if self.weight is not None:
+            return None
         sequences = rows.need_sequences("SequenceMean")
         given = divisors.num_sequences_in_batch
         if given is None:
@@ -137,14 +143,17 @@ class SequenceMean(Reduction):
         sequences = rows.need_sequences("SequenceMean")
         keep = rows.keep.to(rows.dtype)
         lengths = sequences.count_rows(rows.denominator, rows.dtype)
+        if weight is not None:
+            keep = torch.where(rows.keep, weight, 0)
+            lengths = sequences.sum(keep)
         if divisors.num_sequences_in_batch is not None:
             keep = _over(keep, divisors.num_sequences_in_batch)
-        elif self.count == "all":
+        elif self.count == "all" and weight is None:
             keep = _over(keep, max(sequences.count, 1))
         else:
             keep = _over(keep, (lengths > 0).sum().clamp(min=1))
         if self.per == "token_mean":
-            return sequences.divide(keep, lengths.clamp(min=1))
+            return sequences.divide(keep, lengths.clamp(min=1) if weight is None else torch.where(lengths > 0, lengths, 1))
         if self.per == "constant":
             if self.horizon is None and sequences.index is not None:
                 raise rows.error("SequenceMean(per='constant') over packed sequences has no padded length: give horizon.")
