@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.catalogue.registry import published
+from .._core.ranges import CountOrZero, NonNegative, Real
 from .._core.rows.grouped import GroupKeywords, floats, grouped, require
 from ..errors import InvalidCall
 
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 def grpo_lead(
     rewards: Tensor,
     *,
-    low: float = 0.4,
-    high: float = 1.5,
-    midpoint: float = 0.75,
-    steepness: float = 10.0,
-    epsilon: float = 1e-6,
+    low: NonNegative[float] = 0.4,
+    high: NonNegative[float] = 1.5,
+    midpoint: Real[float] = 0.75,
+    steepness: NonNegative[float] = 10.0,
+    epsilon: NonNegative[float] = 1e-6,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """GRPO's advantage times a weight by difficulty. ``[B] -> [B]``.
@@ -58,7 +59,7 @@ def grpo_lead(
     arxiv="2509.18849",
     level="group",
 )
-def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: float = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
+def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: NonNegative[float] = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
     """``A = (1 - λ)·(r - mean_g)/(std_g + epsilon) + λ·(r - mean_g)/(mean_g + epsilon)`` with ``λ = 1 - 4p(1 - p)``. ``[B], [B] -> [B]``.
 
     ``correct``: which completions are right (non-zero), and ``p`` their share of the group: the more certain a prompt is, the more the deviation
@@ -83,7 +84,9 @@ def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: float = 1e-6, **gro
     certainty="derived",
     level="group",
 )
-def difficulty_prior(rewards: Tensor, correct: Tensor, *, slope: float, normalize: bool = False, **groups: Unpack[GroupKeywords]) -> Tensor:
+def difficulty_prior(
+    rewards: Tensor, correct: Tensor, *, slope: Real[float], normalize: bool = False, **groups: Unpack[GroupKeywords]
+) -> Tensor:
     """``A = (r - mean_g)·exp(slope·(1 - p))`` with the share ``p`` of correct completions of the group: hard prompts count more. ``[B], [B] ->
     [B]``.
 
@@ -106,15 +109,18 @@ def difficulty_prior(rewards: Tensor, correct: Tensor, *, slope: float, normaliz
     level="group",
 )
 def ngrpo(
-    rewards: Tensor, *, max_reward: float = 1.0, num_virtual: int = 1, epsilon: float = 1e-6, **groups: Unpack[GroupKeywords]
+    rewards: Tensor,
+    *,
+    max_reward: Real[float] = 1.0,
+    num_virtual: CountOrZero[int] = 1,
+    epsilon: NonNegative[float] = 1e-6,
+    **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """GRPO with ``num_virtual`` completions of ``max_reward`` added to the mean and the unbiased standard deviation. ``[B] -> [B]``.
 
     So an all-wrong group learns: at 0/1 rewards its advantage is ``-1/sqrt(G + 1)`` (-1/3 for G = 8, -0.447 for G = 4). A group whose rewards
     all are ``max_reward`` has advantage 0. The loss clips 0.16 below and 0.24 above: ``methods.grpo(epsilon_low=0.16, epsilon_high=0.24)``.
     """
-    if num_virtual < 0:
-        raise InvalidCall(f"ngrpo: num_virtual is {num_virtual}, expected 0 or more.")
     g = grouped("ngrpo", rewards, groups)
     count = g.size + num_virtual
     from_max = g.values - max_reward  # measured from there, the virtual completions are zeros
@@ -136,8 +142,8 @@ def lens(
     completion_mask: Tensor,
     *,
     importance: str = "length_normalized",
-    negative_weight: float = 0.25,
-    epsilon: float = 1e-4,
+    negative_weight: NonNegative[float] = 0.25,
+    epsilon: NonNegative[float] = 1e-4,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """Wrong answers are punished by how confident they were, so all-wrong groups learn too. ``[B], [B, T], [B, T] -> [B]``.

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from .._core.formula.base import Rule
+from .._core.ranges import AtLeastOne, NonNegative, NonNegativeOrInf, Positive, Real, ranged
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import Ratio, SequenceRatio, TokenRatio
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean, TokenSum
@@ -45,21 +46,22 @@ def _reduction(mode: str, loss_scale_factor: float | None) -> Reduction:
     return reductions[mode]
 
 
+@ranged
 def verl(
     loss_mode: str = "vanilla",
     *,
     loss_agg_mode: str = "token-mean",
-    clip_ratio: Any = 0.2,
-    clip_ratio_low: Any = None,
-    clip_ratio_high: Any = None,
-    clip_ratio_c: Any = 3.0,
-    tau_pos: Any = 1.0,
-    tau_neg: Any = 1.05,
-    loss_scale_factor: float | None = None,
+    clip_ratio: NonNegativeOrInf[Any] = 0.2,
+    clip_ratio_low: NonNegativeOrInf[Any] = None,
+    clip_ratio_high: NonNegativeOrInf[Any] = None,
+    clip_ratio_c: AtLeastOne[Any] = 3.0,
+    tau_pos: Positive[Any] = 1.0,
+    tau_neg: Positive[Any] = 1.05,
+    loss_scale_factor: Positive[float] | None = None,
     use_kl_loss: bool = False,
-    kl_loss_coef: Any = 0.001,
+    kl_loss_coef: NonNegative[Any] = 0.001,
     kl_loss_type: str = "low_var_kl",
-    entropy_coeff: Any = 0.0,
+    entropy_coeff: Real[Any] = 0.0,
     unused: str = "error",
 ) -> PolicyLossSpec:
     """A loss of verl's registry (0.9.1, ``core_algos.py``) with the KL and entropy terms that ``ppo_loss`` adds around it.

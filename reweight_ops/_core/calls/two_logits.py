@@ -60,7 +60,7 @@ def resolve_two_logits(
         raise fail(f"vocab_size is {call.softmax.vocab_size}, other_logits have {other.shape[-1]} columns.")
     if other.stride(-1) != 1 and other.shape[-1] > 1:
         raise fail("the last dimension of other_logits is not contiguous: pass other_logits.contiguous().")
-    softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap("other_softcap", other_softcap, fail))
+    softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap(other_softcap))
     # A view: torch.compile takes no tensor twice.
     temperature = call.temperature.view(-1) if other_temperature is None else resolve_temperature(call.rows, other_temperature, fail)
     return TwoLogits(call, collapsed("other_logits", other, fail), temperature, softmax)

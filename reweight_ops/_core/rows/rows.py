@@ -84,9 +84,10 @@ class Rows:
     def per_row(self, name: str, value: Any, *, logps: bool = False) -> Tensor:
         """A per-row argument as ``[N]`` in the row dtype: token shape, sequence shape, or a constant; any other shape is an error."""
         if not isinstance(value, Tensor):
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
                 return torch.full((self.count,), float(value), dtype=self.dtype, device=self.device)
-            raise self.error(f"{name} is a {type(value).__name__}, expected a tensor or a number.")
+            got = "NaN" if isinstance(value, float) else f"a {type(value).__name__}"
+            raise self.error(f"{name} is {got}, expected a tensor or a number.")
         self._check(name, value, logps)
         flat = self._flat(name, value)
         if not torch.compiler.is_compiling() and flat.is_inference() and not torch.is_inference_mode_enabled():

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InvalidCall
+from ..ranges import Count, NonNegative, Positive, PositiveOrInf, ranged
 from ..rows.groups import Groups
 from ..rows.rows import Rows
 from .reduction import Divisors, Reduction, TokenMean
 
 
+@ranged
 @dataclass(frozen=True)
 class GroupContrast(Reduction):
     """Positive against negative sequences of each prompt, by their scores ``s_i``: minus the mean over the valid tokens of the token loss. ::
@@ -32,19 +33,13 @@ class GroupContrast(Reduction):
     runs of ``group_size`` sequences, or the call's ``group_ids``; every response of a prompt must be in the call.
     """
 
-    temperature: Any = 10.0
-    length_temperature: Any = math.inf
-    max_length: float | None = None
-    group_size: int | None = None
+    temperature: PositiveOrInf[Any] = 10.0
+    length_temperature: PositiveOrInf[Any] = math.inf
+    max_length: Positive[float] | None = None
+    group_size: Count[int] | None = None
 
     requires = ("adv",)
     coupled = True
-
-    def __post_init__(self) -> None:
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
-            raise InvalidCall(
-                f"GroupContrast: group_size is {self.group_size!r}, expected a positive int, or None for the call's group_ids."
-            )
 
     @property
     def reads_groups(self) -> bool:
@@ -102,6 +97,7 @@ class GroupContrast(Reduction):
         return result
 
 
+@ranged
 @dataclass(frozen=True)
 class Constraint(Reduction):
     """A squared-hinge constraint on the mean: ``sg(strength·max(K - bound, 0))·K``, with ``K`` the term's token mean over this call.
@@ -109,8 +105,8 @@ class Constraint(Reduction):
     Its gradient is that of ``strength/2·max(K - bound, 0)²``: nothing while ``K`` is below the bound.
     """
 
-    strength: Any = 1000.0
-    bound: Any = 1e-4
+    strength: NonNegative[Any] = 1000.0
+    bound: NonNegative[Any] = 1e-4
 
     coupled = True
 
