@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._core.catalogue.registry import published
+from ._core.ranges import Count, Interval, NonNegative, Positive, Unit
 from ._core.rows.grouped import floats
 from .errors import InvalidCall
 
@@ -41,7 +42,7 @@ class LagrangeState(NamedTuple):
     """``multipliers [K]`` before squashing, and the momentum of their ascent, ``[K]``."""
 
     multipliers: Tensor
-    momentum: Tensor
+    momentum: Unit[Tensor]
 
 
 @published(
@@ -64,10 +65,10 @@ class ConstrainedRLHF:
     Differs from the paper: the authors' code starts ``u`` from a normal of scale 0.01 (here 0; 0.5 without squashing), clips the gradient of
     ``u`` by its norm, and leaves out the first multiplier in the mix without squashing."""
 
-    thresholds: tuple[float, ...]
+    thresholds: Annotated[tuple[float, ...], Interval(entries="(-inf, inf)")]
     squash: str = "sigmoid"
-    learning_rate: float = 0.1
-    momentum: float = 0.1
+    learning_rate: Positive[float] = 0.1
+    momentum: Unit[float] = 0.1
 
     def __post_init__(self) -> None:
         if self.squash not in ("sigmoid", "tanh", "none"):
@@ -112,7 +113,7 @@ class ConstrainedRLHF:
 Front = tuple[tuple[float, ...], ...]
 
 
-def hypervolume(points: Front, reference: tuple[float, ...]) -> float:
+def hypervolume(points: Front, reference: Annotated[tuple[float, ...], Interval(entries="(-inf, inf)")]) -> float:
     """Volume that the points dominate, measured from ``reference``, all objectives maximized: slice by slice along the first objective."""
     points = tuple(p for p in points if all(x > r for x, r in zip(p, reference, strict=True)))
     if not points:
@@ -144,9 +145,9 @@ class HypervolumeRewardWeighting:
     One factor for the whole batch **cancels** in advantages that are divided by a standard deviation: ``advantages.grpo`` does not change, but
     for its epsilon. It acts with ``dr_grpo``, ``rloo`` or ``grpo(scale_rewards="none")``."""
 
-    reference: tuple[float, ...]
-    base: float = 0.5
-    scale: float = 1.5
+    reference: Annotated[tuple[float, ...], Interval(entries="(-inf, inf)")]
+    base: NonNegative[float] = 0.5
+    scale: NonNegative[float] = 1.5
 
     def init(self) -> Front:
         """The empty front. The factor of the first step is 1."""
@@ -186,8 +187,8 @@ class GradientRewardWeighting:
     ``I [K]``: influences of the objectives' gradients, :func:`gradient_influences`; they cost a backward pass each (the authors take layers 10 to
     25 of Qwen3-8B). The reward of the next step is ``sum_k w_k r_k``. ``learning_rate`` is the policy's."""
 
-    learning_rate: float = 1e-6
-    regularization: float = 1e-5
+    learning_rate: Positive[float] = 1e-6
+    regularization: Positive[float] = 1e-5
 
     def init(self, count: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """``log w`` of K equal weights: the state."""
@@ -228,12 +229,8 @@ class Recap:
     Differs from the paper: until two windows are full the weights are 1; σ is the population's.
     """
 
-    window: int
-    temperature: float = 5.0
-
-    def __post_init__(self) -> None:
-        if self.window < 1 or self.temperature <= 0:
-            raise InvalidCall(f"Recap: window is {self.window} and temperature {self.temperature}; both must be positive.")
+    window: Count[int]
+    temperature: Positive[float] = 5.0
 
     def init(self, count: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> RecapState:
         """The state of K objectives before the first loss."""

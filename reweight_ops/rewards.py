@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._core.catalogue.registry import published
+from ._core.ranges import NonNegative, Positive, Real, Unit
 from ._core.rows.grouped import GroupKeywords, floats, grouped, require
 from .errors import InvalidCall
 
@@ -62,7 +63,7 @@ def wco(rewards: Tensor) -> Tensor:
 
 
 @published("uwo", "Uncertainty-Weighted Optimization", paper=_ENSEMBLES, arxiv="2310.02743", level="sequence")
-def uwo(rewards: Tensor, *, coef: float = 0.1) -> Tensor:
+def uwo(rewards: Tensor, *, coef: NonNegative[float] = 0.1) -> Tensor:
     """``r = mean_k r_k - coef·var_k r_k`` with the unbiased variance over an ensemble (0 for one member). ``[B, K] -> [B]``.
 
     ``coef`` is λ: 0.1 in the authors' PPO configuration, 0.5 in the one of best-of-n.
@@ -81,7 +82,7 @@ def uwo(rewards: Tensor, *, coef: float = 0.1) -> Tensor:
     certainty="secondary",
     level="sequence",
 )
-def lsc(rewards: Tensor, reference: Tensor | float) -> Tensor:
+def lsc(rewards: Tensor, reference: Real[Tensor | float]) -> Tensor:
     """``u = log sigmoid(r - r_ref)``; several rewards are summed, so that ``exp(u)`` is the probability that all are good. ``[B]`` or ``[B, K] ->
     [B]``.
 
@@ -134,10 +135,10 @@ def trust_grpo(
     outcome_rewards: Tensor,
     thinking_rewards: Tensor,
     *,
-    step: int | Tensor,
-    total_steps: int | Tensor,
-    coef: float = 0.3,
-    threshold: float = 0.5,
+    step: NonNegative[int | Tensor],
+    total_steps: Positive[int | Tensor],
+    coef: NonNegative[float] = 0.3,
+    threshold: Real[float] = 0.5,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """``r = r_outcome + γ·coef·e^(-step/total_steps)·r_thinking`` (eq. 1 to 5). ``[B], [B] -> [B]``.
@@ -171,10 +172,10 @@ def grpo_lead_length(
     correct: Tensor,
     lengths: Tensor,
     *,
-    alpha: float = 0.05,
-    wrong_reward: float = -1.0,
-    min_length: float = 4000.0,
-    epsilon: float = 1e-6,
+    alpha: NonNegative[float] = 0.05,
+    wrong_reward: Real[float] = -1.0,
+    min_length: NonNegative[float] = 4000.0,
+    epsilon: NonNegative[float] = 1e-6,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """Correct: ``e^(-alpha·z)``, ``z = (L - mean)/(std + epsilon)`` over the group's correct completions; wrong: ``wrong_reward``. ``[B], [B] ->
@@ -207,7 +208,13 @@ def grpo_lead_length(
     level="group",
 )
 def grpo_lambda_length(
-    correct: Tensor, lengths: Tensor, *, alpha: float, fraction: float = 0.2, epsilon: float = 1e-4, **groups: Unpack[GroupKeywords]
+    correct: Tensor,
+    lengths: Tensor,
+    *,
+    alpha: NonNegative[float],
+    fraction: Unit[float] = 0.2,
+    epsilon: NonNegative[float] = 1e-4,
+    **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """Only the batch's best-answered prompts are pressed for brevity; the others learn to be right first. ``[B], [B] -> [B]``.
 
@@ -219,8 +226,6 @@ def grpo_lambda_length(
 
     Differs from the paper: ``epsilon``.
     """
-    if not 0 <= fraction <= 1:
-        raise InvalidCall(f"grpo_lambda_length: fraction is {fraction}, expected a share between 0 and 1.")
     g = grouped("grpo_lambda_length", correct, groups, name="correct")
     length = g.like("lengths", lengths)
     right = (g.values != 0) & g.scored
@@ -242,7 +247,7 @@ def grpo_lambda_length(
     certainty="derived",
     level="sequence",
 )
-def traac(correct: Tensor, format_rewards: Tensor, lengths: Tensor, median_lengths: Tensor, *, scale: float) -> Tensor:
+def traac(correct: Tensor, format_rewards: Tensor, lengths: Tensor, median_lengths: Tensor, *, scale: Positive[float]) -> Tensor:
     """``r = 4·correct + format + correct·sigmoid((median - L)/scale)``. All ``[B] -> [B]``.
 
     Derived: the paper's summary has the weights, and a sigmoid-smoothed penalty of correct answers longer than the median of recent rollouts of

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._core.catalogue.registry import published
+from ._core.ranges import Count, NonNegative, Positive, PositiveOrInf
 from ._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, indices, like
 from ._core.rows.groups import describe
 from .errors import InvalidCall
@@ -46,12 +47,6 @@ def _softmax(g: Grouped, scores: Tensor) -> Tensor:
     return g.result(g.size * e / torch.where(g.size > 0, g.sum(e), 1))
 
 
-def _positive(op: str, **values: float | Tensor) -> None:
-    for name, value in values.items():
-        if not isinstance(value, Tensor) and not value > 0:
-            raise InvalidCall(f"{op}: {name} is {value}, expected a positive number.")
-
-
 @published(
     "exponential_advantage",
     "Exponential advantage weight (AWR, FamO2O)",
@@ -59,14 +54,13 @@ def _positive(op: str, **values: float | Tensor) -> None:
     arxiv="1910.00177",
     level="sequence",
 )
-def exponential_advantage(advantages: Tensor, *, temperature: float | Tensor, max_weight: float) -> Tensor:
+def exponential_advantage(advantages: Tensor, *, temperature: Positive[float | Tensor], max_weight: PositiveOrInf[float]) -> Tensor:
     """``w = min(exp(A/temperature), max_weight)``: regression to good samples. Any shape; ``-sum w·logp`` is the loss.
 
     ``temperature``: a number, or a tensor that broadcasts (one a prompt: FamO2O, arXiv:2310.17966, has ``w = min(exp(β(s)·A), 100)`` with a
     learned β, so ``temperature=1/β, max_weight=100``; the reading of a state as a prompt is ours). Neither has one value for all tasks, so both
     must be given. The exponent is capped before ``exp``, so nothing overflows.
     """
-    _positive("exponential_advantage", temperature=temperature, max_weight=max_weight)
     x = floats("exponential_advantage", "advantages", advantages)
     return (x / temperature).clamp(max=math.log(max_weight)).exp()
 
@@ -79,13 +73,12 @@ def exponential_advantage(advantages: Tensor, *, temperature: float | Tensor, ma
     certainty="derived",
     level="group",
 )
-def kl_tilt(rewards: Tensor, *, beta: float, **groups: Unpack[GroupKeywords]) -> Tensor:
+def kl_tilt(rewards: Tensor, *, beta: Positive[float], **groups: Unpack[GroupKeywords]) -> Tensor:
     """``w_i = n·exp(r_i/beta)/sum_j exp(r_j/beta)`` over a group's samples: what turns the reference's samples into the optimum's.
 
     Derived: ``p·exp(r/beta)`` is the textbook solution of reward maximization under a KL penalty of coefficient beta, which the paper starts
     from; the self-normalized estimate over a group is ours. Without group arguments the batch is one group.
     """
-    _positive("kl_tilt", beta=beta)
     g = grouped("kl_tilt", rewards, groups, whole=True)
     return _softmax(g, g.values / beta)
 
@@ -98,12 +91,11 @@ def kl_tilt(rewards: Tensor, *, beta: float, **groups: Unpack[GroupKeywords]) ->
     certainty="secondary",
     level="sequence",
 )
-def kl_dro(losses: Tensor, *, temperature: float, **groups: Unpack[GroupKeywords]) -> Tensor:
+def kl_dro(losses: Tensor, *, temperature: Positive[float], **groups: Unpack[GroupKeywords]) -> Tensor:
     """``w_i = n·exp(loss_i/temperature)/sum_j exp(loss_j/temperature)``: the worst distribution within a KL penalty, hard samples first.
 
     The maximum over w of ``mean(w·loss) - temperature·KL(w/n || uniform)``. Without group arguments the batch is one group.
     """
-    _positive("kl_dro", temperature=temperature)
     g = grouped("kl_dro", losses, groups, name="losses", whole=True)
     return _softmax(g, g.values / temperature)
 
@@ -115,7 +107,9 @@ def kl_dro(losses: Tensor, *, temperature: float, **groups: Unpack[GroupKeywords
     arxiv="2502.06733",
     level="sequence",
 )
-def dynamic_loss_reweighting(losses: Tensor, *, temperature: float, strategy: str = "linupper", delta: float = 1.0) -> Tensor:
+def dynamic_loss_reweighting(
+    losses: Tensor, *, temperature: Positive[float], strategy: str = "linupper", delta: Positive[float] = 1.0
+) -> Tensor:
     """``w = n·softmax(f(h)/temperature)``, with the losses of the batch on a line: ``h = delta·(2·loss - max - min)/(max - min)``.
 
     ``f`` is ``min(h + delta, delta)`` (``"linupper"``: easy samples are held back), ``1 - h²/delta²`` (``"quadratic"``: the middle), ``(h +
@@ -123,7 +117,6 @@ def dynamic_loss_reweighting(losses: Tensor, *, temperature: float, strategy: st
     (``r``): 0.4 and 1 in the authors' configurations, best annealed from high; weights are 1 for the first 1000 steps there. Equal losses: equal
     weights.
     """
-    _positive("dynamic_loss_reweighting", temperature=temperature, delta=delta)
     g = grouped("dynamic_loss_reweighting", losses, {}, name="losses", whole=True)
     x, high, low = g.values, g.max(g.values), g.min(g.values)
     h = delta * (2 * x - high - low) / (high - low).clamp(min=1e-6)
@@ -149,10 +142,10 @@ def glow(
     losses: Tensor,
     previous_losses: Tensor | None,
     *,
-    alpha: float = 1.0,
-    beta: float = 20.0,
-    min_weight: float = 0.5,
-    max_weight: float = 5.0,
+    alpha: NonNegative[float] = 1.0,
+    beta: Positive[float] = 20.0,
+    min_weight: NonNegative[float] = 0.5,
+    max_weight: PositiveOrInf[float] = 5.0,
 ) -> Tensor:
     """``w = clip(alpha·(1 - sigmoid(beta·(previous - loss))), min_weight, max_weight)``: what improved since the last epoch counts less.
 
@@ -175,13 +168,11 @@ def glow(
     arxiv="2304.06767",
     level="group",
 )
-def raft(rewards: Tensor, *, keep: int = 1, **groups: Unpack[GroupKeywords]) -> Tensor:
+def raft(rewards: Tensor, *, keep: Count[int] = 1, **groups: Unpack[GroupKeywords]) -> Tensor:
     """1 for the ``keep`` completions of the group with the highest rewards, else 0; equal rewards: the first. The loss is the likelihood's.
 
     SuperHF (arXiv:2310.16763) keeps the same one of its 16. A completion without a score is never kept.
     """
-    if keep < 1:
-        raise InvalidCall(f"raft: keep is {keep}, expected 1 or more.")
     g = grouped("raft", rewards, groups)
     return g.result((g.rank(-g.values) < keep).to(g.values.dtype))
 
@@ -194,7 +185,7 @@ def raft(rewards: Tensor, *, keep: int = 1, **groups: Unpack[GroupKeywords]) -> 
     certainty="secondary",
     level="batch",
 )
-def d3s(advantages: Tensor, *, num_samples: int, **groups: Unpack[GroupKeywords]) -> Tensor:
+def d3s(advantages: Tensor, *, num_samples: Count[int], **groups: Unpack[GroupKeywords]) -> Tensor:
     """1 for the ``num_samples`` rows whose advantages have the greatest variance, else 0. Without group arguments, over the whole batch (the
     default there).
 
@@ -203,8 +194,6 @@ def d3s(advantages: Tensor, *, num_samples: int, **groups: Unpack[GroupKeywords]
     :func:`reweight_ops.schedules.d3s`; its values were not found, so it must be given. With group arguments (the variant D3S-I) it counts per
     group.
     """
-    if num_samples < 1:
-        raise InvalidCall(f"d3s: num_samples is {num_samples}, expected 1 or more.")
     g = grouped("d3s", advantages, groups, name="advantages", whole=True)
     x = torch.where(g.scored, g.values - g.mean(g.values), 0)
     ordered = x[g.order(x)].double()
@@ -266,7 +255,7 @@ def source_weights(source_logits: Tensor, source_ids: Tensor, *, normalize: str 
     arxiv="2308.09878",
     level="sequence",
 )
-def focal(likelihoods: Tensor, *, eta: float = 1.0, gamma: float = 5.0) -> Tensor:
+def focal(likelihoods: Tensor, *, eta: NonNegative[float] = 1.0, gamma: NonNegative[float] = 5.0) -> Tensor:
     """``w = (eta + (1 - p)^gamma)/(eta + 1)``: rare samples count more, common ones never less than ``eta/(eta + 1)``. Any shape.
 
     ``likelihoods``: p in [0, 1], how common a sample is in its data set (or, our reading for tokens, a detached probability).
@@ -276,7 +265,6 @@ def focal(likelihoods: Tensor, *, eta: float = 1.0, gamma: float = 5.0) -> Tenso
 
 
 def _trajectory(op: str, scores: Tensor, scored: Tensor, temperature: float) -> Tensor:
-    _positive(op, temperature=temperature)
     g = grouped(op, torch.where(scored, scores, torch.nan), {}, name="returns", whole=True)
     low, high = g.min(g.values), g.max(g.values)
     spread = high - low
@@ -284,7 +272,7 @@ def _trajectory(op: str, scores: Tensor, scored: Tensor, temperature: float) -> 
 
 
 @published("trajectory_rw", "Return weighting (RW)", paper=_TRAJECTORIES, arxiv="2306.13085", level="sequence")
-def trajectory_rw(returns: Tensor, *, temperature: float = 0.1) -> Tensor:
+def trajectory_rw(returns: Tensor, *, temperature: Positive[float] = 0.1) -> Tensor:
     """``w = n·softmax(u/temperature)``, ``u`` the returns of the data set on a line from 0 to 1 (min to max).
 
     The paper samples trajectories with probability ``w/n``; as a loss weight the expectation is the same. All tokens of a trajectory have its
@@ -297,7 +285,7 @@ def trajectory_rw(returns: Tensor, *, temperature: float = 0.1) -> Tensor:
 
 
 @published("trajectory_aw", "Advantage weighting (AW)", paper=_TRAJECTORIES, arxiv="2306.13085", level="sequence")
-def trajectory_aw(returns: Tensor, start_values: Tensor, *, temperature: float = 0.1) -> Tensor:
+def trajectory_aw(returns: Tensor, start_values: Tensor, *, temperature: Positive[float] = 0.1) -> Tensor:
     """:func:`trajectory_rw` of ``returns - start_values``: a good trajectory from a bad start is not held against it.
 
     ``start_values``: V(s_0) of each trajectory; the authors fit a linear regression of the return on the first state. For completions the mean of
@@ -315,7 +303,7 @@ def trajectory_aw(returns: Tensor, start_values: Tensor, *, temperature: float =
     certainty="derived",
     level="sequence",
 )
-def selective_rehearsal(scores: Tensor, *, keep: int, coef: float = 0.01, **clusters: Unpack[GroupKeywords]) -> Tensor:
+def selective_rehearsal(scores: Tensor, *, keep: Count[int], coef: NonNegative[float] = 0.01, **clusters: Unpack[GroupKeywords]) -> Tensor:
     """``coef`` for the ``keep`` best examples of each cluster, else 0: ``L = L_PPO + mean_i(w_i·NLL_i)`` over the rehearsal examples.
 
     Derived: the paper rehearses, by likelihood, good examples that stand for clusters of the supervised data, with coefficient 0.01; how many of a

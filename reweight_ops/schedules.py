@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._core.catalogue.registry import published
+from ._core.ranges import Count, Interval, NonNegative, Real, Unit, ranged
 from ._core.rows.grouped import floats, grouped
 from ._core.spec.policy import PolicyLossSpec
 from .errors import InvalidCall
@@ -71,7 +72,7 @@ def lopti_updates(mini_batches: Iterable[_Batch], **options: Any) -> Iterator[tu
     certainty="secondary",
     level="step",
 )
-def capo(advantages: Tensor, completion_mask: Tensor, *, step: int | Tensor, switch_step: int | Tensor) -> Tensor:
+def capo(advantages: Tensor, completion_mask: Tensor, *, step: NonNegative[int | Tensor], switch_step: NonNegative[int | Tensor]) -> Tensor:
     """First imitate, then discriminate: the mask of the rows to train on. ``[B]`` or ``[B, T]``, ``[B, T] -> [B, T]`` bool.
 
     Before ``switch_step`` only ``A >= 0`` (with its KL too), from then on all. The paper switches after 10 to 30 % of the training, so it must be
@@ -89,8 +90,8 @@ def capo(advantages: Tensor, completion_mask: Tensor, *, step: int | Tensor, swi
 class D3sBudget(NamedTuple):
     """``num_samples`` (rounded) and ``token_fraction``, of D3S at some progress."""
 
-    num_samples: int
-    token_fraction: float
+    num_samples: Annotated[int, Interval(entries="[1, inf)")]
+    token_fraction: Annotated[float, Interval(entries="[0, 1]")]
 
 
 @published(
@@ -101,14 +102,17 @@ class D3sBudget(NamedTuple):
     certainty="secondary",
     level="step",
 )
-def d3s(progress: float, *, num_samples: tuple[int, int], token_fraction: tuple[float, float]) -> D3sBudget:
+def d3s(
+    progress: Unit[float],
+    *,
+    num_samples: Annotated[tuple[int, int], Interval(entries="[1, inf)")],
+    token_fraction: Annotated[tuple[float, float], Interval(entries="[0, 1]")],
+) -> D3sBudget:
     """Both budgets go linearly from their first to their second value over ``progress`` in [0, 1]: few samples and tokens first.
 
     ``num_samples`` is for :func:`reweight_ops.sample_weights.d3s`, ``token_fraction`` for the token weight. The paper's values were not found, so
     both ranges must be given.
     """
-    if not 0 <= progress <= 1:
-        raise InvalidCall(f"schedules.d3s: progress is {progress}, expected 0 to 1.")
     samples, tokens = ((1 - progress) * a + progress * b for a, b in (num_samples, token_fraction))
     return D3sBudget(round(samples), tokens)
 
@@ -120,7 +124,7 @@ def d3s(progress: float, *, num_samples: tuple[int, int], token_fraction: tuple[
     arxiv="1904.12848",
     level="step",
 )
-def tsa(progress: float | Tensor, *, num_classes: int, curve: str = "linear") -> float | Tensor:
+def tsa(progress: Unit[float | Tensor], *, num_classes: Count[int], curve: str = "linear") -> float | Tensor:
     """``η = a·(1 - 1/K) + 1/K``: the probability above which a labelled example is left out, from 1/K to 1 over training.
 
     ``a`` is ``progress`` p in [0, 1] (``"linear"``), ``e^(5(p - 1))`` (``"exp"``, for little data) or ``1 - e^(-5p)`` (``"log"``). A number gives a
@@ -130,13 +134,12 @@ def tsa(progress: float | Tensor, *, num_classes: int, curve: str = "linear") ->
     curves = {"linear": progress, "exp": exp(5 * (progress - 1)), "log": 1 - exp(-5 * progress)}
     if curve not in curves:
         raise InvalidCall(f"schedules.tsa: curve is {curve!r}, expected one of {', '.join(curves)}.")
-    if num_classes < 1:
-        raise InvalidCall(f"schedules.tsa: num_classes is {num_classes}, expected 1 or more.")
     threshold: float | Tensor = curves[curve] * (1 - 1 / num_classes) + 1 / num_classes
     return threshold
 
 
-def all_failed(rewards: Tensor, *, fail_value: float = 0.0, **groups: Any) -> Tensor:
+@ranged
+def all_failed(rewards: Tensor, *, fail_value: Real[float] = 0.0, **groups: Any) -> Tensor:
     """Which prompts ReLIFT's buffer takes: all completions have exactly ``fail_value`` (other failures do not). ``[B] -> [num_groups]`` bool."""
     g = grouped("all_failed", rewards, groups)
     failed = g.groups.sum(((g.values == fail_value) & g.scored).to(g.values.dtype))
@@ -165,7 +168,7 @@ class Relift:
     buffer); once ``buffer_size`` of them wait, it says to do one SFT step on that many. There the RL loss is unclipped with
     ``advantages.dr_grpo``, and the SFT step has an optimizer of its own."""
 
-    buffer_size: int = 128
+    buffer_size: Count[int] = 128
 
     def init(self) -> ReliftState:
         """An empty buffer."""

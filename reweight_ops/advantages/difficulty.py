@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.catalogue.registry import published
+from .._core.ranges import CountOrZero, NonNegative, Real
 from .._core.rows.grouped import GroupKeywords, floats, grouped, require
 from ..errors import InvalidCall
 from .outcome import singletons
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 def grpo_lead(
     rewards: Tensor,
     *,
-    low: float = 0.4,
-    high: float = 1.5,
-    midpoint: float = 0.75,
-    steepness: float = 10.0,
-    epsilon: float = 1e-6,
+    low: NonNegative[float] = 0.4,
+    high: NonNegative[float] = 1.5,
+    midpoint: Real[float] = 0.75,
+    steepness: NonNegative[float] = 10.0,
+    epsilon: NonNegative[float] = 1e-6,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """GRPO's advantage times a weight by difficulty. ``[B] -> [B]``.
@@ -59,7 +60,7 @@ def grpo_lead(
     arxiv="2509.18849",
     level="group",
 )
-def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: float = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
+def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: NonNegative[float] = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
     """``A = (1 - λ)·(r - mean_g)/(std_g + epsilon) + λ·(r - mean_g)/(mean_g + epsilon)`` with ``λ = 1 - 4p(1 - p)``. ``[B], [B] -> [B]``.
 
     ``correct``: which completions are right (non-zero), and ``p`` their share of the group: the more certain a prompt is, the more the deviation
@@ -84,7 +85,9 @@ def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: float = 1e-6, **gro
     certainty="derived",
     level="group",
 )
-def difficulty_prior(rewards: Tensor, correct: Tensor, *, slope: float, normalize: bool = False, **groups: Unpack[GroupKeywords]) -> Tensor:
+def difficulty_prior(
+    rewards: Tensor, correct: Tensor, *, slope: Real[float], normalize: bool = False, **groups: Unpack[GroupKeywords]
+) -> Tensor:
     """``A = (r - mean_g)·exp(slope·(1 - p))`` with the share ``p`` of correct completions of the group: hard prompts count more. ``[B], [B] ->
     [B]``.
 
@@ -109,9 +112,9 @@ def difficulty_prior(rewards: Tensor, correct: Tensor, *, slope: float, normaliz
 def ngrpo(
     rewards: Tensor,
     *,
-    max_reward: float = 1.0,
-    num_virtual: int = 1,
-    epsilon: float = 1e-6,
+    max_reward: Real[float] = 1.0,
+    num_virtual: CountOrZero[int] = 1,
+    epsilon: NonNegative[float] = 1e-6,
     singleton: str = "reward",
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
@@ -121,8 +124,6 @@ def ngrpo(
     all are ``max_reward`` has advantage 0. ``singleton``: what a group of one gets, ``"reward"`` (the authors' code: mean 0, standard deviation 1) or
     ``"zero"``. The loss is ``methods.ngrpo``; the authors leave out groups whose completions are all correct.
     """
-    if num_virtual < 0:
-        raise InvalidCall(f"ngrpo: num_virtual is {num_virtual}, expected 0 or more.")
     g = grouped("ngrpo", rewards, groups)
     count = g.size + num_virtual
     from_max = g.values - max_reward  # measured from there, the virtual completions are zeros
@@ -145,8 +146,8 @@ def lens(
     completion_mask: Tensor,
     *,
     importance: str = "length_normalized",
-    negative_weight: float = 0.25,
-    epsilon: float = 1e-4,
+    negative_weight: NonNegative[float] = 0.25,
+    epsilon: NonNegative[float] = 1e-4,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """Wrong answers are punished by how confident they were, so all-wrong groups learn too. ``[B], [B, T], [B, T] -> [B]``.

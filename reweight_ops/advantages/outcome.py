@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 
 from .._core.catalogue.registry import published
+from .._core.ranges import Interval, NonNegative, NonNegativeOrInf, OpenUnit
 from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped
 from ..errors import InvalidCall
 
@@ -39,7 +40,12 @@ def singletons(g: Grouped, advantages: Tensor, singleton: str) -> Tensor:
     level="group",
 )
 def grpo(
-    rewards: Tensor, *, scale_rewards: str = "group", epsilon: float = 1e-4, singleton: str = "zero", **groups: Unpack[GroupKeywords]
+    rewards: Tensor,
+    *,
+    scale_rewards: str = "group",
+    epsilon: NonNegative[float] = 1e-4,
+    singleton: str = "zero",
+    **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """``A = (r - mean_g) / (std_g + epsilon)`` (section 4.1.2), ``std_g`` unbiased. ``[B] -> [B]``.
 
@@ -81,7 +87,7 @@ def dr_grpo(rewards: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupK
     certainty="secondary",
     level="group",
 )
-def gdpo(rewards: Tensor, weights: Tensor | None = None, *, epsilon: float = 1e-4, **groups: Unpack[GroupKeywords]) -> Tensor:
+def gdpo(rewards: Tensor, weights: Tensor | None = None, *, epsilon: NonNegative[float] = 1e-4, **groups: Unpack[GroupKeywords]) -> Tensor:
     """Each of K rewards normalized in its group, then summed, then normalized over the batch. ``[B, K] -> [B]``.
 
     ``a = sum_k w_k (r_k - mean_gk) / (std_gk + epsilon)``, ``A = (a - mean) / (std + epsilon)``: TRL's ``normalize_then_sum``. ``weights [K]``: 1
@@ -106,7 +112,12 @@ def gdpo(rewards: Tensor, weights: Tensor | None = None, *, epsilon: float = 1e-
     level="group",
 )
 def rloo(
-    rewards: Tensor, *, normalize_advantages: bool = False, epsilon: float = 1e-4, singleton: str = "zero", **groups: Unpack[GroupKeywords]
+    rewards: Tensor,
+    *,
+    normalize_advantages: bool = False,
+    epsilon: NonNegative[float] = 1e-4,
+    singleton: str = "zero",
+    **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """``A_i = r_i - mean_{j != i} r_j``, that is ``n/(n-1)·(r_i - mean_g)``. ``[B] -> [B]``.
 
@@ -153,9 +164,9 @@ def aapo(
     reference_rewards: Tensor,
     *,
     scale_rewards: bool = False,
-    epsilon: float = 1e-4,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    epsilon: NonNegative[float] = 1e-4,
+    clip_low: NonNegativeOrInf[float] = 0.2,
+    clip_high: NonNegativeOrInf[float] = 0.28,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """``A = (r - mean_g) [/ (std_g + epsilon)] + clip(r - r_ref, -clip_low, clip_high)``. ``[B], [B] -> [B]``.
@@ -197,7 +208,14 @@ def pvpo(rewards: Tensor, reference_rewards: Tensor, **groups: Unpack[GroupKeywo
     arxiv="2509.22611",
     level="group",
 )
-def qae(rewards: Tensor, *, quantile: float = 0.4, correction: int = 0, epsilon: float = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
+def qae(
+    rewards: Tensor,
+    *,
+    quantile: OpenUnit[float] = 0.4,
+    correction: Annotated[int, Interval("[0, 1]", whole=True)] = 0,
+    epsilon: NonNegative[float] = 1e-6,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
     """``A = (r - b) / (std_g + epsilon)`` with the ``quantile`` K of the group as baseline, ``b = inf{x: F(x) >= K}``. ``[B] -> [B]``.
 
     For 0/1 rewards with a share p of ones: ``b = 0`` (only correct answers count) if ``p <= 1 - K``, else 1 (only wrong ones). Which of the group's
@@ -207,8 +225,6 @@ def qae(rewards: Tensor, *, quantile: float = 0.4, correction: int = 0, epsilon:
 
     Differs from the paper: ``epsilon``. The authors' snippet interpolates the quantile, which is not the paper's ``b``.
     """
-    if not 0 < quantile < 1:
-        raise InvalidCall(f"qae: quantile is {quantile}, expected a number between 0 and 1.")
     g = grouped("qae", rewards, groups)
     share = Fraction(quantile).limit_denominator(10**6)
     size = torch.zeros_like(g.start).index_put((g.index,), g.scored.long(), accumulate=True)[g.index]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 
 from .._core.catalogue.registry import published
+from .._core.ranges import Interval, NonNegative, Real, Unit
 from .._core.rows.grouped import GroupKeywords, grouped
 from ..errors import InvalidCall
 
@@ -27,9 +28,9 @@ def canon(
     metric: Tensor,
     *,
     metric_kind: str = "entropy",
-    inter_weight: float | Tensor = 1.0,
-    alpha: float = 1.0,
-    beta: float = 0.0,
+    inter_weight: Unit[float | Tensor] = 1.0,
+    alpha: NonNegative[float] = 1.0,
+    beta: Real[float] = 0.0,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """The group is split by a metric; a completion is compared with the other half and with its own. ``[B], [B] -> [B]``.
@@ -70,8 +71,8 @@ def edge_grpo(
     rewards: Tensor,
     entropy: Tensor,
     *,
-    bounds: tuple[float, float] = (0.1, 10.0),
-    epsilon: float = 1e-4,
+    bounds: Annotated[tuple[float, float], Interval(entries="[0, inf]")] = (0.1, 10.0),
+    epsilon: NonNegative[float] = 1e-4,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """GRPO's advantage divided by the completion's relative entropy: confident answers count more. ``[B], [B] -> [B]``.

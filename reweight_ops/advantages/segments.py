@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core.catalogue.registry import published
-from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, indices, like, require, whole_number
+from .._core.ranges import Count, Interval, NonNegative, ranged
+from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, indices, like, require
 from .._core.rows.groups import describe
 from ..errors import InvalidCall
 
@@ -27,13 +28,14 @@ class SpoSegments(NamedTuple):
     cuts: Tensor
 
 
-def spo_segments(old_per_token_logps: Tensor, completion_mask: Tensor, *, threshold: float = 0.9, interval: int = 5) -> SpoSegments:
+@ranged
+def spo_segments(
+    old_per_token_logps: Tensor, completion_mask: Tensor, *, threshold: Annotated[float, Interval("(0, 1]")] = 0.9, interval: Count[int] = 5
+) -> SpoSegments:
     """Where SPO-chain cuts: before the first token with ``p_old < threshold``, and before every ``interval``-th of them. ``[B, T], [B, T]``.
 
     Between cuts the policy hardly had a choice, so a value estimate there would be wasted. arXiv:2505.23564, section 4.1.
     """
-    if interval < 1:
-        raise InvalidCall(f"spo_segments: interval is {interval}, expected 1 or more.")
     logps = floats("spo_segments", "old_per_token_logps", old_per_token_logps)
     valid = like("spo_segments", "completion_mask", completion_mask, logps) != 0
     unlikely = valid & (logps < math.log(threshold))
@@ -77,7 +79,7 @@ def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion
     arxiv="2505.23564",
     level="segment",
 )
-def spo_tree(values: Tensor, parents: Tensor, *, scale: str = "none", epsilon: float = 1e-8) -> Tensor:
+def spo_tree(values: Tensor, parents: Tensor, *, scale: str = "none", epsilon: NonNegative[float] = 1e-8) -> Tensor:
     """An edge's advantage is what the child's value adds to the parent's: ``A = V_child - V_parent``. ``[N], [N] -> [N]``.
 
     Nodes of any number of trees in one list: ``parents[i]`` is the row of i's parent, -1 for a root (advantage 0). ``values`` are given; in the
@@ -121,10 +123,10 @@ def gigpo(
     episode_ids: Tensor,
     anchor_ids: Tensor,
     *,
-    num_anchors: int,
-    step_weight: float = 1.0,
+    num_anchors: Count[int],
+    step_weight: NonNegative[float] = 1.0,
     norm: str = "mean",
-    epsilon: float = 1e-6,
+    epsilon: NonNegative[float] = 1e-6,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
     """An agent's step is compared with its episode's group, and with the other steps taken from the same state. ``[E], [B], [B], [B] -> [B]``.
@@ -141,7 +143,6 @@ def gigpo(
     rows = {"step_returns": step_returns, "episode_ids": episode_ids, "anchor_ids": anchor_ids}
     if any(not isinstance(x, Tensor) or x.dim() != 1 or x.shape != step_returns.shape for x in rows.values()):
         raise InvalidCall(f"gigpo: step_returns, episode_ids and anchor_ids must be (B,), one row a step. {describe(rows)}")
-    whole_number("gigpo", "num_anchors", num_anchors)
     episode_ids = indices("gigpo", "episode_ids", episode_ids, tuple(step_returns.shape), len(g.values), "the number of episodes")
     anchor_ids = indices("gigpo", "anchor_ids", anchor_ids, tuple(step_returns.shape), num_anchors, "num_anchors")
     episode = grouped("gigpo", step_returns, {"group_ids": episode_ids, "num_groups": len(g.values)}, name="step_returns")

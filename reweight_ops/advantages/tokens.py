@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.catalogue.registry import published
+from .._core.ranges import NonNegative, PositiveOrInf, Unit, ranged
 from .._core.rows.grouped import GroupKeywords, floats, grouped, like
 from .._core.rows.groups import describe
 from ..errors import InvalidCall
@@ -68,7 +69,8 @@ def whiten(x: Tensor, completion_mask: Tensor) -> Tensor:
     return torch.where(mask, (values - mean) * (variance + 1e-8).rsqrt(), 0)
 
 
-def discounted_returns(rewards: Tensor, completion_mask: Tensor, *, gamma: float) -> Tensor:
+@ranged
+def discounted_returns(rewards: Tensor, completion_mask: Tensor, *, gamma: Unit[float]) -> Tensor:
     """``R_t = r_t + gamma·R_{t+1}`` over the valid tokens (a masked one neither discounts nor stops). ``[B, T]`` or ``[B]``, ``[B, T] -> [B, T]``."""
     mask = _masked("discounted_returns", completion_mask)
     r = _token_rewards("discounted_returns", rewards, mask)
@@ -99,8 +101,8 @@ def gae(
     values: Tensor,
     completion_mask: Tensor,
     *,
-    gamma: float = 1.0,
-    lam: float | Tensor = 0.95,
+    gamma: Unit[float] = 1.0,
+    lam: Unit[float | Tensor] = 0.95,
     whitened: bool = True,
 ) -> Gae:
     """``A_t = sum_k (gamma·lam)^k δ_{t+k}``, ``δ_t = r_t + gamma·V_{t+1} - V_t`` (eq. 16); returns ``A + V``. ``[B, T]`` or ``[B]``, ``[B, T],
@@ -129,9 +131,9 @@ def decoupled_gae(
     values: Tensor,
     completion_mask: Tensor,
     *,
-    gamma: float = 1.0,
-    lam_actor: float | Tensor = 0.95,
-    lam_critic: float | Tensor = 1.0,
+    gamma: Unit[float] = 1.0,
+    lam_actor: Unit[float | Tensor] = 0.95,
+    lam_critic: Unit[float | Tensor] = 1.0,
     whitened: bool = True,
 ) -> Gae:
     """:func:`gae` with one λ for the policy's advantages and another for the critic's returns: two passes of the recursion.
@@ -146,7 +148,7 @@ def decoupled_gae(
 
 
 @published("reinforce_plus_plus", "REINFORCE++", paper=_REINFORCE_PLUS_PLUS, arxiv="2501.03262", level="token")
-def reinforce_plus_plus(rewards: Tensor, completion_mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+def reinforce_plus_plus(rewards: Tensor, completion_mask: Tensor, *, gamma: Unit[float] = 1.0) -> Tensor:
     """Discounted returns, normalized over all valid tokens of the batch; no groups, no critic. ``[B, T]`` or ``[B]``, ``[B, T] -> [B, T]``.
 
     The paper's KL penalty is part of the token rewards: ``r_t = 1[t = end]·r - β·(logp - ref_logp)``.
@@ -183,9 +185,9 @@ def remax(
     greedy_rewards: Tensor,
     completion_mask: Tensor,
     *,
-    reward_clip: float = math.inf,
-    gamma: float = 1.0,
-    kl_coef: float = 0.0,
+    reward_clip: PositiveOrInf[float] = math.inf,
+    gamma: Unit[float] = 1.0,
+    kl_coef: NonNegative[float] = 0.0,
     per_token_logps: Tensor | None = None,
     ref_per_token_logps: Tensor | None = None,
 ) -> Tensor:
@@ -218,7 +220,14 @@ def remax(
     arxiv="2509.16591",
     level="group",
 )
-def hapo(rewards: Tensor, lengths: Tensor, *, limit: float = 5.0, epsilon: float = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
+def hapo(
+    rewards: Tensor,
+    lengths: Tensor,
+    *,
+    limit: PositiveOrInf[float] = 5.0,
+    epsilon: NonNegative[float] = 1e-6,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
     """GRPO with mean and standard deviation over the group's *tokens*: a completion counts by its length. ``[B], [B] -> [B]``.
 
     ``mean = sum L_i r_i / sum L_i``, ``std^2 = sum L_i (r_i - mean)^2 / sum L_i``, ``A = (r - mean)/(std + epsilon)``, so that the tokens'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .._core.engine.chunked_rows import FormulaSource, formula_call
 from .._core.engine.run import run
 from .._core.losses.distillation import token_divergence
 from .._core.losses.statistics import token_logps, token_stats
+from .._core.ranges import Interval, NonNegative, OpenUnit, Positive
 from .._core.rows.numerics import log1mexp
 from ..errors import InvalidCall
 
@@ -55,8 +56,8 @@ def confidence_masked_kl(
     logits: Tensor,
     teacher_logits: Tensor,
     *,
-    threshold: float,
-    sharpening_temperature: float,
+    threshold: OpenUnit[float],
+    sharpening_temperature: Positive[float],
     completion_mask: Tensor | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Tensor:
@@ -84,7 +85,7 @@ def pld(
     completion_ids: Tensor,
     *,
     completion_mask: Tensor | None = None,
-    teacher_temperature: Any = 1.0,
+    teacher_temperature: Positive[Any] = 1.0,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Tensor:
     """``Σ_k q[π_k]·(log Σ_{j≥k} e^(s[π_j]) - s[π_k])`` per token: R.
@@ -116,15 +117,18 @@ def pld(
     paper="Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
 )  # fmt: skip
 def dhkd(
-    logits: Tensor, teacher_logits: Tensor, *, completion_mask: Tensor | None = None, temperature: float = 2.0, **keywords: Any
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    temperature: Annotated[float, Interval("(0, inf)", fixed=True)] = 2.0,
+    **keywords: Any,
 ) -> Tensor:
     """``T²·Σ_v log cosh((s_v - t_v)/(2T))`` per token: R. ``logits`` s are the auxiliary head's; no softmax. Gradient ``T/2·tanh((s-t)/(2T))``.
 
     It is the released code's ``T²·Σ_v KL(½‖σ(d)) + KL(½‖1-σ(d))``, ``d = (s-t)/T``, without its ε. The main head keeps its cross-entropy; T is 2 there.
     """
     op = "dhkd"
-    if not isinstance(temperature, (int, float)) or not temperature > 0:
-        raise InvalidCall(f"{op}: temperature is {temperature}, expected a positive number.")
     call = resolve_two_logits(op, logits, teacher_logits, completion_mask, _options(op, keywords, (*_OWN, "temperature")), None, None, {})
 
     def rows(s: Tensor, t: Tensor) -> Tensor:
@@ -141,7 +145,13 @@ def dhkd(
     paper="Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness and Adaptivity",
 )  # fmt: skip
 def ldr(
-    logits: Tensor, completion_ids: Tensor, *, lambda_: Any = 1.0, margin: Any = 0.1, completion_mask: Tensor | None = None, **keywords: Any
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    lambda_: Positive[Any] = 1.0,
+    margin: NonNegative[Any] = 0.1,
+    completion_mask: Tensor | None = None,
+    **keywords: Any,
 ) -> Tensor:
     """``λ·log( 1/V·Σ_k exp((c·1[k≠y] + f_k - f_y)/λ) )`` per token: R. c is ``margin``; λ = 1 and c = 0 is cross-entropy less log V.
 
@@ -164,7 +174,9 @@ def ldr(
     "aldr", "Adaptive LDR-KL", level="sample", plan="two passes", arxiv="2112.14869",
     paper="Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness and Adaptivity",
 )  # fmt: skip
-def aldr(entropies: Tensor, vocab_size: int, *, lambda0: float, alpha: float) -> Tensor:
+def aldr(
+    entropies: Tensor, vocab_size: Annotated[int, Interval("[2, inf)", whole=True)], *, lambda0: Positive[float], alpha: Positive[float]
+) -> Tensor:
     """The next λ of :func:`ldr` for every row: ``λ ← λ₀ - λ₀·KL(p‖U)/(α·log V)``, ``KL(p‖U) = log V - H(p)``.
 
     ``entropies``: of the softmax at the row's current λ (``token_logps(..., temperature=lambda_, return_entropy=True)``), any shape; the result is detached.
@@ -172,10 +184,6 @@ def aldr(entropies: Tensor, vocab_size: int, *, lambda0: float, alpha: float) ->
     1e-5 to p before its entropy, and a term
     ``-α·log V/(2·λ₀)·(λ - λ₀)²`` to the loss that has no gradient.
     """
-    if not lambda0 > 0 or not alpha > 0 or vocab_size < 2:
-        raise InvalidCall(
-            f"aldr: lambda0 is {lambda0}, alpha {alpha}, vocab_size {vocab_size}; expected positive numbers and at least 2 columns."
-        )
     log_v = math.log(vocab_size)
     return lambda0 - lambda0 * (log_v - entropies.detach()) / (alpha * log_v)
 

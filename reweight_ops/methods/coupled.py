@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 from .._core.calls.softmax import refuse_process_group
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule
+from .._core.ranges import Count, Interval, NonNegative, NonNegativeOrInf, Positive, PositiveOrInf
 from .._core.spec.coupled import Constraint, GroupContrast
 from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.ratio import CenteredRatio, SequenceRatio, TokenRatio
@@ -39,11 +40,11 @@ _NOT_GATHERED = (
 )
 def disco(
     score: str = "log_likelihood",
-    tau: Any = None,
-    kl_strength: Any = 1000.0,
-    kl_bound: Any = 1e-4,
+    tau: PositiveOrInf[Any] = None,
+    kl_strength: NonNegative[Any] = 1000.0,
+    kl_bound: NonNegative[Any] = 1e-4,
     kl_estimator: str = "k1",
-    group_size: int | None = None,
+    group_size: Count[int] | None = None,
     process_group: Any = None,
 ) -> PolicyLossSpec:
     """``-1/Q Σ_q { mean_{i in q+} s_i - τ·log mean_{j in q-} exp(s_j/τ) } + sg(β·max(KL - δ, 0))·KL``;
@@ -75,14 +76,14 @@ def disco(
     level="group",
 )
 def drpo(
-    length_temperature: Any = 0.1,
-    tau: Any = 10.0,
+    length_temperature: PositiveOrInf[Any] = 0.1,
+    tau: PositiveOrInf[Any] = 10.0,
     preference: str = "length",
-    kl_strength: Any = 1000.0,
-    kl_bound: Any = 1e-4,
+    kl_strength: NonNegative[Any] = 1000.0,
+    kl_bound: NonNegative[Any] = 1e-4,
     kl_estimator: str = "k1",
-    max_length: float | None = None,
-    group_size: int | None = None,
+    max_length: Positive[float] | None = None,
+    group_size: Count[int] | None = None,
     process_group: Any = None,
 ) -> PolicyLossSpec:
     """:func:`disco` with positives weighted by ``ω_i = exp((1 - L_i/L_max)/λ)`` among those of their prompt: short correct responses count more.
@@ -110,7 +111,7 @@ def drpo(
     level="batch",
     example={"epsilon": 0.2},
 )
-def grpo_guard(epsilon: Any, scale: Any = 1.0) -> PolicyLossSpec:
+def grpo_guard(epsilon: NonNegativeOrInf[Any], scale: Annotated[Any, Interval("(0, inf)", words=("std",))] = 1.0) -> PolicyLossSpec:
     """Clip of a regulated ratio, ``exp(scale·(log r - sg(mean log r)))``, token mean: centred so that clipping acts on both sides alike.
 
     Derived: from the paper's ratio for Gaussian steps of flow models, whose log is centred by its analytic mean and scaled by the step's standard
@@ -129,7 +130,7 @@ def grpo_guard(epsilon: Any, scale: Any = 1.0) -> PolicyLossSpec:
     arxiv="2509.25050",
     certainty="derived",
 )
-def awm(level: str = "token", epsilon: Any = math.inf) -> PolicyLossSpec:
+def awm(level: str = "token", epsilon: NonNegativeOrInf[Any] = math.inf) -> PolicyLossSpec:
     """``-A·r``, token mean: on-policy the advantage-weighted log-likelihood. ``level="sequence"``: r is the geometric mean over the sequence's tokens.
 
     Derived: the paper weights a diffusion model's denoising error by the advantage; a token's log-prob stands for minus that error. Both readings of

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule, TokenWeight
+from .._core.ranges import AtLeastOne, Interval, NonNegative, NonNegativeOrInf, Positive, Real, Unit
 from .._core.spec.policy import PolicyLossSpec
 from ..errors import InvalidCall
 from ..rules.surrogates import Clip, DualClip
@@ -42,18 +43,18 @@ def _clip(epsilon_low: Any, epsilon_high: Any, clip_ratio_c: Any) -> Rule:
 
 @published("advantage_reweighting", "Advantage Reweighting (AR)", paper=_AR_PAPER, arxiv="2505.12929")
 def advantage_reweighting(
-    alpha: Any = 0.3,
+    alpha: Unit[Any] = 0.3,
     probabilities: str = "old",
     mode: str = "linear",
-    steepness: Any = 5.0,
-    midpoint: Any = 0.4,
-    interval: tuple[Any, Any] = (0.0, 0.25),
-    negative_weight: Any = 1.0,
-    epsilon_low: Any = 0.2,
-    epsilon_high: Any = 0.2,
-    clip_ratio_c: Any = None,
-    beta: Any = 0.0,
-    entropy_coef: Any = 0.0,
+    steepness: Positive[Any] = 5.0,
+    midpoint: Unit[Any] = 0.4,
+    interval: Annotated[tuple[Any, Any], Interval(entries="[0, inf]")] = (0.0, 0.25),
+    negative_weight: NonNegative[Any] = 1.0,
+    epsilon_low: NonNegativeOrInf[Any] = 0.2,
+    epsilon_high: NonNegativeOrInf[Any] = 0.2,
+    clip_ratio_c: AtLeastOne[Any] = None,
+    beta: NonNegative[Any] = 0.0,
+    entropy_coef: Real[Any] = 0.0,
 ) -> PolicyLossSpec:
     """Clip (with ``clip_ratio_c`` dual clip), each token's term times ``α·p + 1 - α`` (section 4.1), token mean.
 
@@ -97,14 +98,14 @@ def advantage_reweighting(
 @published("lopti", "Low-Probability Token Isolation (Lopti)", paper=_AR_PAPER, arxiv="2505.12929")
 def lopti(
     half: str = "low",
-    eta: Any = 0.5,
+    eta: Unit[Any] = 0.5,
     split: str = "probability",
-    alpha: Any = 0.0,
-    epsilon_low: Any = 0.2,
-    epsilon_high: Any = 0.2,
-    clip_ratio_c: Any = None,
-    beta: Any = 0.0,
-    entropy_coef: Any = 0.0,
+    alpha: Unit[Any] = 0.0,
+    epsilon_low: NonNegativeOrInf[Any] = 0.2,
+    epsilon_high: NonNegativeOrInf[Any] = 0.2,
+    clip_ratio_c: AtLeastOne[Any] = None,
+    beta: NonNegative[Any] = 0.0,
+    entropy_coef: Real[Any] = 0.0,
 ) -> PolicyLossSpec:
     """One of two updates over the same batch with fixed old log-probs: ``half="low"`` (``p_old < η``) first, then ``"high"`` (section 4.2).
 
@@ -135,7 +136,9 @@ def lopti(
     paper="Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM Reasoning",
     arxiv="2506.01939",
 )
-def top_entropy(fraction: Any = 0.2, epsilon_low: Any = 0.2, epsilon_high: Any = 0.28) -> PolicyLossSpec:
+def top_entropy(
+    fraction: Unit[Any] = 0.2, epsilon_low: NonNegativeOrInf[Any] = 0.2, epsilon_high: NonNegativeOrInf[Any] = 0.28
+) -> PolicyLossSpec:
     """DAPO on the ``fraction`` of the batch's tokens with the highest entropy (eq. 6); the others stay in the denominator, as in TRL."""
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(surrogate=clip, weights=(TopEntropy(fraction=fraction),), name="top_entropy")
@@ -148,12 +151,12 @@ def top_entropy(fraction: Any = 0.2, epsilon_low: Any = 0.2, epsilon_high: Any =
     arxiv="2509.16591",
 )
 def hapo(
-    epsilon_low: Any = 0.2,
-    epsilon_high: Any = 0.28,
-    clip_ratio_c: Any = 10.0,
-    alpha: Any = 1.0,
-    beta: Any = 1.0,
-    pivot: Any = 0.8,
+    epsilon_low: NonNegativeOrInf[Any] = 0.2,
+    epsilon_high: NonNegativeOrInf[Any] = 0.28,
+    clip_ratio_c: AtLeastOne[Any] = 10.0,
+    alpha: Unit[Any] = 1.0,
+    beta: NonNegative[Any] = 1.0,
+    pivot: Unit[Any] = 0.8,
     entropies: Any = None,
 ) -> PolicyLossSpec:
     """Dual clip with bounds of every token's own, and advantages redistributed between tokens of high and low entropy; token mean.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._core.catalogue.registry import published
+from .._core.ranges import NonNegative, NonNegativeOrInf
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import GeometricMeanRatio, SequenceRatio
 from .._core.spec.reduction import SequenceMean
@@ -15,14 +16,18 @@ from .penalties import kl
 
 
 @published("gspo", "Group Sequence Policy Optimization", paper="Group Sequence Policy Optimization", arxiv="2507.18071")
-def gspo(epsilon_low: Any = 3e-4, epsilon_high: Any = 4e-4, beta: Any = 0.0) -> PolicyLossSpec:
+def gspo(
+    epsilon_low: NonNegativeOrInf[Any] = 3e-4, epsilon_high: NonNegativeOrInf[Any] = 4e-4, beta: NonNegative[Any] = 0.0
+) -> PolicyLossSpec:
     """Clip of the length-normalised sequence ratio, mean over sequences (eq. 5 and 7); clip bounds of section 5.1."""
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(surrogate=clip, penalties=kl(beta), ratio=SequenceRatio(), reduction=SequenceMean(), name="gspo")
 
 
 @published("gspo_token", "GSPO, token-level variant", paper="Group Sequence Policy Optimization", arxiv="2507.18071")
-def gspo_token(epsilon_low: Any = 3e-4, epsilon_high: Any = 4e-4, beta: Any = 0.0) -> PolicyLossSpec:
+def gspo_token(
+    epsilon_low: NonNegativeOrInf[Any] = 3e-4, epsilon_high: NonNegativeOrInf[Any] = 4e-4, beta: NonNegative[Any] = 0.0
+) -> PolicyLossSpec:
     """GSPO with each token's own gradient, so that advantages may differ inside a sequence (eq. 13 and 14)."""
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     ratio = SequenceRatio(gradient="token")
@@ -36,7 +41,9 @@ def gspo_token(epsilon_low: Any = 3e-4, epsilon_high: Any = 4e-4, beta: Any = 0.
     arxiv="2602.05261",
     certainty="secondary",
 )
-def luspo(epsilon_low: Any = 3e-4, epsilon_high: Any = 4e-4, beta: Any = 0.0) -> PolicyLossSpec:
+def luspo(
+    epsilon_low: NonNegativeOrInf[Any] = 3e-4, epsilon_high: NonNegativeOrInf[Any] = 4e-4, beta: NonNegative[Any] = 0.0
+) -> PolicyLossSpec:
     """GSPO with each sequence's loss times its length: the sum over tokens, mean over sequences.
 
     Differs from the paper: transcribed from TRL's ``loss_type="luspo"``; default bounds are GSPO's.
@@ -47,7 +54,9 @@ def luspo(epsilon_low: Any = 3e-4, epsilon_high: Any = 4e-4, beta: Any = 0.0) ->
 
 
 @published("gmpo", "Geometric-Mean Policy Optimization", paper="Geometric-Mean Policy Optimization", arxiv="2507.20673")
-def gmpo(epsilon_low: Any = 0.4, epsilon_high: Any = 0.4, beta: Any = 0.0) -> PolicyLossSpec:
+def gmpo(
+    epsilon_low: NonNegativeOrInf[Any] = 0.4, epsilon_high: NonNegativeOrInf[Any] = 0.4, beta: NonNegative[Any] = 0.0
+) -> PolicyLossSpec:
     """``-A·(Π_t r_t)^(1/L)``, each ``log r_t`` clipped to ``[-ε_low, ε_high]`` on the side that its advantage pushes to; mean over sequences.
 
     The bounds are in log space: ratios of ``e^±0.4``. The paper's A is the sequence's, for tokens of different signs it has no geometric mean: a tensor
@@ -65,7 +74,13 @@ def gmpo(epsilon_low: Any = 0.4, epsilon_high: Any = 0.4, beta: Any = 0.0) -> Po
     certainty="secondary",
     level="sequence",
 )
-def vespo(k_pos: Any = 2.0, lambda_pos: Any = 3.0, k_neg: Any = 3.0, lambda_neg: Any = 2.0, beta: Any = 0.0) -> PolicyLossSpec:
+def vespo(
+    k_pos: NonNegative[Any] = 2.0,
+    lambda_pos: NonNegative[Any] = 3.0,
+    k_neg: NonNegative[Any] = 3.0,
+    lambda_neg: NonNegative[Any] = 2.0,
+    beta: NonNegative[Any] = 0.0,
+) -> PolicyLossSpec:
     """``-sg(W^k·exp(λ(1 - W)))·A·logp``, token mean, with W the product of the sequence's token ratios, and k, λ by the sign of A.
 
     W against the sampler (staleness and mismatch together): pass its log-probs as ``old_per_token_logps``.
@@ -84,7 +99,13 @@ def vespo(k_pos: Any = 2.0, lambda_pos: Any = 3.0, k_neg: Any = 3.0, lambda_neg:
     level="sequence",
     example={"threshold": 0.5},
 )
-def opsm(threshold: Any, against: str = "old", epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, beta: Any = 0.0) -> PolicyLossSpec:
+def opsm(
+    threshold: NonNegativeOrInf[Any],
+    against: str = "old",
+    epsilon_low: NonNegativeOrInf[Any] = 0.2,
+    epsilon_high: NonNegativeOrInf[Any] = 0.2,
+    beta: NonNegative[Any] = 0.0,
+) -> PolicyLossSpec:
     """GRPO without the sequences that have a negative advantage and have drifted: mean of ``old_logp - logp`` above ``threshold`` (eq. 9).
 
     ``against="sampler"`` measures the drift from ``sampling_per_token_logps``. The masked tokens stay in the denominator, and a KL penalty acts

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from .._core.formula.base import Rule, TokenWeight
+from .._core.ranges import Count, NonNegative, NonNegativeOrInf, Positive, PositiveOrInf, Real, Unit, ranged
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import SequenceRatio, TokenRatio
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean
@@ -38,28 +39,29 @@ _IMPORTANCE = {
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
+@ranged
 def trl(
     loss_type: str = "dapo",
     *,
-    epsilon: Any = 0.2,
-    epsilon_high: Any = None,
-    delta: Any = None,
-    beta: Any = 0.0,
+    epsilon: NonNegativeOrInf[Any] = 0.2,
+    epsilon_high: NonNegativeOrInf[Any] = None,
+    delta: PositiveOrInf[Any] = None,
+    beta: NonNegative[Any] = 0.0,
     importance_sampling_level: str = "token",
     use_bias_correction_kl: bool = True,
-    max_completion_length: int | None = None,
-    top_entropy_quantile: Any = 1.0,
-    entropy_coef: Any = 0.0,
-    sapo_temperature_pos: Any = 1.0,
-    sapo_temperature_neg: Any = 1.05,
-    vespo_k_pos: Any = 2.0,
-    vespo_lambda_pos: Any = 3.0,
-    vespo_k_neg: Any = 3.0,
-    vespo_lambda_neg: Any = 2.0,
-    off_policy_mask_threshold: Any = None,
+    max_completion_length: Count[int] | None = None,
+    top_entropy_quantile: Unit[Any] = 1.0,
+    entropy_coef: Real[Any] = 0.0,
+    sapo_temperature_pos: Positive[Any] = 1.0,
+    sapo_temperature_neg: Positive[Any] = 1.05,
+    vespo_k_pos: NonNegative[Any] = 2.0,
+    vespo_lambda_pos: NonNegative[Any] = 3.0,
+    vespo_k_neg: NonNegative[Any] = 3.0,
+    vespo_lambda_neg: NonNegative[Any] = 2.0,
+    off_policy_mask_threshold: NonNegativeOrInf[Any] = None,
     vllm_importance_sampling_mode: str | None = None,
-    vllm_importance_sampling_clip_min: Any = None,
-    vllm_importance_sampling_clip_max: Any = 3.0,
+    vllm_importance_sampling_clip_min: NonNegative[Any] = None,
+    vllm_importance_sampling_clip_max: PositiveOrInf[Any] = 3.0,
     unused: str = "error",
 ) -> PolicyLossSpec:
     """The loss of TRL's ``GRPOTrainer._compute_loss`` (1.15 and later), exactly: bare ``exp``, k3 without a clamp.

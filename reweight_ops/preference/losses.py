@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._core.ranges import Interval, Positive, Real, ranged
 from .._core.rows.numerics import log1mexp
 from .._core.rows.pairs import Pairs
 from .._core.spec.pair_parts import PairLoss
@@ -28,24 +29,14 @@ def squared(x: Tensor) -> Tensor:
     return x * x
 
 
-def _check_smoothing(owner: Any, limit: float, low_open: bool = False) -> None:
-    e = owner.label_smoothing
-    if isinstance(e, Tensor):
-        return
-    if not (e > 0 if low_open else e >= 0) or not e < limit:
-        raise InvalidCall(f"{type(owner).__name__}: label_smoothing is {e}, expected {'(' if low_open else '['}0, {limit}).")
-
-
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(PairLoss):
     """``-(1-ε)·log σ(β·m - target) - ε·log σ(-(β·m - target))``, ``m`` the margin; ``average``: of scores per token."""
 
-    label_smoothing: Any = 0.0
-    target: Any = 0.0
+    label_smoothing: Annotated[Any, Interval("[0, 1)")] = 0.0
+    target: Real[Any] = 0.0
     average: bool = False
-
-    def __post_init__(self) -> None:
-        _check_smoothing(self, 1.0)
 
     def loss(self, p: Pairs) -> Tensor:
         return smoothed(p.beta * (averaged_margins(p) if self.average else p.margins) - self.target, self.label_smoothing)
@@ -57,14 +48,12 @@ def averaged_margins(p: Pairs) -> Tensor:
     return chosen - rejected
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class Robust(PairLoss):
     """``(-(1-ε)·log σ(β·m) + ε·log σ(-β·m)) / (1 - 2ε)``: unbiased under flipped labels. arXiv:2403.00409."""
 
-    label_smoothing: Any = 0.0
-
-    def __post_init__(self) -> None:
-        _check_smoothing(self, 0.5)
+    label_smoothing: Annotated[Any, Interval("[0, 0.5)")] = 0.0
 
     def loss(self, p: Pairs) -> Tensor:
         e, x = self.label_smoothing, p.beta * p.margins
@@ -90,14 +79,12 @@ class Ipo(PairLoss):
         return squared((averaged_margins(p) if self.average else p.margins) - 1 / (2 * p.beta))
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class ExoPair(PairLoss):
     """``KL(σ(±β·m) ‖ (1-ε, ε))``. arXiv:2402.00856, eq. 16."""
 
-    label_smoothing: float = 1e-3
-
-    def __post_init__(self) -> None:
-        _check_smoothing(self, 1.0, low_open=True)
+    label_smoothing: Annotated[float, Interval("(0, 1)")] = 1e-3
 
     def loss(self, p: Pairs) -> Tensor:
         x = p.beta * p.margins
@@ -136,6 +123,7 @@ class SppoHard(PairLoss):
         return squared(p.chosen.logratios - 0.5 / p.beta) + squared(p.rejected.logratios + 0.5 / p.beta)
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class Aot(PairLoss):
     """The sigmoid loss of the k-th smallest against the k-th smallest: policy and reference log-ratios of pairs, or (``paired=False``) chosen and
@@ -143,11 +131,8 @@ class Aot(PairLoss):
 
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
-    label_smoothing: Any = 0.0
+    label_smoothing: Annotated[Any, Interval("[0, 1)")] = 0.0
     paired: bool = True
-
-    def __post_init__(self) -> None:
-        _check_smoothing(self, 1.0)
 
     def loss(self, p: Pairs) -> Tensor:
         chosen, rejected = p.chosen, p.rejected
@@ -185,11 +170,12 @@ class ApoDown(PairLoss):
         return torch.sigmoid(p.beta * chosen) + torch.sigmoid(-p.beta * (chosen - rejected))
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class Discopop(PairLoss):
     """``-(1-g)·log σ(x) + g·exp(-x)``, ``x = β·m``, ``g = σ(x/τ)``. arXiv:2406.08414, eq. 5."""
 
-    tau: Any = 0.05
+    tau: Positive[Any] = 0.05
 
     def loss(self, p: Pairs) -> Tensor:
         x = p.beta * p.margins
@@ -245,14 +231,15 @@ class SearchConfidence(PairLoss):
         return smoothed(p.beta * p.margins, (1 - confidence).clamp(max=0.5))
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class SquaredNash(PairLoss):
     """``(D - (τ/η)·D_ref - ((η-τ)/η)·D_old - 1/(2η))²``, ``D`` the chosen log-prob less the rejected one."""
 
     reads: ClassVar[tuple[str, ...]] = ("ref", "old")
 
-    eta: float
-    tau: float
+    eta: Positive[float]
+    tau: Positive[float]
 
     def __post_init__(self) -> None:
         if not 0 < self.tau < self.eta:
@@ -279,6 +266,7 @@ class MaskNorm(PairLoss):
         return s.split(s.sum(s.tokens[self.mask].abs())).sum(0)
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class Ensemble(PairLoss):
     """``sg[g_i]·s_i`` with ``s = β·m``: ``g`` are the slopes of a random convex loss, from ``noise`` ``[P+1]`` of standard normal draws.
@@ -289,7 +277,7 @@ class Ensemble(PairLoss):
 
     reads: ClassVar[tuple[str, ...]] = ("noise",)
 
-    box_cox: float = 0.0
+    box_cox: Real[float] = 0.0
 
     def loss(self, p: Pairs) -> Tensor:
         s: Tensor = p.beta * p.margins

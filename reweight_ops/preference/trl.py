@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from .._core.ranges import Interval, Positive, Real, Unit, ranged
 from .._core.spec.pair_parts import PairLoss
 from .._core.spec.pairs import PairSpec, PairTerm
 from ..errors import InvalidCall
@@ -47,17 +48,18 @@ LOSS_TYPES: dict[str, tuple[Any, bool]] = {
 _ANY_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 
 
+@ranged
 def trl(
     loss_type: str | Sequence[str] = "sigmoid",
     *,
     loss_weights: Sequence[float] | None = None,
-    beta: Any = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive[Any] = 0.1,
+    label_smoothing: Annotated[float, Interval("[0, 1)")] = 0.0,
     f_divergence_type: str = "reverse_kl",
-    f_alpha_divergence_coef: float = 0.5,
-    discopop_tau: float = 0.05,
+    f_alpha_divergence_coef: Real[float] = 0.5,
+    discopop_tau: Positive[float] = 0.05,
     use_weighting: bool = False,
-    ld_alpha: float | None = None,
+    ld_alpha: Unit[float] | None = None,
 ) -> PairSpec:
     """The loss of TRL 1.16's ``DPOTrainer`` with ``DPOConfig``'s names and defaults; several loss types are summed with ``loss_weights``.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._core.ranges import Interval, NonNegative, OpenUnit, Real, ranged
 from .._core.rows.pairs import Pairs
 from .._core.spec.pair_parts import PairWeight
 from ..errors import InvalidCall
@@ -30,16 +31,17 @@ class SampledAlignment(PairWeight):
         return w.clamp(max=1) if self.clamp else w
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class MarginAdaptive(PairWeight):
     """``σ(c·h)/σ(h)`` where ``h > -τ``, else 1; ``h`` a reward model's margin, ``c`` falls from about ``c_max`` (small ``|h|``) to ``c_min``."""
 
     reads: ClassVar[tuple[str, ...]] = ("reward_margins",)
 
-    c_min: Any
-    c_max: Any
-    lambda_: Any
-    tau: Any
+    c_min: OpenUnit[Any]
+    c_max: Annotated[Any, Interval("(1, inf)")]
+    lambda_: NonNegative[Any]
+    tau: Real[Any]
 
     def __post_init__(self) -> None:
         if not isinstance(self.c_min, Tensor) and not isinstance(self.c_max, Tensor) and not 0 < self.c_min < 1 < self.c_max:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from .._core.formula.base import Rule, rule
+from .._core.ranges import PositiveOrInf
 
 
 def _k3(xp, d):
@@ -27,7 +28,7 @@ class K1(Rule):
 class K2(Rule):
     """``d²/2``. Its gradient is the gradient of the KL, on-policy."""
 
-    clamp: float = 20.0
+    clamp: PositiveOrInf[float] = 20.0
 
     def loss(self, xp, t):
         d = xp.clip(t.ref_logp - t.logp, -self.clamp, self.clamp)
@@ -38,8 +39,8 @@ class K2(Rule):
 class K3(Rule):
     """``min(exp(d) - d - 1, cap)``: GRPO's KL (DeepSeekMath, arXiv:2402.03300, eq. 4); verl's ``low_var_kl`` has ``cap=10``."""
 
-    clamp: float = 20.0
-    cap: float = math.inf
+    clamp: PositiveOrInf[float] = 20.0
+    cap: PositiveOrInf[float] = math.inf
 
     def loss(self, xp, t):
         d = xp.clip(t.ref_logp - t.logp, -self.clamp, self.clamp)
@@ -59,7 +60,7 @@ class K3Corrected(Rule):
     """``r·(exp(d) - d - 1)``: k3 times the importance ratio, gradient through both (DeepSeek-V3.2, arXiv:2512.02556; TRL's
     ``use_bias_correction_kl``)."""
 
-    clamp: float = 20.0
+    clamp: PositiveOrInf[float] = 20.0
 
     def loss(self, xp, t):
         d = xp.clip(t.ref_logp - t.logp, -self.clamp, self.clamp)
@@ -88,8 +89,8 @@ class AbsoluteStraightThrough(Rule):
 class K3StraightThrough(Rule):
     """The value of k3 with the gradient of k2 (verl's ``k3+`` and ``low_var_kl+``, with ``cap=10``)."""
 
-    clamp: float = 20.0
-    cap: float = math.inf
+    clamp: PositiveOrInf[float] = 20.0
+    cap: PositiveOrInf[float] = math.inf
 
     def loss(self, xp, t):
         k2 = 0.5 * (t.ref_logp - t.logp) * (t.ref_logp - t.logp)

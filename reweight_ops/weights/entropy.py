@@ -8,6 +8,7 @@ from typing import Any
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
+from .._core.ranges import NonNegative, NonNegativeOrInf, Positive, Unit
 from ..errors import InvalidCall
 
 
@@ -26,7 +27,7 @@ _CURRENT = Entropy()
 class TopEntropy(TokenWeight):
     """1 for the ``fraction`` of this call's tokens with the highest entropy, else 0 ("80/20", arXiv:2506.01939; TRL's ``top_entropy_quantile``)."""
 
-    fraction: float = 0.2
+    fraction: Unit[float] = 0.2
 
     def weight(self, xp, t, batch):
         chosen = xp.where(t.entropy >= batch.quantile(t.entropy, 1 - self.fraction), 1.0, 0.0)
@@ -51,7 +52,7 @@ class DualLevelDownSampling(TokenWeight):
     are secondary: the abstract states the rule.
     """
 
-    fraction: float
+    fraction: Unit[float]
     entropies: Any = _CURRENT
 
     def weight(self, xp, t, batch):
@@ -62,10 +63,10 @@ class DualLevelDownSampling(TokenWeight):
 # --- STEER -------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class _Steer(TokenWeight):
-    w_min: float = 0.8
-    p_power: float = 0.0
-    epsilon_low: float = math.inf
-    epsilon_high: float = math.inf
+    w_min: Positive[float] = 0.8
+    p_power: NonNegative[float] = 0.0
+    epsilon_low: NonNegativeOrInf[float] = math.inf
+    epsilon_high: NonNegativeOrInf[float] = math.inf
     entropies: Any = _CURRENT
 
     def change(self, xp, t):
@@ -82,7 +83,7 @@ class _Steer(TokenWeight):
 class SteerLinear(_Steer):
     """``w_max - (|Ω| - min|Ω|)·(w_max - w_min)/(max|Ω| - min|Ω|)``; half way where all ``|Ω|`` are equal. See :func:`steer`."""
 
-    w_max: float = 1.2
+    w_max: Positive[float] = 1.2
 
     def weight(self, xp, t, batch):
         size = self.change(xp, t)
@@ -95,7 +96,7 @@ class SteerLinear(_Steer):
 class SteerExponential(_Steer):
     """``clip(exp(log(w_min)·|Ω|/max(max|Ω|, floor)), w_min, 1)``. See :func:`steer`."""
 
-    floor: float = 0.02
+    floor: NonNegative[float] = 0.02
 
     def weight(self, xp, t, batch):
         size = self.change(xp, t)
@@ -114,11 +115,11 @@ class SteerExponential(_Steer):
 def steer(
     mapping: str = "exponential",
     omega: str = "code",
-    w_min: Any = 0.8,
-    w_max: Any = 1.2,
-    floor: Any = 0.02,
-    epsilon_low: Any = math.inf,
-    epsilon_high: Any = math.inf,
+    w_min: Positive[Any] = 0.8,
+    w_max: Positive[Any] = 1.2,
+    floor: NonNegative[Any] = 0.02,
+    epsilon_low: NonNegativeOrInf[Any] = math.inf,
+    epsilon_high: NonNegativeOrInf[Any] = math.inf,
     entropies: Any = None,
 ) -> TokenWeight:
     """Less weight for tokens whose update would change the entropy most, by ``|Ω|`` relative to the call's valid tokens.
@@ -132,8 +133,6 @@ def steer(
     the factor ``p``, and which one its experiments had was not found.
     """
     powers = {"code": 0.0, "exact": 1.0}
-    if isinstance(w_min, (int, float)) and w_min <= 0:
-        raise InvalidCall(f"steer: w_min is {w_min!r}, expected a positive weight.")
     if omega not in powers:
         raise InvalidCall(f"steer: omega is {omega!r}, expected 'code' or 'exact'.")
     common = {"w_min": w_min, "p_power": powers[omega], "epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
@@ -148,8 +147,8 @@ def steer(
 # --- HAPO --------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class _Hapo(TokenWeight):
-    alpha: float = 1.0
-    pivot: float = 0.8
+    alpha: NonNegative[float] = 1.0
+    pivot: Unit[float] = 0.8
     entropies: Any = _CURRENT
 
     def standing(self, xp, batch):
@@ -171,7 +170,7 @@ class _Hapo(TokenWeight):
 class HapoLower(_Hapo):
     """``ε·(1 - α·h)`` where ``h <= 0``, else ``ε``: HAPO's lower clip bound, wider for tokens of low entropy."""
 
-    epsilon: float = 0.2
+    epsilon: NonNegativeOrInf[float] = 0.2
 
     def weight(self, xp, t, batch):
         return self.lower(xp, self.standing(xp, batch), self.epsilon)
@@ -181,7 +180,7 @@ class HapoLower(_Hapo):
 class HapoUpper(_Hapo):
     """``ε·(1 + α·h)`` where ``h > 0``, else ``ε``: HAPO's upper clip bound, wider for tokens of high entropy."""
 
-    epsilon: float = 0.28
+    epsilon: NonNegativeOrInf[float] = 0.28
 
     def weight(self, xp, t, batch):
         return self.upper(xp, self.standing(xp, batch), self.epsilon)
@@ -205,9 +204,9 @@ class HapoRedistribution(_Hapo):
     non-negative, so that tokens of low entropy are treated as those of high entropy and ``ε_low`` never adapts.
     """
 
-    beta: float = 1.0
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.28
+    beta: NonNegative[float] = 1.0
+    epsilon_low: NonNegativeOrInf[float] = 0.2
+    epsilon_high: NonNegativeOrInf[float] = 0.28
 
     def weight(self, xp, t, batch):
         h = self.standing(xp, batch)

@@ -6,13 +6,14 @@ Both are functions: their result is a tensor ``[B, T]``, detached, for ``token_w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
+from .._core.ranges import AtLeastOne, Count, Interval, NonNegative, Positive, ranged
 from .._core.rows.grouped import indices, whole_number
 from ..errors import InvalidCall
 
@@ -74,12 +75,12 @@ def tw_grpo(
     logits: Tensor,
     completion_mask: Tensor,
     *,
-    max_weight: float = 1.7,
-    group_size: int | None = None,
+    max_weight: AtLeastOne[float] = 1.7,
+    group_size: Count[int] | None = None,
     group_ids: Tensor | None = None,
-    num_groups: int | None = None,
-    temperature: float = 1.0,
-    chunk_elements: int = _CHUNK,
+    num_groups: Count[int] | None = None,
+    temperature: Positive[float] = 1.0,
+    chunk_elements: Count[int] = _CHUNK,
 ) -> Tensor:
     """``w_t = 1 + (max_weight - 1)·n_t``: more weight where the responses to one prompt disagree about the next token. ``[B, T]``, 0 where masked.
 
@@ -151,13 +152,13 @@ def gtpo(
     correct: Tensor,
     completion_mask: Tensor,
     *,
-    alpha_1: float = 1.0,
-    alpha_2: float = 0.1,
+    alpha_1: NonNegative[float] = 1.0,
+    alpha_2: NonNegative[float] = 0.1,
     normalize: bool = True,
-    group_size: int | None = None,
+    group_size: Count[int] | None = None,
     group_ids: Tensor | None = None,
-    num_groups: int | None = None,
-    eps: float = 1e-8,
+    num_groups: Count[int] | None = None,
+    eps: NonNegative[float] = 1e-8,
 ) -> Tensor:
     """Token advantages ``[B, T]`` from the rollout's entropies: at each position, a prompt's correct responses share credit by H, the wrong ones by 1/H.
 
@@ -194,7 +195,8 @@ def _standardised(x: Tensor, inside: Tensor, groups: _Groups, eps: float) -> Ten
     return centred / (mean(centred.square()) + eps).sqrt()
 
 
-def confidence_mask(max_logps: Tensor, threshold: float) -> Tensor:
+@ranged
+def confidence_mask(max_logps: Tensor, threshold: Annotated[float, Interval("[0, 1)")]) -> Tensor:
     """``1[max_v p_v > threshold]``, bool, from ``token_stats(..., stats=("max_logp",)).max_logp``: UDA's confidence mask (arXiv:1904.12848).
 
     For ``completion_mask`` or a consistency loss against the distribution whose confidence it is.
@@ -203,6 +205,4 @@ def confidence_mask(max_logps: Tensor, threshold: float) -> Tensor:
     >>> confidence_mask(torch.tensor([0.9, 0.5]).log(), 0.8)
     tensor([ True, False])
     """
-    if not 0 <= threshold < 1:
-        raise InvalidCall(f"confidence_mask: threshold is {threshold!r}, expected a probability below 1.")
     return max_logps.exp() > threshold

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
+from .._core.ranges import NonNegative, NonNegativeOrInf, PositiveOrInf
 from ..errors import InvalidCall
 
 
@@ -20,8 +21,8 @@ class TruncatedImportance(TokenWeight):
     A token whose sampler's log-prob is NaN has ratio 1, here and in the three below.
     """
 
-    ratio_min: float = 0.0
-    ratio_max: float = 2.0
+    ratio_min: NonNegative[float] = 0.0
+    ratio_max: PositiveOrInf[float] = 2.0
 
     def weight(self, xp, t, batch):
         return xp.clip(xp.exp(_drift(xp, t)), self.ratio_min, self.ratio_max)
@@ -31,8 +32,8 @@ class TruncatedImportance(TokenWeight):
 class MaskedImportance(TokenWeight):
     """The same ratio where it lies in ``[ratio_min, ratio_max]``, else 0 (IcePop; TRL's ``token_mask``)."""
 
-    ratio_min: float = 0.0
-    ratio_max: float = 2.0
+    ratio_min: NonNegative[float] = 0.0
+    ratio_max: PositiveOrInf[float] = 2.0
 
     def weight(self, xp, t, batch):
         ratio = xp.exp(_drift(xp, t))
@@ -43,8 +44,8 @@ class MaskedImportance(TokenWeight):
 class SequenceTruncatedImportance(TokenWeight):
     """:class:`TruncatedImportance` of the whole sequence's ratio (TRL's ``sequence_truncate``)."""
 
-    ratio_min: float = 0.0
-    ratio_max: float = 3.0
+    ratio_min: NonNegative[float] = 0.0
+    ratio_max: PositiveOrInf[float] = 3.0
 
     def weight(self, xp, t, batch):
         return xp.clip(xp.exp(batch.seq_sum(_drift(xp, t))), self.ratio_min, self.ratio_max)
@@ -54,8 +55,8 @@ class SequenceTruncatedImportance(TokenWeight):
 class SequenceMaskedImportance(TokenWeight):
     """:class:`MaskedImportance` of the whole sequence's ratio (TRL's ``sequence_mask``, its default)."""
 
-    ratio_min: float = 0.0
-    ratio_max: float = 3.0
+    ratio_min: NonNegative[float] = 0.0
+    ratio_max: PositiveOrInf[float] = 3.0
 
     def weight(self, xp, t, batch):
         ratio = xp.exp(batch.seq_sum(_drift(xp, t)))
@@ -69,7 +70,7 @@ class OffPolicySequenceMask(TokenWeight):
     DeepSeek-V3.2, arXiv:2512.02556, eq. 9. Against the sampler's own log-probs: :class:`SamplerSequenceMask`.
     """
 
-    threshold: float
+    threshold: NonNegativeOrInf[float]
 
     def weight(self, xp, t, batch):
         return xp.where((t.adv < 0) & (batch.seq_mean(t.old_logp - t.logp) > self.threshold), 0.0, 1.0)
@@ -79,7 +80,7 @@ class OffPolicySequenceMask(TokenWeight):
 class SamplerSequenceMask(TokenWeight):
     """:class:`OffPolicySequenceMask` of ``sampling_logp - logp``: staleness and the sampler's mismatch together. A token with a NaN counts as 0."""
 
-    threshold: float
+    threshold: NonNegativeOrInf[float]
 
     def weight(self, xp, t, batch):
         drift = t.sampling_logp - t.logp
@@ -98,11 +99,11 @@ class SequenceGamma(TokenWeight):
     ratio to the sampler: :class:`TruncatedImportance` or :class:`MaskedImportance`, or a tensor; its log is clamped to ``[log 1e-8, 20]``.
     """
 
-    k_pos: float = 2.0
-    lambda_pos: float = 3.0
-    k_neg: float = 3.0
-    lambda_neg: float = 2.0
-    correction: float = 1.0
+    k_pos: NonNegative[float] = 2.0
+    lambda_pos: NonNegative[float] = 3.0
+    k_neg: NonNegative[float] = 3.0
+    lambda_neg: NonNegative[float] = 2.0
+    correction: NonNegative[float] = 1.0
 
     def weight(self, xp, t, batch):
         drift = xp.clip(t.logp - t.old_logp, -20.0, 20.0) + xp.clip(xp.log(self.correction), _SMALLEST_LOG_RATIO, 20.0)

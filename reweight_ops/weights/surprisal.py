@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
+from .._core.ranges import AtLeastOne, NonNegative, Unit, ranged
 
 
 @published(
@@ -27,10 +28,10 @@ class SurprisalReweighting(TokenWeight):
     target-entropy gate of section 4.3.
     """
 
-    fraction: float = 0.1
-    amplify: Any = 1.1
-    damp: Any = 1.0
-    gate: Any = 1.0
+    fraction: Unit[float] = 0.1
+    amplify: NonNegative[Any] = 1.1
+    damp: NonNegative[Any] = 1.0
+    gate: Unit[Any] = 1.0
 
     def weight(self, xp, t, batch):
         high, low = (batch.top(-t.logp, self.fraction, side) for side in (t.adv > 0, t.adv < 0))
@@ -40,24 +41,26 @@ class SurprisalReweighting(TokenWeight):
 class StareState(NamedTuple):
     """What the controller carries from step to step, 0-d tensors: the two weights, and whether the gate is open (1 or 0)."""
 
-    amplify: Tensor
-    damp: Tensor
-    gate: Tensor
+    amplify: NonNegative[Tensor]
+    damp: NonNegative[Tensor]
+    gate: Unit[Tensor]
 
 
-def stare_state(amplify: float = 1.1, damp: float = 0.9, device: torch.device | str | None = None) -> StareState:
+@ranged
+def stare_state(amplify: NonNegative[float] = 1.1, damp: NonNegative[float] = 0.9, device: torch.device | str | None = None) -> StareState:
     """The controller before the first step: the gate is open."""
     return StareState(*(torch.full((), x, dtype=torch.float32, device=device) for x in (amplify, damp, 1.0)))
 
 
+@ranged
 def stare_update(
     state: StareState,
     entropy: Tensor,
     *,
-    target_entropy: float = 0.3,
-    step: float = 0.0,
-    amplify_max: float = 1.5,
-    damp_min: float = 0.5,
+    target_entropy: NonNegative[float] = 0.3,
+    step: NonNegative[float] = 0.0,
+    amplify_max: AtLeastOne[float] = 1.5,
+    damp_min: Unit[float] = 0.5,
 ) -> tuple[StareState, SurprisalReweighting]:
     """The controller of sections 4.3 and 4.4, from the batch's mean ``entropy`` (0-d): ``(state, weight)``, without a synchronisation.
 

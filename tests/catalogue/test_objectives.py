@@ -105,7 +105,7 @@ def test_gradient_reward_weighting():
 def test_recap_needs_a_window():
     with pytest.raises(TypeError, match="window"):
         objectives.Recap()
-    with pytest.raises(rw.InvalidCall, match="both must be positive"):
+    with pytest.raises(rw.InvalidCall, match=r"expected a whole number in \[1, inf\)"):
         objectives.Recap(window=0)
 
 

@@ -92,7 +92,7 @@ def test_grpo_lambda_length():
     for fraction in (0.0, 0.1, 0.15, 0.25, 0.7, 1.0):
         got = rewards.grpo_lambda_length(correct, lengths, alpha=0.6, fraction=fraction, group_size=4)
         close(got, estimators.grpo_lambda_length(groups, 0.6, fraction))
-    with pytest.raises(rw.InvalidCall, match="a share between 0 and 1"):
+    with pytest.raises(rw.InvalidCall, match=r"expected a number in \[0, 1\]"):
         rewards.grpo_lambda_length(correct, lengths, alpha=0.6, fraction=20, group_size=4)
     with pytest.raises(TypeError, match="alpha"):
         rewards.grpo_lambda_length(correct, lengths, group_size=4)

@@ -102,7 +102,7 @@ def test_d3s():
     assert (start, end) == ((16, 0.2), (64, 1.0))
     advantages = torch.randn(64, generator=torch.Generator().manual_seed(0))
     assert rw.sample_weights.d3s(advantages, num_samples=half.num_samples).sum() == 40
-    with pytest.raises(rw.InvalidCall, match="expected 0 to 1"):
+    with pytest.raises(rw.InvalidCall, match=r"expected a number in \[0, 1\]"):
         schedules.d3s(1.5, num_samples=(1, 2), token_fraction=(0, 1))
     with pytest.raises(TypeError, match="num_samples"):
         schedules.d3s(0.5, token_fraction=(0, 1))

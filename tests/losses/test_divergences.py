@@ -325,7 +325,7 @@ WRONG = {
     "ints": (dict(other=torch.zeros(2, 3, 7, dtype=torch.int64)), "other_logits are torch.int64"),
     "mask": (dict(completion_mask=torch.ones(3)), "completion_mask has shape"),
     "softcap": (dict(other_softcap=-1.0), "other_softcap is -1.0"),
-    "temperature": (dict(other_temperature=0.0), "expected a positive number"),
+    "temperature": (dict(other_temperature=0.0), r"expected a number in \(0, inf\)"),
     "no tensor": (dict(other=None), "other_logits must be a tensor"),
 }  # fmt: skip
 

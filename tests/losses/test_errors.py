@@ -30,7 +30,7 @@ WRONG = {
     "logits a list": (dict(z=[1.0]), "logits is a list"),
     "transposed": (dict(z=torch.randn(2, 7, 3).transpose(1, 2)), "last dimension of logits is not contiguous"),
     "vocab_size": (dict(vocab_size=8), "vocab_size is 8, logits have 7 columns"),
-    "temperature 0": (dict(temperature=0.0), "temperature is 0.0, expected a positive number"),
+    "temperature 0": (dict(temperature=0.0), r"temperature is 0.0, expected a number in \(0, inf\)"),
     "temperature shape": (dict(temperature=torch.ones(5)), "temperature has shape"),
     "temperature grad": (dict(temperature=torch.tensor(1.0, requires_grad=True)), "temperature requires grad"),
     "softcap": (dict(softcap=-1.0), "softcap is -1.0"),

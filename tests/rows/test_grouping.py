@@ -255,7 +255,7 @@ def test_wrong_shapes_and_types():
     with pytest.raises(rw.InvalidCall, match="without kl_coef they would have no effect"):
         adv.remax(r, r, torch.ones(B, T), per_token_logps=torch.ones(B, T), ref_per_token_logps=torch.ones(B, T))
     for call, message in (
-        (lambda: adv.qae(r, quantile=1.0, group_size=G), "between 0 and 1"),
+        (lambda: adv.qae(r, quantile=1.0, group_size=G), r"expected a number in \(0, 1\)"),
         (lambda: adv.canon(r, r, metric_kind="len", group_size=G), "'entropy' or 'length'"),
         (lambda: adv.lens(r, torch.ones(B, T), torch.ones(B, T), importance="mean", group_size=G), "'length_normalized' or 'raw'"),
         (lambda: adv.pvpo(r, torch.ones(5, 2), group_size=G), r"expected \(6, M\)"),

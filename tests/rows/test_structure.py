@@ -295,12 +295,12 @@ def test_a_step_of_no_episode_is_in_no_state(monkeypatch):
     [
         (lambda: gigpo(EPISODES == 1), "episode_ids must be an int32 or int64"),
         (lambda: gigpo(states=STATES.float()), "anchor_ids must be an int32 or int64"),
-        (lambda: gigpo(num_anchors=2.0), "num_anchors is 2.0, expected a positive int"),
+        (lambda: gigpo(num_anchors=2.0), "num_anchors is 2.0, expected a whole number"),
         (lambda: adv.spo_tree(R, PARENTS.float()), "parents must be an int32 or int64"),
         (lambda: chain(SEGMENTS.float(), CUTS), "segments.segment_ids must be an int32 or int64"),
         (lambda: chain(SEGMENTS, CUTS.bool()), "segments.cuts must be an int32 or int64"),
         (lambda: adv.grpo(R, group_size=True), "group_size is True"),
-        (lambda: rw.weights.gtpo(torch.rand(6, 2), R > 0, torch.ones(6, 2), group_size=2.0), "group_size is 2.0, expected a positive int"),
+        (lambda: rw.weights.gtpo(torch.rand(6, 2), R > 0, torch.ones(6, 2), group_size=2.0), "group_size is 2.0, expected a whole number"),
         (
             lambda: rw.weights.gtpo(torch.rand(6, 2), R > 0, torch.ones(6, 2), group_ids=R, num_groups=5),
             "group_ids must be an int32 or int64",

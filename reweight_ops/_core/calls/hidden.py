@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
-from ..rows.constants import is_infinite
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
 from ..rows.structure import Structure, is_readable
@@ -143,12 +142,6 @@ def resolve_hidden(
         raise fail(f"logits_dtype is {logits_dtype}, expected {compute} or torch.float32.")
     if linear.accumulate_dtype not in (None, compute, torch.float32) or (linear.accumulate_dtype or compute).itemsize < compute.itemsize:
         raise fail(f"accumulate_dtype is {linear.accumulate_dtype}, expected None, {compute} or torch.float32.")
-    if not (isinstance(linear.logit_scale, (int, float)) and not is_infinite(linear.logit_scale) and linear.logit_scale > 0):
-        raise fail(f"logit_scale is {linear.logit_scale!r}, expected a positive number.")
-    for name in ("chunk_rows", "memory_budget"):
-        value = getattr(linear, name)
-        if value is not None and not (isinstance(value, int) and value >= 1):
-            raise fail(f"{name} is {value!r}, expected a whole number of at least 1.")
 
     softmax = resolve_softmax(op, options, columns, fail)
     row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32

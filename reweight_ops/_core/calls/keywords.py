@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 from torch import Tensor, dtype
 
+from ..ranges import Count, NonNegative, Positive, PositiveOrInf, Range, described, ranges_of
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -19,6 +21,7 @@ class Options:
     """Base of the records: frozen dataclasses of keywords, each with its default."""
 
     NAMES: ClassVar[tuple[str, ...]] = ()
+    RANGES: ClassVar[dict[str, Range]] = {}
 
     def named(self) -> dict[str, Any]:
         """The values by public name, for the resolver and its messages."""
@@ -29,9 +32,9 @@ class Options:
 class SoftmaxOptions(Options):
     """How a row of logits becomes a distribution, and who computes it."""
 
-    temperature: Any = 1.0
-    softcap: float | None = None
-    vocab_size: int | None = None
+    temperature: Positive[Any] = 1.0
+    softcap: PositiveOrInf[float] | None = None
+    vocab_size: Count[int] | None = None
     drop_last: bool = False
     consume_logits: bool = False
     process_group: Any = None
@@ -55,9 +58,9 @@ class PolicyOptions(Options):
     sampling_per_token_logps: Any = None
     importance_sampling_ratio: Any = None
     token_weights: Any = None
-    num_items_in_batch: Any = None
-    num_sequences_in_batch: Any = None
-    loss_scale: Any = 1.0
+    num_items_in_batch: Positive[Any] = None
+    num_sequences_in_batch: Positive[Any] = None
+    loss_scale: NonNegative[Any] = 1.0
     validate: bool = False
     unused: str = "error"
 
@@ -93,11 +96,11 @@ class LMHeadOptions(Options):
     """The LM head of an op that takes hidden states, and its chunks."""
 
     lm_head_bias: Any = None
-    logit_scale: float = 1.0
+    logit_scale: Positive[float] = 1.0
     logits_dtype: dtype | None = None
     accumulate_dtype: dtype | None = None
-    chunk_rows: int | None = None
-    memory_budget: int | None = None
+    chunk_rows: Count[int] | None = None
+    memory_budget: Count[int] | None = None
     lora: Lora | None = None
     row_index: Any = None
     compact_rows: bool | None = None
@@ -210,8 +213,8 @@ class PairOptions(Options):
     chosen_values: Any = None
     rejected_values: Any = None
     noise: Any = None
-    num_pairs_in_batch: Any = None
-    loss_scale: Any = 1.0
+    num_pairs_in_batch: Positive[Any] = None
+    loss_scale: NonNegative[Any] = 1.0
     validate: bool = False
 
 
@@ -264,6 +267,8 @@ ALIASES = {
 
 for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
     _record.NAMES = tuple(f.name for f in dataclasses.fields(_record))
+    _record.RANGES = ranges_of(_record)
+    _record.__doc__ = described(_record.__doc__, _record.RANGES)
 
 
 def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple[str, ...] = ()) -> list[Any]:
@@ -272,6 +277,10 @@ def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple
     for name in keywords:
         if name not in known:
             _reject(op, name, (*known, *own))
+    for record in records:
+        for name, allowed in record.RANGES.items():
+            if name in keywords:
+                allowed.check(op, name, keywords[name])
     return [record(**{name: keywords[name] for name in record.NAMES if name in keywords}) for record in records]
 
 

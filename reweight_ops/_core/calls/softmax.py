@@ -12,7 +12,7 @@ from torch.nn.functional import threshold
 
 from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import SoftmaxParams
-from ..rows.constants import as_tensor, is_infinite, parameter_vector, varies
+from ..rows.constants import as_tensor, parameter_vector, varies
 from ..rows.rows import Rows
 from ..transforms import is_wrapped
 from .keywords import SoftmaxOptions
@@ -32,15 +32,12 @@ def resolve_softmax(op: str, options: SoftmaxOptions, columns: int, fail: Fail) 
     vocab_size = columns if options.vocab_size is None else options.vocab_size
     if not 0 < vocab_size <= columns:
         raise fail(f"vocab_size is {vocab_size}, logits have {columns} columns.")
-    return SoftmaxParams(vocab_size, resolve_softcap("softcap", options.softcap, fail))
+    return SoftmaxParams(vocab_size, resolve_softcap(options.softcap))
 
 
-def resolve_softcap(name: str, value: Any, fail: Fail) -> float:
+def resolve_softcap(value: float | None) -> float:
     """The cap; inf disables it."""
-    softcap = math.inf if value is None else float(value)
-    if not softcap > 0:
-        raise fail(f"{name} is {value}, expected a positive number, or None for off.")
-    return softcap
+    return math.inf if value is None else float(value)
 
 
 def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
@@ -55,8 +52,6 @@ def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
         return threshold(found, 0.0, math.nan)  # NaN in its rows: one operation, and no wait for a GPU
     if varies(value):
         return resolve_temperature(rows, as_tensor(value, rows.dtype, rows.device), fail)
-    if not value > 0 or is_infinite(value):
-        raise fail(f"temperature is {value}, expected a positive number.")
     return parameter_vector((value,), rows.dtype, rows.device)
 
 

@@ -82,6 +82,7 @@ def _other_head(
     for name, x in parts.items():
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise fail(f"{of_other.name}.{name} requires grad, but no gradient flows to it: pass it detached.")
+    LMHeadOptions.RANGES["logit_scale"].check(op, f"{of_other.name}.logit_scale", other.logit_scale)
     ids = torch.zeros(p.rows.shape, dtype=torch.int64, device=p.states.device)
     theirs = LMHeadOptions(
         lm_head_bias=other.lm_head_bias, logit_scale=other.logit_scale, logits_dtype=other.logits_dtype, lora=other.lora,
@@ -106,7 +107,7 @@ def _other_logits(p: Hidden, weight: Tensor, other: Tensor, softmax: SoftmaxOpti
     temperature = resolve_temperature(p.rows, given, fail)
     if p.index is not None and temperature.size(-1) != 1:
         temperature = temperature[p.index]
-    params = p.settings.softmax._replace(softcap=resolve_softcap(f"{of_other.name}_softcap", of_other.softcap, fail))
+    params = p.settings.softmax._replace(softcap=resolve_softcap(of_other.softcap))
     return OtherRows(collapsed(f"{of_other.name}_logits", other, fail), None, temperature, params, p.settings)
 
 

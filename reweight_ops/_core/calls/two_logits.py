@@ -68,7 +68,7 @@ def resolve_two_logits(
     if options.drop_last and isinstance(other, Tensor) and other.shape[:-1] == logits.shape[:-1]:
         other = other[..., :-1, :]
     check_other_logits(logits, other, tuple(shape), options.vocab_size, fail)
-    softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap("other_softcap", other_softcap, fail))
+    softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap(other_softcap))
     # A view: torch.compile takes no tensor twice.
     temperature = call.temperature.view(-1) if other_temperature is None else resolve_temperature(call.rows, other_temperature, fail)
     return TwoLogits(call, collapsed("other_logits", other, fail), temperature, softmax)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ...errors import InvalidCall
+from ..ranges import ranged
 
 #: Kind of entry: where it is called from, and what it is.
 KINDS = {
@@ -98,7 +99,9 @@ def published(
     plan: str | None = None,
     example: dict[str, Any] | None = None,
 ) -> Callable[[_Published], _Published]:
-    """Register a function or class. ``arxiv`` is the id, or ``unknown``; never invented. ``level``: token, segment, sequence, group, pair, ...
+    """Register a function or class, whose hyper-parameters are checked by their annotations (:mod:`reweight_ops._core.ranges`).
+
+    ``arxiv`` is the id, or ``unknown``; never invented. ``level``: token, segment, sequence, group, pair, ...
 
     ``kind``: one of :data:`KINDS`; in the package's own modules it follows from the module.
     """
@@ -114,7 +117,8 @@ def published(
         known = CATALOGUE[of].get(name)
         if known is not None and known.function.__module__ != function.__module__:
             raise InvalidCall(f"the {of.replace('_', ' ')} {name!r} is taken by {known.function.__module__}.")
-        CATALOGUE[of][name] = Entry(name, full_name, of, paper, arxiv, certainty, function, level, plan, example or {})
-        return function
+        checked = ranged(function)
+        CATALOGUE[of][name] = Entry(name, full_name, of, paper, arxiv, certainty, checked, level, plan, example or {})
+        return checked
 
     return register

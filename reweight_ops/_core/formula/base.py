@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar, overload
 from typing_extensions import dataclass_transform
 
 from ...errors import InvalidCall
+from ..ranges import Unread, ranged
 
 #: What a formula may read of its token. ``old_logp`` is a leaf of its own: at sequence level it is not ``logp - log_ratio``.
 LEAVES = ("logp", "old_logp", "log_ratio", "ref_logp", "sampling_logp", "adv", "entropy", "log_sum_p_sq")
@@ -29,7 +30,7 @@ RULES: dict[str, type[Rule]] = {}
 WEIGHTS: dict[str, type[TokenWeight]] = {}
 
 
-class Formula:
+class Formula(Unread):
     """What rules and weights share: a name, and numeric fields that are its hyper-parameters."""
 
     name: ClassVar[str]
@@ -99,6 +100,7 @@ def _register(registry: dict[str, Any], cls: type, name: str | None, base: type)
     # Running a notebook cell twice replaces the class; two modules with one name would silently change each other's results.
     if known is not None and known.__module__ != cls.__module__:
         raise InvalidCall(f"the name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; choose another.")  # type: ignore[attr-defined]
+    cls = ranged(cls, plain=True)
     registry[cls.name] = cls  # type: ignore[attr-defined]
     return cls
 

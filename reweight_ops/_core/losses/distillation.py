@@ -26,6 +26,7 @@ from ..engine.distillation import (
 from ..engine.run import Call
 from ..engine.sources import TwoLogitsSource
 from ..engine.statistics import StatisticsObjective
+from ..ranges import NonNegative, OpenUnit, Positive, PositiveOrInf
 from .explain import public_op
 
 
@@ -39,10 +40,10 @@ def token_divergence(
     other_logits: Tensor,
     *,
     kind: str = "forward_kl",
-    beta: float | None = None,
+    beta: OpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
-    other_temperature: Any = None,
-    other_softcap: float | None = None,
+    other_temperature: Positive[Any] = None,
+    other_softcap: PositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[Tensor]:
     """The divergence of two next-token distributions over the whole vocabulary, per token, with its gradient to ``logits``.
@@ -61,7 +62,7 @@ def token_divergence(
     Args:
         logits: ``R + (V,)``; other_logits: the same rows, any of fp16, bf16 and fp32 beside any other (fp64 beside fp64).
         completion_mask: R; rows that are out are never read, give 0, and get a gradient of exact 0.
-        beta: of ``generalized_jsd`` only, in (0, 1); default 0.5.
+        beta: of ``generalized_jsd`` only; default 0.5 (0 would be forward_kl, and 1 reverse_kl).
         other_temperature, other_softcap: q's own; default: the temperature of p, and no soft cap.
         temperature, softcap, vocab_size, drop_last, consume_logits, backend: as in :func:`token_logps`. ``vocab_size`` is needed where the two heads are padded
             differently.
@@ -102,11 +103,11 @@ def distillation_loss(
     kind: str = "forward_kl",
     completion_mask: Tensor | None = None,
     token_weights: Tensor | float | None = None,
-    num_items_in_batch: float | Tensor | None = None,
-    loss_scale: float | Tensor = 1.0,
+    num_items_in_batch: Positive[float | Tensor] | None = None,
+    loss_scale: NonNegative[float | Tensor] = 1.0,
     plan: str = "auto",
-    teacher_temperature: Any = None,
-    teacher_softcap: float | None = None,
+    teacher_temperature: Positive[Any] = None,
+    teacher_softcap: PositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[DistillationLossOutput]:
     """``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items``: distillation with one read of each tensor and one write of the gradient.

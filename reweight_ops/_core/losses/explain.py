@@ -14,6 +14,7 @@ from typing_extensions import ParamSpec
 from ...errors import InvalidCall
 from ..engine.plan import backend_reasons, choose_plan
 from ..engine.run import Call, run
+from ..ranges import ranged
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,6 +25,8 @@ _PREPARED: dict[Any, Callable[..., Call[Any]]] = {}
 
 def public_op(prepare: Callable[P, Call[T]]) -> Callable[P, T]:
     """The op that runs the call which ``prepare`` resolves. :func:`explain` asks for the call alone."""
+
+    prepare = ranged(prepare)
 
     @functools.wraps(prepare)
     def op(*args: P.args, **keywords: P.kwargs) -> T:

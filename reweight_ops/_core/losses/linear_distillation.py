@@ -21,6 +21,7 @@ from ..engine.distillation import (
 from ..engine.linear.two_source import TwoHiddenSource
 from ..engine.run import Call
 from ..engine.statistics import StatisticsObjective
+from ..ranges import NonNegative, OpenUnit, Positive, PositiveOrInf
 from .explain import public_op
 
 
@@ -31,10 +32,10 @@ def linear_token_divergence(
     other: HiddenLogits | Tensor,
     *,
     kind: str = "forward_kl",
-    beta: float | None = None,
+    beta: OpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
-    other_temperature: Any = None,
-    other_softcap: float | None = None,
+    other_temperature: Positive[Any] = None,
+    other_softcap: PositiveOrInf[float] | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[Tensor]:
     """:func:`token_divergence` from hidden states, a few rows of both models' logits at a time.
@@ -84,14 +85,14 @@ def linear_distillation_loss(
     teacher: HiddenLogits | Tensor,
     *,
     kind: str = "forward_kl",
-    beta: float | None = None,
+    beta: OpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
     token_weights: Tensor | float | None = None,
-    num_items_in_batch: float | Tensor | None = None,
-    loss_scale: float | Tensor = 1.0,
+    num_items_in_batch: Positive[float | Tensor] | None = None,
+    loss_scale: NonNegative[float | Tensor] = 1.0,
     plan: str = "auto",
-    teacher_temperature: Any = None,
-    teacher_softcap: float | None = None,
+    teacher_temperature: Positive[Any] = None,
+    teacher_softcap: PositiveOrInf[float] | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[DistillationLossOutput]:
     """:func:`distillation_loss` from hidden states: ``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items`` without either model's logits.

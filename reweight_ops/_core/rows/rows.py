@@ -90,9 +90,10 @@ class Rows:
         if not isinstance(value, Tensor):
             if varies(value):
                 return as_tensor(value, self.dtype, self.device).expand(self.count).contiguous()
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
                 return torch.full((self.count,), float(value), dtype=self.dtype, device=self.device)
-            raise self.error(f"{name} is a {type(value).__name__}, expected a tensor or a number.")
+            got = "NaN" if isinstance(value, float) else f"a {type(value).__name__}"
+            raise self.error(f"{name} is {got}, expected a tensor or a number.")
         self._check(name, value, logps)
         flat = self._flat(name, value)
         if not torch.compiler.is_compiling() and flat.is_inference() and not torch.is_inference_mode_enabled():

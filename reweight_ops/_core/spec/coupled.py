@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
+from ..ranges import Count, NonNegative, Positive, PositiveOrInf, ranged
 from ..rows.constants import is_infinite
 from ..rows.groups import Groups
 from ..rows.rows import Rows
 from .reduction import Divisors, Reduction, TokenMean
 
 
+@ranged
 @dataclass(frozen=True)
 class GroupContrast(Reduction):
     """Positive against negative sequences of each prompt, by their scores ``s_i``: minus the mean over the valid tokens of the token loss. ::
@@ -34,10 +36,10 @@ class GroupContrast(Reduction):
     padded length. Prompts are runs of ``group_size`` sequences, or the call's ``group_ids``; every response of a prompt must be in the call.
     """
 
-    temperature: Any = 10.0
-    length_temperature: Any = math.inf
-    max_length: float | None = None
-    group_size: int | None = None
+    temperature: PositiveOrInf[Any] = 10.0
+    length_temperature: PositiveOrInf[Any] = math.inf
+    max_length: Positive[float] | None = None
+    group_size: Count[int] | None = None
     preference: str = "length"
 
     requires = ("adv",)
@@ -48,10 +50,6 @@ class GroupContrast(Reduction):
             raise InvalidCall(f"GroupContrast: preference is {self.preference!r}, expected 'length' or 'advantages'.")
         if self.preference == "advantages" and self.max_length is not None:
             raise InvalidCall("GroupContrast: max_length has no effect with preference='advantages'.")
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
-            raise InvalidCall(
-                f"GroupContrast: group_size is {self.group_size!r}, expected a positive int, or None for the call's group_ids."
-            )
 
     @property
     def reads_groups(self) -> bool:
@@ -117,6 +115,7 @@ class GroupContrast(Reduction):
         return result
 
 
+@ranged
 @dataclass(frozen=True)
 class Constraint(Reduction):
     """A squared-hinge constraint on the mean: ``sg(strength·max(K - bound, 0))·K``, with ``K`` the term's token mean over this call.
@@ -124,8 +123,8 @@ class Constraint(Reduction):
     Its gradient is that of ``strength/2·max(K - bound, 0)²``: nothing while ``K`` is below the bound.
     """
 
-    strength: Any = 1000.0
-    bound: Any = 1e-4
+    strength: NonNegative[Any] = 1000.0
+    bound: NonNegative[Any] = 1e-4
 
     coupled = True
 

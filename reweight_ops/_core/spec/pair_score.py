@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InvalidCall
+from ..ranges import NonNegative, Real, Unit, ranged
 from ..rows.pairs import Sequences
 from .pair_parts import Score
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class LogRatio(Score):
     """``f'(π/π_ref)`` of the sequence; with reverse KL (plain DPO) ``log π(y) - γ·log π_ref(y)``.
@@ -28,10 +30,10 @@ class LogRatio(Score):
 
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
-    gamma: Any = 1.0
-    ld_alpha: Any = None
+    gamma: NonNegative[Any] = 1.0
+    ld_alpha: Unit[Any] = None
     divergence: str = "reverse_kl"
-    alpha: float = 1.0
+    alpha: Real[float] = 1.0
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:

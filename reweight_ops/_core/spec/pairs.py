@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from ...errors import InvalidCall
+from ..ranges import Interval, Positive, Real, ranged
 from .compiled import set_default
 from .pair_parts import PairLoss, PairPart, PairWeight, Score
 from .pair_score import LogRatio
@@ -14,14 +15,16 @@ from .pair_score import LogRatio
 TOKENS = ("completion", "from_first_difference")
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class PairTerm:
     """``coef · loss``."""
 
     loss: PairLoss
-    coef: Any = 1.0
+    coef: Real[Any] = 1.0
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class PairSpec:
     """``L = loss_scale · mean_i w_i · Σ_k coef_k · ℓ_k(pair i)``.
@@ -32,11 +35,11 @@ class PairSpec:
     """
 
     terms: tuple[PairTerm, ...]
-    beta: Any = 0.1
+    beta: Positive[Any] = 0.1
     score: Score = None  # type: ignore[assignment]  # LogRatio()
     weights: tuple[PairWeight, ...] = ()
     tokens: str = "completion"
-    group_size: int = 2
+    group_size: Annotated[int, Interval("[2, inf)", whole=True)] = 2
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -50,10 +53,6 @@ class PairSpec:
                 raise InvalidCall(f"PairSpec: weights holds {w!r}, expected a PairWeight.")
         if self.tokens not in TOKENS:
             raise InvalidCall(f"PairSpec: tokens is {self.tokens!r}, expected one of {', '.join(TOKENS)}.")
-        if self.group_size < 2:
-            raise InvalidCall(f"PairSpec: group_size is {self.group_size}, expected at least 2.")
-        if isinstance(self.beta, (int, float)) and not self.beta > 0:
-            raise InvalidCall(f"PairSpec: beta is {self.beta}, expected a positive number.")
 
     @property
     def parts(self) -> tuple[PairPart, ...]:
@@ -68,7 +67,7 @@ class PairSpec:
         """A copy with other fields."""
         return dataclasses.replace(self, **fields)
 
-    def with_term(self, loss: PairLoss, coef: Any = 1.0) -> PairSpec:
+    def with_term(self, loss: PairLoss, coef: Real[Any] = 1.0) -> PairSpec:
         """A copy with one term more."""
         return dataclasses.replace(self, terms=(*self.terms, PairTerm(loss=loss, coef=coef)))
 

@@ -15,6 +15,7 @@ from ..formula.base import CURRENT_LEAVES, Rule, TokenWeight
 from ..formula.loss_program import Program
 from ..formula.monitor import Monitor
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
+from ..ranges import Real, ranged
 from .compiled import describe, rebuild, set_default
 from .ratio import Ratio, TokenRatio
 from .reduction import NoReduction, Reduction, TokenMean
@@ -23,13 +24,14 @@ from .reduction import NoReduction, Reduction, TokenMean
 _LARGEST_EXPONENT = 80.0
 
 
+@ranged
 @dataclass(frozen=True)
 class Penalty:
     """``coef * sum_i w_i * rule(row i)``, ``w`` of the spec's reduction or the penalty's own. The coefficient is not part of the rule, so
     that the metric of the same name is unscaled."""
 
     rule: Rule
-    coef: Any
+    coef: Real[Any]
     reduction: Reduction | None = None
 
 

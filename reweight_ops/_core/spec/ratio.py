@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
+from ..ranges import Interval, NonNegativeOrInf, ranged
 from ..rows.constants import number_like
 from ..rows.groups import Groups
 from ..rows.rows import Rows
 
 
+@ranged
 @dataclass(frozen=True)
 class Ratio:
     """``clamp`` is a bound on ``|log_ratio|``, or a pair of bounds. ``against``: the denominator, ``"old"`` or ``"ref"`` (the reference model)."""
 
     level: ClassVar[str]
-    clamp: Any = 20.0
+    clamp: Annotated[Any, Interval("(0, inf]", entries="[-inf, inf]")] = 20.0
     against: str = "old"
 
     def __post_init__(self) -> None:
@@ -67,6 +69,7 @@ class Ratio:
         return log_ratio.clamp(low, high)
 
 
+@ranged
 @dataclass(frozen=True)
 class TokenRatio(Ratio):
     """``log_ratio_t = logp_t - old_logp_t``."""
@@ -74,6 +77,7 @@ class TokenRatio(Ratio):
     level = "token"
 
 
+@ranged
 @dataclass(frozen=True)
 class SequenceRatio(Ratio):
     """``log_ratio_t = mean over the sequence of (logp - old_logp)`` (the sum with ``normalize=False``). GSPO, arXiv:2507.18071, eq. 7.
@@ -111,6 +115,7 @@ class SequenceRatio(Ratio):
         return self._clamped(result)
 
 
+@ranged
 @dataclass(frozen=True)
 class SegmentRatio(SequenceRatio):
     """:class:`SequenceRatio` over segments: runs of equal ``segment_ids`` inside a sequence."""
@@ -123,6 +128,7 @@ class SegmentRatio(SequenceRatio):
         return rows.segments
 
 
+@ranged
 @dataclass(frozen=True)
 class GeometricMeanRatio(SequenceRatio):
     """The geometric mean of the sequence's token ratios, each clipped in log space where that makes the objective smaller: for ``A > 0`` at most
@@ -132,8 +138,8 @@ class GeometricMeanRatio(SequenceRatio):
     (verl's ``geo_mean``, whose trainer repeats the sequence's).
     """
 
-    epsilon_low: Any = 0.4
-    epsilon_high: Any = 0.4
+    epsilon_low: NonNegativeOrInf[Any] = 0.4
+    epsilon_high: NonNegativeOrInf[Any] = 0.4
     token_advantages: bool = False
 
     @property
@@ -147,6 +153,7 @@ class GeometricMeanRatio(SequenceRatio):
         return torch.where(adv > 0, torch.minimum(drift, high), torch.maximum(drift, -low))
 
 
+@ranged
 @dataclass(frozen=True)
 class BatchMeanRatio(Ratio):
     """``log_ratio_t = mean over this call's tokens of (logp - old_logp)``, with its gradient to every one of them.
@@ -167,6 +174,7 @@ class BatchMeanRatio(Ratio):
         return self._clamped((drift.sum() / chosen.sum().clamp(min=1)).expand_as(drift))
 
 
+@ranged
 @dataclass(frozen=True)
 class CenteredRatio(Ratio):
     """``log_ratio_t = scale·(logp_t - old_logp_t - sg(mean))``, the mean over this call's tokens: centred where a stale policy's is not.
@@ -176,12 +184,7 @@ class CenteredRatio(Ratio):
 
     level = "batch"
 
-    scale: Any = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.scale, str) and self.scale != "std":
-            raise InvalidCall(f"CenteredRatio: scale is {self.scale!r}, expected a number, a 0-d tensor or 'std'.")
+    scale: Annotated[Any, Interval("(0, inf)", words=("std",))] = 1.0
 
     def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
         drift = torch.where(rows.keep, logp - old_logp, 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..formula.base import TokenWeight
+from ..ranges import Positive, ranged
 from ..rows.rows import Rows
 from ..rows.verbs import Weighing
 
@@ -103,6 +104,7 @@ class TokenSum(Reduction):
         return rows.keep.to(rows.dtype)
 
 
+@ranged
 @dataclass(frozen=True)
 class SequenceMean(Reduction):
     """The mean over sequences of a per-sequence number: ``per`` is its token mean, its token sum, or its sum over a ``"constant"`` horizon.
@@ -115,7 +117,7 @@ class SequenceMean(Reduction):
     """
 
     per: str = "token_mean"
-    horizon: float | None = None
+    horizon: Positive[float] | None = None
     count: str = "all"
     weight: TokenWeight | None = None
 

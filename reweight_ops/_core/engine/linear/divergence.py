@@ -81,7 +81,7 @@ class OtherChunk:
 
     def __init__(self, size: int, other: OtherHead, settings: ChunkSettings) -> None:
         self.other = other
-        self.chunk = None if other.head is None else Chunk(size, other.head.to(settings.compute_dtype), settings)
+        self.chunk = None if other.head is None else Chunk(size, other.head.cast(settings), settings)
 
     def logits(self, where: slice | Tensor) -> Tensor:
         """Of the computed rows ``where``."""
@@ -114,7 +114,7 @@ class LinearDivergences(torch.autograd.Function):
         ids: Tensor, t: Tensor, t_other: Tensor, other: OtherHead, heads: Heads,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         settings, measure = heads.own, heads.measure
-        head = LMHead(weight, bias, lora_a, lora_b, lora_scale).to(settings.compute_dtype)
+        head = LMHead(weight, bias, lora_a, lora_b, lora_scale).cast(settings)
         count = hidden.size(0)
         size = min(settings.chunk_rows, count)
         kept: list[tuple[Chunk, OtherChunk]] = []
@@ -155,7 +155,7 @@ class LinearDivergences(torch.autograd.Function):
             found = again.gradient(formula, (hidden, weight, bias, lora_a, lora_b), (*grads[:3], None, *grads[4:]))
             return (*found, *(None,) * 6)
         parameters = LMHead(weight, bias, lora_a, lora_b, ctx.lora_scale)
-        head = parameters.to(settings.compute_dtype)
+        head = parameters.cast(settings)
         coefs = None
         if any(g is not None for g in grads[:3]):
             coefs = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads[:3]])
@@ -202,7 +202,7 @@ class LinearOnePassDivergence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         settings, measure = heads.own, heads.measure
         parameters = LMHead(weight, bias, lora_a, lora_b, lora_scale)
-        head = parameters.to(settings.compute_dtype)
+        head = parameters.cast(settings)
         count = hidden.size(0)
         size = min(settings.chunk_rows, count)
         gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], -(-count // max(size, 1)), settings)

@@ -1,0 +1,178 @@
+"""Which numbers a hyper-parameter may be, said once, beside its default: ``epsilon_low: NonNegative[Any] = 0.2``.
+
+:func:`ranged` reads these annotations of a function or a dataclass, checks what is given, and adds them to the docstring. A Python number is
+checked; a tensor is not read, nor is a formula that stands for a number (:class:`Unread`). Booleans, strings and NaN are no numbers.
+What is made inside of a compiled function is not checked; keywords of a call are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+import types
+from numbers import Real as AnyReal
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidCall
+
+T = TypeVar("T")
+
+
+class Unread:
+    """Base of what stands for a number and is none, beside tensors."""
+
+
+class Interval:
+    """An interval as one writes it, ``"[0, inf)"``: infinity is in it where the bracket is square.
+
+    ``whole``: integers only. ``fixed``: no tensor in their place, as for whole numbers, whose annotated type says so if one may be. ``words`` are
+    allowed besides. ``entries``: the interval of a tuple's entries; without ``text`` only a tuple is allowed.
+    """
+
+    def __init__(self, text: str = "", *, whole: bool = False, fixed: bool = False, words: tuple[str, ...] = (), entries: str = "") -> None:
+        self.text, self.whole, self.fixed, self.words = text, whole, fixed or whole, words
+        self.entries = Interval(entries) if entries else None
+        if text:
+            low, high = (float(bound) for bound in text[1:-1].split(","))
+            # As closed intervals: an open end is the next number.
+            self.low = math.nextafter(low, math.inf) if text[0] == "(" else low
+            self.high = math.nextafter(high, -math.inf) if text[-1] == ")" else high
+
+    def __str__(self) -> str:
+        kinds = [f"a {'whole ' if self.whole else ''}number in {self.text}"] if self.text else []
+        kinds += [repr(word) for word in self.words]
+        if self.entries is not None:
+            kinds.append(f"a tuple of numbers in {self.entries.text}")
+        return " or ".join(kinds)
+
+    def has(self, value: Any) -> bool:
+        """Whether the value is in the interval."""
+        kind = type(value)
+        if kind is float or kind is int:  # nearly always
+            return bool(self.text) and self.low <= value <= self.high and (kind is int or not self.whole)
+        if isinstance(value, tuple):
+            return self.entries is not None and all(self.entries.has(each) for each in value)
+        if isinstance(value, str):
+            return value in self.words
+        if isinstance(value, (Tensor, torch.SymFloat, torch.SymInt, Unread)):
+            return bool(self.text)
+        if isinstance(value, bool) or not isinstance(value, AnyReal) or not self.text:
+            return False
+        number = float(value)  # numpy's, or a fraction
+        return self.low <= number <= self.high and (not self.whole or number.is_integer())
+
+
+class Range:
+    """An interval, and whether None or a tensor may stand in the place of its numbers."""
+
+    def __init__(self, interval: Interval, optional: bool, tensor: bool) -> None:
+        self.interval, self.optional, self.tensor = interval, optional, tensor
+
+    def check(self, owner: str, name: str, value: Any) -> None:
+        """Raise an error that says what is allowed."""
+        if value is None and self.optional:
+            return
+        if not self.interval.has(value) or (not self.tensor and isinstance(value, Tensor)):
+            raise InvalidCall(f"{owner}: {name} is {value!r}, expected {self}.")
+
+    def __str__(self) -> str:
+        return f"{self.interval}{' or None' if self.optional else ''}"
+
+
+Real = Annotated[T, Interval("(-inf, inf)")]
+NonNegative = Annotated[T, Interval("[0, inf)")]
+NonNegativeOrInf = Annotated[T, Interval("[0, inf]")]
+Positive = Annotated[T, Interval("(0, inf)")]
+PositiveOrInf = Annotated[T, Interval("(0, inf]")]
+AtLeastOne = Annotated[T, Interval("[1, inf)")]
+Unit = Annotated[T, Interval("[0, 1]")]
+OpenUnit = Annotated[T, Interval("(0, 1)")]
+Count = Annotated[T, Interval("[1, inf)", whole=True)]
+CountOrZero = Annotated[T, Interval("[0, inf)", whole=True)]
+
+#: Of a field of a user's rule or weight that says ``float`` and no more.
+_ANY = Interval("[-inf, inf]")
+
+
+def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range | None:
+    """The range in an annotation. ``plain``: a bare ``float`` has one too."""
+    if isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, vars(sys.modules[module]))
+        except (NameError, AttributeError):  # imported for type checkers only, or local to a function
+            return None
+    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    optional = optional or type(None) in parts
+    for part in parts:
+        found = [x for x in getattr(part, "__metadata__", ()) if isinstance(x, Interval)]
+        if found:
+            kind = get_args(part)[0]
+            kinds = get_args(kind) or (kind,)
+            return Range(found[0], optional, not found[0].fixed or Tensor in (*kinds, *parts) or Any in kinds)
+    return Range(_ANY, optional, True) if plain and float in parts else None
+
+
+def ranges_of(what: Any, plain: bool = False) -> dict[str, Range]:
+    """Name to range, of the parameters of a function or the fields of a dataclass. ``plain``: a bare ``float`` is any number."""
+    annotations: dict[str, tuple[Any, str]] = {}
+    if inspect.isclass(what):
+        for base in reversed(what.__mro__):
+            annotations |= {name: (kind, base.__module__) for name, kind in inspect.get_annotations(base).items()}
+    else:
+        annotations = {name: (kind, what.__module__) for name, kind in inspect.get_annotations(what).items()}
+    found = {}
+    for name, parameter in inspect.signature(what).parameters.items():
+        if name in annotations and parameter.kind is not parameter.VAR_KEYWORD:
+            allowed = _range(*annotations[name], parameter.default is None, plain)
+            if allowed is not None:
+                found[name] = allowed
+                if parameter.default is not parameter.empty:
+                    allowed.check(what.__name__, name, parameter.default)
+    return found
+
+
+def ranged(what: T, plain: bool = False) -> T:
+    """Check the hyper-parameters of a function's calls, or of a dataclass's instances, by their annotations; also as a decorator."""
+    target: Any = what
+    if "__ranges__" in vars(target):
+        return what
+    ranges = ranges_of(target, plain)
+    if not ranges:
+        return what
+    call, owner = (target.__init__ if inspect.isclass(target) else target), target.__name__
+    first = 1 if inspect.isclass(target) else 0
+    positional = [name for name, p in inspect.signature(call).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
+    names = [name if name in ranges else None for name in positional]
+
+    @functools.wraps(call)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        if torch.compiler.is_compiling():  # it does not trace what a function closes over
+            return call(*args, **keywords)
+        for name, value in zip(names[first:], args[first:], strict=False):
+            if name is not None:
+                ranges[name].check(owner, name, value)
+        for name, value in keywords.items():
+            if name in ranges:
+                ranges[name].check(owner, name, value)
+        return call(*args, **keywords)
+
+    said = {name: allowed for name, allowed in ranges.items() if allowed.interval is not _ANY}
+    doc = described(target.__doc__, said)
+    result: Any = checked
+    if inspect.isclass(target):
+        result = what
+        result.__init__ = checked
+    result.__doc__, result.__ranges__ = doc, ranges
+    return result  # type: ignore[no-any-return]
+
+
+def described(doc: str | None, ranges: dict[str, Range]) -> str | None:
+    """A docstring, and the ranges of its hyper-parameters."""
+    if doc is None or not ranges:
+        return doc
+    return f"{inspect.cleandoc(doc)}\n\nRanges: {'; '.join(f'``{name}`` {allowed}' for name, allowed in ranges.items())}."
