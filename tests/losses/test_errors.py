@@ -202,5 +202,5 @@ def test_explain_runs_nothing_and_takes_meta_tensors():
     assert two.plan == "two_pass" and "sequence level" in two.why_not_one_pass and "sequence level" in str(two)
     assert set(one.backends) == set(rw.BACKENDS) and one.backends["cuda"]
     assert rw.explain(rw.token_logps, z, ids, return_entropy=True, device="cpu").plan == "two_pass"
-    with pytest.raises(rw.InvalidCall, match="expected one of distillation_loss, linear_policy_loss"):
+    with pytest.raises(rw.InvalidCall, match="expected one of distillation_loss, linear_distillation_loss"):
         rw.explain(print, z)
