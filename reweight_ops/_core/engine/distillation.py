@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..detached import marked
 from ..rows.constants import parameter_vector
 from ..rows.rows import Rows
 from .autograd import weighted_sum
@@ -81,7 +82,7 @@ class DistillationObjective:
         shown = tuple(self.rows.unflatten(x.detach()) for x in values)
         forward, reverse, entropies, teacher = shown
         return DistillationLossOutput(
-            loss, divergence_of(self.kind, shown), forward, reverse, entropies, teacher, choice.plan, choice.backend
+            loss, divergence_of(self.kind, shown), forward, reverse, marked(entropies, loss), teacher, choice.plan, choice.backend
         )
 
 
