@@ -25,7 +25,7 @@ class Options:
 
     def named(self) -> dict[str, Any]:
         """The values by public name, for the resolver and its messages."""
-        return dict(vars(self))
+        return {name: getattr(self, name) for name in self.NAMES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
+from ..detached import marked
 from ..rows.constants import parameter_vector
 from ..rows.rows import Rows
 from .autograd import weighted_sum
@@ -109,7 +110,7 @@ class DistillationObjective:
         shown = tuple(self.rows.unflatten(x.detach()) for x in values)
         forward, reverse, entropies, teacher = shown[:4]
         return DistillationLossOutput(
-            loss, divergence_of(self.kind, shown), forward, reverse, entropies, teacher, choice.plan, choice.backend
+            loss, divergence_of(self.kind, shown), forward, reverse, marked(entropies, loss), teacher, choice.plan, choice.backend
         )
 
 

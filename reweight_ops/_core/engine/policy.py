@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calls.policy import LossCall
+from ..detached import marked
 from ..formula.trace import trace_weight
 from .output import PolicyLossOutput
 from .plan import Choice
@@ -61,8 +62,9 @@ class PolicyObjective:
         rows = self.call.rows
         logp, entropy, _, per_token, d_logp, d_entropy = table.unbind()
         leaves, by = {"logp": logp, "entropy": entropy}, (d_logp, d_entropy)
+        entropies = marked(rows.unflatten(entropy), loss)
         return PolicyLossOutput(
-            rows.trusted(loss), rows.unflatten(logp), rows.unflatten(entropy), choice.plan, choice.backend, self.call.released(), leaves, per_token, by,
+            rows.trusted(loss), rows.unflatten(logp), entropies, choice.plan, choice.backend, self.call.released(), leaves, per_token, by,
             more,
         )  # fmt: skip
 
@@ -89,6 +91,8 @@ class PolicyObjective:
         detached = {name: value.detach() for name, value in leaves.items()}
         shown = leaves if self.differentiable_outputs else detached
         entropies = rows.unflatten(shown["entropy"]) if "entropy" in shown else None
+        if entropies is not None and not self.differentiable_outputs:
+            entropies = marked(entropies, loss)
         return PolicyLossOutput(
             rows.trusted(loss), rows.unflatten(shown["logp"]), entropies, choice.plan, choice.backend, self.call.released(), detached,
             per_row, by, more,

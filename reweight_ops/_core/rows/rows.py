@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
+from ..detached import Detached, plain
 from .constants import as_tensor, varies
 from .groups import OUT, Groups, describe
 from .structure import Structure, is_fake, is_readable
@@ -94,6 +95,7 @@ class Rows:
                 return torch.full((self.count,), float(value), dtype=self.dtype, device=self.device)
             got = "NaN" if isinstance(value, float) else f"a {type(value).__name__}"
             raise self.error(f"{name} is {got}, expected a tensor or a number.")
+        value = plain(value)
         self._check(name, value, logps)
         flat = self._flat(name, value)
         if not torch.compiler.is_compiling() and flat.is_inference() and not torch.is_inference_mode_enabled():
@@ -232,7 +234,12 @@ def resolve_rows(
     if not shape:
         raise InvalidCall(f"{op}: the rows have no dimension; expected completion_ids of shape [N] or [B, T]. {describe(tensors)}")
     for name, t in tensors.items():
-        if isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not is_fake(t):
+        if (
+            isinstance(t, Tensor)
+            and type(t) not in (Tensor, torch.nn.Parameter, Detached)
+            and not torch.compiler.is_compiling()
+            and not is_fake(t)
+        ):
             raise UnsupportedRequest(f"{op}: {name} is a {type(t).__name__}; tensor subclasses are not supported, pass the local tensor.")
     structure = Structure(op, tensors, validate)
     sequences = _sequences(op, shape, device, tensors, structure)

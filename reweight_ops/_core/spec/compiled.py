@@ -29,10 +29,10 @@ def describe(node: Any) -> Any:
         return "tensor", 0, False
     if isinstance(node, tuple):
         return ("tuple", *[describe(x) for x in node])
-    if dataclasses.is_dataclass(node):
-        return "part", type(node), tuple([(f.name, describe(getattr(node, f.name))) for f in dataclasses.fields(node)])
     if node is None or isinstance(node, (bool, int, float, str)):
         return "constant", node
+    if dataclasses.is_dataclass(node):
+        return "part", type(node), tuple([(f.name, describe(getattr(node, f.name))) for f in dataclasses.fields(node)])
     return "constant", None  # a function of the caller's: nothing follows from it
 
 
@@ -66,10 +66,16 @@ def with_tensors(node: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def _takes_inputs(node: Any) -> bool:
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or node is None or isinstance(node, (bool, int, str)):
         return False
+    if isinstance(node, float):
+        return varies(node)
+    parts: tuple[Any, ...] = ()
     if isinstance(node, tuple):
-        return any(_takes_inputs(x) for x in node)
-    if dataclasses.is_dataclass(node):
-        return any(_takes_inputs(getattr(node, f.name)) for f in dataclasses.fields(node))
-    return isinstance(node, float) and varies(node)
+        parts = node
+    elif dataclasses.is_dataclass(node):
+        parts = tuple([getattr(node, f.name) for f in dataclasses.fields(node)])
+    found = False
+    for part in parts:  # written out: older versions of torch.compile trace no any() of this
+        found = found or _takes_inputs(part)
+    return found

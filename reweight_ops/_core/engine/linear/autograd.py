@@ -28,8 +28,12 @@ class LinearStatistics(torch.autograd.Function):
     """Statistics ``[M]`` of the rows of the head's logits, differentiable to everything the head is made of."""
 
     @staticmethod
-    @torch.no_grad()  # already so, but where torch.export runs it
-    def forward(
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch.no_grad():  # already so, but where torch.export runs it
+            return LinearStatistics.compute(ctx, *arguments)
+
+    @staticmethod
+    def compute(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
         lora_scale: float, ids: Tensor, temperature: Tensor, settings: ChunkSettings, stats: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -54,7 +58,7 @@ class LinearStatistics(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.names, ctx.lora_scale = settings, stats.split(","), lora_scale
         outputs = tuple(known[: len(ctx.names)])
-        # Backward writes over them, so they serve once; a second backward recomputes.
+        # Backward writes over them, so they serve once; a second backward makes the same ones again.
         ctx.kept = [chunk.data for chunk in kept]
         ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, ids, temperature, *known)
         ctx.mark_non_differentiable(*(t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED))
@@ -77,7 +81,7 @@ class LinearStatistics(torch.autograd.Function):
         table = _Table(ids, temperature, known, by)
         parameters = LMHead(weight, bias, lora_a, lora_b, ctx.lora_scale)
         head = parameters.cast(settings)
-        count, kept, ctx.kept = hidden.size(0), ctx.kept, []
+        count, kept, ctx.kept = hidden.size(0), ctx.kept, [None] * len(ctx.kept)
         size = min(settings.chunk_rows, count)
         recomputed_from = min(len(kept) * size, count)
         # Rows without a coefficient are not even recomputed.
@@ -85,10 +89,15 @@ class LinearStatistics(torch.autograd.Function):
         rest = count - recomputed_from if index is None else index.numel()
         total_chunks = len(kept) + -(-rest // max(size, 1))
         gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], total_chunks, settings)
+        chunk: Chunk | None = None
         for data, rows in zip(kept, chunks(0, recomputed_from, max(size, 1)), strict=True):
             part, h = table.rows(rows), hidden[rows]
+            if data is None:
+                chunk = chunk or Chunk(size, head, settings)
+                chunk.logits(h)
+                data = chunk.data
             gradients.add(rows, h, _gradient(data, h.size(0), part, settings), part.live() if settings.drop_inert else None)
-        kept = data = None  # freed before the working chunk is made
+        kept = data = chunk = None  # freed before the working chunk is made
         if rest:
             # Without compaction the same chunks as in forward, so that the same logits are found.
             size = size if index is None else balanced(rest, size)
@@ -139,8 +148,12 @@ class LinearOnePassLoss(torch.autograd.Function):
     """``(loss, rows)`` with every gradient formed in forward, from one GEMM for the logits and two for the gradients."""
 
     @staticmethod
-    @torch.no_grad()  # already so, but where torch.export runs it
-    def forward(
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch.no_grad():  # already so, but where torch.export runs it
+            return LinearOnePassLoss.compute(ctx, *arguments)
+
+    @staticmethod
+    def compute(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
         ids: Tensor, temperature: Tensor, inputs: tuple[Tensor | None, ...], params: Tensor, program: str, settings: ChunkSettings,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
