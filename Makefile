@@ -40,9 +40,10 @@ gpu gpu-test gpu-bench:
 	@$(PYTHON) -c "import torch" 2>/dev/null || $(MAKE) setup
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m bench.gpu $(GPU_ARGS); else $(BIN)/python -m bench.gpu $(GPU_ARGS); fi
 
-# Names and settings of csrc/cuda/variants.h: make gpu-kernels VARIANTS='"direct=RING_DIRECT=1" "few=STATS_BLOCKS=2"'
+# Names and settings of csrc/cuda/variants.h, or a table of triton_kernels/config.py:
+# make gpu-kernels VARIANTS='"direct=RING_DIRECT=1" "few=STATS_BLOCKS=2" "three=TRITON_SHAPES=three programs"'
 VARIANTS ?=
-gpu-kernels:           ## times compile-time variants of the CUDA kernels against what is shipped, in about a minute; needs nvcc, no built extension
+gpu-kernels:           ## times compile-time variants of the CUDA kernels, and Triton's launch shapes, against what is shipped; needs nvcc, no built extension
 	@$(PYTHON) -c "import torch" 2>/dev/null || $(MAKE) setup
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m bench.gpu_kernels $(VARIANTS); else $(BIN)/python -m bench.gpu_kernels $(VARIANTS); fi
 

@@ -1,10 +1,12 @@
-"""``make gpu-kernels``: compile-time variants of the CUDA kernels, built side by side for this GPU and timed in turns, in about a minute.
+"""``make gpu-kernels``: compile-time variants of the CUDA kernels and launch shapes of the Triton kernels, timed in turns, in about two minutes.
 
-python -m bench.gpu_kernels                                          the variants of bench/gpu_variants.py
+python -m bench.gpu_kernels                                          the variants of bench/gpu_variants.py and bench/triton_shapes.py
 python -m bench.gpu_kernels "direct=RING_DIRECT=1" "few=STATS_BLOCKS=2"   what is shipped, and these
+python -m bench.gpu_kernels "three=TRITON_SHAPES=three programs"     what is shipped, and a table of triton_kernels/config.py
 python -m bench.gpu_kernels --dry-run                                on the CPU, emulated, in tiny shapes: shows that the script and the variants work
 
-Every variant has to give the bits of what is shipped before it is timed. Kernels alone, bf16, as fractions of the memory's own speed, measured in the
+Before it is timed, a variant of the CUDA kernels has to give the bits of what is shipped, and one of the Triton kernels has to pass the criterion of
+accuracy. Kernels alone, bf16, as fractions of the memory's own speed, measured in the
 same rounds: a read of the logits for statistics, an update in place for the rest. JSON goes to $OUT/gpu-kernels.json (default: gpu_output/).
 """
 
@@ -26,11 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
+from reweight_ops._core.backends import select
+from reweight_ops._core.backends.base import LOSS_ROWS, RowInputs, SoftmaxParams
 from reweight_ops._core.backends.native import Native
 from reweight_ops._core.formula.loss_program import Program
+from reweight_ops.testing.criterion import ERROR_FLOOR, gradient_errors, value_error
 
-from . import gpu_variants
+from . import gpu_variants, triton_shapes
 from .device import FLUSH_BYTES, GPU_SHAPES, clock
 
 #: The last one's rows do not start at multiples of 16 bytes.
@@ -40,6 +44,9 @@ CLAMP, CLIP = (-20.0, 20.0), (1.0, 0.2, 0.2, float("inf"))
 PLAIN = Program.of(("clip",)), (*CLAMP, *CLIP)
 ENTROPY = Program.of(("clip", "entropy_bonus")), (*CLAMP, *CLIP, 0.01)
 GATE_ROWS = 600  # more than there are blocks at once
+
+#: Whose kernels a variant launches: a module of CUDA kernels and its verbs, or no module and the verbs of another backend.
+Kernels = tuple[ModuleType | None, Any]
 
 
 @dataclass
@@ -67,6 +74,12 @@ class Table:
         flush = torch.empty(FLUSH_BYTES if device == "cuda" else 16, dtype=torch.uint8, device=device)
         return cls(torch.empty_like(pristine), pristine, flush, ids, inputs, {})
 
+    def some(self, every: int, dtype: torch.dtype) -> Table:
+        """Rows 0, every, ... in another dtype."""
+        pristine = self.pristine[::every].to(dtype)
+        inputs = {terms: RowInputs(i.weights[:, ::every].to(dtype), None, i.adv[::every].to(dtype)) for terms, i in self.inputs.items()}
+        return Table(pristine.clone(), pristine, self.flush[:16], self.ids[::every], inputs, {})
+
     def restore(self) -> None:
         self.logits.copy_(self.pristine)
         self.flush.zero_()
@@ -74,12 +87,14 @@ class Table:
     def limits(self) -> dict[str, Callable[[], Any]]:
         return {"read": lambda: self.logits.view(torch.int16).max(), "update": lambda: self.logits.neg_()}
 
-    def jobs(self, module: ModuleType, verbs: Native) -> dict[str, tuple[str, Callable[[], Any]]]:
-        head, one = SoftmaxParams(self.logits.size(1)), torch.ones(1, device=self.logits.device)
-        numbers = {program[0]: torch.tensor(program[1], device=self.logits.device) for program in (PLAIN, ENTROPY)}
+    def jobs(self, module: ModuleType | None, verbs: Any) -> dict[str, tuple[str, Callable[[], Any]]]:
+        of_rows = {"dtype": torch.promote_types(self.logits.dtype, torch.float32), "device": self.logits.device}
+        head, one = SoftmaxParams(self.logits.size(1)), torch.ones(1, **of_rows)
+        numbers = {program[0]: torch.tensor(program[1], **of_rows) for program in (PLAIN, ENTROPY)}
 
         def one_pass(kernel: str, program: Program, out: Tensor) -> Tensor:
-            module.set_kernel(kernel)
+            if module is not None:
+                module.set_kernel(kernel)
             return verbs.token_loss_grad(out, self.ids, one, head, self.inputs[len(program.terms)], program, numbers[program], out)
 
         def statistics(*names: str) -> Tensor:
@@ -89,10 +104,11 @@ class Table:
             names = ("logp", "lse", "lse_low")
             self.stats = dict(zip(names, statistics(*names), strict=True))
         coef = self.inputs[1].adv
+        cuda_alone = {"one pass, streaming": ("update", lambda: one_pass("streaming", PLAIN[0], self.logits))}
         return {
             "one pass": ("update", lambda: one_pass("auto", PLAIN[0], self.logits)),
             "one pass +entropy": ("update", lambda: one_pass("auto", ENTROPY[0], self.logits)),
-            "one pass, streaming": ("update", lambda: one_pass("streaming", PLAIN[0], self.logits)),
+            **({} if module is None else cuda_alone),
             "statistics": ("read", lambda: statistics("logp")),
             "statistics +entropy": ("read", lambda: statistics("logp", "entropy")),
             "gradient": (
@@ -109,6 +125,27 @@ class Table:
         return rows if rows is not None else torch.zeros(0), self.logits[::every].clone()
 
 
+class Truth:
+    """The jobs on some rows of a table by the reference, in fp64 and in fp32: what kernels without a bitwise contract are judged by."""
+
+    def __init__(self, table: Table, every: int) -> None:
+        self.every = every
+        self.is_target = torch.zeros_like(table.pristine[::every], dtype=torch.bool).scatter_(1, table.ids[::every, None], True)
+        self.tables = [table.some(every, dtype) for dtype in (torch.float64, torch.float32)]
+        self.jobs = [few.jobs(None, select.load("reference")) for few in self.tables]
+
+    def error(self, job: str, got: tuple[Tensor, Tensor]) -> float:
+        """The error of an outcome over what the criterion of accuracy allows: <= 1 passes."""
+        exact, single = (few.outcome(jobs[job][1], 1) for few, jobs in zip(self.tables, self.jobs, strict=True))
+        errors = [value_error(row[:: self.every], *two) for row, *two in zip(got[0], single[0], exact[0], strict=True)]
+        if self.jobs[0][job][0] == "update":
+            coefs = [exact[0][LOSS_ROWS.index(name)] for name in ("coef", "ent_coef")] if len(exact[0]) else [self.tables[0].inputs[1].adv]
+            floor = ERROR_FLOOR * torch.stack(coefs).abs().sum(0)
+            parts, _ = gradient_errors(got[1], single[1], exact[1], floor[:, None], self.is_target)
+            errors += [error for part in parts.values() for error in part]
+        return max(errors)
+
+
 def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
     kinds = {2: torch.int16, 4: torch.int32}
     return all(
@@ -116,21 +153,34 @@ def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
     )
 
 
-def time_shape(rows: int, vocab: int, variants: dict[str, tuple[ModuleType, Native]], device: str, rounds: int) -> dict[str, Any]:
+def fault(outcome: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], truth: Truth | None, job: str) -> str | None:
+    """Why a variant is not timed. ``truth``: for one that may have bits of its own."""
+    if truth is None:
+        return None if same_bits(outcome, want) else "other bits than what is shipped: not timed"
+    error = truth.error(job, outcome)
+    return None if error <= 1 else f"{error:.2f} of the error that is allowed: not timed"  # a NaN is no pass
+
+
+def time_shape(rows: int, vocab: int, variants: dict[str, Kernels], device: str, rounds: int) -> dict[str, Any]:
     """Every job of every variant once a round, in an order drawn anew, with the limits among them."""
     table = Table.make(rows, vocab, device)
     table.restore()
     jobs = {name: table.jobs(*variant) for name, variant in variants.items()}
     every = max(1, rows // GATE_ROWS)
     wrong: dict[str, str] = {}
+    truth = Truth(table, every) if any(module is None for module, _ in variants.values()) else None
     for job in jobs["shipped"]:
         want = table.outcome(jobs["shipped"][job][1], every)
         for name in variants:
+            if job not in jobs[name]:
+                continue
             try:
-                if not same_bits(table.outcome(jobs[name][job][1], every), want):
-                    wrong[f"{name}: {job}"] = "other bits than what is shipped: not timed"
+                why = fault(table.outcome(jobs[name][job][1], every), want, truth if variants[name][0] is None else None, job)
+                if why:
+                    wrong[f"{name}: {job}"] = why
             except Exception as error:  # one that fails must not end the run
                 wrong[f"{name}: {job}"] = f"{type(error).__name__}: {error}"
+    del truth
     timed = {f"{name}: {job}": run for name, found in jobs.items() for job, (_, run) in found.items() if f"{name}: {job}" not in wrong}
     timed |= {f"limit: {name}": run for name, run in table.limits().items()}
     ms: dict[str, list[float]] = {key: [] for key in timed}
@@ -156,12 +206,12 @@ def report(shapes: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def emulated(variants: dict[str, str]) -> dict[str, tuple[ModuleType, Native]]:
+def emulated(variants: dict[str, str]) -> dict[str, Kernels]:
     """For the dry run: the same sources and settings, run thread by thread on the CPU."""
     sys.path.insert(0, str(gpu_variants.ROOT / "tests/support"))
     from cuda_emulation.build import build, load
 
-    made = {}
+    made: dict[str, Kernels] = {}
     for name, settings in variants.items():
         module = load(build(flags=("-O1", *gpu_variants.defines(settings)), dtypes=("bf16",)))
         made[name] = module, Native(module, "cpu", lambda device: {}, checked(module))
@@ -176,14 +226,14 @@ def checked(module: ModuleType) -> Callable[[int], None]:
     return check
 
 
-def compiled(variants: dict[str, str], folder: Path) -> dict[str, tuple[ModuleType, Native]]:
+def compiled(variants: dict[str, str], folder: Path) -> dict[str, Kernels]:
     arch = "".join(map(str, torch.cuda.get_device_capability()))
     folder.mkdir(parents=True, exist_ok=True)
 
     def place(device: torch.device) -> dict[str, int]:
         return {"device": device.index or 0, "stream": torch.cuda.current_stream(device).cuda_stream}
 
-    made = {}
+    made: dict[str, Kernels] = {}
     for name, path in gpu_variants.build(variants, arch, folder).items():
         module = gpu_variants.load(path)
         made[name] = module, Native(module, "cuda", place, checked(module))
@@ -197,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("variants", nargs="*", metavar="NAME=SETTINGS", help="instead of those of bench/gpu_variants.py")
     parser.add_argument("--out", default=os.environ.get("OUT") or str(gpu_variants.ROOT / "gpu_output"))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=60, help="shapes that would begin later are left out, and named")
+    parser.add_argument("--seconds", type=float, default=120, help="shapes that would begin later are left out, and named")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, emulated, in tiny shapes")
     options = parser.parse_args(arguments)
     began = time.monotonic()
@@ -206,9 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    settings = gpu_variants.parse(options.variants) if options.variants else gpu_variants.VARIANTS
-    folder = gpu_variants.ROOT / "build" / "variants"
-    made = emulated(settings) if options.dry_run else compiled(settings, folder)
+    settings = gpu_variants.parse(options.variants) if options.variants else gpu_variants.VARIANTS | triton_shapes.VARIANTS
+    tables = {name: triton_shapes.table_of(text) for name, text in settings.items()}
+    of_cuda = {name: text for name, text in settings.items() if tables[name] is None}
+    made = emulated(of_cuda) if options.dry_run else compiled(of_cuda, gpu_variants.ROOT / "build" / "variants")
+    made |= {name: (None, triton_shapes.TritonVerbs(table)) for name, table in tables.items() if table is not None}
     built = time.monotonic() - began
     device = "cpu" if options.dry_run else "cuda"
     shapes, left_out = [], []

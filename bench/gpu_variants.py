@@ -1,6 +1,7 @@
 """Compile-time variants of the CUDA kernels (``csrc/cuda/variants.h``), built side by side as modules of their own.
 
-A variant is a name and settings: ``direct=RING_DIRECT=1``, several separated by spaces, no settings for what is shipped.
+A variant is a name and settings: ``direct=RING_DIRECT=1``, several separated by spaces, no settings for what is shipped. ``bench/triton_shapes.py``
+has another kind.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from . import triton_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +55,8 @@ def parse(texts: list[str]) -> dict[str, str]:
     found = {"shipped": ""}
     for text in texts:
         name, _, settings = text.partition("=")
-        defines(settings)
+        if triton_shapes.table_of(settings) is None:
+            defines(settings)
         if not name or name in found:
             raise ValueError(f"variant {text!r}: a name of its own comes before the first =")
         found[name] = settings

@@ -51,12 +51,15 @@ PYBIND11_MODULE(RW_MODULE, m) {
     m.def("set_device", &emulation::set_device, py::arg("major"), py::arg("shared_bytes"), py::arg("clusters"), "What the host sees.");
     m.def("set_status", &emulation::set_status, py::arg("status"), "What launches return instead of running.");
     m.def("last_error", &emulation::last_error);
-    m.def("error_string", [](int status) { return "emulated status " + std::to_string(status); });
+    m.def("error_string", [](int status) { return "emulated status " + std::to_string(status); }, py::arg("status"));
 #else
-    m.def("error_string", [](int status) {
-        const auto error = static_cast<cudaError_t>(status);
-        return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
-    });
+    m.def(
+        "error_string",
+        [](int status) {
+            const auto error = static_cast<cudaError_t>(status);
+            return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+        },
+        py::arg("status"));
     m.def("runtime_version", [] {
         int version = 0;
         cudaRuntimeGetVersion(&version);

@@ -1,13 +1,14 @@
-"""``make gpu-kernels`` where there is no GPU: its script and every variant, emulated; what nvcc makes of one; and what it refuses."""
+"""``make gpu-kernels`` where there is no GPU: its script and variants, emulated and interpreted; what nvcc makes of one; and what it refuses."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from cuda_emulation.build import compiler
 
-from bench import gpu_kernels, gpu_variants
+from bench import gpu_kernels, gpu_variants, triton_shapes
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
@@ -23,6 +24,47 @@ def test_the_dry_run(tmp_path, capsys):
         assert shape["wrong"] == {} and set(shape["fractions"]) == {f"{name}: {job}" for name in found["variants"] for job in jobs}
         assert all(len(ms) == 1 for ms in shape["ms"].values())
     assert "direct: one pass +entropy" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
+def test_triton_beside_cuda(monkeypatch, tmp_path):
+    """A table of launch shapes is timed if its error passes, in the jobs that Triton has; the table is that of the variant, and only meanwhile."""
+    pytest.importorskip("pybind11")
+    pytest.importorskip("triton")
+    seen, ask = [], triton_shapes.config.config_for
+    monkeypatch.setattr("reweight_ops._core.backends.triton_token.config_for", lambda *args: seen.append(ask(*args)) or seen[-1])
+    monkeypatch.setattr(gpu_kernels, "TINY_SHAPES", ((5, 1027),))
+    monkeypatch.delenv("REWEIGHT_OPS_TRITON_SHAPES", raising=False)
+    launch = triton_shapes.config.Launch(64, 64)
+    shape = triton_shapes.config.Shape(64, 1, launch, launch)
+    monkeypatch.setitem(triton_shapes.config.VARIANTS, "tiny", ((1 << 62, shape),))
+    assert gpu_kernels.main(["--dry-run", "--out", str(tmp_path), "small=TRITON_SHAPES=tiny"]) == 0
+    (shape,) = json.loads((tmp_path / "gpu-kernels.json").read_text())["shapes"]
+    jobs = {key.removeprefix("small: ") for key in shape["fractions"] if key.startswith("small: ")}
+    assert jobs == {"one pass", "one pass +entropy", "statistics", "statistics +entropy", "gradient"}
+    assert seen and all(config.slots == 64 for config in seen)
+    assert "REWEIGHT_OPS_TRITON_SHAPES" not in os.environ
+
+
+@pytest.mark.parametrize("planted", ["values", "gradient", "NaN"])
+def test_a_table_with_other_numbers_is_wrong(planted):
+    table = gpu_kernels.Table.make(6, 1000, "cpu")
+    reference = gpu_kernels.select.load("reference")
+    truth = gpu_kernels.Truth(table, 2)
+    for job in ("one pass", "one pass +entropy", "gradient", "statistics +entropy"):
+        few = table.some(1, torch.float32)
+        values, rows = few.outcome(few.jobs(None, reference)[job][1], 2)
+        got = values, rows.to(torch.bfloat16)
+        assert gpu_kernels.fault(got, got, truth, job) is None, job
+        if planted == "gradient" and job != "statistics +entropy":
+            rows[1] *= 1.02
+        elif planted == "values" and len(values):
+            values[0, 2] += 1e-3
+        elif planted == "NaN" and len(values):
+            values[0, 2] = float("nan")
+        else:
+            continue
+        assert "of the error that is allowed" in gpu_kernels.fault((values, rows.to(torch.bfloat16)), got, truth, job), job
 
 
 def test_a_variant_with_other_bits_is_wrong(monkeypatch):
@@ -52,6 +94,10 @@ def test_settings():
         with pytest.raises(ValueError, match="expected NAME=VALUE"):
             gpu_variants.defines(settings)
     assert gpu_variants.parse(["a=RING_KEEP=0", "b="]) == {"shipped": "", "a": "RING_KEEP=0", "b": ""}
+    assert gpu_variants.parse(["c=TRITON_SHAPES=three programs"]) == {"shipped": "", "c": "TRITON_SHAPES=three programs"}
+    with pytest.raises(ValueError, match="one of .*'three programs'"):
+        gpu_variants.parse(["c=TRITON_SHAPES=four programs"])
+    assert set(triton_shapes.VARIANTS) == {f"triton, {name}" for name in triton_shapes.config.VARIANTS}
     for text in ("=RING_KEEP=0", "shipped=RING_KEEP=0"):
         with pytest.raises(ValueError, match="a name of its own"):
             gpu_variants.parse([text])

@@ -1,0 +1,55 @@
+"""The Triton kernels with one table of launch shapes (``triton_kernels/config.py``), as a variant that is timed beside the CUDA kernels'.
+
+Its settings are ``TRITON_SHAPES=`` and the table's name. Tables add in other orders, so that they are judged by their error and not by their bits.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from reweight_ops._core.backends import select
+from reweight_ops.triton_kernels import config
+
+_VARIABLE, _SETTING = "REWEIGHT_OPS_TRITON_SHAPES", "TRITON_SHAPES="
+
+#: All tables: bench/NOTES.md has a prediction for each.
+VARIANTS = {f"triton, {name}": _SETTING + name for name in config.VARIANTS}
+
+
+def table_of(settings: str) -> str | None:
+    """The table that a variant's settings name; None: they are settings of the CUDA kernels. Raises for a table that there is not."""
+    if not settings.startswith(_SETTING):
+        return None
+    name = settings.removeprefix(_SETTING)
+    if name not in config.VARIANTS:
+        raise ValueError(f"setting {settings!r}: expected {_SETTING} and one of {sorted(config.VARIANTS)}")
+    return name
+
+
+@dataclass(frozen=True)
+class TritonVerbs:
+    """The three verbs of the Triton backend with the launch shapes of a table."""
+
+    table: str
+
+    def token_stats(self, *args: Any) -> Any:
+        return self._run("token_stats", args)
+
+    def token_grad(self, *args: Any) -> Any:
+        return self._run("token_grad", args)
+
+    def token_loss_grad(self, *args: Any) -> Any:
+        return self._run("token_loss_grad", args)
+
+    def _run(self, verb: str, args: tuple[Any, ...]) -> Any:
+        before = os.environ.get(_VARIABLE)
+        os.environ[_VARIABLE] = self.table
+        try:
+            return getattr(select.load("triton"), verb)(*args)
+        finally:
+            if before is None:
+                del os.environ[_VARIABLE]
+            else:
+                os.environ[_VARIABLE] = before
