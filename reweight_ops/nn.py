@@ -53,10 +53,9 @@ class _FusedHead(torch_nn.Module):
 
     def _take(self, linear: torch_nn.Linear) -> None:
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        for name, parameter in linear.named_parameters():
-            self.register_parameter(name, parameter)
-        if linear.bias is None:
-            self.register_parameter("bias", None)
+        parameters = dict(linear.named_parameters())
+        self.register_parameter("weight", parameters["weight"])
+        self.register_parameter("bias", parameters.get("bias"))
 
     @classmethod
     def from_linear(cls, linear: torch_nn.Linear, **keywords: Any) -> Self:
@@ -145,7 +144,7 @@ class FusedLinearPolicyLoss(_FusedHead):
 
     >>> import torch, reweight_ops as rw
     >>> head = rw.FusedLinearPolicyLoss.from_linear(torch.nn.Linear(3, 4), spec="grpo")
-    >>> head(torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long), 1.0).loss
+    >>> head(torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long), 1.0).loss.round()
     tensor(-1., grad_fn=<...>)
     """
 
