@@ -108,6 +108,7 @@ class LinearDivergences(torch.autograd.Function):
     asked for, else of the others but H(q)."""
 
     @staticmethod
+    @torch.no_grad()  # already so, but where torch.export runs it
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
         ids: Tensor, t: Tensor, t_other: Tensor, other: OtherHead, heads: Heads,
@@ -193,6 +194,7 @@ class LinearOnePassDivergence(torch.autograd.Function):
     """``(loss, table)`` with every gradient formed in forward, from p's three GEMMs a chunk and q's one."""
 
     @staticmethod
+    @torch.no_grad()  # already so, but where torch.export runs it
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
         ids: Tensor, t: Tensor, t_other: Tensor, constants: Tensor, weights: Tensor, other: OtherHead, heads: Heads,
