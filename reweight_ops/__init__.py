@@ -26,6 +26,7 @@ from ._core.spec.ratio import BatchMeanRatio, CenteredRatio, GeometricMeanRatio,
 from ._core.spec.reduction import FromFunction, NoReduction, Reduction, SequenceMean, TokenMean, TokenSum
 from .divergences import DistillationLossOutput, distillation_loss, token_divergence
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
+from .nn import FusedLinearLogProbs, FusedLinearPolicyLoss
 from .preference import PairSpec, PreferenceLossOutput, linear_preference_loss, preference_loss, preference_loss_from_logps
 
 __version__ = "0.1.0"
@@ -42,6 +43,8 @@ __all__ = [
     "DistillationLossOutput",
     "Explanation",
     "FromFunction",
+    "FusedLinearLogProbs",
+    "FusedLinearPolicyLoss",
     "GeometricMeanRatio",
     "GroupContrast",
     "HiddenLogits",

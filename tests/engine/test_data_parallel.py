@@ -39,6 +39,8 @@ def checkpointed(case, function, *inputs):
 def loss(policy, data, case, hidden):
     rows = dict(completion_mask=data["mask"], old_per_token_logps=data["old"], spec=case.spec, plan=case.plan, **data["divisors"])
     if case.linear:
+        if isinstance(policy.head, rw.FusedLinearPolicyLoss):
+            return policy.head(hidden, data["ids"], data["adv"], **case.options, **rows).loss
         head = dict(lm_head_bias=policy.head.bias, chunk_rows=5, **case.options)
         return rw.linear_policy_loss(hidden, policy.head.weight, data["ids"], data["adv"], **head, **rows).loss
     return rw.policy_loss(policy.head(hidden), data["ids"], data["adv"], **case.options, **rows).loss
@@ -57,6 +59,7 @@ class Case:
     checkpoint: bool = False
     ddp: dict = field(default_factory=dict)
     sharded: bool = False  # fully_shard instead of DistributedDataParallel
+    module: bool = False  # the head is a module that gives the loss; sharded, it is a unit of its own
 
 
 BOTH = {
@@ -76,6 +79,10 @@ CASES |= {
     "linear one_pass, sharded": Case(sharded=True),
     "linear two_pass, sharded": Case(plan="two_pass", sharded=True),
     "logits one_pass, sharded": Case(linear=False, sharded=True),
+    "module one_pass": Case(module=True),
+    "module two_pass, checkpointed": Case(module=True, plan="two_pass", checkpoint=True),
+    "module one_pass, sharded": Case(module=True, sharded=True),
+    "module two_pass, sharded": Case(module=True, plan="two_pass", sharded=True),
     "linear two_pass, sequences": Case(plan="two_pass", spec=rw.methods.gspo()),
     "linear two_pass, kept logits": Case(plan="two_pass", options={"memory_budget": 1 << 20}),
     "logits one_pass, in place": Case(linear=False, options={"consume_logits": True}),
@@ -133,6 +140,8 @@ def run_case(case, rank=None):
     if rank is not None:
         data = {name: x if name == "divisors" else x.chunk(RANKS)[rank] for name, x in data.items()}
     policy = Policy()
+    if case.module:
+        policy.head = rw.FusedLinearPolicyLoss.from_linear(policy.head, spec=case.spec, chunk_rows=5)
     return gradients(case, policy, policy if rank is None else wrapped(case, policy), data)
 
 
@@ -142,7 +151,10 @@ def wrapped(case, policy):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    return fully_shard(policy, mesh=init_device_mesh("cpu", (RANKS,)))
+    mesh = init_device_mesh("cpu", (RANKS,))
+    if case.module:
+        fully_shard(policy.head, mesh=mesh)
+    return fully_shard(policy, mesh=mesh)
 
 
 def process(rank, folder):

@@ -25,7 +25,7 @@ LAYERS = (
     ("_core.calls",),
     ("_core.engine",),
     ("_core.losses",),
-    ("rules", "rewards", "sample_weights", "objectives", "advantages", "preference", "divergences", "kernels"),
+    ("rules", "rewards", "sample_weights", "objectives", "advantages", "preference", "divergences", "kernels", "nn"),
     ("weights",),
     ("methods",),
     ("schedules",),

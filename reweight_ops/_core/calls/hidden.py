@@ -123,6 +123,8 @@ def resolve_hidden(
     if lora is not None and (lora.a.shape != (lora.b.size(-1), width) or lora.b.size(0) != columns):
         raise fail(f"lora: a {tuple(lora.a.shape)} and b {tuple(lora.b.shape)}, expected (r, {width}) and ({columns}, r).")
 
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise fail(f"lm_head_weight is {weight.dtype}, a quantised head: dequantise it, or pass head(hidden) to the op that takes logits.")
     compute, autocast = _compute_dtype(hidden)
     lora_dtype = hidden.dtype if lora is None else lora.a.dtype
     for name, x, dtype in (

@@ -43,23 +43,21 @@ class Measure(NamedTuple):
             return table
         return torch.cat([table, jsd_ops.generalized_jsd(*two, self.beta, *self.softmaxes)[None]])
 
-    def gradient(self, two: tuple[Tensor, ...], table: Tensor, coefs: Tensor | None, by_jsd: Tensor | None) -> Tensor | None:
-        """The gradient by the first logits, from ``coefs [3, n]`` of the statistics, from that of the JSD, or both; None if it stands over them now."""
-        kernel = (*self.softmaxes, False, self.backend)
-        jsd = None
-        if by_jsd is not None:
-            if coefs is None and library.may_overwrite(True):
-                jsd_ops.generalized_jsd_grad_(*two, by_jsd, self.beta, *self.softmaxes)
-                return None
-            _, jsd = jsd_ops.generalized_jsd_grad(*two, by_jsd, self.beta, *self.softmaxes)
-        known = table[: len(DIVERGENCE_STATS)].contiguous()
-        if coefs is None:
-            return jsd
-        if jsd is None and library.may_overwrite(True):
-            library.divergence_grad_(*two, known, coefs, *kernel)
+    def gradient(self, two: tuple[Tensor, ...], table: Tensor, coefs: Tensor) -> Tensor | None:
+        """The gradient by the first logits, from ``coefs`` of the statistics ``[3, n]``, or of the JSD ``[1, n]``; None if it stands over them now."""
+        over = library.may_overwrite(True)
+        if self.beta is not None:
+            arguments = (*two, coefs[0], self.beta, *self.softmaxes)
+            if not over:
+                _, found = jsd_ops.generalized_jsd_grad(*arguments)
+                return found  # type: ignore[no-any-return]
+            jsd_ops.generalized_jsd_grad_(*arguments)
             return None
-        found: Tensor = library.divergence_grad(*two, known, coefs, *kernel)
-        return found if jsd is None else found + jsd
+        arguments = (*two, table, coefs, *self.softmaxes, False, self.backend)
+        if not over:
+            return library.divergence_grad(*arguments)  # type: ignore[no-any-return]
+        library.divergence_grad_(*arguments)
+        return None
 
     def loss_gradient_(self, two: tuple[Tensor, ...], constants: Tensor, weights: Tensor) -> Tensor:
         """The table; over the first logits their gradient of ``Σ weights·Σ_k constants_k·stat_k``, or of ``Σ weights·JSD``."""
@@ -106,9 +104,11 @@ class Heads(NamedTuple):
 
 
 class LinearDivergences(torch.autograd.Function):
-    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` ``[M]`` of every row; all but H(q) are differentiable to everything that p's head is made of."""
+    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` ``[M]`` of every row, with gradients to everything that p's head is made of: of the JSD where it is
+    asked for, else of the others but H(q)."""
 
     @staticmethod
+    @torch.no_grad()  # already so, but where torch.export runs it
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
         ids: Tensor, t: Tensor, t_other: Tensor, other: OtherHead, heads: Heads,
@@ -136,7 +136,7 @@ class LinearDivergences(torch.autograd.Function):
         others = (other.values, other.picked, *(other.head[:4] if other.head is not None else ()))
         ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, ids, t, t_other, table, *others)
         outputs = tuple(table[i].clone() for i in (0, 1, 2, 3, *((table.size(0) - 1,) if measure.beta is not None else ())))
-        ctx.mark_non_differentiable(outputs[3])
+        ctx.mark_non_differentiable(*(outputs[3:4] if measure.beta is None else outputs[:4]))
         return outputs
 
     @staticmethod
@@ -145,36 +145,34 @@ class LinearDivergences(torch.autograd.Function):
         heads: Heads = ctx.heads
         settings, measure = heads.own, heads.measure
         other = OtherHead(values, LMHead._make((*rest, ctx.other_scale)) if rest else None, picked)
-        if all(g is None for g in (*grads[:3], *grads[4:])):
+        grads = grads[:3] if measure.beta is None else grads[4:]
+        if all(g is None for g in grads):
             return (None,) * 11
         if again.wants_graph():
 
             def formula(h: Tensor, w: Tensor, c: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, ...]:
-                return formulas(h, LMHead(w, c, a, b, ctx.lora_scale), ids, t, t_other, other, heads)
+                values = formulas(h, LMHead(w, c, a, b, ctx.lora_scale), ids, t, t_other, other, heads)
+                return values[:3] if measure.beta is None else values[4:]
 
-            found = again.gradient(formula, (hidden, weight, bias, lora_a, lora_b), (*grads[:3], None, *grads[4:]))
+            found = again.gradient(formula, (hidden, weight, bias, lora_a, lora_b), grads)
             return (*found, *(None,) * 6)
         parameters = LMHead(weight, bias, lora_a, lora_b, ctx.lora_scale)
         head = parameters.cast(settings)
-        coefs = None
-        if any(g is not None for g in grads[:3]):
-            coefs = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads[:3]])
-        by_jsd = grads[4] if len(grads) > 4 else None
+        coefs = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads])
         count, kept, ctx.kept = hidden.size(0), ctx.kept, []
         size = min(settings.chunk_rows, count)
         again_from = min(len(kept) * size, count)
-        by = [*(coefs.unbind() if coefs is not None else ()), *(() if by_jsd is None else (by_jsd,))]
         # Rows without a coefficient are not even computed again.
-        live = live_rows(*(g[again_from:] for g in by)) if settings.drop_inert and again_from < count else None
+        live = live_rows(*coefs[:, again_from:]) if settings.drop_inert and again_from < count else None
         left = count - again_from if live is None else live.numel()
         gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], len(kept) + -(-left // max(size, 1)), settings)
 
         def add(where: slice | Tensor, z: Tensor, y: Tensor, chunk: Tensor, drop: bool) -> None:
             two = (z, y, *(x[where].contiguous() if x.numel() > 1 or x is ids else x for x in (ids, t, t_other)))
-            some = [None if g is None else g[..., where].contiguous() for g in (table, coefs, by_jsd)]
-            found = measure.gradient(two, some[0], some[1], some[2])  # type: ignore[arg-type]
+            by = coefs[:, where].contiguous()
+            found = measure.gradient(two, table[:, where].contiguous(), by)
             whole = chunk if found is None else padded(found, chunk.size(0))
-            gradients.add(where, hidden[where], whole, live_rows(*(g[where] for g in by)) if drop else None)
+            gradients.add(where, hidden[where], whole, live_rows(*by) if drop else None)
 
         for (first, second), rows in zip(kept, chunks(0, again_from, max(size, 1)), strict=True):
             rows = slice(rows.start, min(rows.stop, count))
@@ -196,6 +194,7 @@ class LinearOnePassDivergence(torch.autograd.Function):
     """``(loss, table)`` with every gradient formed in forward, from p's three GEMMs a chunk and q's one."""
 
     @staticmethod
+    @torch.no_grad()  # already so, but where torch.export runs it
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
         ids: Tensor, t: Tensor, t_other: Tensor, constants: Tensor, weights: Tensor, other: OtherHead, heads: Heads,
