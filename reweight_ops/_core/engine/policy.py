@@ -13,6 +13,7 @@ from .output import PolicyLossOutput
 from .plan import Choice
 from .source import MoreMetrics, PolicyWork, SourceInfo
 from .stored import evaluate_stored
+from .versions import versions_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class PolicyObjective:
         leaves, by = {"logp": logp, "entropy": entropy}, (d_logp, d_entropy)
         return PolicyLossOutput(
             rows.trusted(loss), rows.unflatten(logp), rows.unflatten(entropy), choice.plan, choice.backend, self.call.released(), leaves, per_token, by,
-            more,
+            more, versions_of(self.call, leaves, per_token),
         )  # fmt: skip
 
     def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> PolicyLossOutput:
@@ -91,5 +92,5 @@ class PolicyObjective:
         entropies = rows.unflatten(shown["entropy"]) if "entropy" in shown else None
         return PolicyLossOutput(
             rows.trusted(loss), rows.unflatten(shown["logp"]), entropies, choice.plan, choice.backend, self.call.released(), detached,
-            per_row, by, more,
+            per_row, by, more, versions_of(self.call, detached, per_row),
         )  # fmt: skip
