@@ -144,31 +144,32 @@ def ranged(what: T, plain: bool = False) -> T:
     ranges = ranges_of(target, plain)
     if not ranges:
         return what
-    call, owner = (target.__init__ if inspect.isclass(target) else target), target.__name__
-    first = 1 if inspect.isclass(target) else 0
-    positional = [name for name, p in inspect.signature(call).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
-    names = [name if name in ranges else None for name in positional]
+    said = {name: allowed for name, allowed in ranges.items() if allowed.interval is not _ANY}
+    target.__ranges__, target.__doc__ = ranges, described(target.__doc__, said)
+    is_class = inspect.isclass(what)  # of target it would narrow the type
+    call = target.__init__ if is_class else target
+    positional = tuple(
+        name for name, p in inspect.signature(call).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
+    )
 
     @functools.wraps(call)
     def checked(*args: Any, **keywords: Any) -> Any:
-        if torch.compiler.is_compiling():  # it does not trace what a function closes over
-            return call(*args, **keywords)
-        for name, value in zip(names[first:], args[first:], strict=False):
-            if name is not None:
-                ranges[name].check(owner, name, value)
-        for name, value in keywords.items():
-            if name in ranges:
-                ranges[name].check(owner, name, value)
+        # In a graph nothing is checked: what this function closes over must be what torch.compile knows, so it is no range.
+        if not torch.compiler.is_compiling():
+            _check(target, {**dict(zip(positional, args, strict=False)), **keywords})
         return call(*args, **keywords)
 
-    said = {name: allowed for name, allowed in ranges.items() if allowed.interval is not _ANY}
-    doc = described(target.__doc__, said)
-    result: Any = checked
-    if inspect.isclass(target):
-        result = what
-        result.__init__ = checked
-    result.__doc__, result.__ranges__ = doc, ranges
-    return result  # type: ignore[no-any-return]
+    if not is_class:
+        return checked  # type: ignore[return-value]
+    target.__init__ = checked
+    return what
+
+
+def _check(target: Any, given: dict[str, Any]) -> None:
+    ranges = target.__ranges__
+    for name, value in given.items():
+        if name in ranges:
+            ranges[name].check(target.__name__, name, value)
 
 
 def described(doc: str | None, ranges: dict[str, Range]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from .._core.calls.softmax import refuse_process_group
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule
-from .._core.ranges import Count, Interval, NonNegative, NonNegativeOrInf, Positive, PositiveOrInf
+from .._core.ranges import Count, Interval, NonNegative, NonNegativeOrInf, Positive, PositiveOrInf, Real
 from .._core.spec.coupled import Constraint, GroupContrast
 from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.ratio import CenteredRatio, SequenceRatio, TokenRatio
@@ -42,7 +42,7 @@ def disco(
     score: str = "log_likelihood",
     tau: PositiveOrInf[Any] = None,
     kl_strength: NonNegative[Any] = 1000.0,
-    kl_bound: NonNegative[Any] = 1e-4,
+    kl_bound: Real[Any] = 1e-4,
     kl_estimator: str = "k1",
     group_size: Count[int] | None = None,
     process_group: Any = None,
@@ -80,7 +80,7 @@ def drpo(
     tau: PositiveOrInf[Any] = 10.0,
     preference: str = "length",
     kl_strength: NonNegative[Any] = 1000.0,
-    kl_bound: NonNegative[Any] = 1e-4,
+    kl_bound: Real[Any] = 1e-4,
     kl_estimator: str = "k1",
     max_length: Positive[float] | None = None,
     group_size: Count[int] | None = None,

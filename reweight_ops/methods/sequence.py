@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._core.catalogue.registry import published
-from .._core.ranges import NonNegative, NonNegativeOrInf
+from .._core.ranges import NonNegative, NonNegativeOrInf, Real
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import GeometricMeanRatio, SequenceRatio
 from .._core.spec.reduction import SequenceMean
@@ -100,7 +100,7 @@ def vespo(
     example={"threshold": 0.5},
 )
 def opsm(
-    threshold: NonNegativeOrInf[Any],
+    threshold: Real[Any],
     against: str = "old",
     epsilon_low: NonNegativeOrInf[Any] = 0.2,
     epsilon_high: NonNegativeOrInf[Any] = 0.2,

@@ -58,7 +58,7 @@ def trl(
     vespo_lambda_pos: NonNegative[Any] = 3.0,
     vespo_k_neg: NonNegative[Any] = 3.0,
     vespo_lambda_neg: NonNegative[Any] = 2.0,
-    off_policy_mask_threshold: NonNegativeOrInf[Any] = None,
+    off_policy_mask_threshold: Real[Any] = None,
     vllm_importance_sampling_mode: str | None = None,
     vllm_importance_sampling_clip_min: NonNegative[Any] = None,
     vllm_importance_sampling_clip_max: PositiveOrInf[Any] = 3.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import NonNegative, NonNegativeOrInf, PositiveOrInf
+from .._core.ranges import NonNegative, PositiveOrInf, Real
 from ..errors import InvalidCall
 
 
@@ -70,7 +70,7 @@ class OffPolicySequenceMask(TokenWeight):
     DeepSeek-V3.2, arXiv:2512.02556, eq. 9. Against the sampler's own log-probs: :class:`SamplerSequenceMask`.
     """
 
-    threshold: NonNegativeOrInf[float]
+    threshold: Real[float]
 
     def weight(self, xp, t, batch):
         return xp.where((t.adv < 0) & (batch.seq_mean(t.old_logp - t.logp) > self.threshold), 0.0, 1.0)
@@ -80,7 +80,7 @@ class OffPolicySequenceMask(TokenWeight):
 class SamplerSequenceMask(TokenWeight):
     """:class:`OffPolicySequenceMask` of ``sampling_logp - logp``: staleness and the sampler's mismatch together. A token with a NaN counts as 0."""
 
-    threshold: NonNegativeOrInf[float]
+    threshold: Real[float]
 
     def weight(self, xp, t, batch):
         drift = t.sampling_logp - t.logp

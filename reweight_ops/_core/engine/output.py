@@ -1,4 +1,6 @@
-"""What a policy loss returns: the loss, detached per-row results, and metrics. What costs extra work is computed when it is first read."""
+"""What a policy loss returns: the loss, detached per-row results, and metrics. What costs extra work is computed when it is first read.
+
+An error then if a tensor that it is computed from has been written in place since the call."""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from ..formula.namespace import TorchNamespace
 from ..once import computed_once
 from ..transforms import in_transform
 from .metrics import Metrics, policy_metrics
+from .versions import Versions
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class PolicyLossOutput:
     _by: tuple[Tensor, Tensor] | None = field(repr=False, default=None)
     #: More metrics (sums), from the loss's derivatives by logp and entropy.
     _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False, default=None)
+    #: Of what the properties read, and of what the derivatives read besides.
+    _versions: tuple[Versions, Versions] | None = field(repr=False, default=None)
+
+    def _unchanged(self, what: str, derivatives: bool = False) -> None:
+        if torch.compiler.is_compiling() or self._versions is None:
+            return
+        self._versions[0].check(what)
+        if derivatives and self._by is None:
+            self._versions[1].check(what)
 
     @computed_once
     def per_token_loss(self) -> Tensor:
@@ -64,11 +76,13 @@ class PolicyLossOutput:
 
     @computed_once
     def ratio(self) -> Tensor:
+        self._unchanged("ratio")
         rows = self._call.rows
         return rows.unflatten(torch.where(rows.keep, self._call.log_ratio(self._leaves["logp"]).detach().exp(), 0))
 
     @computed_once
     def is_clipped(self) -> Tensor:
+        self._unchanged("is_clipped")
         rows, leaves = self._call.rows, self._call.safe_leaves(self._leaves)
         clipped = self._call.terms(self._leaves).terms[0].rule.clipped(TorchNamespace(rows.dtype), leaves)
         nothing = torch.zeros_like(rows.keep)
@@ -86,10 +100,12 @@ class PolicyLossOutput:
 
     @computed_once
     def coef(self) -> Tensor:
+        self._unchanged("coef", derivatives=True)
         return self._call.rows.unflatten(self._derivatives[0])
 
     @computed_once
     def metrics(self) -> Metrics:
+        self._unchanged("metrics", derivatives=True)
         by = None if self._by is None and torch.compiler.is_exporting() else self._derivatives
         more = {} if self._more is None or by is None else self._more(by)
         return policy_metrics(self._call, self._leaves, by, more)

@@ -14,6 +14,7 @@ from .output import PolicyLossOutput
 from .plan import Choice
 from .source import MoreMetrics, PolicyWork, SourceInfo
 from .stored import evaluate_stored
+from .versions import versions_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class PolicyObjective:
         entropies = marked(rows.unflatten(entropy), loss)
         return PolicyLossOutput(
             rows.trusted(loss), rows.unflatten(logp), entropies, choice.plan, choice.backend, self.call.released(), leaves, per_token, by,
-            more,
+            more, versions_of(self.call, leaves, per_token),
         )  # fmt: skip
 
     def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> PolicyLossOutput:
@@ -95,5 +96,5 @@ class PolicyObjective:
             entropies = marked(entropies, loss)
         return PolicyLossOutput(
             rows.trusted(loss), rows.unflatten(shown["logp"]), entropies, choice.plan, choice.backend, self.call.released(), detached,
-            per_row, by, more,
+            per_row, by, more, versions_of(self.call, detached, per_row),
         )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..ranges import Count, NonNegative, Positive, PositiveOrInf, ranged
+from ..ranges import Count, NonNegative, Positive, PositiveOrInf, Real, ranged
 from ..rows.constants import is_infinite
 from ..rows.groups import Groups
 from ..rows.rows import Rows
@@ -124,7 +124,7 @@ class Constraint(Reduction):
     """
 
     strength: NonNegative[Any] = 1000.0
-    bound: NonNegative[Any] = 1e-4
+    bound: Real[Any] = 1e-4
 
     coupled = True
 

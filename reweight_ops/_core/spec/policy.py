@@ -78,6 +78,7 @@ class PolicyLossSpec:
                 object.__setattr__(self, name, fact)
         else:
             self._find_facts()
+            object.__setattr__(self, "_tensors", _tensors(self, ""))
 
     def _find_facts(self) -> None:
         """What the formulas say, by tracing them; depends on the kinds of the hyper-parameters only."""
@@ -156,6 +157,12 @@ class PolicyLossSpec:
     def unbounded(self) -> bool:
         """Whether an ``exp`` in a formula may overflow: its argument is neither clipped by numbers nor a log-prob."""
         return self._unbounded  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The hyper-parameters that are tensors, by the names that :meth:`replace` takes."""
+        found: dict[str, Tensor] | None = vars(self).get("_tensors")  # not of a spec that a compiled graph has built
+        return _tensors(self, "") if found is None else found
 
     def _find_unbounded(self) -> bool:
         traced = [(r, trace_rule(type(r))) for r in self.rules] + [(w, trace_weight(type(w))) for w in self.all_weights]
@@ -287,6 +294,18 @@ def _facts_of(description: Any) -> str:
         setattr(_described, name, {fact: getattr(spec, fact) for fact in _FACTS})
         _attributes[description] = name
     return _attributes[description]
+
+
+def _tensors(node: Any, path: str) -> dict[str, Tensor]:
+    if isinstance(node, Tensor):
+        return {path: node}
+    if isinstance(node, tuple):
+        children = {str(at): child for at, child in enumerate(node)}
+    elif dataclasses.is_dataclass(node):
+        children = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+    else:
+        return {}
+    return {name: t for head, child in children.items() for name, t in _tensors(child, f"{path}.{head}".lstrip(".")).items()}
 
 
 def _replaced(node: Any, path: list[str], value: Any, whole: str) -> Any:

@@ -1,0 +1,51 @@
+"""What a result is computed from when it is first read must be what it was in the call: version counters of tensors that are the caller's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ReweightOpsError
+from ..calls.policy import LossCall
+from ..transforms import is_wrapped
+
+
+class Versions:
+    """Tensors by name, and their version counters as they are now."""
+
+    __slots__ = ("_seen",)
+
+    def __init__(self, tensors: Iterable[tuple[str, Any]] = ()) -> None:
+        self._seen = [(name, t, t._version) for name, t in tensors if isinstance(t, Tensor) and not is_wrapped(t) and not t.is_inference()]
+
+    def __reduce__(self) -> Any:
+        return Versions, ()  # a copy has tensors of its own
+
+    def check(self, what: str) -> None:
+        """Raise if one has been written since."""
+        for name, tensor, version in self._seen:
+            if tensor._version != version:
+                raise ReweightOpsError(
+                    f"{what} is computed when it is first read, and {name} has been written in place since the call: "
+                    f"read out.{what} before that, or pass a copy to the call ({name.partition(' ')[0]}.clone())."
+                )
+
+
+def versions_of(call: LossCall, leaves: dict[str, Tensor], per_token_loss: Tensor) -> tuple[Versions, Versions] | None:
+    """Of what every later result reads, and of what only the loss's derivatives read besides. None in a graph, where all is read at once."""
+    if torch.compiler.is_compiling():
+        return None
+    read = (
+        ("advantages", call.adv), ("old_per_token_logps", call.old_logp), ("ref_per_token_logps", call.ref_logp),
+        ("sampling_per_token_logps", call.sampling_logp), ("token_weights or importance_sampling_ratio", call.factor),
+        ("per_token_logps", leaves["logp"]), ("entropies", leaves.get("entropy")), ("per_token_loss", per_token_loss), *call.spec.tensors.items(),
+    )  # fmt: skip
+    divisors = call.divisors
+    scales = (
+        ("num_items_in_batch", divisors.num_items_in_batch), ("num_sequences_in_batch", divisors.num_sequences_in_batch),
+        ("loss_scale", call.loss_scale),
+    )  # fmt: skip
+    return Versions(read), Versions(scales)
