@@ -15,11 +15,13 @@ from ..._core.catalogue.table import level
 from ..._core.losses.policy import policy_loss_from_logps
 from ..._core.spec.policy import PolicyLossSpec
 from ..._core.spec.ratio import GeometricMeanRatio
-from ..._core.spec.reduction import Reduction, SequenceMean, TokenMean, TokenSum
+from ..._core.spec.reduction import SequenceMean
 from ...errors import InvalidCall, UnsupportedRequest
+from ..hosted import Host, agg_mode, divisors
 
-#: What verl hands to a loss, by what formulas read.
-_AT_HAND = ("adv", "logp", "log_ratio", "old_logp")
+_VERL = Host(
+    "verl", frozenset({"adv", "logp", "log_ratio", "old_logp"}), "actor.use_kl_loss and actor.kl_loss_coef, or actor.entropy_coeff"
+)
 #: ActorConfig fields that verl's own losses read, with the defaults of its configuration.
 _LOSS_FIELDS = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0, "tau_pos": 1.0, "tau_neg": 1.05}
 #: Metric of ours to verl's name. verl averages metrics over micro-batches, so only means are handed over.
@@ -29,30 +31,11 @@ _METRICS = {
 }  # fmt: skip
 
 
-def agg_mode(reduction: Reduction) -> str | None:
-    """verl's ``loss_agg_mode`` of a reduction, None where it has none."""
-    if isinstance(reduction, TokenMean):
-        return "token-mean" if reduction.weight is None and not reduction.per_call else None
-    if isinstance(reduction, TokenSum):
-        return "token-sum"
-    per = {"token_sum": "seq-mean-token-sum", "constant": "seq-mean-token-sum-norm", "token_mean": "seq-mean-token-mean"}
-    return per[reduction.per] if isinstance(reduction, SequenceMean) else None
-
-
 def obstacle(spec: PolicyLossSpec) -> str | None:
     """Why verl cannot train a spec, None if it can."""
-    if spec.penalties:
-        return "it has penalties, and verl adds its own: leave them out and set actor.use_kl_loss and actor.kl_loss_coef, or actor.entropy_coeff"
-    missing = sorted(spec.requires - set(_AT_HAND))
-    if missing:
-        return f"it reads {', '.join(missing)}, which verl does not hand to a loss"
-    if "adv" not in spec.requires:
-        return "it reads no advantages, so verl's reward would have no effect"
-    if spec.ratio.level == "segment":
-        return "its ratio is of segments, which verl does not know"
     if agg_mode(spec.reduction) is None:
         return f"its reduction, {spec.reduction!r}, is none of verl's: sequences of one prompt may be in different micro-batches"
-    return None
+    return _VERL.obstacle(spec)
 
 
 def method_obstacle(entry: Entry) -> str | None:
@@ -62,26 +45,6 @@ def method_obstacle(entry: Entry) -> str | None:
     if level(entry) not in ("token", "sequence"):
         return f"it is of level {level(entry)}, and a micro-batch is not the batch: register a spec of it if that will do"
     return obstacle(entry.build())
-
-
-def divisors(reduction: Reduction, info: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of :func:`~reweight_ops.policy_loss_from_logps` that normalize as verl's ``agg_loss`` does by ``global_batch_info``.
-
-    Raises:
-        InvalidCall: there are several ranks and the count over all of them is missing.
-    """
-    ranks = info.get("dp_size") or 1
-    if isinstance(reduction, TokenSum):
-        return {} if ranks == 1 else {"loss_scale": float(ranks)}
-    theirs, ours = (
-        ("batch_num_tokens", "num_items_in_batch") if isinstance(reduction, TokenMean) else ("global_batch_size", "num_sequences_in_batch")
-    )
-    count = info.get(theirs)
-    if count is None:
-        if ranks > 1:
-            raise InvalidCall(f"verl's global_batch_info has no {theirs}, which is required with dp_size={ranks}.")
-        return {}
-    return {ours: count / ranks}
 
 
 @lru_cache(maxsize=64)
@@ -150,6 +113,8 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[..., tuple[Tensor, dict[str,
             advantages = _per_sequence(advantages, response_mask)
             if rollout_is_weights is not None:
                 rollout_is_weights = _per_sequence((rollout_is_weights + 1e-10).log(), response_mask).exp()[:, None]
+        info = config.global_batch_info
+        counts = info.get("dp_size") or 1, info.get("batch_num_tokens"), info.get("global_batch_size")
         out = policy_loss_from_logps(
             log_prob,
             advantages,
@@ -158,7 +123,7 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[..., tuple[Tensor, dict[str,
             completion_mask=response_mask,
             importance_sampling_ratio=rollout_is_weights,
             unused="ignore",  # verl hands over the old log-probs whatever the loss reads
-            **divisors(spec.reduction, config.global_batch_info),
+            **divisors(spec.reduction, *counts),
         )
         values = out.metrics.as_floats()
         return out.loss, {theirs: values[ours] for ours, theirs in _METRICS.items() if ours in values}

@@ -28,7 +28,8 @@ from verl_common import (
 
 import reweight_ops as rw
 from reweight_ops.integrations import verl as integration
-from reweight_ops.integrations.verl.losses import agg_mode, method_obstacle
+from reweight_ops.integrations.hosted import agg_mode
+from reweight_ops.integrations.verl.losses import method_obstacle
 
 AGG = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 #: A mode of verl's registry, and the options of ours that say the same.
@@ -130,7 +131,7 @@ def test_every_registered_method_trains(name, registry_restored):
         (rw.methods.sft(), {}, rw.UnsupportedRequest, "reads no advantages"),
         (rw.methods.dapo(), {"agg": "token-sum"}, rw.InvalidCall, "set actor.loss_agg_mode=token-mean"),
         (rw.methods.dapo(), {"clip_ratio_high": 0.28}, rw.InvalidCall, "clip_ratio_high=0.28 would have no effect"),
-        (rw.methods.dapo(), {"info": {"dp_size": 2}}, rw.InvalidCall, "no batch_num_tokens, which is required with dp_size=2"),
+        (rw.methods.dapo(), {"info": {"dp_size": 2}}, rw.InvalidCall, "the count of tokens over all 2 ranks is missing"),
         (rw.methods.dr_grpo(horizon=9), {"info": GLOBAL, "agg": "seq-mean-token-sum-norm"}, rw.InvalidCall, "divides by 9, actor.loss_scale_factor is 32"),
     ],
 )  # fmt: skip
