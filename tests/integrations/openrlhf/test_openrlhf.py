@@ -1,17 +1,22 @@
 """OpenRLHF's own ``PolicyLoss`` and ``Actor`` beside ours. CPU; deepspeed, flash-attn, ray and vLLM are stand-ins."""
 
 import builtins
+import importlib
 import inspect
 import itertools
 
 import pytest
 import torch
+from paths import ROOT
 from trainers import trainer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import reweight_ops as rw
 
-MISSING = ("deepspeed", "flash_attn", "pylatexenc", "ring_flash_attn", "ray", "loralib", "optimum", "vllm", "flask", "uvicorn", "fastapi", "aiohttp", "torchdata")
+MISSING = (
+    "deepspeed", "flash_attn", "pylatexenc", "ring_flash_attn", "ray", "loralib", "optimum", "vllm", "flask", "uvicorn", "fastapi", "aiohttp",
+    "torchdata",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +157,17 @@ def test_the_actors_trainer_builds_our_loss(rlhf, integration):
         with pytest.raises(rw.InvalidCall, match="set actor.loss_agg_mode=token-mean"):
             ppo_actor.PolicyLoss(**options | {"token_level_loss": False})
     assert ppo_actor.PolicyLoss is theirs
+
+
+def test_the_example(rlhf, integration, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("openrlhf_setup")
+    patches = []
+    monkeypatch.setattr(example, "patch", lambda **options: patches.append(integration.patch(**options)))
+    theirs = rlhf[2].PolicyLoss
+    example.setup()
+    assert rlhf[2].PolicyLoss is not theirs
+    patches[0].undo()
 
 
 @pytest.mark.parametrize(
