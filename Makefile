@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test lint format types tests slow gpu gpu-test gpu-bench gpu-kernels triton-versions setup clean
+.PHONY: demo test lint format types tests trainers slow gpu gpu-test gpu-bench gpu-kernels triton-versions setup clean
 
 demo: setup            ## the main job: TRL's GRPOTrainer on a toy task, stock against fused, then reweighted
 	$(BIN)/python examples/trl_addition.py --out demo_output
@@ -26,10 +26,17 @@ format: setup          ## what lint asks for
 types: setup
 	$(BIN)/mypy
 
-tests: setup
+tests: setup trainers
 	$(BIN)/python -m pytest -n $(JOBS)
 
-slow: setup            ## the sweeps that CI leaves out
+# Without them the parity tests skip, and say so.
+trainers: setup build/trainers/.installed ## verl, whose own code the parity tests run; not into the environment: it asks for other versions of what is there
+
+build/trainers/.installed: tests/support/trainers.txt
+	@rm -rf build/trainers && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/trainers -r $< \
+	  && touch $@ || echo "the trainers could not be installed: their parity tests will be skipped"
+
+slow: setup trainers            ## the sweeps that CI leaves out
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
 
 # On a machine with a GPU and, often, without a network: with the Python that has torch, if there is one.

@@ -41,12 +41,15 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
+_HERE = "reweight_ops.integrations"
+
 TRAINERS: dict[str, Trainer] = {
     t.name: t
     for t in (
-        Trainer(
-            "TRL", "trl", ("1.15.0", "1.16.0"), "reweight_ops.integrations.trl: ReweightGRPOTrainer, patch_trl()", "docs/trainers/trl.md"
-        ),
+        Trainer("TRL", "trl", ("1.15.0", "1.16.0"), f"{_HERE}.trl: ReweightGRPOTrainer, patch_trl()", "docs/trainers/trl.md"),
+        Trainer("verl", "verl", ("0.9.1",), f"{_HERE}.verl: loss_mode=rw_<method>, patch_fused_linear()", "docs/trainers/verl.md"),
+        Trainer("OpenRLHF", "openrlhf", ("0.11.2",), f"{_HERE}.openrlhf: patch(), PolicyLoss(spec)", "docs/trainers/openrlhf.md"),
+        Trainer("Tinker", "tinker", ("0.38.0",), f"{_HERE}.tinker: custom_loss(spec)", "docs/trainers/tinker.md"),
     )
 }
 

@@ -106,7 +106,7 @@ def verl(
     ``batch_num_tokens / dp_size`` is ``num_items_in_batch`` here, ``global_batch_size / dp_size`` is ``num_sequences_in_batch``.
     As in verl, ``sapo`` averages its own term per sequence whatever ``loss_agg_mode`` is, and ``geo_mean`` over all sequences of the call, for which
     ``num_sequences_in_batch`` must not be given; KL and entropy follow ``loss_agg_mode``. ``rollout_is_weights`` is ``importance_sampling_ratio`` here
-    (of ``geo_mean``: its geometric mean over each sequence). ``clip_cov`` draws its tokens by position instead of from a random generator.
+    (of ``geo_mean``, whose advantages are one a sequence: its geometric mean over each). ``clip_cov`` draws its tokens by position, not at random.
 
     ``bypass_mode``: ``rollout_loss_type`` and the next two are the fields of verl's ``rollout_correction`` (its ``loss_type`` is the first);
     ``rollout_is_threshold`` is an upper bound, or ``(lower, upper)`` outside of which the weight is 0. With ``"reinforce"`` pass the sampler's log-probs

@@ -129,15 +129,18 @@ def test_verl(batch, loss_mode, mode, around):
     mask[3] = False  # verl leaves empty sequences out of its sequence means
     bounds = dict(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5)
     own = dict(loss_agg_mode=mode, **VERL_AROUND[around], **(bounds | VERL_OWN.get(loss_mode, {})))
-    weights = batch["ratios"]["token"]
+    weights, adv = batch["ratios"]["token"], batch["adv"]["token"]
+    if loss_mode == "geo_mean":  # of sequences: the same for every token
+        adv = batch["adv"]["sequence"][:, None].expand_as(adv)
     theirs, _ = verl.policy_loss(
-        loss_mode, logp, batch["adv"]["token"], mask, old_logps=batch["old"], ref_logps=batch["ref"], entropies=entropy,
+        loss_mode, logp, adv, mask, old_logps=batch["old"], ref_logps=batch["ref"], entropies=entropy,
         rollout_is_weights=weights, **own,
     )  # fmt: skip
     spec = rw.methods.verl(loss_mode, use_kl_loss="kl" in around, unused="ignore", **own)
     if loss_mode == "geo_mean":  # verl takes the weights' geometric mean, in which a 1e-10 is added to each
+        adv = batch["adv"]["sequence"]
         weights = ((weights + 1e-10).log() * mask).sum(-1, keepdim=True).div(mask.sum(-1, keepdim=True).clamp(min=1)).exp()
-    out = ours(batch, spec, batch["adv"]["token"], completion_mask=mask, importance_sampling_ratio=weights)
+    out = ours(batch, spec, adv, completion_mask=mask, importance_sampling_ratio=weights)
     # verl divides a sequence's sum by its length + 1e-8
     torch.testing.assert_close(out.loss, theirs, rtol=1e-7, atol=1e-9)
     (a,), (b,) = (torch.autograd.grad(loss, batch["logits"], retain_graph=True) for loss in (out.loss, theirs))
@@ -150,7 +153,8 @@ def test_the_batch_meets_the_rare_branches_of_verl(batch):
     for mode in ("dppo_tv", "dppo_kl", "clip_cov", "geo_mean"):
         spec = rw.methods.verl(mode, unused="ignore", **VERL_OWN.get(mode, {}))
         changed = rw.methods.verl(mode, unused="ignore", clip_ratio=10.0, clip_cov_lb=4.9)
-        one, other = (ours(batch, s, batch["adv"]["token"]).loss for s in (spec, changed))
+        adv = batch["adv"]["sequence" if mode == "geo_mean" else "token"]
+        one, other = (ours(batch, s, adv).loss for s in (spec, changed))
         assert (one - other).abs() > 1e-4, mode
 
 

@@ -68,3 +68,14 @@ def test_trl_heads(capsys):
         assert ours == pytest.approx(stock, rel=1e-4) and len(stock) == 4 and stock[-1] < stock[0], name  # TRL logs four digits
         assert left == {}
     assert "on our op" in capsys.readouterr().out
+
+
+def test_tinker_loss(capsys):
+    spec = importlib.util.spec_from_file_location("tinker_loss", EXAMPLES / "tinker_loss.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    value, code = example.main()
+    # -r·A·((1 - α) + α·p_old) over four tokens, r = e^.1 of the three here.
+    expected = -0.7 * 2.718281828**0.1 * sum(0.7 + 0.3 * 2.718281828 ** (x - 0.1) for x in (-0.5, -1.0, -3.0)) / 4
+    assert abs(value - expected) < 1e-6 and "torch.exp" in code
+    assert "inputs: logprobs, advantages, old_logprobs, weights" in capsys.readouterr().out

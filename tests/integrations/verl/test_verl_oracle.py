@@ -3,9 +3,8 @@
 import pytest
 import torch
 from oracles import verl as oracle
-
-core_algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
-actor = pytest.importorskip("verl.workers.config", reason="verl's worker configs need ray")
+from verl_common import core_algos, policy_config
+from verl_common import worker_config as actor
 
 AGG = [{}, {"dp_size": 2, "batch_num_tokens": 77, "global_batch_size": 11, "loss_scale_factor": 32}]
 
@@ -39,12 +38,19 @@ def assert_same(theirs, ours, *leaves):
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
 
 
+#: Options that verl's configuration has for a mode, chosen so that nothing is left to chance and something happens.
+OWN = {
+    "clip_cov": {"clip_cov_ratio": 0.4, "clip_cov_lb": 0.4}, "kl_cov": {"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.3}, "dro": {"dro_beta": 0.5},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("info", AGG, ids=["local", "global"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "rollout_is"])
 @pytest.mark.parametrize("agg", oracle.AGG_MODES)
-@pytest.mark.parametrize("mode", oracle.LOSSES)
+@pytest.mark.parametrize("mode", [m for m in oracle.LOSSES if m != "bypass_mode"])
 def test_loss(batch, mode, agg, weighted, info):
-    cfg = config(clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_c=2.0)
+    own = OWN.get(mode, {})
+    cfg = config(clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_c=2.0, policy_loss=policy_config(**own))
     cfg.global_batch_info.update(info)
     rollout = batch["rollout"] if weighted else None
     theirs, metrics = core_algos.get_policy_loss_fn(mode)(
@@ -67,9 +73,30 @@ def test_loss(batch, mode, agg, weighted, info):
         clip_ratio_c=2.0,
         loss_agg_mode=agg,
         global_batch_info=info,
+        **own,
     )
     assert_same(theirs, ours, batch["log_prob"])
     assert our_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-7)
+
+
+BYPASS = [("ppo_clip", None, 2.0), ("reinforce", None, 2.0)]
+BYPASS += [("reinforce", level, threshold) for level, lower in (("token", 0.8), ("sequence", 0.1)) for threshold in (1.1, (lower, 1.3))]
+
+
+@pytest.mark.parametrize(("loss_type", "level", "threshold"), BYPASS)
+def test_bypass_mode(batch, loss_type, level, threshold):
+    """verl writes a pair of thresholds as ``"0.8_1.3"``."""
+    theirs = "_".join(map(str, threshold)) if isinstance(threshold, tuple) else threshold
+    correction = {"loss_type": loss_type, "rollout_is": level, "rollout_is_threshold": theirs, "rollout_rs": None}
+    cfg = config(clip_ratio_c=2.0, policy_loss=policy_config(rollout_correction=correction))
+    expected, _ = core_algos.get_policy_loss_fn("bypass_mode")(
+        old_log_prob=batch["old"], log_prob=batch["log_prob"], advantages=batch["adv"], response_mask=batch["mask"], config=cfg
+    )
+    ours, _ = oracle.policy_loss(
+        "bypass_mode", batch["log_prob"], batch["adv"], batch["mask"], old_logps=batch["old"], clip_ratio_c=2.0, rollout_loss_type=loss_type,
+        rollout_is=level, rollout_is_threshold=threshold,
+    )  # fmt: skip
+    assert_same(expected, ours, batch["log_prob"])
 
 
 def test_the_batch_meets_every_branch(batch):

@@ -1,0 +1,63 @@
+"""A spec inside another trainer's loss: whether the trainer hands over what the spec reads, and the spec's divisors from the trainer's counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .._core.spec.policy import PolicyLossSpec
+from .._core.spec.reduction import Reduction, SequenceMean, TokenMean, TokenSum
+from ..errors import InvalidCall
+
+
+@dataclass(frozen=True)
+class Host:
+    """A trainer, as its loss sees it. ``leaves``: what it hands over, by what formulas read; ``penalties``: the options of its own KL and entropy terms."""
+
+    name: str
+    leaves: frozenset[str]
+    penalties: str
+
+    def obstacle(self, spec: PolicyLossSpec) -> str | None:
+        """Why the trainer cannot train a spec, None if it can; reductions apart."""
+        if spec.penalties:
+            return f"it has penalties, and {self.name} adds its own: leave them out and set {self.penalties}"
+        missing = sorted(spec.requires - self.leaves)
+        if missing:
+            return f"it reads {', '.join(missing)}, which {self.name} does not hand to a loss"
+        if "adv" not in spec.requires:
+            return f"it reads no advantages, so {self.name}'s reward would have no effect"
+        if spec.ratio.level == "segment":
+            return f"its ratio is of segments, which {self.name} does not know"
+        return None
+
+
+def agg_mode(reduction: Reduction) -> str | None:
+    """A reduction by the name that verl has for it (``loss_agg_mode``), None where trainers have none."""
+    if isinstance(reduction, TokenMean):
+        return "token-mean" if reduction.weight is None and not reduction.per_call else None
+    if isinstance(reduction, TokenSum):
+        return "token-sum"
+    per = {"token_sum": "seq-mean-token-sum", "constant": "seq-mean-token-sum-norm", "token_mean": "seq-mean-token-mean"}
+    return per[reduction.per] if isinstance(reduction, SequenceMean) else None
+
+
+def divisors(reduction: Reduction, ranks: int, tokens: Any, sequences: Any) -> dict[str, Any]:
+    """The keywords of :func:`~reweight_ops.policy_loss_from_logps` for a loss that ``ranks`` ranks average, over the counts of the global batch.
+
+    ``tokens`` and ``sequences`` are those counts, None where there is only this call's.
+
+    Raises:
+        InvalidCall: there are several ranks and the count that the reduction needs is missing.
+    """
+    if isinstance(reduction, TokenSum):
+        return {} if ranks == 1 else {"loss_scale": float(ranks)}
+    of_tokens = isinstance(reduction, TokenMean)
+    count = tokens if of_tokens else sequences
+    if count is None:
+        if ranks > 1:
+            raise InvalidCall(
+                f"the count of {'tokens' if of_tokens else 'sequences'} over all {ranks} ranks is missing, which the loss divides by."
+            )
+        return {}
+    return {"num_items_in_batch" if of_tokens else "num_sequences_in_batch": count / ranks}

@@ -1,0 +1,82 @@
+"""verl (0.9) on our ops: every method as a ``loss_mode``, and the fused linear head.
+
+verl loads the plugin by itself (entry point ``verl.plugins``), so a configuration needs only the name::
+
+    actor_rollout_ref.actor.policy_loss.loss_mode=rw_dapo
+
+Another spec gets a name in a module that ``VERL_USE_EXTERNAL_MODULES`` lists::
+
+    from reweight_ops.integrations.verl import register
+    register({"mine": rw.methods.dapo(epsilon_high=0.3)})
+
+``patch_fused_linear()`` in the same place computes log-probs and entropies from hidden states (``use_fused_kernels=True``, ``impl_backend=torch``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..._core.calls.specs import METHODS
+from ..._core.losses.linear import linear_token_logps
+from ..._core.spec.policy import PolicyLossSpec
+from ...errors import BackendUnavailable
+from ..patching import Counts, Patch, Replacement, check_signature
+from ..trainers import check_version
+from .losses import loss_fn, method_obstacle
+
+try:
+    from verl.trainer.ppo import core_algos
+    from verl.utils.experimental import torch_functional
+except ImportError as error:
+    raise BackendUnavailable(f"reweight_ops.integrations.verl needs verl: pip install 'verl>=0.9' ({error})") from error
+
+#: The installed version, for messages.
+LIBRARY = check_version("verl")
+check_signature(LIBRARY, core_algos, "register_policy_loss", ("name",))
+
+__all__ = ["left_out", "loss_fn", "patch_fused_linear", "register"]
+
+
+def register(specs: Mapping[str, PolicyLossSpec] | None = None) -> tuple[str, ...]:
+    """Put losses into verl's registry and return their names: ``specs`` by the names given, or every method that verl can train as ``rw_<method>``.
+
+    Raises:
+        UnsupportedRequest: verl cannot train one of ``specs``; the reason is named.
+    """
+    if specs is None:
+        specs = {f"rw_{name}": entry.build() for name, entry in METHODS.items() if method_obstacle(entry) is None}
+    functions = {name: loss_fn(spec) for name, spec in specs.items()}  # all of them, before the first is registered
+    for name, function in functions.items():
+        core_algos.register_policy_loss(name)(function)
+    return tuple(functions)
+
+
+def left_out() -> dict[str, str]:
+    """The methods that :func:`register` gives no name, each with the reason."""
+    reasons = {name: method_obstacle(entry) for name, entry in METHODS.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def patch_fused_linear(*, backend: str = "auto") -> Patch:
+    """Replace ``FusedLinearForPPO.forward``, which every fused model of verl's torch backend calls.
+
+    ``temperature`` may be a tensor, one number a row, where verl takes one for all. Entropies are fp32 whatever hidden states are, and
+    both results have gradients, per row. Returns a patch with ``undo()``, ``fused_calls`` and ``delegated_calls``, also a context manager.
+
+    Raises:
+        BackendUnavailable: verl's function is not the one that is replaced here.
+    """
+    counts = Counts("verl")
+    original = torch_functional.FusedLinearForPPO.forward
+
+    def forward(self: Any, hidden_states: Any, vocab_weights: Any, input_ids: Any, temperature: Any = 1.0) -> Any:
+        if type(vocab_weights).__name__ == "DTensor":
+            counts.left("a head that is a DTensor")
+            return original(self, hidden_states, vocab_weights, input_ids, temperature)
+        counts.ran("linear_token_logps")
+        options: dict[str, Any] = {"temperature": temperature, "backend": backend, "return_entropy": True}
+        return linear_token_logps(hidden_states, vocab_weights, input_ids.long(), **options)
+
+    parameters = ("self", "hidden_states", "vocab_weights", "input_ids", "temperature")
+    return Patch(LIBRARY, [Replacement(torch_functional.FusedLinearForPPO, "forward", forward, parameters)], counts)
