@@ -10,18 +10,19 @@ from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import Ratio, SequenceRatio, TokenRatio
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean, TokenSum
 from ..errors import InvalidCall
+from ..rules.off_policy import DppoKL, Dro
 from ..rules.penalties import K1, K2, K3, Absolute, AbsoluteStraightThrough, K1StraightThrough, K3StraightThrough
 from ..rules.surrogates import Cispo, Clip, DppoTV, DualClip, Reinforce, Sapo
 from .penalties import entropy, kl
 from .unused import forbid_unused
 
-LOSS_MODES = ("vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv")
+LOSS_MODES = ("vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv", "dppo_kl", "dro")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 #: Options that only some modes read; verl ignores them elsewhere.
-_CLIPPED = ("vanilla", "gspo", "cispo", "dppo_tv")
+_CLIPPED = ("vanilla", "gspo", "cispo", "dppo_tv", "dppo_kl")
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "clip_ratio": _CLIPPED, "clip_ratio_low": _CLIPPED, "clip_ratio_high": _CLIPPED, "clip_ratio_c": ("vanilla", "dppo_tv"),
-    "tau_pos": ("sapo",), "tau_neg": ("sapo",),
+    "clip_ratio": _CLIPPED, "clip_ratio_low": _CLIPPED, "clip_ratio_high": _CLIPPED, "clip_ratio_c": ("vanilla", "dppo_tv", "dppo_kl"),
+    "tau_pos": ("sapo",), "tau_neg": ("sapo",), "dro_beta": ("dro",),
 }  # fmt: skip
 KL_TYPES: dict[str, Rule] = {
     "kl": K1(), "k1": K1(), "abs": Absolute(), "mse": K2(clamp=math.inf), "k2": K2(clamp=math.inf), "low_var_kl": K3(cap=10.0), "k3": K3(cap=10.0),
@@ -55,6 +56,7 @@ def verl(
     clip_ratio_c: Any = 3.0,
     tau_pos: Any = 1.0,
     tau_neg: Any = 1.05,
+    dro_beta: Any = None,
     loss_scale_factor: float | None = None,
     use_kl_loss: bool = False,
     kl_loss_coef: Any = 0.001,
@@ -81,6 +83,8 @@ def verl(
         forbid_unused(
             "methods.verl", verl, given, f"loss_mode={loss_mode!r}", reads | {"kl_loss_coef": use_kl_loss, "kl_loss_type": use_kl_loss}
         )
+    if loss_mode == "dro" and dro_beta is None:
+        raise InvalidCall("methods.verl: loss_mode='dro' needs dro_beta.")
     low = clip_ratio if clip_ratio_low is None else clip_ratio_low
     high = clip_ratio if clip_ratio_high is None else clip_ratio_high
     surrogates: dict[str, Rule] = {
@@ -90,14 +94,16 @@ def verl(
         "gpg": Reinforce(),
         "cispo": Cispo(ratio_min=1 - low, ratio_max=1 + high),
         "dppo_tv": DppoTV(divergence_low=low, divergence_high=high, ratio_max=clip_ratio_c),
+        "dppo_kl": DppoKL(divergence_low=low, divergence_high=high, ratio_max=clip_ratio_c),
+        "dro": Dro(beta=dro_beta),
     }
-    ratio: Ratio = SequenceRatio(clamp=(-math.inf, 10.0), gradient="token") if loss_mode == "gspo" else TokenRatio()
+    ratios: dict[str, Ratio] = {"gspo": SequenceRatio(clamp=(-math.inf, 10.0), gradient="token"), "dro": TokenRatio(clamp=math.inf)}
     own = _reduction(loss_agg_mode, loss_scale_factor)
     around = own if loss_mode == "sapo" else None
     return PolicyLossSpec(
         surrogate=surrogates[loss_mode],
         penalties=(*(kl(kl_loss_coef, KL_TYPES[kl_loss_type], around) if use_kl_loss else ()), *entropy(entropy_coeff, around)),
-        ratio=ratio,
+        ratio=ratios.get(loss_mode, TokenRatio()),
         reduction=SequenceMean(per="token_mean", count="nonempty") if loss_mode == "sapo" else own,
         name=f"verl_{loss_mode}",
     )

@@ -78,6 +78,16 @@ ROWS = (
     Row("dppo_tv", ratio(-LN2, 1.0), 0.5 * LN2, -0.5, clipped=(False, False)),
     # ratio_max = 1.5 truncates the weight.
     Row("dppo_tv", ratio(LN2, -1.0), -1.5 * LN2, 1.5, clipped=(False, False), parameters={"ratio_max": 1.5}),
+    # dppo_kl: p = 1/2, q = 1/4: KL = -log(2)/4 + 3/4·log(3/2) = .131, under .2 for A > 0; over .1 it is dropped, but not for A < 0.
+    Row("dppo_kl", ratio(LN2, 1.0), 2 * LN2, -2.0, clipped=(False, False)),
+    Row("dppo_kl", ratio(LN2, 1.0), 0.0, 0.0, clipped=(False, True), parameters={"divergence_high": 0.1}),
+    Row("dppo_kl", ratio(LN2, -1.0), -2 * LN2, 2.0, clipped=(False, False), parameters={"divergence_low": 0.1}),
+    # q = 3/4: KL = 3/4·log(3/2) - log(2)/4, the same number; p < q, so A < 0 is dropped. r = 2/3.
+    Row("dppo_kl", ratio(math.log(2 / 3), -1.0), 0.0, 0.0, clipped=(True, False), parameters={"divergence_low": 0.13}),
+    Row("dppo_kl", ratio(math.log(2 / 3), -1.0), -2 / 3 * LN2, 2 / 3, clipped=(False, False), parameters={"divergence_low": 0.132}),
+    Row("dppo_kl", ratio(LN2, 1.0), 1.5 * LN2, -1.5, clipped=(False, False), parameters={"ratio_max": 1.5}),
+    # dro: -A logp + beta/2 log(2)^2, slope -A + beta log 2.
+    Row("dro", ratio(LN2, 2.0), 2 * LN2 + 0.25 * LN2**2, -2 + 0.5 * LN2, parameters={"beta": 0.5}),
     # Penalties, d = ref - logp = log 2, so u = 2 and 1 - u = -1.
     Row("k1", distance(LN2), -LN2, 1.0),
     Row("absolute", distance(LN2), LN2, -1.0),

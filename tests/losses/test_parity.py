@@ -115,12 +115,12 @@ VERL_AROUND = {"plain": {}, "kl": dict(kl_loss_coef=0.05), "kl_entropy": dict(kl
 
 @pytest.mark.parametrize("around", VERL_AROUND)
 @pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"])
-@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv"])
+@pytest.mark.parametrize("loss_mode", sorted(verl.LOSSES))
 def test_verl(batch, loss_mode, mode, around):
     logp, entropy = statistics(batch)
     mask = batch["mask"].clone()
     mask[3] = False  # verl leaves empty sequences out of its sequence means
-    own = dict(loss_agg_mode=mode, **VERL_AROUND[around])
+    own = dict(loss_agg_mode=mode, dro_beta=0.3, **VERL_AROUND[around])
     theirs, _ = verl.policy_loss(
         loss_mode, logp, batch["adv"]["token"], mask, old_logps=batch["old"], ref_logps=batch["ref"], entropies=entropy,
         rollout_is_weights=batch["ratios"]["token"], clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5, **own,
@@ -134,6 +134,17 @@ def test_verl(batch, loss_mode, mode, around):
     (a,), (b,) = (torch.autograd.grad(loss, batch["logits"], retain_graph=True) for loss in (out.loss, theirs))
     torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     assert b.abs().sum() > 1e-3
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_dppo_kl_drops_what_verl_drops(batch, plan):
+    logp, _ = statistics(batch)
+    bounds = dict(clip_ratio_low=0.005, clip_ratio_high=0.006)
+    theirs, logged = verl.policy_loss("dppo_kl", logp, batch["adv"]["token"], batch["mask"], old_logps=batch["old"], **bounds)
+    out = ours(batch, rw.methods.verl("dppo_kl", **bounds), batch["adv"]["token"], plan=plan)
+    same(out.loss, theirs, batch["logits"])
+    assert logged["actor/pg_clipfrac"] > 0.05
+    assert out.metrics.as_floats()["clip_ratio/region_mean"] == pytest.approx(logged["actor/pg_clipfrac"])
 
 
 @pytest.mark.parametrize("kind", ["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+", "low_var_kl"])

@@ -122,7 +122,22 @@ def dppo_tv(logps, old, adv, mask, low, high, clip_ratio_c=3.0, **_):
     return -adv * torch.clamp(ratio, max=clip_ratio_c).detach() * logps * valid, metrics
 
 
-LOSSES = {"vanilla": vanilla, "gspo": gspo, "sapo": sapo, "gpg": gpg, "cispo": cispo, "dppo_tv": dppo_tv}
+def dppo_kl(logps, old, adv, mask, low, high, clip_ratio_c=3.0, **_):
+    """``compute_policy_loss_dppo_kl``."""
+    log_ratio = _log_ratio(logps, old)
+    ratio, p, q = torch.exp(log_ratio), torch.exp(logps), torch.exp(old)
+    binary_kl = q * (old - logps) + (1 - q) * torch.log((1.0 - q + 1e-8) / (1.0 - p + 1e-8))
+    valid = torch.where(adv > 0, (binary_kl <= high) | (p <= q), (binary_kl <= low) | (p >= q))
+    metrics = {"actor/pg_clipfrac": ~valid, "actor/pg_clipfrac_lower": (ratio > clip_ratio_c) & valid, "actor/ppo_kl": -log_ratio}
+    return -adv * torch.clamp(ratio, max=clip_ratio_c).detach() * logps * valid, metrics
+
+
+def dro(logps, old, adv, mask, low, high, dro_beta=0.3, **_):
+    """``compute_policy_loss_dro``."""
+    return -(logps * adv - 0.5 * dro_beta * (logps - old).square()), {"actor/ppo_kl": old - logps}
+
+
+LOSSES = {"vanilla": vanilla, "gspo": gspo, "sapo": sapo, "gpg": gpg, "cispo": cispo, "dppo_tv": dppo_tv, "dppo_kl": dppo_kl, "dro": dro}
 
 
 def policy_loss(
@@ -144,7 +159,7 @@ def policy_loss(
     global_batch_info: dict[str, Any] | None = None,
     **settings: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss and metrics of one micro-batch; all tensors ``[B,T]``. ``settings``: ``clip_ratio_c``, ``tau_pos``, ``tau_neg``."""
+    """Loss and metrics of one micro-batch; all tensors ``[B,T]``. ``settings``: ``clip_ratio_c``, ``tau_pos``, ``tau_neg``, ``dro_beta``."""
     mask = mask.to(logps.dtype)
     info = global_batch_info or {}
     old_logps = logps.detach() if old_logps is None else old_logps

@@ -116,4 +116,6 @@ FIELD = {
     "KL-DRO": ("sample_weight/kl_dro",),
     "DPO": ("pair_loss/dpo",),
     "f-distill": ("token_weight/f_distill",),
+    "DPPO (total variation, binary KL)": ("policy_loss/dppo_tv", "policy_loss/dppo_kl"),
+    "DRO (quadratic)": ("policy_loss/dro",),
 }
