@@ -118,4 +118,6 @@ FIELD = {
     "f-distill": ("token_weight/f_distill",),
     "DPPO (total variation, binary KL)": ("policy_loss/dppo_tv", "policy_loss/dppo_kl"),
     "DRO (quadratic)": ("policy_loss/dro",),
+    "TOPR": ("policy_loss/topr",),
+    "Kimi k1.5 (OPMD)": ("policy_loss/kimi_opmd",),
 }
