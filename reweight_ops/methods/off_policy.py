@@ -11,7 +11,8 @@ from .._core.spec.ratio import SequenceRatio, TokenRatio
 from .._core.spec.reduction import SequenceMean
 from ..errors import InvalidCall
 from ..rules.off_policy import DppoKL, DriftK2, Dro, Topr
-from ..rules.surrogates import Reinforce
+from ..rules.surrogates import Clip, Reinforce
+from ..weights.importance import MaskedImportance, TruncatedImportance
 
 
 @published(
@@ -92,3 +93,23 @@ def kimi_opmd(tau: Any = 0.1, level: str = "sequence") -> PolicyLossSpec:
         reduction=SequenceMean(per="token_sum"),
         name="kimi_opmd",
     )
+
+
+@published(
+    "decoupled_ppo",
+    "Decoupled PPO (AReaL)",
+    paper="AReaL: A Large-Scale Asynchronous Reinforcement Learning System for Language Reasoning",
+    arxiv="2505.24298",
+    certainty="secondary",
+)
+def decoupled_ppo(epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, ratio_max: Any = math.inf, mode: str = "truncate") -> PolicyLossSpec:
+    """``-w·min(u·A, clip(u, 1-ε_low, 1+ε_high)·A)``, ``u = π/π_prox``, ``w = π_prox/π_behave``, token mean: PPO around a recent policy, data of an older one.
+
+    ``old_per_token_logps`` are the proximal policy's, ``sampling_per_token_logps`` those of the policy that wrote the tokens. A ``w`` above ``ratio_max``
+    is cut to it (``"truncate"``) or drops the token (``"mask"``, AReaL's ``behav_imp_weight_cap``); the paper's objective has no bound.
+    """
+    modes = {"truncate": TruncatedImportance, "mask": MaskedImportance}
+    if mode not in modes:
+        raise InvalidCall(f"decoupled_ppo: mode is {mode!r}, expected 'truncate' or 'mask'.")
+    clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    return PolicyLossSpec(surrogate=clip, weights=(modes[mode](ratio_max=ratio_max),), name="decoupled_ppo")

@@ -18,6 +18,7 @@ from .entropy import (
 from .groups import Precomputed, confidence_mask, gtpo, tw_grpo
 from .importance import (
     ForwardKLWeight,
+    GeometricSequenceMask,
     JensenShannonWeight,
     MaskedImportance,
     OffPolicySequenceMask,
@@ -53,6 +54,7 @@ __all__ = [
     "DualLevelDownSampling",
     "Entropy",
     "ForwardKLWeight",
+    "GeometricSequenceMask",
     "HapoLower",
     "HapoRedistribution",
     "HapoUpper",

@@ -74,6 +74,17 @@ def test_vespo(batch, options):
     same(ours(batch, rw.methods.vespo(**options), batch["A"]).loss, expected, batch)
 
 
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_decoupled_ppo(batch, plan):
+    for cap, mode in ((math.inf, "truncate"), (1.2, "truncate"), (1.2, "mask")):
+        args = batch["logp"], batch["old"], batch["ref"], batch["A"], batch["mask"]
+        expected = papers.decoupled_ppo(*args, cap=cap, masked=mode == "mask")
+        spec = rw.methods.decoupled_ppo(ratio_max=cap, mode=mode)
+        same(ours(batch, spec, batch["A"], sampling_per_token_logps=batch["ref"], plan=plan).loss, expected, batch)
+    with pytest.raises(rw.InvalidCall, match="mode is 'drop'"):
+        rw.methods.decoupled_ppo(mode="drop")
+
+
 def test_topr(batch):
     drift = ((batch["logp"] - batch["old"]) * batch["mask"]).sum(1)
     advantages = batch["A"].abs()

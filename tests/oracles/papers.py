@@ -206,6 +206,16 @@ def wagle_npo(logp, ref, mask, beta=0.1) -> Tensor:
     return -2 / beta * torch.log(torch.sigmoid(beta * (ref[chosen].mean() - logp[chosen].mean())))
 
 
+def decoupled_ppo(logp, prox, behave, A, mask, epsilon=0.2, cap=math.inf, masked=False) -> Tensor:
+    """arXiv:2505.24298: ``E[pi_prox/pi_behave min(u A, clip(u) A)]``, ``u = pi/pi_prox``; its code drops tokens whose weight is over the cap."""
+    terms = []
+    for lp, x, b, a in sequences(mask, logp, prox, behave, A):
+        w = (x - b).exp()
+        w = torch.where(w > cap, 0.0, w) if masked else w.clip(max=cap)
+        terms.append(w * clipped_objective((lp - x).exp(), a, epsilon, epsilon))
+    return -torch.cat(terms).mean()
+
+
 def topr(logp, old, A, mask) -> Tensor:
     """arXiv:2503.14286, eq. 8: ``sum over A >= 0 of A grad log pi + sum over A < 0 of clip(pi/mu, 0, 1) A grad log pi``, of whole responses."""
     terms = []

@@ -119,5 +119,13 @@ FIELD = {
     "DPPO (total variation, binary KL)": ("policy_loss/dppo_tv", "policy_loss/dppo_kl"),
     "DRO (quadratic)": ("policy_loss/dro",),
     "TOPR": ("policy_loss/topr",),
+    "TIS, IcePop, MIS": (
+        "token_weight/tis",
+        "token_weight/icepop",
+        "token_weight/sequence_tis",
+        "token_weight/mis",
+        "token_weight/geometric_mask",
+    ),
+    "Decoupled PPO (AReaL)": ("policy_loss/decoupled_ppo",),
     "Kimi k1.5 (OPMD)": ("policy_loss/kimi_opmd",),
 }
