@@ -10,8 +10,9 @@ from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.ratio import SequenceRatio, TokenRatio
 from .._core.spec.reduction import SequenceMean
 from ..errors import InvalidCall
-from ..rules.off_policy import DppoKL, DriftK2, Dro, Topr
+from ..rules.off_policy import DppoKL, DriftK2, Dro, KlCov, Topr
 from ..rules.surrogates import Clip, Reinforce
+from ..weights.covariance import TopCovariance
 from ..weights.importance import MaskedImportance, TruncatedImportance
 
 
@@ -113,3 +114,21 @@ def decoupled_ppo(epsilon_low: Any = 0.2, epsilon_high: Any = 0.2, ratio_max: An
         raise InvalidCall(f"decoupled_ppo: mode is {mode!r}, expected 'truncate' or 'mask'.")
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(surrogate=clip, weights=(modes[mode](ratio_max=ratio_max),), name="decoupled_ppo")
+
+
+@published(
+    "kl_cov",
+    "KL-Cov",
+    paper="The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models",
+    arxiv="2505.22617",
+    certainty="secondary",
+    level="batch",
+)
+def kl_cov(fraction: Any = 0.0002, kl_coef: Any = 1.0) -> PolicyLossSpec:
+    """``-r·A``, and ``+ kl_coef·|log r|`` for the ``fraction`` of tokens with the largest covariance of log-prob and advantage; token mean, no clip.
+
+    Defaults are those of verl's ``kl_cov`` function (its ActorConfig has ``kl_coef`` 0.1). The tokens are chosen among this call's: :class:`TopCovariance`.
+    """
+    penalty = TopCovariance(fraction=fraction, coef=kl_coef)
+    rule = KlCov(penalty=penalty)  # type: ignore[arg-type]
+    return PolicyLossSpec(surrogate=rule, ratio=TokenRatio(clamp=math.inf), name="kl_cov")

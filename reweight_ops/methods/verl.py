@@ -10,19 +10,21 @@ from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import Ratio, SequenceRatio, TokenRatio
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean, TokenSum
 from ..errors import InvalidCall
-from ..rules.off_policy import DppoKL, Dro
+from ..rules.off_policy import DppoKL, Dro, KlCov
 from ..rules.penalties import K1, K2, K3, Absolute, AbsoluteStraightThrough, K1StraightThrough, K3StraightThrough
 from ..rules.surrogates import Cispo, Clip, DppoTV, DualClip, Reinforce, Sapo
+from ..weights.covariance import TopCovariance
 from .penalties import entropy, kl
 from .unused import forbid_unused
 
-LOSS_MODES = ("vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv", "dppo_kl", "dro")
+LOSS_MODES = ("vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv", "dppo_kl", "dro", "kl_cov")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 #: Options that only some modes read; verl ignores them elsewhere.
 _CLIPPED = ("vanilla", "gspo", "cispo", "dppo_tv", "dppo_kl")
 _READ_BY: dict[str, tuple[str, ...]] = {
     "clip_ratio": _CLIPPED, "clip_ratio_low": _CLIPPED, "clip_ratio_high": _CLIPPED, "clip_ratio_c": ("vanilla", "dppo_tv", "dppo_kl"),
     "tau_pos": ("sapo",), "tau_neg": ("sapo",), "dro_beta": ("dro",),
+    "kl_cov_ratio": ("kl_cov",), "ppo_kl_coef": ("kl_cov",),
 }  # fmt: skip
 KL_TYPES: dict[str, Rule] = {
     "kl": K1(), "k1": K1(), "abs": Absolute(), "mse": K2(clamp=math.inf), "k2": K2(clamp=math.inf), "low_var_kl": K3(cap=10.0), "k3": K3(cap=10.0),
@@ -57,6 +59,8 @@ def verl(
     tau_pos: Any = 1.0,
     tau_neg: Any = 1.05,
     dro_beta: Any = None,
+    kl_cov_ratio: Any = 0.0002,
+    ppo_kl_coef: Any = 0.1,
     loss_scale_factor: float | None = None,
     use_kl_loss: bool = False,
     kl_loss_coef: Any = 0.001,
@@ -96,8 +100,13 @@ def verl(
         "dppo_tv": DppoTV(divergence_low=low, divergence_high=high, ratio_max=clip_ratio_c),
         "dppo_kl": DppoKL(divergence_low=low, divergence_high=high, ratio_max=clip_ratio_c),
         "dro": Dro(beta=dro_beta),
+        "kl_cov": KlCov(penalty=TopCovariance(fraction=kl_cov_ratio, coef=ppo_kl_coef)),  # type: ignore[arg-type]
     }
-    ratios: dict[str, Ratio] = {"gspo": SequenceRatio(clamp=(-math.inf, 10.0), gradient="token"), "dro": TokenRatio(clamp=math.inf)}
+    ratios: dict[str, Ratio] = {
+        "gspo": SequenceRatio(clamp=(-math.inf, 10.0), gradient="token"),
+        "dro": TokenRatio(clamp=math.inf),
+        "kl_cov": TokenRatio(clamp=math.inf),
+    }
     own = _reduction(loss_agg_mode, loss_scale_factor)
     around = own if loss_mode == "sapo" else None
     return PolicyLossSpec(

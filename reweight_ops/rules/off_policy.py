@@ -43,6 +43,16 @@ class Dro(Rule):
         return 0.5 * self.beta * t.log_ratio * t.log_ratio - t.adv * t.logp
 
 
+@rule("kl_cov")
+class KlCov(Rule):
+    """``-r·A + penalty·|log_ratio|``: no clip, and a penalty on the move away from the old policy where ``penalty``, one a token, is not 0."""
+
+    penalty: float = 0.0
+
+    def loss(self, xp, t):
+        return self.penalty * xp.abs(t.log_ratio) - xp.exp(t.log_ratio) * t.adv
+
+
 @rule("topr")
 class Topr(Rule):
     """``-sg(w)·A·logp``: ``w`` is 1 where ``A >= 0``, else ``min(r, ratio_max)``. TOPR, arXiv:2503.14286, eq. 8."""

@@ -88,6 +88,10 @@ ROWS = (
     Row("dppo_kl", ratio(LN2, 1.0), 1.5 * LN2, -1.5, clipped=(False, False), parameters={"ratio_max": 1.5}),
     # dro: -A logp + beta/2 log(2)^2, slope -A + beta log 2.
     Row("dro", ratio(LN2, 2.0), 2 * LN2 + 0.25 * LN2**2, -2 + 0.5 * LN2, parameters={"beta": 0.5}),
+    # kl_cov: -2·3, and half of log 2; below, the penalty's slope turns.
+    Row("kl_cov", ratio(LN2, 3.0), -6.0, -6.0),
+    Row("kl_cov", ratio(LN2, 3.0), -6 + 0.5 * LN2, -5.5, parameters={"penalty": 0.5}),
+    Row("kl_cov", ratio(-LN2, 3.0), -1.5 + 0.5 * LN2, -2.0, parameters={"penalty": 0.5}),
     # topr: A >= 0 is imitated whatever the ratio; A < 0 has weight min(r, 1).
     Row("topr", ratio(-LN2, 3.0), 3 * LN2, -3.0),
     Row("topr", ratio(-LN2, -3.0), -1.5 * LN2, 1.5),
@@ -220,6 +224,15 @@ WEIGHT_ROWS = (
     ),
     WeightRow("precomputed", {}, [0.5, 2.0], {"values": [0.5, 2.0]}),
     WeightRow("entropy", {"entropy": [0.5, 2.0]}, [0.5, 2.0]),
+    # Off the means 0 and -2: products 1, 0, -1, 2, of which floor(.6·4) = 2, or at least one; the masked token is in no mean.
+    WeightRow(
+        "top_covariance",
+        {"logp": [-1.0, -2.0, -1.0, -4.0, -9.0], "adv": [1.0, 1.0, -1.0, -1.0, 9.0]},
+        [0.5, 0.0, 0.0, 0.5, 0.0],
+        {"fraction": 0.6, "coef": 0.5},
+        masked=(4,),
+    ),
+    WeightRow("top_covariance", {"logp": [-1.0, -2.0, -1.0, -4.0], "adv": [1.0, 1.0, -1.0, -1.0]}, [0.0, 0.0, 0.0, 1.0], {"fraction": 0.1}),
     # The .5 quantile of 1, 2, 3, 4 is 2.5.
     WeightRow("top_entropy", {"entropy": [1.0, 2.0, 3.0, 4.0]}, [0.0, 0.0, 1.0, 1.0], {"fraction": 0.5}),
     # .2(1 - h) for h <= 0; .28(1 + h) for h > 0.

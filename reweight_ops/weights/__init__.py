@@ -4,6 +4,7 @@ They multiply the *term*, not the advantage: the two differ for negative factors
 """
 
 from .._core.rows.batch import BatchStatistics
+from .covariance import TopCovariance
 from .entropy import (
     DualLevelDownSampling,
     Entropy,
@@ -78,6 +79,7 @@ __all__ = [
     "SteerExponential",
     "SteerLinear",
     "SurprisalReweighting",
+    "TopCovariance",
     "TopEntropy",
     "TrainingSignalAnnealing",
     "TruncatedImportance",

@@ -38,7 +38,7 @@ def test_every_method(name, backend, plan, sickness):
     rows_couple = (
         spec.ratio.level == "batch"
         or any(r.coupled for r in spec.reductions)
-        or any(trace_weight(type(w)).uses_batch for w in spec.all_weights)
+        or any(trace_weight(type(w)).uses_batch for w in (*spec.all_weights, *spec._inner_formulas()))
     )
     if backend == "triton" and (name not in ("grpo", "advantage_reweighting") or plan == "two_pass"):
         pytest.skip("the interpreter is slow; above the verbs nothing knows the backend")

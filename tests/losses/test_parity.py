@@ -120,7 +120,7 @@ def test_verl(batch, loss_mode, mode, around):
     logp, entropy = statistics(batch)
     mask = batch["mask"].clone()
     mask[3] = False  # verl leaves empty sequences out of its sequence means
-    own = dict(loss_agg_mode=mode, dro_beta=0.3, **VERL_AROUND[around])
+    own = dict(loss_agg_mode=mode, dro_beta=0.3, kl_cov_ratio=0.2, ppo_kl_coef=0.7, **VERL_AROUND[around])
     theirs, _ = verl.policy_loss(
         loss_mode, logp, batch["adv"]["token"], mask, old_logps=batch["old"], ref_logps=batch["ref"], entropies=entropy,
         rollout_is_weights=batch["ratios"]["token"], clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5, **own,

@@ -137,7 +137,29 @@ def dro(logps, old, adv, mask, low, high, dro_beta=0.3, **_):
     return -(logps * adv - 0.5 * dro_beta * (logps - old).square()), {"actor/ppo_kl": old - logps}
 
 
-LOSSES = {"vanilla": vanilla, "gspo": gspo, "sapo": sapo, "gpg": gpg, "cispo": cispo, "dppo_tv": dppo_tv, "dppo_kl": dppo_kl, "dro": dro}
+def kl_cov(logps, old, adv, mask, low, high, kl_cov_ratio=0.2, ppo_kl_coef=0.7, **_):
+    """``compute_policy_loss_kl_cov``."""
+    valid = mask > 0
+    a, lp = adv[valid].detach(), logps[valid].detach()
+    covariance = (a - a.mean()) * (lp - lp.mean())
+    largest = torch.topk(covariance, max(1, int(len(covariance) * kl_cov_ratio)), largest=True).indices
+    where = torch.nonzero(valid.reshape(-1), as_tuple=True)[0][largest]
+    chosen = torch.zeros(adv.numel(), dtype=torch.bool).index_fill(0, where, True).reshape(adv.shape)
+    loss = -adv * torch.exp(logps - old)
+    return torch.where(chosen, loss + ppo_kl_coef * (logps - old).abs(), loss), {"actor/ppo_kl": (logps - old).abs()}
+
+
+LOSSES = {
+    "vanilla": vanilla,
+    "gspo": gspo,
+    "sapo": sapo,
+    "gpg": gpg,
+    "cispo": cispo,
+    "dppo_tv": dppo_tv,
+    "dppo_kl": dppo_kl,
+    "dro": dro,
+    "kl_cov": kl_cov,
+}
 
 
 def policy_loss(
@@ -159,7 +181,8 @@ def policy_loss(
     global_batch_info: dict[str, Any] | None = None,
     **settings: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss and metrics of one micro-batch; all tensors ``[B,T]``. ``settings``: ``clip_ratio_c``, ``tau_pos``, ``tau_neg``, ``dro_beta``."""
+    """Loss and metrics of one micro-batch; all tensors ``[B,T]``. ``settings``: ``clip_ratio_c``, ``tau_pos``, ``tau_neg``, ``dro_beta``,
+    ``kl_cov_ratio``, ``ppo_kl_coef``."""
     mask = mask.to(logps.dtype)
     info = global_batch_info or {}
     old_logps = logps.detach() if old_logps is None else old_logps

@@ -119,6 +119,8 @@ FIELD = {
     "DPPO (total variation, binary KL)": ("policy_loss/dppo_tv", "policy_loss/dppo_kl"),
     "DRO (quadratic)": ("policy_loss/dro",),
     "TOPR": ("policy_loss/topr",),
+    "KL-Cov": ("policy_loss/kl_cov",),
+    "Clip-Cov": "Clip-Cov",
     "TIS, IcePop, MIS": (
         "token_weight/tis",
         "token_weight/icepop",

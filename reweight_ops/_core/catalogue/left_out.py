@@ -1,6 +1,7 @@
 """Published methods without an entry of their own, each with the reason."""
 
 LEFT_OUT = {
+    "Clip-Cov": "drops a random choice of the tokens whose covariance is between two bounds, and a spec draws no numbers: pass the choice as `token_weights`",
     "DrivingWorld": "the released code only masks tokens, which `completion_mask` does; the reweighting of its abstract was not found in it",
     "How2Everything, MM-R5": "rewards of a task; the loss is unchanged GRPO",
     "OneRec IPA": "standard DPO on the best and worst of a beam: `pair_loss` `dpo`",

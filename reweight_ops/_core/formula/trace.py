@@ -22,7 +22,7 @@ LOGICAL = frozenset({"and", "or", "not"})
 SYMBOLS = frozenset({"leaf", "param", "const"})
 
 #: What ``batch`` offers to a weight: reductions over the valid rows of the call, or of each row's sequence.
-BATCH_FUNCTIONS = ("mean", "sum", "min", "max", "quantile", "quantile_nearest", "top", "seq_mean", "seq_sum")
+BATCH_FUNCTIONS = ("mean", "sum", "min", "max", "quantile", "quantile_nearest", "top", "top_floor", "seq_mean", "seq_sum")
 
 #: Names under which other libraries know a function of ``xp``.
 _ALIASES = {

@@ -59,13 +59,21 @@ class BatchStatistics:
 
     def top(self, x: Tensor, fraction: Any, where: Tensor) -> Tensor:
         """1.0 for the ``max(1, ceil(fraction·n))`` largest ``x`` among the n valid rows with ``where``, else 0.0; of equal ones the first."""
+        # 0.07·100 is a rounding above 7 and means 7.
+        return self._largest(x, where, fraction, 0.999999)
+
+    def top_floor(self, x: Tensor, fraction: Any, where: Tensor) -> Tensor:
+        """:meth:`top` of the ``max(1, floor(fraction·n))`` largest."""
+        # 0.29·100 is a rounding below 29 and means 29.
+        return self._largest(x, where, fraction, 1e-6)
+
+    def _largest(self, x: Tensor, where: Tensor, fraction: Any, more: float) -> Tensor:
         candidate = self._rows.keep & where
         # Candidates first, the largest of them first: two stable sorts, the major key last. Exact where a value is infinite.
         order = torch.where(candidate, x, 0).sort(descending=True, stable=True).indices
         order = order[candidate[order].to(torch.uint8).sort(descending=True, stable=True).indices]
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        # 0.07·100 is a rounding above 7 and means 7.
-        count = (fraction * candidate.sum().double() + 0.999999).floor().clamp(min=1)
+        count = (fraction * candidate.sum().double() + more).floor().clamp(min=1)
         result: Tensor = (candidate & (rank < count)).to(x.dtype)
         return result
 

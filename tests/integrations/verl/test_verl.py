@@ -45,7 +45,7 @@ def assert_same(theirs, ours, *leaves):
 @pytest.mark.parametrize("mode", oracle.LOSSES)
 def test_loss(batch, mode, agg, weighted, info):
     cfg = config(clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_c=2.0)
-    cfg.policy_loss.dro_beta = 0.3
+    cfg.policy_loss.dro_beta, cfg.policy_loss.kl_cov_ratio, cfg.policy_loss.ppo_kl_coef = 0.3, 0.2, 0.7
     cfg.global_batch_info.update(info)
     rollout = batch["rollout"] if weighted else None
     theirs, metrics = core_algos.get_policy_loss_fn(mode)(
