@@ -334,6 +334,20 @@ TOKEN_WEIGHTS = (
         "d3s", [1.0, 0.0, 0.0, 1.0, 0.0],
         {"adv": [1.0, -2.0, 1.0, 3.0, 100.0], "entropy": [4.0, 1.0, 1.0, 2.0, 1.0], "completion_mask": [1, 1, 1, 1, 0]}, fraction=0.5,
     ),
+    # p = 1/2 of the sampler, q = 1/4 and 1/2: KL = log(2)/2 + log(2/3)/2 = .144 and 0, TV 1/4 and 0; means are half of that.
+    *(
+        _token_weight(
+            "divergence_gate", expected, {"sampling_logp": [-LN2, -LN2], "old_logp": [-2 * LN2, -LN2]}, threshold=threshold, **options
+        )
+        for threshold, expected, options in (
+            (0.15, [1.0, 1.0], {"level": "token"}), (0.14, [0.0, 1.0], {"level": "token"}),
+            (0.26, [1.0, 1.0], {"level": "token", "divergence": "tv"}), (0.24, [0.0, 1.0], {"level": "token", "divergence": "tv"}),
+            (0.073, [1.0, 1.0], {}), (0.07, [0.0, 0.0], {}),
+            (0.13, [1.0, 1.0], {"divergence": "tv"}), (0.12, [0.0, 0.0], {"divergence": "tv"}),
+        )
+    ),
+    # A sampler's log-prob that is not known is no drift.
+    _token_weight("divergence_gate", [1.0, 1.0], {"sampling_logp": [nan, -LN2], "old_logp": [-2 * LN2, -LN2]}, threshold=0.001),
     # r = 2, 1: r/(r + 1), r.
     _token_weight("f_distill", [2 / 3, 0.5], {"logp": -2.0, "ref_logp": [-2 + LN2, -2.0]}),
     _token_weight("f_distill", [2.0, 1.0], {"logp": -2.0, "ref_logp": [-2 + LN2, -2.0]}, divergence="forward_kl"),

@@ -16,6 +16,7 @@ from .entropy import (
     TopEntropy,
     steer,
 )
+from .gates import BinaryKLGate, SequenceBinaryKLGate, SequenceTotalVariationGate, TotalVariationGate, divergence_gate
 from .groups import Precomputed, confidence_mask, gtpo, tw_grpo
 from .importance import (
     ForwardKLWeight,
@@ -51,6 +52,7 @@ __all__ = [
     "AdvantageReweighting",
     "BalancedSigmoidReweighting",
     "BatchStatistics",
+    "BinaryKLGate",
     "CurrentAdvantageReweighting",
     "DualLevelDownSampling",
     "Entropy",
@@ -70,8 +72,10 @@ __all__ = [
     "ProbabilityQuantile",
     "RewardRanked",
     "SamplerSequenceMask",
+    "SequenceBinaryKLGate",
     "SequenceGamma",
     "SequenceMaskedImportance",
+    "SequenceTotalVariationGate",
     "SequenceTruncatedImportance",
     "SigmoidReweighting",
     "SignWeight",
@@ -81,9 +85,11 @@ __all__ = [
     "SurprisalReweighting",
     "TopCovariance",
     "TopEntropy",
+    "TotalVariationGate",
     "TrainingSignalAnnealing",
     "TruncatedImportance",
     "confidence_mask",
+    "divergence_gate",
     "f_distill",
     "gtpo",
     "spo_probability_mask",

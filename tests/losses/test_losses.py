@@ -342,6 +342,12 @@ def test_npo_with_retained_sequences_and_of_a_batch(batch):
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_dft(batch, plan):
+    logp = batch["logp"][batch["mask"]]
+    same(ours(batch, "dft", None, plan=plan).loss, -(logp.exp().detach() * logp).mean(), batch)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_gradient_ascent_and_difference(batch, plan):
     mask, logp = batch["mask"], batch["logp"]
     same(ours(batch, "gradient_ascent", None, plan=plan).loss, logp[mask].mean(), batch)

@@ -120,6 +120,8 @@ FIELD = {
     "DRO (quadratic)": ("policy_loss/dro",),
     "TOPR": ("policy_loss/topr",),
     "KL-Cov": ("policy_loss/kl_cov",),
+    "Divergence-gated rollout correction": ("token_weight/divergence_gate",),
+    "DFT": ("policy_loss/dft",),
     "Clip-Cov": "Clip-Cov",
     "TIS, IcePop, MIS": (
         "token_weight/tis",
