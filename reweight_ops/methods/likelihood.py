@@ -12,7 +12,7 @@ from .._core.spec.ratio import BatchMeanRatio, Ratio, SequenceRatio
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean
 from ..errors import InvalidCall
 from ..rules.likelihood import NLL, NPO, CompSum, LikelihoodAscent, MarginNLL
-from ..weights.probability import SignWeight
+from ..weights.probability import CurrentAdvantageReweighting, SignWeight
 from .penalties import is_zero
 
 _WAGLE = "WAGLE: Strategic Weight Attribution for Effective and Modular Unlearning in Large Language Models"
@@ -24,6 +24,18 @@ _LABELS = SignWeight(positive=0.0, negative=1.0), SignWeight(positive=1.0, negat
 def sft() -> PolicyLossSpec:
     """``-logp``, token mean: the cross-entropy, ``comp_sum(tau=1)``."""
     return PolicyLossSpec(surrogate=NLL(), name="sft")
+
+
+@published(
+    "dft",
+    "Dynamic Fine-Tuning",
+    paper="On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification",
+    arxiv="2508.05629",
+    certainty="secondary",
+)
+def dft() -> PolicyLossSpec:
+    """``-sg(p)·logp``, token mean: the cross-entropy without the weight ``1/p`` that its gradient has beside a policy gradient's."""
+    return PolicyLossSpec(surrogate=NLL(), weights=(CurrentAdvantageReweighting(alpha=1.0),), name="dft")
 
 
 @published(

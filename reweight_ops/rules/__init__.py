@@ -2,6 +2,7 @@
 
 from .._core.formula.base import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 from . import likelihood as likelihood
+from . import off_policy as off_policy
 from . import penalties as penalties
 from . import surrogates as surrogates
 

@@ -323,6 +323,9 @@ STEER = {"logp": -LN2, "old_logp": -LN2, "entropy": 1 + LN2, "adv": [1.0, -2.0, 
 #: log H = 0..4 with the median as pivot: h = -1, -1/2, 0, 1/2, 1.
 SPREAD = {"logp": -LN2, "old_logp": -LN2, "entropy": [1.0, e, e**2, e**3, e**4]}
 
+#: Ratios of the old policy to the sampler of 4, 1/2, and unknown.
+SAMPLED = {"old_logp": -2.0, "sampling_logp": [-2 - 2 * LN2, -2 + LN2, nan]}
+
 TOKEN_WEIGHTS = (
     # .3*1/2 + .7, .3*1 + .7.
     _token_weight("advantage_reweighting", [0.85, 1.0], old(0.5, 1.0)),
@@ -331,9 +334,33 @@ TOKEN_WEIGHTS = (
         "d3s", [1.0, 0.0, 0.0, 1.0, 0.0],
         {"adv": [1.0, -2.0, 1.0, 3.0, 100.0], "entropy": [4.0, 1.0, 1.0, 2.0, 1.0], "completion_mask": [1, 1, 1, 1, 0]}, fraction=0.5,
     ),
+    # p = 1/2 of the sampler, q = 1/4 and 1/2: KL = log(2)/2 + log(2/3)/2 = .144 and 0, TV 1/4 and 0; means are half of that.
+    *(
+        _token_weight(
+            "divergence_gate", expected, {"sampling_logp": [-LN2, -LN2], "old_logp": [-2 * LN2, -LN2]}, threshold=threshold, **options
+        )
+        for threshold, expected, options in (
+            (0.15, [1.0, 1.0], {"level": "token"}), (0.14, [0.0, 1.0], {"level": "token"}),
+            (0.26, [1.0, 1.0], {"level": "token", "divergence": "tv"}), (0.24, [0.0, 1.0], {"level": "token", "divergence": "tv"}),
+            (0.073, [1.0, 1.0], {}), (0.07, [0.0, 0.0], {}),
+            (0.13, [1.0, 1.0], {"divergence": "tv"}), (0.12, [0.0, 0.0], {"divergence": "tv"}),
+        )
+    ),
+    # A sampler's log-prob that is not known is no drift.
+    _token_weight("divergence_gate", [1.0, 1.0], {"sampling_logp": [nan, -LN2], "old_logp": [-2 * LN2, -LN2]}, threshold=0.001),
     # r = 2, 1: r/(r + 1), r.
     _token_weight("f_distill", [2 / 3, 0.5], {"logp": -2.0, "ref_logp": [-2 + LN2, -2.0]}),
     _token_weight("f_distill", [2.0, 1.0], {"logp": -2.0, "ref_logp": [-2 + LN2, -2.0]}, divergence="forward_kl"),
+    # Ratios 4 and 1/2, and one without a sampler's log-prob: cut at 2, dropped over 2; the sequence's 2 under 3, over 1.5; its geometric mean 2^(1/3).
+    _token_weight("tis", [2.0, 0.5, 1.0], SAMPLED),
+    _token_weight("icepop", [0.0, 0.5, 1.0], SAMPLED),
+    _token_weight("sequence_tis", [2.0] * 3, SAMPLED),
+    _token_weight("sequence_tis", [1.5] * 3, SAMPLED, ratio_max=1.5),
+    _token_weight("mis", [2.0] * 3, SAMPLED),
+    _token_weight("mis", [0.0] * 3, SAMPLED, ratio_max=1.5),
+    _token_weight("geometric_mask", [1.0] * 3, SAMPLED, ratio_min=0.9, ratio_max=1.26),
+    _token_weight("geometric_mask", [0.0] * 3, SAMPLED, ratio_min=0.9, ratio_max=1.25),
+    _token_weight("geometric_mask", [0.0] * 3, SAMPLED, ratio_min=1.26, ratio_max=2.0),
     # Correct: 1 + .1·2·(1/4, 3/4). Wrong, by 1/H = 1, 1/3: -1 - .1·2·(3/4, 1/4). Each pair is symmetric about its mean.
     *(
         _token_weight(

@@ -93,6 +93,11 @@ ROWS = (
     # kl_cov: -2 + .5 log 2; r = 1/2: -1/2 + .5 log 2, and moving down costs.
     Row("kl_cov", ratio(LN2, 1.0), -2 + 0.5 * LN2, -1.5, parameters={"kl_coef": 0.5}),
     Row("kl_cov", ratio(-LN2, 1.0), -0.5 + 0.5 * LN2, -1.0, parameters={"kl_coef": 0.5}),
+    # topr: A >= 0 is imitated whatever the ratio; A < 0 has weight min(r, 1).
+    Row("topr", ratio(-LN2, 3.0), 3 * LN2, -3.0),
+    Row("topr", ratio(-LN2, -3.0), -1.5 * LN2, 1.5),
+    Row("topr", ratio(LN2, -3.0), -3 * LN2, 3.0),
+    Row("topr", ratio(LN2, -3.0), -4.5 * LN2, 4.5, parameters={"ratio_max": 1.5}),
     # Penalties, d = ref - logp = log 2, so u = 2 and 1 - u = -1.
     Row("k1", distance(LN2), -LN2, 1.0),
     Row("absolute", distance(LN2), LN2, -1.0),
@@ -136,6 +141,8 @@ ROWS = (
     Row("npo", ratio(0.0, 0.0), 20 * LN2, 1.0),
     Row("npo", ratio(2 * LN2, 0.0), 4 * LN3, 4 / 3, parameters={"beta": 0.5}),
     Row("likelihood_ratio", ratio(LN2, 0.0), -2.0, -2.0),
+    # log(2)^2/2, slope log 2.
+    Row("drift_k2", ratio(LN2, 0.0), 0.2402265069591007, LN2),
     Row("drift_k1", ratio(LN2, 0.0), -LN2, -1.0),
     # r - log r - 1 at 2 and 1/2; slope r - 1.
     Row("drift_k3", ratio(LN2, 0.0), 1 - LN2, 1.0),

@@ -13,11 +13,16 @@ def _drift(xp, t):
     return xp.where(t.sampling_logp == t.sampling_logp, t.old_logp - t.sampling_logp, 0.0)
 
 
+_TIS = "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"
+_MIS = "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch"
+
+
+@published("tis", "Truncated Importance Sampling (TIS)", paper=_TIS, arxiv="unknown", certainty="secondary", level="token")
 @weight
 class TruncatedImportance(TokenWeight):
     """``clip(exp(old_logp - sampling_logp), ratio_min, ratio_max)``: truncated importance sampling against the sampler's own log-probs.
 
-    TIS, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; TRL's ``token_truncate``.
+    TIS, Yao et al. 2025 (a blog post); TRL's ``token_truncate``. ``ratio_max`` is 2 in the post's runs.
     A token whose sampler's log-prob is NaN has ratio 1, here and in the three below.
     """
 
@@ -28,9 +33,17 @@ class TruncatedImportance(TokenWeight):
         return xp.clip(xp.exp(_drift(xp, t)), self.ratio_min, self.ratio_max)
 
 
+@published(
+    "icepop",
+    "IcePop: masked importance sampling",
+    paper="Every Step Evolves: Scaling Reinforcement Learning for Trillion-Scale Thinking Model",
+    arxiv="unknown",
+    certainty="secondary",
+    level="token",
+)
 @weight
 class MaskedImportance(TokenWeight):
-    """The same ratio where it lies in ``[ratio_min, ratio_max]``, else 0 (IcePop; TRL's ``token_mask``)."""
+    """The same ratio where it lies in ``[ratio_min, ratio_max]``, else 0 (IcePop; TRL's ``token_mask``). The default bounds are TIS's."""
 
     ratio_min: NonNegative[float] = 0.0
     ratio_max: PositiveOrInf[float] = 2.0
@@ -40,9 +53,12 @@ class MaskedImportance(TokenWeight):
         return xp.where((ratio >= self.ratio_min) & (ratio <= self.ratio_max), ratio, 0.0)
 
 
+@published(
+    "sequence_tis", "Sequence-level truncated importance sampling", paper=_MIS, arxiv="unknown", certainty="secondary", level="sequence"
+)
 @weight
 class SequenceTruncatedImportance(TokenWeight):
-    """:class:`TruncatedImportance` of the whole sequence's ratio (TRL's ``sequence_truncate``)."""
+    """:class:`TruncatedImportance` of the whole sequence's ratio (TRL's ``sequence_truncate``, whose default 3 is). Liu, Li et al. 2025 (a blog post)."""
 
     ratio_min: NonNegative[float] = 0.0
     ratio_max: PositiveOrInf[float] = 3.0
@@ -51,9 +67,10 @@ class SequenceTruncatedImportance(TokenWeight):
         return xp.clip(xp.exp(batch.seq_sum(_drift(xp, t))), self.ratio_min, self.ratio_max)
 
 
+@published("mis", "Masked importance sampling of sequences (MIS)", paper=_MIS, arxiv="unknown", certainty="secondary", level="sequence")
 @weight
 class SequenceMaskedImportance(TokenWeight):
-    """:class:`MaskedImportance` of the whole sequence's ratio (TRL's ``sequence_mask``, its default)."""
+    """:class:`MaskedImportance` of the whole sequence's ratio (TRL's ``sequence_mask``, its default). MIS, Liu, Li et al. 2025 (a blog post)."""
 
     ratio_min: NonNegative[float] = 0.0
     ratio_max: PositiveOrInf[float] = 3.0
@@ -61,6 +78,27 @@ class SequenceMaskedImportance(TokenWeight):
     def weight(self, xp, t, batch):
         ratio = xp.exp(batch.seq_sum(_drift(xp, t)))
         return xp.where((ratio >= self.ratio_min) & (ratio <= self.ratio_max), ratio, 0.0)
+
+
+@published(
+    "geometric_mask", "Geometric sequence masking", paper=_MIS, arxiv="unknown", certainty="secondary", level="sequence",
+    example={"ratio_min": 0.9, "ratio_max": 1.1},
+)  # fmt: skip
+@weight
+class GeometricSequenceMask(TokenWeight):
+    """1 where the geometric mean of a sequence's ratios ``exp(old_logp - sampling_logp)`` lies in ``[ratio_min, ratio_max]``, else 0.
+
+    Unlike a product it does not depend on the length. A mask beside a correction: with :class:`TruncatedImportance` it is verl's
+    ``rollout_rs="seq_mean_k1"`` with ``rollout_is="token"``, where verl's bounds are those of the inverse ratio, and a rejected sequence is out of every
+    term and denominator (``scope="all"`` and ``reduction=TokenMean(weight=...)``).
+    """
+
+    ratio_min: NonNegative[float]
+    ratio_max: PositiveOrInf[float]
+
+    def weight(self, xp, t, batch):
+        mean = xp.exp(batch.seq_mean(_drift(xp, t)))
+        return xp.where((mean >= self.ratio_min) & (mean <= self.ratio_max), 1.0, 0.0)
 
 
 @weight

@@ -74,6 +74,35 @@ def test_vespo(batch, options):
     same(ours(batch, rw.methods.vespo(**options), batch["A"]).loss, expected, batch)
 
 
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_decoupled_ppo(batch, plan):
+    for cap, mode in ((math.inf, "truncate"), (1.2, "truncate"), (1.2, "mask")):
+        args = batch["logp"], batch["old"], batch["ref"], batch["A"], batch["mask"]
+        expected = papers.decoupled_ppo(*args, cap=cap, masked=mode == "mask")
+        spec = rw.methods.decoupled_ppo(ratio_max=cap, mode=mode)
+        same(ours(batch, spec, batch["A"], sampling_per_token_logps=batch["ref"], plan=plan).loss, expected, batch)
+    with pytest.raises(rw.InvalidCall, match="mode is 'drop'"):
+        rw.methods.decoupled_ppo(mode="drop")
+
+
+def test_topr(batch):
+    drift = ((batch["logp"] - batch["old"]) * batch["mask"]).sum(1)
+    advantages = batch["A"].abs()
+    assert drift.max() > 0 > drift.min()
+    advantages[torch.stack([drift.argmax(), drift.argmin()])] *= -1  # a ratio over 1, and one under it
+    same(ours(batch, "topr", advantages).loss, papers.topr(batch["logp"], batch["old"], advantages, batch["mask"]), batch)
+    r, A = (batch["logp"] - batch["old"]).exp().detach(), batch["A"][:, None]
+    expected = (-torch.where(A < 0, r.clamp(max=1), 1.0) * A * batch["logp"])[batch["mask"]].mean()
+    for plan in ("one_pass", "two_pass"):
+        same(ours(batch, rw.methods.topr("token"), batch["A"], plan=plan).loss, expected, batch)
+
+
+def test_kimi_opmd(batch):
+    expected = papers.kimi_opmd(batch["logp"], batch["old"], batch["A"], batch["mask"], 0.3)
+    same(ours(batch, rw.methods.kimi_opmd(0.3), batch["A"]).loss, expected, batch)
+    same(ours(batch, rw.methods.kimi_opmd(0.3, level="token"), batch["A"]).loss, ours(batch, rw.methods.dro(0.3), batch["A"]).loss, batch)
+
+
 @pytest.mark.parametrize("against", ["old", "sampler"])
 def test_opsm(batch, against):
     drift = batch["ref"] if against == "sampler" else batch["old"]
@@ -313,6 +342,12 @@ def test_npo_with_retained_sequences_and_of_a_batch(batch):
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_dft(batch, plan):
+    logp = batch["logp"][batch["mask"]]
+    same(ours(batch, "dft", None, plan=plan).loss, -(logp.exp().detach() * logp).mean(), batch)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_gradient_ascent_and_difference(batch, plan):
     mask, logp = batch["mask"], batch["logp"]
     same(ours(batch, "gradient_ascent", None, plan=plan).loss, logp[mask].mean(), batch)
@@ -322,7 +357,13 @@ def test_gradient_ascent_and_difference(batch, plan):
 
 
 def test_methods_refuse_what_they_do_not_know():
-    for build in (lambda: rw.methods.awm("batch"), lambda: rw.methods.opsm(0.5, against="ref"), lambda: rw.SequenceRatio(against="policy")):
+    for build in (
+        lambda: rw.methods.topr("word"),
+        lambda: rw.methods.kimi_opmd(level="word"),
+        lambda: rw.methods.awm("batch"),
+        lambda: rw.methods.opsm(0.5, against="ref"),
+        lambda: rw.SequenceRatio(against="policy"),
+    ):
         with pytest.raises(rw.InvalidCall):
             build()
 

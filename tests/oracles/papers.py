@@ -206,6 +206,31 @@ def wagle_npo(logp, ref, mask, beta=0.1) -> Tensor:
     return -2 / beta * torch.log(torch.sigmoid(beta * (ref[chosen].mean() - logp[chosen].mean())))
 
 
+def decoupled_ppo(logp, prox, behave, A, mask, epsilon=0.2, cap=math.inf, masked=False) -> Tensor:
+    """arXiv:2505.24298: ``E[pi_prox/pi_behave min(u A, clip(u) A)]``, ``u = pi/pi_prox``; its code drops tokens whose weight is over the cap."""
+    terms = []
+    for lp, x, b, a in sequences(mask, logp, prox, behave, A):
+        w = (x - b).exp()
+        w = torch.where(w > cap, 0.0, w) if masked else w.clip(max=cap)
+        terms.append(w * clipped_objective((lp - x).exp(), a, epsilon, epsilon))
+    return -torch.cat(terms).mean()
+
+
+def topr(logp, old, A, mask) -> Tensor:
+    """arXiv:2503.14286, eq. 8: ``sum over A >= 0 of A grad log pi + sum over A < 0 of clip(pi/mu, 0, 1) A grad log pi``, of whole responses."""
+    terms = []
+    for lp, o, a in sequences(mask, logp, old, A):
+        w = 1.0 if a[0] >= 0 else min((lp - o).sum().exp().item(), 1.0)
+        terms.append(-w * a[0] * lp.sum())
+    return torch.stack(terms).mean()
+
+
+def kimi_opmd(logp, old, A, mask, tau) -> Tensor:
+    """arXiv:2501.12599, eq. 3: the loss whose gradient is ``-(r - mean) grad log pi + tau/2 grad (log pi/pi_old)^2``, of whole responses."""
+    terms = [-a[0] * lp.sum() + tau / 2 * (lp - o).sum() ** 2 for lp, o, a in sequences(mask, logp, old, A)]
+    return torch.stack(terms).mean()
+
+
 def comp_sum(logits: Tensor, ids: Tensor, mask: Tensor, tau: float) -> Tensor:
     """arXiv:2304.07288: ``Phi_tau(sum_{v != y} exp(z_v - z_y))``, ``Phi_tau(u) = ((1+u)^(1-tau) - 1)/(1-tau)``, ``log(1+u)`` at 1; mean."""
     u = torch.exp(logits - logits.gather(-1, ids[..., None])).sum(-1) - 1

@@ -50,6 +50,21 @@ def stare(rows, ratio=0.1, W=1.1, M=1.0):
     return weights
 
 
+def divergence_gate(rows, kind, level, delta):
+    """OpenRLHF 0.11.2, ``PolicyLoss`` with ``is_correction_gating``: the factor of a sequence's tokens, the ratio of what is kept, else 0."""
+
+    def clamped(x):
+        return min(max(math.exp(x), 1e-6), 1 - 1e-6)
+
+    stats = []
+    for t in rows:
+        p, q = clamped(t["sampling"]), clamped(t["old"])
+        stats.append(abs(p - q) if kind == "tv" else p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)))
+    if level == "sequence":
+        stats = [sum(stats) / len(stats)] * len(stats)
+    return [math.exp(t["old"] - t["sampling"]) if s <= delta else 0.0 for t, s in zip(rows, stats, strict=True)]
+
+
 def tw_grpo(logits, lengths, G, max_weight):
     """``compute_token_importance_kl_logs_uniform``: nested lists ``logits[B][T][V]``, ``lengths[B]``; weights ``[B][T]``, 0 behind the end."""
     B, T, V = len(logits), len(logits[0]), len(logits[0][0])

@@ -35,7 +35,7 @@ def test_a_new_method_is_one_file_plus_the_generated_ones(tmp_path):
 import torch, reweight_ops as rw
 from reweight_ops.testing import compare, gradcheck, make_batch
 assert rw.__file__.startswith({str(tmp_path)!r})
-spec = rw.methods.topr()
+spec = rw.methods.glm5()
 assert gradcheck(spec, make_batch(spec, (4, 10), 7, dtype=torch.float64))
 print(compare(spec, make_batch(spec), backend="reference", plan="one_pass").passed)
 """

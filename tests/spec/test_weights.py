@@ -133,6 +133,30 @@ def test_dual_level_down_sampling(data):
     same(weights_of(rw.weights.DualLevelDownSampling(fraction=0.25), data), expected.tolist(), data["mask"])
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("divergence", ["binary_kl", "tv"])
+def test_divergence_gate_with_the_correction_is_openrlhfs(data, divergence, level):
+    """The gate beside the plain ratio; thresholds that some units pass and some do not."""
+    rows = [
+        [{"old": data["old"][i, t].item(), "sampling": data["ref"][i, t].item()} for t in range(n)] for i, n in enumerate(data["lengths"])
+    ]
+    threshold = {"binary_kl": 0.03, "tv": 0.08}[divergence]
+    expected = [x for row in rows for x in oracle.divergence_gate(row, divergence, level, threshold)]
+    assert 0 < sum(x == 0 for x in expected) < len(expected)
+    gates = (rw.weights.TruncatedImportance(ratio_max=math.inf), rw.weights.divergence_gate(threshold, divergence, level))
+    spec = rw.PolicyLossSpec(surrogate=NLL(), weights=gates, reduction=rw.NoReduction())
+    given = {"old_per_token_logps": data["old"], "sampling_per_token_logps": data["ref"], "completion_mask": data["mask"]}
+    out = rw.policy_loss_from_logps(data["logps"], None, spec=spec, **given)
+    same(out.loss / -data["logps"], expected, data["mask"])
+    assert (spec.replace(reduction=rw.TokenMean()).one_pass_obstacle is None) == (level == "token")
+
+
+def test_divergence_gate_refuses_what_it_does_not_know():
+    for wrong in ({"divergence": "kl"}, {"level": "group"}):
+        with pytest.raises(rw.InvalidCall, match="divergence_gate"):
+            rw.weights.divergence_gate(0.1, **wrong)
+
+
 # --- Advantage Reweighting: every mode against the authors' arithmetic on the advantages ---------------------------------------------
 def _reweighted(mode, A, p, alpha=0.3, k=5.0, tau=0.4, neg=0.7, mask=None):
     positive = A > 0

@@ -1,0 +1,89 @@
+"""Methods for data of an older policy: they bound or regularize the update without PPO's clip, or weigh two older policies."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .._core.catalogue.registry import published
+from .._core.ranges import NonNegative, NonNegativeOrInf, Positive, PositiveOrInf
+from .._core.spec.policy import Penalty, PolicyLossSpec
+from .._core.spec.ratio import SequenceRatio, TokenRatio
+from .._core.spec.reduction import SequenceMean
+from ..errors import InvalidCall
+from ..rules.off_policy import DriftK2, Topr
+from ..rules.surrogates import Clip, Reinforce
+from ..weights.importance import MaskedImportance, TruncatedImportance
+from .dro import Dro
+
+
+@published(
+    "topr",
+    "Tapered Off-Policy REINFORCE",
+    paper="Tapered Off-Policy REINFORCE: Stable and efficient reinforcement learning for LLMs",
+    arxiv="2503.14286",
+    certainty="secondary",
+)
+def topr(level: str = "sequence", ratio_max: Positive[Any] = 1.0) -> PolicyLossSpec:
+    """``-sg(w)·A·log π(y)``: ``w`` is 1 where ``A >= 0``, else the response's ratio, at most ``ratio_max`` (eq. 8). Sums over tokens, mean over sequences.
+
+    A response that is to become unlikely loses its weight as it does; one that is to become likely is imitated. ``level="token"``, as ROLL: every token's
+    own ratio, token mean. The paper's rewards are 1 and -1 less a baseline.
+    """
+    rule = Topr(ratio_max=ratio_max)
+    if level == "token":
+        return PolicyLossSpec(surrogate=rule, name="topr")
+    if level != "sequence":
+        raise InvalidCall(f"topr: level is {level!r}, expected 'sequence' (the paper) or 'token' (ROLL).")
+    ratio, reduction = SequenceRatio(normalize=False), SequenceMean(per="token_sum")
+    return PolicyLossSpec(surrogate=rule, ratio=ratio, reduction=reduction, name="topr")
+
+
+@published(
+    "kimi_opmd",
+    "Online Policy Mirror Descent (Kimi k1.5)",
+    paper="Kimi k1.5: Scaling Reinforcement Learning with LLMs",
+    arxiv="2501.12599",
+    certainty="secondary",
+)
+def kimi_opmd(tau: NonNegative[Any] = 0.1, level: str = "sequence") -> PolicyLossSpec:
+    """``-A·log π(y) + τ/2·(log π(y) - log π_old(y))²`` of whole responses, mean over sequences (eq. 3); A is the reward less the group's mean.
+
+    ``level="token"``, as ROLL: of every token, token mean, which is ``dro(beta=tau)``. τ is ROLL's default; the paper states none.
+    """
+    if level == "token":
+        return PolicyLossSpec(surrogate=Dro(beta=tau), ratio=TokenRatio(clamp=math.inf), name="kimi_opmd")
+    if level != "sequence":
+        raise InvalidCall(f"kimi_opmd: level is {level!r}, expected 'sequence' (the paper) or 'token' (ROLL).")
+    return PolicyLossSpec(
+        surrogate=Reinforce(),
+        penalties=(Penalty(DriftK2(), tau, SequenceMean()),),  # a mean of one number, repeated over the sequence's tokens
+        ratio=SequenceRatio(clamp=math.inf, normalize=False),
+        reduction=SequenceMean(per="token_sum"),
+        name="kimi_opmd",
+    )
+
+
+@published(
+    "decoupled_ppo",
+    "Decoupled PPO (AReaL)",
+    paper="AReaL: A Large-Scale Asynchronous Reinforcement Learning System for Language Reasoning",
+    arxiv="2505.24298",
+    certainty="secondary",
+)
+def decoupled_ppo(
+    epsilon_low: NonNegativeOrInf[Any] = 0.2,
+    epsilon_high: NonNegativeOrInf[Any] = 0.2,
+    ratio_max: PositiveOrInf[Any] = math.inf,
+    mode: str = "truncate",
+) -> PolicyLossSpec:
+    """``-w·min(u·A, clip(u, 1-ε_low, 1+ε_high)·A)``, ``u = π/π_prox``, ``w = π_prox/π_behave``, token mean: PPO around a recent policy, data of an older one.
+
+    ``old_per_token_logps`` are the proximal policy's, ``sampling_per_token_logps`` those of the policy that wrote the tokens. A ``w`` above ``ratio_max``
+    is cut to it (``"truncate"``) or drops the token (``"mask"``, AReaL's ``behav_imp_weight_cap``); the paper's objective has no bound.
+    """
+    modes = {"truncate": TruncatedImportance, "mask": MaskedImportance}
+    if mode not in modes:
+        raise InvalidCall(f"decoupled_ppo: mode is {mode!r}, expected 'truncate' or 'mask'.")
+    clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    return PolicyLossSpec(surrogate=clip, weights=(modes[mode](ratio_max=ratio_max),), name="decoupled_ppo")
