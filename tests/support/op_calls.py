@@ -16,7 +16,7 @@ PAIRS.pop("logits")
 REFERENCE = {"ref_per_token_logps": PAIRS["ref_per_token_logps"], "completion_mask": PAIRS["completion_mask"]}
 OTHER = LOGITS.roll(1, -1)
 WEIGHT = torch.randn(VOCAB, 6, generator=torch.Generator().manual_seed(0))
-STATS = ("logps", "entropies", "lse", "log_sum_p_sq", "max_logp", "is_top1", "log1m_p")
+STATS = ("logps", "entropies", "lse", "log_sum_p_sq", "max_logp", "is_top1", "log1m_p", "mean_logits")
 
 
 def logps(z):
@@ -26,6 +26,15 @@ def logps(z):
 def seen(out):
     """What of a policy loss every way of running it can return."""
     return out.loss, out.per_token_logps, out.ratio, out.per_token_loss, out.is_clipped, out.metrics["entropy"], out.metrics["kl"]
+
+
+def linear_stats(z):
+    found = rw.linear_token_stats(z[..., :6], WEIGHT.to(z.dtype), IDS, stats=STATS, chunk_rows=8)
+    return tuple(getattr(found, name) for name in STATS)
+
+
+def teacher(z):
+    return rw.HiddenLogits(OTHER[..., :5].to(z.dtype), WEIGHT[:, :5].to(z.dtype))
 
 
 #: Public op to its calls on logits.
@@ -43,6 +52,15 @@ CALLS = {
     ],
     "policy_loss_from_logps": [lambda z: rw.policy_loss_from_logps(logps(z), **STORED, spec=rw.methods.grpo(beta=0.1)).loss],
     "linear_token_logps": [lambda z: rw.linear_token_logps(z[..., :6], WEIGHT.to(z.dtype), IDS, chunk_rows=8)],
+    "linear_token_stats": [linear_stats],
+    "linear_token_divergence": [
+        lambda z: rw.linear_token_divergence(z[..., :6], WEIGHT.to(z.dtype), teacher(z), kind="jeffreys", chunk_rows=8),
+        lambda z: rw.linear_token_divergence(z[..., :6], WEIGHT.to(z.dtype), OTHER.to(z.dtype), kind="generalized_jsd", chunk_rows=8),
+    ],
+    "linear_distillation_loss": [
+        lambda z: rw.linear_distillation_loss(z[..., :6], WEIGHT.to(z.dtype), teacher(z), kind="reverse_kl", chunk_rows=8).loss,
+        lambda z: rw.linear_distillation_loss(z[..., :6], WEIGHT.to(z.dtype), teacher(z), kind="generalized_jsd", plan="two_pass").loss,
+    ],
     "linear_policy_loss": [
         lambda z: rw.linear_policy_loss(z[..., :6], WEIGHT.to(z.dtype), **BATCH, spec=SPEC).loss,
         lambda z: rw.linear_policy_loss(z[..., :6], WEIGHT.to(z.dtype), **BATCH, spec=SPEC, plan="two_pass", chunk_rows=8).loss,
