@@ -59,6 +59,14 @@ TRAINERS: dict[str, Trainer] = {
         Trainer(
             "slime, Miles", "slime", (), f"{_HERE}.slime.loss by --custom-loss-function-path", "docs/trainers/slime.md", "slime 624b824a"
         ),
+        Trainer(
+            "torchtitan RL",
+            "torchtitan",
+            (),
+            f"{_HERE}.torchtitan: PolicyLoss.Config(method=)",
+            "docs/trainers/torchtitan.md",
+            "torchtitan b5bcd76c",
+        ),
         Trainer("Tinker", "tinker", ("0.38.0",), f"{_HERE}.tinker: custom_loss(spec)", "docs/trainers/tinker.md"),
     )
 }
