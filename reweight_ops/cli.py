@@ -144,7 +144,7 @@ def trainers() -> None:
     table = Table("trainer", "installed", "standing", "tested with", "hook", "page")
     for t in TRAINERS.values():
         version = t.installed
-        table.add_row(t.name, version or "no", t.standing(version) if version else "", ", ".join(t.tested), t.hook, t.page)
+        table.add_row(t.name, version or "no", t.standing(version) if version else "", ", ".join(t.tested) or t.commit, t.hook, t.page)
     console.print(table)
 
 

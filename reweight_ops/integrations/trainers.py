@@ -12,13 +12,18 @@ from ..errors import InvalidCall
 
 @dataclass(frozen=True)
 class Trainer:
-    """A trainer as its users know it. ``tested``: versions that the parity tests passed with, oldest first; all later ones up to the last are served."""
+    """A trainer as its users know it.
+
+    ``tested``: versions that the parity tests passed with, oldest first; all later ones up to the last are served. ``commit``: of one that is on no
+    package index, what the tests' transcription was made from.
+    """
 
     name: str
     distribution: str
     tested: tuple[str, ...]
     hook: str
     page: str
+    commit: str = ""
 
     @property
     def installed(self) -> str | None:
@@ -30,6 +35,8 @@ class Trainer:
 
     def standing(self, version: str) -> str:
         """``version`` against the tested ones, in words."""
+        if not self.tested:
+            return f"compared with a transcription of {self.commit}"
         if version in self.tested:
             return "tested"
         if _numbers(version) > _numbers(self.tested[-1]):
@@ -49,6 +56,17 @@ TRAINERS: dict[str, Trainer] = {
         Trainer("TRL", "trl", ("1.15.0", "1.16.0"), f"{_HERE}.trl: ReweightGRPOTrainer, patch_trl()", "docs/trainers/trl.md"),
         Trainer("verl", "verl", ("0.9.1",), f"{_HERE}.verl: loss_mode=rw_<method>, patch_fused_linear()", "docs/trainers/verl.md"),
         Trainer("OpenRLHF", "openrlhf", ("0.11.2",), f"{_HERE}.openrlhf: patch(), PolicyLoss(spec)", "docs/trainers/openrlhf.md"),
+        Trainer(
+            "slime, Miles", "slime", (), f"{_HERE}.slime.loss by --custom-loss-function-path", "docs/trainers/slime.md", "slime 624b824a"
+        ),
+        Trainer(
+            "torchtitan RL",
+            "torchtitan",
+            (),
+            f"{_HERE}.torchtitan: PolicyLoss.Config(method=)",
+            "docs/trainers/torchtitan.md",
+            "torchtitan b5bcd76c",
+        ),
         Trainer("Tinker", "tinker", ("0.38.0",), f"{_HERE}.tinker: custom_loss(spec)", "docs/trainers/tinker.md"),
     )
 }

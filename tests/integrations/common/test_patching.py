@@ -121,6 +121,10 @@ def test_standing_of_a_version(version, standing):
     assert trainers.named("TRL").standing(version) == standing
 
 
+def test_standing_where_there_is_no_release():
+    assert trainers.named("slime, Miles").standing("0.1") == "compared with a transcription of slime 624b824a"
+
+
 def test_a_newer_version_warns_once(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0")
     monkeypatch.setattr(trainers, "_reported", set())
@@ -140,4 +144,5 @@ def test_every_page_of_a_trainer_exists_and_names_its_hook():
 
     for trainer in trainers.TRAINERS.values():
         page = (ROOT / trainer.page).read_text()
-        assert trainer.hook.partition(":")[0] in page and all(version in page for version in trainer.tested), trainer.name
+        assert trainer.hook.partition(":")[0].partition(" ")[0] in page and all(version in page for version in trainer.tested), trainer.name
+        assert bool(trainer.tested) != bool(trainer.commit) and trainer.commit.split(" ")[-1] in page, trainer.name

@@ -1,0 +1,118 @@
+"""torchtitan's RL trainer on our op: a ``BaseLoss`` whose configuration names a method.
+
+::
+
+    from reweight_ops.integrations.torchtitan import PolicyLoss
+    trainer.loss = PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3})
+
+The logits that the trainer, or its ``ChunkedLossWrapper``, hands over are read once and their gradient is written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core.calls.specs import method
+from .._core.engine.output import PolicyLossOutput
+from .._core.losses.policy import policy_loss
+from .._core.spec.policy import Penalty, PolicyLossSpec
+from ..errors import BackendUnavailable, UnsupportedRequest
+from ..rules.penalties import EntropyBonus
+from .hosted import agg_mode
+
+try:
+    from torchtitan.components.loss import BaseLoss
+except ImportError as error:
+    raise BackendUnavailable(f"reweight_ops.integrations.torchtitan needs torchtitan ({error})") from error
+
+__all__ = ["PolicyLoss"]
+
+
+def _obstacle(spec: PolicyLossSpec) -> str | None:
+    missing = sorted(spec.requires & {"ref_logp", "sampling_logp"})
+    if missing:
+        return f"it reads {', '.join(missing)}, which torchtitan does not hand to a loss: it has the generator's log-probs, which the ratio is against"
+    if "adv" not in spec.requires:
+        return "it reads no advantages, so the reward would have no effect"
+    if spec.couples_rows:
+        return "it couples tokens, and torchtitan hands over chunks of packed tokens without their sequences"
+    if {agg_mode(r) for r in spec.reductions} != {"token-mean"}:
+        return "its reduction is no token mean, and torchtitan divides by global_valid_tokens"
+    return None
+
+
+class PolicyLoss(BaseLoss):  # type: ignore[misc]  # torchtitan has no types here
+    """A token-level method with the call of torchtitan's ``DAPOLoss``.
+
+    ``Config(method=, options=)``: a name of ``docs/methods.md`` and its hyper-parameters. Entropy bonuses are allowed.
+
+    Raises:
+        UnsupportedRequest: torchtitan cannot train the method; the reason is named.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseLoss.Config):  # type: ignore[misc]
+        method: str = "dapo"
+        options: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(self, config: Any, *, compile_config: Any = None) -> None:
+        spec = method(config.method, **config.options)
+        reason = _obstacle(spec)
+        if reason is not None:
+            raise UnsupportedRequest(f"torchtitan cannot train {config.method}: {reason}.")
+        # A coefficient of 0 still computes the entropies, which torchtitan logs.
+        logged = () if "entropy" in spec.requires else (Penalty(EntropyBonus(), 0.0),)
+        self.spec = dataclasses.replace(spec, penalties=(*spec.penalties, *logged))
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        global_valid_tokens: Any = None,
+        *,
+        generator_logprobs: Tensor,
+        advantages: Tensor,
+        loss_mask: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``(loss, metrics)`` of ``[T, V]`` logits and ``[T]`` labels, already shifted; the sum over the tokens, over ``global_valid_tokens``.
+
+        A token whose generator's log-prob is no finite number is out, as in torchtitan.
+        """
+        if isinstance(logits, torch.distributed.tensor.DTensor):
+            raise UnsupportedRequest(
+                "the logits are a DTensor: a call's rows are whole; use torchtitan's own loss with tensor parallelism."
+            )
+        keep = loss_mask.bool() & torch.isfinite(generator_logprobs)
+        divisor = 1 if global_valid_tokens is None else max(global_valid_tokens, 1)
+        out = policy_loss(
+            logits,
+            labels,
+            advantages,
+            spec=self.spec,
+            old_per_token_logps=generator_logprobs,
+            completion_mask=keep,
+            num_items_in_batch=divisor,
+            unused="ignore",  # torchtitan hands over the generator's log-probs whatever the loss reads
+        )
+        return out.loss, _metrics(out, generator_logprobs, keep, divisor)
+
+
+@torch.no_grad()
+def _metrics(out: PolicyLossOutput, generator_logprobs: Tensor, keep: Tensor, divisor: Any) -> dict[str, Tensor]:
+    """torchtitan's, to be summed over ranks, but for the maximum."""
+    drift = torch.where(keep, out.per_token_logps - generator_logprobs, 0)
+    assert out.entropies is not None
+    return {
+        "loss/mean": out.loss.detach(),
+        "loss/ratio_mean": out.ratio.sum() / divisor,
+        "loss/ratio_clipped_frac": out.is_clipped.sum() / divisor,
+        "bit_wise/logprob_diff/mean": drift.sum() / divisor,
+        "bit_wise/ratio_tokens_different/mean": (drift.abs() > 1e-6).sum() / divisor,
+        "bit_wise/logprob_diff/max": drift.abs().max() if drift.numel() else drift.new_zeros(()),
+        "trainer/entropy/mean": out.entropies.sum() / divisor,
+    }
