@@ -16,6 +16,7 @@ from ._core.calls.keywords import LinearPolicyLossKeywords, LMHeadKeywords, LMHe
 from ._core.calls.specs import named_spec
 from ._core.engine.output import PolicyLossOutput
 from ._core.losses.linear import linear_policy_loss, linear_token_logps
+from ._core.ranges import Count, ranged
 from ._core.spec.policy import PolicyLossSpec
 from .errors import InvalidCall
 
@@ -36,6 +37,8 @@ class _FusedHead(torch_nn.Module):
 
     _OWN: ClassVar[tuple[str, ...]] = ()
 
+    in_features: Count[int]
+    out_features: Count[int]
     weight: torch_nn.Parameter
     bias: torch_nn.Parameter | None
 
@@ -98,6 +101,7 @@ def _more_than_linear(linear: Any) -> str | None:
     return None
 
 
+@ranged
 class FusedLinearLogProbs(_FusedHead):
     """:func:`linear_token_logps` as a module: from hidden states to log-probs, or ``(logps, entropies)``.
 
@@ -131,6 +135,7 @@ class FusedLinearLogProbs(_FusedHead):
         )
 
 
+@ranged
 class FusedLinearPolicyLoss(_FusedHead):
     """:func:`linear_policy_loss` as a module: from hidden states, ids and advantages to a :class:`PolicyLossOutput`.
 

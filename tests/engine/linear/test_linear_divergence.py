@@ -482,8 +482,7 @@ def test_wrong_calls(case):
 
 
 def test_unknown_keywords_and_no_hidden_states():
-    h, w = torch.zeros(2, 3, 5), torch.zeros(7, 5)
-    t = rw.HiddenLogits(h, w)
+    t = rw.HiddenLogits(h := torch.zeros(2, 3, 5), w := torch.zeros(7, 5))
     with pytest.raises(TypeError, match="Did you mean teacher_softcap"):
         rw.linear_distillation_loss(h, w, t, teacher_softcaps=1.0)
     with pytest.raises(rw.InvalidCall, match=r"hidden must be a tensor R \+ \(D,\)"):
