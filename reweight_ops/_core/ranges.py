@@ -96,7 +96,7 @@ Count = Annotated[T, Interval("[1, inf)", whole=True)]
 CountOrZero = Annotated[T, Interval("[0, inf)", whole=True)]
 
 #: Of a field of a user's rule or weight that says ``float`` and no more.
-_ANY = Interval("[-inf, inf]")
+PLAIN = Interval("[-inf, inf]")
 
 
 def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range | None:
@@ -114,7 +114,7 @@ def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range |
             kind = get_args(part)[0]
             kinds = get_args(kind) or (kind,)
             return Range(found[0], optional, not found[0].fixed or Tensor in (*kinds, *parts) or Any in kinds)
-    return Range(_ANY, optional, True) if plain and float in parts else None
+    return Range(PLAIN, optional, True) if plain and float in parts else None
 
 
 def ranges_of(what: Any, plain: bool = False) -> dict[str, Range]:
@@ -144,7 +144,7 @@ def ranged(what: T, plain: bool = False) -> T:
     ranges = ranges_of(target, plain)
     if not ranges:
         return what
-    said = {name: allowed for name, allowed in ranges.items() if allowed.interval is not _ANY}
+    said = {name: allowed for name, allowed in ranges.items() if allowed.interval is not PLAIN}
     target.__ranges__, target.__doc__ = ranges, described(target.__doc__, said)
     is_class = inspect.isclass(what)  # of target it would narrow the type
     call = target.__init__ if is_class else target

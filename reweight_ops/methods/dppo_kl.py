@@ -6,6 +6,7 @@ from typing import Any
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule, rule
+from .._core.ranges import NonNegativeOrInf, PositiveOrInf
 from .._core.spec.policy import PolicyLossSpec
 
 #: What verl adds to the probabilities of all other tokens, so that a certain token has a finite divergence.
@@ -20,9 +21,9 @@ class DppoKL(Rule):
     Divergence PPO with the binary KL, arXiv:2602.04879. Differs from the paper as :class:`~reweight_ops.rules.surrogates.DppoTV` does.
     """
 
-    divergence_low: float = 0.2
-    divergence_high: float = 0.2
-    ratio_max: float = 20.0
+    divergence_low: NonNegativeOrInf[float] = 0.2
+    divergence_high: NonNegativeOrInf[float] = 0.2
+    ratio_max: PositiveOrInf[float] = 20.0
 
     def _outside(self, xp, t):
         others, old_others = -xp.expm1(t.logp), -xp.expm1(t.old_logp)
@@ -47,7 +48,9 @@ class DppoKL(Rule):
     arxiv="2602.04879",
     certainty="secondary",
 )
-def dppo_kl(divergence_low: Any = 0.2, divergence_high: Any = 0.2, ratio_max: Any = 20.0) -> PolicyLossSpec:
+def dppo_kl(
+    divergence_low: NonNegativeOrInf[Any] = 0.2, divergence_high: NonNegativeOrInf[Any] = 0.2, ratio_max: PositiveOrInf[Any] = 20.0
+) -> PolicyLossSpec:
     """Drops the tokens whose binary KL from the old policy has grown too large in the update's direction, token mean.
 
     Differs from the paper: after verl's implementation (``dppo_kl``): the gradient of the log-prob times the truncated, detached ratio.

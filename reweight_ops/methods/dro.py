@@ -7,6 +7,7 @@ from typing import Any
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule, rule
+from .._core.ranges import NonNegative
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import TokenRatio
 
@@ -15,7 +16,7 @@ from .._core.spec.ratio import TokenRatio
 class Dro(Rule):
     """``-A·logp + beta/2·(log r)²``."""
 
-    beta: float
+    beta: NonNegative[float]
 
     def loss(self, xp, t):
         return -t.adv * t.logp + 0.5 * self.beta * t.log_ratio * t.log_ratio
@@ -29,7 +30,7 @@ class Dro(Rule):
     certainty="secondary",
     example={"beta": 0.1},
 )
-def dro(beta: Any) -> PolicyLossSpec:
+def dro(beta: NonNegative[Any]) -> PolicyLossSpec:
     """``-(A·logp - β/2·(log r)²)``, token mean: the square of ``A - β·log r`` without what does not depend on the policy, over β.
 
     Differs from the paper: per token and against the old policy, as verl (``dro``) and Tinker have it; the paper's is one square a response, against the

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._core.formula.base import TokenWeight, weight
+from .._core.ranges import NonNegativeOrInf, Real, Unit
 
 
 def _covariance(t, batch):
@@ -20,12 +21,12 @@ class ClipCov(TokenWeight):
     The draw is a permutation of the call's positions that ``seed`` decides (a number, or a 0-d tensor such as the step), the same on every backend.
     """
 
-    fraction: float = 2e-4
-    lower: float = 1.0
-    upper: float = 5.0
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    seed: Any = 0.0
+    fraction: Unit[float] = 2e-4
+    lower: Real[float] = 1.0
+    upper: Real[float] = 5.0
+    epsilon_low: NonNegativeOrInf[float] = 0.2
+    epsilon_high: NonNegativeOrInf[float] = 0.2
+    seed: Real[Any] = 0.0
 
     def weight(self, xp, t, batch):
         covariance, ratio = _covariance(t, batch), xp.exp(t.log_ratio)
@@ -37,8 +38,8 @@ class ClipCov(TokenWeight):
 class TopCovariance(TokenWeight):
     """``value`` for the ``max(1, floor(fraction·n))`` of the n tokens with the largest covariance, else 0."""
 
-    fraction: float = 2e-4
-    value: Any = 1.0
+    fraction: Unit[float] = 2e-4
+    value: Real[Any] = 1.0
 
     def weight(self, xp, t, batch):
         return batch.largest(_covariance(t, batch), self.fraction) * self.value
