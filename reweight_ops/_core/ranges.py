@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidCall
+from .names import unexpected
 
 T = TypeVar("T")
 
@@ -142,12 +143,15 @@ def ranged(what: T, plain: bool = False) -> T:
     if "__ranges__" in vars(target):
         return what
     ranges = ranges_of(target, plain)
-    if not ranges:
-        return what
     said = {name: allowed for name, allowed in ranges.items() if allowed.interval is not PLAIN}
     target.__ranges__, target.__doc__ = ranges, described(target.__doc__, said)
     is_class = inspect.isclass(what)  # of target it would narrow the type
     call = target.__init__ if is_class else target
+    parameters = inspect.signature(target).parameters
+    # What takes any keyword says itself which it does not know.
+    known = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
+    if not ranges and known is None:
+        return what
     positional = tuple(
         name for name, p in inspect.signature(call).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
     )
@@ -156,6 +160,8 @@ def ranged(what: T, plain: bool = False) -> T:
     def checked(*args: Any, **keywords: Any) -> Any:
         # In a graph nothing is checked: what this function closes over must be what torch.compile knows, so it is no range.
         if not torch.compiler.is_compiling():
+            if known is not None and not known.issuperset(keywords):
+                raise unexpected(target.__name__, min(keywords.keys() - known), inspect.signature(target).parameters)
             _check(target, {**dict(zip(positional, args, strict=False)), **keywords})
         return call(*args, **keywords)
 
