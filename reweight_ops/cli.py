@@ -24,6 +24,7 @@ from ._core.catalogue.table import level, plan
 from ._core.formula.base import Rule, TokenWeight
 from ._core.formula.leaves import Leaves
 from ._core.formula.namespace import TorchNamespace
+from ._core.formula.trace import trace_weight
 from ._core.spec.policy import PolicyLossSpec
 from .errors import BackendUnavailable, ReweightOpsError
 from .integrations.trainers import TRAINERS
@@ -183,23 +184,36 @@ def _show_spec(spec: PolicyLossSpec) -> None:
     if any(isinstance(value, TokenWeight) for value in spec.surrogate.parameters().values()):
         console.print("[dim]its slopes depend on the batch: a hyper-parameter is a formula[/]")
     else:
-        console.print(_slopes(spec.surrogate))
+        alone = [
+            w
+            for w in spec.weights
+            if not trace_weight(type(w)).uses_batch and not any(isinstance(v, TokenWeight) for v in w.parameters().values())
+        ]
+        console.print(_slopes(spec.surrogate, alone))
+        for w in spec.weights:
+            if w not in alone:
+                console.print(f"[dim]the weight {w.name} is not in this table: it depends on the batch[/]")
 
 
-def _slopes(surrogate: Rule) -> Table:
-    """The surrogate of one token at a few ratios."""
+def _slopes(surrogate: Rule, weights: list[TokenWeight]) -> Table:
+    """The surrogate of one token at a few ratios, times the weights that one token has."""
     xp = TorchNamespace(torch.float64)
-    table = Table(
-        "ratio", "loss, A = +1", "slope", "loss, A = -1", "slope", title="surrogate of one token with p = 0.5 (slope: by its log-prob)"
-    )
+    times = "".join(f" times {w.name}" for w in weights)
+    title = f"surrogate{times} of one token with p = 0.5 (slope: by its log-prob)"
+    table = Table("ratio", "loss, A = +1", "slope", "loss, A = -1", "slope", title=title)
     for ratio in (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0):
         cells = []
         for adv in (1.0, -1.0):
             logp = torch.tensor(math.log(0.5), dtype=torch.float64, device="cpu", requires_grad=True)
             old = logp.detach() - math.log(ratio)
             stored = {"old_logp": old, "ref_logp": old, "sampling_logp": old, "adv": torch.tensor(adv, dtype=torch.float64, device="cpu")}
-            t = Leaves({"logp": logp, "log_ratio": logp - old, **stored})
+            # Of two tokens of p = 0.5, as far as a weight asks for the distribution.
+            spread = {"entropy": -logp.detach(), "log_sum_p_sq": logp.detach()}
+            t = Leaves({"logp": logp, "log_ratio": logp - old, **spread, **stored})
             loss = surrogate.loss(xp, t)
+            for w in weights:
+                u = torch.as_tensor(w.weight(xp, t, None), dtype=logp.dtype)
+                loss = torch.where(u == 0, 0, loss * (u.detach() if w.detach else u))
             (slope,) = torch.autograd.grad(loss, logp)
             cells += [f"{loss.item():+.4f}", f"{slope.item():+.4f}"]
         table.add_row(f"{ratio:g}", *cells)

@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from ._core.catalogue.registry import published
+from ._core.catalogue.registry import published, published_names
 from ._core.ranges import Count, Interval, NonNegative, Positive, Unit
 from ._core.rows.grouped import floats
 from .errors import InvalidCall
@@ -246,3 +246,6 @@ class Recap:
         score = mean / mean_before + last.std(0, correction=0) / (mean + mean_before)
         weights = len(latest) * torch.softmax(score / self.temperature, 0)
         return state, torch.where(state.seen >= 2 * self.window, weights, 1)
+
+
+__getattr__ = published_names("objective")

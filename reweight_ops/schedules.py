@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._core.catalogue.registry import published
+from ._core.catalogue.registry import published, published_names
 from ._core.ranges import Count, Interval, NonNegative, Real, Unit, ranged
 from ._core.rows.grouped import floats, grouped
 from ._core.spec.policy import PolicyLossSpec
@@ -181,3 +181,6 @@ class Relift:
         waiting = state.buffered + num_failed
         due = waiting >= self.buffer_size
         return ReliftState(waiting - self.buffer_size if due else waiting), due
+
+
+__getattr__ = published_names("schedule")

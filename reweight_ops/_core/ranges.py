@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidCall
+from .names import unexpected
 
 T = TypeVar("T")
 
@@ -96,7 +97,7 @@ Count = Annotated[T, Interval("[1, inf)", whole=True)]
 CountOrZero = Annotated[T, Interval("[0, inf)", whole=True)]
 
 #: Of a field of a user's rule or weight that says ``float`` and no more.
-_ANY = Interval("[-inf, inf]")
+PLAIN = Interval("[-inf, inf]")
 
 
 def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range | None:
@@ -114,7 +115,7 @@ def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range |
             kind = get_args(part)[0]
             kinds = get_args(kind) or (kind,)
             return Range(found[0], optional, not found[0].fixed or Tensor in (*kinds, *parts) or Any in kinds)
-    return Range(_ANY, optional, True) if plain and float in parts else None
+    return Range(PLAIN, optional, True) if plain and float in parts else None
 
 
 def ranges_of(what: Any, plain: bool = False) -> dict[str, Range]:
@@ -142,12 +143,15 @@ def ranged(what: T, plain: bool = False) -> T:
     if "__ranges__" in vars(target):
         return what
     ranges = ranges_of(target, plain)
-    if not ranges:
-        return what
-    said = {name: allowed for name, allowed in ranges.items() if allowed.interval is not _ANY}
+    said = {name: allowed for name, allowed in ranges.items() if allowed.interval is not PLAIN}
     target.__ranges__, target.__doc__ = ranges, described(target.__doc__, said)
     is_class = inspect.isclass(what)  # of target it would narrow the type
     call = target.__init__ if is_class else target
+    parameters = inspect.signature(target).parameters
+    # What takes any keyword says itself which it does not know.
+    known = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
+    if not ranges and known is None:
+        return what
     positional = tuple(
         name for name, p in inspect.signature(call).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
     )
@@ -156,6 +160,8 @@ def ranged(what: T, plain: bool = False) -> T:
     def checked(*args: Any, **keywords: Any) -> Any:
         # In a graph nothing is checked: what this function closes over must be what torch.compile knows, so it is no range.
         if not torch.compiler.is_compiling():
+            if known is not None and not known.issuperset(keywords):
+                raise unexpected(target.__name__, min(keywords.keys() - known), inspect.signature(target).parameters)
             _check(target, {**dict(zip(positional, args, strict=False)), **keywords})
         return call(*args, **keywords)
 

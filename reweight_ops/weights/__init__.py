@@ -3,6 +3,7 @@
 They multiply the *term*, not the advantage: the two differ for negative factors, and clip metrics must use the unweighted advantage.
 """
 
+from .._core.catalogue.registry import published_names
 from .._core.rows.batch import BatchStatistics
 from .covariance import ClipCov, TopCovariance
 from .entropy import (
@@ -99,3 +100,5 @@ __all__ = [
     "steer",
     "tw_grpo",
 ]
+
+__getattr__ = published_names("token_weight")

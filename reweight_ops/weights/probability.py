@@ -139,9 +139,9 @@ class ProbabilityQuantile(TokenWeight):
     """
 
     scope: str = "all"
-    quantile: float = 0.5
-    below: float = 1.0
-    above: float = 0.0
+    quantile: Unit[float] = 0.5
+    below: NonNegative[float] = 1.0
+    above: NonNegative[float] = 0.0
 
     def weight(self, xp, t, batch):
         p = xp.exp(t.old_logp)

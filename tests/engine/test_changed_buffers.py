@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import reweight_ops as rw
+from reweight_ops._core.engine.versions import Versions
 
 Z = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(6).view(2, 3)
@@ -99,13 +100,15 @@ def test_what_a_call_copied_may_change():
     assert torch.equal(value(out, "metrics").nan_to_num(7), want.nan_to_num(7))
 
 
-def test_a_copy_of_the_result():
-    given = buffers()
-    given["old_per_token_logps"].add_(0.0)
-    with torch.no_grad():
-        out = copy.deepcopy(call(given, "two_pass"))
-    given["old_per_token_logps"].zero_()
-    assert out.metrics["ratio/mean"] > 0
+def test_a_copy_has_tensors_of_its_own():
+    tensor = torch.zeros(2).add_(1)
+    copied = copy.deepcopy(Versions([("x", tensor)]))
+    tensor.zero_()
+    copied.check("metrics")
+    with pytest.raises(rw.ReweightOpsError, match=r"x has been written.*\(x.clone\(\)\)"):
+        once = Versions([("x", tensor)])
+        tensor.zero_()
+        once.check("metrics")
 
 
 def test_inference_mode_and_log_probs():

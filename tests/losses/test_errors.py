@@ -105,7 +105,16 @@ def test_unknown_keywords_of_the_other_ops():
 def test_keyword_tables_agree():
     assert set(SoftmaxKeywords.__annotations__) == set(SoftmaxOptions.__dataclass_fields__)
     assert set(PolicyKeywords.__annotations__) == set(PolicyOptions.__dataclass_fields__)
-    known = {*SoftmaxKeywords.__annotations__, *PolicyKeywords.__annotations__, "completion_ids", "spec"}
+    known = {
+        *SoftmaxKeywords.__annotations__,
+        *PolicyKeywords.__annotations__,
+        "completion_ids",
+        "spec",
+        "advantages",
+        "per_token_logps",
+        "hidden",
+        "lm_head_weight",
+    }
     assert all(target.split("=")[0].split(",")[0] in known for target in ALIASES.values()) and not known & set(ALIASES)
 
 

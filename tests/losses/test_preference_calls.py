@@ -83,7 +83,7 @@ WRONG = {
     "ref_logits": (dict(spec="sparse_po", ref_logits=torch.zeros(4, 3, 5)), "ref_logits needs the policy's logits"),
     "unknown spec": (dict(spec="dppo"), "Did you mean 'dpo'"),
     "no default": (dict(spec="dpo_gamma"), "'dpo_gamma' has no default for gamma"),
-    "a policy spec": (dict(spec=rw.methods.grpo()), "expected a PairSpec"),
+    "a policy spec": (dict(spec=rw.methods.grpo()), "spec is a PolicyLossSpec, which rw.policy_loss takes"),
     "scale": (dict(spec="simpo", loss_scale=torch.ones(2)), "loss_scale has shape"),
     "ld_alpha by ids": (dict(spec=preference.dpo(ld_alpha=0.5), logps=torch.zeros(6), sequence_ids=torch.tensor([0, 1, 0, 1, 0, 1]), num_sequences=2, ref_per_token_logps=torch.zeros(6)), "one after the other"),
     "fp16 log-probs": (dict(spec="simpo", logps=torch.zeros(4, 3).half()), "expected fp32 or fp64"),

@@ -71,6 +71,21 @@ def test_show(run, name):
         assert part in result.stdout
 
 
+def test_show_has_the_weights_in_its_table(run):
+    """At a ratio of 2 and p = 0.5 the old probability is 0.25: the weight is 0.3·0.25 + 0.7."""
+    out = run("show", "advantage_reweighting").stdout
+    assert "surrogate times advantage_reweighting of one token" in " ".join(out.split())
+    row = next(line for line in out.splitlines() if line.startswith("│ 2 "))
+    assert "-0.9300" in row and "+1.5500" in row
+    assert "the weight top_entropy is not in this table" in " ".join(run("show", "top_entropy").stdout.split())
+
+
+@pytest.mark.parametrize("name", ["AdvantageReweighting", "SurprisalReweighting", "Relift"])
+def test_show_finds_a_class(run, name):
+    result = run("show", name)
+    assert result.exit_code == 0 and f".{name}" in result.stdout
+
+
 def test_show_an_unknown_method_is_an_error(run):
     result = run("show", "dappo")
     assert result.exit_code != 0 and "dapo" in result.output

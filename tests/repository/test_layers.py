@@ -18,7 +18,7 @@ PACKAGE = ROOT / "reweight_ops"
 
 #: Lowest first. What stands in one line may not import each other; a folder is one unit, a file at the top is one too.
 LAYERS = (
-    ("errors", "_core.detached", "_core.files", "_core.moved", "_core.once", "_core.transforms", "triton_kernels"),
+    ("errors", "_core.detached", "_core.files", "_core.moved", "_core.names", "_core.once", "_core.transforms", "triton_kernels"),
     ("_core.ranges",),
     ("_core.formula", "_core.rows"),
     ("_core.spec", "_core.backends", "_core.catalogue"),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 from torch import Tensor, dtype
@@ -223,6 +225,9 @@ ALIASES = {
     "epsilon": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
     "epsilon_low": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
     "epsilon_high": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
+    "clip_eps": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
+    "eps_clip": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
+    "cliprange": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
     "eps_low": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
     "eps_high": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
     "clip_ratio": "spec=methods.verl(clip_ratio=...)",
@@ -254,6 +259,15 @@ ALIASES = {
     "loss_mask": "completion_mask",
     "attention_mask": "completion_mask",
     "labels": "completion_ids",
+    "input_ids": "completion_ids",
+    "token_ids": "completion_ids",
+    "targets": "completion_ids",
+    "mask": "completion_mask",
+    "hidden_states": "hidden",
+    "lm_head": "lm_head_weight",
+    "advantage": "advantages",
+    "log_probs": "per_token_logps",
+    "logprobs": "per_token_logps",
     "index": "completion_ids",
     "selected_token_ids": "completion_ids",
     "inplace": "consume_logits",
@@ -287,8 +301,23 @@ def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple
 def _reject(op: str, name: str, known: tuple[str, ...]) -> NoReturn:
     hint = ""
     alias = ALIASES.get(name, "")
-    if alias.split("=")[0].split(",")[0] in known:
+    if _target(alias) in (*known, *(() if op.endswith("_from_logps") else ("completion_ids",))):
         hint = f" Here it is {alias}."
     elif near := difflib.get_close_matches(name, known, n=1):
         hint = f" Did you mean {near[0]}?"
     raise TypeError(f"{op}() got an unexpected keyword argument {name!r}.{hint}")
+
+
+def _target(alias: str) -> str:
+    """The argument that an alias stands for."""
+    return alias.split("=")[0].split(",")[0]
+
+
+def misnamed(op: str, signature: inspect.Signature, given: int, keywords: Iterable[str]) -> TypeError | None:
+    """The error for an argument that is missing because the caller has given it another library's name; ``given``: how many came by position."""
+    known = signature.parameters
+    missing = {name for at, (name, p) in enumerate(known.items()) if p.default is p.empty and (at >= given or p.kind is p.KEYWORD_ONLY)}
+    for name in keywords:
+        if name not in known and _target(ALIASES.get(name, "")) in missing.difference(keywords):
+            return TypeError(f"{op}() got an unexpected keyword argument {name!r}. Here it is {ALIASES[name]}.")
+    return None

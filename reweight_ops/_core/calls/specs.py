@@ -11,6 +11,7 @@ from ...errors import InvalidCall
 from ..catalogue.registry import CATALOGUE
 from ..catalogue.search import entry_of
 from ..spec.pairs import PairSpec
+from ..spec.parts import called
 from ..spec.policy import PolicyLossSpec
 
 #: Name to :class:`~reweight_ops._core.catalogue.registry.Entry`: the losses of the catalogue.
@@ -41,16 +42,22 @@ def _build(name: str) -> None:
 def named_spec(op: str, spec: Any) -> PolicyLossSpec:
     """A spec, by itself or by its method's name."""
     if isinstance(spec, str):
+        if spec not in METHODS and spec in CATALOGUE["pair_loss"]:
+            raise InvalidCall(f"{op}: {spec!r} is a loss of pairs: rw.preference_loss(..., spec={spec!r}).")
         _build(spec)
         return _named[spec]
     if not isinstance(spec, PolicyLossSpec):
-        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.")
+        if isinstance(spec, PairSpec):
+            raise InvalidCall(f"{op}: spec is a PairSpec, which rw.preference_loss takes.")
+        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.{called(spec)}")
     return spec
 
 
 def named_pair_spec(op: str, spec: Any) -> PairSpec:
     """A spec, by itself or by its method's name."""
     if isinstance(spec, str):
+        if spec not in CATALOGUE["pair_loss"] and spec in METHODS:
+            raise InvalidCall(f"{op}: {spec!r} is a loss of tokens: rw.policy_loss(..., spec={spec!r}).")
         entry = entry_of(spec, "pair_loss")
         missing = [name for name, default in entry.defaults.items() if default is inspect.Parameter.empty]
         if missing:
@@ -60,5 +67,9 @@ def named_pair_spec(op: str, spec: Any) -> PairSpec:
         built: PairSpec = entry.function()
         return built
     if not isinstance(spec, PairSpec):
-        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PairSpec or one of {', '.join(sorted(CATALOGUE['pair_loss']))}.")
+        if isinstance(spec, PolicyLossSpec):
+            raise InvalidCall(f"{op}: spec is a PolicyLossSpec, which rw.policy_loss takes.")
+        raise InvalidCall(
+            f"{op}: spec is {spec!r}, expected a PairSpec or one of {', '.join(sorted(CATALOGUE['pair_loss']))}.{called(spec)}"
+        )
     return spec

@@ -79,6 +79,17 @@ class Entry:
 CATALOGUE: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 
 
+def published_names(kind: str) -> Callable[[str], Any]:
+    """A module's ``__getattr__``: what the catalogue lists under its namespace is an attribute by that name, classes too."""
+
+    def attribute(name: str) -> Any:
+        if name in CATALOGUE[kind]:
+            return CATALOGUE[kind][name].function
+        raise AttributeError(f"module {KINDS[kind][0]!r} has no attribute {name!r}")
+
+    return attribute
+
+
 def _kind_of_module(module: str) -> str:
     package = __name__.split(".")[0]
     for kind, (where, _) in KINDS.items():

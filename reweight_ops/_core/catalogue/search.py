@@ -41,9 +41,12 @@ def entries(kind: str | None = None) -> list[Entry]:
 
 
 def exact(text: str, kind: str | None = None) -> list[tuple[Entry, str]]:
-    """Entries that are called so, with what the text is of them: those by name if there are any, else by id, title or acronym, else by initials."""
+    """Entries that are called so, with what the text is of them: those by name if there are any, else by id, title or acronym, else by initials, else by
+    the class that one writes."""
     wanted = key(text)
     matches = [(entry, why) for entry in entries(kind) for name, why in names(entry) if name == wanted]
+    if not matches:
+        return [(entry, "class") for entry in entries(kind) if key(entry.function.__name__) == wanted]
     surest = next((rank for rank in _RANKS if any(why in rank for _, why in matches)), ())
     return list({entry.call: (entry, why) for entry, why in reversed(matches) if why in surest}.values())[::-1]
 

@@ -30,6 +30,12 @@ RULES: dict[str, type[Rule]] = {}
 WEIGHTS: dict[str, type[TokenWeight]] = {}
 
 
+def _undecorated(self: Any, *args: Any, **keywords: Any) -> None:
+    """In the place of the ``__init__`` that the decorator makes."""
+    kind = "weight" if isinstance(self, TokenWeight) else "rule"
+    raise InvalidCall(f"{type(self).__name__} is not registered yet: write @rw.{kind} above its class.")
+
+
 class Formula(Unread):
     """What rules and weights share: a name, and numeric fields that are its hyper-parameters."""
 
@@ -38,6 +44,11 @@ class Formula(Unread):
     SETTINGS: ClassVar[tuple[str, ...]] = ()
 
     _parameter_names: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "__init__" not in vars(cls):
+            cls.__init__ = _undecorated  # type: ignore[method-assign]
 
     @classmethod
     def parameter_names(cls) -> tuple[str, ...]:
@@ -94,6 +105,8 @@ def _register(registry: dict[str, Any], cls: type, name: str | None, base: type)
     cls.name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()  # type: ignore[attr-defined]
     if not re.fullmatch(r"[a-z][a-z0-9_]*", cls.name):  # type: ignore[attr-defined]
         raise InvalidCall(f"{cls.name!r} is no name: it becomes a C++ and a Triton function, so use lower_snake_case.")  # type: ignore[attr-defined]
+    if vars(cls).get("__init__") is _undecorated:
+        del cls.__init__
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     known = registry.get(cls.name)  # type: ignore[attr-defined]
     cls._parameter_names = tuple(f.name for f in dataclasses.fields(cls) if f.name not in cls.SETTINGS)  # type: ignore[attr-defined, arg-type]

@@ -12,6 +12,7 @@ import torch
 from typing_extensions import ParamSpec
 
 from ...errors import InvalidCall
+from ..calls.keywords import misnamed
 from ..engine.plan import backend_reasons, choose_plan
 from ..engine.run import Call, run
 from ..ranges import ranged
@@ -30,7 +31,11 @@ def public_op(prepare: Callable[P, Call[T]]) -> Callable[P, T]:
 
     @functools.wraps(prepare)
     def op(*args: P.args, **keywords: P.kwargs) -> T:
-        return run(prepare(*args, **keywords))
+        try:
+            call = prepare(*args, **keywords)
+        except TypeError as error:
+            raise misnamed(prepare.__name__, signature, len(args), keywords) or error from None
+        return run(call)
 
     signature = inspect.signature(prepare)
     result = str(signature.return_annotation).removeprefix("Call[").removesuffix("]")

@@ -11,6 +11,7 @@ from ..ranges import Interval, Positive, Real, ranged
 from .compiled import set_default
 from .pair_parts import PairLoss, PairPart, PairWeight, Score
 from .pair_score import LogRatio
+from .parts import require_tuple
 
 TOKENS = ("completion", "from_first_difference")
 
@@ -44,6 +45,8 @@ class PairSpec:
 
     def __post_init__(self) -> None:
         set_default(self, "score", LogRatio)
+        for field in ("terms", "weights"):
+            require_tuple("PairSpec", field, getattr(self, field))
         if not self.terms or any(not isinstance(t, PairTerm) for t in self.terms):
             raise InvalidCall(f"PairSpec: terms is {self.terms!r}, expected at least one PairTerm.")
         if not isinstance(self.score, Score):

@@ -17,6 +17,7 @@ from ..formula.monitor import Monitor
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
 from ..ranges import Real, ranged
 from .compiled import describe, rebuild, set_default
+from .parts import called, require_tuple
 from .ratio import Ratio, TokenRatio
 from .reduction import NoReduction, Reduction, TokenMean
 
@@ -54,9 +55,13 @@ class PolicyLossSpec:
     def __post_init__(self) -> None:
         set_default(self, "ratio", TokenRatio)
         set_default(self, "reduction", TokenMean)
+        for field in ("penalties", "weights"):
+            require_tuple("PolicyLossSpec", field, getattr(self, field))
         for field, kind in (("surrogate", Rule), ("ratio", Ratio), ("reduction", Reduction)):
             if not isinstance(getattr(self, field), kind):
-                raise InvalidCall(f"PolicyLossSpec: {field} is {getattr(self, field)!r}, expected a {kind.__name__}.")
+                raise InvalidCall(
+                    f"PolicyLossSpec: {field} is {getattr(self, field)!r}, expected a {kind.__name__}.{called(getattr(self, field))}"
+                )
         if self.surrogate.kind == "penalty":
             raise InvalidCall(f"PolicyLossSpec: {self.surrogate.name!r} is a penalty; give it as Penalty(rule, coef).")
         for p in self.penalties:
@@ -66,7 +71,7 @@ class PolicyLossSpec:
                 raise InvalidCall("PolicyLossSpec: a penalty's own reduction and NoReduction exclude each other: the loss has one shape.")
         for w in self.weights:
             if not isinstance(w, TokenWeight):
-                raise InvalidCall(f"PolicyLossSpec: weights holds {w!r}, expected a TokenWeight.")
+                raise InvalidCall(f"PolicyLossSpec: weights holds {w!r}, expected a TokenWeight.{called(w)}")
         if isinstance(self.reduction, NoReduction) and self.reduction.weight is not None:
             raise InvalidCall("PolicyLossSpec: NoReduction takes no weight.")
         # Traced now, and kept: a call, and torch.compile above it, only reads the results.
