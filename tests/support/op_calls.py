@@ -43,6 +43,9 @@ CALLS = {
     ],
     "policy_loss_from_logps": [lambda z: rw.policy_loss_from_logps(logps(z), **STORED, spec=rw.methods.grpo(beta=0.1)).loss],
     "linear_token_logps": [lambda z: rw.linear_token_logps(z[..., :6], WEIGHT.to(z.dtype), IDS, chunk_rows=8)],
+    "linear_token_stats": [
+        lambda z: tuple(getattr(rw.linear_token_stats(z[..., :6], WEIGHT.to(z.dtype), IDS, stats=STATS), name) for name in STATS)
+    ],
     "linear_policy_loss": [
         lambda z: rw.linear_policy_loss(z[..., :6], WEIGHT.to(z.dtype), **BATCH, spec=SPEC).loss,
         lambda z: rw.linear_policy_loss(z[..., :6], WEIGHT.to(z.dtype), **BATCH, spec=SPEC, plan="two_pass", chunk_rows=8).loss,
@@ -52,6 +55,8 @@ CALLS = {
         lambda z: rw.token_divergence(z, OTHER.to(z.dtype), kind="generalized_jsd", beta=0.3),
     ],
     "distillation_loss": [lambda z: rw.distillation_loss(z, OTHER.to(z.dtype), kind="reverse_kl").loss],
+    "linear_token_divergence": [lambda z: rw.linear_token_divergence(z[..., :6], WEIGHT.to(z.dtype), OTHER.to(z.dtype))],
+    "linear_distillation_loss": [lambda z: rw.linear_distillation_loss(z[..., :6], WEIGHT.to(z.dtype), OTHER.to(z.dtype)).loss],
     "preference_loss": [lambda z: rw.preference_loss(z, **PAIRS, spec="dpo").loss],
     "preference_loss_from_logps": [lambda z: rw.preference_loss_from_logps(logps(z), **REFERENCE, spec="dpo").loss],
     "linear_preference_loss": [lambda z: rw.linear_preference_loss(z[..., :6], WEIGHT.to(z.dtype), **PAIRS, spec="dpo").loss],
