@@ -47,6 +47,7 @@ def test_the_first_is_the_faster(kind, providers):
 )
 def test_a_gpu_is_asked_what_it_is(monkeypatch, capability, first):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
     preference.kind_of.cache_clear()
