@@ -32,7 +32,6 @@ WRONG = {
     "vocab_size": (dict(vocab_size=8), "vocab_size is 8, logits have 7 columns"),
     "temperature 0": (dict(temperature=0.0), r"temperature is 0.0, expected a number in \(0, inf\)"),
     "temperature shape": (dict(temperature=torch.ones(5)), "temperature has shape"),
-    "temperature grad": (dict(temperature=torch.tensor(1.0, requires_grad=True)), "temperature requires grad"),
     "softcap": (dict(softcap=-1.0), "softcap is -1.0"),
     "bf16 old": (dict(old_per_token_logps=ADV.bfloat16()), r"old_per_token_logps is torch.bfloat16.*\.float\(\)"),
     "old with grad": (dict(old_per_token_logps=ADV.clone().requires_grad_()), "old_per_token_logps requires grad"),

@@ -22,19 +22,20 @@ def mean_logit(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> T
     """``mean_v cap·tanh(z_v/cap)/T`` of logits ``R + (V,)``, over the ``vocab_size`` columns: ``[N]`` in fp32 (fp64 for fp64 logits)."""
     z = logits[..., : softmax.vocab_size]
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    parts = [_sum(_capped(block.to(dtype), softmax.softcap)) for block in _blocks(z)]
+    parts = [_sum(capped(block.to(dtype), softmax.softcap)) for block in blocks(z)]
     total = torch.cat(parts) if parts else z.new_zeros(0, dtype=dtype)
     return total / (softmax.vocab_size * temperature.to(dtype))
 
 
-def _blocks(z: Tensor) -> Iterator[Tensor]:
+def blocks(z: Tensor) -> Iterator[Tensor]:
     """Views of a few rows each. A tensor of sequences is taken apart first, for its rows may have no common stride."""
     for rows in z.unbind() if z.dim() == 3 else (z,):
         most = _BLOCK.get(z.device.type, _BLOCK["cuda"])
         yield from torch.split(rows, max(most // max(z.size(-1), 1), 1))
 
 
-def _capped(x: Tensor, softcap: float) -> Tensor:
+def capped(x: Tensor, softcap: float) -> Tensor:
+    """``cap·tanh(x/cap)``; ``-inf`` stays ``-inf``."""
     return x if math.isinf(softcap) else torch.where(x == -math.inf, x, softcap * torch.tanh(x / softcap))
 
 

@@ -69,7 +69,7 @@ class Hidden:
 
     @property
     def needs_grad(self) -> bool:
-        parts = (self.states, *self.head[:4])
+        parts = (self.states, *self.head[:4], self.temperature)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in parts)
 
     def gather(self, row: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Logits:
 
     @property
     def needs_grad(self) -> bool:
-        return torch.is_grad_enabled() and self.values.requires_grad
+        return torch.is_grad_enabled() and (self.values.requires_grad or self.temperature.requires_grad)
 
     def mark_consumed(self) -> None:
         if self.consume:

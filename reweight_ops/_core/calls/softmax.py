@@ -40,11 +40,15 @@ def resolve_softcap(value: float | None) -> float:
     return math.inf if value is None else float(value)
 
 
+def refuse_learnt(temperature: Tensor, fail: Fail, name: str = "temperature") -> None:
+    """Raise where an op would drop the gradient by a temperature."""
+    if temperature.requires_grad and torch.is_grad_enabled():
+        raise fail(f"{name} requires grad, but no gradient of this op flows to it: pass it detached.")
+
+
 def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
-    """The temperature as ``[1]`` or ``[N]`` in the row dtype."""
+    """The temperature as ``[1]`` or ``[N]`` in the row dtype, in the graph of the caller's."""
     if isinstance(value, Tensor):
-        if value.requires_grad:
-            raise fail("temperature requires grad, but no gradient flows to it: pass it detached.")
         found = value.to(rows.dtype).view(1) if value.dim() == 0 else rows.per_row("temperature", value)
         if rows.device.type == "cpu" and not torch.compiler.is_compiling() and not is_wrapped(found):
             _check_temperature(found, rows, fail)

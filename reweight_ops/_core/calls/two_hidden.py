@@ -16,7 +16,7 @@ from .chunking import chunking
 from .hidden import ChunkSettings, Hidden, LMHead, resolve_hidden
 from .keywords import HiddenLogits, LMHeadOptions, SoftmaxOptions
 from .logits import collapsed
-from .softmax import Fail, resolve_softcap, resolve_temperature
+from .softmax import Fail, refuse_learnt, resolve_softcap, resolve_temperature
 from .two_logits import check_columns, check_other_logits
 
 
@@ -71,6 +71,8 @@ def resolve_two_hidden(
         q = _other_logits(p, weight, other, softmax, of_other, fail)
     else:
         raise fail(f"{of_other.name} is a {type(other).__name__}, expected a HiddenLogits, or logits R + (V,).")
+    refuse_learnt(p.temperature, fail)
+    refuse_learnt(q.temperature, fail, f"{of_other.name}_temperature")
     return TwoHidden(*_chunked(p, q, head))
 
 

@@ -13,7 +13,7 @@ from ..backends.base import SoftmaxParams
 from ..rows.groups import describe
 from .keywords import SoftmaxOptions
 from .logits import Logits, collapsed, resolve_logits
-from .softmax import Fail, resolve_softcap, resolve_temperature
+from .softmax import Fail, refuse_learnt, resolve_softcap, resolve_temperature
 
 
 @dataclass(frozen=True)
@@ -71,4 +71,6 @@ def resolve_two_logits(
     softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap(other_softcap))
     # A view: torch.compile takes no tensor twice.
     temperature = call.temperature.view(-1) if other_temperature is None else resolve_temperature(call.rows, other_temperature, fail)
+    refuse_learnt(call.temperature, fail)
+    refuse_learnt(temperature, fail, "other_temperature")
     return TwoLogits(call, collapsed("other_logits", other, fail), temperature, softmax)

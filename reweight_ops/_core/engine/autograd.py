@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import ReweightOpsError, UnsupportedRequest
 from ..backends.base import SoftmaxParams
+from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
 from ..backends.mean_logit import MEAN_LOGIT
 from . import again
 from . import ops as library
@@ -46,7 +47,7 @@ def forbid_second_backward(ctx: Any, op: str) -> None:
 
 
 #: Statistics without a gradient.
-FIXED = ("max_logp", MEAN_LOGIT)
+FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ)
 
 #: What the kernel of a gradient reads and no caller does.
 LSE_LOW = "lse_low"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends.base import SoftmaxParams
 from ..calls.logits import Logits
+from ..calls.softmax import refuse_learnt
 from ..calls.two_logits import TwoLogits
 from ..rows.rows import Rows
 from ..transforms import in_transform
@@ -94,6 +95,7 @@ class FormulaSource(PlainSource):
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         p, rows = self.p, self.rows
+        refuse_learnt(p.temperature, rows.error)
         if p.consume:
             raise rows.error("consume_logits=True: this loss is a composite that does not write over its logits.")
         # In a row that is out the formula sees zeros.

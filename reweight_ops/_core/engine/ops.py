@@ -6,6 +6,8 @@ write the gradient over the logits and bump the version counter: an earlier auto
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.library import Library, infer_schema
 
 from ..backends.base import COEFS, DIVERGENCE_STATS, LOSS_ROWS, DivergenceInputs, RowInputs, SoftmaxParams
+from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE, log_p_moment
 from ..backends.mean_logit import MEAN_LOGIT, mean_logit
 from ..backends.scale import scale_in_torch
 from ..backends.select import load
@@ -97,20 +100,31 @@ def _fake_stats(
     return logits.new_empty((len(stats.split(",")), ids.numel()), dtype=row_dtype(logits))
 
 
+#: Statistics that no backend has a kernel for.
+_UNFUSED: dict[str, Callable[[Tensor, Tensor, SoftmaxParams], Tensor]] = {
+    MEAN_LOGIT: mean_logit,
+    VARIANCE: functools.partial(log_p_moment, VARIANCE),
+    MEAN_BY_P_SQ: functools.partial(log_p_moment, MEAN_BY_P_SQ),
+}
+
+
 @op(_fake_stats)
 def token_stats(
     logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
 ) -> Tensor:
     softmax, z = SoftmaxParams(vocab_size, softcap), without_last_position(logits, drop_last)
     names = stats.split(",")
-    kernel = tuple(name for name in names if name != MEAN_LOGIT)
+    kernel = tuple(name for name in names if name not in _UNFUSED)
     found = load(backend).token_stats(z, ids, temperature, softmax, kernel)
-    if MEAN_LOGIT not in names:
+    if len(kernel) == len(names):
         return found
-    mean, lse, at = mean_logit(z, temperature, softmax), found[kernel.index("lse")], names.index(MEAN_LOGIT)
-    # As for every statistic: 0 in a row that is out, NaN in a row without a distribution.
-    mean = torch.where(ids == OUT, 0, torch.where(lse.isnan(), lse, mean))
-    return torch.cat([found[:at], mean[None], found[at:]])
+    rows = dict(zip(kernel, found.unbind(), strict=True))
+    for name in names:
+        if name in _UNFUSED:
+            # As every statistic: 0 in a row that is out, NaN in a row without a distribution.
+            value = torch.where(rows["lse"].isnan(), math.nan, _UNFUSED[name](z, temperature, softmax))
+            rows[name] = torch.where(ids == OUT, 0, value)
+    return torch.stack([rows[name] for name in names])
 
 
 def _write_token_grad(

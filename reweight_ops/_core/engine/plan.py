@@ -105,7 +105,7 @@ def choose_plan(source: Source, objective: Objective[Any], plan: str, info: Sour
     elif transformed:
         reason = "inside torch.func's transforms, which differentiate the torch formula"
     else:
-        reason = objective.one_pass_unsupported_reason(info, requested=plan == "one_pass")
+        reason = info.two_pass_reason or objective.one_pass_unsupported_reason(info, requested=plan == "one_pass")
     if info.backend is None or transformed:
         if plan == "one_pass" and info.backend is not None:
             raise UnsupportedRequest(f"{op}: plan='one_pass' is impossible {reason}.")

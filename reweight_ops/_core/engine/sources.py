@@ -11,7 +11,7 @@ from ..backends.select import load
 from ..calls.logits import Logits
 from ..calls.two_logits import TwoLogits
 from ..rows.rows import Rows
-from . import again
+from . import again, temperature
 from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
 from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
 
@@ -32,7 +32,10 @@ class LogitsSource(PlainSource):
     @property
     def info(self) -> SourceInfo:
         z = self.logits
-        return SourceInfo(z.values.device, z.values.dtype, z.needs_grad, z.backend, ("token_stats",), "token_loss_grad")
+        return SourceInfo(
+            z.values.device, z.values.dtype, z.needs_grad, z.backend, ("token_stats",), "token_loss_grad",
+            two_pass_reason=temperature.WHY_TWO_PASSES if temperature.learns(z.temperature) else None,
+        )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         z = self.logits
@@ -41,10 +44,11 @@ class LogitsSource(PlainSource):
             return dict(
                 zip(found, again.token_stats(again.rows(z.values, z.drop_last), z.ids, z.temperature, z.softmax, found), strict=True)
             )
+        computed = temperature.with_reads(found, z.temperature)
         values = RowStatistics.apply(  # type: ignore[no-untyped-call]
-            z.values, z.ids, z.temperature, z.softmax, self._options(backend), ",".join(found)
+            z.values, z.ids, z.temperature.detach(), z.softmax, self._options(backend), ",".join(computed)
         )
-        return dict(zip(found, values, strict=True))
+        return temperature.differentiable(dict(zip(computed, values, strict=True)), found, z.temperature)
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         z = self.logits

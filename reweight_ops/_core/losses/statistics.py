@@ -55,7 +55,8 @@ def token_logps(
         completion_ids: R, int32 or int64. ``-100``: the row is out.
         completion_mask: R, any dtype; a row is in iff not 0. Rows that are out are never read, give 0, and get a gradient of exact 0.
         return_entropy: also return the entropies.
-        temperature: T, a positive number, a 0-d tensor, or one per row (or sequence).
+        temperature: T, a positive number, a 0-d tensor, or one per row (or sequence). A tensor that requires grad gets its gradient, by two passes; that
+            of the entropy takes one more read of the logits.
         softcap: the cap of a tanh soft cap on the raw logits, None for off.
         vocab_size: columns of the softmax if the head is padded beyond them; the others get a gradient of exact 0.
         drop_last: logits have one position more than ids (the last is unread, its gradient 0): the layout without a copy in backward.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...calls.hidden import ChunkSettings, Hidden
 from ...rows.rows import Rows
-from .. import again
+from .. import again, temperature
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
 from ..sources import ALWAYS
 from .autograd import LinearOnePassLoss, LinearStatistics
@@ -30,18 +30,23 @@ class HiddenSource(PlainSource):
     @property
     def info(self) -> SourceInfo:
         h, s = self.hidden, self.hidden.settings
-        return SourceInfo(h.states.device, s.logits_dtype, h.needs_grad, s.backend, ("token_stats",), "token_loss_grad")
+        return SourceInfo(
+            h.states.device, s.logits_dtype, h.needs_grad, s.backend, ("token_stats",), "token_loss_grad",
+            two_pass_reason=temperature.WHY_TWO_PASSES if temperature.learns(h.temperature) else None,
+        )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
         found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
         if backend == again.TORCH:
-            values = again.linear_stats(h.states, h.head, h.ids, h.temperature, h.settings, found)
+            known = dict(zip(found, again.linear_stats(h.states, h.head, h.ids, h.temperature, h.settings, found), strict=True))
         else:
+            computed = temperature.with_reads(found, h.temperature)
             values = LinearStatistics.apply(  # type: ignore[no-untyped-call]
-                h.states, *h.head, h.ids, h.temperature, self._settings(backend), ",".join(found)
+                h.states, *h.head, h.ids, h.temperature.detach(), self._settings(backend), ",".join(computed)
             )
-        return {name: h.scatter(value) for name, value in zip(found, values, strict=True)}
+            known = temperature.differentiable(dict(zip(computed, values, strict=True)), found, h.temperature)
+        return {name: h.scatter(value) for name, value in known.items()}
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         h = self.hidden

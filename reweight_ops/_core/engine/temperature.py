@@ -1,0 +1,80 @@
+"""The gradient by the temperature, of statistics that are differentiable to the logits already: sums over the vocabulary that other statistics hold.
+
+With x = z/T every statistic s has ``ds/dT = -1/T·Σ_v x_v·ds/dx_v``, which is in terms of the row's statistics::
+
+    logp           -(logp + H)/T                 lse            -(lse - H)/T
+    entropy        Var_p(log p)/T                log_sum_p_sq   -2·(Σ p²·log p / Σ p² + H)/T
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedRequest
+from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
+from . import again
+
+#: Statistic to what its derivative reads besides.
+_READS = {"logp": ("entropy",), "lse": ("entropy",), "entropy": (VARIANCE,), "log_sum_p_sq": ("entropy", MEAN_BY_P_SQ)}
+
+WHY_TWO_PASSES = "temperature requires grad"
+
+
+def learns(temperature: Tensor) -> bool:
+    """Whether a gradient by it is asked for."""
+    return torch.is_grad_enabled() and temperature.requires_grad
+
+
+def with_reads(names: tuple[str, ...], temperature: Tensor) -> tuple[str, ...]:
+    """``names``, and what the derivatives by the temperature read where they are asked for."""
+    if not learns(temperature):
+        return names
+    return tuple(dict.fromkeys((*names, *(read for name in names for read in _READS.get(name, ())))))
+
+
+def differentiable(found: dict[str, Tensor], names: tuple[str, ...], temperature: Tensor) -> dict[str, Tensor]:
+    """The statistics ``names`` of ``found``, differentiable to the temperature ``[1]`` or ``[N]`` too."""
+    if not learns(temperature):
+        return found
+    moving = tuple(name for name in names if name in _READS)
+    reads = {read: found[read].detach() for name in moving for read in (name, *_READS[name])}
+    values = _ByTemperature.apply(temperature, moving, reads, *(found[name] for name in moving))  # type: ignore[no-untyped-call]
+    return {**{name: found[name] for name in names}, **dict(zip(moving, values, strict=True))}
+
+
+class _ByTemperature(torch.autograd.Function):
+    """The statistics as they are; backward adds the temperature's gradient to theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, temperature: Tensor, names: tuple[str, ...], reads: dict[str, Tensor], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.names, ctx.reads = names, tuple(reads)
+        ctx.save_for_backward(temperature, *reads.values())
+        ctx.set_materialize_grads(False)
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if again.wants_graph():
+            raise UnsupportedRequest(
+                "create_graph=True asks for second derivatives where the temperature requires grad: torch.func (grad, hessian) has them."
+            )
+        temperature, *reads = ctx.saved_tensors
+        slopes = _slopes(dict(zip(ctx.reads, reads, strict=True)))
+        parts = [torch.where(g == 0, 0, g * slopes[name]()) for name, g in zip(ctx.names, grads, strict=True) if g is not None]
+        if not parts:
+            return (None,) * (3 + len(grads))
+        total = sum(parts[1:], parts[0]) / temperature
+        return total.sum().view(1) if temperature.numel() == 1 else total, None, None, *grads
+
+
+def _slopes(s: dict[str, Tensor]) -> dict[str, Any]:
+    """``T·ds/dT`` of every statistic, evaluated when it is called."""
+    return {
+        "logp": lambda: -(s["logp"] + s["entropy"]),
+        "lse": lambda: s["entropy"] - s["lse"],
+        "entropy": lambda: s[VARIANCE],
+        "log_sum_p_sq": lambda: -2 * (s[MEAN_BY_P_SQ] + s["entropy"]),
+    }
