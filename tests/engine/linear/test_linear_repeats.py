@@ -35,3 +35,19 @@ def test_gradcheck_at_its_own_tolerances(options):
     for seed in range(6):
         leaves, batch = make(seed, torch.float64)
         assert torch.autograd.gradcheck(lambda h, w, batch=batch: loss(h, w, batch, **options), leaves)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_rows": 4}, {"chunk_rows": 4, "memory_budget": 600}, {"compact_rows": False}], ids=str)
+@pytest.mark.parametrize("kind", ["reverse_kl", "generalized_jsd"])
+def test_a_second_backward_of_a_divergence(kind, options):
+    for seed in range(10):
+        leaves, batch = make(seed, torch.float32)
+        g = torch.Generator().manual_seed(seed)
+        teacher = rw.HiddenLogits(torch.randn(2, 9, 3, generator=g), torch.randn(11, 3, generator=g))
+        weights = torch.where(batch["advantages"] > 0, batch["advantages"], 0)
+        value = rw.linear_distillation_loss(
+            *leaves, teacher, kind=kind, plan="two_pass", completion_mask=batch["completion_mask"], token_weights=weights, **options
+        ).loss
+        first, second, third = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(3))
+        for a, b, c in zip(first, second, third, strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c), seed

@@ -94,6 +94,10 @@ class OtherChunk:
             where = torch.arange(where.start, min(where.stop, values.size(0) * values.size(1)), device=values.device)
         return values[where // values.size(1), where % values.size(1)]
 
+    def made(self, rows: slice) -> Tensor:
+        """Those that were computed last, of the run ``rows``."""
+        return self.logits(rows) if self.chunk is None else self.chunk.data[: rows.stop - rows.start]
+
 
 class Heads(NamedTuple):
     """Both models' settings of a chunk, and what is computed of their logits."""
@@ -130,7 +134,7 @@ class LinearDivergences(torch.autograd.Function):
         table = torch.cat(parts, 1) if parts else _no_rows(hidden, measure, t.dtype)
         ctx.set_materialize_grads(False)
         ctx.heads, ctx.lora_scale = heads, lora_scale
-        # Backward writes over p's, so they serve once; a second backward computes them again.
+        # Backward writes over p's, so they serve once; a second backward makes the same ones again.
         ctx.kept = kept
         ctx.other_scale = 1.0 if other.head is None else other.head.lora_scale
         others = (other.values, other.picked, *(other.head[:4] if other.head is not None else ()))
@@ -159,7 +163,7 @@ class LinearDivergences(torch.autograd.Function):
         parameters = LMHead(weight, bias, lora_a, lora_b, ctx.lora_scale)
         head = parameters.cast(settings)
         coefs = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads])
-        count, kept, ctx.kept = hidden.size(0), ctx.kept, []
+        count, kept, ctx.kept = hidden.size(0), ctx.kept, [None] * len(ctx.kept)
         size = min(settings.chunk_rows, count)
         again_from = min(len(kept) * size, count)
         # Rows without a coefficient are not even computed again.
@@ -174,19 +178,26 @@ class LinearDivergences(torch.autograd.Function):
             whole = chunk if found is None else padded(found, chunk.size(0))
             gradients.add(where, hidden[where], whole, live_rows(*by) if drop else None)
 
-        for (first, second), rows in zip(kept, chunks(0, again_from, max(size, 1)), strict=True):
-            rows = slice(rows.start, min(rows.stop, count))
-            second_logits = second.logits(rows) if second.chunk is None else second.chunk.data[: rows.stop - rows.start]
-            add(rows, first.data[: rows.stop - rows.start], second_logits, first.data, settings.drop_inert)
-        kept = first = second = second_logits = None  # freed before the working chunk is made
+        nothing: Any = None
+        both = working = first = second = z = y = nothing
+        for both, rows in zip(kept, chunks(0, again_from, max(size, 1)), strict=True):
+            if both is None:
+                working = working or (Chunk(size, head, settings), OtherChunk(size, other, heads.other))
+                first, second = working
+                z, y = first.logits(hidden[rows]), second.logits(rows)
+            else:
+                first, second = both
+                z, y = first.data[: rows.stop - rows.start], second.made(rows)
+            add(rows, z, y, first.data, settings.drop_inert)
+        kept = both = working = first = second = z = y = nothing  # freed before the working chunk is made
         if left:
             # Without compaction the same chunks as in forward, so that the same logits are found.
-            size = min(size if live is None else balanced(left, size), left)
-            chunk, second = Chunk(size, head, settings), OtherChunk(size, other, heads.other)
+            size = size if live is None else min(balanced(left, size), left)
+            first, second = Chunk(size, head, settings), OtherChunk(size, other, heads.other)
             for rows in chunks(0, left, size):
                 where = slice(again_from + rows.start, again_from + rows.stop) if live is None else again_from + live[rows]
-                z = chunk.logits(hidden[where])
-                add(where, z, second.logits(where), chunk.data, False)
+                z = first.logits(hidden[where])
+                add(where, z, second.logits(where), first.data, False)
         return (*gradients.finish(), *(None,) * 6)
 
 
