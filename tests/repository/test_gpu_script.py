@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import gpu
+from bench.distill import JOBS
 from bench.gpu import Stage, run_all, stages
 
 ROOT = Path(gpu.__file__).parent.parent
@@ -40,6 +41,7 @@ def test_the_dry_run(tmp_path):
         "kl",
         "kl+grad",
         "distill",
+        *JOBS,
     }
     for case in bench["cases"]:
         ours = [r for r in case["results"] if r["ours"]]
