@@ -456,7 +456,7 @@ def test_the_default_chunk_holds_both_models_logits(monkeypatch):
 WRONG = {
     "kind": (dict(kind="kl"), "kind is 'kl', expected one of forward_kl, .*generalized_jsd"),
     "beta": (dict(beta=0.5), "beta belongs to kind='generalized_jsd'"),
-    "beta range": (dict(kind="generalized_jsd", beta=0.0), r"expected a number in \(0, 1\); 0 is forward_kl"),
+    "beta range": (dict(kind="generalized_jsd", beta=0.0), r"beta is 0.0, expected a number in \(0, 1\)"),
     "no teacher": (dict(other=None), "other is a NoneType, expected a HiddenLogits, or logits"),
     "columns": (dict(other=rw.HiddenLogits(torch.zeros(2, 3, 4), torch.zeros(9, 4))), "logits have 7 columns, other_logits 9: pass vocab_size"),
     "logits columns": (dict(other=torch.zeros(2, 3, 9)), "logits have 7 columns, other_logits 9: pass vocab_size"),
@@ -468,7 +468,7 @@ WRONG = {
     "logits grad": (dict(other=torch.zeros(2, 3, 7, requires_grad=True)), "other_logits require grad"),
     "fp64 beside fp32": (dict(other=rw.HiddenLogits(torch.zeros(2, 3, 4).double(), torch.zeros(7, 4).double())), "fp64 for both or for none"),
     "softcap": (dict(other_softcap=-1.0), "softcap is -1.0"),
-    "temperature": (dict(other_temperature=0.0), "expected a positive number"),
+    "temperature": (dict(other_temperature=0.0), r"other_temperature is 0.0, expected a number in \(0, inf\)"),
     "consume": (dict(consume_logits=True), "consume_logits is for logits"),
 }  # fmt: skip
 
