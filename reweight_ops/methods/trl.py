@@ -61,7 +61,7 @@ def trl(
     off_policy_mask_threshold: Real[Any] = None,
     vllm_importance_sampling_mode: str | None = None,
     vllm_importance_sampling_clip_min: NonNegative[Any] = None,
-    vllm_importance_sampling_clip_max: PositiveOrInf[Any] = 3.0,
+    vllm_importance_sampling_clip_max: PositiveOrInf[Any] | None = 3.0,
     unused: str = "error",
 ) -> PolicyLossSpec:
     """The loss of TRL's ``GRPOTrainer._compute_loss`` (1.15 and later), exactly: bare ``exp``, k3 without a clamp.
