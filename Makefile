@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test lint format types tests trainers slow gpu gpu-test gpu-bench gpu-kernels triton-versions setup clean
+.PHONY: demo test lint format types tests trainers slow gpu gpu-test gpu-bench gpu-kernels triton-versions torch-versions setup clean
 
 demo: setup            ## the main job: TRL's GRPOTrainer on a toy task, stock against fused, then reweighted
 	$(BIN)/python examples/trl_addition.py --out demo_output
@@ -60,6 +60,17 @@ triton-versions: setup ## the Triton backend's tests with every version that it 
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-$$v triton==$$v 'numpy<2.4' && \
 	  PYTHONPATH=build/triton-$$v $(BIN)/python -m pytest -q -n $(JOBS) tests/backends/triton/test_triton.py tests/backends/triton/test_triton_check.py tests/backends/triton/test_triton_aot.py || bad="$$bad $$v"; \
 	done; test -z "$$bad" || { echo "failed with Triton$$bad"; exit 1; }
+
+# The oldest that pyproject.toml asks for, and the newest that could be had. PyPI's builds for Linux are CUDA's: 5 to 7 GB of disk each.
+TORCHES ?= 2.10.0 2.14.1
+TORCH_TESTS := tests/engine tests/losses tests/spec tests/rows tests/formula tests/backends/test_no_driver.py
+torch-versions: setup  ## PyTorch's parts (autograd, torch.compile, torch.export, transforms) with every version of it that is claimed (fetches gigabytes)
+	@bad=; for v in $(TORCHES); do \
+	  { test -x build/torch-$$v/bin/python || $(PYTHON) -m venv build/torch-$$v; } && \
+	  build/torch-$$v/bin/python -m pip install --quiet --disable-pip-version-check torch==$$v && \
+	  REWEIGHT_OPS_BUILD=none build/torch-$$v/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' && \
+	  build/torch-$$v/bin/python -m pytest -q -n $(JOBS) $(TORCH_TESTS) || bad="$$bad $$v"; \
+	done; test -z "$$bad" || { echo "failed with PyTorch$$bad"; exit 1; }
 
 setup: $(STAMP)
 
