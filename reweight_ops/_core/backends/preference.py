@@ -11,6 +11,8 @@ import functools
 
 import torch
 
+from .base import no_gpu
+
 #: Best first; the reference serves what nobody else can. Devices without an entry have the reference alone.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
@@ -25,6 +27,6 @@ _ROWS_ON_CHIP = (9, 10)
 @functools.lru_cache(maxsize=64)
 def kind_of(device: torch.device) -> str:
     """The entry of :data:`ORDER` for a device. Asks the driver once a device; a GPU that PyTorch does not see is of no special kind."""
-    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+    if device.type != "cuda" or torch.version.hip is not None or no_gpu(device) is not None:
         return device.type
     return "rows on chip" if torch.cuda.get_device_capability(device)[0] in _ROWS_ON_CHIP else "cuda"
