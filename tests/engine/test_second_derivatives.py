@@ -4,6 +4,7 @@ What is right is autograd's own word on a plain PyTorch transcription of each op
 """
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -19,6 +20,8 @@ from reweight_ops.testing import make_batch
 SPEC = rw.methods.grpo(beta=0.1, entropy_coef=0.02)
 BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 VOCAB, CAP, T = 13, 4.0, 0.8
+#: How PyTorch refuses to differentiate a compiled backward; until 2.10 by a gradient without a graph.
+PYTORCHS = "double backward|element 0 of tensors does not require grad"
 
 
 def inputs(dtype=torch.float32):
@@ -252,7 +255,7 @@ def test_compiled_losses_raise(plan):
     z, batch = inputs()
     z.requires_grad_()
     compiled = torch.compile(lambda x: policy_of(x, batch, "auto", plan=plan), backend="aot_eager")
-    with pytest.raises((RuntimeError, NotImplementedError), match="double backward|second derivatives"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=f"second derivatives|{PYTORCHS}"):
         (grad,) = torch.autograd.grad(compiled(z), z, create_graph=True)
         grad.square().sum().backward()
     if plan == "one_pass":
@@ -275,7 +278,7 @@ def test_a_penalty_inside_a_compiled_function_is_right_or_raises():
                 ours
             ).backward()
         except (RuntimeError, NotImplementedError) as error:
-            assert "double backward" in str(error) or "second derivatives" in str(error) or "create_graph" in str(error)
+            assert re.search(f"second derivatives|create_graph|{PYTORCHS}", str(error))
             continue
         total(plain, lambda x: plain_policy(x, batch)).backward()
         close([ours.grad], [plain.grad])
