@@ -122,7 +122,7 @@ def no_gpu(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
     count = torch.cuda.device_count()
-    return None if (device.index or 0) < count else f"PyTorch sees {count} GPU{'s' * (count > 1)}, and no {device}"
+    return f"PyTorch sees {count} GPU{'s' * (count > 1)}, and no {device}" if 0 < count <= (device.index or 0) else None
 
 
 @dataclass(frozen=True, kw_only=True)
