@@ -117,7 +117,7 @@ class Request(NamedTuple):
     other_dtype: torch.dtype | None = None  # of a second logits tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Backend:
     """Six primitives and the reason why not. ``unsupported_reason`` never raises for a well-formed request and never guesses.
 

@@ -35,9 +35,9 @@ class CpuVerbs:
         if ids.dtype not in (torch.int32, torch.int64) or run <= 0:
             raise InvalidCall(f"mask: ids are {ids.dtype} in runs of {run}, expected int32 or int64 in runs of at least 1.")
         given = [_numbers("ids", ids, ids, run), _numbers("mask", mask, ids, run), _numbers("denominator", denominator, ids, run)]
-        out, keep = torch.empty(n, dtype=torch.int64, device="cpu"), torch.empty(n, dtype=torch.bool, device="cpu")
-        counted = keep if denominator is None else torch.empty(n, dtype=torch.bool, device="cpu")
-        lengths = torch.empty((2, -(-n // run)), dtype=torch.int32, device="cpu")
+        out, keep = _result((n,), torch.int64), _result((n,), torch.bool)
+        counted = keep if denominator is None else _result((n,), torch.bool)
+        lengths = _result((2, -(-n // run)), torch.int32)
         bounds = self.module.mask_rows(
             *(numbers for numbers, _ in given), run, n, out.data_ptr(), keep.data_ptr(), 0 if denominator is None else counted.data_ptr(),
             lengths.data_ptr(),
@@ -49,13 +49,20 @@ class CpuVerbs:
         if factor is not None and (factor.dtype != torch.float32 or factor.shape != (n,) or not factor.is_contiguous()):
             raise InvalidCall(f"weigh: factor is {tuple(factor.shape)} {factor.dtype}, expected ({n},) float32, contiguous.")
         divide, number = (_DIVIDE[by], 1.0) if by is None or isinstance(by, str) else (_BY_VALUE, float(by))
-        w = torch.empty((terms, n), dtype=torch.float32, device="cpu")
+        w = _result((terms, n), torch.float32)
         self.module.weigh_rows(
             masked.keep.data_ptr(), masked.lengths.data_ptr(), run, n, divide, number, weighing.per_length,
             1.0 if weighing.horizon is None else float(weighing.horizon), float(scale),
             0 if factor is None else factor.data_ptr(), terms, w.data_ptr(),
         )  # fmt: skip
         return w
+
+
+def _result(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    t = torch.empty(shape, dtype=dtype, device="cpu")
+    if t.shape != shape or t.dtype is not dtype:
+        raise InvalidCall(f"a result is {tuple(t.shape)} {t.dtype}, expected {shape} {dtype}.")
+    return t
 
 
 def _numbers(name: str, t: Tensor | None, ids: Tensor, run: int) -> tuple[list[int], Tensor | None]:

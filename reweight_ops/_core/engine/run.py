@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from .plan import Objective, choose_plan
+from .plan import Choice, Objective, choose_plan
 from .source import Source
 
 T = TypeVar("T")
@@ -18,12 +19,14 @@ class Call(Generic[T]):
     source: Source
     objective: Objective[T]
     plan: str = "auto"
+    choice: Choice | None = None  # if it was chosen before
+    keep: Callable[[Choice], None] | None = None  # told of the choice, once the call has succeeded
 
 
 def run(call: Call[T]) -> T:
     """The result of a call."""
     source, objective = call.source, call.objective
-    choice = choose_plan(source, objective, call.plan)
+    choice = call.choice or choose_plan(source, objective, call.plan)
     more = source.more_metrics(choice.plan)
     if choice.plan == "one_pass":
         loss, table = source.one_pass(objective.work(), choice.backend)
@@ -31,4 +34,6 @@ def run(call: Call[T]) -> T:
     else:
         result = objective.from_statistics(source.statistics(objective.reads, choice.backend), choice, more)
     source.close()
+    if call.keep is not None:
+        call.keep(choice)
     return result

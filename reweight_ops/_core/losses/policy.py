@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -11,6 +14,7 @@ from ..calls.logits import resolve_logits
 from ..calls.logps import resolve_logps
 from ..calls.policy import resolve_loss
 from ..calls.specs import named_spec
+from ..engine.kept import KEPT, signature
 from ..engine.output import PolicyLossOutput
 from ..engine.policy import PolicyObjective
 from ..engine.run import Call
@@ -67,10 +71,15 @@ def policy_loss(
     >>> out.loss.backward()
     """
     op = "policy_loss"
+    given: dict[str, Any] = {"completion_ids": completion_ids, "advantages": advantages, **keywords}
+    key = signature(spec, (plan, differentiable_outputs), {"logits": logits, **given})
+    if key is not None and (again := KEPT.call(key, logits, given)) is not None:
+        return again
     options, data = parse(op, dict(keywords), SoftmaxOptions, PolicyOptions, own=("spec", "plan", "differentiable_outputs"))
     resolved = resolve_logits(op, logits, completion_ids, options, {"advantages": advantages, **data.named()}, data.validate)
     call = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
-    return Call(LogitsSource(resolved), PolicyObjective(call, differentiable_outputs), plan)
+    objective = PolicyObjective(call, differentiable_outputs)
+    return Call(LogitsSource(resolved), objective, plan, keep=None if key is None else partial(KEPT.keep, key, resolved, objective))
 
 
 @public_op
