@@ -133,6 +133,21 @@ class OnePassLoss(torch.autograd.Function):
         return library.scaled(grad, upstream, ctx.backend), *(None,) * 7
 
 
+class FinishedLoss(torch.autograd.Function):
+    """The loss of a ``table`` of ``token_loss_grad`` whose gradient is there already, for upstream 1: backward hands it out as :class:`OnePassLoss`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, grad: Tensor, table: Tensor, backend: str) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        ctx.save_for_backward(grad)
+        return table[2].sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return OnePassLoss.backward(ctx, upstream, None)[:4]
+
+
 #: What crosses the boundary of an op on two tensors: columns of both softmaxes, and their soft caps.
 Softmaxes = tuple[int, float, float]
 

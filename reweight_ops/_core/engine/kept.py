@@ -29,6 +29,8 @@ from ..calls.specs import lasting_spec
 from ..rows.rows import RowLayout, bind_rows
 from ..spec.policy import PolicyLossSpec
 from ..transforms import in_transform, is_wrapped
+from .direct import DirectLoss, direct_loss
+from .output import PolicyLossOutput
 from .plan import Choice
 from .policy import PolicyObjective
 from .run import Call
@@ -102,6 +104,14 @@ class KeptCall:
     differentiable_outputs: bool
     without: dict[str, None]  # arguments without effect
     choice: Choice
+    direct: DirectLoss | None
+
+    def run(self, logits: Tensor, data: Mapping[str, Any]) -> PolicyLossOutput | None:
+        """The result with these values, where the backend has prepared the loss; None if it has not, or something about them is wrong."""
+        spec = self.spec()
+        if self.direct is None or spec is None or consumed.is_consumed(logits) or torch._C._autograd._profiler_enabled():
+            return None
+        return self.direct(spec, logits, data)
 
     def bind(self, logits: Tensor, data: Mapping[str, Any]) -> Call[Any] | None:
         """The call with these values; None if something about them is wrong, or the spec is another that is where the first was in memory."""
@@ -136,11 +146,6 @@ class KeptCalls:
                 self._calls.move_to_end(key)
         return found
 
-    def call(self, key: Hashable, logits: Tensor, data: Mapping[str, Any]) -> Call[Any] | None:
-        """The call of that signature with these values, if one was kept and nothing is wrong about them."""
-        found = self.get(key)
-        return None if found is None else found.bind(logits, data)
-
     def put(self, key: Hashable, call: KeptCall) -> None:
         self._calls[key] = call
         while len(self._calls) > MOST:
@@ -155,11 +160,12 @@ class KeptCalls:
         if any(r.coupled or r.weighing(rows, call.divisors) is None for r in call.spec.reductions):
             return
         layout = RowLayout(rows.op, rows.shape, rows.device, rows.dtype, rows.sequences, rows.verbs)
+        direct = None if objective.differentiable_outputs else direct_loss(logits, call, layout, choice)
         self.put(
             key,
             KeptCall(
                 weakref.ref(call.spec), layout, logits.softmax, logits.drop_last, logits.consume, logits.backend,
-                objective.differentiable_outputs, {name: None for name, value in call.by_argument().items() if value is None}, choice,
+                objective.differentiable_outputs, {name: None for name, value in call.by_argument().items() if value is None}, choice, direct,
             ),
         )  # fmt: skip
 

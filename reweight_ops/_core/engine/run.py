@@ -23,8 +23,21 @@ class Call(Generic[T]):
     keep: Callable[[Choice], None] | None = None  # told of the choice, once the call has succeeded
 
 
-def run(call: Call[T]) -> T:
+@dataclass(frozen=True)
+class Again(Generic[T]):
+    """A call that was made before: ``direct`` may know its result at once, and gives None if it does not."""
+
+    direct: Callable[[], T | None]
+    resolve: Callable[[], Call[T]]
+
+
+def run(call: Call[T] | Again[T]) -> T:
     """The result of a call."""
+    if isinstance(call, Again):
+        result = call.direct()
+        if result is not None:
+            return result
+        call = call.resolve()
     source, objective = call.source, call.objective
     choice = call.choice or choose_plan(source, objective, call.plan)
     more = source.more_metrics(choice.plan)
