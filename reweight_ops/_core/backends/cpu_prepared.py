@@ -48,7 +48,12 @@ class _OnePass:
         self._is_number = tuple(not isinstance(value, Tensor) for value in first.inputs)
         self._n = first.ids.numel()
         # The addresses of this call are forgotten: every call brings its own.
-        call = native.call(first.logits, torch.empty(self._n, dtype=torch.int64, device="cpu"), torch.ones(1, device="cpu"), plan.softmax)
+        call = native.call(
+            first.logits,
+            torch.empty(self._n, dtype=torch.int64, device="cpu"),
+            torch.ones(1, dtype=torch.float32, device="cpu"),
+            plan.softmax,
+        )
         compiled, length, reads_p_sq, entropy_gradient, self._words = native.compiled(plan.program, first.logits.device)
         assert length == len(plan.params)
         factors = any(self.is_given[4:])
