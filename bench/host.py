@@ -48,7 +48,9 @@ print(least * 1e6)
 
 def once(tree: Path, case: str) -> float:
     env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    return float(subprocess.run([sys.executable, "-c", MEASURE, case], cwd=tree, env=env, capture_output=True, text=True, check=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", MEASURE, case], cwd=tree, env=env, capture_output=True, text=True, check=True).stdout
+    )
 
 
 def main() -> None:
