@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from kept_calls import SHAPE, VOCAB, assert_equal, batch_of, fresh, result
 
 import reweight_ops as rw
 from reweight_ops._core.backends import select
@@ -14,51 +15,8 @@ from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.catalogue.registry import published
 from reweight_ops._core.engine import kept
 from reweight_ops.errors import BackendUnavailable, ReweightOpsError
-from reweight_ops.testing import make_batch
 
 pytest.importorskip("reweight_ops._C", exc_type=ImportError)
-SHAPE, VOCAB = (3, 5), 17
-
-
-@pytest.fixture(autouse=True)
-def kept_calls(monkeypatch):
-    for backend in ("cpu", "reference"):
-        select.load(backend)  # a backend that is loaded may be a better choice
-    found = kept.KeptCalls()
-    monkeypatch.setattr(rw._core.losses.policy, "KEPT", found)
-    return found
-
-
-def batch_of(spec, seed, shape=SHAPE, dtype=torch.float32):
-    batch = make_batch(spec, shape, VOCAB, seed=seed)
-    return {**batch, "logits": batch["logits"].detach().to(dtype).contiguous()}
-
-
-def result(batch, **options):
-    """What a call gives, its gradient and metrics too."""
-    z = batch["logits"].detach().requires_grad_(batch["logits"].requires_grad or torch.is_grad_enabled())
-    out = rw.policy_loss(**{**batch, "logits": z, **options})
-    grads = torch.autograd.grad(out.loss.sum(), z) if out.loss.requires_grad else ()
-    rows = (out.per_token_logps, out.entropies, out.per_token_loss, out.ratio, out.coef, out.is_clipped, out.metrics.sums)
-    return [out.plan, out.backend, tuple(out.metrics), out.loss.detach(), *rows, *grads]
-
-
-def assert_equal(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        same = torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5)) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
-        assert same, (a, b)
-
-
-def fresh(calls, make):
-    """The result of a call that finds nothing kept."""
-    before = dict(calls._calls)
-    calls._calls.clear()
-    try:
-        return make()
-    finally:
-        calls._calls.clear()
-        calls._calls.update(before)
 
 
 SPECS = {
@@ -97,95 +55,6 @@ def test_kept_calls_give_what_first_ones_give(kept_calls, name, plan):
             assert_equal(found, fresh(kept_calls, lambda b=batch, o=options: result(b, spec=spec, plan=plan, **o)))
         assert len(kept_calls) == size, "the same signature"
         kept_calls._calls.clear()
-
-
-#: Calls in one pass whose loss the backend prepares.
-PREPARED = {
-    "numbers": {},
-    "masked positions": {"denominator_mask": torch.ones(SHAPE)},
-    "a tensor as divisor": {"num_items_in_batch": torch.tensor(7)},
-    "a divisor": {"num_items_in_batch": 5, "loss_scale": torch.tensor(0.3)},
-    "advantages of sequences": {"advantages": torch.tensor([1.0, -2.0, 0.5])},
-    "advantages in a column": {"advantages": torch.tensor([[1.0], [-2.0], [0.5]])},
-    "strided": {"old_per_token_logps": torch.randn(5, 3).t() - 2, "advantages": torch.randn(6)[::2]},
-    "one number": {"old_per_token_logps": -2.0, "advantages": torch.tensor(0.7)},
-    "a factor": {"token_weights": torch.rand(SHAPE)},
-    "another factor": {"importance_sampling_ratio": torch.rand(SHAPE[0])},
-    "both factors": {"token_weights": torch.rand(SHAPE), "importance_sampling_ratio": torch.rand(SHAPE[0], 1)},
-    "what is not read": {"ref_per_token_logps": torch.randn(SHAPE), "unused": "ignore"},
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", PREPARED)
-def test_prepared_losses(kept_calls, name, dtype):
-    for spec in (rw.methods.dapo(), rw.methods.grpo(beta=0.1).replace(reduction=rw.TokenMean())):
-        options = {"spec": spec, "plan": "one_pass", "loss_scale": 64.0, **PREPARED[name]}
-        if "ref_logp" in spec.requires:
-            options["unused"] = "error"
-        for seed in range(3):
-            batch = batch_of(spec, seed, dtype=dtype)
-            found = result(batch, **options)
-            assert_equal(found, fresh(kept_calls, lambda b=batch, o=options: result(b, **o)))
-    assert len(kept_calls) == 2 and all(call.direct is not None for call in kept_calls._calls.values())
-
-
-@pytest.mark.parametrize("consume", [False, True])
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_prepared_losses_write_where_they_should(kept_calls, drop_last, consume):
-    spec = rw.methods.dapo()
-    batch = batch_of(spec, 0)
-    rest = {k: v for k, v in batch.items() if k != "logits"}
-    leaf = torch.cat([batch["logits"], torch.full((SHAPE[0], int(drop_last), VOCAB), 3.0)], 1).requires_grad_()
-
-    def call():
-        z = leaf * 1.0
-        version = z._version
-        out = rw.policy_loss(z, **rest, spec=spec, drop_last=drop_last, consume_logits=consume, plan="one_pass")
-        assert (z._version > version) == consume
-        return torch.autograd.grad(out.loss * 3, leaf)[0]
-
-    first = call()
-    assert all(torch.equal(call(), first) for _ in range(2))
-    (kept_call,) = kept_calls._calls.values()
-    assert kept_call.direct is not None and kept_call.direct.consume == consume
-    wrong = {**rest, "completion_ids": torch.full(SHAPE, VOCAB)}
-    z = leaf * 1.0
-    before = z.detach().clone()
-    with pytest.raises(rw.InvalidCall, match="is 17"):
-        rw.policy_loss(z, **wrong, spec=spec, drop_last=drop_last, consume_logits=consume, plan="one_pass")
-    assert torch.equal(z, before) and z._version == 0
-
-
-def test_a_prepared_loss_reads_what_it_was_given(kept_calls):
-    """Rows that are read later are those of the call, whatever has become of its arguments."""
-    spec = rw.methods.grpo(beta=0.1)
-    batch = batch_of(spec, 0)
-    expected = result(batch, spec=spec)
-    z = batch["logits"].clone().requires_grad_()
-    given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "logits"}
-    out = rw.policy_loss(z, **given, spec=spec)
-    assert "_rest" in vars(out) and "per_token_logps" not in vars(out)
-    for t in given.values():
-        if isinstance(t, torch.Tensor):
-            t.zero_()
-    assert torch.equal(out.metrics.sums.nan_to_num(7.5), expected[10].nan_to_num(7.5)) and torch.equal(out.coef, expected[8])
-    assert "_rest" not in vars(out) and "PolicyLossOutput(loss=" in repr(out)
-    with pytest.raises(AttributeError, match="no attribute 'metric'"):
-        out.metric  # noqa: B018
-
-
-def test_a_second_backward_through_a_prepared_loss(kept_calls):
-    spec = rw.methods.dapo()
-    batch = batch_of(spec, 0)
-    for _ in range(2):
-        z = batch["logits"].clone().requires_grad_()
-        loss = rw.policy_loss(**{**batch, "logits": z}, spec=spec).loss
-        loss.backward(retain_graph=True)
-        with pytest.raises(ReweightOpsError, match="a second backward"):
-            loss.backward()
-        with pytest.raises(rw.UnsupportedRequest, match="create_graph=True"):
-            torch.autograd.grad(rw.policy_loss(**{**batch, "logits": z}, spec=spec).loss, z, create_graph=True)
 
 
 def host_work(call):
