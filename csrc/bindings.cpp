@@ -46,8 +46,9 @@ void evaluate_rows_of(const ProgramTable& table, Address params, const std::arra
 }
 
 /// Address, strides between sequences and between rows, bytes of an element, whether its highest bit is a sign.
-RowNumbers row_numbers(const std::array<int64_t, 5>& from) {
-    return {at<const void>(Address(from[0])), from[1], from[2], int(from[3]), from[4] != 0};
+template <class Five>
+RowNumbers row_numbers(const Five& from) {
+    return {at<const void>(Address(from.at(0))), from.at(1), from.at(2), int(from.at(3)), from.at(4) != 0};
 }
 
 std::pair<int64_t, int64_t> mask_rows_of(const std::array<int64_t, 5>& ids, const std::array<int64_t, 5>& mask,
@@ -61,6 +62,52 @@ void weigh_rows_of(Address keep, Address lengths, int64_t run, int64_t rows, int
                    Address factor, int terms, Address out) {
     weigh_rows({at<const bool>(keep), at<const int32_t>(lengths), run, rows, static_cast<Divide>(divide), divisor, per_length, horizon, scale,
                 at<const float>(factor), terms, at(out)});
+}
+
+/// A prepared loss: what is known of it before its tensors are.
+OnePass make_one_pass(const Call& common, const ProgramTable& table, std::vector<float> params, bool reads_p_sq, bool entropy_gradient, int64_t run,
+                      const std::vector<std::vector<int64_t>>& masks, const std::vector<std::vector<int64_t>>& inputs, int divide, bool per_length,
+                      float horizon, int terms, bool shared) {
+    OnePass call{};
+    static_cast<Call&>(call.loss) = common;
+    call.loss.table = table;
+    call.loss.reads_p_sq = reads_p_sq;
+    call.loss.entropy_gradient = entropy_gradient;
+    call.loss.row_weights_step = shared ? 0 : common.rows;
+    call.mask = {row_numbers(masks.at(0)), row_numbers(masks.at(1)), row_numbers(masks.at(2)), run, common.rows, nullptr, nullptr, nullptr, nullptr};
+    call.weigh = {nullptr, nullptr, run, common.rows, static_cast<Divide>(divide), 1, per_length, horizon, 1, nullptr, terms, nullptr};
+    for (int k = 0; k < OnePass::kInputs; ++k) {
+        const std::vector<int64_t>& from = inputs.at(k);
+        call.inputs[k] = {from.at(0), from.at(1), from.at(2) != 0, from.at(3) != 0};
+    }
+    call.params = std::move(params);
+    return call;
+}
+
+/// `addresses`: logits, ids, mask, denominator, the six inputs, buffer, table, out. `numbers`: of the inputs, temperature, divisor, scale.
+bool run_one_pass(const OnePass& prepared, const std::array<Address, 13>& addresses, const std::array<float, OnePass::kInputs + 3>& numbers,
+                  const std::array<int64_t, 3>& out_strides, int threads) {
+    OnePassValues values{};
+    values.logits = at<const void>(addresses[0]);
+    values.ids = at<const void>(addresses[1]);
+    values.mask = at<const void>(addresses[2]);
+    values.denominator = at<const void>(addresses[3]);
+    for (int k = 0; k < OnePass::kInputs; ++k) {
+        values.inputs[k] = at<const float>(addresses[4 + k]);
+        values.numbers[k] = numbers[k];
+    }
+    values.temperature = numbers[OnePass::kInputs];
+    values.divisor = numbers[OnePass::kInputs + 1];
+    values.scale = numbers[OnePass::kInputs + 2];
+    values.buffer = at<char>(addresses[10]);
+    values.table = at(addresses[11]);
+    values.out = at<void>(addresses[12]);
+    values.out_strides = {out_strides[0], out_strides[1], out_strides[2]};
+    values.threads = threads;
+    OnePass call = prepared;  // threads may share what is prepared
+    if (!fill_rows(call, values)) return false;
+    active_level().kernels->token_loss_grad(call.loss);
+    return true;
 }
 
 int find(const char* const* names, int count, const std::string& name, const char* what) {
@@ -126,5 +173,18 @@ PYBIND11_MODULE(_C, m) {
           py::arg("keep"), py::arg("counted"), py::arg("lengths"));
     m.def("weigh_rows", &weigh_rows_of, py::arg("keep"), py::arg("lengths"), py::arg("run"), py::arg("rows"), py::arg("divide"), py::arg("divisor"),
           py::arg("per_length"), py::arg("horizon"), py::arg("scale"), py::arg("factor"), py::arg("terms"), py::arg("out"));
+    py::class_<OnePass>(m, "OnePass", py::module_local())
+        .def(py::init(&make_one_pass), py::arg("call"), py::arg("table"), py::arg("params"), py::arg("reads_p_sq"), py::arg("entropy_gradient"),
+             py::arg("run"), py::arg("masks"), py::arg("inputs"), py::arg("divide"), py::arg("per_length"), py::arg("horizon"), py::arg("terms"),
+             py::arg("shared"));
+    m.def(
+        "one_pass_layout",
+        [](const OnePass& call) {
+            const OnePass::Layout at = call.layout();
+            return std::vector<int64_t>{at.ids, at.weights, at.inputs, at.lengths, at.keep, at.counted, at.bytes};
+        },
+        py::arg("call"));
+    m.def("run_one_pass", &run_one_pass, NoGil(), py::arg("call"), py::arg("addresses"), py::arg("numbers"), py::arg("out_strides"),
+          py::arg("threads"));
     m.def("stream", &stream, NoGil(), py::arg("kind"), py::arg("a"), py::arg("b"), py::arg("floats"), py::arg("threads"));
 }

@@ -33,6 +33,27 @@ class Call:
         stream: int = 0,
     ) -> None: ...
 
+class OnePass:
+    """A one-pass loss, all but its tensors. ``masks``: of ids, mask and denominator 0, strides between sequences and rows, bytes, whether the highest bit is
+    a sign; ``inputs``: strides between sequences and rows, whether it is given, whether it is a number."""
+
+    def __init__(
+        self,
+        call: Call,
+        table: Table,
+        params: Sequence[float],
+        reads_p_sq: bool,
+        entropy_gradient: bool,
+        run: int,
+        masks: Sequence[Sequence[int]],
+        inputs: Sequence[Sequence[int]],
+        divide: int,
+        per_length: bool,
+        horizon: float,
+        terms: int,
+        shared: bool,
+    ) -> None: ...
+
 def build_info() -> dict[str, Any]: ...
 def level() -> str: ...
 def set_level(name: str) -> None: ...
@@ -89,6 +110,14 @@ def weigh_rows(
     terms: int,
     out: int,
 ) -> None: ...
+def one_pass_layout(call: OnePass) -> list[int]: ...
+def run_one_pass(
+    call: OnePass,
+    addresses: Sequence[int],
+    numbers: tuple[float, float, float, float, float, float, float, float, float],
+    out_strides: tuple[int, int, int],
+    threads: int,
+) -> bool: ...
 def divergence_stats(call: Call, other: Call, table: int) -> int: ...
 def divergence_grad(call: Call, other: Call, table: int, coefs: int, out: int, out_strides: tuple[int, int, int]) -> int: ...
 def divergence_loss_grad(

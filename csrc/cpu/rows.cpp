@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "common/verbs.h"
-
 namespace reweight_ops {
 namespace {
 
@@ -86,6 +84,78 @@ void weigh_rows(const WeighCall& call) {
             for (int k = 1; k < call.terms; ++k) call.out[k * call.rows + i] = call.keep[i] ? w : 0.0f;
         }
     }
+}
+
+OnePass::Layout OnePass::layout() const {
+    const int64_t n = mask.rows, sequences = sequences_of(n, mask.run);
+    Layout at{};
+    at.weights = 8 * n;
+    at.inputs = at.weights + 4 * n * weigh.terms;
+    at.lengths = at.inputs + 4 * n * kInputs;
+    at.keep = at.lengths + 4 * 2 * sequences;
+    at.counted = at.keep + n;
+    at.bytes = at.counted + (mask.denominator.bytes ? n : 0);
+    return at;
+}
+
+bool fill_rows(OnePass& call, const OnePassValues& values) {
+    const OnePass::Layout at = call.layout();
+    const int64_t n = call.mask.rows, run = call.mask.run, sequences = sequences_of(n, run);
+    MaskCall& mask = call.mask;
+    mask.ids.data = values.ids;
+    mask.mask.data = values.mask;
+    mask.denominator.data = values.denominator;
+    mask.out_ids = (int64_t*)(values.buffer + at.ids);
+    mask.keep = (bool*)(values.buffer + at.keep);
+    mask.counted = values.denominator ? (bool*)(values.buffer + at.counted) : nullptr;
+    mask.lengths = (int32_t*)(values.buffer + at.lengths);
+    const auto [low, high] = mask_rows(mask);
+    if (low < 0 || high >= call.loss.vocab_total) return false;
+
+    std::array<const float*, OnePass::kInputs> found{};
+    for (int k = 0; k < OnePass::kInputs; ++k) {
+        const RowArgument& from = call.inputs[k];
+        if (!from.is_given) continue;
+        float* const to = (float*)(values.buffer + at.inputs) + k * n;
+        found[k] = to;
+        if (from.is_number) {
+            std::fill(to, to + n, values.numbers[k]);
+            continue;
+        }
+        for (int64_t s = 0; s < sequences; ++s) {
+            const int64_t begin = s * run, count = std::min(run, n - begin);
+            for (int64_t i = 0; i < count; ++i) to[begin + i] = values.inputs[k][s * from.sequence_stride + i * from.step];
+        }
+    }
+    float* factor = const_cast<float*>(found[4] ? found[4] : found[5]);
+    if (found[4] && found[5]) {
+        for (int64_t i = 0; i < n; ++i) factor[i] *= found[5][i];
+    }
+    WeighCall& weigh = call.weigh;
+    weigh.keep = mask.keep;
+    weigh.lengths = mask.lengths;
+    weigh.divisor = values.divisor;
+    weigh.scale = values.scale;
+    weigh.factor = factor;
+    weigh.out = (float*)(values.buffer + at.weights);
+    weigh_rows(weigh);
+
+    LossGradCall& loss = call.loss;
+    loss.logits = values.logits;
+    loss.ids = mask.out_ids;
+    loss.temperature = &values.temperature;
+    loss.threads = values.threads;
+    loss.params = call.params.data();
+    loss.row_weights = weigh.out;
+    loss.adv = found[0];
+    loss.old_logp = found[1];
+    loss.ref_logp = found[2];
+    loss.sampling_logp = found[3];
+    float** const rows[] = {&loss.logp, &loss.entropy, &loss.weighted_loss, &loss.loss, &loss.coef, &loss.entropy_coef};
+    for (int k = 0; k < 6; ++k) *rows[k] = values.table + k * n;
+    loss.out = values.out;
+    loss.out_strides = values.out_strides;
+    return true;
 }
 
 }  // namespace reweight_ops

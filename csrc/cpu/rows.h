@@ -1,8 +1,12 @@
 // A call's rows rather than its logits: which of them are in, and what each weighs. What PyTorch does in a dozen operations is one pass.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <utility>
+#include <vector>
+
+#include "common/verbs.h"
 
 namespace reweight_ops {
 
@@ -43,5 +47,44 @@ struct WeighCall {
 };
 
 void weigh_rows(const WeighCall& call);
+
+/// What a row has of an argument: where it is, in floats; `data` null: not given, and constant where `is_number`.
+struct RowArgument {
+    int64_t sequence_stride, step;
+    bool is_given, is_number;
+};
+
+/// A one-pass loss, all but its tensors: rows, weights and loss in one call. `inputs`: advantages, stored log-probs of the old, the reference and the
+/// sampling policy, and two factors of the weights.
+struct OnePass {
+    static constexpr int kInputs = 6, kStored = 4;
+    LossGradCall loss;
+    MaskCall mask;
+    WeighCall weigh;
+    std::array<RowArgument, kInputs> inputs;
+    std::vector<float> params;
+
+    /// Where its parts are in a buffer of bytes.
+    struct Layout {
+        int64_t ids, weights, inputs, lengths, keep, counted, bytes;
+    };
+    Layout layout() const;
+};
+
+/// The tensors and numbers of one call.
+struct OnePassValues {
+    const void *logits, *ids, *mask, *denominator;
+    std::array<const float*, OnePass::kInputs> inputs;
+    std::array<float, OnePass::kInputs> numbers;
+    float temperature, divisor, scale;
+    char* buffer;  // of the layout's size, aligned to 8
+    float* table;  // [6, rows]
+    void* out;
+    RowStrides out_strides;
+    int threads;
+};
+
+/// Fills the buffer; false, and nothing else is done, if the id of a row that is in is none of `loss.vocab_size`. Then `loss` does the rest.
+bool fill_rows(OnePass& call, const OnePassValues& values);
 
 }  // namespace reweight_ops

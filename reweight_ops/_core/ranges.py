@@ -74,11 +74,15 @@ class Range:
     def __init__(self, interval: Interval, optional: bool, tensor: bool) -> None:
         self.interval, self.optional, self.tensor = interval, optional, tensor
 
+    def has(self, value: Any) -> bool:
+        """Whether the value is allowed."""
+        if value is None and self.optional:
+            return True
+        return self.interval.has(value) and (self.tensor or not isinstance(value, Tensor))
+
     def check(self, owner: str, name: str, value: Any) -> None:
         """Raise an error that says what is allowed."""
-        if value is None and self.optional:
-            return
-        if not self.interval.has(value) or (not self.tensor and isinstance(value, Tensor)):
+        if not self.has(value):
             raise InvalidCall(f"{owner}: {name} is {value!r}, expected {self}.")
 
     def __str__(self) -> str:

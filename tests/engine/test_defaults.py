@@ -79,8 +79,8 @@ def test_a_result_that_the_kernel_would_overrun_is_refused(wrong, monkeypatch):
     empty = torch.empty
 
     def other(size, **keywords):
-        rows, columns = size
-        return empty((rows, columns + wrong.get("size", 0)), **{**keywords, **{k: v for k, v in wrong.items() if k == "dtype"}})
+        *rows, columns = size
+        return empty((*rows, columns + wrong.get("size", 0)), **{**keywords, **{k: v for k, v in wrong.items() if k == "dtype"}})
 
     z, ids = torch.randn(2, 8, requires_grad=True), torch.tensor([1, 2])
     logits = z.detach().clone()

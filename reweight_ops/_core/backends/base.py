@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ def no_gpu(device: torch.device) -> str | None:
     return f"PyTorch sees {count} GPU{'s' * (count > 1)}, and no {device}" if 0 < count <= (device.index or 0) else None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Backend:
     """Six primitives and the reason why not. ``unsupported_reason`` never raises for a well-formed request and never guesses.
 
@@ -170,5 +170,7 @@ class Backend:
     rows: RowVerbs | None = None
     #: Which of several kernels token_loss_grad takes, and why (logits, vocab_size, device).
     kernel_of: Callable[[Tensor, int, torch.device], str] | None = None
+    #: One-pass losses that are called again and again; see :mod:`.prepared`, which has the type.
+    prepare: Callable[[Any, Any], Any] | None = None
     #: It serves everything, slowly: ``auto`` prefers a faster backend's two passes to its one.
     is_fallback: bool = False

@@ -14,6 +14,7 @@ import torch
 from ...errors import BackendUnavailable
 from .base import Backend, Request
 from .built import why_missing
+from .cpu_prepared import CpuPrepare
 from .cpu_rows import RowsEvaluator
 from .cpu_verbs import CpuVerbs
 from .native import Native, checked, dtype_reason
@@ -55,4 +56,5 @@ BACKEND = Backend(
     divergence_loss_grad=_divergence.divergence_loss_grad,
     evaluate_rows=RowsEvaluator(_C),
     rows=CpuVerbs(_C).verbs(),
+    prepare=CpuPrepare(_native),
 )

@@ -14,8 +14,6 @@ from ..rows.verbs import Masked, RowVerbs, Weighing
 _KNOWN = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
 )  # fmt: skip
-_NOT_GIVEN = [0, 0, 0, 1, 0]
-
 #: How the module knows what 1 is divided by.
 _DIVIDE = {None: 0, "rows": 2, "sequences": 3}
 _BY_VALUE = 1
@@ -34,37 +32,65 @@ class CpuVerbs:
         n = ids.numel()
         if ids.dtype not in (torch.int32, torch.int64) or run <= 0:
             raise InvalidCall(f"mask: ids are {ids.dtype} in runs of {run}, expected int32 or int64 in runs of at least 1.")
-        given = [_numbers("ids", ids, ids, run), _numbers("mask", mask, ids, run), _numbers("denominator", denominator, ids, run)]
-        out, keep = torch.empty(n, dtype=torch.int64, device="cpu"), torch.empty(n, dtype=torch.bool, device="cpu")
-        counted = keep if denominator is None else torch.empty(n, dtype=torch.bool, device="cpu")
-        lengths = torch.empty((2, -(-n // run)), dtype=torch.int32, device="cpu")
+        given = [_readable("ids", ids, ids, run), _readable("mask", mask, ids, run), _readable("denominator", denominator, ids, run)]
+        out, keep = result((n,), torch.int64), result((n,), torch.bool)
+        counted = keep if denominator is None else result((n,), torch.bool)
+        lengths = result((2, -(-n // run)), torch.int32)
         bounds = self.module.mask_rows(
-            *(numbers for numbers, _ in given), run, n, out.data_ptr(), keep.data_ptr(), 0 if denominator is None else counted.data_ptr(),
+            *(self._where(t, run) for t in given), run, n, out.data_ptr(), keep.data_ptr(), 0 if denominator is None else counted.data_ptr(),
             lengths.data_ptr(),
         )  # fmt: skip
         return Masked(out, keep, counted, lengths, bounds)
 
+    @staticmethod
+    def _where(t: Tensor | None, run: int) -> tuple[int, ...]:
+        layout = number_layout(t, run)
+        assert layout is not None
+        return layout if t is None else (t.data_ptr(), *layout[1:])
+
     def weigh(self, masked: Masked, run: int, weighing: Weighing, scale: Any, factor: Tensor | None, terms: int) -> Tensor:
-        n, by = masked.keep.numel(), weighing.divisor
+        n = masked.keep.numel()
         if factor is not None and (factor.dtype != torch.float32 or factor.shape != (n,) or not factor.is_contiguous()):
             raise InvalidCall(f"weigh: factor is {tuple(factor.shape)} {factor.dtype}, expected ({n},) float32, contiguous.")
-        divide, number = (_DIVIDE[by], 1.0) if by is None or isinstance(by, str) else (_BY_VALUE, float(by))
-        w = torch.empty((terms, n), dtype=torch.float32, device="cpu")
+        divide, number, horizon = weighing_numbers(weighing)
+        w = result((terms, n), torch.float32)
         self.module.weigh_rows(
-            masked.keep.data_ptr(), masked.lengths.data_ptr(), run, n, divide, number, weighing.per_length,
-            1.0 if weighing.horizon is None else float(weighing.horizon), float(scale),
-            0 if factor is None else factor.data_ptr(), terms, w.data_ptr(),
+            masked.keep.data_ptr(), masked.lengths.data_ptr(), run, n, divide, number, weighing.per_length, horizon,
+            float(scale), 0 if factor is None else factor.data_ptr(), terms, w.data_ptr(),
         )  # fmt: skip
         return w
 
 
-def _numbers(name: str, t: Tensor | None, ids: Tensor, run: int) -> tuple[list[int], Tensor | None]:
-    """Where the elements of a tensor of rows are, and the tensor whose they are."""
+def result(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """New memory for the module to fill, whatever PyTorch's defaults are."""
+    t = torch.empty(shape, dtype=dtype, device="cpu")
+    if t.shape != shape or t.dtype is not dtype:
+        raise InvalidCall(f"a result is {tuple(t.shape)} {t.dtype}, expected {shape} {dtype}.")
+    return t
+
+
+def weighing_numbers(weighing: Weighing) -> tuple[int, float, float]:
+    """How the module knows what 1 is divided by, the number if it is one, and the horizon."""
+    by, horizon = weighing.divisor, 1.0 if weighing.horizon is None else float(weighing.horizon)
+    divide, number = (_DIVIDE[by], 1.0) if by is None or isinstance(by, str) else (_BY_VALUE, float(by))
+    return divide, number, horizon
+
+
+def number_layout(t: Tensor | None, run: int) -> tuple[int, int, int, int, int] | None:
+    """How a tensor of rows lies in memory, for the module: no address, strides between sequences and between rows, bytes of an element, whether its
+    highest bit is a sign. None for a dtype whose bits do not say what is 0."""
     if t is None:
-        return _NOT_GIVEN, None
+        return 0, 0, 0, 0, 0
+    if t.dtype not in _KNOWN:
+        return None
+    between, step = (t.stride(0) * run, t.stride(0)) if t.dim() == 1 else t.stride()
+    return 0, between, step, t.dtype.itemsize, t.dtype.is_floating_point
+
+
+def _readable(name: str, t: Tensor | None, ids: Tensor, run: int) -> Tensor | None:
+    """The tensor, or one of bools that is True where it is not 0, after a check that the module reads no other memory."""
+    if t is None:
+        return None
     if t.device.type != "cpu" or t.shape != ids.shape or t.dim() not in (1, 2) or (t.dim() == 2 and t.size(1) != run):
         raise InvalidCall(f"mask: {name} is {tuple(t.shape)} {t.device}, expected [N] or [S, {run}] on the CPU, all of one shape.")
-    if t.dtype not in _KNOWN:
-        t = t != 0
-    strides = (t.stride(0) * run, t.stride(0)) if t.dim() == 1 else t.stride()
-    return [t.data_ptr(), *strides, t.dtype.itemsize, t.dtype.is_floating_point], t
+    return t if t.dtype in _KNOWN else t != 0

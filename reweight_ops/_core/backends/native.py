@@ -58,7 +58,7 @@ class Native:
         self.module, self.device_type, self._place, self.check = module, device_type, place, check
         self._programs = Programs(module)
         self.why_not = lru_cache(maxsize=256)(self._programs.why_not)
-        self._compiled = lru_cache(maxsize=256)(self._compile)
+        self.compiled = lru_cache(maxsize=256)(self._compile)
 
     def _compile(self, program: Program, device: torch.device) -> Compiled:
         reason = self.why_not(program)
@@ -157,7 +157,7 @@ class Native:
         params: Tensor,
         out: Tensor,
     ) -> Tensor:
-        compiled, length, reads_p_sq, entropy_gradient, _ = self._compiled(program, logits.device)
+        compiled, length, reads_p_sq, entropy_gradient, _ = self.compiled(program, logits.device)
         call, n = self.call(logits, ids, temperature, head), ids.numel()
         weights = inputs.weights
         shared = len(program.terms) == 1 or weights.stride(0) == 0  # one vector for all terms

@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from .preference import ORDER, kind_of
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 _loaded: dict[str, Backend | BackendUnavailable] = {}
+
+_VARIABLE = "REWEIGHT_OPS_BACKEND"
 
 
 def load(name: str) -> Backend:
@@ -67,12 +70,17 @@ def why_not(name: str, request: Request) -> str | None:
 def candidates(device: torch.device, name: str = "auto") -> tuple[str, ...]:
     """The backends to try, in order. ``REWEIGHT_OPS_BACKEND`` replaces "auto", and then nothing else is tried."""
     if name == "auto":
-        name = os.environ.get("REWEIGHT_OPS_BACKEND", "auto")
+        name = os.environ.get(_VARIABLE, "auto")
     if name == "auto":
         return ORDER.get(kind_of(device), ("reference",))
     if name not in NAMES:
         raise InvalidCall(f"unknown backend {name!r}; the backends are {', '.join(NAMES)} and auto.")
     return (name,)
+
+
+def state() -> tuple[Any, ...]:
+    """What a choice depends on besides its request: equal as long as the same request has the same answer."""
+    return (os.environ.get(_VARIABLE), *ORDER.values(), *_loaded.values())
 
 
 def reasons(request: Request, name: str = "auto") -> dict[str, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,17 @@ class LossCall:
     factor: Tensor | None
     adv_per_sequence: bool = False
 
+    def by_argument(self) -> dict[str, Tensor | None]:
+        """What formulas read of the call's arguments, by their names."""
+        return {
+            "advantages": self.adv, "old_per_token_logps": self.old_logp, "ref_per_token_logps": self.ref_logp,
+            "sampling_per_token_logps": self.sampling_logp,
+        }  # fmt: skip
+
     def released(self) -> LossCall:
         """The same without the call's arguments (kept for error messages): a result must not keep the logits alive."""
+        if not self.rows.tensors:
+            return self
         # Written out: older versions of torch.compile do not trace dataclasses.replace.
         rows = self.rows.released()
         return LossCall(
@@ -167,20 +176,14 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Policy
     spec = with_tensors(spec, rows.dtype, rows.device)
     requires = spec.requires
     advantages, data = without_unused(rows, advantages, spec, data)
-
-    def stored(name: str, leaf: str, why: str) -> Tensor | None:
-        value = getattr(data, name)
-        if value is None:
-            if leaf in requires and leaf != "old_logp":
-                raise rows.error(f"{why} needs {name}.")
-            return None
-        return rows.per_row(name, value, logps=True)
-
     estimators = [r.name for r in spec.rules[1:] if r.name != "entropy_bonus"]
     reader = estimators[0] if estimators else spec.surrogate.name
-    old = stored("old_per_token_logps", "old_logp", "")
-    ref = stored("ref_per_token_logps", "ref_logp", f"the penalty {reader!r}")
-    sampling = stored("sampling_per_token_logps", "sampling_logp", f"a weight of the spec ({', '.join(w.name for w in spec.weights)})")
+    for name, leaf, why in (
+        ("ref_per_token_logps", "ref_logp", f"the penalty {reader!r}"),
+        ("sampling_per_token_logps", "sampling_logp", f"a weight of the spec ({', '.join(w.name for w in spec.weights)})"),
+    ):
+        if leaf in requires and getattr(data, name) is None:
+            raise rows.error(f"{why} needs {name}.")
     if advantages is None and "adv" in requires:
         raise rows.error(f"the surrogate {spec.surrogate.name!r} reads advantages, which is None.")
     divisors = Divisors(data.num_items_in_batch, data.num_sequences_in_batch)
@@ -190,20 +193,33 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Policy
     for reduction in spec.reductions:
         reduction.check(rows)
     spec.ratio.check(rows, advantages)
-    adv = None if advantages is None else rows.per_row("advantages", advantages)
-    per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
     scale = data.loss_scale
     if isinstance(scale, Tensor) and scale.dim() != 0:
         raise rows.error(
             f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights."
         )
+    return bind_loss(rows, {**data.named(), "advantages": advantages}, spec)
+
+
+def bind_loss(rows: Rows, data: Mapping[str, Any], spec: PolicyLossSpec) -> LossCall:
+    """The call with these values, by the names of arguments. Only what each of them is by itself is checked here."""
+
+    def per_row(name: str) -> Tensor | None:
+        value = data.get(name)
+        return None if value is None else rows.per_row(name, value, logps=name != "advantages")
+
+    old, ref, sampling = per_row("old_per_token_logps"), per_row("ref_per_token_logps"), per_row("sampling_per_token_logps")
+    advantages, adv = data.get("advantages"), per_row("advantages")
+    per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
+    divisors = Divisors(data.get("num_items_in_batch"), data.get("num_sequences_in_batch"))
+    scale = data.get("loss_scale", 1.0)
     return LossCall(spec, rows, divisors, scale, adv, old, ref, sampling, _factor(rows, data), per_sequence)
 
 
-def _factor(rows: Rows, data: PolicyOptions) -> Tensor | None:
+def _factor(rows: Rows, data: Mapping[str, Any]) -> Tensor | None:
     factor = None
     for name in ("importance_sampling_ratio", "token_weights"):
-        value = getattr(data, name)
+        value = data.get(name)
         if value is not None:
             if name == "importance_sampling_ratio" and isinstance(value, Tensor) and value.requires_grad:
                 raise rows.error(

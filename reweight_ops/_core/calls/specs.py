@@ -30,12 +30,17 @@ _PACKAGE = __name__.split(".")[0]
 _named: dict[str, PolicyLossSpec] = {}
 
 
+def _is_own(function: Any) -> bool:
+    """Whether it is a method of the package: one of the user's may be defined again, or a rule that it is made of."""
+    return function.__module__.startswith(f"{_PACKAGE}.")  # type: ignore[no-any-return]
+
+
 @torch.compiler.assume_constant_result
 def _build(name: str) -> None:
     # A side effect on purpose: torch.compile runs this while tracing, and then reads the finished spec from the global above.
     function = entry_of(name, "policy_loss").function
     # A method of the user's own may be defined again, or a rule that it is made of.
-    if name not in _named or not function.__module__.startswith(f"{_PACKAGE}."):
+    if name not in _named or not _is_own(function):
         _named[name] = function()
 
 
@@ -51,6 +56,14 @@ def named_spec(op: str, spec: Any) -> PolicyLossSpec:
             raise InvalidCall(f"{op}: spec is a PairSpec, which rw.preference_loss takes.")
         raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.{called(spec)}")
     return spec
+
+
+def lasting_spec(spec: Any) -> PolicyLossSpec | None:
+    """A spec that :func:`named_spec` gives each time; None for the name of a method that may be another by then, and for what is no spec."""
+    if isinstance(spec, str):
+        known, entry = _named.get(spec), METHODS.get(spec)
+        return known if entry is not None and _is_own(entry.function) else None
+    return spec if isinstance(spec, PolicyLossSpec) else None
 
 
 def named_pair_spec(op: str, spec: Any) -> PairSpec:

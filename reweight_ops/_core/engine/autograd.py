@@ -66,7 +66,7 @@ class RowStatistics(torch.autograd.Function):
         ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, options: OpOptions, stats: str
     ) -> tuple[Tensor, ...]:
         wanted = asked_for(stats, ctx.needs_input_grad[0])
-        rows = library.token_stats(logits, ids, temperature, *softmax[:2], options.drop_last, wanted, options.backend)
+        rows = library.called(library.token_stats, logits, ids, temperature, *softmax[:2], options.drop_last, wanted, options.backend)
         ctx.set_materialize_grads(False)
         ctx.softmax, ctx.options, ctx.names = softmax, options, stats.split(",")
         known = rows.unbind()
@@ -98,9 +98,9 @@ class RowStatistics(torch.autograd.Function):
             *ctx.softmax[:2], options.drop_last, options.backend,
         )  # fmt: skip
         if library.may_overwrite(options.consume):
-            library.token_grad_(*arguments)
+            library.called(library.token_grad_, *arguments)
             return logits, *(None,) * 5
-        return library.token_grad(*arguments), *(None,) * 5
+        return library.called(library.token_grad, *arguments), *(None,) * 5
 
 
 class OnePassLoss(torch.autograd.Function):
@@ -120,9 +120,9 @@ class OnePassLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         arguments = (logits, ids, temperature, *inputs, params, program, *softmax[:2], options.drop_last, options.backend)
         if options.consume:
-            rows, grad = library.token_loss_grad_(*arguments), logits
+            rows, grad = library.called(library.token_loss_grad_, *arguments), logits
         else:
-            rows, grad = library.token_loss_grad(*arguments)
+            rows, grad = library.called(library.token_loss_grad, *arguments)
         ctx.set_materialize_grads(False)
         ctx.backend = options.backend
         ctx.save_for_backward(grad)
@@ -138,6 +138,21 @@ class OnePassLoss(torch.autograd.Function):
         return library.scaled(grad, upstream, ctx.backend), *(None,) * 7
 
 
+class FinishedLoss(torch.autograd.Function):
+    """The loss of a ``table`` of ``token_loss_grad`` whose gradient is there already, for upstream 1: backward hands it out as :class:`OnePassLoss`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, grad: Tensor, table: Tensor, backend: str) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        ctx.save_for_backward(grad)
+        return table[2].sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return OnePassLoss.backward(ctx, upstream, None)[:4]
+
+
 #: What crosses the boundary of an op on two tensors: columns of both softmaxes, and their soft caps.
 Softmaxes = tuple[int, float, float]
 
@@ -149,7 +164,7 @@ class DivergenceStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, softmaxes: Softmaxes, options: OpOptions
     ) -> tuple[Tensor, ...]:
-        table = library.divergence_stats(logits, other, ids, t, t_other, *softmaxes, options.drop_last, options.backend)
+        table = library.called(library.divergence_stats, logits, other, ids, t, t_other, *softmaxes, options.drop_last, options.backend)
         ctx.set_materialize_grads(False)
         ctx.softmaxes, ctx.options = softmaxes, options
         outputs = tuple(row.clone() for row in table[:4])
@@ -177,9 +192,9 @@ class DivergenceStatistics(torch.autograd.Function):
         coefs = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads[:3]])
         arguments = (*tensors, table, coefs, *ctx.softmaxes, options.drop_last, options.backend)
         if library.may_overwrite(options.consume):
-            library.divergence_grad_(*arguments)
+            library.called(library.divergence_grad_, *arguments)
             return tensors[0], *(None,) * 6
-        return library.divergence_grad(*arguments), *(None,) * 6
+        return library.called(library.divergence_grad, *arguments), *(None,) * 6
 
 
 class OnePassDivergence(torch.autograd.Function):
@@ -192,9 +207,9 @@ class OnePassDivergence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         arguments = (logits, other, ids, t, t_other, constants, weights, *softmaxes, options.drop_last, options.backend)
         if options.consume:
-            table, grad = library.divergence_loss_grad_(*arguments), logits
+            table, grad = library.called(library.divergence_loss_grad_, *arguments), logits
         else:
-            table, grad = library.divergence_loss_grad(*arguments)
+            table, grad = library.called(library.divergence_loss_grad, *arguments)
         ctx.backend = options.backend
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(table)

@@ -23,6 +23,7 @@ from ..backends.scale import scale_in_torch
 from ..backends.select import load
 from ..formula.loss_program import Program
 from ..rows.groups import OUT
+from ..transforms import is_wrapped
 from .memory import empty
 
 _library = Library("reweight_ops", "DEF")  # type: ignore[no-untyped-call]
@@ -76,6 +77,16 @@ def gradient_ops(name: str, write: Callable[..., Any], fake_rows: Callable[..., 
         ),
         _define(f"{name}_", f"(Tensor(a!) logits, {arguments} -> {'()' if fake_rows is None else 'Tensor'}", in_place, fake_in_place),
     )
+
+
+def called(defined: Any, *arguments: Any) -> Any:
+    """What the op gives. Its body is called at once where nobody watches operations and the first tensor is a plain one with elements: on the way
+    through PyTorch's dispatcher there is nothing to do then, and for few rows it takes longer than the body."""
+    first = arguments[0]
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled()
+    if watched or type(first) is not Tensor or first.is_meta or is_wrapped(first):
+        return defined(*arguments)
+    return BODIES.get(defined, defined)(*arguments)
 
 
 def without_last_position(t: Tensor, drop_last: bool) -> Tensor:
@@ -283,5 +294,5 @@ def scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
     if torch.compiler.is_compiling():
         return (grad.to(row_dtype(grad)) * factor).to(grad.dtype)
     if grad.device.type != "cpu" or factor.item() != 1:  # on the CPU it is known here, so most calls do not even reach the op
-        scale_(grad, factor, backend)
+        called(scale_, grad, factor, backend)
     return grad

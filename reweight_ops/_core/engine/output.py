@@ -57,11 +57,26 @@ class PolicyLossOutput:
     _call: LossCall = field(repr=False)
     _leaves: dict[str, Tensor] = field(repr=False)  # [N], detached
     _loss: Tensor = field(repr=False)  # [N], detached
-    _by: tuple[Tensor, Tensor] | None = field(repr=False, default=None)
+    _by: tuple[Tensor, Tensor] | None = field(repr=False)
     #: More metrics (sums), from the loss's derivatives by logp and entropy.
-    _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False, default=None)
+    _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False)
     #: Of what the properties read, and of what the derivatives read besides.
-    _versions: tuple[Versions, Versions] | None = field(repr=False, default=None)
+    _versions: tuple[Versions, Versions] | None = field(repr=False)
+
+    @classmethod
+    def later(cls, loss: Tensor, plan: str, backend: str, rest: Callable[[], PolicyLossOutput]) -> PolicyLossOutput:
+        """A result of which only the loss is known yet: ``rest`` gives it whole, and is called when anything else is read."""
+        out = object.__new__(cls)
+        out.__dict__.update(loss=loss, plan=plan, backend=backend, _rest=rest)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        rest = self.__dict__.get("_rest")
+        if rest is None or name not in self.__dataclass_fields__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.__dict__.update(vars(rest()))
+        self.__dict__.pop("_rest", None)
+        return self.__dict__[name]
 
     def _unchanged(self, what: str, derivatives: bool = False) -> None:
         if torch.compiler.is_compiling() or self._versions is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from .plan import Objective, choose_plan
+from .plan import Choice, Objective, choose_plan
 from .source import Source
 
 T = TypeVar("T")
@@ -18,12 +19,27 @@ class Call(Generic[T]):
     source: Source
     objective: Objective[T]
     plan: str = "auto"
+    choice: Choice | None = None  # if it was chosen before
+    keep: Callable[[Choice], None] | None = None  # told of the choice, once the call has succeeded
 
 
-def run(call: Call[T]) -> T:
+@dataclass(frozen=True)
+class Again(Generic[T]):
+    """A call that was made before: ``direct`` may know its result at once, and gives None if it does not."""
+
+    direct: Callable[[], T | None]
+    resolve: Callable[[], Call[T]]
+
+
+def run(call: Call[T] | Again[T]) -> T:
     """The result of a call."""
+    if isinstance(call, Again):
+        result = call.direct()
+        if result is not None:
+            return result
+        call = call.resolve()
     source, objective = call.source, call.objective
-    choice = choose_plan(source, objective, call.plan)
+    choice = call.choice or choose_plan(source, objective, call.plan)
     more = source.more_metrics(choice.plan)
     if choice.plan == "one_pass":
         loss, table = source.one_pass(objective.work(), choice.backend)
@@ -31,4 +47,6 @@ def run(call: Call[T]) -> T:
     else:
         result = objective.from_statistics(source.statistics(objective.reads, choice.backend), choice, more)
     source.close()
+    if call.keep is not None:
+        call.keep(choice)
     return result

@@ -14,17 +14,17 @@ from typing_extensions import ParamSpec
 from ...errors import InvalidCall
 from ..calls.keywords import misnamed
 from ..engine.plan import backend_reasons, choose_plan
-from ..engine.run import Call, run
+from ..engine.run import Again, Call, run
 from ..ranges import ranged
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Public op to the function that resolves its arguments to a call.
-_PREPARED: dict[Any, Callable[..., Call[Any]]] = {}
+_PREPARED: dict[Any, Callable[..., Call[Any] | Again[Any]]] = {}
 
 
-def public_op(prepare: Callable[P, Call[T]]) -> Callable[P, T]:
+def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
     """The op that runs the call which ``prepare`` resolves. :func:`explain` asks for the call alone."""
 
     prepare = ranged(prepare)
@@ -38,7 +38,7 @@ def public_op(prepare: Callable[P, Call[T]]) -> Callable[P, T]:
         return run(call)
 
     signature = inspect.signature(prepare)
-    result = str(signature.return_annotation).removeprefix("Call[").removesuffix("]")
+    result = str(signature.return_annotation).removeprefix("Call[").partition("]")[0]
     op.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
     _PREPARED[op] = prepare
     return op
@@ -76,6 +76,8 @@ def explain(op: Any, *args: Any, device: torch.device | str | None = None, **key
     if prepare is None:
         raise InvalidCall(f"explain: expected one of {', '.join(sorted(f.__name__ for f in _PREPARED))}.")
     call = prepare(*args, **keywords)
+    if isinstance(call, Again):
+        call = call.resolve()
     source, objective = call.source, call.objective
     info = source.info._replace(device=_device(source.info.device, device))
     choice = choose_plan(source, objective, call.plan, info)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -11,9 +14,10 @@ from ..calls.logits import resolve_logits
 from ..calls.logps import resolve_logps
 from ..calls.policy import resolve_loss
 from ..calls.specs import named_spec
+from ..engine.kept import KEPT, signature
 from ..engine.output import PolicyLossOutput
 from ..engine.policy import PolicyObjective
-from ..engine.run import Call
+from ..engine.run import Again, Call
 from ..engine.sources import LogitsSource, LogpsSource
 from ..spec.policy import PolicyLossSpec
 from .explain import public_op
@@ -29,7 +33,7 @@ def policy_loss(
     plan: str = "auto",
     differentiable_outputs: bool = False,
     **keywords: Unpack[PolicyLossKeywords],
-) -> Call[PolicyLossOutput]:
+) -> Call[PolicyLossOutput] | Again[PolicyLossOutput]:
     """A reweighted policy loss from logits, ``loss_scale · Σ_k coef_k · Σ_i w_ki · u_ki · ℓ_k(row i)``, and its gradient.
 
     Per-row arguments have exactly one of the shapes R (token), ``R[:-1]`` or ``R[:-1] + (1,)`` (sequence; with ``cu_seqlens`` ``[S]`` or
@@ -66,11 +70,21 @@ def policy_loss(
     tensor(-1., grad_fn=<...>)
     >>> out.loss.backward()
     """
-    op = "policy_loss"
-    options, data = parse(op, dict(keywords), SoftmaxOptions, PolicyOptions, own=("spec", "plan", "differentiable_outputs"))
-    resolved = resolve_logits(op, logits, completion_ids, options, {"advantages": advantages, **data.named()}, data.validate)
-    call = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
-    return Call(LogitsSource(resolved), PolicyObjective(call, differentiable_outputs), plan)
+    given: dict[str, Any] = {"completion_ids": completion_ids, "advantages": advantages, **keywords}
+    key = signature(spec, (plan, differentiable_outputs), {"logits": logits, **given})
+    kept = None if key is None else KEPT.get(key)
+
+    def resolve() -> Call[PolicyLossOutput]:
+        if kept is not None and (call := kept.bind(logits, given)) is not None:
+            return call
+        op, own = "policy_loss", ("spec", "plan", "differentiable_outputs")
+        options, data = parse(op, dict(keywords), SoftmaxOptions, PolicyOptions, own=own)
+        resolved = resolve_logits(op, logits, completion_ids, options, {"advantages": advantages, **data.named()}, data.validate)
+        loss = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
+        objective = PolicyObjective(loss, differentiable_outputs)
+        return Call(LogitsSource(resolved), objective, plan, keep=None if key is None else partial(KEPT.keep, key, resolved, objective))
+
+    return resolve() if kept is None else Again(partial(kept.run, logits, given), resolve)
 
 
 @public_op

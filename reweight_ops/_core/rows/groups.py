@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ OUT = -100
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def describe(tensors: dict[str, Any]) -> str:
+def describe(tensors: Mapping[str, Any]) -> str:
     """``[logits (4, 8, 32000) bf16 cuda:0; ...]``: every tensor of a call, for error messages."""
     parts = [
         f"{name} {tuple(t.shape)} {_DTYPE_NAMES.get(t.dtype, str(t.dtype).removeprefix('torch.'))} {t.device}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class Rows:
 
     def released(self) -> Rows:
         """The same without the call's arguments."""
-        return Rows(
+        return self if not self.tensors else Rows(
             self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids,
             self.prompts, self.verbs, self.masked, self.trust,
         )  # fmt: skip
@@ -136,13 +137,36 @@ class Rows:
         raise self.error(f"{name} has shape {shape}; the rows are {rows}, so expected {expected}.")
 
 
+class RowLayout(NamedTuple):
+    """Rows that a backend's kernels find: all but the tensors that say which are in."""
+
+    op: str
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    sequences: Groups | None
+    verbs: RowVerbs
+
+    @property
+    def run(self) -> int:
+        return RUN if self.sequences is None else self.sequences.length
+
+    def rows(
+        self, found: Masked, tensors: dict[str, Any], segments: Groups | None = None, prompts: Groups | None = None, trust: Tensor | None = None
+    ) -> Rows:  # fmt: skip
+        return Rows(
+            self.op, self.shape, self.device, self.dtype, found.keep, found.counted, self.sequences, segments, tensors, found.ids, prompts,
+            self.verbs, found, trust,
+        )  # fmt: skip
+
+
 def _mask(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: dict[str, Any]) -> Tensor:
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         raise _shape_error(op, name, mask, shape, tensors)
     return mask.reshape(-1) != 0
 
 
-def _shape_error(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: dict[str, Any]) -> InvalidCall:
+def _shape_error(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: Mapping[str, Any]) -> InvalidCall:
     got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     return InvalidCall(f"{op}: {name} has shape {got}, expected {shape} like the rows. {describe(tensors)}")
 
@@ -246,13 +270,11 @@ def resolve_rows(
     segments = _segments(op, shape, device, sequences, tensors, structure)
     prompts = _prompts(op, device, sequences, tensors, structure)
     if verbs is not None and math.prod(shape) > 0 and (sequences is None or sequences.index is None):
-        found = _masked(op, shape, verbs, RUN if sequences is None else sequences.length, tensors)
+        layout = RowLayout(op, shape, device, dtype, sequences, verbs)
+        found = _masked(layout, tensors)
         if found is not None:
             _check_ids(op, found.ids, vocab_total, validate, tensors, found.bounds)
-            return Rows(
-                op, shape, device, dtype, found.keep, found.counted, sequences, segments, tensors, found.ids, prompts, verbs, found,
-                structure.trust(dtype),
-            )  # fmt: skip
+            return layout.rows(found, tensors, segments, prompts, structure.trust(dtype))
     ids = tensors.get("completion_ids")
     masks = []
     if tensors.get("completion_mask") is not None:
@@ -287,19 +309,28 @@ def _check_sequence_ids(structure: Structure, tensors: dict[str, Any], masks: li
         )
 
 
-def _masked(op: str, shape: tuple[int, ...], verbs: RowVerbs, run: int, tensors: dict[str, Any]) -> Masked | None:
+def bind_rows(layout: RowLayout, tensors: Mapping[str, Any], vocab_total: int) -> Rows:
+    """The rows of a call whose tensors have been checked before, all but their values. No message describes them."""
+    found = _masked(layout, tensors)
+    assert found is not None, "the first call of this layout had ids"
+    _check_ids(layout.op, found.ids, vocab_total, False, {}, found.bounds)
+    return layout.rows(found, {})
+
+
+def _masked(layout: RowLayout, tensors: Mapping[str, Any]) -> Masked | None:
     """The ids and masks of a call, by one launch; None without ids."""
+    op, shape = layout.op, layout.shape
     given = []
     for name in ("completion_ids", "completion_mask", "denominator_mask"):
         t = tensors.get(name)
-        if t is not None and (not isinstance(t, Tensor) or tuple(t.shape) != shape):
+        if t is not None and (not isinstance(t, Tensor) or t.shape != shape):
             raise _shape_error(op, name, t, shape, tensors)
         # At most one dimension of sequences, so that strides say where each begins.
-        given.append(t if t is None or t.dim() <= 2 else t.reshape(-1, shape[-1]))
+        given.append(t if t is None or len(shape) <= 2 else t.reshape(-1, shape[-1]))
     ids, mask, denominator = given
-    if ids is None or any(t is not None and t.device != ids.device for t in (mask, denominator)):
+    if ids is None or any(t is not None and t.device != layout.device for t in (mask, denominator)):
         return None
-    return verbs.mask(ids, mask, denominator, run)
+    return layout.verbs.mask(ids, mask, denominator, layout.run)
 
 
 def _check_ids(

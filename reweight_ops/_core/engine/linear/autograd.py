@@ -51,7 +51,7 @@ class LinearStatistics(torch.autograd.Function):
             else:
                 chunk = working = working or Chunk(size, head, settings)
             z, t = chunk.logits(hidden[rows]), _per_row(temperature, rows)
-            parts.append(library.token_stats(z, ids[rows], t, *settings.softmax[:2], False, wanted, settings.backend))
+            parts.append(library.called(library.token_stats, z, ids[rows], t, *settings.softmax[:2], False, wanted, settings.backend))
         wide = torch.float64 if settings.logits_dtype == torch.float64 else torch.float32
         table = torch.cat(parts, 1) if parts else hidden.new_zeros(len(wanted.split(",")), 0, dtype=wide)
         known = table.unbind()
@@ -139,9 +139,9 @@ def _gradient(chunk: Tensor, count: int, table: _Table, settings: ChunkSettings)
         known.get("log_sum_p_sq"), *(by.get(name) for name in _DERIVATIVES), *settings.softmax[:2], False, settings.backend,
     )  # fmt: skip
     if library.may_overwrite(True):
-        library.token_grad_(*arguments)
+        library.called(library.token_grad_, *arguments)
         return chunk
-    return padded(library.token_grad(*arguments), chunk.size(0))
+    return padded(library.called(library.token_grad, *arguments), chunk.size(0))
 
 
 class LinearOnePassLoss(torch.autograd.Function):
@@ -167,7 +167,7 @@ class LinearOnePassLoss(torch.autograd.Function):
             h = hidden[rows]
             z = chunk.logits(h)
             row_inputs = [None if t is None else t[..., rows].contiguous() for t in inputs]
-            table = library.token_loss_grad_(
+            table = library.called(library.token_loss_grad_,
                 z, ids[rows], _per_row(temperature, rows), *row_inputs, params, program,
                 *settings.softmax[:2], False, settings.backend,
             )  # fmt: skip
