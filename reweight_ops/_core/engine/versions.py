@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import ReweightOpsError
 from ..calls.policy import LossCall
-from ..transforms import is_wrapped
+from ..transforms import in_transform, is_wrapped
 
 
 class Versions:
@@ -19,7 +19,12 @@ class Versions:
     __slots__ = ("_seen",)
 
     def __init__(self, tensors: Iterable[tuple[str, Any]] = ()) -> None:
-        self._seen = [(name, t, t._version) for name, t in tensors if isinstance(t, Tensor) and not is_wrapped(t) and not t.is_inference()]
+        outside = not in_transform()  # where nothing is wrapped
+        self._seen = [
+            (name, t, t._version)
+            for name, t in tensors
+            if isinstance(t, Tensor) and (outside or not is_wrapped(t)) and not t.is_inference()
+        ]
 
     def __reduce__(self) -> Any:
         return Versions, ()  # a copy has tensors of its own
