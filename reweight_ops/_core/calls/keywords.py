@@ -60,8 +60,8 @@ class PolicyOptions(Options):
     sampling_per_token_logps: Any = None
     importance_sampling_ratio: Any = None
     token_weights: Any = None
-    num_items_in_batch: Positive[Any] = None
-    num_sequences_in_batch: Positive[Any] = None
+    num_items_in_batch: NonNegative[Any] = None
+    num_sequences_in_batch: NonNegative[Any] = None
     loss_scale: NonNegative[Any] = 1.0
     validate: bool = False
     unused: str = "error"
@@ -215,7 +215,7 @@ class PairOptions(Options):
     chosen_values: Any = None
     rejected_values: Any = None
     noise: Any = None
-    num_pairs_in_batch: Positive[Any] = None
+    num_pairs_in_batch: NonNegative[Any] = None
     loss_scale: NonNegative[Any] = 1.0
     validate: bool = False
 

@@ -235,6 +235,7 @@ def _check_divisors(rows: Rows, spec: PolicyLossSpec, divisors: Divisors) -> Non
         value = getattr(divisors, name)
         if value is None:
             continue
+        rows.check_divisor(name, value)
         if isinstance(value, Tensor) and value.dim() != 0:
             raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
         if not any(name in r.reads and not getattr(r, "per_call", False) for r in spec.reductions):

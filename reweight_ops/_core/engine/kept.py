@@ -66,10 +66,13 @@ _RANGES = {
 }  # fmt: skip
 
 
+_DIVISORS = ("num_items_in_batch", "num_sequences_in_batch")
+
+
 def _in_range(data: Mapping[str, Any]) -> bool:
-    """Whether every number is one that may be; also NaN, which no per-row argument is."""
+    """Whether every number is one that may be, whatever the rows are: not NaN, and no divisor is 0."""
     for name, value in data.items():
-        if type(value) is float and value != value:
+        if (type(value) is float and value != value) or (name in _DIVISORS and type(value) is not Tensor and value == 0):
             return False
         allowed = _RANGES.get(name)
         if allowed is not None and not allowed.has(value):

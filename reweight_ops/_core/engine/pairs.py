@@ -128,6 +128,7 @@ def evaluate(call: PairCall, statistics: dict[str, Tensor], backend: str) -> Pre
         total = torch.where(weight == 0, 0, weight * total)
     per_pair = torch.where(pairs.keep, total, 0)
     count = call.options.num_pairs_in_batch
+    rows.check_divisor("num_pairs_in_batch", count)
     # Of a call without a pair the loss is 0, whatever the divisor.
     divisor = pairs.keep.sum().clamp(min=1) if count is None else count + (~pairs.keep.any()).to(per_pair.dtype)
     loss = per_pair.sum() / divisor

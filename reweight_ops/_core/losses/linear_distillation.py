@@ -88,7 +88,7 @@ def linear_distillation_loss(
     beta: OpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
     token_weights: Tensor | float | None = None,
-    num_items_in_batch: Positive[float | Tensor] | None = None,
+    num_items_in_batch: NonNegative[float | Tensor] | None = None,
     loss_scale: NonNegative[float | Tensor] = 1.0,
     plan: str = "auto",
     teacher_temperature: Positive[Any] = None,

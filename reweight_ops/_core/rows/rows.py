@@ -63,6 +63,11 @@ class Rows:
             self.prompts, self.verbs, self.masked, self.trust,
         )  # fmt: skip
 
+    def check_divisor(self, name: str, value: Any) -> None:
+        """A divisor of 0 is right where no row is in, and the loss 0; else it is an error, where rows may be read."""
+        if is_readable(self.keep) and isinstance(value, (int, float)) and value == 0 and bool(self.keep.any()):
+            raise self.error(f"{name} is 0, and rows are in: pass how many there are in the whole batch, or None for those of this call.")
+
     def trusted(self, loss: Tensor) -> Tensor:
         """The loss, NaN where :attr:`trust` is: also if malformed offsets leave no row in."""
         return loss if self.trust is None else loss + (self.trust - 1)
