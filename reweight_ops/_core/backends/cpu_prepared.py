@@ -47,6 +47,7 @@ class _OnePass:
         self.is_given = tuple(value is not None for value in first.inputs)
         self._is_number = tuple(not isinstance(value, Tensor) for value in first.inputs)
         self._n = first.ids.numel()
+        self._absent = (first.mask is None) + (first.denominator is None) + sum(self._is_number)
         # The addresses of this call are forgotten: every call brings its own.
         call = native.call(
             first.logits,
@@ -73,12 +74,12 @@ class _OnePass:
         buffer = result((self.layout[-1],), torch.uint8)
         numbered = list(zip(inputs, self._is_number, strict=True))
         addresses = [0 if number else value.data_ptr() for value, number in numbered]
+        given = [0 if t is None else t.data_ptr() for t in (logits, ids, mask, denominator)]
+        if [*given, *addresses].count(0) != self._absent and self._n:
+            return None  # a tensor without memory
         ok = self.module.run_one_pass(
             self._call,
-            (
-                logits.data_ptr(), ids.data_ptr(), 0 if mask is None else mask.data_ptr(), 0 if denominator is None else denominator.data_ptr(),
-                *addresses, buffer.data_ptr(), table.data_ptr(), out.data_ptr(),
-            ),
+            (*given, *addresses, buffer.data_ptr(), table.data_ptr(), out.data_ptr()),
             (*[value if number and value is not None else 0.0 for value, number in numbered], *numbers),
             rows_of(out), torch.get_num_threads(),
         )  # fmt: skip

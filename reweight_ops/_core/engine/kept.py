@@ -8,6 +8,7 @@ resolved from the start, so that its message is the same.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
@@ -66,13 +67,22 @@ _RANGES = {
 }  # fmt: skip
 
 
+#: Beyond it a finite number has no fp32.
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def _is_odd(value: Any) -> bool:
+    """NaN, or finite and too large for fp32: what to say of it is known where a call is resolved."""
+    return value != value or (isinstance(value, (int, float)) and _LARGEST < abs(value) < math.inf)
+
+
 _DIVISORS = ("num_items_in_batch", "num_sequences_in_batch")
 
 
 def _in_range(data: Mapping[str, Any]) -> bool:
     """Whether every number is one that may be, whatever the rows are: not NaN, and no divisor is 0."""
     for name, value in data.items():
-        if (type(value) is float and value != value) or (name in _DIVISORS and type(value) is not Tensor and value == 0):
+        if (not isinstance(value, Tensor) and _is_odd(value)) or (name in _DIVISORS and type(value) is not Tensor and value == 0):
             return False
         allowed = _RANGES.get(name)
         if allowed is not None and not allowed.has(value):
@@ -87,7 +97,7 @@ def _kind(value: Any) -> Any:
         if isinstance(value, Tensor):
             raise LookupError
         return kind
-    if value.layout is not torch.strided or is_wrapped(value):
+    if value.layout is not torch.strided or is_wrapped(value) or value.is_neg():
         raise LookupError
     return kind, value.shape, value.stride(), value.dtype, value.device, value.requires_grad, value.is_leaf
 

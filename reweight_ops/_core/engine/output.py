@@ -72,6 +72,8 @@ class PolicyLossOutput:
 
     def __getattr__(self, name: str) -> Any:
         rest = self.__dict__.get("_rest")
+        if rest is None and name in self.__dict__:  # another thread has read it meanwhile
+            return self.__dict__[name]
         if rest is None or name not in self.__dataclass_fields__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         self.__dict__.update(vars(rest()))

@@ -82,7 +82,7 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
         leaves["log_ratio"], means = rows.verbs.ratio(rows.masked, rows.run, detached["logp"], old, params, ratio.normalize)
     elif not pointwise:
         inputs["log_ratio"] = call.log_ratio(logp)
-        leaves["log_ratio"] = inputs["log_ratio"].detach()
+        leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()  # one sequence may be an expanded number
     outputs = ("weighted_loss", "loss", *(f"d_{name}" for name in (_BY[:3] if pointwise else _BY)))
     table = found.evaluate_rows(program, params, leaves, weights, outputs, rows.keep)
     if means is not None:

@@ -270,6 +270,8 @@ def resolve_rows(
             and not is_fake(t)
         ):
             raise UnsupportedRequest(f"{op}: {name} is a {type(t).__name__}; tensor subclasses are not supported, pass the local tensor.")
+        if isinstance(t, Tensor) and not torch.compiler.is_compiling() and t.is_neg():  # kernels are given addresses
+            raise UnsupportedRequest(f"{op}: {name} is a lazy negation (Tensor.is_neg); pass {name}.resolve_neg().")
     structure = Structure(op, tensors, validate)
     sequences = _sequences(op, shape, device, tensors, structure)
     segments = _segments(op, shape, device, sequences, tensors, structure)
