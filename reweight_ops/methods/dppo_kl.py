@@ -5,25 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from .._core.catalogue.registry import published
-from .._core.formula.base import Rule, rule
+from .._core.formula.base import rule
 from .._core.ranges import NonNegativeOrInf, PositiveOrInf
 from .._core.spec.policy import PolicyLossSpec
+from ..rules.surrogates import DppoTV
 
 #: What verl adds to the probabilities of all other tokens, so that a certain token has a finite divergence.
 _SMALLEST = 1e-8
 
 
 @rule("dppo_kl")
-class DppoKL(Rule):
+class DppoKL(DppoTV):
     """``-sg(min(r, ratio_max)·keep)·A·logp``; a token is dropped where ``p`` has moved from ``q = p_old`` to A's side and
     ``q·log(q/p) + (1-q)·log((1-q)/(1-p))`` is above ``divergence_high`` (``A > 0``) or ``divergence_low``.
 
     Divergence PPO with the binary KL, arXiv:2602.04879. Differs from the paper as :class:`~reweight_ops.rules.surrogates.DppoTV` does.
     """
-
-    divergence_low: NonNegativeOrInf[float] = 0.2
-    divergence_high: NonNegativeOrInf[float] = 0.2
-    ratio_max: PositiveOrInf[float] = 20.0
 
     def _outside(self, xp, t):
         others, old_others = -xp.expm1(t.logp), -xp.expm1(t.old_logp)
@@ -31,14 +28,6 @@ class DppoKL(Rule):
         divergence = same + old_others * xp.log((old_others + _SMALLEST) / (others + _SMALLEST))
         low = (divergence > self.divergence_low) & (t.logp < t.old_logp) & (t.adv <= 0)
         return low, (divergence > self.divergence_high) & (t.logp > t.old_logp) & (t.adv > 0)
-
-    def loss(self, xp, t):
-        low, high = self._outside(xp, t)
-        ratio = xp.where(low | high, 0.0, xp.minimum(xp.exp(t.log_ratio), self.ratio_max))
-        return -xp.stop_gradient(ratio) * t.adv * t.logp
-
-    def clipped(self, xp, t):
-        return self._outside(xp, t)
 
 
 @published(
