@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
+from ..backends.shards import VocabShards
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
 from ..rows.structure import Structure, is_readable
@@ -19,6 +20,7 @@ from ..transforms import in_transform
 from .chunking import chunking
 from .keywords import LMHeadOptions, SoftmaxOptions
 from .softmax import Fail, resolve_softmax, resolve_temperature
+from .vocab_group import VocabGroup, vocab_group
 
 
 class ChunkSettings(NamedTuple):
@@ -33,6 +35,7 @@ class ChunkSettings(NamedTuple):
     accumulate_dtype: torch.dtype | None  # of the weight's gradient over chunks; None: by the number of chunks
     drop_inert: bool  # rows without a coefficient may be counted on the host and dropped
     keep_rows: int  # of these leading rows two_pass keeps the logits for backward
+    shards: VocabShards | None = None  # of a vocabulary that several ranks have, once they have agreed on it
 
 
 class LMHead(NamedTuple):
@@ -66,6 +69,7 @@ class Hidden:
     ids: Tensor  # [M]
     temperature: Tensor  # [1] or [M]
     settings: ChunkSettings
+    shard: VocabGroup | None = None  # of a vocabulary that several ranks have, each its columns
 
     @property
     def needs_grad(self) -> bool:
@@ -147,7 +151,7 @@ def resolve_hidden(
 
     softmax = resolve_softmax(op, options, columns, fail)
     row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
-    rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, softmax.vocab_size, validate)
+    rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, softmax.total(), validate)
     all_ids = rows.ids
     assert all_ids is not None
     # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s: the scale costs no pass and no rounding.
@@ -167,7 +171,7 @@ def resolve_hidden(
     a, b, scale = lora or (None, None, 1.0)
     head = LMHead(weight, linear.lm_head_bias, a, b, float(scale))
     ids = all_ids if index is None else all_ids[index]
-    call = Hidden(flat, head, rows, index, ids, temperature, settings)
+    call = Hidden(flat, head, rows, index, ids, temperature, settings, vocab_group(options, columns))
     if torch.compiler.is_compiling() or not call.needs_grad:
         call = dataclasses.replace(call, settings=settings._replace(keep_rows=0))
     return call

@@ -16,6 +16,7 @@ from ..rows.rows import Rows, resolve_rows
 from . import consumed
 from .keywords import SoftmaxOptions
 from .softmax import Fail, resolve_softmax, resolve_temperature
+from .vocab_group import VocabGroup, vocab_group
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Logits:
     consume: bool
     backend: str
     original: Tensor
+    shard: VocabGroup | None = None  # of a vocabulary that several ranks have, each its columns
 
     @property
     def needs_grad(self) -> bool:
@@ -84,14 +86,14 @@ def resolve_logits(
     softmax = resolve_softmax(op, options, logits.shape[-1], fail)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     verbs = row_verbs(logits, options.backend)
-    rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.vocab_size, validate, verbs)
+    rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.total(), validate, verbs)
     assert rows.ids is not None
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad
     if consume and logits.is_leaf:
         raise fail("consume_logits=True would overwrite a leaf that requires grad; it is for logits that a model computed.")
     return Logits(
         collapsed("logits", logits, fail), rows, rows.ids, resolve_temperature(rows, options.temperature, fail), softmax, options.drop_last,
-        consume, options.backend, logits,
+        consume, options.backend, logits, vocab_group(options, logits.shape[-1]),
     )  # fmt: skip
 
 

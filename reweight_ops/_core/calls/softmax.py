@@ -13,22 +13,26 @@ from torch.nn.functional import threshold
 from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import SoftmaxParams
 from ..rows.constants import as_tensor, parameter_vector, varies
+from ..rows.ranks import check_group
 from ..rows.rows import Rows
 from ..transforms import is_wrapped
 from .keywords import SoftmaxOptions
+from .vocab_group import ANY_ID
 
 Fail = Callable[[str], InvalidCall]
 
 
 def refuse_process_group(op: str, process_group: Any, why: str) -> None:
-    """The one place where work over several processes is refused."""
+    """The one place where a call that cannot be made by several processes is refused."""
     if process_group is not None:
         raise UnsupportedRequest(f"{op}: process_group: {why}")
 
 
 def resolve_softmax(op: str, options: SoftmaxOptions, columns: int, fail: Fail) -> SoftmaxParams:
-    """The softmax over logits with that many columns."""
-    refuse_process_group(op, options.process_group, "vocabulary-parallel logits are not supported yet; gather the vocabulary first.")
+    """The softmax over logits with that many columns; of a shard, that of its own columns until the ranks have agreed."""
+    if options.process_group is not None:
+        check_group(op, "process_group", options.process_group)
+        return SoftmaxParams(columns, resolve_softcap(options.softcap), 0, options.vocab_size or ANY_ID)
     vocab_size = columns if options.vocab_size is None else options.vocab_size
     if not 0 < vocab_size <= columns:
         raise fail(f"vocab_size is {vocab_size}, logits have {columns} columns.")

@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ReweightOpsError, UnsupportedRequest
-from ..backends.base import SoftmaxParams
+from ..backends.base import DIVERGENCE_STATS, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
+from ..backends.logp_low import LOGP_LOW
 from ..backends.mean_logit import MEAN_LOGIT
+from ..backends.shards import VocabShards, with_empty_shards
+from ..rows.groups import OUT
 from . import again
 from . import ops as library
 
@@ -27,6 +30,7 @@ class OpOptions(NamedTuple):
     drop_last: bool
     backend: str
     consume: bool
+    shards: VocabShards | None = None
 
 
 def forbid_second_backward(ctx: Any, op: str) -> None:
@@ -53,9 +57,22 @@ FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ)
 LSE_LOW = "lse_low"
 
 
-def asked_for(stats: str, needs_grad: bool) -> str:
-    """The names of the statistics to compute for a caller who wants ``stats``."""
+def asked_for(stats: str, needs_grad: bool, shards: VocabShards | None) -> str:
+    """The names of the statistics to compute for a caller who wants ``stats``; of a shard, what it is merged by besides."""
+    if shards is not None:
+        return f"{stats},{LSE_LOW},{LOGP_LOW}"
     return f"{stats},{LSE_LOW}" if needs_grad else stats
+
+
+def whole_rows(table: Tensor, names: str, ids: Tensor, shards: VocabShards | None) -> Tensor:
+    """A table of the named statistics; of a shard's, merged over all shards, and without what only serves that."""
+    return table if shards is None else shards.merged(table, tuple(names.split(",")), ids)
+
+
+def forbid_graph(shards: VocabShards | None) -> None:
+    """Asked in backward: raise where autograd wants a graph of a gradient that one rank cannot form."""
+    if shards is not None and again.wants_graph():
+        raise UnsupportedRequest(f"{shards.op}: create_graph=True needs the whole vocabulary on one rank, and process_group shards it.")
 
 
 class RowStatistics(torch.autograd.Function):
@@ -65,8 +82,9 @@ class RowStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, options: OpOptions, stats: str
     ) -> tuple[Tensor, ...]:
-        wanted = asked_for(stats, ctx.needs_input_grad[0])
-        rows = library.called(library.token_stats, logits, ids, temperature, *softmax[:2], options.drop_last, wanted, options.backend)
+        wanted = asked_for(stats, ctx.needs_input_grad[0], options.shards)
+        rows = library.called(library.token_stats, logits, ids, temperature, *softmax, options.drop_last, wanted, options.backend)
+        rows = whole_rows(rows, wanted, ids, options.shards)
         ctx.set_materialize_grads(False)
         ctx.softmax, ctx.options, ctx.names = softmax, options, stats.split(",")
         known = rows.unbind()
@@ -81,6 +99,7 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, ids, temperature, *stats = ctx.saved_tensors
         options: OpOptions = ctx.options
+        forbid_graph(options.shards)
         if again.wants_graph():
             names, softmax = ctx.names, ctx.softmax
 
@@ -95,7 +114,7 @@ class RowStatistics(torch.autograd.Function):
         arguments = (
             logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
             by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"),
-            *ctx.softmax[:2], options.drop_last, options.backend,
+            *ctx.softmax, options.drop_last, options.backend,
         )  # fmt: skip
         if library.may_overwrite(options.consume):
             library.called(library.token_grad_, *arguments)
@@ -157,6 +176,19 @@ class FinishedLoss(torch.autograd.Function):
 Softmaxes = tuple[int, float, float]
 
 
+def with_empty(table: Tensor, two: tuple[Tensor, ...], softmaxes: Softmaxes, backend: str) -> Tensor:
+    """The divergences of a shard, which may hold nothing but -inf of one of the tensors. Of such rows the kernel has none: where they may be, each tensor's
+    own statistics are read besides, on a GPU always, for nothing waits to see whether they must be."""
+    logits, other, ids, t, t_other = two
+    vocab_size, cap, other_cap = softmaxes
+    if not vocab_size or (table.device.type == "cpu" and not bool(table[DIVERGENCE_STATS.index("lse")].isnan().any())):
+        return table
+    inside, names = torch.where(ids == OUT, OUT, 0), "lse,lse_low,entropy"
+    of = ((logits, t, cap), (other, t_other, other_cap))
+    p, q = (library.called(library.token_stats, z, inside, heat, vocab_size, c, 0, vocab_size, False, names, backend) for z, heat, c in of)
+    return with_empty_shards(table, p, q)
+
+
 class DivergenceStatistics(torch.autograd.Function):
     """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, ``[N]`` each; the first three are differentiable with respect to the logits of p."""
 
@@ -165,6 +197,9 @@ class DivergenceStatistics(torch.autograd.Function):
         ctx: Any, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, softmaxes: Softmaxes, options: OpOptions
     ) -> tuple[Tensor, ...]:
         table = library.called(library.divergence_stats, logits, other, ids, t, t_other, *softmaxes, options.drop_last, options.backend)
+        if options.shards is not None:
+            z = library.without_last_position(logits, options.drop_last)
+            table = options.shards.merged_divergences(with_empty(table, (z, other, ids, t, t_other), softmaxes, options.backend), ids)
         ctx.set_materialize_grads(False)
         ctx.softmaxes, ctx.options = softmaxes, options
         outputs = tuple(row.clone() for row in table[:4])
@@ -178,6 +213,7 @@ class DivergenceStatistics(torch.autograd.Function):
             return (None,) * 7
         *tensors, table = ctx.saved_tensors
         options: OpOptions = ctx.options
+        forbid_graph(options.shards)
         if again.wants_graph():
             logits, *rest = tensors
 

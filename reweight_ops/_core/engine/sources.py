@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.base import DIVERGENCE_STATS, SoftmaxParams
 from ..backends.select import load
+from ..calls import vocab_group
 from ..calls.logits import Logits
 from ..calls.two_logits import TwoLogits
+from ..calls.vocab_group import VocabGroup
 from ..rows.rows import Rows
 from . import again, temperature
 from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
@@ -17,6 +20,21 @@ from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
 
 #: Statistics of one tensor that the kernel of their gradient reads besides.
 ALWAYS = ("logp", "lse")
+
+
+def why_two_passes(shard: VocabGroup | None, learnt: Tensor | None = None) -> str | None:
+    """What of a source the fused loss cannot have."""
+    if shard is not None:
+        return vocab_group.WHY_TWO_PASSES
+    return temperature.WHY_TWO_PASSES if learnt is not None and temperature.learns(learnt) else None
+
+
+def refuse_transforms(rows: Rows, backend: str) -> None:
+    """Raise where the statistics of a sharded vocabulary would be PyTorch's formula, which knows one rank."""
+    if backend == again.TORCH:
+        raise rows.unsupported(
+            "process_group: torch.func's transforms differentiate a formula of the whole vocabulary, and here it is in shards."
+        )
 
 
 @dataclass(frozen=True)
@@ -34,20 +52,33 @@ class LogitsSource(PlainSource):
         z = self.logits
         return SourceInfo(
             z.values.device, z.values.dtype, z.needs_grad, z.backend, ("token_stats",), "token_loss_grad",
-            two_pass_reason=temperature.WHY_TWO_PASSES if temperature.learns(z.temperature) else None,
+            two_pass_reason=why_two_passes(z.shard, z.temperature),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         z = self.logits
         found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
+        if z.shard is not None:
+            whole: dict[str, Tensor] = self._of_shards(found, backend)
+            return whole
         if backend == again.TORCH:
             return dict(
                 zip(found, again.token_stats(again.rows(z.values, z.drop_last), z.ids, z.temperature, z.softmax, found), strict=True)
             )
+        return self._statistics(found, z.softmax, self._options(backend))
+
+    @torch.compiler.disable
+    def _of_shards(self, found: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        z = self.logits
+        assert z.shard is not None
+        refuse_transforms(z.rows, backend)
+        shards = z.shard.agreed(z.rows, found, z.needs_grad)
+        return self._statistics(found, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards))
+
+    def _statistics(self, found: tuple[str, ...], softmax: SoftmaxParams, options: OpOptions) -> dict[str, Tensor]:
+        z = self.logits
         computed = temperature.with_reads(found, z.temperature)
-        values = RowStatistics.apply(  # type: ignore[no-untyped-call]
-            z.values, z.ids, z.temperature.detach(), z.softmax, self._options(backend), ",".join(computed)
-        )
+        values = RowStatistics.apply(z.values, z.ids, z.temperature.detach(), softmax, options, ",".join(computed))  # type: ignore[no-untyped-call]
         return temperature.differentiable(dict(zip(computed, values, strict=True)), found, z.temperature)
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
@@ -83,16 +114,29 @@ class TwoLogitsSource(PlainSource):
         p = self.both.p
         return SourceInfo(
             p.values.device, p.values.dtype, p.needs_grad, p.backend, ("divergence_stats",), "divergence_loss_grad",
-            self.both.other.dtype,
+            self.both.other.dtype, two_pass_reason=why_two_passes(p.shard),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-        if backend == again.TORCH:
+        if self.both.p.shard is not None:
+            values = self._of_shards(backend)
+        elif backend == again.TORCH:
             softmaxes, options = self._rest(backend)
             values = again.divergence_stats(self._tensors, softmaxes, options.drop_last)
         else:
             values = DivergenceStatistics.apply(*self._tensors, *self._rest(backend))  # type: ignore[no-untyped-call]
         return dict(zip(("forward_kl", "reverse_kl", "entropy", "other_entropy"), values, strict=True))
+
+    @torch.compiler.disable
+    def _of_shards(self, backend: str) -> tuple[Tensor, ...]:
+        p = self.both.p
+        assert p.shard is not None
+        refuse_transforms(p.rows, backend)
+        shards = p.shard.agreed(p.rows, DIVERGENCE_STATS, p.needs_grad)
+        (_, *caps), options = self._rest(backend)
+        softmaxes = (shards.params(caps[0]).vocab_size, *caps)
+        found: tuple[Tensor, ...] = DivergenceStatistics.apply(*self._tensors, softmaxes, options._replace(shards=shards))  # type: ignore[no-untyped-call]
+        return found
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
         loss, table = OnePassDivergence.apply(*self._tensors, *work, *self._rest(backend))  # type: ignore[no-untyped-call]

@@ -12,13 +12,18 @@ import torch
 from typing_extensions import ParamSpec
 
 from ...errors import InvalidCall
+from ..calls.dtensors import has_dtensors, localized
 from ..calls.keywords import misnamed
 from ..engine.plan import backend_reasons, choose_plan
 from ..engine.run import Again, Call, run
 from ..ranges import ranged
+from ..rows.ranks import announced
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+#: Keywords that name processes which make a call together.
+GROUPS = ("process_group",)
 
 #: Public op to the function that resolves its arguments to a call.
 _PREPARED: dict[Any, Callable[..., Call[Any] | Again[Any]]] = {}
@@ -31,16 +36,31 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 
     @functools.wraps(prepare)
     def op(*args: P.args, **keywords: P.kwargs) -> T:
+        if not torch.compiler.is_compiling() and has_dtensors((*args, *keywords.values())):
+            return op(**local(*args, **keywords))
+        groups = {name: keywords[name] for name in GROUPS if keywords.get(name) is not None}
+        if not groups:
+            return run(resolve(*args, **keywords))
+        tensors = (x for x in (*args, *keywords.values()) if isinstance(x, torch.Tensor))
+        with announced(prepare.__name__, groups, next((x.device for x in tensors), torch.device("cpu"))):
+            return run(resolve(*args, **keywords))
+
+    def local(*args: Any, **keywords: Any) -> dict[str, Any]:
+        bound = signature.bind(*args, **keywords).arguments
+        return localized(prepare.__name__, {**bound.pop("keywords", {}), **bound})
+
+    def resolve(*args: Any, **keywords: Any) -> Call[T] | Again[T]:
         try:
-            call = prepare(*args, **keywords)
+            return prepare(*args, **keywords)
         except TypeError as error:
             raise misnamed(prepare.__name__, signature, len(args), keywords) or error from None
-        return run(call)
 
     signature = inspect.signature(prepare)
     result = str(signature.return_annotation).removeprefix("Call[").partition("]")[0]
     op.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
-    _PREPARED[op] = prepare
+    _PREPARED[op] = lambda *args, **keywords: (
+        prepare(**local(*args, **keywords)) if has_dtensors((*args, *keywords.values())) else prepare(*args, **keywords)
+    )
     return op
 
 

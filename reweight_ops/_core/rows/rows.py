@@ -68,6 +68,11 @@ class Rows:
         if is_readable(self.keep) and isinstance(value, (int, float)) and value == 0 and bool(self.keep.any()):
             raise self.error(f"{name} is 0, and rows are in: pass how many there are in the whole batch, or None for those of this call.")
 
+    def check_ids(self, vocab_total: int) -> None:
+        """Raise for an id that is none of so many, where ids may be read: of a call that knew no number when its rows were resolved."""
+        assert self.ids is not None
+        _check_ids(self.op, self.ids, vocab_total, False, self.tensors)
+
     def trusted(self, loss: Tensor) -> Tensor:
         """The loss, NaN where :attr:`trust` is: also if malformed offsets leave no row in."""
         return loss if self.trust is None else loss + (self.trust - 1)

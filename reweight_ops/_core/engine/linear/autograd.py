@@ -14,7 +14,7 @@ from ...calls.chunking import balanced
 from ...calls.hidden import ChunkSettings, LMHead
 from .. import again
 from .. import ops as library
-from ..autograd import FIXED, LSE_LOW, asked_for, forbid_second_backward
+from ..autograd import FIXED, LSE_LOW, asked_for, forbid_graph, forbid_second_backward, whole_rows
 from .gemms import Chunk, Gradients, chunks, live_rows, padded
 
 _DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
@@ -40,7 +40,7 @@ class LinearStatistics(torch.autograd.Function):
         head = LMHead(weight, bias, lora_a, lora_b, lora_scale).cast(settings)
         count = hidden.size(0)
         size = min(settings.chunk_rows, count)
-        wanted = asked_for(stats, any(ctx.needs_input_grad[:5]))
+        wanted = asked_for(stats, any(ctx.needs_input_grad[:5]), settings.shards)
         working: Chunk | None = None
         kept: list[Chunk] = []
         parts = []
@@ -51,9 +51,10 @@ class LinearStatistics(torch.autograd.Function):
             else:
                 chunk = working = working or Chunk(size, head, settings)
             z, t = chunk.logits(hidden[rows]), _per_row(temperature, rows)
-            parts.append(library.called(library.token_stats, z, ids[rows], t, *settings.softmax[:2], False, wanted, settings.backend))
+            parts.append(library.called(library.token_stats, z, ids[rows], t, *settings.softmax, False, wanted, settings.backend))
         wide = torch.float64 if settings.logits_dtype == torch.float64 else torch.float32
         table = torch.cat(parts, 1) if parts else hidden.new_zeros(len(wanted.split(",")), 0, dtype=wide)
+        table = whole_rows(table, wanted, ids, settings.shards)
         known = table.unbind()
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.names, ctx.lora_scale = settings, stats.split(","), lora_scale
@@ -68,6 +69,7 @@ class LinearStatistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, lora_a, lora_b, ids, temperature, *stats = ctx.saved_tensors
         settings: ChunkSettings = ctx.settings
+        forbid_graph(settings.shards)
         if again.wants_graph():
 
             def formula(h: Tensor, w: Tensor, c: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, ...]:
@@ -136,7 +138,7 @@ def _gradient(chunk: Tensor, count: int, table: _Table, settings: ChunkSettings)
     known, by = table.known, table.by
     arguments = (
         chunk[:count], table.ids, table.temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"),
-        known.get("log_sum_p_sq"), *(by.get(name) for name in _DERIVATIVES), *settings.softmax[:2], False, settings.backend,
+        known.get("log_sum_p_sq"), *(by.get(name) for name in _DERIVATIVES), *settings.softmax, False, settings.backend,
     )  # fmt: skip
     if library.may_overwrite(True):
         library.called(library.token_grad_, *arguments)

@@ -16,7 +16,7 @@ from ...calls.hidden import ChunkSettings, LMHead
 from ...rows.groups import OUT
 from .. import again, jsd_ops
 from .. import ops as library
-from ..autograd import forbid_second_backward, weighted_sum
+from ..autograd import forbid_graph, forbid_second_backward, weighted_sum, with_empty
 from .autograd import _per_row
 from .gemms import Chunk, Gradients, chunks, live_rows, padded
 
@@ -35,10 +35,13 @@ class Measure(NamedTuple):
     softmaxes: tuple[int, float, float]
     backend: str
     beta: float | None
+    sharded: bool = False  # over ranks, each with its columns of both models
 
     def stats(self, two: tuple[Tensor, ...]) -> Tensor:
         """A row of the table for every one of ``DIVERGENCE_STATS``, and one for the JSD."""
         table: Tensor = library.divergence_stats(*two, *self.softmaxes, False, self.backend)
+        if self.sharded:
+            return with_empty(table, two, self.softmaxes, self.backend)
         if self.beta is None:
             return table
         return torch.cat([table, jsd_ops.generalized_jsd(*two, self.beta, *self.softmaxes)[None]])
@@ -132,6 +135,8 @@ class LinearDivergences(torch.autograd.Function):
             two = (both[0].logits(hidden[rows]), both[1].logits(rows), ids[rows], _per_row(t, rows), _per_row(t_other, rows))
             parts.append(measure.stats(two))
         table = torch.cat(parts, 1) if parts else _no_rows(hidden, measure, t.dtype)
+        if settings.shards is not None:
+            table = settings.shards.merged_divergences(table, ids)
         ctx.set_materialize_grads(False)
         ctx.heads, ctx.lora_scale = heads, lora_scale
         # Backward writes over p's, so they serve once; a second backward makes the same ones again.
@@ -148,6 +153,7 @@ class LinearDivergences(torch.autograd.Function):
         hidden, weight, bias, lora_a, lora_b, ids, t, t_other, table, values, picked, *rest = ctx.saved_tensors
         heads: Heads = ctx.heads
         settings, measure = heads.own, heads.measure
+        forbid_graph(settings.shards)
         other = OtherHead(values, LMHead._make((*rest, ctx.other_scale)) if rest else None, picked)
         grads = grads[:3] if measure.beta is None else grads[4:]
         if all(g is None for g in grads):

@@ -8,13 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...backends.shards import VocabShards
 from ...calls.hidden import ChunkSettings, Hidden
 from ...rows.rows import Rows
 from .. import again, temperature
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
-from ..sources import ALWAYS
+from ..sources import ALWAYS, refuse_transforms, why_two_passes
 from .autograd import LinearOnePassLoss, LinearStatistics
 from .gemms import inert_rows_dropped
+
+
+def with_shards(settings: ChunkSettings, shards: VocabShards) -> ChunkSettings:
+    """The settings of a rank that has agreed with the others on who has which columns."""
+    return settings._replace(softmax=shards.params(settings.softmax.softcap), shards=shards)
 
 
 @dataclass(frozen=True)
@@ -32,21 +38,32 @@ class HiddenSource(PlainSource):
         h, s = self.hidden, self.hidden.settings
         return SourceInfo(
             h.states.device, s.logits_dtype, h.needs_grad, s.backend, ("token_stats",), "token_loss_grad",
-            two_pass_reason=temperature.WHY_TWO_PASSES if temperature.learns(h.temperature) else None,
+            two_pass_reason=why_two_passes(h.shard, h.temperature),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
         found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
-        if backend == again.TORCH:
+        if h.shard is not None:
+            known = self._of_shards(found, backend)
+        elif backend == again.TORCH:
             known = dict(zip(found, again.linear_stats(h.states, h.head, h.ids, h.temperature, h.settings, found), strict=True))
         else:
-            computed = temperature.with_reads(found, h.temperature)
-            values = LinearStatistics.apply(  # type: ignore[no-untyped-call]
-                h.states, *h.head, h.ids, h.temperature.detach(), self._settings(backend), ",".join(computed)
-            )
-            known = temperature.differentiable(dict(zip(computed, values, strict=True)), found, h.temperature)
+            known = self._statistics(found, self._settings(backend))
         return {name: h.scatter(value) for name, value in known.items()}
+
+    @torch.compiler.disable
+    def _of_shards(self, found: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        h = self.hidden
+        assert h.shard is not None
+        refuse_transforms(h.rows, backend)
+        return self._statistics(found, with_shards(self._settings(backend), h.shard.agreed(h.rows, found, h.needs_grad)))
+
+    def _statistics(self, found: tuple[str, ...], settings: ChunkSettings) -> dict[str, Tensor]:
+        h = self.hidden
+        computed = temperature.with_reads(found, h.temperature)
+        values = LinearStatistics.apply(h.states, *h.head, h.ids, h.temperature.detach(), settings, ",".join(computed))  # type: ignore[no-untyped-call]
+        return temperature.differentiable(dict(zip(computed, values, strict=True)), found, h.temperature)
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         h = self.hidden

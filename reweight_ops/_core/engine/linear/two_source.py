@@ -12,7 +12,9 @@ from ...rows.rows import Rows
 from .. import again
 from ..distillation import GENERALIZED_JSD, STATISTICS
 from ..source import DivergenceWork, PlainSource, SourceInfo
+from ..sources import refuse_transforms, why_two_passes
 from .divergence import Heads, LinearDivergences, LinearOnePassDivergence, Measure, OtherHead, formulas
+from .source import with_shards
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,16 @@ class TwoHiddenSource(PlainSource):
     def info(self) -> SourceInfo:
         p, s = self.both.p, self.both.p.settings
         return SourceInfo(
-            p.states.device, s.logits_dtype, p.needs_grad, s.backend, ("divergence_stats",), "divergence_loss_grad", self.both.other.dtype
-        )
+            p.states.device, s.logits_dtype, p.needs_grad, s.backend, ("divergence_stats",), "divergence_loss_grad", self.both.other.dtype,
+            why_two_passes(p.shard),
+        )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         p, q = self.both.p, self.both.other
         heads = self._heads(backend)
-        if backend == again.TORCH:
+        if p.shard is not None:
+            values = self._of_shards(heads, backend)
+        elif backend == again.TORCH:
             values = formulas(p.states, p.head, p.ids, p.temperature, q.temperature, self._other, heads)
         else:
             values = LinearDivergences.apply(  # type: ignore[no-untyped-call]
@@ -44,6 +49,22 @@ class TwoHiddenSource(PlainSource):
             )
         found = (*STATISTICS, GENERALIZED_JSD)[: len(values)]
         return {name: p.scatter(value) for name, value in zip(found, values, strict=True)}
+
+    @torch.compiler.disable
+    def _of_shards(self, heads: Heads, backend: str) -> tuple[Tensor, ...]:
+        p, q = self.both.p, self.both.other
+        assert p.shard is not None
+        refuse_transforms(p.rows, backend)
+        if self.beta is not None:
+            raise p.rows.unsupported(
+                "process_group: a generalized_jsd is no sum of what the shards have by themselves; gather the vocabulary."
+            )
+        own = with_shards(heads.own, p.shard.agreed(p.rows, STATISTICS, p.needs_grad))
+        measure = heads.measure._replace(softmaxes=(own.softmax.vocab_size, *heads.measure.softmaxes[1:]), sharded=True)
+        found: tuple[Tensor, ...] = LinearDivergences.apply(  # type: ignore[no-untyped-call]
+            p.states, *p.head, p.ids, p.temperature, q.temperature, self._other, Heads(own, heads.other, measure)
+        )
+        return found
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
         p, q = self.both.p, self.both.other
