@@ -65,6 +65,8 @@ class VocabShards:
         if name == "logp":
             return (own + s[LOGP_LOW] + share.log).amax(0).clamp(max=0)
         if name == "max_logp":
+            # Where the target is the likeliest token, this is its log-prob, to the bit.
+            own = torch.where((s["logp"] == s[name]) & ~share.empty, own + s[LOGP_LOW], own)
             return (own + share.log).amax(0).clamp(max=0)
         if name == "log_sum_p_sq":
             return _log_sum_exp(own + 2 * share.log).clamp(max=0)

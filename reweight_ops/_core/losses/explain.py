@@ -23,7 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Keywords that name processes which make a call together.
-GROUPS = ("process_group",)
+GROUPS = ("process_group", "sequence_group")
 
 #: Public op to the function that resolves its arguments to a call.
 _PREPARED: dict[Any, Callable[..., Call[Any] | Again[Any]]] = {}

@@ -1,4 +1,7 @@
-"""``batch`` of a weight: statistics over this call's valid rows, or over each row's sequence. A weight that uses it takes two passes."""
+"""``batch`` of a weight: statistics over this call's valid rows, or over each row's sequence. A weight that uses it takes two passes.
+
+Where several ranks have the sequences, all of this is over the rows of all of them, in the order of ranks.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,15 @@ class BatchStatistics:
         return self._rows.need_sequences("a weight that uses batch.seq_mean or batch.seq_sum")
 
     def sum(self, x: Tensor) -> Tensor:
-        return self._only(x, 0).sum()
+        return self._rows.total(self._only(x, 0))
 
     def mean(self, x: Tensor) -> Tensor:
-        return self.sum(x) / self._rows.keep.sum().clamp(min=1)
+        return self.sum(x) / self._rows.total(self._rows.keep).clamp(min=1)
 
     def _ended(self, x: Tensor, other: float) -> Tensor:
         """``x`` in the rows that are in, else ``other``, and one more of those: a batch without rows has an extremum too."""
-        return torch.cat([self._only(x, other), x.new_full((1,), other)])
+        own, across = self._only(x, other), self._rows.across
+        return torch.cat([own if across is None else across.gather(own)[0], x.new_full((1,), other)])
 
     def min(self, x: Tensor) -> Tensor:
         return self._ended(x, math.inf).min()
@@ -42,7 +46,7 @@ class BatchStatistics:
 
     def _order_statistics(self, x: Tensor, q: Any) -> tuple[Tensor, Tensor]:
         ordered = self._ended(x, math.inf).sort().values
-        return ordered, q * (self._rows.keep.sum() - 1).clamp(min=0).to(x.dtype)
+        return ordered, q * (self._rows.total(self._rows.keep) - 1).clamp(min=0).to(x.dtype)
 
     def quantile(self, x: Tensor, q: Any) -> Tensor:
         """Linear interpolation between order statistics, as ``torch.quantile``, of any number of rows and without reading one on the host."""
@@ -61,7 +65,7 @@ class BatchStatistics:
         """1.0 for the ``max(1, ceil(fraction·n))`` largest ``x`` among the n valid rows with ``where``, else 0.0; of equal ones the first."""
         candidate = self._rows.keep & where
         # 0.07·100 is a rounding above 7 and means 7.
-        count = (fraction * candidate.sum().double() + 0.999999).floor()
+        count = (fraction * self._rows.total(candidate).double() + 0.999999).floor()
         return self._first(x, candidate, count)
 
     def largest(self, x: Tensor, fraction: Any) -> Tensor:
@@ -73,23 +77,35 @@ class BatchStatistics:
 
         The draw is a permutation of the positions that ``seed`` decides.
         """
-        keys = _scattered(torch.arange(where.numel(), device=where.device), seed)
+        across = self._rows.across
+        position = torch.arange(where.numel(), device=where.device)
+        if across is not None:
+            position = position + across.gather(torch.zeros_like(position))[1].start
+        keys = _scattered(position, seed)
+        own = slice(None)
+        if across is not None:
+            keys, own = across.gather(keys)
         order = keys.sort().indices
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        return self._first(-rank.to(self._rows.dtype), self._rows.keep & where, self._count(fraction))
+        return self._first(-rank[own].to(self._rows.dtype), self._rows.keep & where, self._count(fraction))
 
     def _count(self, fraction: Any) -> Tensor:
-        count: Tensor = (fraction * self._rows.keep.sum().double()).floor()
+        count: Tensor = (fraction * self._rows.total(self._rows.keep).double()).floor()
         return count
 
     def _first(self, x: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
         """1.0 for the ``max(1, count)`` largest ``x`` among the candidates."""
+        across = self._rows.across
+        own = slice(None)
+        if across is not None:
+            x, own = across.gather(x)
+            candidate, _ = across.gather(candidate)
         # Candidates first, the largest of them first: two stable sorts, the major key last. Exact where a value is infinite.
         order = torch.where(candidate, x, 0).sort(descending=True, stable=True).indices
         order = order[candidate[order].to(torch.uint8).sort(descending=True, stable=True).indices]
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         result: Tensor = (candidate & (rank < count.clamp(min=1))).to(x.dtype)
-        return result
+        return result[own]
 
     def seq_sum(self, x: Tensor) -> Tensor:
         """``[N]``: every row gets its sequence's sum."""
