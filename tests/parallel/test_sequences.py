@@ -2,9 +2,7 @@
 
 import contextlib
 
-import pytest
-import torch
-from split_calls import B, Split, T, errors_of
+from split_calls import Split, errors_of
 
 import reweight_ops as rw
 from reweight_ops._core.formula.base import WEIGHTS

@@ -55,5 +55,5 @@ def vocab_group(options: SoftmaxOptions, columns: int) -> VocabGroup | None:
 
 def _digest(ids: Tensor) -> int:
     """A number that differs where ids do, and by their order."""
-    position = torch.arange(1, 2 * ids.numel(), 2, device=ids.device)
-    return int(((ids + 1000) * position).sum())
+    odd = 2 * torch.arange(ids.numel(), device=ids.device) + 1
+    return int(((ids + 1000) * odd).sum())
