@@ -4,8 +4,8 @@ import torch
 from wire import collectives
 
 import reweight_ops as rw
+from bench.scaling import AGREEMENT, DIVERGENCE_STATES, LOGP_STATES, hidden_gradient, sequence_sum, states
 
-AGREEMENT = 64  # bytes of the integers that the ranks compare
 N, D, V, R = 12, 8, 20, 3
 
 
@@ -15,8 +15,8 @@ def inputs():
     return ids, torch.randn(3, 4, V, generator=g), torch.randn(3, 4, D, generator=g), torch.randn(V, D, generator=g)
 
 
-def rows(*numbers, fp64=False):
-    return ("all_gather", (8 if fp64 else 4) * len(numbers) * N)
+def rows(statistics, fp64=False):
+    return ("all_gather", states(N, statistics, fp64))
 
 
 def counted(ranks):
@@ -40,28 +40,31 @@ def counted(ranks):
     def leaf(x):
         return x.clone().requires_grad_()
 
-    merged = ("logp", "lse", "lse_low", "logp_low")
     over = dict(process_group=group)
-    check("logps", lambda: rw.token_logps(leaf(z), ids, **over), [rows(*merged)])
-    check("entropies", lambda: rw.token_logps(leaf(z), ids, return_entropy=True, **over)[1], [rows(*merged, "entropy")])
-    check("bf16", lambda: rw.token_logps(leaf(z.bfloat16()), ids, **over), [rows(*merged)])
-    check("fp64", lambda: rw.token_logps(leaf(z.double()), ids, **over), [rows(*merged, fp64=True)])
-    check("loss", lambda: rw.policy_loss(leaf(z), ids, adv, spec="grpo", **over).loss, [rows(*merged, "entropy")])
-    check("divergence", lambda: rw.token_divergence(leaf(z), z, **over), [("all_gather", 4 * 8 * N)])
-    hidden = [("all_reduce", 4 * 5 * D), ("all_reduce", 4 * 5 * D), ("all_reduce", 4 * 2 * D)]
+    check("logps", lambda: rw.token_logps(leaf(z), ids, **over), [rows(LOGP_STATES)])
+    check("entropies", lambda: rw.token_logps(leaf(z), ids, return_entropy=True, **over)[1], [rows(LOGP_STATES + 1)])
+    check("bf16", lambda: rw.token_logps(leaf(z.bfloat16()), ids, **over), [rows(LOGP_STATES)])
+    check("fp64", lambda: rw.token_logps(leaf(z.double()), ids, **over), [rows(LOGP_STATES, fp64=True)])
+    check("loss", lambda: rw.policy_loss(leaf(z), ids, adv, spec="grpo", **over).loss, [rows(LOGP_STATES + 1)])
+    check("divergence", lambda: rw.token_divergence(leaf(z), z, **over), [rows(DIVERGENCE_STATES)])
+    hidden = [("all_reduce", hidden_gradient(rows_of_chunk, D, 4)) for rows_of_chunk in (5, 5, 2)]
     linear = dict(chunk_rows=5, compact_rows=False, **over)
-    check("linear", lambda: rw.linear_token_logps(leaf(h), leaf(w), ids, **linear), [rows(*merged)], hidden)
-    check("frozen hidden states", lambda: rw.linear_token_logps(h, leaf(w), ids, **linear), [rows(*merged)])
+    check("linear", lambda: rw.linear_token_logps(leaf(h), leaf(w), ids, **linear), [rows(LOGP_STATES)], hidden)
+    check("frozen hidden states", lambda: rw.linear_token_logps(h, leaf(w), ids, **linear), [rows(LOGP_STATES)])
     lora = rw.Lora(leaf(torch.ones(R, D)), leaf(torch.ones(V, R)))
     check(
-        "lora", lambda: rw.linear_token_logps(leaf(h), w, ids, lora=lora, **linear), [rows(*merged)], [*hidden, ("all_reduce", 4 * R * D)]
+        "lora",
+        lambda: rw.linear_token_logps(leaf(h), w, ids, lora=lora, **linear),
+        [rows(LOGP_STATES)],
+        [*hidden, ("all_reduce", 4 * R * D)],
     )
     whole = dict(process_group=None, sequence_group=group)
     ids = ids % V
     check("sequences, token mean", lambda: rw.policy_loss(leaf(z), ids, adv, spec="dapo", **whole).loss, [("all_reduce", 8)])
     check("sequences, known divisor", lambda: rw.policy_loss(leaf(z), ids, adv, spec="dapo", num_items_in_batch=9, **whole).loss, [])
-    gspo = [("all_reduce", 4 * 3), ("all_reduce", 4 * 3), ("all_reduce", 4 * 3)]
-    check("sequences, ratio", lambda: rw.policy_loss(leaf(z), ids, adv, spec="gspo", **whole).loss, gspo, [("all_reduce", 4 * 3)])
+    per_sequence = ("all_reduce", sequence_sum(3))
+    gspo = [per_sequence] * 3  # the log-ratios and lengths of the ratio, and the lengths of the mean
+    check("sequences, ratio", lambda: rw.policy_loss(leaf(z), ids, adv, spec="gspo", **whole).loss, gspo, [per_sequence])
     return wrong
 
 

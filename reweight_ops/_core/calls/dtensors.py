@@ -77,7 +77,7 @@ def _rebuilt(name: str, x: Any, local: Mapping[str, Tensor]) -> Any:
         return HiddenLogits(**{part: _rebuilt(f"{name}.{part}", y, local) for part, y in x._asdict().items()})
     if isinstance(x, Lora):
         prefix = name.removesuffix("lora") + "lora."
-        return Lora(*(local.get(prefix + part, y) for part, y in x._asdict().items()))
+        return Lora(local.get(f"{prefix}a", x.a), local.get(f"{prefix}b", x.b), x.scale)
     return local.get(name, x)
 
 

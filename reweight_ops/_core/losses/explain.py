@@ -37,7 +37,7 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
     @functools.wraps(prepare)
     def op(*args: P.args, **keywords: P.kwargs) -> T:
         if not torch.compiler.is_compiling() and has_dtensors((*args, *keywords.values())):
-            return op(**local(*args, **keywords))
+            return op(**local(*args, **keywords))  # type: ignore[call-arg]
         groups = {name: keywords[name] for name in GROUPS if keywords.get(name) is not None}
         if not groups:
             return run(resolve(*args, **keywords))
@@ -59,7 +59,7 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
     result = str(signature.return_annotation).removeprefix("Call[").partition("]")[0]
     op.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
     _PREPARED[op] = lambda *args, **keywords: (
-        prepare(**local(*args, **keywords)) if has_dtensors((*args, *keywords.values())) else prepare(*args, **keywords)
+        resolve(**local(*args, **keywords)) if has_dtensors((*args, *keywords.values())) else resolve(*args, **keywords)
     )
     return op
 
