@@ -25,7 +25,7 @@ def columns_of(v, vocab, padding=0):
 
 def positions_of(s, length, layout):
     """The positions of each rank's part of a sequence: a run, or of 2·s runs the i-th and the i-th from the end."""
-    runs = torch.arange(length).chunk(s if layout == "contiguous" else 2 * s)
+    runs = torch.arange(length).tensor_split(s if layout == "contiguous" else 2 * s)
     if layout == "contiguous":
         return list(runs)
     return [torch.cat([runs[i], runs[2 * s - 1 - i]]) for i in range(s)]
