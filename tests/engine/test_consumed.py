@@ -31,7 +31,7 @@ NAMES = {
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("name", NAMES)
-def test_another_name_is_refused(name, plan):
+def test_another_name_is_refused(name, plan):  # docs/semantics.md: S20
     z = logits()
     whole = z[:, :6]
     consume(whole, ids, plan)

@@ -22,7 +22,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("spec", "name", "value", "more"), CASES)
-def test_an_argument_without_effect(spec, name, value, more):
+def test_an_argument_without_effect(spec, name, value, more):  # docs/semantics.md: S28
     call = {"advantages": ADVANTAGES, "spec": spec} | more
     for op, first in ((rw.policy_loss, (Z, IDS)), (rw.policy_loss_from_logps, (LOGPS,))):
         with pytest.raises(rw.InvalidCall, match=f"{name} would have no effect"):
@@ -62,7 +62,7 @@ def test_an_option_without_effect(method, name, options):
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-def test_a_temperature_that_is_not_positive(value):
+def test_a_temperature_that_is_not_positive(value):  # docs/semantics.md: S29
     rows = torch.ones(2, 3)
     rows[1, 2] = value
     for temperature in (torch.tensor(value), rows):

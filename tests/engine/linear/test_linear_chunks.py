@@ -71,7 +71,7 @@ def test_explicit_chunks_keep_nothing_by_default():
 
 # --- where a row stands -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):
+def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):  # docs/semantics.md: S31
     """One row at every place of 75 rows in chunks of 32, of which the last is padded: log-prob, entropy and gradient."""
     g = torch.Generator().manual_seed(0)
     n, width, vocab = 75, 96, 1031
@@ -88,7 +88,7 @@ def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):
     assert len(set(found)) == 1
 
 
-def test_chunk_sizes_agree(backend):
+def test_chunk_sizes_agree(backend):  # docs/semantics.md: S31
     """Across chunk sizes: to rounding of the logits, not to the bit."""
     d = make(torch.float32)
     want = rw.linear_token_logps(d["hidden"].double(), d["weight"].double(), d["ids"])

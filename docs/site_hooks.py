@@ -1,0 +1,31 @@
+"""What the documentation site does to its pages: it lists a namespace's members, and Sphinx roles of docstrings become plain code."""
+
+import importlib
+import inspect
+import re
+
+ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(<code[^>]*>)~?")
+EVERY = re.compile(r"^<!-- every: (\S+) -->$", re.M)
+#: Namespaces whose members are registered, and so stand in no ``__all__``.
+DYNAMIC = ("reweight_ops.methods",)
+
+
+def members(name: str) -> str:
+    """A directive for each public function and class of a namespace, where it is defined: what the namespace itself says, not what its text says."""
+    module = importlib.import_module(name)
+    if name == "reweight_ops.rules":
+        return "\n\n".join(
+            f"::: {r.__module__}.{r.__qualname__}" for r in module.RULES.values() if r.__module__.startswith("reweight_ops.")
+        )
+    public = {shown: getattr(module, shown) for shown in {*dir(module), *getattr(module, "__all__", ())} if not shown.startswith("_")}
+    shown = getattr(module, "__all__", ()) if name not in DYNAMIC else public
+    found = {f"{v.__module__}.{v.__qualname__}": n for n in shown if inspect.isfunction(v := public[n]) or inspect.isclass(v)}
+    return "\n\n".join(f"::: {path}" for path, _ in sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    return EVERY.sub(lambda match: members(match[1]), markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    return ROLE.sub(r"\1", html)
