@@ -15,7 +15,7 @@ EXAMPLES = ROOT / "examples"
 def test_trl_addition(tmp_path):
     for library in ("trl", "typer", "rich", "matplotlib"):
         pytest.importorskip(library)
-    options = ["--steps", "2", "--seeds", "2", "--warm-start", "300", "--out", str(tmp_path / "out")]
+    options = ["--steps", "2", "--seeds", "2", "--warm-start", "300", "--cost-rows", "4", "--out", str(tmp_path / "out")]
     result = subprocess.run([sys.executable, str(EXAMPLES / "trl_addition.py"), *options], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     numbers = json.loads((tmp_path / "out" / "trl_addition.json").read_text())
@@ -23,6 +23,7 @@ def test_trl_addition(tmp_path):
     assert all(a["gradient_difference"] <= 1e-6 for a in numbers["agreement"])
     shares = numbers["gradient_share_by_probability_quartile"]
     assert shares["reweighted"][0] < shares["plain"][0], "reweighting must take from the least likely tokens"
+    assert [c["name"] for c in numbers["cost"]["found"]] == ["eager PyTorch", "torch.compile", "fused op", "fused op, in place"]
     assert (tmp_path / "out" / "trl_addition.png").stat().st_size > 10_000
 
 
@@ -79,3 +80,18 @@ def test_tinker_loss(capsys):
     expected = -0.7 * 2.718281828**0.1 * sum(0.7 + 0.3 * 2.718281828 ** (x - 0.1) for x in (-0.5, -1.0, -3.0)) / 4
     assert abs(value - expected) < 1e-6 and "torch.exp" in code
     assert "inputs: logprobs, advantages, old_logprobs, weights" in capsys.readouterr().out
+
+
+def test_what_the_loss_costs(monkeypatch):
+    """In place it takes no memory of the logits' size, as a drop-in their gradient's; wrong gradients are not timed."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    cost = importlib.import_module("addition.cost")
+    rows, vocab = 16, 4096
+    found = {c.name: c for c in cost.measure(rows, vocab, rounds=1, compiled=False)}
+    size = 2 * rows * vocab
+    assert found["fused op, in place"].extra_bytes < size / 8
+    assert size <= found["fused op"].extra_bytes < 1.25 * size
+    assert found["eager PyTorch"].extra_bytes > 4 * size
+    monkeypatch.setattr(cost, "eager_policy_loss", lambda *a, **k: 1.1 * cost.rw.testing.eager_policy_loss(*a, **k))
+    with pytest.raises(RuntimeError, match="differs from eager"):
+        cost.measure(rows, vocab, rounds=1, compiled=False)

@@ -53,9 +53,13 @@ def test_messages_that_are_explained_exist():
 
 
 def test_trainers_and_their_versions():
-    for page, up in (("versions.md", ""),):
-        rows = re.findall(r"^\| \[([^\]]+)\]\((\S+)\) \| (.+) \|$", (DOCS / page).read_text(), re.M)
+    for page, up in ((DOCS / "versions.md", "docs/"), (ROOT / "README.md", "")):
+        rows = re.findall(r"^\| \[([^\]]+)\]\((\S+)\) \| (.+) \|$", page.read_text(), re.M)
         told = {name: (up + link, versions) for name, link, versions in rows}
-        assert told == {
-            t.name: (t.page.removeprefix("docs/"), ", ".join(t.tested) or f"a transcription of {t.commit}") for t in TRAINERS.values()
-        }
+        assert told == {t.name: (t.page, ", ".join(t.tested) or f"a transcription of {t.commit}") for t in TRAINERS.values()}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_a_page_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
+    assert not [link for link in links if not (ROOT / link).exists()]
