@@ -67,6 +67,14 @@ TRAINERS: dict[str, Trainer] = {
             "docs/trainers/torchtitan.md",
             "torchtitan b5bcd76c",
         ),
+        Trainer(
+            "prime-rl",
+            "prime-rl",
+            (),
+            f"{_HERE}.prime_rl: loss by trainer.loss.import_path, patch_head()",
+            "docs/trainers/prime_rl.md",
+            "prime-rl 559b4477",
+        ),
         Trainer("Tinker", "tinker", ("0.38.0",), f"{_HERE}.tinker: custom_loss(spec)", "docs/trainers/tinker.md"),
     )
 }
