@@ -75,6 +75,9 @@ TRAINERS: dict[str, Trainer] = {
             "docs/trainers/prime_rl.md",
             "prime-rl 559b4477",
         ),
+        Trainer(
+            "NeMo-RL", "nemo-rl", (), f"{_HERE}.nemo_rl: PolicyLoss(master_config, spec)", "docs/trainers/nemo_rl.md", "NeMo-RL 7ea279ab"
+        ),
         Trainer("Tinker", "tinker", ("0.38.0",), f"{_HERE}.tinker: custom_loss(spec)", "docs/trainers/tinker.md"),
     )
 }
