@@ -22,7 +22,6 @@ from .._core.calls.specs import METHODS, named_spec
 from .._core.catalogue.registry import Entry
 from .._core.losses.policy import policy_loss_from_logps
 from .._core.spec.policy import PolicyLossSpec
-from .._core.spec.ratio import GeometricMeanRatio
 from .._core.spec.reduction import NoReduction, SequenceMean
 from ..errors import BackendUnavailable, InvalidCall, UnsupportedRequest
 from .hosted import Host, agg_mode, level_obstacle
@@ -71,11 +70,11 @@ def _follows_advantages(spec: PolicyLossSpec) -> bool:
     """Whether a factor of a sequence's advantages is one of its loss and gradient: of many tokens at hand, in fp64."""
     draw = torch.Generator().manual_seed(0)
     shape = (16, 24)
-    noise = lambda scale: scale * torch.randn(shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    advantages, moved, sampled = torch.randn((3, *shape), generator=draw, dtype=torch.float64)
     old = -4 * torch.rand(shape, generator=draw, dtype=torch.float64)
-    logps = (old + noise(0.4)).clamp(max=-1e-3).requires_grad_()
-    data = {"old_per_token_logps": old, "sampling_per_token_logps": old + noise(0.2), "unused": "ignore"}
-    advantages, factors = noise(1.0), torch.logspace(-4, 2, shape[0], dtype=torch.float64)[:, None]
+    logps = (old + 0.4 * moved).clamp(max=-1e-3).requires_grad_()
+    data: dict[str, Any] = {"old_per_token_logps": old, "sampling_per_token_logps": old + 0.2 * sampled, "unused": "ignore"}
+    factors = torch.logspace(-4, 2, shape[0], dtype=torch.float64)[:, None]
     rows = dataclasses.replace(spec, reduction=NoReduction())
     found = []
     for adv in (advantages, advantages * factors):
