@@ -21,7 +21,7 @@ from .._core.losses.statistics import token_logps, token_stats
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import GeometricMeanRatio
 from ..errors import BackendUnavailable, InvalidCall, UnsupportedRequest
-from .hosted import Host, agg_mode, divisors
+from .hosted import Host, agg_mode, divisors, per_sequence
 from .patching import Counts, Patch, Replacement
 from .trainers import check_version
 
@@ -81,8 +81,7 @@ class PolicyLoss(torch.nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """``(loss, share of clipped tokens, mean of old_log_probs - log_probs, None, None)``; all tensors ``[B, T]``."""
         if isinstance(self.spec.ratio, GeometricMeanRatio):
-            kept = torch.ones_like(advantages) if action_mask is None else action_mask.to(advantages.dtype)
-            advantages = (advantages * kept).sum(-1) / kept.sum(-1).clamp(min=1)
+            advantages = per_sequence(advantages, torch.ones_like(advantages) if action_mask is None else action_mask)
         out = policy_loss_from_logps(
             log_probs,
             advantages,

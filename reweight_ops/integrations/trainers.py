@@ -67,6 +67,25 @@ TRAINERS: dict[str, Trainer] = {
             "docs/trainers/torchtitan.md",
             "torchtitan b5bcd76c",
         ),
+        Trainer(
+            "prime-rl",
+            "prime-rl",
+            (),
+            f"{_HERE}.prime_rl: loss by trainer.loss.import_path, patch_head()",
+            "docs/trainers/prime_rl.md",
+            "prime-rl 559b4477",
+        ),
+        Trainer(
+            "NeMo-RL", "nemo-rl", (), f"{_HERE}.nemo_rl: PolicyLoss(master_config, spec)", "docs/trainers/nemo_rl.md", "NeMo-RL 7ea279ab"
+        ),
+        Trainer(
+            "SkyRL",
+            "skyrl",
+            (),
+            f"{_HERE}.skyrl: register(), then policy_loss_type=rw_<method>",
+            "docs/trainers/skyrl.md",
+            "SkyRL a9564572",
+        ),
         Trainer("Tinker", "tinker", ("0.38.0",), f"{_HERE}.tinker: custom_loss(spec)", "docs/trainers/tinker.md"),
     )
 }

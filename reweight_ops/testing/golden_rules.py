@@ -143,6 +143,13 @@ ROWS = (
     Row("likelihood_ratio", ratio(LN2, 0.0), -2.0, -2.0),
     # log(2)^2/2, slope log 2.
     Row("drift_k2", ratio(LN2, 0.0), 0.2402265069591007, LN2),
+    # k(d) and k - k' at d = log 2: -log 2 and 1 - log 2; log(2)^2/2 and that less log 2; 1 - log 2 and 1 - log 2 - 1. Beyond a bound no slope.
+    Row("k1_on_policy", distance(LN2), -LN2, 1 - LN2),
+    Row("k2_on_policy", distance(LN2), 0.2402265069591007, 0.2402265069591007 - LN2),
+    Row("k3_on_policy", distance(LN2), 1 - LN2, -LN2),
+    Row("k3_on_policy", distance(-LN2), LN2 - 0.5, LN2),
+    Row("k3_on_policy", distance(LN2), 0.25, 0.0, parameters={"cap": 0.25}),
+    Row("k1_on_policy", distance(LN2), -0.5, 0.0, parameters={"clamp": 0.5}),
     Row("drift_k1", ratio(LN2, 0.0), -LN2, -1.0),
     # r - log r - 1 at 2 and 1/2; slope r - 1.
     Row("drift_k3", ratio(LN2, 0.0), 1 - LN2, 1.0),
