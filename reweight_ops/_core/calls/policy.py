@@ -188,8 +188,8 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Policy
         raise rows.error(f"the surrogate {spec.surrogate.name!r} reads advantages, which is None.")
     divisors = Divisors(data.num_items_in_batch, data.num_sequences_in_batch)
     _check_divisors(rows, spec, divisors)
-    if data.group_ids is not None and not any(r.reads_groups for r in spec.reductions):
-        raise rows.error("no reduction of the spec reads prompts; group_ids would have no effect.")
+    if data.group_ids is not None and not spec.reads_groups:
+        raise rows.error("no reduction or weight of the spec reads prompts; group_ids would have no effect.")
     for reduction in spec.reductions:
         reduction.check(rows)
     spec.ratio.check(rows, advantages)

@@ -48,7 +48,7 @@ def policy_loss(
         denominator_mask: which rows count in denominators only (default: the effective mask).
         cu_seqlens: ``[S + 1]``, packed rows; or ``sequence_ids`` with ``num_sequences``; else one sequence per last dimension.
         segment_ids: sub-sequence segments, for :class:`SegmentRatio`.
-        group_ids, num_groups: ``[S]``, which prompt each sequence answers, for :class:`GroupContrast`.
+        group_ids, num_groups: ``[S]``, which prompt each sequence answers, for a reduction or weight that reads prompts.
         old_per_token_logps: of the behaviour policy; None: on-policy (ratio 1, gradient kept).
         ref_per_token_logps: of the reference policy, if a penalty reads it.
         sampling_per_token_logps: of the sampler, if a weight reads it.

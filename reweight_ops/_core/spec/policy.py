@@ -94,6 +94,7 @@ class PolicyLossSpec:
         object.__setattr__(self, "_monitor", self._find_monitor())
         object.__setattr__(self, "_program_text", self.program and self.program.encode())
         object.__setattr__(self, "_unbounded", self._find_unbounded())
+        object.__setattr__(self, "_weights_read_groups", self._find_weights_read_groups())
 
     # --- what follows from the fields ---------------------------------------------------------------------------------------
     @property
@@ -164,6 +165,11 @@ class PolicyLossSpec:
         return self._unbounded  # type: ignore[attr-defined,no-any-return]
 
     @property
+    def reads_groups(self) -> bool:
+        """Whether it reads the call's ``group_ids``."""
+        return self._weights_read_groups or any(r.reads_groups for r in self.reductions)  # type: ignore[attr-defined]
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The hyper-parameters that are tensors, by the names that :meth:`replace` takes."""
         found: dict[str, Tensor] | None = vars(self).get("_tensors")  # not of a spec that a compiled graph has built
@@ -182,6 +188,9 @@ class PolicyLossSpec:
         else:
             return False
         return all(isinstance(b, (int, float)) and abs(b) <= _LARGEST_EXPONENT for b in bounds)
+
+    def _find_weights_read_groups(self) -> bool:
+        return any(trace_weight(type(w)).reads_groups for w in (*self.all_weights, *self._inner_formulas()))
 
     def _find_requires(self) -> frozenset[str]:
         found: set[str] = set()
@@ -276,7 +285,7 @@ class PolicyLossSpec:
 
 
 #: What :meth:`PolicyLossSpec._find_facts` finds.
-_FACTS = ("_requires", "_obstacle", "_program", "_stored_program", "_monitor", "_program_text", "_unbounded")
+_FACTS = ("_requires", "_obstacle", "_program", "_stored_program", "_monitor", "_program_text", "_unbounded", "_weights_read_groups")
 
 
 class _Described:
