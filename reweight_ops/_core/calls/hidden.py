@@ -12,13 +12,16 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
+from ..ranges import Interval, Range
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
 from ..rows.structure import Structure, is_readable
 from ..transforms import in_transform
 from .chunking import chunking
 from .keywords import LMHeadOptions, SoftmaxOptions
-from .softmax import Fail, resolve_softmax, resolve_temperature
+from .softmax import Fail, resolve_logit_scale, resolve_softmax, resolve_temperature
+
+_LORA_SCALE = Range(Interval("(-inf, inf)", fixed=True), False, False)
 
 
 class ChunkSettings(NamedTuple):
@@ -151,7 +154,7 @@ def resolve_hidden(
     all_ids = rows.ids
     assert all_ids is not None
     # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s: the scale costs no pass and no rounding.
-    temperature = resolve_temperature(rows, options.temperature, fail) / linear.logit_scale
+    temperature = resolve_temperature(rows, options.temperature, fail) / resolve_logit_scale(linear.logit_scale, softmax, fail)
     index, compact, trust = _row_index(rows, linear, validate, fail)
     if trust is not None:
         rows = dataclasses.replace(rows, trust=trust if rows.trust is None else rows.trust * trust)
@@ -165,6 +168,7 @@ def resolve_hidden(
         compute if autocast else lora_dtype, linear.accumulate_dtype, compact, keep,
     )  # fmt: skip
     a, b, scale = lora or (None, None, 1.0)
+    _LORA_SCALE.check(op, "lora.scale", scale)
     head = LMHead(weight, linear.lm_head_bias, a, b, float(scale))
     ids = all_ids if index is None else all_ids[index]
     call = Hidden(flat, head, rows, index, ids, temperature, settings)

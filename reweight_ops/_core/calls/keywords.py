@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 from torch import Tensor, dtype
 
-from ..ranges import Count, NonNegative, Positive, PositiveOrInf, Range, described, ranges_of
+from ..ranges import Count, FixedPositiveOrInf, NonNegative, Positive, Range, described, ranges_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,7 +35,7 @@ class SoftmaxOptions(Options):
     """How a row of logits becomes a distribution, and who computes it."""
 
     temperature: Positive[Any] = 1.0
-    softcap: PositiveOrInf[float] | None = None
+    softcap: FixedPositiveOrInf[float] | None = None
     vocab_size: Count[int] | None = None
     drop_last: bool = False
     consume_logits: bool = False

@@ -20,6 +20,7 @@ from ..spec.compiled import with_tensors
 from ..spec.policy import PolicyLossSpec, resolved
 from ..spec.reduction import Divisors, Reduction
 from .keywords import PolicyOptions
+from .softmax import refuse_learnt
 from .unused import without_unused
 
 #: The statistics of the current policy that the middle differentiates through.
@@ -198,6 +199,8 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Policy
         raise rows.error(
             f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights."
         )
+    for name in ("loss_scale", "num_items_in_batch", "num_sequences_in_batch"):
+        refuse_learnt(getattr(data, name), rows.error, name)
     return bind_loss(rows, {**data.named(), "advantages": advantages}, spec)
 
 

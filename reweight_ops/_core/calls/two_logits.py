@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
 from ..rows.groups import describe
+from . import consumed
 from .keywords import SoftmaxOptions
 from .logits import Logits, collapsed, resolve_logits
 from .softmax import Fail, refuse_learnt, resolve_softcap, resolve_temperature
@@ -39,6 +40,8 @@ def check_other_logits(logits: Tensor, other: Tensor, shape: tuple[int, ...], vo
     check_columns(logits.shape[-1], other.shape[-1], vocab_size, fail)
     if other.stride(-1) != 1 and other.shape[-1] > 1:
         raise fail("the last dimension of other_logits is not contiguous: pass other_logits.contiguous().")
+    if consumed.is_consumed(other):
+        raise fail("other_logits were consumed by an earlier call with consume_logits=True: they hold a gradient now.")
 
 
 def check_columns(columns: int, other_columns: int, vocab_size: int | None, fail: Fail) -> None:

@@ -26,7 +26,7 @@ from ..engine.distillation import (
 from ..engine.run import Call
 from ..engine.sources import TwoLogitsSource
 from ..engine.statistics import StatisticsObjective
-from ..ranges import NonNegative, OpenUnit, Positive, PositiveOrInf
+from ..ranges import FixedOpenUnit, FixedPositiveOrInf, NonNegative, Positive
 from .explain import public_op
 
 
@@ -40,10 +40,10 @@ def token_divergence(
     other_logits: Tensor,
     *,
     kind: str = "forward_kl",
-    beta: OpenUnit[float] | None = None,
+    beta: FixedOpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
     other_temperature: Positive[Any] = None,
-    other_softcap: PositiveOrInf[float] | None = None,
+    other_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[Tensor]:
     """The divergence of two next-token distributions over the whole vocabulary, per token, with its gradient to ``logits``.
@@ -107,7 +107,7 @@ def distillation_loss(
     loss_scale: NonNegative[float | Tensor] = 1.0,
     plan: str = "auto",
     teacher_temperature: Positive[Any] = None,
-    teacher_softcap: PositiveOrInf[float] | None = None,
+    teacher_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[DistillationLossOutput]:
     """``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items``: distillation with one read of each tensor and one write of the gradient.

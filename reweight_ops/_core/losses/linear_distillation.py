@@ -21,7 +21,7 @@ from ..engine.distillation import (
 from ..engine.linear.two_source import TwoHiddenSource
 from ..engine.run import Call
 from ..engine.statistics import StatisticsObjective
-from ..ranges import NonNegative, OpenUnit, Positive, PositiveOrInf
+from ..ranges import FixedOpenUnit, FixedPositiveOrInf, NonNegative, Positive
 from .explain import public_op
 
 
@@ -32,10 +32,10 @@ def linear_token_divergence(
     other: HiddenLogits | Tensor,
     *,
     kind: str = "forward_kl",
-    beta: OpenUnit[float] | None = None,
+    beta: FixedOpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
     other_temperature: Positive[Any] = None,
-    other_softcap: PositiveOrInf[float] | None = None,
+    other_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[Tensor]:
     """:func:`token_divergence` from hidden states, a few rows of both models' logits at a time.
@@ -85,14 +85,14 @@ def linear_distillation_loss(
     teacher: HiddenLogits | Tensor,
     *,
     kind: str = "forward_kl",
-    beta: OpenUnit[float] | None = None,
+    beta: FixedOpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
     token_weights: Tensor | float | None = None,
     num_items_in_batch: NonNegative[float | Tensor] | None = None,
     loss_scale: NonNegative[float | Tensor] = 1.0,
     plan: str = "auto",
     teacher_temperature: Positive[Any] = None,
-    teacher_softcap: PositiveOrInf[float] | None = None,
+    teacher_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[DistillationLossOutput]:
     """:func:`distillation_loss` from hidden states: ``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items`` without either model's logits.
