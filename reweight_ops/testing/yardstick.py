@@ -39,7 +39,7 @@ def row_statistics(
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature.reshape(*temperature.shape, *[1] * (x.dim() - temperature.dim()))
     log_p = torch.log_softmax(x / temperature, -1)
-    finite = torch.where(log_p == -math.inf, 0, log_p)  # 0 * -inf is 0
+    finite = torch.where(log_p.exp() == 0, 0, log_p)  # 0 * -inf is 0, and so is 0 * -1e38
     return {
         "logp": log_p.gather(-1, ids.clamp(min=0)[..., None].long())[..., 0],
         "entropy": -(log_p.exp() * finite).sum(-1),

@@ -51,21 +51,23 @@ def log_probs(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> tu
     z = logits[:, : softmax.vocab_size]
     z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
     # A row without any finite logit is NaN everywhere: there, nothing is dead.
-    dead = (z == -math.inf) & z.amax(-1, keepdim=True).isfinite()
+    served = z.amax(-1, keepdim=True).isfinite()
+    dead, t = (z == -math.inf) & served, temperature.view(-1, 1)
     x = torch.where(dead, 0, z)
     if math.isfinite(softmax.softcap):
         x = torch.where(x == math.inf, math.nan, softmax.softcap * torch.tanh(x / softmax.softcap))
-    x = torch.where(dead, -math.inf, x / temperature.view(-1, 1))
+    dead = dead | ((x / t == -math.inf) & served)  # a mask of finfo.min and a temperature below 1
+    x = torch.where(dead, -math.inf, torch.where(dead, 0, x) / t)
     return x, torch.log_softmax(x, -1), dead
 
 
 def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str]) -> tuple[Tensor, ...]:
     """The named statistics of ``[N, V]`` logits, ``[N]`` each; as :class:`~reweight_ops._core.backends.base.Backend` defines them."""
     inside = ids != OUT
-    x, log_p, dead = log_probs(torch.where(inside[:, None], logits, 0), temperature, softmax)
+    x, log_p, _ = log_probs(torch.where(inside[:, None], logits, 0), temperature, softmax)
     bad = inside & ((ids < 0) | (ids >= softmax.total()))
     known = torch.where(inside & ~bad, ids, 0)[:, None]
-    finite = torch.where(dead, 0, log_p)
+    finite = torch.where(log_p.exp() == 0, 0, log_p)  # whose log-prob of -inf, or -1e38, would make a slope of NaN
     formulas: dict[str, Callable[[], Tensor]] = {
         "logp": lambda: log_p.gather(-1, known)[:, 0],
         "entropy": lambda: -(log_p.exp() * finite).sum(-1),
