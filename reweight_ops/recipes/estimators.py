@@ -28,9 +28,9 @@ ALL = (
     Recipe(
         name="gdpo",
         entry="rw.advantages.gdpo",
-        advantages="rw.advantages.gdpo(rewards, group_size=group_size)",
+        advantages="rw.advantages.gdpo(rewards_per_func, group_size=group_size)",
         spec="rw.methods.grpo()",
-        rollout=("`rewards` are `[B, K]`, one column a reward; NaN where one does not apply.",),
+        rollout=("A reward that does not apply to a completion is NaN.",),
     ),
     Recipe(
         name="rloo",

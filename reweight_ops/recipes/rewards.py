@@ -7,17 +7,16 @@ from .sources import SCRIPT, published
 
 _GAE = "rw.advantages.gae(rewards, values, completion_mask).advantages"
 _ENSEMBLE = (
-    "`rewards` are `[B, K]`, one column a reward model.",
+    "A column of `rewards_per_func` is a reward model of the ensemble.",
     "A KL penalty of 0.1 (adaptive: target 6, horizon 10000) is part of the rewards; rewards are clipped to ±10.",
 )
 _PPO = published(SCRIPT, epsilon=0.2, gamma=1, lam=0.95)
-_SEVERAL = ("`rewards` are `[B, K]`, one column a reward.",)
 
 ALL = (
     Recipe(
         name="wco",
         entry="rw.rewards.wco",
-        rewards="rw.rewards.wco(rewards)",
+        rewards="rw.rewards.wco(rewards_per_func)",
         advantages=_GAE,
         spec="rw.methods.ppo()",
         settings=_PPO,
@@ -26,7 +25,7 @@ ALL = (
     Recipe(
         name="uwo",
         entry="rw.rewards.uwo",
-        rewards="rw.rewards.uwo(rewards, coef=0.1)",
+        rewards="rw.rewards.uwo(rewards_per_func, coef=0.1)",
         advantages=_GAE,
         spec="rw.methods.ppo()",
         settings=(*published(SCRIPT, coef="0.1 with PPO, 0.5 with best-of-n"), *_PPO),
@@ -35,18 +34,17 @@ ALL = (
     Recipe(
         name="weighted_mean",
         entry="rw.rewards.weighted_mean",
-        rewards="rw.rewards.weighted_mean(rewards)",
+        rewards="rw.rewards.weighted_mean(rewards_per_func)",
         advantages=_GAE,
         spec="rw.methods.ppo()",
-        rollout=_SEVERAL,
     ),
     Recipe(
         name="harmonic_mean",
         entry="rw.rewards.harmonic_mean",
-        rewards="rw.rewards.harmonic_mean(rewards)",
+        rewards="rw.rewards.harmonic_mean(rewards_per_func)",
         advantages=_GAE,
         spec="rw.methods.ppo()",
-        rollout=(*_SEVERAL, "None of them is negative."),
+        rollout=("No reward is negative.",),
     ),
     Recipe(
         name="hypervolume_reward_weighting",
@@ -69,14 +67,14 @@ ALL = (
         name="gradient_reward_weighting",
         entry="rw.objectives.GradientRewardWeighting",
         setup={"weighting": "rw.objectives.GradientRewardWeighting()", "state": "weighting.init(2)", "weights": "state.exp()"},
-        rewards="rewards @ weights",
+        rewards="rewards_per_func @ weights",
         advantages="rw.advantages.grpo(rewards, group_size=group_size)",
         spec="rw.methods.grpo(epsilon_low=100.0, epsilon_high=100.0, beta=0.001)",
         after={"state, weights": "weighting.update(state, rw.objectives.gradient_influences(gradients))"},
         settings=published(
             SCRIPT, learning_rate="1e-6", regularization="1e-5", epsilon_low="100 (no clip)", beta="0.001 (k3)", num_generations=8
         ),
-        rollout=(*_SEVERAL, "`gradients` cost a backward pass each; the authors take layers 10 to 25 of Qwen3-8B."),
+        rollout=("`gradients` cost a backward pass each; the authors take layers 10 to 25 of Qwen3-8B.",),
     ),
     Recipe(
         name="trajectory_rw",

@@ -22,21 +22,21 @@ class Policy(torch.nn.Module):
 
 
 def make_rollout(policy, name, seed=0):
-    """A batch for the recipe of that name. What differs between recipes under one name (rewards of several models) is told by it."""
+    """A batch for the recipe of that name. What differs between recipes under one name (``values``) is told by it."""
     g = torch.Generator().manual_seed(seed)
     mask = (torch.arange(T) < torch.tensor([6, 3, 5, 4, 6, 2, 6, 1])[:, None]).float()
     batch = SimpleNamespace(completion_ids=torch.randint(V, (B, T), generator=g), completion_mask=mask, group_size=GROUP, vocab_size=V)
     with torch.no_grad():
         logps, entropies = rw.token_logps(policy(batch), batch.completion_ids, return_entropy=True)
     correct = torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0])
-    several = name in ("gdpo", "wco", "uwo", "weighted_mean", "harmonic_mean", "gradient_reward_weighting")
     values = {"spo_chain": torch.rand(B, T, generator=g), "spo_tree": torch.rand(B, generator=g)}
 
     def near(scale):
         return logps + scale * torch.randn(B, T, generator=g)
 
     vars(batch).update(
-        rewards=torch.rand(B, 2, generator=g) if several else torch.rand(B, generator=g),
+        rewards=torch.rand(B, generator=g),
+        rewards_per_func=torch.rand(B, 2, generator=g),
         correct=correct,
         lengths=mask.sum(-1),
         old_per_token_logps=near(0.2),

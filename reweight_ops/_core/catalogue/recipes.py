@@ -15,7 +15,8 @@ from .registry import CATALOGUE, Entry
 
 #: What the lines of a recipe may read of a batch of rollouts, and what it is: B completions of T tokens, those of a prompt one behind the other.
 QUANTITIES = {
-    "rewards": "`[B]`, one a completion; `[B, K]` where K rewards are combined",
+    "rewards": "`[B]`, one a completion",
+    "rewards_per_func": "`[B, K]`, a column for each of K rewards",
     "group_size": "a number: how many consecutive completions answer one prompt",
     "lengths": "`[B]`, valid tokens of each completion",
     "correct": "`[B]`, 1 where the answer is right, else 0",
@@ -197,10 +198,10 @@ class Recipe:
     @property
     def requires(self) -> frozenset[str]:
         """What the spec's formulas read, by the leaves' names."""
-        return frozenset().union(*(spec.requires for spec in self._stand_ins())) if self.spec and not self.loss else frozenset()
+        return frozenset().union(*(spec.requires for spec in self.stand_ins())) if self.spec and not self.loss else frozenset()
 
-    def _stand_ins(self) -> tuple[Any, ...]:
-        """The specs, with numbers in place of a batch."""
+    def stand_ins(self) -> tuple[Any, ...]:
+        """The specs with zeros in place of a batch: for what they read, and how many there are."""
         values: dict[str, Any] = {name: torch.zeros(1, 1) for name in QUANTITIES} | {"step": 0, "total_steps": 1, "vocab_size": 2}
         if self.schedule:
             values["schedule"] = run(self.schedule, values)
@@ -231,7 +232,7 @@ class Recipe:
             return renamed(text, lambda name: in_loop.get(name, name) if name == own else by_name.get(name, name))
 
         fixed = bool(self.spec) and not reads(self.spec)
-        passes = len(self._stand_ins()) if self.spec else 1
+        passes = len(self.stand_ins()) if self.spec else 1
         several = "specs" if fixed else line(self.spec or "None")
         before = [f"{target} = {text}" for target, text in self.setup.items()]
         before += [f"{'specs' if passes > 1 else 'spec'} = {line(self.spec)}"] if fixed else []
