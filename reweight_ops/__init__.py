@@ -6,11 +6,13 @@ with _warnings.catch_warnings():  # PyTorch's at its own import, where there is 
     _warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     import torch as _torch  # noqa: F401
 
-from . import advantages, divergences, kernels, methods, objectives, preference, rewards, rules, sample_weights, schedules, weights
+from . import advantages, divergences, kernels, methods, objectives, preference, recipes, rewards, rules, sample_weights, schedules, weights
 from ._core import moved as _moved
 from ._core.backends.select import NAMES as BACKENDS
 from ._core.calls.keywords import HiddenLogits, Lora
 from ._core.calls.specs import METHODS, method
+from ._core.catalogue.lookup import recipe
+from ._core.catalogue.recipes import Recipe
 from ._core.catalogue.search import find
 from ._core.engine.metrics import Metrics
 from ._core.engine.output import PolicyLossOutput, TokenStats
@@ -58,6 +60,7 @@ __all__ = [
     "PolicyLossSpec",
     "PreferenceLossOutput",
     "Ratio",
+    "Recipe",
     "Reduction",
     "ReweightOpsError",
     "Rule",
@@ -90,6 +93,8 @@ __all__ = [
     "preference",
     "preference_loss",
     "preference_loss_from_logps",
+    "recipe",
+    "recipes",
     "rewards",
     "rule",
     "rules",

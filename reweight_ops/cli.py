@@ -1,4 +1,4 @@
-"""``reweight-ops info | methods | find WORDS | show NAME | check | trainers | bench``."""
+"""``reweight-ops info | methods | find WORDS | show NAME | recipes | recipe NAME | check | trainers | bench``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from . import __version__
 from ._core.backends.base import Request
 from ._core.backends.built import why_missing
 from ._core.backends.select import NAMES, load, why_not
+from ._core.catalogue.lookup import recipe as lookup
+from ._core.catalogue.recipes import RECIPES
 from ._core.catalogue.registry import CATALOGUE, KINDS, Entry
 from ._core.catalogue.search import exact
 from ._core.catalogue.search import find as search
@@ -147,6 +149,31 @@ def trainers() -> None:
         version = t.installed
         table.add_row(t.name, version or "no", t.standing(version) if version else "", ", ".join(t.tested) or t.commit, t.hook, t.page)
     console.print(table)
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes: everything that one paper trains with, from rewards to the loss."""
+    table = Table("name", "paper", "arXiv", "certainty", "uses")
+    for r in RECIPES.values():
+        table.add_row(r.name, r.paper, r.arxiv, r.certainty, ", ".join(entry.call for entry in r.entries))
+    console.print(table)
+
+
+@app.command()
+def recipe(name: str) -> None:
+    """One recipe, by name, acronym, title or arXiv id: its hyper-parameters as published, what is the caller's, and a training loop."""
+    r = lookup(name)
+    arxiv = "" if r.arxiv == "unknown" else f", arXiv:{r.arxiv}"
+    console.print(f"{r.name}: {r.paper}{arxiv} ({r.certainty})\n", highlight=False, markup=False)
+    if r.settings:
+        table = Table("hyper-parameter", "value", "source")
+        for setting in r.settings:
+            table.add_row(*setting)
+        console.print(table)
+    for note in r.rollout:
+        console.print(f"* {note}", highlight=False, markup=False)
+    print(f"\n{r.to_own_loop()}")
 
 
 @app.command()

@@ -18,7 +18,7 @@ import reweight_ops as rw
 def test_a_new_method_is_one_file_plus_the_generated_ones(tmp_path):
     text = (ROOT / "CONTRIBUTING.md").read_text()
     name, source = re.search(r"<!-- example: (\S+) -->\n```python\n(.*?)```", text, re.S).groups()
-    for folder in ("reweight_ops", "csrc/common", "triton_kernels"):
+    for folder in ("reweight_ops", "csrc/common", "triton_kernels", "docs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
 
     def run(*command):

@@ -71,6 +71,19 @@ def test_trl_heads(capsys):
     assert "on our op" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_trl_recipe(capsys):
+    pytest.importorskip("trl")
+    spec = importlib.util.spec_from_file_location("trl_recipe", EXAMPLES / "trl_recipe.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    assert example.main(["--recipe", "ar_lopti", "--steps", "2"]) == {
+        "fused": {"linear_token_logps": 2, "linear_policy_loss": 2},
+        "left": {},
+    }
+    assert "for spec in specs:" in capsys.readouterr().out
+
+
 def test_tinker_loss(capsys):
     spec = importlib.util.spec_from_file_location("tinker_loss", EXAMPLES / "tinker_loss.py")
     example = importlib.util.module_from_spec(spec)
