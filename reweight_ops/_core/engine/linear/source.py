@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls.hidden import ChunkSettings, Hidden
+from ...backends.base import RowInputs
+from ...calls.hidden import Hidden
 from ...rows.rows import Rows
 from .. import again, temperature
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
 from ..sources import ALWAYS
-from .autograd import LinearOnePassLoss, LinearStatistics
+from .autograd import LinearOnePass, linear_statistics
 from .gemms import inert_rows_dropped
+from .measures import PerRow, TokenMeasure
+from .works import TokenWork
 
 
 @dataclass(frozen=True)
@@ -38,29 +41,25 @@ class HiddenSource(PlainSource):
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
         found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
-        if backend == again.TORCH:
-            known = dict(zip(found, again.linear_stats(h.states, h.head, h.ids, h.temperature, h.settings, found), strict=True))
-        else:
-            computed = temperature.with_reads(found, h.temperature)
-            values = LinearStatistics.apply(  # type: ignore[no-untyped-call]
-                h.states, *h.head, h.ids, h.temperature.detach(), self._settings(backend), ",".join(computed)
-            )
-            known = temperature.differentiable(dict(zip(computed, values, strict=True)), found, h.temperature)
+        computed = temperature.with_reads(found, h.temperature) if backend != again.TORCH else found
+        t = h.temperature.detach() if backend != again.TORCH else h.temperature
+        values = linear_statistics(h, PerRow(h.ids, t), None, TokenMeasure(h.settings.softmax, backend, computed))
+        known = dict(zip(computed, values, strict=True))
+        if backend != again.TORCH:
+            known = temperature.differentiable(known, found, h.temperature)
         return {name: h.scatter(value) for name, value in known.items()}
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         h = self.hidden
-        inputs = tuple(None if t is None else h.gather(t) for t in work.inputs)
-        loss, table = LinearOnePassLoss.apply(  # type: ignore[no-untyped-call]
-            h.states, *h.head, h.ids, h.temperature, inputs, work.params, work.program, self._settings(backend)
-        )
+        inputs = RowInputs(*(None if t is None else h.gather(t) for t in work.inputs))  # type: ignore[arg-type]
+        loss, table = LinearOnePass.apply(  # type: ignore[no-untyped-call]
+            h.states, *h.head, PerRow(h.ids, h.temperature), None, h.settings,
+            TokenWork(work._replace(inputs=inputs), h.settings.softmax, backend),
+        )  # fmt: skip
         return loss, torch.stack([h.scatter(row) for row in table.unbind()]) if h.index is not None else table
 
     def more_metrics(self, plan: str) -> MoreMetrics:
         return _DroppedRows(self.hidden, self.hidden.settings.chunk_rows if plan == "one_pass" else self.hidden.states.size(0))
-
-    def _settings(self, backend: str) -> ChunkSettings:
-        return self.hidden.settings._replace(backend=backend)
 
 
 class _DroppedRows:
