@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ...backends.base import SoftmaxParams
+from ...backends.picked import Picked
 from .. import again, jsd_ops
 from .. import ops as library
-from ..autograd import FIXED, Softmaxes, asked_for
+from ..autograd import FIXED, LSE_LOW, OpOptions, Softmaxes, asked_for, written_gradient
+from ..picks import PICKED, PICKED_IDS, Picks
 
 
 class PerRow(NamedTuple):
@@ -22,12 +24,13 @@ class PerRow(NamedTuple):
     ids: Tensor  # [M]
     temperature: Tensor
     other_temperature: Tensor | None = None
+    picked: Tensor | None = None  # [M, K]: ids whose log-probs are wanted
 
     def at(self, rows: slice | Tensor) -> PerRow:
         """Of these rows."""
-        t, other = (t if t is None or t.size(-1) == 1 else t[rows].contiguous() for t in self[1:])
+        t, other = (t if t is None or t.size(-1) == 1 else t[rows].contiguous() for t in self[1:3])
         assert t is not None
-        return PerRow(self.ids[rows].contiguous(), t, other)
+        return PerRow(self.ids[rows].contiguous(), t, other, None if self.picked is None else self.picked[rows].contiguous())
 
 
 class LogitRows(NamedTuple):
@@ -73,32 +76,45 @@ class Measure(Protocol):
 
 
 class TokenMeasure(NamedTuple):
-    """The named statistics of one model's logits."""
+    """The named statistics of one model's logits; where ids are picked also their log-probs and themselves, ``top`` of them by their logits."""
 
     softmax: SoftmaxParams
     backend: str
-    names: tuple[str, ...]
+    stats_of_rows: tuple[str, ...]
+    picks: bool = False
+    top: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.stats_of_rows, PICKED, PICKED_IDS) if self.picks else self.stats_of_rows
 
     @property
     def differentiable(self) -> tuple[bool, ...]:
-        return tuple(name not in FIXED for name in self.names)
+        return tuple(name not in (*FIXED, PICKED_IDS) for name in self.names)
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
-        wanted = asked_for(",".join(self.names), needs_grad)
-        table = library.called(library.token_stats, *self._tensors(logits), *self.softmax[:2], False, wanted, self.backend).unbind()
-        return Found(table[: len(self.names)], table[len(self.names) :])
+        z, ids, t = self._tensors(logits)
+        wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks)
+        table = library.called(library.token_stats, z, ids, t, *self.softmax[:2], False, wanted, self.backend).unbind()
+        outputs, rest = table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :]
+        if self.picks:
+            chosen = self._picks(logits).of(z, ids, self.softmax)
+            lse = outputs[self.stats_of_rows.index("lse")]
+            outputs = (*outputs, Picked(z, ids, chosen, t, self.softmax).logps(lse, rest[0]), chosen)
+        return Found(outputs, rest)
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
-        known, coefs = dict(zip(self.names, found.outputs, strict=True)), dict(zip(self.names, by, strict=True))
-        arguments = (
-            *self._tensors(logits), known["logp"], known["lse"], *found.rest, known.get("entropy"), known.get("log_sum_p_sq"),
-            *(coefs.get(name) for name in ("logp", "entropy", "lse", "log_sum_p_sq")), *self.softmax[:2], False, self.backend,
-        )  # fmt: skip
-        found_by = library.called(library.token_grad_ if over else library.token_grad, *arguments)
-        return None if over else found_by
+        known = {**dict(zip(self.names, found.outputs, strict=True)), LSE_LOW: found.rest[0]}
+        coefs, options = dict(zip(self.names, by, strict=True)), OpOptions(False, self.backend, over)
+        return written_gradient(*self._tensors(logits), self.softmax, known, coefs, options)
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
-        return again.token_stats(*self._tensors(logits), self.softmax, self.names)
+        z, ids, t = self._tensors(logits)
+        chosen = self._picks(logits).of(z.detach(), ids, self.softmax) if self.picks else None
+        return again.token_stats(z, ids, t, self.softmax, self.names, chosen)
+
+    def _picks(self, logits: LogitRows) -> Picks:
+        return Picks(logits.rows.picked, self.top)
 
     def _tensors(self, logits: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
         return logits.values, logits.rows.ids, logits.rows.temperature

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ...backends.base import RowInputs
 from ...calls.hidden import Hidden
+from ...rows.groups import OUT
 from ...rows.rows import Rows
 from .. import again, temperature
+from ..picks import PICKED, PICKED_IDS, Picks
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
 from ..sources import ALWAYS
 from .autograd import LinearOnePass, linear_statistics
@@ -25,6 +27,7 @@ class HiddenSource(PlainSource):
     """Statistics of ``hidden @ weightᵀ``, chunk by chunk."""
 
     hidden: Hidden
+    picks: Picks | None = None
 
     @property
     def rows(self) -> Rows:
@@ -40,14 +43,19 @@ class HiddenSource(PlainSource):
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
-        found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
-        computed = temperature.with_reads(found, h.temperature) if backend != again.TORCH else found
-        t = h.temperature.detach() if backend != again.TORCH else h.temperature
-        values = linear_statistics(h, PerRow(h.ids, t), None, TokenMeasure(h.settings.softmax, backend, computed))
-        known = dict(zip(computed, values, strict=True))
-        if backend != again.TORCH:
-            known = temperature.differentiable(known, found, h.temperature)
-        return {name: h.scatter(value) for name, value in known.items()}
+        wanted = (*ALWAYS, *(name for name in names if name not in (*ALWAYS, PICKED, PICKED_IDS)))
+        picks, torch_only = self.picks or Picks(), backend == again.TORCH
+        computed = wanted if torch_only else temperature.with_reads(wanted, h.temperature, self.picks is not None)
+        given = None if picks.given is None else picks.given if h.index is None else picks.given[h.index]
+        per_row = PerRow(h.ids, h.temperature if torch_only else h.temperature.detach(), picked=given)
+        measure = TokenMeasure(h.settings.softmax, backend, computed, self.picks is not None, picks.top)
+        known = dict(zip(measure.names, linear_statistics(h, per_row, None, measure), strict=True))
+        if not torch_only:
+            kept = (*wanted, PICKED, PICKED_IDS) if self.picks is not None else wanted
+            known = temperature.differentiable(known, kept, h.temperature)
+        ids = known.pop(PICKED_IDS, None)
+        found = {name: h.scatter(value) for name, value in known.items()}
+        return found if ids is None else {**found, PICKED_IDS: h.scatter(ids, OUT)}
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         h = self.hidden
