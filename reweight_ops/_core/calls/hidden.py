@@ -79,12 +79,14 @@ class Hidden:
         """``[..., N] -> [..., M]``: the computed rows."""
         return row if self.index is None else row[..., self.index]
 
-    def scatter(self, row: Tensor) -> Tensor:
-        """``[M] -> [N]``, 0 in the rows that are not computed; differentiable."""
+    def scatter(self, row: Tensor, fill: int = 0) -> Tensor:
+        """``[M, ...] -> [N, ...]``, ``fill`` in the rows that are not computed; differentiable."""
         if self.index is None:
             return row
-        found = row.new_zeros(self.rows.count).index_put((self.index,), row)
-        return found if self.rows.trust is None else torch.where(self.rows.keep, found * self.rows.trust, 0)
+        found = row.new_full((self.rows.count, *row.shape[1:]), fill).index_put((self.index,), row)
+        if self.rows.trust is None or not row.is_floating_point():
+            return found
+        return torch.where(self.rows.keep.view(-1, *(1,) * (row.dim() - 1)), found * self.rows.trust, 0)
 
 
 def resolve_hidden(

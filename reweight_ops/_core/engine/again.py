@@ -19,6 +19,7 @@ from ..calls.hidden import ChunkSettings, LMHead
 from ..rows.constants import number_like, varies
 from ..rows.groups import OUT
 from .ops import without_last_position
+from .picks import PICKED, PICKED_IDS
 
 #: The backend of a call whose statistics are these formulas.
 TORCH = "torch"
@@ -61,8 +62,13 @@ def log_probs(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> tu
     return x, torch.log_softmax(x, -1), dead
 
 
-def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str]) -> tuple[Tensor, ...]:
-    """The named statistics of ``[N, V]`` logits, ``[N]`` each; as :class:`~reweight_ops._core.backends.base.Backend` defines them."""
+def token_stats(
+    logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str], picked: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The named statistics of ``[N, V]`` logits, ``[N]`` each; as :class:`~reweight_ops._core.backends.base.Backend` defines them.
+
+    ``picked`` ``[N, K]`` ids: those of the statistics that are log-probs of them.
+    """
     inside = ids != OUT
     x, log_p, _ = log_probs(torch.where(inside[:, None], logits, 0), temperature, softmax)
     bad = inside & ((ids < 0) | (ids >= softmax.total()))
@@ -76,7 +82,13 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: Softm
         "max_logp": lambda: log_p.detach().amax(-1),
         MEAN_LOGIT: lambda: x.detach().mean(-1) + 0 * log_p.detach().amax(-1),
     }
-    return tuple(torch.where(inside, torch.where(bad, math.nan, formulas[name]()), 0) for name in names)
+    found = {name: torch.where(inside, torch.where(bad, math.nan, formulas[name]()), 0) for name in names if name in formulas}
+    if picked is not None:
+        there = inside[:, None] & (picked != OUT)
+        unknown = there & ((picked < 0) | (picked >= softmax.vocab_size))
+        logps = log_p.gather(-1, torch.where(there & ~unknown, picked, 0))
+        found |= {PICKED: torch.where(unknown, math.nan, torch.where(there, logps, 0)), PICKED_IDS: picked}
+    return tuple(found[name] for name in names)
 
 
 def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSettings) -> Tensor:
@@ -88,13 +100,6 @@ def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSetti
     z = z if bias is None else z + bias.to(wide)
     z = z if a is None or b is None else z + scale * ((h.to(a.dtype) @ a.t()).to(wide) @ b.t().to(wide))
     return z.to(dtype)
-
-
-def linear_stats(
-    hidden: Tensor, head: LMHead, ids: Tensor, temperature: Tensor, settings: ChunkSettings, names: Sequence[str]
-) -> tuple[Tensor, ...]:
-    """The named statistics from hidden states ``[M, D]``."""
-    return token_stats(head_logits(hidden, head, ids != OUT, settings), ids, temperature, settings.softmax, names)
 
 
 def other_logits(hidden: Tensor, head: LMHead | None, index: Tensor | None, keep: Tensor, settings: ChunkSettings) -> Tensor:

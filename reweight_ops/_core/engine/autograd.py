@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ReweightOpsError, UnsupportedRequest
-from ..backends.base import SoftmaxParams
+from ..backends.base import COEFS, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
 from ..backends.mean_logit import MEAN_LOGIT
+from ..backends.picked import Picked
 from . import again
 from . import ops as library
+from .picks import PICKED, PICKED_IDS, Picks
 
 
 class OpOptions(NamedTuple):
@@ -58,20 +60,52 @@ def asked_for(stats: str, needs_grad: bool) -> str:
     return f"{stats},{LSE_LOW}" if needs_grad else stats
 
 
+def written_gradient(
+    logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, known: dict[str, Tensor], by: dict[str, Tensor | None],
+    options: OpOptions,
+) -> Tensor | None:  # fmt: skip
+    """The gradient by logits from derivatives ``by`` statistics ``known``; None if it stands over them now, which it does with ``options.consume``.
+
+    Log-probs of picked ids are one derivative by lse in every column, and the elements of those ids, which are written over.
+    """
+    z, by_picked, picked = library.without_last_position(logits, options.drop_last), by.get(PICKED), None
+    if by_picked is not None:
+        picked = Picked(z, ids, known[PICKED_IDS], temperature, softmax)
+        by_picked = picked.masked(by_picked)
+        by_lse = by.get("lse")
+        by = {**by, "lse": -by_picked.sum(-1) if by_lse is None else by_lse - by_picked.sum(-1)}
+    arguments = (
+        logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
+        *(by.get(name) for name in COEFS), *softmax[:2], options.drop_last, options.backend,
+    )  # fmt: skip
+    over = options.consume
+    found = library.called(library.token_grad_ if over else library.token_grad, *arguments)
+    if picked is not None and by_picked is not None:
+        picked.write_gradient(library.without_last_position(logits if over else found, options.drop_last), ids, by_picked, known, by)
+    return None if over else found
+
+
 class RowStatistics(torch.autograd.Function):
-    """``(logp, entropy, lse, log_sum_p_sq)`` of every row, differentiable with respect to the logits. ``[4, N]`` before unbinding."""
+    """``(logp, entropy, lse, log_sum_p_sq)`` of every row, differentiable with respect to the logits; with picks their log-probs and ids ``[N, K]`` besides."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, options: OpOptions, stats: str
-    ) -> tuple[Tensor, ...]:
-        wanted = asked_for(stats, ctx.needs_input_grad[0])
+        ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, options: OpOptions, stats: str,
+        picks: Picks | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        wanted = asked_for(stats, ctx.needs_input_grad[0] or picks is not None)
         rows = library.called(library.token_stats, logits, ids, temperature, *softmax[:2], options.drop_last, wanted, options.backend)
         ctx.set_materialize_grads(False)
         ctx.softmax, ctx.options, ctx.names = softmax, options, stats.split(",")
         known = rows.unbind()
         outputs = known[: len(ctx.names)]
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED]
+        if picks is not None:
+            z = library.without_last_position(logits, options.drop_last)
+            chosen = picks.of(z, ids, softmax)
+            logps = Picked(z, ids, chosen, temperature, softmax).logps(known[ctx.names.index("lse")], known[-1])
+            outputs, known = (*outputs, logps, chosen), (*known, chosen)
+            ctx.names, fixed = [*ctx.names, PICKED, PICKED_IDS], [*fixed, chosen]
         if fixed:
             ctx.mark_non_differentiable(*fixed)
         ctx.save_for_backward(logits, ids, temperature, *known)
@@ -81,26 +115,21 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, ids, temperature, *stats = ctx.saved_tensors
         options: OpOptions = ctx.options
+        names = [name for name in ctx.names if name not in (PICKED, PICKED_IDS)]
+        known = dict(zip((*names, LSE_LOW, PICKED_IDS), stats, strict=False))
         if again.wants_graph():
-            names, softmax = ctx.names, ctx.softmax
+            softmax, all_names, chosen = ctx.softmax, ctx.names, known.get(PICKED_IDS)
 
             def formula(z: Tensor) -> tuple[Tensor, ...]:
-                return again.token_stats(again.rows(z, options.drop_last), ids, temperature, softmax, names)
+                return again.token_stats(again.rows(z, options.drop_last), ids, temperature, softmax, all_names, chosen)
 
-            return again.gradient(formula, (logits,), grads)[0], *(None,) * 5
-        known = dict(zip((*ctx.names, LSE_LOW), stats, strict=True))
+            return again.gradient(formula, (logits,), grads)[0], *(None,) * 6
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
-        if all(by.get(name) is None for name in ("logp", "entropy", "lse", "log_sum_p_sq")):
-            return (None,) * 6
-        arguments = (
-            logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
-            by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"),
-            *ctx.softmax[:2], options.drop_last, options.backend,
-        )  # fmt: skip
-        if library.may_overwrite(options.consume):
-            library.called(library.token_grad_, *arguments)
-            return logits, *(None,) * 5
-        return library.called(library.token_grad, *arguments), *(None,) * 5
+        if all(by.get(name) is None for name in (*COEFS, PICKED)):
+            return (None,) * 7
+        options = options._replace(consume=library.may_overwrite(options.consume))
+        found = written_gradient(logits, ids, temperature, ctx.softmax, known, by, options)
+        return logits if found is None else found, *(None,) * 6
 
 
 class OnePassLoss(torch.autograd.Function):

@@ -13,6 +13,7 @@ from ..calls.two_logits import TwoLogits
 from ..rows.rows import Rows
 from . import again, temperature
 from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
+from .picks import PICKED, PICKED_IDS, Picks
 from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
 
 #: Statistics of one tensor that the kernel of their gradient reads besides.
@@ -21,9 +22,10 @@ ALWAYS = ("logp", "lse")
 
 @dataclass(frozen=True)
 class LogitsSource(PlainSource):
-    """Statistics of one logits tensor: of ``STATS`` in :mod:`reweight_ops._core.backends.base`."""
+    """Statistics of one logits tensor: of ``STATS`` in :mod:`reweight_ops._core.backends.base`, and of picked ids."""
 
     logits: Logits
+    picks: Picks | None = None
 
     @property
     def rows(self) -> Rows:
@@ -39,16 +41,18 @@ class LogitsSource(PlainSource):
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         z = self.logits
-        found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
+        wanted = (*ALWAYS, *(name for name in names if name not in (*ALWAYS, PICKED, PICKED_IDS)))
+        found = wanted if self.picks is None else (*wanted, PICKED, PICKED_IDS)
         if backend == again.TORCH:
-            return dict(
-                zip(found, again.token_stats(again.rows(z.values, z.drop_last), z.ids, z.temperature, z.softmax, found), strict=True)
-            )
-        computed = temperature.with_reads(found, z.temperature)
+            flat = again.rows(z.values, z.drop_last)
+            picked = None if self.picks is None else self.picks.of(flat.detach(), z.ids, z.softmax)
+            return dict(zip(found, again.token_stats(flat, z.ids, z.temperature, z.softmax, found, picked), strict=True))
+        computed = temperature.with_reads(wanted, z.temperature, self.picks is not None)
         values = RowStatistics.apply(  # type: ignore[no-untyped-call]
-            z.values, z.ids, z.temperature.detach(), z.softmax, self._options(backend), ",".join(computed)
+            z.values, z.ids, z.temperature.detach(), z.softmax, self._options(backend), ",".join(computed), self.picks
         )
-        return temperature.differentiable(dict(zip(computed, values, strict=True)), found, z.temperature)
+        known = dict(zip((*computed, *found[len(wanted) :]), values, strict=True))
+        return temperature.differentiable(known, found, z.temperature)
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         z = self.logits

@@ -18,7 +18,7 @@ from ..engine.policy import PolicyObjective
 from ..engine.run import Call
 from ..spec.policy import PolicyLossSpec
 from .explain import public_op
-from .statistics import check_stats, logps_call, stats_call
+from .statistics import check_stats, logps_call, resolve_picks, stats_call
 
 
 @public_op
@@ -71,6 +71,8 @@ def linear_token_stats(
     completion_ids: Tensor,
     *,
     stats: Sequence[str] = ("logps", "entropies"),
+    selected_ids: Tensor | None = None,
+    top_k: int | None = None,
     completion_mask: Tensor | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[TokenStats]:
@@ -83,10 +85,12 @@ def linear_token_stats(
     tensor([-1.3863])
     """
     op = "linear_token_stats"
-    options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "stats"))
-    check_stats(op, stats)
-    named = {"completion_mask": completion_mask}
-    return stats_call(HiddenSource(resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)), stats)
+    options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "stats", "selected_ids", "top_k"))
+    check_stats(op, stats, selected_ids=selected_ids, top_k=top_k)
+    named = {"completion_mask": completion_mask, "selected_ids": selected_ids}
+    resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)
+    picks = resolve_picks(resolved.rows, selected_ids, top_k, resolved.settings.softmax.vocab_size)
+    return stats_call(HiddenSource(resolved, picks), stats, picks)
 
 
 @public_op

@@ -88,6 +88,20 @@ def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):  # docs/sema
     assert len(set(found)) == 1
 
 
+def test_a_gradient_is_the_same_bits_whichever_other_rows_have_a_coefficient(backend):
+    """Backward computes again only the logits of rows with a coefficient, by GEMMs of as many rows as forward's: fewer would round otherwise."""
+    g = torch.Generator().manual_seed(0)
+    n, width, vocab = 43, 96, 1031
+    weight, rows = torch.randn(vocab, width, generator=g), torch.randn(n, width, generator=g)
+    ids, found = torch.randint(vocab, (n,), generator=g), []
+    for live in ([1], [1, 2], [1, 2, 3, 7, 40, 41, 42], range(n)):
+        h, upstream = rows.clone().requires_grad_(), torch.zeros(n).index_fill(0, torch.tensor(live), 1.0)
+        logps = rw.linear_token_logps(h, weight, ids, chunk_rows=32, backend=backend)
+        (grad,) = torch.autograd.grad(logps, h, upstream)
+        found.append(tuple(grad[1].tolist()))
+    assert len(set(found)) == 1
+
+
 def test_chunk_sizes_agree(backend):  # docs/semantics.md: S31
     """Across chunk sizes: to rounding of the logits, not to the bit."""
     d = make(torch.float32)

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls.hidden import ChunkSettings, Hidden
+from ...backends.base import RowInputs
+from ...calls.hidden import Hidden
+from ...rows.groups import OUT
 from ...rows.rows import Rows
 from .. import again, temperature
+from ..picks import PICKED, PICKED_IDS, Picks
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
 from ..sources import ALWAYS
-from .autograd import LinearOnePassLoss, LinearStatistics
+from .autograd import LinearOnePass, linear_statistics
 from .gemms import inert_rows_dropped
+from .measures import PerRow, TokenMeasure
+from .works import TokenWork
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class HiddenSource(PlainSource):
     """Statistics of ``hidden @ weightᵀ``, chunk by chunk."""
 
     hidden: Hidden
+    picks: Picks | None = None
 
     @property
     def rows(self) -> Rows:
@@ -37,30 +43,31 @@ class HiddenSource(PlainSource):
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
-        found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
-        if backend == again.TORCH:
-            known = dict(zip(found, again.linear_stats(h.states, h.head, h.ids, h.temperature, h.settings, found), strict=True))
-        else:
-            computed = temperature.with_reads(found, h.temperature)
-            values = LinearStatistics.apply(  # type: ignore[no-untyped-call]
-                h.states, *h.head, h.ids, h.temperature.detach(), self._settings(backend), ",".join(computed)
-            )
-            known = temperature.differentiable(dict(zip(computed, values, strict=True)), found, h.temperature)
-        return {name: h.scatter(value) for name, value in known.items()}
+        wanted = (*ALWAYS, *(name for name in names if name not in (*ALWAYS, PICKED, PICKED_IDS)))
+        picks, torch_only = self.picks or Picks(), backend == again.TORCH
+        computed = wanted if torch_only else temperature.with_reads(wanted, h.temperature, self.picks is not None)
+        given = None if picks.given is None else picks.given if h.index is None else picks.given[h.index]
+        per_row = PerRow(h.ids, h.temperature if torch_only else h.temperature.detach(), picked=given)
+        measure = TokenMeasure(h.settings.softmax, backend, computed, self.picks is not None, picks.top)
+        known = dict(zip(measure.names, linear_statistics(h, per_row, None, measure), strict=True))
+        if not torch_only:
+            kept = (*wanted, PICKED, PICKED_IDS) if self.picks is not None else wanted
+            known = temperature.differentiable(known, kept, h.temperature)
+        ids = known.pop(PICKED_IDS, None)
+        found = {name: h.scatter(value) for name, value in known.items()}
+        return found if ids is None else {**found, PICKED_IDS: h.scatter(ids, OUT)}
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         h = self.hidden
-        inputs = tuple(None if t is None else h.gather(t) for t in work.inputs)
-        loss, table = LinearOnePassLoss.apply(  # type: ignore[no-untyped-call]
-            h.states, *h.head, h.ids, h.temperature, inputs, work.params, work.program, self._settings(backend)
-        )
+        inputs = RowInputs(*(None if t is None else h.gather(t) for t in work.inputs))  # type: ignore[arg-type]
+        loss, table = LinearOnePass.apply(  # type: ignore[no-untyped-call]
+            h.states, *h.head, PerRow(h.ids, h.temperature), None, h.settings,
+            TokenWork(work._replace(inputs=inputs), h.settings.softmax, backend),
+        )  # fmt: skip
         return loss, torch.stack([h.scatter(row) for row in table.unbind()]) if h.index is not None else table
 
     def more_metrics(self, plan: str) -> MoreMetrics:
         return _DroppedRows(self.hidden, self.hidden.settings.chunk_rows if plan == "one_pass" else self.hidden.states.size(0))
-
-    def _settings(self, backend: str) -> ChunkSettings:
-        return self.hidden.settings._replace(backend=backend)
 
 
 class _DroppedRows:

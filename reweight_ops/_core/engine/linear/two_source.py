@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ...calls.two_hidden import TwoHidden
 from ...rows.rows import Rows
-from .. import again
 from ..distillation import GENERALIZED_JSD, STATISTICS
 from ..source import DivergenceWork, PlainSource, SourceInfo
-from .divergence import Heads, LinearDivergences, LinearOnePassDivergence, Measure, OtherHead, formulas
+from .autograd import LinearOnePass, linear_statistics
+from .buffers import OtherHead
+from .measures import DivergenceMeasure, PerRow
+from .works import TwoWork
 
 
 @dataclass(frozen=True)
@@ -34,38 +36,25 @@ class TwoHiddenSource(PlainSource):
         )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-        p, q = self.both.p, self.both.other
-        heads = self._heads(backend)
-        if backend == again.TORCH:
-            values = formulas(p.states, p.head, p.ids, p.temperature, q.temperature, self._other, heads)
-        else:
-            values = LinearDivergences.apply(  # type: ignore[no-untyped-call]
-                p.states, *p.head, p.ids, p.temperature, q.temperature, self._other, heads
-            )
+        values = linear_statistics(self.both.p, self._per_row, self._other, self._measure(backend))
         found = (*STATISTICS, GENERALIZED_JSD)[: len(values)]
-        return {name: p.scatter(value) for name, value in zip(found, values, strict=True)}
+        return {name: self.both.p.scatter(value) for name, value in zip(found, values, strict=True)}
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
-        p, q = self.both.p, self.both.other
-        loss, table = LinearOnePassDivergence.apply(  # type: ignore[no-untyped-call]
-            p.states,
-            *p.head,
-            p.ids,
-            p.temperature,
-            q.temperature,
-            work.constants,
-            p.gather(work.weights),
-            self._other,
-            self._heads(backend),
-        )
+        p = self.both.p
+        two = TwoWork(work._replace(weights=p.gather(work.weights)), self._measure(backend))
+        loss, table = LinearOnePass.apply(p.states, *p.head, self._per_row, self._other, p.settings, two)  # type: ignore[no-untyped-call]
         return loss, torch.stack([p.scatter(row) for row in table.unbind()]) if p.index is not None else table
+
+    @property
+    def _per_row(self) -> PerRow:
+        return PerRow(self.both.p.ids, self.both.p.temperature, self.both.other.temperature)
 
     @property
     def _other(self) -> OtherHead:
         q = self.both.other
-        return OtherHead(q.values, q.head, self.both.p.index)
+        return OtherHead(q.values, q.head, self.both.p.index, q.settings)
 
-    def _heads(self, backend: str) -> Heads:
-        p, q = self.both.p, self.both.other
-        softmaxes = (p.settings.softmax.vocab_size, p.settings.softmax.softcap, q.softmax.softcap)
-        return Heads(p.settings, q.settings, Measure(softmaxes, backend, self.beta))
+    def _measure(self, backend: str) -> DivergenceMeasure:
+        softmax, other = self.both.p.settings.softmax, self.both.other.softmax
+        return DivergenceMeasure((softmax.vocab_size, softmax.softcap, other.softcap), backend, self.beta)

@@ -1,0 +1,155 @@
+"""What is computed of a chunk of logits: a row's statistics and their gradient, from one model's logits or from two models'.
+
+A measure knows backends and formulas, and nothing of heads and chunks: those are :mod:`.autograd`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ...backends.base import SoftmaxParams
+from ...backends.picked import Picked
+from .. import again, jsd_ops
+from .. import ops as library
+from ..autograd import FIXED, LSE_LOW, OpOptions, Softmaxes, asked_for, written_gradient
+from ..picks import PICKED, PICKED_IDS, Picks
+
+
+class PerRow(NamedTuple):
+    """What is known of every computed row beside its logits. A temperature has one element or one a row."""
+
+    ids: Tensor  # [M]
+    temperature: Tensor
+    other_temperature: Tensor | None = None
+    picked: Tensor | None = None  # [M, K]: ids whose log-probs are wanted
+
+    def at(self, rows: slice | Tensor) -> PerRow:
+        """Of these rows."""
+        t, other = (t if t is None or t.size(-1) == 1 else t[rows].contiguous() for t in self[1:3])
+        assert t is not None
+        return PerRow(self.ids[rows].contiguous(), t, other, None if self.picked is None else self.picked[rows].contiguous())
+
+
+class LogitRows(NamedTuple):
+    """The logits of some rows, those of the second model where there is one, and what else is known of the rows."""
+
+    values: Tensor  # [n, V]
+    other: Tensor | None
+    rows: PerRow
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What an op on one tensor or on two takes first."""
+        if self.other is None:
+            return self.values, self.rows.ids, self.rows.temperature
+        assert self.rows.other_temperature is not None
+        return self.values, self.other, self.rows.ids, self.rows.temperature, self.rows.other_temperature
+
+
+class Found(NamedTuple):
+    """What a measure has found of some rows, one element a row: what callers get, and what else its gradient reads."""
+
+    outputs: tuple[Tensor, ...]
+    rest: tuple[Tensor, ...]
+
+
+class Measure(Protocol):
+    """Row statistics of logits."""
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        """Of each output, whether it has a gradient."""
+
+    def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
+        """The statistics, and what the gradient reads if there will be one."""
+
+    def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
+        """The gradient by the first model's logits from the derivatives ``by`` each output; None if it stands over them now, which it does if it may."""
+
+    def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
+        """The outputs as differentiable torch."""
+
+
+class TokenMeasure(NamedTuple):
+    """The named statistics of one model's logits; where ids are picked also their log-probs and themselves, ``top`` of them by their logits."""
+
+    softmax: SoftmaxParams
+    backend: str
+    stats_of_rows: tuple[str, ...]
+    picks: bool = False
+    top: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.stats_of_rows, PICKED, PICKED_IDS) if self.picks else self.stats_of_rows
+
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        return tuple(name not in (*FIXED, PICKED_IDS) for name in self.names)
+
+    def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
+        z, ids, t = self._tensors(logits)
+        wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks)
+        table = library.called(library.token_stats, z, ids, t, *self.softmax[:2], False, wanted, self.backend).unbind()
+        outputs, rest = table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :]
+        if self.picks:
+            chosen = self._picks(logits).of(z, ids, self.softmax)
+            lse = outputs[self.stats_of_rows.index("lse")]
+            outputs = (*outputs, Picked(z, ids, chosen, t, self.softmax).logps(lse, rest[0]), chosen)
+        return Found(outputs, rest)
+
+    def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
+        known = {**dict(zip(self.names, found.outputs, strict=True)), LSE_LOW: found.rest[0]}
+        coefs, options = dict(zip(self.names, by, strict=True)), OpOptions(False, self.backend, over)
+        return written_gradient(*self._tensors(logits), self.softmax, known, coefs, options)
+
+    def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
+        z, ids, t = self._tensors(logits)
+        chosen = self._picks(logits).of(z.detach(), ids, self.softmax) if self.picks else None
+        return again.token_stats(z, ids, t, self.softmax, self.names, chosen)
+
+    def _picks(self, logits: LogitRows) -> Picks:
+        return Picks(logits.rows.picked, self.top)
+
+    def _tensors(self, logits: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
+        return logits.values, logits.rows.ids, logits.rows.temperature
+
+
+class DivergenceMeasure(NamedTuple):
+    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` of two models' logits: of the JSD, where there is a ``beta``, the gradient is that of nothing else."""
+
+    softmaxes: Softmaxes
+    backend: str
+    beta: float | None
+
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        return (True, True, True, False) if self.beta is None else (False, False, False, False, True)
+
+    def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
+        table = library.called(library.divergence_stats, *logits.tensors(), *self.softmaxes, False, self.backend).unbind()
+        if self.beta is None:
+            return Found(table[:4], table[4:])
+        return Found((*table[:4], jsd_ops.generalized_jsd(*logits.tensors(), self.beta, *self.softmaxes)), table[4:])
+
+    def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
+        two, zero = logits.tensors(), torch.zeros_like(found.outputs[0])
+        coefs = [zero if g is None else g for g, moves in zip(by, self.differentiable, strict=True) if moves]
+        if self.beta is not None:
+            arguments: tuple[Any, ...] = (*two, coefs[0], self.beta, *self.softmaxes)
+            if over:
+                jsd_ops.generalized_jsd_grad_(*arguments)
+                return None
+            return jsd_ops.generalized_jsd_grad(*arguments)[1]  # type: ignore[no-any-return]
+        table = torch.stack([*found.outputs, *found.rest])
+        arguments = (*two, table, torch.stack(coefs), *self.softmaxes, False, self.backend)
+        found_by = library.called(library.divergence_grad_ if over else library.divergence_grad, *arguments)
+        return None if over else found_by
+
+    def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
+        return again.divergence_stats(logits.tensors(), self.softmaxes, False, self.beta)
