@@ -16,8 +16,10 @@ from torch import Tensor
 from ..backends.base import SoftmaxParams
 from ..backends.mean_logit import MEAN_LOGIT
 from ..calls.hidden import ChunkSettings, LMHead
+from ..calls.sampling_mask import KeptSets
 from ..rows.constants import number_like, varies
 from ..rows.groups import OUT
+from .kept_ops import VOCABULARY
 from .ops import without_last_position
 
 #: The backend of a call whose statistics are these formulas.
@@ -59,8 +61,12 @@ def log_probs(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> tu
     return x, torch.log_softmax(x, -1), dead
 
 
-def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str]) -> tuple[Tensor, ...]:
+def token_stats(
+    logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str], sets: KeptSets | None = None
+) -> tuple[Tensor, ...]:
     """The named statistics of ``[N, V]`` logits, ``[N]`` each; as :class:`~reweight_ops._core.backends.base.Backend` defines them."""
+    if sets is not None:
+        return _kept_stats(logits, ids, temperature, softmax, names, sets)
     inside = ids != OUT
     x, log_p, dead = log_probs(torch.where(inside[:, None], logits, 0), temperature, softmax)
     bad = inside & ((ids < 0) | (ids >= softmax.total()))
@@ -77,6 +83,25 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: Softm
     return tuple(torch.where(inside, torch.where(bad, math.nan, formulas[name]()), 0) for name in names)
 
 
+def _kept_stats(
+    logits: Tensor, position: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str], sets: KeptSets
+) -> tuple[Tensor, ...]:
+    n, entries = position.numel(), sets.token_ids.numel()
+    inside = (sets.row >= 0) & (sets.row < n)
+    mask = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
+    if n and entries:
+        mask = mask.index_put((sets.row.clamp(0, n - 1), sets.token_ids), inside.int(), accumulate=True)
+        at = (sets.bounds[0] + position).clamp(0, entries - 1)
+        position = torch.where(position < 0, position, sets.token_ids[at])
+    kept, whole = torch.where(mask > 0, logits, -math.inf), [name for name in names if name.startswith(VOCABULARY)]
+    own = [name for name in names if name not in whole]
+    found = dict(zip(own, token_stats(kept, position, temperature, softmax, own), strict=True))
+    if whole:
+        values = token_stats(logits, position, temperature, softmax, [name.removeprefix(VOCABULARY) for name in whole])
+        found |= dict(zip(whole, values, strict=True))
+    return tuple(found[name] for name in names)
+
+
 def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSettings) -> Tensor:
     """``[M, V]`` logits of a linear head, in the dtypes of the chunked one; a row that is out is never read."""
     weight, bias, a, b, scale = head.cast(settings)
@@ -89,10 +114,16 @@ def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSetti
 
 
 def linear_stats(
-    hidden: Tensor, head: LMHead, ids: Tensor, temperature: Tensor, settings: ChunkSettings, names: Sequence[str]
+    hidden: Tensor,
+    head: LMHead,
+    ids: Tensor,
+    temperature: Tensor,
+    settings: ChunkSettings,
+    names: Sequence[str],
+    sets: KeptSets | None = None,
 ) -> tuple[Tensor, ...]:
     """The named statistics from hidden states ``[M, D]``."""
-    return token_stats(head_logits(hidden, head, ids != OUT, settings), ids, temperature, settings.softmax, names)
+    return token_stats(head_logits(hidden, head, ids != OUT, settings), ids, temperature, settings.softmax, names, sets)
 
 
 def other_logits(hidden: Tensor, head: LMHead | None, index: Tensor | None, keep: Tensor, settings: ChunkSettings) -> Tensor:

@@ -17,8 +17,10 @@ from ...errors import ReweightOpsError, UnsupportedRequest
 from ..backends.base import SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
 from ..backends.mean_logit import MEAN_LOGIT
-from . import again
+from ..calls.sampling_mask import KeptSets
+from . import again, kept_ops
 from . import ops as library
+from .kept_ops import OF_ENTROPY, VOCABULARY
 
 
 class OpOptions(NamedTuple):
@@ -47,7 +49,7 @@ def forbid_second_backward(ctx: Any, op: str) -> None:
 
 
 #: Statistics without a gradient.
-FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ)
+FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ, VOCABULARY + VARIANCE)
 
 #: What the kernel of a gradient reads and no caller does.
 LSE_LOW = "lse_low"
@@ -55,6 +57,9 @@ LSE_LOW = "lse_low"
 
 def asked_for(stats: str, needs_grad: bool) -> str:
     """The names of the statistics to compute for a caller who wants ``stats``."""
+    if needs_grad and VOCABULARY in stats:
+        names = stats.split(",")
+        return ",".join([*names, LSE_LOW, *(VOCABULARY + name for name in OF_ENTROPY if VOCABULARY + name not in names)])
     return f"{stats},{LSE_LOW}" if needs_grad else stats
 
 
@@ -63,12 +68,16 @@ class RowStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, options: OpOptions, stats: str
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, sets: KeptSets | None, softmax: SoftmaxParams, options: OpOptions, stats: str
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         wanted = asked_for(stats, ctx.needs_input_grad[0])
-        rows = library.called(library.token_stats, logits, ids, temperature, *softmax[:2], options.drop_last, wanted, options.backend)
+        rest = (temperature, *softmax[:2], options.drop_last, wanted, options.backend)
+        if sets is None:
+            rows = library.called(library.token_stats, logits, ids, *rest)
+        else:
+            rows = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], *rest)
         ctx.set_materialize_grads(False)
-        ctx.softmax, ctx.options, ctx.names = softmax, options, stats.split(",")
+        ctx.sets, ctx.softmax, ctx.options, ctx.names, ctx.wanted = sets, softmax, options, stats.split(","), wanted.split(",")
         known = rows.unbind()
         outputs = known[: len(ctx.names)]
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED]
@@ -82,25 +91,30 @@ class RowStatistics(torch.autograd.Function):
         logits, ids, temperature, *stats = ctx.saved_tensors
         options: OpOptions = ctx.options
         if again.wants_graph():
-            names, softmax = ctx.names, ctx.softmax
+            names, softmax, sets = ctx.names, ctx.softmax, ctx.sets
 
             def formula(z: Tensor) -> tuple[Tensor, ...]:
-                return again.token_stats(again.rows(z, options.drop_last), ids, temperature, softmax, names)
+                return again.token_stats(again.rows(z, options.drop_last), ids, temperature, softmax, names, sets)
 
-            return again.gradient(formula, (logits,), grads)[0], *(None,) * 5
-        known = dict(zip((*ctx.names, LSE_LOW), stats, strict=True))
+            return again.gradient(formula, (logits,), grads)[0], *(None,) * 6
+        known = dict(zip(ctx.wanted, stats, strict=True))
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
-        if all(by.get(name) is None for name in ("logp", "entropy", "lse", "log_sum_p_sq")):
-            return (None,) * 6
-        arguments = (
-            logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
-            by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"),
-            *ctx.softmax[:2], options.drop_last, options.backend,
-        )  # fmt: skip
+        if all(g is None for g in by.values()):
+            return (None,) * 7
+        rest = (*ctx.softmax[:2], options.drop_last, options.backend)
+        if ctx.sets is None:
+            verb, in_place = library.token_grad, library.token_grad_
+            arguments: tuple[Any, ...] = (
+                logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
+                by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"), *rest,
+            )  # fmt: skip
+        else:
+            verb, in_place = kept_ops.kept_grad, kept_ops.kept_grad_
+            arguments = (logits, ids, *ctx.sets[:3], temperature, *kept_ops.stacked(known, by), *rest)
         if library.may_overwrite(options.consume):
-            library.called(library.token_grad_, *arguments)
-            return logits, *(None,) * 5
-        return library.called(library.token_grad, *arguments), *(None,) * 5
+            library.called(in_place, *arguments)
+            return logits, *(None,) * 6
+        return library.called(verb, *arguments), *(None,) * 6
 
 
 class OnePassLoss(torch.autograd.Function):
@@ -112,17 +126,24 @@ class OnePassLoss(torch.autograd.Function):
         logits: Tensor,
         ids: Tensor,
         temperature: Tensor,
+        sets: KeptSets | None,
         inputs: tuple[Tensor | None, ...],
         params: Tensor,
         program: str,
         softmax: SoftmaxParams,
         options: OpOptions,
     ) -> tuple[Tensor, Tensor]:
-        arguments = (logits, ids, temperature, *inputs, params, program, *softmax[:2], options.drop_last, options.backend)
-        if options.consume:
-            rows, grad = library.called(library.token_loss_grad_, *arguments), logits
+        rest = (*softmax[:2], options.drop_last, options.backend)
+        if sets is None:
+            verb, in_place = library.token_loss_grad, library.token_loss_grad_
+            arguments: tuple[Any, ...] = (logits, ids, temperature, *inputs, params, program, *rest)
         else:
-            rows, grad = library.called(library.token_loss_grad, *arguments)
+            verb, in_place = kept_ops.kept_loss_grad, kept_ops.kept_loss_grad_
+            arguments = (logits, ids, *sets[:3], temperature, *inputs, params, program, sets.over_vocabulary, *rest)
+        if options.consume:
+            rows, grad = library.called(in_place, *arguments), logits
+        else:
+            rows, grad = library.called(verb, *arguments)
         ctx.set_materialize_grads(False)
         ctx.backend = options.backend
         ctx.save_for_backward(grad)
@@ -132,10 +153,10 @@ class OnePassLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _rows: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 8
+            return (None,) * 9
         forbid_second_backward(ctx, "policy_loss")
         (grad,) = ctx.saved_tensors
-        return library.scaled(grad, upstream, ctx.backend), *(None,) * 7
+        return library.scaled(grad, upstream, ctx.backend), *(None,) * 8
 
 
 class FinishedLoss(torch.autograd.Function):

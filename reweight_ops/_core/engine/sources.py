@@ -13,10 +13,8 @@ from ..calls.two_logits import TwoLogits
 from ..rows.rows import Rows
 from . import again, temperature
 from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
+from .sampling import by_reader, primitives, statistics_of
 from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
-
-#: Statistics of one tensor that the kernel of their gradient reads besides.
-ALWAYS = ("logp", "lse")
 
 
 @dataclass(frozen=True)
@@ -32,34 +30,40 @@ class LogitsSource(PlainSource):
     @property
     def info(self) -> SourceInfo:
         z = self.logits
+        statistics, one_pass = primitives(z.kept)
         return SourceInfo(
-            z.values.device, z.values.dtype, z.needs_grad, z.backend, ("token_stats",), "token_loss_grad",
+            z.values.device, z.values.dtype, z.needs_grad, z.backend, statistics, one_pass,
             two_pass_reason=temperature.WHY_TWO_PASSES if temperature.learns(z.temperature) else None,
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         z = self.logits
-        found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
+        names = statistics_of(z.kept, names, z.rows)
         if backend == again.TORCH:
-            return dict(
-                zip(found, again.token_stats(again.rows(z.values, z.drop_last), z.ids, z.temperature, z.softmax, found), strict=True)
-            )
-        computed = temperature.with_reads(found, z.temperature)
+            values = again.token_stats(again.rows(z.values, z.drop_last), z.ids, z.temperature, z.softmax, names, z.kept)
+            known = dict(zip(names, values, strict=True))
+            return known if z.kept is None else by_reader(known)
+        computed = temperature.with_reads(names, z.temperature)
         values = RowStatistics.apply(  # type: ignore[no-untyped-call]
-            z.values, z.ids, z.temperature.detach(), z.softmax, self._options(backend), ",".join(computed)
+            z.values, z.ids, z.temperature.detach(), z.kept, z.softmax, self._options(backend), ",".join(computed)
         )
-        return temperature.differentiable(dict(zip(computed, values, strict=True)), found, z.temperature)
+        known = temperature.differentiable(dict(zip(computed, values, strict=True)), names, z.temperature)
+        return known if z.kept is None else by_reader(known)
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         z = self.logits
         loss, table = OnePassLoss.apply(  # type: ignore[no-untyped-call]
-            z.values, z.ids, z.temperature, tuple(work.inputs), work.params, work.program, z.softmax, self._options(backend)
+            z.values, z.ids, z.temperature, z.kept, tuple(work.inputs), work.params, work.program, z.softmax, self._options(backend)
         )
         return loss, table
 
     def kernel(self, backend: str, device: torch.device) -> str | None:
         kernel_of = load(backend).kernel_of
-        return None if kernel_of is None else kernel_of(self.logits.values, self.logits.softmax.vocab_size, device)
+        return (
+            None
+            if kernel_of is None or self.logits.kept is not None
+            else kernel_of(self.logits.values, self.logits.softmax.vocab_size, device)
+        )
 
     def close(self) -> None:
         self.logits.mark_consumed()

@@ -16,9 +16,13 @@ from torch import Tensor
 from ...errors import UnsupportedRequest
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
 from . import again
+from .kept_ops import VOCABULARY
 
 #: Statistic to what its derivative reads besides.
-_READS = {"logp": ("entropy",), "lse": ("entropy",), "entropy": (VARIANCE,), "log_sum_p_sq": ("entropy", MEAN_BY_P_SQ)}
+_READS = {
+    "logp": ("entropy",), "lse": ("entropy",), "entropy": (VARIANCE,), "log_sum_p_sq": ("entropy", MEAN_BY_P_SQ),
+    f"{VOCABULARY}entropy": (VOCABULARY + VARIANCE,),
+}  # fmt: skip
 
 WHY_TWO_PASSES = "temperature requires grad"
 
@@ -76,5 +80,6 @@ def _slopes(s: dict[str, Tensor]) -> dict[str, Any]:
         "logp": lambda: -(s["logp"] + s["entropy"]),
         "lse": lambda: s["entropy"] - s["lse"],
         "entropy": lambda: s[VARIANCE],
+        f"{VOCABULARY}entropy": lambda: s[VOCABULARY + VARIANCE],
         "log_sum_p_sq": lambda: -2 * (s[MEAN_BY_P_SQ] + s["entropy"]),
     }

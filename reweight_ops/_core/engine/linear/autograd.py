@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...calls.chunking import balanced
 from ...calls.hidden import ChunkSettings, LMHead
-from .. import again
+from ...calls.sampling_mask import KeptSets
+from .. import again, kept_ops
 from .. import ops as library
 from ..autograd import FIXED, LSE_LOW, asked_for, forbid_second_backward
 from .gemms import Chunk, Gradients, chunks, live_rows, padded
@@ -35,7 +36,7 @@ class LinearStatistics(torch.autograd.Function):
     @staticmethod
     def compute(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
-        lora_scale: float, ids: Tensor, temperature: Tensor, settings: ChunkSettings, stats: str,
+        lora_scale: float, ids: Tensor, temperature: Tensor, sets: KeptSets | None, settings: ChunkSettings, stats: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         head = LMHead(weight, bias, lora_a, lora_b, lora_scale).cast(settings)
         count = hidden.size(0)
@@ -50,13 +51,16 @@ class LinearStatistics(torch.autograd.Function):
                 kept.append(chunk)
             else:
                 chunk = working = working or Chunk(size, head, settings)
-            z, t = chunk.logits(hidden[rows]), _per_row(temperature, rows)
-            parts.append(library.called(library.token_stats, z, ids[rows], t, *settings.softmax[:2], False, wanted, settings.backend))
+            z, rest = chunk.logits(hidden[rows]), (_per_row(temperature, rows), *settings.softmax[:2], False, wanted, settings.backend)
+            if sets is None:
+                parts.append(library.called(library.token_stats, z, ids[rows], *rest))
+            else:
+                parts.append(library.called(kept_ops.kept_stats, z, ids[rows], *sets.rows(rows)[:3], *rest))
         wide = torch.float64 if settings.logits_dtype == torch.float64 else torch.float32
         table = torch.cat(parts, 1) if parts else hidden.new_zeros(len(wanted.split(",")), 0, dtype=wide)
         known = table.unbind()
         ctx.set_materialize_grads(False)
-        ctx.settings, ctx.names, ctx.lora_scale = settings, stats.split(","), lora_scale
+        ctx.settings, ctx.names, ctx.wanted, ctx.sets, ctx.lora_scale = settings, stats.split(","), wanted.split(","), sets, lora_scale
         outputs = tuple(known[: len(ctx.names)])
         # Backward writes over them, so they serve once; a second backward makes the same ones again.
         ctx.kept = [chunk.data for chunk in kept]
@@ -71,14 +75,13 @@ class LinearStatistics(torch.autograd.Function):
         if again.wants_graph():
 
             def formula(h: Tensor, w: Tensor, c: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, ...]:
-                return again.linear_stats(h, LMHead(w, c, a, b, ctx.lora_scale), ids, temperature, settings, ctx.names)
+                return again.linear_stats(h, LMHead(w, c, a, b, ctx.lora_scale), ids, temperature, settings, ctx.names, ctx.sets)
 
-            return (*again.gradient(formula, (hidden, weight, bias, lora_a, lora_b), grads), *(None,) * 5)
+            return (*again.gradient(formula, (hidden, weight, bias, lora_a, lora_b), grads), *(None,) * 6)
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
         if all(g is None for g in by.values()):
-            return (None,) * 10
-        known = dict(zip((*ctx.names, LSE_LOW), stats, strict=True))
-        table = _Table(ids, temperature, known, by)
+            return (None,) * 11
+        table = _Table(ids, temperature, dict(zip(ctx.wanted, stats, strict=True)), by, ctx.sets)
         parameters = LMHead(weight, bias, lora_a, lora_b, ctx.lora_scale)
         head = parameters.cast(settings)
         count, kept, ctx.kept = hidden.size(0), ctx.kept, [None] * len(ctx.kept)
@@ -107,14 +110,16 @@ class LinearStatistics(torch.autograd.Function):
                 h = hidden[where]
                 chunk.logits(h)
                 gradients.add(where, h, _gradient(chunk.data, h.size(0), table.rows(where), settings), None)
-        return (*gradients.finish(), None, None, None, None, None)
+        return (*gradients.finish(), None, None, None, None, None, None)
 
 
 class _Table:
     """Everything per row that backward reads."""
 
-    def __init__(self, ids: Tensor, temperature: Tensor, known: dict[str, Tensor], by: dict[str, Tensor | None]) -> None:
-        self.ids, self.temperature, self.known, self.by = ids, temperature, known, by
+    def __init__(
+        self, ids: Tensor, temperature: Tensor, known: dict[str, Tensor], by: dict[str, Tensor | None], sets: KeptSets | None
+    ) -> None:
+        self.ids, self.temperature, self.known, self.by, self.sets = ids, temperature, known, by, sets
 
     def rows(self, rows: slice | Tensor) -> _Table:
         def take(x: Tensor) -> Tensor:
@@ -125,6 +130,7 @@ class _Table:
             self.temperature if self.temperature.size(-1) == 1 else take(self.temperature),
             {name: take(x) for name, x in self.known.items()},
             {name: None if x is None else take(x) for name, x in self.by.items()},
+            None if self.sets is None else self.sets.rows(rows) if isinstance(rows, slice) else self.sets.select(rows),
         )
 
     def live(self) -> Tensor | None:
@@ -134,14 +140,20 @@ class _Table:
 def _gradient(chunk: Tensor, count: int, table: _Table, settings: ChunkSettings) -> Tensor:
     """The gradient of a chunk's first ``count`` rows of logits, and padding: over them where that may be."""
     known, by = table.known, table.by
-    arguments = (
-        chunk[:count], table.ids, table.temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"),
-        known.get("log_sum_p_sq"), *(by.get(name) for name in _DERIVATIVES), *settings.softmax[:2], False, settings.backend,
-    )  # fmt: skip
+    rest = (*settings.softmax[:2], False, settings.backend)
+    if table.sets is None:
+        verb, in_place = library.token_grad, library.token_grad_
+        arguments: tuple[Any, ...] = (
+            chunk[:count], table.ids, table.temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"),
+            known.get("log_sum_p_sq"), *(by.get(name) for name in _DERIVATIVES), *rest,
+        )  # fmt: skip
+    else:
+        verb, in_place = kept_ops.kept_grad, kept_ops.kept_grad_
+        arguments = (chunk[:count], table.ids, *table.sets[:3], table.temperature, *kept_ops.stacked(known, by), *rest)
     if library.may_overwrite(True):
-        library.called(library.token_grad_, *arguments)
+        library.called(in_place, *arguments)
         return chunk
-    return padded(library.called(library.token_grad, *arguments), chunk.size(0))
+    return padded(library.called(verb, *arguments), chunk.size(0))
 
 
 class LinearOnePassLoss(torch.autograd.Function):
@@ -155,7 +167,8 @@ class LinearOnePassLoss(torch.autograd.Function):
     @staticmethod
     def compute(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
-        ids: Tensor, temperature: Tensor, inputs: tuple[Tensor | None, ...], params: Tensor, program: str, settings: ChunkSettings,
+        ids: Tensor, temperature: Tensor, sets: KeptSets | None, inputs: tuple[Tensor | None, ...], params: Tensor, program: str,
+        settings: ChunkSettings,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         parameters = LMHead(weight, bias, lora_a, lora_b, lora_scale)
         head = parameters.cast(settings)
@@ -167,10 +180,12 @@ class LinearOnePassLoss(torch.autograd.Function):
             h = hidden[rows]
             z = chunk.logits(h)
             row_inputs = [None if t is None else t[..., rows].contiguous() for t in inputs]
-            table = library.called(library.token_loss_grad_,
-                z, ids[rows], _per_row(temperature, rows), *row_inputs, params, program,
-                *settings.softmax[:2], False, settings.backend,
-            )  # fmt: skip
+            t, rest = _per_row(temperature, rows), (*settings.softmax[:2], False, settings.backend)
+            if sets is None:
+                table = library.called(library.token_loss_grad_, z, ids[rows], t, *row_inputs, params, program, *rest)
+            else:
+                loss = (*row_inputs, params, program, sets.over_vocabulary)
+                table = library.called(kept_ops.kept_loss_grad_, z, ids[rows], *sets.rows(rows)[:3], t, *loss, *rest)
             parts.append(table)
             gradients.add(rows, h, chunk.data, live_rows(table[4], table[5]) if settings.drop_inert else None)
         table = torch.cat(parts, 1) if parts else hidden.new_zeros(6, 0, dtype=params.dtype)
@@ -186,4 +201,4 @@ class LinearOnePassLoss(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         # A launch each: of these tensors, of several dtypes, the smallest costs the few microseconds that an empty launch takes.
         results = [library.scaled(next(saved), upstream, ctx.backend) if given else None for given in ctx.given]
-        return (*results, *(None,) * 7)
+        return (*results, *(None,) * 8)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ...calls.hidden import ChunkSettings, Hidden
 from ...rows.rows import Rows
 from .. import again, temperature
+from ..sampling import by_reader, primitives, statistics_of
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
-from ..sources import ALWAYS
 from .autograd import LinearOnePassLoss, LinearStatistics
 from .gemms import inert_rows_dropped
 
@@ -30,29 +30,31 @@ class HiddenSource(PlainSource):
     @property
     def info(self) -> SourceInfo:
         h, s = self.hidden, self.hidden.settings
+        statistics, one_pass = primitives(h.kept)
         return SourceInfo(
-            h.states.device, s.logits_dtype, h.needs_grad, s.backend, ("token_stats",), "token_loss_grad",
+            h.states.device, s.logits_dtype, h.needs_grad, s.backend, statistics, one_pass,
             two_pass_reason=temperature.WHY_TWO_PASSES if temperature.learns(h.temperature) else None,
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
-        found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
+        names = statistics_of(h.kept, names, h.rows)
         if backend == again.TORCH:
-            known = dict(zip(found, again.linear_stats(h.states, h.head, h.ids, h.temperature, h.settings, found), strict=True))
+            known = dict(zip(names, again.linear_stats(h.states, h.head, h.ids, h.temperature, h.settings, names, h.kept), strict=True))
         else:
-            computed = temperature.with_reads(found, h.temperature)
+            computed = temperature.with_reads(names, h.temperature)
             values = LinearStatistics.apply(  # type: ignore[no-untyped-call]
-                h.states, *h.head, h.ids, h.temperature.detach(), self._settings(backend), ",".join(computed)
+                h.states, *h.head, h.ids, h.temperature.detach(), h.kept, self._settings(backend), ",".join(computed)
             )
-            known = temperature.differentiable(dict(zip(computed, values, strict=True)), found, h.temperature)
+            known = temperature.differentiable(dict(zip(computed, values, strict=True)), names, h.temperature)
+        known = known if h.kept is None else by_reader(known)
         return {name: h.scatter(value) for name, value in known.items()}
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         h = self.hidden
         inputs = tuple(None if t is None else h.gather(t) for t in work.inputs)
         loss, table = LinearOnePassLoss.apply(  # type: ignore[no-untyped-call]
-            h.states, *h.head, h.ids, h.temperature, inputs, work.params, work.program, self._settings(backend)
+            h.states, *h.head, h.ids, h.temperature, h.kept, inputs, work.params, work.program, self._settings(backend)
         )
         return loss, torch.stack([h.scatter(row) for row in table.unbind()]) if h.index is not None else table
 
