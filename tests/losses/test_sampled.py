@@ -48,7 +48,7 @@ def rows(n, vocab, ties, dtype):
 
 
 SETTINGS = [
-    {"top_k": 5}, {"top_k": 1}, {"top_k": 0}, {"top_k": 99}, {"top_p": 0.9}, {"top_p": 0.3}, {"top_p": 1e-6}, {"top_p": 1.0}, {"min_p": 0.2},
+    {"top_k": 5}, {"top_k": 1}, {"top_k": 0}, {"top_k": 99}, {"top_p": 0.9}, {"top_p": 0.3}, {"top_p": 1e-6}, {"top_p": 1e-9}, {"top_p": 1.0}, {"min_p": 0.2},
     {"min_p": 0.0}, {"top_k": 7, "top_p": 0.8, "min_p": 0.05, "temperature": 0.6},
     {"top_k": torch.tensor([1, 3, -1, 20, 4, 2]), "top_p": torch.tensor([1.0, 0.5, 0.9, 0.2, 1.0, 0.7]), "min_p": torch.linspace(0, 0.5, 6),
      "temperature": torch.linspace(0.4, 1.6, 6)},

@@ -24,6 +24,8 @@ from .ops import BODIES, clear_last, gradient_ops, op, row_dtype, token_stats, w
 VOCABULARY = "vocabulary_"
 #: Statistics of packed rows without a kernel.
 _MOMENTS = (VARIANCE, MEAN_BY_P_SQ)
+#: Devices on which the first and the last entry of a few rows are known at once.
+_READABLE = ("cpu",)
 #: What a row's gradient by its entropy reads.
 OF_ENTROPY = ("logp", "lse", "lse_low", "entropy")
 
@@ -33,7 +35,7 @@ class _Kept:
 
     def __init__(self, z: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor) -> None:
         count = position.numel()
-        if z.device.type == "cpu" and count and token_ids.numel():
+        if z.device.type in _READABLE and count and token_ids.numel():
             first, last = int(bounds[0].min()), int(bounds[1].max())
             token_ids, row, bounds = token_ids[first:last], row[first:last], bounds - first
         self.position, self.bounds = position, bounds.contiguous()
@@ -51,12 +53,9 @@ class _Kept:
         if not self.position.numel() or not values.numel():
             return
         values = (out[self.where].to(values.dtype) + values if add else values).to(out.dtype)
-        first = self.inside.long().argmax()
-        place = tuple(at[first] for at in self.where)
-        value = torch.where(self.inside[first], values[first], out[place])
-        out[tuple(torch.where(self.inside, at, spare) for at, spare in zip(self.where, place, strict=True))] = torch.where(
-            self.inside, values, value
-        )
+        first = self.inside.long().argmax()  # without any, one of another row, whose value is 0
+        place = tuple(torch.where(self.inside, at, at[first]) for at in self.where)
+        out[place] = torch.where(self.inside, values, values[first])
 
 
 def _statistics(z: Tensor, kept: _Kept, temperature: Tensor, softmax: SoftmaxParams, names: list[str], backend: str) -> dict[str, Tensor]:

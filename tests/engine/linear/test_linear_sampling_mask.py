@@ -7,6 +7,7 @@ from sampling_rows import SHAPE, VOCAB, kept_batch, shuffled
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.engine import kept_ops
 from reweight_ops._core.engine.linear import gemms
 
 BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("packed_stats", torch.device("cpu"), torch.float32)) is None]
@@ -49,7 +50,10 @@ def _policy(op, *first, **keywords):
     "chunks", [{"chunk_rows": 5}, {"chunk_rows": 5, "memory_budget": 1 << 20}, {"chunk_rows": 4, "compact_rows": False}, {}]
 )
 @pytest.mark.parametrize("what", ["statistics", "one_pass", "two_pass"])
-def test_as_from_logits(what, over, chunks):
+@pytest.mark.parametrize("readable", [True, False])
+def test_as_from_logits(what, over, chunks, readable, monkeypatch):
+    if not readable:  # as on a GPU: no chunk knows how many entries it has
+        monkeypatch.setattr(kept_ops, "_READABLE", ())
     hidden, weight, ids, kept = head()
     temperature = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE).requires_grad_(what != "one_pass")
     keywords = {"sampling_mask": kept, "entropy_over": over, "temperature": temperature, "softcap": 6.0, "backend": "reference"}
@@ -68,6 +72,29 @@ def test_as_from_logits(what, over, chunks):
     leaves = [hidden, weight, *([temperature] if temperature.requires_grad else [])]
     for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_chunks_without_entries_and_rows_without_coefficients(readable, monkeypatch):
+    if not readable:
+        monkeypatch.setattr(kept_ops, "_READABLE", ())
+    hidden, weight, ids, kept = head()
+    ids, lengths = ids.clone().view(-1), kept.offsets.diff()
+    ids[4:8], lengths[4:8] = -100, 0  # in chunks of 4 one has no entry
+    inside = torch.arange(12).repeat_interleave(kept.offsets.diff()) // 4 != 1
+    kept = rw.SamplingMask(kept.token_ids[inside], torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]))
+    advantages = torch.tensor([1.0, 0, 0, 2, 1, 1, 1, 1, 0, 0, 3, 0], dtype=torch.float64)
+    hidden = hidden.detach().view(12, WIDTH).requires_grad_()
+    expected = rw.policy_loss(hidden @ weight.t(), ids, advantages, spec="reinforce", sampling_mask=kept, backend="reference").loss
+    theirs = torch.autograd.grad(expected, (hidden, weight))
+    for plan in ("one_pass", "two_pass"):
+        for compact in (True, False):
+            keywords = {"plan": plan, "compact_rows": compact, "chunk_rows": 4, "backend": "reference", "sampling_mask": kept}
+            out = rw.linear_policy_loss(hidden, weight, ids, advantages, spec="reinforce", **keywords)
+            close(out.loss, expected)
+            for a, b in zip(torch.autograd.grad(out.loss, (hidden, weight)), theirs, strict=True):
+                close(a, b)
+            assert not compact or int(out.metrics.as_floats(names="trl").get("rows_dropped_backward", 1)) > 0
 
 
 def test_rows_in_any_order_and_second_derivatives():
