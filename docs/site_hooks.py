@@ -1,8 +1,10 @@
-"""What the documentation site does to its pages: it lists a namespace's members, and Sphinx roles of docstrings become plain code."""
+"""What the documentation site does to its pages: it lists trainers and a namespace's members, and Sphinx roles of docstrings become plain code."""
 
 import importlib
 import inspect
 import re
+
+from reweight_ops.integrations.trainers import TRAINERS
 
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(<code[^>]*>)~?")
 EVERY = re.compile(r"^<!-- every: (\S+) -->$", re.M)
@@ -21,6 +23,13 @@ def members(name: str) -> str:
     shown = getattr(module, "__all__", ()) if name not in DYNAMIC else public
     found = {f"{v.__module__}.{v.__qualname__}": n for n in shown if inspect.isfunction(v := public[n]) or inspect.isclass(v)}
     return "\n\n".join(f"::: {path}" for path, _ in sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def on_config(config: dict) -> dict:
+    """The navigation's trainers are those of the registry, in its order."""
+    (trainers,) = (part["Trainers"] for part in config["nav"] if "Trainers" in part)
+    trainers[:] = [{t.name: t.page.removeprefix("docs/")} for t in TRAINERS.values()]
+    return config
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

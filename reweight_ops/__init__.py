@@ -10,6 +10,7 @@ from . import advantages, divergences, kernels, methods, objectives, preference,
 from ._core import moved as _moved
 from ._core.backends.select import NAMES as BACKENDS
 from ._core.calls.keywords import HiddenLogits, Lora
+from ._core.calls.sampling_mask import SamplingMask
 from ._core.calls.specs import METHODS, method
 from ._core.catalogue.lookup import recipe
 from ._core.catalogue.recipes import Recipe
@@ -64,6 +65,7 @@ __all__ = [
     "Reduction",
     "ReweightOpsError",
     "Rule",
+    "SamplingMask",
     "SegmentRatio",
     "SequenceMean",
     "SequenceRatio",

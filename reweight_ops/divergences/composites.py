@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from .._core.calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
 from .._core.calls.logits import resolve_logits
+from .._core.calls.sampling_mask import refuse_sampling_mask
 from .._core.calls.two_logits import resolve_two_logits
 from .._core.catalogue.registry import published
 from .._core.engine.chunked_rows import FormulaSource, formula_call
@@ -26,8 +27,9 @@ _OWN = ("completion_mask",)
 
 
 def _options(op: str, keywords: Any, own: tuple[str, ...]) -> SoftmaxOptions:
-    (options,) = parse(op, dict(keywords), SoftmaxOptions, own=own)
-    return options  # type: ignore[no-any-return]
+    options: SoftmaxOptions = parse(op, dict(keywords), SoftmaxOptions, own=own)[0]
+    refuse_sampling_mask(op, options, "this loss is of the whole vocabulary")
+    return options
 
 
 def _label(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

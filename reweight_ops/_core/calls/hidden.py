@@ -19,6 +19,7 @@ from ..rows.structure import Structure, is_readable
 from ..transforms import in_transform
 from .chunking import chunking
 from .keywords import LMHeadOptions, SoftmaxOptions
+from .sampling_mask import KeptSets, resolve_sampling_mask
 from .softmax import Fail, resolve_logit_scale, resolve_softmax, resolve_temperature
 
 _LORA_SCALE = Range(Interval("(-inf, inf)", fixed=True), False, False)
@@ -59,7 +60,7 @@ class LMHead(NamedTuple):
 class Hidden:
     """The hidden states of the rows that are computed, the head, and everything per row for them.
 
-    ``index`` selects the computed rows of the call; None means all.
+    ``index`` selects the computed rows of the call; None means all. With ``kept`` a row's distribution is over its set, and ``ids`` are places in it.
     """
 
     states: Tensor  # [M, D]
@@ -69,6 +70,7 @@ class Hidden:
     ids: Tensor  # [M]
     temperature: Tensor  # [1] or [M]
     settings: ChunkSettings
+    kept: KeptSets | None = None
 
     @property
     def needs_grad(self) -> bool:
@@ -153,7 +155,8 @@ def resolve_hidden(
     softmax = resolve_softmax(op, options, columns, fail)
     row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
     rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, softmax.vocab_size, validate)
-    all_ids = rows.ids
+    sampled = resolve_sampling_mask(rows, options, softmax.vocab_size, validate, fail)
+    all_ids = rows.ids if sampled is None else sampled.position
     assert all_ids is not None
     # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s: the scale costs no pass and no rounding.
     temperature = resolve_temperature(rows, options.temperature, fail) / resolve_logit_scale(linear.logit_scale, softmax, fail)
@@ -173,7 +176,8 @@ def resolve_hidden(
     _LORA_SCALE.check(op, "lora.scale", scale)
     head = LMHead(weight, linear.lm_head_bias, a, b, float(scale))
     ids = all_ids if index is None else all_ids[index]
-    call = Hidden(flat, head, rows, index, ids, temperature, settings)
+    kept = None if sampled is None else sampled.sets if index is None else sampled.sets.select(index)
+    call = Hidden(flat, head, rows, index, ids, temperature, settings, kept)
     if torch.compiler.is_compiling() or not call.needs_grad:
         call = dataclasses.replace(call, settings=settings._replace(keep_rows=0))
     return call

@@ -40,6 +40,8 @@ class SoftmaxOptions(Options):
     drop_last: bool = False
     consume_logits: bool = False
     process_group: Any = None
+    sampling_mask: Any = None
+    entropy_over: str = "kept"
     backend: str = "auto"
 
 
@@ -117,6 +119,8 @@ class SoftmaxKeywords(TypedDict, total=False):
     drop_last: bool
     consume_logits: bool
     process_group: ProcessGroup | None
+    sampling_mask: tuple[Tensor, Tensor] | Tensor | None
+    entropy_over: str
     backend: str
 
 

@@ -16,8 +16,9 @@ from .chunking import chunking
 from .hidden import ChunkSettings, Hidden, LMHead, resolve_hidden
 from .keywords import HiddenLogits, LMHeadOptions, SoftmaxOptions
 from .logits import collapsed
+from .sampling_mask import refuse_sampling_mask
 from .softmax import Fail, refuse_learnt, resolve_softcap, resolve_temperature
-from .two_logits import check_columns, check_other_logits
+from .two_logits import NO_TWO, check_columns, check_other_logits
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def resolve_two_hidden(
     op: str, hidden: Any, weight: Any, other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions, named: dict[str, Any]
 ) -> TwoHidden:  # fmt: skip
     """Check the two models against each other. ``mask`` alone says which rows are in; ``named`` holds the other tensors of the call."""
+    refuse_sampling_mask(op, softmax, NO_TWO)
     if not isinstance(hidden, Tensor) or hidden.dim() < 2:
         raise InvalidCall(f"{op}: hidden must be a tensor R + (D,).")
     ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)

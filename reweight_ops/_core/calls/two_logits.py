@@ -14,7 +14,11 @@ from ..rows.groups import describe
 from . import consumed
 from .keywords import SoftmaxOptions
 from .logits import Logits, collapsed, resolve_logits
+from .sampling_mask import refuse_sampling_mask
 from .softmax import Fail, refuse_learnt, resolve_softcap, resolve_temperature
+
+#: Why there is no divergence of kept sets.
+NO_TWO = "a divergence is of two distributions over the whole vocabulary, and a mask is of one of them"
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def resolve_two_logits(
     op: str, logits: Any, other: Any, mask: Any, options: SoftmaxOptions, other_temperature: Any, other_softcap: Any, more: dict[str, Any]
 ) -> TwoLogits:
     """Check the two tensors against each other. Without ``completion_ids`` in ``more``, ``mask`` alone says which rows are in."""
+    refuse_sampling_mask(op, options, NO_TWO)
     tensors = {"logits": logits, "other_logits": other, "completion_mask": mask, "temperature": options.temperature, **more}
 
     def fail(message: str) -> InvalidCall:

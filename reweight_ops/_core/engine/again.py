@@ -16,8 +16,10 @@ from torch import Tensor
 from ..backends.base import SoftmaxParams
 from ..backends.mean_logit import MEAN_LOGIT
 from ..calls.hidden import ChunkSettings, LMHead
+from ..calls.sampling_mask import KeptSets
 from ..rows.constants import number_like, varies
 from ..rows.groups import OUT
+from .kept_ops import VOCABULARY
 from .ops import without_last_position
 from .picks import PICKED, PICKED_IDS
 
@@ -63,12 +65,15 @@ def log_probs(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> tu
 
 
 def token_stats(
-    logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str], picked: Tensor | None = None
-) -> tuple[Tensor, ...]:
+    logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str], picked: Tensor | None = None,
+    sets: KeptSets | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The named statistics of ``[N, V]`` logits, ``[N]`` each; as :class:`~reweight_ops._core.backends.base.Backend` defines them.
 
-    ``picked`` ``[N, K]`` ids: those of the statistics that are log-probs of them.
+    ``picked`` ``[N, K]`` ids: those of the statistics that are log-probs of them. ``sets``: distributions are over these columns.
     """
+    if sets is not None:
+        return _kept_stats(logits, ids, temperature, softmax, names, sets)
     inside = ids != OUT
     x, log_p, _ = log_probs(torch.where(inside[:, None], logits, 0), temperature, softmax)
     bad = inside & ((ids < 0) | (ids >= softmax.total()))
@@ -88,6 +93,25 @@ def token_stats(
         unknown = there & ((picked < 0) | (picked >= softmax.vocab_size))
         logps = log_p.gather(-1, torch.where(there & ~unknown, picked, 0))
         found |= {PICKED: torch.where(unknown, math.nan, torch.where(there, logps, 0)), PICKED_IDS: picked}
+    return tuple(found[name] for name in names)
+
+
+def _kept_stats(
+    logits: Tensor, position: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str], sets: KeptSets
+) -> tuple[Tensor, ...]:
+    n, entries = position.numel(), sets.token_ids.numel()
+    inside = (sets.row >= 0) & (sets.row < n)
+    mask = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
+    if n and entries:
+        mask = mask.index_put((sets.row.clamp(0, n - 1), sets.token_ids), inside.int(), accumulate=True)
+        at = (sets.bounds[0] + position).clamp(0, entries - 1)
+        position = torch.where(position < 0, position, sets.token_ids[at])
+    kept, whole = torch.where(mask > 0, logits, -math.inf), [name for name in names if name.startswith(VOCABULARY)]
+    own = [name for name in names if name not in whole]
+    found = dict(zip(own, token_stats(kept, position, temperature, softmax, own), strict=True))
+    if whole:
+        values = token_stats(logits, position, temperature, softmax, [name.removeprefix(VOCABULARY) for name in whole])
+        found |= dict(zip(whole, values, strict=True))
     return tuple(found[name] for name in names)
 
 

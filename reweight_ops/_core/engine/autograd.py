@@ -18,8 +18,10 @@ from ..backends.base import COEFS, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
 from ..backends.mean_logit import MEAN_LOGIT
 from ..backends.picked import Picked
-from . import again
+from ..calls.sampling_mask import KeptSets
+from . import again, kept_ops
 from . import ops as library
+from .kept_ops import OF_ENTROPY, VOCABULARY
 from .picks import PICKED, PICKED_IDS, Picks
 
 
@@ -49,7 +51,7 @@ def forbid_second_backward(ctx: Any, op: str) -> None:
 
 
 #: Statistics without a gradient.
-FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ)
+FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ, VOCABULARY + VARIANCE)
 
 #: What the kernel of a gradient reads and no caller does.
 LSE_LOW = "lse_low"
@@ -57,17 +59,37 @@ LSE_LOW = "lse_low"
 
 def asked_for(stats: str, needs_grad: bool) -> str:
     """The names of the statistics to compute for a caller who wants ``stats``."""
+    if needs_grad and VOCABULARY in stats:
+        names = stats.split(",")
+        return ",".join([*names, LSE_LOW, *(VOCABULARY + name for name in OF_ENTROPY if VOCABULARY + name not in names)])
     return f"{stats},{LSE_LOW}" if needs_grad else stats
+
+
+def stats_table(
+    logits: Tensor, ids: Tensor, temperature: Tensor, sets: KeptSets | None, softmax: SoftmaxParams, options: OpOptions, wanted: str
+) -> Tensor:
+    """``[S, N]``: the statistics named in ``wanted``, over the vocabulary or over kept sets."""
+    rest = (temperature, *softmax[:2], options.drop_last, wanted, options.backend)
+    if sets is None:
+        table: Tensor = library.called(library.token_stats, logits, ids, *rest)
+        return table
+    table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], *rest)
+    return table
 
 
 def written_gradient(
     logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, known: dict[str, Tensor], by: dict[str, Tensor | None],
-    options: OpOptions,
+    options: OpOptions, sets: KeptSets | None = None,
 ) -> Tensor | None:  # fmt: skip
     """The gradient by logits from derivatives ``by`` statistics ``known``; None if it stands over them now, which it does with ``options.consume``.
 
     Log-probs of picked ids are one derivative by lse in every column, and the elements of those ids, which are written over.
     """
+    over = options.consume
+    if sets is not None:
+        table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax[:2], options.drop_last, options.backend)
+        found = library.called(kept_ops.kept_grad_ if over else kept_ops.kept_grad, logits, ids, *table)
+        return None if over else found
     z, by_picked, picked = library.without_last_position(logits, options.drop_last), by.get(PICKED), None
     if by_picked is not None:
         picked = Picked(z, ids, known[PICKED_IDS], temperature, softmax)
@@ -78,7 +100,6 @@ def written_gradient(
         logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
         *(by.get(name) for name in COEFS), *softmax[:2], options.drop_last, options.backend,
     )  # fmt: skip
-    over = options.consume
     found = library.called(library.token_grad_ if over else library.token_grad, *arguments)
     if picked is not None and by_picked is not None:
         picked.write_gradient(library.without_last_position(logits if over else found, options.drop_last), ids, by_picked, known, by)
@@ -90,13 +111,13 @@ class RowStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, options: OpOptions, stats: str,
+        ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, sets: KeptSets | None, softmax: SoftmaxParams, options: OpOptions, stats: str,
         picks: Picks | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         wanted = asked_for(stats, ctx.needs_input_grad[0] or picks is not None)
-        rows = library.called(library.token_stats, logits, ids, temperature, *softmax[:2], options.drop_last, wanted, options.backend)
+        rows = stats_table(logits, ids, temperature, sets, softmax, options, wanted)
         ctx.set_materialize_grads(False)
-        ctx.softmax, ctx.options, ctx.names = softmax, options, stats.split(",")
+        ctx.sets, ctx.softmax, ctx.options, ctx.names, ctx.wanted = sets, softmax, options, stats.split(","), wanted.split(",")
         known = rows.unbind()
         outputs = known[: len(ctx.names)]
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED]
@@ -115,21 +136,20 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, ids, temperature, *stats = ctx.saved_tensors
         options: OpOptions = ctx.options
-        names = [name for name in ctx.names if name not in (PICKED, PICKED_IDS)]
-        known = dict(zip((*names, LSE_LOW, PICKED_IDS), stats, strict=False))
+        known = dict(zip((*ctx.wanted, PICKED_IDS), stats, strict=False))
         if again.wants_graph():
-            softmax, all_names, chosen = ctx.softmax, ctx.names, known.get(PICKED_IDS)
+            softmax, all_names, sets, chosen = ctx.softmax, ctx.names, ctx.sets, known.get(PICKED_IDS)
 
             def formula(z: Tensor) -> tuple[Tensor, ...]:
-                return again.token_stats(again.rows(z, options.drop_last), ids, temperature, softmax, all_names, chosen)
+                return again.token_stats(again.rows(z, options.drop_last), ids, temperature, softmax, all_names, chosen, sets)
 
-            return again.gradient(formula, (logits,), grads)[0], *(None,) * 6
+            return again.gradient(formula, (logits,), grads)[0], *(None,) * 7
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
-        if all(by.get(name) is None for name in (*COEFS, PICKED)):
-            return (None,) * 7
+        if all(by.get(name) is None for name in (*COEFS, PICKED, f"{VOCABULARY}entropy")):
+            return (None,) * 8
         options = options._replace(consume=library.may_overwrite(options.consume))
-        found = written_gradient(logits, ids, temperature, ctx.softmax, known, by, options)
-        return logits if found is None else found, *(None,) * 6
+        found = written_gradient(logits, ids, temperature, ctx.softmax, known, by, options, ctx.sets)
+        return logits if found is None else found, *(None,) * 7
 
 
 class OnePassLoss(torch.autograd.Function):
@@ -141,17 +161,24 @@ class OnePassLoss(torch.autograd.Function):
         logits: Tensor,
         ids: Tensor,
         temperature: Tensor,
+        sets: KeptSets | None,
         inputs: tuple[Tensor | None, ...],
         params: Tensor,
         program: str,
         softmax: SoftmaxParams,
         options: OpOptions,
     ) -> tuple[Tensor, Tensor]:
-        arguments = (logits, ids, temperature, *inputs, params, program, *softmax[:2], options.drop_last, options.backend)
-        if options.consume:
-            rows, grad = library.called(library.token_loss_grad_, *arguments), logits
+        rest = (*softmax[:2], options.drop_last, options.backend)
+        if sets is None:
+            verb, in_place = library.token_loss_grad, library.token_loss_grad_
+            arguments: tuple[Any, ...] = (logits, ids, temperature, *inputs, params, program, *rest)
         else:
-            rows, grad = library.called(library.token_loss_grad, *arguments)
+            verb, in_place = kept_ops.kept_loss_grad, kept_ops.kept_loss_grad_
+            arguments = (logits, ids, *sets[:3], temperature, *inputs, params, program, sets.over_vocabulary, *rest)
+        if options.consume:
+            rows, grad = library.called(in_place, *arguments), logits
+        else:
+            rows, grad = library.called(verb, *arguments)
         ctx.set_materialize_grads(False)
         ctx.backend = options.backend
         ctx.save_for_backward(grad)
@@ -161,10 +188,10 @@ class OnePassLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _rows: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 8
+            return (None,) * 9
         forbid_second_backward(ctx, "policy_loss")
         (grad,) = ctx.saved_tensors
-        return library.scaled(grad, upstream, ctx.backend), *(None,) * 7
+        return library.scaled(grad, upstream, ctx.backend), *(None,) * 8
 
 
 class FinishedLoss(torch.autograd.Function):

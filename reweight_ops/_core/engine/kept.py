@@ -49,6 +49,7 @@ _SETTINGS = frozenset(
         "drop_last",
         "consume_logits",
         "process_group",
+        "entropy_over",
         "backend",
         "num_sequences",
         "num_groups",
@@ -107,7 +108,7 @@ def signature(spec: Any, settings: Iterable[Hashable], arguments: Mapping[str, A
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or in_transform():
         return None
     lasting = lasting_spec(spec)
-    if lasting is None or arguments.get("validate"):
+    if lasting is None or arguments.get("validate") or arguments.get("sampling_mask") is not None:
         return None
     try:
         key: list[Any] = [id(lasting), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), state(), *settings]

@@ -14,10 +14,8 @@ from ..rows.rows import Rows
 from . import again, temperature
 from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
 from .picks import PICKED, PICKED_IDS, Picks
+from .sampling import by_reader, primitives, statistics_of
 from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
-
-#: Statistics of one tensor that the kernel of their gradient reads besides.
-ALWAYS = ("logp", "lse")
 
 
 @dataclass(frozen=True)
@@ -34,36 +32,42 @@ class LogitsSource(PlainSource):
     @property
     def info(self) -> SourceInfo:
         z = self.logits
+        statistics, one_pass = primitives(z.kept)
         return SourceInfo(
-            z.values.device, z.values.dtype, z.needs_grad, z.backend, ("token_stats",), "token_loss_grad",
+            z.values.device, z.values.dtype, z.needs_grad, z.backend, statistics, one_pass,
             two_pass_reason=temperature.WHY_TWO_PASSES if temperature.learns(z.temperature) else None,
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         z = self.logits
-        wanted = (*ALWAYS, *(name for name in names if name not in (*ALWAYS, PICKED, PICKED_IDS)))
+        wanted = statistics_of(z.kept, names, z.rows)
         found = wanted if self.picks is None else (*wanted, PICKED, PICKED_IDS)
         if backend == again.TORCH:
             flat = again.rows(z.values, z.drop_last)
             picked = None if self.picks is None else self.picks.of(flat.detach(), z.ids, z.softmax)
-            return dict(zip(found, again.token_stats(flat, z.ids, z.temperature, z.softmax, found, picked), strict=True))
+            known = dict(zip(found, again.token_stats(flat, z.ids, z.temperature, z.softmax, found, picked, z.kept), strict=True))
+            return by_reader(known, z.kept)
         computed = temperature.with_reads(wanted, z.temperature, self.picks is not None)
         values = RowStatistics.apply(  # type: ignore[no-untyped-call]
-            z.values, z.ids, z.temperature.detach(), z.softmax, self._options(backend), ",".join(computed), self.picks
+            z.values, z.ids, z.temperature.detach(), z.kept, z.softmax, self._options(backend), ",".join(computed), self.picks
         )
         known = dict(zip((*computed, *found[len(wanted) :]), values, strict=True))
-        return temperature.differentiable(known, found, z.temperature)
+        return by_reader(temperature.differentiable(known, found, z.temperature), z.kept)
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         z = self.logits
         loss, table = OnePassLoss.apply(  # type: ignore[no-untyped-call]
-            z.values, z.ids, z.temperature, tuple(work.inputs), work.params, work.program, z.softmax, self._options(backend)
+            z.values, z.ids, z.temperature, z.kept, tuple(work.inputs), work.params, work.program, z.softmax, self._options(backend)
         )
         return loss, table
 
     def kernel(self, backend: str, device: torch.device) -> str | None:
         kernel_of = load(backend).kernel_of
-        return None if kernel_of is None else kernel_of(self.logits.values, self.logits.softmax.vocab_size, device)
+        return (
+            None
+            if kernel_of is None or self.logits.kept is not None
+            else kernel_of(self.logits.values, self.logits.softmax.vocab_size, device)
+        )
 
     def close(self) -> None:
         self.logits.mark_consumed()

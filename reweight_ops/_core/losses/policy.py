@@ -40,7 +40,8 @@ def policy_loss(
     ``[S, 1]``), or are a number. Log-probs are fp32 or fp64 and detached.
 
     Args:
-        logits, completion_ids, completion_mask, temperature, softcap, vocab_size, drop_last, backend: as in :func:`token_logps`.
+        logits, completion_ids, completion_mask, temperature, softcap, vocab_size, drop_last, sampling_mask, entropy_over, backend: as in
+            :func:`token_logps`.
         advantages: per row; None only if the spec does not read it.
         spec: a :class:`PolicyLossSpec` or a method's name.
         plan: ``"auto"``, ``"one_pass"`` (gradient in forward, one read and one write per logit) or ``"two_pass"`` (everything else).

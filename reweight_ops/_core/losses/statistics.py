@@ -67,13 +67,16 @@ def token_logps(
         vocab_size: columns of the softmax if the head is padded beyond them; the others get a gradient of exact 0.
         drop_last: logits have one position more than ids (the last is unread, its gradient 0): the layout without a copy in backward.
         consume_logits: write the gradient over the logits in backward; saves one tensor of their size. Using them afterwards is an error.
+        sampling_mask: the ids that the sampler kept of each row, a :class:`SamplingMask` or a bool mask ``R + (V,)``: log-probs and all else are of
+            the distribution renormalised over them. Only their logits are read, and the gradient of all others is exactly 0.
+        entropy_over: with a mask, the entropy of the ``"kept"`` ids, or of the whole ``"vocabulary"``, which is then read too and whose gradient is everywhere.
         backend: ``"auto"``, or ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``, which then never falls back.
 
     Returns:
         ``logps`` of shape R in fp32 (fp64 for fp64 logits), or ``(logps, entropies)``.
 
     Raises:
-        InvalidCall: a shape, dtype or id that does not fit (on a GPU a bad id gives NaN in its row, without a synchronisation).
+        InvalidCall: a shape, dtype or id that does not fit, or is not kept (on a GPU a bad id gives NaN in its row, without a synchronisation).
         UnsupportedRequest, BackendUnavailable: nobody, or not the named backend, can run this.
 
     >>> import torch, reweight_ops as rw

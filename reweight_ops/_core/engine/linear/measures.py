@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ...backends.base import SoftmaxParams
 from ...backends.picked import Picked
+from ...calls.sampling_mask import KeptSets
 from .. import again, jsd_ops
 from .. import ops as library
-from ..autograd import FIXED, LSE_LOW, OpOptions, Softmaxes, asked_for, written_gradient
+from ..autograd import FIXED, OpOptions, Softmaxes, asked_for, stats_table, written_gradient
 from ..picks import PICKED, PICKED_IDS, Picks
 
 
@@ -25,12 +26,30 @@ class PerRow(NamedTuple):
     temperature: Tensor
     other_temperature: Tensor | None = None
     picked: Tensor | None = None  # [M, K]: ids whose log-probs are wanted
+    kept_ids: Tensor | None = None  # the three tensors of KeptSets
+    kept_row: Tensor | None = None
+    kept_bounds: Tensor | None = None
+
+    @classmethod
+    def of(cls, ids: Tensor, temperature: Tensor, picked: Tensor | None, sets: KeptSets | None) -> PerRow:
+        """Of one model's rows."""
+        return cls(ids, temperature, None, picked, *((None,) * 3 if sets is None else sets[:3]))
+
+    @property
+    def sets(self) -> KeptSets | None:
+        """Whose entropy is meant is told elsewhere."""
+        if self.kept_ids is None or self.kept_row is None or self.kept_bounds is None:
+            return None
+        return KeptSets(self.kept_ids, self.kept_row, self.kept_bounds, False)
 
     def at(self, rows: slice | Tensor) -> PerRow:
         """Of these rows."""
         t, other = (t if t is None or t.size(-1) == 1 else t[rows].contiguous() for t in self[1:3])
         assert t is not None
-        return PerRow(self.ids[rows].contiguous(), t, other, None if self.picked is None else self.picked[rows].contiguous())
+        picked, sets = None if self.picked is None else self.picked[rows].contiguous(), self.sets
+        if sets is not None:
+            sets = sets.rows(rows) if isinstance(rows, slice) else sets.select(rows)
+        return PerRow(self.ids[rows].contiguous(), t, other, picked, *((None,) * 3 if sets is None else sets[:3]))
 
 
 class LogitRows(NamedTuple):
@@ -95,7 +114,7 @@ class TokenMeasure(NamedTuple):
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         z, ids, t = self._tensors(logits)
         wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks)
-        table = library.called(library.token_stats, z, ids, t, *self.softmax[:2], False, wanted, self.backend).unbind()
+        table = stats_table(z, ids, t, logits.rows.sets, self.softmax, OpOptions(False, self.backend, False), wanted).unbind()
         outputs, rest = table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :]
         if self.picks:
             chosen = self._picks(logits).of(z, ids, self.softmax)
@@ -104,14 +123,15 @@ class TokenMeasure(NamedTuple):
         return Found(outputs, rest)
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
-        known = {**dict(zip(self.names, found.outputs, strict=True)), LSE_LOW: found.rest[0]}
+        more = asked_for(",".join(self.stats_of_rows), True).split(",")[len(self.stats_of_rows) :]
+        known = dict(zip((*self.names, *more), (*found.outputs, *found.rest), strict=True))
         coefs, options = dict(zip(self.names, by, strict=True)), OpOptions(False, self.backend, over)
-        return written_gradient(*self._tensors(logits), self.softmax, known, coefs, options)
+        return written_gradient(*self._tensors(logits), self.softmax, known, coefs, options, logits.rows.sets)
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         z, ids, t = self._tensors(logits)
         chosen = self._picks(logits).of(z.detach(), ids, self.softmax) if self.picks else None
-        return again.token_stats(z, ids, t, self.softmax, self.names, chosen)
+        return again.token_stats(z, ids, t, self.softmax, self.names, chosen, logits.rows.sets)
 
     def _picks(self, logits: LogitRows) -> Picks:
         return Picks(logits.rows.picked, self.top)

@@ -14,8 +14,8 @@ from ...rows.groups import OUT
 from ...rows.rows import Rows
 from .. import again, temperature
 from ..picks import PICKED, PICKED_IDS, Picks
+from ..sampling import by_reader, primitives, statistics_of
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
-from ..sources import ALWAYS
 from .autograd import LinearOnePass, linear_statistics
 from .gemms import inert_rows_dropped
 from .measures import PerRow, TokenMeasure
@@ -36,33 +36,35 @@ class HiddenSource(PlainSource):
     @property
     def info(self) -> SourceInfo:
         h, s = self.hidden, self.hidden.settings
+        statistics, one_pass = primitives(h.kept)
         return SourceInfo(
-            h.states.device, s.logits_dtype, h.needs_grad, s.backend, ("token_stats",), "token_loss_grad",
+            h.states.device, s.logits_dtype, h.needs_grad, s.backend, statistics, one_pass,
             two_pass_reason=temperature.WHY_TWO_PASSES if temperature.learns(h.temperature) else None,
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
-        wanted = (*ALWAYS, *(name for name in names if name not in (*ALWAYS, PICKED, PICKED_IDS)))
+        wanted = statistics_of(h.kept, names, h.rows)
         picks, torch_only = self.picks or Picks(), backend == again.TORCH
         computed = wanted if torch_only else temperature.with_reads(wanted, h.temperature, self.picks is not None)
         given = None if picks.given is None else picks.given if h.index is None else picks.given[h.index]
-        per_row = PerRow(h.ids, h.temperature if torch_only else h.temperature.detach(), picked=given)
+        per_row = PerRow.of(h.ids, h.temperature if torch_only else h.temperature.detach(), given, h.kept)
         measure = TokenMeasure(h.settings.softmax, backend, computed, self.picks is not None, picks.top)
         known = dict(zip(measure.names, linear_statistics(h, per_row, None, measure), strict=True))
         if not torch_only:
             kept = (*wanted, PICKED, PICKED_IDS) if self.picks is not None else wanted
             known = temperature.differentiable(known, kept, h.temperature)
         ids = known.pop(PICKED_IDS, None)
-        found = {name: h.scatter(value) for name, value in known.items()}
+        found = {name: h.scatter(value) for name, value in by_reader(known, h.kept).items()}
         return found if ids is None else {**found, PICKED_IDS: h.scatter(ids, OUT)}
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         h = self.hidden
         inputs = RowInputs(*(None if t is None else h.gather(t) for t in work.inputs))  # type: ignore[arg-type]
+        over = h.kept is not None and h.kept.over_vocabulary
         loss, table = LinearOnePass.apply(  # type: ignore[no-untyped-call]
-            h.states, *h.head, PerRow(h.ids, h.temperature), None, h.settings,
-            TokenWork(work._replace(inputs=inputs), h.settings.softmax, backend),
+            h.states, *h.head, PerRow.of(h.ids, h.temperature, None, h.kept), None, h.settings,
+            TokenWork(work._replace(inputs=inputs), h.settings.softmax, backend, over),
         )  # fmt: skip
         return loss, torch.stack([h.scatter(row) for row in table.unbind()]) if h.index is not None else table
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...backends.base import RowInputs, SoftmaxParams
-from .. import jsd_ops
+from .. import jsd_ops, kept_ops
 from .. import ops as library
 from ..autograd import weighted_sum
 from ..source import DivergenceWork, PolicyWork
@@ -45,6 +45,7 @@ class TokenWork(NamedTuple):
     work: PolicyWork
     softmax: SoftmaxParams
     backend: str
+    over_vocabulary: bool = False  # the entropy, where rows have kept sets
 
     @property
     def op(self) -> str:
@@ -56,10 +57,12 @@ class TokenWork(NamedTuple):
 
     def gradient_(self, logits: LogitRows) -> Tensor:
         inputs, params, program = self.work
-        z, ids, t = logits.values, logits.rows.ids, logits.rows.temperature
-        table: Tensor = library.called(
-            library.token_loss_grad_, z, ids, t, *inputs, params, program, *self.softmax[:2], False, self.backend
-        )
+        z, ids, t, sets = logits.values, logits.rows.ids, logits.rows.temperature, logits.rows.sets
+        rest = (*self.softmax[:2], False, self.backend)
+        if sets is None:
+            table: Tensor = library.called(library.token_loss_grad_, z, ids, t, *inputs, params, program, *rest)
+            return table
+        table = library.called(kept_ops.kept_loss_grad_, z, ids, *sets[:3], t, *inputs, params, program, self.over_vocabulary, *rest)
         return table
 
     def live(self, table: Tensor) -> Tensor | None:
