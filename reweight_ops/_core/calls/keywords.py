@@ -95,6 +95,24 @@ class HiddenLogits(NamedTuple):
     logits_dtype: dtype | None = None
 
 
+class TopKLogps(NamedTuple):
+    """A teacher's log-probs of K ids a row, as an inference server returns them and a trainer stores them; the rest of its vocabulary is not known.
+
+    ``token_ids``: ``R + (K,)``, int32 or int64, distinct in a row. ``logps``: ``R + (K,)``, fp32 or fp64, of the teacher's own softmax (its temperature
+    included). An id of ``-100`` or a log-prob of ``-inf`` is padding: the list is shorter there. ``tail``, with S_p and S_q the listed mass of the
+    student p and the teacher q:
+
+    * ``"bucket"``: what is left, 1 - S, is one more event of each (TRL's ``loss_add_tail=True``). Its logarithm is ``log(1 - exp(log S))`` with
+      ``log S`` at most half an ulp below 0, without a gradient there (TRL: at most -1e-7).
+    * ``"renormalize"``: both are divided by their S (TRL's ``loss_add_tail=False``).
+    * ``"ignore"``: the sums run over the list alone, and may be negative (verl's ``forward_kl_topk``, without its clamps).
+    """
+
+    token_ids: Tensor
+    logps: Tensor
+    tail: str = "bucket"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMHeadOptions(Options):
     """The LM head of an op that takes hidden states, and its chunks."""

@@ -53,15 +53,19 @@ class OtherOptions:
     name: str = "other"
 
 
+def no_ids(op: str, hidden: Any) -> Tensor:
+    """Ids of an op that asks for none: ``completion_mask`` alone says which rows are in."""
+    if not isinstance(hidden, Tensor) or hidden.dim() < 2:
+        raise InvalidCall(f"{op}: hidden must be a tensor R + (D,).")
+    return torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+
+
 def resolve_two_hidden(
     op: str, hidden: Any, weight: Any, other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions, named: dict[str, Any]
 ) -> TwoHidden:  # fmt: skip
     """Check the two models against each other. ``mask`` alone says which rows are in; ``named`` holds the other tensors of the call."""
     refuse_sampling_mask(op, softmax, NO_TWO)
-    if not isinstance(hidden, Tensor) or hidden.dim() < 2:
-        raise InvalidCall(f"{op}: hidden must be a tensor R + (D,).")
-    ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    p = resolve_hidden(op, hidden, weight, ids, head, softmax, {"completion_mask": mask, **named})
+    p = resolve_hidden(op, hidden, weight, no_ids(op, hidden), head, softmax, {"completion_mask": mask, **named})
     tensors = {"hidden": hidden, "lm_head_weight": weight, of_other.name: other, "completion_mask": mask, **named}
 
     def fail(message: str) -> InvalidCall:
@@ -72,7 +76,7 @@ def resolve_two_hidden(
     elif isinstance(other, Tensor):
         q = _other_logits(p, weight, other, softmax, of_other, fail)
     else:
-        raise fail(f"{of_other.name} is a {type(other).__name__}, expected a HiddenLogits, or logits R + (V,).")
+        raise fail(f"{of_other.name} is a {type(other).__name__}, expected a HiddenLogits, a TopKLogps, or logits R + (V,).")
     refuse_learnt(p.temperature, fail)
     refuse_learnt(q.temperature, fail, f"{of_other.name}_temperature")
     return TwoHidden(*_chunked(p, q, head))

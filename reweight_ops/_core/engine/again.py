@@ -158,16 +158,24 @@ def divergence_stats(
     (_, log_p, dead_p), (_, log_q, dead_q) = (
         log_probs(torch.where(inside, z, 0), t, SoftmaxParams(vocab_size, cap)) for z, t, cap in (first, second)
     )
+    found = row_divergences(log_p, log_q, dead_p, dead_q, beta)
+    return tuple(torch.where(inside[:, 0], row, 0) for row in found)
+
+
+def row_divergences(
+    log_p: Tensor, log_q: Tensor, dead_p: Tensor, dead_q: Tensor, beta: float | None = None, whole: bool = True
+) -> tuple[Tensor, ...]:
+    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` of rows of log-probs, ``dead`` where they are ``-inf``; ``whole``: both sum to 1, so none is negative."""
     p, q, a, b = log_p.exp(), log_q.exp(), torch.where(dead_p, 0, log_p), torch.where(dead_q, 0, log_q)
     d = torch.where(dead_p | dead_q, 0, a - b)
     forward, reverse = -(q * d).sum(-1), (p * d).sum(-1)
+    if whole:
+        forward, reverse = _at_least_zero(forward), _at_least_zero(reverse)
     sick = p.isnan().any(-1) | q.isnan().any(-1)
-    forward = torch.where((dead_p & ~dead_q).any(-1) & ~sick, math.inf, _at_least_zero(forward))
-    reverse = torch.where((dead_q & ~dead_p).any(-1) & ~sick, math.inf, _at_least_zero(reverse))
-    found = [forward, reverse, -(p * a).sum(-1), -(q * b).sum(-1)]
-    if beta is not None:
-        found.append(generalized_jsd(log_p, log_q, beta))
-    return tuple(torch.where(inside[:, 0], row, 0) for row in found)
+    forward = torch.where((dead_p & ~dead_q).any(-1) & ~sick, math.inf, forward)
+    reverse = torch.where((dead_q & ~dead_p).any(-1) & ~sick, math.inf, reverse)
+    found = (forward, reverse, -(p * a).sum(-1), -(q * b).sum(-1))
+    return found if beta is None else (*found, generalized_jsd(log_p, log_q, beta))
 
 
 def _at_least_zero(x: Tensor) -> Tensor:
