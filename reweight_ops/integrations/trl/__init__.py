@@ -13,7 +13,7 @@ Two hooks. The default one computes per-token log-probs and entropies and keeps 
 
     with patch_trl(fuse_loss=True):      # scripts that build GRPOTrainer themselves
         main()
-    with patch_trl(heads=True):          # any trainer: the head function that GRPO, RLOO, DPO, KTO, SFT and AsyncGRPO share
+    with patch_trl(heads=True):          # any trainer: the head that GRPO, RLOO, DPO, KTO, SFT and AsyncGRPO share, and distillation
         main()
 
 Both work from hidden states and the head's weight (``rw.linear_token_logps``, ``rw.linear_policy_loss``), so that ``[B, T, V]`` logits never
@@ -57,6 +57,7 @@ try:
 except ImportError as error:
     raise BackendUnavailable("reweight_ops.integrations.trl needs TRL: pip install 'trl>=1.15'") from error
 
+from .divergence import divergence_replacements
 from .head import HeadOutput, adapters_on_head_allowed, adapts_head, choose_head, fused_forward, linear_obstacle, logits_of
 from .heads import head_replacements
 from .probe import Form, Prober
@@ -452,8 +453,8 @@ def patch_trl(
 ) -> Patch:
     """Put the hooks of :class:`ReweightGRPOTrainer` into ``GRPOTrainer`` itself, for scripts that build it.
 
-    ``heads=True`` replaces the head function that all of TRL's trainers share instead, and takes ``backend`` only. The two are independent: enter
-    both patches for GRPO's hooks and the others' head.
+    ``heads=True`` replaces the head function that all of TRL's trainers share instead, and the divergence of its distillation trainer; it takes
+    ``backend`` only. The two are independent: enter both patches for GRPO's hooks and the others' head.
 
     Returns a patch with ``undo()``, ``fused_calls`` and ``delegated_calls``, also a context manager. Subclasses that override a hooked method keep theirs.
     TRL's constructor still refuses an adapter on the head.
@@ -471,4 +472,4 @@ def patch_trl(
         raise InvalidCall(
             f"patch_trl: heads=True does not read {', '.join(ignored)}, which are GRPO's: enter a second patch_trl(...) for them."
         )
-    return Patch(LIBRARY, head_replacements(backend, total), total)
+    return Patch(LIBRARY, [*head_replacements(backend, total), *divergence_replacements(backend, total)], total)
