@@ -53,6 +53,10 @@ def test_arguments_with_effect_pass():
         (rw.methods.verl, "gpg", {"clip_ratio": 0.1}),
         (rw.methods.verl, "vanilla", {"tau_neg": 2.0}),
         (rw.methods.verl, "vanilla", {"kl_loss_coef": 0.1}),
+        (rw.methods.verl, "sapo", {"loss_agg_mode": "token-sum"}),
+        (rw.methods.verl, "bypass_mode", {"rollout_is_threshold": 3.0}),
+        (rw.methods.trl, "grpo", {"max_completion_length": 8}),
+        (rw.methods.trl, "grpo", {"use_bias_correction_kl": False}),
     ],
 )
 def test_an_option_without_effect(method, name, options):

@@ -18,7 +18,7 @@ from ..rows.rows import Rows, resolve_rows
 from ..rows.structure import Structure, is_readable
 from ..transforms import in_transform
 from .chunking import chunking
-from .keywords import LMHeadOptions, SoftmaxOptions
+from .keywords import LMHeadOptions, Lora, SoftmaxOptions
 from .sampling_mask import KeptSets, resolve_sampling_mask
 from .softmax import Fail, resolve_logit_scale, resolve_softmax, resolve_temperature
 
@@ -102,7 +102,7 @@ def resolve_hidden(
     validate: bool = False,
 ) -> Hidden:
     """Check hidden states, head and ids against each other. ``named`` holds the other tensors of the call by their public names."""
-    lora = linear.lora
+    lora = None if linear.lora is None else Lora(*linear.lora)  # a plain tuple may be given
     tensors = {
         "hidden": hidden, "lm_head_weight": weight, "completion_ids": completion_ids, "lm_head_bias": linear.lm_head_bias,
         "lora.a": lora.a if lora else None, "lora.b": lora.b if lora else None, "temperature": options.temperature, **named,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 from torch import Tensor, dtype
 
+from ...errors import InvalidCall
 from ..ranges import Count, FixedPositiveOrInf, NonNegative, Positive, Range, described, ranges_of
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class Options:
 
     NAMES: ClassVar[tuple[str, ...]] = ()
     RANGES: ClassVar[dict[str, Range]] = {}
+    #: Its switches, and whether None may stand in their place.
+    FLAGS: ClassVar[dict[str, bool]] = {}
 
     def named(self) -> dict[str, Any]:
         """The values by public name, for the resolver and its messages."""
@@ -304,6 +307,7 @@ ALIASES = {
 for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
     _record.NAMES = tuple(f.name for f in dataclasses.fields(_record))
     _record.RANGES = ranges_of(_record)
+    _record.FLAGS = {f.name: "None" in str(f.type) for f in dataclasses.fields(_record) if str(f.type).startswith("bool")}
     _record.__doc__ = described(_record.__doc__, _record.RANGES)
 
 
@@ -317,7 +321,16 @@ def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple
         for name, allowed in record.RANGES.items():
             if name in keywords:
                 allowed.check(op, name, keywords[name])
+        for name, optional in record.FLAGS.items():
+            if name in keywords:
+                check_flag(op, name, keywords[name], optional)
     return [record(**{name: keywords[name] for name in record.NAMES if name in keywords}) for record in records]
+
+
+def check_flag(op: str, name: str, value: Any, optional: bool = False) -> None:
+    """Raise for what is neither True nor False: any text would be true."""
+    if type(value) is not bool and not (optional and value is None):
+        raise InvalidCall(f"{op}: {name} is {value!r}, expected True or False{' or None' if optional else ''}.")
 
 
 def _reject(op: str, name: str, known: tuple[str, ...]) -> NoReturn:

@@ -86,7 +86,7 @@ def _other_head(
     op: str, p: Hidden, other: HiddenLogits, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions, fail: Fail
 ) -> OtherRows:
     parts = {"hidden": other.hidden, "lm_head_weight": other.lm_head_weight, "lm_head_bias": other.lm_head_bias}
-    parts |= {} if other.lora is None else {"lora.a": other.lora.a, "lora.b": other.lora.b}
+    parts |= {} if other.lora is None else {"lora.a": other.lora[0], "lora.b": other.lora[1]}
     for name, x in parts.items():
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise fail(f"{of_other.name}.{name} requires grad, but no gradient flows to it: pass it detached.")

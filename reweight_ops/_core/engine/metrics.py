@@ -16,6 +16,7 @@ from ...errors import InvalidCall
 from ..calls.policy import LossCall
 from ..formula.namespace import TorchNamespace
 from ..formula.trace import trace_rule
+from ..once import keeps
 from ..rows.constants import number_like, parameter_vector
 from ..spec.ratio import SequenceRatio
 
@@ -52,7 +53,10 @@ class Metrics(Mapping[str, Tensor]):
             sums = self.sums
             means = tuple(0.0 if name in _EXTREMA or name in _SUMS else 1.0 for name in self.names)
             divided = parameter_vector(means, sums.dtype, sums.device) != 0
-            self._values = sums[:, 0] / torch.where(divided, sums[:, 1].clamp(min=1e-30), 1)
+            values = sums[:, 0] / torch.where(divided, sums[:, 1].clamp(min=1e-30), 1)
+            if not keeps(sums):
+                return values
+            self._values = values
         return self._values
 
     def __iter__(self) -> Iterator[str]:

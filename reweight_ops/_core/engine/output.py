@@ -14,7 +14,7 @@ from torch.utils import _pytree
 
 from ..calls.policy import STATISTICS, LossCall
 from ..formula.namespace import TorchNamespace
-from ..once import computed_once
+from ..once import computed_once, outside_of_modes
 from ..transforms import in_transform
 from .metrics import Metrics, policy_metrics
 from .versions import Versions
@@ -80,7 +80,7 @@ class PolicyLossOutput:
             return self.__dict__[name]
         if rest is None or name not in self.__dataclass_fields__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        self.__dict__.update(vars(rest()))
+        self.__dict__.update(vars(outside_of_modes(rest)))
         self.__dict__.pop("_rest", None)
         return self.__dict__[name]
 

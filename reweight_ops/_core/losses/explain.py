@@ -29,18 +29,20 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 
     prepare = ranged(prepare)
 
-    @functools.wraps(prepare)
-    def op(*args: P.args, **keywords: P.kwargs) -> T:
+    def prepared(*args: P.args, **keywords: P.kwargs) -> Call[T] | Again[T]:
         try:
-            call = prepare(*args, **keywords)
+            return prepare(*args, **keywords)
         except TypeError as error:
             raise misnamed(prepare.__name__, signature, len(args), keywords) or error from None
-        return run(call)
+
+    @functools.wraps(prepare)
+    def op(*args: P.args, **keywords: P.kwargs) -> T:
+        return run(prepared(*args, **keywords))
 
     signature = inspect.signature(prepare)
     result = str(signature.return_annotation).removeprefix("Call[").partition("]")[0]
     op.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
-    _PREPARED[op] = prepare
+    _PREPARED[op] = prepared
     return op
 
 

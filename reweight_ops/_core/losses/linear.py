@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..calls.hidden import resolve_hidden
-from ..calls.keywords import LinearPolicyLossKeywords, LMHeadKeywords, LMHeadOptions, PolicyOptions, SoftmaxOptions, parse
+from ..calls.keywords import LinearPolicyLossKeywords, LMHeadKeywords, LMHeadOptions, PolicyOptions, SoftmaxOptions, check_flag, parse
 from ..calls.policy import resolve_loss
 from ..calls.specs import named_spec
 from ..engine.linear.source import HiddenSource
@@ -59,6 +59,7 @@ def linear_token_logps(
     tensor([-1.3863, -1.3863])
     """
     op = "linear_token_logps"
+    check_flag(op, "return_entropy", return_entropy)
     options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "return_entropy"))
     named = {"completion_mask": completion_mask}
     return logps_call(HiddenSource(resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)), return_entropy)
@@ -116,6 +117,7 @@ def linear_policy_loss(
     """
     op = "linear_policy_loss"
     own = ("spec", "plan", "differentiable_outputs")
+    check_flag(op, "differentiable_outputs", differentiable_outputs)
     options, data, head = parse(op, dict(keywords), SoftmaxOptions, PolicyOptions, LMHeadOptions, own=own)
     named = {"advantages": advantages, **data.named()}
     resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named, data.validate)

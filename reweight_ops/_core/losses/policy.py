@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..calls.keywords import PolicyKeywords, PolicyLossKeywords, PolicyOptions, SoftmaxOptions, parse
+from ..calls.keywords import PolicyKeywords, PolicyLossKeywords, PolicyOptions, SoftmaxOptions, check_flag, parse
 from ..calls.logits import resolve_logits
 from ..calls.logps import resolve_logps
 from ..calls.policy import resolve_loss
@@ -79,6 +79,7 @@ def policy_loss(
         if kept is not None and (call := kept.bind(logits, given)) is not None:
             return call
         op, own = "policy_loss", ("spec", "plan", "differentiable_outputs")
+        check_flag(op, "differentiable_outputs", differentiable_outputs)
         options, data = parse(op, dict(keywords), SoftmaxOptions, PolicyOptions, own=own)
         resolved = resolve_logits(op, logits, completion_ids, options, {"advantages": advantages, **data.named()}, data.validate)
         loss = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
@@ -124,4 +125,6 @@ def policy_loss_from_logps(
             given[name] = torch.where(rows.keep, value.reshape(-1).to(rows.dtype), 0)
         elif name in call.spec.requires:
             raise rows.error(f"the spec reads {name}: pass {argument}.")
+    if log_sum_p_sq is not None and "log_sum_p_sq" not in call.spec.requires and data.unused == "error":
+        raise rows.error('log_sum_p_sq would have no effect: no part of the spec reads it. Leave it out, or pass unused="ignore".')
     return Call(LogpsSource(rows, given), PolicyObjective(call))

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ...errors import InvalidCall
 from ..backends.mean_logit import MEAN_LOGIT
-from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
+from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, check_flag, parse
 from ..calls.logits import resolve_logits
 from ..calls.picked import check_top, resolve_ids
 from ..engine.output import TokenStats
@@ -84,6 +84,7 @@ def token_logps(
     tensor([-1.3863, -1.3863])
     """
     op = "token_logps"
+    check_flag(op, "return_entropy", return_entropy)
     (options,) = parse(op, dict(keywords), SoftmaxOptions, own=("completion_mask", "return_entropy"))
     resolved = resolve_logits(op, logits, completion_ids, options, {"completion_mask": completion_mask})
     return logps_call(LogitsSource(resolved), return_entropy)

@@ -64,7 +64,7 @@ def test_every_mode_of_verl_as_a_registered_spec(mode, agg, info, weighted, regi
     bounds = {} if mode in ("gpg", "sapo", "dro", "kl_cov") else {"clip_ratio_low": 0.1, "clip_ratio_high": 0.15}
     policy = {name: value for name, value in MODES[mode].items() if name.startswith(("kl_cov", "clip_cov", "ppo_kl", "dro"))}
     theirs = run(core_algos.get_policy_loss_fn(mode), data, info, weighted, agg, policy_loss=policy_config(**policy), **bounds)
-    spec = rw.methods.verl(mode, loss_agg_mode=agg, **bounds, **MODES[mode])
+    spec = rw.methods.verl(mode, loss_agg_mode=agg, unused="ignore", **bounds, **MODES[mode])
     (name,) = integration.register({"mine": spec})
     ours = run(core_algos.get_policy_loss_fn(name), data, info, weighted, agg)
     assert_same(theirs, ours)
