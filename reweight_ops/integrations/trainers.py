@@ -86,6 +86,7 @@ TRAINERS: dict[str, Trainer] = {
             "docs/trainers/skyrl.md",
             "SkyRL a9564572",
         ),
+        Trainer("AReaL", "areal", (), f"{_HERE}.areal: patch_logprobs(), patch_loss(spec)", "docs/trainers/areal.md", "AReaL 4aef98d8"),
         Trainer("Tinker", "tinker", ("0.38.0",), f"{_HERE}.tinker: custom_loss(spec)", "docs/trainers/tinker.md"),
     )
 }
