@@ -54,7 +54,13 @@ TRAINERS: dict[str, Trainer] = {
     t.name: t
     for t in (
         Trainer("TRL", "trl", ("1.15.0", "1.16.0"), f"{_HERE}.trl: ReweightGRPOTrainer, patch_trl()", "docs/trainers/trl.md"),
-        Trainer("verl", "verl", ("0.9.1",), f"{_HERE}.verl: loss_mode=rw_<method>, patch_fused_linear()", "docs/trainers/verl.md"),
+        Trainer(
+            "verl",
+            "verl",
+            ("0.9.1",),
+            f"{_HERE}.verl: loss_mode=rw_<method>, adv_estimator=rw_<estimator>, patch_fused_linear()",
+            "docs/trainers/verl.md",
+        ),
         Trainer("OpenRLHF", "openrlhf", ("0.11.2",), f"{_HERE}.openrlhf: patch(), PolicyLoss(spec)", "docs/trainers/openrlhf.md"),
         Trainer(
             "slime, Miles", "slime", (), f"{_HERE}.slime.loss by --custom-loss-function-path", "docs/trainers/slime.md", "slime 624b824a"
@@ -86,6 +92,7 @@ TRAINERS: dict[str, Trainer] = {
             "docs/trainers/skyrl.md",
             "SkyRL a9564572",
         ),
+        Trainer("AReaL", "areal", (), f"{_HERE}.areal: patch_logprobs(), patch_loss(spec)", "docs/trainers/areal.md", "AReaL 4aef98d8"),
         Trainer("Tinker", "tinker", ("0.38.0",), f"{_HERE}.tinker: custom_loss(spec)", "docs/trainers/tinker.md"),
     )
 }

@@ -1,8 +1,8 @@
-"""verl (0.9) on our ops: every method as a ``loss_mode``, and the fused linear head.
+"""verl (0.9) on our ops: every method as a ``loss_mode``, advantage estimators as ``adv_estimator``, and the fused linear head.
 
 verl loads the plugin by itself (entry point ``verl.plugins``), so a configuration needs only the name::
 
-    actor_rollout_ref.actor.policy_loss.loss_mode=rw_dapo
+    actor_rollout_ref.actor.policy_loss.loss_mode=rw_dapo algorithm.adv_estimator=rw_qae
 
 Another spec gets a name in a module that ``VERL_USE_EXTERNAL_MODULES`` lists::
 
@@ -14,15 +14,17 @@ Another spec gets a name in a module that ``VERL_USE_EXTERNAL_MODULES`` lists::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..._core.calls.specs import METHODS
+from ..._core.catalogue.registry import CATALOGUE
 from ..._core.losses.linear import linear_token_logps
 from ..._core.spec.policy import PolicyLossSpec
 from ...errors import BackendUnavailable
 from ..patching import Counts, Patch, Replacement, check_signature
 from ..trainers import check_version
+from .advantages import entry_obstacle, estimator_fn
 from .losses import loss_fn, method_obstacle
 
 try:
@@ -35,7 +37,9 @@ except ImportError as error:
 LIBRARY = check_version("verl")
 check_signature(LIBRARY, core_algos, "register_policy_loss", ("name",))
 
-__all__ = ["left_out", "loss_fn", "patch_fused_linear", "register"]
+check_signature(LIBRARY, core_algos, "register_adv_est", ("name_or_enum",))
+
+__all__ = ["estimator_fn", "left_out", "left_out_advantages", "loss_fn", "patch_fused_linear", "register", "register_advantages"]
 
 
 def register(specs: Mapping[str, PolicyLossSpec] | None = None) -> tuple[str, ...]:
@@ -55,6 +59,29 @@ def register(specs: Mapping[str, PolicyLossSpec] | None = None) -> tuple[str, ..
 def left_out() -> dict[str, str]:
     """The methods that :func:`register` gives no name, each with the reason."""
     reasons = {name: method_obstacle(entry) for name, entry in METHODS.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def register_advantages(estimators: Mapping[str, Callable[..., Any]] | None = None) -> tuple[str, ...]:
+    """Put advantage estimators into verl's registry and return their names: ``estimators`` by the names given, or every one of
+    ``rw.advantages`` that verl can call as ``rw_<estimator>``, with its own defaults. ``functools.partial`` sets others.
+
+    Raises:
+        UnsupportedRequest: verl does not hand over what one of ``estimators`` needs; the reason is named.
+    """
+    if estimators is None:
+        estimators = {f"rw_{n}": entry.function for n, entry in CATALOGUE["advantage"].items() if entry_obstacle(entry) is None}
+    functions = {name: estimator_fn(name, estimator) for name, estimator in estimators.items()}
+    for name, function in functions.items():
+        known = core_algos.ADV_ESTIMATOR_REGISTRY.get(name)
+        if getattr(known, "estimator", None) is not estimators[name]:  # the plugin has registered it already
+            core_algos.register_adv_est(name)(function)
+    return tuple(functions)
+
+
+def left_out_advantages() -> dict[str, str]:
+    """The estimators that :func:`register_advantages` gives no name, each with the reason."""
+    reasons = {name: entry_obstacle(entry) for name, entry in CATALOGUE["advantage"].items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

@@ -237,9 +237,10 @@ warnings.simplefilter("error", UserWarning)
 from trainers import stand_ins
 with stand_ins("ray"):
     import verl
-    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
 print(get_policy_loss_fn("rw_dapo").__module__, get_policy_loss_fn("likely_tokens_first").__module__, FusedLinearForPPO.forward.__module__)
+print(get_adv_estimator_fn("rw_qae").__module__)
 """
 
 
@@ -255,6 +256,6 @@ def test_verl_loads_the_plugin_by_its_entry_point(tmp_path):
     code = LOADS.format(folder=str(FOLDER), support=str(ROOT / "tests" / "support"))
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     ours = "reweight_ops.integrations.verl"
-    assert result.stdout.split() == [f"{ours}.losses", f"{ours}.losses", ours], result.stderr
+    assert result.stdout.split() == [f"{ours}.losses", f"{ours}.losses", ours, f"{ours}.advantages"], result.stderr
     for value in points.values():
         assert importlib.metadata.EntryPoint("reweight_ops", value, "verl.plugins").load()
