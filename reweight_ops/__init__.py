@@ -9,7 +9,7 @@ with _warnings.catch_warnings():  # PyTorch's at its own import, where there is 
 from . import advantages, divergences, kernels, methods, objectives, preference, recipes, rewards, rules, sample_weights, schedules, weights
 from ._core import moved as _moved
 from ._core.backends.select import NAMES as BACKENDS
-from ._core.calls.keywords import HiddenLogits, Lora, TopKLogps
+from ._core.calls.keywords import HiddenLogits, Lora, Teacher, TopKLogps
 from ._core.calls.sampling_mask import SamplingMask
 from ._core.calls.specs import METHODS, method
 from ._core.catalogue.lookup import recipe
@@ -69,6 +69,7 @@ __all__ = [
     "SegmentRatio",
     "SequenceMean",
     "SequenceRatio",
+    "Teacher",
     "TokenMean",
     "TokenRatio",
     "TokenStats",

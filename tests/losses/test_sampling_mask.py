@@ -98,6 +98,7 @@ def _policy(spec, over, **keywords):
         spec=spec,
         entropies=expected["entropies"],
         log_sum_p_sq=expected["log_sum_p_sq"],
+        unused="ignore",  # not every spec reads both statistics
         **_rest(batch),
     )
     return z, mask, ours, theirs

@@ -116,6 +116,21 @@ class TopKLogps(NamedTuple):
     tail: str = "bucket"
 
 
+class Teacher(NamedTuple):
+    """A full-vocabulary divergence from a second model as a term of a policy loss: ``coef · Σ_i w_i · D(p_i, q_i)``, w the row weights of the spec's reduction.
+
+    ``logits``: the teacher's, :class:`HiddenLogits` or ``R + (V,)``, detached. ``kind`` and ``beta``: of :func:`token_divergence`; reverse_kl is
+    KL(policy‖teacher). ``temperature``, ``softcap``: the teacher's own; default: the policy's temperature, and no soft cap.
+    """
+
+    logits: HiddenLogits | Tensor
+    coef: float | Tensor
+    kind: str = "reverse_kl"
+    beta: float | None = None
+    temperature: float | Tensor | None = None
+    softcap: float | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMHeadOptions(Options):
     """The LM head of an op that takes hidden states, and its chunks."""

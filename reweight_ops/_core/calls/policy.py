@@ -78,6 +78,16 @@ class LossCall:
             per_term[0] = per_term[0] * self.factor
         return torch.stack(per_term)
 
+    def reduction_weights(self) -> Tensor:
+        """``[N]``: the row weights of the surrogate's reduction, ``loss_scale`` included and the caller's factors not: for a term beside the spec's."""
+        reduction = self.spec.reduction
+        if reduction.coupled or reduction.weight is not None or not reduction.scalar:
+            raise self.rows.error(
+                f"a term beside the spec's has no row weights by {type(reduction).__name__}, which is no fixed sum over rows."
+            )
+        found = reduction.row_weights(self.rows, self.divisors).to(self.rows.dtype)
+        return found * self._scale if self._is_scaled else found
+
     def _fused_row_weights(self) -> Tensor | None:
         """The same, a launch for each reduction; None if a kernel cannot form one of them."""
         rows, terms = self.rows, self.spec.reductions

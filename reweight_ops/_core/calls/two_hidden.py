@@ -67,6 +67,16 @@ def resolve_two_hidden(
     refuse_sampling_mask(op, softmax, NO_TWO)
     p = resolve_hidden(op, hidden, weight, no_ids(op, hidden), head, softmax, {"completion_mask": mask, **named})
     tensors = {"hidden": hidden, "lm_head_weight": weight, of_other.name: other, "completion_mask": mask, **named}
+    return beside(p, tensors, other, mask, head, softmax, of_other)
+
+
+def beside(
+    p: Hidden, tensors: dict[str, Any], other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions,
+    copies: int = 1,
+) -> TwoHidden:  # fmt: skip
+    """Hidden states that are resolved, and the second model for the same rows: those of ``mask``. ``tensors``: of the call, for messages.
+    ``copies``: tensors of the size of p's logits that a chunk needs."""
+    op, weight = p.rows.op, p.head.weight
 
     def fail(message: str) -> InvalidCall:
         return InvalidCall(f"{op}: {message} {describe(tensors)}")
@@ -79,7 +89,7 @@ def resolve_two_hidden(
         raise fail(f"{of_other.name} is a {type(other).__name__}, expected a HiddenLogits, a TopKLogps, or logits R + (V,).")
     refuse_learnt(p.temperature, fail)
     refuse_learnt(q.temperature, fail, f"{of_other.name}_temperature")
-    return TwoHidden(*_chunked(p, q, head))
+    return TwoHidden(*_chunked(p, q, head, copies))
 
 
 def _other_head(
@@ -119,9 +129,9 @@ def _other_logits(p: Hidden, weight: Tensor, other: Tensor, softmax: SoftmaxOpti
     return OtherRows(collapsed(f"{of_other.name}_logits", other, fail), None, temperature, params, p.settings)
 
 
-def _chunked(p: Hidden, q: OtherRows, head: LMHeadOptions) -> tuple[Hidden, OtherRows]:
+def _chunked(p: Hidden, q: OtherRows, head: LMHeadOptions, copies: int) -> tuple[Hidden, OtherRows]:
     """Both with the same chunks, whose budget is for the logits of both models."""
-    row_bytes = p.head.weight.size(0) * p.settings.logits_dtype.itemsize
+    row_bytes = copies * p.head.weight.size(0) * p.settings.logits_dtype.itemsize
     if q.head is not None:
         row_bytes += q.head.weight.size(0) * q.settings.logits_dtype.itemsize
     size, keep = chunking(p.states.size(0), row_bytes, p.states.device, head.chunk_rows, head.memory_budget)

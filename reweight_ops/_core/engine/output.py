@@ -16,6 +16,7 @@ from ..calls.policy import STATISTICS, LossCall
 from ..formula.namespace import TorchNamespace
 from ..once import computed_once, outside_of_modes
 from ..transforms import in_transform
+from .distillation import DistillationLossOutput
 from .metrics import Metrics, policy_metrics
 from .versions import Versions
 
@@ -66,6 +67,8 @@ class PolicyLossOutput:
     _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False)
     #: Of what the properties read, and of what the derivatives read besides.
     _versions: tuple[Versions, Versions] | None = field(repr=False)
+    #: The divergences from a teacher, of a loss that has a term of them: ``loss`` holds it, everything else here is the spec's own.
+    teacher: DistillationLossOutput | None = None
 
     @classmethod
     def later(cls, loss: Tensor, plan: str, backend: str, rest: Callable[[], PolicyLossOutput]) -> PolicyLossOutput:
@@ -160,14 +163,15 @@ _ROWS = ("per_token_logps", "entropies", "per_token_loss", "ratio", "coef", "is_
 
 
 def _flatten(out: PolicyLossOutput) -> tuple[list[Any], Any]:
-    return [out.loss, *(getattr(out, name) for name in _ROWS), out.metrics.sums], (out.plan, out.backend, out.metrics.names)
+    taught = [] if out.teacher is None else [out.teacher]
+    return [out.loss, *(getattr(out, name) for name in _ROWS), out.metrics.sums, *taught], (out.plan, out.backend, out.metrics.names)
 
 
 def _unflatten(values: Any, context: Any) -> PolicyLossOutput:
     out = object.__new__(PolicyLossOutput)
-    loss, *rows, sums = values
+    loss, rows, (sums, *taught) = values[0], values[1 : 1 + len(_ROWS)], values[1 + len(_ROWS) :]
     plan, backend, names = context
-    for name, value in zip(("loss", *_ROWS), (loss, *rows), strict=True):
+    for name, value in zip(("loss", *_ROWS, "teacher"), (loss, *rows, *(taught or [None])), strict=True):
         out.__dict__[name] = value
     out.__dict__.update(plan=plan, backend=backend, metrics=Metrics(names, sums))
     return out

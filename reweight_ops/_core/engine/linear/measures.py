@@ -173,3 +173,45 @@ class DivergenceMeasure(NamedTuple):
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         return again.divergence_stats(logits.tensors(), self.softmaxes, False, self.beta)
+
+
+class JointMeasure(NamedTuple):
+    """One model's statistics and its divergences from a second one, of the same chunk of logits: the outputs of the first, then those of the second.
+
+    Both gradients exist for one chunk, and their sum is rounded once more.
+    """
+
+    token: TokenMeasure
+    divergence: DivergenceMeasure
+
+    @property
+    def backend(self) -> str:
+        return self.token.backend
+
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        return self.token.differentiable + self.divergence.differentiable
+
+    def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
+        first, second = self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad)
+        return Found(first.outputs + second.outputs, first.rest + second.rest)
+
+    def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
+        outputs, rest = len(self.token.names), 1  # of one model there is only lse_low besides
+        parts = (
+            (self.token, Found(found.outputs[:outputs], found.rest[:rest]), by[:outputs]),
+            (self.divergence, Found(found.outputs[outputs:], found.rest[rest:]), by[outputs:]),
+        )
+        moving = [part for part in parts if any(g is not None for g in part[2])]
+        # The last may write over the logits, which the others read.
+        others = [measure.gradient(logits, known, coefs, False) for measure, known, coefs in moving[:-1]]
+        measure, known, coefs = moving[-1]
+        last = measure.gradient(logits, known, coefs, over)
+        total = logits.values if last is None else last
+        for other in others:
+            assert other is not None
+            total += other
+        return last
+
+    def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
+        return self.token.formulas(logits) + self.divergence.formulas(logits)

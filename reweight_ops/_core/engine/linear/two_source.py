@@ -36,25 +36,29 @@ class TwoHiddenSource(PlainSource):
         )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-        values = linear_statistics(self.both.p, self._per_row, self._other, self._measure(backend))
-        found = (*STATISTICS, GENERALIZED_JSD)[: len(values)]
-        return {name: self.both.p.scatter(value) for name, value in zip(found, values, strict=True)}
+        values = linear_statistics(self.both.p, self.per_row, self.other, self.measure(backend))
+        return {name: self.both.p.scatter(value) for name, value in zip(self.names, values, strict=True)}
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
         p = self.both.p
-        two = TwoWork(work._replace(weights=p.gather(work.weights)), self._measure(backend))
-        loss, table = LinearOnePass.apply(p.states, *p.head, self._per_row, self._other, p.settings, two)  # type: ignore[no-untyped-call]
+        two = TwoWork(work._replace(weights=p.gather(work.weights)), self.measure(backend))
+        loss, table = LinearOnePass.apply(p.states, *p.head, self.per_row, self.other, p.settings, two)  # type: ignore[no-untyped-call]
         return loss, torch.stack([p.scatter(row) for row in table.unbind()]) if p.index is not None else table
 
     @property
-    def _per_row(self) -> PerRow:
+    def names(self) -> tuple[str, ...]:
+        """The statistics, in the order of the measure's outputs."""
+        return STATISTICS if self.beta is None else (*STATISTICS, GENERALIZED_JSD)
+
+    @property
+    def per_row(self) -> PerRow:
         return PerRow(self.both.p.ids, self.both.p.temperature, self.both.other.temperature)
 
     @property
-    def _other(self) -> OtherHead:
+    def other(self) -> OtherHead:
         q = self.both.other
         return OtherHead(q.values, q.head, self.both.p.index, q.settings)
 
-    def _measure(self, backend: str) -> DivergenceMeasure:
+    def measure(self, backend: str) -> DivergenceMeasure:
         softmax, other = self.both.p.settings.softmax, self.both.other.softmax
         return DivergenceMeasure((softmax.vocab_size, softmax.softcap, other.softcap), backend, self.beta)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ...backends.base import RowInputs, SoftmaxParams
+from ...backends.base import LOSS_ROWS, RowInputs, SoftmaxParams
 from .. import jsd_ops, kept_ops
 from .. import ops as library
 from ..autograd import weighted_sum
@@ -56,14 +56,21 @@ class TokenWork(NamedTuple):
         return self._replace(work=self.work._replace(inputs=inputs))
 
     def gradient_(self, logits: LogitRows) -> Tensor:
-        inputs, params, program = self.work
-        z, ids, t, sets = logits.values, logits.rows.ids, logits.rows.temperature, logits.rows.sets
-        rest = (*self.softmax[:2], False, self.backend)
-        if sets is None:
-            table: Tensor = library.called(library.token_loss_grad_, z, ids, t, *inputs, params, program, *rest)
-            return table
-        table = library.called(kept_ops.kept_loss_grad_, z, ids, *sets[:3], t, *inputs, params, program, self.over_vocabulary, *rest)
+        table: Tensor = self._called(logits, library.token_loss_grad_, kept_ops.kept_loss_grad_)
         return table
+
+    def gradient(self, logits: LogitRows) -> tuple[Tensor, Tensor]:
+        """The table, and the gradient as a tensor of its own."""
+        table, grad = self._called(logits, library.token_loss_grad, kept_ops.kept_loss_grad)
+        return table, grad
+
+    def _called(self, logits: LogitRows, whole: Any, of_sets: Any) -> Any:
+        """What the op gives of rows over the whole vocabulary, or of rows with kept sets."""
+        inputs, params, program = self.work
+        rows, sets, rest = (logits.rows.ids, logits.rows.temperature), logits.rows.sets, (*self.softmax[:2], False, self.backend)
+        if sets is None:
+            return library.called(whole, logits.values, *rows, *inputs, params, program, *rest)
+        return library.called(of_sets, logits.values, rows[0], *sets[:3], rows[1], *inputs, params, program, self.over_vocabulary, *rest)
 
     def live(self, table: Tensor) -> Tensor | None:
         return live_rows(table[4], table[5])
@@ -106,3 +113,33 @@ class TwoWork(NamedTuple):
         if self.measure.beta is None:
             return weighted_sum(table, *self.work)
         return torch.where(self.work.weights == 0, 0, self.work.weights * table[-1]).sum()
+
+
+class JointWork(NamedTuple):
+    """A program and a weighted sum of divergences, of the same chunk of logits: the rows of the first's table, then those of the second's."""
+
+    token: TokenWork
+    two: TwoWork
+
+    @property
+    def backend(self) -> str:
+        return self.token.backend
+
+    @property
+    def op(self) -> str:
+        return self.token.op
+
+    def at(self, rows: slice) -> JointWork:
+        return JointWork(self.token.at(rows), self.two.at(rows))
+
+    def gradient_(self, logits: LogitRows) -> Tensor:
+        table, grad = self.token.gradient(logits)
+        second = self.two.gradient_(logits)
+        logits.values.add_(grad)
+        return torch.cat([table, second])
+
+    def live(self, table: Tensor) -> Tensor | None:
+        return live_rows(table[4], table[5], self.two.work.weights)
+
+    def loss(self, table: Tensor) -> Tensor:
+        return self.token.loss(table) + self.two.loss(table[len(LOSS_ROWS) :])
