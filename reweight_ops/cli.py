@@ -18,6 +18,7 @@ from ._core.backends.base import Request
 from ._core.backends.built import why_missing
 from ._core.backends.select import NAMES, load, why_not
 from ._core.catalogue.lookup import recipe as lookup
+from ._core.catalogue.papers import paper_of
 from ._core.catalogue.recipes import RECIPES
 from ._core.catalogue.registry import CATALOGUE, KINDS, Entry
 from ._core.catalogue.search import exact
@@ -164,8 +165,7 @@ def recipes() -> None:
 def recipe(name: str) -> None:
     """One recipe, by name, acronym, title or arXiv id: its hyper-parameters as published, what is the caller's, and a training loop."""
     r = lookup(name)
-    arxiv = "" if r.arxiv == "unknown" else f", arXiv:{r.arxiv}"
-    console.print(f"{r.name}: {r.paper}{arxiv} ({r.certainty})\n", highlight=False, markup=False)
+    console.print(f"{r.name}: {r.publication.source} ({r.certainty})\n", highlight=False, markup=False, soft_wrap=True)
     if r.settings:
         table = Table("hyper-parameter", "value", "source")
         for setting in r.settings:
@@ -191,7 +191,7 @@ def show(name: str) -> None:
 
 def _show(e: Entry) -> None:
     console.print(f"[bold]{e.call}[/]: {e.full_name}", highlight=False)
-    console.print(f"{e.paper}, arXiv:{e.arxiv} ({e.certainty})\n", highlight=False, markup=False)
+    console.print(f"{paper_of(e).source} ({e.certainty})\n", highlight=False, markup=False, soft_wrap=True)
     console.print(e.formula + "\n", highlight=False, markup=False)
     table = Table("parameter", "default", title="parameters")
     for parameter, value in e.defaults.items():

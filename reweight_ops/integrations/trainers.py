@@ -55,6 +55,13 @@ TRAINERS: dict[str, Trainer] = {
     for t in (
         Trainer("TRL", "trl", ("1.15.0", "1.16.0"), f"{_HERE}.trl: ReweightGRPOTrainer, patch_trl()", "docs/trainers/trl.md"),
         Trainer(
+            "TRL before 1.15",
+            "trl",
+            ("1.9.0", "1.14.2"),
+            f"{_HERE}.logits: patch_logits_functions(); Axolotl, ms-swift",
+            "docs/trainers/logits.md",
+        ),
+        Trainer(
             "verl",
             "verl",
             ("0.9.1",),

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import reweight_ops as rw
 from reweight_ops import cli
+from reweight_ops._core.catalogue.papers import REPOSITORIES, paper_of, papers
 from reweight_ops._core.catalogue.recipes import recipes_of
 from reweight_ops._core.catalogue.registry import CATALOGUE
-from reweight_ops._core.catalogue.search import entries
 from reweight_ops.recipes import RECIPES, Recipe, register
 
 
@@ -69,12 +69,22 @@ def test_ar_and_lopti_together_as_their_authors():
 
 
 def test_every_paper_with_several_entries_and_every_estimator_has_one():
-    by_paper = {}
-    for entry in entries():
-        by_paper.setdefault(entry.paper, []).append(entry)
-    assert not [paper for paper, of in by_paper.items() if len(of) > 1 and not recipes_of(of)]
+    assert not [paper for paper, of in papers().items() if len(of) > 1 and not recipes_of(of)]
     used = {entry.call for r in RECIPES.values() for entry in r.entries}
     assert not [e.call for e in CATALOGUE["advantage"].values() if e.call not in used]
+
+
+def test_a_paper_is_one_title_one_id_one_year():
+    by_id = {}
+    for title, of in papers().items():
+        (arxiv,) = {entry.arxiv for entry in of}
+        assert paper_of(of[0]).year, f"{title} needs a year"
+        if arxiv != "unknown":
+            assert by_id.setdefault(arxiv, title) == title
+    assert not set(REPOSITORIES) - set(by_id), "a repository of no paper of the catalogue"
+    paper = rw.recipe("hapo").publication
+    assert (paper.year, paper.url) == (2025, "https://github.com/starriver030515/HAPO")
+    assert paper.source.endswith("Nature, 2025, arXiv:2509.16591, https://github.com/starriver030515/HAPO")
 
 
 def test_old_log_probs_are_given_wherever_a_ratio_is_read():

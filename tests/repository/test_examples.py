@@ -84,6 +84,15 @@ def test_trl_recipe(capsys):
     assert "for spec in specs:" in capsys.readouterr().out
 
 
+def test_logits_functions(capsys):
+    spec = importlib.util.spec_from_file_location("logits_functions", EXAMPLES / "logits_functions.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    (loss, gradient, our_loss, our_gradient), ran = example.main()
+    assert our_loss == pytest.approx(loss, rel=1e-6) and our_gradient == pytest.approx(gradient, rel=1e-6)
+    assert ran == {"token_logps": 1, "token_stats": 1} and "by the trainer's functions" in capsys.readouterr().out
+
+
 def test_tinker_loss(capsys):
     spec = importlib.util.spec_from_file_location("tinker_loss", EXAMPLES / "tinker_loss.py")
     example = importlib.util.module_from_spec(spec)

@@ -35,7 +35,9 @@ def _link(arxiv: str) -> str:
 
 def _section(each: Recipe) -> str:
     uses = ", ".join(f"`{entry.call}`" for entry in each.entries)
-    parts = [f"## `{each.name}`", "", f"{each.paper}, {_link(each.arxiv)}. Uses {uses}.", ""]
+    of = each.publication
+    code = f" Code: [{of.repository}]({of.url})." if of.repository else ""
+    parts = [f"## `{each.name}`", "", f"{each.paper} ({of.year}), {_link(each.arxiv)}.{code} Uses {uses}.", ""]
     parts += [f"- {note}" for note in each.rollout] + [""] * bool(each.rollout)
     if each.settings:
         parts += ["| hyper-parameter | value | source |", "| --- | --- | --- |"]

@@ -11,6 +11,7 @@ import torch
 
 from ...errors import InvalidCall
 from .lines import functions, reads, renamed, run, wrapped
+from .papers import Paper, paper_of
 from .registry import CATALOGUE, Entry
 
 #: What the lines of a recipe may read of a batch of rollouts, and what it is: B completions of T tokens, those of a prompt one behind the other.
@@ -146,6 +147,11 @@ class Recipe:
     def arxiv(self) -> str:
         """The arXiv id of its paper, or ``unknown``."""
         return self._entry.arxiv
+
+    @property
+    def publication(self) -> Paper:
+        """Its paper: title, arXiv id, year, the authors' repository."""
+        return paper_of(self._entry)
 
     @property
     def certainty(self) -> str:
