@@ -133,7 +133,8 @@ def test_by_hand():
     assert grad.tolist() == [pytest.approx([-s, -s]), pytest.approx([s, 0.0])]
     names = {k: float(v) for k, v in out.metrics.items()}
     assert names == pytest.approx({
-        "rewards/chosen": 2.0, "rewards/rejected": -1.0, "rewards/margins": 3.0, "rewards/accuracies": 1.0, "logps/chosen": -3.0,
+        "rewards/chosen": 2.0, "rewards/rejected": -1.0, "rewards/margins": 3.0, "rewards/accuracies": 1.0, "logps/accuracies": 0.0,
+        "logps/chosen": -3.0,
         "logps/rejected": -1.0, "tokens": 3.0, "sequences": 2.0,
     })  # fmt: skip
 
