@@ -23,10 +23,19 @@ from ._core.losses.linear import linear_policy_loss, linear_token_logps, linear_
 from ._core.losses.linear_distillation import linear_distillation_loss, linear_token_divergence
 from ._core.losses.policy import policy_loss, policy_loss_from_logps
 from ._core.losses.statistics import token_logps, token_stats
-from ._core.spec.coupled import Constraint, GroupContrast
+from ._core.spec.coupled import Constraint, GroupClassification, GroupContrast
 from ._core.spec.policy import Penalty, PolicyLossSpec
-from ._core.spec.ratio import BatchMeanRatio, CenteredRatio, GeometricMeanRatio, Ratio, SegmentRatio, SequenceRatio, TokenRatio
-from ._core.spec.reduction import FromFunction, NoReduction, Reduction, SequenceMean, TokenMean, TokenSum
+from ._core.spec.ratio import (
+    BatchMeanRatio,
+    CenteredRatio,
+    CumulativeRatio,
+    GeometricMeanRatio,
+    Ratio,
+    SegmentRatio,
+    SequenceRatio,
+    TokenRatio,
+)
+from ._core.spec.reduction import FromFunction, NoReduction, PromptMean, Reduction, SequenceMean, TokenMean, TokenSum
 from .divergences import DistillationLossOutput, distillation_loss, token_divergence
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
 from .nn import FusedLinearLogProbs, FusedLinearPolicyLoss
@@ -43,12 +52,14 @@ __all__ = [
     "BatchMeanRatio",
     "CenteredRatio",
     "Constraint",
+    "CumulativeRatio",
     "DistillationLossOutput",
     "Explanation",
     "FromFunction",
     "FusedLinearLogProbs",
     "FusedLinearPolicyLoss",
     "GeometricMeanRatio",
+    "GroupClassification",
     "GroupContrast",
     "HiddenLogits",
     "InvalidCall",
@@ -60,6 +71,7 @@ __all__ = [
     "PolicyLossOutput",
     "PolicyLossSpec",
     "PreferenceLossOutput",
+    "PromptMean",
     "Ratio",
     "Recipe",
     "Reduction",

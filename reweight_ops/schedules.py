@@ -20,7 +20,19 @@ from ._core.spec.policy import PolicyLossSpec
 from .errors import InvalidCall
 from .methods.reweighting import lopti as lopti_spec
 
-__all__ = ["D3sBudget", "Relift", "ReliftState", "all_failed", "capo", "d3s", "lopti", "lopti_updates", "tsa"]
+__all__ = [
+    "AdaptiveEntropy",
+    "AdaptiveEntropyState",
+    "D3sBudget",
+    "Relift",
+    "ReliftState",
+    "all_failed",
+    "capo",
+    "d3s",
+    "lopti",
+    "lopti_updates",
+    "tsa",
+]
 
 _Batch = TypeVar("_Batch")
 
@@ -181,6 +193,48 @@ class Relift:
         waiting = state.buffered + num_failed
         due = waiting >= self.buffer_size
         return ReliftState(waiting - self.buffer_size if due else waiting), due
+
+
+class AdaptiveEntropyState(NamedTuple):
+    """``coef``: the coefficient before the target's gate, a 0-d tensor."""
+
+    coef: Tensor
+
+
+@published(
+    "adaptive_entropy",
+    "Adaptive entropy control (Skywork-OR1)",
+    paper="Skywork Open Reasoner 1 Technical Report",
+    arxiv="2505.22312",
+    level="step",
+)
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveEntropy:
+    """The entropy bonus's coefficient: one ``step`` up while the entropy is below the target and down else, in [0, ``coef_max``]; 0 in force above the target.
+
+    :meth:`update` returns the state and the coefficient for the next step, a 0-d tensor: nothing waits for the device and nothing is recompiled. The
+    defaults are those of the authors' 32B runs::
+
+        state, coef = control.update(state, out.metrics["entropy"])
+        spec = rw.methods.grpo(entropy_coef=coef)
+    """
+
+    target_entropy: NonNegative[float] = 0.2
+    step: NonNegative[float] = 1e-4
+    coef_min: NonNegative[float] = 0.0
+    coef_max: NonNegative[float] = 0.005
+
+    def init(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> AdaptiveEntropyState:
+        """A coefficient of ``coef_min``."""
+        return AdaptiveEntropyState(torch.full((), self.coef_min, device=device, dtype=dtype))
+
+    def update(self, state: AdaptiveEntropyState, entropy: float | Tensor) -> tuple[AdaptiveEntropyState, Tensor]:
+        """``entropy``: the batch's mean. One that is not finite leaves the coefficient as it is, and not in force."""
+        now = torch.as_tensor(entropy, dtype=state.coef.dtype, device=state.coef.device).detach()
+        below = now < self.target_entropy
+        moved = (state.coef + self.step * (2 * below.to(state.coef.dtype) - 1)).clamp(self.coef_min, self.coef_max)
+        coef = torch.where(torch.isfinite(now), moved, state.coef)
+        return AdaptiveEntropyState(coef), torch.where(below, coef, 0)
 
 
 __getattr__ = published_names("schedule")

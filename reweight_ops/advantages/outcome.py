@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.catalogue.registry import published
-from .._core.ranges import Interval, NonNegative, NonNegativeOrInf, OpenUnit
+from .._core.ranges import Interval, NonNegative, NonNegativeOrInf, OpenUnit, Positive
 from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped
 from ..errors import InvalidCall
 
@@ -231,3 +231,62 @@ def qae(
     place = (share.numerator * size + share.denominator - 1) // share.denominator - 1  # ceil(K n)-th of n, from 0
     baseline = g.sum(torch.where(g.rank(g.values) == place, g.values, 0))
     return g.result((g.values - baseline) / (g.std(g.values, correction) + epsilon))
+
+
+@published(
+    "lite_ppo",
+    "Lite PPO",
+    paper="Part I: Tricks or Traps? A Deep Dive into RL for LLM Reasoning",
+    arxiv="2508.08221",
+    certainty="secondary",
+    level="batch",
+)
+def lite_ppo(rewards: Tensor, *, epsilon: NonNegative[float] = 1e-4, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = (r - mean_g) / (std + epsilon)``, the standard deviation that of the whole batch, unbiased: ``grpo(scale_rewards="batch")``. ``[B] -> [B]``.
+
+    The loss is ``methods.ppo``: the other of its two tricks is the token mean.
+    """
+    return grpo(rewards, scale_rewards="batch", epsilon=epsilon, **groups)
+
+
+@published(
+    "gpg",
+    "Group Policy Gradient: the advantage",
+    paper="GPG: A Simple and Strong Reinforcement Learning Baseline for Model Reasoning",
+    arxiv="2504.02546",
+    certainty="secondary",
+    level="batch",
+)
+def gpg(rewards: Tensor, *, f_norm: Positive[float] = 1.0, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = α·(r - mean_g) / f_norm``, ``α`` the number of responses over that of responses with a reward that is not 0. ``[B] -> [B]``.
+
+    ``singleton``: what a group of one gets, ``"zero"`` or ``"reward"`` (verl: α times its reward). The loss is ``methods.gpg``. Transcribed from verl.
+    """
+    g = grouped("gpg", rewards, groups)
+    alpha = g.scored.sum().to(g.values.dtype) / ((g.values != 0) & g.scored).sum().clamp(min=1)
+    return alpha * singletons(g, g.centered, singleton) / f_norm
+
+
+@published(
+    "a_star_po",
+    "A*-PO: the optimal advantage",
+    paper="Accelerating RL for LLM Reasoning with Optimal Advantage Regression",
+    arxiv="2505.20686",
+    certainty="secondary",
+    level="group",
+)
+def a_star_po(rewards: Tensor, reference_rewards: Tensor, *, beta: Positive[float] = 0.5, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = r - V*``, ``V* = β·log(mean_m exp(r_ref/β))`` from M rewards of the reference policy for the prompt. ``[B], [num_groups, M] -> [B]``.
+
+    NaN: fewer than M. For ``methods.a_star_po``. Prompts that the reference never solves are left out beforehand. β is ``beta1`` of TRL's ``A2POTrainer``.
+    """
+    g = grouped("a_star_po", rewards, groups)
+    reference = floats("a_star_po", "reference_rewards", reference_rewards).to(g.values.dtype)
+    if reference.dim() != 2 or reference.shape[0] != g.groups.count:
+        raise InvalidCall(
+            f"a_star_po: reference_rewards has shape {tuple(reference.shape)}, expected ({g.groups.count}, M): M rewards a group."
+        )
+    known = ~reference.isnan()
+    scaled = torch.where(known, reference / beta, -torch.inf)
+    value = beta * (scaled.logsumexp(1) - known.sum(1).to(scaled.dtype).log())
+    return g.result(g.values - g.groups.spread(value))

@@ -187,18 +187,20 @@ class Discopop(PairLoss):
 @dataclass(frozen=True, kw_only=True)
 class ChosenNll(PairLoss):
     """The negative log-likelihood of the chosen sequences: ``per`` ``"batch"`` the mean over all their tokens (TRL's ``sft``), ``"sequence"``
-    each one's token mean, ``"sum"`` each one's sum."""
+    each one's token mean, ``"sum"`` each one's sum. ``side``: of another sequence of the group instead (TPO's gold responses are the third)."""
 
     per: str = "batch"
+    side: int = 0
 
     def __post_init__(self) -> None:
         if self.per not in ("batch", "sequence", "sum"):
             raise InvalidCall(f"ChosenNll: per is {self.per!r}, expected 'batch', 'sequence' or 'sum'.")
 
     def loss(self, p: Pairs) -> Tensor:
+        side = p.sides[self.side]
         if self.per == "batch":
-            return -(p.chosen.sums.sum() / p.chosen.lengths.sum().clamp(min=1)).expand(p.keep.shape)
-        return -p.chosen.mean_logps if self.per == "sequence" else -p.chosen.sums
+            return -(side.sums.sum() / side.lengths.sum().clamp(min=1)).expand(p.keep.shape)
+        return -side.mean_logps if self.per == "sequence" else -side.sums
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from .._core.catalogue.registry import CATALOGUE
 from ..errors import InvalidCall
 from . import Comparison, compare, make_batch
 from .golden import golden_error
-from .golden_rows import GOLDEN, GOLDEN_KINDS, Golden
+from .golden_row import Golden
+from .golden_rows import GOLDEN, GOLDEN_KINDS
 from .pairs import compare_divergence, compare_pairs, make_divergence, make_pairs
 
 #: The kinds that are compared with the fp64 reference; of the divergences the one that has kernels, the others have golden rows.

@@ -118,6 +118,17 @@ def test_a_statistic_is_the_loop(name, args, expected, level, kind):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
+def test_the_capped_mean_is_the_loop(kind):
+    rows, owner, x = layout(kind)
+    where = torch.rand(len(owner), generator=torch.Generator().manual_seed(1)) < 0.6
+    got = BatchStatistics(rows).capped_mean(x, where)
+    members = [i for i, s in enumerate(owner) if s is not None and where[i]]
+    want = [sum(torch.minimum(x[j], x[i]) for j in members) / len(members) for i in members]
+    torch.testing.assert_close(got[members], torch.stack(want))
+    assert not got[[i for i in range(len(owner)) if i not in members]].any()
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_numbers_count_rows(kind):
     rows, owner, _ = layout(kind)
     batch = BatchStatistics(rows)

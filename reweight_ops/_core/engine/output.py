@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from ...errors import UnsupportedRequest
 from ..calls.policy import STATISTICS, LossCall
 from ..formula.namespace import TorchNamespace
 from ..once import computed_once, outside_of_modes
 from ..transforms import in_transform
+from .diagnostics import policy_diagnostics
 from .distillation import DistillationLossOutput
 from .metrics import Metrics, policy_metrics
 from .versions import Versions
@@ -133,6 +135,15 @@ class PolicyLossOutput:
         by = None if self._by is None and torch.compiler.is_exporting() else self._derivatives
         more = {} if self._more is None or by is None else self._more(by)
         return policy_metrics(self._call, self._leaves, by, more)
+
+    @computed_once
+    def diagnostics(self) -> Metrics:
+        """Which tokens the gradient is due to, how far the sampler is off, what the update does to the entropy; apart from :attr:`metrics`, and
+        computed when first read."""
+        if "_call" not in self.__dict__ and "_rest" not in self.__dict__:
+            raise UnsupportedRequest("diagnostics are not among what leaves a compiled graph: read them in the function that is compiled.")
+        self._unchanged("diagnostics", derivatives=True)
+        return policy_diagnostics(self._call, self._leaves, self._derivatives)
 
 
 def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

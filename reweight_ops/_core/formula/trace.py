@@ -23,7 +23,8 @@ SYMBOLS = frozenset({"leaf", "param", "const"})
 
 #: What ``batch`` offers to a weight: statistics over the valid rows of the call, of each row's sequence, or of each row's prompt.
 BATCH_FUNCTIONS = (
-    "mean", "sum", "min", "max", "quantile", "quantile_nearest", "top", "largest", "draw", "rank", "mean_below", "seq_mean", "seq_sum", "seq_min",
+    "mean", "sum", "min", "max", "quantile", "quantile_nearest", "top", "largest", "draw", "rank", "mean_below", "capped_mean", "seq_mean", "seq_sum",
+    "seq_min",
     "seq_max", "seq_rank", "seq_quantile", "seq_cumsum", "seq_suffix_sum", "group_sum", "group_mean", "group_min", "group_max",
 )  # fmt: skip
 

@@ -17,8 +17,8 @@ from .rows import Rows
 class BatchStatistics:
     """Statistics of values, one a row (or one number), over the valid rows; nothing waits for the device, and masked rows may hold anything.
 
-    Over the call: ``sum mean min max quantile quantile_nearest top largest draw rank mean_below``. Over each row's sequence ``[N]``: ``seq_sum seq_mean
-    seq_min seq_max seq_rank seq_quantile``, and along it ``seq_cumsum seq_suffix_sum``. Over the tokens of each row's prompt, by the call's ``group_ids``:
+    Over the call: ``sum mean min max quantile quantile_nearest top largest draw rank mean_below capped_mean``. Over each row's sequence ``[N]``: ``seq_sum
+    seq_mean seq_min seq_max seq_rank seq_quantile``, and along it ``seq_cumsum seq_suffix_sum``. Over each row's prompt, by the call's ``group_ids``:
     ``group_sum group_mean group_min group_max``. A place in an order has no gradient; everything else has. ``batch.seq_cumsum(1.0)`` counts tokens.
     """
 
@@ -115,6 +115,14 @@ class BatchStatistics:
         ordered = Ordered.by((~self._rows.keep).long(), x)
         total = self._only(x, 0)[ordered.order].cumsum(0)
         return self._only(ordered.back(total / torch.arange(1, total.numel() + 1, device=total.device)), 0)
+
+    def capped_mean(self, x: Tensor, where: Tensor) -> Tensor:
+        """``[N]``: the mean of ``min(x_j, x)`` over the valid rows j with ``where``, for a row that is one of them; it grows with ``x``."""
+        ordered = Ordered.by((~(self._rows.keep & where)).long(), x)
+        values = torch.where(ordered.key == 0, x[ordered.order], 0)
+        count = ordered.count()
+        total = values.cumsum(0) + values * (count - 1 - ordered.place())
+        return self._only(ordered.back(torch.where(ordered.key == 0, total / count, 0)), 0)
 
     def seq_rank(self, x: Tensor) -> Tensor:
         """``[N]``: :meth:`rank` among the row's sequence."""
