@@ -95,6 +95,8 @@ def kl_dro(losses: Tensor, *, temperature: Positive[float], **groups: Unpack[Gro
     """``w_i = n·exp(loss_i/temperature)/sum_j exp(loss_j/temperature)``: the worst distribution within a KL penalty, hard samples first.
 
     The maximum over w of ``mean(w·loss) - temperature·KL(w/n || uniform)``. Without group arguments the batch is one group.
+
+    The paper is ICLR 2024's, openreview.net/forum?id=OF5x1dzWSS. It is on arXiv too (August 2023), under an id that no source we could read prints.
     """
     g = grouped("kl_dro", losses, groups, name="losses", whole=True)
     return _softmax(g, g.values / temperature)

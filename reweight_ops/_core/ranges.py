@@ -2,7 +2,7 @@
 
 :func:`ranged` reads these annotations of a function or a dataclass, checks what is given, and adds them to the docstring. A Python number is
 checked; a tensor is not read, nor is a formula that stands for a number (:class:`Unread`). Booleans, strings and NaN are no numbers.
-What is made inside of a compiled function is not checked; keywords of a call are.
+A compiled function checks the parts of the policy losses that it builds while it is compiled; of the rest that is made inside nothing is checked.
 """
 
 from __future__ import annotations

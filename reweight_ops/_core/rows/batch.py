@@ -42,7 +42,9 @@ class BatchStatistics:
         return self._only(x, 0).sum()
 
     def mean(self, x: Any) -> Tensor:
-        return self.sum(x) / self._rows.keep.sum().clamp(min=1)
+        # In fp64, so that the mean of equal numbers is that number: what is left of them after it is 0, and no rounding's sign.
+        chosen = self._only(x, 0)
+        return (chosen.sum(dtype=torch.float64) / self._rows.keep.sum().clamp(min=1)).to(chosen.dtype)
 
     def _ended(self, x: Tensor, other: float) -> Tensor:
         """``x`` in the rows that are in, else ``other``, and one more of those: a batch without rows has an extremum too."""
