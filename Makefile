@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test lint format types tests trainers slow site wheel gpu gpu-test gpu-bench gpu-kernels triton-versions torch-versions setup clean
+.PHONY: demo test lint format types tests trainers conformance slow site wheel gpu gpu-test gpu-bench gpu-kernels triton-versions torch-versions setup clean
 
 demo: setup            ## the main job: TRL's GRPOTrainer on a toy task, stock against fused, then reweighted
 	$(BIN)/python examples/trl_addition.py --out demo_output
@@ -35,6 +35,15 @@ trainers: setup build/trainers/.installed ## verl, whose own code the parity tes
 build/trainers/.installed: tests/support/trainers.txt
 	@rm -rf build/trainers && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/trainers -r $< \
 	  && touch $@ || echo "the trainers could not be installed: their parity tests will be skipped"
+
+# A peer that cannot be installed is a line of the table that says so.
+conformance: setup trainers build/peers/.installed ## peers' own functions over their options beside ours: what agrees, what differs and why (a minute or two)
+	PYTHONPATH=tests:tests/support $(BIN)/python -m conformance
+
+build/peers/.installed: tests/support/peers.txt
+	@rm -rf build/peers && mkdir -p build/peers && for peer in $$(grep -v '^#' $<); do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/peers $$peer || echo "$$peer could not be installed"; \
+	done; touch $@
 
 slow: setup trainers            ## the sweeps that CI leaves out
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
