@@ -208,8 +208,8 @@ RW_KERNEL(kThreads, kPackedBlocks) packed_stats_kernel(RW_PARAMETER StatsCall ca
         const int columns = int(columns_of(call, i));
         const Row<T> row(call, i);
         const Partial sums = sum_row<kSums, false>(row, columns, Slices(columns / kPerVector<T>), softcap, partials[buffer]);
-        buffer ^= 1;
         if (thread_index() == 0) put_row(call, i, finish(sums, target_of(row, softcap), row.temperature, row.scale));
+        buffer ^= 1;  // while warp 0 merges, the others begin the next row
     }
 }
 
@@ -225,7 +225,7 @@ RW_KERNEL(kThreads, kPackedBlocks) packed_grad_kernel(RW_PARAMETER GradCall call
             const Row<T> row(call, i);
             known = {row.x, static_cast<T*>(call.out) + call.bounds[i], row.target, known_gradient(call, row, i, softcap, kFull)};
         }
-        barrier();
+        barrier();  // the row is ready
         write_gradient<T, kFull, kUnroll>(known, columns, columns, softcap);
         barrier();  // nobody reads it any more
     }
