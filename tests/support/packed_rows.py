@@ -76,10 +76,10 @@ def check_sure_rows(backend):
     contract.check_signs_and_order(AsLogits(backend))
 
 
-def check_each_row_alone(backend, dtype, longest=1900):
-    """Rows of many lengths: each has the bits of the same row of logits, one that is out gives 0, one without a place NaN, and neither is read."""
+def check_each_row_alone(backend, dtype, longest=1900, many=False):
+    """Rows of many lengths, with ``many`` more than there are blocks: each has the bits of the same row of logits, one that is out gives 0, one without a place NaN, and neither is read."""
     g = torch.Generator().manual_seed(longest)
-    lengths = [n for n in (1, 2, 3, 15, 16, 17, 64, 129, 511, 1025, longest) if n <= longest] + [5, 0, 4]
+    lengths = [n for n in (1, 2, 3, 15, 16, 17, 64, 129, 511, 1025, longest) if n <= longest] + [longest] * (many and 9) + [5, 0, 4]
     n, total = len(lengths), sum(lengths)
     values = (3 * torch.randn(total, generator=g)).to(dtype)
     stop = torch.tensor(lengths).cumsum(0)

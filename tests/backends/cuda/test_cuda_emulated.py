@@ -254,7 +254,7 @@ def test_packed_rows_are_as_accurate(cuda, dtype, head, kind):
 
 
 def test_each_packed_row_is_as_alone(cuda, dtype, schedule):
-    packed_rows.check_each_row_alone(cuda, dtype)
+    packed_rows.check_each_row_alone(cuda, dtype, many=True)
 
 
 def test_corners_of_packed_rows(cuda):
