@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.calls.sampling_mask import SamplingMask
 from .._core.calls.specs import method
 from .._core.engine.output import PolicyLossOutput
 from .._core.formula.base import Rule, TokenWeight
@@ -52,8 +53,6 @@ def _refuse(args: Any) -> None:
     """Raise for what slime's own loss does and one call of the op cannot."""
     sizes = {"tensor": mpu.get_tensor_model_parallel_world_size(), "context": mpu.get_context_parallel_world_size()}
     reasons = [f"{kind} parallelism of {size}: the rows of a call are whole" for kind, size in sizes.items() if size > 1]
-    if args.rollout_top_p != 1.0:
-        reasons.append(f"rollout_top_p={args.rollout_top_p}: log-probs over the kept tokens alone are not here")
     for name in ("custom_tis_function_path", "custom_pg_loss_reducer_function_path"):
         if getattr(args, name, None) is not None:
             reasons.append(f"{name}: a weight of the spec does that")
@@ -127,18 +126,39 @@ def _kl(args: Any) -> Rule:
     return K3Corrected(clamp=math.inf)
 
 
+def _kept(args: Any, batch: dict[str, Any], layout: Packed) -> SamplingMask | None:
+    """What the rollout's top-p kept of every position, None where it cut nothing."""
+    if args.rollout_top_p == 1.0:
+        return None
+    names = ("rollout_top_p_token_ids", "rollout_top_p_token_offsets")
+    given = [batch.get(name) for name in names]
+    if any(x is None for x in given):
+        raise InvalidCall(f"rollout_top_p={args.rollout_top_p} needs {names[0]} and {names[1]} in the batch, as in slime's own loss.")
+    device = layout.targets.device
+    ids, offsets = ([torch.as_tensor(x, dtype=torch.int64, device=device) for x in parts] for parts in given if parts is not None)
+    lengths = [x.numel() - 1 for x in offsets]
+    if lengths != list(batch["response_lengths"]):
+        raise UnsupportedRequest(
+            f"{names[1]} are of {lengths} tokens, the responses have {list(batch['response_lengths'])}: "
+            "the op takes the kept ids of every response token, slime the whole vocabulary where it has none."
+        )
+    counts = layout.spread([x.diff() for x in offsets])
+    return SamplingMask(torch.cat(ids), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+
 def loss(
     args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """slime's ``policy_loss_function`` by one :func:`~reweight_ops.policy_loss` call on ``[1, T, V]`` logits.
 
+    With ``rollout_top_p`` log-probs are over the tokens that the rollout kept (:class:`~reweight_ops.SamplingMask`), entropies over the vocabulary, as slime's.
     The reduction is slime's ``sum_of_sample_mean``, whatever it divides by. Metrics have slime's names: ``loss``, ``pg_loss``, ``entropy_loss``,
     ``pg_clipfrac``, ``ppo_kl``, and ``kl_loss`` and ``train_rollout_logprob_abs_diff`` where slime has them. With ``eps_clip_c``, ``pg_clipfrac`` counts
     its clip too.
 
     Raises:
-        UnsupportedRequest: tensor or context parallelism, replay of top-p supports, a custom correction or reducer.
-        InvalidCall: options that would have no effect.
+        UnsupportedRequest: tensor or context parallelism, a top-p that did not record all tokens, a custom correction or reducer.
+        InvalidCall: options that would have no effect; a top-p without the ids that it kept.
     """
     _refuse(args)
     spec = spec_of(args)
@@ -149,7 +169,7 @@ def loss(
 
     sampled = batch.get("rollout_log_probs")
     old = sampled if args.use_rollout_logprobs else batch.get("log_probs")
-    reads = spec.requires
+    reads, kept = spec.requires, _kept(args, batch, layout)
     out = policy_loss(
         logits[0],
         layout.targets,
@@ -162,6 +182,8 @@ def loss(
         old_per_token_logps=layout.spread(old) if old else None,
         ref_per_token_logps=layout.spread(batch["ref_log_probs"]) if "ref_logp" in reads else None,
         sampling_per_token_logps=layout.spread(sampled) if "sampling_logp" in reads and sampled else None,
+        sampling_mask=kept,
+        entropy_over="kept" if kept is None else "vocabulary",
         unused="ignore",  # slime hands over what it has
     )
     return out.loss, _metrics(spec, out, layout, sum_of_sample_mean, old, batch)

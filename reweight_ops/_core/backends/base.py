@@ -113,8 +113,8 @@ class DivergenceInputs(NamedTuple):
 
 
 class PackedRows(NamedTuple):
-    """Rows of different lengths: ``values`` ``[M]`` contiguous, ``bounds`` int64 ``[2, N]`` contiguous. ``ids``: the place of each row's id in it; OUT, or a
-    negative number for NaN (then neither its bounds nor its values are read)."""
+    """Rows of different lengths: ``values`` ``[M]`` contiguous, ``bounds`` int64 ``[2, N]`` contiguous. ``ids``: the place of each row's id in it. OUT, or
+    another negative number for NaN: then neither its bounds nor its values are read."""
 
     values: Tensor
     bounds: Tensor
@@ -171,7 +171,7 @@ class Backend:
     * ``divergence_loss_grad(inputs, constants [3], weights [N], out) -> Tensor [len(DIVERGENCE_STATS), N]``: both at once, with
       ``c_k = weights·constants_k``.
     * ``packed_stats(rows, stats) -> Tensor [len(stats), N]`` and ``packed_grad(rows, stats, coefs, out) -> None``: ``token_stats`` and ``token_grad`` of packed
-      rows; ``out`` is like ``values``, and what is in no row is not written. None: the backend has none.
+      rows. ``out`` is like ``values``; what is in no row, or in one that is not read, is not written. None: the backend has none.
     """
 
     name: str
