@@ -19,7 +19,7 @@ from ._core.backends.built import why_missing
 from ._core.backends.select import NAMES, load, why_not
 from ._core.catalogue.lookup import recipe as lookup
 from ._core.catalogue.papers import paper_of
-from ._core.catalogue.recipes import RECIPES
+from ._core.catalogue.recipes import RECIPES, recipes_of
 from ._core.catalogue.registry import CATALOGUE, KINDS, Entry
 from ._core.catalogue.search import exact
 from ._core.catalogue.search import find as search
@@ -193,6 +193,10 @@ def _show(e: Entry) -> None:
     console.print(f"[bold]{e.call}[/]: {e.full_name}", highlight=False)
     console.print(f"{paper_of(e).source} ({e.certainty})\n", highlight=False, markup=False, soft_wrap=True)
     console.print(e.formula + "\n", highlight=False, markup=False)
+    if recipes_of([e]):
+        console.print(
+            f"all that the paper trains with: reweight-ops recipe {' | '.join(r.name for r in recipes_of([e]))}\n", highlight=False
+        )
     table = Table("parameter", "default", title="parameters")
     for parameter, value in e.defaults.items():
         table.add_row(parameter, "required" if value is inspect.Parameter.empty else str(value))

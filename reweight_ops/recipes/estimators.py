@@ -15,14 +15,14 @@ ALL = (
         entry="rw.advantages.grpo",
         advantages="rw.advantages.grpo(rewards, group_size=group_size)",
         spec="rw.methods.grpo(beta=0.04)",
-        settings=published(PAPER, epsilon_low=0.2, epsilon_high=0.2, beta=0.04),
+        settings=(*published(PAPER, beta=0.04), *published("TRL's default", epsilon_low=0.2, epsilon_high=0.2)),
     ),
     Recipe(
         name="dr_grpo",
         entry="rw.advantages.dr_grpo",
         advantages="rw.advantages.dr_grpo(rewards, group_size=group_size)",
         spec="rw.methods.dr_grpo()",
-        settings=published(PAPER, epsilon_low=0.2, epsilon_high=0.2, beta=0),
+        settings=published("TRL's default", epsilon_low=0.2, epsilon_high=0.2),
         rollout=("`horizon` is the generation budget; without it, the padded length.",),
     ),
     Recipe(
@@ -70,7 +70,10 @@ ALL = (
         entry="rw.advantages.qae",
         advantages="rw.advantages.qae(rewards, quantile=0.4, group_size=group_size)",
         spec="rw.methods.dapo()",
-        settings=published(PAPER, quantile="0.4; 0.6 where entropy collapses", epsilon_low=0.2, epsilon_high=0.28),
+        settings=(
+            *published(PAPER, quantile="0.4; 0.6 where entropy collapses"),
+            *published("DAPO's, which the rest of the method is", epsilon_low=0.2, epsilon_high=0.28),
+        ),
     ),
     Recipe(
         name="grpo_lead",
@@ -178,7 +181,6 @@ ALL = (
         entry="rw.advantages.reinforce_plus_plus",
         advantages="rw.advantages.reinforce_plus_plus(rewards, completion_mask)",
         spec="rw.methods.ppo()",
-        settings=published(PAPER, gamma=1, epsilon=0.2),
         rollout=("The KL penalty is part of the token rewards `[B, T]`: `-β·(logp - ref_logp)`, and the reward at the last token.",),
     ),
     Recipe(
@@ -186,7 +188,6 @@ ALL = (
         entry="rw.advantages.reinforce_plus_plus_baseline",
         advantages="rw.advantages.reinforce_plus_plus_baseline(rewards, completion_mask, group_size=group_size)",
         spec="rw.methods.ppo()",
-        settings=published(PAPER, epsilon=0.2),
     ),
     Recipe(
         name="remax",

@@ -69,7 +69,7 @@ ALL = (
         name="ldr",
         entry="rw.divergences.ldr",
         loss=_MEAN.format(""),
-        settings=published(SCRIPT, margin=0.1, lambda_=1),
+        settings=published(SCRIPT, margin=0.1, lambda_="1 (10 to choose from)"),
         rollout=("The authors rescale the logits first: softplus over its mean, or over the mean absolute value.",),
     ),
     Recipe(
@@ -80,7 +80,7 @@ ALL = (
             "batch.lambdas": "rw.divergences.aldr("
             "rw.token_logps(policy(batch), completion_ids, temperature=lambdas, return_entropy=True)[1], vocab_size, lambda0=1.0, alpha=2.0)"
         },
-        settings=published(EXAMPLE, lambda0=1, alpha=2),
+        settings=(*published(SCRIPT, alpha=2), *published(EXAMPLE, lambda0=1)),
         rollout=("λ is a state of the example, from epoch to epoch; it starts at λ₀.",),
     ),
 )

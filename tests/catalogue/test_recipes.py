@@ -149,6 +149,8 @@ def test_lines_reach_nothing_but_the_package():
 def test_the_command_line_prints_them():
     listed = CliRunner().invoke(cli.app, ["recipes"])
     assert listed.exit_code == 0 and all(name[:8] in listed.output for name in ("ar_lopti", "hapo", "dr_grpo"))
+    entry = CliRunner().invoke(cli.app, ["show", "canon"])
+    assert "reweight-ops recipe canon" in entry.output and "https://github.com/biuboomc/CANON" in entry.output
     shown = CliRunner().invoke(cli.app, ["recipe", "GRPO-LEAD"])
     assert shown.exit_code == 0 and rw.recipe("grpo_lead").to_own_loop() in shown.output and "midpoint" in shown.output
 

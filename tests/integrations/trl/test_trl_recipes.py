@@ -2,6 +2,9 @@
 
 import dataclasses
 import random
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -272,3 +275,12 @@ def test_two_processes_share_a_group():
     hooks = Rollout(trainer, per_token)
     hooks.keep_rewards(rewards)
     torch.testing.assert_close(hooks.complete(trainer, {"completion_mask": masks[1]})["sample_weights"], rewards[4:].expand(4, 5))
+
+
+@pytest.mark.slow
+def test_two_real_processes_share_a_group(tmp_path):
+    script = Path(__file__).with_name("two_process_recipes.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count(" agrees") == 6
