@@ -1,12 +1,17 @@
-"""What the documentation site does to its pages: it lists trainers and a namespace's members, and Sphinx roles of docstrings become plain code."""
+"""What the documentation site does to its pages: it lists trainers and a namespace's members, formulas become MathML, and Sphinx roles plain code."""
 
 import importlib
 import inspect
 import re
+from html import unescape
+
+from latex2mathml.converter import convert
 
 from reweight_ops.integrations.trainers import TRAINERS
 
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(<code[^>]*>)~?")
+#: As pymdownx.arithmatex leaves them. Browsers draw MathML by themselves: no script is fetched.
+FORMULA = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>|<div class="arithmatex">\\\[(.*?)\\\]</div>', re.S)
 EVERY = re.compile(r"^<!-- every: (\S+) -->$", re.M)
 #: Namespaces whose members are registered, and so stand in no ``__all__``.
 DYNAMIC = ("reweight_ops.methods",)
@@ -37,4 +42,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    return ROLE.sub(r"\1", html)
+    def rendered(match: re.Match[str]) -> str:
+        return convert(unescape(match[1] or match[2]), display="block" if match[2] else "inline")
+
+    return FORMULA.sub(rendered, ROLE.sub(r"\1", html))
