@@ -18,6 +18,11 @@ from .sampling import by_reader, primitives, statistics_of
 from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
 
 
+def _version(logits: Logits) -> int:
+    """Grows when a call has begun to write over the logits; 0 of those that none may."""
+    return int(logits.original._version) if logits.consume and not torch.compiler.is_compiling() else 0
+
+
 @dataclass(frozen=True)
 class LogitsSource(PlainSource):
     """Statistics of one logits tensor: of ``STATS`` in :mod:`reweight_ops._core.backends.base`, and of picked ids."""
@@ -69,6 +74,9 @@ class LogitsSource(PlainSource):
             else kernel_of(self.logits.values, self.logits.softmax.vocab_size, device)
         )
 
+    def version(self) -> int:
+        return _version(self.logits)
+
     def close(self) -> None:
         self.logits.mark_consumed()
 
@@ -106,6 +114,9 @@ class TwoLogitsSource(PlainSource):
         loss, table = OnePassDivergence.apply(*self._tensors, *work, *self._rest(backend))  # type: ignore[no-untyped-call]
         return loss, table
 
+    def version(self) -> int:
+        return _version(self.both.p)
+
     def close(self) -> None:
         self.both.p.mark_consumed()
 
@@ -139,6 +150,9 @@ class JoinedSource(PlainSource):
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         kl = self.second.statistics(("forward_kl",), backend)["forward_kl"]
         return {**self.first.statistics(tuple(name for name in names if name != "kl"), backend), "kl": kl}
+
+    def version(self) -> int:
+        return _version(self.first.logits)
 
     def close(self) -> None:
         self.first.close()
