@@ -3,7 +3,7 @@
 ::
 
     from reweight_ops.integrations.torchtitan import PolicyLoss
-    trainer.loss = PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3})
+    loss=ChunkedLossWrapper.Config(num_chunks=8, loss_fn=PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3}))
 
 The logits that the trainer, or its ``ChunkedLossWrapper``, hands over are read once and their gradient is written once.
 """
