@@ -50,7 +50,7 @@ _REDUCTIONS = {
 }  # fmt: skip
 #: AlgorithmConfig fields that SkyRL's own losses read, with their defaults.
 _LOSS_FIELDS = {"eps_clip_low": 0.2, "eps_clip_high": 0.2, "clip_ratio_c": 3.0}
-_METRICS = {"clip_ratio/region_mean": "clip_ratio", "cispo_clip_ratio": "clip_ratio", "approx_kl": "ppo_kl", "weight/mean": "weight_mean"}
+_METRICS = {"clip_ratio/region_mean": "clip_ratio", "cispo_clip_ratio": "clip_ratio", "approx_kl": "ppo_kl"}
 
 
 def _obstacle(spec: PolicyLossSpec) -> str | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .._core.calls.sampling_mask import SamplingMask
 from .._core.calls.specs import method
+from .._core.catalogue.search import entry_of
 from .._core.engine.output import PolicyLossOutput
 from .._core.formula.base import Rule, TokenWeight
 from .._core.formula.leaves import Leaves
@@ -34,7 +35,7 @@ from ..errors import BackendUnavailable, InvalidCall, UnsupportedRequest
 from ..rules.penalties import K1, K2, K3, EntropyBonus, K3Corrected
 from ..rules.surrogates import Cispo, Clip, DualClip
 from ..weights.importance import OffPolicySequenceMask, TruncatedImportance
-from .hosted import agg_mode
+from .hosted import agg_mode, level_obstacle
 from .layouts import Packed, packed
 
 try:
@@ -75,6 +76,9 @@ def spec_of(args: Any) -> PolicyLossSpec:
     name = getattr(args, "reweight_method", None)
     spec = _own(args) if name is None else method(name, **(getattr(args, "reweight_options", None) or {}))
     if name is not None:
+        reason = level_obstacle(entry_of(name, "policy_loss"), "a micro-batch")
+        if reason is not None:
+            raise UnsupportedRequest(f"slime cannot train {name}: {reason}.")
         ignored = [f"{n}={getattr(args, n)!r}" for n, left_alone in _SURROGATE.items() if getattr(args, n, left_alone[0]) not in left_alone]
         if ignored:
             raise InvalidCall(
@@ -186,12 +190,18 @@ def loss(
         entropy_over="kept" if kept is None else "vocabulary",
         unused="ignore",  # slime hands over what it has
     )
-    return out.loss, _metrics(spec, out, layout, sum_of_sample_mean, old, batch)
+    return out.loss, _metrics(spec, out, layout, sum_of_sample_mean, old, batch, args.use_rollout_logprobs)
 
 
 @torch.no_grad()
 def _metrics(
-    spec: PolicyLossSpec, out: PolicyLossOutput, layout: Packed, reduce: Callable[[Tensor], Tensor], old: Any, batch: dict[str, Any]
+    spec: PolicyLossSpec,
+    out: PolicyLossOutput,
+    layout: Packed,
+    reduce: Callable[[Tensor], Tensor],
+    old: Any,
+    batch: dict[str, Any],
+    of_sampler: bool,
 ) -> dict[str, Tensor]:
     keep = torch.cat(list(batch["loss_masks"])) != 0
 
@@ -214,5 +224,6 @@ def _metrics(
         if not isinstance(penalty.rule, EntropyBonus):
             found["kl_loss"] = value
     if batch.get("rollout_log_probs"):
-        found["train_rollout_logprob_abs_diff"] = mean((before - torch.cat(list(batch["rollout_log_probs"]))).abs())
+        compared = logps if of_sampler else before  # where the policy before is the sampler, slime compares the current one
+        found["train_rollout_logprob_abs_diff"] = mean((compared - torch.cat(list(batch["rollout_log_probs"]))).abs())
     return found

@@ -23,6 +23,7 @@ from ..._core.losses.linear import linear_token_logps
 from ..._core.spec.policy import PolicyLossSpec
 from ...errors import BackendUnavailable
 from ..patching import Counts, Patch, Replacement, check_signature
+from ..sharding import is_sharded, obstacle, whole
 from ..trainers import check_version
 from .advantages import entry_obstacle, estimator_fn
 from .losses import loss_fn, method_obstacle
@@ -98,12 +99,13 @@ def patch_fused_linear(*, backend: str = "auto") -> Patch:
     original = torch_functional.FusedLinearForPPO.forward
 
     def forward(self: Any, hidden_states: Any, vocab_weights: Any, input_ids: Any, temperature: Any = 1.0) -> Any:
-        if type(vocab_weights).__name__ == "DTensor":
-            counts.left("a head that is a DTensor")
+        reason = obstacle(vocab_weights) if is_sharded(vocab_weights) else None
+        if reason is not None:
+            counts.left(f"a head that is a DTensor: {reason}")
             return original(self, hidden_states, vocab_weights, input_ids, temperature)
         counts.ran("linear_token_logps")
         options: dict[str, Any] = {"temperature": temperature, "backend": backend, "return_entropy": True}
-        return linear_token_logps(hidden_states, vocab_weights, input_ids.long(), **options)
+        return linear_token_logps(hidden_states, whole(vocab_weights, hidden_states.dtype), input_ids.long(), **options)
 
     parameters = ("self", "hidden_states", "vocab_weights", "input_ids", "temperature")
     return Patch(LIBRARY, [Replacement(torch_functional.FusedLinearForPPO, "forward", forward, parameters)], counts)

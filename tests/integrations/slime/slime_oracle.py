@@ -66,5 +66,7 @@ def policy_loss(args, batch, logits, reduce):
             kl = kl.clamp(-10, 10)
         metrics["kl_loss"] = reduce(kl)
         loss = loss + args.kl_loss_coef * metrics["kl_loss"]
-    metrics["train_rollout_logprob_abs_diff"] = reduce((before - torch.cat(batch["rollout_log_probs"])).abs())
+    metrics["train_rollout_logprob_abs_diff"] = reduce(
+        ((flat if args.use_rollout_logprobs else before) - torch.cat(batch["rollout_log_probs"])).abs()
+    )
     return loss, {"loss": loss} | metrics
