@@ -96,7 +96,7 @@ def test_check_passes_and_says_what_was_not_checked(run):
     # Two losses in three dtypes, one of them also with two kinds of sampling masks, and the advantage of the same name.
     assert result.exit_code == 0 and "13 passed, 0 failed" in result.stdout and "cuda: not checked" in result.stdout
     result = run("check", "--backend", "reference", "--method", "grpo", "--kind", "policy_loss", "--vocab", "101")
-    assert result.exit_code == 0 and "3 passed, 0 failed" in result.stdout and "golden" not in result.stdout
+    assert result.exit_code == 0 and "9 passed, 0 failed" in result.stdout and "golden" not in result.stdout
 
 
 def test_check_says_which_vocabularies_it_takes(run):
