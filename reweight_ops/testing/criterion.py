@@ -55,7 +55,7 @@ def _gradient(spec: PolicyLossSpec, batch: dict[str, Any], **options: Any) -> tu
 
 
 def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto", plan: str = "auto", **options: Any) -> Comparison:
-    """Loss and gradient of a backend and plan against the fp64 reference, by the criterion of the package.
+    """Loss and gradient of a backend and plan against the fp64 reference, by the criterion of the package. ``sampling_mask`` among the options is a bool mask.
 
     The gradient's error is divided by 1.5 times the error of ``torch.log_softmax`` in fp32 rounded once to the logits' dtype, plus a floor of four fp32
     roundings of ``(|coef| + |ent_coef|)/T``, and of what four roundings of the other rows' statistics make of the coefficients.
@@ -65,7 +65,11 @@ def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto
     truth, exact = _gradient(double_spec(spec), double_batch(batch), backend="reference", plan="two_pass", **common)
     single = {**batch, "logits": batch["logits"].float()} if batch["logits"].dtype != torch.float64 else batch
     _, resolved = _gradient(spec, single, backend="reference", plan="two_pass", **common)
-    head = {name: common[name] for name in ("temperature", "softcap", "vocab_size", "drop_last") if name in common}
+    head = {
+        name: common[name]
+        for name in ("temperature", "softcap", "vocab_size", "drop_last", "sampling_mask", "entropy_over")
+        if name in common
+    }
     fp32 = yardstick(resolved, single["logits"], single["completion_ids"], **head)
     floor = _floor(exact, common)
     ids = batch["completion_ids"].clamp(min=0)[..., None]

@@ -8,7 +8,8 @@ import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import why_not
 from reweight_ops._core.calls import sampling_mask as module
-from reweight_ops.testing import make_batch
+from reweight_ops.testing import compare, make_batch
+from reweight_ops.testing.batches import make_sampling_mask
 
 BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("packed_stats", torch.device("cpu"), torch.float32)) is None]
 OVER = ("kept", "vocabulary")
@@ -77,6 +78,20 @@ def test_outside_of_the_set_the_gradient_is_exactly_zero_and_nothing_is_read(bac
         (grad,) = torch.autograd.grad(call(), z)
         assert (grad[~mask] == 0).all() and grad.isfinite().all()
         assert (grad[mask] != 0).any()
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_by_the_criterion(backend, dtype, over):
+    batch = make_batch(ENTROPY, (4, 16), 257, dtype)
+    for plan in ("one_pass", "two_pass"):
+        for softmax in ({}, {"temperature": 0.6, "vocab_size": 250}):
+            columns = softmax.get("vocab_size", 257)
+            batch["completion_ids"] %= columns
+            mask = make_sampling_mask(batch)[..., :columns]
+            found = compare(ENTROPY, batch, backend=backend, plan=plan, loss_scale=64.0, sampling_mask=mask, entropy_over=over, **softmax)
+            assert found.passed and found.plan == plan, found
 
 
 # --- policy losses

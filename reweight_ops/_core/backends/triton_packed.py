@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from ...triton_kernels import packed
-from ...triton_kernels.config import Config, config_for
+from ...triton_kernels.config import Config, Launch, config_for
 from . import triton_launch
 from .base import COEFS, STATS, PackedRows
+
+#: Threads and registers of a program: at any address a row takes more of them than one that begins at a multiple of 16 bytes.
+_LAUNCH = Launch(128, 128)
 
 
 class _Call:
@@ -32,7 +35,7 @@ def packed_stats(rows: PackedRows, stats: tuple[str, ...]) -> Tensor:
     triton_launch.launch(
         packed.packed_stats_kernel, n, rows.values, rows.bounds, rows.ids, rows.temperature, out, n, call.t_stride, call.softcap,
         STATS=tuple(stats.index(name) if name in stats else -1 for name in STATS), SEGMENT=call.config.segment, SLOTS=call.config.slots,
-        VECTORS=call.config.vectors, **call.tile, AHEAD=call.config.stats.ahead, shape=call.config.stats, wave=call.wave,
+        VECTORS=call.config.vectors, **call.tile, AHEAD=_LAUNCH.ahead, shape=_LAUNCH, wave=call.wave,
     )  # fmt: skip
     return out
 
@@ -46,6 +49,6 @@ def packed_grad(rows: PackedRows, stats: dict[str, Tensor], coefs: dict[str, Ten
         packed.packed_gradient_kernel, n, rows.values, out, rows.bounds, rows.ids, rows.temperature, stats["logp"], stats["lse"],
         stats.get("lse_low", nothing), stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing),
         *(nothing if c is None else c for c in by), n, call.t_stride, call.softcap,
-        BY=tuple(c is not None for c in by), LOW="lse_low" in stats, SLOTS=call.config.stats.threads, VECTORS=call.config.vectors, **call.tile,
-        EMULATE=triton_launch.interpreted() and rows.values.dtype == torch.bfloat16, shape=call.config.stats, wave=call.wave,
+        BY=tuple(c is not None for c in by), LOW="lse_low" in stats, SLOTS=_LAUNCH.threads, VECTORS=call.config.vectors, **call.tile,
+        EMULATE=triton_launch.interpreted() and rows.values.dtype == torch.bfloat16, shape=_LAUNCH, wave=call.wave,
     )  # fmt: skip

@@ -203,9 +203,9 @@ class _Checks:
             raise self.fail(
                 f"sampling_mask.token_ids[{at}] is {int(self.token_ids[at])}, in row {int(self.row[at])} (flat), expected 0 to {self.vocab_size - 1}."
             )
-        if bool((self._twice() & self.rows.keep).any()):
-            row = int((self._twice() & self.rows.keep).nonzero()[0, 0])
-            raise self.fail(f"sampling_mask keeps an id of row {row} (flat) more than once.")
+        ascends = (self.token_ids[1:] > self.token_ids[:-1]) | (self.row[1:] != self.row[:-1])
+        if not bool(ascends.all()) and bool((twice := self._twice() & self.rows.keep).any()):
+            raise self.fail(f"sampling_mask keeps an id of row {int(twice.nonzero()[0, 0])} (flat) more than once.")
         return None
 
     def flagged(self) -> Tensor:
@@ -217,7 +217,7 @@ class _Checks:
     def _per_row(self, x: Tensor, start: int) -> Tensor:
         """``[M] -> [N]``: the largest of each row; ``start`` of a row without entries."""
         n = self.rows.count
-        return x.new_full((n + 1,), start).scatter_reduce(0, self.row.clamp(0, n), x, "amax")[:n]
+        return x.new_full((n + 1,), start).scatter_reduce(0, self.row, x, "amax")[:n]
 
     def _twice(self) -> Tensor:
         """``[N]``: rows that keep an id more than once."""
@@ -225,16 +225,15 @@ class _Checks:
         again = torch.zeros_like(key)
         again[1:] = (key[1:] == key[:-1]).long()
         n = self.rows.count
-        return again.new_zeros(n + 1).scatter_reduce(0, self.row[order].clamp(0, n), again, "amax")[:n] > 0
+        return again.new_zeros(n + 1).scatter_reduce(0, self.row[order], again, "amax")[:n] > 0
 
     def result(self, ok: Tensor | None, over_vocabulary: bool, named: bool) -> Sampled:
         """``named``: an id outside of its set is an error."""
-        n, keep = self.rows.count, self.rows.keep
+        keep = self.rows.keep
         known = torch.cat([self.ids, self.ids.new_full((1,), OUT)])
-        start = self.offsets[:-1]
-        first = torch.cat([start, start.new_zeros(1)])
-        at, row = torch.arange(self.entries, device=self.row.device), self.row.clamp(0, n)
-        position = self._per_row(torch.where(self.token_ids == known[row], at - first[row], -1), -1)
+        start, at = self.offsets[:-1], torch.arange(self.entries, device=self.row.device)
+        found = self._per_row(torch.where(self.token_ids == known[self.row], at, -1), -1)
+        position = torch.where(found < 0, -1, found - start)
         if named and bool((missing := keep & (position < 0)).any()):
             i = int(missing.nonzero()[0, 0])
             kept = int(self.offsets[i + 1] - start[i])
