@@ -8,7 +8,7 @@ has advantage 0 (TRL's convention); a group of one, or of equal rewards, has adv
     advantages = rw.advantages.grpo(rewards, group_size=8)
 """
 
-from .best_of_k import grpo_passk, maxrl, passk_training
+from .best_of_k import grpo_passk, maxrl, passk_training, psr_nsr
 from .difficulty import difficulty_prior, grpo_lead, lens, mapo_mixed, ngrpo
 from .optimal_baseline import otb, tir_otb
 from .outcome import a_star_po, aapo, dr_grpo, gdpo, gpg, grpo, lite_ppo, opo, pvpo, qae, rloo
@@ -43,6 +43,7 @@ __all__ = [
     "opo",
     "otb",
     "passk_training",
+    "psr_nsr",
     "pvpo",
     "qae",
     "reinforce_plus_plus",

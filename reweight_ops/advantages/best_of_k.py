@@ -1,4 +1,4 @@
-"""Estimators for the best of several attempts, and for the likelihood of a correct one."""
+"""Estimators for the best of several attempts, for the likelihood of a correct one, and for what is right and wrong apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.ranges import Count, NonNegative
-from .._core.rows.grouped import GroupKeywords, grouped
+from .._core.rows.grouped import GroupKeywords, floats, grouped
 from .outcome import singletons
 
 if TYPE_CHECKING:
@@ -82,3 +82,20 @@ def maxrl(rewards: Tensor, *, epsilon: NonNegative[float] = 1e-6, singleton: str
     g = grouped("maxrl", rewards, groups)
     mean = g.mean(g.values)
     return singletons(g, g.centered / (mean + epsilon), singleton)
+
+
+@published(
+    "psr_nsr",
+    "Positive and negative sample reinforcement (PSR, NSR, W-REINFORCE)",
+    paper="The Surprising Effectiveness of Negative Reinforcement in LLM Reasoning",
+    arxiv="2506.01347",
+    level="sequence",
+)
+def psr_nsr(correct: Tensor, *, positive_weight: NonNegative[float] = 0.1, negative_weight: NonNegative[float] = 1.0) -> Tensor:
+    """``positive_weight`` for a correct response, ``-negative_weight`` for a wrong one; no baseline. ``[B] -> [B]``.
+
+    W-REINFORCE by default; NSR is ``positive_weight=0``, PSR ``positive_weight=1, negative_weight=0``. NaN: without a score, 0. The authors' loss is PPO's.
+    """
+    x = floats("psr_nsr", "correct", correct)
+    right = (x != 0).to(x.dtype)
+    return torch.where(x.isnan(), 0, positive_weight * right - negative_weight * (1 - right))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf, nan, sqrt
+from math import inf, log, nan, sqrt
 from typing import Any
 
 from .golden_row import LN2, LN3, Golden, sigmoid
@@ -20,6 +20,8 @@ def moved(*log_ratios: float) -> dict[str, Any]:
     return {"logp": -2.0, "old_logp": [-2 - x for x in log_ratios], "adv": 1.0}
 
 
+#: Of odds sqrt(3).
+HIGH = sqrt(3) / (1 + sqrt(3))
 #: Uncertainty 1 - 2·p + Σp² of 1/2 a token, and of 0.
 HALF, SURE = {"logp": -LN2, "square": -LN2}, {"logp": 0.0, "square": 0.0}
 
@@ -96,6 +98,39 @@ TRAINERS = (
         for divergence, threshold, kept in (
             ("k3", 0.3, 0), ("k3", 0.31, 1), ("k2", 0.24, 0), ("k2", 0.25, 1), ("tv", 0.24, 0), ("tv", 0.26, 1),
         )
+    ),
+    _advantage("psr_nsr", [0.1, -1, 0], correct=[1.0, 0, nan]),
+    _advantage("psr_nsr", [1, 0], correct=[1.0, 0], positive_weight=1.0, negative_weight=0.0),
+    # Two of three right ones; one right and one wrong; all; none.
+    Golden(
+        "reward", "soft_multi_choice",
+        {"answers": [[1.0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]], "correct": [[1.0, 1, 1, 0]] * 4}, [2 / 3, 0, 1, 0],
+    ),
+    # Mixed, all wrong, one alone; and a band of the mean.
+    Golden("sample_weight", "dynamic_sampling", {"rewards": [1.0, 0, 0, 0], "group_size": 2}, [1, 1, 0, 0]),
+    Golden("sample_weight", "dynamic_sampling", {"rewards": [1.0, 0], "group_size": 1}, [1, 1]),
+    Golden("sample_weight", "dynamic_sampling", {"rewards": [1.0, 0, 0, 0, 1, 0, 1, 1], "high": 0.5, "group_size": 4}, [1, 1, 1, 1, 0, 0, 0, 0]),
+    # β = 1/2 of one and two samples: 1 and 2/3, of mean 5/6.
+    Golden("sample_weight", "class_balanced", {"labels": [1, 0], "class_counts": [1.0, 2], "beta": 0.5}, [0.8, 1.2]),
+    Golden("sample_weight", "class_balanced", {"labels": [1, 0], "class_counts": [1.0, 2], "beta": 0.0}, [1, 1]),
+    # Of 1 and 9 samples: at τ = 2 shares 1/4 and 3/4, at infinity 1/2 each.
+    Golden("sample_weight", "upweight", {"source_ids": [0, 1], "source_counts": [1.0, 9], "temperature": 2.0}, [10 / 4, 10 / 12]),
+    Golden("sample_weight", "upweight", {"source_ids": [0, 1], "source_counts": [1.0, 9], "temperature": inf}, [5, 5 / 9]),
+    Golden("schedule", "drw", {"epoch": 159}, [0]),
+    Golden("schedule", "drw", {"epoch": 160}, [0.9999]),
+    # Mean gaps 2 and -8 against running means of 1 and -3.5: 1 + 1/2·1, and 1 - 1/2·4.5 < 0.
+    Golden("schedule", "beta_dpo", {"beta": 1.0, "a": 0.5, "momentum": 0.5}, [1.5, 0.001], updates=([1.0, 3], [-8.0])),
+    # log 2 of equal logits against p = (1/4, 3/4): KL = 1/4·log(1/2) + 3/4·log(3/2), at T = 1.
+    Golden(
+        "divergence", "kd",
+        {"logits": [[[0.0, 0]]], "teacher_logits": [[[0.0, LN3]]], "completion_ids": [[0]], "alpha": 0.25, "kd_temperature": 1.0},
+        [[0.25 * LN2 + 0.75 * (0.75 * LN3 - LN2)]],
+    ),
+    # At T = 2 the teacher's odds are sqrt(3).
+    Golden(
+        "divergence", "kd",
+        {"logits": [[[0.0, 0]]], "teacher_logits": [[[0.0, LN3]]], "completion_ids": [[0]], "alpha": 0.0},
+        [[4 * (LN2 + HIGH * log(HIGH) + (1 - HIGH) * log(1 - HIGH))]],
     ),
     # Below the target .2: a step of .001, in force; twice up to .002; above: down, and not in force.
     Golden(

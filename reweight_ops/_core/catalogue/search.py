@@ -134,7 +134,10 @@ def _by_words(text: str, kind: str | None) -> list[tuple[Entry, str]]:
 
 
 def _by_spelling(text: str, kind: str | None) -> list[tuple[Entry, str]]:
-    called = {name: entry for entry in entries(kind) for name, why in names(entry) if why in ("name", "acronym")}
+    # An entry by its own name, before others whose paper's title has it.
+    called = {
+        name: entry for which in ("acronym", "name") for entry in reversed(entries(kind)) for name, why in names(entry) if why == which
+    }
     return [(called[name], "the nearest spelling") for name in difflib.get_close_matches(key(text), called, n=3, cutoff=0.75)]
 
 
