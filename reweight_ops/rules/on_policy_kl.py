@@ -26,9 +26,9 @@ class K1OnPolicy(Rule):
         d = t.ref_logp - t.logp
         inside = xp.clip(d, -self.clamp, self.clamp)
         value = self.estimate(xp, inside)
-        score = xp.where(d == inside, xp.stop_gradient(value) * t.logp, 0.0)
+        score = xp.where(xp.abs(d) <= self.clamp, xp.stop_gradient(value) * t.logp, 0.0)
         bounded = xp.clip(value, -self.cap, self.cap)
-        return xp.straight_through(xp.where(value == bounded, score + value, 0.0), bounded)
+        return xp.straight_through(xp.where(xp.abs(value) <= self.cap, score + value, 0.0), bounded)
 
 
 @rule("k2_on_policy", kind="penalty")
