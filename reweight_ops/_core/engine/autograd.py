@@ -98,7 +98,7 @@ def written_gradient(
         by = {**by, "lse": -by_picked.sum(-1) if by_lse is None else by_lse - by_picked.sum(-1)}
     arguments = (
         logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
-        *(by.get(name) for name in COEFS), *softmax[:2], options.drop_last, options.backend,
+        *[by.get(name) for name in COEFS], *softmax[:2], options.drop_last, options.backend,
     )  # fmt: skip
     found = library.called(library.token_grad_ if over else library.token_grad, *arguments)
     if picked is not None and by_picked is not None:

@@ -125,7 +125,7 @@ def token_stats(
 ) -> Tensor:
     softmax, z = SoftmaxParams(vocab_size, softcap), without_last_position(logits, drop_last)
     names = stats.split(",")
-    kernel = tuple(name for name in names if name not in _UNFUSED)
+    kernel = tuple([name for name in names if name not in _UNFUSED])
     found = load(backend).token_stats(z, ids, temperature, softmax, kernel)
     if len(kernel) == len(names):
         return found

@@ -24,7 +24,7 @@ def primitives(kept: KeptSets | None) -> tuple[tuple[Primitive, ...], Primitive]
 
 def statistics_of(kept: KeptSets | None, names: tuple[str, ...], rows: Rows) -> tuple[str, ...]:
     """What is computed for a caller who reads ``names``, picked ids apart."""
-    found = (*_ALWAYS, *(name for name in names if name not in (*_ALWAYS, PICKED, PICKED_IDS)))
+    found = (*_ALWAYS, *[name for name in names if name not in (*_ALWAYS, PICKED, PICKED_IDS)])
     if kept is None:
         return found
     if PICKED in names or PICKED_IDS in names:
