@@ -62,23 +62,23 @@ def asked_for(stats: str, needs_grad: bool) -> str:
 
 def written_gradient(
     logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, known: dict[str, Tensor], by: dict[str, Tensor | None],
-    options: OpOptions,
+    options: OpOptions, over: bool,
 ) -> Tensor | None:  # fmt: skip
-    """The gradient by logits from derivatives ``by`` statistics ``known``; None if it stands over them now, which it does with ``options.consume``.
+    """The gradient by logits from derivatives ``by`` statistics ``known``; None if it stands ``over`` them now.
 
     Log-probs of picked ids are one derivative by lse in every column, and the elements of those ids, which are written over.
     """
-    z, by_picked, picked = library.without_last_position(logits, options.drop_last), by.get(PICKED), None
+    by_picked, picked = by.get(PICKED), None
     if by_picked is not None:
+        z = library.without_last_position(logits, options.drop_last)
         picked = Picked(z, ids, known[PICKED_IDS], temperature, softmax)
         by_picked = picked.masked(by_picked)
         by_lse = by.get("lse")
         by = {**by, "lse": -by_picked.sum(-1) if by_lse is None else by_lse - by_picked.sum(-1)}
     arguments = (
         logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
-        *(by.get(name) for name in COEFS), *softmax[:2], options.drop_last, options.backend,
+        by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"), *softmax[:2], options.drop_last, options.backend,
     )  # fmt: skip
-    over = options.consume
     found = library.called(library.token_grad_ if over else library.token_grad, *arguments)
     if picked is not None and by_picked is not None:
         picked.write_gradient(library.without_last_position(logits if over else found, options.drop_last), ids, by_picked, known, by)
@@ -97,7 +97,7 @@ class RowStatistics(torch.autograd.Function):
         rows = library.called(library.token_stats, logits, ids, temperature, *softmax[:2], options.drop_last, wanted, options.backend)
         ctx.set_materialize_grads(False)
         ctx.softmax, ctx.options, ctx.names = softmax, options, stats.split(",")
-        known = rows.unbind()
+        ctx.row_names, known = ctx.names, rows.unbind()
         outputs = known[: len(ctx.names)]
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED]
         if picks is not None:
@@ -115,8 +115,7 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, ids, temperature, *stats = ctx.saved_tensors
         options: OpOptions = ctx.options
-        names = [name for name in ctx.names if name not in (PICKED, PICKED_IDS)]
-        known = dict(zip((*names, LSE_LOW, PICKED_IDS), stats, strict=False))
+        known = dict(zip((*ctx.row_names, LSE_LOW, PICKED_IDS), stats, strict=False))
         if again.wants_graph():
             softmax, all_names, chosen = ctx.softmax, ctx.names, known.get(PICKED_IDS)
 
@@ -127,8 +126,7 @@ class RowStatistics(torch.autograd.Function):
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
         if all(by.get(name) is None for name in (*COEFS, PICKED)):
             return (None,) * 7
-        options = options._replace(consume=library.may_overwrite(options.consume))
-        found = written_gradient(logits, ids, temperature, ctx.softmax, known, by, options)
+        found = written_gradient(logits, ids, temperature, ctx.softmax, known, by, options, library.may_overwrite(options.consume))
         return logits if found is None else found, *(None,) * 6
 
 

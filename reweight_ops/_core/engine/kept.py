@@ -54,6 +54,7 @@ _SETTINGS = frozenset(
         "num_groups",
         "validate",
         "unused",
+        "differentiable_inputs",
     ]
 )
 

@@ -106,7 +106,7 @@ class TokenMeasure(NamedTuple):
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         known = {**dict(zip(self.names, found.outputs, strict=True)), LSE_LOW: found.rest[0]}
         coefs, options = dict(zip(self.names, by, strict=True)), OpOptions(False, self.backend, over)
-        return written_gradient(*self._tensors(logits), self.softmax, known, coefs, options)
+        return written_gradient(*self._tensors(logits), self.softmax, known, coefs, options, over)
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         z, ids, t = self._tensors(logits)
