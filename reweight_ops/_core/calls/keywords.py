@@ -70,6 +70,7 @@ class PolicyOptions(Options):
     loss_scale: NonNegative[Any] = 1.0
     validate: bool = False
     unused: str = "error"
+    differentiable_inputs: bool = False
 
 
 class Lora(NamedTuple):
@@ -181,6 +182,7 @@ class PolicyKeywords(TypedDict, total=False):
     loss_scale: float | Tensor
     validate: bool
     unused: str
+    differentiable_inputs: bool
 
 
 class PolicyLossKeywords(SoftmaxKeywords, PolicyKeywords, total=False):

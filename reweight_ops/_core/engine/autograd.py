@@ -79,26 +79,26 @@ def stats_table(
 
 def written_gradient(
     logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, known: dict[str, Tensor], by: dict[str, Tensor | None],
-    options: OpOptions, sets: KeptSets | None = None,
+    options: OpOptions, over: bool, sets: KeptSets | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """The gradient by logits from derivatives ``by`` statistics ``known``; None if it stands over them now, which it does with ``options.consume``.
+    """The gradient by logits from derivatives ``by`` statistics ``known``; None if it stands ``over`` them now.
 
     Log-probs of picked ids are one derivative by lse in every column, and the elements of those ids, which are written over.
     """
-    over = options.consume
     if sets is not None:
         table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax[:2], options.drop_last, options.backend)
         found = library.called(kept_ops.kept_grad_ if over else kept_ops.kept_grad, logits, ids, *table)
         return None if over else found
-    z, by_picked, picked = library.without_last_position(logits, options.drop_last), by.get(PICKED), None
+    by_picked, picked = by.get(PICKED), None
     if by_picked is not None:
+        z = library.without_last_position(logits, options.drop_last)
         picked = Picked(z, ids, known[PICKED_IDS], temperature, softmax)
         by_picked = picked.masked(by_picked)
         by_lse = by.get("lse")
         by = {**by, "lse": -by_picked.sum(-1) if by_lse is None else by_lse - by_picked.sum(-1)}
     arguments = (
         logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
-        *[by.get(name) for name in COEFS], *softmax[:2], options.drop_last, options.backend,
+        by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"), *softmax[:2], options.drop_last, options.backend,
     )  # fmt: skip
     found = library.called(library.token_grad_ if over else library.token_grad, *arguments)
     if picked is not None and by_picked is not None:
@@ -147,8 +147,9 @@ class RowStatistics(torch.autograd.Function):
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
         if all(by.get(name) is None for name in (*COEFS, PICKED, f"{VOCABULARY}entropy")):
             return (None,) * 8
-        options = options._replace(consume=library.may_overwrite(options.consume))
-        found = written_gradient(logits, ids, temperature, ctx.softmax, known, by, options, ctx.sets)
+        found = written_gradient(
+            logits, ids, temperature, ctx.softmax, known, by, options, library.may_overwrite(options.consume), ctx.sets
+        )
         return logits if found is None else found, *(None,) * 7
 
 

@@ -93,7 +93,13 @@ class DirectLoss:
 def direct_loss(logits: Logits, call: LossCall, layout: RowLayout, choice: Choice) -> DirectLoss | None:
     """The loss of a call that has succeeded, for others like it; None if it is not so simple, or its backend prepares none."""
     spec, data, prepare = call.spec, call.rows.tensors, load(choice.backend).prepare
-    if choice.plan != "one_pass" or prepare is None or spec.program is None or logits.values is not logits.original:
+    if (
+        choice.plan != "one_pass"
+        or prepare is None
+        or spec.program is None
+        or logits.values is not logits.original
+        or call.inputs_require_grad
+    ):
         return None
     numbers = (*spec.parameter_values, data["temperature"])
     weighing = spec.reduction.weighing(call.rows, call.divisors)

@@ -55,6 +55,7 @@ _SETTINGS = frozenset(
         "num_groups",
         "validate",
         "unused",
+        "differentiable_inputs",
     ]
 )
 

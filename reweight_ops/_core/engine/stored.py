@@ -64,9 +64,7 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
     program, rows, found = call.spec.stored_program, call.rows, load(backend)
     if program is None or found.evaluate_rows is None or found.is_fallback or not rows.count:
         return None
-    if rows.dtype != torch.float32 or any(t is not None and t.requires_grad for t in (call.adv, call.factor)):
-        return None
-    if is_traced(statistics["logp"]):
+    if rows.dtype != torch.float32 or call.inputs_require_grad or is_traced(statistics["logp"]):
         return None
     logp, detached = statistics["logp"], {name: t.detach() for name, t in statistics.items()}
     leaves = {**call.stored(), **detached}

@@ -58,6 +58,8 @@ def policy_loss(
         num_sequences_in_batch: the same for a mean over sequences.
         loss_scale: multiplies loss and gradient before any rounding (GradScaler's scale, 1/accumulation steps); metrics stay unscaled.
         validate: check ids, offsets and groups even on a GPU, which waits for it; without it they make the loss and its gradient NaN there.
+        differentiable_inputs: old, reference and sampling log-probs that require grad get their gradient: of the ratio and of the rules, and through
+            weights that are not detached. Without it they are an error.
         unused: what the spec does not read is an ``"error"``, or ``"ignore"``: for trainers that always hand over everything.
         consume_logits: overwrite the logits with their gradient: no extra memory. Using them afterwards is an error.
 

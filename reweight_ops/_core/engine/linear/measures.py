@@ -126,7 +126,7 @@ class TokenMeasure(NamedTuple):
         more = asked_for(",".join(self.stats_of_rows), True).split(",")[len(self.stats_of_rows) :]
         known = dict(zip((*self.names, *more), (*found.outputs, *found.rest), strict=True))
         coefs, options = dict(zip(self.names, by, strict=True)), OpOptions(False, self.backend, over)
-        return written_gradient(*self._tensors(logits), self.softmax, known, coefs, options, logits.rows.sets)
+        return written_gradient(*self._tensors(logits), self.softmax, known, coefs, options, over, logits.rows.sets)
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         z, ids, t = self._tensors(logits)
