@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from torch import Tensor
 
+from ._core.calls.unused_options import forbid_unused
 from ._core.catalogue.registry import published
 from ._core.ranges import Count, Interval, NonNegative, Positive, PositiveOrInf, Real
 from ._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, indices, like, require
@@ -133,6 +134,8 @@ def dynamic_loss_reweighting(
     }
     if strategy not in curves:
         raise InvalidCall(f"dynamic_loss_reweighting: strategy is {strategy!r}, expected one of {', '.join(curves)}.")
+    reads = {"delta": strategy != "quadratic"}  # where it cancels
+    forbid_unused("dynamic_loss_reweighting", dynamic_loss_reweighting, {"delta": delta}, "strategy='quadratic'", reads)
     return _softmax(g, curves[strategy] / temperature)
 
 

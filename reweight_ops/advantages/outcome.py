@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from torch import Tensor
 
+from .._core.calls.unused_options import forbid_unused
 from .._core.catalogue.registry import published
 from .._core.ranges import Interval, NonNegative, NonNegativeOrInf, OpenUnit, Positive
 from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped
@@ -63,6 +64,7 @@ def grpo(
         scale = torch.ones_like(g.values)
     else:
         raise InvalidCall(f"grpo: scale_rewards is {scale_rewards!r}, expected 'group', 'batch' or 'none'.")
+    forbid_unused("grpo", grpo, {"epsilon": epsilon}, "scale_rewards='none'", {"epsilon": scale_rewards != "none"})
     return singletons(g, g.centered, singleton) / scale
 
 
@@ -126,6 +128,7 @@ def rloo(
     """
     g = grouped("rloo", rewards, groups)
     advantages = singletons(g, g.centered * g.size / (g.size - 1).clamp(min=1), singleton)
+    forbid_unused("rloo", rloo, {"epsilon": epsilon}, "normalize_advantages=False", {"epsilon": normalize_advantages})
     if not normalize_advantages:
         return advantages
     # TRL drops a group with one scored completion from the normalization, as its advantage is 0/0 there.
@@ -176,6 +179,7 @@ def aapo(
     """
     g = grouped("aapo", rewards, groups)
     reference = g.like("reference_rewards", reference_rewards)
+    forbid_unused("aapo", aapo, {"epsilon": epsilon}, "scale_rewards=False", {"epsilon": scale_rewards})
     base = g.centered / (g.std(g.values) + epsilon) if scale_rewards else g.centered
     return g.result(base + (g.values - reference).clamp(-clip_low, clip_high))
 

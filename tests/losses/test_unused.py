@@ -83,3 +83,26 @@ def test_a_compiled_call_cannot_look_and_answers_nan():
     rows[1, 2] = -1.0
     found = torch.compile(lambda t: rw.token_logps(Z, IDS, temperature=t), backend="aot_eager", fullgraph=True)(rows)
     assert found[1, 2].isnan() and found.isfinite().sum() == 5
+
+
+X, LOSSES = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda **k: rw.advantages.grpo(X, group_size=2, scale_rewards="none", **k), "epsilon"),
+        (lambda **k: rw.advantages.rloo(X, group_size=2, **k), "epsilon"),
+        (lambda **k: rw.advantages.aapo(X, X, group_size=2, **k), "epsilon"),
+        (lambda **k: rw.advantages.spo_tree(X, torch.tensor([-1, 0]), **k), "epsilon"),
+        (lambda **k: rw.advantages.gigpo(X, X, torch.arange(2), torch.arange(2), group_size=2, num_anchors=2, **k), "epsilon"),
+        (lambda **k: rw.sample_weights.dynamic_loss_reweighting(LOSSES, temperature=1.0, strategy="quadratic", **k), "delta"),
+        (lambda **k: rw.weights.steer(mapping="exponential", **k), "w_max"),
+        (lambda **k: rw.weights.steer(mapping="linear", **k), "floor"),
+    ],
+    ids=["grpo", "rloo", "aapo", "spo_tree", "gigpo", "dynamic_loss_reweighting", "steer", "linear steer"],
+)
+def test_an_option_without_effect_before_the_loss(call, name):
+    call()
+    with pytest.raises(rw.InvalidCall, match=f"{name} has no effect with"):
+        call(**{name: 0.5})

@@ -328,6 +328,12 @@ for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
     _record.__doc__ = described(_record.__doc__, _record.RANGES)
 
 
+#: Keyword to default, of all records: a keyword of several has one.
+DEFAULTS = {
+    f.name: f.default for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions) for f in dataclasses.fields(record)
+}
+
+
 def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple[str, ...] = ()) -> list[Any]:
     """One of each record from the keywords; a keyword of none is a TypeError. ``own``: the op's other keywords, for the message."""
     known = [name for record in records for name in record.NAMES]

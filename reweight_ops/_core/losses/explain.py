@@ -12,7 +12,8 @@ import torch
 from typing_extensions import ParamSpec
 
 from ...errors import InvalidCall
-from ..calls.keywords import misnamed
+from ..calls.keywords import DEFAULTS, misnamed
+from ..catalogue.signatures import written_out
 from ..engine.plan import backend_reasons, choose_plan
 from ..engine.run import Again, Call, run
 from ..ranges import ranged
@@ -41,7 +42,7 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 
     signature = inspect.signature(prepare)
     result = str(signature.return_annotation).removeprefix("Call[").partition("]")[0]
-    op.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
+    op.__signature__ = written_out(prepare, DEFAULTS).replace(return_annotation=result)  # type: ignore[attr-defined]
     _PREPARED[op] = prepared
     return op
 
