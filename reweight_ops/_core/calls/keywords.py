@@ -329,9 +329,7 @@ for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
 
 
 #: Keyword to default, of all records: a keyword of several has one.
-DEFAULTS = {
-    f.name: f.default for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions) for f in dataclasses.fields(record)
-}
+DEFAULTS = {f.name: f.default for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions) for f in dataclasses.fields(record)}
 
 
 def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple[str, ...] = ()) -> list[Any]:
