@@ -8,6 +8,9 @@ import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import why_not
 from reweight_ops._core.calls import sampling_mask as module
+from reweight_ops._core.calls.keywords import SoftmaxOptions
+from reweight_ops._core.calls.logits import resolve_logits
+from reweight_ops._core.engine import kept_ops
 from reweight_ops.testing import compare, make_batch
 from reweight_ops.testing.batches import make_sampling_mask
 
@@ -174,6 +177,21 @@ def test_of_no_rows_and_of_rows_that_are_out():
     garbage = rw.SamplingMask(torch.tensor([0, 7, 99, 99, 1]), torch.tensor([0, 2, 4, 5]))
     found = rw.token_logps(z.view(-1, VOCAB)[:3], torch.tensor([7, -100, 1]), sampling_mask=garbage)
     assert found[1:].tolist() == [0, 0] and found[0] < 0
+
+
+def test_nothing_waits_for_a_device():
+    """On meta tensors every wait is an error: the checks, the gather and the scatter make none."""
+    meta = {"device": "meta"}
+    for shape in ((6, 9), (2, 3, 9)):
+        z = torch.empty(shape, dtype=torch.bfloat16, **meta)
+        kept = rw.SamplingMask(torch.empty(20, dtype=torch.int32, **meta), torch.empty(7, dtype=torch.int32, **meta))
+        options = SoftmaxOptions(sampling_mask=kept)
+        found = resolve_logits("op", z, torch.empty(shape[:-1], dtype=torch.int64, **meta), options, {})
+        entries = kept_ops._Kept(z, found.ids, *found.kept[:3])
+        rows = entries.gather(z, torch.ones(1, **meta), 1.0)
+        for add in (False, True):
+            entries.scatter(rows.values, z, add)
+        assert rows.values.shape == (20,) and rows.bounds.shape == (2, 6)
 
 
 # --- what cannot be meant

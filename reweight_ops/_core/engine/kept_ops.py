@@ -53,7 +53,7 @@ class _Kept:
         if not self.position.numel() or not values.numel():
             return
         values = (out[self.where].to(values.dtype) + values if add else values).to(out.dtype)
-        first = self.inside.long().argmax()  # without any, one of another row, whose value is 0
+        first = self.inside.long().argmax().view(1)  # without any, one of another row, whose value is 0
         place = tuple(torch.where(self.inside, at, at[first]) for at in self.where)
         out[place] = torch.where(self.inside, values, values[first])
 
