@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._core.ranges import Interval, Positive, Real, ranged
+from .._core.ranges import CountOrZero, Interval, Positive, Real, ranged
 from .._core.rows.numerics import log1mexp
 from .._core.rows.pairs import Pairs
 from .._core.spec.pair_parts import PairLoss
@@ -184,13 +184,14 @@ class Discopop(PairLoss):
         return -F.logsigmoid(x) * (1 - gate) + torch.exp(F.logsigmoid(x / self.tau) - x)
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class ChosenNll(PairLoss):
     """The negative log-likelihood of the chosen sequences: ``per`` ``"batch"`` the mean over all their tokens (TRL's ``sft``), ``"sequence"``
     each one's token mean, ``"sum"`` each one's sum. ``side``: of another sequence of the group instead (TPO's gold responses are the third)."""
 
     per: str = "batch"
-    side: int = 0
+    side: CountOrZero[int] = 0
 
     def __post_init__(self) -> None:
         if self.per not in ("batch", "sequence", "sum"):

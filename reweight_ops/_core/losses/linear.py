@@ -34,6 +34,7 @@ from ..engine.output import PolicyLossOutput, TokenStats
 from ..engine.policy import PolicyObjective
 from ..engine.run import Call
 from ..engine.taught import TaughtObjective
+from ..ranges import Count
 from ..rows.rows import Rows
 from ..spec.policy import PolicyLossSpec
 from .explain import public_op
@@ -92,7 +93,7 @@ def linear_token_stats(
     *,
     stats: Sequence[str] = ("logps", "entropies"),
     selected_ids: Tensor | None = None,
-    top_k: int | None = None,
+    top_k: Count[int] | None = None,
     completion_mask: Tensor | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[TokenStats]:

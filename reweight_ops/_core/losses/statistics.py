@@ -20,6 +20,7 @@ from ..engine.run import Call
 from ..engine.source import Source
 from ..engine.sources import LogitsSource
 from ..engine.statistics import StatisticsObjective
+from ..ranges import Count
 from ..rows.numerics import log1mexp_or_inf
 from ..rows.rows import Rows
 from .explain import public_op
@@ -97,7 +98,7 @@ def token_stats(
     *,
     stats: Sequence[str] = ("logps", "entropies"),
     selected_ids: Tensor | None = None,
-    top_k: int | None = None,
+    top_k: Count[int] | None = None,
     completion_mask: Tensor | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[TokenStats]:
