@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from .._core.catalogue.recipes import Recipe
-from .sources import EXAMPLE, PAPER, SCRIPT, published
+from .sources import EXAMPLE, PAPER, SCRIPT, VERL, published
 
 _CRITIC = ("The critic is trained beside the policy, on the returns of the same call: `.returns`.",)
 _SPO_LOSS = "rw.methods.ppo().replace(reduction=rw.TokenMean(weight=rw.weights.spo_probability_mask()))"
+_OTB = "rewards, completion_mask, old_per_token_logps, log_sum_p_sq, group_size=group_size"
 _WHOLE = "rw.methods.reinforce().replace(reduction=rw.SequenceMean(per='token_sum'))"
 
 ALL = (
@@ -196,5 +197,72 @@ ALL = (
         spec="rw.methods.reinforce()",
         settings=(*published(f"{PAPER}, algorithm 1", gamma=1), *published(SCRIPT, reward_clip=5, gamma=0.99, kl_coef=0.05)),
         rollout=("One greedy completion of every prompt besides.",),
+    ),
+    Recipe(
+        name="lite_ppo",
+        entry="rw.advantages.lite_ppo",
+        advantages="rw.advantages.lite_ppo(rewards, group_size=group_size)",
+        spec="rw.methods.ppo()",
+        rollout=("Both of its tricks are here: the standard deviation of the batch, and the token mean.",),
+    ),
+    Recipe(
+        name="gpg",
+        entry="rw.advantages.gpg",
+        advantages="rw.advantages.gpg(rewards, group_size=group_size)",
+        spec="rw.methods.gpg()",
+        settings=published(VERL, f_norm=1),
+        rollout=("The paper drops groups of equal rewards; strictly on-policy: one update a rollout.",),
+    ),
+    Recipe(
+        name="a_star_po",
+        entry="rw.advantages.a_star_po",
+        advantages="rw.advantages.a_star_po(rewards, reference_rewards, group_size=group_size)",
+        spec="rw.methods.a_star_po()",
+        settings=(
+            *published("TRL's default (`beta1`, of the advantages)", beta=0.5),
+            *published("TRL's default (`beta2`, of the loss)", beta=0.001),
+        ),
+        rollout=(
+            "`reference_rewards` are `[num_groups, M]`: rewards of the reference policy's completions, made beforehand.",
+            "Prompts that the reference never solves are left out.",
+        ),
+    ),
+    Recipe(
+        name="grpo_passk",
+        entry="rw.advantages.grpo_passk",
+        advantages="rw.advantages.grpo_passk(rewards, group_size=group_size)",
+        spec="rw.methods.ppo()",
+        settings=published(VERL, epsilon=0.2),
+        rollout=("k is the size of the group.",),
+    ),
+    Recipe(
+        name="passk_training",
+        entry="rw.advantages.passk_training",
+        advantages="rw.advantages.passk_training(correct, k=2, group_size=group_size)",
+        spec="rw.methods.ppo()",
+        settings=published("an example", k=2),
+        rollout=("Groups have more than k completions: of one with k every advantage is 0.",),
+    ),
+    Recipe(
+        name="maxrl",
+        entry="rw.advantages.maxrl",
+        advantages="rw.advantages.maxrl(rewards, group_size=group_size)",
+        spec="rw.methods.ppo()",
+        rollout=("Rewards are 0 or 1.",),
+    ),
+    Recipe(
+        name="otb",
+        entry="rw.advantages.otb",
+        advantages=f"rw.advantages.otb({_OTB})",
+        spec="rw.methods.ppo()",
+        settings=published(VERL, epsilon=0.2),
+    ),
+    Recipe(
+        name="tir_otb",
+        entry="rw.advantages.tir_otb",
+        advantages=f"rw.advantages.tir_otb({_OTB})",
+        spec="rw.methods.ppo()",
+        settings=published(VERL, epsilon=0.2),
+        rollout=("Tokens that a tool wrote are masked.",),
     ),
 )

@@ -6,6 +6,7 @@ from .._core.catalogue.recipes import Setting
 
 SCRIPT = "the authors' script"
 PAPER = "the paper"
+VERL = "verl's default"
 EXAMPLE = "an example: the paper states none"
 
 #: GRPO's advantages, as trainers have them.

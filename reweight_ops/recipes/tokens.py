@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .._core.catalogue.recipes import Recipe
-from .sources import EXAMPLE, GRPO, PAPER, SCRIPT, published
+from .sources import EXAMPLE, GRPO, PAPER, SCRIPT, VERL, published
 
 _LOGIC = f"{SCRIPT} (K&K logic puzzles)"
 _AR = published(
@@ -13,7 +13,6 @@ _TWO_UPDATES = (
     "Train on all mini-batches with the first spec, then on all of them with the second; the old log-probs stay those of the rollout.",
 )
 _MISMATCH = ("The sampler's log-probs are of what it really sampled from: after its own temperature and truncation.",)
-_VERL = "verl's default"
 
 ALL = (
     Recipe(
@@ -94,28 +93,28 @@ ALL = (
         entry="rw.methods.clip_cov",
         advantages=GRPO,
         spec="rw.methods.clip_cov()",
-        settings=published(_VERL, fraction=0.0002, lower=1, upper=5, epsilon_low=0.2, epsilon_high=0.2),
+        settings=published(VERL, fraction=0.0002, lower=1, upper=5, epsilon_low=0.2, epsilon_high=0.2),
     ),
     Recipe(
         name="kl_cov",
         entry="rw.methods.kl_cov",
         advantages=GRPO,
         spec="rw.methods.kl_cov()",
-        settings=published(_VERL, fraction=0.0002, kl_coef=1),
+        settings=published(VERL, fraction=0.0002, kl_coef=1),
     ),
     Recipe(
         name="dppo_tv",
         entry="rw.methods.dppo_tv",
         advantages=GRPO,
         spec="rw.methods.dppo_tv()",
-        settings=published(_VERL, divergence_low=0.2, divergence_high=0.2, ratio_max=20),
+        settings=published(VERL, divergence_low=0.2, divergence_high=0.2, ratio_max=20),
     ),
     Recipe(
         name="dppo_kl",
         entry="rw.methods.dppo_kl",
         advantages=GRPO,
         spec="rw.methods.dppo_kl()",
-        settings=published(_VERL, divergence_low=0.2, divergence_high=0.2, ratio_max=20),
+        settings=published(VERL, divergence_low=0.2, divergence_high=0.2, ratio_max=20),
     ),
     Recipe(
         name="gspo",
@@ -154,5 +153,27 @@ ALL = (
         spec="rw.methods.grpo().with_weight(rw.weights.GeometricSequenceMask(ratio_min=0.9, ratio_max=1.1))",
         settings=published(EXAMPLE, ratio_min=0.9, ratio_max=1.1),
         rollout=_MISMATCH,
+    ),
+    Recipe(
+        name="m2po",
+        entry="rw.methods.m2po",
+        advantages=GRPO,
+        spec="rw.methods.m2po()",
+        settings=published(SCRIPT, budget=0.04, least_low=0.3, least_high=0.5),
+    ),
+    Recipe(
+        name="m2_mask",
+        entry="rw.weights.SecondMomentMask",
+        advantages=GRPO,
+        spec="rw.methods.decoupled_ppo().with_weight(rw.weights.SecondMomentMask())",
+        settings=published("the paper's budget", threshold=0.04),
+        rollout=("`old_per_token_logps` are the proximal policy's, `sampling_per_token_logps` those of the policy that wrote the tokens.",),
+    ),
+    Recipe(
+        name="fipo",
+        entry="rw.methods.fipo",
+        advantages=GRPO,
+        spec="rw.methods.fipo()",
+        settings=published("ms-swift's default", half_life=32, weight_min=1, weight_max=1.2, safety_ratio=4),
     ),
 )

@@ -27,7 +27,8 @@ def make_rollout(policy, name, seed=0):
     mask = (torch.arange(T) < torch.tensor([6, 3, 5, 4, 6, 2, 6, 1])[:, None]).float()
     batch = SimpleNamespace(completion_ids=torch.randint(V, (B, T), generator=g), completion_mask=mask, group_size=GROUP, vocab_size=V)
     with torch.no_grad():
-        logps, entropies = rw.token_logps(policy(batch), batch.completion_ids, return_entropy=True)
+        stats = rw.token_stats(policy(batch), batch.completion_ids, stats=("logps", "entropies", "log_sum_p_sq"))
+        logps, entropies = stats.logps, stats.entropies
     correct = torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0])
     values = {"spo_chain": torch.rand(B, T, generator=g), "spo_tree": torch.rand(B, generator=g)}
 
@@ -42,9 +43,10 @@ def make_rollout(policy, name, seed=0):
         old_per_token_logps=near(0.2),
         ref_per_token_logps=near(0.3),
         sampling_per_token_logps=near(0.02),
+        log_sum_p_sq=stats.log_sum_p_sq,
         entropies=entropies,
         mean_entropies=(entropies * mask).sum(-1) / mask.sum(-1),
-        reference_rewards=torch.rand((B // GROUP, 3) if name == "pvpo" else (B,), generator=g),
+        reference_rewards=torch.rand((B // GROUP, 3) if name in ("pvpo", "a_star_po") else (B,), generator=g),
         greedy_rewards=torch.rand(B, generator=g),
         values=values.get(name, torch.rand(B, T, generator=g)),
         parents=torch.tensor([-1, 0, 0, 1, 1, 2, 2, 0]),

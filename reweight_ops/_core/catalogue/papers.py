@@ -55,6 +55,9 @@ _YEARS = {
     "Every Step Evolves: Scaling Reinforcement Learning for Trillion-Scale Thinking Model": 2025,
     "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch": 2025,
     "Doubly Robust Instance-Reweighted Adversarial Training": 2023,
+    "On-Policy Distillation": 2025,
+    "MaxRL, as named in SkyRL": 2026,
+    "Optimal Token Baseline, as named in verl 0.9.1": 2026,
     "A note on DPO with noisy preferences & relationship to IPO": 2023,
 }
 

@@ -26,6 +26,7 @@ QUANTITIES = {
     "old_per_token_logps": "`[B, T]`, log-probs under the policy that sampled, kept while the batch is trained on",
     "ref_per_token_logps": "`[B, T]`, log-probs under the reference policy",
     "sampling_per_token_logps": "`[B, T]`, log-probs that the sampler reported",
+    "log_sum_p_sq": "`[B, T]`, `rw.token_stats`'s, of the policy of `old_per_token_logps`",
     "entropies": "`[B, T]`, entropies under the policy that sampled",
     "mean_entropies": "`[B]`, their mean over a completion's valid tokens",
     "reference_rewards": "rewards of the reference policy's completions",
@@ -203,8 +204,9 @@ class Recipe:
 
     @property
     def requires(self) -> frozenset[str]:
-        """What the spec's formulas read, by the leaves' names."""
-        return frozenset().union(*(spec.requires for spec in self.stand_ins())) if self.spec and not self.loss else frozenset()
+        """What the spec's formulas read, by the leaves' names; ``log_ratio`` is the ratio to the old policy, one to the reference reads ``ref_logp``."""
+        specs = self.stand_ins() if self.spec and not self.loss else ()
+        return frozenset().union(*(spec.requires - ({"log_ratio"} if spec.ratio.against == "ref" else set()) for spec in specs))
 
     def stand_ins(self) -> tuple[Any, ...]:
         """The specs with zeros in place of a batch: for what they read, and how many there are."""
