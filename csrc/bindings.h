@@ -47,7 +47,7 @@ inline ProgramTable make_table(Address words, std::array<int, 9> counts, std::ar
 }
 
 Call make_call(int dtype, Address logits, std::array<int64_t, 3> strides, int64_t rows, int64_t columns, std::array<int64_t, 3> vocab, float softcap,
-               Address ids, Address temperature, bool temperature_per_row, int threads, int device, Address stream) {
+               Address ids, Address temperature, bool temperature_per_row, Address bounds, int threads, int device, Address stream) {
     Call call{};
     call.dtype = static_cast<DType>(dtype);
     call.logits = at<const void>(logits);
@@ -58,6 +58,7 @@ Call make_call(int dtype, Address logits, std::array<int64_t, 3> strides, int64_
     call.vocab_start = vocab[1];
     call.vocab_total = vocab[2];
     call.softcap = softcap;
+    call.bounds = at<const int64_t>(bounds);
     call.ids = at<const int64_t>(ids);
     call.temperature = at(temperature);
     call.temperature_per_row = temperature_per_row;
@@ -133,8 +134,8 @@ void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad tok
     py::class_<ProgramTable>(m, "Table", py::module_local()).def(py::init(&make_table), py::arg("words"), py::arg("counts"), py::arg("outputs"));
     py::class_<Call>(m, "Call", py::module_local())
         .def(py::init(&make_call), py::arg("dtype"), py::arg("logits"), py::arg("strides"), py::arg("rows"), py::arg("columns"), py::arg("vocab"),
-             py::arg("softcap"), py::arg("ids"), py::arg("temperature"), py::arg("temperature_per_row"), py::arg("threads") = 1,
-             py::arg("device") = 0, py::arg("stream") = 0);
+             py::arg("softcap"), py::arg("ids"), py::arg("temperature"), py::arg("temperature_per_row"), py::arg("bounds") = 0,
+             py::arg("threads") = 1, py::arg("device") = 0, py::arg("stream") = 0);
     m.def(
         "token_stats", [=](const Call& call, std::array<Address, 6> out) { return token_stats(stats_call(call, out)); }, NoGil(), py::arg("call"),
         py::arg("out"));

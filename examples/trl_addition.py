@@ -4,6 +4,7 @@
 2. One rollout: loss and gradient through the fused op equal TRL's own.
 3. Training: the fused run's reward curve against the spread of stock TRL's seeds.
 4. The same trainer with advantage reweighting and with Lopti (arXiv:2505.12929), and what reweighting does to the gradient.
+5. The loss alone at a real vocabulary: time and memory beside eager PyTorch and torch.compile, on this machine.
 
 No gain in reward from reweighting is claimed: the task is a toy. Run: ``python examples/trl_addition.py`` (needs trl, typer, rich, matplotlib).
 """
@@ -39,6 +40,7 @@ def main(
     warm_start: Annotated[int, typer.Option(min=1, help="Steps of the warm start.")] = 800,
     threads: Annotated[int, typer.Option(min=1, help="So small a model gains little from more.")] = 1,
     lm_head: Annotated[str, typer.Option(help="Of our trainers: 'linear' never builds logits, 'logits' does.")] = "logits",
+    cost_rows: Annotated[int, typer.Option(min=0, help="Rows of the loss at a real vocabulary; 0 leaves that part out.")] = 128,
     out: Annotated[Path, typer.Option(help="Where the picture and the numbers go.")] = Path("demo_output"),
 ) -> None:
     """Train stock TRL, the fused op, advantage reweighting and Lopti on two-digit addition; write a picture and the numbers."""
@@ -49,7 +51,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     with console.status("Importing TRL"):
         logging.disable(logging.WARNING)
-        from addition import mechanism, report, runs, task
+        from addition import cost, mechanism, report, runs, task
 
     tokenizer = task.make_tokenizer()
     model = task.make_model(tokenizer)
@@ -92,11 +94,18 @@ def main(
     console.print(
         f"Gradient norm of the least likely quarter of the tokens: {shares.plain[0]:.1%} plain, {shares.reweighted[0]:.1%} reweighted."
     )
-    report.picture(stock, others, shares, out / "trl_addition.png")
+    costs = []
+    if cost_rows:
+        torch.set_num_threads(os.cpu_count() or 1)
+        with console.status(f"The loss alone, {cost_rows} rows of {cost.VOCAB} logits"):
+            costs = cost.measure(cost_rows)
+        console.print(report.cost_table(costs, cost_rows))
+    report.picture(stock, others, shares, costs, out / "trl_addition.png")
     numbers = {
         "versions": {"torch": torch.__version__, "trl": __import__("trl").__version__},
         "agreement": [asdict(a) for a in agreement],
         "gradient_share_by_probability_quartile": shares._asdict(),
+        "cost": {"rows": cost_rows, "vocabulary": cost.VOCAB, "dtype": "bfloat16", "found": [c._asdict() for c in costs]},
         "runs": [asdict(run) for run in stock + others],
     }
     (out / "trl_addition.json").write_text(json.dumps(numbers, indent=1))

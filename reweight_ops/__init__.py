@@ -6,11 +6,14 @@ with _warnings.catch_warnings():  # PyTorch's at its own import, where there is 
     _warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     import torch as _torch  # noqa: F401
 
-from . import advantages, divergences, kernels, methods, objectives, preference, rewards, rules, sample_weights, schedules, weights
+from . import advantages, divergences, kernels, methods, objectives, preference, recipes, rewards, rules, sample_weights, schedules, weights
 from ._core import moved as _moved
 from ._core.backends.select import NAMES as BACKENDS
-from ._core.calls.keywords import HiddenLogits, Lora
+from ._core.calls.keywords import HiddenLogits, Lora, Teacher, TopKLogps
+from ._core.calls.sampling_mask import SamplingMask
 from ._core.calls.specs import METHODS, method
+from ._core.catalogue.lookup import recipe
+from ._core.catalogue.recipes import Recipe
 from ._core.catalogue.search import find
 from ._core.engine.metrics import Metrics
 from ._core.engine.output import PolicyLossOutput, TokenStats
@@ -20,10 +23,19 @@ from ._core.losses.linear import linear_policy_loss, linear_token_logps, linear_
 from ._core.losses.linear_distillation import linear_distillation_loss, linear_token_divergence
 from ._core.losses.policy import policy_loss, policy_loss_from_logps
 from ._core.losses.statistics import token_logps, token_stats
-from ._core.spec.coupled import Constraint, GroupContrast
+from ._core.spec.coupled import Constraint, GroupClassification, GroupContrast
 from ._core.spec.policy import Penalty, PolicyLossSpec
-from ._core.spec.ratio import BatchMeanRatio, CenteredRatio, GeometricMeanRatio, Ratio, SegmentRatio, SequenceRatio, TokenRatio
-from ._core.spec.reduction import FromFunction, NoReduction, Reduction, SequenceMean, TokenMean, TokenSum
+from ._core.spec.ratio import (
+    BatchMeanRatio,
+    CenteredRatio,
+    CumulativeRatio,
+    GeometricMeanRatio,
+    Ratio,
+    SegmentRatio,
+    SequenceRatio,
+    TokenRatio,
+)
+from ._core.spec.reduction import FromFunction, NoReduction, PromptMean, Reduction, SequenceMean, TokenMean, TokenSum
 from .divergences import DistillationLossOutput, distillation_loss, token_divergence
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
 from .nn import FusedLinearLogProbs, FusedLinearPolicyLoss
@@ -40,12 +52,14 @@ __all__ = [
     "BatchMeanRatio",
     "CenteredRatio",
     "Constraint",
+    "CumulativeRatio",
     "DistillationLossOutput",
     "Explanation",
     "FromFunction",
     "FusedLinearLogProbs",
     "FusedLinearPolicyLoss",
     "GeometricMeanRatio",
+    "GroupClassification",
     "GroupContrast",
     "HiddenLogits",
     "InvalidCall",
@@ -57,18 +71,23 @@ __all__ = [
     "PolicyLossOutput",
     "PolicyLossSpec",
     "PreferenceLossOutput",
+    "PromptMean",
     "Ratio",
+    "Recipe",
     "Reduction",
     "ReweightOpsError",
     "Rule",
+    "SamplingMask",
     "SegmentRatio",
     "SequenceMean",
     "SequenceRatio",
+    "Teacher",
     "TokenMean",
     "TokenRatio",
     "TokenStats",
     "TokenSum",
     "TokenWeight",
+    "TopKLogps",
     "UnsupportedRequest",
     "advantages",
     "distillation_loss",
@@ -90,6 +109,8 @@ __all__ = [
     "preference",
     "preference_loss",
     "preference_loss_from_logps",
+    "recipe",
+    "recipes",
     "rewards",
     "rule",
     "rules",

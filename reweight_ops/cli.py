@@ -1,4 +1,4 @@
-"""``reweight-ops info | methods | find WORDS | show NAME | check | trainers | bench``."""
+"""``reweight-ops info | methods | find WORDS | show NAME | recipes | recipe NAME | check | trainers | bench``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from . import __version__
 from ._core.backends.base import Request
 from ._core.backends.built import why_missing
 from ._core.backends.select import NAMES, load, why_not
+from ._core.catalogue.lookup import recipe as lookup
+from ._core.catalogue.papers import paper_of
+from ._core.catalogue.recipes import RECIPES, recipes_of
 from ._core.catalogue.registry import CATALOGUE, KINDS, Entry
 from ._core.catalogue.search import exact
 from ._core.catalogue.search import find as search
@@ -150,6 +153,30 @@ def trainers() -> None:
 
 
 @app.command()
+def recipes() -> None:
+    """The recipes: everything that one paper trains with, from rewards to the loss."""
+    table = Table("name", "paper", "arXiv", "certainty", "uses")
+    for r in RECIPES.values():
+        table.add_row(r.name, r.paper, r.arxiv, r.certainty, ", ".join(entry.call for entry in r.entries))
+    console.print(table)
+
+
+@app.command()
+def recipe(name: str) -> None:
+    """One recipe, by name, acronym, title or arXiv id: its hyper-parameters as published, what is the caller's, and a training loop."""
+    r = lookup(name)
+    console.print(f"{r.name}: {r.publication.source} ({r.certainty})\n", highlight=False, markup=False, soft_wrap=True)
+    if r.settings:
+        table = Table("hyper-parameter", "value", "source")
+        for setting in r.settings:
+            table.add_row(*setting)
+        console.print(table)
+    for note in r.rollout:
+        console.print(f"* {note}", highlight=False, markup=False)
+    print(f"\n{r.to_own_loop()}")
+
+
+@app.command()
 def show(name: str) -> None:
     """What is called so, by name, acronym, title or arXiv id: formula, paper, parameters; of a loss its spec, and its value and slope over the ratio."""
     found = exact(name)
@@ -164,8 +191,12 @@ def show(name: str) -> None:
 
 def _show(e: Entry) -> None:
     console.print(f"[bold]{e.call}[/]: {e.full_name}", highlight=False)
-    console.print(f"{e.paper}, arXiv:{e.arxiv} ({e.certainty})\n", highlight=False, markup=False)
+    console.print(f"{paper_of(e).source} ({e.certainty})\n", highlight=False, markup=False, soft_wrap=True)
     console.print(e.formula + "\n", highlight=False, markup=False)
+    if recipes_of([e]):
+        console.print(
+            f"all that the paper trains with: reweight-ops recipe {' | '.join(r.name for r in recipes_of([e]))}\n", highlight=False
+        )
     table = Table("parameter", "default", title="parameters")
     for parameter, value in e.defaults.items():
         table.add_row(parameter, "required" if value is inspect.Parameter.empty else str(value))

@@ -27,6 +27,7 @@ _NO_SETTINGS = {
     "lm_head_bias": "pass bias=True, and the module has its own",
     "lora": "pass it with the call, for its factors are parameters of another module",
     "row_index": "pass it with the call",
+    "sampling_mask": "pass it with the call",
     "consume_logits": "the logits are the module's own",
     "drop_last": "the logits are the module's own",
 }

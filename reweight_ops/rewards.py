@@ -26,6 +26,7 @@ __all__ = [
     "grpo_lead_length",
     "harmonic_mean",
     "lsc",
+    "soft_multi_choice",
     "traac",
     "trust_grpo",
     "uwo",
@@ -263,3 +264,23 @@ def traac(correct: Tensor, format_rewards: Tensor, lengths: Tensor, median_lengt
     )
     is_right = torch.where(right.isnan(), torch.nan, (right != 0).to(right.dtype))
     return 4 * is_right + form + is_right * torch.sigmoid((median - length) / scale)
+
+
+@published(
+    "soft_multi_choice",
+    "TW-GRPO's soft reward of multiple-choice answers",
+    paper="Reinforcing Video Reasoning with Focused Thinking",
+    arxiv="2505.24718",
+    level="sequence",
+)
+def soft_multi_choice(answers: Tensor, correct: Tensor) -> Tensor:
+    """``|P|/|G|`` where the chosen options P are all among the correct ones G, else 0; nothing chosen is 0. ``[B, K], [B, K] -> [B]``.
+
+    Non-zero marks an option. A question without a correct option is NaN. The paper's question-answer inversion is of the data, before this.
+    """
+    chosen = floats("soft_multi_choice", "answers", answers)
+    if chosen.dim() != 2:
+        raise InvalidCall(f"soft_multi_choice: answers has shape {tuple(chosen.shape)}, expected (B, K): one mark an option.")
+    right = floats("soft_multi_choice", "correct", correct, tuple(chosen.shape)) != 0
+    taken, total = (chosen != 0).to(chosen.dtype).sum(1), right.to(chosen.dtype).sum(1)
+    return torch.where(((chosen != 0) & ~right).any(1), 0, taken) / torch.where(total == 0, torch.nan, total)

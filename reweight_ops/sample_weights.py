@@ -8,14 +8,15 @@ loss_i``. Weights over a global batch: gather the inputs of all ranks first, and
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 
+from ._core.calls.unused_options import forbid_unused
 from ._core.catalogue.registry import published
-from ._core.ranges import Count, NonNegative, Positive, PositiveOrInf
-from ._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, indices, like
+from ._core.ranges import Count, Interval, NonNegative, Positive, PositiveOrInf, Real
+from ._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, indices, like, require
 from ._core.rows.groups import describe
 from .errors import InvalidCall
 
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
+    "class_balanced",
     "d3s",
     "dynamic_loss_reweighting",
+    "dynamic_sampling",
     "exponential_advantage",
     "focal",
     "glow",
@@ -35,6 +38,7 @@ __all__ = [
     "source_weights",
     "trajectory_aw",
     "trajectory_rw",
+    "upweight",
 ]
 
 _TRAJECTORIES = "Harnessing Mixed Offline Reinforcement Learning Datasets via Trajectory Weighting"
@@ -95,6 +99,8 @@ def kl_dro(losses: Tensor, *, temperature: Positive[float], **groups: Unpack[Gro
     """``w_i = n·exp(loss_i/temperature)/sum_j exp(loss_j/temperature)``: the worst distribution within a KL penalty, hard samples first.
 
     The maximum over w of ``mean(w·loss) - temperature·KL(w/n || uniform)``. Without group arguments the batch is one group.
+
+    The paper is ICLR 2024's, openreview.net/forum?id=OF5x1dzWSS. It is on arXiv too (August 2023), under an id that no source we could read prints.
     """
     g = grouped("kl_dro", losses, groups, name="losses", whole=True)
     return _softmax(g, g.values / temperature)
@@ -128,6 +134,8 @@ def dynamic_loss_reweighting(
     }
     if strategy not in curves:
         raise InvalidCall(f"dynamic_loss_reweighting: strategy is {strategy!r}, expected one of {', '.join(curves)}.")
+    reads = {"delta": strategy != "quadratic"}  # where it cancels
+    forbid_unused("dynamic_loss_reweighting", dynamic_loss_reweighting, {"delta": delta}, "strategy='quadratic'", reads)
     return _softmax(g, curves[strategy] / temperature)
 
 
@@ -311,3 +319,69 @@ def selective_rehearsal(scores: Tensor, *, keep: Count[int], coef: NonNegative[f
     model itself is a loss of a reward model, not of a policy.
     """
     return coef * raft(scores, keep=keep, **clusters)
+
+
+@published(
+    "dynamic_sampling",
+    "Dynamic sampling: which prompts teach something",
+    paper="DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
+    arxiv="2503.14476",
+    level="group",
+)
+def dynamic_sampling(
+    rewards: Tensor, *, low: Real[float] | None = None, high: Real[float] | None = None, **groups: Unpack[GroupKeywords]
+) -> Tensor:
+    """1 for the responses of a prompt whose rewards differ and whose mean reward is in ``[low, high]``, else 0. ``[B] -> [B]``.
+
+    Of 0/1 rewards: neither all right nor all wrong (eq. 11). ``low`` and ``high`` are a band of difficulty. A group of one is kept, as verl's
+    ``filter_groups`` keeps it, if it is in the band. DAPO samples anew until the batch is full; this says which to leave out.
+    """
+    g = grouped("dynamic_sampling", rewards, groups)
+    mean = g.mean(g.values)
+    kept = (g.max(g.values) > g.min(g.values)) | (g.size == 1)
+    for bound, inside in ((low, mean.ge), (high, mean.le)):
+        if bound is not None:
+            kept = kept & inside(bound)
+    return g.result(kept.to(g.values.dtype))
+
+
+@published(
+    "class_balanced",
+    "Class-balanced weights (LDAM-DRW's)",
+    paper="Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
+    arxiv="1906.07413",
+    level="sequence",
+)
+def class_balanced(labels: Tensor, class_counts: Tensor, *, beta: Annotated[float, Interval("[0, 1)")] = 0.9999) -> Tensor:
+    """``(1-β)/(1-β^n_y)`` of each label's class, over the mean of that over the K classes. ``[...]`` int labels, ``[K] -> [...]``.
+
+    Effective numbers of samples (arXiv:1901.05555); β = 0 is weight 1. Deferred: ``schedules.drw`` gives β. For ``token_weights``, one a token.
+    """
+    counts = floats("class_balanced", "class_counts", class_counts)
+    if counts.dim() != 1:
+        raise InvalidCall(f"class_balanced: class_counts has shape {tuple(counts.shape)}, expected (K,).")
+    counts = require("class_balanced", counts >= 1, "a class has no sample; give the counts of those that have.", counts)
+    weight = (1 - beta) / -torch.expm1(counts * math.log(beta)) if beta > 0 else torch.ones_like(counts)
+    ids = indices("class_balanced", "labels", labels, tuple(labels.shape), len(counts), "len(class_counts)")
+    return torch.cat([weight / weight.mean(), weight.new_full((1,), torch.nan)])[ids]
+
+
+@published(
+    "upweight",
+    "Upweighting to a temperature (scalarisation)",
+    paper="Upsample or Upweight? Balanced Training on Heavily Imbalanced Datasets",
+    arxiv="unknown",
+    certainty="secondary",
+    level="sequence",
+)
+def upweight(source_ids: Tensor, source_counts: Tensor, *, temperature: Annotated[float, Interval("[1, inf]")]) -> Tensor:
+    """``w = p_k·N/n_k``, ``p_k ∝ n_k^(1/τ)``: weights of uniformly drawn samples whose mean loss is that of temperature sampling. ``[B], [K] -> [B]``.
+
+    τ = 1 is weight 1, ``inf`` as much for every source. Cooldown is a τ that falls as training goes; the paper's curve was not found.
+    """
+    n = floats("upweight", "source_counts", source_counts)
+    if n.dim() != 1:
+        raise InvalidCall(f"upweight: source_counts has shape {tuple(n.shape)}, expected (K,).")
+    share = torch.softmax(n.log() / temperature, 0)
+    ids = indices("upweight", "source_ids", source_ids, tuple(source_ids.shape), len(n), "len(source_counts)")
+    return torch.cat([share * n.sum() / n, n.new_full((1,), torch.nan)])[ids]

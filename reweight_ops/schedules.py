@@ -14,13 +14,28 @@ import torch
 from torch import Tensor
 
 from ._core.catalogue.registry import published, published_names
-from ._core.ranges import Count, Interval, NonNegative, Real, Unit, ranged
+from ._core.ranges import Count, CountOrZero, Interval, NonNegative, Positive, Real, Unit, ranged
 from ._core.rows.grouped import floats, grouped
 from ._core.spec.policy import PolicyLossSpec
 from .errors import InvalidCall
 from .methods.reweighting import lopti as lopti_spec
 
-__all__ = ["D3sBudget", "Relift", "ReliftState", "all_failed", "capo", "d3s", "lopti", "lopti_updates", "tsa"]
+__all__ = [
+    "AdaptiveEntropy",
+    "AdaptiveEntropyState",
+    "BetaDpo",
+    "BetaDpoState",
+    "D3sBudget",
+    "Relift",
+    "ReliftState",
+    "all_failed",
+    "capo",
+    "d3s",
+    "drw",
+    "lopti",
+    "lopti_updates",
+    "tsa",
+]
 
 _Batch = TypeVar("_Batch")
 
@@ -181,6 +196,96 @@ class Relift:
         waiting = state.buffered + num_failed
         due = waiting >= self.buffer_size
         return ReliftState(waiting - self.buffer_size if due else waiting), due
+
+
+@published(
+    "drw",
+    "Deferred re-weighting (LDAM-DRW)",
+    paper="Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
+    arxiv="1906.07413",
+    level="step",
+)
+def drw(epoch: CountOrZero[int], *, switch_epoch: CountOrZero[int] = 160, beta: Annotated[float, Interval("[0, 1)")] = 0.9999) -> float:
+    """β of ``sample_weights.class_balanced``: 0, no re-weighting, before ``switch_epoch``, and from it on ``beta``. 160 of the authors' 200 epochs."""
+    return beta if epoch >= switch_epoch else 0.0
+
+
+class BetaDpoState(NamedTuple):
+    """``gap_mean``: the running mean of the pairs' log-ratio gaps, a 0-d tensor."""
+
+    gap_mean: Tensor
+
+
+@published(
+    "beta_dpo",
+    "β-DPO: a β for each batch",
+    paper="β-DPO: Direct Preference Optimization with Dynamic β",
+    arxiv="2407.08639",
+    level="step",
+)
+@dataclass(frozen=True, kw_only=True)
+class BetaDpo:
+    """``β = max(beta·(1 + a·(mean gap - M)), 1e-3)``, ``gap`` = ``log(π/π_ref)(y_w) - log(π/π_ref)(y_l)``, ``M ← momentum·M + (1 - momentum)·mean gap`` first.
+
+    :meth:`update` returns the state and β, a 0-d tensor, for ``preference.dpo(beta=...)`` of the same batch. a is 0.6 in the authors' command.
+    Differs from the paper: its filter of pairs, which are drawn by how near their gap is to M, is not applied.
+    """
+
+    beta: Positive[float] = 0.1
+    a: NonNegative[float] = 0.6
+    momentum: Unit[float] = 0.9
+
+    def init(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> BetaDpoState:
+        """A mean of 0."""
+        return BetaDpoState(torch.zeros((), device=device, dtype=dtype))
+
+    def update(self, state: BetaDpoState, gaps: Tensor) -> tuple[BetaDpoState, Tensor]:
+        """``gaps``: ``[P]``, of all ranks."""
+        gap = gaps.detach().to(state.gap_mean).mean()
+        mean = self.momentum * state.gap_mean + (1 - self.momentum) * gap
+        return BetaDpoState(mean), (self.beta * (1 + self.a * (gap - mean))).clamp(min=1e-3)
+
+
+class AdaptiveEntropyState(NamedTuple):
+    """``coef``: the coefficient before the target's gate, a 0-d tensor."""
+
+    coef: Tensor
+
+
+@published(
+    "adaptive_entropy",
+    "Adaptive entropy control (Skywork-OR1)",
+    paper="Skywork Open Reasoner 1 Technical Report",
+    arxiv="2505.22312",
+    level="step",
+)
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveEntropy:
+    """The entropy bonus's coefficient: one ``step`` up while the entropy is below the target and down else, in [0, ``coef_max``]; 0 in force above the target.
+
+    :meth:`update` returns the state and the coefficient for the next step, a 0-d tensor: nothing waits for the device and nothing is recompiled. The
+    defaults are those of the authors' 32B runs::
+
+        state, coef = control.update(state, out.metrics["entropy"])
+        spec = rw.methods.grpo(entropy_coef=coef)
+    """
+
+    target_entropy: NonNegative[float] = 0.2
+    step: NonNegative[float] = 1e-4
+    coef_min: NonNegative[float] = 0.0
+    coef_max: NonNegative[float] = 0.005
+
+    def init(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> AdaptiveEntropyState:
+        """A coefficient of ``coef_min``."""
+        return AdaptiveEntropyState(torch.full((), self.coef_min, device=device, dtype=dtype))
+
+    def update(self, state: AdaptiveEntropyState, entropy: float | Tensor) -> tuple[AdaptiveEntropyState, Tensor]:
+        """``entropy``: the batch's mean. One that is not finite leaves the coefficient as it is, and not in force."""
+        now = torch.as_tensor(entropy, dtype=state.coef.dtype, device=state.coef.device).detach()
+        below = now < self.target_entropy
+        moved = (state.coef + self.step * (2 * below.to(state.coef.dtype) - 1)).clamp(self.coef_min, self.coef_max)
+        coef = torch.where(torch.isfinite(now), moved, state.coef)
+        return AdaptiveEntropyState(coef), torch.where(below, coef, 0)
 
 
 __getattr__ = published_names("schedule")

@@ -26,7 +26,8 @@ struct Call {
     RowStrides strides;
     int64_t rows, columns;  // columns: of the tensor, vocab_size and padding
     int64_t vocab_size, vocab_start, vocab_total;
-    float softcap;  // inf: off
+    float softcap;          // inf: off
+    const int64_t* bounds;  // null, or [2, rows]: where rows of different lengths begin and end, one dimension of logits; vocab_size is then no row's
     const int64_t* ids;
     const float* temperature;
     bool temperature_per_row;
@@ -64,8 +65,10 @@ struct LossGradCall : Call {
 /// Where a row of logits starts.
 template <class T>
 RW_HD inline const T* row_of(const Call& call, int64_t i) {
-    return static_cast<const T*>(call.logits) + call.strides.offset(i);
+    return static_cast<const T*>(call.logits) + (call.bounds ? call.bounds[i] : call.strides.offset(i));
 }
+/// The columns of a row's softmax.
+RW_HD inline int64_t columns_of(const Call& call, int64_t i) { return call.bounds ? call.bounds[call.rows + i] - call.bounds[i] : call.vocab_size; }
 RW_HD inline float temperature_of(const Call& call, int64_t i) { return call.temperature[call.temperature_per_row ? i : 0]; }
 
 /// Whether the row holds nothing to compute: it is out of the loss, or its id is no token.

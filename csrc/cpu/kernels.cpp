@@ -50,13 +50,12 @@ bool streams(const C& call, int64_t element) {
     return call.out != call.logits && call.rows * call.columns * element > kCacheBytes;
 }
 
-/// Writes one gradient row, which may be the row of logits.
+/// Writes one gradient row, which may be the row of logits: `v` columns of its softmax, and zeros up to `width`.
 template <class T>
-void write_grad(const Call& call, const Row<T>& row, const Derivatives<double>& d, Anchor anchor, T* g, const Softcap& softcap, Fetch ahead,
+void write_grad(int64_t v, int64_t width, const Row<T>& row, const Derivatives<double>& d, Anchor anchor, T* g, const Softcap& softcap, Fetch ahead,
                 bool stream) {
-    const int64_t v = call.vocab_size;
     if (d.all_zero()) {
-        fill(g, call.columns, 0.0f);
+        fill(g, width, 0.0f);
         return;
     }
     if (anchor.log_p != anchor.log_p) {
@@ -85,7 +84,7 @@ void write_grad(const Call& call, const Row<T>& row, const Derivatives<double>& 
             store1(g + row.target, row.target_logit == -kInf ? 0.0f : float(d.at_target() * slope));
         }
     }
-    if (call.columns > v) fill(g + v, call.columns - v, 0.0f);
+    if (width > v) fill(g + v, width - v, 0.0f);
 }
 
 // ---- token_stats
@@ -96,7 +95,7 @@ void token_stats(const StatsCall& call) {
     for_each_row(call.rows, call.vocab_size, threads_for(call.rows, call.vocab_size, call.threads), [&](int64_t i, int64_t) {
         if (is_invalid(call, i)) return put_invalid_row(call, i);
         const Row<T> row(call, i, softcap);
-        const RowSweep sweep = row.template sweep<kSums>(call.vocab_size, softcap);
+        const RowSweep sweep = row.template sweep<kSums>(columns_of(call, i), softcap);
         put_row(call, i, row.statistics(sweep, row.finish(sweep)));
     });
 }
@@ -125,18 +124,19 @@ Anchor known_anchor(const GradCall& call, const Row<T>& row, int64_t i) {
 template <class T>
 void token_grad(const GradCall& call) {
     const Softcap softcap(call.softcap);
-    const bool stream = streams(call, sizeof(T));
+    const bool packed = call.bounds, stream = !packed && streams(call, sizeof(T));
     const auto get = [](const float* from, int64_t i) { return from ? from[i] : 0.0f; };
     for_each_row(call.rows, call.columns, threads_for(call.rows, call.columns, call.threads), [&](int64_t i, int64_t) {
-        T* g = (T*)call.out + call.out_strides.offset(i);
         if (is_invalid(call, i)) {
-            fill(g, call.columns, 0.0f);
+            if (!packed) fill((T*)call.out + call.out_strides.offset(i), call.columns, 0.0f);
             return;
         }
+        T* g = (T*)call.out + (packed ? call.bounds[i] : call.out_strides.offset(i));
+        const int64_t v = columns_of(call, i), width = packed ? v : call.columns;
         const Row<T> row(call, i, softcap);
         const Derivatives<double> d{get(call.logp_coef, i), get(call.entropy_coef, i), get(call.lse_coef, i),    get(call.p_sq_coef, i),
                                     call.logp[i],           get(call.entropy, i),      get(call.log_sum_p_sq, i)};
-        write_grad(call, row, d, known_anchor(call, row, i), g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
+        write_grad(v, width, row, d, known_anchor(call, row, i), g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
     });
 }
 
@@ -162,7 +162,7 @@ void token_loss_grad(const LossGradCall& call) {
         const RowLoss l = evaluate(i, s);
         put_row(call, i, s, l);
         const Derivatives<double> d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
-        write_grad(call, row, d, {sweep.top, -kLog2e * finished.log_total}, g, softcap, ahead, stream);
+        write_grad(call.vocab_size, call.columns, row, d, {sweep.top, -kLog2e * finished.log_total}, g, softcap, ahead, stream);
     });
 }
 

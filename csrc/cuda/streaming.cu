@@ -190,6 +190,47 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
     }
 }
 
+// ---- packed rows: a block each, of any address and length
+
+/// Their registers need not make room for more, for rows that a sampler keeps are short.
+constexpr int kPackedBlocks = 2;
+
+template <class T, Sums kSums>
+RW_KERNEL(kThreads, kPackedBlocks) packed_stats_kernel(RW_PARAMETER StatsCall call) {
+    RW_SHARED(DoubleBuffer<RowPartials>, partials);
+    const Softcap softcap(call.softcap);
+    int buffer = 0;
+    for (int64_t i = block_index(); i < call.rows; i += block_count()) {
+        if (is_invalid(call, i)) {
+            if (thread_index() == 0) put_invalid_row(call, i);
+            continue;
+        }
+        const int columns = int(columns_of(call, i));
+        const Row<T> row(call, i);
+        const Partial sums = sum_row<kSums, false>(row, columns, Slices(columns / kPerVector<T>), softcap, partials[buffer]);
+        if (thread_index() == 0) put_row(call, i, finish(sums, target_of(row, softcap), row.temperature, row.scale));
+        buffer ^= 1;  // while warp 0 merges, the others begin the next row
+    }
+}
+
+/// Rows that hold nothing to compute are not written.
+template <class T, bool kFull>
+RW_KERNEL(kThreads, kPackedBlocks) packed_grad_kernel(RW_PARAMETER GradCall call) {
+    RW_SHARED(GradientRow<T>, known);
+    const Softcap softcap(call.softcap);
+    for (int64_t i = block_index(); i < call.rows; i += block_count()) {
+        if (is_invalid(call, i)) continue;
+        const int columns = int(columns_of(call, i));
+        if (thread_index() == 0) {
+            const Row<T> row(call, i);
+            known = {row.x, static_cast<T*>(call.out) + call.bounds[i], row.target, known_gradient(call, row, i, softcap, kFull)};
+        }
+        barrier();  // the row is ready
+        write_gradient<T, kFull, kUnroll>(known, columns, columns, softcap);
+        barrier();  // nobody reads it any more
+    }
+}
+
 // ---- launches
 
 /// A persistent grid of so many blocks a processor.
@@ -210,6 +251,10 @@ int with_kind(bool full, bool aligned, const F& f) {
 }
 
 int launch_stats(const StatsCall& call) {
+    if (call.bounds) {
+        const bool full = call.log_sum_p_sq || call.softcap < kInf;
+        return launch_rows(full ? packed_stats_kernel<RW_ELEMENT, Sums::full> : packed_stats_kernel<RW_ELEMENT, Sums::entropy>, call, kPackedBlocks);
+    }
     return with_kind(call.log_sum_p_sq || call.softcap < kInf, rows_are_aligned(call), [&](auto full, auto aligned) {
         constexpr Sums kSums = full.value ? Sums::full : Sums::entropy;
         return launch_rows(stats_kernel<RW_ELEMENT, kSums, aligned.value>, call, blocks_of(full.value || !aligned.value, kStatsBlocks));
@@ -218,6 +263,9 @@ int launch_stats(const StatsCall& call) {
 
 int launch_grad(const GradCall& call) {
     const bool full = call.p_sq_coef || call.softcap < kInf;
+    if (call.bounds) {
+        return launch_rows(full ? packed_grad_kernel<RW_ELEMENT, true> : packed_grad_kernel<RW_ELEMENT, false>, call, kPackedBlocks);
+    }
     return launch_rows(full ? grad_kernel<RW_ELEMENT, true> : grad_kernel<RW_ELEMENT, false>, call, blocks_of(full, kGradBlocks), kGradThreads);
 }
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from .cost import VOCAB, Cost
 from .mechanism import QuartileShares
 from .runs import PASSES, Agreement, Run
 
@@ -37,7 +38,7 @@ def _table(title: str, *headings: str) -> Table:
 def agreement_table(found: list[Agreement]) -> Table:
     table = _table("One rollout: the fused op against TRL's own loss", "update", "loss", "difference", "gradient, relative difference")
     for a in found:
-        policy = "on-policy" if a.update == 1 else "off-policy"
+        policy = "on-policy: 0 by construction" if a.update == 1 else "off-policy"
         table.add_row(f"{a.update} ({policy})", f"{a.loss:+.2e}", f"{a.loss_difference:.1e}", f"{a.gradient_difference:.1e}")
     return table
 
@@ -69,9 +70,47 @@ def distance(a: Run, b: Run) -> float:
     return fmean(abs(x - y) for x, y in zip(smoothed(a.series("reward")), smoothed(b.series("reward")), strict=True))
 
 
-def picture(stock: list[Run], others: list[Run], shares: QuartileShares, path: Path) -> None:
-    """Two panels: reward curves over the spread of the stock seeds, and the gradient's share by token probability."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(1.35, 1))
+def cost_table(costs: list[Cost], rows: int) -> Table:
+    table = _table(
+        f"The loss alone on this machine: {rows} rows of {VOCAB} bf16 logits, forward and backward", "loss", "ms", "MiB besides the logits"
+    )
+    for c in costs:
+        table.add_row(c.name, f"{c.milliseconds:.1f}", f"{c.extra_bytes / 2**20:.1f}")
+    return table
+
+
+def cost_panels(time: plt.Axes, memory: plt.Axes, costs: list[Cost]) -> None:
+    """The loss at a real vocabulary: milliseconds, and MiB."""
+    names = [c.name for c in costs][::-1]
+    colours = [BLUE if "fused" in name else GREY for name in names]
+    for axes, values, unit in (
+        (time, [c.milliseconds for c in costs][::-1], "ms, forward and backward"),
+        (memory, [c.extra_bytes / 2**20 for c in costs][::-1], "MiB besides the logits"),
+    ):
+        bars = axes.barh(names, values, color=colours)
+        axes.bar_label(bars, [f"{v:,.0f}" if v >= 10 else f"{v:.1f}" for v in values], fontsize=8, padding=2)
+        axes.set(xlabel=unit)
+        axes.margins(x=0.16)
+        axes.spines[["top", "right"]].set_visible(False)
+    time.set(title=f"The loss alone, {VOCAB} columns in bf16")
+    memory.set(title="and the memory that it takes")
+
+
+def picture(stock: list[Run], others: list[Run], shares: QuartileShares, costs: list[Cost], path: Path) -> None:
+    """Reward curves over the spread of the stock seeds, and the gradient's share by token probability; below, what the loss costs."""
+    lines = 2 if costs else 1
+    figure, grid = plt.subplots(
+        lines,
+        2,
+        figsize=(12, 4.6 + 2.6 * (lines - 1)),
+        layout="constrained",
+        width_ratios=(1.35, 1),
+        height_ratios=(1, 0.5)[:lines],
+        squeeze=False,
+    )
+    left, right = grid[0]
+    if costs:
+        cost_panels(*grid[1], costs)
     curves = list(zip(*(smoothed(run.series("reward")) for run in stock), strict=True))
     x = [PASSES * i for i in range(len(curves))]
     left.fill_between(x, [min(c) for c in curves], [max(c) for c in curves], color=GREY, alpha=0.25, linewidth=0)

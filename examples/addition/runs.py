@@ -18,6 +18,7 @@ from reweight_ops.integrations.trl import ReweightGRPOTrainer
 
 from . import task
 from .mechanism import TokenGradients, token_gradients
+from .memory import most_alive
 
 PASSES = 2  # updates for each rollout: the second is off-policy, so that clipping has something to do
 RECORD_EVERY = 5  # rollouts
@@ -169,13 +170,7 @@ def peak_memory(trainer: GRPOTrainer) -> int:
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     rollout = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        trainer._compute_loss(trainer.model, dict(rollout)).backward()
+    peak = most_alive(lambda: trainer._compute_loss(trainer.model, dict(rollout)).backward())
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
-    alive = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
     return peak

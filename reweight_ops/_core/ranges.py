@@ -2,7 +2,7 @@
 
 :func:`ranged` reads these annotations of a function or a dataclass, checks what is given, and adds them to the docstring. A Python number is
 checked; a tensor is not read, nor is a formula that stands for a number (:class:`Unread`). Booleans, strings and NaN are no numbers.
-What is made inside of a compiled function is not checked; keywords of a call are.
+A compiled function checks the parts of the policy losses that it builds while it is compiled; of the rest that is made inside nothing is checked.
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ NonNegative = Annotated[T, Interval("[0, inf)")]
 NonNegativeOrInf = Annotated[T, Interval("[0, inf]")]
 Positive = Annotated[T, Interval("(0, inf)")]
 PositiveOrInf = Annotated[T, Interval("(0, inf]")]
+#: Constants of a kernel, and of a graph: no tensor stands in their place.
+FixedPositiveOrInf = Annotated[T, Interval("(0, inf]", fixed=True)]
+FixedOpenUnit = Annotated[T, Interval("(0, 1)", fixed=True)]
 AtLeastOne = Annotated[T, Interval("[1, inf)")]
 Unit = Annotated[T, Interval("[0, 1]")]
 OpenUnit = Annotated[T, Interval("(0, 1)")]

@@ -8,8 +8,10 @@ has advantage 0 (TRL's convention); a group of one, or of equal rewards, has adv
     advantages = rw.advantages.grpo(rewards, group_size=8)
 """
 
+from .best_of_k import grpo_passk, maxrl, passk_training, psr_nsr
 from .difficulty import difficulty_prior, grpo_lead, lens, mapo_mixed, ngrpo
-from .outcome import aapo, dr_grpo, gdpo, grpo, opo, pvpo, qae, rloo
+from .optimal_baseline import otb, tir_otb
+from .outcome import a_star_po, aapo, dr_grpo, gdpo, gpg, grpo, lite_ppo, opo, pvpo, qae, rloo
 from .policy_statistics import canon, edge_grpo
 from .segments import SpoSegments, gigpo, spo_chain, spo_segments, spo_tree
 from .tokens import Gae, decoupled_gae, discounted_returns, gae, hapo, reinforce_plus_plus, reinforce_plus_plus_baseline, remax, whiten
@@ -17,6 +19,7 @@ from .tokens import Gae, decoupled_gae, discounted_returns, gae, hapo, reinforce
 __all__ = [
     "Gae",
     "SpoSegments",
+    "a_star_po",
     "aapo",
     "canon",
     "decoupled_gae",
@@ -27,13 +30,20 @@ __all__ = [
     "gae",
     "gdpo",
     "gigpo",
+    "gpg",
     "grpo",
     "grpo_lead",
+    "grpo_passk",
     "hapo",
     "lens",
+    "lite_ppo",
     "mapo_mixed",
+    "maxrl",
     "ngrpo",
     "opo",
+    "otb",
+    "passk_training",
+    "psr_nsr",
     "pvpo",
     "qae",
     "reinforce_plus_plus",
@@ -43,5 +53,6 @@ __all__ = [
     "spo_chain",
     "spo_segments",
     "spo_tree",
+    "tir_otb",
     "whiten",
 ]

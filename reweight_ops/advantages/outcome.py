@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from torch import Tensor
 
+from .._core.calls.unused_options import forbid_unused
 from .._core.catalogue.registry import published
-from .._core.ranges import Interval, NonNegative, NonNegativeOrInf, OpenUnit
+from .._core.ranges import Interval, NonNegative, NonNegativeOrInf, OpenUnit, Positive
 from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped
 from ..errors import InvalidCall
 
@@ -63,6 +64,7 @@ def grpo(
         scale = torch.ones_like(g.values)
     else:
         raise InvalidCall(f"grpo: scale_rewards is {scale_rewards!r}, expected 'group', 'batch' or 'none'.")
+    forbid_unused("grpo", grpo, {"epsilon": epsilon}, "scale_rewards='none'", {"epsilon": scale_rewards != "none"})
     return singletons(g, g.centered, singleton) / scale
 
 
@@ -126,6 +128,7 @@ def rloo(
     """
     g = grouped("rloo", rewards, groups)
     advantages = singletons(g, g.centered * g.size / (g.size - 1).clamp(min=1), singleton)
+    forbid_unused("rloo", rloo, {"epsilon": epsilon}, "normalize_advantages=False", {"epsilon": normalize_advantages})
     if not normalize_advantages:
         return advantages
     # TRL drops a group with one scored completion from the normalization, as its advantage is 0/0 there.
@@ -176,6 +179,7 @@ def aapo(
     """
     g = grouped("aapo", rewards, groups)
     reference = g.like("reference_rewards", reference_rewards)
+    forbid_unused("aapo", aapo, {"epsilon": epsilon}, "scale_rewards=False", {"epsilon": scale_rewards})
     base = g.centered / (g.std(g.values) + epsilon) if scale_rewards else g.centered
     return g.result(base + (g.values - reference).clamp(-clip_low, clip_high))
 
@@ -231,3 +235,62 @@ def qae(
     place = (share.numerator * size + share.denominator - 1) // share.denominator - 1  # ceil(K n)-th of n, from 0
     baseline = g.sum(torch.where(g.rank(g.values) == place, g.values, 0))
     return g.result((g.values - baseline) / (g.std(g.values, correction) + epsilon))
+
+
+@published(
+    "lite_ppo",
+    "Lite PPO",
+    paper="Part I: Tricks or Traps? A Deep Dive into RL for LLM Reasoning",
+    arxiv="2508.08221",
+    certainty="secondary",
+    level="batch",
+)
+def lite_ppo(rewards: Tensor, *, epsilon: NonNegative[float] = 1e-4, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = (r - mean_g) / (std + epsilon)``, the standard deviation that of the whole batch, unbiased: ``grpo(scale_rewards="batch")``. ``[B] -> [B]``.
+
+    The loss is ``methods.ppo``: the other of its two tricks is the token mean.
+    """
+    return grpo(rewards, scale_rewards="batch", epsilon=epsilon, **groups)
+
+
+@published(
+    "gpg",
+    "Group Policy Gradient: the advantage",
+    paper="GPG: A Simple and Strong Reinforcement Learning Baseline for Model Reasoning",
+    arxiv="2504.02546",
+    certainty="secondary",
+    level="batch",
+)
+def gpg(rewards: Tensor, *, f_norm: Positive[float] = 1.0, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = α·(r - mean_g) / f_norm``, ``α`` the number of responses over that of responses with a reward that is not 0. ``[B] -> [B]``.
+
+    ``singleton``: what a group of one gets, ``"zero"`` or ``"reward"`` (verl: α times its reward). The loss is ``methods.gpg``. Transcribed from verl.
+    """
+    g = grouped("gpg", rewards, groups)
+    alpha = g.scored.sum().to(g.values.dtype) / ((g.values != 0) & g.scored).sum().clamp(min=1)
+    return alpha * singletons(g, g.centered, singleton) / f_norm
+
+
+@published(
+    "a_star_po",
+    "A*-PO: the optimal advantage",
+    paper="Accelerating RL for LLM Reasoning with Optimal Advantage Regression",
+    arxiv="2505.20686",
+    certainty="secondary",
+    level="group",
+)
+def a_star_po(rewards: Tensor, reference_rewards: Tensor, *, beta: Positive[float] = 0.5, **groups: Unpack[GroupKeywords]) -> Tensor:
+    """``A = r - V*``, ``V* = β·log(mean_m exp(r_ref/β))`` from M rewards of the reference policy for the prompt. ``[B], [num_groups, M] -> [B]``.
+
+    NaN: fewer than M. For ``methods.a_star_po``. Prompts that the reference never solves are left out beforehand. β is ``beta1`` of TRL's ``A2POTrainer``.
+    """
+    g = grouped("a_star_po", rewards, groups)
+    reference = floats("a_star_po", "reference_rewards", reference_rewards).to(g.values.dtype)
+    if reference.dim() != 2 or reference.shape[0] != g.groups.count:
+        raise InvalidCall(
+            f"a_star_po: reference_rewards has shape {tuple(reference.shape)}, expected ({g.groups.count}, M): M rewards a group."
+        )
+    known = ~reference.isnan()
+    scaled = torch.where(known, reference / beta, -torch.inf)
+    value = beta * (scaled.logsumexp(1) - known.sum(1).to(scaled.dtype).log())
+    return g.result(g.values - g.groups.spread(value))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import torch
 from torch import Tensor
 
+from .._core.calls.unused_options import forbid_unused
 from .._core.catalogue.registry import published
 from .._core.ranges import Count, Interval, NonNegative, ranged
 from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, indices, like, require
@@ -88,6 +89,7 @@ def spo_tree(values: Tensor, parents: Tensor, *, scale: str = "none", epsilon: N
     """
     if scale not in ("none", "std"):
         raise InvalidCall(f"spo_tree: scale is {scale!r}, expected 'none' or 'std'.")
+    forbid_unused("spo_tree", spo_tree, {"epsilon": epsilon}, "scale='none'", {"epsilon": scale == "std"})
     v = floats("spo_tree", "values", values)
     if v.dim() != 1:
         raise InvalidCall(f"spo_tree: values and parents must be (N,). {describe({'values': v, 'parents': parents})}")
@@ -139,6 +141,7 @@ def gigpo(
     """
     if norm not in ("mean", "std"):
         raise InvalidCall(f"gigpo: norm is {norm!r}, expected 'mean' or 'std'.")
+    forbid_unused("gigpo", gigpo, {"epsilon": epsilon}, "norm='mean'", {"epsilon": norm == "std"})
     g = grouped("gigpo", episode_rewards, groups, name="episode_rewards")
     rows = {"step_returns": step_returns, "episode_ids": episode_ids, "anchor_ids": anchor_ids}
     if any(not isinstance(x, Tensor) or x.dim() != 1 or x.shape != step_returns.shape for x in rows.values()):

@@ -1,12 +1,13 @@
-"""Writes the generated file: the catalogue ``docs/methods.md`` from its registry.
+"""Writes the generated files: ``docs/methods.md`` from the catalogue's registry, ``docs/recipes.md`` from the recipes'.
 
-``python -m reweight_ops.codegen``; with ``--check`` it writes nothing and exits 1 if it is stale.
+``python -m reweight_ops.codegen``; with ``--check`` it writes nothing and exits 1 if one is stale.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from .._core.catalogue.recipe_page import recipes_markdown
 from .._core.catalogue.table import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def generated_files() -> dict[Path, str]:
     """Path (relative to the repository) and text of each generated file."""
-    return {Path("docs/methods.md"): markdown()}
+    return {Path("docs/methods.md"): markdown(), Path("docs/recipes.md"): recipes_markdown()}
 
 
 def stale_files(root: Path = ROOT) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from .._core.engine.distillation import DistillationLossOutput
 from .._core.losses.distillation import distillation_loss, token_divergence
-from .composites import aldr, confidence_masked_kl, dhkd, ldr, pld, stablemax, symmetric_cross_entropy
+from .composites import aldr, confidence_masked_kl, dhkd, kd, ldr, pld, stablemax, symmetric_cross_entropy
 
 __all__ = [
     "DistillationLossOutput",
@@ -10,6 +10,7 @@ __all__ = [
     "confidence_masked_kl",
     "dhkd",
     "distillation_loss",
+    "kd",
     "ldr",
     "pld",
     "stablemax",

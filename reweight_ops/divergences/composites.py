@@ -12,13 +12,14 @@ from typing_extensions import Unpack
 
 from .._core.calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
 from .._core.calls.logits import resolve_logits
+from .._core.calls.sampling_mask import refuse_sampling_mask
 from .._core.calls.two_logits import resolve_two_logits
 from .._core.catalogue.registry import published
 from .._core.engine.chunked_rows import FormulaSource, formula_call
 from .._core.engine.run import run
 from .._core.losses.distillation import token_divergence
 from .._core.losses.statistics import token_logps, token_stats
-from .._core.ranges import Interval, NonNegative, OpenUnit, Positive
+from .._core.ranges import Interval, NonNegative, OpenUnit, Positive, Unit
 from .._core.rows.numerics import log1mexp
 from ..errors import InvalidCall
 
@@ -26,8 +27,9 @@ _OWN = ("completion_mask",)
 
 
 def _options(op: str, keywords: Any, own: tuple[str, ...]) -> SoftmaxOptions:
-    (options,) = parse(op, dict(keywords), SoftmaxOptions, own=own)
-    return options  # type: ignore[no-any-return]
+    options: SoftmaxOptions = parse(op, dict(keywords), SoftmaxOptions, own=own)[0]
+    refuse_sampling_mask(op, options, "this loss is of the whole vocabulary")
+    return options
 
 
 def _label(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,6 +75,33 @@ def confidence_masked_kl(
     top = token_stats(rows.detach(), ids, stats=("max_logp",), completion_mask=completion_mask, **head).max_logp  # type: ignore[arg-type]
     assert top is not None
     return torch.where(top > math.log(threshold), kl, 0)
+
+
+@published(
+    "kd", "Knowledge distillation beside the labels", level="token", plan="two passes", arxiv="1503.02531", certainty="secondary",
+    paper="Distilling the Knowledge in a Neural Network",
+)  # fmt: skip
+def kd(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    alpha: Unit[float] = 0.5,
+    kd_temperature: Positive[float] = 2.0,
+    completion_mask: Tensor | None = None,
+    **keywords: Any,
+) -> Tensor:
+    """``α·(-log p(y)) + (1-α)·T²·KL(q_T‖p_T)`` per token: R. Softmax of both logits over ``kd_temperature`` T in the KL, and over 1 in the first term.
+
+    ``vocab_size``, ``softcap``, ``backend``: of :func:`token_divergence`. The defaults are ours: the paper weighs the first term less and gives no number.
+    Two reads of the logits.
+    """
+    for name in ("temperature", "other_temperature"):
+        if name in keywords:
+            raise InvalidCall(f"kd: {name} is not read; kd_temperature is that of both distributions in the KL, and the labels' is 1.")
+    ce: Tensor = -token_logps(logits, completion_ids, completion_mask=completion_mask, **keywords)
+    both = {"completion_mask": completion_mask, "temperature": kd_temperature, "other_temperature": kd_temperature, **keywords}
+    return alpha * ce + (1 - alpha) * kd_temperature**2 * token_divergence(logits, teacher_logits, **both)
 
 
 @published(

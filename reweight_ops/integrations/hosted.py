@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from .._core.catalogue.registry import Entry
+from .._core.catalogue.table import level
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean, TokenSum
 from ..errors import InvalidCall
@@ -12,15 +16,18 @@ from ..errors import InvalidCall
 
 @dataclass(frozen=True)
 class Host:
-    """A trainer, as its loss sees it. ``leaves``: what it hands over, by what formulas read; ``penalties``: the options of its own KL and entropy terms."""
+    """A trainer, as its loss sees it.
+
+    ``leaves``: what it hands over, by what formulas read. ``penalties``: the options of its own KL and entropy terms, None where it adds none.
+    """
 
     name: str
     leaves: frozenset[str]
-    penalties: str
+    penalties: str | None = None
 
     def obstacle(self, spec: PolicyLossSpec) -> str | None:
         """Why the trainer cannot train a spec, None if it can; reductions apart."""
-        if spec.penalties:
+        if spec.penalties and self.penalties is not None:
             return f"it has penalties, and {self.name} adds its own: leave them out and set {self.penalties}"
         missing = sorted(spec.requires - self.leaves)
         if missing:
@@ -30,6 +37,17 @@ class Host:
         if spec.ratio.level == "segment":
             return f"its ratio is of segments, which {self.name} does not know"
         return None
+
+
+def level_obstacle(entry: Entry, part: str) -> str | None:
+    """Why a method of the catalogue is another one where a call is only ``part`` of a batch, None if it is the same."""
+    return None if level(entry) in ("token", "sequence") else f"it is of level {level(entry)}, and {part} is not the batch"
+
+
+def per_sequence(x: Tensor, mask: Tensor) -> Tensor:
+    """``[B, T] -> [B]``: the mean over the tokens that are in, 0 without any."""
+    kept = mask.to(x.dtype)
+    return (x * kept).sum(-1) / kept.sum(-1).clamp(min=1)
 
 
 def agg_mode(reduction: Reduction) -> str | None:

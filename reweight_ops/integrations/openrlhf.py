@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.calls.specs import named_spec
+from .._core.calls.specs import METHODS, named_spec
 from .._core.losses.policy import policy_loss_from_logps
 from .._core.losses.statistics import token_logps, token_stats
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import GeometricMeanRatio
 from ..errors import BackendUnavailable, InvalidCall, UnsupportedRequest
-from .hosted import Host, agg_mode, divisors
+from .hosted import Host, agg_mode, divisors, level_obstacle, per_sequence
 from .patching import Counts, Patch, Replacement
 from .trainers import check_version
 
@@ -55,9 +55,10 @@ class PolicyLoss(torch.nn.Module):
 
     def __init__(self, spec: PolicyLossSpec | str) -> None:
         super().__init__()
+        reason = level_obstacle(METHODS[spec], "a micro-batch") if isinstance(spec, str) and spec in METHODS else None
         self.spec = named_spec("openrlhf.PolicyLoss", spec)
         self.name = self.spec.name or "the spec"
-        reason = _HOST.obstacle(self.spec)
+        reason = reason or _HOST.obstacle(self.spec)
         if reason is None and agg_mode(self.spec.reduction) not in ("token-mean", "seq-mean-token-mean"):
             reason = f"its reduction, {self.spec.reduction!r}, is neither a token mean nor a mean of the samples' token means, as OpenRLHF's KL is"
         if reason is not None:
@@ -81,8 +82,7 @@ class PolicyLoss(torch.nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """``(loss, share of clipped tokens, mean of old_log_probs - log_probs, None, None)``; all tensors ``[B, T]``."""
         if isinstance(self.spec.ratio, GeometricMeanRatio):
-            kept = torch.ones_like(advantages) if action_mask is None else action_mask.to(advantages.dtype)
-            advantages = (advantages * kept).sum(-1) / kept.sum(-1).clamp(min=1)
+            advantages = per_sequence(advantages, torch.ones_like(advantages) if action_mask is None else action_mask)
         out = policy_loss_from_logps(
             log_probs,
             advantages,
@@ -111,6 +111,13 @@ def _in_place_of(spec: PolicyLossSpec | str) -> Any:
             wanted = agg_mode(ours.spec.reduction)
             raise InvalidCall(f"{ours.name} reduces by {wanted}: set actor.loss_agg_mode={wanted} (OpenRLHF's KL and entropy follow it).")
         defaults = {"is_correction_threshold": options.get("is_correction_threshold")}  # read only with a level other than off
+        if "sampling_logp" in ours.spec.requires:
+            # Of the correction only its switch is read: OpenRLHF asks the sampler for its log-probs where it is on.
+            if options.get("is_correction_level", "off") == "off":
+                raise InvalidCall(
+                    f"{ours.name} reads the sampler's log-probs: set algo.advantage.is_correction_level=token, or OpenRLHF asks for none."
+                )
+            defaults["is_correction_level"] = "token"
         ignored = [f"{n}={v!r}" for n, v in options.items() if v != defaults.get(n, parameters[n].default)]
         if ignored:
             raise InvalidCall(f"{ours.name} replaces OpenRLHF's loss, so {', '.join(ignored)} would have no effect: put it into the spec.")

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.calls.sampling_mask import SamplingMask
 from .._core.calls.specs import method
+from .._core.catalogue.search import entry_of
 from .._core.engine.output import PolicyLossOutput
 from .._core.formula.base import Rule, TokenWeight
 from .._core.formula.leaves import Leaves
@@ -33,7 +35,7 @@ from ..errors import BackendUnavailable, InvalidCall, UnsupportedRequest
 from ..rules.penalties import K1, K2, K3, EntropyBonus, K3Corrected
 from ..rules.surrogates import Cispo, Clip, DualClip
 from ..weights.importance import OffPolicySequenceMask, TruncatedImportance
-from .hosted import agg_mode
+from .hosted import agg_mode, level_obstacle
 from .layouts import Packed, packed
 
 try:
@@ -52,8 +54,6 @@ def _refuse(args: Any) -> None:
     """Raise for what slime's own loss does and one call of the op cannot."""
     sizes = {"tensor": mpu.get_tensor_model_parallel_world_size(), "context": mpu.get_context_parallel_world_size()}
     reasons = [f"{kind} parallelism of {size}: the rows of a call are whole" for kind, size in sizes.items() if size > 1]
-    if args.rollout_top_p != 1.0:
-        reasons.append(f"rollout_top_p={args.rollout_top_p}: log-probs over the kept tokens alone are not here")
     for name in ("custom_tis_function_path", "custom_pg_loss_reducer_function_path"):
         if getattr(args, name, None) is not None:
             reasons.append(f"{name}: a weight of the spec does that")
@@ -76,6 +76,9 @@ def spec_of(args: Any) -> PolicyLossSpec:
     name = getattr(args, "reweight_method", None)
     spec = _own(args) if name is None else method(name, **(getattr(args, "reweight_options", None) or {}))
     if name is not None:
+        reason = level_obstacle(entry_of(name, "policy_loss"), "a micro-batch")
+        if reason is not None:
+            raise UnsupportedRequest(f"slime cannot train {name}: {reason}.")
         ignored = [f"{n}={getattr(args, n)!r}" for n, left_alone in _SURROGATE.items() if getattr(args, n, left_alone[0]) not in left_alone]
         if ignored:
             raise InvalidCall(
@@ -127,18 +130,39 @@ def _kl(args: Any) -> Rule:
     return K3Corrected(clamp=math.inf)
 
 
+def _kept(args: Any, batch: dict[str, Any], layout: Packed) -> SamplingMask | None:
+    """What the rollout's top-p kept of every position, None where it cut nothing."""
+    if args.rollout_top_p == 1.0:
+        return None
+    names = ("rollout_top_p_token_ids", "rollout_top_p_token_offsets")
+    given = [batch.get(name) for name in names]
+    if any(x is None for x in given):
+        raise InvalidCall(f"rollout_top_p={args.rollout_top_p} needs {names[0]} and {names[1]} in the batch, as in slime's own loss.")
+    device = layout.targets.device
+    ids, offsets = ([torch.as_tensor(x, dtype=torch.int64, device=device) for x in parts] for parts in given if parts is not None)
+    lengths = [x.numel() - 1 for x in offsets]
+    if lengths != list(batch["response_lengths"]):
+        raise UnsupportedRequest(
+            f"{names[1]} are of {lengths} tokens, the responses have {list(batch['response_lengths'])}: "
+            "the op takes the kept ids of every response token, slime the whole vocabulary where it has none."
+        )
+    counts = layout.spread([x.diff() for x in offsets])
+    return SamplingMask(torch.cat(ids), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+
 def loss(
     args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """slime's ``policy_loss_function`` by one :func:`~reweight_ops.policy_loss` call on ``[1, T, V]`` logits.
 
+    With ``rollout_top_p`` log-probs are over the tokens that the rollout kept (:class:`~reweight_ops.SamplingMask`), entropies over the vocabulary, as slime's.
     The reduction is slime's ``sum_of_sample_mean``, whatever it divides by. Metrics have slime's names: ``loss``, ``pg_loss``, ``entropy_loss``,
     ``pg_clipfrac``, ``ppo_kl``, and ``kl_loss`` and ``train_rollout_logprob_abs_diff`` where slime has them. With ``eps_clip_c``, ``pg_clipfrac`` counts
     its clip too.
 
     Raises:
-        UnsupportedRequest: tensor or context parallelism, replay of top-p supports, a custom correction or reducer.
-        InvalidCall: options that would have no effect.
+        UnsupportedRequest: tensor or context parallelism, a top-p that did not record all tokens, a custom correction or reducer.
+        InvalidCall: options that would have no effect; a top-p without the ids that it kept.
     """
     _refuse(args)
     spec = spec_of(args)
@@ -149,7 +173,7 @@ def loss(
 
     sampled = batch.get("rollout_log_probs")
     old = sampled if args.use_rollout_logprobs else batch.get("log_probs")
-    reads = spec.requires
+    reads, kept = spec.requires, _kept(args, batch, layout)
     out = policy_loss(
         logits[0],
         layout.targets,
@@ -162,14 +186,22 @@ def loss(
         old_per_token_logps=layout.spread(old) if old else None,
         ref_per_token_logps=layout.spread(batch["ref_log_probs"]) if "ref_logp" in reads else None,
         sampling_per_token_logps=layout.spread(sampled) if "sampling_logp" in reads and sampled else None,
+        sampling_mask=kept,
+        entropy_over="kept" if kept is None else "vocabulary",
         unused="ignore",  # slime hands over what it has
     )
-    return out.loss, _metrics(spec, out, layout, sum_of_sample_mean, old, batch)
+    return out.loss, _metrics(spec, out, layout, sum_of_sample_mean, old, batch, args.use_rollout_logprobs)
 
 
 @torch.no_grad()
 def _metrics(
-    spec: PolicyLossSpec, out: PolicyLossOutput, layout: Packed, reduce: Callable[[Tensor], Tensor], old: Any, batch: dict[str, Any]
+    spec: PolicyLossSpec,
+    out: PolicyLossOutput,
+    layout: Packed,
+    reduce: Callable[[Tensor], Tensor],
+    old: Any,
+    batch: dict[str, Any],
+    of_sampler: bool,
 ) -> dict[str, Tensor]:
     keep = torch.cat(list(batch["loss_masks"])) != 0
 
@@ -192,5 +224,6 @@ def _metrics(
         if not isinstance(penalty.rule, EntropyBonus):
             found["kl_loss"] = value
     if batch.get("rollout_log_probs"):
-        found["train_rollout_logprob_abs_diff"] = mean((before - torch.cat(list(batch["rollout_log_probs"]))).abs())
+        compared = logps if of_sampler else before  # where the policy before is the sampler, slime compares the current one
+        found["train_rollout_logprob_abs_diff"] = mean((compared - torch.cat(list(batch["rollout_log_probs"]))).abs())
     return found

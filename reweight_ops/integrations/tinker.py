@@ -3,7 +3,7 @@
 ::
 
     loss = custom_loss(rw.methods.advantage_reweighting(alpha=0.3))
-    handle = service_client.create_custom_loss(loss, input_ranks=loss.input_ranks)
+    handle = service_client.create_custom_loss(loss, input_ranks=loss.input_ranks).result()
     weights = token_weights(spec, masks)        # a datum's loss_fn_inputs["weights"], ["advantages"], ["old_logprobs"]
     training_client.forward_backward_custom(data, handle)
 

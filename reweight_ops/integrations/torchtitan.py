@@ -3,7 +3,7 @@
 ::
 
     from reweight_ops.integrations.torchtitan import PolicyLoss
-    trainer.loss = PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3})
+    loss=ChunkedLossWrapper.Config(num_chunks=8, loss_fn=PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3}))
 
 The logits that the trainer, or its ``ChunkedLossWrapper``, hands over are read once and their gradient is written once.
 """
@@ -29,6 +29,13 @@ try:
     from torchtitan.components.loss import BaseLoss
 except ImportError as error:
     raise BackendUnavailable(f"reweight_ops.integrations.torchtitan needs torchtitan ({error})") from error
+try:
+    from torchtitan.distributed.spmd_types import spmd_mesh_size
+except ImportError:  # a torchtitan whose only sharded logits are DTensors
+
+    def spmd_mesh_size(axis_name: str) -> int:
+        return 1
+
 
 __all__ = ["PolicyLoss"]
 
@@ -86,6 +93,11 @@ class PolicyLoss(BaseLoss):  # type: ignore[misc]  # torchtitan has no types her
         if isinstance(logits, torch.distributed.tensor.DTensor):
             raise UnsupportedRequest(
                 "the logits are a DTensor: a call's rows are whole; use torchtitan's own loss with tensor parallelism."
+            )
+        ranks = spmd_mesh_size("tp")
+        if ranks > 1:  # the default backend hands over plain tensors, of a rank's part of the vocabulary
+            raise UnsupportedRequest(
+                f"tensor parallelism of {ranks}: the logits are a rank's part of the vocabulary, and a call's rows are whole; use torchtitan's own loss."
             )
         keep = loss_mask.bool() & torch.isfinite(generator_logprobs)
         divisor = 1 if global_valid_tokens is None else max(global_valid_tokens, 1)

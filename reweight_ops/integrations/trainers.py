@@ -54,7 +54,20 @@ TRAINERS: dict[str, Trainer] = {
     t.name: t
     for t in (
         Trainer("TRL", "trl", ("1.15.0", "1.16.0"), f"{_HERE}.trl: ReweightGRPOTrainer, patch_trl()", "docs/trainers/trl.md"),
-        Trainer("verl", "verl", ("0.9.1",), f"{_HERE}.verl: loss_mode=rw_<method>, patch_fused_linear()", "docs/trainers/verl.md"),
+        Trainer(
+            "TRL before 1.15",
+            "trl",
+            ("1.9.0", "1.14.2"),
+            f"{_HERE}.logits: patch_logits_functions(); Axolotl, ms-swift",
+            "docs/trainers/logits.md",
+        ),
+        Trainer(
+            "verl",
+            "verl",
+            ("0.9.1",),
+            f"{_HERE}.verl: loss_mode=rw_<method>, adv_estimator=rw_<estimator>, patch_fused_linear()",
+            "docs/trainers/verl.md",
+        ),
         Trainer("OpenRLHF", "openrlhf", ("0.11.2",), f"{_HERE}.openrlhf: patch(), PolicyLoss(spec)", "docs/trainers/openrlhf.md"),
         Trainer(
             "slime, Miles", "slime", (), f"{_HERE}.slime.loss by --custom-loss-function-path", "docs/trainers/slime.md", "slime 624b824a"
@@ -67,6 +80,26 @@ TRAINERS: dict[str, Trainer] = {
             "docs/trainers/torchtitan.md",
             "torchtitan b5bcd76c",
         ),
+        Trainer(
+            "prime-rl",
+            "prime-rl",
+            (),
+            f"{_HERE}.prime_rl: loss by trainer.loss.import_path, patch_head()",
+            "docs/trainers/prime_rl.md",
+            "prime-rl 559b4477",
+        ),
+        Trainer(
+            "NeMo-RL", "nemo-rl", (), f"{_HERE}.nemo_rl: PolicyLoss(master_config, spec)", "docs/trainers/nemo_rl.md", "NeMo-RL 7ea279ab"
+        ),
+        Trainer(
+            "SkyRL",
+            "skyrl",
+            (),
+            f"{_HERE}.skyrl: register(), then policy_loss_type=rw_<method>",
+            "docs/trainers/skyrl.md",
+            "SkyRL a9564572",
+        ),
+        Trainer("AReaL", "areal", (), f"{_HERE}.areal: patch_logprobs(), patch_loss(spec)", "docs/trainers/areal.md", "AReaL 4aef98d8"),
         Trainer("Tinker", "tinker", ("0.38.0",), f"{_HERE}.tinker: custom_loss(spec)", "docs/trainers/tinker.md"),
     )
 }

@@ -9,13 +9,14 @@ from .._core.calls.softmax import refuse_process_group
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule
 from .._core.ranges import Count, Interval, NonNegative, NonNegativeOrInf, Positive, PositiveOrInf, Real
-from .._core.spec.coupled import Constraint, GroupContrast
+from .._core.spec.coupled import Constraint, GroupClassification, GroupContrast
 from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.ratio import CenteredRatio, SequenceRatio, TokenRatio
+from .._core.spec.reduction import TokenMean
 from ..errors import InvalidCall
 from ..rules.likelihood import NLL, DriftK1, DriftK3, LikelihoodRatio
 from ..rules.surrogates import Clip
-from .penalties import is_zero
+from .penalties import is_zero, kl
 
 
 def _constraint(strength: Any, bound: Any, estimator: str) -> tuple[Penalty, ...]:
@@ -100,6 +101,26 @@ def drpo(
         temperature=tau, length_temperature=length_temperature, max_length=max_length, group_size=group_size, preference=preference
     )
     return PolicyLossSpec(surrogate=NLL(), penalties=_constraint(kl_strength, kl_bound, kl_estimator), reduction=contrast, name="drpo")
+
+
+@published(
+    "real",
+    "REAL: rewards as labels",
+    paper="REAL, as named in ms-swift",
+    arxiv="2602.05630",
+    certainty="secondary",
+    level="group",
+)
+def real(tau: Positive[Any] = 0.5, beta: NonNegative[Any] = 0.0, group_size: Count[int] | None = None) -> PolicyLossSpec:
+    """``1/Q Σ_q { log(1 + Σ_{j in q-} e^(s_j/τ)) + log(1 + Σ_{i in q+} e^(-s_i/τ)) }``, ``s`` the mean of ``log r`` over a response;
+    see :class:`~reweight_ops._core.spec.coupled.GroupClassification`.
+
+    ``advantages``: labels, rewards or group advantages, one a sequence; positive where above 0. Prompts all of whose responses have one label add 0.
+    ``beta``: of k3 to the reference, the mean over the call's tokens. Differs from the paper: transcribed from ms-swift's ``loss_type="real"``.
+    """
+    reduction = GroupClassification(temperature=tau, group_size=group_size)
+    penalties = kl(beta, reduction=TokenMean(per_call=True))
+    return PolicyLossSpec(surrogate=DriftK1(), penalties=penalties, ratio=TokenRatio(clamp=math.inf), reduction=reduction, name="real")
 
 
 @published(

@@ -48,5 +48,7 @@ def kl_cov(fraction: Unit[Any] = 2e-4, kl_coef: NonNegative[Any] = 1.0) -> Polic
     """``-r·A``, plus ``kl_coef·|log r|`` for the ``fraction`` of the tokens with the largest ``(A - mean A)·(logp - mean logp)``; token mean.
 
     Differs from the paper: transcribed from verl (``kl_cov``), which is the authors' code; the paper writes KL(old, current) for ``|log r|``.
+    Of tokens with equal covariances the first are taken; where only rounding tells two apart, as always with two tokens, it decides, and may decide
+    otherwise on another backend.
     """
     return PolicyLossSpec(surrogate=KlCov(kl_coef=TopCovariance(fraction=fraction, value=kl_coef)), name="kl_cov")

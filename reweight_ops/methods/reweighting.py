@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
+from .._core.calls.unused_options import forbid_unused
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule, TokenWeight
 from .._core.ranges import AtLeastOne, Interval, NonNegative, NonNegativeOrInf, Positive, Real, Unit
@@ -30,8 +31,12 @@ from ..weights.probability import (
 from .penalties import entropy, is_zero, kl
 
 _AR_PAPER = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
-#: Modes of the authors' code in which its ``neg_adv_weight`` acts.
-_NEGATIVE_WEIGHTED = ("linear", "positive_linear", "sigmoid", "balanced_sigmoid")
+_SIGMOIDS = ("sigmoid", "negative_sigmoid", "balanced_sigmoid")
+#: Options of AR that only some modes read; ``negative_weight`` as the authors' code reads its ``neg_adv_weight``.
+_READ_BY = {
+    "alpha": ("linear", "positive_linear", "raft_linear"), "steepness": _SIGMOIDS, "midpoint": _SIGMOIDS, "interval": ("interval",),
+    "negative_weight": ("linear", "positive_linear", "sigmoid", "balanced_sigmoid"),
+}  # fmt: skip
 
 
 def _clip(epsilon_low: Any, epsilon_high: Any, clip_ratio_c: Any) -> Rule:
@@ -66,8 +71,9 @@ def advantage_reweighting(
     ``"negative_sigmoid"``, where A <= 0 only; ``"balanced_sigmoid"``, and the negatives scaled to the positives' mass; ``"interval"``, 1 where p is in
     ``interval`` (open, closed) and 0 elsewhere; ``"raft"``, advantages ``1[A > 0]``; ``"raft_linear"``, those times the linear weight.
     ``negative_weight`` (``neg_adv_weight``) multiplies tokens with ``A <= 0`` besides, in the modes in which it does so there: the linear ones,
-    ``"balanced_sigmoid"`` and ``"sigmoid"`` (there ``both_sigmoid_balance1``); in the others it is an error.
+    ``"balanced_sigmoid"`` and ``"sigmoid"`` (there ``both_sigmoid_balance1``). An option that the mode does not read is an error.
     """
+    given = locals()
     modes: dict[str, tuple[TokenWeight, ...]] = {
         "linear": (AdvantageReweighting(alpha=alpha),),
         "positive_linear": (PositiveAdvantageReweighting(alpha=alpha),),
@@ -82,14 +88,14 @@ def advantage_reweighting(
         raise InvalidCall(f"advantage_reweighting: mode is {mode!r}, expected one of {', '.join(modes)}.")
     if probabilities not in ("old", "current"):
         raise InvalidCall(f"advantage_reweighting: probabilities is {probabilities!r}, expected 'old' or 'current'.")
+    reads = {name: mode in read_by for name, read_by in _READ_BY.items()}
+    forbid_unused("advantage_reweighting", advantage_reweighting, given, f"mode={mode!r}", reads)
     weights = modes[mode]
     if probabilities == "current":
         if mode != "linear":
             raise InvalidCall(f"advantage_reweighting: mode={mode!r} is of the authors' code, which has probabilities='old'.")
         weights = (CurrentAdvantageReweighting(alpha=alpha),)
     if isinstance(negative_weight, Tensor) or negative_weight != 1:
-        if mode not in _NEGATIVE_WEIGHTED:
-            raise InvalidCall(f"advantage_reweighting: negative_weight has no effect in the authors' mode={mode!r}: leave it out.")
         weights = (*weights, SignWeight(negative=negative_weight))
     clip = _clip(epsilon_low, epsilon_high, clip_ratio_c)
     return PolicyLossSpec(surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=weights, name="advantage_reweighting")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .._core.calls.unused_options import forbid_unused
 from .._core.formula.base import Rule, TokenWeight
 from .._core.ranges import Count, NonNegative, NonNegativeOrInf, Positive, PositiveOrInf, Real, Unit, ranged
 from .._core.spec.policy import PolicyLossSpec
@@ -22,14 +23,13 @@ from ..weights.importance import (
     SequenceTruncatedImportance,
     TruncatedImportance,
 )
-from .penalties import entropy, kl
-from .unused import forbid_unused
+from .penalties import entropy, is_zero, kl
 
 #: Options that only some loss types read, with their defaults; TRL ignores them elsewhere.
 _CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
 _READ_BY: dict[str, tuple[str, ...]] = {
     "epsilon": (*_CLIPPED, "cispo"), "epsilon_high": (*_CLIPPED, "cispo"), "delta": _CLIPPED,
-    "sapo_temperature_pos": ("sapo",), "sapo_temperature_neg": ("sapo",),
+    "max_completion_length": ("dr_grpo",), "sapo_temperature_pos": ("sapo",), "sapo_temperature_neg": ("sapo",),
     "vespo_k_pos": ("vespo",), "vespo_lambda_pos": ("vespo",), "vespo_k_neg": ("vespo",), "vespo_lambda_neg": ("vespo",),
 }  # fmt: skip
 _IMPORTANCE = {
@@ -100,6 +100,7 @@ def trl(
     if unused == "error":
         clips = dict.fromkeys(("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"), correction is not None)
         forbid_unused("methods.trl", trl, given, "vllm_importance_sampling_mode=None", clips)
+        forbid_unused("methods.trl", trl, given, "beta=0", {"use_bias_correction_kl": not is_zero(beta)})
         forbid_unused("methods.trl", trl, given, f"loss_type={loss_type!r}", {name: loss_type in types for name, types in _READ_BY.items()})
     reductions: dict[str, Reduction] = {
         "grpo": SequenceMean(),

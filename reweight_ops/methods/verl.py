@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
+from .._core.calls.unused_options import forbid_unused
 from .._core.formula.base import Rule, TokenWeight
 from .._core.ranges import AtLeastOne, Interval, NonNegative, NonNegativeOrInf, Positive, Real, Unit, ranged
 from .._core.spec.policy import PolicyLossSpec
@@ -18,8 +19,7 @@ from ..weights.importance import MaskedImportance, SequenceMaskedImportance, Seq
 from .covariance import KlCov
 from .dppo_kl import DppoKL
 from .dro import Dro
-from .penalties import entropy, kl
-from .unused import forbid_unused
+from .penalties import entropy, is_zero, kl
 
 LOSS_MODES = (
     "vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov", "geo_mean", "dro", "bypass_mode",
@@ -34,6 +34,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "ppo_kl_coef": ("kl_cov",), "dro_beta": ("dro",), "rollout_loss_type": ("bypass_mode",), "rollout_is": ("bypass_mode",),
     "rollout_is_threshold": ("bypass_mode",),
 }  # fmt: skip
+#: Modes that average their own term in one way.
+_ALONE: dict[str, Reduction] = {"sapo": SequenceMean(per="token_mean", count="nonempty"), "geo_mean": SequenceMean()}
 KL_TYPES: dict[str, Rule] = {
     "kl": K1(), "k1": K1(), "abs": Absolute(), "mse": K2(clamp=math.inf), "k2": K2(clamp=math.inf), "low_var_kl": K3(cap=10.0), "k3": K3(cap=10.0),
     "kl+": K1StraightThrough(), "k1+": K1StraightThrough(), "abs+": AbsoluteStraightThrough(), "mse+": K2(clamp=math.inf), "k2+": K2(clamp=math.inf),
@@ -123,9 +125,10 @@ def verl(
         raise InvalidCall(f"methods.verl: kl_loss_type is {kl_loss_type!r}, expected one of {', '.join(KL_TYPES)}.")
     if unused == "error":
         reads = {name: loss_mode in modes for name, modes in _READ_BY.items()}
-        forbid_unused(
-            "methods.verl", verl, given, f"loss_mode={loss_mode!r}", reads | {"kl_loss_coef": use_kl_loss, "kl_loss_type": use_kl_loss}
-        )
+        around = use_kl_loss or not is_zero(entropy_coeff)
+        reads |= {"kl_loss_coef": use_kl_loss, "kl_loss_type": use_kl_loss, "loss_agg_mode": loss_mode not in _ALONE or around}
+        forbid_unused("methods.verl", verl, given, f"loss_mode={loss_mode!r}", reads)
+        forbid_unused("methods.verl", verl, given, "rollout_is=None", {"rollout_is_threshold": rollout_is is not None})
     low = clip_ratio if clip_ratio_low is None else clip_ratio_low
     high = clip_ratio if clip_ratio_high is None else clip_ratio_high
     if loss_mode == "dro" and dro_beta is None:
@@ -162,13 +165,12 @@ def verl(
         "dro": bare,
     }
     own = _reduction(loss_agg_mode, loss_scale_factor)
-    alone = {"sapo": SequenceMean(per="token_mean", count="nonempty"), "geo_mean": SequenceMean()}
-    around = own if loss_mode in alone else None
+    outside = own if loss_mode in _ALONE else None
     return PolicyLossSpec(
         surrogate=surrogates[loss_mode],
-        penalties=(*(kl(kl_loss_coef, KL_TYPES[kl_loss_type], around) if use_kl_loss else ()), *entropy(entropy_coeff, around)),
+        penalties=(*(kl(kl_loss_coef, KL_TYPES[kl_loss_type], outside) if use_kl_loss else ()), *entropy(entropy_coeff, outside)),
         ratio=ratios.get(loss_mode, TokenRatio()),
         weights=weights.get(loss_mode, ()),
-        reduction=alone.get(loss_mode, own),
+        reduction=_ALONE.get(loss_mode, own),
         name=f"verl_{loss_mode}",
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._core.ranges import Interval, Positive, Real, ranged
+from .._core.ranges import CountOrZero, Interval, Positive, Real, ranged
 from .._core.rows.numerics import log1mexp
 from .._core.rows.pairs import Pairs
 from .._core.spec.pair_parts import PairLoss
@@ -184,21 +184,24 @@ class Discopop(PairLoss):
         return -F.logsigmoid(x) * (1 - gate) + torch.exp(F.logsigmoid(x / self.tau) - x)
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class ChosenNll(PairLoss):
     """The negative log-likelihood of the chosen sequences: ``per`` ``"batch"`` the mean over all their tokens (TRL's ``sft``), ``"sequence"``
-    each one's token mean, ``"sum"`` each one's sum."""
+    each one's token mean, ``"sum"`` each one's sum. ``side``: of another sequence of the group instead (TPO's gold responses are the third)."""
 
     per: str = "batch"
+    side: CountOrZero[int] = 0
 
     def __post_init__(self) -> None:
         if self.per not in ("batch", "sequence", "sum"):
             raise InvalidCall(f"ChosenNll: per is {self.per!r}, expected 'batch', 'sequence' or 'sum'.")
 
     def loss(self, p: Pairs) -> Tensor:
+        side = p.sides[self.side]
         if self.per == "batch":
-            return -(p.chosen.sums.sum() / p.chosen.lengths.sum().clamp(min=1)).expand(p.keep.shape)
-        return -p.chosen.mean_logps if self.per == "sequence" else -p.chosen.sums
+            return -(side.sums.sum() / side.lengths.sum().clamp(min=1)).expand(p.keep.shape)
+        return -side.mean_logps if self.per == "sequence" else -side.sums
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._core.ranges import Real, ranged
 from .._core.rows.numerics import log1mexp
 from .._core.rows.pairs import Sequences
 from .._core.spec.pair_parts import Score
@@ -22,6 +23,18 @@ class Likelihood(Score):
 
     def scores(self, s: Sequences, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
         return logps / s.lengths.clamp(min=1) if self.average else logps
+
+
+@ranged
+@dataclass(frozen=True, kw_only=True)
+class AlphaLikelihood(Score):
+    """``(1 - p^-α)/α``, ``p`` the geometric mean of the tokens' probabilities; ``α = 0``: its limit ``log p``. AlphaPO, arXiv:2501.03884."""
+
+    alpha: Real[float]
+
+    def scores(self, s: Sequences, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
+        mean = logps / s.lengths.clamp(min=1)
+        return mean if self.alpha == 0 else -torch.expm1(-self.alpha * mean) / self.alpha
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+from .._core.calls.unused_options import forbid_unused
 from .._core.ranges import Interval, Positive, Real, Unit, ranged
 from .._core.spec.pair_parts import PairLoss
 from .._core.spec.pairs import PairSpec, PairTerm
@@ -67,6 +68,7 @@ def trl(
     >>> preference.trl(["sigmoid", "sft"], loss_weights=[1.0, 0.005]).requires
     frozenset({'ref'})
     """
+    given = locals()
     types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     unknown = [t for t in types if t not in LOSS_TYPES]
     if unknown or not types:
@@ -79,6 +81,9 @@ def trl(
         raise InvalidCall(
             f"preference.trl: label_smoothing has no effect on {types}; it has on {', '.join(smooth)} (preference.cdpo smooths the sigmoid)."
         )
+    is_alpha = f_divergence_type == "alpha_divergence"
+    forbid_unused("preference.trl", trl, given, f"loss_type={loss_type!r}", {"discopop_tau": "discopop" in types})
+    forbid_unused("preference.trl", trl, given, f"f_divergence_type={f_divergence_type!r}", {"f_alpha_divergence_coef": is_alpha})
     if f_divergence_type != "reverse_kl" and not set(types) <= _ANY_DIVERGENCE:
         raise InvalidCall(
             f"preference.trl: f_divergence_type={f_divergence_type!r} is defined for {', '.join(sorted(_ANY_DIVERGENCE))} only."
@@ -90,7 +95,7 @@ def trl(
         found: PairLoss = Discopop(tau=discopop_tau) if name == "discopop" else LOSS_TYPES[name][0](label_smoothing)
         return found
 
-    alpha = f_alpha_divergence_coef if f_divergence_type == "alpha_divergence" else 1.0
+    alpha = f_alpha_divergence_coef if is_alpha else 1.0
     return PairSpec(
         terms=tuple(PairTerm(loss=term(t), coef=c) for t, c in zip(types, coefs, strict=True)),
         beta=beta,

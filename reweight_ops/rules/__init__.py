@@ -3,6 +3,7 @@
 from .._core.formula.base import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 from . import likelihood as likelihood
 from . import off_policy as off_policy
+from . import on_policy_kl as on_policy_kl
 from . import penalties as penalties
 from . import surrogates as surrogates
 

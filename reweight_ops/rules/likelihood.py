@@ -74,7 +74,7 @@ class LikelihoodRatio(Rule):
         return -xp.exp(t.log_ratio)
 
 
-@rule("drift_k1", kind="penalty")
+@rule("drift_k1", kind="any")
 class DriftK1(Rule):
     """``-log_ratio``: k1 of KL(old, current), of tokens that the old policy sampled."""
 

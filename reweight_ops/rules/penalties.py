@@ -98,6 +98,44 @@ class K3StraightThrough(Rule):
         return xp.straight_through(k2, xp.clip(k3, -self.cap, self.cap))
 
 
+def _reverse_kl_gradient(xp, t, value, ratio_max):
+    """``value`` (cut at ±10) with the off-policy gradient of the reverse KL, that of ``sg(min(r, ratio_max))·k2``."""
+    d = t.ref_logp - t.logp
+    weighted = xp.stop_gradient(xp.minimum(xp.exp(t.log_ratio), ratio_max)) * 0.5 * d * d
+    return xp.straight_through(weighted, xp.clip(value, -10.0, 10.0))
+
+
+@rule("k1_unbiased", kind="penalty")
+class K1Unbiased(Rule):
+    """The value of k1, cut at ±10, with the gradient of ``sg(min(r, ratio_max))·k2``, the reverse KL's off-policy (arXiv:2506.09477; OpenRLHF's
+    ``unbiased_gradient``)."""
+
+    ratio_max: PositiveOrInf[float] = 10.0
+
+    def loss(self, xp, t):
+        return _reverse_kl_gradient(xp, t, t.logp - t.ref_logp, self.ratio_max)
+
+
+@rule("k2_unbiased", kind="penalty")
+class K2Unbiased(Rule):
+    """:class:`K1Unbiased` with the value of k2."""
+
+    ratio_max: PositiveOrInf[float] = 10.0
+
+    def loss(self, xp, t):
+        return _reverse_kl_gradient(xp, t, 0.5 * (t.ref_logp - t.logp) * (t.ref_logp - t.logp), self.ratio_max)
+
+
+@rule("k3_unbiased", kind="penalty")
+class K3Unbiased(Rule):
+    """:class:`K1Unbiased` with the value of k3."""
+
+    ratio_max: PositiveOrInf[float] = 10.0
+
+    def loss(self, xp, t):
+        return _reverse_kl_gradient(xp, t, _k3(xp, xp.minimum(t.ref_logp - t.logp, 10.0)), self.ratio_max)
+
+
 @rule("entropy_bonus", kind="penalty")
 class EntropyBonus(Rule):
     """``-H``, with the entropy's real gradient; a positive coefficient rewards entropy."""

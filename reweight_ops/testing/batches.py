@@ -121,3 +121,12 @@ def double_spec(spec: PolicyLossSpec) -> PolicyLossSpec:
 
     result: PolicyLossSpec = double(spec)
     return result
+
+
+def make_sampling_mask(batch: dict[str, Any], share: float = 0.3, seed: int = 0) -> Tensor:
+    """A bool mask ``R + (V,)`` for the batch, of which every row keeps its id and ``share`` of the others: in the first row none, in the last all."""
+    ids, vocab = batch["completion_ids"], batch["logits"].size(-1)
+    g = torch.Generator().manual_seed(seed)
+    kept = torch.rand((ids.numel(), vocab), generator=g, dtype=torch.float32, device="cpu") < share
+    kept[0], kept[-1] = False, True
+    return kept.view(*ids.shape, vocab).to(ids.device).scatter(-1, ids.clamp(min=0)[..., None], True)

@@ -9,17 +9,23 @@ import torch
 
 from .._core.backends.base import Request
 from .._core.backends.select import NAMES, why_not
+from .._core.calls.sampling_mask import ENTROPIES
+from .._core.calls.specs import method
 from .._core.catalogue.registry import CATALOGUE
 from ..errors import InvalidCall
 from . import Comparison, compare, make_batch
+from .batches import make_sampling_mask
 from .golden import golden_error
-from .golden_rows import GOLDEN, GOLDEN_KINDS, Golden
+from .golden_row import Golden
+from .golden_rows import GOLDEN, GOLDEN_KINDS
 from .pairs import compare_divergence, compare_pairs, make_divergence, make_pairs
 
 #: The kinds that are compared with the fp64 reference; of the divergences the one that has kernels, the others have golden rows.
 LOSS_KINDS = ("policy_loss", "pair_loss", "divergence")
 _KERNELS = ("token_divergence",)
 DIRECTIONS = ("forward_kl", "reverse_kl")
+#: The policy loss that is compared with a sampling mask too, and with an entropy bonus.
+_MASKED = "grpo"
 DTYPES = ("float32", "bfloat16", "float16")
 #: So that fp16 gradients are no subnormals.
 LOSS_SCALE = 64.0
@@ -32,7 +38,7 @@ class Case:
     dtype: str
     device: str
     kind: str = "policy_loss"
-    #: Of a divergence: which.
+    #: Of a divergence: which. Of a policy loss with a sampling mask: over what its entropy is.
     direction: str = ""
 
 
@@ -83,6 +89,12 @@ def _devices(backend: str) -> list[str]:
     return [d for d in available if why_not(backend, Request("token_stats", torch.device(d), torch.float32)) is None]
 
 
+def _directions(kind: str, name: str) -> tuple[str, ...]:
+    if kind == "divergence":
+        return DIRECTIONS
+    return ("", *ENTROPIES) if (kind, name) == ("policy_loss", _MASKED) else ("",)
+
+
 def cases(selection: Selection) -> list[Case]:
     """The losses to compare with the fp64 reference."""
     places = [(backend, devices[-1]) for backend in selection.backends or NAMES if (devices := _devices(backend))]
@@ -90,7 +102,7 @@ def cases(selection: Selection) -> list[Case]:
         Case(backend, name, dtype, device, kind, direction)
         for backend, device in places
         for kind, name in selection.entries(LOSS_KINDS, compared)
-        for direction in (DIRECTIONS if kind == "divergence" else ("",))
+        for direction in _directions(kind, name)
         for dtype in selection.dtypes
     ]
 
@@ -101,6 +113,12 @@ def run_case(case: Case, vocab: int) -> Comparison:
     if case.kind == "divergence":
         return compare_divergence(
             case.direction, make_divergence((4, 16), vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE
+        )
+    if case.direction:
+        masked = method(case.method, entropy_coef=0.01)
+        batch = make_batch(masked, (4, 16), vocab, dtype, case.device)
+        return compare(
+            masked, batch, backend=backend, loss_scale=LOSS_SCALE, sampling_mask=make_sampling_mask(batch), entropy_over=case.direction
         )
     spec = CATALOGUE[case.kind][case.method].build()
     if case.kind == "pair_loss":

@@ -55,7 +55,7 @@ def _gradient(spec: PolicyLossSpec, batch: dict[str, Any], **options: Any) -> tu
 
 
 def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto", plan: str = "auto", **options: Any) -> Comparison:
-    """Loss and gradient of a backend and plan against the fp64 reference, by the criterion of the package.
+    """Loss and gradient of a backend and plan against the fp64 reference, by the criterion of the package. ``sampling_mask`` among the options is a bool mask.
 
     The gradient's error is divided by 1.5 times the error of ``torch.log_softmax`` in fp32 rounded once to the logits' dtype, plus a floor of four fp32
     roundings of ``(|coef| + |ent_coef|)/T``, and of what four roundings of the other rows' statistics make of the coefficients.
@@ -69,7 +69,11 @@ def judge(spec: PolicyLossSpec, batch: dict[str, Any], got: Tensor, out: Any, **
     truth, exact = _gradient(double_spec(spec), double_batch(batch), backend="reference", plan="two_pass", **common)
     single = {**batch, "logits": batch["logits"].float()} if batch["logits"].dtype != torch.float64 else batch
     _, resolved = _gradient(spec, single, backend="reference", plan="two_pass", **common)
-    head = {name: common[name] for name in ("temperature", "softcap", "vocab_size", "drop_last") if name in common}
+    head = {
+        name: common[name]
+        for name in ("temperature", "softcap", "vocab_size", "drop_last", "sampling_mask", "entropy_over")
+        if name in common
+    }
     fp32 = yardstick(resolved, single["logits"], single["completion_ids"], **head)
     floor = _floor(exact, common)
     ids = batch["completion_ids"].clamp(min=0)[..., None]
@@ -112,15 +116,13 @@ def gradient_errors(
 
 
 def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
-    """How much four roundings of every row's statistics change each row's coefficients (``[N]``), and the loss, where rows depend on each other.
+    """How much four roundings of every row's statistics change each row's coefficients (``[N]``), where rows depend on each other, and the loss.
 
     A sequence's ratio, or a batch's maximum, sums or selects over many log-probs, so its coefficients are as wrong as those make them. Where
-    every row stands alone this is 0: there the criterion asks for the coefficient itself to four roundings.
+    every row stands alone theirs is 0: there the criterion asks for the coefficient itself to four roundings.
     """
     call, leaves = exact._call, exact._leaves
     coef, loss = torch.zeros_like(leaves["logp"]), torch.zeros((), dtype=torch.float64, device=leaves["logp"].device)
-    if not call.spec.couples_rows:
-        return coef, loss
     known, value = exact._derivatives, call.evaluate(leaves).weighted_loss.sum()
     g = torch.Generator().manual_seed(0)
     for _ in range(4):
@@ -132,24 +134,32 @@ def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
             for name, x in leaves.items()
         }
         moved = {name: torch.where(call.rows.keep, moved[name], x) for name, x in leaves.items()}
-        change = [(a - b).abs() for a, b in zip(coefficients(call, moved), known, strict=True)]
-        coef = torch.maximum(coef, change[0] + change[1])
+        if call.spec.couples_rows:
+            change = [(a - b).abs() for a, b in zip(coefficients(call, moved), known, strict=True)]
+            coef = torch.maximum(coef, change[0] + change[1])
         loss = torch.maximum(loss, (call.evaluate(moved).weighted_loss.sum() - value).abs().double())
     return coef, loss
 
 
 def _loss_size(exact: PolicyLossOutput) -> Tensor:
-    """What the loss's roundings are relative to: the sum of its terms' sizes, and of their slopes times the log-probs they are read at."""
+    """What the loss's roundings are relative to: the sum of its terms' sizes, and of their slopes times the log-probs they are read at.
+
+    Where a formula stops a gradient (CISPO's weight, a detached token weight) the slopes say less than the value depends on: there it is what four
+    roundings of the statistics make of the loss.
+    """
     call, leaves = exact._call, exact._leaves
     terms = call.evaluate(leaves).weighted_loss.abs().sum()
     slopes = exact._derivatives[0].abs() * (1 + leaves["logp"].abs()) + exact._derivatives[1].abs() * (1 + leaves["entropy"])
-    return terms + slopes.sum() + _conditioning(exact)[1] / ERROR_FLOOR
+    reach, moved = slopes.sum(), _conditioning(exact)[1] / ERROR_FLOOR
+    return terms + (reach + moved if call.spec.couples_rows else torch.maximum(reach, moved))
 
 
 def value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
     """The largest error over 1.5 times fp32's own plus four roundings of a number of the values' size (a difference of log-sum-exps is of that
     size). ``scale``: that size instead, one for all or one each; errors, fp32's too, are then relative to it."""
     got, fp32, truth = got.detach().double(), fp32.detach().double(), truth.detach()
+    if not truth.numel():  # a call without rows
+        return 0.0
     size = truth.abs().max() + 1 if scale is None else scale
     error, base = (((x - truth).abs() / (size + 1e-300)).max() for x in (got, fp32))
     return float(error / (ERROR_RATIO * base + ERROR_FLOOR))

@@ -16,7 +16,7 @@ from .._core.losses.policy import policy_loss_from_logps
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import NoReduction
 from ..rules.likelihood import NLL
-from .golden_rows import Built, Golden
+from .golden_row import Built, Golden
 
 #: What a result may be off, in roundings of a number of its row's size: a few operations on a few numbers.
 ROUNDINGS = 16

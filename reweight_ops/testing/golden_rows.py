@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from math import e, exp, log, nan, sqrt, tanh
 from typing import Any
 
 from ..advantages import spo_segments
+from .golden_row import LN2, LN3, Built, Golden, old, sigmoid
+from .golden_trainers import TRAINERS
 
 #: The kinds that have golden rows. Losses that have kernels are compared with the fp64 reference instead, gradient and all.
 GOLDEN_KINDS = ("token_weight", "advantage", "reward", "objective", "sample_weight", "schedule", "divergence")
 
 
-@dataclass(frozen=True)
-class Golden:
-    """One call of an entry and its result. A list stands for a tensor: of floats if it holds one, else of ints or bools; anything else is itself.
-
-    ``expected``: every number of the result in order, nested as is easiest to read. ``updates``: what the ``update`` of the object that the call
-    returns is given, one call after the other, from the state ``init(*init)``; the result is what each returns beside the state. ``tokens``: for a
-    weight, one sequence of tokens by what formulas read (``logp``, ``old_logp``, ``adv``, ``entropy``, ...; ``completion_mask``).
-    """
-
-    kind: str
-    name: str
-    arguments: dict[str, Any]
-    expected: Any
-    updates: tuple[Any, ...] = ()
-    init: tuple[Any, ...] = ()
-    tokens: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Built:
-    """An argument that another function of the package makes."""
-
-    function: Callable[..., Any]
-    arguments: dict[str, Any]
-
-
-LN2, LN3 = log(2), log(3)
 #: Scores of three reward models; one did not score, two did not, none did.
 MEMBERS = [[1.0, 2.0, 6.0], [1.0, nan, 3.0], [nan, nan, -4.0], [nan, nan, nan]]
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + exp(-x))
 
 
 def shares(*terms: float, total: float = 1.0) -> list[float]:
@@ -310,10 +279,6 @@ SCHEDULES = (
 )
 
 
-def old(*probabilities: float) -> dict[str, list[float]]:
-    return {"old_logp": [log(p) for p in probabilities]}
-
-
 def _token_weight(name: str, expected: Any, tokens: dict[str, Any] | None = None, **arguments: Any) -> Golden:
     return Golden("token_weight", name, arguments, expected, tokens=tokens or {})
 
@@ -430,4 +395,4 @@ DIVERGENCES = (
     _divergence("stablemax", [[log(1.75), log(7)]], logits=[[[0.0, 1, -1], [0, 1, -1]]], completion_ids=[[1, 2]]),
 )
 
-GOLDEN = ADVANTAGES + REWARDS + OBJECTIVES + SAMPLE_WEIGHTS + SCHEDULES + TOKEN_WEIGHTS + DIVERGENCES
+GOLDEN = ADVANTAGES + REWARDS + OBJECTIVES + SAMPLE_WEIGHTS + SCHEDULES + TOKEN_WEIGHTS + DIVERGENCES + TRAINERS

@@ -14,11 +14,19 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .golden_rows import LN2, LN3, SPREAD, old
+from .golden_row import LN2, LN3, old
+from .golden_rows import SPREAD
 
 LN_1_1 = 0.09531017980432486  # log 1.1
 #: Advantages of mean 1 and log-probs of mean -3, on-policy.
 COVARYING = {"adv": [0.0, 1.0, 0.0, 3.0], "logp": [-4.0, -3.0, -4.0, -1.0], "old_logp": [-4.0, -3.0, -4.0, -1.0]}
+
+MOVING = {"logp": -2.0, "old_logp": [-2.1, -1.8, -2.4, -1.0], "adv": [1.0, -1.0, 1.0, 1.0]}
+DRIFTED = {
+    "logp": -math.log(2),
+    "old_logp": [math.log(0.25), math.log(0.25), math.log(0.75), math.log(0.75)],
+    "adv": [1.0, -1.0, 1.0, -1.0],
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,12 @@ ROWS = (
     Row("dppo_kl", ratio(-LN2, -1.0), 0.0, 0.0, clipped=(True, False)),
     Row("dppo_kl", ratio(-LN2, 1.0), 0.5 * LN2, -0.5, clipped=(False, False)),
     Row("dppo_kl", ratio(LN2, -1.0), -1.5 * LN2, 1.5, clipped=(False, False), parameters={"ratio_max": 1.5}),
+    # ratio_mask: the ratio as a constant weight inside of (.8, 1.2), nothing outside.
+    Row("ratio_mask", ratio(LN_1_1, 2.0), 2.2 * LN2, -2.2),
+    Row("ratio_mask", ratio(LN2, 2.0), 0.0, 0.0),
+    Row("ratio_mask", ratio(LN2, 2.0), 4 * LN2, -4.0, parameters={"epsilon_high": 1.5}),
+    Row("ratio_mask", ratio(-LN2, -2.0), 0.0, 0.0),
+    Row("ratio_mask", ratio(-LN2, -2.0), -LN2, 1.0, parameters={"epsilon_low": 0.6}),
     # dro: 3 log 2 + .25 log² 2, slope -3 + .5 log 2.
     Row("dro", ratio(LN2, 3.0), 3 * LN2 + 0.25 * LN2**2, -3 + 0.5 * LN2, parameters={"beta": 0.5}),
     # kl_cov: -2 + .5 log 2; r = 1/2: -1/2 + .5 log 2, and moving down costs.
@@ -120,6 +134,17 @@ ROWS = (
     Row("absolute_straight_through", distance(LN2), LN2, -LN2),
     Row("k3_straight_through", distance(LN2), 1 - LN2, -LN2),
     Row("k3_straight_through", distance(LN2), 0.25, -LN2, parameters={"cap": 0.25}),
+    # With r = 2: the values of k1, k2, k3 with the slope -r·d; r cut at 1.5; values cut at 10 (k3's exponent too), slopes not.
+    Row("k1_unbiased", distance(LN2, log_ratio=LN2), -LN2, -2 * LN2),
+    Row("k1_unbiased", distance(LN2, log_ratio=LN2), -LN2, -1.5 * LN2, parameters={"ratio_max": 1.5}),
+    Row("k1_unbiased", distance(30.0, logp=-40.0), -10.0, -30.0),
+    Row("k2_unbiased", distance(LN2, log_ratio=LN2), 0.2402265069591007, -2 * LN2),
+    Row("k3_unbiased", distance(LN2, log_ratio=LN2), 1 - LN2, -2 * LN2),
+    Row("k3_unbiased", distance(30.0, logp=-40.0), 10.0, -30.0),
+    # σ(log 2) = 2/3 stays a constant.
+    Row("gated_distillation", distance(LN2), 2 / 3 * LN2, -2 / 3, parameters={"gate_beta": 1.0}),
+    # The teacher's log 2 over the old policy's, whatever the current one's.
+    Row("teacher_reinforce", {"logp": -LN2, "old_logp": -3.0, "ref_logp": -3.0 + LN2}, LN2**2, -LN2),
     Row("entropy_bonus", {"logp": -LN2, "entropy": 1.5}, -1.5, 0.0, dentropy=-1.0),
     # unclipped: -r*A, slope the same.
     Row("unclipped", ratio(LN2, 3.0), -6.0, -6.0),
@@ -141,8 +166,22 @@ ROWS = (
     Row("npo", ratio(0.0, 0.0), 20 * LN2, 1.0),
     Row("npo", ratio(2 * LN2, 0.0), 4 * LN3, 4 / 3, parameters={"beta": 0.5}),
     Row("likelihood_ratio", ratio(LN2, 0.0), -2.0, -2.0),
+    # (log(2)/2 - 1)^2, slope log(2)/2 - 1.
+    Row("advantage_regression", ratio(LN2, 1.0), (0.5 * LN2 - 1) ** 2, 0.5 * LN2 - 1, parameters={"beta": 0.5}),
+    # 1 - σ(log 2) and σ(log 2), slopes -+2/9. Against z = log 2: 1/2, times 2, of slope 1/4; or times 3.
+    Row("kto", ratio(LN2, 1.0), 1 / 3, -2 / 9, parameters={"beta": 1.0}),
+    Row("kto", ratio(LN2, -1.0), 2 / 3, 2 / 9, parameters={"beta": 1.0}),
+    Row("kto", ratio(LN2, 0.0), 1.0, 0.5, parameters={"beta": 1.0, "kl": LN2, "undesirable_weight": 2.0}),
+    Row("kto", ratio(LN2, 1.0), 1.5, -0.375, parameters={"beta": 0.5, "kl": LN2, "desirable_weight": 3.0}),
     # log(2)^2/2, slope log 2.
     Row("drift_k2", ratio(LN2, 0.0), 0.2402265069591007, LN2),
+    # k(d) and k - k' at d = log 2: -log 2 and 1 - log 2; log(2)^2/2 and that less log 2; 1 - log 2 and 1 - log 2 - 1. Beyond a bound no slope.
+    Row("k1_on_policy", distance(LN2), -LN2, 1 - LN2),
+    Row("k2_on_policy", distance(LN2), 0.2402265069591007, 0.2402265069591007 - LN2),
+    Row("k3_on_policy", distance(LN2), 1 - LN2, -LN2),
+    Row("k3_on_policy", distance(-LN2), LN2 - 0.5, LN2),
+    Row("k3_on_policy", distance(LN2), 0.25, 0.0, parameters={"cap": 0.25}),
+    Row("k1_on_policy", distance(LN2), -0.5, 0.0, parameters={"clamp": 0.5}),
     Row("drift_k1", ratio(LN2, 0.0), -LN2, -1.0),
     # r - log r - 1 at 2 and 1/2; slope r - 1.
     Row("drift_k3", ratio(LN2, 0.0), 1 - LN2, 1.0),
@@ -235,6 +274,27 @@ WEIGHT_ROWS = (
     WeightRow("clip_cov", {**COVARYING, "old_logp": [-4.0, -3.0, -4.0, -2.0]}, [1.0, 1.0, 1.0, 1.0], {"lower": 1.5}),
     # Without the last the means are 1/3 and -11/3: covariances 1/9, 4/9, 1/9.
     WeightRow("clip_cov", COVARYING, [1.0, 0.0, 1.0, 0.0], {"lower": 0.2}, masked=(3,)),
+    # The second token agrees against the first: 1 + (1 - 0), 1 + (1 - 1/4), of |a| = log 2, 3 log 2.
+    WeightRow("prefix_discrepancy", {"old_logp": -2.0, "ref_logp": [-2 + LN2, -2 - 3 * LN2]}, [2.0, 1.75]),
+    WeightRow("prefix_discrepancy", {"old_logp": -2.0, "ref_logp": -2.0}, [1.5, 1.5], {"gamma": 0.5}),
+    WeightRow("negative_self_distilled_evidence", {"old_logp": -2.0, "ref_logp": -2 + LN2, "adv": [3.0, -3.0, 0.0]}, [1.0, 0.9, 1.0]),
+    # Of |log r| = .1, .2, .4 that follow A, cut at them (log r)^2 has the means .01, .03, .07: up to .2 under .05, at .4 over it.
+    WeightRow("second_moment_lower", MOVING, [1 - math.exp(-0.2)] * 4, {"budget": 0.05, "least": 0.1}),
+    WeightRow("second_moment_upper", MOVING, [math.expm1(0.2)] * 4, {"budget": 0.05, "least": 0.1}),
+    WeightRow("second_moment_upper", MOVING, [0.5] * 4, {"budget": 0.05}),
+    # Within the budget nothing is bounded.
+    WeightRow("second_moment_lower", MOVING, [1.0] * 4, {"budget": 0.08, "least": 0.1}),
+    WeightRow("second_moment_upper", MOVING, [math.inf] * 4, {"budget": 0.08, "least": 0.1}),
+    # e^(.1·n), and 1 - e^(-.1·sqrt(n)); the masked token is none.
+    WeightRow(
+        "position_bound", {}, [math.exp(0.1), math.exp(0.2), math.exp(0.1), 0.0], {"base": 0.1, "power": 1.0}, sequences=2, masked=(3,)
+    ),
+    WeightRow("position_bound", {}, [1 - math.exp(-0.1), 1 - math.exp(-0.1 * math.sqrt(2))], {"base": -0.1, "shift": -1.0, "sign": -1.0}),
+    # p from 1/4 or 3/4 to 1/2.
+    WeightRow("probability_drift_mask", DRIFTED, [0.0, 1.0, 1.0, 0.0]),
+    WeightRow("probability_drift_mask", DRIFTED, [1.0, 1.0, 1.0, 0.0], {"high": 0.3}),
+    WeightRow("probability_distance_mask", DRIFTED, [0.0] * 4),
+    WeightRow("probability_distance_mask", DRIFTED, [1.0] * 4, {"threshold": 0.26}),
     # .2(1 - h) for h <= 0; .28(1 + h) for h > 0.
     WeightRow("hapo_lower", SPREAD, [0.4, 0.3, 0.2, 0.2, 0.2], {"pivot": 0.5}),
     WeightRow("hapo_upper", SPREAD, [0.28, 0.28, 0.28, 0.42, 0.56], {"pivot": 0.5}),

@@ -86,7 +86,10 @@ def _yardstick(spec: PairSpec, batch: dict[str, Any], loss_scale: float) -> tupl
 
 
 def compare_divergence(kind: str, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0) -> Comparison:
-    """``token_divergence`` of a kind on a backend against the fp64 reference: each token's value, and the gradient of their sum."""
+    """``token_divergence`` of a kind on a backend against the fp64 reference: each token's value, and the gradient of their sum.
+
+    Its probabilities are of two softmaxes, so the gradient has the four roundings of :func:`~.testing.compare` twice.
+    """
 
     def run(batch: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
         logits = batch["logits"].detach().clone().requires_grad_()
@@ -97,7 +100,7 @@ def compare_divergence(kind: str, batch: dict[str, Any], *, backend: str = "auto
     got, value = run(batch, backend)
     truth, exact = run(double_batch(batch), "reference")
     rounded, fp32 = run({**batch, "logits": batch["logits"].float(), "other_logits": batch["other_logits"].float()}, "reference")
-    floor = torch.full_like(exact, ERROR_FLOOR * loss_scale)[..., None]
+    floor = torch.full_like(exact, 2 * ERROR_FLOOR * loss_scale)[..., None]
     log_p, log_q = (torch.log_softmax(batch[name].detach().double(), -1) for name in ("logits", "other_logits"))
     entropies = torch.maximum(*(-(x.exp() * x).sum(-1).max() for x in (log_p, log_q)))
     grads = gradient_errors(got, rounded, truth, floor, _targets(batch, truth))

@@ -30,19 +30,23 @@ def row_statistics(
     softcap: float | None = None,
     vocab_size: int | None = None,
     drop_last: bool = False,
+    sampling_mask: Tensor | None = None,
+    entropy_over: str = "kept",
 ) -> dict[str, Tensor]:
-    """``logp``, ``entropy`` and ``log_sum_p_sq`` of every row, of the ids' shape, differentiable."""
+    """``logp``, ``entropy`` and ``log_sum_p_sq`` of every row, of the ids' shape, differentiable. ``sampling_mask``: a bool mask."""
     x = logits[..., :-1, :] if drop_last else logits
     x = x[..., :vocab_size]
     if softcap is not None and softcap < math.inf:
         x = softcap * torch.tanh(x / softcap)
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature.reshape(*temperature.shape, *[1] * (x.dim() - temperature.dim()))
-    log_p = torch.log_softmax(x / temperature, -1)
-    finite = torch.where(log_p == -math.inf, 0, log_p)  # 0 * -inf is 0
+    x = x / temperature
+    log_p = torch.log_softmax(x if sampling_mask is None else torch.where(sampling_mask, x, -math.inf), -1)
+    mean = torch.log_softmax(x, -1) if entropy_over == "vocabulary" else log_p
+    finite = torch.where(mean.exp() == 0, 0, mean)  # 0 * -inf is 0, and so is 0 * -1e38
     return {
         "logp": log_p.gather(-1, ids.clamp(min=0)[..., None].long())[..., 0],
-        "entropy": -(log_p.exp() * finite).sum(-1),
+        "entropy": -(mean.exp() * finite).sum(-1),
         "log_sum_p_sq": torch.logsumexp(2 * log_p, -1),
     }
 

@@ -6,6 +6,14 @@ They multiply the *term*, not the advantage: the two differ for negative factors
 from .._core.catalogue.registry import published_names
 from .._core.rows.batch import BatchStatistics
 from .covariance import ClipCov, TopCovariance
+from .credit import (
+    FutureInfluence,
+    NegativeSelfDistilledEvidence,
+    PrefixDiscrepancy,
+    SelfDistilledEvidence,
+    SpuriousTokens,
+    TokenRegulation,
+)
 from .entropy import (
     DualLevelDownSampling,
     Entropy,
@@ -48,6 +56,18 @@ from .probability import (
     spo_probability_mask,
 )
 from .surprisal import StareState, SurprisalReweighting, stare_state, stare_update
+from .trust import (
+    MaxK2Mask,
+    MaxK3Mask,
+    MaxTotalVariationMask,
+    PositionBound,
+    ProbabilityDistanceMask,
+    ProbabilityDriftMask,
+    SecondMomentLower,
+    SecondMomentMask,
+    SecondMomentUpper,
+    trm,
+)
 
 __all__ = [
     "AdvantageReweighting",
@@ -59,21 +79,34 @@ __all__ = [
     "DualLevelDownSampling",
     "Entropy",
     "ForwardKLWeight",
+    "FutureInfluence",
     "GeometricSequenceMask",
     "HapoLower",
     "HapoRedistribution",
     "HapoUpper",
     "JensenShannonWeight",
     "MaskedImportance",
+    "MaxK2Mask",
+    "MaxK3Mask",
+    "MaxTotalVariationMask",
+    "NegativeSelfDistilledEvidence",
     "NegativeSigmoidReweighting",
     "OffPolicySequenceMask",
+    "PositionBound",
     "PositiveAdvantageReweighting",
     "Precomputed",
+    "PrefixDiscrepancy",
     "ProbabilityBand",
+    "ProbabilityDistanceMask",
+    "ProbabilityDriftMask",
     "ProbabilityInterval",
     "ProbabilityQuantile",
     "RewardRanked",
     "SamplerSequenceMask",
+    "SecondMomentLower",
+    "SecondMomentMask",
+    "SecondMomentUpper",
+    "SelfDistilledEvidence",
     "SequenceBinaryKLGate",
     "SequenceGamma",
     "SequenceMaskedImportance",
@@ -81,10 +114,12 @@ __all__ = [
     "SequenceTruncatedImportance",
     "SigmoidReweighting",
     "SignWeight",
+    "SpuriousTokens",
     "StareState",
     "SteerExponential",
     "SteerLinear",
     "SurprisalReweighting",
+    "TokenRegulation",
     "TopCovariance",
     "TopEntropy",
     "TotalVariationGate",
@@ -98,6 +133,7 @@ __all__ = [
     "stare_state",
     "stare_update",
     "steer",
+    "trm",
     "tw_grpo",
 ]
 

@@ -1,5 +1,8 @@
 """A machine with Triton and a CUDA build of PyTorch, but without a driver or without the GPU that is asked for: a login node, a CI."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -40,3 +43,28 @@ def test_a_gpu_that_the_machine_has_not(properties, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "sees 1 GPU, and no cuda:3" in rw.explain(rw.policy_loss, *CALL, spec="grpo", device="cuda:3").backends["triton"]
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # as where it is not installed
+import torch, reweight_ops as rw
+from reweight_ops.cli import main
+logits, ids = torch.randn(2, 3, 8, requires_grad=True), torch.zeros(2, 3, dtype=torch.long)
+rw.policy_loss(logits, ids, 1.0, spec="grpo").loss.backward()
+print(rw.explain(rw.policy_loss, logits, ids, 1.0, spec="grpo").backends["triton"])
+for call in (lambda: rw.policy_loss(logits, ids, 1.0, spec="grpo", backend="triton"), lambda: rw.token_logps(logits, ids, backend="triton")):
+    try:
+        call()
+    except rw.BackendUnavailable as error:
+        print(error)
+sys.argv = ["reweight-ops", "info"]
+main()
+"""
+
+
+def test_a_machine_without_triton():
+    """What a CPU-only installation is: ordinary calls, explain and the command line answer, and the backend by name says what is missing."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Triton cannot be imported") >= 3

@@ -103,7 +103,7 @@ def test_entropy_and_sum_of_squares(verbs):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_public_ops(backend, dtype):
+def test_public_ops(backend, dtype):  # docs/semantics.md: S27
     rows = sure_rows(5003, DTYPES[dtype])
     z, ids = rows.logits[None], rows.ids[None]
     found = rw.token_stats(z, ids, stats=("logps", "is_top1", "log1m_p"), backend=backend)

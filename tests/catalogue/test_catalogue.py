@@ -16,7 +16,7 @@ from reweight_ops.codegen import stale_files
 
 ENTRIES = [entry for kind in CATALOGUE.values() for entry in kind.values()]
 IDS = [f"{e.kind}/{e.name}" for e in ENTRIES]
-ROWS = {(table, row): keys for table in ("FIRST", "SECOND", "FIELD") for row, keys in getattr(catalogue_rows, table).items()}
+ROWS = {(table, row): keys for table in ("FIRST", "SECOND", "FIELD", "NAMED") for row, keys in getattr(catalogue_rows, table).items()}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{table}-{row}" for table, row in ROWS])

@@ -26,6 +26,12 @@ ACRONYMS = {
     "UDA": "divergences.confidence_masked_kl", "TSA": "weights.TrainingSignalAnnealing", "WCO": "rewards.wco", "UWO": "rewards.uwo",
     "GRPO-λ": "rewards.grpo_lambda_length", "RMT": "divergences.symmetric_cross_entropy", "LSC": "rewards.lsc", "RAFT": "sample_weights.raft",
     "DAPO": "methods.dapo", "GSPO": "methods.gspo", "CISPO": "methods.cispo", "DisCO": "methods.disco", "GMPO": "methods.gmpo",
+    "M2PO": "methods.m2po", "CTPO": "methods.ctpo", "FIPO": "methods.fipo", "REAL": "methods.real", "RLSD": "weights.SelfDistilledEvidence",
+    "SDAR": "methods.sdar", "IW-OPD": "methods.iw_opd", "A*-PO": "methods.a_star_po", "OTB": "advantages.otb", "TIR-OTB": "advantages.tir_otb",
+    "KTO": "methods.kto", "TPO": "preference.tpo", "AlphaPO": "preference.alpha_po", "f-DPO": "preference.f_dpo", "LD-DPO": "preference.ld_dpo",
+    "AOT": "preference.aot", "IRPO": "preference.irpo", "MPO": "preference.mpo", "MaxRL": "advantages.maxrl", "ScaleRL": "methods.scale_rl",
+    "VAPO": "methods.vapo", "Lite PPO": "advantages.lite_ppo", "STAPO": "weights.SpuriousTokens", "TR-GRPO": "weights.TokenRegulation",
+    "TRM": "weights.trm", "GLM-5": "methods.glm5", "INTELLECT-2": "methods.two_sided_clip", "Skywork-OR1": "schedules.AdaptiveEntropy",
 }  # fmt: skip
 #: Those that an entry's docstring explains, without an entry of their own.
 MENTIONED = {"SuperHF"}
@@ -41,7 +47,7 @@ def test_an_acronym_leads_to_its_entry(acronym):
     ):
         calls = [hit.call for hit in rw.find(text)]
         assert f"rw.{ACRONYMS[acronym]}" in calls[:4], (text, calls)
-        if acronym not in MENTIONED and acronym not in ("MaPO", "ALDR-KL"):
+        if acronym not in MENTIONED and acronym not in ("MaPO", "ALDR-KL", "A*-PO"):
             assert f"rw.{ACRONYMS[acronym]}" in [entry.call for entry, _ in exact(text)], "show finds it too"
 
 

@@ -42,7 +42,7 @@ def value(out, what):
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("what", LATER)
 @pytest.mark.parametrize("name", list(buffers()))
-def test_a_refilled_buffer(name, what, plan):
+def test_a_refilled_buffer(name, what, plan):  # docs/semantics.md: S22
     given = buffers()
     want = value(call(buffers(), plan), what)
     out = call(given, plan)

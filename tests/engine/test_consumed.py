@@ -31,7 +31,7 @@ NAMES = {
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("name", NAMES)
-def test_another_name_is_refused(name, plan):
+def test_another_name_is_refused(name, plan):  # docs/semantics.md: S20
     z = logits()
     whole = z[:, :6]
     consume(whole, ids, plan)
@@ -66,3 +66,24 @@ def test_a_copy_is_served():
     kept = whole.detach().clone()
     consume(whole, ids)
     assert rw.token_logps(kept, ids).isfinite().all()
+
+
+SECOND = {
+    "token_divergence": lambda x: rw.token_divergence(torch.zeros(4, 6, 7), x),
+    "distillation_loss": lambda x: rw.distillation_loss(torch.zeros(4, 6, 7), x),
+    "linear_token_divergence": lambda x: rw.linear_token_divergence(torch.zeros(4, 6, 5), torch.ones(7, 5), x),
+    "linear_distillation_loss": lambda x: rw.linear_distillation_loss(torch.zeros(4, 6, 5), torch.ones(7, 5), x),
+    "preference_loss": lambda x: rw.preference_loss(
+        torch.zeros(4, 6, 7), ids, spec="sparse_po", ref_logits=x, ref_per_token_logps=torch.zeros(4, 6),
+        reward_mask=torch.ones(4, 6), kl_mask=torch.ones(4, 6),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", SECOND)
+def test_a_second_tensor_is_refused(op):
+    z = logits()[:, :6]
+    SECOND[op](z.detach())
+    consume(z, ids)
+    with pytest.raises(rw.InvalidCall, match="consumed"):
+        SECOND[op](z.detach())

@@ -58,7 +58,7 @@ def usual(tmp_path_factory):
 
 
 @pytest.mark.parametrize("which", [x for x in DEFAULTS if x != "usual"])
-def test_results_are_those_of_the_usual_default(which, usual, tmp_path):
+def test_results_are_those_of_the_usual_default(which, usual, tmp_path):  # docs/semantics.md: S21
     got = results(tmp_path, which)
     wrong = {}
     for name, want in usual.items():

@@ -62,7 +62,7 @@ def test_gradcheck_sees_a_wrong_gradient(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_one_pass_is_two_pass(name):
+def test_one_pass_is_two_pass(name):  # docs/semantics.md: S17
     spec = SPECS[name]
     batch = make_batch(spec, (4, 12), vocab=31, dtype=torch.float64)
     results = {}

@@ -31,7 +31,7 @@ def gradient(batch, spec, **options):
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method(name, backend, plan, sickness):
+def test_every_method(name, backend, plan, sickness):  # docs/semantics.md: S26
     spec = METHODS[name].build()
     if plan == "one_pass" and spec.one_pass_obstacle:
         pytest.skip("two passes only")
@@ -116,7 +116,7 @@ def stored_leaves(spec):
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_stored_log_prob_of_nan_is_a_gradient_of_nan(name, backend, plan):
+def test_a_stored_log_prob_of_nan_is_a_gradient_of_nan(name, backend, plan):  # docs/semantics.md: S26
     """A guard on the gradient's norm must see it, whatever a clip makes of a comparison with NaN."""
     spec = METHODS[name].build()
     if plan == "one_pass" and spec.one_pass_obstacle:
@@ -138,7 +138,7 @@ def test_a_stored_log_prob_of_nan_is_a_gradient_of_nan(name, backend, plan):
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
-def test_an_overflow_that_is_not_selected_has_no_gradient(backend, plan):
+def test_an_overflow_that_is_not_selected_has_no_gradient(backend, plan):  # docs/semantics.md: S11
     """K3 without a clamp at a difference of 100: the value is the cap, the slope 0. And TRL's clip with a ratio that overflows."""
     spec = rw.methods.grpo().replace(ratio=rw.TokenRatio(clamp=math.inf)).with_penalty(rw.Penalty(K3(clamp=math.inf, cap=10.0), 0.1))
     batch = make_batch(spec, (2, 6), 37)

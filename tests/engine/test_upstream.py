@@ -85,7 +85,7 @@ def gradients(name, backend, upstream, compiler=None):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_it_is_the_fp32_product_rounded_once(name, backend):
+def test_it_is_the_fp32_product_rounded_once(name, backend):  # docs/semantics.md: S19
     """Bit for bit. The zero rows of masked tokens too: 0 * inf is NaN, as everywhere in PyTorch."""
     plain = gradients(name, backend, 1.0)
     assert all(bool((g == 0).any()) for g in plain[:1])

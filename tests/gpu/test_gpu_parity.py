@@ -15,6 +15,7 @@ from reweight_ops._core.rows.groups import OUT
 from reweight_ops.rules.penalties import EntropyBonus
 from reweight_ops.rules.surrogates import Reinforce
 from reweight_ops.testing import compare, make_batch
+from reweight_ops.testing.batches import make_sampling_mask
 
 pytestmark = pytest.mark.gpu
 
@@ -55,6 +56,15 @@ def test_vocabularies(place, dtype, vocab):
         assert torch.equal(logp, torch.zeros_like(logp)) and torch.equal(entropy, torch.zeros_like(entropy))
         return
     assert_passed(compare(SPEC, make_batch(SPEC, SHAPE, vocab, dtype, place.device), backend=place.backend, loss_scale=64.0))
+
+
+@pytest.mark.parametrize("over", ["kept", "vocabulary"])
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_sampling_masks(place, dtype, plan, over):
+    batch = make_batch(SPEC, SHAPE, sized(32000, 131), dtype, place.device)
+    mask = make_sampling_mask(batch, sized(0.01, 0.3))
+    options = {"sampling_mask": mask, "entropy_over": over, "loss_scale": 64.0}
+    assert_passed(compare(SPEC, batch, backend=place.backend, plan=plan, **options))
 
 
 #: Coefficients that do not depend on the log-prob: with a softcap, a logit is itself rounded to fp32, and what that does to a large importance

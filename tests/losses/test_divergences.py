@@ -349,3 +349,20 @@ def test_other_wrong_calls():
     with pytest.raises(rw.InvalidCall, match="token_weights require grad"):
         rw.distillation_loss(z, z, token_weights=torch.ones(2, 3, requires_grad=True))
     assert divergences.token_divergence is rw.token_divergence
+
+
+@pytest.mark.parametrize("plan", ["auto", "two_pass"])
+def test_the_distillation_loss_has_the_generalized_jsd(plan):
+    z, other, _ = pair(dtype=torch.float64)
+    z = z.detach().requires_grad_()
+    weights = torch.rand(z.shape[:-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = rw.distillation_loss(z, other, kind="generalized_jsd", beta=0.3, token_weights=weights, loss_scale=2.0, plan=plan)
+    value = rw.token_divergence(z, other, kind="generalized_jsd", beta=0.3)
+    want = 2 * (weights * value).sum() / value.numel()
+    torch.testing.assert_close(out.loss, want)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, z), torch.autograd.grad(want, z))
+    torch.testing.assert_close(out.per_token_divergence, value.detach())
+    torch.testing.assert_close(out.reverse_kl, rw.token_divergence(z, other, kind="reverse_kl").detach())
+    assert out.plan == "two_pass"
+    with pytest.raises(rw.UnsupportedRequest, match="a composite in chunks"):
+        rw.distillation_loss(z, other, kind="generalized_jsd", plan="one_pass")

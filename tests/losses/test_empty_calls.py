@@ -33,7 +33,7 @@ def assert_zero(loss, z):
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method(name, backend, how):
+def test_every_method(name, backend, how):  # docs/semantics.md: S5
     spec = METHODS[name].build()
     batch = emptied(make_batch(spec, (3, 4), 19), how)
     for plan in ("two_pass",) if spec.one_pass_obstacle else ("one_pass", "two_pass"):

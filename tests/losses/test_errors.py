@@ -117,7 +117,7 @@ def test_keyword_tables_agree():
     assert all(target.split("=")[0].split(",")[0] in known for target in ALIASES.values()) and not known & set(ALIASES)
 
 
-def test_a_named_backend_never_falls_back():
+def test_a_named_backend_never_falls_back():  # docs/semantics.md: S18
     with pytest.raises((rw.BackendUnavailable, rw.UnsupportedRequest), match="'cuda' was asked for"):
         policy(backend="cuda")
 

@@ -53,6 +53,13 @@ INVALID = {
     "terms, one": (lambda: rw.PairSpec(terms=rw.preference.dpo().terms[0]), r"terms is a PairTerm, expected a tuple: terms=\(term,\)"),
     "spec of a pair loss by name": (lambda: policy(spec="dpo"), r"'dpo' is a loss of pairs: rw.preference_loss\(\.\.\., spec='dpo'\)"),
     "spec of a pair loss": (lambda: policy(spec=rw.preference.dpo()), "spec is a PairSpec, which rw.preference_loss takes"),
+    "a method that has no default": (lambda: policy(spec="dro"), r"'dro' has no default for beta: pass spec=rw.methods.dro\(beta=\.\.\.\)"),
+    "a switch, a word": (lambda: policy(drop_last="no"), "drop_last is 'no', expected True or False"),
+    "a switch, a number": (lambda: policy(validate=1), "validate is 1, expected True or False"),
+    "a switch of its own": (lambda: policy(differentiable_outputs="no"), "differentiable_outputs is 'no', expected True or False"),
+    "return_entropy": (lambda: rw.token_logps(Z, IDS, return_entropy="no"), "return_entropy is 'no', expected True or False"),
+    "compact_rows": (lambda: rw.linear_token_logps(Z, torch.zeros(4, 4), IDS, compact_rows="no"), "compact_rows is 'no', expected True or False or None"),
+    "log_sum_p_sq that nothing reads": (lambda: rw.policy_loss_from_logps(LOGPS, 1.0, spec="grpo", log_sum_p_sq=LOGPS), "log_sum_p_sq would have no effect"),
     "spec in capitals": (lambda: policy(spec="GRPO"), "Did you mean 'grpo'"),
     "a method not called": (lambda: policy(spec=rw.methods.grpo), r"It is a function: call it, grpo\(\.\.\.\)"),
     "a weight for a spec": (lambda: policy(spec=WEIGHT), "expected a PolicyLossSpec or the name"),
@@ -121,3 +128,17 @@ def test_decorated_classes_are_what_they_were(registry):
             return xp.exp(t.logp)
 
     assert WEIGHTS["own_weight"]().scope == "surrogate" and rw.methods.grpo().with_weight(Own(scope="all")).weights[0].scope == "all"
+
+
+def test_a_lora_as_a_plain_tuple():
+    """As the keywords' type says it may be."""
+    a, b = torch.ones(2, 4), torch.ones(4, 2)
+    for lora in (rw.Lora(a, b, 0.5), (a, b, 0.5)):
+        found = rw.linear_token_logps(Z, torch.eye(4), IDS, lora=lora)
+        teacher = rw.HiddenLogits(Z, torch.eye(4), lora=lora)
+        assert rw.linear_token_divergence(Z, torch.eye(4), teacher).shape == found.shape
+
+
+def test_explain_says_what_was_meant_too():
+    with pytest.raises(TypeError, match="'input_ids'. Here it is completion_ids"):
+        rw.explain(rw.policy_loss, Z, input_ids=IDS, advantages=1.0, spec="grpo")

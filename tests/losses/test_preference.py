@@ -133,7 +133,8 @@ def test_by_hand():
     assert grad.tolist() == [pytest.approx([-s, -s]), pytest.approx([s, 0.0])]
     names = {k: float(v) for k, v in out.metrics.items()}
     assert names == pytest.approx({
-        "rewards/chosen": 2.0, "rewards/rejected": -1.0, "rewards/margins": 3.0, "rewards/accuracies": 1.0, "logps/chosen": -3.0,
+        "rewards/chosen": 2.0, "rewards/rejected": -1.0, "rewards/margins": 3.0, "rewards/accuracies": 1.0, "logps/accuracies": 0.0,
+        "logps/chosen": -3.0,
         "logps/rejected": -1.0, "tokens": 3.0, "sequences": 2.0,
     })  # fmt: skip
 
@@ -347,14 +348,15 @@ def call_all(name, dtype=torch.float64):
     """The spec of a registered pair loss and keywords that satisfy it."""
     entry = CATALOGUE["pair_loss"][name]
     spec = entry.build()
-    logps, ref, old, p_sq, mask = batch(dtype)
+    rows = 2 * P // spec.group_size * spec.group_size
+    logps, ref, old, p_sq, mask = (x[:rows] for x in batch(dtype))
     g = torch.Generator().manual_seed(9)
     given = {"completion_mask": mask, "pairs": "interleaved"}
     needs = {"ref": ("ref_per_token_logps", ref), "ref_tokens": ("ref_per_token_logps", ref), "old": ("old_per_token_logps", old)}
     needs["log_sum_p_sq"] = ("log_sum_p_sq", p_sq.nan_to_num(0))
-    given |= {needs[need][0]: needs[need][1] for need in spec.requires & set(needs)} | pair_inputs(spec, (2 * P, T), dtype, g)
+    given |= {needs[need][0]: needs[need][1] for need in spec.requires & set(needs)} | pair_inputs(spec, (rows, T), dtype, g)
     if spec.tokens != "completion":
-        given["completion_ids"] = torch.randint(0, 3, (2 * P, T), generator=g)
+        given["completion_ids"] = torch.randint(0, 3, (rows, T), generator=g)
     return spec, logps, given
 
 

@@ -48,7 +48,7 @@ def same(a, b, **tolerance):
 
 # --- shapes ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("plan", PLANS)
-def test_drop_last_is_the_slice_without_the_copy(data, backend, plan):
+def test_drop_last_is_the_slice_without_the_copy(data, backend, plan):  # docs/semantics.md: S1
     longer = torch.cat([data["z"], torch.full((B, 1, V), math.nan)], 1)
     options = dict(old_per_token_logps=data["old"], completion_mask=data["mask"], backend=backend, plan=plan)
     plain = loss_and_grad(data["z"], data["ids"], data["adv"], **options)
@@ -99,7 +99,7 @@ def test_sequence_shapes_of_per_row_arguments(data, backend):
     )
 
 
-def test_packed_rows_are_the_padded_rows(data, backend):
+def test_packed_rows_are_the_padded_rows(data, backend):  # docs/semantics.md: S3
     lengths = [3, 5, 2]
     rows = [slice(0, n) for n in lengths]
     packed = {k: torch.cat([data[k][i, r] for i, r in enumerate(rows)]) for k in ("z", "ids", "adv", "old")}
@@ -127,7 +127,7 @@ def test_packed_rows_are_the_padded_rows(data, backend):
         same((padded[0], padded[1][mask]), (one[0], one[1][0]), rtol=1e-6, atol=1e-7)
 
 
-def test_rows_beyond_the_last_offset_are_out(data, backend):
+def test_rows_beyond_the_last_offset_are_out(data, backend):  # docs/semantics.md: S2
     flat = [data[k].flatten(0, 1) for k in ("z", "ids", "adv")]
     out, grad = loss_and_grad(*flat, "dapo", cu_seqlens=torch.tensor([0, 4, 9]), backend=backend)
     want, cut = loss_and_grad(*(x[:9] for x in flat), "dapo", backend=backend)
@@ -149,7 +149,7 @@ def test_segments_are_runs_inside_a_sequence(data):
 # --- rows that are out ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("how", ["mask", "ids", "float_mask"])
-def test_a_row_that_is_out_is_never_read(data, backend, plan, how):
+def test_a_row_that_is_out_is_never_read(data, backend, plan, how):  # docs/semantics.md: S2
     """Whatever it holds: NaN logits, stored values of NaN and inf; its outputs and gradient are exactly 0."""
     inside = data["mask"].bool()
     z, old, adv = data["z"].clone(), data["old"].clone(), data["adv"].clone()
@@ -185,7 +185,7 @@ def test_a_row_that_is_out_is_never_read(data, backend, plan, how):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_batch_with_every_row_out_is_a_differentiable_zero(data, backend, plan):
+def test_a_batch_with_every_row_out_is_a_differentiable_zero(data, backend, plan):  # docs/semantics.md: S5
     for spec in ("grpo", "dapo", rw.methods.grpo(entropy_coef=0.1)):
         out, grad = loss_and_grad(
             data["z"] * math.nan, data["ids"], data["adv"], spec, completion_mask=torch.zeros(B, T), plan=plan, backend=backend
@@ -199,7 +199,7 @@ def test_no_rows_at_all(backend):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_denominator_mask_counts_only(data, backend, plan):
+def test_denominator_mask_counts_only(data, backend, plan):  # docs/semantics.md: S13
     options = dict(old_per_token_logps=data["old"], completion_mask=data["mask"], plan=plan, backend=backend)
     out, grad = loss_and_grad(data["z"], data["ids"], data["adv"], "dapo", denominator_mask=torch.ones(B, T), **options)
     plain, reference = loss_and_grad(data["z"], data["ids"], data["adv"], "dapo", **options)
@@ -218,7 +218,7 @@ def test_inert_rows_have_statistics_and_a_zero_gradient(data, backend):
 
 # --- ids ------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bad", [-1, V, 2**40])
-def test_a_bad_id_is_an_error_on_the_cpu(data, bad):
+def test_a_bad_id_is_an_error_on_the_cpu(data, bad):  # docs/semantics.md: S7
     ids = data["ids"].clone()
     ids[1, 2] = bad
     with pytest.raises(rw.InvalidCall, match=rf"completion_ids\[7\].*is {bad}, expected 0 to {V - 1}"):
@@ -232,7 +232,7 @@ def test_a_bad_id_behind_a_mask_is_fine(data):
     )
 
 
-def test_the_kernel_itself_answers_a_bad_id_with_nan(data, backend):
+def test_the_kernel_itself_answers_a_bad_id_with_nan(data, backend):  # docs/semantics.md: S7
     """What a GPU call gives, where checking would synchronise."""
     from reweight_ops import kernels
 
@@ -248,7 +248,7 @@ def test_the_kernel_itself_answers_a_bad_id_with_nan(data, backend):
 # --- -inf, NaN ------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("softcap", [None, 6.0])
 @pytest.mark.parametrize("plan", PLANS)
-def test_minus_inf_columns(data, backend, plan, softcap):
+def test_minus_inf_columns(data, backend, plan, softcap):  # docs/semantics.md: S23
     dead = torch.zeros(V, dtype=torch.bool)
     dead[[0, 4, 12]] = True
     z = data["z"].masked_fill(dead, -math.inf)
@@ -265,7 +265,7 @@ def test_minus_inf_columns(data, backend, plan, softcap):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_minus_inf_target(data, backend, plan):
+def test_minus_inf_target(data, backend, plan):  # docs/semantics.md: S24
     z = data["z"].clone()
     z[0, 0, data["ids"][0, 0]] = -math.inf
     out, grad = loss_and_grad(z, data["ids"], data["adv"], "reinforce", plan=plan, backend=backend)
@@ -275,7 +275,7 @@ def test_minus_inf_target(data, backend, plan):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_bad_row_is_nan_alone(data, backend, plan, value):
+def test_a_bad_row_is_nan_alone(data, backend, plan, value):  # docs/semantics.md: S25
     z = data["z"].clone()
     if value == -math.inf:
         z[1, 2] = value
@@ -291,7 +291,7 @@ def test_a_bad_row_is_nan_alone(data, backend, plan, value):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_ratio_that_would_overflow(data, backend, plan):
+def test_a_ratio_that_would_overflow(data, backend, plan):  # docs/semantics.md: S15
     """exp(200) is inf in fp32; the clamp bounds it, and a clipped token's gradient is 0, not NaN."""
     old = data["old"].clone()
     old[0, 0], old[0, 1] = -250.0, 200.0
@@ -306,7 +306,7 @@ def test_a_ratio_that_would_overflow(data, backend, plan):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_zero_weight_selects_zero(data, backend, plan):
+def test_a_zero_weight_selects_zero(data, backend, plan):  # docs/semantics.md: S11
     """0 * inf would be NaN: a token with weight 0 may hold anything."""
     adv = data["adv"].clone()
     adv[0, 1] = math.inf
@@ -318,7 +318,7 @@ def test_a_zero_weight_selects_zero(data, backend, plan):
 
 # --- on-policy, weights, divisors, scale ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("plan", PLANS)
-def test_no_old_log_probs_is_on_policy(data, backend, plan):
+def test_no_old_log_probs_is_on_policy(data, backend, plan):  # docs/semantics.md: S8
     out, grad = loss_and_grad(data["z"], data["ids"], data["adv"], plan=plan, backend=backend)
     _, reinforce = loss_and_grad(
         data["z"], data["ids"], data["adv"], rw.methods.reinforce().replace(reduction=rw.SequenceMean()), plan=plan, backend=backend
@@ -336,7 +336,7 @@ def test_no_old_log_probs_is_on_policy(data, backend, plan):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_factors_multiply_the_surrogate_only(data, backend, plan):
+def test_factors_multiply_the_surrogate_only(data, backend, plan):  # docs/semantics.md: S10
     spec = rw.methods.dapo(entropy_coef=0.3)
     w, r = torch.rand(B, T), torch.rand(B, 1)
     options = dict(old_per_token_logps=data["old"], plan=plan, backend=backend)
@@ -348,7 +348,7 @@ def test_factors_multiply_the_surrogate_only(data, backend, plan):
     torch.testing.assert_close(both[1], surrogate[1] + entropy[1])
 
 
-def test_a_weight_multiplies_the_term_not_the_advantage(data, backend):
+def test_a_weight_multiplies_the_term_not_the_advantage(data, backend):  # docs/semantics.md: S9
     """They differ for a negative factor: -L(A) is not L(-A) under a clip."""
     old = data["old"] - 1
     flipped, _ = loss_and_grad(
@@ -362,7 +362,7 @@ def test_a_weight_multiplies_the_term_not_the_advantage(data, backend):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_num_items_in_batch_is_the_divisor(data, backend, plan):
+def test_num_items_in_batch_is_the_divisor(data, backend, plan):  # docs/semantics.md: S12
     options = dict(old_per_token_logps=data["old"], completion_mask=data["mask"], plan=plan, backend=backend)
     plain, grad = loss_and_grad(data["z"], data["ids"], data["adv"], "dapo", **options)
     for n in (37.0, torch.tensor(37.0)):
@@ -372,7 +372,7 @@ def test_num_items_in_batch_is_the_divisor(data, backend, plan):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_loss_scale_scales_loss_and_gradient_but_not_metrics(data, backend, plan):
+def test_loss_scale_scales_loss_and_gradient_but_not_metrics(data, backend, plan):  # docs/semantics.md: S14
     spec = rw.methods.grpo(entropy_coef=0.1)
     plain, grad = loss_and_grad(data["z"], data["ids"], data["adv"], spec, plan=plan, backend=backend)
     for scale in (1024.0, torch.tensor(1024.0)):
@@ -449,7 +449,7 @@ def test_constants_are_uploaded_once(data):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_row_depends_on_itself_alone(data, backend, plan):
+def test_a_row_depends_on_itself_alone(data, backend, plan):  # docs/semantics.md: S4
     """Bitwise, wherever it stands in the batch and whatever is beside it."""
     g = torch.Generator().manual_seed(9)
     z = torch.randn(40, 1003, generator=g) * 3
@@ -466,7 +466,7 @@ def test_a_row_depends_on_itself_alone(data, backend, plan):
     assert torch.equal(again.loss, whole.loss) and torch.equal(repeated, grad)
 
 
-def test_micro_batches_add_up(data, backend):
+def test_micro_batches_add_up(data, backend):  # docs/semantics.md: S12
     whole, grad = loss_and_grad(data["z"], data["ids"], data["adv"], "dapo", num_items_in_batch=11.0, backend=backend)
     parts = [
         loss_and_grad(
@@ -478,7 +478,7 @@ def test_micro_batches_add_up(data, backend):
     torch.testing.assert_close(torch.cat([p[1] for p in parts]), grad)
 
 
-def test_a_shift_of_the_row_changes_nothing(data, backend):
+def test_a_shift_of_the_row_changes_nothing(data, backend):  # docs/semantics.md: S16
     plain = loss_and_grad(data["z"], data["ids"], data["adv"], backend=backend)
     shifted = loss_and_grad(data["z"] - 300, data["ids"], data["adv"], backend=backend)
     same(plain, shifted, rtol=1e-4, atol=1e-5)

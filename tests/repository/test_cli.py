@@ -93,10 +93,10 @@ def test_show_an_unknown_method_is_an_error(run):
 
 def test_check_passes_and_says_what_was_not_checked(run):
     result = run("check", "--backend", "reference", "--method", "grpo", "--method", "gspo", "--vocab", "101")
-    # Two losses in three dtypes, and the advantage of the same name.
-    assert result.exit_code == 0 and "7 passed, 0 failed" in result.stdout and "cuda: not checked" in result.stdout
+    # Two losses in three dtypes, one of them also with two kinds of sampling masks, and the advantage of the same name.
+    assert result.exit_code == 0 and "13 passed, 0 failed" in result.stdout and "cuda: not checked" in result.stdout
     result = run("check", "--backend", "reference", "--method", "grpo", "--kind", "policy_loss", "--vocab", "101")
-    assert result.exit_code == 0 and "3 passed, 0 failed" in result.stdout and "golden" not in result.stdout
+    assert result.exit_code == 0 and "9 passed, 0 failed" in result.stdout and "golden" not in result.stdout
 
 
 def test_check_says_which_vocabularies_it_takes(run):
@@ -188,10 +188,14 @@ def test_check_fails_on_a_wrong_kernel(run, monkeypatch):
         out.mul_(1.01)
         return rows
 
-    broken = dataclasses.replace(load("reference"), name="cpu", token_grad=wrong, token_loss_grad=fused)
+    def packed(rows, stats, coefs, out):
+        load("reference").packed_grad(rows, stats, coefs, out)
+        out.mul_(1.01)
+
+    broken = dataclasses.replace(load("reference"), name="cpu", token_grad=wrong, token_loss_grad=fused, packed_grad=packed)
     monkeypatch.setitem(select._loaded, "cpu", broken)
     result = run("check", "--backend", "cpu", "--method", "grpo", "--vocab", "101")
-    assert result.exit_code == 1 and "3 failed" in result.stdout and "target column" in result.stdout and "golden" not in result.stdout
+    assert result.exit_code == 1 and "9 failed" in result.stdout and "target column" in result.stdout and "golden" not in result.stdout
 
 
 def test_check_refuses_unknown_names(run):

@@ -18,13 +18,16 @@ import reweight_ops as rw
 def test_a_new_method_is_one_file_plus_the_generated_ones(tmp_path):
     text = (ROOT / "CONTRIBUTING.md").read_text()
     name, source = re.search(r"<!-- example: (\S+) -->\n```python\n(.*?)```", text, re.S).groups()
-    for folder in ("reweight_ops", "csrc/common", "triton_kernels"):
+    for folder in ("reweight_ops", "csrc/common", "triton_kernels", "docs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
 
     def run(*command):
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         return subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
 
+    assert (tmp_path / name).read_text() == source, f"{name} and the example of CONTRIBUTING are one text"
+    (tmp_path / name).unlink()
+    run("-m", "reweight_ops.codegen")  # the package as it was without the method
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     (tmp_path / name).write_text(source)
     run("-m", "reweight_ops.codegen")

@@ -15,7 +15,7 @@ EXAMPLES = ROOT / "examples"
 def test_trl_addition(tmp_path):
     for library in ("trl", "typer", "rich", "matplotlib"):
         pytest.importorskip(library)
-    options = ["--steps", "2", "--seeds", "2", "--warm-start", "300", "--out", str(tmp_path / "out")]
+    options = ["--steps", "2", "--seeds", "2", "--warm-start", "300", "--cost-rows", "4", "--out", str(tmp_path / "out")]
     result = subprocess.run([sys.executable, str(EXAMPLES / "trl_addition.py"), *options], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     numbers = json.loads((tmp_path / "out" / "trl_addition.json").read_text())
@@ -23,6 +23,7 @@ def test_trl_addition(tmp_path):
     assert all(a["gradient_difference"] <= 1e-6 for a in numbers["agreement"])
     shares = numbers["gradient_share_by_probability_quartile"]
     assert shares["reweighted"][0] < shares["plain"][0], "reweighting must take from the least likely tokens"
+    assert [c["name"] for c in numbers["cost"]["found"]] == ["eager PyTorch", "torch.compile", "fused op", "fused op, in place"]
     assert (tmp_path / "out" / "trl_addition.png").stat().st_size > 10_000
 
 
@@ -70,6 +71,28 @@ def test_trl_heads(capsys):
     assert "on our op" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_trl_recipe(capsys):
+    pytest.importorskip("trl")
+    spec = importlib.util.spec_from_file_location("trl_recipe", EXAMPLES / "trl_recipe.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    assert example.main(["--recipe", "ar_lopti", "--steps", "2"]) == {
+        "fused": {"linear_token_logps": 2, "linear_policy_loss": 2},
+        "left": {},
+    }
+    assert "for spec in specs:" in capsys.readouterr().out
+
+
+def test_logits_functions(capsys):
+    spec = importlib.util.spec_from_file_location("logits_functions", EXAMPLES / "logits_functions.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    (loss, gradient, our_loss, our_gradient), ran = example.main()
+    assert our_loss == pytest.approx(loss, rel=1e-6) and our_gradient == pytest.approx(gradient, rel=1e-6)
+    assert ran == {"token_logps": 1, "token_stats": 1} and "by the trainer's functions" in capsys.readouterr().out
+
+
 def test_tinker_loss(capsys):
     spec = importlib.util.spec_from_file_location("tinker_loss", EXAMPLES / "tinker_loss.py")
     example = importlib.util.module_from_spec(spec)
@@ -79,3 +102,18 @@ def test_tinker_loss(capsys):
     expected = -0.7 * 2.718281828**0.1 * sum(0.7 + 0.3 * 2.718281828 ** (x - 0.1) for x in (-0.5, -1.0, -3.0)) / 4
     assert abs(value - expected) < 1e-6 and "torch.exp" in code
     assert "inputs: logprobs, advantages, old_logprobs, weights" in capsys.readouterr().out
+
+
+def test_what_the_loss_costs(monkeypatch):
+    """In place it takes no memory of the logits' size, as a drop-in their gradient's; wrong gradients are not timed."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    cost = importlib.import_module("addition.cost")
+    rows, vocab = 16, 4096
+    found = {c.name: c for c in cost.measure(rows, vocab, rounds=1, compiled=False)}
+    size = 2 * rows * vocab
+    assert found["fused op, in place"].extra_bytes < size / 8
+    assert size <= found["fused op"].extra_bytes < 1.25 * size
+    assert found["eager PyTorch"].extra_bytes > 4 * size
+    monkeypatch.setattr(cost, "eager_policy_loss", lambda *a, **k: 1.1 * cost.rw.testing.eager_policy_loss(*a, **k))
+    with pytest.raises(RuntimeError, match="differs from eager"):
+        cost.measure(rows, vocab, rounds=1, compiled=False)

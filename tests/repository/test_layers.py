@@ -29,6 +29,7 @@ LAYERS = (
     ("weights",),
     ("methods",),
     ("schedules",),
+    ("recipes",),
     ("",),  # reweight_ops/__init__.py
     ("testing", "integrations", "codegen"),
     ("cli",),

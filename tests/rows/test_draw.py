@@ -1,5 +1,6 @@
 """``batch.draw`` and ``batch.largest``: how many, of whom, and that a draw is one."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -58,3 +59,15 @@ def test_clip_cov_takes_the_gradient_of_the_drawn_tokens(backend):
         (grad,) = torch.autograd.grad(loss, logits)
         lost.append((grad == 0).all(-1))
     assert int(lost[0].sum()) == 8 and torch.equal(lost[0], lost[1]) and not torch.equal(lost[0], lost[2])
+
+
+@pytest.mark.parametrize("value", [0.1, -2.3978953, 1 / 3])
+@pytest.mark.parametrize("n", [7, 49, 1000])
+def test_equal_numbers_have_no_deviation_from_their_mean(n, value):
+    """The sign of a rounding would choose tokens by their advantage, and others on each backend."""
+    x, advantages = torch.full((1, n), value), torch.linspace(-1, 1, n).roll(n // 2)[None]
+    out = rw.policy_loss_from_logps(
+        x.clone().requires_grad_(), advantages, spec=rw.methods.kl_cov(fraction=0.4), old_per_token_logps=x - 0.5
+    )
+    penalised = out.per_token_loss + math.exp(0.5) * advantages > 0.1
+    assert penalised[0].nonzero()[:, 0].tolist() == list(range(max(1, int(0.4 * n))))

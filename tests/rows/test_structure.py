@@ -71,7 +71,7 @@ def result(op, **keywords):
 
 @pytest.mark.parametrize("case", MALFORMED)
 @pytest.mark.parametrize("op", OPS)
-def test_an_error_names_the_place(op, case):
+def test_an_error_names_the_place(op, case):  # docs/semantics.md: S6
     keywords, message = MALFORMED[case]
     with pytest.raises(rw.InvalidCall, match=message):
         result(op, **keywords)
@@ -79,7 +79,7 @@ def test_an_error_names_the_place(op, case):
 
 @pytest.mark.parametrize("case", MALFORMED)
 @pytest.mark.parametrize("op", OPS)
-def test_unread_it_is_nan_and_with_validate_an_error(op, case, unread):
+def test_unread_it_is_nan_and_with_validate_an_error(op, case, unread):  # docs/semantics.md: S6
     keywords, message = MALFORMED[case]
     out, grad = result(op, **keywords)
     assert out.loss.isnan() and grad[grad != 0].isnan().all()

@@ -22,9 +22,9 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from reweight_ops._core.backends import triton_launch, triton_rows, triton_scale  # noqa: E402
+from reweight_ops._core.backends import triton_launch, triton_packed, triton_rows, triton_scale  # noqa: E402
 from reweight_ops._core.backends import triton_token as backend  # noqa: E402
-from reweight_ops._core.backends.base import COEFS, RowInputs, SoftmaxParams  # noqa: E402
+from reweight_ops._core.backends.base import COEFS, STATS, PackedRows, RowInputs, SoftmaxParams  # noqa: E402
 from reweight_ops._core.formula.base import RULES  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
 from reweight_ops._core.formula.monitor import Monitor  # noqa: E402
@@ -247,6 +247,26 @@ def scales(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -
     return result
 
 
+def packed_rows(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -> list[Compiled]:
+    """Packed rows, all statistics and coefficients and a few: as often as that, whatever their number and lengths are; with a softcap once more."""
+    result = []
+    for dtype in dtypes:
+        with Recorder(target) as recorder:
+            for n, entries, softcap in ((4, 1000, float("inf")), (3, 77, float("inf")), (5, 100, 20.0), (2, 99, 30.0)):
+                bounds, ids, values = (
+                    torch.zeros(2, n, dtype=torch.int64),
+                    torch.zeros(n, dtype=torch.int64),
+                    torch.zeros(entries, dtype=dtype),
+                )
+                rows, row = PackedRows(values, bounds, ids, torch.ones(1), softcap), torch.zeros(n)
+                known = dict.fromkeys(("logp", "lse", "lse_low", "entropy", "log_sum_p_sq"), row)
+                for names, by in ((("logp", "lse", "lse_low"), ("logp",)), (STATS, COEFS)):
+                    triton_packed.packed_stats(rows, names)
+                    triton_packed.packed_grad(rows, known, dict.fromkeys(by, row), torch.zeros_like(values))
+        result += [inspect(target, name, str(dtype)[6:], kernel) for name, kernel in recorder.kernels.values()]
+    return result
+
+
 def row_kernels(target: str) -> list[Compiled]:
     """The kernels on rows, by the calls that launch them: lengths and addresses are no reason to compile one again."""
     with Recorder(target) as recorder:
@@ -293,5 +313,6 @@ if __name__ == "__main__":
             "oversized": oversized,
             "scales": scales,
             "rows": row_kernels,
+            "packed": packed_rows,
         }[task]
         print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))

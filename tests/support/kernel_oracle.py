@@ -22,8 +22,8 @@ def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float 
     x = logits if math.isinf(softcap) else softcap * torch.tanh(logits / softcap)
     x = torch.where(dead, -math.inf, x) / temperature[:, None]
     logp = torch.log_softmax(x, -1)
-    finite = torch.where(dead, 0, logp)  # 0 * -inf is 0
-    p = finite.exp().masked_fill(dead, 0)
+    p = logp.exp()
+    finite = torch.where(p == 0, 0, logp)  # 0 * -inf is 0
     column = ids - vocab_start
     inside = (column >= 0) & (column < logits.size(1))
     target = logp.gather(-1, torch.where(inside, column, 0)[:, None])[:, 0]

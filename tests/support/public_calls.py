@@ -48,7 +48,9 @@ def _from_logps(spec, batch) -> list[Tensor]:
     rest = {k: v for k, v in batch.items() if k not in ("logits", "completion_ids")}
     log_p = torch.log_softmax(batch["logits"].detach(), -1)
     leaves = {"per_token_logps": log_p.gather(-1, batch["completion_ids"][..., None])[..., 0]}
-    leaves |= {"entropies": -(log_p.exp() * log_p).sum(-1), "log_sum_p_sq": (2 * log_p).logsumexp(-1)}
+    leaves["entropies"] = -(log_p.exp() * log_p).sum(-1)
+    if "log_sum_p_sq" in spec.requires:
+        leaves["log_sum_p_sq"] = (2 * log_p).logsumexp(-1)
     leaves = {k: leaf(v) for k, v in leaves.items()}
     out = rw.policy_loss_from_logps(**leaves, **rest, spec=spec)
     return with_gradients(out.loss.sum(), list(leaves.values()), out.metrics.sums)

@@ -20,6 +20,9 @@ logits are fp64: only the reference takes those). ``temperature`` has 1 or N ele
 
 * ``-inf`` logits are probabilities of 0: ``0·log(0/x) = 0``; KL(q‖p) is ``inf`` iff a column has p = 0 and q > 0, KL(p‖q) iff one has q = 0
   and p > 0. A row in which either tensor has no finite logit, or a NaN or ``+inf``: NaN.
+
+**Packed rows** (sampling masks): rows of any length, elements ``bounds[0, i]`` to ``bounds[1, i]`` of a vector; an id is a place in its row. All else is as
+for a row of logits that has no other columns, bit for bit.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ DIVERGENCE_STATS = ("forward_kl", "reverse_kl", "entropy", "other_entropy", "lse
 #: Those that have a gradient, in the order of coefficients: KL(q‖p), KL(p‖q), H(p).
 DIVERGENCE_COEFS = ("forward_kl", "reverse_kl", "entropy")
 
-Primitive = Literal["token_stats", "token_grad", "token_loss_grad", "divergence_stats", "divergence_grad", "divergence_loss_grad"]
+Primitive = Literal[
+    "token_stats", "token_grad", "token_loss_grad", "divergence_stats", "divergence_grad", "divergence_loss_grad", "packed_stats", "packed_grad"
+]  # fmt: skip
 
 
 class SoftmaxParams(NamedTuple):
@@ -108,6 +113,17 @@ class DivergenceInputs(NamedTuple):
     other_head: SoftmaxParams
 
 
+class PackedRows(NamedTuple):
+    """Rows of different lengths: ``values`` ``[M]`` contiguous, ``bounds`` int64 ``[2, N]`` contiguous. ``ids``: the place of each row's id in it. OUT, or
+    another negative number for NaN: then neither its bounds nor its values are read."""
+
+    values: Tensor
+    bounds: Tensor
+    ids: Tensor
+    temperature: Tensor
+    softcap: float
+
+
 class Request(NamedTuple):
     """What a call asks of a backend: enough to say no before any memory is touched."""
 
@@ -155,6 +171,8 @@ class Backend:
       KL(p‖q). ``out`` may be ``logits`` itself.
     * ``divergence_loss_grad(inputs, constants [3], weights [N], out) -> Tensor [len(DIVERGENCE_STATS), N]``: both at once, with
       ``c_k = weights·constants_k``.
+    * ``packed_stats(rows, stats) -> Tensor [len(stats), N]`` and ``packed_grad(rows, stats, coefs, out) -> None``: ``token_stats`` and ``token_grad`` of packed
+      rows. ``out`` is like ``values``; what is in no row, or in one that is not read, is not written. None: the backend has none.
     """
 
     name: str
@@ -165,6 +183,8 @@ class Backend:
     divergence_stats: Callable[[DivergenceInputs], Tensor]
     divergence_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], None]
     divergence_loss_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], Tensor]
+    packed_stats: Callable[[PackedRows, tuple[str, ...]], Tensor] | None = None
+    packed_grad: Callable[[PackedRows, dict[str, Tensor], dict[str, Tensor | None], Tensor], None] | None = None
     scale: Callable[[Tensor, Tensor], None] | None = None
     evaluate_rows: Callable[[Program, Tensor, dict[str, Tensor], Tensor, tuple[str, ...], Tensor | None], Tensor] | None = None
     #: What it does with rows in one launch each, if it has kernels for that.

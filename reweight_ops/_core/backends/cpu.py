@@ -9,13 +9,12 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from ...errors import BackendUnavailable
 from .base import Backend, Request
 from .built import why_missing
 from .cpu_prepared import CpuPrepare
 from .cpu_rows import RowsEvaluator
+from .cpu_threads import threads
 from .cpu_verbs import CpuVerbs
 from .native import Native, checked, dtype_reason
 from .native_divergence import NativeDivergence
@@ -32,7 +31,7 @@ def _load() -> ModuleType:
 
 
 _C: Any = checked(_load(), "cpu")
-_native = Native(_C, "cpu", lambda device: {"threads": torch.get_num_threads()}, lambda status: None)
+_native = Native(_C, "cpu", lambda device: {"threads": threads()}, lambda status: None)
 
 
 def unsupported_reason(request: Request) -> str | None:
@@ -54,6 +53,8 @@ BACKEND = Backend(
     divergence_stats=_divergence.divergence_stats,
     divergence_grad=_divergence.divergence_grad,
     divergence_loss_grad=_divergence.divergence_loss_grad,
+    packed_stats=_native.packed_stats,
+    packed_grad=_native.packed_grad,
     evaluate_rows=RowsEvaluator(_C),
     rows=CpuVerbs(_C).verbs(),
     prepare=CpuPrepare(_native),

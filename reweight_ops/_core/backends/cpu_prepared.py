@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..rows.verbs import Masked
 from .base import LOSS_ROWS, rows_of
+from .cpu_threads import threads
 from .cpu_verbs import number_layout, result, weighing_numbers
 from .native import DTYPES, Native
 from .prepared import INPUTS, OnePassArguments, OnePassPlan, Prepared
@@ -81,7 +82,7 @@ class _OnePass:
             self._call,
             (*given, *addresses, buffer.data_ptr(), table.data_ptr(), out.data_ptr()),
             (*[value if number and value is not None else 0.0 for value, number in numbered], *numbers),
-            rows_of(out), torch.get_num_threads(),
+            rows_of(out), threads(),
         )  # fmt: skip
         return _Found(table, buffer, self) if ok else None
 

@@ -12,6 +12,7 @@ from ...errors import InvalidCall
 from ..formula.base import LEAVES
 from ..formula.loss_program import ONE_PASS, Program, loss_graph
 from ..formula.table import build_table
+from .cpu_threads import threads
 from .native_programs import Programs
 
 _DTYPES = (torch.float32, torch.float64)
@@ -79,6 +80,6 @@ class RowsEvaluator:
         self.module.evaluate_rows(
             params.dtype == torch.float64, loaded.table, address("params", params, (loaded.parameters,)),
             [address(name, leaves.get(name), (n,)) for name in LEAVES], address("row weights", weights, tuple(weights.shape)),
-            0 if shared else n, address("keep", keep, (n,), torch.bool), loaded.outputs, out.data_ptr(), n, torch.get_num_threads(),
+            0 if shared else n, address("keep", keep, (n,), torch.bool), loaded.outputs, out.data_ptr(), n, threads(),
         )  # fmt: skip
         return out

@@ -117,6 +117,8 @@ BACKEND = Backend(
     divergence_stats=_divergence.divergence_stats,
     divergence_grad=_divergence.divergence_grad,
     divergence_loss_grad=_divergence.divergence_loss_grad,
+    packed_stats=_native.packed_stats,
+    packed_grad=_native.packed_grad,
     scale=_native.scale,
     **_row_kernels,
     kernel_of=_kernel_of,

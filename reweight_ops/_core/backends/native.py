@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import BackendUnavailable, InvalidCall
 from ..formula.loss_program import Program
-from .base import COEFS, LOSS_ROWS, STATS, Request, RowAddresses, RowInputs, SoftmaxParams, rows_of
+from .base import COEFS, LOSS_ROWS, STATS, PackedRows, Request, RowAddresses, RowInputs, SoftmaxParams, rows_of
 from .native_programs import Compiled, Programs
 from .scale import scale_in_torch, spans_of
 from .sources import CSRC, source_hash
@@ -106,6 +106,21 @@ class Native:
             self.address("temperature", temperature.reshape(-1), (n,) if per_row else (1,), logits), per_row, **self._place(logits.device),
         )  # fmt: skip
 
+    def packed_call(self, rows: PackedRows) -> Any:
+        """The same of rows of different lengths, whose bounds nobody has checked: they may be on a device that is not waited for."""
+        values, ids, temperature = rows.values, rows.ids, rows.temperature
+        if values.dtype not in DTYPES or values.device.type != self.device_type:
+            raise InvalidCall(f"values are {values.dtype} on {values.device}, expected fp32, bf16 or fp16 on {self.device_type}.")
+        n, entries, per_row = ids.numel(), max(values.numel(), 1), temperature.numel() != 1
+        if entries > _MAX_COLUMNS:
+            raise InvalidCall(f"{entries} ids are kept in all, at most {_MAX_COLUMNS} are supported: make several calls.")
+        return self.module.Call(
+            DTYPES[values.dtype], self.address("values", values, (values.numel(),), values, values.dtype), RowAddresses(1, 0, 0), n,
+            max(entries // max(n, 1), 1), (entries, 0, entries), rows.softcap, self.address("ids", ids, (n,), values, torch.int64),
+            self.address("temperature", temperature.reshape(-1), (n,) if per_row else (1,), values), per_row,
+            bounds=self.address("bounds", rows.bounds, (2, n), values, torch.int64), **self._place(values.device),
+        )  # fmt: skip
+
     def out_rows(self, logits: Tensor, out: Tensor) -> RowAddresses:
         self._check_layout("out", out)
         if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
@@ -122,8 +137,13 @@ class Native:
         return rows_of(out)
 
     def token_stats(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
-        call = self.call(logits, ids, temperature, head)
-        out, addresses = self.rows(stats, logits, ids.numel())
+        return self._stats(self.call(logits, ids, temperature, head), logits, ids.numel(), stats)
+
+    def packed_stats(self, rows: PackedRows, stats: tuple[str, ...]) -> Tensor:
+        return self._stats(self.packed_call(rows), rows.values, rows.ids.numel(), stats)
+
+    def _stats(self, call: Any, like: Tensor, n: int, stats: tuple[str, ...]) -> Tensor:
+        out, addresses = self.rows(stats, like, n)
         where = dict(zip(stats, addresses, strict=True))
         self.check(self.module.token_stats(call, [where.get(name, 0) for name in STATS]))
         return out
@@ -138,13 +158,23 @@ class Native:
         coefs: dict[str, Tensor | None],
         out: Tensor,
     ) -> None:
-        call, n = self.call(logits, ids, temperature, head), (ids.numel(),)
+        call = self.call(logits, ids, temperature, head)
+        known, by = self._known(logits, ids.numel(), stats, coefs)
+        self.check(self.module.token_grad(call, known, by, out.data_ptr(), self.out_rows(logits, out)))
+
+    def packed_grad(self, rows: PackedRows, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor) -> None:
+        call, values = self.packed_call(rows), rows.values
+        known, by = self._known(values, rows.ids.numel(), stats, coefs)
+        to = self.address("out", out, tuple(values.shape), values, values.dtype)
+        self.check(self.module.token_grad(call, known, by, to, RowAddresses(1, 0, 0)))
+
+    def _known(self, like: Tensor, n: int, stats: dict[str, Tensor], coefs: dict[str, Tensor | None]) -> tuple[list[int], list[int]]:
+        """The addresses of statistics and coefficients."""
         for name in ("logp", "lse", *(name for name in ("entropy", "log_sum_p_sq") if coefs.get(name) is not None)):
             if stats.get(name) is None:
                 raise InvalidCall(f"token_grad: the statistic {name!r} is needed and missing.")
-        known = [self.address(name, stats.get(name), n, logits) for name in (*COEFS, "lse_low")]
-        by = [self.address(f"coefficient {name}", coefs.get(name), n, logits) for name in COEFS]
-        self.check(self.module.token_grad(call, known, by, out.data_ptr(), self.out_rows(logits, out)))
+        known = [self.address(name, stats.get(name), (n,), like) for name in (*COEFS, "lse_low")]
+        return known, [self.address(f"coefficient {name}", coefs.get(name), (n,), like) for name in COEFS]
 
     def token_loss_grad(
         self,

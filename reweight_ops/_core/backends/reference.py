@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..formula.program import evaluate_rows
 from . import reference_divergence as divergence
+from . import reference_packed as packed
 from . import reference_token as token
 from .base import Backend, Request
 
@@ -21,6 +22,8 @@ BACKEND = Backend(
     divergence_stats=divergence.divergence_stats,
     divergence_grad=divergence.divergence_grad,
     divergence_loss_grad=divergence.divergence_loss_grad,
+    packed_stats=packed.packed_stats,
+    packed_grad=packed.packed_grad,
     evaluate_rows=evaluate_rows,
     is_fallback=True,
 )

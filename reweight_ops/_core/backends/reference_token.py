@@ -30,16 +30,17 @@ class Distribution:
         self.inside = ids != OUT
         z = torch.where(self.inside[:, None], z, 0)  # a row that is out may hold anything
         self.temperature = temperature.to(z.dtype).view(-1, 1)
-        self.dead = z == -math.inf
         self.slope: Tensor | float = 1.0
         if math.isfinite(head.softcap):
             capped = head.softcap * torch.tanh(z / head.softcap)
             self.slope = 1 - (capped / head.softcap) ** 2
-            z = torch.where(self.dead, -math.inf, torch.where(z == math.inf, math.nan, capped))
+            z = torch.where(z == -math.inf, z, torch.where(z == math.inf, math.nan, capped))
         # Everything is relative to the largest logit: an offset that all share costs no digits.
         largest, self.where = z.max(-1, keepdim=True)
         self.top = largest[:, 0].double() / self.temperature[:, 0].double()
         self.below = (z - largest) / self.temperature
+        # Also what a temperature or the distance takes beyond the smallest number: a mask of finfo.min is one of -inf.
+        self.dead = (self.below == -math.inf) & self.top.isfinite()[:, None]
         self.bad = self.inside & ((ids < 0) | (ids >= head.total()))
         local = ids - head.vocab_start
         self.has_target = (local >= 0) & (local < head.vocab_size) & self.inside & ~self.bad

@@ -62,7 +62,10 @@ def door(device_type: str, backend: Backend) -> Iterator[None]:
 def why_not(name: str, request: Request) -> str | None:
     """None if the backend can serve the request, else the reason."""
     try:
-        return load(name).unsupported_reason(request)
+        backend = load(name)
+        if request.primitive in ("packed_stats", "packed_grad") and backend.packed_stats is None:
+            return "it has no kernels for sampling masks"
+        return backend.unsupported_reason(request)
     except BackendUnavailable as error:
         return str(error)
 

@@ -21,6 +21,7 @@ import torch
 
 from . import triton_divergence as divergence
 from . import triton_launch, triton_rows, triton_scale
+from . import triton_packed as packed
 from . import triton_token as token
 from .base import Backend, Request, no_gpu
 
@@ -53,6 +54,8 @@ BACKEND = Backend(
     divergence_stats=divergence.divergence_stats,
     divergence_grad=divergence.divergence_grad,
     divergence_loss_grad=divergence.divergence_loss_grad,
+    packed_stats=packed.packed_stats,
+    packed_grad=packed.packed_grad,
     scale=triton_scale.scale,
     evaluate_rows=triton_rows.evaluate_rows,
     rows=triton_rows.VERBS,

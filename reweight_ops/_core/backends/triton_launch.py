@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import BackendUnavailable
-
-try:
-    import triton
-except ImportError as error:
-    raise BackendUnavailable(f"Triton cannot be imported ({error}); pip install triton (Linux, or triton-windows).") from error
-
-from ...triton_kernels import kernels
+from ...triton_kernels import kernels, triton
 from ...triton_kernels.config import Launch
 
 #: The oldest and the newest Triton that the tests were run with; ``make triton-versions`` runs them with each.

@@ -54,6 +54,12 @@ def mark(logits: Tensor) -> None:
         setattr(storage, _MARK, (*getattr(storage, _MARK, ()), _region(logits)))
 
 
+def unmark(logits: Tensor) -> None:
+    """Nothing was written to them after all: the last :func:`mark` is taken back."""
+    storage = logits.untyped_storage()
+    setattr(storage, _MARK, getattr(storage, _MARK)[:-1])
+
+
 def is_consumed(logits: Tensor) -> bool:
     """Whether an element of it does."""
     if torch.compiler.is_compiling() or not torch._C._has_storage(logits):

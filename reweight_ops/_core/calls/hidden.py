@@ -13,14 +13,18 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
 from ..backends.shards import VocabShards
+from ..ranges import Interval, Range
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
 from ..rows.structure import Structure, is_readable
 from ..transforms import in_transform
 from .chunking import chunking
-from .keywords import LMHeadOptions, SoftmaxOptions
-from .softmax import Fail, resolve_softmax, resolve_temperature
+from .keywords import LMHeadOptions, Lora, SoftmaxOptions
+from .sampling_mask import KeptSets, resolve_sampling_mask
+from .softmax import Fail, resolve_logit_scale, resolve_softmax, resolve_temperature
 from .vocab_group import VocabGroup, vocab_group
+
+_LORA_SCALE = Range(Interval("(-inf, inf)", fixed=True), False, False)
 
 
 class ChunkSettings(NamedTuple):
@@ -59,7 +63,7 @@ class LMHead(NamedTuple):
 class Hidden:
     """The hidden states of the rows that are computed, the head, and everything per row for them.
 
-    ``index`` selects the computed rows of the call; None means all.
+    ``index`` selects the computed rows of the call; None means all. With ``kept`` a row's distribution is over its set, and ``ids`` are places in it.
     """
 
     states: Tensor  # [M, D]
@@ -69,6 +73,7 @@ class Hidden:
     ids: Tensor  # [M]
     temperature: Tensor  # [1] or [M]
     settings: ChunkSettings
+    kept: KeptSets | None = None
     shard: VocabGroup | None = None  # of a vocabulary that several ranks have, each its columns
 
     @property
@@ -80,12 +85,14 @@ class Hidden:
         """``[..., N] -> [..., M]``: the computed rows."""
         return row if self.index is None else row[..., self.index]
 
-    def scatter(self, row: Tensor) -> Tensor:
-        """``[M] -> [N]``, 0 in the rows that are not computed; differentiable."""
+    def scatter(self, row: Tensor, fill: int = 0) -> Tensor:
+        """``[M, ...] -> [N, ...]``, ``fill`` in the rows that are not computed; differentiable."""
         if self.index is None:
             return row
-        found = row.new_zeros(self.rows.count).index_put((self.index,), row)
-        return found if self.rows.trust is None else torch.where(self.rows.keep, found * self.rows.trust, 0)
+        found = row.new_full((self.rows.count, *row.shape[1:]), fill).index_put((self.index,), row)
+        if self.rows.trust is None or not row.is_floating_point():
+            return found
+        return torch.where(self.rows.keep.view(-1, *(1,) * (row.dim() - 1)), found * self.rows.trust, 0)
 
 
 def resolve_hidden(
@@ -99,7 +106,7 @@ def resolve_hidden(
     validate: bool = False,
 ) -> Hidden:
     """Check hidden states, head and ids against each other. ``named`` holds the other tensors of the call by their public names."""
-    lora = linear.lora
+    lora = None if linear.lora is None else Lora(*linear.lora)  # a plain tuple may be given
     tensors = {
         "hidden": hidden, "lm_head_weight": weight, "completion_ids": completion_ids, "lm_head_bias": linear.lm_head_bias,
         "lora.a": lora.a if lora else None, "lora.b": lora.b if lora else None, "temperature": options.temperature, **named,
@@ -152,10 +159,11 @@ def resolve_hidden(
     softmax = resolve_softmax(op, options, columns, fail)
     row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
     rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, softmax.total(), validate)
-    all_ids = rows.ids
+    sampled = resolve_sampling_mask(rows, options, softmax.vocab_size, validate, fail)
+    all_ids = rows.ids if sampled is None else sampled.position
     assert all_ids is not None
     # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s: the scale costs no pass and no rounding.
-    temperature = resolve_temperature(rows, options.temperature, fail) / linear.logit_scale
+    temperature = resolve_temperature(rows, options.temperature, fail) / resolve_logit_scale(linear.logit_scale, softmax, fail)
     index, compact, trust = _row_index(rows, linear, validate, fail)
     if trust is not None:
         rows = dataclasses.replace(rows, trust=trust if rows.trust is None else rows.trust * trust)
@@ -169,9 +177,11 @@ def resolve_hidden(
         compute if autocast else lora_dtype, linear.accumulate_dtype, compact, keep,
     )  # fmt: skip
     a, b, scale = lora or (None, None, 1.0)
+    _LORA_SCALE.check(op, "lora.scale", scale)
     head = LMHead(weight, linear.lm_head_bias, a, b, float(scale))
     ids = all_ids if index is None else all_ids[index]
-    call = Hidden(flat, head, rows, index, ids, temperature, settings, vocab_group(options, columns))
+    kept = None if sampled is None else sampled.sets if index is None else sampled.sets.select(index)
+    call = Hidden(flat, head, rows, index, ids, temperature, settings, kept, vocab_group(options, columns))
     if torch.compiler.is_compiling() or not call.needs_grad:
         call = dataclasses.replace(call, settings=settings._replace(keep_rows=0))
     return call

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 from torch import Tensor, dtype
 
-from ..ranges import Count, NonNegative, Positive, PositiveOrInf, Range, described, ranges_of
+from ...errors import InvalidCall
+from ..ranges import Count, FixedPositiveOrInf, NonNegative, Positive, Range, described, ranges_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,6 +25,8 @@ class Options:
 
     NAMES: ClassVar[tuple[str, ...]] = ()
     RANGES: ClassVar[dict[str, Range]] = {}
+    #: Its switches, and whether None may stand in their place.
+    FLAGS: ClassVar[dict[str, bool]] = {}
 
     def named(self) -> dict[str, Any]:
         """The values by public name, for the resolver and its messages."""
@@ -35,11 +38,13 @@ class SoftmaxOptions(Options):
     """How a row of logits becomes a distribution, and who computes it."""
 
     temperature: Positive[Any] = 1.0
-    softcap: PositiveOrInf[float] | None = None
+    softcap: FixedPositiveOrInf[float] | None = None
     vocab_size: Count[int] | None = None
     drop_last: bool = False
     consume_logits: bool = False
     process_group: Any = None
+    sampling_mask: Any = None
+    entropy_over: str = "kept"
     backend: str = "auto"
 
 
@@ -66,6 +71,7 @@ class PolicyOptions(Options):
     loss_scale: NonNegative[Any] = 1.0
     validate: bool = False
     unused: str = "error"
+    differentiable_inputs: bool = False
 
 
 class Lora(NamedTuple):
@@ -94,6 +100,39 @@ class HiddenLogits(NamedTuple):
     logits_dtype: dtype | None = None
 
 
+class TopKLogps(NamedTuple):
+    """A teacher's log-probs of K ids a row, as an inference server returns them and a trainer stores them; the rest of its vocabulary is not known.
+
+    ``token_ids``: ``R + (K,)``, int32 or int64, distinct in a row. ``logps``: ``R + (K,)``, fp32 or fp64, of the teacher's own softmax (its temperature
+    included). An id of ``-100`` or a log-prob of ``-inf`` is padding: the list is shorter there. ``tail``, with S_p and S_q the listed mass of the
+    student p and the teacher q:
+
+    * ``"bucket"``: what is left, 1 - S, is one more event of each (TRL's ``loss_add_tail=True``). Its logarithm is ``log(1 - exp(log S))`` with
+      ``log S`` at most half an ulp below 0, without a gradient there (TRL: at most -1e-7).
+    * ``"renormalize"``: both are divided by their S (TRL's ``loss_add_tail=False``).
+    * ``"ignore"``: the sums run over the list alone, and may be negative (verl's ``forward_kl_topk``, without its clamps).
+    """
+
+    token_ids: Tensor
+    logps: Tensor
+    tail: str = "bucket"
+
+
+class Teacher(NamedTuple):
+    """A full-vocabulary divergence from a second model as a term of a policy loss: ``coef · Σ_i w_i · D(p_i, q_i)``, w the row weights of the spec's reduction.
+
+    ``logits``: the teacher's, :class:`HiddenLogits` or ``R + (V,)``, detached. ``kind`` and ``beta``: of :func:`token_divergence`; reverse_kl is
+    KL(policy‖teacher). ``temperature``, ``softcap``: the teacher's own; default: the policy's temperature, and no soft cap.
+    """
+
+    logits: HiddenLogits | Tensor
+    coef: float | Tensor
+    kind: str = "reverse_kl"
+    beta: float | None = None
+    temperature: float | Tensor | None = None
+    softcap: float | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMHeadOptions(Options):
     """The LM head of an op that takes hidden states, and its chunks."""
@@ -118,6 +157,8 @@ class SoftmaxKeywords(TypedDict, total=False):
     drop_last: bool
     consume_logits: bool
     process_group: ProcessGroup | None
+    sampling_mask: tuple[Tensor, Tensor] | Tensor | None
+    entropy_over: str
     backend: str
 
 
@@ -143,6 +184,7 @@ class PolicyKeywords(TypedDict, total=False):
     loss_scale: float | Tensor
     validate: bool
     unused: str
+    differentiable_inputs: bool
 
 
 class PolicyLossKeywords(SoftmaxKeywords, PolicyKeywords, total=False):
@@ -284,7 +326,12 @@ ALIASES = {
 for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
     _record.NAMES = tuple(f.name for f in dataclasses.fields(_record))
     _record.RANGES = ranges_of(_record)
+    _record.FLAGS = {f.name: "None" in str(f.type) for f in dataclasses.fields(_record) if str(f.type).startswith("bool")}
     _record.__doc__ = described(_record.__doc__, _record.RANGES)
+
+
+#: Keyword to default, of all records: a keyword of several has one.
+DEFAULTS = {f.name: f.default for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions) for f in dataclasses.fields(record)}
 
 
 def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple[str, ...] = ()) -> list[Any]:
@@ -297,7 +344,16 @@ def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple
         for name, allowed in record.RANGES.items():
             if name in keywords:
                 allowed.check(op, name, keywords[name])
+        for name, optional in record.FLAGS.items():
+            if name in keywords:
+                check_flag(op, name, keywords[name], optional)
     return [record(**{name: keywords[name] for name in record.NAMES if name in keywords}) for record in records]
+
+
+def check_flag(op: str, name: str, value: Any, optional: bool = False) -> None:
+    """Raise for what is neither True nor False: any text would be true."""
+    if type(value) is not bool and not (optional and value is None):
+        raise InvalidCall(f"{op}: {name} is {value!r}, expected True or False{' or None' if optional else ''}.")
 
 
 def _reject(op: str, name: str, known: tuple[str, ...]) -> NoReturn:

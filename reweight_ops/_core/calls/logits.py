@@ -15,6 +15,7 @@ from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
 from . import consumed
 from .keywords import SoftmaxOptions
+from .sampling_mask import KeptSets, mask_tensors, resolve_sampling_mask
 from .softmax import Fail, resolve_softmax, resolve_temperature
 from .vocab_group import VocabGroup, vocab_group
 
@@ -23,7 +24,8 @@ from .vocab_group import VocabGroup, vocab_group
 class Logits:
     """A call's logits: ``values`` as ``[N, V]`` or ``[B, T(+1), V]`` (a view), the ids of its rows, and their softmax.
 
-    ``temperature`` is ``[1]`` or ``[N]``; ``backend`` is what the caller asked for.
+    ``temperature`` is ``[1]`` or ``[N]``; ``backend`` is what the caller asked for. With ``kept`` a row's distribution is over its set, and ``ids`` are places
+    in it.
     """
 
     values: Tensor
@@ -35,6 +37,7 @@ class Logits:
     consume: bool
     backend: str
     original: Tensor
+    kept: KeptSets | None = None
     shard: VocabGroup | None = None  # of a vocabulary that several ranks have, each its columns
 
     @property
@@ -51,6 +54,8 @@ def resolve_logits(
 ) -> Logits:
     """Check logits against ids and resolve the rows. ``data`` holds the other tensors of the call by their public names."""
     tensors = {"logits": logits, "completion_ids": completion_ids, "temperature": options.temperature, **data}
+    if options.sampling_mask is not None:
+        tensors |= mask_tensors(options.sampling_mask)
 
     def fail(message: str) -> InvalidCall:
         return InvalidCall(f"{op}: {message} {describe(tensors)}")
@@ -88,12 +93,14 @@ def resolve_logits(
     verbs = row_verbs(logits, options.backend)
     rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.total(), validate, verbs)
     assert rows.ids is not None
+    sampled = resolve_sampling_mask(rows, options, softmax.vocab_size, validate, fail)
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad
     if consume and logits.is_leaf:
         raise fail("consume_logits=True would overwrite a leaf that requires grad; it is for logits that a model computed.")
+    ids, kept = (rows.ids, None) if sampled is None else (sampled.position, sampled.sets)
     return Logits(
-        collapsed("logits", logits, fail), rows, rows.ids, resolve_temperature(rows, options.temperature, fail), softmax, options.drop_last,
-        consume, options.backend, logits, vocab_group(options, logits.shape[-1]),
+        collapsed("logits", logits, fail), rows, ids, resolve_temperature(rows, options.temperature, fail), softmax, options.drop_last,
+        consume, options.backend, logits, kept, vocab_group(options, logits.shape[-1]),
     )  # fmt: skip
 
 

@@ -20,7 +20,11 @@ from ..spec.compiled import with_tensors
 from ..spec.policy import PolicyLossSpec, resolved
 from ..spec.reduction import Divisors, Reduction
 from .keywords import PolicyOptions
+from .softmax import refuse_learnt
 from .unused import without_unused
+
+#: Stored log-probs to the leaf of a formula that they are.
+_LEAVES = {"old_per_token_logps": "old_logp", "ref_per_token_logps": "ref_logp", "sampling_per_token_logps": "sampling_logp"}
 
 #: The statistics of the current policy that the middle differentiates through.
 STATISTICS = ("logp", "entropy", "log_sum_p_sq")
@@ -47,6 +51,20 @@ class LossCall:
             "advantages": self.adv, "old_per_token_logps": self.old_logp, "ref_per_token_logps": self.ref_logp,
             "sampling_per_token_logps": self.sampling_logp,
         }  # fmt: skip
+
+    def differentiated(self) -> dict[str, Tensor]:
+        """Stored log-probs that require grad, by leaf."""
+        stored = {"old_logp": self.old_logp, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
+        return {name: t for name, t in stored.items() if t is not None and t.requires_grad} if torch.is_grad_enabled() else {}
+
+    @property
+    def inputs_require_grad(self) -> bool:
+        """Whether anything that the call was given per row does."""
+        # A loop: every call asks, and a generator's steps are as many Python calls.
+        for t in (self.adv, self.factor, self.old_logp, self.ref_logp, self.sampling_logp):  # noqa: SIM110
+            if t is not None and t.requires_grad:
+                return True
+        return False
 
     def released(self) -> LossCall:
         """The same without the call's arguments (kept for error messages): a result must not keep the logits alive."""
@@ -76,6 +94,16 @@ class LossCall:
         if self.factor is not None:
             per_term[0] = per_term[0] * self.factor
         return torch.stack(per_term)
+
+    def reduction_weights(self) -> Tensor:
+        """``[N]``: the row weights of the surrogate's reduction, ``loss_scale`` included and the caller's factors not: for a term beside the spec's."""
+        reduction = self.spec.reduction
+        if reduction.coupled or reduction.weight is not None or not reduction.scalar:
+            raise self.rows.error(
+                f"a term beside the spec's has no row weights by {type(reduction).__name__}, which is no fixed sum over rows."
+            )
+        found = reduction.row_weights(self.rows, self.divisors).to(self.rows.dtype)
+        return found * self._scale if self._is_scaled else found
 
     def _fused_row_weights(self) -> Tensor | None:
         """The same, a launch for each reduction; None if a kernel cannot form one of them."""
@@ -188,8 +216,8 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Policy
         raise rows.error(f"the surrogate {spec.surrogate.name!r} reads advantages, which is None.")
     divisors = Divisors(data.num_items_in_batch, data.num_sequences_in_batch)
     _check_divisors(rows, spec, divisors)
-    if data.group_ids is not None and not any(r.reads_groups for r in spec.reductions):
-        raise rows.error("no reduction of the spec reads prompts; group_ids would have no effect.")
+    if data.group_ids is not None and not spec.reads_groups:
+        raise rows.error("no reduction or weight of the spec reads prompts; group_ids would have no effect.")
     for reduction in spec.reductions:
         reduction.check(rows)
     spec.ratio.check(rows, advantages)
@@ -198,15 +226,21 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Policy
         raise rows.error(
             f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights."
         )
+    for name in ("loss_scale", "num_items_in_batch", "num_sequences_in_batch"):
+        refuse_learnt(getattr(data, name), rows.error, name)
     return bind_loss(rows, {**data.named(), "advantages": advantages}, spec)
 
 
 def bind_loss(rows: Rows, data: Mapping[str, Any], spec: PolicyLossSpec) -> LossCall:
     """The call with these values, by the names of arguments. Only what each of them is by itself is checked here."""
 
+    differentiable = bool(data.get("differentiable_inputs"))
+
     def per_row(name: str) -> Tensor | None:
-        value = data.get(name)
-        return None if value is None else rows.per_row(name, value, logps=name != "advantages")
+        value, logps = data.get(name), name != "advantages"
+        if logps and isinstance(value, Tensor) and value.requires_grad:
+            _check_differentiable(rows, spec, name, differentiable)
+        return None if value is None else rows.per_row(name, value, logps=logps, differentiable=differentiable)
 
     old, ref, sampling = per_row("old_per_token_logps"), per_row("ref_per_token_logps"), per_row("sampling_per_token_logps")
     advantages, adv = data.get("advantages"), per_row("advantages")
@@ -214,6 +248,17 @@ def bind_loss(rows: Rows, data: Mapping[str, Any], spec: PolicyLossSpec) -> Loss
     divisors = Divisors(data.get("num_items_in_batch"), data.get("num_sequences_in_batch"))
     scale = data.get("loss_scale", 1.0)
     return LossCall(spec, rows, divisors, scale, adv, old, ref, sampling, _factor(rows, data), per_sequence)
+
+
+def _check_differentiable(rows: Rows, spec: PolicyLossSpec, name: str, allowed: bool) -> None:
+    """Raise for stored log-probs that require grad where no gradient is asked for, or none can reach them."""
+    if not allowed:
+        raise rows.error(
+            f"{name} requires grad, but no gradient flows to stored log-probs: pass it detached, or differentiable_inputs=True for its gradient."
+        )
+    leaf = _LEAVES[name]
+    if leaf not in spec.moving and torch.is_grad_enabled():
+        raise rows.error(f"{name} requires grad, but what the spec reads of it is detached, so it would get none: pass it detached.")
 
 
 def _factor(rows: Rows, data: Mapping[str, Any]) -> Tensor | None:

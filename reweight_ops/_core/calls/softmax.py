@@ -15,7 +15,7 @@ from ..backends.base import SoftmaxParams
 from ..rows.constants import as_tensor, parameter_vector, varies
 from ..rows.ranks import check_group
 from ..rows.rows import Rows
-from ..transforms import is_wrapped
+from ..rows.structure import is_readable
 from .keywords import SoftmaxOptions
 from .vocab_group import ANY_ID
 
@@ -28,10 +28,16 @@ def refuse_process_group(op: str, process_group: Any, why: str) -> None:
         raise UnsupportedRequest(f"{op}: process_group: {why}")
 
 
+#: Why a call that reads ids beside the rows' own is refused.
+NO_PICKED = "picked ids (selected_ids, top_k, a teacher's top-k) are read from whole rows, and here each rank has its columns; gather the vocabulary."
+
+
 def resolve_softmax(op: str, options: SoftmaxOptions, columns: int, fail: Fail) -> SoftmaxParams:
     """The softmax over logits with that many columns; of a shard, that of its own columns until the ranks have agreed."""
     if options.process_group is not None:
         check_group(op, "process_group", options.process_group)
+        if options.sampling_mask is not None:
+            refuse_process_group(op, options.process_group, "the ids of a sampling_mask may be on any rank; gather the vocabulary.")
         return SoftmaxParams(columns, resolve_softcap(options.softcap), 0, options.vocab_size or ANY_ID)
     vocab_size = columns if options.vocab_size is None else options.vocab_size
     if not 0 < vocab_size <= columns:
@@ -44,9 +50,9 @@ def resolve_softcap(value: float | None) -> float:
     return math.inf if value is None else float(value)
 
 
-def refuse_learnt(temperature: Tensor, fail: Fail, name: str = "temperature") -> None:
-    """Raise where an op would drop the gradient by a temperature."""
-    if temperature.requires_grad and torch.is_grad_enabled():
+def refuse_learnt(value: Any, fail: Fail, name: str = "temperature") -> None:
+    """Raise where an op would drop the gradient by a number."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         raise fail(f"{name} requires grad, but no gradient of this op flows to it: pass it detached.")
 
 
@@ -54,13 +60,28 @@ def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
     """The temperature as ``[1]`` or ``[N]`` in the row dtype, in the graph of the caller's."""
     if isinstance(value, Tensor):
         found = value.to(rows.dtype).view(1) if value.dim() == 0 else rows.per_row("temperature", value)
-        if rows.device.type == "cpu" and not torch.compiler.is_compiling() and not is_wrapped(found):
+        if is_readable(found):
             _check_temperature(found, rows, fail)
             return found
         return threshold(found, 0.0, math.nan)  # NaN in its rows: one operation, and no wait for a GPU
     if varies(value):
         return resolve_temperature(rows, as_tensor(value, rows.dtype, rows.device), fail)
     return parameter_vector((value,), rows.dtype, rows.device)
+
+
+def resolve_logit_scale(value: Any, softmax: SoftmaxParams, fail: Fail) -> Any:
+    """The factor of the logits, a positive number or 0-d tensor; NaN for a tensor that is not positive where it cannot be read."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() != 0:
+        raise fail(f"logit_scale has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
+    if math.isfinite(softmax.softcap):
+        raise fail("logit_scale is a tensor beside a softcap, which is a number and is divided by it: pass logit_scale as a number.")
+    if is_readable(value):
+        if not 0 < float(value.detach()) < math.inf:
+            raise fail(f"logit_scale is {float(value.detach())}, expected a positive number.")
+        return value
+    return threshold(value, 0.0, math.nan)
 
 
 def _check_temperature(temperature: Tensor, rows: Rows, fail: Fail) -> None:

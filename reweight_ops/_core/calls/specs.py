@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...errors import InvalidCall
-from ..catalogue.registry import CATALOGUE
+from ..catalogue.registry import CATALOGUE, Entry
 from ..catalogue.search import entry_of
 from ..spec.pairs import PairSpec
 from ..spec.parts import called
@@ -35,10 +35,20 @@ def _is_own(function: Any) -> bool:
     return function.__module__.startswith(f"{_PACKAGE}.")  # type: ignore[no-any-return]
 
 
+def _need_defaults(op: str, entry: Entry, namespace: str) -> None:
+    """Raise for a name that does not say all that its method needs."""
+    missing = [name for name, default in entry.defaults.items() if default is inspect.Parameter.empty]
+    if missing:
+        call = f"rw.{namespace}.{entry.name}({', '.join(f'{name}=...' for name in missing)})"
+        raise InvalidCall(f"{op}: {entry.name!r} has no default for {', '.join(missing)}: pass spec={call}.")
+
+
 @torch.compiler.assume_constant_result
-def _build(name: str) -> None:
+def _build(op: str, name: str) -> None:
     # A side effect on purpose: torch.compile runs this while tracing, and then reads the finished spec from the global above.
-    function = entry_of(name, "policy_loss").function
+    entry = entry_of(name, "policy_loss")
+    _need_defaults(op, entry, "methods")
+    function = entry.function
     # A method of the user's own may be defined again, or a rule that it is made of.
     if name not in _named or not _is_own(function):
         _named[name] = function()
@@ -49,7 +59,7 @@ def named_spec(op: str, spec: Any) -> PolicyLossSpec:
     if isinstance(spec, str):
         if spec not in METHODS and spec in CATALOGUE["pair_loss"]:
             raise InvalidCall(f"{op}: {spec!r} is a loss of pairs: rw.preference_loss(..., spec={spec!r}).")
-        _build(spec)
+        _build(op, spec)
         return _named[spec]
     if not isinstance(spec, PolicyLossSpec):
         if isinstance(spec, PairSpec):
@@ -72,11 +82,7 @@ def named_pair_spec(op: str, spec: Any) -> PairSpec:
         if spec not in CATALOGUE["pair_loss"] and spec in METHODS:
             raise InvalidCall(f"{op}: {spec!r} is a loss of tokens: rw.policy_loss(..., spec={spec!r}).")
         entry = entry_of(spec, "pair_loss")
-        missing = [name for name, default in entry.defaults.items() if default is inspect.Parameter.empty]
-        if missing:
-            raise InvalidCall(
-                f"{op}: {spec!r} has no default for {', '.join(missing)}: pass spec=rw.preference.{spec}({missing[0]}=..., ...)."
-            )
+        _need_defaults(op, entry, "preference")
         built: PairSpec = entry.function()
         return built
     if not isinstance(spec, PairSpec):

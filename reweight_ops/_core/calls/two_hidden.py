@@ -16,8 +16,9 @@ from .chunking import chunking
 from .hidden import ChunkSettings, Hidden, LMHead, resolve_hidden
 from .keywords import HiddenLogits, LMHeadOptions, SoftmaxOptions
 from .logits import collapsed
+from .sampling_mask import refuse_sampling_mask
 from .softmax import Fail, refuse_learnt, resolve_softcap, resolve_temperature
-from .two_logits import check_columns, check_other_logits
+from .two_logits import NO_TWO, check_columns, check_other_logits
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,30 @@ class OtherOptions:
     name: str = "other"
 
 
+def no_ids(op: str, hidden: Any) -> Tensor:
+    """Ids of an op that asks for none: ``completion_mask`` alone says which rows are in."""
+    if not isinstance(hidden, Tensor) or hidden.dim() < 2:
+        raise InvalidCall(f"{op}: hidden must be a tensor R + (D,).")
+    return torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+
+
 def resolve_two_hidden(
     op: str, hidden: Any, weight: Any, other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions, named: dict[str, Any]
 ) -> TwoHidden:  # fmt: skip
     """Check the two models against each other. ``mask`` alone says which rows are in; ``named`` holds the other tensors of the call."""
-    if not isinstance(hidden, Tensor) or hidden.dim() < 2:
-        raise InvalidCall(f"{op}: hidden must be a tensor R + (D,).")
-    ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    p = resolve_hidden(op, hidden, weight, ids, head, softmax, {"completion_mask": mask, **named})
+    refuse_sampling_mask(op, softmax, NO_TWO)
+    p = resolve_hidden(op, hidden, weight, no_ids(op, hidden), head, softmax, {"completion_mask": mask, **named})
     tensors = {"hidden": hidden, "lm_head_weight": weight, of_other.name: other, "completion_mask": mask, **named}
+    return beside(p, tensors, other, mask, head, softmax, of_other)
+
+
+def beside(
+    p: Hidden, tensors: dict[str, Any], other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions,
+    copies: int = 1,
+) -> TwoHidden:  # fmt: skip
+    """Hidden states that are resolved, and the second model for the same rows: those of ``mask``. ``tensors``: of the call, for messages.
+    ``copies``: tensors of the size of p's logits that a chunk needs."""
+    op, weight = p.rows.op, p.head.weight
 
     def fail(message: str) -> InvalidCall:
         return InvalidCall(f"{op}: {message} {describe(tensors)}")
@@ -70,17 +86,17 @@ def resolve_two_hidden(
     elif isinstance(other, Tensor):
         q = _other_logits(p, weight, other, softmax, of_other, fail)
     else:
-        raise fail(f"{of_other.name} is a {type(other).__name__}, expected a HiddenLogits, or logits R + (V,).")
+        raise fail(f"{of_other.name} is a {type(other).__name__}, expected a HiddenLogits, a TopKLogps, or logits R + (V,).")
     refuse_learnt(p.temperature, fail)
     refuse_learnt(q.temperature, fail, f"{of_other.name}_temperature")
-    return TwoHidden(*_chunked(p, q, head))
+    return TwoHidden(*_chunked(p, q, head, copies))
 
 
 def _other_head(
     op: str, p: Hidden, other: HiddenLogits, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions, fail: Fail
 ) -> OtherRows:
     parts = {"hidden": other.hidden, "lm_head_weight": other.lm_head_weight, "lm_head_bias": other.lm_head_bias}
-    parts |= {} if other.lora is None else {"lora.a": other.lora.a, "lora.b": other.lora.b}
+    parts |= {} if other.lora is None else {"lora.a": other.lora[0], "lora.b": other.lora[1]}
     for name, x in parts.items():
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise fail(f"{of_other.name}.{name} requires grad, but no gradient flows to it: pass it detached.")
@@ -114,9 +130,9 @@ def _other_logits(p: Hidden, weight: Tensor, other: Tensor, softmax: SoftmaxOpti
     return OtherRows(collapsed(f"{of_other.name}_logits", other, fail), None, temperature, params, p.settings)
 
 
-def _chunked(p: Hidden, q: OtherRows, head: LMHeadOptions) -> tuple[Hidden, OtherRows]:
+def _chunked(p: Hidden, q: OtherRows, head: LMHeadOptions, copies: int) -> tuple[Hidden, OtherRows]:
     """Both with the same chunks, whose budget is for the logits of both models."""
-    row_bytes = p.head.weight.size(0) * p.settings.logits_dtype.itemsize
+    row_bytes = copies * p.head.weight.size(0) * p.settings.logits_dtype.itemsize
     if q.head is not None:
         row_bytes += q.head.weight.size(0) * q.settings.logits_dtype.itemsize
     size, keep = chunking(p.states.size(0), row_bytes, p.states.device, head.chunk_rows, head.memory_budget)

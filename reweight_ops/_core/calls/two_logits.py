@@ -11,9 +11,14 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
 from ..rows.groups import describe
+from . import consumed
 from .keywords import SoftmaxOptions
 from .logits import Logits, collapsed, resolve_logits
+from .sampling_mask import refuse_sampling_mask
 from .softmax import Fail, refuse_learnt, resolve_softcap, resolve_temperature
+
+#: Why there is no divergence of kept sets.
+NO_TWO = "a divergence is of two distributions over the whole vocabulary, and a mask is of one of them"
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ def check_other_logits(
     check_columns(logits.shape[-1], other.shape[-1], vocab_size, fail, sharded)
     if other.stride(-1) != 1 and other.shape[-1] > 1:
         raise fail("the last dimension of other_logits is not contiguous: pass other_logits.contiguous().")
+    if consumed.is_consumed(other):
+        raise fail("other_logits were consumed by an earlier call with consume_logits=True: they hold a gradient now.")
 
 
 def check_columns(columns: int, other_columns: int, vocab_size: int | None, fail: Fail, sharded: bool = False) -> None:
@@ -59,6 +66,7 @@ def resolve_two_logits(
     op: str, logits: Any, other: Any, mask: Any, options: SoftmaxOptions, other_temperature: Any, other_softcap: Any, more: dict[str, Any]
 ) -> TwoLogits:
     """Check the two tensors against each other. Without ``completion_ids`` in ``more``, ``mask`` alone says which rows are in."""
+    refuse_sampling_mask(op, options, NO_TWO)
     tensors = {"logits": logits, "other_logits": other, "completion_mask": mask, "temperature": options.temperature, **more}
 
     def fail(message: str) -> InvalidCall:

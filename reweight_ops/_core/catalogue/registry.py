@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from ...errors import InvalidCall
 from ..ranges import ranged
+from .references import with_reference
+from .signatures import collected_by, written_out
 
 #: Kind of entry: where it is called from, and what it is.
 KINDS = {
@@ -63,7 +65,8 @@ class Entry:
     @property
     def defaults(self) -> dict[str, Any]:
         """Parameter name to default; ``inspect.Parameter.empty`` for one that must be given. Not what ``**`` collects (group arguments)."""
-        return {name: p.default for name, p in inspect.signature(self.function).parameters.items() if p.kind is not p.VAR_KEYWORD}
+        collected = collected_by(self.function)
+        return {name: p.default for name, p in inspect.signature(self.function).parameters.items() if name not in collected}
 
     @property
     def call(self) -> str:
@@ -129,6 +132,9 @@ def published(
         if known is not None and known.function.__module__ != function.__module__:
             raise InvalidCall(f"the {of.replace('_', ' ')} {name!r} is taken by {known.function.__module__}.")
         checked = ranged(function)
+        if inspect.isfunction(checked):
+            checked.__signature__ = written_out(checked, {})  # type: ignore[attr-defined]
+        checked.__doc__ = with_reference(checked.__doc__, paper, arxiv)
         CATALOGUE[of][name] = Entry(name, full_name, of, paper, arxiv, certainty, checked, level, plan, example or {})
         return checked
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ...errors import InvalidCall
 from .keys import key, names, words
 from .left_out import LEFT_OUT
+from .recipes import recipes_of
 from .registry import CATALOGUE, KINDS, Entry
 
 #: A shorter word has to be met whole: "ar" is in every other title.
@@ -60,15 +61,18 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
             ``"sample_weight"``, ``"pair_loss"``, ``"divergence"``, ``"schedule"``.
 
     Returns:
-        Hits; ``hit.call`` is what to write, ``hit.why`` what has matched. Other entries of a paper that was found follow it. A method that the package
-        leaves out is a hit without a call, whose ``full_name`` says why. Without any match, the nearest spellings; an empty list if there are none.
+        Hits; ``hit.call`` is what to write, ``hit.why`` what has matched. Other entries of a paper that was found follow it, and then its recipes. A
+        method that the package leaves out is a hit without a call, whose ``full_name`` says why. Without any match, the nearest spellings; an empty
+        list if there are none.
 
     Raises:
         InvalidCall: the text has no letters or digits, or there is no such kind.
 
     Example:
-        >>> [hit.call for hit in find("AR")]
-        ['rw.methods.advantage_reweighting', 'rw.weights.AdvantageReweighting', 'rw.methods.lopti', 'rw.schedules.lopti']
+        >>> [hit.call for hit in find("AR", "token_weight")]
+        ['rw.weights.AdvantageReweighting']
+        >>> [hit.call for hit in find("AAPO")]
+        ['rw.advantages.aapo', "rw.recipe('aapo')"]
         >>> find("2506.12542")[0].why
         'arXiv id'
     """
@@ -77,9 +81,14 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
     found = exact(text, kind)
     papers = {entry.paper for entry, _ in found}
     found += [(entry, "the same paper") for entry in entries(kind) if entry.paper in papers]
+    of_papers = [entry for entry, _ in found]
     found += _by_words(text, kind)
     hits = _hits(found)
     if kind is None:
+        hits += [
+            Hit(f"rw.recipe({r.name!r})", "everything that the paper trains with", r.paper, r.arxiv, "a recipe")
+            for r in recipes_of(of_papers)
+        ]
         hits += _left_out(text)
     return hits or _hits(_by_spelling(text, kind))
 
@@ -125,7 +134,10 @@ def _by_words(text: str, kind: str | None) -> list[tuple[Entry, str]]:
 
 
 def _by_spelling(text: str, kind: str | None) -> list[tuple[Entry, str]]:
-    called = {name: entry for entry in entries(kind) for name, why in names(entry) if why in ("name", "acronym")}
+    # An entry by its own name, before others whose paper's title has it.
+    called = {
+        name: entry for which in ("acronym", "name") for entry in reversed(entries(kind)) for name, why in names(entry) if why == which
+    }
     return [(called[name], "the nearest spelling") for name in difflib.get_close_matches(key(text), called, n=3, cutoff=0.75)]
 
 

@@ -16,9 +16,12 @@ from torch import Tensor
 from ..backends.base import SoftmaxParams
 from ..backends.mean_logit import MEAN_LOGIT
 from ..calls.hidden import ChunkSettings, LMHead
+from ..calls.sampling_mask import KeptSets
 from ..rows.constants import number_like, varies
 from ..rows.groups import OUT
+from .kept_ops import VOCABULARY
 from .ops import without_last_position
+from .picks import PICKED, PICKED_IDS
 
 #: The backend of a call whose statistics are these formulas.
 TORCH = "torch"
@@ -51,21 +54,31 @@ def log_probs(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> tu
     z = logits[:, : softmax.vocab_size]
     z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
     # A row without any finite logit is NaN everywhere: there, nothing is dead.
-    dead = (z == -math.inf) & z.amax(-1, keepdim=True).isfinite()
+    served = z.amax(-1, keepdim=True).isfinite()
+    dead, t = (z == -math.inf) & served, temperature.view(-1, 1)
     x = torch.where(dead, 0, z)
     if math.isfinite(softmax.softcap):
         x = torch.where(x == math.inf, math.nan, softmax.softcap * torch.tanh(x / softmax.softcap))
-    x = torch.where(dead, -math.inf, x / temperature.view(-1, 1))
+    dead = dead | ((x / t == -math.inf) & served)  # a mask of finfo.min and a temperature below 1
+    x = torch.where(dead, -math.inf, torch.where(dead, 0, x) / t)
     return x, torch.log_softmax(x, -1), dead
 
 
-def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str]) -> tuple[Tensor, ...]:
-    """The named statistics of ``[N, V]`` logits, ``[N]`` each; as :class:`~reweight_ops._core.backends.base.Backend` defines them."""
+def token_stats(
+    logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str], picked: Tensor | None = None,
+    sets: KeptSets | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The named statistics of ``[N, V]`` logits, ``[N]`` each; as :class:`~reweight_ops._core.backends.base.Backend` defines them.
+
+    ``picked`` ``[N, K]`` ids: those of the statistics that are log-probs of them. ``sets``: distributions are over these columns.
+    """
+    if sets is not None:
+        return _kept_stats(logits, ids, temperature, softmax, names, sets)
     inside = ids != OUT
-    x, log_p, dead = log_probs(torch.where(inside[:, None], logits, 0), temperature, softmax)
+    x, log_p, _ = log_probs(torch.where(inside[:, None], logits, 0), temperature, softmax)
     bad = inside & ((ids < 0) | (ids >= softmax.total()))
     known = torch.where(inside & ~bad, ids, 0)[:, None]
-    finite = torch.where(dead, 0, log_p)
+    finite = torch.where(log_p.exp() == 0, 0, log_p)  # whose log-prob of -inf, or -1e38, would make a slope of NaN
     formulas: dict[str, Callable[[], Tensor]] = {
         "logp": lambda: log_p.gather(-1, known)[:, 0],
         "entropy": lambda: -(log_p.exp() * finite).sum(-1),
@@ -74,7 +87,32 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: Softm
         "max_logp": lambda: log_p.detach().amax(-1),
         MEAN_LOGIT: lambda: x.detach().mean(-1) + 0 * log_p.detach().amax(-1),
     }
-    return tuple(torch.where(inside, torch.where(bad, math.nan, formulas[name]()), 0) for name in names)
+    found = {name: torch.where(inside, torch.where(bad, math.nan, formulas[name]()), 0) for name in names if name in formulas}
+    if picked is not None:
+        there = inside[:, None] & (picked != OUT)
+        unknown = there & ((picked < 0) | (picked >= softmax.vocab_size))
+        logps = log_p.gather(-1, torch.where(there & ~unknown, picked, 0))
+        found |= {PICKED: torch.where(unknown, math.nan, torch.where(there, logps, 0)), PICKED_IDS: picked}
+    return tuple(found[name] for name in names)
+
+
+def _kept_stats(
+    logits: Tensor, position: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str], sets: KeptSets
+) -> tuple[Tensor, ...]:
+    n, entries = position.numel(), sets.token_ids.numel()
+    inside = (sets.row >= 0) & (sets.row < n)
+    mask = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
+    if n and entries:
+        mask = mask.index_put((sets.row.clamp(0, n - 1), sets.token_ids), inside.int(), accumulate=True)
+        at = (sets.bounds[0] + position).clamp(0, entries - 1)
+        position = torch.where(position < 0, position, sets.token_ids[at])
+    kept, whole = torch.where(mask > 0, logits, -math.inf), [name for name in names if name.startswith(VOCABULARY)]
+    own = [name for name in names if name not in whole]
+    found = dict(zip(own, token_stats(kept, position, temperature, softmax, own), strict=True))
+    if whole:
+        values = token_stats(logits, position, temperature, softmax, [name.removeprefix(VOCABULARY) for name in whole])
+        found |= dict(zip(whole, values, strict=True))
+    return tuple(found[name] for name in names)
 
 
 def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSettings) -> Tensor:
@@ -86,13 +124,6 @@ def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSetti
     z = z if bias is None else z + bias.to(wide)
     z = z if a is None or b is None else z + scale * ((h.to(a.dtype) @ a.t()).to(wide) @ b.t().to(wide))
     return z.to(dtype)
-
-
-def linear_stats(
-    hidden: Tensor, head: LMHead, ids: Tensor, temperature: Tensor, settings: ChunkSettings, names: Sequence[str]
-) -> tuple[Tensor, ...]:
-    """The named statistics from hidden states ``[M, D]``."""
-    return token_stats(head_logits(hidden, head, ids != OUT, settings), ids, temperature, settings.softmax, names)
 
 
 def other_logits(hidden: Tensor, head: LMHead | None, index: Tensor | None, keep: Tensor, settings: ChunkSettings) -> Tensor:
@@ -127,16 +158,24 @@ def divergence_stats(
     (_, log_p, dead_p), (_, log_q, dead_q) = (
         log_probs(torch.where(inside, z, 0), t, SoftmaxParams(vocab_size, cap)) for z, t, cap in (first, second)
     )
+    found = row_divergences(log_p, log_q, dead_p, dead_q, beta)
+    return tuple(torch.where(inside[:, 0], row, 0) for row in found)
+
+
+def row_divergences(
+    log_p: Tensor, log_q: Tensor, dead_p: Tensor, dead_q: Tensor, beta: float | None = None, whole: bool = True
+) -> tuple[Tensor, ...]:
+    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` of rows of log-probs, ``dead`` where they are ``-inf``; ``whole``: both sum to 1, so none is negative."""
     p, q, a, b = log_p.exp(), log_q.exp(), torch.where(dead_p, 0, log_p), torch.where(dead_q, 0, log_q)
     d = torch.where(dead_p | dead_q, 0, a - b)
     forward, reverse = -(q * d).sum(-1), (p * d).sum(-1)
+    if whole:
+        forward, reverse = _at_least_zero(forward), _at_least_zero(reverse)
     sick = p.isnan().any(-1) | q.isnan().any(-1)
-    forward = torch.where((dead_p & ~dead_q).any(-1) & ~sick, math.inf, _at_least_zero(forward))
-    reverse = torch.where((dead_q & ~dead_p).any(-1) & ~sick, math.inf, _at_least_zero(reverse))
-    found = [forward, reverse, -(p * a).sum(-1), -(q * b).sum(-1)]
-    if beta is not None:
-        found.append(generalized_jsd(log_p, log_q, beta))
-    return tuple(torch.where(inside[:, 0], row, 0) for row in found)
+    forward = torch.where((dead_p & ~dead_q).any(-1) & ~sick, math.inf, forward)
+    reverse = torch.where((dead_q & ~dead_p).any(-1) & ~sick, math.inf, reverse)
+    found = (forward, reverse, -(p * a).sum(-1), -(q * b).sum(-1))
+    return found if beta is None else (*found, generalized_jsd(log_p, log_q, beta))
 
 
 def _at_least_zero(x: Tensor) -> Tensor:

@@ -14,14 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ReweightOpsError, UnsupportedRequest
-from ..backends.base import DIVERGENCE_STATS, SoftmaxParams
+from ..backends.base import COEFS, DIVERGENCE_STATS, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
 from ..backends.logp_low import LOGP_LOW
 from ..backends.mean_logit import MEAN_LOGIT
+from ..backends.picked import Picked
 from ..backends.shards import VocabShards, with_empty_shards
+from ..calls.sampling_mask import KeptSets
 from ..rows.groups import OUT
-from . import again
+from . import again, kept_ops
 from . import ops as library
+from .kept_ops import OF_ENTROPY, VOCABULARY
+from .picks import PICKED, PICKED_IDS, Picks
 
 
 class OpOptions(NamedTuple):
@@ -51,17 +55,32 @@ def forbid_second_backward(ctx: Any, op: str) -> None:
 
 
 #: Statistics without a gradient.
-FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ)
+FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ, VOCABULARY + VARIANCE)
 
 #: What the kernel of a gradient reads and no caller does.
 LSE_LOW = "lse_low"
 
 
-def asked_for(stats: str, needs_grad: bool, shards: VocabShards | None) -> str:
+def asked_for(stats: str, needs_grad: bool, shards: VocabShards | None = None) -> str:
     """The names of the statistics to compute for a caller who wants ``stats``; of a shard, what it is merged by besides."""
     if shards is not None:
         return f"{stats},{LSE_LOW},{LOGP_LOW}"
+    if needs_grad and VOCABULARY in stats:
+        names = stats.split(",")
+        return ",".join([*names, LSE_LOW, *(VOCABULARY + name for name in OF_ENTROPY if VOCABULARY + name not in names)])
     return f"{stats},{LSE_LOW}" if needs_grad else stats
+
+
+def stats_table(
+    logits: Tensor, ids: Tensor, temperature: Tensor, sets: KeptSets | None, softmax: SoftmaxParams, options: OpOptions, wanted: str
+) -> Tensor:
+    """``[S, N]``: the statistics named in ``wanted``, over the vocabulary or over kept sets."""
+    rest = (options.drop_last, wanted, options.backend)
+    if sets is None:
+        table: Tensor = library.called(library.token_stats, logits, ids, temperature, *softmax, *rest)
+        return table
+    table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax[:2], *rest)
+    return table
 
 
 def whole_rows(table: Tensor, names: str, ids: Tensor, shards: VocabShards | None) -> Tensor:
@@ -75,21 +94,56 @@ def forbid_graph(shards: VocabShards | None) -> None:
         raise UnsupportedRequest(f"{shards.op}: create_graph=True needs the whole vocabulary on one rank, and process_group shards it.")
 
 
+def written_gradient(
+    logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, known: dict[str, Tensor], by: dict[str, Tensor | None],
+    options: OpOptions, over: bool, sets: KeptSets | None = None,
+) -> Tensor | None:  # fmt: skip
+    """The gradient by logits from derivatives ``by`` statistics ``known``; None if it stands ``over`` them now.
+
+    Log-probs of picked ids are one derivative by lse in every column, and the elements of those ids, which are written over.
+    """
+    if sets is not None:
+        table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax[:2], options.drop_last, options.backend)
+        found = library.called(kept_ops.kept_grad_ if over else kept_ops.kept_grad, logits, ids, *table)
+        return None if over else found
+    by_picked, picked = by.get(PICKED), None
+    if by_picked is not None:
+        z = library.without_last_position(logits, options.drop_last)
+        picked = Picked(z, ids, known[PICKED_IDS], temperature, softmax)
+        by_picked = picked.masked(by_picked)
+        by_lse = by.get("lse")
+        by = {**by, "lse": -by_picked.sum(-1) if by_lse is None else by_lse - by_picked.sum(-1)}
+    arguments = (
+        logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
+        by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"), *softmax, options.drop_last, options.backend,
+    )  # fmt: skip
+    found = library.called(library.token_grad_ if over else library.token_grad, *arguments)
+    if picked is not None and by_picked is not None:
+        picked.write_gradient(library.without_last_position(logits if over else found, options.drop_last), ids, by_picked, known, by)
+    return None if over else found
+
+
 class RowStatistics(torch.autograd.Function):
-    """``(logp, entropy, lse, log_sum_p_sq)`` of every row, differentiable with respect to the logits. ``[4, N]`` before unbinding."""
+    """``(logp, entropy, lse, log_sum_p_sq)`` of every row, differentiable with respect to the logits; with picks their log-probs and ids ``[N, K]`` besides."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, options: OpOptions, stats: str
-    ) -> tuple[Tensor, ...]:
-        wanted = asked_for(stats, ctx.needs_input_grad[0], options.shards)
-        rows = library.called(library.token_stats, logits, ids, temperature, *softmax, options.drop_last, wanted, options.backend)
-        rows = whole_rows(rows, wanted, ids, options.shards)
+        ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, sets: KeptSets | None, softmax: SoftmaxParams, options: OpOptions, stats: str,
+        picks: Picks | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        wanted = asked_for(stats, ctx.needs_input_grad[0] or picks is not None, options.shards)
+        rows = whole_rows(stats_table(logits, ids, temperature, sets, softmax, options, wanted), wanted, ids, options.shards)
         ctx.set_materialize_grads(False)
-        ctx.softmax, ctx.options, ctx.names = softmax, options, stats.split(",")
+        ctx.sets, ctx.softmax, ctx.options, ctx.names, ctx.wanted = sets, softmax, options, stats.split(","), wanted.split(",")
         known = rows.unbind()
         outputs = known[: len(ctx.names)]
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED]
+        if picks is not None:
+            z = library.without_last_position(logits, options.drop_last)
+            chosen = picks.of(z, ids, softmax)
+            logps = Picked(z, ids, chosen, temperature, softmax).logps(known[ctx.names.index("lse")], known[-1])
+            outputs, known = (*outputs, logps, chosen), (*known, chosen)
+            ctx.names, fixed = [*ctx.names, PICKED, PICKED_IDS], [*fixed, chosen]
         if fixed:
             ctx.mark_non_differentiable(*fixed)
         ctx.save_for_backward(logits, ids, temperature, *known)
@@ -100,26 +154,21 @@ class RowStatistics(torch.autograd.Function):
         logits, ids, temperature, *stats = ctx.saved_tensors
         options: OpOptions = ctx.options
         forbid_graph(options.shards)
+        known = dict(zip((*ctx.wanted, PICKED_IDS), stats, strict=False))
         if again.wants_graph():
-            names, softmax = ctx.names, ctx.softmax
+            softmax, all_names, sets, chosen = ctx.softmax, ctx.names, ctx.sets, known.get(PICKED_IDS)
 
             def formula(z: Tensor) -> tuple[Tensor, ...]:
-                return again.token_stats(again.rows(z, options.drop_last), ids, temperature, softmax, names)
+                return again.token_stats(again.rows(z, options.drop_last), ids, temperature, softmax, all_names, chosen, sets)
 
-            return again.gradient(formula, (logits,), grads)[0], *(None,) * 5
-        known = dict(zip((*ctx.names, LSE_LOW), stats, strict=True))
+            return again.gradient(formula, (logits,), grads)[0], *(None,) * 7
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
-        if all(by.get(name) is None for name in ("logp", "entropy", "lse", "log_sum_p_sq")):
-            return (None,) * 6
-        arguments = (
-            logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
-            by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"),
-            *ctx.softmax, options.drop_last, options.backend,
-        )  # fmt: skip
-        if library.may_overwrite(options.consume):
-            library.called(library.token_grad_, *arguments)
-            return logits, *(None,) * 5
-        return library.called(library.token_grad, *arguments), *(None,) * 5
+        if all(by.get(name) is None for name in (*COEFS, PICKED, f"{VOCABULARY}entropy")):
+            return (None,) * 8
+        found = written_gradient(
+            logits, ids, temperature, ctx.softmax, known, by, options, library.may_overwrite(options.consume), ctx.sets
+        )
+        return logits if found is None else found, *(None,) * 7
 
 
 class OnePassLoss(torch.autograd.Function):
@@ -131,17 +180,24 @@ class OnePassLoss(torch.autograd.Function):
         logits: Tensor,
         ids: Tensor,
         temperature: Tensor,
+        sets: KeptSets | None,
         inputs: tuple[Tensor | None, ...],
         params: Tensor,
         program: str,
         softmax: SoftmaxParams,
         options: OpOptions,
     ) -> tuple[Tensor, Tensor]:
-        arguments = (logits, ids, temperature, *inputs, params, program, *softmax[:2], options.drop_last, options.backend)
-        if options.consume:
-            rows, grad = library.called(library.token_loss_grad_, *arguments), logits
+        rest = (*softmax[:2], options.drop_last, options.backend)
+        if sets is None:
+            verb, in_place = library.token_loss_grad, library.token_loss_grad_
+            arguments: tuple[Any, ...] = (logits, ids, temperature, *inputs, params, program, *rest)
         else:
-            rows, grad = library.called(library.token_loss_grad, *arguments)
+            verb, in_place = kept_ops.kept_loss_grad, kept_ops.kept_loss_grad_
+            arguments = (logits, ids, *sets[:3], temperature, *inputs, params, program, sets.over_vocabulary, *rest)
+        if options.consume:
+            rows, grad = library.called(in_place, *arguments), logits
+        else:
+            rows, grad = library.called(verb, *arguments)
         ctx.set_materialize_grads(False)
         ctx.backend = options.backend
         ctx.save_for_backward(grad)
@@ -151,10 +207,10 @@ class OnePassLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _rows: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 8
+            return (None,) * 9
         forbid_second_backward(ctx, "policy_loss")
         (grad,) = ctx.saved_tensors
-        return library.scaled(grad, upstream, ctx.backend), *(None,) * 7
+        return library.scaled(grad, upstream, ctx.backend), *(None,) * 8
 
 
 class FinishedLoss(torch.autograd.Function):

@@ -65,15 +65,17 @@ class DirectLoss:
         if not 0 < arguments.temperature < math.inf:
             return None
         grad = logits if self.consume else empty(logits.shape, logits.dtype, logits.device)
+        if self.consume:  # beforehand: what interrupts the kernel is raised when it returns, and its gradient is there then
+            consumed.mark(logits)
         found = self.run(arguments, without_last_position(grad, drop_last))
         if found is None:
+            if self.consume:
+                consumed.unmark(logits)
             return None
         clear_last(grad, drop_last)
         if self.consume:
             increment_version(logits)
         loss = FinishedLoss.apply(logits, grad, found.table, self.choice.backend)  # type: ignore[no-untyped-call]
-        if self.consume:
-            consumed.mark(logits)
         return PolicyLossOutput.later(
             loss, self.choice.plan, self.choice.backend, partial(self._output, spec, found, loss, tuple(map(data.get, _SCALES)))
         )
@@ -91,7 +93,13 @@ class DirectLoss:
 def direct_loss(logits: Logits, call: LossCall, layout: RowLayout, choice: Choice) -> DirectLoss | None:
     """The loss of a call that has succeeded, for others like it; None if it is not so simple, or its backend prepares none."""
     spec, data, prepare = call.spec, call.rows.tensors, load(choice.backend).prepare
-    if choice.plan != "one_pass" or prepare is None or spec.program is None or logits.values is not logits.original:
+    if (
+        choice.plan != "one_pass"
+        or prepare is None
+        or spec.program is None
+        or logits.values is not logits.original
+        or call.inputs_require_grad
+    ):
         return None
     numbers = (*spec.parameter_values, data["temperature"])
     weighing = spec.reduction.weighing(call.rows, call.divisors)

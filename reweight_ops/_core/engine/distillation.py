@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
+from ..calls.softmax import refuse_learnt
 from ..detached import marked
 from ..rows.constants import parameter_vector
 from ..rows.rows import Rows
@@ -119,6 +120,7 @@ def distillation_weights(rows: Rows, token_weights: Any, num_items_in_batch: Any
     for name, value in (("num_items_in_batch", num_items_in_batch), ("loss_scale", loss_scale)):
         if isinstance(value, Tensor) and value.dim() != 0:
             raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
+        refuse_learnt(value, rows.error, name)
     rows.check_divisor("num_items_in_batch", num_items_in_batch)
     divisor = rows.keep.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     factor = rows.per_row("token_weights", 1.0 if token_weights is None else token_weights)

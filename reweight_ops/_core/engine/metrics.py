@@ -16,17 +16,27 @@ from ...errors import InvalidCall
 from ..calls.policy import LossCall
 from ..formula.namespace import TorchNamespace
 from ..formula.trace import trace_rule
+from ..once import keeps
 from ..rows.constants import number_like, parameter_vector
 from ..spec.ratio import SequenceRatio
 
 #: Metrics that are a minimum or maximum, and those that are sums; all others are means.
-_EXTREMA = {"clip_ratio/low_min": "min", "clip_ratio/high_max": "max", "ratio/max": "max"}
-_SUMS = ("tokens", "sequences", "rows_skipped", "rows_dropped_forward", "rows_dropped_backward")
+_EXTREMA = {
+    "clip_ratio/low_min": "min", "clip_ratio/high_max": "max", "ratio/max": "max", "sampling/sampling_logp_difference/max": "max",
+    "sampling/importance_sampling_ratio/min": "min", "sampling/importance_sampling_ratio/max": "max",
+}  # fmt: skip
+_SUMS = ("entropy_change", "tokens", "sequences", "rows_skipped", "rows_dropped_forward", "rows_dropped_backward")
 
-#: By whose names: what stands before every one of them, and other names of the same numbers; a metric without one keeps its name.
+#: verl's names of how far the sampler is off.
+_ROLLOUT = {
+    "sampling/kl": "/rollout_corr/kl", "sampling/k3_kl": "/rollout_corr/k3_kl", "sampling/eff_sample_size": "/rollout_corr/rollout_is_eff_sample_size",
+    **{f"sampling/importance_sampling_ratio/{x}": f"/rollout_corr/rollout_is_{x}" for x in ("min", "mean", "max")},
+}  # fmt: skip
+#: By whose names: what stands before every one of them, and other names of the same numbers; a metric without one keeps its name. A name that begins
+#: with a slash is whole: nothing stands before it.
 NAMINGS: dict[str, tuple[str, dict[str, str]]] = {
     "trl": ("", {}),
-    "verl": ("actor/", {"clip_ratio/region_mean": "pg_clipfrac", "approx_kl": "ppo_kl", "kl": "kl_loss"}),
+    "verl": ("actor/", {"clip_ratio/region_mean": "pg_clipfrac", "approx_kl": "ppo_kl", "kl": "kl_loss", **_ROLLOUT}),
 }
 
 
@@ -52,7 +62,10 @@ class Metrics(Mapping[str, Tensor]):
             sums = self.sums
             means = tuple(0.0 if name in _EXTREMA or name in _SUMS else 1.0 for name in self.names)
             divided = parameter_vector(means, sums.dtype, sums.device) != 0
-            self._values = sums[:, 0] / torch.where(divided, sums[:, 1].clamp(min=1e-30), 1)
+            values = sums[:, 0] / torch.where(divided, sums[:, 1].clamp(min=1e-30), 1)
+            if not keeps(sums):
+                return values
+            self._values = values
         return self._values
 
     def __iter__(self) -> Iterator[str]:
@@ -97,7 +110,8 @@ class Metrics(Mapping[str, Tensor]):
         usual, known = NAMINGS[names]
         before = usual if prefix is None else prefix
         values = self.all_values.tolist() if self.names else []
-        return {before + known.get(name, name): value for name, value in zip(self.names, values, strict=True)}
+        named = [known.get(name, name) for name in self.names]
+        return {x[1:] if x.startswith("/") else before + x: value for x, value in zip(named, values, strict=True)}
 
 
 def _neutral(sums: Tensor, neutral: float) -> Tensor:

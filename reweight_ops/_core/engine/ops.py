@@ -131,7 +131,7 @@ def token_stats(
     names = stats.split(",")
     if not vocab_size:
         return empty_shard(tuple(names), ids.numel(), row_dtype(logits), logits.device)
-    kernel = tuple(name for name in names if name not in (*_UNFUSED, LOGP_LOW))
+    kernel = tuple([name for name in names if name not in (*_UNFUSED, LOGP_LOW)])
     found = load(backend).token_stats(z, ids, temperature, softmax, kernel)
     if len(kernel) == len(names):
         return found

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from ...errors import UnsupportedRequest
 from ..calls.policy import STATISTICS, LossCall
 from ..formula.namespace import TorchNamespace
-from ..once import computed_once
+from ..once import computed_once, outside_of_modes
 from ..transforms import in_transform
+from .diagnostics import policy_diagnostics
+from .distillation import DistillationLossOutput
 from .metrics import Metrics, policy_metrics
 from .versions import Versions
 
@@ -26,8 +29,9 @@ class TokenStats:
 
     ``logps`` log-prob of the id · ``entropies`` · ``lse`` log-sum-exp of the scaled logits · ``log_sum_p_sq`` log Σp² · ``max_logp`` log-prob
     of the likeliest token · ``is_top1`` bool: the id is a likeliest token · ``log1m_p`` log(1 - p) of the id, from its log-prob (so its error
-    is an fp32 rounding over 1 - p) · ``mean_logits`` mean of the scaled logits over the vocabulary (``-inf`` if a column is). The first three
-    are differentiable.
+    is an fp32 rounding over 1 - p) · ``mean_logits`` mean of the scaled logits over the vocabulary (``-inf`` if a column is) · ``selected_logps``
+    ``R + (K,)`` log-probs of ``selected_ids`` · ``topk_logps`` and ``topk_ids`` ``R + (k,)`` the ``top_k`` likeliest ids, likeliest first (of equal ones any),
+    ids of ``-100`` where a row is out. The first three, ``selected_logps`` and ``topk_logps`` are differentiable.
     """
 
     logps: Tensor | None = None
@@ -38,6 +42,9 @@ class TokenStats:
     is_top1: Tensor | None = None
     log1m_p: Tensor | None = None
     mean_logits: Tensor | None = None
+    selected_logps: Tensor | None = None
+    topk_logps: Tensor | None = None
+    topk_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class PolicyLossOutput:
     _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False)
     #: Of what the properties read, and of what the derivatives read besides.
     _versions: tuple[Versions, Versions] | None = field(repr=False)
+    #: The divergences from a teacher, of a loss that has a term of them: ``loss`` holds it, everything else here is the spec's own.
+    teacher: DistillationLossOutput | None = None
 
     @classmethod
     def later(cls, loss: Tensor, plan: str, backend: str, rest: Callable[[], PolicyLossOutput]) -> PolicyLossOutput:
@@ -76,7 +85,7 @@ class PolicyLossOutput:
             return self.__dict__[name]
         if rest is None or name not in self.__dataclass_fields__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        self.__dict__.update(vars(rest()))
+        self.__dict__.update(vars(outside_of_modes(rest)))
         self.__dict__.pop("_rest", None)
         return self.__dict__[name]
 
@@ -127,6 +136,15 @@ class PolicyLossOutput:
         more = {} if self._more is None or by is None else self._more(by)
         return policy_metrics(self._call, self._leaves, by, more)
 
+    @computed_once
+    def diagnostics(self) -> Metrics:
+        """Which tokens the gradient is due to, how far the sampler is off, what the update does to the entropy; apart from :attr:`metrics`, and
+        computed when first read."""
+        if "_call" not in self.__dict__ and "_rest" not in self.__dict__:
+            raise UnsupportedRequest("diagnostics are not among what leaves a compiled graph: read them in the function that is compiled.")
+        self._unchanged("diagnostics", derivatives=True)
+        return policy_diagnostics(self._call, self._leaves, self._derivatives)
+
 
 def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """``[N]`` derivatives of the total loss by logp and by entropy."""
@@ -156,14 +174,15 @@ _ROWS = ("per_token_logps", "entropies", "per_token_loss", "ratio", "coef", "is_
 
 
 def _flatten(out: PolicyLossOutput) -> tuple[list[Any], Any]:
-    return [out.loss, *(getattr(out, name) for name in _ROWS), out.metrics.sums], (out.plan, out.backend, out.metrics.names)
+    taught = [] if out.teacher is None else [out.teacher]
+    return [out.loss, *(getattr(out, name) for name in _ROWS), out.metrics.sums, *taught], (out.plan, out.backend, out.metrics.names)
 
 
 def _unflatten(values: Any, context: Any) -> PolicyLossOutput:
     out = object.__new__(PolicyLossOutput)
-    loss, *rows, sums = values
+    loss, rows, (sums, *taught) = values[0], values[1 : 1 + len(_ROWS)], values[1 + len(_ROWS) :]
     plan, backend, names = context
-    for name, value in zip(("loss", *_ROWS), (loss, *rows), strict=True):
+    for name, value in zip(("loss", *_ROWS, "teacher"), (loss, *rows, *(taught or [None])), strict=True):
         out.__dict__[name] = value
     out.__dict__.update(plan=plan, backend=backend, metrics=Metrics(names, sums))
     return out

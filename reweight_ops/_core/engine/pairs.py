@@ -27,7 +27,8 @@ class PreferenceLossOutput:
     ``per_pair_loss`` ``[P]``: the weighted terms, 0 where a pair is out. ``weights`` ``[P]`` or None. ``chosen_rewards``, ``rejected_rewards`` ``[P]``:
     ``β·(log π - log π_ref)`` of the sequence, without a reference ``β·log π``. ``chosen_logps``, ``rejected_logps`` ``[P]``. ``per_token_logps``: R.
     ``metrics``: TRL's names
-    ``rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected``, and ``weight/mean tokens sequences``.
+    ``rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected``, and ``weight/mean tokens sequences`` and
+    ``logps/accuracies``: how often the chosen sequence is the likelier one (the ranking accuracy of arXiv:2405.19534).
     """
 
     loss: Tensor
@@ -159,7 +160,8 @@ def _output(rows: Rows, p: Pairs, loss: Tensor, per_pair: Tensor, weight: Tensor
     count, keep = p.keep.sum(), p.keep.to(loss.dtype)
     found = {
         "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).to(loss.dtype), "logps/chosen": p.chosen.logps, "logps/rejected": p.rejected.logps,
+        "rewards/accuracies": (chosen > rejected).to(loss.dtype), "logps/accuracies": (p.chosen.logps > p.rejected.logps).to(loss.dtype),
+        "logps/chosen": p.chosen.logps, "logps/rejected": p.rejected.logps,
     }  # fmt: skip
     if weight is not None:
         found["weight/mean"] = weight

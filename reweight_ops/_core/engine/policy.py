@@ -10,6 +10,7 @@ from torch import Tensor
 from ..calls.policy import LossCall
 from ..detached import marked
 from ..formula.trace import trace_weight
+from .inputs import with_derivatives
 from .output import PolicyLossOutput
 from .plan import Choice
 from .source import MoreMetrics, PolicyWork, SourceInfo
@@ -48,6 +49,8 @@ class PolicyObjective:
             return "differentiable_outputs=True puts log-probs and entropies into the graph"
         if any(t is not None and t.requires_grad for t in (call.adv, call.factor)):
             return "advantages or token_weights require grad"
+        if call.differentiated() and (torch.compiler.is_compiling() or "log_sum_p_sq" in call.spec.requires):
+            return "stored log-probs require grad, in a compiled graph or beside Σp²"
         if not requested and info.dtype == torch.float64:
             return "fp64 is for checking, and two_pass is the exact autograd"
         if not requested and info.dtype == torch.float16 and isinstance(call.loss_scale, (int, float)) and call.loss_scale == 1:
@@ -63,6 +66,7 @@ class PolicyObjective:
         rows = self.call.rows
         logp, entropy, _, per_token, d_logp, d_entropy = table.unbind()
         leaves, by = {"logp": logp, "entropy": entropy}, (d_logp, d_entropy)
+        loss = with_derivatives(self.call, loss, leaves)
         entropies = marked(rows.unflatten(entropy), loss)
         return PolicyLossOutput(
             rows.trusted(loss), rows.unflatten(logp), entropies, choice.plan, choice.backend, self.call.released(), leaves, per_token, by,

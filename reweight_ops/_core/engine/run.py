@@ -42,12 +42,17 @@ def run(call: Call[T] | Again[T]) -> T:
     if (across := source.rows.across) is not None:
         across.agree(source.rows.device, 0 if source.rows.sequences is None else source.rows.sequences.count, source.info.needs_grad)
     choice = call.choice or choose_plan(source, objective, call.plan)
-    more = source.more_metrics(choice.plan)
-    if choice.plan == "one_pass":
-        loss, table = source.one_pass(objective.work(), choice.backend)
-        result = objective.from_one_pass(loss, table, choice, more)
-    else:
-        result = objective.from_statistics(source.statistics(objective.reads, choice.backend), choice, more)
+    more, unwritten = source.more_metrics(choice.plan), source.version()
+    try:
+        if choice.plan == "one_pass":
+            loss, table = source.one_pass(objective.work(), choice.backend)
+            result = objective.from_one_pass(loss, table, choice, more)
+        else:
+            result = objective.from_statistics(source.statistics(objective.reads, choice.backend), choice, more)
+    except BaseException:  # no memory, Ctrl-C, ...: logits that hold a gradient by now, or a part of one, are no logits any more
+        if source.version() != unwritten:
+            source.close()
+        raise
     source.close()
     if call.keep is not None:
         call.keep(choice)

@@ -69,6 +69,9 @@ class Source(Protocol):
     def kernel(self, backend: str, device: torch.device) -> str | None:
         """Which of a backend's several kernels the fused loss takes, and why."""
 
+    def version(self) -> int:
+        """Of the memory that the call may overwrite."""
+
     def close(self) -> None:
         """The call is over."""
 
@@ -84,6 +87,9 @@ class PlainSource:
 
     def kernel(self, backend: str, device: torch.device) -> str | None:
         return None
+
+    def version(self) -> int:
+        return 0
 
     def close(self) -> None:
         return

@@ -16,10 +16,14 @@ from ..calls.vocab_group import VocabGroup
 from ..rows.rows import Rows
 from . import again, temperature
 from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
+from .picks import PICKED, PICKED_IDS, Picks
+from .sampling import by_reader, primitives, statistics_of
 from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
 
-#: Statistics of one tensor that the kernel of their gradient reads besides.
-ALWAYS = ("logp", "lse")
+
+def _version(logits: Logits) -> int:
+    """Grows when a call has begun to write over the logits; 0 of those that none may."""
+    return int(logits.original._version) if logits.consume and not torch.compiler.is_compiling() else 0
 
 
 def why_two_passes(shard: VocabGroup | None, learnt: Tensor | None = None) -> str | None:
@@ -39,9 +43,10 @@ def refuse_transforms(rows: Rows, backend: str) -> None:
 
 @dataclass(frozen=True)
 class LogitsSource(PlainSource):
-    """Statistics of one logits tensor: of ``STATS`` in :mod:`reweight_ops._core.backends.base`."""
+    """Statistics of one logits tensor: of ``STATS`` in :mod:`reweight_ops._core.backends.base`, and of picked ids."""
 
     logits: Logits
+    picks: Picks | None = None
 
     @property
     def rows(self) -> Rows:
@@ -50,47 +55,60 @@ class LogitsSource(PlainSource):
     @property
     def info(self) -> SourceInfo:
         z = self.logits
+        statistics, one_pass = primitives(z.kept)
         return SourceInfo(
-            z.values.device, z.values.dtype, z.needs_grad, z.backend, ("token_stats",), "token_loss_grad",
+            z.values.device, z.values.dtype, z.needs_grad, z.backend, statistics, one_pass,
             two_pass_reason=why_two_passes(z.shard, z.temperature),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         z = self.logits
-        found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
+        wanted = statistics_of(z.kept, names, z.rows)
         if z.shard is not None:
-            whole: dict[str, Tensor] = self._of_shards(found, backend)
+            whole: dict[str, Tensor] = self._of_shards(wanted, backend)
             return whole
+        found = wanted if self.picks is None else (*wanted, PICKED, PICKED_IDS)
         if backend == again.TORCH:
-            return dict(
-                zip(found, again.token_stats(again.rows(z.values, z.drop_last), z.ids, z.temperature, z.softmax, found), strict=True)
-            )
-        return self._statistics(found, z.softmax, self._options(backend))
+            flat = again.rows(z.values, z.drop_last)
+            picked = None if self.picks is None else self.picks.of(flat.detach(), z.ids, z.softmax)
+            known = dict(zip(found, again.token_stats(flat, z.ids, z.temperature, z.softmax, found, picked, z.kept), strict=True))
+            return by_reader(known, z.kept)
+        return self._statistics(wanted, z.softmax, self._options(backend))
 
     @torch.compiler.disable
-    def _of_shards(self, found: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+    def _of_shards(self, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         z = self.logits
         assert z.shard is not None
         refuse_transforms(z.rows, backend)
-        shards = z.shard.agreed(z.rows, found, z.needs_grad)
-        return self._statistics(found, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards))
+        shards = z.shard.agreed(z.rows, wanted, z.needs_grad)
+        return self._statistics(wanted, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards))
 
-    def _statistics(self, found: tuple[str, ...], softmax: SoftmaxParams, options: OpOptions) -> dict[str, Tensor]:
-        z = self.logits
-        computed = temperature.with_reads(found, z.temperature)
-        values = RowStatistics.apply(z.values, z.ids, z.temperature.detach(), softmax, options, ",".join(computed))  # type: ignore[no-untyped-call]
-        return temperature.differentiable(dict(zip(computed, values, strict=True)), found, z.temperature)
+    def _statistics(self, wanted: tuple[str, ...], softmax: SoftmaxParams, options: OpOptions) -> dict[str, Tensor]:
+        z, picked = self.logits, () if self.picks is None else (PICKED, PICKED_IDS)
+        computed = temperature.with_reads(wanted, z.temperature, self.picks is not None)
+        values = RowStatistics.apply(  # type: ignore[no-untyped-call]
+            z.values, z.ids, z.temperature.detach(), z.kept, softmax, options, ",".join(computed), self.picks
+        )
+        known = dict(zip((*computed, *picked), values, strict=True))
+        return by_reader(temperature.differentiable(known, (*wanted, *picked), z.temperature), z.kept)
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         z = self.logits
         loss, table = OnePassLoss.apply(  # type: ignore[no-untyped-call]
-            z.values, z.ids, z.temperature, tuple(work.inputs), work.params, work.program, z.softmax, self._options(backend)
+            z.values, z.ids, z.temperature, z.kept, tuple(work.inputs), work.params, work.program, z.softmax, self._options(backend)
         )
         return loss, table
 
     def kernel(self, backend: str, device: torch.device) -> str | None:
         kernel_of = load(backend).kernel_of
-        return None if kernel_of is None else kernel_of(self.logits.values, self.logits.softmax.vocab_size, device)
+        return (
+            None
+            if kernel_of is None or self.logits.kept is not None
+            else kernel_of(self.logits.values, self.logits.softmax.vocab_size, device)
+        )
+
+    def version(self) -> int:
+        return _version(self.logits)
 
     def close(self) -> None:
         self.logits.mark_consumed()
@@ -142,6 +160,9 @@ class TwoLogitsSource(PlainSource):
         loss, table = OnePassDivergence.apply(*self._tensors, *work, *self._rest(backend))  # type: ignore[no-untyped-call]
         return loss, table
 
+    def version(self) -> int:
+        return _version(self.both.p)
+
     def close(self) -> None:
         self.both.p.mark_consumed()
 
@@ -175,6 +196,9 @@ class JoinedSource(PlainSource):
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         kl = self.second.statistics(("forward_kl",), backend)["forward_kl"]
         return {**self.first.statistics(tuple(name for name in names if name != "kl"), backend), "kl": kl}
+
+    def version(self) -> int:
+        return _version(self.first.logits)
 
     def close(self) -> None:
         self.first.close()

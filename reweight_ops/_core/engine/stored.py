@@ -44,7 +44,7 @@ class _StoredRows(torch.autograd.Function):
             return None, None, None, *again.gradient(_formula(ctx.call), statistics[:-1], (upstream,)), None
         begin = at[0]
         scaled = table[2 + begin : 3 + at[-1]] * upstream
-        return None, None, None, *(scaled[i - begin] if moves else None for i, moves in enumerate(ctx.moving))
+        return None, None, None, *[scaled[i - begin] if moves else None for i, moves in enumerate(ctx.moving)]
 
 
 def _formula(call: LossCall) -> Callable[..., tuple[Tensor]]:
@@ -64,9 +64,7 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
     program, rows, found = call.spec.stored_program, call.rows, load(backend)
     if program is None or found.evaluate_rows is None or found.is_fallback or not rows.count:
         return None
-    if rows.dtype != torch.float32 or any(t is not None and t.requires_grad for t in (call.adv, call.factor)):
-        return None
-    if is_traced(statistics["logp"]):
+    if rows.dtype != torch.float32 or call.inputs_require_grad or is_traced(statistics["logp"]):
         return None
     logp, detached = statistics["logp"], {name: t.detach() for name, t in statistics.items()}
     leaves = {**call.stored(), **detached}
@@ -83,13 +81,13 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
     elif not pointwise:
         inputs["log_ratio"] = call.log_ratio(logp)
         leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()  # one sequence may be an expanded number
-    outputs = ("weighted_loss", "loss", *(f"d_{name}" for name in (_BY[:3] if pointwise else _BY)))
+    outputs = ("weighted_loss", "loss", *[f"d_{name}" for name in (_BY[:3] if pointwise else _BY)])
     table = found.evaluate_rows(program, params, leaves, weights, outputs, rows.keep)
     if means is not None:
         assert rows.verbs is not None and rows.verbs.adjoint is not None and rows.masked is not None and isinstance(ratio, SequenceRatio)
         rows.verbs.adjoint(rows.masked, rows.run, table[5], table[2], params, means, ratio.normalize, ratio.gradient == "sequence")
-    moving = tuple(name in inputs and (_moves(program, name, not pointwise) or (fused and name == "logp")) for name in _BY)
-    loss = _StoredRows.apply(table, moving, call, *(inputs.get(name) for name in _BY))  # type: ignore[no-untyped-call]
+    moving = tuple([name in inputs and (_moves(program, name, not pointwise) or (fused and name == "logp")) for name in _BY])
+    loss = _StoredRows.apply(table, moving, call, *[inputs.get(name) for name in _BY])  # type: ignore[no-untyped-call]
     return loss, table, pointwise or fused
 
 

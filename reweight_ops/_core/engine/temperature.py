@@ -16,9 +16,14 @@ from torch import Tensor
 from ...errors import UnsupportedRequest
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
 from . import again
+from .kept_ops import VOCABULARY
+from .picks import PICKED
 
 #: Statistic to what its derivative reads besides.
-_READS = {"logp": ("entropy",), "lse": ("entropy",), "entropy": (VARIANCE,), "log_sum_p_sq": ("entropy", MEAN_BY_P_SQ)}
+_READS = {
+    "logp": ("entropy",), "lse": ("entropy",), "entropy": (VARIANCE,), "log_sum_p_sq": ("entropy", MEAN_BY_P_SQ), PICKED: ("entropy",),
+    f"{VOCABULARY}entropy": (VOCABULARY + VARIANCE,),
+}  # fmt: skip
 
 WHY_TWO_PASSES = "temperature requires grad"
 
@@ -28,11 +33,12 @@ def learns(temperature: Tensor) -> bool:
     return torch.is_grad_enabled() and temperature.requires_grad
 
 
-def with_reads(names: tuple[str, ...], temperature: Tensor) -> tuple[str, ...]:
-    """``names``, and what the derivatives by the temperature read where they are asked for."""
+def with_reads(names: tuple[str, ...], temperature: Tensor, picked: bool = False) -> tuple[str, ...]:
+    """``names``, and what the derivatives by the temperature read where they are asked for: of these, and with ``picked`` of picked ids' log-probs."""
     if not learns(temperature):
         return names
-    return tuple(dict.fromkeys((*names, *(read for name in names for read in _READS.get(name, ())))))
+    moving = (*names, PICKED) if picked else names
+    return tuple(dict.fromkeys((*names, *(read for name in moving for read in _READS.get(name, ())))))
 
 
 def differentiable(found: dict[str, Tensor], names: tuple[str, ...], temperature: Tensor) -> dict[str, Tensor]:
@@ -66,6 +72,7 @@ class _ByTemperature(torch.autograd.Function):
         parts = [torch.where(g == 0, 0, g * slopes[name]()) for name, g in zip(ctx.names, grads, strict=True) if g is not None]
         if not parts:
             return (None,) * (3 + len(grads))
+        parts = [part if part.dim() == 1 else part.sum(-1) for part in parts]
         total = sum(parts[1:], parts[0]) / temperature
         return total.sum().view(1) if temperature.numel() == 1 else total, None, None, *grads
 
@@ -76,5 +83,7 @@ def _slopes(s: dict[str, Tensor]) -> dict[str, Any]:
         "logp": lambda: -(s["logp"] + s["entropy"]),
         "lse": lambda: s["entropy"] - s["lse"],
         "entropy": lambda: s[VARIANCE],
+        PICKED: lambda: torch.where(s[PICKED] == 0, 0, -(s[PICKED] + s["entropy"][:, None])),  # 0: padding, or a sure token without entropy
+        f"{VOCABULARY}entropy": lambda: s[VOCABULARY + VARIANCE],
         "log_sum_p_sq": lambda: -2 * (s[MEAN_BY_P_SQ] + s["entropy"]),
     }

@@ -21,8 +21,12 @@ COMPARISONS = frozenset({"lt", "le", "eq", "ne"})
 LOGICAL = frozenset({"and", "or", "not"})
 SYMBOLS = frozenset({"leaf", "param", "const"})
 
-#: What ``batch`` offers to a weight: reductions over the valid rows of the call, or of each row's sequence.
-BATCH_FUNCTIONS = ("mean", "sum", "min", "max", "quantile", "quantile_nearest", "top", "largest", "draw", "seq_mean", "seq_sum")
+#: What ``batch`` offers to a weight: statistics over the valid rows of the call, of each row's sequence, or of each row's prompt.
+BATCH_FUNCTIONS = (
+    "mean", "sum", "min", "max", "quantile", "quantile_nearest", "top", "largest", "draw", "rank", "mean_below", "capped_mean", "seq_mean", "seq_sum",
+    "seq_min",
+    "seq_max", "seq_rank", "seq_quantile", "seq_cumsum", "seq_suffix_sum", "group_sum", "group_mean", "group_min", "group_max",
+)  # fmt: skip
 
 #: Names under which other libraries know a function of ``xp``.
 _ALIASES = {
@@ -298,12 +302,22 @@ class _Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """One formula as data. ``leaves`` are those that the result depends on; ``uses_batch`` means: no kernel can evaluate it."""
+    """One formula as data. ``leaves`` and ``statistics`` (of ``batch``) are those that the result depends on."""
 
     result: Expr
     leaves: frozenset[str]
     parameters: tuple[str, ...]
-    uses_batch: bool
+    statistics: frozenset[str]
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether no kernel can evaluate it."""
+        return bool(self.statistics)
+
+    @property
+    def reads_groups(self) -> bool:
+        """Whether it needs to know which sequences share a prompt."""
+        return any(name.startswith("group_") for name in self.statistics)
 
 
 def unstopped(x: Expr) -> Expr:
@@ -342,7 +356,8 @@ def _trace(cls: type[Formula], call: Callable[[Any, TracedNamespace, _Leaves, Gr
         raise type(error)(f"tracing {cls.__module__}.{cls.__qualname__}: {error}") from error
     nodes = walk(result)
     leaves = frozenset(x.args[0] for x in nodes if x.op == "leaf")
-    return Traced(result, leaves, cls.parameter_names(), any(x.op == "batch" for x in nodes))
+    statistics = frozenset(x.args[0] for x in nodes if x.op == "batch")
+    return Traced(result, leaves, cls.parameter_names(), statistics)
 
 
 # Weak: a class that a notebook cell redefines is another class, is traced anew, and the old one can be collected.

@@ -9,12 +9,16 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ...errors import InvalidCall
-from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
-from ..calls.two_logits import TwoLogits, resolve_two_logits
+from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, TopKLogps, parse
+from ..calls.logits import resolve_logits
+from ..calls.softmax import NO_PICKED, refuse_process_group
+from ..calls.top_teacher import resolve_top_teacher
+from ..calls.two_hidden import OtherOptions
+from ..calls.two_logits import resolve_two_logits
 from ..catalogue.registry import published
-from ..engine.again import generalized_jsd
-from ..engine.chunked_rows import FormulaSource, formula_call
+from ..engine.chunked_rows import formula_call
 from ..engine.distillation import (
+    GENERALIZED_JSD,
     KINDS,
     STATISTICS,
     DistillationLossOutput,
@@ -23,10 +27,14 @@ from ..engine.distillation import (
     distillation_weights,
     divergence_of,
 )
+from ..engine.jsd_source import JsdSource, jsd_rows
+from ..engine.picks import Picks
 from ..engine.run import Call
-from ..engine.sources import TwoLogitsSource
+from ..engine.source import Source
+from ..engine.sources import LogitsSource, TwoLogitsSource
 from ..engine.statistics import StatisticsObjective
-from ..ranges import NonNegative, OpenUnit, Positive, PositiveOrInf
+from ..engine.top_teacher import TopTeacherSource
+from ..ranges import FixedOpenUnit, FixedPositiveOrInf, NonNegative, Positive
 from .explain import public_op
 
 
@@ -37,13 +45,13 @@ from .explain import public_op
 @public_op
 def token_divergence(
     logits: Tensor,
-    other_logits: Tensor,
+    other_logits: Tensor | TopKLogps,
     *,
     kind: str = "forward_kl",
-    beta: OpenUnit[float] | None = None,
+    beta: FixedOpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
     other_temperature: Positive[Any] = None,
-    other_softcap: PositiveOrInf[float] | None = None,
+    other_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[Tensor]:
     """The divergence of two next-token distributions over the whole vocabulary, per token, with its gradient to ``logits``.
@@ -60,7 +68,8 @@ def token_divergence(
     KL(p‖q) iff one has q = 0 and p > 0, whose gradient is then NaN in that row; ``0·log 0 = 0``. A column with p = 0 has gradient 0.
 
     Args:
-        logits: ``R + (V,)``; other_logits: the same rows, any of fp16, bf16 and fp32 beside any other (fp64 beside fp64).
+        logits: ``R + (V,)``; other_logits: the same rows, any of fp16, bf16 and fp32 beside any other (fp64 beside fp64); or ``TopKLogps(token_ids, logps,
+            tail=)``, a teacher's stored log-probs of K ids: the divergence of what those leave of both distributions, from K logits and one log-sum-exp of p.
         completion_mask: R; rows that are out are never read, give 0, and get a gradient of exact 0.
         beta: of ``generalized_jsd`` only; default 0.5 (0 would be forward_kl, and 1 reverse_kl).
         other_temperature, other_softcap: q's own; default: the temperature of p, and no soft cap.
@@ -78,45 +87,59 @@ def token_divergence(
     own = ("kind", "completion_mask", "other_temperature", "other_softcap", "beta")
     (options,) = parse(op, dict(keywords), SoftmaxOptions, own=own)
     beta = check_kind(op, kind, beta)
-    both = resolve_two_logits(op, logits, other_logits, completion_mask, options, other_temperature, other_softcap, {})
-    if beta is not None:
-        return _generalized_jsd(both, beta)
-
-    def finish(found: dict[str, Tensor]) -> Tensor:
-        return both.p.rows.unflatten(divergence_of(kind, tuple(found[name] for name in STATISTICS)))
-
-    return Call(TwoLogitsSource(both), StatisticsObjective(STATISTICS, finish))
+    if isinstance(other_logits, TopKLogps):
+        of_other = OtherOptions(other_temperature, other_softcap)
+        source = _top_teacher(op, logits, other_logits, beta, options, of_other, {"completion_mask": completion_mask})
+        return divergence_call(source, kind)
+    both = TwoLogitsSource(resolve_two_logits(op, logits, other_logits, completion_mask, options, other_temperature, other_softcap, {}))
+    return divergence_call(both, kind) if beta is None else formula_call(jsd_rows(both, beta))
 
 
-def _generalized_jsd(both: TwoLogits, beta: float) -> Call[Tensor]:
-    def rows(x: Tensor, y: Tensor) -> Tensor:
-        return generalized_jsd(torch.log_softmax(x, -1), torch.log_softmax(y, -1), beta)
+def divergence_call(source: Source, kind: str) -> Call[Tensor]:
+    """The call of an op that returns the divergence of that kind per token."""
+    reads = STATISTICS if kind in KINDS else (*STATISTICS, GENERALIZED_JSD)
+    return Call(
+        source, StatisticsObjective(reads, lambda found: source.rows.unflatten(divergence_of(kind, tuple(found[name] for name in reads))))
+    )
 
-    return formula_call(FormulaSource(both, rows))
+
+def _top_teacher(
+    op: str, logits: Any, given: TopKLogps, beta: float | None, options: SoftmaxOptions, of_other: OtherOptions, named: dict[str, Any]
+) -> TopTeacherSource:
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        raise InvalidCall(f"{op}: logits must be a tensor R + (V,).")
+    refuse_process_group(op, options.process_group, NO_PICKED)
+    *batch, positions = logits.shape[:-1]
+    ids = torch.zeros(*batch, positions - int(options.drop_last), dtype=torch.int64, device=logits.device)
+    p = resolve_logits(op, logits, ids, options, named)
+    teacher = resolve_top_teacher(p.rows, given, of_other, p.softmax.vocab_size)
+    return TopTeacherSource(LogitsSource(p, Picks(teacher.ids)), teacher, beta)
 
 
 @public_op
 def distillation_loss(
     logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopKLogps,
     *,
     kind: str = "forward_kl",
+    beta: FixedOpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
     token_weights: Tensor | float | None = None,
     num_items_in_batch: NonNegative[float | Tensor] | None = None,
     loss_scale: NonNegative[float | Tensor] = 1.0,
     plan: str = "auto",
     teacher_temperature: Positive[Any] = None,
-    teacher_softcap: PositiveOrInf[float] | None = None,
+    teacher_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[DistillationLossOutput]:
     """``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items``: distillation with one read of each tensor and one write of the gradient.
 
-    ``kind`` and the tensors are those of :func:`token_divergence` (``teacher_logits`` is its ``other_logits``); ``token_weights`` w are per row, detached.
+    ``kind``, ``beta`` and the tensors are those of :func:`token_divergence` (``teacher_logits`` is its ``other_logits``); ``token_weights`` w are per row,
+    detached.
     ``num_items_in_batch`` is the final divisor (default: the rows that are in). Hinton's factor T² is the caller's: ``loss_scale=T**2``.
 
     ``one_pass`` (the default where a gradient is needed) forms the gradient in forward; a second backward raises, ``plan="two_pass"`` keeps the logits.
-    ``consume_logits=True`` writes the gradient over the logits: no extra memory.
+    ``consume_logits=True`` writes the gradient over the logits: no extra memory. ``generalized_jsd`` and a teacher of ``TopKLogps`` take two passes.
 
     >>> import torch, reweight_ops as rw
     >>> logits = torch.zeros(1, 2, requires_grad=True)
@@ -127,11 +150,15 @@ def distillation_loss(
     """
     op = "distillation_loss"
     named = {"token_weights": token_weights, "num_items_in_batch": num_items_in_batch, "loss_scale": loss_scale}
-    own = ("kind", "completion_mask", *named, "plan", "teacher_temperature", "teacher_softcap")
+    own = ("kind", "beta", "completion_mask", *named, "plan", "teacher_temperature", "teacher_softcap")
     (options,) = parse(op, dict(keywords), SoftmaxOptions, own=own)
-    if kind not in KINDS:
-        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)} (token_divergence has generalized_jsd).")
-    both = resolve_two_logits(op, logits, teacher_logits, completion_mask, options, teacher_temperature, teacher_softcap, named)
-    rows = both.p.rows
-    weights = distillation_weights(rows, token_weights, num_items_in_batch, loss_scale)
-    return Call(TwoLogitsSource(both), DistillationObjective(kind, rows, weights), plan)
+    beta = check_kind(op, kind, beta)
+    source: TopTeacherSource | TwoLogitsSource | JsdSource
+    if isinstance(teacher_logits, TopKLogps):
+        of_teacher = OtherOptions(teacher_temperature, teacher_softcap, "teacher")
+        source = _top_teacher(op, logits, teacher_logits, beta, options, of_teacher, {"completion_mask": completion_mask, **named})
+    else:
+        both = resolve_two_logits(op, logits, teacher_logits, completion_mask, options, teacher_temperature, teacher_softcap, named)
+        source = TwoLogitsSource(both) if beta is None else JsdSource(TwoLogitsSource(both), beta)
+    weights = distillation_weights(source.rows, token_weights, num_items_in_batch, loss_scale)
+    return Call(source, DistillationObjective(kind, source.rows, weights), plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,16 +10,36 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..calls.hidden import resolve_hidden
-from ..calls.keywords import LinearPolicyLossKeywords, LMHeadKeywords, LMHeadOptions, PolicyOptions, SoftmaxOptions, parse
+from ..calls.keywords import (
+    LinearPolicyLossKeywords,
+    LMHeadKeywords,
+    LMHeadOptions,
+    PolicyOptions,
+    SoftmaxOptions,
+    Teacher,
+    TopKLogps,
+    check_flag,
+    parse,
+)
 from ..calls.policy import resolve_loss
+from ..calls.sampling_mask import refuse_sampling_mask
+from ..calls.softmax import refuse_process_group
 from ..calls.specs import named_spec
+from ..calls.two_hidden import OtherOptions, beside
+from ..calls.two_logits import NO_TWO
+from ..engine.distillation import DistillationObjective, check_kind
 from ..engine.linear.source import HiddenSource
+from ..engine.linear.taught_source import TaughtSource
+from ..engine.linear.two_source import TwoHiddenSource
 from ..engine.output import PolicyLossOutput, TokenStats
 from ..engine.policy import PolicyObjective
 from ..engine.run import Call
+from ..engine.taught import TaughtObjective
+from ..ranges import Count
+from ..rows.rows import Rows
 from ..spec.policy import PolicyLossSpec
 from .explain import public_op
-from .statistics import check_stats, logps_call, stats_call
+from .statistics import check_stats, logps_call, refuse_picks, resolve_picks, stats_call
 
 
 @public_op
@@ -35,7 +56,7 @@ def linear_token_logps(
 
     Args:
         hidden: ``R + (D,)``. lm_head_weight: ``[V, D]`` in the same dtype (or under autocast, which casts as ``F.linear`` does).
-        completion_ids, completion_mask, return_entropy, temperature, softcap, vocab_size, backend: as in :func:`token_logps`.
+        completion_ids, completion_mask, return_entropy, temperature, softcap, vocab_size, sampling_mask, entropy_over, backend: as in :func:`token_logps`.
         lm_head_bias: ``[V]``. logit_scale: a number, before the soft cap.
         logits_dtype: dtype of a chunk's logits (default: hidden's). ``torch.float32`` from 16-bit operands rounds once less.
         accumulate_dtype: dtype in which the weight's gradient is summed over chunks. Default: the weight's where that is fp32 (also under
@@ -59,6 +80,7 @@ def linear_token_logps(
     tensor([-1.3863, -1.3863])
     """
     op = "linear_token_logps"
+    check_flag(op, "return_entropy", return_entropy)
     options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "return_entropy"))
     named = {"completion_mask": completion_mask}
     return logps_call(HiddenSource(resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)), return_entropy)
@@ -71,6 +93,8 @@ def linear_token_stats(
     completion_ids: Tensor,
     *,
     stats: Sequence[str] = ("logps", "entropies"),
+    selected_ids: Tensor | None = None,
+    top_k: Count[int] | None = None,
     completion_mask: Tensor | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[TokenStats]:
@@ -83,10 +107,13 @@ def linear_token_stats(
     tensor([-1.3863])
     """
     op = "linear_token_stats"
-    options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "stats"))
-    check_stats(op, stats)
-    named = {"completion_mask": completion_mask}
-    return stats_call(HiddenSource(resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)), stats)
+    options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "stats", "selected_ids", "top_k"))
+    check_stats(op, stats, selected_ids=selected_ids, top_k=top_k)
+    refuse_picks(op, options, selected_ids, top_k)
+    named = {"completion_mask": completion_mask, "selected_ids": selected_ids}
+    resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)
+    picks = resolve_picks(resolved.rows, selected_ids, top_k, resolved.settings.softmax.vocab_size)
+    return stats_call(HiddenSource(resolved, picks), stats, picks)
 
 
 @public_op
@@ -99,11 +126,17 @@ def linear_policy_loss(
     spec: PolicyLossSpec | str,
     plan: str = "auto",
     differentiable_outputs: bool = False,
+    teacher: Teacher | None = None,
     **keywords: Unpack[LinearPolicyLossKeywords],
 ) -> Call[PolicyLossOutput]:
     """:func:`policy_loss` from hidden states: arguments of :func:`linear_token_logps` and of :func:`policy_loss`.
 
     ``one_pass`` forms every gradient in forward from three GEMMs a chunk; ``two_pass`` recomputes the logits in backward (four).
+
+    ``teacher=Teacher(HiddenLogits(...) or logits, coef, kind="reverse_kl")`` adds ``coef · Σ_i w_i · D(p_i, q_i)``, a divergence over the whole vocabulary in
+    the same chunks, with w the row weights of the spec's reduction (``num_items_in_batch`` and ``loss_scale`` included, ``token_weights`` not). It is the sum
+    of this loss and :func:`linear_distillation_loss` in both plans, without the policy's logits being computed twice; a chunk's budget is
+    then for the logits of both models and, where there is a gradient, for one more of the policy's size. ``out.teacher`` holds the divergences.
 
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(1, 2, 3, requires_grad=True)
@@ -111,9 +144,37 @@ def linear_policy_loss(
     tensor(-1., grad_fn=<...>)
     """
     op = "linear_policy_loss"
-    own = ("spec", "plan", "differentiable_outputs")
+    own = ("spec", "plan", "differentiable_outputs", "teacher")
+    check_flag(op, "differentiable_outputs", differentiable_outputs)
     options, data, head = parse(op, dict(keywords), SoftmaxOptions, PolicyOptions, LMHeadOptions, own=own)
     named = {"advantages": advantages, **data.named()}
     resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named, data.validate)
     call = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
-    return Call(HiddenSource(resolved), PolicyObjective(call, differentiable_outputs), plan)
+    objective = PolicyObjective(call, differentiable_outputs)
+    if teacher is None:
+        return Call(HiddenSource(resolved), objective, plan)
+    refuse_process_group(op, options.process_group, "a teacher beside a policy loss is of whole rows: add linear_distillation_loss to it.")
+    refuse_sampling_mask(op, options, NO_TWO)
+    beta = check_teacher(resolved.rows, teacher)
+    of_teacher = OtherOptions(teacher.temperature, teacher.softcap, "teacher")
+    keep, copies = resolved.rows.unflatten(resolved.rows.keep), 2 if resolved.needs_grad else 1
+    both = beside(resolved, {**named, "hidden": hidden}, teacher.logits, keep, head, options, of_teacher, copies)
+    weights = (teacher.coef * call.reduction_weights()).to(resolved.rows.dtype)
+    taught = TaughtObjective(objective, DistillationObjective(teacher.kind, resolved.rows, weights))
+    return Call(TaughtSource(TwoHiddenSource(both, beta)), taught, plan)
+
+
+def check_teacher(rows: Rows, teacher: Any) -> float | None:
+    """The ``beta`` of a teacher's term, None for kinds without; raises for what a term cannot be."""
+    if not isinstance(teacher, Teacher):
+        raise rows.error(f"teacher is a {type(teacher).__name__}, expected a Teacher(logits, coef).")
+    if isinstance(teacher.logits, TopKLogps):
+        raise rows.error(
+            "teacher.logits is a TopKLogps: add linear_distillation_loss(...).loss, which reads a few of the policy's logits only."
+        )
+    coef = teacher.coef
+    if isinstance(coef, Tensor) and (coef.dim() != 0 or coef.requires_grad):
+        raise rows.error("teacher.coef must be a number, or a 0-d tensor that requires no grad.")
+    if not isinstance(coef, Tensor) and not 0 <= coef < math.inf:
+        raise rows.error(f"teacher.coef is {coef}, expected a number in [0, inf).")
+    return check_kind(rows.op, teacher.kind, teacher.beta)

@@ -7,21 +7,19 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..calls.keywords import HiddenLogits, LMHeadKeywords, LMHeadOptions, SoftmaxOptions, parse
-from ..calls.two_hidden import OtherOptions, resolve_two_hidden
-from ..engine.distillation import (
-    GENERALIZED_JSD,
-    STATISTICS,
-    DistillationLossOutput,
-    DistillationObjective,
-    check_kind,
-    distillation_weights,
-    divergence_of,
-)
+from ..calls.hidden import resolve_hidden
+from ..calls.keywords import HiddenLogits, LMHeadKeywords, LMHeadOptions, SoftmaxOptions, TopKLogps, parse
+from ..calls.softmax import NO_PICKED, refuse_process_group
+from ..calls.top_teacher import resolve_top_teacher
+from ..calls.two_hidden import OtherOptions, no_ids, resolve_two_hidden
+from ..engine.distillation import DistillationLossOutput, DistillationObjective, check_kind, distillation_weights
+from ..engine.linear.source import HiddenSource
 from ..engine.linear.two_source import TwoHiddenSource
+from ..engine.picks import Picks
 from ..engine.run import Call
-from ..engine.statistics import StatisticsObjective
-from ..ranges import NonNegative, OpenUnit, Positive, PositiveOrInf
+from ..engine.top_teacher import TopTeacherSource
+from ..ranges import FixedOpenUnit, FixedPositiveOrInf, NonNegative, Positive
+from .distillation import divergence_call
 from .explain import public_op
 
 
@@ -29,13 +27,13 @@ from .explain import public_op
 def linear_token_divergence(
     hidden: Tensor,
     lm_head_weight: Tensor,
-    other: HiddenLogits | Tensor,
+    other: HiddenLogits | TopKLogps | Tensor,
     *,
     kind: str = "forward_kl",
-    beta: OpenUnit[float] | None = None,
+    beta: FixedOpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
     other_temperature: Positive[Any] = None,
-    other_softcap: PositiveOrInf[float] | None = None,
+    other_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[Tensor]:
     """:func:`token_divergence` from hidden states, a few rows of both models' logits at a time.
@@ -46,7 +44,7 @@ def linear_token_divergence(
     Args:
         hidden: ``R + (D,)``. lm_head_weight: ``[V, D]``, and the other arguments of p's head: as in :func:`linear_token_logps`.
         other: ``HiddenLogits(hidden, lm_head_weight, lm_head_bias=, logit_scale=, lora=, logits_dtype=)``, of any width and dtype, all detached; or
-            logits ``R + (V,)``, any batch and row stride.
+            logits ``R + (V,)``, any batch and row stride; or ``TopKLogps(token_ids, logps, tail=)`` as in :func:`token_divergence`.
         kind, beta, completion_mask, other_temperature, other_softcap: as in :func:`token_divergence`.
         vocab_size: needed where the two heads are padded differently.
         chunk_rows: rows a chunk. By default the logits of *both* models take at most 96 MiB on a CPU and 1 GiB on a GPU, or 256 rows.
@@ -69,30 +67,38 @@ def linear_token_divergence(
     options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=own)
     beta = check_kind(op, kind, beta)
     of_other = OtherOptions(other_temperature, other_softcap)
-    both = resolve_two_hidden(op, hidden, lm_head_weight, other, completion_mask, head, options, of_other, {})
-    reads = STATISTICS if beta is None else (GENERALIZED_JSD,)
+    source = _source(op, hidden, lm_head_weight, other, completion_mask, beta, (options, head, of_other), {})
+    return divergence_call(source, kind)
 
-    def finish(found: dict[str, Tensor]) -> Tensor:
-        return both.p.rows.unflatten(divergence_of(kind, tuple(found[name] for name in reads)))
 
-    return Call(TwoHiddenSource(both, beta), StatisticsObjective(reads, finish))
+def _source(
+    op: str, hidden: Any, weight: Any, other: Any, mask: Any, beta: float | None, options: tuple[SoftmaxOptions, LMHeadOptions, OtherOptions],
+    named: dict[str, Any],
+) -> TwoHiddenSource | TopTeacherSource:  # fmt: skip
+    softmax, head, of_other = options
+    if not isinstance(other, TopKLogps):
+        return TwoHiddenSource(resolve_two_hidden(op, hidden, weight, other, mask, head, softmax, of_other, named), beta)
+    refuse_process_group(op, softmax.process_group, NO_PICKED)
+    p = resolve_hidden(op, hidden, weight, no_ids(op, hidden), head, softmax, {"completion_mask": mask, **named})
+    teacher = resolve_top_teacher(p.rows, other, of_other, p.settings.softmax.vocab_size)
+    return TopTeacherSource(HiddenSource(p, Picks(teacher.ids)), teacher, beta)
 
 
 @public_op
 def linear_distillation_loss(
     hidden: Tensor,
     lm_head_weight: Tensor,
-    teacher: HiddenLogits | Tensor,
+    teacher: HiddenLogits | TopKLogps | Tensor,
     *,
     kind: str = "forward_kl",
-    beta: OpenUnit[float] | None = None,
+    beta: FixedOpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
     token_weights: Tensor | float | None = None,
     num_items_in_batch: NonNegative[float | Tensor] | None = None,
     loss_scale: NonNegative[float | Tensor] = 1.0,
     plan: str = "auto",
     teacher_temperature: Positive[Any] = None,
-    teacher_softcap: PositiveOrInf[float] | None = None,
+    teacher_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[DistillationLossOutput]:
     """:func:`distillation_loss` from hidden states: ``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items`` without either model's logits.
@@ -116,7 +122,6 @@ def linear_distillation_loss(
     options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=own)
     beta = check_kind(op, kind, beta)
     of_teacher = OtherOptions(teacher_temperature, teacher_softcap, "teacher")
-    both = resolve_two_hidden(op, hidden, lm_head_weight, teacher, completion_mask, head, options, of_teacher, named)
-    rows = both.p.rows
-    weights = distillation_weights(rows, token_weights, num_items_in_batch, loss_scale)
-    return Call(TwoHiddenSource(both, beta), DistillationObjective(kind, rows, weights), plan)
+    source = _source(op, hidden, lm_head_weight, teacher, completion_mask, beta, (options, head, of_teacher), named)
+    weights = distillation_weights(source.rows, token_weights, num_items_in_batch, loss_scale)
+    return Call(source, DistillationObjective(kind, source.rows, weights), plan)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..calls.keywords import PolicyKeywords, PolicyLossKeywords, PolicyOptions, SoftmaxOptions, parse
+from ..calls.keywords import PolicyKeywords, PolicyLossKeywords, PolicyOptions, SoftmaxOptions, check_flag, parse
 from ..calls.logits import resolve_logits
 from ..calls.logps import resolve_logps
 from ..calls.policy import resolve_loss
@@ -40,7 +40,8 @@ def policy_loss(
     ``[S, 1]``), or are a number. Log-probs are fp32 or fp64 and detached.
 
     Args:
-        logits, completion_ids, completion_mask, temperature, softcap, vocab_size, drop_last, backend: as in :func:`token_logps`.
+        logits, completion_ids, completion_mask, temperature, softcap, vocab_size, drop_last, sampling_mask, entropy_over, backend: as in
+            :func:`token_logps`.
         advantages: per row; None only if the spec does not read it.
         spec: a :class:`PolicyLossSpec` or a method's name.
         plan: ``"auto"``, ``"one_pass"`` (gradient in forward, one read and one write per logit) or ``"two_pass"`` (everything else).
@@ -48,7 +49,7 @@ def policy_loss(
         denominator_mask: which rows count in denominators only (default: the effective mask).
         cu_seqlens: ``[S + 1]``, packed rows; or ``sequence_ids`` with ``num_sequences``; else one sequence per last dimension.
         segment_ids: sub-sequence segments, for :class:`SegmentRatio`.
-        group_ids, num_groups: ``[S]``, which prompt each sequence answers, for :class:`GroupContrast`.
+        group_ids, num_groups: ``[S]``, which prompt each sequence answers, for a reduction or weight that reads prompts.
         old_per_token_logps: of the behaviour policy; None: on-policy (ratio 1, gradient kept).
         ref_per_token_logps: of the reference policy, if a penalty reads it.
         sampling_per_token_logps: of the sampler, if a weight reads it.
@@ -57,6 +58,8 @@ def policy_loss(
         num_sequences_in_batch: the same for a mean over sequences.
         loss_scale: multiplies loss and gradient before any rounding (GradScaler's scale, 1/accumulation steps); metrics stay unscaled.
         validate: check ids, offsets and groups even on a GPU, which waits for it; without it they make the loss and its gradient NaN there.
+        differentiable_inputs: old, reference and sampling log-probs that require grad get their gradient: of the ratio and of the rules, and through
+            weights that are not detached. Without it they are an error.
         unused: what the spec does not read is an ``"error"``, or ``"ignore"``: for trainers that always hand over everything.
         consume_logits: overwrite the logits with their gradient: no extra memory. Using them afterwards is an error.
 
@@ -78,6 +81,7 @@ def policy_loss(
         if kept is not None and (call := kept.bind(logits, given)) is not None:
             return call
         op, own = "policy_loss", ("spec", "plan", "differentiable_outputs")
+        check_flag(op, "differentiable_outputs", differentiable_outputs)
         options, data = parse(op, dict(keywords), SoftmaxOptions, PolicyOptions, own=own)
         resolved = resolve_logits(op, logits, completion_ids, options, {"advantages": advantages, **data.named()}, data.validate)
         loss = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
@@ -123,4 +127,6 @@ def policy_loss_from_logps(
             given[name] = torch.where(rows.keep, value.reshape(-1).to(rows.dtype), 0)
         elif name in call.spec.requires:
             raise rows.error(f"the spec reads {name}: pass {argument}.")
+    if log_sum_p_sq is not None and "log_sum_p_sq" not in call.spec.requires and data.unused == "error":
+        raise rows.error('log_sum_p_sq would have no effect: no part of the spec reads it. Leave it out, or pass unused="ignore".')
     return Call(LogpsSource(rows, given), PolicyObjective(call))

@@ -11,22 +11,30 @@ from typing_extensions import Unpack
 
 from ...errors import InvalidCall
 from ..backends.mean_logit import MEAN_LOGIT
-from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
+from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, check_flag, parse
 from ..calls.logits import resolve_logits
+from ..calls.picked import check_top, resolve_ids
+from ..calls.softmax import NO_PICKED, refuse_process_group
 from ..engine.output import TokenStats
+from ..engine.picks import PICKED, PICKED_IDS, Picks
 from ..engine.run import Call
 from ..engine.source import Source
 from ..engine.sources import LogitsSource
 from ..engine.statistics import StatisticsObjective
+from ..ranges import Count
 from ..rows.numerics import log1mexp_or_inf
+from ..rows.rows import Rows
 from .explain import public_op
 
 #: Public statistic -> the row statistics it is made of.
 _STATS = {
     "logps": ("logp",), "entropies": ("entropy",), "lse": ("lse",), "log_sum_p_sq": ("log_sum_p_sq",),
     "max_logp": ("max_logp",), "is_top1": ("logp", "max_logp"), "log1m_p": ("logp",),
-    "mean_logits": (MEAN_LOGIT,),
+    "mean_logits": (MEAN_LOGIT,), "selected_logps": (PICKED,), "topk_logps": (PICKED,), "topk_ids": (PICKED_IDS,),
 }  # fmt: skip
+
+#: Argument to the statistics that read it.
+_PICKING = {"selected_ids": ("selected_logps",), "top_k": ("topk_logps", "topk_ids")}
 
 
 def logps_call(source: Source, return_entropy: bool) -> Call[Any]:
@@ -61,13 +69,16 @@ def token_logps(
         vocab_size: columns of the softmax if the head is padded beyond them; the others get a gradient of exact 0.
         drop_last: logits have one position more than ids (the last is unread, its gradient 0): the layout without a copy in backward.
         consume_logits: write the gradient over the logits in backward; saves one tensor of their size. Using them afterwards is an error.
+        sampling_mask: the ids that the sampler kept of each row, a :class:`SamplingMask` or a bool mask ``R + (V,)``: log-probs and all else are of
+            the distribution renormalised over them. Only their logits are read, and the gradient of all others is exactly 0.
+        entropy_over: with a mask, the entropy of the ``"kept"`` ids, or of the whole ``"vocabulary"``, which is then read too and whose gradient is everywhere.
         backend: ``"auto"``, or ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``, which then never falls back.
 
     Returns:
         ``logps`` of shape R in fp32 (fp64 for fp64 logits), or ``(logps, entropies)``.
 
     Raises:
-        InvalidCall: a shape, dtype or id that does not fit (on a GPU a bad id gives NaN in its row, without a synchronisation).
+        InvalidCall: a shape, dtype or id that does not fit, or is not kept (on a GPU a bad id gives NaN in its row, without a synchronisation).
         UnsupportedRequest, BackendUnavailable: nobody, or not the named backend, can run this.
 
     >>> import torch, reweight_ops as rw
@@ -75,6 +86,7 @@ def token_logps(
     tensor([-1.3863, -1.3863])
     """
     op = "token_logps"
+    check_flag(op, "return_entropy", return_entropy)
     (options,) = parse(op, dict(keywords), SoftmaxOptions, own=("completion_mask", "return_entropy"))
     resolved = resolve_logits(op, logits, completion_ids, options, {"completion_mask": completion_mask})
     return logps_call(LogitsSource(resolved), return_entropy)
@@ -86,33 +98,70 @@ def token_stats(
     completion_ids: Tensor,
     *,
     stats: Sequence[str] = ("logps", "entropies"),
+    selected_ids: Tensor | None = None,
+    top_k: Count[int] | None = None,
     completion_mask: Tensor | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[TokenStats]:
     """Statistics of every row in one read of the logits; see :class:`TokenStats` for the names, :func:`token_logps` for the arguments.
 
     ``logps``, ``entropies`` and ``lse`` are differentiable; ``log_sum_p_sq``, ``max_logp``, ``is_top1``, ``log1m_p`` and ``mean_logits`` are not.
-    ``mean_logits`` has no kernel: it takes one more read, in PyTorch.
+    ``mean_logits`` has no kernel: it takes one more read, in PyTorch; so do the ids of ``topk_ids``.
+
+    Args:
+        selected_ids: of ``selected_logps``: int32 or int64, ``R + (K,)``, or ``[K]`` for all rows. ``-100`` is padding: 0, without a gradient.
+        top_k: of ``topk_logps`` and ``topk_ids``: how many of the likeliest ids, likeliest first.
+
+    ``selected_logps`` and ``topk_logps`` are differentiable: with g_k the derivatives by them, the gradient is ``1/T · (Σ_k g_k·1[v = id_k] - p_v·Σ_k g_k)``.
+    They come from the log-sum-exp of the same read and K logits; the gradient is one write for all of the statistics.
+
+    Raises:
+        InvalidCall: an id outside of the vocabulary (on a GPU a log-prob of NaN, without a gradient); an argument without its statistic, or the reverse.
 
     >>> import torch, reweight_ops as rw
     >>> rw.token_stats(torch.zeros(1, 4), torch.tensor([2]), stats=("log_sum_p_sq",)).log_sum_p_sq
     tensor([-1.3863])
     """
     op = "token_stats"
-    (options,) = parse(op, dict(keywords), SoftmaxOptions, own=("completion_mask", "stats"))
-    check_stats(op, stats)
-    return stats_call(LogitsSource(resolve_logits(op, logits, completion_ids, options, {"completion_mask": completion_mask})), stats)
+    (options,) = parse(op, dict(keywords), SoftmaxOptions, own=("completion_mask", "stats", "selected_ids", "top_k"))
+    check_stats(op, stats, selected_ids=selected_ids, top_k=top_k)
+    refuse_picks(op, options, selected_ids, top_k)
+    named = {"completion_mask": completion_mask, "selected_ids": selected_ids}
+    resolved = resolve_logits(op, logits, completion_ids, options, named)
+    picks = resolve_picks(resolved.rows, selected_ids, top_k, resolved.softmax.vocab_size)
+    return stats_call(LogitsSource(resolved, picks), stats, picks)
 
 
-def check_stats(op: str, stats: Sequence[str]) -> None:
-    """Raise for names that are none of :class:`TokenStats`."""
+def check_stats(op: str, stats: Sequence[str], **picking: Any) -> None:
+    """Raise for names that are none of :class:`TokenStats`, and where one of the arguments ``picking`` and its statistics are not both there."""
     if not stats or isinstance(stats, str) or any(name not in _STATS for name in stats):
         raise InvalidCall(f"{op}: stats is {stats!r}; expected some of {', '.join(_STATS)}.")
+    for argument, names in _PICKING.items():
+        wanted, given = [name for name in names if name in stats], picking[argument] is not None
+        if given and not wanted:
+            raise InvalidCall(f"{op}: {argument} would have no effect: put {' or '.join(map(repr, names))} into stats.")
+        if wanted and not given:
+            raise InvalidCall(f"{op}: the statistic {wanted[0]!r} needs {argument}.")
 
 
-def stats_call(source: Source, stats: Sequence[str]) -> Call[TokenStats]:
-    """The call of an op that returns the named statistics."""
+def refuse_picks(op: str, options: SoftmaxOptions, *picking: Any) -> None:
+    """Raise where ids would be picked of a vocabulary in shards."""
+    if any(given is not None for given in picking):
+        refuse_process_group(op, options.process_group, NO_PICKED)
+
+
+def resolve_picks(rows: Rows, selected_ids: Any, top_k: Any, vocab_size: int) -> Picks | None:
+    """Which ids' log-probs are wanted; None for none."""
+    if selected_ids is None and top_k is None:
+        return None
+    given = None if selected_ids is None else resolve_ids(rows, "selected_ids", selected_ids, vocab_size)
+    return Picks(given, 0 if top_k is None else check_top(rows, "top_k", top_k, vocab_size))
+
+
+def stats_call(source: Source, stats: Sequence[str], picks: Picks | None = None) -> Call[TokenStats]:
+    """The call of an op that returns the named statistics; ``picks`` are those of the source."""
     rows = source.rows
+    given = 0 if picks is None or picks.given is None else picks.given.size(-1)
 
     def finish(found: dict[str, Tensor]) -> TokenStats:
         values = {"logps": found["logp"], "lse": found["lse"], "entropies": found.get("entropy"), "max_logp": found.get("max_logp")}
@@ -121,7 +170,13 @@ def stats_call(source: Source, stats: Sequence[str]) -> Call[TokenStats]:
         values["mean_logits"] = found.get(MEAN_LOGIT)
         values["is_top1"] = (logp >= found["max_logp"]) & rows.keep if "is_top1" in stats else None
         values["log1m_p"] = torch.where(rows.keep, log1mexp_or_inf(logp), 0) if "log1m_p" in stats else None
-        return TokenStats(**{name: rows.unflatten(v) for name, v in values.items() if name in stats and v is not None})
+        if picks is not None:
+            values |= {
+                "selected_logps": found[PICKED][:, :given],
+                "topk_logps": found[PICKED][:, given:],
+                "topk_ids": found[PICKED_IDS][:, given:],
+            }
+        return TokenStats(**{name: v.reshape(*rows.shape, *v.shape[1:]) for name, v in values.items() if name in stats and v is not None})
 
     reads = dict.fromkeys(part for name in stats for part in _STATS[name])
     return Call(source, StatisticsObjective(tuple(reads), finish))

@@ -1,6 +1,6 @@
-"""``batch`` of a weight: statistics over this call's valid rows, or over each row's sequence. A weight that uses it takes two passes.
+"""``batch`` of a weight: statistics over this call's valid rows, each row's sequence, or each row's prompt. A weight that uses it takes two passes.
 
-Where several ranks have the sequences, all of this is over the rows of all of them, in the order of ranks.
+Where several ranks have the sequences, all of this is over the rows of all of them, in the order of ranks; what orders a sequence's tokens is refused.
 """
 
 from __future__ import annotations
@@ -11,27 +11,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import InvalidCall
 from .groups import Groups
+from .ordered import Ordered
 from .rows import Rows
 
 
 class BatchStatistics:
-    """Reductions of ``[N]`` values over the valid rows; nothing waits for the device."""
+    """Statistics of values, one a row (or one number), over the valid rows; nothing waits for the device, and masked rows may hold anything.
+
+    Over the call: ``sum mean min max quantile quantile_nearest top largest draw rank mean_below capped_mean``. Over each row's sequence ``[N]``: ``seq_sum
+    seq_mean seq_min seq_max seq_rank seq_quantile``, and along it ``seq_cumsum seq_suffix_sum``. Over each row's prompt, by the call's ``group_ids``:
+    ``group_sum group_mean group_min group_max``. A place in an order has no gradient; everything else has. ``batch.seq_cumsum(1.0)`` counts tokens.
+    """
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
-    def _only(self, x: Tensor, other: float) -> Tensor:
+    def _only(self, x: Any, other: float) -> Tensor:
+        """``x`` in the rows that are in, else ``other``."""
+        x = x if isinstance(x, Tensor) else torch.full((), x, dtype=self._rows.dtype, device=self._rows.device)
         return torch.where(self._rows.keep, x, other)
 
     def _sequences(self) -> Groups:
-        return self._rows.need_sequences("a weight that uses batch.seq_mean or batch.seq_sum")
+        return self._rows.need_sequences("a weight that uses batch.seq_*")
 
-    def sum(self, x: Tensor) -> Tensor:
+    def _prompts(self) -> Groups:
+        if self._rows.prompts is None:
+            raise self._rows.error("a weight that uses batch.group_* needs group_ids [S] with num_groups.")
+        return self._rows.prompts
+
+    def sum(self, x: Any) -> Tensor:
         return self._rows.total(self._only(x, 0))
 
-    def mean(self, x: Tensor) -> Tensor:
-        return self.sum(x) / self._rows.total(self._rows.keep).clamp(min=1)
+    def mean(self, x: Any) -> Tensor:
+        # In fp64, so that the mean of equal numbers is that number: what is left of them after it is 0, and no rounding's sign.
+        chosen = self._only(x, 0)
+        return (self._rows.total(chosen.double()) / self._rows.total(self._rows.keep).clamp(min=1)).to(chosen.dtype)
 
     def _ended(self, x: Tensor, other: float) -> Tensor:
         """``x`` in the rows that are in, else ``other``, and one more of those: a batch without rows has an extremum too."""
@@ -107,13 +123,108 @@ class BatchStatistics:
         result: Tensor = (candidate & (rank < count.clamp(min=1))).to(x.dtype)
         return result[own]
 
-    def seq_sum(self, x: Tensor) -> Tensor:
+    def _own_order(self, what: str) -> None:
+        """Raise for what orders rows, where other ranks have more of them."""
+        self._rows.refuse_across(f"batch.{what}", "compares rows by place or size, and sees those of one rank.")
+
+    # --- by size ----------------------------------------------------------------------------------------------------------------
+    def rank(self, x: Tensor) -> Tensor:
+        """``[N]``: how many valid rows have a smaller ``x``; of equal ones the first counts as smaller."""
+        self._own_order("rank")
+        return self._rank(x, Ordered.by((~self._rows.keep).long(), x))
+
+    def mean_below(self, x: Tensor) -> Tensor:
+        """``[N]``: the mean of ``x`` over the valid rows that rank no higher; it grows with the rank."""
+        self._own_order("mean_below")
+        ordered = Ordered.by((~self._rows.keep).long(), x)
+        total = self._only(x, 0)[ordered.order].cumsum(0)
+        return self._only(ordered.back(total / torch.arange(1, total.numel() + 1, device=total.device)), 0)
+
+    def capped_mean(self, x: Tensor, where: Tensor) -> Tensor:
+        """``[N]``: the mean of ``min(x_j, x)`` over the valid rows j with ``where``, for a row that is one of them; it grows with ``x``."""
+        self._own_order("capped_mean")
+        ordered = Ordered.by((~(self._rows.keep & where)).long(), x)
+        values = torch.where(ordered.key == 0, x[ordered.order], 0)
+        count = ordered.count()
+        total = values.cumsum(0) + values * (count - 1 - ordered.place())
+        return self._only(ordered.back(torch.where(ordered.key == 0, total / count, 0)), 0)
+
+    def seq_rank(self, x: Tensor) -> Tensor:
+        """``[N]``: :meth:`rank` among the row's sequence."""
+        self._own_order("seq_rank")
+        return self._rank(x, Ordered.by(self._owner(), x))
+
+    def seq_quantile(self, x: Tensor, q: Any) -> Tensor:
+        """``[N]``: :meth:`quantile` of the row's sequence."""
+        self._own_order("seq_quantile")
+        ordered = Ordered.by(self._owner(), x)
+        values = self._only(x, 0)[ordered.order]
+        at = q * (ordered.count() - 1).to(values.dtype)
+        below, above = (values[ordered.start() + k.long()] for k in (at.floor(), at.ceil()))
+        return self._only(ordered.back(below + (at - at.floor()) * (above - below)), 0)
+
+    def _rank(self, x: Tensor, ordered: Ordered) -> Tensor:
+        return self._only(ordered.back(ordered.place()).to(x.dtype), 0)
+
+    # --- over each row's sequence ---------------------------------------------------------------------------------------------------
+    def _owner(self) -> Tensor:
+        """``[N]`` int64: each row's sequence, and one more for the rows that are out."""
+        groups, keep = self._sequences(), self._rows.keep
+        index = groups.index
+        if index is None:
+            index = torch.arange(keep.numel(), device=keep.device) // max(groups.length, 1)
+        return torch.where(keep, index, groups.count)
+
+    def seq_sum(self, x: Any) -> Tensor:
         """``[N]``: every row gets its sequence's sum."""
         return self._sequences().spread(self._sequences().sum(self._only(x, 0)))
 
-    def seq_mean(self, x: Tensor) -> Tensor:
-        counts = self._sequences().sum(self._rows.keep.to(x.dtype)).clamp(min=1)
+    def seq_mean(self, x: Any) -> Tensor:
+        counts = self._sequences().sum(self._rows.keep.to(self._rows.dtype)).clamp(min=1)
         return self._sequences().spread(self._sequences().sum(self._only(x, 0)) / counts)
+
+    def seq_max(self, x: Tensor) -> Tensor:
+        self._own_order("seq_max")
+        return self._only(self._sequences().spread(self._sequences().max(self._only(x, -math.inf))), 0)
+
+    def seq_min(self, x: Tensor) -> Tensor:
+        return -self.seq_max(-x)
+
+    def seq_cumsum(self, x: Any, decay: Any = 1.0) -> Tensor:
+        """``[N]``: ``Σ_{s<=t} decay^(t-s)·x_s`` over the row's sequence; ``t - s`` counts valid tokens."""
+        return self._along(x, decay, False)
+
+    def seq_suffix_sum(self, x: Any, decay: Any = 1.0) -> Tensor:
+        """``[N]``: ``Σ_{s>=t} decay^(s-t)·x_s`` over the row's sequence; ``s - t`` counts valid tokens."""
+        return self._along(x, decay, True)
+
+    def _along(self, x: Any, decay: Any, reverse: bool) -> Tensor:
+        if isinstance(decay, Tensor) and decay.dim() > 0:
+            raise InvalidCall(f"{self._rows.op}: the decay of a sum along a sequence has shape {tuple(decay.shape)}, expected one number.")
+        self._own_order("seq_suffix_sum" if reverse else "seq_cumsum")
+        groups, rows = self._sequences(), self._rows.keep.numel()
+        return Ordered.by(self._owner()).cumsum(self._only(x, 0), decay, groups.length if groups.index is None else rows, reverse)
+
+    # --- over each row's prompt -----------------------------------------------------------------------------------------------------
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        return self._prompts().sum(self._sequences().sum(x))
+
+    def _of_prompt(self, y: Tensor) -> Tensor:
+        return self._only(self._sequences().spread(self._prompts().spread(y)), 0)
+
+    def group_sum(self, x: Any) -> Tensor:
+        """``[N]``: every row gets the sum over the tokens of all sequences of its prompt."""
+        return self._of_prompt(self._by_prompt(self._only(x, 0)))
+
+    def group_mean(self, x: Any) -> Tensor:
+        return self._of_prompt(self._by_prompt(self._only(x, 0)) / self._by_prompt(self._only(1.0, 0)).clamp(min=1))
+
+    def group_max(self, x: Tensor) -> Tensor:
+        self._own_order("group_max")
+        return self._of_prompt(self._prompts().max(self._sequences().max(self._only(x, -math.inf))))
+
+    def group_min(self, x: Tensor) -> Tensor:
+        return -self.group_max(-x)
 
 
 def _scattered(position: Tensor, seed: Any) -> Tensor:

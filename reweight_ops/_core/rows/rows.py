@@ -108,8 +108,9 @@ class Rows:
     def unflatten(self, x: Tensor) -> Tensor:
         return x.view(self.shape)
 
-    def per_row(self, name: str, value: Any, *, logps: bool = False) -> Tensor:
-        """A per-row argument as ``[N]`` in the row dtype: token shape, sequence shape, or a constant; any other shape is an error."""
+    def per_row(self, name: str, value: Any, *, logps: bool = False, differentiable: bool = False) -> Tensor:
+        """A per-row argument as ``[N]`` in the row dtype: token shape, sequence shape, or a constant; any other shape is an error. ``logps``: log-probs,
+        which have no gradient unless they are ``differentiable``."""
         if not isinstance(value, Tensor):
             if varies(value):
                 return as_tensor(value, self.dtype, self.device).expand(self.count).contiguous()
@@ -118,7 +119,7 @@ class Rows:
             got = "NaN" if isinstance(value, float) else f"a {type(value).__name__}"
             raise self.error(f"{name} is {got}, expected a tensor or a number.")
         value = plain(value)
-        self._check(name, value, logps)
+        self._check(name, value, logps, differentiable)
         flat = self._flat(name, value)
         if not torch.compiler.is_compiling() and flat.is_inference() and not torch.is_inference_mode_enabled():
             flat = flat.clone()  # autograd refuses to save an inference tensor
@@ -129,12 +130,12 @@ class Rows:
         short = self.sequences is not None and self.sequences.index is None and self.sequences.length < 2
         return value.dim() > 0 and not short and tuple(value.shape) in (self.shape, (self.count,))
 
-    def _check(self, name: str, value: Tensor, logps: bool) -> None:
+    def _check(self, name: str, value: Tensor, logps: bool, differentiable: bool) -> None:
         if value.device != self.device:
             raise self.error(f"{name} is on {value.device}, the logits or log-probs are on {self.device}.")
         if logps and value.dtype not in (torch.float32, torch.float64):
             raise self.error(f"{name} is {value.dtype}: log-probs in 16 bits lose the ratio; compute them with .float().")
-        if logps and value.requires_grad:
+        if logps and value.requires_grad and not differentiable:
             raise self.error(f"{name} requires grad, but no gradient flows to stored log-probs: pass it detached.")
 
     def _flat(self, name: str, value: Tensor) -> Tensor:

@@ -118,6 +118,59 @@ class GroupContrast(Reduction):
 
 @ranged
 @dataclass(frozen=True)
+class GroupClassification(Reduction):
+    """Each prompt's sequences as a classification into positive and negative ones, by their scores ``s_i``: minus the mean of the token loss. ::
+
+        loss = 1/Q Σ_q { log(1 + Σ_{j in q-} exp(s_j/τ)) + log(1 + Σ_{i in q+} exp(-s_i/τ)) }
+
+    ``q+`` are the sequences of prompt q with a mean advantage (label, reward) above 0. A prompt with positives only, or negatives only, adds 0, and counts
+    in Q, the number of prompts with a token in the call. Prompts as in :class:`GroupContrast`. REAL, arXiv:2602.05630.
+    """
+
+    temperature: Positive[Any] = 0.5
+    group_size: Count[int] | None = None
+
+    requires = ("adv",)
+    coupled = True
+
+    @property
+    def reads_groups(self) -> bool:
+        return self.group_size is None
+
+    def check(self, rows: Rows) -> None:
+        rows.need_prompts("GroupClassification", self.group_size)
+
+    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        sequences = rows.need_sequences("GroupClassification")
+        keep = rows.keep.to(rows.dtype)
+        return keep / sequences.spread(sequences.sum(keep)).clamp(min=1)
+
+    def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
+        assert adv is not None, "GroupClassification requires 'adv'"
+        sequences = rows.need_sequences("GroupClassification")
+        prompts = rows.need_prompts("GroupClassification", self.group_size)
+        scores, lengths = -sequences.sum(weighted), sequences.sum(rows.keep.to(rows.dtype))
+        present = lengths > 0
+        positive = present & (sequences.sum(torch.where(rows.keep, adv, 0)) > 0)
+        sides = [(positive, -scores / self.temperature), (present & ~positive, scores / self.temperature)]
+        both = torch.stack([prompts.sum(side.to(rows.dtype)) for side, _ in sides]).amin(0) > 0
+        total = sum((self._log_one_plus(prompts, side, x) for side, x in sides), torch.zeros_like(both, dtype=rows.dtype))
+        count = (prompts.sum(present.to(rows.dtype)) > 0).sum().clamp(min=1)
+        # A prompt's loss is its sequences' in equal parts, and theirs their tokens'.
+        share = torch.where(both | total.isnan(), total, 0) / prompts.sum(present.to(rows.dtype)).clamp(min=1) / count
+        per_sequence = prompts.spread(share) / lengths.clamp(min=1)
+        return torch.where(rows.keep, sequences.spread(per_sequence), 0)
+
+    def _log_one_plus(self, prompts: Groups, side: Tensor, x: Tensor) -> Tensor:
+        """``[P]``: ``log(1 + Σ exp(x))`` over the sequences of a side."""
+        top = prompts.max(torch.where(side, x.detach(), 0)).clamp(min=0)
+        inside = torch.where(side, torch.exp(torch.where(side, x, 0) - prompts.spread(top)), 0)
+        result: Tensor = top + torch.log(torch.exp(-top) + prompts.sum(inside))
+        return result
+
+
+@ranged
+@dataclass(frozen=True)
 class Constraint(Reduction):
     """A squared-hinge constraint on the mean: ``sg(strength·max(K - bound, 0))·K``, with ``K`` the term's token mean over this call.
 
@@ -137,4 +190,4 @@ class Constraint(Reduction):
         return result
 
 
-__all__ = ["Constraint", "GroupContrast"]
+__all__ = ["Constraint", "GroupClassification", "GroupContrast"]

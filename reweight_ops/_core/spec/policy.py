@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..formula.base import CURRENT_LEAVES, Rule, TokenWeight
-from ..formula.loss_program import Program
+from ..formula.loss_program import Program, loss_graph
 from ..formula.monitor import Monitor
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
 from ..ranges import Real, ranged
@@ -91,9 +91,11 @@ class PolicyLossSpec:
         object.__setattr__(self, "_obstacle", self._find_obstacle())
         object.__setattr__(self, "_program", self._find_program())
         object.__setattr__(self, "_stored_program", self._find_stored_program())
+        object.__setattr__(self, "_moving", self._find_moving())
         object.__setattr__(self, "_monitor", self._find_monitor())
         object.__setattr__(self, "_program_text", self.program and self.program.encode())
         object.__setattr__(self, "_unbounded", self._find_unbounded())
+        object.__setattr__(self, "_weights_read_groups", self._find_weights_read_groups())
 
     # --- what follows from the fields ---------------------------------------------------------------------------------------
     @property
@@ -164,6 +166,11 @@ class PolicyLossSpec:
         return self._unbounded  # type: ignore[attr-defined,no-any-return]
 
     @property
+    def reads_groups(self) -> bool:
+        """Whether it reads the call's ``group_ids``."""
+        return self._weights_read_groups or any(r.reads_groups for r in self.reductions)  # type: ignore[attr-defined]
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The hyper-parameters that are tensors, by the names that :meth:`replace` takes."""
         found: dict[str, Tensor] | None = vars(self).get("_tensors")  # not of a spec that a compiled graph has built
@@ -183,6 +190,9 @@ class PolicyLossSpec:
             return False
         return all(isinstance(b, (int, float)) and abs(b) <= _LARGEST_EXPONENT for b in bounds)
 
+    def _find_weights_read_groups(self) -> bool:
+        return any(trace_weight(type(w)).reads_groups for w in (*self.all_weights, *self._inner_formulas()))
+
     def _find_requires(self) -> frozenset[str]:
         found: set[str] = set()
         for r in self.rules:
@@ -194,6 +204,26 @@ class PolicyLossSpec:
         if "log_ratio" in found and self.ratio.against == "ref":
             found.add("ref_logp")
         return frozenset(found)
+
+    @property
+    def moving(self) -> frozenset[str]:
+        """The stored log-probs that the loss has a gradient by: those that a rule, the ratio or a weight reads, and does not detach."""
+        return self._moving  # type: ignore[attr-defined,no-any-return]
+
+    def _find_moving(self) -> frozenset[str]:
+        stored, program = {"old_logp", "ref_logp", "sampling_logp"}, self.stored_program
+        if program is not None:  # its derivatives know what a formula stops
+            token = self.ratio.one_pass_obstacle is None
+            graph = loss_graph(program, not token)
+            found = {name for name in stored if graph.moves(name)}
+            ratio = not token and graph.moves("log_ratio")
+        else:
+            formulas = [trace_rule(type(r)).leaves for r in self.rules] + [
+                trace_weight(type(w)).leaves for w in self.weights if not w.detach
+            ]
+            leaves = set().union(*formulas)
+            found, ratio = leaves & stored, "log_ratio" in leaves
+        return frozenset(found | {f"{self.ratio.against}_logp"} if ratio else found)
 
     def _inner_formulas(self) -> list[TokenWeight]:
         """The formulas that stand as hyper-parameters of rules and weights."""
@@ -276,7 +306,9 @@ class PolicyLossSpec:
 
 
 #: What :meth:`PolicyLossSpec._find_facts` finds.
-_FACTS = ("_requires", "_obstacle", "_program", "_stored_program", "_monitor", "_program_text", "_unbounded")
+_FACTS = (
+    "_requires", "_moving", "_obstacle", "_program", "_stored_program", "_monitor", "_program_text", "_unbounded", "_weights_read_groups",
+)  # fmt: skip
 
 
 class _Described:

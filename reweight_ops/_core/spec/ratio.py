@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..ranges import Interval, NonNegativeOrInf, ranged
+from ..rows.batch import BatchStatistics
 from ..rows.constants import number_like
 from ..rows.groups import Groups
 from ..rows.rows import Rows
@@ -127,6 +128,24 @@ class SegmentRatio(SequenceRatio):
             raise rows.error("SegmentRatio needs segment_ids.")
         rows.refuse_across("SegmentRatio", "has segments that are runs of one rank's tokens.")
         return rows.segments
+
+
+@ranged
+@dataclass(frozen=True)
+class CumulativeRatio(Ratio):
+    """``log_ratio_t = sg(Σ_{s<=t}(logp_s - old_logp_s)) + logp_t - sg(logp_t)``: of the sequence up to each token, with the token's own gradient.
+
+    CTPO, arXiv:2605.07331.
+    """
+
+    level = "prefix"
+
+    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+        rows.need_sequences("CumulativeRatio")
+        rows.refuse_across("CumulativeRatio", "sums the tokens before each, and sees those of one rank.")
+        total = BatchStatistics(rows).seq_cumsum((logp - old_logp).detach())
+        own = torch.where(logp.isfinite(), logp, 0)
+        return self._clamped(total + (own - own.detach()))
 
 
 @ranged

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..formula.base import TokenWeight
-from ..ranges import Positive, ranged
+from ..ranges import Count, Positive, ranged
 from ..rows.rows import Rows
 from ..rows.verbs import Weighing
 
@@ -163,6 +163,33 @@ class SequenceMean(Reduction):
                 rows.refuse_across("SequenceMean(per='constant')", "knows the padded length of one rank's part: give horizon.")
             return _over(keep, self.horizon if self.horizon is not None else sequences.length)
         return keep
+
+
+@ranged
+@dataclass(frozen=True)
+class PromptMean(Reduction):
+    """The mean over prompts of the mean over all tokens of a prompt's responses (ScaleRL's prompt average, arXiv:2510.13786).
+
+    Prompts are runs of ``group_size`` sequences, or the call's ``group_ids``; one without a token in the call does not count.
+    """
+
+    group_size: Count[int] | None = None
+
+    @property
+    def reads_groups(self) -> bool:
+        return self.group_size is None
+
+    def check(self, rows: Rows) -> None:
+        rows.need_prompts("PromptMean", self.group_size)
+
+    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        sequences = rows.need_sequences("PromptMean")
+        prompts = rows.need_prompts("PromptMean", self.group_size)
+        sizes = prompts.sum(sequences.count_rows(rows.denominator, rows.dtype))
+        per_sequence = prompts.divide(
+            torch.ones(sequences.count, dtype=rows.dtype, device=rows.device), sizes.clamp(min=1) * (sizes > 0).sum().clamp(min=1)
+        )
+        return torch.where(rows.keep, sequences.spread(per_sequence), 0)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ Two hooks. The default one computes per-token log-probs and entropies and keeps 
     trainer = ReweightGRPOTrainer(..., reweight=rw.weights.AdvantageReweighting(alpha=0.3))   # TRL's loss, reweighted
     trainer = ReweightGRPOTrainer(..., spec=rw.methods.gspo_token())                          # another loss
     trainer = ReweightGRPOTrainer(..., spec=[rw.methods.lopti("low"), rw.methods.lopti("high")])   # GRPOConfig(num_iterations=2)
+    trainer = ReweightGRPOTrainer(..., recipe="canon")                                        # all that a paper trains with
+    trainer = ReweightGRPOTrainer(..., advantages="qae")                                      # TRL's loss, other advantages
 
     with patch_trl(fuse_loss=True):      # scripts that build GRPOTrainer themselves
         main()
-    with patch_trl(heads=True):          # any trainer: the head function that GRPO, RLOO, DPO, KTO, SFT and AsyncGRPO share
+    with patch_trl(heads=True):          # any trainer: the head that GRPO, RLOO, DPO, KTO, SFT and AsyncGRPO share, and distillation
         main()
 
 Both work from hidden states and the head's weight (``rw.linear_token_logps``, ``rw.linear_policy_loss``), so that ``[B, T, V]`` logits never
@@ -36,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._core.catalogue.recipes import Recipe
 from ..._core.engine.output import PolicyLossOutput
 from ..._core.formula.base import TokenWeight
 from ..._core.losses.linear import linear_policy_loss, linear_token_logps
@@ -54,9 +57,11 @@ try:
 except ImportError as error:
     raise BackendUnavailable("reweight_ops.integrations.trl needs TRL: pip install 'trl>=1.15'") from error
 
+from .divergence import divergence_replacements
 from .head import HeadOutput, adapters_on_head_allowed, adapts_head, choose_head, fused_forward, linear_obstacle, logits_of
 from .heads import head_replacements
 from .probe import Form, Prober
+from .rollout import Rollout, choose_recipe, settled
 
 #: The leading parameters of the two methods that are overridden; any further one must be optional.
 _SIGNATURES = {
@@ -65,6 +70,12 @@ _SIGNATURES = {
     ),
     "_compute_loss": ("self", "model", "inputs"),
 }  # fmt: skip
+
+#: Those of the methods that a recipe needs besides.
+_ROLLOUT_SIGNATURES = {
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_generate_and_score_completions": ("self", "inputs"),
+}
 
 #: Source of the ``_compute_loss`` that ``fuse_loss=True`` reproduces: TRL 1.15.0 and 1.16.0.
 _KNOWN_LOSSES = ("80295546bbdbf6f7",)
@@ -83,7 +94,7 @@ _MULTIMODAL = (
 
 def check_signatures(trainer_class: type) -> None:
     """Raise :class:`BackendUnavailable` if TRL's methods are not the ones that this module overrides."""
-    for name, expected in _SIGNATURES.items():
+    for name, expected in (_SIGNATURES | _ROLLOUT_SIGNATURES).items():
         check_signature(f"TRL {trl.__version__}", trainer_class, name, expected)
 
 
@@ -102,6 +113,7 @@ class Options:
     backend: str = "auto"
     consume_logits: bool = False
     lm_head: str = "auto"
+    recipe: Recipe | None = None
 
     @property
     def weights(self) -> tuple[TokenWeight, ...]:
@@ -110,21 +122,25 @@ class Options:
     @property
     def own_method(self) -> bool:
         """Whether the loss is not TRL's."""
-        return self.spec is not None or bool(self.weights)
+        of_recipe = self.recipe is not None and bool(self.recipe.spec or self.recipe.sample_weights or self.recipe.keywords)
+        return self.spec is not None or bool(self.weights) or of_recipe
 
 
 class Hooks:
     """The two hooks for one trainer. ``original`` is TRL's method, bound."""
 
     def __init__(self, trainer: Any, options: Options, original_loss: Callable[..., Any], total: Counts | None = None) -> None:
+        if options.spec is not None and options.recipe is not None and options.recipe.spec:
+            raise InvalidCall(f"spec= and recipe {options.recipe.name!r} both set the loss; give one of them.")
         self.options = options
+        self.rollout = None if options.recipe is None else Rollout(trainer, options.recipe)
         self.fused = options.fuse_loss or options.own_method
         self.passes = () if options.spec is None else resolve_passes(options.spec, trainer.args)
         self.head = choose_head(options.lm_head, options.consume_logits)
         self.prober = Prober()
         self.counts = Counts("TRL", total)
         trainer.fused_calls, trainer.delegated_calls = self.counts.fused_calls, self.counts.delegated_calls
-        if self.fused and not self.passes and source_digest(original_loss) not in _KNOWN_LOSSES:
+        if self.fused and not self.passes and self._of_recipe is None and source_digest(original_loss) not in _KNOWN_LOSSES:
             warnings.warn(
                 f"TRL {trl.__version__} has a loss that fuse_loss=True was not checked against: it may lack what TRL added. "
                 "The default hook (fuse_loss=False) keeps TRL's own loss.",
@@ -187,14 +203,17 @@ class Hooks:
         """The loss of one micro-batch, scaled as TRL scales it, with TRL's metrics logged."""
         if not self.fused:
             return original(model, inputs)  # type: ignore[no-any-return]
-        reason = _loss_obstacle(trainer, inputs, own_spec=bool(self.passes))
+        own_spec = bool(self.passes) or self._of_recipe is not None
+        reason = _loss_obstacle(trainer, inputs, own_spec=own_spec)
         if reason is not None:
             if self.options.own_method:
-                raise UnsupportedRequest(f"spec= or reweight= cannot be combined with {reason}; TRL alone would train another method.")
+                raise UnsupportedRequest(
+                    f"spec=, reweight= or recipe= cannot be combined with {reason}; TRL alone would train another method."
+                )
             self._leave_to_trl(trainer, model, reason)
             return original(model, inputs)  # type: ignore[no-any-return]
         train = trainer.model.training
-        spec, scaling = self._normalized(trainer, self._spec(trainer), inputs, train)
+        spec, scaling = self._normalized(trainer, self._spec(trainer, inputs), inputs, train)
         mask = inputs["completion_mask"]
         data = {
             "completion_mask": mask * inputs["tool_mask"] if "tool_mask" in inputs else mask,
@@ -205,6 +224,8 @@ class Hooks:
         }
         if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
             data["importance_sampling_ratio"] = inputs["importance_sampling_ratio"]
+        if self.rollout is not None:
+            data |= self.rollout.keywords(trainer, inputs)
         options = {"spec": spec, **self._head_options(trainer), **data, **scaling}
         out = self._policy_loss(trainer, model, inputs, options)
         _log(trainer, "train" if train else "eval", out)
@@ -256,9 +277,15 @@ class Hooks:
     def _head_options(self, trainer: Any) -> dict[str, Any]:
         return {"temperature": trainer.temperature, "backend": self.options.backend}
 
-    def _spec(self, trainer: Any) -> PolicyLossSpec:
-        if self.passes:
-            spec = self.passes[trainer._step // trainer.args.steps_per_generation % len(self.passes)]
+    @property
+    def _of_recipe(self) -> Rollout | None:
+        """The rollout whose recipe has a spec."""
+        return self.rollout if self.rollout is not None and self.rollout.recipe.spec else None
+
+    def _spec(self, trainer: Any, inputs: dict[str, Any]) -> PolicyLossSpec:
+        passes = self.passes if self._of_recipe is None else self._of_recipe.specs(trainer, inputs)
+        if passes:
+            spec = passes[trainer._step // trainer.args.steps_per_generation % len(passes)]
         else:
             spec = spec_of_trainer(trainer)
         return with_weights(spec, self.options.weights) if self.options.weights else spec
@@ -331,6 +358,11 @@ class ReweightGRPOTrainer(GRPOTrainer):
             GRPOConfig's options of TRL's own loss must then be left alone; ``beta`` must be the spec's coefficient (TRL computes
             reference log-probs by it). A ``TokenMean`` divides by the tokens of the accumulation window, as TRL's dapo does.
         reweight: token weights on top of the loss. Both ``spec`` and ``reweight`` imply ``fuse_loss``.
+        recipe: train with a :class:`reweight_ops.Recipe`, or one by name: its reward transform, advantages, sample weights, schedule and spec. It sets
+            GRPOConfig's ``num_iterations`` and ``beta`` where they are the defaults. What it reads beside what TRL has (``correct``,
+            ``reference_rewards``, ...) are the columns of reward functions of these names; one of weight 0 is no reward.
+        rewards, advantages, sample_weights: such a line in place of the recipe's, or without one: of a recipe by name (``advantages="qae"``), or
+            by itself (``advantages="rw.advantages.qae(rewards, quantile=0.6, group_size=group_size)"``).
         backend: as in :func:`reweight_ops.policy_loss`.
         lm_head: ``"linear"``: from hidden states and the head's weight, without logits; ``"logits"``: through the model's logits; ``"auto"``:
             linear where the head is a plain ``nn.Linear`` (also one that ``modules_to_save`` trains) with at most one plain LoRA adapter, and a
@@ -352,16 +384,34 @@ class ReweightGRPOTrainer(GRPOTrainer):
         backend: str = "auto",
         consume_logits: bool = False,
         lm_head: str = "auto",
+        recipe: Recipe | str | None = None,
+        rewards: str | None = None,
+        advantages: str | None = None,
+        sample_weights: str | None = None,
         **kwargs: Any,
     ) -> None:
-        config = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
+        chosen = choose_recipe(recipe, rewards=rewards, advantages=advantages, sample_weights=sample_weights)
+        given = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs)
+        config = settled(given.arguments.get("args"), chosen)
+        if config is not None:
+            given.arguments["args"] = config
         with adapters_on_head_allowed(getattr(config, "cast_lm_head_to_fp32", False)):
-            super().__init__(*args, **kwargs)
-        options = Options(fuse_loss, spec, reweight, backend, consume_logits, lm_head)
+            super().__init__(*given.args[1:], **given.kwargs)
+        options = Options(fuse_loss, spec, reweight, backend, consume_logits, lm_head, chosen)
         self._reweight_hooks = Hooks(self, options, GRPOTrainer._compute_loss)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self._reweight_hooks.token_logps(self, super()._get_per_token_logps_and_entropies, *args, **kwargs)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        found = super()._calculate_rewards(*args, **kwargs)
+        rollout = self._reweight_hooks.rollout
+        return found if rollout is None else rollout.keep_rewards(found)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        rollout = self._reweight_hooks.rollout
+        return output if rollout is None else rollout.complete(self, output)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         return self._reweight_hooks.loss(self, super()._compute_loss, model, inputs)
@@ -403,8 +453,8 @@ def patch_trl(
 ) -> Patch:
     """Put the hooks of :class:`ReweightGRPOTrainer` into ``GRPOTrainer`` itself, for scripts that build it.
 
-    ``heads=True`` replaces the head function that all of TRL's trainers share instead, and takes ``backend`` only. The two are independent: enter
-    both patches for GRPO's hooks and the others' head.
+    ``heads=True`` replaces the head function that all of TRL's trainers share instead, and the divergence of its distillation trainer; it takes
+    ``backend`` only. The two are independent: enter both patches for GRPO's hooks and the others' head.
 
     Returns a patch with ``undo()``, ``fused_calls`` and ``delegated_calls``, also a context manager. Subclasses that override a hooked method keep theirs.
     TRL's constructor still refuses an adapter on the head.
@@ -422,4 +472,4 @@ def patch_trl(
         raise InvalidCall(
             f"patch_trl: heads=True does not read {', '.join(ignored)}, which are GRPO's: enter a second patch_trl(...) for them."
         )
-    return Patch(LIBRARY, head_replacements(backend, total), total)
+    return Patch(LIBRARY, [*head_replacements(backend, total), *divergence_replacements(backend, total)], total)

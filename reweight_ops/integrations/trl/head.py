@@ -23,6 +23,7 @@ from trl.trainer import grpo_trainer
 from ..._core.calls.keywords import Lora
 from ...errors import InvalidCall
 from ..layouts import predicting
+from ..sharding import whole
 
 try:
     from peft.tuners.lora import Linear as LoraLinear
@@ -142,18 +143,13 @@ def head_keywords(base: Any, hidden: Tensor, form: Any) -> dict[str, Any]:
         if active:
             # PEFT may keep adapters in fp32 beside a 16-bit head; the linear ops take factors in hidden's dtype or a wider one.
             factors: list[Any] = [head.lora_A[active[0]], head.lora_B[active[0]]]
-            a, b = (factor.weight.to(torch.promote_types(factor.weight.dtype, hidden.dtype)) for factor in factors)
+            a, b = (whole(f.weight).to(torch.promote_types(f.weight.dtype, hidden.dtype)) for f in factors)
             lora = Lora(a, b, float(head.scaling[active[0]]))
         head = head.base_layer
     return {
-        "lm_head_weight": _whole(head.weight), "lm_head_bias": _whole(head.bias), "lora": lora, "logit_scale": form.scale,
+        "lm_head_weight": whole(head.weight), "lm_head_bias": whole(head.bias), "lora": lora, "logit_scale": form.scale,
         "softcap": form.softcap,
     }  # fmt: skip
-
-
-def _whole(parameter: Any) -> Any:
-    # FSDP2 shards parameters as DTensors; gathering is differentiable.
-    return parameter.full_tensor() if isinstance(parameter, torch.distributed.tensor.DTensor) else parameter
 
 
 def scale_and_softcap(config: Any) -> tuple[float, float | None]:

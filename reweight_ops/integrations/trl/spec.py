@@ -78,9 +78,24 @@ def resolve_passes(spec: Any, args: Any) -> tuple[PolicyLossSpec, ...]:
         raise InvalidCall(
             f"spec is {spec!r}, expected a PolicyLossSpec, the name of a method, or one of them for each pass over a rollout."
         )
+    check_updates(passes, args)
+    return passes
+
+
+def check_updates(passes: Sequence[PolicyLossSpec], args: Any) -> None:
+    """Whether GRPOConfig fits the specs of the updates over a rollout.
+
+    Raises:
+        InvalidCall: see :func:`resolve_passes`.
+    """
     if len(passes) not in (1, args.num_iterations):
         raise InvalidCall(
             f"spec has {len(passes)} passes over each rollout, GRPOConfig.num_iterations is {args.num_iterations}; make them equal."
+        )
+    if len(passes) > 1 and args.steps_per_generation % args.gradient_accumulation_steps:
+        raise InvalidCall(
+            f"each of the {len(passes)} passes is to end with an optimizer step: GRPOConfig.steps_per_generation={args.steps_per_generation} "
+            f"must be a multiple of gradient_accumulation_steps={args.gradient_accumulation_steps}."
         )
     defaults = {f.name: f.default for f in dataclasses.fields(args)}
     ignored = [f"{name}={getattr(args, name)!r}" for name in LOSS_FIELDS if getattr(args, name) != defaults[name]]
@@ -90,7 +105,6 @@ def resolve_passes(spec: Any, args: Any) -> tuple[PolicyLossSpec, ...]:
         )
     for s in passes:
         _check_beta(s, args.beta)
-    return passes
 
 
 def _check_beta(spec: PolicyLossSpec, beta: float) -> None:
@@ -117,7 +131,8 @@ def normalize(
         keywords["num_items_in_batch"] = num_items.clamp(min=1.0) / num_processes * accumulation_steps / steps_per_generation
     if not window[0]:
         keywords["loss_scale"] = 1 / accumulation_steps
-    return Normalized(_rescaled(spec, accumulation_steps), keywords)
+    alike = accumulation_steps == 1 or not spec.penalties
+    return Normalized(spec if alike else _rescaled(spec, accumulation_steps), keywords)
 
 
 def _over_window(reduction: Reduction) -> bool:
@@ -134,4 +149,4 @@ def _rescaled(spec: PolicyLossSpec, steps: int) -> PolicyLossSpec:
         same = p.reduction is None or _over_window(p.reduction) == surrogate
         return p if same else dataclasses.replace(p, coef=p.coef * factor)
 
-    return dataclasses.replace(spec, penalties=tuple(map(rescale, spec.penalties))) if steps != 1 and spec.penalties else spec
+    return dataclasses.replace(spec, penalties=tuple(map(rescale, spec.penalties)))

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ..._core.calls.specs import named_spec
 from ..._core.catalogue.registry import Entry
-from ..._core.catalogue.table import level
 from ..._core.losses.policy import policy_loss_from_logps
 from ..._core.spec.policy import PolicyLossSpec
 from ..._core.spec.ratio import GeometricMeanRatio
 from ..._core.spec.reduction import SequenceMean
 from ...errors import InvalidCall, UnsupportedRequest
-from ..hosted import Host, agg_mode, divisors
+from ..hosted import Host, agg_mode, divisors, level_obstacle, per_sequence
 
 _VERL = Host(
     "verl", frozenset({"adv", "logp", "log_ratio", "old_logp"}), "actor.use_kl_loss and actor.kl_loss_coef, or actor.entropy_coeff"
@@ -42,9 +41,8 @@ def method_obstacle(entry: Entry) -> str | None:
     """Why a method of the catalogue has no name in verl, None if it has one."""
     if entry.example:
         return f"it has no default for {', '.join(entry.example)}: register a spec of it"
-    if level(entry) not in ("token", "sequence"):
-        return f"it is of level {level(entry)}, and a micro-batch is not the batch: register a spec of it if that will do"
-    return obstacle(entry.build())
+    reason = level_obstacle(entry, "a micro-batch")
+    return obstacle(entry.build()) if reason is None else f"{reason}: register a spec of it if that will do"
 
 
 @lru_cache(maxsize=64)
@@ -73,12 +71,6 @@ def _resolved(spec: PolicyLossSpec, name: str, loss_agg_mode: str, config: Any) 
     if spec.reduction.horizon not in (None, horizon):
         raise InvalidCall(f"{name} divides by {spec.reduction.horizon}, actor.loss_scale_factor is {horizon}: give one of them.")
     return _with_horizon(spec, float(horizon))
-
-
-def _per_sequence(x: Tensor, mask: Tensor) -> Tensor:
-    """``[B, T] -> [B]``: the mean over the tokens that are in, 0 without any."""
-    kept = mask.to(x.dtype)
-    return (x * kept).sum(-1) / kept.sum(-1).clamp(min=1)
 
 
 def loss_fn(spec: PolicyLossSpec | str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
@@ -110,9 +102,9 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[..., tuple[Tensor, dict[str,
             raise InvalidCall(f"{name}: verl's loss needs the actor's config.")
         resolved = _resolved(spec, name, loss_agg_mode, config)
         if isinstance(spec.ratio, GeometricMeanRatio):
-            advantages = _per_sequence(advantages, response_mask)
+            advantages = per_sequence(advantages, response_mask)
             if rollout_is_weights is not None:
-                rollout_is_weights = _per_sequence((rollout_is_weights + 1e-10).log(), response_mask).exp()[:, None]
+                rollout_is_weights = per_sequence((rollout_is_weights + 1e-10).log(), response_mask).exp()[:, None]
         info = config.global_batch_info
         counts = info.get("dp_size") or 1, info.get("batch_num_tokens"), info.get("global_batch_size")
         out = policy_loss_from_logps(

@@ -3,6 +3,7 @@
 import math
 
 import contract
+import packed_rows
 import pytest
 import torch
 from built_in import own_rules, own_weights
@@ -239,3 +240,26 @@ def test_bad_arguments_do_not_reach_the_kernel(cuda):
     }.items():
         with pytest.raises(InvalidCall, match=message):
             call()
+
+
+# --- packed rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [("plain", "per_row"), ("peaked", "cold"), ("shifted", "plain"), ("low", "plain"), ("plain", "softcap")]
+)
+def test_packed_rows_are_as_accurate(cuda, dtype, head, kind):
+    for v in (1, 9, 2563):
+        packed_rows.check_accuracy(cuda, dtype, 6, v, head, kind)
+
+
+def test_each_packed_row_is_as_alone(cuda, dtype, schedule):
+    packed_rows.check_each_row_alone(cuda, dtype, many=True)
+
+
+def test_corners_of_packed_rows(cuda):
+    packed_rows.check_corners(cuda, torch.float32)
+
+
+def test_packed_sure_rows(cuda):
+    packed_rows.check_sure_rows(cuda)

@@ -56,6 +56,10 @@ MUTANTS = {
     "columns before the first vector forgotten": ("gradient.h", "    if (thread_index() < columns.head) write(thread_index());\n", ""),
     "logits taken for aligned as the gradient is": ("gradient.h", "!reads || off(x) == off(out) ? (vocab", "true ? (vocab"),
     "the words of a pair swapped": ("elements.h", "narrow_pair<T>(x[2 * j], x[2 * j + 1])", "narrow_pair<T>(x[2 * j + 1], x[2 * j])"),
+    "one set of partial sums of packed rows": ("streaming.cu", "        buffer ^= 1;  // while warp 0 merges, the others begin the next row\n", ""),
+    "no barrier before a packed gradient": ("streaming.cu", "        barrier();  // the row is ready\n", ""),
+    "no barrier after a packed gradient": ("streaming.cu", "        barrier();  // nobody reads it any more\n", ""),
+    "packed rows of one length": ("../common/verbs.h", "call.bounds[call.rows + i] - call.bounds[i] : call", "call.bounds[call.rows] - call.bounds[0] : call"),
     "the scale's rounding ignored": ("partial.h", "rounding / kLog2e * mean * kLn2", "0.0"),
 }  # fmt: skip
 WALK = "for (int from = 0; from < slice.slices.count; ++from) sums = merge(sums, as_partial(load_shared(&stage.messages[from].sums)), row.scale);"

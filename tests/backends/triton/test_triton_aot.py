@@ -110,6 +110,18 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
     assert_sound(compiled, {})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_packed_rows_compile_without_spills(aot, target):
+    """Twice a dtype, few statistics or all, and with a softcap twice more."""
+    compiled = aot("packed", target)
+    names = [(k["kernel"], k["dtype"]) for k in compiled]
+    assert {name: names.count(name) for name in names} == {
+        (kernel, dtype): 4 for kernel in ("packed_stats_kernel", "packed_gradient_kernel") for dtype in ("bfloat16", "float16", "float32")
+    }
+    assert_sound(compiled, {})
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_spill_gate_fires(aot, target):
     """The negative control: with tiles that are far too large the same measurement reports spills."""

@@ -68,7 +68,7 @@ def same(a, b, inputs, **tolerance):
     ],
     ids=str,
 )
-def test_equals_the_logits_op(plan, spec, compact, chunk_rows):
+def test_equals_the_logits_op(plan, spec, compact, chunk_rows):  # docs/semantics.md: S30
     d = make()
     options = dict(completion_mask=d["mask"], temperature=0.8, softcap=6.0, vocab_size=V - 4, plan=plan, backend="reference")
     d["ids"] %= V - 4

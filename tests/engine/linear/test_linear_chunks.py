@@ -71,7 +71,7 @@ def test_explicit_chunks_keep_nothing_by_default():
 
 # --- where a row stands -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):
+def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):  # docs/semantics.md: S31
     """One row at every place of 75 rows in chunks of 32, of which the last is padded: log-prob, entropy and gradient."""
     g = torch.Generator().manual_seed(0)
     n, width, vocab = 75, 96, 1031
@@ -88,7 +88,21 @@ def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):
     assert len(set(found)) == 1
 
 
-def test_chunk_sizes_agree(backend):
+def test_a_gradient_is_the_same_bits_whichever_other_rows_have_a_coefficient(backend):
+    """Backward computes again only the logits of rows with a coefficient, by GEMMs of as many rows as forward's: fewer would round otherwise."""
+    g = torch.Generator().manual_seed(0)
+    n, width, vocab = 43, 96, 1031
+    weight, rows = torch.randn(vocab, width, generator=g), torch.randn(n, width, generator=g)
+    ids, found = torch.randint(vocab, (n,), generator=g), []
+    for live in ([1], [1, 2], [1, 2, 3, 7, 40, 41, 42], range(n)):
+        h, upstream = rows.clone().requires_grad_(), torch.zeros(n).index_fill(0, torch.tensor(live), 1.0)
+        logps = rw.linear_token_logps(h, weight, ids, chunk_rows=32, backend=backend)
+        (grad,) = torch.autograd.grad(logps, h, upstream)
+        found.append(tuple(grad[1].tolist()))
+    assert len(set(found)) == 1
+
+
+def test_chunk_sizes_agree(backend):  # docs/semantics.md: S31
     """Across chunk sizes: to rounding of the logits, not to the bit."""
     d = make(torch.float32)
     want = rw.linear_token_logps(d["hidden"].double(), d["weight"].double(), d["ids"])

@@ -457,7 +457,7 @@ WRONG = {
     "kind": (dict(kind="kl"), "kind is 'kl', expected one of forward_kl, .*generalized_jsd"),
     "beta": (dict(beta=0.5), "beta belongs to kind='generalized_jsd'"),
     "beta range": (dict(kind="generalized_jsd", beta=0.0), r"beta is 0.0, expected a number in \(0, 1\)"),
-    "no teacher": (dict(other=None), "other is a NoneType, expected a HiddenLogits, or logits"),
+    "no teacher": (dict(other=None), "other is a NoneType, expected a HiddenLogits, a TopKLogps, or logits"),
     "columns": (dict(other=rw.HiddenLogits(torch.zeros(2, 3, 4), torch.zeros(9, 4))), "logits have 7 columns, other_logits 9: pass vocab_size"),
     "logits columns": (dict(other=torch.zeros(2, 3, 9)), "logits have 7 columns, other_logits 9: pass vocab_size"),
     "vocab_size": (dict(other=torch.zeros(2, 3, 5), vocab_size=6), "vocab_size is 6, other_logits have 5 columns"),

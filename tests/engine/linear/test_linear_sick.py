@@ -44,7 +44,7 @@ def same(sick, healthy, out):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("plan", ["logps", "one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masked_rows_reach_no_gradient(backend, plan, dtype, value):
+def test_masked_rows_reach_no_gradient(backend, plan, dtype, value):  # docs/semantics.md: S32
     """Without compaction, the default on a GPU and under torch.compile."""
     made, ids, adv = make(dtype)
     mask = torch.ones(B, T, dtype=torch.bool)
@@ -70,7 +70,7 @@ def test_a_masked_row_that_row_index_names(plan, compact):
 @pytest.mark.parametrize("compact", [None, False, True])
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_without_a_coefficient_reach_no_gradient(backend, plan, compact):
+def test_rows_without_a_coefficient_reach_no_gradient(backend, plan, compact):  # docs/semantics.md: S32
     """One row of 32: too few to be dropped."""
     made, ids, adv = make()
     weights = torch.ones(B, T)

@@ -156,6 +156,13 @@ def test_the_actors_trainer_builds_our_loss(rlhf, integration):
             ppo_actor.PolicyLoss(**options | {"is_correction_level": "token"})
         with pytest.raises(rw.InvalidCall, match="set actor.loss_agg_mode=token-mean"):
             ppo_actor.PolicyLoss(**options | {"token_level_loss": False})
+    corrected = rw.methods.dapo().with_weight(rw.weights.TruncatedImportance(ratio_max=2.0))
+    with integration.patch(spec=corrected, ppo_actor=ppo_actor):  # whose log-probs OpenRLHF asks for by this switch only
+        assert isinstance(ppo_actor.PolicyLoss(**options | {"is_correction_level": "token"}), integration.PolicyLoss)
+        with pytest.raises(rw.InvalidCall, match="set algo.advantage.is_correction_level=token"):
+            ppo_actor.PolicyLoss(**options)
+        with pytest.raises(rw.InvalidCall, match="is_correction_mode='clip' would have no effect"):
+            ppo_actor.PolicyLoss(**options | {"is_correction_level": "token", "is_correction_mode": "clip"})
     assert ppo_actor.PolicyLoss is theirs
 
 
@@ -178,6 +185,7 @@ def test_the_example(rlhf, integration, monkeypatch):
         (rw.methods.top_entropy(), "it reads entropy, which OpenRLHF does not hand to a loss"),
         (rw.methods.sft(), "reads no advantages"),
         (rw.methods.disco(kl_strength=0.0), "its reduction"),
+        ("kl_cov", "it is of level batch, and a micro-batch is not the batch"),
     ],
 )
 def test_refusals(integration, spec, message):

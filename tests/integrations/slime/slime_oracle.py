@@ -17,11 +17,20 @@ def reducer(response_lengths, loss_masks, denominators, per_token):
 def policy_loss(args, batch, logits, reduce):
     logits = logits.squeeze(0) / args.rollout_temperature
     logps, entropies, end = [], [], 0
-    for tokens, total, response in zip(batch["unconcat_tokens"], batch["total_lengths"], batch["response_lengths"], strict=True):
+    for i, (tokens, total, response) in enumerate(
+        zip(batch["unconcat_tokens"], batch["total_lengths"], batch["response_lengths"], strict=True)
+    ):
         end += total
-        rows = logits[end - response - 1 : end - 1].log_softmax(-1)
-        logps.append(rows.gather(-1, tokens[-response:, None])[:, 0])
+        own = logits[end - response - 1 : end - 1]
+        rows = own.log_softmax(-1)
         entropies.append(-(rows.exp() * rows).sum(-1))
+        if args.rollout_top_p != 1.0:  # the keep mask is of the log-probs alone
+            keep = torch.zeros_like(own, dtype=torch.bool)
+            ids, offsets = batch["rollout_top_p_token_ids"][i], batch["rollout_top_p_token_offsets"][i]
+            for r in range(response):
+                keep[r, ids[offsets[r] : offsets[r + 1]].long()] = True
+            rows = own.masked_fill(~keep, -torch.inf).log_softmax(-1)
+        logps.append(rows.gather(-1, tokens[-response:, None])[:, 0])
     old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
     old = old or [x.detach() for x in logps]
     advantages, masks = torch.cat(batch["advantages"]), batch["loss_masks"]
@@ -57,5 +66,7 @@ def policy_loss(args, batch, logits, reduce):
             kl = kl.clamp(-10, 10)
         metrics["kl_loss"] = reduce(kl)
         loss = loss + args.kl_loss_coef * metrics["kl_loss"]
-    metrics["train_rollout_logprob_abs_diff"] = reduce((before - torch.cat(batch["rollout_log_probs"])).abs())
+    metrics["train_rollout_logprob_abs_diff"] = reduce(
+        ((flat if args.use_rollout_logprobs else before) - torch.cat(batch["rollout_log_probs"])).abs()
+    )
     return loss, {"loss": loss} | metrics

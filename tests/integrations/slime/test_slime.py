@@ -94,6 +94,32 @@ def test_slimes_own_loss(slime, batch, estimator, options, per_token):
             assert ours[2][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
+def with_top_p(logits, data):
+    """The batch with what a sampler kept of every response token, which is in it."""
+    g, ids, offsets = torch.Generator().manual_seed(1), [], []
+    for tokens, response in zip(data["unconcat_tokens"], RESPONSES, strict=True):
+        kept = (torch.rand(response, V, generator=g) < 0.3).scatter(-1, tokens[-response:, None], True)
+        ids.append(kept.nonzero()[:, 1].int())
+        offsets.append(torch.cat([torch.zeros(1), kept.sum(-1).cumsum(0)]).int())
+    return data | {"rollout_top_p_token_ids": ids, "rollout_top_p_token_offsets": offsets}
+
+
+@pytest.mark.parametrize("options", ["plain", "entropy", "k3", "tis"])
+@pytest.mark.parametrize("estimator", ["grpo", "gspo"])
+def test_top_p_is_of_the_log_probs_and_not_of_the_entropy(slime, batch, estimator, options):
+    logits, data = batch
+    data = with_top_p(logits, data)
+    args = arguments(advantage_estimator=estimator, rollout_top_p=0.9, **OPTIONS[options])
+    theirs, ours = (run(function, args, logits, data) for function in (policy_loss, slime.loss))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
+    assert theirs[1].norm() > 1e-3 and (ours[1] - theirs[1]).norm() <= 1e-6 * theirs[1].norm()
+    for name, value in theirs[2].items():
+        assert ours[2][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    short = data | {"rollout_top_p_token_offsets": [x[:-1] for x in data["rollout_top_p_token_offsets"]]}
+    with pytest.raises(rw.UnsupportedRequest, match="the op takes the kept ids of every response token"):
+        run(slime.loss, args, logits, short)
+
+
 def test_on_policy_and_masked_tokens_that_are_no_numbers(slime, batch):
     logits, data = batch
     args = arguments()
@@ -137,13 +163,14 @@ def test_a_method_by_name(slime, batch, name):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"rollout_top_p": 0.9}, rw.UnsupportedRequest, "rollout_top_p=0.9"),
+        ({"rollout_top_p": 0.9}, rw.InvalidCall, "rollout_top_p=0.9 needs rollout_top_p_token_ids"),
         ({"custom_tis_function_path": "a.b"}, rw.UnsupportedRequest, "custom_tis_function_path"),
         ({"get_mismatch_metrics": True}, rw.UnsupportedRequest, "get_mismatch_metrics"),
         ({"reweight_method": "dapo", "eps_clip_high": 0.28, "calculate_per_token_loss": True}, rw.InvalidCall, "eps_clip_high=0.28 would have no effect"),
         ({"reweight_method": "dapo", "eps_clip_high": None}, rw.InvalidCall, "set --calculate-per-token-loss"),
         ({"reweight_method": "grpo", "eps_clip_high": None, "calculate_per_token_loss": True}, rw.InvalidCall, "leave out --calculate-per-token-loss"),
         ({"reweight_method": "sft", "eps_clip_high": None, "calculate_per_token_loss": True}, rw.UnsupportedRequest, "reads no advantages"),
+        ({"reweight_method": "kl_cov", "eps_clip_high": None, "calculate_per_token_loss": True}, rw.UnsupportedRequest, "level batch, and a micro-batch"),
         ({"use_tis": True, "use_rollout_logprobs": True}, rw.UnsupportedRequest, "use_tis with use_rollout_logprobs"),
         ({"use_kl_loss": True, "kl_loss_type": "abs"}, rw.InvalidCall, "kl_loss_type is 'abs'"),
     ],

@@ -67,10 +67,14 @@ def titan():
     with pytest.MonkeyPatch.context() as patch:
         loss = types.ModuleType("torchtitan.components.loss")
         loss.BaseLoss = BaseLoss
+        spmd = types.ModuleType("torchtitan.distributed.spmd_types")
+        spmd.spmd_mesh_size = lambda axis: 1
         for name, module in (
             ("torchtitan", types.ModuleType("torchtitan")),
             ("torchtitan.components", types.ModuleType("c")),
             (loss.__name__, loss),
+            ("torchtitan.distributed", types.ModuleType("d")),
+            (spmd.__name__, spmd),
         ):
             patch.setitem(sys.modules, name, module)
         from reweight_ops.integrations import torchtitan
@@ -139,3 +143,10 @@ def test_one_pass(titan):
 def test_refusals(titan, name, options, message):
     with pytest.raises(rw.UnsupportedRequest, match=f"torchtitan cannot train {name}: {message}"):
         titan.PolicyLoss.Config(method=name, options=options).build()
+
+
+def test_vocabulary_shards_are_refused(titan, inputs, monkeypatch):
+    """torchtitan's default backend hands over plain tensors, which do not say that they are a part."""
+    monkeypatch.setattr(titan, "spmd_mesh_size", lambda axis: 2)
+    with pytest.raises(rw.UnsupportedRequest, match="tensor parallelism of 2: the logits are a rank's part"):
+        run(titan.PolicyLoss.Config().build(), inputs)

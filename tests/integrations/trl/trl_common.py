@@ -37,14 +37,13 @@ def make_trainer(output_dir, cls, model=None, ours=None, **config):
         "max_steps": 1, "seed": 1, "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "report_to": [], "save_strategy": "no",
         "disable_tqdm": True,
     }  # fmt: skip
-    trainer = cls(
-        model=model,
-        reward_funcs=lambda completions, **_: [random.Random(c).random() for c in completions],
-        args=trl.GRPOConfig(**(fields | config)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_tokenizer(),
-        **(ours or {}),
-    )
+    arguments = {
+        "reward_funcs": lambda completions, **_: [random.Random(c).random() for c in completions],
+        "args": trl.GRPOConfig(**(fields | config)),
+        "train_dataset": Dataset.from_list(rows),
+        "processing_class": make_tokenizer(),
+    }
+    trainer = cls(model=model, **(arguments | (ours or {})))
     trainer.current_gradient_accumulation_steps = 1  # set by the training loop only
     trainer.model.train()
     return trainer

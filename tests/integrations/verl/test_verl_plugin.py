@@ -64,7 +64,7 @@ def test_every_mode_of_verl_as_a_registered_spec(mode, agg, info, weighted, regi
     bounds = {} if mode in ("gpg", "sapo", "dro", "kl_cov") else {"clip_ratio_low": 0.1, "clip_ratio_high": 0.15}
     policy = {name: value for name, value in MODES[mode].items() if name.startswith(("kl_cov", "clip_cov", "ppo_kl", "dro"))}
     theirs = run(core_algos.get_policy_loss_fn(mode), data, info, weighted, agg, policy_loss=policy_config(**policy), **bounds)
-    spec = rw.methods.verl(mode, loss_agg_mode=agg, **bounds, **MODES[mode])
+    spec = rw.methods.verl(mode, loss_agg_mode=agg, unused="ignore", **bounds, **MODES[mode])
     (name,) = integration.register({"mine": spec})
     ours = run(core_algos.get_policy_loss_fn(name), data, info, weighted, agg)
     assert_same(theirs, ours)
@@ -237,9 +237,10 @@ warnings.simplefilter("error", UserWarning)
 from trainers import stand_ins
 with stand_ins("ray"):
     import verl
-    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
 print(get_policy_loss_fn("rw_dapo").__module__, get_policy_loss_fn("likely_tokens_first").__module__, FusedLinearForPPO.forward.__module__)
+print(get_adv_estimator_fn("rw_qae").__module__)
 """
 
 
@@ -255,6 +256,6 @@ def test_verl_loads_the_plugin_by_its_entry_point(tmp_path):
     code = LOADS.format(folder=str(FOLDER), support=str(ROOT / "tests" / "support"))
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     ours = "reweight_ops.integrations.verl"
-    assert result.stdout.split() == [f"{ours}.losses", f"{ours}.losses", ours], result.stderr
+    assert result.stdout.split() == [f"{ours}.losses", f"{ours}.losses", ours, f"{ours}.advantages"], result.stderr
     for value in points.values():
         assert importlib.metadata.EntryPoint("reweight_ops", value, "verl.plugins").load()

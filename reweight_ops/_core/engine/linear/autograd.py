@@ -1,191 +1,189 @@
 """The chunked LM head's two autograd Functions: logits of a few rows at a time in one reused buffer, and the kernels in place on it.
 
-As for logits there are statistics (backward recomputes a chunk's logits, or has kept them) and the one-pass loss (three GEMMs in forward).
+As for logits there are statistics (backward recomputes a chunk's logits, or has kept them) and the one-pass loss (three GEMMs in forward). Where
+there is a second model, its logits exist for the same chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...calls.chunking import balanced
-from ...calls.hidden import ChunkSettings, LMHead
+from ...calls.hidden import ChunkSettings, Hidden, LMHead
+from ...rows.groups import OUT
 from .. import again
 from .. import ops as library
-from ..autograd import FIXED, LSE_LOW, asked_for, forbid_graph, forbid_second_backward, whole_rows
-from .gemms import Chunk, Gradients, chunks, live_rows, padded
-
-_DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
-
-
-def _per_row(t: Tensor, rows: slice) -> Tensor:
-    return t if t.size(-1) == 1 else t[..., rows].contiguous()
+from ..autograd import forbid_graph, forbid_second_backward
+from .buffers import Buffers, Kept, OtherHead, made, torch_logits
+from .gemms import Gradients, chunks, live_rows, padded
+from .measures import Found, LogitRows, Measure, PerRow
+from .works import OnePassWork
 
 
 class LinearStatistics(torch.autograd.Function):
-    """Statistics ``[M]`` of the rows of the head's logits, differentiable to everything the head is made of."""
+    """What a measure finds of the head's logits, one element for each of M rows, differentiable to everything the head is made of."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch.no_grad():  # already so, but where torch.export runs it
-            return LinearStatistics.compute(ctx, *arguments)
-
-    @staticmethod
-    def compute(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
-        lora_scale: float, ids: Tensor, temperature: Tensor, settings: ChunkSettings, stats: str,
+    @torch.no_grad()  # already so, but where torch.export runs it
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
+        rows: PerRow, other: OtherHead | None, settings: ChunkSettings, measure: Measure,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         head = LMHead(weight, bias, lora_a, lora_b, lora_scale).cast(settings)
-        count = hidden.size(0)
-        size = min(settings.chunk_rows, count)
-        wanted = asked_for(stats, any(ctx.needs_input_grad[:5]), settings.shards)
-        working: Chunk | None = None
-        kept: list[Chunk] = []
+        size, needs_grad = min(settings.chunk_rows, hidden.size(0)), any(ctx.needs_input_grad[:5])
+        working: Buffers | None = None
+        kept: list[Kept] = []
         parts = []
-        for rows in chunks(0, count, max(size, 1)):
-            if rows.stop <= settings.keep_rows:
-                chunk = Chunk(size, head, settings)
-                kept.append(chunk)
+        for where in _runs(hidden, size):
+            if 0 < where.stop <= settings.keep_rows:
+                buffers = Buffers(size, head, settings, other)
+                kept.append(buffers.kept())
             else:
-                chunk = working = working or Chunk(size, head, settings)
-            z, t = chunk.logits(hidden[rows]), _per_row(temperature, rows)
-            parts.append(library.called(library.token_stats, z, ids[rows], t, *settings.softmax, False, wanted, settings.backend))
-        wide = torch.float64 if settings.logits_dtype == torch.float64 else torch.float32
-        table = torch.cat(parts, 1) if parts else hidden.new_zeros(len(wanted.split(",")), 0, dtype=wide)
-        table = whole_rows(table, wanted, ids, settings.shards)
-        known = table.unbind()
+                buffers = working = working or Buffers(size, head, settings, other)
+            parts.append(measure.stats(buffers.logits(hidden, rows, where), needs_grad))
+        # Of a sharded vocabulary the ranks exchange all rows at once, whatever the chunks are.
+        outputs, rest = measure.merged(Found(*(_joined(found) for found in zip(*parts, strict=True))), rows.ids)
         ctx.set_materialize_grads(False)
-        ctx.settings, ctx.names, ctx.lora_scale = settings, stats.split(","), lora_scale
-        outputs = tuple(known[: len(ctx.names)])
-        # Backward writes over them, so they serve once; a second backward makes the same ones again.
-        ctx.kept = [chunk.data for chunk in kept]
-        ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, ids, temperature, *known)
-        ctx.mark_non_differentiable(*(t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED))
+        ctx.settings, ctx.measure, ctx.lora_scale = settings, measure, lora_scale
+        # Backward writes over the first model's, so they serve once; a second backward makes the same ones again.
+        ctx.kept = kept
+        ctx.other = None if other is None else (other.settings, None if other.head is None else other.head.lora_scale)
+        others = () if other is None else (other.values, other.picked, *(other.head[:4] if other.head is not None else ()))
+        ctx.split = (len(rows), len(outputs), len(rest))
+        ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, *rows, *outputs, *rest, *others)
+        ctx.mark_non_differentiable(*(t for t, moves in zip(outputs, measure.differentiable, strict=True) if not moves))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, lora_a, lora_b, ids, temperature, *stats = ctx.saved_tensors
-        settings: ChunkSettings = ctx.settings
-        forbid_graph(settings.shards)
+        measure: Measure = ctx.measure
+        forbid_graph(ctx.settings.shards)
+        by = tuple(g.contiguous() if g is not None and moves else None for g, moves in zip(grads, measure.differentiable, strict=True))
+        if all(g is None for g in by):
+            return (None,) * 10
+        hidden, weight, bias, lora_a, lora_b, *saved = ctx.saved_tensors
+        rows, outputs, rest, others = _split(saved, ctx.split)
+        rows, settings = PerRow(*rows), ctx.settings
+        other = None if ctx.other is None else _other_head(others, *ctx.other)
         if again.wants_graph():
 
             def formula(h: Tensor, w: Tensor, c: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, ...]:
-                return again.linear_stats(h, LMHead(w, c, a, b, ctx.lora_scale), ids, temperature, settings, ctx.names)
+                return _in_torch(h, LMHead(w, c, a, b, ctx.lora_scale), rows, other, settings, measure)
 
-            return (*again.gradient(formula, (hidden, weight, bias, lora_a, lora_b), grads), *(None,) * 5)
-        by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
-        if all(g is None for g in by.values()):
-            return (None,) * 10
-        known = dict(zip((*ctx.names, LSE_LOW), stats, strict=True))
-        table = _Table(ids, temperature, known, by)
+            return (*again.gradient(formula, (hidden, weight, bias, lora_a, lora_b), by), *(None,) * 5)
         parameters = LMHead(weight, bias, lora_a, lora_b, ctx.lora_scale)
         head = parameters.cast(settings)
         count, kept, ctx.kept = hidden.size(0), ctx.kept, [None] * len(ctx.kept)
         size = min(settings.chunk_rows, count)
-        recomputed_from = min(len(kept) * size, count)
-        # Rows without a coefficient are not even recomputed.
-        index = table.rows(slice(recomputed_from, count)).live() if settings.drop_inert else None
-        rest = count - recomputed_from if index is None else index.numel()
-        total_chunks = len(kept) + -(-rest // max(size, 1))
-        gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], total_chunks, settings)
-        chunk: Chunk | None = None
-        for data, rows in zip(kept, chunks(0, recomputed_from, max(size, 1)), strict=True):
-            part, h = table.rows(rows), hidden[rows]
-            if data is None:
-                chunk = chunk or Chunk(size, head, settings)
-                chunk.logits(h)
-                data = chunk.data
-            gradients.add(rows, h, _gradient(data, h.size(0), part, settings), part.live() if settings.drop_inert else None)
-        kept = data = chunk = None  # freed before the working chunk is made
-        if rest:
-            # Without compaction the same chunks as in forward, so that the same logits are found.
-            size = size if index is None else balanced(rest, size)
-            chunk = Chunk(min(size, rest), head, settings)
-            for rows in chunks(0, rest, size):
-                where = slice(recomputed_from + rows.start, recomputed_from + rows.stop) if index is None else recomputed_from + index[rows]
-                h = hidden[where]
-                chunk.logits(h)
-                gradients.add(where, h, _gradient(chunk.data, h.size(0), table.rows(where), settings), None)
-        return (*gradients.finish(), None, None, None, None, None)
+        again_from = min(len(kept) * size, count)
+        # Rows without a coefficient are not even computed again.
+        live = live_rows(*_at(by, slice(again_from, count))) if settings.drop_inert and again_from < count else None
+        left = count - again_from if live is None else live.numel()
+        gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], len(kept) + -(-left // max(size, 1)), settings)
+
+        def add(where: slice | Tensor, logits: LogitRows, chunk: Tensor, drop: bool) -> None:
+            part = _at(by, where)
+            found = measure.gradient(logits, Found(_at(outputs, where), _at(rest, where)), part, library.may_overwrite(True))
+            whole = chunk if found is None else padded(found, chunk.size(0))
+            gradients.add(where, hidden[where], whole, live_rows(*part) if drop else None)
+
+        nothing: Any = None
+        buffers: Buffers | None = None
+        chunk = logits = nothing
+        for chunk, where in zip(kept, chunks(0, again_from, max(size, 1)), strict=True):
+            if chunk is None:
+                buffers = buffers or Buffers(size, head, settings, other)
+                logits = buffers.logits(hidden, rows, where)
+                add(where, logits, buffers.values, settings.drop_inert)
+            else:
+                logits = made(chunk, other, rows, where)
+                add(where, logits, chunk.values, settings.drop_inert)
+        kept = chunk = logits = None  # freed before the working chunk is made
+        buffers = buffers if left else None
+        for run in chunks(0, left, max(size, 1)):
+            # As many rows as in forward, padding included, so that the same logits are found.
+            buffers = buffers or Buffers(size, head, settings, other)
+            at = slice(again_from + run.start, again_from + run.stop) if live is None else again_from + live[run]
+            add(at, buffers.logits(hidden, rows, at), buffers.values, False)
+        return (*gradients.finish(), *(None,) * 5)
 
 
-class _Table:
-    """Everything per row that backward reads."""
-
-    def __init__(self, ids: Tensor, temperature: Tensor, known: dict[str, Tensor], by: dict[str, Tensor | None]) -> None:
-        self.ids, self.temperature, self.known, self.by = ids, temperature, known, by
-
-    def rows(self, rows: slice | Tensor) -> _Table:
-        def take(x: Tensor) -> Tensor:
-            return x[rows].contiguous()
-
-        return _Table(
-            take(self.ids),
-            self.temperature if self.temperature.size(-1) == 1 else take(self.temperature),
-            {name: take(x) for name, x in self.known.items()},
-            {name: None if x is None else take(x) for name, x in self.by.items()},
-        )
-
-    def live(self) -> Tensor | None:
-        return live_rows(*self.by.values())
-
-
-def _gradient(chunk: Tensor, count: int, table: _Table, settings: ChunkSettings) -> Tensor:
-    """The gradient of a chunk's first ``count`` rows of logits, and padding: over them where that may be."""
-    known, by = table.known, table.by
-    arguments = (
-        chunk[:count], table.ids, table.temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"),
-        known.get("log_sum_p_sq"), *(by.get(name) for name in _DERIVATIVES), *settings.softmax, False, settings.backend,
-    )  # fmt: skip
-    if library.may_overwrite(True):
-        library.called(library.token_grad_, *arguments)
-        return chunk
-    return padded(library.called(library.token_grad, *arguments), chunk.size(0))
-
-
-class LinearOnePassLoss(torch.autograd.Function):
-    """``(loss, rows)`` with every gradient formed in forward, from one GEMM for the logits and two for the gradients."""
+class LinearOnePass(torch.autograd.Function):
+    """``(loss, table)`` with every gradient formed in forward, from one GEMM for each model's logits and two for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch.no_grad():  # already so, but where torch.export runs it
-            return LinearOnePassLoss.compute(ctx, *arguments)
-
-    @staticmethod
-    def compute(
+    @torch.no_grad()  # already so, but where torch.export runs it
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
-        ids: Tensor, temperature: Tensor, inputs: tuple[Tensor | None, ...], params: Tensor, program: str, settings: ChunkSettings,
+        rows: PerRow, other: OtherHead | None, settings: ChunkSettings, work: OnePassWork,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         parameters = LMHead(weight, bias, lora_a, lora_b, lora_scale)
         head = parameters.cast(settings)
-        count = hidden.size(0)
-        size = min(settings.chunk_rows, count)
-        gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], -(-count // max(size, 1)), settings)
-        chunk, parts = Chunk(size, head, settings), []
-        for rows in chunks(0, count, max(size, 1)):
-            h = hidden[rows]
-            z = chunk.logits(h)
-            row_inputs = [None if t is None else t[..., rows].contiguous() for t in inputs]
-            table = library.called(library.token_loss_grad_,
-                z, ids[rows], _per_row(temperature, rows), *row_inputs, params, program,
-                *settings.softmax[:2], False, settings.backend,
-            )  # fmt: skip
-            parts.append(table)
-            gradients.add(rows, h, chunk.data, live_rows(table[4], table[5]) if settings.drop_inert else None)
-        table = torch.cat(parts, 1) if parts else hidden.new_zeros(6, 0, dtype=params.dtype)
-        results = gradients.finish()
-        ctx.given, ctx.backend = [g is not None for g in results], settings.backend
+        size = min(settings.chunk_rows, hidden.size(0))
+        gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], -(-hidden.size(0) // max(size, 1)), settings)
+        buffers, tables = Buffers(size, head, settings, other), []
+        for where in _runs(hidden, size):
+            part = work.at(where)
+            table = part.gradient_(buffers.logits(hidden, rows, where))
+            tables.append(table)
+            gradients.add(where, hidden[where], buffers.values, part.live(table) if settings.drop_inert else None)
+        table, results = torch.cat(tables, 1), gradients.finish()
+        ctx.given, ctx.backend, ctx.op = [g is not None for g in results], work.backend, work.op
         ctx.save_for_backward(*(g for g in results if g is not None))
         ctx.mark_non_differentiable(table)
-        return table[2].sum(), table
+        return work.loss(table), table
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
-        forbid_second_backward(ctx, "linear_policy_loss")
+        forbid_second_backward(ctx, ctx.op)
         saved = iter(ctx.saved_tensors)
         # A launch each: of these tensors, of several dtypes, the smallest costs the few microseconds that an empty launch takes.
         results = [library.scaled(next(saved), upstream, ctx.backend) if given else None for given in ctx.given]
-        return (*results, *(None,) * 7)
+        return (*results, *(None,) * 5)
+
+
+def linear_statistics(hidden: Hidden, rows: PerRow, other: OtherHead | None, measure: Measure) -> tuple[Tensor, ...]:
+    """The outputs of :class:`LinearStatistics`; as plain torch where that is the measure's backend."""
+    if measure.backend == again.TORCH:
+        return _in_torch(hidden.states, hidden.head, rows, other, hidden.settings, measure)
+    found: tuple[Tensor, ...] = LinearStatistics.apply(  # type: ignore[no-untyped-call]
+        hidden.states, *hidden.head, rows, other, hidden.settings, measure
+    )
+    return found
+
+
+def _in_torch(
+    states: Tensor, head: LMHead, rows: PerRow, other: OtherHead | None, settings: ChunkSettings, measure: Measure
+) -> tuple[Tensor, ...]:
+    return measure.formulas(torch_logits(states, head, rows, rows.ids != OUT, settings, other))
+
+
+def _runs(hidden: Tensor, size: int) -> list[slice]:
+    """The chunks of a call; an empty one where there are no rows, so that its results have their shapes and dtypes."""
+    return list(chunks(0, hidden.size(0), max(size, 1))) or [slice(0, 0)]
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The same of all rows, from what was found of chunks."""
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(found) for found in zip(*parts, strict=True))
+
+
+def _at(found: tuple[Any, ...], rows: slice | Tensor) -> tuple[Any, ...]:
+    return tuple(None if x is None else x[rows].contiguous() for x in found)
+
+
+def _split(saved: list[Any], counts: tuple[int, ...]) -> tuple[tuple[Any, ...], ...]:
+    """Runs of ``counts`` elements, and what is left."""
+    runs = []
+    for count in counts:
+        runs.append(tuple(saved[:count]))
+        saved = saved[count:]
+    return (*runs, tuple(saved))
+
+
+def _other_head(saved: tuple[Any, ...], settings: ChunkSettings, lora_scale: float | None) -> OtherHead:
+    values, picked, *head = saved
+    return OtherHead(values, None if lora_scale is None else LMHead._make((*head, lora_scale)), picked, settings)

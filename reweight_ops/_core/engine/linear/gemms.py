@@ -259,7 +259,7 @@ def compacted(chunk: Tensor, live: Tensor) -> Tensor:
 
 def live_rows(*coefs: Tensor | None) -> Tensor | None:
     """Positions of the rows with a coefficient, or None where dropping the others is not worth it."""
-    known = [c != 0 for c in coefs if c is not None]
+    known = [(c != 0) if c.dim() == 1 else (c != 0).any(-1) for c in coefs if c is not None]
     live = torch.stack(known).any(0)
     index = live.nonzero()[:, 0]
     return index if live.numel() - index.numel() >= _fewest_to_drop(live.numel()) else None

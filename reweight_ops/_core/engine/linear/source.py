@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...backends.base import RowInputs
 from ...backends.shards import VocabShards
-from ...calls.hidden import ChunkSettings, Hidden
+from ...calls.hidden import Hidden
+from ...rows.groups import OUT
 from ...rows.rows import Rows
 from .. import again, temperature
+from ..picks import PICKED, PICKED_IDS, Picks
+from ..sampling import by_reader, primitives, statistics_of
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
-from ..sources import ALWAYS, refuse_transforms, why_two_passes
-from .autograd import LinearOnePassLoss, LinearStatistics
+from ..sources import refuse_transforms, why_two_passes
+from .autograd import LinearOnePass, linear_statistics
 from .gemms import inert_rows_dropped
+from .measures import PerRow, TokenMeasure
+from .works import TokenWork
 
 
-def with_shards(settings: ChunkSettings, shards: VocabShards) -> ChunkSettings:
-    """The settings of a rank that has agreed with the others on who has which columns."""
-    return settings._replace(softmax=shards.params(settings.softmax.softcap), shards=shards)
+def with_shards(hidden: Hidden, shards: VocabShards) -> Hidden:
+    """A rank's call that has agreed with the others on who has which columns."""
+    settings = hidden.settings
+    return replace(hidden, settings=settings._replace(softmax=shards.params(settings.softmax.softcap), shards=shards))
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class HiddenSource(PlainSource):
     """Statistics of ``hidden @ weightᵀ``, chunk by chunk."""
 
     hidden: Hidden
+    picks: Picks | None = None
 
     @property
     def rows(self) -> Rows:
@@ -36,48 +44,52 @@ class HiddenSource(PlainSource):
     @property
     def info(self) -> SourceInfo:
         h, s = self.hidden, self.hidden.settings
+        statistics, one_pass = primitives(h.kept)
         return SourceInfo(
-            h.states.device, s.logits_dtype, h.needs_grad, s.backend, ("token_stats",), "token_loss_grad",
+            h.states.device, s.logits_dtype, h.needs_grad, s.backend, statistics, one_pass,
             two_pass_reason=why_two_passes(h.shard, h.temperature),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-        h = self.hidden
-        found = (*ALWAYS, *(name for name in names if name not in ALWAYS))
-        if h.shard is not None:
-            known = self._of_shards(found, backend)
-        elif backend == again.TORCH:
-            known = dict(zip(found, again.linear_stats(h.states, h.head, h.ids, h.temperature, h.settings, found), strict=True))
-        else:
-            known = self._statistics(found, self._settings(backend))
-        return {name: h.scatter(value) for name, value in known.items()}
+        wanted = statistics_of(self.hidden.kept, names, self.hidden.rows)
+        if self.hidden.shard is not None:
+            whole: dict[str, Tensor] = self._of_shards(wanted, backend)
+            return whole
+        return self._statistics(self.hidden, wanted, backend)
 
     @torch.compiler.disable
-    def _of_shards(self, found: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+    def _of_shards(self, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
         assert h.shard is not None
         refuse_transforms(h.rows, backend)
-        return self._statistics(found, with_shards(self._settings(backend), h.shard.agreed(h.rows, found, h.needs_grad)))
+        return self._statistics(with_shards(h, h.shard.agreed(h.rows, wanted, h.needs_grad)), wanted, backend)
 
-    def _statistics(self, found: tuple[str, ...], settings: ChunkSettings) -> dict[str, Tensor]:
-        h = self.hidden
-        computed = temperature.with_reads(found, h.temperature)
-        values = LinearStatistics.apply(h.states, *h.head, h.ids, h.temperature.detach(), settings, ",".join(computed))  # type: ignore[no-untyped-call]
-        return temperature.differentiable(dict(zip(computed, values, strict=True)), found, h.temperature)
+    def _statistics(self, h: Hidden, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        picks, torch_only = self.picks or Picks(), backend == again.TORCH
+        computed = wanted if torch_only else temperature.with_reads(wanted, h.temperature, self.picks is not None)
+        given = None if picks.given is None else picks.given if h.index is None else picks.given[h.index]
+        per_row = PerRow.of(h.ids, h.temperature if torch_only else h.temperature.detach(), given, h.kept)
+        measure = TokenMeasure(h.settings.softmax, backend, computed, self.picks is not None, picks.top, h.settings.shards)
+        known = dict(zip(measure.names, linear_statistics(h, per_row, None, measure), strict=True))
+        if not torch_only:
+            kept = (*wanted, PICKED, PICKED_IDS) if self.picks is not None else wanted
+            known = temperature.differentiable(known, kept, h.temperature)
+        ids = known.pop(PICKED_IDS, None)
+        found = {name: h.scatter(value) for name, value in by_reader(known, h.kept).items()}
+        return found if ids is None else {**found, PICKED_IDS: h.scatter(ids, OUT)}
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         h = self.hidden
-        inputs = tuple(None if t is None else h.gather(t) for t in work.inputs)
-        loss, table = LinearOnePassLoss.apply(  # type: ignore[no-untyped-call]
-            h.states, *h.head, h.ids, h.temperature, inputs, work.params, work.program, self._settings(backend)
-        )
+        inputs = RowInputs(*(None if t is None else h.gather(t) for t in work.inputs))  # type: ignore[arg-type]
+        over = h.kept is not None and h.kept.over_vocabulary
+        loss, table = LinearOnePass.apply(  # type: ignore[no-untyped-call]
+            h.states, *h.head, PerRow.of(h.ids, h.temperature, None, h.kept), None, h.settings,
+            TokenWork(work._replace(inputs=inputs), h.settings.softmax, backend, over),
+        )  # fmt: skip
         return loss, torch.stack([h.scatter(row) for row in table.unbind()]) if h.index is not None else table
 
     def more_metrics(self, plan: str) -> MoreMetrics:
         return _DroppedRows(self.hidden, self.hidden.settings.chunk_rows if plan == "one_pass" else self.hidden.states.size(0))
-
-    def _settings(self, backend: str) -> ChunkSettings:
-        return self.hidden.settings._replace(backend=backend)
 
 
 class _DroppedRows:

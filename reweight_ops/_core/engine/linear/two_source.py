@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...calls.two_hidden import TwoHidden
 from ...rows.rows import Rows
-from .. import again
 from ..distillation import GENERALIZED_JSD, STATISTICS
 from ..source import DivergenceWork, PlainSource, SourceInfo
 from ..sources import refuse_transforms, why_two_passes
-from .divergence import Heads, LinearDivergences, LinearOnePassDivergence, Measure, OtherHead, formulas
+from .autograd import LinearOnePass, linear_statistics
+from .buffers import OtherHead
+from .measures import DivergenceMeasure, PerRow
 from .source import with_shards
+from .works import TwoWork
 
 
 @dataclass(frozen=True)
@@ -37,56 +39,48 @@ class TwoHiddenSource(PlainSource):
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-        p, q = self.both.p, self.both.other
-        heads = self._heads(backend)
-        if p.shard is not None:
-            values = self._of_shards(heads, backend)
-        elif backend == again.TORCH:
-            values = formulas(p.states, p.head, p.ids, p.temperature, q.temperature, self._other, heads)
-        else:
-            values = LinearDivergences.apply(  # type: ignore[no-untyped-call]
-                p.states, *p.head, p.ids, p.temperature, q.temperature, self._other, heads
-            )
-        found = (*STATISTICS, GENERALIZED_JSD)[: len(values)]
-        return {name: p.scatter(value) for name, value in zip(found, values, strict=True)}
+        if self.both.p.shard is not None:
+            whole: dict[str, Tensor] = self._of_shards(backend)
+            return whole
+        return self._statistics(backend)
 
     @torch.compiler.disable
-    def _of_shards(self, heads: Heads, backend: str) -> tuple[Tensor, ...]:
-        p, q = self.both.p, self.both.other
+    def _of_shards(self, backend: str) -> dict[str, Tensor]:
+        p = self.both.p
         assert p.shard is not None
         refuse_transforms(p.rows, backend)
         if self.beta is not None:
             raise p.rows.unsupported(
                 "process_group: a generalized_jsd is no sum of what the shards have by themselves; gather the vocabulary."
             )
-        own = with_shards(heads.own, p.shard.agreed(p.rows, STATISTICS, p.needs_grad))
-        measure = heads.measure._replace(softmaxes=(own.softmax.vocab_size, *heads.measure.softmaxes[1:]), sharded=True)
-        found: tuple[Tensor, ...] = LinearDivergences.apply(  # type: ignore[no-untyped-call]
-            p.states, *p.head, p.ids, p.temperature, q.temperature, self._other, Heads(own, heads.other, measure)
-        )
-        return found
+        own = with_shards(p, p.shard.agreed(p.rows, STATISTICS, p.needs_grad))
+        return replace(self, both=replace(self.both, p=own))._statistics(backend)
+
+    def _statistics(self, backend: str) -> dict[str, Tensor]:
+        values = linear_statistics(self.both.p, self.per_row, self.other, self.measure(backend))
+        return {name: self.both.p.scatter(value) for name, value in zip(self.names, values, strict=True)}
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
-        p, q = self.both.p, self.both.other
-        loss, table = LinearOnePassDivergence.apply(  # type: ignore[no-untyped-call]
-            p.states,
-            *p.head,
-            p.ids,
-            p.temperature,
-            q.temperature,
-            work.constants,
-            p.gather(work.weights),
-            self._other,
-            self._heads(backend),
-        )
+        p = self.both.p
+        two = TwoWork(work._replace(weights=p.gather(work.weights)), self.measure(backend))
+        loss, table = LinearOnePass.apply(p.states, *p.head, self.per_row, self.other, p.settings, two)  # type: ignore[no-untyped-call]
         return loss, torch.stack([p.scatter(row) for row in table.unbind()]) if p.index is not None else table
 
     @property
-    def _other(self) -> OtherHead:
-        q = self.both.other
-        return OtherHead(q.values, q.head, self.both.p.index)
+    def names(self) -> tuple[str, ...]:
+        """The statistics, in the order of the measure's outputs."""
+        return STATISTICS if self.beta is None else (*STATISTICS, GENERALIZED_JSD)
 
-    def _heads(self, backend: str) -> Heads:
-        p, q = self.both.p, self.both.other
-        softmaxes = (p.settings.softmax.vocab_size, p.settings.softmax.softcap, q.softmax.softcap)
-        return Heads(p.settings, q.settings, Measure(softmaxes, backend, self.beta))
+    @property
+    def per_row(self) -> PerRow:
+        return PerRow(self.both.p.ids, self.both.p.temperature, self.both.other.temperature)
+
+    @property
+    def other(self) -> OtherHead:
+        q = self.both.other
+        return OtherHead(q.values, q.head, self.both.p.index, q.settings)
+
+    def measure(self, backend: str) -> DivergenceMeasure:
+        settings, other = self.both.p.settings, self.both.other.softmax
+        softmaxes = (settings.softmax.vocab_size, settings.softmax.softcap, other.softcap)
+        return DivergenceMeasure(softmaxes, backend, self.beta, settings.shards)

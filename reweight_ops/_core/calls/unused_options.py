@@ -1,4 +1,4 @@
-"""Options of a trainer's loss that the chosen one does not read."""
+"""Options of a method that its mode, or a trainer's chosen loss, does not read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import InvalidCall
+from ...errors import InvalidCall
 
 
 def forbid_unused(op: str, function: Callable[..., Any], given: dict[str, Any], chosen: str, reads: dict[str, bool]) -> None:

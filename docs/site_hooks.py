@@ -1,0 +1,48 @@
+"""What the documentation site does to its pages: it lists trainers and a namespace's members, formulas become MathML, and Sphinx roles plain code."""
+
+import importlib
+import inspect
+import re
+from html import unescape
+
+from latex2mathml.converter import convert
+
+from reweight_ops.integrations.trainers import TRAINERS
+
+ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(<code[^>]*>)~?")
+#: As pymdownx.arithmatex leaves them. Browsers draw MathML by themselves: no script is fetched.
+FORMULA = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>|<div class="arithmatex">\\\[(.*?)\\\]</div>', re.S)
+EVERY = re.compile(r"^<!-- every: (\S+) -->$", re.M)
+#: Namespaces whose members are registered, and so stand in no ``__all__``.
+DYNAMIC = ("reweight_ops.methods",)
+
+
+def members(name: str) -> str:
+    """A directive for each public function and class of a namespace, where it is defined: what the namespace itself says, not what its text says."""
+    module = importlib.import_module(name)
+    if name == "reweight_ops.rules":
+        return "\n\n".join(
+            f"::: {r.__module__}.{r.__qualname__}" for r in module.RULES.values() if r.__module__.startswith("reweight_ops.")
+        )
+    public = {shown: getattr(module, shown) for shown in {*dir(module), *getattr(module, "__all__", ())} if not shown.startswith("_")}
+    shown = getattr(module, "__all__", ()) if name not in DYNAMIC else public
+    found = {f"{v.__module__}.{v.__qualname__}": n for n in shown if inspect.isfunction(v := public[n]) or inspect.isclass(v)}
+    return "\n\n".join(f"::: {path}" for path, _ in sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def on_config(config: dict) -> dict:
+    """The navigation's trainers are those of the registry, in its order."""
+    (trainers,) = (part["Trainers"] for part in config["nav"] if "Trainers" in part)
+    trainers[:] = [{t.name: t.page.removeprefix("docs/")} for t in TRAINERS.values()]
+    return config
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    return EVERY.sub(lambda match: members(match[1]), markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    def rendered(match: re.Match[str]) -> str:
+        return convert(unescape(match[1] or match[2]), display="block" if match[2] else "inline")
+
+    return FORMULA.sub(rendered, ROLE.sub(r"\1", html))

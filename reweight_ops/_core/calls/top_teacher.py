@@ -1,0 +1,52 @@
+"""A teacher of which a few log-probs a row are stored, resolved against the rows of a call."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rows.groups import OUT
+from ..rows.rows import Rows
+from ..rows.structure import is_readable
+from .keywords import TopKLogps
+from .picked import resolve_ids
+from .two_hidden import OtherOptions
+
+TAILS = ("bucket", "renormalize", "ignore")
+
+
+class TopTeacher(NamedTuple):
+    """``ids`` and ``logps`` ``[N, K]``; an id of OUT is padding."""
+
+    ids: Tensor
+    logps: Tensor
+    tail: str
+
+
+def resolve_top_teacher(rows: Rows, given: TopKLogps, of_other: OtherOptions, vocab_size: int) -> TopTeacher:
+    """Check a teacher's ids and log-probs."""
+    name = of_other.name
+    for option, value in (("temperature", of_other.temperature), ("softcap", of_other.softcap)):
+        if value is not None:
+            raise rows.error(f"{name}_{option} would have no effect: stored log-probs are those of the teacher's own softmax.")
+    if given.tail not in TAILS:
+        raise rows.error(f"{name}.tail is {given.tail!r}, expected one of {', '.join(TAILS)}.")
+    ids, logps = resolve_ids(rows, f"{name}.token_ids", given.token_ids, vocab_size), given.logps
+    _check_logps(rows, f"{name}.logps", logps, (*rows.shape, ids.size(-1)))
+    flat = logps.reshape(rows.count, -1).to(rows.dtype)
+    if is_readable(flat) and bool(((flat > 1e-3) & (ids != OUT) & rows.keep[:, None]).any()):
+        raise rows.error(f"{name}.logps has numbers above 0, so they are no log-probs: pass their logarithm.")
+    return TopTeacher(torch.where(flat == -torch.inf, OUT, ids), flat, given.tail)
+
+
+def _check_logps(rows: Rows, name: str, logps: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(logps, Tensor) or logps.dtype not in (torch.float32, torch.float64):
+        raise rows.error(
+            f"{name} is {logps.dtype if isinstance(logps, Tensor) else type(logps).__name__}, expected fp32 or fp64 log-probs."
+        )
+    if tuple(logps.shape) != shape or logps.device != rows.device:
+        raise rows.error(f"{name} has shape {tuple(logps.shape)} on {logps.device}, expected {shape} on {rows.device}.")
+    if logps.requires_grad and torch.is_grad_enabled():
+        raise rows.error(f"{name} requires grad, but no gradient flows to it: pass it detached.")

@@ -1,0 +1,34 @@
+"""A recipe by name, acronym, title or arXiv id."""
+
+from __future__ import annotations
+
+from ...errors import InvalidCall
+from .keys import key
+from .recipes import RECIPES, Recipe, recipes_of
+from .search import exact
+
+
+def recipe(name: str) -> Recipe:
+    """Everything that one paper needs, in one record: by the recipe's name, or by what leads to its paper.
+
+    Args:
+        name: ``"hapo"``, or an acronym, a title or an arXiv id as :func:`reweight_ops.find` takes them, in any case.
+
+    Returns:
+        The recipe; its :meth:`~Recipe.to_own_loop` is a training loop.
+
+    Raises:
+        InvalidCall: nothing is called so, or a paper has several recipes; the message has their names.
+
+    Example:
+        >>> import reweight_ops as rw
+        >>> rw.recipe("ar_lopti").spec
+        'rw.schedules.lopti(eta=0.5, alpha=0.3, epsilon_high=0.24, clip_ratio_c=10.0, beta=0.001)'
+    """
+    named = [each for each in RECIPES.values() if key(each.name) == key(name)]
+    found = named or recipes_of([entry for entry, _ in exact(name)])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InvalidCall(f"{found[0].paper!r} has several recipes: {', '.join(each.name for each in found)}.")
+    raise InvalidCall(f"no recipe {name!r}. The names are: {', '.join(sorted(RECIPES))}.")

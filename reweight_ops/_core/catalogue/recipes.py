@@ -1,0 +1,279 @@
+"""Recipes: what a paper trains with, from rewards to the loss, in one record."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from ...errors import InvalidCall
+from .lines import functions, reads, renamed, run, wrapped
+from .papers import Paper, paper_of
+from .registry import CATALOGUE, Entry
+
+#: What the lines of a recipe may read of a batch of rollouts, and what it is: B completions of T tokens, those of a prompt one behind the other.
+QUANTITIES = {
+    "rewards": "`[B]`, one a completion",
+    "rewards_per_func": "`[B, K]`, a column for each of K rewards",
+    "group_size": "a number: how many consecutive completions answer one prompt",
+    "lengths": "`[B]`, valid tokens of each completion",
+    "correct": "`[B]`, 1 where the answer is right, else 0",
+    "completion_ids": "`[B, T]`, the sampled tokens",
+    "completion_mask": "`[B, T]`, 1 where a token is valid, else 0",
+    "old_per_token_logps": "`[B, T]`, log-probs under the policy that sampled, kept while the batch is trained on",
+    "ref_per_token_logps": "`[B, T]`, log-probs under the reference policy",
+    "sampling_per_token_logps": "`[B, T]`, log-probs that the sampler reported",
+    "log_sum_p_sq": "`[B, T]`, `rw.token_stats`'s, of the policy of `old_per_token_logps`",
+    "entropies": "`[B, T]`, entropies under the policy that sampled",
+    "mean_entropies": "`[B]`, their mean over a completion's valid tokens",
+    "reference_rewards": "rewards of the reference policy's completions",
+    "greedy_rewards": "`[B]`, the reward of the prompt's greedy completion",
+    "values": "`[B, T]`, the critic's values; of SPO, the values at the cuts, `[B, S]`, or of the tree's nodes, `[B]`",
+    "segments": "`rw.advantages.spo_segments(old_per_token_logps, completion_mask)`",
+    "parents": "`[B]`, the row of each node's parent, -1 for a root",
+    "episode_rewards": "`[E]`, one an episode",
+    "step_returns": "`[B]`, the discounted return of each step",
+    "episode_ids": "`[B]`, which episode a step belongs to",
+    "anchor_ids": "`[B]`, which state a step was taken from, in `[0, num_anchors)`",
+    "num_anchors": "a number",
+    "labels": "`[B]`, negative for a text to forget, positive for one to retain",
+    "returns": "`[B]`, the return of each trajectory of the data set",
+    "start_values": "`[B]`, the value of the state that a trajectory starts from",
+    "teacher_logits": "`[B, T, V]`, of the teacher, or of the policy on the original text",
+    "vocab_size": "a number",
+    "augmented": "another batch: texts without labels, augmented",
+    "lambdas": "`[B, T]`, each token's own λ, kept with its example",
+    "metrics": "K numbers: the validation metrics after the step",
+    "gradients": "`[K, P]`, the objectives' gradients of some layers, flattened",
+    "step": "a number: the optimizer steps so far",
+    "total_steps": "a number: the optimizer steps of the whole training",
+}
+
+#: The lines that are run on a whole batch of rollouts, before the updates, in this order. Each makes what it is named after.
+STAGES = ("schedule", "rewards", "advantages", "sample_weights")
+
+#: Keyword of a policy loss by what a formula reads.
+_STORED = {
+    "log_ratio": "old_per_token_logps",
+    "old_logp": "old_per_token_logps",
+    "ref_logp": "ref_per_token_logps",
+    "sampling_logp": "sampling_per_token_logps",
+}
+
+
+class Setting(NamedTuple):
+    """A hyper-parameter as published: ``source`` says by whom, or that it is an example because nobody did."""
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What one paper trains with, from rewards to the loss. Every line is an expression over ``rw``, the package, and a batch of rollouts.
+
+    Attributes:
+        name: what :func:`recipe` finds it by.
+        entry: the entry of the catalogue that it is about, as it is called; its paper is the recipe's.
+        schedule: what changes from step to step.
+        rewards: the transform of the rewards.
+        advantages: the advantage estimator.
+        sample_weights: one weight or choice a sample.
+        spec: the spec of the loss with its weights; several are one after the other, each a full update over the batch.
+        loss: the loss where it is not :func:`reweight_ops.policy_loss` of that spec.
+        keywords: what the loss is given besides, by its keywords.
+        setup, after: assignments before the loop and at its end, for what keeps a state.
+        settings: hyper-parameters as published.
+        rollout: what happens at rollout, or is the caller's for another reason.
+
+    Example:
+        >>> import reweight_ops as rw
+        >>> rw.recipe("HAPO").advantages
+        'rw.advantages.hapo(rewards, lengths, group_size=group_size)'
+        >>> print(rw.recipe("dr_grpo").to_own_loop())
+        import reweight_ops as rw
+        <BLANKLINE>
+        spec = rw.methods.dr_grpo()
+        for batch in rollouts:
+            advantages = rw.advantages.dr_grpo(batch.rewards, group_size=batch.group_size)
+            loss = rw.policy_loss(policy(batch), batch.completion_ids, advantages, spec=spec,
+                completion_mask=batch.completion_mask, old_per_token_logps=batch.old_per_token_logps).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    """
+
+    name: str
+    entry: str = ""
+    spec: str = ""
+    schedule: str = ""
+    rewards: str = ""
+    advantages: str = ""
+    sample_weights: str = ""
+    loss: str = ""
+    keywords: Mapping[str, str] = field(default_factory=dict)
+    setup: Mapping[str, str] = field(default_factory=dict)
+    after: Mapping[str, str] = field(default_factory=dict)
+    settings: tuple[Setting, ...] = ()
+    rollout: tuple[str, ...] = ()
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """The lines for a whole batch of rollouts that there are, by what they make."""
+        return {name: getattr(self, name) for name in STAGES if getattr(self, name)}
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """All lines, in the order in which they are run; those of :attr:`after` last."""
+        first = (*self.setup.values(), *self.stages.values(), self.spec, self.loss, *self.keywords.values(), *self.after.values())
+        return tuple(line for line in first if line)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The entries of the catalogue that it uses."""
+        by_call = {entry.call: entry for of_kind in CATALOGUE.values() for entry in of_kind.values()}
+        found = dict.fromkeys(name for line in self.lines for name in functions(line))
+        return tuple(by_call[name] for name in found if name in by_call)
+
+    @property
+    def paper(self) -> str:
+        """The title of its paper."""
+        return self._entry.paper
+
+    @property
+    def arxiv(self) -> str:
+        """The arXiv id of its paper, or ``unknown``."""
+        return self._entry.arxiv
+
+    @property
+    def publication(self) -> Paper:
+        """Its paper: title, arXiv id, year, the authors' repository."""
+        return paper_of(self._entry)
+
+    @property
+    def certainty(self) -> str:
+        """The least sure of what its paper's entries are: see ``docs/methods.md``."""
+        of_paper = {entry.certainty for entry in self.entries if entry.paper == self.paper}
+        return next(c for c in ("derived", "secondary", "verified") if c in of_paper)
+
+    @property
+    def _entry(self) -> Entry:
+        found = [entry for entry in self.entries if entry.call == self.entry]
+        if not found:
+            raise InvalidCall(f"recipe {self.name!r}: no line of it calls its entry, {self.entry!r}.")
+        return found[0]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What it reads of a batch of rollouts: names of :data:`QUANTITIES`."""
+        return self._given(*self.lines, self._loss())
+
+    def _given(self, *lines: str) -> tuple[str, ...]:
+        """The names that these lines of it read and no line before makes."""
+        targets = {name.strip() for target in (*self.setup, *self.after) for name in target.split(",")}
+        made = {*self.stages, *targets, "spec", "policy", "batch"}
+        # A reward transform reads the rewards that it makes anew.
+        made -= {"rewards"} & set(reads(self.rewards or "0"))
+        return tuple(dict.fromkeys(name for line in lines for name in reads(line) if name not in made))
+
+    def prepare(self, **values: Any) -> dict[str, Any]:
+        """What the lines before the updates make of a whole batch of rollouts, by the names in :attr:`stages`.
+
+        Raises:
+            InvalidCall: a value that a line reads is missing.
+        """
+        made: dict[str, Any] = {}
+        for name, line in self.stages.items():
+            made[name] = run(line, ChainMap(made, values))
+        return made
+
+    def specs(self, **values: Any) -> tuple[Any, ...]:
+        """The specs of the updates over one batch, or over a mini-batch of it, whose values these are.
+
+        Raises:
+            InvalidCall: the recipe has no spec, or a value that it reads is missing.
+        """
+        if not self.spec:
+            raise InvalidCall(f"recipe {self.name!r} has no spec: its loss is {self.loss}.")
+        found = run(self.spec, values)
+        return tuple(found) if isinstance(found, tuple) else (found,)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """What the spec's formulas read, by the leaves' names; ``log_ratio`` is the ratio to the old policy, one to the reference reads ``ref_logp``."""
+        specs = self.stand_ins() if self.spec and not self.loss else ()
+        return frozenset().union(*(spec.requires - ({"log_ratio"} if spec.ratio.against == "ref" else set()) for spec in specs))
+
+    def stand_ins(self) -> tuple[Any, ...]:
+        """The specs with zeros in place of a batch: for what they read, and how many there are."""
+        values: dict[str, Any] = {name: torch.zeros(1, 1) for name in QUANTITIES} | {"step": 0, "total_steps": 1, "vocab_size": 2}
+        if self.schedule:
+            values["schedule"] = run(self.schedule, values)
+        return self.specs(**values)
+
+    def loss_keywords(self) -> dict[str, str]:
+        """The keywords of the policy loss, each with its line."""
+        stored = {name: name for leaf, name in _STORED.items() if leaf in self.requires}
+        weights = {"token_weights": "sample_weights"} if self.sample_weights else {}
+        return {"completion_mask": "completion_mask", **stored, **(self.keywords or weights)}
+
+    def _loss(self) -> str:
+        if self.loss:
+            return self.loss
+        advantages = "advantages" if "adv" in self.requires else "None"
+        keywords = ", ".join(f"{name}={line}" for name, line in self.loss_keywords().items())
+        return f"rw.policy_loss(policy(batch), completion_ids, {advantages}, spec=spec, {keywords}).loss"
+
+    def to_own_loop(self) -> str:
+        """A training loop in Python. It runs where ``policy(batch)`` returns logits ``[B, T, V]`` of the completions' tokens, ``optimizer`` is one of
+        PyTorch's, and every batch of ``rollouts`` has what :attr:`reads` says, as attributes."""
+        read = self.reads
+        in_loop = {name: name if name in ("step", "total_steps") else f"batch.{name}" for name in read}
+        by_name = {**in_loop, **{name: name for name in self.stages}}
+
+        def line(text: str, own: str = "") -> str:
+            # The line that makes the rewards reads those of the batch.
+            return renamed(text, lambda name: in_loop.get(name, name) if name == own else by_name.get(name, name))
+
+        fixed = bool(self.spec) and not reads(self.spec)
+        passes = len(self.stand_ins()) if self.spec else 1
+        several = "specs" if fixed else line(self.spec or "None")
+        before = [f"{target} = {text}" for target, text in self.setup.items()]
+        before += [f"{'specs' if passes > 1 else 'spec'} = {line(self.spec)}"] if fixed else []
+        before += ["total_steps = len(rollouts)"] if "total_steps" in read else []
+        before += ["for step, batch in enumerate(rollouts):" if "step" in read else "for batch in rollouts:"]
+        batch = [f"{name} = {line(text, name)}" for name, text in self.stages.items()]
+        batch += [f"for spec in {several}:"] if passes > 1 else [] if fixed or not self.spec else [f"spec = {line(self.spec)}"]
+        update = [f"loss = {line(self._loss())}", "loss.backward()", "optimizer.step()", "optimizer.zero_grad()"]
+        after = [f"{target} = {line(text)}" for target, text in self.after.items()]
+        indented = ((before, ""), (batch, "    "), (update, "        " if passes > 1 else "    "), (after, "    "))
+        return "\n".join(["import reweight_ops as rw", "", *(wrapped(row, indent) for rows, indent in indented for row in rows)])
+
+
+#: Name to recipe. Filled by importing the package.
+RECIPES: dict[str, Recipe] = {}
+
+
+def register(*recipes: Recipe) -> None:
+    """Add recipes to those that :func:`recipe` finds.
+
+    Raises:
+        InvalidCall: a name is taken, or a line reads what no batch has.
+    """
+    for each in recipes:
+        unknown = [name for name in each._given(*each.lines) if name not in QUANTITIES]
+        if unknown:
+            raise InvalidCall(f"recipe {each.name!r} reads {', '.join(unknown)}, which no batch has and no line before makes.")
+        if each.name in RECIPES:
+            raise InvalidCall(f"there is a recipe {each.name!r} already.")
+        RECIPES[each.name] = each
+
+
+def recipes_of(entries: Iterable[Entry]) -> list[Recipe]:
+    """The recipes of the papers of these entries."""
+    papers = {entry.paper for entry in entries}
+    return [each for each in RECIPES.values() if each.paper in papers]

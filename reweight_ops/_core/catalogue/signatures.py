@@ -1,0 +1,35 @@
+"""What ``inspect.signature`` and ``help`` show of a function that takes ``**keywords: Unpack[SomeKeywords]``: every keyword, with its type and default."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def written_out(function: Callable[..., Any], defaults: Mapping[str, Any]) -> inspect.Signature:
+    """The function's signature, the keywords of its ``TypedDict`` in the place of ``**keywords``; ``defaults`` by name, None for others."""
+    signature = inspect.signature(function)
+    found: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        match = re.search(r"Unpack\[(\w+)\]", str(parameter.annotation)) if parameter.kind is parameter.VAR_KEYWORD else None
+        if match is None:
+            found.append(parameter)
+            continue
+        keywords = vars(sys.modules[function.__module__])[match[1]]
+        for name, kind in keywords.__annotations__.items():
+            annotation = getattr(kind, "__forward_arg__", kind)
+            found.append(inspect.Parameter(name, parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=annotation))
+    return signature.replace(parameters=found)
+
+
+def collected_by(function: Callable[..., Any]) -> frozenset[str]:
+    """The keywords that :func:`written_out` shows of a function, and that are no parameters of its own."""
+    original = inspect.unwrap(function)
+    if not inspect.isfunction(original):
+        return frozenset()
+    code = original.__code__
+    own = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return frozenset(inspect.signature(function).parameters) - frozenset(own)

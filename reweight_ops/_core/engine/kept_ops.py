@@ -1,0 +1,165 @@
+"""Statistics and gradients of kept sets (sampling masks) as custom ops: a call's kept logits as packed rows, their gradient back in its place.
+
+Every op takes, after the logits: ``position`` (the place of each row's id in its set), ``token_ids``, ``row`` and ``bounds`` of
+:class:`~reweight_ops._core.calls.sampling_mask.KeptSets`. A statistic named ``vocabulary_<name>`` is of the whole row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.base import COEFS, LOSS_ROWS, PackedRows, RowInputs, SoftmaxParams
+from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE, log_p_moment
+from ..backends.reference_packed import filled
+from ..backends.select import load
+from ..formula.loss_program import ONE_PASS, STATISTICS, Program, loss_graph
+from ..formula.program import evaluate_rows
+from ..rows.groups import OUT
+from .ops import BODIES, clear_last, gradient_ops, op, row_dtype, token_stats, without_last_position
+
+#: Before the name of a statistic of the whole vocabulary.
+VOCABULARY = "vocabulary_"
+#: Statistics of packed rows without a kernel.
+_MOMENTS = (VARIANCE, MEAN_BY_P_SQ)
+#: Devices on which the first and the last entry of a few rows are known at once.
+_READABLE = ("cpu",)
+#: What a row's gradient by its entropy reads.
+OF_ENTROPY = ("logp", "lse", "lse_low", "entropy")
+
+
+class _Kept:
+    """The entries of a call's sets, in the logits ``z`` ``R + (V,)`` of its rows. Where that costs no wait, only those that can be of these rows."""
+
+    def __init__(self, z: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor) -> None:
+        count = position.numel()
+        if z.device.type in _READABLE and count and token_ids.numel():
+            first, last = int(bounds[0].min()), int(bounds[1].max())
+            token_ids, row, bounds = token_ids[first:last], row[first:last], bounds - first
+        self.position, self.bounds = position, bounds.contiguous()
+        self.inside = (row >= 0) & (row < count)
+        flat = row.clamp(0, max(count - 1, 0))
+        self.where = (flat, token_ids) if z.dim() == 2 else (flat // z.size(1), flat % z.size(1), token_ids)
+
+    def gather(self, z: Tensor, temperature: Tensor, softcap: float, wide: bool = False) -> PackedRows:
+        """``wide``: in the dtype of row arithmetic. Entries of other rows are numbers that nobody reads."""
+        values = z[self.where] if self.position.numel() else z.new_zeros(0)
+        return PackedRows(values.to(row_dtype(z)) if wide else values, self.bounds, self.position, temperature, softcap)
+
+    def scatter(self, values: Tensor, out: Tensor, add: bool) -> None:
+        """Writes the entries of the rows to ``out``, or adds them to it. How many they are is not known: those of other rows do as the first of these."""
+        if not self.position.numel() or not values.numel():
+            return
+        values = (out[self.where].to(values.dtype) + values if add else values).to(out.dtype)
+        first = self.inside.long().argmax().view(1)  # without any, one of another row, whose value is 0
+        place = tuple(torch.where(self.inside, at, at[first]) for at in self.where)
+        out[place] = torch.where(self.inside, values, values[first])
+
+
+def _statistics(z: Tensor, kept: _Kept, temperature: Tensor, softmax: SoftmaxParams, names: list[str], backend: str) -> dict[str, Tensor]:
+    own = [name for name in names if not name.startswith(VOCABULARY)]
+    rows = kept.gather(z, temperature, softmax.softcap)
+    kernel = tuple(name for name in own if name not in _MOMENTS)
+    verb = load(backend).packed_stats
+    assert verb is not None, "the backend was chosen for it"
+    found = dict(zip(kernel, verb(rows, kernel).unbind(), strict=True)) if kernel else {}
+    for name in own:
+        if name in _MOMENTS:
+            padded, _ = filled(rows)
+            moment = log_p_moment(name, padded, temperature, SoftmaxParams(padded.size(1), softmax.softcap))
+            found[name] = torch.where(kept.position == OUT, 0, torch.where(kept.position < 0, torch.nan, moment))
+    whole = [name.removeprefix(VOCABULARY) for name in names if name.startswith(VOCABULARY)]
+    if whole:
+        asked = list(dict.fromkeys(("lse", *whole)))
+        table = BODIES[token_stats](z, kept.position, temperature, *softmax, False, ",".join(asked), backend)
+        found |= {VOCABULARY + name: t for name, t in zip(asked, table.unbind(), strict=True)}
+    return found
+
+
+def _gradient(
+    out: Tensor, z: Tensor, kept: _Kept, temperature: Tensor, softmax: SoftmaxParams, known: dict[str, Tensor], by: dict[str, Tensor | None], backend: str
+) -> None:  # fmt: skip
+    """Writes the gradient of the rows of logits ``z`` to ``out``, which may be ``z``."""
+    by_whole = by.get(VOCABULARY + "entropy")
+    rows = kept.gather(z, temperature, softmax.softcap, wide=by_whole is not None)
+    found, verb = torch.zeros_like(rows.values), load(backend).packed_grad
+    assert verb is not None, "the backend was chosen for it"
+    verb(rows, {name: t for name, t in known.items() if not name.startswith(VOCABULARY)}, {name: by.get(name) for name in COEFS}, found)
+    if by_whole is None:
+        out.zero_()
+    else:
+        whole = {name: known[VOCABULARY + name] for name in OF_ENTROPY}
+        load(backend).token_grad(z, kept.position, temperature, softmax, whole, {"entropy": by_whole}, out)
+    kept.scatter(found, out, add=by_whole is not None)
+
+
+def _fake_stats(
+    logits: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor, temperature: Tensor, vocab_size: int, softcap: float,
+    drop_last: bool, stats: str, backend: str,
+) -> Tensor:  # fmt: skip
+    return logits.new_empty((len(stats.split(",")), position.numel()), dtype=row_dtype(logits))
+
+
+@op(_fake_stats)
+def kept_stats(
+    logits: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor, temperature: Tensor, vocab_size: int, softcap: float,
+    drop_last: bool, stats: str, backend: str,
+) -> Tensor:  # fmt: skip
+    z, names = without_last_position(logits, drop_last), stats.split(",")
+    kept = _Kept(z, position, token_ids, row, bounds)
+    found = _statistics(z, kept, temperature, SoftmaxParams(vocab_size, softcap), names, backend)
+    return torch.stack([found[name] for name in names])
+
+
+def stacked(known: dict[str, Tensor], by: dict[str, Tensor | None]) -> tuple[Tensor, str, Tensor, str]:
+    """Statistics and derivatives by them as :data:`kept_grad` takes them; one of ``by`` is there."""
+    given = {name: g for name, g in by.items() if g is not None}
+    return torch.stack([*known.values()]), ",".join(known), torch.stack([*given.values()]), ",".join(given)
+
+
+def _write_kept_grad(
+    out: Tensor, logits: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor, temperature: Tensor, table: Tensor, names: str,
+    coefs: Tensor, by: str, vocab_size: int, softcap: float, drop_last: bool, backend: str,
+) -> None:  # fmt: skip
+    """``table`` ``[K, N]``: the statistics ``names``; ``coefs``: derivatives of the loss by those named in ``by``."""
+    z, kept = without_last_position(logits, drop_last), _Kept(without_last_position(logits, drop_last), position, token_ids, row, bounds)
+    known = dict(zip(names.split(","), table.unbind(), strict=True))
+    derivatives: dict[str, Tensor | None] = dict(zip(by.split(","), coefs.unbind(), strict=True))
+    _gradient(without_last_position(out, drop_last), z, kept, temperature, SoftmaxParams(vocab_size, softcap), known, derivatives, backend)
+    clear_last(out, drop_last)
+
+
+kept_grad, kept_grad_ = gradient_ops("kept_grad", _write_kept_grad)
+
+
+def _fake_loss_rows(logits: Tensor, position: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty((len(LOSS_ROWS), position.numel()), dtype=row_dtype(logits))
+
+
+def _write_kept_loss_grad(
+    out: Tensor, logits: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor, temperature: Tensor, weights: Tensor,
+    old_logp: Tensor | None, adv: Tensor | None, ref_logp: Tensor | None, sampling_logp: Tensor | None, params: Tensor, program: str,
+    over_vocabulary: bool, vocab_size: int, softcap: float, drop_last: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    softmax, z = SoftmaxParams(vocab_size, softcap), without_last_position(logits, drop_last)
+    kept, inputs = _Kept(z, position, token_ids, row, bounds), RowInputs(weights, old_logp, adv, ref_logp, sampling_logp)
+    own = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq")
+    whole = [VOCABULARY + name for name in OF_ENTROPY] if over_vocabulary else []
+    known = _statistics(z, kept, temperature, softmax, [*own, *whole], backend)
+    entropy = VOCABULARY + "entropy" if over_vocabulary else "entropy"
+    leaves = {"old_logp": known["logp"], "logp": known["logp"], "entropy": known[entropy], "log_sum_p_sq": known["log_sum_p_sq"]}
+    evaluate = load(backend).evaluate_rows or evaluate_rows
+    leaves |= inputs.stored()
+    weighted, loss, *by = evaluate(Program.decode(program), params, leaves, inputs.weights, ONE_PASS, position != OUT)
+    graph = loss_graph(Program.decode(program))
+    names = {"logp": "logp", "entropy": entropy, "log_sum_p_sq": "log_sum_p_sq"}
+    derivatives: dict[str, Tensor | None] = {names[x]: d for x, d in zip(STATISTICS, by, strict=True) if graph.moves(x)}
+    _gradient(without_last_position(out, drop_last), z, kept, temperature, softmax, known, derivatives, backend)
+    clear_last(out, drop_last)
+    rows = torch.stack([known["logp"], known[entropy], weighted, loss, *by[:2]])
+    return torch.where((position < 0) & (position != OUT), torch.nan, rows)
+
+
+kept_loss_grad, kept_loss_grad_ = gradient_ops("kept_loss_grad", _write_kept_loss_grad, _fake_loss_rows)

@@ -1,0 +1,124 @@
+"""Optimal token baselines: one a position, weighted by how uncertain each response has been up to there, from Σπ² of the rollout's read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._core.catalogue.registry import published
+from .._core.ranges import NonNegative
+from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped
+from ..errors import InvalidCall
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_PAPER = "Optimal Token Baseline, as named in verl 0.9.1"
+
+
+@published("otb", "Optimal Token Baseline (OTB)", paper=_PAPER, arxiv="unknown", certainty="secondary", level="token")
+def otb(
+    rewards: Tensor,
+    completion_mask: Tensor,
+    old_per_token_logps: Tensor,
+    log_sum_p_sq: Tensor,
+    *,
+    importance_sampling_ratio: Tensor | None = None,
+    zero_tail: bool = True,
+    epsilon: NonNegative[float] = 1e-8,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
+    """``A_t = G_t - B_t``, ``B_t = Σ_g G_t·W_t / (Σ_g W_t + epsilon)``, ``W_t = Σ_{s<=t} (1 - 2π_s + Σ_v π²)·ρ²``. ``[B, T] or [B], [B, T]... -> [B, T]``.
+
+    ``G_t``: the rewards from t on (``rewards`` ``[B]``: on each response's last token). ``W``: the squared norms of the tokens' gradients by their logits, a
+    proxy of the path's variance. ``log_sum_p_sq`` is ``token_stats``'s, of the policy of ``old_per_token_logps``; ``ρ`` is 1 or
+    ``importance_sampling_ratio``. Positions are columns. ``zero_tail``: where the longest response of a group is alone, its baseline is 0. So is that of a
+    group of one. Transcribed from verl (``optimal_token_baseline``).
+    """
+    return _baselined(
+        "otb", rewards, completion_mask, old_per_token_logps, log_sum_p_sq, importance_sampling_ratio, zero_tail, epsilon, groups
+    )
+
+
+@published(
+    "tir_otb",
+    "Optimal Token Baseline of tool-integrated reasoning (TIR-OTB)",
+    paper=_PAPER,
+    arxiv="unknown",
+    certainty="secondary",
+    level="token",
+)
+def tir_otb(
+    rewards: Tensor,
+    completion_mask: Tensor,
+    old_per_token_logps: Tensor,
+    log_sum_p_sq: Tensor,
+    *,
+    importance_sampling_ratio: Tensor | None = None,
+    zero_tail: bool = True,
+    epsilon: NonNegative[float] = 1e-8,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
+    """:func:`otb` whose positions count a response's own tokens: those of tools, masked, are none (verl's ``tir_optimal_token_baseline``)."""
+    mask = _mask("tir_otb", completion_mask)
+    # Valid tokens first, in their order; each response then has its n-th token in column n.
+    order = (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices
+    at_end = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
+    r = floats("tir_otb", "rewards", rewards)
+    r = torch.where(at_end, r[:, None], 0) if r.dim() == 1 else r
+    packed = [
+        None if x is None else floats("tir_otb", name, x, tuple(mask.shape)).gather(-1, order)
+        for name, x in (
+            ("rewards", r), ("old_per_token_logps", old_per_token_logps), ("log_sum_p_sq", log_sum_p_sq),
+            ("importance_sampling_ratio", importance_sampling_ratio),
+        )
+    ]  # fmt: skip
+    result = _baselined("tir_otb", packed[0], mask.gather(-1, order), packed[1], packed[2], packed[3], zero_tail, epsilon, groups)
+    return torch.zeros_like(result).scatter(-1, order, result)
+
+
+def _mask(op: str, completion_mask: Tensor) -> Tensor:
+    if completion_mask.dim() != 2:
+        raise InvalidCall(f"{op}: completion_mask has shape {tuple(completion_mask.shape)}, expected (B, T).")
+    return completion_mask != 0
+
+
+def _baselined(
+    op: str, rewards: Tensor | None, completion_mask: Tensor, logps: Tensor | None, log_sum_p_sq: Tensor | None, ratio: Tensor | None,
+    zero_tail: bool, epsilon: float, groups: GroupKeywords,
+) -> Tensor:  # fmt: skip
+    mask = _mask(op, completion_mask)
+    r = floats(op, "rewards", rewards)
+    if r.shape == mask.shape[:1]:
+        r = torch.where(mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1), r[:, None], 0)
+    shape = tuple(mask.shape)
+    r = torch.where(mask, floats(op, "rewards", r, shape), 0)
+    returns = r.flip(-1).cumsum(-1).flip(-1)
+    uncertainty = 1 - 2 * floats(op, "old_per_token_logps", logps, shape).exp() + floats(op, "log_sum_p_sq", log_sum_p_sq, shape).exp()
+    if ratio is not None:
+        uncertainty = uncertainty * floats(op, "importance_sampling_ratio", ratio, shape) ** 2
+    weight = torch.where(mask, torch.where(mask, uncertainty, 0).cumsum(-1), 0)
+    lengths = mask.sum(-1).to(returns.dtype)
+    g = grouped(op, lengths if op == "otb" else torch.where(lengths > 0, lengths, torch.nan), groups, name="completion_mask")
+    baseline = _by_column(g, returns * weight) / (_by_column(g, weight) + epsilon)
+    alone = _alone(g, mask) if zero_tail else torch.zeros_like(mask)
+    baseline = torch.where(alone | (g.size < 2)[:, None], 0, baseline)
+    return torch.where(mask, returns - baseline, 0)
+
+
+def _by_column(g: Grouped, x: Tensor) -> Tensor:
+    """``[B, T]``: each row gets its group's sum."""
+    total = x.new_zeros(g.groups.count + 1, x.shape[1]).index_put((g.index,), x, accumulate=True)
+    return total[g.index]
+
+
+def _alone(g: Grouped, mask: Tensor) -> Tensor:
+    """``[B, T]``: the columns of a group's one longest response behind the second longest."""
+    lengths = g.values
+    longest = g.max(lengths)
+    at_top = lengths == longest
+    second = g.max(torch.where(at_top, -torch.inf, lengths))
+    only = at_top & (g.sum(at_top.to(lengths.dtype)) == 1)
+    return only[:, None] & (torch.arange(mask.shape[1], device=mask.device) >= second[:, None])

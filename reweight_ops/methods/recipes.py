@@ -1,0 +1,53 @@
+"""Recipes: known terms with the reduction, bounds and additions that a report trains with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._core.catalogue.registry import published
+from .._core.ranges import Count, NonNegative, NonNegativeOrInf, PositiveOrInf
+from .._core.spec.policy import Penalty, PolicyLossSpec
+from .._core.spec.reduction import PromptMean, TokenMean
+from ..rules.likelihood import NLL
+from ..rules.surrogates import Cispo, Clip
+from ..weights.groups import Precomputed
+from ..weights.probability import SignWeight
+
+
+@published(
+    "scale_rl",
+    "ScaleRL's loss: CISPO with a prompt average",
+    paper="The Art of Scaling Reinforcement Learning Compute for LLMs",
+    arxiv="2510.13786",
+    certainty="secondary",
+)
+def scale_rl(ratio_max: PositiveOrInf[Any] = 5.0, group_size: Count[int] | None = None) -> PolicyLossSpec:
+    """``-sg(min(r, ratio_max))·A·logp``, the mean over all tokens of a prompt's responses, then over prompts.
+
+    ``group_size`` consecutive sequences share a prompt, or the call's ``group_ids``. The rest of the recipe is outside of the loss: advantages over the
+    batch's standard deviation (``advantages.grpo(scale_rewards="batch")``), logits in fp32, prompts without variance left out. 5.0 as TRL's documentation.
+    """
+    return PolicyLossSpec(surrogate=Cispo(ratio_max=ratio_max), reduction=PromptMean(group_size=group_size), name="scale_rl")
+
+
+@published(
+    "vapo",
+    "VAPO's policy loss: clip-higher with an NLL of correct responses",
+    paper="VAPO: Efficient and Reliable Reinforcement Learning for Advanced Reasoning Tasks",
+    arxiv="2504.05118",
+    certainty="secondary",
+)
+def vapo(
+    mu: NonNegative[Any] = 0.1,
+    correct: Any = None,
+    epsilon_low: NonNegativeOrInf[Any] = 0.2,
+    epsilon_high: NonNegativeOrInf[Any] = 0.28,
+) -> PolicyLossSpec:
+    """Clip, token mean, plus ``mu·NLL``, the mean over the tokens of correct responses.
+
+    ``correct``: 1 for a correct response and else 0, one a sequence or token, a tensor. None: where ``A > 0``, which is the same for advantages by outcome;
+    VAPO's own are a critic's (``advantages.decoupled_gae``), of either sign inside a response: give ``correct``. Its value loss is no part of this.
+    """
+    weight = SignWeight(positive=1.0, negative=0.0) if correct is None else Precomputed(values=correct)
+    imitation = Penalty(NLL(), mu, TokenMean(weight=weight))
+    return PolicyLossSpec(surrogate=Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high), penalties=(imitation,), name="vapo")

@@ -1,0 +1,81 @@
+"""Methods with one term a response, of its log-ratio to the reference: a regression onto the reward, and unpaired preferences."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .._core.catalogue.registry import published
+from .._core.formula.base import Rule, rule
+from .._core.ranges import NonNegative, Positive, Real
+from .._core.spec.policy import PolicyLossSpec
+from .._core.spec.ratio import SequenceRatio
+from .._core.spec.reduction import SequenceMean
+
+
+@rule("advantage_regression")
+class AdvantageRegression(Rule):
+    """``(beta·log_ratio - A)²``."""
+
+    beta: Positive[float] = 1e-3
+
+    def loss(self, xp, t):
+        return (self.beta * t.log_ratio - t.adv) * (self.beta * t.log_ratio - t.adv)
+
+
+@rule("kto")
+class Kto(Rule):
+    """``desirable_weight·(1 - σ(β·(log_ratio - z)))`` where ``A > 0``, else ``undesirable_weight·(1 - σ(β·(z - log_ratio)))``, ``z`` = ``kl``."""
+
+    beta: Positive[float] = 0.1
+    kl: Real[float] = 0.0
+    desirable_weight: NonNegative[float] = 1.0
+    undesirable_weight: NonNegative[float] = 1.0
+
+    def loss(self, xp, t):
+        x = self.beta * (t.log_ratio - self.kl)
+        desirable = t.adv > 0
+        return xp.where(desirable, self.desirable_weight, self.undesirable_weight) * xp.sigmoid(xp.where(desirable, -x, x))
+
+
+def _against_reference() -> SequenceRatio:
+    return SequenceRatio(clamp=math.inf, against="ref", normalize=False)
+
+
+@published(
+    "a_star_po",
+    "A*-PO: optimal advantage regression",
+    paper="Accelerating RL for LLM Reasoning with Optimal Advantage Regression",
+    arxiv="2505.20686",
+    certainty="secondary",
+)
+def a_star_po(beta: Positive[Any] = 1e-3) -> PolicyLossSpec:
+    """``(β·log(π(y)/π_ref(y)) - (r - V*))²``, mean over responses. Needs ``ref_per_token_logps``.
+
+    ``advantages``: ``advantages.a_star_po``, the reward less the prompt's optimal value. Transcribed from TRL's ``A2POTrainer``; β is its ``beta2``.
+    """
+    return PolicyLossSpec(surrogate=AdvantageRegression(beta=beta), ratio=_against_reference(), reduction=SequenceMean(), name="a_star_po")
+
+
+@published(
+    "kto",
+    "Kahneman-Tversky Optimization (KTO)",
+    paper="KTO: Model Alignment as Prospect Theoretic Optimization",
+    arxiv="2402.01306",
+    certainty="secondary",
+)
+def kto(
+    beta: Positive[Any] = 0.1,
+    desirable_weight: NonNegative[Any] = 1.0,
+    undesirable_weight: NonNegative[Any] = 1.0,
+    kl: Real[Any] = 0.0,
+) -> PolicyLossSpec:
+    """``λ_D·(1 - σ(β·(x - z)))`` of a desirable response, ``λ_U·(1 - σ(β·(z - x)))`` of another, ``x = log(π(y)/π_ref(y))``; mean over responses (eq. 7).
+
+    Unpaired: ``advantages`` are the labels, one a sequence, desirable where above 0. Needs ``ref_per_token_logps``. ``kl``: z, a number or a 0-d tensor,
+    by ``preference.kto_baseline`` from the batch's mismatched pairs. ``kl=0`` is TRL's ``apo_zero_unpaired``.
+
+    As TRL's ``KTOTrainer`` (``desirable_weight`` and ``undesirable_weight`` are its names), whose mean leaves out no response.
+    """
+    rule = Kto(beta=beta, kl=kl, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    return PolicyLossSpec(surrogate=rule, ratio=_against_reference(), reduction=SequenceMean(), name="kto")

@@ -1,0 +1,86 @@
+"""Recipes without rewards: likelihood, unlearning, pairs, and distributions of a teacher."""
+
+from __future__ import annotations
+
+from .._core.catalogue.recipes import Recipe
+from .sources import EXAMPLE, PAPER, SCRIPT, published
+
+_PAIRS = "rw.preference_loss(policy(batch), completion_ids, spec=spec, completion_mask=completion_mask{}).loss"
+_REFERENCE = ", ref_per_token_logps=ref_per_token_logps"
+_HALVES = ("All chosen completions, then all rejected ones.",)
+_MEAN = "rw.divergences.ldr(policy(batch), completion_ids, completion_mask=completion_mask{}).sum() / completion_mask.sum()"
+
+ALL = (
+    Recipe(name="sft", entry="rw.methods.sft", spec="rw.methods.sft()"),
+    Recipe(
+        name="comp_sum",
+        entry="rw.methods.comp_sum",
+        spec="rw.methods.comp_sum(tau=1.5)",
+        settings=published(EXAMPLE, tau=1.5),
+    ),
+    Recipe(name="mae", entry="rw.methods.mae", spec="rw.methods.mae()"),
+    Recipe(
+        name="gradient_ascent",
+        entry="rw.methods.gradient_ascent",
+        spec="rw.methods.gradient_ascent()",
+        rollout=("A batch holds texts to forget. Unbounded below: stop early.",),
+    ),
+    Recipe(
+        name="grad_diff",
+        entry="rw.methods.grad_diff",
+        advantages="labels",
+        spec="rw.methods.grad_diff(gamma=1.0)",
+        settings=published(EXAMPLE, gamma=1),
+        rollout=("A batch holds texts to forget and texts to retain.",),
+    ),
+    Recipe(
+        name="dpo_gamma",
+        entry="rw.preference.dpo_gamma",
+        spec="rw.preference.dpo_gamma(gamma=0.5)",
+        loss=_PAIRS.format(_REFERENCE),
+        settings=(*published(PAPER, gamma="0 to 2"), *published(EXAMPLE, gamma=0.5)),
+        rollout=_HALVES,
+    ),
+    Recipe(
+        name="unlikelihood",
+        entry="rw.preference.unlikelihood",
+        spec="rw.preference.unlikelihood()",
+        loss=_PAIRS.format(_REFERENCE),
+        rollout=_HALVES,
+    ),
+    Recipe(
+        name="no_sft_ratio_w_unlikelihood",
+        entry="rw.preference.no_sft_ratio_w_unlikelihood",
+        spec="rw.preference.no_sft_ratio_w_unlikelihood()",
+        loss=_PAIRS.format(""),
+        rollout=_HALVES,
+    ),
+    Recipe(
+        name="uda",
+        entry="rw.divergences.confidence_masked_kl",
+        schedule="rw.schedules.tsa(step / total_steps, num_classes=vocab_size)",
+        spec="rw.methods.sft().replace(reduction=rw.TokenMean(weight=rw.weights.TrainingSignalAnnealing(threshold=schedule)))",
+        loss="rw.policy_loss(policy(batch), completion_ids, None, spec=spec, completion_mask=completion_mask).loss"
+        " + rw.divergences.confidence_masked_kl(policy(augmented), teacher_logits, threshold=0.8, sharpening_temperature=0.4).mean()",
+        settings=published(EXAMPLE, threshold=0.8, sharpening_temperature=0.4),
+        rollout=("`teacher_logits` are the policy's own, without gradient, on the texts before augmentation.",),
+    ),
+    Recipe(
+        name="ldr",
+        entry="rw.divergences.ldr",
+        loss=_MEAN.format(""),
+        settings=published(SCRIPT, margin=0.1, lambda_="1 (10 to choose from)"),
+        rollout=("The authors rescale the logits first: softplus over its mean, or over the mean absolute value.",),
+    ),
+    Recipe(
+        name="aldr",
+        entry="rw.divergences.aldr",
+        loss=_MEAN.format(", lambda_=lambdas"),
+        after={
+            "batch.lambdas": "rw.divergences.aldr("
+            "rw.token_logps(policy(batch), completion_ids, temperature=lambdas, return_entropy=True)[1], vocab_size, lambda0=1.0, alpha=2.0)"
+        },
+        settings=(*published(SCRIPT, alpha=2), *published(EXAMPLE, lambda0=1)),
+        rollout=("λ is a state of the example, from epoch to epoch; it starts at λ₀.",),
+    ),
+)

@@ -1,0 +1,44 @@
+"""What a golden row is, and numbers that many of them have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import exp, log
+from typing import Any
+
+LN2, LN3 = log(2), log(3)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One call of an entry and its result. A list stands for a tensor: of floats if it holds one, else of ints or bools; anything else is itself.
+
+    ``expected``: every number of the result in order, nested as is easiest to read. ``updates``: what the ``update`` of the object that the call
+    returns is given, one call after the other, from the state ``init(*init)``; the result is what each returns beside the state. ``tokens``: for a
+    weight, one sequence of tokens by what formulas read (``logp``, ``old_logp``, ``adv``, ``entropy``, ...; ``completion_mask``).
+    """
+
+    kind: str
+    name: str
+    arguments: dict[str, Any]
+    expected: Any
+    updates: tuple[Any, ...] = ()
+    init: tuple[Any, ...] = ()
+    tokens: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An argument that another function of the package makes."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + exp(-x))
+
+
+def old(*probabilities: float) -> dict[str, list[float]]:
+    return {"old_logp": [log(p) for p in probabilities]}

@@ -1,0 +1,144 @@
+"""Weights that say which tokens of a sequence the advantage is due to: by what follows them, by a teacher, or by how likely they are."""
+
+from __future__ import annotations
+
+from .._core.catalogue.registry import published
+from .._core.formula.base import TokenWeight, weight
+from .._core.ranges import NonNegative, NonNegativeOrInf, Positive, PositiveOrInf, Real, Unit
+
+
+@published(
+    "fipo",
+    "Future-KL Influenced Policy Optimization: the influence weight",
+    paper="FIPO: Eliciting Deep Reasoning with Future-KL Influenced Policy Optimization",
+    arxiv="2603.19835",
+    certainty="secondary",
+    level="token",
+)
+@weight
+class FutureInfluence(TokenWeight):
+    """``clip(exp(F_t), weight_min, weight_max)``, ``F_t = Σ_{s>=t} γ^(s-t)·log r_s`` over the sequence, ``γ = 2^(-1/half_life)``.
+
+    A token is weighted by how the policy has since moved on what follows it. Tokens with ``r > participation_max`` are left out of the sums (the bound of a
+    dual clip). Where ``A < 0`` and ``r > safety_ratio`` the weight is clipped to [0.8, 1]. The loss is a clip with a token mean.
+
+    Differs from the paper: transcribed from ms-swift's ``loss_type="fipo"`` and its defaults; distances count completion tokens, there also masked ones.
+    """
+
+    half_life: Positive[float] = 32.0
+    weight_min: NonNegative[float] = 1.0
+    weight_max: PositiveOrInf[float] = 1.2
+    participation_max: PositiveOrInf[float] = float("inf")
+    safety_ratio: PositiveOrInf[float] = 4.0
+
+    def weight(self, xp, t, batch):
+        ratio = xp.exp(t.log_ratio)
+        decay = xp.exp(-0.6931471805599453 / self.half_life)  # log 2
+        future = batch.seq_suffix_sum(xp.where(ratio > self.participation_max, 0.0, t.log_ratio), decay)
+        influence = xp.clip(xp.exp(future), self.weight_min, self.weight_max)
+        return xp.where((t.adv < 0) & (ratio > self.safety_ratio), xp.clip(influence, 0.8, 1.0), influence)
+
+
+@weight
+class PrefixDiscrepancy(TokenWeight):
+    """``1 + gamma·(1 - Σ_{s<t}|a_s| / Σ_s|a_s|)``, ``a = ref_logp - old_logp``: IW-OPD's weight, smaller where the teacher has disagreed before."""
+
+    gamma: NonNegative[float] = 1.0
+
+    def weight(self, xp, t, batch):
+        size = xp.abs(t.ref_logp - t.old_logp)
+        before = batch.seq_cumsum(size) - size
+        return 1 + self.gamma * (1 - before / xp.maximum(batch.seq_sum(size), 1e-8))
+
+
+def _evidence(self, xp, t):
+    d = t.ref_logp - t.old_logp
+    evidence = xp.exp(xp.clip(xp.where(t.adv > 0, d, xp.where(t.adv < 0, -d, 0.0)), -20.0, 20.0))
+    return 1 - self.mixing + self.mixing * xp.clip(evidence, 1 - self.epsilon, 1 + self.epsilon)
+
+
+@published(
+    "rlsd",
+    "RLSD: self-distilled RLVR",
+    paper="Self-Distilled RLVR",
+    arxiv="2604.03128",
+    certainty="secondary",
+    level="token",
+)
+@weight
+class SelfDistilledEvidence(TokenWeight):
+    """``1 - λ + λ·clip(exp(sign(A)·(log p_T - log p_old)), 1-ε, 1+ε)``: more weight where an informed self agrees with the reward. λ is ``mixing``.
+
+    ``ref_per_token_logps`` are the teacher's: of the same policy that has seen the answer. The weight is positive, so no advantage changes its sign.
+    Differs from the paper: transcribed from ms-swift's ``advantage_reweight="rlsd"`` and its defaults. Only wrong responses are reweighted by
+    :class:`NegativeSelfDistilledEvidence` (its ``rlsd_negative_only``).
+    """
+
+    mixing: Unit[float] = 0.5
+    epsilon: NonNegative[float] = 0.2
+
+    def weight(self, xp, t, batch):
+        return _evidence(self, xp, t)
+
+
+@weight
+class NegativeSelfDistilledEvidence(TokenWeight):
+    """:class:`SelfDistilledEvidence` where ``A < 0``, else 1."""
+
+    mixing: Unit[float] = 0.5
+    epsilon: NonNegative[float] = 0.2
+
+    def weight(self, xp, t, batch):
+        return xp.where(t.adv < 0, _evidence(self, xp, t), 1.0)
+
+
+@published(
+    "tr_grpo",
+    "Token-Regulated GRPO (TR-GRPO): the token weight",
+    paper="Token-Regulated Group Relative Policy Optimization for Stable Reinforcement Learning in Large Language Models",
+    arxiv="2511.00066",
+    certainty="secondary",
+    level="token",
+    example={"alpha": 2.0, "tau": 1.0, "mu": 0.25, "lower": 0.5, "upper": 1.0},
+)
+@weight
+class TokenRegulation(TokenWeight):
+    """``clip(alpha·(σ(p/tau) - mu), lower, upper)``, p the token's current probability: less weight for unlikely tokens, whose gradients are large.
+
+    Differs from the paper: the formula is a port's; its constants were not found in print, so they must be given.
+    """
+
+    alpha: Positive[float]
+    tau: Positive[float]
+    mu: Real[float]
+    lower: NonNegative[float]
+    upper: NonNegativeOrInf[float]
+
+    def weight(self, xp, t, batch):
+        return xp.clip(self.alpha * (xp.sigmoid(xp.exp(t.logp) / self.tau) - self.mu), self.lower, self.upper)
+
+
+@published(
+    "stapo",
+    "STAPO: silencing spurious tokens (S2T)",
+    paper="STAPO: Stabilizing Reinforcement Learning for LLMs by Silencing Rare Spurious Tokens",
+    arxiv="2602.15620",
+    certainty="secondary",
+    level="token",
+    example={"probability": 0.01, "entropy_quantile": 0.05},
+)
+@weight
+class SpuriousTokens(TokenWeight):
+    """0 where ``A > 0``, ``p < probability`` and ``H`` is below its ``entropy_quantile`` over the call's tokens, else 1.
+
+    Unlikely tokens of certain distributions in correct responses: few, with the largest gradients. The method renormalizes over what is left:
+    ``reduction=TokenMean(weight=SpuriousTokens(...))`` in a clipped loss. Differs from the paper: the rule is its abstract's; the thresholds differ
+    between its accounts, so they must be given.
+    """
+
+    probability: Unit[float]
+    entropy_quantile: Unit[float]
+
+    def weight(self, xp, t, batch):
+        certain = t.entropy < batch.quantile(t.entropy, self.entropy_quantile)
+        return xp.where((t.adv > 0) & (xp.exp(t.logp) < self.probability) & certain, 0.0, 1.0)

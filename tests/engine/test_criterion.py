@@ -1,0 +1,47 @@
+"""The accuracy criterion on batches that fuzzing found it wrong about."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import reweight_ops as rw
+from reweight_ops._core.backends import select
+from reweight_ops._core.backends.select import load
+from reweight_ops.testing import compare, make_batch
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_a_batch_without_rows_passes(shape):
+    rows = torch.zeros(shape)
+    batch = {"logits": rows.new_zeros(*shape, 7), "completion_ids": rows.long(), "advantages": rows, "completion_mask": rows.bool()}
+    assert compare(rw.methods.grpo(), batch, backend="reference").passed
+
+
+def far_batch():
+    """Unlikely targets: the log-prob in CISPO's loss, and in its weight, of which the gradient is stopped."""
+    batch = make_batch(rw.methods.cispo(), (4, 8), 31)
+    batch["logits"] = batch["logits"].detach() * 8
+    batch["old_per_token_logps"] = rw.token_logps(batch["logits"].double(), batch["completion_ids"], backend="reference").float()
+    return batch
+
+
+def test_a_stopped_gradient_is_part_of_the_losss_conditioning(monkeypatch):
+    """An error of four roundings in the log-probs is no error of the loss; one of a hundred is."""
+
+    def moved_by(roundings):
+        def token_loss_grad(logits, ids, temperature, head, inputs, program, params, out):
+            rows = load("reference").token_loss_grad(logits, ids, temperature, head, inputs, program, params, out)
+            if logits.dtype == torch.float32:  # what the loss is where every log-prob is wrong by as much
+                logp, adv = rows[0].double(), inputs.adv.double()
+                wrong = logp * (1 + roundings * 2.0**-24)
+                rows[2] = (inputs.weights[0] * -(torch.exp(wrong - inputs.old_logp).clamp(max=5.0)) * adv * wrong).float()
+            return rows
+
+        return dataclasses.replace(load("reference"), name="cpu", token_loss_grad=token_loss_grad)
+
+    batch = far_batch()
+    for roundings, passes in ((0, True), (2, True), (100, False)):
+        monkeypatch.setitem(select._loaded, "cpu", moved_by(roundings))
+        found = compare(rw.methods.cispo(ratio_max=5.0), batch, backend="cpu", plan="one_pass")
+        assert (found.loss <= 1) is passes, (roundings, found)

@@ -1,0 +1,65 @@
+"""The documentation site: it builds without a warning, its code runs, and what it says of the package is what the package says."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+import reweight_ops as rw
+from reweight_ops.integrations.trainers import TRAINERS
+
+DOCS = ROOT / "docs"
+PAGES = sorted(p for p in DOCS.rglob("*.md") if "trainers" not in p.parts)
+PACKAGE = "\n".join(p.read_text() for p in (ROOT / "reweight_ops").rglob("*.py"))
+
+
+def test_it_builds_without_a_warning(tmp_path):
+    """Links, anchors and the reference included: whatever MkDocs warns of ends a strict build."""
+    pytest.importorskip("mkdocs")
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "reference/specs/index.html").read_text()
+    missing = [name for name, entry in rw.METHODS.items() if f".{entry.function.__name__}" not in reference]
+    assert not missing and ":func:" not in reference
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: str(p.relative_to(DOCS)))
+@pytest.mark.usefixtures("registry")
+def test_python_of_a_page_runs(page):
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+def test_each_rule_is_cited_by_a_test():
+    rules = re.findall(r"^\* \*\*(S\d+)\.\*\*", (DOCS / "semantics.md").read_text(), re.M)
+    assert rules == [f"S{i}" for i in range(1, len(rules) + 1)]
+    notes = [
+        re.findall(r"# docs/semantics\.md: (.+)", p.read_text()) for p in (ROOT / "tests").rglob("test_*.py") if p.name != "test_site.py"
+    ]
+    cited = {rule for found in notes for note in found for rule in note.split(", ")}
+    assert cited == set(rules)
+
+
+def test_messages_that_are_explained_exist():
+    told = re.findall(r"^\| `([^`]+)` \|", (DOCS / "troubleshooting.md").read_text(), re.M)
+    assert len(told) > 8
+    assert not [message for message in told if message not in PACKAGE]
+
+
+def test_trainers_and_their_versions():
+    for page, up in ((DOCS / "versions.md", "docs/"), (ROOT / "README.md", "")):
+        rows = re.findall(r"^\| \[([^\]]+)\]\((\S+)\) \| (.+) \|$", page.read_text(), re.M)
+        told = {name: (up + link, versions) for name, link, versions in rows}
+        assert told == {t.name: (t.page, ", ".join(t.tested) or f"a transcription of {t.commit}") for t in TRAINERS.values()}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_a_page_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
+    assert not [link for link in links if not (ROOT / link).exists()]
