@@ -81,6 +81,33 @@ def test_a_rank_that_differs_or_raises_is_an_error_on_every_rank(four):
         assert all("rank 2 of the group raised before its part of this call" in other for other in others), others
 
 
+def refusals(ranks):
+    """What needs whole rows, of a vocabulary in shards."""
+    over = dict(process_group=ranks.group(range(4)))
+    z, ids, weight = logits(ranks), torch.arange(6) % V, torch.ones(V, 2)
+    top = rw.TopKLogps(ids[:, None], -torch.ones(6, 1))
+    teacher = rw.Teacher(z.detach(), 0.1)
+    hidden = torch.ones(6, 2)
+    return {
+        "sampling_mask": raised(lambda: rw.token_logps(z, ids, sampling_mask=torch.ones(6, V, dtype=torch.bool), **over)),
+        "picked ids": raised(lambda: rw.token_stats(z, ids, stats=("selected_logps",), selected_ids=ids[:, None], **over)),
+        "of a head, picked ids": raised(lambda: rw.linear_token_stats(hidden, weight, ids, stats=("topk_logps",), top_k=2, **over)),
+        "a teacher's top-k": raised(lambda: rw.distillation_loss(z, top, **over)),
+        "of a head, a teacher's top-k": raised(lambda: rw.linear_distillation_loss(hidden, weight, top, **over)),
+        "a teacher beside": raised(lambda: rw.linear_policy_loss(hidden, weight, ids, 1.0, spec="dapo", teacher=teacher, **over)),
+        "generalized_jsd": raised(lambda: rw.distillation_loss(z, z.detach(), kind="generalized_jsd", beta=0.5, **over)),
+        "of a head, generalized_jsd": raised(
+            lambda: rw.linear_distillation_loss(hidden, weight, z.detach(), kind="generalized_jsd", beta=0.5, **over)
+        ),
+    }
+
+
+def test_what_needs_whole_rows_is_refused(four):
+    for found in four.run(refusals):
+        for what, error in found.items():
+            assert error.startswith("UnsupportedRequest") and "process_group" in error and what.split(", ")[-1] in error, (what, error)
+
+
 def nothing(ranks):
     """Ranks without rows: a loss of 0 and gradients of the right shape, over vocabularies and over sequences."""
     group = ranks.group(range(4))

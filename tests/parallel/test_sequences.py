@@ -1,6 +1,7 @@
 """Sequences whose tokens several gloo ranks have: ratios, denominators, contrasts and batch statistics are those of one process."""
 
 import contextlib
+import inspect
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ SPECS = {
     "entropy": rw.methods.trl(entropy_coef=0.01),
 }
 
+#: Statistics of a batch that know the rows of one rank.
+ONE_RANK = {"rank", "mean_below", "capped_mean", "seq_rank", "seq_quantile", "seq_max", "seq_min", "seq_cumsum", "seq_suffix_sum"}
+
 #: Weights that read the batch. A draw is among positions in the order of ranks, so it is another one.
 READ_BATCH = {
     name: weight
@@ -32,14 +36,31 @@ READ_BATCH = {
 }
 
 
+def named(function):
+    """The names that a function reads, and those that its helpers do."""
+    found = set(function.__code__.co_names)
+    helpers = [function.__globals__.get(name) for name in found]
+    return found.union(*(named(f) for f in helpers if inspect.isfunction(f) and f.__module__ == function.__module__))
+
+
 def weighted():
     """A spec for every weight that reads the batch and has defaults."""
     for name, weight in READ_BATCH.items():
         with contextlib.suppress(TypeError):
-            yield f"weight {name}", rw.PolicyLossSpec(surrogate=SURROGATE, weights=(weight(),))
+            yield (
+                f"weight {name}",
+                rw.PolicyLossSpec(surrogate=SURROGATE, weights=(weight(),)),
+                ONE_RANK & named(weight.weight),
+            )
 
 
-SPECS |= dict(weighted())
+SPECS |= {name: spec for name, spec, refused in weighted() if not refused}
+SPECS |= {
+    "classification": rw.methods.real(group_size=2),
+    "prompt mean": rw.PolicyLossSpec(surrogate=SURROGATE, reduction=rw.PromptMean(2)),
+}
+REFUSED = {name: spec for name, spec, refused in weighted() if refused}
+REFUSED |= {"cumulative": rw.PolicyLossSpec(surrogate=SURROGATE, ratio=rw.CumulativeRatio())}
 
 
 def policy(ranks, cases):
@@ -54,6 +75,22 @@ LAYOUTS = [dict(sequence=4), dict(sequence=4, layout="zigzag"), dict(sequence=2,
 
 def test_every_loss_over_two_and_four_ranks(four):
     four.check(policy, [(name, split, {}) for name in SPECS for split in LAYOUTS])
+
+
+def refusals(ranks):
+    wrong = []
+    for name, spec in REFUSED.items():
+        try:
+            errors_of(spec, Split(sequence=4).place(ranks))
+            wrong.append(f"{name}: no error")
+        except rw.UnsupportedRequest as error:
+            wrong += [] if "one rank" in str(error) else [f"{name}: {error}"]
+    return wrong
+
+
+def test_what_orders_a_sequence_s_tokens_is_refused(four):
+    assert len(REFUSED) > 2
+    four.check(refusals)
 
 
 def packed(ranks, layout):
