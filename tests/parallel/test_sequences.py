@@ -109,15 +109,20 @@ def packed(ranks, layout):
     for name in ("token mean", "sequence mean", "sequence ratio", "contrast"):
         more = dict(group_ids=torch.tensor([0, 0, 1, 1]), num_groups=2) if name == "contrast" else {}
         spec = rw.methods.disco(group_size=None) if name == "contrast" else SPECS[name]
-        given = {} if name == "contrast" else {"old_per_token_logps": old}
+        given = {} if name == "contrast" else {"old_per_token_logps": old.clone().requires_grad_()}
         whole = z.clone().requires_grad_()
-        want = rw.policy_loss(whole, ids, adv, spec=spec, cu_seqlens=starts, **given, **more)
+        want = rw.policy_loss(whole, ids, adv, spec=spec, cu_seqlens=starts, differentiable_inputs=bool(given), **given, **more)
         want.loss.backward()
         for how in (dict(cu_seqlens=counts), dict(sequence_ids=by_id, num_sequences=4)):
             part = z[mine].clone().requires_grad_()
-            stored = {key: x[mine] for key, x in given.items()}
-            out = rw.policy_loss(part, ids[mine], adv, spec=spec, sequence_group=group, **how, **stored, **more)
+            stored = {key: x[mine].detach().requires_grad_() for key, x in given.items()}
+            out = rw.policy_loss(
+                part, ids[mine], adv, spec=spec, sequence_group=group, differentiable_inputs=bool(given), **how, **stored, **more
+            )
             out.loss.backward()
+            for key, x in stored.items():
+                if not torch.allclose(x.grad, given[key].grad[mine], rtol=1e-10, atol=1e-14):
+                    wrong.append(f"{name} {list(how)}: gradient by {key}")
             loss = out.loss.detach().clone()
             torch.distributed.all_reduce(loss, group=group)
             if not torch.allclose(loss, want.loss.detach(), rtol=1e-12):

@@ -86,6 +86,14 @@ def linear(op, *names):
     return call
 
 
+def stored(t, **options):
+    kept = {name: t[name] for name in ("old_per_token_logps", "ref_per_token_logps")}
+    out = rw.policy_loss(
+        t["logits"], t["ids"], t["advantages"], spec=rw.methods.grpo(beta=0.1), **kept, differentiable_inputs=True, **options
+    )
+    return [out.loss]
+
+
 def two(op, **fixed):
     def call(t, **options):
         out = op(t["logits"], t["other"].detach(), completion_mask=t["mask"], **fixed, **options)
@@ -120,6 +128,9 @@ def calls():
     learnt = (0.5 + torch.rand(n, generator=g, dtype=torch.float64)).requires_grad_()
     ids = torch.randint(v, (n,), generator=g)
     yield "statistics, learnt temperature", statistics, dict(logits=sound, ids=ids, temperature=learnt), {"logits": -1}
+    of_others = {name: (-3 + normal(g, n, scale=0.3).detach()).requires_grad_() for name in ("old_per_token_logps", "ref_per_token_logps")}
+    adv = torch.randn(n, generator=g, dtype=torch.float64)
+    yield "stored log-probs", stored, dict(logits=sound.view(n, 1, v), ids=ids[:, None], advantages=adv, **of_others), {"logits": -1}
     head = dict(
         hidden=normal(g, n, d), weight=normal(g, v, d), bias=normal(g, v), a=normal(g, r, d), b=normal(g, v, r),
         ids=torch.where(torch.arange(n) % 5 == 4, -100, ids),

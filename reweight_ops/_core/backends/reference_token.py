@@ -40,7 +40,7 @@ class Distribution:
         self.top = largest[:, 0].double() / self.temperature[:, 0].double()
         self.below = (z - largest) / self.temperature
         # Also what a temperature or the distance takes beyond the smallest number: a mask of finfo.min is one of -inf.
-        self.dead = (self.below == -math.inf) & self.top.isfinite()[:, None]
+        self.dead = (z == -math.inf) | ((self.below == -math.inf) & self.top.isfinite()[:, None])
         self.bad = self.inside & ((ids < 0) | (ids >= head.total()))
         local = ids - head.vocab_start
         self.has_target = (local >= 0) & (local < head.vocab_size) & self.inside & ~self.bad
@@ -59,7 +59,7 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxP
     d = Distribution(logits, ids, temperature, head)
     log_total, rest = d.log_total(), d.sum_of_others(d.below.exp())
     lse = (d.top + log_total).to(log_total.dtype)
-    lse_low = torch.where(d.dead.all(-1), -math.inf, (d.top - lse) + log_total)
+    lse_low = torch.where(d.top == -math.inf, -math.inf, (d.top - lse) + log_total)
     out = {"lse": lse, "lse_low": lse_low, "max_logp": 0 - log_total}
     target = d.below.gather(-1, d.target)[:, 0] - log_total
     out["logp"] = torch.where(d.has_target | target.isnan(), target, -math.inf)
