@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -26,7 +24,7 @@ from ..engine.distillation import (
 from ..engine.run import Call
 from ..engine.sources import TwoLogitsSource
 from ..engine.statistics import StatisticsObjective
-from ..ranges import FixedOpenUnit, FixedPositiveOrInf, NonNegative, Positive
+from ..ranges import FixedOpenUnit, FixedPositiveOrInf, NonNegative, Number, Positive
 from .explain import public_op
 
 
@@ -42,7 +40,7 @@ def token_divergence(
     kind: str = "forward_kl",
     beta: FixedOpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
-    other_temperature: Positive[Any] = None,
+    other_temperature: Positive[Number] = None,
     other_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[Tensor]:
@@ -106,7 +104,7 @@ def distillation_loss(
     num_items_in_batch: NonNegative[float | Tensor] | None = None,
     loss_scale: NonNegative[float | Tensor] = 1.0,
     plan: str = "auto",
-    teacher_temperature: Positive[Any] = None,
+    teacher_temperature: Positive[Number] = None,
     teacher_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[DistillationLossOutput]:
