@@ -114,7 +114,7 @@ def drpo(
     certainty="secondary",
     level="group",
 )
-def real(tau: Positive[Any] = 0.5, beta: NonNegative[Any] = 0.0, group_size: Count[int] | None = None) -> PolicyLossSpec:
+def real(tau: Positive[Number] = 0.5, beta: NonNegative[Number] = 0.0, group_size: Count[int] | None = None) -> PolicyLossSpec:
     """``1/Q Σ_q { log(1 + Σ_{j in q-} e^(s_j/τ)) + log(1 + Σ_{i in q+} e^(-s_i/τ)) }``, ``s`` the mean of ``log r`` over a response;
     see :class:`~reweight_ops._core.spec.coupled.GroupClassification`.
 
