@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .._core.calls.unused_options import forbid_unused
 from .._core.catalogue.registry import published
 from .._core.ranges import AtLeastOne, NonNegative, NonNegativeOrInf, Number, Positive, Real
 from .._core.spec.policy import Penalty, PolicyLossSpec
@@ -88,27 +89,23 @@ def ctpo(
     certainty="secondary",
 )
 def prime_rl(
-    mask: str = "dppo",
-    mask_low: NonNegative[Number] | None = None,
-    mask_high: NonNegative[Number] = 0.2,
-    kl_tau: NonNegative[Number] = 1e-3,
+    mask: str = "dppo", mask_low: NonNegative[Number] = 0.2, mask_high: NonNegative[Number] = 0.2, kl_tau: NonNegative[Number] = 1e-3
 ) -> PolicyLossSpec:
     """``-m·r·A + τ·(log r)²``, token mean, ``m`` 0 where the probability has moved too far and else 1. Pass the sampler's log-probs as the old ones.
 
-    ``mask="dppo"``, its default loss: 0 where ``p - p_old > mask_high`` and ``A > 0``, or ``p - p_old < -mask_low`` and ``A <= 0`` (arXiv:2602.04879);
-    ``mask_low`` is 0.2 unless given. ``"ipo"``: 0 where ``|p - p_old| > mask_high``, for which it has 0.1; ``mask_low`` is then an error. A masked token
-    still pays for its KL.
+    ``mask="dppo"``, its default loss: 0 where ``p - p_old > mask_high`` and ``A > 0``, or ``p - p_old < -mask_low`` and ``A <= 0`` (arXiv:2602.04879).
+    ``"ipo"``: 0 where ``|p - p_old| > mask_high``, for which it has 0.1; ``mask_low`` is then an error. A masked token still pays for its KL.
 
     Differs from the paper: transcribed from prime-rl, which names Kimi K2.5 as the source of the squared log-ratio; the mask is DPPO's.
     """
-    if mask == "ipo" and mask_low is not None:
-        raise InvalidCall("prime_rl: mask_low has no effect with mask='ipo', whose one bound is mask_high.")
+    given = locals()
     masks = {
-        "dppo": lambda: ProbabilityDriftMask(low=0.2 if mask_low is None else mask_low, high=mask_high),
+        "dppo": lambda: ProbabilityDriftMask(low=mask_low, high=mask_high),
         "ipo": lambda: ProbabilityDistanceMask(threshold=mask_high),
     }
     if mask not in masks:
         raise InvalidCall(f"prime_rl: mask is {mask!r}, expected 'dppo' or 'ipo'.")
+    forbid_unused("prime_rl", prime_rl, given, f"mask={mask!r}", {"mask_low": mask == "dppo"})
     penalties = () if is_zero(kl_tau) else (Penalty(DriftK2(), 2 * kl_tau),)
     return PolicyLossSpec(
         surrogate=Unclipped(), penalties=penalties, ratio=TokenRatio(clamp=math.inf), weights=(masks[mask](),), name="prime_rl"

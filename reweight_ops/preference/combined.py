@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from .._core.calls.unused_options import forbid_unused
 from .._core.catalogue.registry import published
 from .._core.ranges import Interval, NonNegative, Number, Positive, Real, Unit
 from .._core.spec.pair_parts import PairLoss
@@ -96,26 +97,25 @@ def tpo(
     loss_type: str = "sigmoid",
     beta: Positive[Number] = 0.01,
     alpha: NonNegative[Number] = 1.0,
-    gamma: NonNegative[Number] | None = None,
+    gamma: NonNegative[Number] = 0.5,
     label_smoothing: Annotated[Number, Interval("[0, 1)")] = 0.0,
 ) -> PairSpec:
     """``-log σ(β·(log π(y_w) - log π(y_l))) + α·NLL(y_gold)``: no reference; triples of chosen, rejected and gold responses, ``[3·P, T]``.
 
     ``loss_type="tpo-l"``: means over tokens and a target margin, ``β·m - γ``; ``"hinge"`` and ``"ipo"`` as in TRL's ``TPOTrainer``. The NLL is the mean over
-    all gold tokens. ``gamma`` belongs to ``"tpo-l"``, where it is 0.5 unless given, ``label_smoothing`` to ``"sigmoid"`` and ``"tpo-l"``: elsewhere
-    they are errors.
+    all gold tokens. ``gamma`` is read by ``"tpo-l"``, ``label_smoothing`` by ``"sigmoid"`` and ``"tpo-l"``; with another
+    loss they are errors.
     """
+    given = locals()
     sums, means = Likelihood(), Likelihood(average=True)
     kinds: dict[str, tuple[PairLoss, Likelihood]] = {
         "sigmoid": (Sigmoid(label_smoothing=label_smoothing), sums), "hinge": (Hinge(), sums), "ipo": (Ipo(average=False), means),
-        "tpo-l": (Sigmoid(label_smoothing=label_smoothing, target=0.5 if gamma is None else gamma), means),
+        "tpo-l": (Sigmoid(label_smoothing=label_smoothing, target=gamma), means),
     }  # fmt: skip
     if loss_type not in kinds:
         raise InvalidCall(f"tpo: loss_type is {loss_type!r}, expected one of {', '.join(kinds)}.")
-    if gamma is not None and loss_type != "tpo-l":
-        raise InvalidCall(f"tpo: gamma has no effect with loss_type={loss_type!r}; it belongs to 'tpo-l'.")
-    if not (isinstance(label_smoothing, int | float) and label_smoothing == 0) and loss_type not in ("sigmoid", "tpo-l"):
-        raise InvalidCall(f"tpo: label_smoothing has no effect with loss_type={loss_type!r}.")
+    smooth = loss_type in ("sigmoid", "tpo-l")
+    forbid_unused("tpo", tpo, given, f"loss_type={loss_type!r}", {"gamma": loss_type == "tpo-l", "label_smoothing": smooth})
     loss, score = kinds[loss_type]
     terms = (PairTerm(loss=loss), PairTerm(loss=ChosenNll(per="batch", side=2), coef=alpha))
     return PairSpec(terms=terms, beta=beta, score=score, group_size=3, name="tpo")
