@@ -93,6 +93,7 @@ def _finish(top, rest, dot, rest_sq, w_y, inside, T):
     largest = top / T
     lse, lse_lost = _two_sum(largest, log_sum)
     lse_low = tl.where(lse == lse, lse_lost + tl.where(tl.abs(largest) < float("inf"), tl.fma(-largest, T, top), 0.0) / T, lse)
+    lse_low = tl.where(top == float("-inf"), top, lse_low)  # for who merges the shards of a row
     return logp, log_sum - dot / (1.0 + rest) * LN2, lse, lse_low, math.log1p(rest_sq) - 2.0 * log_sum, 0.0 - log_sum
 
 

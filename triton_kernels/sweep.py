@@ -197,7 +197,7 @@ def _rest_of_slot(X, V, slot, top, k, softcap, SLOTS: tl.constexpr, E: tl.conste
 def row_of_slots(
     X, V, k, softcap, top, sum, dot, sum_sq, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr
 ):  # fmt: skip
-    """The state of a row from those of its slots; NaN if no logit is above -inf.
+    """The state of a row from those of its slots; NaN if no logit is above -inf, and the largest is -inf if none is NaN either.
 
     The slot with the largest logit leads. The others are added relative to (a power of 2 near) the largest among them, because 2⁻⁴⁰ of the leader may be
     more than they have. What the leader has but its largest is lost where its sum rounds to 1; then its columns are read again.
@@ -234,7 +234,8 @@ def row_of_slots(
         rest = tl.fma(to_top, _unfixed(S), _rest_of_slot(X, V, lead, largest, k, softcap, SLOTS, E, CAP))
         rest_sq = tl.minimum(tl.maximum(rest_sq, 0.0), rest * rest)  # a sum of squares: at most that, of which Σp² has no digit any more
     sick = (_low(more) > 0) | (largest == float("inf"))
-    return largest, tl.where(sick | (rest <= -1.0), float("nan"), rest), rest_dot, rest_sq
+    empty = (rest <= -1.0) & (sick == 0)
+    return tl.where(empty, float("-inf"), largest), tl.where(sick | empty, float("nan"), rest), rest_dot, rest_sq
 
 
 @triton.jit

@@ -67,6 +67,7 @@ struct FinishedRow {
         out.entropy = 0.0f - at_most_zero(rest.dot / (1 + rest.sum) * Real(kLn2) - log_total);  // and not -0
         out.lse = float(largest + log_total);
         out.lse_low = float((largest - out.lse) + log_total);
+        if (is_empty(top, rest.sum)) out.lse_low = -std::numeric_limits<float>::infinity();
         out.log_sum_p_sq = at_most_zero(std::log1p(rest.sum_sq) - 2 * log_total);
         out.max_logp = at_most_zero(-log_total);
         return out;

@@ -99,7 +99,7 @@ RW_DEVICE RowStats finish(const Partial& s, const Target& target, float temperat
     out.entropy = float(log_s - mean * kLn2);
     const double largest = double(s.top) * inverse, rest = error == 0.0 ? swept : swept + error * expf(float(above));
     out.lse = float(largest + rest);
-    out.lse_low = float((largest - out.lse) + rest);
+    out.lse_low = is_empty(s.top, s.rest) ? -kInf : float((largest - out.lse) + rest);
     out.log_sum_p_sq = at_most_zero(float(log1p_of(s.sum_sq) - 2.0 * log_s));
     out.max_logp = target.swept == s.top ? out.logp : at_most_zero(float(-swept));
     return out;

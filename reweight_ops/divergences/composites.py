@@ -69,7 +69,7 @@ def confidence_masked_kl(
     :func:`token_divergence`. Differs from the paper: per token, where it has one prediction per example.
     """
     kl = token_divergence(logits, teacher_logits, completion_mask=completion_mask, other_temperature=sharpening_temperature, **keywords)
-    head = {name: value for name, value in keywords.items() if name in ("vocab_size", "backend")}
+    head = {name: value for name, value in keywords.items() if name in ("vocab_size", "process_group", "backend")}
     ids = torch.zeros(kl.shape, dtype=torch.int64, device=kl.device)
     rows = teacher_logits[..., : kl.shape[-1], :]
     top = token_stats(rows.detach(), ids, stats=("max_logp",), completion_mask=completion_mask, **head).max_logp  # type: ignore[arg-type]

@@ -60,7 +60,11 @@ def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto
     The gradient's error is divided by 1.5 times the error of ``torch.log_softmax`` in fp32 rounded once to the logits' dtype, plus a floor of four fp32
     roundings of ``(|coef| + |ent_coef|)/T``, and of what four roundings of the other rows' statistics make of the coefficients.
     """
-    got, out = _gradient(spec, batch, backend=backend, plan=plan, **options)
+    return judge(spec, batch, *_gradient(spec, batch, backend=backend, plan=plan, **options), **options)
+
+
+def judge(spec: PolicyLossSpec, batch: dict[str, Any], got: Tensor, out: Any, **options: Any) -> Comparison:
+    """The same of a gradient by the batch's logits and of the call's results, however they were found."""
     common = {k: v for k, v in options.items() if k != "consume_logits"}
     truth, exact = _gradient(double_spec(spec), double_batch(batch), backend="reference", plan="two_pass", **common)
     single = {**batch, "logits": batch["logits"].float()} if batch["logits"].dtype != torch.float64 else batch

@@ -41,7 +41,7 @@ def ops_arguments(backend, drop_last):
     logp, entropy, lse, low, p_sq = rw.kernels.token_stats(
         z[:, :t], ids, one, stats=("logp", "entropy", "lse", "lse_low", "log_sum_p_sq"), backend="reference"
     )
-    tail = (v, float("inf"), bool(drop_last))
+    tail, whole = (v, float("inf"), bool(drop_last)), (v, float("inf"), 0, v, bool(drop_last))
     params = torch.tensor([v if torch.is_tensor(v) else float(v) for v in SPEC.parameter_values])
     weights = torch.full((len(SPEC.rules), n * t), 0.1)
     two = (torch.randn(n, t, v, generator=g), ids, one, one)  # the other logits, and what both have
@@ -49,9 +49,9 @@ def ops_arguments(backend, drop_last):
     table = torch.ops.reweight_ops.divergence_stats(z, *two, *pair_tail)
     mixed = torch.tensor([0.5, 0.7, -0.3])
     return {
-        "token_stats": (z, ids, one, *tail, "logp,entropy", backend),
-        "token_grad": (z, ids, one, logp, lse, low, entropy, p_sq, rows[0], rows[1], None, None, *tail, backend),
-        "token_grad_": (z.clone(), ids, one, logp, lse, None, entropy, None, rows[0], rows[1], None, None, *tail, backend),
+        "token_stats": (z, ids, one, *whole, "logp,entropy", backend),
+        "token_grad": (z, ids, one, logp, lse, low, entropy, p_sq, rows[0], rows[1], None, None, *whole, backend),
+        "token_grad_": (z.clone(), ids, one, logp, lse, None, entropy, None, rows[0], rows[1], None, None, *whole, backend),
         "token_loss_grad": (z, ids, one, weights, logp - 0.1, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
         "token_loss_grad_": (z.clone(), ids, one, weights, None, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
         "scale_": (z.clone(), torch.tensor(2.0), backend),

@@ -150,7 +150,7 @@ def test_tensor_subclasses_are_refused():
 
 
 def test_process_group_is_not_ignored():
-    with pytest.raises(rw.UnsupportedRequest, match="process_group"):
+    with pytest.raises(rw.InvalidCall, match="process_group is a object, expected a torch.distributed.ProcessGroup"):
         policy(process_group=object())
 
 

@@ -11,7 +11,7 @@ from reweight_ops._core.rows.batch import BatchStatistics
 
 
 def batch(keep):
-    return BatchStatistics(SimpleNamespace(keep=keep, dtype=torch.float32, count=keep.numel()))
+    return BatchStatistics(SimpleNamespace(keep=keep, dtype=torch.float32, across=None, total=torch.sum))
 
 
 def test_a_draw_is_of_candidates_that_are_in():

@@ -38,7 +38,8 @@ from ..formula.loss_program import Program
 from ..rows.verbs import RowVerbs
 
 #: Row statistics that ``token_stats`` can return: ``max_logp`` is ``max x - lse``, the log-prob of the likeliest token. ``lse_low`` is what
-#: rounding ``lse`` lost: from one fp32 number alone probabilities would lose digits when all logits share an offset. It is 0 in fp64.
+#: rounding ``lse`` lost: from one fp32 number alone probabilities would lose digits when all logits share an offset. It is about 0 in fp64, and
+#: ``-inf`` in a row of nothing but ``-inf``, which one shard of a row may be.
 STATS = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq", "max_logp")
 
 #: Per-row outputs of ``token_loss_grad``, in this order: ``weighted_loss`` is the row's share of the total loss, ``loss`` the

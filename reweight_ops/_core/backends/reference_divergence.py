@@ -14,23 +14,28 @@ from .reference_token import Distribution
 
 
 class _Logs(NamedTuple):
-    """A row, its log-probs (0 on dead columns), its probabilities, dead columns, and its log-sum-exp."""
+    """A row, its log-probs (0 on dead columns), its probabilities, dead columns, its log-sum-exp, and what rounding that lost."""
 
     at: Distribution
     log: Tensor
     p: Tensor
     dead: Tensor
     lse: Tensor
+    lse_low: Tensor
 
 
-def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, head: object) -> _Logs:
+def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, head: object, known: Tensor | None = None) -> _Logs:
+    """``known``: the log-sum-exp ``[2, N]`` of the whole row, of which the logits may be a shard; None: theirs."""
     dtype = torch.float64 if two.logits.dtype == torch.float64 else torch.float32
     at = Distribution(logits.to(dtype) if logits.dtype.itemsize < dtype.itemsize else logits, two.ids, temperature, head)  # type: ignore[arg-type]
-    total = at.log_total()[:, None]
+    total = at.log_total() if known is None else ((known[0] - at.top) + known[1]).to(dtype)
+    lse = (at.top + total).to(dtype)
+    lse_low = ((at.top - lse) + total).to(dtype)
+    total = total[:, None]
     log = at.below - total
     # A row without any finite logit is NaN everywhere: there, nothing is dead.
-    dead = (at.below == -math.inf) & ~total.isnan()
-    return _Logs(at, torch.where(dead, 0, log), log.exp(), dead, (at.top + total[:, 0]).to(dtype))
+    dead = ((at.below == -math.inf) | at.dead) & ~total.isnan()
+    return _Logs(at, torch.where(dead, 0, log), torch.where(dead, 0, log.exp()), dead, lse, lse_low)
 
 
 def divergence_stats(two: DivergenceInputs) -> Tensor:
@@ -41,14 +46,14 @@ def divergence_stats(two: DivergenceInputs) -> Tensor:
     forward = torch.where((a.dead & ~b.dead).any(-1) & ~sick, math.inf, forward)
     reverse = torch.where((b.dead & ~a.dead).any(-1) & ~sick, math.inf, reverse)
     entropies = [-(t.p * t.log).sum(-1) for t in (a, b)]
-    zero = torch.zeros_like(forward)
-    rows = torch.stack([forward.clamp(min=0), reverse.clamp(min=0), *entropies, a.lse, zero, b.lse, zero])
+    rows = torch.stack([forward.clamp(min=0), reverse.clamp(min=0), *entropies, a.lse, a.lse_low, b.lse, b.lse_low])
     rows[:4] = torch.where(sick, math.nan, rows[:4])
     return torch.where(two.ids != OUT, rows, 0)
 
 
 def divergence_grad(two: DivergenceInputs, table: Tensor, coefs: Tensor, out: Tensor) -> None:
-    a, b = _logs(two.logits, two, two.temperature, two.head), _logs(two.other, two, two.other_temperature, two.other_head)
+    a = _logs(two.logits, two, two.temperature, two.head, table[4:6])
+    b = _logs(two.other, two, two.other_temperature, two.other_head, table[6:8])
     forward, reverse, entropy = coefs[:, :, None]
     g = forward * (a.p - b.p)
     kl, h = table[1][:, None], table[2][:, None]

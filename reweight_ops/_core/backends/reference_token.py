@@ -59,7 +59,8 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxP
     d = Distribution(logits, ids, temperature, head)
     log_total, rest = d.log_total(), d.sum_of_others(d.below.exp())
     lse = (d.top + log_total).to(log_total.dtype)
-    out = {"lse": lse, "lse_low": (d.top - lse) + log_total, "max_logp": 0 - log_total}
+    lse_low = torch.where(d.dead.all(-1), -math.inf, (d.top - lse) + log_total)
+    out = {"lse": lse, "lse_low": lse_low, "max_logp": 0 - log_total}
     target = d.below.gather(-1, d.target)[:, 0] - log_total
     out["logp"] = torch.where(d.has_target | target.isnan(), target, -math.inf)
     out["entropy"] = log_total - torch.where(d.dead, 0, d.below.exp() * d.below).sum(-1) / (1 + rest)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
+from ..backends.shards import VocabShards
 from ..ranges import Interval, Range
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
@@ -21,6 +22,7 @@ from .chunking import chunking
 from .keywords import LMHeadOptions, Lora, SoftmaxOptions
 from .sampling_mask import KeptSets, resolve_sampling_mask
 from .softmax import Fail, resolve_logit_scale, resolve_softmax, resolve_temperature
+from .vocab_group import VocabGroup, vocab_group
 
 _LORA_SCALE = Range(Interval("(-inf, inf)", fixed=True), False, False)
 
@@ -37,6 +39,7 @@ class ChunkSettings(NamedTuple):
     accumulate_dtype: torch.dtype | None  # of the weight's gradient over chunks; None: by the number of chunks
     drop_inert: bool  # rows without a coefficient may be counted on the host and dropped
     keep_rows: int  # of these leading rows two_pass keeps the logits for backward
+    shards: VocabShards | None = None  # of a vocabulary that several ranks have, once they have agreed on it
 
 
 class LMHead(NamedTuple):
@@ -71,6 +74,7 @@ class Hidden:
     temperature: Tensor  # [1] or [M]
     settings: ChunkSettings
     kept: KeptSets | None = None
+    shard: VocabGroup | None = None  # of a vocabulary that several ranks have, each its columns
 
     @property
     def needs_grad(self) -> bool:
@@ -154,7 +158,7 @@ def resolve_hidden(
 
     softmax = resolve_softmax(op, options, columns, fail)
     row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
-    rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, softmax.vocab_size, validate)
+    rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, softmax.total(), validate)
     sampled = resolve_sampling_mask(rows, options, softmax.vocab_size, validate, fail)
     all_ids = rows.ids if sampled is None else sampled.position
     assert all_ids is not None
@@ -177,7 +181,7 @@ def resolve_hidden(
     head = LMHead(weight, linear.lm_head_bias, a, b, float(scale))
     ids = all_ids if index is None else all_ids[index]
     kept = None if sampled is None else sampled.sets if index is None else sampled.sets.select(index)
-    call = Hidden(flat, head, rows, index, ids, temperature, settings, kept)
+    call = Hidden(flat, head, rows, index, ids, temperature, settings, kept, vocab_group(options, columns))
     if torch.compiler.is_compiling() or not call.needs_grad:
         call = dataclasses.replace(call, settings=settings._replace(keep_rows=0))
     return call

@@ -61,6 +61,7 @@ class PolicyOptions(Options):
     segment_ids: Any = None
     group_ids: Any = None
     num_groups: int | None = None
+    sequence_group: Any = None
     old_per_token_logps: Any = None
     ref_per_token_logps: Any = None
     sampling_per_token_logps: Any = None
@@ -173,6 +174,7 @@ class PolicyKeywords(TypedDict, total=False):
     segment_ids: Tensor | None
     group_ids: Tensor | None
     num_groups: int | None
+    sequence_group: ProcessGroup | None
     old_per_token_logps: Tensor | float | None
     ref_per_token_logps: Tensor | float | None
     sampling_per_token_logps: Tensor | float | None

@@ -17,6 +17,7 @@ from . import consumed
 from .keywords import SoftmaxOptions
 from .sampling_mask import KeptSets, mask_tensors, resolve_sampling_mask
 from .softmax import Fail, resolve_softmax, resolve_temperature
+from .vocab_group import VocabGroup, vocab_group
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Logits:
     backend: str
     original: Tensor
     kept: KeptSets | None = None
+    shard: VocabGroup | None = None  # of a vocabulary that several ranks have, each its columns
 
     @property
     def needs_grad(self) -> bool:
@@ -89,7 +91,7 @@ def resolve_logits(
     softmax = resolve_softmax(op, options, logits.shape[-1], fail)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     verbs = row_verbs(logits, options.backend)
-    rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.vocab_size, validate, verbs)
+    rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.total(), validate, verbs)
     assert rows.ids is not None
     sampled = resolve_sampling_mask(rows, options, softmax.vocab_size, validate, fail)
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad
@@ -98,7 +100,7 @@ def resolve_logits(
     ids, kept = (rows.ids, None) if sampled is None else (sampled.position, sampled.sets)
     return Logits(
         collapsed("logits", logits, fail), rows, ids, resolve_temperature(rows, options.temperature, fail), softmax, options.drop_last,
-        consume, options.backend, logits, kept,
+        consume, options.backend, logits, kept, vocab_group(options, logits.shape[-1]),
     )  # fmt: skip
 
 

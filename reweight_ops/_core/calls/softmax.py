@@ -13,22 +13,32 @@ from torch.nn.functional import threshold
 from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import SoftmaxParams
 from ..rows.constants import as_tensor, parameter_vector, varies
+from ..rows.ranks import check_group
 from ..rows.rows import Rows
 from ..rows.structure import is_readable
 from .keywords import SoftmaxOptions
+from .vocab_group import ANY_ID
 
 Fail = Callable[[str], InvalidCall]
 
 
 def refuse_process_group(op: str, process_group: Any, why: str) -> None:
-    """The one place where work over several processes is refused."""
+    """The one place where a call that cannot be made by several processes is refused."""
     if process_group is not None:
         raise UnsupportedRequest(f"{op}: process_group: {why}")
 
 
+#: Why a call that reads ids beside the rows' own is refused.
+NO_PICKED = "picked ids (selected_ids, top_k, a teacher's top-k) are read from whole rows, and here each rank has its columns; gather the vocabulary."
+
+
 def resolve_softmax(op: str, options: SoftmaxOptions, columns: int, fail: Fail) -> SoftmaxParams:
-    """The softmax over logits with that many columns."""
-    refuse_process_group(op, options.process_group, "vocabulary-parallel logits are not supported yet; gather the vocabulary first.")
+    """The softmax over logits with that many columns; of a shard, that of its own columns until the ranks have agreed."""
+    if options.process_group is not None:
+        check_group(op, "process_group", options.process_group)
+        if options.sampling_mask is not None:
+            refuse_process_group(op, options.process_group, "the ids of a sampling_mask may be on any rank; gather the vocabulary.")
+        return SoftmaxParams(columns, resolve_softcap(options.softcap), 0, options.vocab_size or ANY_ID)
     vocab_size = columns if options.vocab_size is None else options.vocab_size
     if not 0 < vocab_size <= columns:
         raise fail(f"vocab_size is {vocab_size}, logits have {columns} columns.")

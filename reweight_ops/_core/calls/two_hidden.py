@@ -108,19 +108,20 @@ def _other_head(
     )  # fmt: skip
     temperature = softmax.temperature if of_other.temperature is None else of_other.temperature
     options = SoftmaxOptions(temperature=temperature, softcap=of_other.softcap, vocab_size=softmax.vocab_size, backend=softmax.backend)
+    options = dataclasses.replace(options, process_group=softmax.process_group)
     q = resolve_hidden(f"{op}, {of_other.name}", other.hidden, other.lm_head_weight, ids, theirs, options, {"completion_mask": mask})
     dtypes = (p.settings.logits_dtype, q.settings.logits_dtype)
     if q.states.device != p.states.device or (dtypes[0] == torch.float64) != (dtypes[1] == torch.float64):
         raise fail(
             f"{of_other.name} has logits in {dtypes[1]} on {q.states.device}, expected {p.states.device}, and fp64 for both or for none."
         )
-    check_columns(p.head.weight.size(0), q.head.weight.size(0), softmax.vocab_size, fail)
+    check_columns(p.head.weight.size(0), q.head.weight.size(0), softmax.vocab_size, fail, p.shard is not None)
     return OtherRows(q.states, q.head, q.temperature, q.settings.softmax, q.settings)
 
 
 def _other_logits(p: Hidden, weight: Tensor, other: Tensor, softmax: SoftmaxOptions, of_other: OtherOptions, fail: Fail) -> OtherRows:
     like = torch.empty(0, weight.size(0), dtype=p.settings.logits_dtype, device=p.states.device)
-    check_other_logits(like, other, p.rows.shape, softmax.vocab_size, fail)
+    check_other_logits(like, other, p.rows.shape, softmax.vocab_size, fail, p.shard is not None)
     given = softmax.temperature if of_other.temperature is None else of_other.temperature
     temperature = resolve_temperature(p.rows, given, fail)
     if p.index is not None and temperature.size(-1) != 1:

@@ -31,7 +31,9 @@ class TwoLogits:
     other_softmax: SoftmaxParams
 
 
-def check_other_logits(logits: Tensor, other: Tensor, shape: tuple[int, ...], vocab_size: int | None, fail: Fail) -> None:
+def check_other_logits(
+    logits: Tensor, other: Tensor, shape: tuple[int, ...], vocab_size: int | None, fail: Fail, sharded: bool = False
+) -> None:
     """Check ``other_logits``, ``shape + (V,)``, against logits of any rows: their device, dtype and columns."""
     if other.device != logits.device:
         raise fail(f"other_logits are on {other.device}, logits on {logits.device}.")
@@ -41,15 +43,19 @@ def check_other_logits(logits: Tensor, other: Tensor, shape: tuple[int, ...], vo
         raise fail("other_logits require grad, but no gradient flows to them: pass them detached.")
     if tuple(other.shape[:-1]) != shape:
         raise fail(f"other_logits has shape {tuple(other.shape)}, expected {shape} + (V,).")
-    check_columns(logits.shape[-1], other.shape[-1], vocab_size, fail)
+    check_columns(logits.shape[-1], other.shape[-1], vocab_size, fail, sharded)
     if other.stride(-1) != 1 and other.shape[-1] > 1:
         raise fail("the last dimension of other_logits is not contiguous: pass other_logits.contiguous().")
     if consumed.is_consumed(other):
         raise fail("other_logits were consumed by an earlier call with consume_logits=True: they hold a gradient now.")
 
 
-def check_columns(columns: int, other_columns: int, vocab_size: int | None, fail: Fail) -> None:
-    """Both softmaxes are over the same columns."""
+def check_columns(columns: int, other_columns: int, vocab_size: int | None, fail: Fail, sharded: bool = False) -> None:
+    """Both softmaxes are over the same columns; where they are ``sharded``, this rank has the same of both."""
+    if sharded:
+        if columns != other_columns:
+            raise fail(f"logits have {columns} columns on this rank, other_logits {other_columns}: shard both vocabularies alike.")
+        return
     if vocab_size is None and other_columns != columns:
         raise fail(f"logits have {columns} columns, other_logits {other_columns}: pass vocab_size, the columns of both softmaxes.")
     if vocab_size is not None and other_columns < vocab_size:
@@ -75,7 +81,7 @@ def resolve_two_logits(
     call = resolve_logits(op, logits, ids, options, tensors)
     if options.drop_last and isinstance(other, Tensor) and other.shape[:-1] == logits.shape[:-1]:
         other = other[..., :-1, :]
-    check_other_logits(logits, other, tuple(shape), options.vocab_size, fail)
+    check_other_logits(logits, other, tuple(shape), options.vocab_size, fail, call.shard is not None)
     softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap(other_softcap))
     # A view: torch.compile takes no tensor twice.
     temperature = call.temperature.view(-1) if other_temperature is None else resolve_temperature(call.rows, other_temperature, fail)

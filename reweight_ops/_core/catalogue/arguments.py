@@ -14,7 +14,7 @@ SHARED = {
     "drop_last": "Logits have one position more than rows.",
     "kind": "One of those above.",
     "kl_estimator": "``k1`` or ``k3``.",
-    "process_group": "Not supported yet, and refused.",
+    "process_group": "Of the ranks that have the columns of one vocabulary; where it is refused, the message says why.",
     "singleton": "What a group of one gets: ``zero`` or ``reward``.",
     "softcap": "The cap of a tanh soft cap on the raw logits; None for off.",
     "temperature": "A positive number, or a tensor as the formula says.",

@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ReweightOpsError, UnsupportedRequest
-from ..backends.base import COEFS, SoftmaxParams
+from ..backends.base import COEFS, DIVERGENCE_STATS, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
+from ..backends.logp_low import LOGP_LOW
 from ..backends.mean_logit import MEAN_LOGIT
 from ..backends.picked import Picked
+from ..backends.shards import VocabShards, with_empty_shards
 from ..calls.sampling_mask import KeptSets
+from ..rows.groups import OUT
 from . import again, kept_ops
 from . import ops as library
 from .kept_ops import OF_ENTROPY, VOCABULARY
@@ -31,6 +34,7 @@ class OpOptions(NamedTuple):
     drop_last: bool
     backend: str
     consume: bool
+    shards: VocabShards | None = None
 
 
 def forbid_second_backward(ctx: Any, op: str) -> None:
@@ -57,8 +61,10 @@ FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ, VOCABULARY + VARIANCE)
 LSE_LOW = "lse_low"
 
 
-def asked_for(stats: str, needs_grad: bool) -> str:
-    """The names of the statistics to compute for a caller who wants ``stats``."""
+def asked_for(stats: str, needs_grad: bool, shards: VocabShards | None = None) -> str:
+    """The names of the statistics to compute for a caller who wants ``stats``; of a shard, what it is merged by besides."""
+    if shards is not None:
+        return f"{stats},{LSE_LOW},{LOGP_LOW}"
     if needs_grad and VOCABULARY in stats:
         names = stats.split(",")
         return ",".join([*names, LSE_LOW, *(VOCABULARY + name for name in OF_ENTROPY if VOCABULARY + name not in names)])
@@ -69,12 +75,23 @@ def stats_table(
     logits: Tensor, ids: Tensor, temperature: Tensor, sets: KeptSets | None, softmax: SoftmaxParams, options: OpOptions, wanted: str
 ) -> Tensor:
     """``[S, N]``: the statistics named in ``wanted``, over the vocabulary or over kept sets."""
-    rest = (temperature, *softmax[:2], options.drop_last, wanted, options.backend)
+    rest = (options.drop_last, wanted, options.backend)
     if sets is None:
-        table: Tensor = library.called(library.token_stats, logits, ids, *rest)
+        table: Tensor = library.called(library.token_stats, logits, ids, temperature, *softmax, *rest)
         return table
-    table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], *rest)
+    table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax[:2], *rest)
     return table
+
+
+def whole_rows(table: Tensor, names: str, ids: Tensor, shards: VocabShards | None) -> Tensor:
+    """A table of the named statistics; of a shard's, merged over all shards, and without what only serves that."""
+    return table if shards is None else shards.merged(table, tuple(names.split(",")), ids)
+
+
+def forbid_graph(shards: VocabShards | None) -> None:
+    """Asked in backward: raise where autograd wants a graph of a gradient that one rank cannot form."""
+    if shards is not None and again.wants_graph():
+        raise UnsupportedRequest(f"{shards.op}: create_graph=True needs the whole vocabulary on one rank, and process_group shards it.")
 
 
 def written_gradient(
@@ -98,7 +115,7 @@ def written_gradient(
         by = {**by, "lse": -by_picked.sum(-1) if by_lse is None else by_lse - by_picked.sum(-1)}
     arguments = (
         logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
-        by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"), *softmax[:2], options.drop_last, options.backend,
+        by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"), *softmax, options.drop_last, options.backend,
     )  # fmt: skip
     found = library.called(library.token_grad_ if over else library.token_grad, *arguments)
     if picked is not None and by_picked is not None:
@@ -114,8 +131,8 @@ class RowStatistics(torch.autograd.Function):
         ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, sets: KeptSets | None, softmax: SoftmaxParams, options: OpOptions, stats: str,
         picks: Picks | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        wanted = asked_for(stats, ctx.needs_input_grad[0] or picks is not None)
-        rows = stats_table(logits, ids, temperature, sets, softmax, options, wanted)
+        wanted = asked_for(stats, ctx.needs_input_grad[0] or picks is not None, options.shards)
+        rows = whole_rows(stats_table(logits, ids, temperature, sets, softmax, options, wanted), wanted, ids, options.shards)
         ctx.set_materialize_grads(False)
         ctx.sets, ctx.softmax, ctx.options, ctx.names, ctx.wanted = sets, softmax, options, stats.split(","), wanted.split(",")
         known = rows.unbind()
@@ -136,6 +153,7 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, ids, temperature, *stats = ctx.saved_tensors
         options: OpOptions = ctx.options
+        forbid_graph(options.shards)
         known = dict(zip((*ctx.wanted, PICKED_IDS), stats, strict=False))
         if again.wants_graph():
             softmax, all_names, sets, chosen = ctx.softmax, ctx.names, ctx.sets, known.get(PICKED_IDS)
@@ -214,6 +232,19 @@ class FinishedLoss(torch.autograd.Function):
 Softmaxes = tuple[int, float, float]
 
 
+def with_empty(table: Tensor, two: tuple[Tensor, ...], softmaxes: Softmaxes, backend: str) -> Tensor:
+    """The divergences of a shard, which may hold nothing but -inf of one of the tensors. Of such rows the kernel has none: where they may be, each tensor's
+    own statistics are read besides, on a GPU always, for nothing waits to see whether they must be."""
+    logits, other, ids, t, t_other = two
+    vocab_size, cap, other_cap = softmaxes
+    if not vocab_size or (table.device.type == "cpu" and not bool(table[DIVERGENCE_STATS.index("lse")].isnan().any())):
+        return table
+    inside, names = torch.where(ids == OUT, OUT, 0), "lse,lse_low,entropy"
+    of = ((logits, t, cap), (other, t_other, other_cap))
+    p, q = (library.called(library.token_stats, z, inside, heat, vocab_size, c, 0, vocab_size, False, names, backend) for z, heat, c in of)
+    return with_empty_shards(table, p, q)
+
+
 class DivergenceStatistics(torch.autograd.Function):
     """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, ``[N]`` each; the first three are differentiable with respect to the logits of p."""
 
@@ -222,6 +253,9 @@ class DivergenceStatistics(torch.autograd.Function):
         ctx: Any, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, softmaxes: Softmaxes, options: OpOptions
     ) -> tuple[Tensor, ...]:
         table = library.called(library.divergence_stats, logits, other, ids, t, t_other, *softmaxes, options.drop_last, options.backend)
+        if options.shards is not None:
+            z = library.without_last_position(logits, options.drop_last)
+            table = options.shards.merged_divergences(with_empty(table, (z, other, ids, t, t_other), softmaxes, options.backend), ids)
         ctx.set_materialize_grads(False)
         ctx.softmaxes, ctx.options = softmaxes, options
         outputs = tuple(row.clone() for row in table[:4])
@@ -235,6 +269,7 @@ class DivergenceStatistics(torch.autograd.Function):
             return (None,) * 7
         *tensors, table = ctx.saved_tensors
         options: OpOptions = ctx.options
+        forbid_graph(options.shards)
         if again.wants_graph():
             logits, *rest = tensors
 

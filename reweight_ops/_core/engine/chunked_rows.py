@@ -121,4 +121,6 @@ class FormulaSource(PlainSource):
 
 def formula_call(source: FormulaSource) -> Call[Tensor]:
     """The call of an op that returns the formula's value per token, of shape R."""
+    if source.p.shard is not None:
+        raise source.rows.unsupported("process_group: this loss is a formula over whole rows, and the shards of one do not add up to it.")
     return Call(source, StatisticsObjective(("value",), lambda found: source.rows.unflatten(found["value"])))

@@ -36,6 +36,10 @@ class JsdSource(PlainSource):
         return self.divergences.info._replace(one_pass=None, two_pass_reason="the generalised JSD is a composite in chunks")
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        if self.divergences.both.p.shard is not None:
+            raise self.rows.unsupported(
+                "process_group: a generalized_jsd is no sum of what the shards have by themselves; gather the vocabulary."
+            )
         with torch.no_grad():
             values = self.divergences.statistics(names, backend)
         return {**values, GENERALIZED_JSD: jsd_rows(self.divergences, self.beta).statistics(("value",), backend)["value"]}

@@ -48,7 +48,6 @@ _SETTINGS = frozenset(
         "vocab_size",
         "drop_last",
         "consume_logits",
-        "process_group",
         "entropy_over",
         "backend",
         "num_sequences",
@@ -59,6 +58,8 @@ _SETTINGS = frozenset(
     ]
 )
 
+#: Keywords of calls that are not kept: the sets are data of any size, and ranks agree on each call.
+_NEVER_KEPT = ("sampling_mask", "process_group", "sequence_group")
 
 #: The ranges of the numbers among a call's data.
 _RANGES = {
@@ -109,7 +110,7 @@ def signature(spec: Any, settings: Iterable[Hashable], arguments: Mapping[str, A
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or in_transform():
         return None
     lasting = lasting_spec(spec)
-    if lasting is None or arguments.get("validate") or arguments.get("sampling_mask") is not None:
+    if lasting is None or arguments.get("validate") or any(arguments.get(name) is not None for name in _NEVER_KEPT):
         return None
     try:
         key: list[Any] = [id(lasting), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), state(), *settings]

@@ -73,7 +73,7 @@ def _statistics(z: Tensor, kept: _Kept, temperature: Tensor, softmax: SoftmaxPar
     whole = [name.removeprefix(VOCABULARY) for name in names if name.startswith(VOCABULARY)]
     if whole:
         asked = list(dict.fromkeys(("lse", *whole)))
-        table = BODIES[token_stats](z, kept.position, temperature, *softmax[:2], False, ",".join(asked), backend)
+        table = BODIES[token_stats](z, kept.position, temperature, *softmax, False, ",".join(asked), backend)
         found |= {VOCABULARY + name: t for name, t in zip(asked, table.unbind(), strict=True)}
     return found
 

@@ -164,6 +164,8 @@ def policy_metrics(
     found["tokens"] = (count, 1)
     if rows.sequences is not None:
         found["sequences"] = ((rows.sequences.sum(keep) > 0).sum(), 1)
+        if rows.across is not None:  # every rank counts all of them, and metrics add
+            found["sequences"] = (found["sequences"][0] / rows.across.world, 1)
     if by is not None:
         found["rows_skipped"] = ((rows.keep & (by[0] == 0) & (by[1] == 0)).sum(), 1)
     found |= {name: (value, 1) for name, value in (more or {}).items()}

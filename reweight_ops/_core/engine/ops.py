@@ -18,9 +18,11 @@ from torch.library import Library, infer_schema
 
 from ..backends.base import COEFS, DIVERGENCE_STATS, LOSS_ROWS, DivergenceInputs, RowInputs, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE, log_p_moment
+from ..backends.logp_low import LOGP_LOW, logp_low
 from ..backends.mean_logit import MEAN_LOGIT, mean_logit
 from ..backends.scale import scale_in_torch
 from ..backends.select import load
+from ..backends.shards import empty_shard
 from ..formula.loss_program import Program
 from ..rows.groups import OUT
 from ..transforms import is_wrapped
@@ -106,8 +108,9 @@ def row_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _fake_stats(
-    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
-) -> Tensor:
+    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool,
+    stats: str, backend: str,
+) -> Tensor:  # fmt: skip
     return logits.new_empty((len(stats.split(",")), ids.numel()), dtype=row_dtype(logits))
 
 
@@ -121,11 +124,14 @@ _UNFUSED: dict[str, Callable[[Tensor, Tensor, SoftmaxParams], Tensor]] = {
 
 @op(_fake_stats)
 def token_stats(
-    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, drop_last: bool, stats: str, backend: str
-) -> Tensor:
-    softmax, z = SoftmaxParams(vocab_size, softcap), without_last_position(logits, drop_last)
+    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool,
+    stats: str, backend: str,
+) -> Tensor:  # fmt: skip
+    softmax, z = SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total), without_last_position(logits, drop_last)
     names = stats.split(",")
-    kernel = tuple([name for name in names if name not in _UNFUSED])
+    if not vocab_size:
+        return empty_shard(tuple(names), ids.numel(), row_dtype(logits), logits.device)
+    kernel = tuple([name for name in names if name not in (*_UNFUSED, LOGP_LOW)])
     found = load(backend).token_stats(z, ids, temperature, softmax, kernel)
     if len(kernel) == len(names):
         return found
@@ -135,6 +141,8 @@ def token_stats(
             # As every statistic: 0 in a row that is out, NaN in a row without a distribution.
             value = torch.where(rows["lse"].isnan(), math.nan, _UNFUSED[name](z, temperature, softmax))
             rows[name] = torch.where(ids == OUT, 0, value)
+    if LOGP_LOW in names:
+        rows[LOGP_LOW] = logp_low(z, ids, temperature, softmax, rows)
     return torch.stack([rows[name] for name in names])
 
 
@@ -154,13 +162,18 @@ def _write_token_grad(
     by_log_sum_p_sq: Tensor | None,
     vocab_size: int,
     softcap: float,
+    vocab_start: int,
+    vocab_total: int,
     drop_last: bool,
     backend: str,
 ) -> None:
+    if not vocab_size:  # a shard without columns, or with padding only
+        out.zero_()
+        return
     known = {"logp": logp, "lse": lse, "lse_low": lse_low, "entropy": entropy, "log_sum_p_sq": log_sum_p_sq}
     stats = {name: t for name, t in known.items() if t is not None}
     coefs = dict(zip(COEFS, (by_logp, by_entropy, by_lse, by_log_sum_p_sq), strict=True))
-    softmax = SoftmaxParams(vocab_size, softcap)
+    softmax = SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total)
     load(backend).token_grad(
         without_last_position(logits, drop_last), ids, temperature, softmax, stats, coefs, without_last_position(out, drop_last)
     )
@@ -238,6 +251,8 @@ def divergence_stats(
     drop: bool,
     backend: str,
 ) -> Tensor:
+    if not vocab:
+        return empty_shard(DIVERGENCE_STATS, ids.numel(), row_dtype(logits), logits.device)
     return load(backend).divergence_stats(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop))
 
 
@@ -245,6 +260,9 @@ def _write_divergence_grad(
     out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, coefs: Tensor, vocab: int, cap: float,
     other_cap: float, drop: bool, backend: str,
 ) -> None:  # fmt: skip
+    if not vocab:
+        out.zero_()
+        return
     load(backend).divergence_grad(
         _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, without_last_position(out, drop)
     )

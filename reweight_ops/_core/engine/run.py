@@ -39,6 +39,8 @@ def run(call: Call[T] | Again[T]) -> T:
             return result
         call = call.resolve()
     source, objective = call.source, call.objective
+    if (across := source.rows.across) is not None:
+        across.agree(source.rows.device, 0 if source.rows.sequences is None else source.rows.sequences.count, source.info.needs_grad)
     choice = call.choice or choose_plan(source, objective, call.plan)
     more, unwritten = source.more_metrics(choice.plan), source.version()
     try:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.base import DIVERGENCE_STATS, SoftmaxParams
 from ..backends.select import load
+from ..calls import vocab_group
 from ..calls.logits import Logits
 from ..calls.two_logits import TwoLogits
+from ..calls.vocab_group import VocabGroup
 from ..rows.rows import Rows
 from . import again, temperature
 from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
@@ -21,6 +24,21 @@ from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
 def _version(logits: Logits) -> int:
     """Grows when a call has begun to write over the logits; 0 of those that none may."""
     return int(logits.original._version) if logits.consume and not torch.compiler.is_compiling() else 0
+
+
+def why_two_passes(shard: VocabGroup | None, learnt: Tensor | None = None) -> str | None:
+    """What of a source the fused loss cannot have."""
+    if shard is not None:
+        return vocab_group.WHY_TWO_PASSES
+    return temperature.WHY_TWO_PASSES if learnt is not None and temperature.learns(learnt) else None
+
+
+def refuse_transforms(rows: Rows, backend: str) -> None:
+    """Raise where the statistics of a sharded vocabulary would be PyTorch's formula, which knows one rank."""
+    if backend == again.TORCH:
+        raise rows.unsupported(
+            "process_group: torch.func's transforms differentiate a formula of the whole vocabulary, and here it is in shards."
+        )
 
 
 @dataclass(frozen=True)
@@ -40,24 +58,39 @@ class LogitsSource(PlainSource):
         statistics, one_pass = primitives(z.kept)
         return SourceInfo(
             z.values.device, z.values.dtype, z.needs_grad, z.backend, statistics, one_pass,
-            two_pass_reason=temperature.WHY_TWO_PASSES if temperature.learns(z.temperature) else None,
+            two_pass_reason=why_two_passes(z.shard, z.temperature),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         z = self.logits
         wanted = statistics_of(z.kept, names, z.rows)
+        if z.shard is not None:
+            whole: dict[str, Tensor] = self._of_shards(wanted, backend)
+            return whole
         found = wanted if self.picks is None else (*wanted, PICKED, PICKED_IDS)
         if backend == again.TORCH:
             flat = again.rows(z.values, z.drop_last)
             picked = None if self.picks is None else self.picks.of(flat.detach(), z.ids, z.softmax)
             known = dict(zip(found, again.token_stats(flat, z.ids, z.temperature, z.softmax, found, picked, z.kept), strict=True))
             return by_reader(known, z.kept)
+        return self._statistics(wanted, z.softmax, self._options(backend))
+
+    @torch.compiler.disable
+    def _of_shards(self, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        z = self.logits
+        assert z.shard is not None
+        refuse_transforms(z.rows, backend)
+        shards = z.shard.agreed(z.rows, wanted, z.needs_grad)
+        return self._statistics(wanted, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards))
+
+    def _statistics(self, wanted: tuple[str, ...], softmax: SoftmaxParams, options: OpOptions) -> dict[str, Tensor]:
+        z, picked = self.logits, () if self.picks is None else (PICKED, PICKED_IDS)
         computed = temperature.with_reads(wanted, z.temperature, self.picks is not None)
         values = RowStatistics.apply(  # type: ignore[no-untyped-call]
-            z.values, z.ids, z.temperature.detach(), z.kept, z.softmax, self._options(backend), ",".join(computed), self.picks
+            z.values, z.ids, z.temperature.detach(), z.kept, softmax, options, ",".join(computed), self.picks
         )
-        known = dict(zip((*computed, *found[len(wanted) :]), values, strict=True))
-        return by_reader(temperature.differentiable(known, found, z.temperature), z.kept)
+        known = dict(zip((*computed, *picked), values, strict=True))
+        return by_reader(temperature.differentiable(known, (*wanted, *picked), z.temperature), z.kept)
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         z = self.logits
@@ -99,16 +132,29 @@ class TwoLogitsSource(PlainSource):
         p = self.both.p
         return SourceInfo(
             p.values.device, p.values.dtype, p.needs_grad, p.backend, ("divergence_stats",), "divergence_loss_grad",
-            self.both.other.dtype,
+            self.both.other.dtype, two_pass_reason=why_two_passes(p.shard),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-        if backend == again.TORCH:
+        if self.both.p.shard is not None:
+            values = self._of_shards(backend)
+        elif backend == again.TORCH:
             softmaxes, options = self._rest(backend)
             values = again.divergence_stats(self._tensors, softmaxes, options.drop_last)
         else:
             values = DivergenceStatistics.apply(*self._tensors, *self._rest(backend))  # type: ignore[no-untyped-call]
         return dict(zip(("forward_kl", "reverse_kl", "entropy", "other_entropy"), values, strict=True))
+
+    @torch.compiler.disable
+    def _of_shards(self, backend: str) -> tuple[Tensor, ...]:
+        p = self.both.p
+        assert p.shard is not None
+        refuse_transforms(p.rows, backend)
+        shards = p.shard.agreed(p.rows, DIVERGENCE_STATS, p.needs_grad)
+        (_, *caps), options = self._rest(backend)
+        softmaxes = (shards.params(caps[0]).vocab_size, *caps)
+        found: tuple[Tensor, ...] = DivergenceStatistics.apply(*self._tensors, softmaxes, options._replace(shards=shards))  # type: ignore[no-untyped-call]
+        return found
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
         loss, table = OnePassDivergence.apply(*self._tensors, *work, *self._rest(backend))  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from ...errors import InvalidCall
 from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, TopKLogps, parse
 from ..calls.logits import resolve_logits
+from ..calls.softmax import NO_PICKED, refuse_process_group
 from ..calls.top_teacher import resolve_top_teacher
 from ..calls.two_hidden import OtherOptions
 from ..calls.two_logits import resolve_two_logits
@@ -107,6 +108,7 @@ def _top_teacher(
 ) -> TopTeacherSource:
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise InvalidCall(f"{op}: logits must be a tensor R + (V,).")
+    refuse_process_group(op, options.process_group, NO_PICKED)
     *batch, positions = logits.shape[:-1]
     ids = torch.zeros(*batch, positions - int(options.drop_last), dtype=torch.int64, device=logits.device)
     p = resolve_logits(op, logits, ids, options, named)

@@ -12,15 +12,20 @@ import torch
 from typing_extensions import ParamSpec
 
 from ...errors import InvalidCall
+from ..calls.dtensors import has_dtensors, localized
 from ..calls.keywords import misnamed
 from ..catalogue.signatures import written_out
 from ..engine.plan import backend_reasons, choose_plan
 from ..engine.run import Again, Call, run
 from ..ranges import ranged
+from ..rows.ranks import announced
 from .documented import documented
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+#: Keywords that name processes which make a call together.
+GROUPS = ("process_group", "sequence_group")
 
 #: Public op to the function that resolves its arguments to a call.
 _PREPARED: dict[Any, Callable[..., Call[Any] | Again[Any]]] = {}
@@ -31,22 +36,35 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 
     prepare = ranged(prepare)
 
-    def prepared(*args: P.args, **keywords: P.kwargs) -> Call[T] | Again[T]:
+    @functools.wraps(prepare)
+    def op(*args: P.args, **keywords: P.kwargs) -> T:
+        if not torch.compiler.is_compiling() and has_dtensors((*args, *keywords.values())):
+            return op(**local(*args, **keywords))  # type: ignore[call-arg]
+        groups = {name: keywords[name] for name in GROUPS if keywords.get(name) is not None}
+        if not groups:
+            return run(resolve(*args, **keywords))
+        tensors = (x for x in (*args, *keywords.values()) if isinstance(x, torch.Tensor))
+        with announced(prepare.__name__, groups, next((x.device for x in tensors), torch.device("cpu"))):
+            return run(resolve(*args, **keywords))
+
+    def local(*args: Any, **keywords: Any) -> dict[str, Any]:
+        bound = signature.bind(*args, **keywords).arguments
+        return localized(prepare.__name__, {**bound.pop("keywords", {}), **bound})
+
+    def resolve(*args: Any, **keywords: Any) -> Call[T] | Again[T]:
         try:
             return prepare(*args, **keywords)
         except TypeError as error:
             raise misnamed(prepare.__name__, signature, len(args), keywords) or error from None
-
-    @functools.wraps(prepare)
-    def op(*args: P.args, **keywords: P.kwargs) -> T:
-        return run(prepared(*args, **keywords))
 
     signature = inspect.signature(prepare)
     result = str(signature.return_annotation).removeprefix("Call[").partition("]")[0]
     whole = written_out(prepare).replace(return_annotation=result)
     op.__signature__ = whole  # type: ignore[attr-defined]
     op.__doc__ = documented(prepare.__doc__, whole)
-    _PREPARED[op] = prepared
+    _PREPARED[op] = lambda *args, **keywords: (
+        resolve(**local(*args, **keywords)) if has_dtensors((*args, *keywords.values())) else resolve(*args, **keywords)
+    )
     return op
 
 

@@ -1,4 +1,7 @@
-"""``batch`` of a weight: statistics over this call's valid rows, each row's sequence, or each row's prompt. A weight that uses it takes two passes."""
+"""``batch`` of a weight: statistics over this call's valid rows, each row's sequence, or each row's prompt. A weight that uses it takes two passes.
+
+Where several ranks have the sequences, all of this is over the rows of all of them, in the order of ranks; what orders a sequence's tokens is refused.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +42,17 @@ class BatchStatistics:
         return self._rows.prompts
 
     def sum(self, x: Any) -> Tensor:
-        return self._only(x, 0).sum()
+        return self._rows.total(self._only(x, 0))
 
     def mean(self, x: Any) -> Tensor:
         # In fp64, so that the mean of equal numbers is that number: what is left of them after it is 0, and no rounding's sign.
         chosen = self._only(x, 0)
-        return (chosen.sum(dtype=torch.float64) / self._rows.keep.sum().clamp(min=1)).to(chosen.dtype)
+        return (self._rows.total(chosen.double()) / self._rows.total(self._rows.keep).clamp(min=1)).to(chosen.dtype)
 
     def _ended(self, x: Tensor, other: float) -> Tensor:
         """``x`` in the rows that are in, else ``other``, and one more of those: a batch without rows has an extremum too."""
-        return torch.cat([self._only(x, other), x.new_full((1,), other)])
+        own, across = self._only(x, other), self._rows.across
+        return torch.cat([own if across is None else across.gather(own)[0], x.new_full((1,), other)])
 
     def min(self, x: Tensor) -> Tensor:
         return self._ended(x, math.inf).min()
@@ -58,7 +62,7 @@ class BatchStatistics:
 
     def _order_statistics(self, x: Tensor, q: Any) -> tuple[Tensor, Tensor]:
         ordered = self._ended(x, math.inf).sort().values
-        return ordered, q * (self._rows.keep.sum() - 1).clamp(min=0).to(x.dtype)
+        return ordered, q * (self._rows.total(self._rows.keep) - 1).clamp(min=0).to(x.dtype)
 
     def quantile(self, x: Tensor, q: Any) -> Tensor:
         """Linear interpolation between order statistics, as ``torch.quantile``, of any number of rows and without reading one on the host."""
@@ -77,7 +81,7 @@ class BatchStatistics:
         """1.0 for the ``max(1, ceil(fraction·n))`` largest ``x`` among the n valid rows with ``where``, else 0.0; of equal ones the first."""
         candidate = self._rows.keep & where
         # 0.07·100 is a rounding above 7 and means 7.
-        count = (fraction * candidate.sum().double() + 0.999999).floor()
+        count = (fraction * self._rows.total(candidate).double() + 0.999999).floor()
         return self._first(x, candidate, count)
 
     def largest(self, x: Tensor, fraction: Any) -> Tensor:
@@ -89,37 +93,56 @@ class BatchStatistics:
 
         The draw is a permutation of the positions that ``seed`` decides.
         """
-        keys = _scattered(torch.arange(where.numel(), device=where.device), seed)
+        across = self._rows.across
+        position = torch.arange(where.numel(), device=where.device)
+        if across is not None:
+            position = position + across.gather(torch.zeros_like(position))[1].start
+        keys = _scattered(position, seed)
+        own = slice(None)
+        if across is not None:
+            keys, own = across.gather(keys)
         order = keys.sort().indices
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        return self._first(-rank.to(self._rows.dtype), self._rows.keep & where, self._count(fraction))
+        return self._first(-rank[own].to(self._rows.dtype), self._rows.keep & where, self._count(fraction))
 
     def _count(self, fraction: Any) -> Tensor:
-        count: Tensor = (fraction * self._rows.keep.sum().double()).floor()
+        count: Tensor = (fraction * self._rows.total(self._rows.keep).double()).floor()
         return count
 
     def _first(self, x: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
         """1.0 for the ``max(1, count)`` largest ``x`` among the candidates."""
+        across = self._rows.across
+        own = slice(None)
+        if across is not None:
+            x, own = across.gather(x)
+            candidate, _ = across.gather(candidate)
         # Candidates first, the largest of them first: two stable sorts, the major key last. Exact where a value is infinite.
         order = torch.where(candidate, x, 0).sort(descending=True, stable=True).indices
         order = order[candidate[order].to(torch.uint8).sort(descending=True, stable=True).indices]
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         result: Tensor = (candidate & (rank < count.clamp(min=1))).to(x.dtype)
-        return result
+        return result[own]
+
+    def _own_order(self, what: str) -> None:
+        """Raise for what orders rows, where other ranks have more of them."""
+        self._rows.refuse_across(f"batch.{what}", "compares rows by place or size, and sees those of one rank.")
 
     # --- by size ----------------------------------------------------------------------------------------------------------------
     def rank(self, x: Tensor) -> Tensor:
         """``[N]``: how many valid rows have a smaller ``x``; of equal ones the first counts as smaller."""
+        self._own_order("rank")
         return self._rank(x, Ordered.by((~self._rows.keep).long(), x))
 
     def mean_below(self, x: Tensor) -> Tensor:
         """``[N]``: the mean of ``x`` over the valid rows that rank no higher; it grows with the rank."""
+        self._own_order("mean_below")
         ordered = Ordered.by((~self._rows.keep).long(), x)
         total = self._only(x, 0)[ordered.order].cumsum(0)
         return self._only(ordered.back(total / torch.arange(1, total.numel() + 1, device=total.device)), 0)
 
     def capped_mean(self, x: Tensor, where: Tensor) -> Tensor:
         """``[N]``: the mean of ``min(x_j, x)`` over the valid rows j with ``where``, for a row that is one of them; it grows with ``x``."""
+        self._own_order("capped_mean")
         ordered = Ordered.by((~(self._rows.keep & where)).long(), x)
         values = torch.where(ordered.key == 0, x[ordered.order], 0)
         count = ordered.count()
@@ -128,10 +151,12 @@ class BatchStatistics:
 
     def seq_rank(self, x: Tensor) -> Tensor:
         """``[N]``: :meth:`rank` among the row's sequence."""
+        self._own_order("seq_rank")
         return self._rank(x, Ordered.by(self._owner(), x))
 
     def seq_quantile(self, x: Tensor, q: Any) -> Tensor:
         """``[N]``: :meth:`quantile` of the row's sequence."""
+        self._own_order("seq_quantile")
         ordered = Ordered.by(self._owner(), x)
         values = self._only(x, 0)[ordered.order]
         at = q * (ordered.count() - 1).to(values.dtype)
@@ -159,6 +184,7 @@ class BatchStatistics:
         return self._sequences().spread(self._sequences().sum(self._only(x, 0)) / counts)
 
     def seq_max(self, x: Tensor) -> Tensor:
+        self._own_order("seq_max")
         return self._only(self._sequences().spread(self._sequences().max(self._only(x, -math.inf))), 0)
 
     def seq_min(self, x: Tensor) -> Tensor:
@@ -175,6 +201,7 @@ class BatchStatistics:
     def _along(self, x: Any, decay: Any, reverse: bool) -> Tensor:
         if isinstance(decay, Tensor) and decay.dim() > 0:
             raise InvalidCall(f"{self._rows.op}: the decay of a sum along a sequence has shape {tuple(decay.shape)}, expected one number.")
+        self._own_order("seq_suffix_sum" if reverse else "seq_cumsum")
         groups, rows = self._sequences(), self._rows.keep.numel()
         return Ordered.by(self._owner()).cumsum(self._only(x, 0), decay, groups.length if groups.index is None else rows, reverse)
 
@@ -193,6 +220,7 @@ class BatchStatistics:
         return self._of_prompt(self._by_prompt(self._only(x, 0)) / self._by_prompt(self._only(1.0, 0)).clamp(min=1))
 
     def group_max(self, x: Tensor) -> Tensor:
+        self._own_order("group_max")
         return self._of_prompt(self._prompts().max(self._sequences().max(self._only(x, -math.inf))))
 
     def group_min(self, x: Tensor) -> Tensor:

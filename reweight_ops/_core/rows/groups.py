@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .across import Across
+
 #: The id of a row that is out of the loss.
 OUT = -100
 
@@ -28,15 +30,19 @@ def describe(tensors: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows that belong together: ``count`` groups, either equal runs of ``length`` rows or given by ``index``."""
+    """Rows that belong together: ``count`` groups, either equal runs of ``length`` rows or given by ``index``.
+
+    ``across``: ranks that have more rows of the same groups; sums and counts are then over all of them.
+    """
 
     count: int
     length: int = 0
     index: Tensor | None = None  # [N] int64; ``count`` marks a row of no group
+    across: Across | None = None
 
     def count_rows(self, where: Tensor, dtype: torch.dtype) -> Tensor:
         """``[N]`` bool ``-> [count]``: how many rows of each group are True."""
-        if self.index is None:
+        if self.index is None and self.across is None:
             return where.view(self.count, self.length).sum(-1, dtype=dtype)
         return self.sum(where.to(dtype))
 
@@ -48,6 +54,9 @@ class Groups:
 
     def sum(self, x: Tensor) -> Tensor:
         """``[N] -> [count]``."""
+        return self._own_sum(x) if self.across is None else self.across.sum(self._own_sum(x))
+
+    def _own_sum(self, x: Tensor) -> Tensor:
         if self.index is None:
             return x.view(self.count, self.length).sum(-1)
         # index_put and not index_add: the latter adds in an undefined order on CUDA.
@@ -55,6 +64,7 @@ class Groups:
 
     def max(self, x: Tensor) -> Tensor:
         """``[N] -> [count]``; ``-inf`` for a group without rows."""
+        assert self.across is None, "the largest row of a sequence that several ranks have: nobody asks for it"
         if self.index is None:
             return x.view(self.count, self.length).amax(-1)
         return x.new_full((self.count + 1,), -math.inf).scatter_reduce(0, self.index, x, "amax")[: self.count]

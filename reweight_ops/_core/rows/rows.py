@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
 from ..detached import Detached, plain
+from .across import Across, across
 from .constants import as_tensor, varies
 from .groups import OUT, Groups, describe
 from .structure import Structure, is_fake, is_readable
@@ -40,6 +41,7 @@ class Rows:
     verbs: RowVerbs | None = None  # a backend's, that found keep, denominator and ids
     masked: Masked | None = None  # what they found
     trust: Tensor | None = None  # []: NaN where sequences or groups turn out to be malformed on a device that is not waited for, else 1
+    across: Across | None = None  # ranks that have more tokens of the same sequences
 
     @property
     def run(self) -> int:
@@ -60,13 +62,27 @@ class Rows:
         """The same without the call's arguments."""
         return self if not self.tensors else Rows(
             self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids,
-            self.prompts, self.verbs, self.masked, self.trust,
+            self.prompts, self.verbs, self.masked, self.trust, self.across,
         )  # fmt: skip
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of ``[N]``, a 0-d tensor: over all rows of the call, those of other ranks included."""
+        return x.sum() if self.across is None else self.across.sum(x.sum())
+
+    def refuse_across(self, what: str, why: str) -> None:
+        """Raise where several ranks have the sequences, for what knows the rows of one."""
+        if self.across is not None:
+            raise self.unsupported(f"sequence_group: {what} {why}")
 
     def check_divisor(self, name: str, value: Any) -> None:
         """A divisor of 0 is right where no row is in, and the loss 0; else it is an error, where rows may be read."""
         if is_readable(self.keep) and isinstance(value, (int, float)) and value == 0 and bool(self.keep.any()):
             raise self.error(f"{name} is 0, and rows are in: pass how many there are in the whole batch, or None for those of this call.")
+
+    def check_ids(self, vocab_total: int) -> None:
+        """Raise for an id that is none of so many, where ids may be read: of a call that knew no number when its rows were resolved."""
+        assert self.ids is not None
+        _check_ids(self.op, self.ids, vocab_total, False, self.tensors)
 
     def trusted(self, loss: Tensor) -> Tensor:
         """The loss, NaN where :attr:`trust` is: also if malformed offsets leave no row in."""
@@ -273,8 +289,12 @@ def resolve_rows(
             raise UnsupportedRequest(f"{op}: {name} is a {type(t).__name__}; tensor subclasses are not supported, pass the local tensor.")
         if isinstance(t, Tensor) and not torch.compiler.is_compiling() and t.is_neg():  # kernels are given addresses
             raise UnsupportedRequest(f"{op}: {name} is a lazy negation (Tensor.is_neg); pass {name}.resolve_neg().")
+    over = across(op, tensors.get("sequence_group"))
     structure = Structure(op, tensors, validate)
     sequences = _sequences(op, shape, device, tensors, structure)
+    if over is not None:
+        verbs = None  # kernels of rows know those of one rank
+        sequences = None if sequences is None else Groups(sequences.count, sequences.length, sequences.index, over)
     segments = _segments(op, shape, device, sequences, tensors, structure)
     prompts = _prompts(op, device, sequences, tensors, structure)
     if verbs is not None and math.prod(shape) > 0 and (sequences is None or sequences.index is None):
@@ -304,7 +324,7 @@ def resolve_rows(
     if tensors.get("denominator_mask") is not None:
         denominator = _mask(op, "denominator_mask", tensors["denominator_mask"], shape, tensors)
     return Rows(
-        op, shape, device, dtype, keep, denominator, sequences, segments, tensors, ids, prompts, trust=structure.trust(dtype)
+        op, shape, device, dtype, keep, denominator, sequences, segments, tensors, ids, prompts, trust=structure.trust(dtype), across=over
     )  # fmt: skip
 
 

@@ -96,6 +96,7 @@ class GroupContrast(Reduction):
         if longest is None:
             if sequences.index is not None:
                 raise rows.error("GroupContrast over packed sequences has no padded length: give max_length.")
+            rows.refuse_across("GroupContrast", "knows the padded length of one rank's part: give max_length.")
             longest = sequences.length
         # The constant 1/λ cancels in the normalisation; without it no exp overflows, and equal lengths are exactly equal weights.
         return torch.exp(-lengths / (longest * self.length_temperature))
@@ -184,7 +185,7 @@ class Constraint(Reduction):
         return TokenMean(per_call=True).row_weights(rows, divisors)
 
     def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
-        result: Tensor = weighted * (self.strength * (weighted.detach().sum() - self.bound).clamp(min=0))
+        result: Tensor = weighted * (self.strength * (rows.total(weighted.detach()) - self.bound).clamp(min=0))
         return result
 
 

@@ -126,6 +126,7 @@ class SegmentRatio(SequenceRatio):
     def _groups(self, rows: Rows) -> Groups:
         if rows.segments is None:
             raise rows.error("SegmentRatio needs segment_ids.")
+        rows.refuse_across("SegmentRatio", "has segments that are runs of one rank's tokens.")
         return rows.segments
 
 
@@ -141,6 +142,7 @@ class CumulativeRatio(Ratio):
 
     def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
         rows.need_sequences("CumulativeRatio")
+        rows.refuse_across("CumulativeRatio", "sums the tokens before each, and sees those of one rank.")
         total = BatchStatistics(rows).seq_cumsum((logp - old_logp).detach())
         own = torch.where(logp.isfinite(), logp, 0)
         return self._clamped(total + (own - own.detach()))
@@ -189,7 +191,7 @@ class BatchMeanRatio(Ratio):
             assert adv is not None, "negative_only reads advantages"
             chosen = chosen & ~(adv > 0)
         drift = torch.where(chosen, logp - old_logp, 0)
-        return self._clamped((drift.sum() / chosen.sum().clamp(min=1)).expand_as(drift))
+        return self._clamped((rows.total(drift) / rows.total(chosen).clamp(min=1)).expand_as(drift))
 
 
 @ranged
@@ -206,9 +208,9 @@ class CenteredRatio(Ratio):
 
     def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
         drift = torch.where(rows.keep, logp - old_logp, 0)
-        count = rows.keep.sum().clamp(min=1)
-        centred = drift - drift.detach().sum() / count
+        count = rows.total(rows.keep).clamp(min=1)
+        centred = drift - rows.total(drift.detach()) / count
         if not isinstance(self.scale, str):
             return self._clamped(self.scale * centred)
-        variance = torch.where(rows.keep, centred.detach(), 0).square().sum() / count
+        variance = rows.total(torch.where(rows.keep, centred.detach(), 0).square()) / count
         return self._clamped(centred / variance.sqrt().clamp(min=1e-6))

@@ -87,10 +87,10 @@ class TokenMean(Reduction):
         keep = rows.keep.to(rows.dtype)
         if weight is not None:
             keep = torch.where(rows.keep, weight, 0)
-            return _over(keep, keep.sum().clamp(min=1))
+            return _over(keep, rows.total(keep).clamp(min=1))
         if divisors.num_items_in_batch is not None and not self.per_call:
             return _over(keep, divisors.num_items_in_batch)
-        return _over(keep, rows.denominator.sum().clamp(min=1))
+        return _over(keep, rows.total(rows.denominator).clamp(min=1))
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,8 @@ class SequenceMean(Reduction):
         if self.per == "constant":
             if self.horizon is None and sequences.index is not None:
                 raise rows.error("SequenceMean(per='constant') over packed sequences has no padded length: give horizon.")
+            if self.horizon is None:
+                rows.refuse_across("SequenceMean(per='constant')", "knows the padded length of one rank's part: give horizon.")
             return _over(keep, self.horizon if self.horizon is not None else sequences.length)
         return keep
 
@@ -200,6 +202,7 @@ class FromFunction(Reduction):
     fn: Callable[[Tensor, Tensor], Tensor]
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        rows.refuse_across("FromFunction", "sees this rank's rows alone.")
         with torch.enable_grad():
             probe = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device, requires_grad=True)
             total = self.fn(probe, rows.unflatten(rows.keep.to(rows.dtype)))

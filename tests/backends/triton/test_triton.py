@@ -246,8 +246,9 @@ def test_a_sick_row_is_nan_and_alone(sickness, softcap, small_tiles):
     others = torch.arange(8) != 4
     assert torch.equal(rows[:, others], healthy[:, others])
     assert torch.equal(out[others], healthy_out[others])
-    for values in run_stats(batch).values():
-        assert values[4].isnan()
+    for name, values in run_stats(batch).items():
+        empty = name == "lse_low" and sickness == "all -inf"  # a shard of a row may be
+        assert values[4] == -math.inf if empty else values[4].isnan()
         assert values[others].isfinite().all()
 
 

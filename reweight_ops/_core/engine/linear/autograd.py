@@ -16,7 +16,7 @@ from ...calls.hidden import ChunkSettings, Hidden, LMHead
 from ...rows.groups import OUT
 from .. import again
 from .. import ops as library
-from ..autograd import forbid_second_backward
+from ..autograd import forbid_graph, forbid_second_backward
 from .buffers import Buffers, Kept, OtherHead, made, torch_logits
 from .gemms import Gradients, chunks, live_rows, padded
 from .measures import Found, LogitRows, Measure, PerRow
@@ -44,7 +44,8 @@ class LinearStatistics(torch.autograd.Function):
             else:
                 buffers = working = working or Buffers(size, head, settings, other)
             parts.append(measure.stats(buffers.logits(hidden, rows, where), needs_grad))
-        outputs, rest = (_joined(found) for found in zip(*parts, strict=True))
+        # Of a sharded vocabulary the ranks exchange all rows at once, whatever the chunks are.
+        outputs, rest = measure.merged(Found(*(_joined(found) for found in zip(*parts, strict=True))), rows.ids)
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.measure, ctx.lora_scale = settings, measure, lora_scale
         # Backward writes over the first model's, so they serve once; a second backward makes the same ones again.
@@ -59,6 +60,7 @@ class LinearStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         measure: Measure = ctx.measure
+        forbid_graph(ctx.settings.shards)
         by = tuple(g.contiguous() if g is not None and moves else None for g, moves in zip(grads, measure.differentiable, strict=True))
         if all(g is None for g in by):
             return (None,) * 10

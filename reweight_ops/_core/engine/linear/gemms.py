@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...calls.hidden import ChunkSettings, LMHead
+from ...rows.ranks import Sums, summed_
 from ..memory import empty
 from ..ops import op
 
@@ -107,10 +108,19 @@ class Gradients:
         compute = settings.compute_dtype
         self.hidden = empty(hidden.shape, compute, hidden.device).zero_() if self.needs[0] else None
         self.totals: list[Tensor | None] = [None] * 4  # a parameter's first chunk writes, the others add
+        self.over_ranks = None if settings.shards is None or self.hidden is None else Sums(settings.shards.op, settings.shards.group)
+        self.summed = 0  # of the leading rows of hidden, those whose sum over ranks has begun
 
     def add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, live: Tensor | None) -> None:
         """``chunk`` holds dL/dlogits of the rows (a run of all rows, or their positions), and padding; ``live``: positions in the chunk of
         the only rows whose gradient is not 0, ascending. They are moved to its top, over the others."""
+        self._add(rows, h, chunk, live)
+        if self.over_ranks is not None and self.hidden is not None and isinstance(rows, slice):
+            # While the next chunk is computed, the gradient of this one's hidden states is summed over the vocabulary's shards.
+            self.over_ranks.start(self.hidden[rows])
+            self.summed = rows.stop
+
+    def _add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, live: Tensor | None) -> None:
         weight, _, a, b, scale = self.head
         count = h.size(0)
         if live is not None:
@@ -178,13 +188,27 @@ class Gradients:
             total.addmm_(left, right)
 
     def finish(self) -> tuple[Tensor | None, ...]:
-        """The gradients in the inputs' dtypes: hidden, weight, bias, lora_a, lora_b; zeros where no row had one."""
+        """The gradients in the inputs' dtypes: hidden, weight, bias, lora_a, lora_b; zeros where no row had one. Of a sharded vocabulary weight, bias and
+        lora_b are this rank's, and the others those of all ranks."""
+        self._sum_over_ranks()
         results = [self.hidden, *self.totals]
         for i, (need, source) in enumerate(zip(self.needs, self.sources, strict=True)):
             found = results[i]
             if need and source is not None:
                 results[i] = torch.zeros_like(source, memory_format=torch.contiguous_format) if found is None else found.to(source.dtype)
         return tuple(results)
+
+    def _sum_over_ranks(self) -> None:
+        if self.over_ranks is not None and self.hidden is not None:
+            self.over_ranks.start(self.hidden[self.summed :])  # rows that were picked, all at once
+            self.over_ranks.finish()
+        shards, lora_a = self.settings.shards, self.sources[3]
+        if shards is None or lora_a is None or not self.needs[3]:
+            return
+        total = self.totals[2]
+        if total is None:  # no row had a gradient here
+            total = torch.zeros_like(lora_a, dtype=self._dtype(2), memory_format=torch.contiguous_format)
+        self.totals[2] = summed_(shards.op, shards.group, total)
 
 
 def _mm_mixed(left: Tensor, right: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ...backends.base import SoftmaxParams
 from ...backends.picked import Picked
+from ...backends.shards import VocabShards
 from ...calls.sampling_mask import KeptSets
 from .. import again, jsd_ops
 from .. import ops as library
-from ..autograd import FIXED, OpOptions, Softmaxes, asked_for, stats_table, written_gradient
+from ..autograd import FIXED, OpOptions, Softmaxes, asked_for, stats_table, whole_rows, with_empty, written_gradient
 from ..picks import PICKED, PICKED_IDS, Picks
 
 
@@ -85,7 +86,10 @@ class Measure(Protocol):
         """Of each output, whether it has a gradient."""
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
-        """The statistics, and what the gradient reads if there will be one."""
+        """The statistics, and what the gradient reads if there will be one; of a shard, also what it is merged by."""
+
+    def merged(self, found: Found, ids: Tensor) -> Found:
+        """Of the statistics of all rows: those of whole rows, where several ranks have the vocabulary. One collective."""
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         """The gradient by the first model's logits from the derivatives ``by`` each output; None if it stands over them now, which it does if it may."""
@@ -102,6 +106,7 @@ class TokenMeasure(NamedTuple):
     stats_of_rows: tuple[str, ...]
     picks: bool = False
     top: int = 0
+    shards: VocabShards | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,7 +118,7 @@ class TokenMeasure(NamedTuple):
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         z, ids, t = self._tensors(logits)
-        wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks)
+        wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks, self.shards)
         table = stats_table(z, ids, t, logits.rows.sets, self.softmax, OpOptions(False, self.backend, False), wanted).unbind()
         outputs, rest = table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :]
         if self.picks:
@@ -121,6 +126,13 @@ class TokenMeasure(NamedTuple):
             lse = outputs[self.stats_of_rows.index("lse")]
             outputs = (*outputs, Picked(z, ids, chosen, t, self.softmax).logps(lse, rest[0]), chosen)
         return Found(outputs, rest)
+
+    def merged(self, found: Found, ids: Tensor) -> Found:
+        if self.shards is None:
+            return found
+        names = asked_for(",".join(self.stats_of_rows), True, self.shards)
+        table = whole_rows(torch.stack([*found.outputs, *found.rest]), names, ids, self.shards).unbind()
+        return Found(table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :])
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         more = asked_for(",".join(self.stats_of_rows), True).split(",")[len(self.stats_of_rows) :]
@@ -146,16 +158,26 @@ class DivergenceMeasure(NamedTuple):
     softmaxes: Softmaxes
     backend: str
     beta: float | None
+    shards: VocabShards | None = None  # over ranks, each with its columns of both models
 
     @property
     def differentiable(self) -> tuple[bool, ...]:
         return (True, True, True, False) if self.beta is None else (False, False, False, False, True)
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
-        table = library.called(library.divergence_stats, *logits.tensors(), *self.softmaxes, False, self.backend).unbind()
+        whole = library.called(library.divergence_stats, *logits.tensors(), *self.softmaxes, False, self.backend)
+        if self.shards is not None:
+            whole = with_empty(whole, logits.tensors(), self.softmaxes, self.backend)
+        table = whole.unbind()
         if self.beta is None:
             return Found(table[:4], table[4:])
         return Found((*table[:4], jsd_ops.generalized_jsd(*logits.tensors(), self.beta, *self.softmaxes)), table[4:])
+
+    def merged(self, found: Found, ids: Tensor) -> Found:
+        if self.shards is None:
+            return found
+        table = self.shards.merged_divergences(torch.stack([*found.outputs, *found.rest]), ids).unbind()
+        return Found(table[:4], table[4:])
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         two, zero = logits.tensors(), torch.zeros_like(found.outputs[0])
@@ -195,6 +217,9 @@ class JointMeasure(NamedTuple):
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         first, second = self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad)
         return Found(first.outputs + second.outputs, first.rest + second.rest)
+
+    def merged(self, found: Found, ids: Tensor) -> Found:
+        return found  # of one rank: a sharded vocabulary is refused beside a teacher
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         outputs, rest = len(self.token.names), 1  # of one model there is only lse_low besides

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...backends.base import RowInputs
+from ...backends.shards import VocabShards
 from ...calls.hidden import Hidden
 from ...rows.groups import OUT
 from ...rows.rows import Rows
@@ -16,10 +17,17 @@ from .. import again, temperature
 from ..picks import PICKED, PICKED_IDS, Picks
 from ..sampling import by_reader, primitives, statistics_of
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
+from ..sources import refuse_transforms, why_two_passes
 from .autograd import LinearOnePass, linear_statistics
 from .gemms import inert_rows_dropped
 from .measures import PerRow, TokenMeasure
 from .works import TokenWork
+
+
+def with_shards(hidden: Hidden, shards: VocabShards) -> Hidden:
+    """A rank's call that has agreed with the others on who has which columns."""
+    settings = hidden.settings
+    return replace(hidden, settings=settings._replace(softmax=shards.params(settings.softmax.softcap), shards=shards))
 
 
 @dataclass(frozen=True)
@@ -39,17 +47,29 @@ class HiddenSource(PlainSource):
         statistics, one_pass = primitives(h.kept)
         return SourceInfo(
             h.states.device, s.logits_dtype, h.needs_grad, s.backend, statistics, one_pass,
-            two_pass_reason=temperature.WHY_TWO_PASSES if temperature.learns(h.temperature) else None,
+            two_pass_reason=why_two_passes(h.shard, h.temperature),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        wanted = statistics_of(self.hidden.kept, names, self.hidden.rows)
+        if self.hidden.shard is not None:
+            whole: dict[str, Tensor] = self._of_shards(wanted, backend)
+            return whole
+        return self._statistics(self.hidden, wanted, backend)
+
+    @torch.compiler.disable
+    def _of_shards(self, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
-        wanted = statistics_of(h.kept, names, h.rows)
+        assert h.shard is not None
+        refuse_transforms(h.rows, backend)
+        return self._statistics(with_shards(h, h.shard.agreed(h.rows, wanted, h.needs_grad)), wanted, backend)
+
+    def _statistics(self, h: Hidden, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         picks, torch_only = self.picks or Picks(), backend == again.TORCH
         computed = wanted if torch_only else temperature.with_reads(wanted, h.temperature, self.picks is not None)
         given = None if picks.given is None else picks.given if h.index is None else picks.given[h.index]
         per_row = PerRow.of(h.ids, h.temperature if torch_only else h.temperature.detach(), given, h.kept)
-        measure = TokenMeasure(h.settings.softmax, backend, computed, self.picks is not None, picks.top)
+        measure = TokenMeasure(h.settings.softmax, backend, computed, self.picks is not None, picks.top, h.settings.shards)
         known = dict(zip(measure.names, linear_statistics(h, per_row, None, measure), strict=True))
         if not torch_only:
             kept = (*wanted, PICKED, PICKED_IDS) if self.picks is not None else wanted

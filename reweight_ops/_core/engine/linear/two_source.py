@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,9 +11,11 @@ from ...calls.two_hidden import TwoHidden
 from ...rows.rows import Rows
 from ..distillation import GENERALIZED_JSD, STATISTICS
 from ..source import DivergenceWork, PlainSource, SourceInfo
+from ..sources import refuse_transforms, why_two_passes
 from .autograd import LinearOnePass, linear_statistics
 from .buffers import OtherHead
 from .measures import DivergenceMeasure, PerRow
+from .source import with_shards
 from .works import TwoWork
 
 
@@ -32,10 +34,29 @@ class TwoHiddenSource(PlainSource):
     def info(self) -> SourceInfo:
         p, s = self.both.p, self.both.p.settings
         return SourceInfo(
-            p.states.device, s.logits_dtype, p.needs_grad, s.backend, ("divergence_stats",), "divergence_loss_grad", self.both.other.dtype
-        )
+            p.states.device, s.logits_dtype, p.needs_grad, s.backend, ("divergence_stats",), "divergence_loss_grad", self.both.other.dtype,
+            why_two_passes(p.shard),
+        )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        if self.both.p.shard is not None:
+            whole: dict[str, Tensor] = self._of_shards(backend)
+            return whole
+        return self._statistics(backend)
+
+    @torch.compiler.disable
+    def _of_shards(self, backend: str) -> dict[str, Tensor]:
+        p = self.both.p
+        assert p.shard is not None
+        refuse_transforms(p.rows, backend)
+        if self.beta is not None:
+            raise p.rows.unsupported(
+                "process_group: a generalized_jsd is no sum of what the shards have by themselves; gather the vocabulary."
+            )
+        own = with_shards(p, p.shard.agreed(p.rows, STATISTICS, p.needs_grad))
+        return replace(self, both=replace(self.both, p=own))._statistics(backend)
+
+    def _statistics(self, backend: str) -> dict[str, Tensor]:
         values = linear_statistics(self.both.p, self.per_row, self.other, self.measure(backend))
         return {name: self.both.p.scatter(value) for name, value in zip(self.names, values, strict=True)}
 
@@ -60,5 +81,6 @@ class TwoHiddenSource(PlainSource):
         return OtherHead(q.values, q.head, self.both.p.index, q.settings)
 
     def measure(self, backend: str) -> DivergenceMeasure:
-        softmax, other = self.both.p.settings.softmax, self.both.other.softmax
-        return DivergenceMeasure((softmax.vocab_size, softmax.softcap, other.softcap), backend, self.beta)
+        settings, other = self.both.p.settings, self.both.other.softmax
+        softmaxes = (settings.softmax.vocab_size, settings.softmax.softcap, other.softcap)
+        return DivergenceMeasure(softmaxes, backend, self.beta, settings.shards)

@@ -98,7 +98,7 @@ class TwoWork(NamedTuple):
 
     def gradient_(self, logits: LogitRows) -> Tensor:
         """The kernels' table; with a ``beta`` a row for the JSD besides."""
-        softmaxes, backend, beta = self.measure
+        softmaxes, backend, beta, _ = self.measure
         two = logits.tensors()
         if beta is None:
             table: Tensor = library.called(library.divergence_loss_grad_, *two, *self.work, *softmaxes, False, backend)

@@ -1,0 +1,59 @@
+"""A call whose vocabulary is in shards, one on each rank of a group: what the ranks agree on before any of them sends a statistic."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.shards import VocabShards, columns_of
+from ..rows.ranks import agreed
+from ..rows.rows import Rows
+from ..rows.structure import is_readable
+from .keywords import SoftmaxOptions
+
+#: Of a sharded call that was given no ``vocab_size``, until the ranks have told each other their columns.
+ANY_ID = 2**62
+
+WHY_TWO_PASSES = "process_group shards the vocabulary, and a row's statistics are known when all ranks have told theirs"
+
+
+@dataclass(frozen=True)
+class VocabGroup:
+    """``columns`` is this rank's number of them, padding included; ``vocab_size`` that of the whole vocabulary if the caller told it."""
+
+    group: Any
+    columns: int
+    vocab_size: int | None
+
+    def agreed(self, rows: Rows, asked: tuple[str, ...], needs_grad: bool) -> VocabShards:
+        """The columns of every rank. One exchange of a few integers; raises on every rank if their calls do not fit together."""
+        same = {
+            "rows": rows.count,
+            "completion_ids and masks": 0 if rows.ids is None or not is_readable(rows.ids) else _digest(rows.ids),
+            "vocab_size": -1 if self.vocab_size is None else self.vocab_size,
+            "what is asked for": zlib.crc32(",".join(map(str, (*asked, rows.dtype))).encode()),
+            "whether a gradient is needed": int(needs_grad),
+        }
+        sizes = agreed(rows.op, self.group, rows.device, same, {"columns": self.columns})["columns"]
+        shards = VocabShards(rows.op, self.group, columns_of(sizes, self.vocab_size))
+        if self.vocab_size is not None and shards.total < self.vocab_size:
+            raise rows.error(f"vocab_size is {self.vocab_size}, and all ranks of process_group together have {sum(sizes)} columns.")
+        if not shards.total:
+            raise rows.error("no rank of process_group has a column of the vocabulary.")
+        rows.check_ids(shards.total)
+        return shards
+
+
+def vocab_group(options: SoftmaxOptions, columns: int) -> VocabGroup | None:
+    """The group of a call with this rank's columns, None without one."""
+    return None if options.process_group is None else VocabGroup(options.process_group, columns, options.vocab_size)
+
+
+def _digest(ids: Tensor) -> int:
+    """A number that differs where ids do, and by their order."""
+    odd = 2 * torch.arange(ids.numel(), device=ids.device) + 1
+    return int(((ids + 1000) * odd).sum())

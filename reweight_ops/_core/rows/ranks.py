@@ -1,0 +1,136 @@
+"""Processes that make one call together: what they agree on before it, and the collectives that a call takes.
+
+A rank whose arguments differ, or that has raised, is found in an exchange of :data:`FACTS` integers before anything else is sent, and every rank
+raises. A rank that dies, or raises later, ends the wait of the others with an error: at once where its connection closes, else after the group's
+timeout. Nothing here waits longer than that.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from threading import local
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...errors import InvalidCall, ReweightOpsError
+
+#: Integers that each rank tells the others of a call: whether it has failed, which call it is, and what they are asked for.
+FACTS = 8
+_FAILED, _OP, _FIRST = 0, 1, 2
+
+_pending = local()  # the groups that a call of this thread has been given and not yet met
+
+
+def check_group(op: str, name: str, group: Any) -> None:
+    """Raise unless ``group`` is a process group of which this process is a member, or None."""
+    if group is None:
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise InvalidCall(
+            f"{op}: {name} is a {type(group).__name__}, expected a torch.distributed.ProcessGroup, such as device_mesh.get_group('tp')."
+        )
+
+
+def size_and_rank(group: Any) -> tuple[int, int]:
+    """How many processes the group has, and which of them this one is."""
+    return dist.get_world_size(group), dist.get_rank(group)
+
+
+@contextmanager
+def announced(op: str, groups: Mapping[str, Any], device: torch.device) -> Iterator[None]:
+    """A call that is given these groups: if it raises before it has met the other ranks of one, they are told, and raise too."""
+    before = getattr(_pending, "groups", [])
+    _pending.groups = [
+        group for group in groups.values() if group is not None and dist.is_available() and isinstance(group, dist.ProcessGroup)
+    ]
+    try:
+        yield
+    except Exception:
+        for group in _pending.groups:
+            with suppress(ReweightOpsError):  # the error that is raised is this rank's own
+                gathered(op, group, _facts(op, {}, failed=True, device=device))
+        raise
+    finally:
+        _pending.groups = before
+
+
+def agreed(op: str, group: Any, device: torch.device, same: Mapping[str, int], own: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """``own`` of every rank, by name; raises on every rank if they differ in ``same``, are in different calls, or one of them has raised."""
+    facts = {**same, **own}
+    _pending.groups = [other for other in getattr(_pending, "groups", []) if other is not group]
+    told = gathered(op, group, _facts(op, facts, failed=False, device=device)).tolist()
+    mine = told[size_and_rank(group)[1]]
+    for rank, theirs in enumerate(told):
+        if theirs[_FAILED]:
+            raise ReweightOpsError(f"{op}: rank {rank} of the group raised before its part of this call; see its own error.")
+    for rank, theirs in enumerate(told):
+        if theirs[_OP] != mine[_OP]:
+            raise InvalidCall(
+                f"{op}: rank {rank} of the group is in another call: all ranks of a group make the same calls in the same order."
+            )
+    for at, name in enumerate(same, _FIRST):
+        values = [theirs[at] for theirs in told]
+        if len(set(values)) > 1:
+            raise InvalidCall(f"{op}: the ranks of the group differ in {name}, rank by rank: {', '.join(map(str, values))}.")
+    return {name: tuple(theirs[at] for theirs in told) for at, name in enumerate(facts, _FIRST) if name in own}
+
+
+def _facts(op: str, facts: Mapping[str, int], failed: bool, device: torch.device) -> Tensor:
+    numbers = [int(failed), zlib.crc32(op.encode()), *facts.values()]
+    assert len(numbers) <= FACTS
+    return torch.tensor([*numbers, *[0] * (FACTS - len(numbers))], dtype=torch.int64, device=device)
+
+
+@contextmanager
+def waiting(op: str) -> Iterator[None]:
+    """A collective: what goes wrong in it says which call it was, and what may have happened."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ReweightOpsError(
+            f"{op}: the other ranks of the group did not take part: one has raised, died, or made another call. [{error}]"
+        ) from error
+
+
+def gathered(op: str, group: Any, x: Tensor) -> Tensor:
+    """``[W, *shape]``: ``x`` of every rank, in the order of ranks. One collective."""
+    world, _ = size_and_rank(group)
+    x = x.detach().contiguous()
+    out = x.new_empty((world, *x.shape))
+    if x.numel():
+        with waiting(op):
+            dist.all_gather(list(out.unbind()), x, group=group)
+    return out
+
+
+def summed_(op: str, group: Any, x: Tensor) -> Tensor:
+    """``x``, over which the sum of every rank's stands now; whatever the order of arrival, all ranks have the same bits."""
+    if x.numel():
+        with waiting(op):
+            dist.all_reduce(x, group=group)
+    return x
+
+
+class Sums:
+    """Sums over ranks of parts of a tensor that run while the next part is computed."""
+
+    def __init__(self, op: str, group: Any) -> None:
+        self.op, self.group = op, group
+        self._running: list[Any] = []
+
+    def start(self, part: Tensor) -> None:
+        """Sum a contiguous view in place. Nothing may touch it before :meth:`finish`."""
+        if part.numel():
+            with waiting(self.op):
+                self._running.append(dist.all_reduce(part, group=self.group, async_op=True))
+
+    def finish(self) -> None:
+        with waiting(self.op):
+            for work in self._running:
+                work.wait()
+        self._running = []

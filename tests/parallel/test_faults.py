@@ -1,0 +1,154 @@
+"""What goes wrong on one rank is an error on every rank, within a bounded time."""
+
+import os
+import time
+
+import pytest
+import torch
+from ranks import Pool
+
+import reweight_ops as rw
+
+V = 5
+
+
+def logits(ranks, n=6):
+    return torch.randn(n, V, generator=torch.Generator().manual_seed(ranks.rank)).requires_grad_()
+
+
+def raised(function):
+    try:
+        function()
+    except rw.ReweightOpsError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def faults(ranks):
+    """Fault to what this rank raises; and after all of them the ranks still agree."""
+    group, odd = ranks.group(range(4)), ranks.rank == 2
+    n = 6 + odd
+    ids, few = torch.zeros(n, dtype=torch.long), torch.arange(6)
+    z = logits(ranks, n)
+    over = dict(process_group=group)
+    found = {
+        "rows": raised(lambda: rw.token_logps(z, ids, **over)),
+        "ids": raised(lambda: rw.token_logps(z[:6], few + odd, **over)),
+        "call": raised(lambda: (rw.token_logps if odd else rw.token_stats)(z[:6], few, **over)),
+        "statistics": raised(lambda: rw.token_logps(z[:6], few, return_entropy=odd, **over)),
+        "gradient": raised(lambda: rw.token_logps(z[:6].detach() if odd else z[:6], few, **over)),
+        "argument": raised(lambda: rw.token_logps(z[:6], few[:5] if odd else few, **over)),
+        "keyword": raised(lambda: rw.policy_loss(z[:6], few, 1.0, spec="no such" if odd else "dapo", **over)),
+        "vocabulary": raised(lambda: rw.token_logps(z[:6], few, vocab_size=4 * V + 1, **over)),
+        "id beyond": raised(lambda: rw.token_logps(z[:6], few + 4 * V, **over)),
+        "sequences": raised(
+            lambda: rw.policy_loss(
+                logits(ranks).view(3, 2, V)[: 3 - odd], few.view(3, 2)[: 3 - odd] % V, 1.0, spec="gspo", sequence_group=group
+            )
+        ),
+        "sequence keyword": raised(
+            lambda: rw.policy_loss(z[:6], few % V, 1.0, spec="dapo", temperature=-1.0 if odd else 1.0, sequence_group=group)
+        ),
+    }
+    rw.token_logps(z[:6], few, **over).sum().backward()
+    return found
+
+
+OF_ALL = {
+    "rows": "InvalidCall: token_logps: the ranks of the group differ in rows, rank by rank: 6, 6, 7, 6.",
+    "ids": "differ in completion_ids and masks",
+    "call": "of the group is in another call",
+    "statistics": "differ in what is asked for",
+    "gradient": "differ in whether a gradient is needed",
+    "vocabulary": "vocab_size is 21, and all ranks of process_group together have 20 columns",
+    "id beyond": "completion_ids[0] (flat) is 20, expected 0 to 19",
+    "sequences": "differ in number of sequences, rank by rank: 3, 3, 2, 3.",
+}
+OF_ONE = {
+    "argument": "logits has 6 positions, completion_ids 5",
+    "keyword": "no policy loss 'no such'",
+    "sequence keyword": "temperature is -1.0",
+}
+
+
+def test_a_rank_that_differs_or_raises_is_an_error_on_every_rank(four):
+    ranks = four.run(faults)
+    for fault, message in OF_ALL.items():
+        assert all(message in found[fault] for found in ranks), [found[fault] for found in ranks]
+    for fault, message in OF_ONE.items():
+        assert message in ranks[2][fault], ranks[2][fault]
+        others = [found[fault] for rank, found in enumerate(ranks) if rank != 2]
+        assert all("rank 2 of the group raised before its part of this call" in other for other in others), others
+
+
+def nothing(ranks):
+    """Ranks without rows: a loss of 0 and gradients of the right shape, over vocabularies and over sequences."""
+    group = ranks.group(range(4))
+    empty = torch.zeros(0, V).requires_grad_()
+    loss = rw.policy_loss(empty, torch.zeros(0, dtype=torch.long), 1.0, spec="dapo", process_group=group).loss
+    loss.backward()
+    assert loss == 0 and empty.grad.shape == (0, V)
+    length = 3 * (ranks.rank == 1)  # one rank has all tokens
+    z = torch.randn(2, length, V, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    whole = torch.randn(2, 3, V, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for spec in ("gspo", "dapo", rw.methods.disco(group_size=2)):
+        adv = torch.tensor([1.0, -1.0])
+        part = rw.policy_loss(z, torch.ones(2, length, dtype=torch.long), adv, spec=spec, sequence_group=group).loss
+        want = rw.policy_loss(whole, torch.ones(2, 3, dtype=torch.long), adv, spec=spec).loss
+        found, expected = torch.autograd.grad(part, z)[0], torch.autograd.grad(want, whole)[0]
+        assert part == 0 if not length else torch.allclose(part, want), spec
+        assert not length or torch.allclose(found, expected, atol=1e-7), spec
+    return []
+
+
+def test_ranks_without_rows(four):
+    four.check(nothing)
+
+
+def late(ranks):
+    """Rank 1 raises after the ranks have agreed: the others wait for its statistics until the group's timeout."""
+    group = ranks.group(range(4), fresh=True, timeout=2)
+    if ranks.rank == 1:
+        from reweight_ops._core.engine import autograd
+
+        def broken(*arguments):
+            raise rw.ReweightOpsError("out of memory, say")
+
+        before, autograd.whole_rows = autograd.whole_rows, broken
+    began = time.monotonic()
+    found = raised(lambda: rw.token_logps(logits(ranks), torch.zeros(6, dtype=torch.long), process_group=group))
+    if ranks.rank == 1:
+        autograd.whole_rows = before
+    return found, time.monotonic() - began
+
+
+def test_a_rank_that_raises_late_ends_the_wait_of_the_others(four):
+    for rank, (found, seconds) in enumerate(four.run(late)):
+        assert ("out of memory" if rank == 1 else "the other ranks of the group did not take part") in found, found
+        assert seconds < 30
+
+
+def dies(ranks, when):
+    z = logits(ranks)
+    ids = torch.zeros(6, dtype=torch.long)
+    hidden, weight = torch.ones(6, 2, requires_grad=True), torch.ones(V, 2, requires_grad=True)
+    group = ranks.group(range(2))
+    if when == "before":
+        if ranks.rank:
+            os._exit(1)
+        return raised(lambda: rw.token_logps(z, ids, process_group=group))
+    loss = rw.linear_token_logps(hidden, weight, ids, process_group=group).sum()
+    if ranks.rank:
+        os._exit(1)
+    return raised(loss.backward)
+
+
+@pytest.mark.parametrize("when", ["before", pytest.param("backward", marks=pytest.mark.slow)])
+def test_a_rank_that_dies_ends_the_wait_of_the_other(when):
+    pool = Pool(2)
+    try:
+        pool.start(dies, when)
+        ((fine, found),) = pool.results([True, False])
+        assert fine and "the other ranks of the group did not take part" in found, found
+    finally:
+        pool.close()

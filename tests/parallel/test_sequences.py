@@ -1,0 +1,107 @@
+"""Sequences whose tokens several gloo ranks have: ratios, denominators, contrasts and batch statistics are those of one process."""
+
+import contextlib
+
+import pytest
+import torch
+from split_calls import Split, errors_of, positions_of
+
+import reweight_ops as rw
+from reweight_ops._core.formula.base import WEIGHTS
+
+SURROGATE = rw.methods.grpo().surrogate
+
+#: A spec for everything that is summed over a sequence or over the call's rows.
+SPECS = {
+    "token mean": rw.methods.dapo(),
+    "sequence mean": rw.methods.grpo(),
+    "sequence ratio": rw.methods.gspo(),
+    "token gradient": rw.PolicyLossSpec(surrogate=SURROGATE, ratio=rw.SequenceRatio(gradient="token")),
+    "geometric mean": rw.methods.gmpo(),
+    "batch mean": rw.PolicyLossSpec(surrogate=SURROGATE, ratio=rw.BatchMeanRatio()),
+    "centred": rw.PolicyLossSpec(surrogate=SURROGATE, ratio=rw.CenteredRatio(scale="std")),
+    "contrast": rw.methods.disco(),
+    "entropy": rw.methods.trl(entropy_coef=0.01),
+}
+
+#: Weights that read the batch. A draw is among positions in the order of ranks, so it is another one.
+READ_BATCH = {
+    name: weight
+    for name, weight in WEIGHTS.items()
+    if weight.__module__.startswith("reweight_ops") and {"batch"} & set(weight.weight.__code__.co_varnames[:4]) and name != "clip_cov"
+}
+
+
+def weighted():
+    """A spec for every weight that reads the batch and has defaults."""
+    for name, weight in READ_BATCH.items():
+        with contextlib.suppress(TypeError):
+            yield f"weight {name}", rw.PolicyLossSpec(surrogate=SURROGATE, weights=(weight(),))
+
+
+SPECS |= dict(weighted())
+
+
+def policy(ranks, cases):
+    wrong = []
+    for name, split, options in cases:
+        wrong += [f"{name} {split}: {e}" for e in errors_of(SPECS[name], Split(**split).place(ranks), **options)]
+    return wrong
+
+
+LAYOUTS = [dict(sequence=4), dict(sequence=4, layout="zigzag"), dict(sequence=2, vocab=2)]
+
+
+def test_every_loss_over_two_and_four_ranks(four):
+    four.check(policy, [(name, split, {}) for name in SPECS for split in LAYOUTS])
+
+
+def packed(ranks, layout):
+    """Packed rows over ranks, each with its own ``cu_seqlens`` of the same sequences, one of which is on one rank alone; in fp64."""
+    lengths, vocab = [7, 1, 12, 5], 11
+    group, total = ranks.group(range(4)), sum(lengths)
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(total, vocab, generator=g, dtype=torch.float64)
+    ids, old = torch.randint(vocab, (total,), generator=g), -2.4 + 0.2 * torch.randn(total, generator=g, dtype=torch.float64)
+    adv = torch.tensor([1.0, -1.0, 0.5, -0.25], dtype=torch.float64)[:, None]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    own = [positions_of(4, n, layout)[ranks.rank] + starts[i] for i, n in enumerate(lengths)]
+    mine, counts = torch.cat(own), torch.tensor([0, *(len(part) for part in own)]).cumsum(0)
+    by_id = torch.cat([torch.full((len(part),), i) for i, part in enumerate(own)])
+    wrong = []
+    for name in ("token mean", "sequence mean", "sequence ratio", "contrast"):
+        more = dict(group_ids=torch.tensor([0, 0, 1, 1]), num_groups=2) if name == "contrast" else {}
+        spec = rw.methods.disco(group_size=None) if name == "contrast" else SPECS[name]
+        given = {} if name == "contrast" else {"old_per_token_logps": old}
+        whole = z.clone().requires_grad_()
+        want = rw.policy_loss(whole, ids, adv, spec=spec, cu_seqlens=starts, **given, **more)
+        want.loss.backward()
+        for how in (dict(cu_seqlens=counts), dict(sequence_ids=by_id, num_sequences=4)):
+            part = z[mine].clone().requires_grad_()
+            stored = {key: x[mine] for key, x in given.items()}
+            out = rw.policy_loss(part, ids[mine], adv, spec=spec, sequence_group=group, **how, **stored, **more)
+            out.loss.backward()
+            loss = out.loss.detach().clone()
+            torch.distributed.all_reduce(loss, group=group)
+            if not torch.allclose(loss, want.loss.detach(), rtol=1e-12):
+                wrong.append(f"{name} {list(how)}: loss {loss} of {want.loss}")
+            if not torch.allclose(part.grad, whole.grad[mine], rtol=1e-10, atol=1e-14):
+                wrong.append(f"{name} {list(how)}: gradient {(part.grad - whole.grad[mine]).abs().max()}")
+    return wrong
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_packed_sequences(four, layout):
+    four.check(packed, layout)
+
+
+def test_factorisations(four):
+    """Data by vocabulary by sequence, of one batch."""
+    divisors = {
+        "token mean": ("num_items_in_batch",),
+        "sequence mean": ("num_sequences_in_batch",),
+        "sequence ratio": ("num_sequences_in_batch",),
+    }
+    sizes = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]
+    splits = [dict(zip(("data", "vocab", "sequence"), size, strict=True)) for size in sizes]
+    four.check(policy, [(name, split, dict(divisors=given)) for name, given in divisors.items() for split in splits])
