@@ -117,7 +117,8 @@ def weighted_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
 def harmonic_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     """``r = sum_k w_k / sum_k (w_k / r_k)``: near the least of the rewards, so none can be traded away. ``[B, K], [K] -> [B]``.
 
-    Rewards must not be negative; one that is 0 makes the result 0. The released script holds this form but runs the weighted sum.
+    ``weights``: one a reward, equal by default. Rewards must not be negative; one that is 0 makes the result 0.
+    The released script holds this form but runs the weighted sum.
     """
     x = _members("harmonic_mean", rewards)
     x = require("harmonic_mean", (x >= 0) | x.isnan(), "a reward is negative; a harmonic mean needs rewards >= 0.", x)

@@ -118,7 +118,7 @@ def dynamic_loss_reweighting(
 ) -> Tensor:
     """``w = n·softmax(f(h)/temperature)``, with the losses of the batch on a line: ``h = delta·(2·loss - max - min)/(max - min)``.
 
-    ``f`` is ``min(h + delta, delta)`` (``"linupper"``: easy samples are held back), ``1 - h²/delta²`` (``"quadratic"``: the middle), ``(h +
+    ``f``, the ``strategy``, is ``min(h + delta, delta)`` (``"linupper"``: easy samples are held back), ``1 - h²/delta²`` (``"quadratic"``: the middle), ``(h +
     delta)/2`` (``"upper"``) or ``|h|`` (``"extremes"``). ``losses``: each sample's mean token loss, over the global batch. ``temperature``
     (``r``): 0.4 and 1 in the authors' configurations, best annealed from high; weights are 1 for the first 1000 steps there. Equal losses: equal
     weights.
@@ -235,7 +235,7 @@ def d3s(advantages: Tensor, *, num_samples: Count[int], **groups: Unpack[GroupKe
 def source_weights(source_logits: Tensor, source_ids: Tensor, *, normalize: str = "softmax") -> Tensor:
     """A learned weight for each source, spread over its samples. ``[S], [B] -> [B]``, differentiable in ``source_logits``.
 
-    ``"softmax"`` (ScaleBiO): sample i of source s has ``B·softmax(a)_s/n_s`` with the count ``n_s`` of its source in the batch, so that the mean
+    ``normalize="softmax"`` (ScaleBiO): sample i of source s has ``B·softmax(a)_s/n_s`` with the count ``n_s`` of its source in the batch, so that the mean
     of ``w·loss`` is ``sum_s softmax(a)_s·mean loss_s``. ``"softplus"`` (DreamPRM, arXiv:2505.20241): ``softplus(a)_s/mean(softplus(a))``,
     whatever the counts. The logits are trained by an outer loss on validation data; as ``token_weights`` that require grad these take the
     two-pass plan, exactly.

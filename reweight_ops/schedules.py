@@ -142,8 +142,8 @@ def d3s(
 def tsa(progress: Unit[float | Tensor], *, num_classes: Count[int], curve: str = "linear") -> float | Tensor:
     """``η = a·(1 - 1/K) + 1/K``: the probability above which a labelled example is left out, from 1/K to 1 over training.
 
-    ``a`` is ``progress`` p in [0, 1] (``"linear"``), ``e^(5(p - 1))`` (``"exp"``, for little data) or ``1 - e^(-5p)`` (``"log"``). A number gives a
-    number, a 0-d tensor a tensor. For tokens ``num_classes`` is the vocabulary.
+    ``a``, by ``curve``, is ``progress`` p in [0, 1] (``"linear"``), ``e^(5(p - 1))`` (``"exp"``, for little data) or ``1 - e^(-5p)`` (``"log"``). A number
+    gives a number, a 0-d tensor a tensor. For tokens ``num_classes`` is the vocabulary.
     """
     exp: Any = torch.exp if isinstance(progress, Tensor) else math.exp
     curves = {"linear": progress, "exp": exp(5 * (progress - 1)), "log": 1 - exp(-5 * progress)}

@@ -13,7 +13,7 @@ import math
 import sys
 import types
 from numbers import Real as AnyReal
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -88,6 +88,12 @@ class Range:
     def __str__(self) -> str:
         return f"{self.interval}{' or None' if self.optional else ''}"
 
+
+if TYPE_CHECKING:  # arithmetic with a formula is none that a type checker follows
+    Number: TypeAlias = Any
+else:
+    #: What a hyper-parameter may be: a number, a 0-d tensor or one a row, or a formula that stands for one.
+    Number = float | Tensor | Unread
 
 Real = Annotated[T, Interval("(-inf, inf)")]
 NonNegative = Annotated[T, Interval("[0, inf)")]

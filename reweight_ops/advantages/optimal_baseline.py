@@ -35,7 +35,7 @@ def otb(
     ``G_t``: the rewards from t on (``rewards`` ``[B]``: on each response's last token). ``W``: the squared norms of the tokens' gradients by their logits, a
     proxy of the path's variance. ``log_sum_p_sq`` is ``token_stats``'s, of the policy of ``old_per_token_logps``; ``ρ`` is 1 or
     ``importance_sampling_ratio``. Positions are columns. ``zero_tail``: where the longest response of a group is alone, its baseline is 0. So is that of a
-    group of one. Transcribed from verl (``optimal_token_baseline``).
+    group of one. A response with a reward of NaN is in no baseline and has advantage 0. Transcribed from verl (``optimal_token_baseline``).
     """
     return _baselined(
         "otb", rewards, completion_mask, old_per_token_logps, log_sum_p_sq, importance_sampling_ratio, zero_tail, epsilon, groups
@@ -95,13 +95,16 @@ def _baselined(
         r = torch.where(mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1), r[:, None], 0)
     shape = tuple(mask.shape)
     r = torch.where(mask, floats(op, "rewards", r, shape), 0)
+    scored = ~r.isnan().any(-1)
+    mask = mask & scored[:, None]
+    r = torch.where(mask, r, 0)
     returns = r.flip(-1).cumsum(-1).flip(-1)
     uncertainty = 1 - 2 * floats(op, "old_per_token_logps", logps, shape).exp() + floats(op, "log_sum_p_sq", log_sum_p_sq, shape).exp()
     if ratio is not None:
         uncertainty = uncertainty * floats(op, "importance_sampling_ratio", ratio, shape) ** 2
     weight = torch.where(mask, torch.where(mask, uncertainty, 0).cumsum(-1), 0)
     lengths = mask.sum(-1).to(returns.dtype)
-    g = grouped(op, lengths if op == "otb" else torch.where(lengths > 0, lengths, torch.nan), groups, name="completion_mask")
+    g = grouped(op, torch.where(scored if op == "otb" else lengths > 0, lengths, torch.nan), groups, name="completion_mask")
     baseline = _by_column(g, returns * weight) / (_by_column(g, weight) + epsilon)
     alone = _alone(g, mask) if zero_tail else torch.zeros_like(mask)
     baseline = torch.where(alone | (g.size < 2)[:, None], 0, baseline)

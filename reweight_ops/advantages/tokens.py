@@ -139,7 +139,8 @@ def decoupled_gae(
     """:func:`gae` with one λ for the policy's advantages and another for the critic's returns: two passes of the recursion.
 
     ``lam_critic=1`` keeps the reward at the end from decaying on its way to the first tokens of a long completion; a ``lam_actor`` from 0.95 to
-    below 1 keeps the policy's variance down. The value model is trained beforehand on a fixed policy, with λ = 1.
+    below 1 keeps the policy's variance down. The value model is trained beforehand on a fixed policy, with λ = 1. ``whitened``: the
+    advantages have mean 0 and deviation 1 over the batch.
     """
     mask = _masked("decoupled_gae", completion_mask)
     advantages = _gae("decoupled_gae", rewards, values, mask, gamma, lam_actor)

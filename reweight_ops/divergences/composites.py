@@ -19,7 +19,7 @@ from .._core.engine.chunked_rows import FormulaSource, formula_call
 from .._core.engine.run import run
 from .._core.losses.distillation import token_divergence
 from .._core.losses.statistics import token_logps, token_stats
-from .._core.ranges import Interval, NonNegative, OpenUnit, Positive, Unit
+from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Positive, Unit
 from .._core.rows.numerics import log1mexp
 from ..errors import InvalidCall
 
@@ -114,7 +114,7 @@ def pld(
     completion_ids: Tensor,
     *,
     completion_mask: Tensor | None = None,
-    teacher_temperature: Positive[Any] = 1.0,
+    teacher_temperature: Positive[Number] = 1.0,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Tensor:
     """``Σ_k q[π_k]·(log Σ_{j≥k} e^(s[π_j]) - s[π_k])`` per token: R.
@@ -177,8 +177,8 @@ def ldr(
     logits: Tensor,
     completion_ids: Tensor,
     *,
-    lambda_: Positive[Any] = 1.0,
-    margin: NonNegative[Any] = 0.1,
+    lambda_: Positive[Number] = 1.0,
+    margin: NonNegative[Number] = 0.1,
     completion_mask: Tensor | None = None,
     **keywords: Any,
 ) -> Tensor:

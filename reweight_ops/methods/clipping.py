@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from .._core.catalogue.registry import published
-from .._core.ranges import AtLeastOne, NonNegative, NonNegativeOrInf, Positive, PositiveOrInf, Real
+from .._core.ranges import AtLeastOne, NonNegative, NonNegativeOrInf, Number, Positive, PositiveOrInf, Real
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import SequenceMean, TokenMean
 from ..rules.surrogates import Cispo, Clip, DppoTV, DualClip, Reinforce, Sapo
@@ -14,7 +13,7 @@ from .penalties import entropy, kl
 
 
 @published("ppo", "Proximal Policy Optimization", paper="Proximal Policy Optimization Algorithms", arxiv="1707.06347")
-def ppo(epsilon: NonNegativeOrInf[Any] = 0.2, entropy_coef: Real[Any] = 0.0) -> PolicyLossSpec:
+def ppo(epsilon: NonNegativeOrInf[Number] = 0.2, entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
     """``-min(r·A, clip(r, 1-ε, 1+ε)·A)``, token mean (eq. 7); ``entropy_coef`` is c₂ of eq. 9.
 
     Differs from the paper: no value loss; it is no function of the policy's logits.
@@ -26,7 +25,7 @@ def ppo(epsilon: NonNegativeOrInf[Any] = 0.2, entropy_coef: Real[Any] = 0.0) -> 
     "dual_clip_ppo", "Dual-clip PPO", paper="Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", arxiv="1912.09729"
 )
 def dual_clip_ppo(
-    epsilon_low: NonNegativeOrInf[Any] = 0.2, epsilon_high: NonNegativeOrInf[Any] = 0.2, clip_ratio_c: AtLeastOne[Any] = 3.0
+    epsilon_low: NonNegativeOrInf[Number] = 0.2, epsilon_high: NonNegativeOrInf[Number] = 0.2, clip_ratio_c: AtLeastOne[Number] = 3.0
 ) -> PolicyLossSpec:
     """PPO, and for ``A < 0`` a loss of at most ``-c·A`` (eq. 5), token mean."""
     return PolicyLossSpec(
@@ -41,11 +40,11 @@ def dual_clip_ppo(
     arxiv="2402.03300",
 )
 def grpo(
-    epsilon_low: NonNegativeOrInf[Any] = 0.2,
-    epsilon_high: NonNegativeOrInf[Any] = 0.2,
-    beta: NonNegative[Any] = 0.0,
-    delta: PositiveOrInf[Any] = math.inf,
-    entropy_coef: Real[Any] = 0.0,
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.2,
+    beta: NonNegative[Number] = 0.0,
+    delta: PositiveOrInf[Number] = math.inf,
+    entropy_coef: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
     """Clip, mean over each sequence's tokens, then over sequences, plus ``beta`` times k3 (eq. 3 and 4).
 
@@ -58,9 +57,9 @@ def grpo(
 @published("dr_grpo", "GRPO Done Right", paper="Understanding R1-Zero-Like Training: A Critical Perspective", arxiv="2503.20783")
 def dr_grpo(
     horizon: Positive[float] | None = None,
-    epsilon_low: NonNegativeOrInf[Any] = 0.2,
-    epsilon_high: NonNegativeOrInf[Any] = 0.2,
-    beta: NonNegative[Any] = 0.0,
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.2,
+    beta: NonNegative[Number] = 0.0,
 ) -> PolicyLossSpec:
     """Clip, each sequence's sum over a constant, ``horizon`` (the generation budget; default the padded length), mean over sequences.
 
@@ -77,7 +76,7 @@ def dr_grpo(
     arxiv="2503.14476",
 )
 def dapo(
-    epsilon_low: NonNegativeOrInf[Any] = 0.2, epsilon_high: NonNegativeOrInf[Any] = 0.28, entropy_coef: Real[Any] = 0.0
+    epsilon_low: NonNegativeOrInf[Number] = 0.2, epsilon_high: NonNegativeOrInf[Number] = 0.28, entropy_coef: Real[Number] = 0.0
 ) -> PolicyLossSpec:
     """Clip-higher (0.2, 0.28) and the token mean over the batch, no KL (eq. 8). TRL's ``loss_type="dapo"`` clips at 0.2 on both sides."""
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
@@ -90,7 +89,7 @@ def dapo(
     paper="MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
     arxiv="2506.13585",
 )
-def cispo(ratio_max: PositiveOrInf[Any] = 5.0, ratio_min: Real[Any] = 0.0, entropy_coef: Real[Any] = 0.0) -> PolicyLossSpec:
+def cispo(ratio_max: PositiveOrInf[Number] = 5.0, ratio_min: Real[Number] = 0.0, entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
     """``-sg(clip(r, ratio_min, ratio_max))·A·logp``, token mean (eq. 4): no token loses its gradient.
 
     Differs from the paper: it does not publish its bounds; 5.0 is the cap of the ScaleRL recipe (arXiv:2510.13786) and of TRL's documentation.
@@ -99,7 +98,9 @@ def cispo(ratio_max: PositiveOrInf[Any] = 5.0, ratio_min: Real[Any] = 0.0, entro
 
 
 @published("sapo", "Soft Adaptive Policy Optimization", paper="Soft Adaptive Policy Optimization", arxiv="2511.20347")
-def sapo(temperature_pos: Positive[Any] = 1.0, temperature_neg: Positive[Any] = 1.05, beta: NonNegative[Any] = 0.0) -> PolicyLossSpec:
+def sapo(
+    temperature_pos: Positive[Number] = 1.0, temperature_neg: Positive[Number] = 1.05, beta: NonNegative[Number] = 0.0
+) -> PolicyLossSpec:
     """A sigmoid gate of the ratio instead of a clip, per-sequence token mean (eq. 5 and 6)."""
     gate = Sapo(temperature_pos=temperature_pos, temperature_neg=temperature_neg)
     return PolicyLossSpec(surrogate=gate, penalties=kl(beta), reduction=SequenceMean(), name="sapo")
@@ -113,7 +114,7 @@ def sapo(temperature_pos: Positive[Any] = 1.0, temperature_neg: Positive[Any] = 
     certainty="secondary",
 )
 def dppo_tv(
-    divergence_low: NonNegativeOrInf[Any] = 0.2, divergence_high: NonNegativeOrInf[Any] = 0.2, ratio_max: PositiveOrInf[Any] = 20.0
+    divergence_low: NonNegativeOrInf[Number] = 0.2, divergence_high: NonNegativeOrInf[Number] = 0.2, ratio_max: PositiveOrInf[Number] = 20.0
 ) -> PolicyLossSpec:
     """Drops the tokens whose probability has already moved too far in the update's direction, token mean.
 
@@ -129,7 +130,7 @@ def dppo_tv(
     paper="Simple statistical gradient-following algorithms for connectionist reinforcement learning",
     arxiv="unknown",
 )
-def reinforce(entropy_coef: Real[Any] = 0.0) -> PolicyLossSpec:
+def reinforce(entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
     """``-A·logp``, token mean; with non-negative weights for A it is the advantage-weighted log-likelihood."""
     return PolicyLossSpec(surrogate=Reinforce(), penalties=entropy(entropy_coef), name="reinforce")
 
@@ -148,6 +149,6 @@ def gpg() -> PolicyLossSpec:
     paper="NGRPO: Negative-enhanced Group Relative Policy Optimization",
     arxiv="2509.18851",
 )
-def ngrpo(epsilon_neg: NonNegativeOrInf[Any] = 0.16, epsilon_pos: NonNegativeOrInf[Any] = 0.24) -> PolicyLossSpec:
+def ngrpo(epsilon_neg: NonNegativeOrInf[Number] = 0.16, epsilon_pos: NonNegativeOrInf[Number] = 0.24) -> PolicyLossSpec:
     """Clip with a tighter bound where ``A < 0`` (``1 - ε_neg``) than where ``A > 0`` (``1 + ε_pos``), token mean, for ``advantages.ngrpo``."""
     return PolicyLossSpec(surrogate=Clip(epsilon_low=epsilon_neg, epsilon_high=epsilon_pos), name="ngrpo")

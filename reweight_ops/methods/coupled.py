@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from .._core.calls.softmax import refuse_process_group
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule
-from .._core.ranges import Count, Interval, NonNegative, NonNegativeOrInf, Positive, PositiveOrInf, Real
+from .._core.ranges import Count, Interval, NonNegative, NonNegativeOrInf, Number, Positive, PositiveOrInf, Real
 from .._core.spec.coupled import Constraint, GroupClassification, GroupContrast
 from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.ratio import CenteredRatio, SequenceRatio, TokenRatio
@@ -17,6 +17,9 @@ from ..errors import InvalidCall
 from ..rules.likelihood import NLL, DriftK1, DriftK3, LikelihoodRatio
 from ..rules.surrogates import Clip
 from .penalties import is_zero, kl
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _constraint(strength: Any, bound: Any, estimator: str) -> tuple[Penalty, ...]:
@@ -41,12 +44,12 @@ _NOT_GATHERED = (
 )
 def disco(
     score: str = "log_likelihood",
-    tau: PositiveOrInf[Any] = None,
-    kl_strength: NonNegative[Any] = 1000.0,
-    kl_bound: Real[Any] = 1e-4,
+    tau: PositiveOrInf[Number] = None,
+    kl_strength: NonNegative[Number] = 1000.0,
+    kl_bound: Real[Number] = 1e-4,
     kl_estimator: str = "k1",
     group_size: Count[int] | None = None,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
 ) -> PolicyLossSpec:
     """``-1/Q Σ_q { mean_{i in q+} s_i - τ·log mean_{j in q-} exp(s_j/τ) } + sg(β·max(KL - δ, 0))·KL``;
     see :class:`~reweight_ops._core.spec.coupled.GroupContrast`.
@@ -77,15 +80,15 @@ def disco(
     level="group",
 )
 def drpo(
-    length_temperature: PositiveOrInf[Any] = 0.1,
-    tau: PositiveOrInf[Any] = 10.0,
+    length_temperature: PositiveOrInf[Number] = 0.1,
+    tau: PositiveOrInf[Number] = 10.0,
     preference: str = "length",
-    kl_strength: NonNegative[Any] = 1000.0,
-    kl_bound: Real[Any] = 1e-4,
+    kl_strength: NonNegative[Number] = 1000.0,
+    kl_bound: Real[Number] = 1e-4,
     kl_estimator: str = "k1",
     max_length: Positive[float] | None = None,
     group_size: Count[int] | None = None,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
 ) -> PolicyLossSpec:
     """:func:`disco` with positives weighted by ``ω_i = exp((1 - L_i/L_max)/λ)`` among those of their prompt: short correct responses count more.
 
@@ -111,7 +114,7 @@ def drpo(
     certainty="secondary",
     level="group",
 )
-def real(tau: Positive[Any] = 0.5, beta: NonNegative[Any] = 0.0, group_size: Count[int] | None = None) -> PolicyLossSpec:
+def real(tau: Positive[Number] = 0.5, beta: NonNegative[Number] = 0.0, group_size: Count[int] | None = None) -> PolicyLossSpec:
     """``1/Q Σ_q { log(1 + Σ_{j in q-} e^(s_j/τ)) + log(1 + Σ_{i in q+} e^(-s_i/τ)) }``, ``s`` the mean of ``log r`` over a response;
     see :class:`~reweight_ops._core.spec.coupled.GroupClassification`.
 
@@ -132,7 +135,7 @@ def real(tau: Positive[Any] = 0.5, beta: NonNegative[Any] = 0.0, group_size: Cou
     level="batch",
     example={"epsilon": 0.2},
 )
-def grpo_guard(epsilon: NonNegativeOrInf[Any], scale: Annotated[Any, Interval("(0, inf)", words=("std",))] = 1.0) -> PolicyLossSpec:
+def grpo_guard(epsilon: NonNegativeOrInf[Number], scale: Annotated[Number, Interval("(0, inf)", words=("std",))] = 1.0) -> PolicyLossSpec:
     """Clip of a regulated ratio, ``exp(scale·(log r - sg(mean log r)))``, token mean: centred so that clipping acts on both sides alike.
 
     Derived: from the paper's ratio for Gaussian steps of flow models, whose log is centred by its analytic mean and scaled by the step's standard
@@ -151,7 +154,7 @@ def grpo_guard(epsilon: NonNegativeOrInf[Any], scale: Annotated[Any, Interval("(
     arxiv="2509.25050",
     certainty="derived",
 )
-def awm(level: str = "token", epsilon: NonNegativeOrInf[Any] = math.inf) -> PolicyLossSpec:
+def awm(level: str = "token", epsilon: NonNegativeOrInf[Number] = math.inf) -> PolicyLossSpec:
     """``-A·r``, token mean: on-policy the advantage-weighted log-likelihood. ``level="sequence"``: r is the geometric mean over the sequence's tokens.
 
     Derived: the paper weights a diffusion model's denoising error by the advantage; a token's log-prob stands for minus that error. Both readings of

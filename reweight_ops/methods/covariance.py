@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule, rule
-from .._core.ranges import NonNegative, NonNegativeOrInf, Real, Unit
+from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Real, Unit
 from .._core.spec.policy import PolicyLossSpec
 from ..rules.surrogates import Clip
 from ..weights.covariance import ClipCov, TopCovariance
@@ -18,7 +16,7 @@ _PAPER = "The Entropy Mechanism of Reinforcement Learning for Reasoning Language
 class KlCov(Rule):
     """``-r·A + kl_coef·|log r|``."""
 
-    kl_coef: NonNegative[Any] = 1.0
+    kl_coef: NonNegative[Number] = 1.0
 
     def loss(self, xp, t):
         return -xp.exp(t.log_ratio) * t.adv + self.kl_coef * xp.abs(t.log_ratio)
@@ -26,12 +24,12 @@ class KlCov(Rule):
 
 @published("clip_cov", "Clip-Cov", paper=_PAPER, arxiv="2505.22617", certainty="secondary", level="batch")
 def clip_cov(
-    fraction: Unit[Any] = 2e-4,
-    lower: Real[Any] = 1.0,
-    upper: Real[Any] = 5.0,
-    epsilon_low: NonNegativeOrInf[Any] = 0.2,
-    epsilon_high: NonNegativeOrInf[Any] = 0.2,
-    seed: Real[Any] = 0.0,
+    fraction: Unit[Number] = 2e-4,
+    lower: Real[Number] = 1.0,
+    upper: Real[Number] = 5.0,
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.2,
+    seed: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
     """Clip, and no loss for a ``fraction`` of the tokens, drawn among those with ``lower < (A - mean A)·(logp - mean logp) < upper``; token mean.
 
@@ -44,7 +42,7 @@ def clip_cov(
 
 
 @published("kl_cov", "KL-Cov", paper=_PAPER, arxiv="2505.22617", certainty="secondary", level="batch")
-def kl_cov(fraction: Unit[Any] = 2e-4, kl_coef: NonNegative[Any] = 1.0) -> PolicyLossSpec:
+def kl_cov(fraction: Unit[Number] = 2e-4, kl_coef: NonNegative[Number] = 1.0) -> PolicyLossSpec:
     """``-r·A``, plus ``kl_coef·|log r|`` for the ``fraction`` of the tokens with the largest ``(A - mean A)·(logp - mean logp)``; token mean.
 
     Differs from the paper: transcribed from verl (``kl_cov``), which is the authors' code; the paper writes KL(old, current) for ``|log r|``.

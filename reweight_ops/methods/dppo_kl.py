@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .._core.catalogue.registry import published
 from .._core.formula.base import rule
-from .._core.ranges import NonNegativeOrInf, PositiveOrInf
+from .._core.ranges import NonNegativeOrInf, Number, PositiveOrInf
 from .._core.spec.policy import PolicyLossSpec
 from ..rules.surrogates import DppoTV
 
@@ -38,7 +36,7 @@ class DppoKL(DppoTV):
     certainty="secondary",
 )
 def dppo_kl(
-    divergence_low: NonNegativeOrInf[Any] = 0.2, divergence_high: NonNegativeOrInf[Any] = 0.2, ratio_max: PositiveOrInf[Any] = 20.0
+    divergence_low: NonNegativeOrInf[Number] = 0.2, divergence_high: NonNegativeOrInf[Number] = 0.2, ratio_max: PositiveOrInf[Number] = 20.0
 ) -> PolicyLossSpec:
     """Drops the tokens whose binary KL from the old policy has grown too large in the update's direction, token mean.
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule, rule
-from .._core.ranges import NonNegative
+from .._core.ranges import NonNegative, Number
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import TokenRatio
 
@@ -30,7 +29,7 @@ class Dro(Rule):
     certainty="secondary",
     example={"beta": 0.1},
 )
-def dro(beta: NonNegative[Any]) -> PolicyLossSpec:
+def dro(beta: NonNegative[Number]) -> PolicyLossSpec:
     """``-(A·logp - β/2·(log r)²)``, token mean: the square of ``A - β·log r`` without what does not depend on the policy, over β.
 
     Differs from the paper: per token and against the old policy, as verl (``dro``) and Tinker have it; the paper's is one square a response, against the

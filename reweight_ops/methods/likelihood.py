@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 from .._core.catalogue.registry import published
-from .._core.ranges import Interval, NonNegative, Positive
+from .._core.ranges import Interval, NonNegative, Number, Positive
 from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.ratio import BatchMeanRatio, Ratio, SequenceRatio
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean
@@ -46,7 +46,7 @@ def dft() -> PolicyLossSpec:
     certainty="secondary",
     example={"tau": 1.5},
 )
-def comp_sum(tau: NonNegative[Any]) -> PolicyLossSpec:
+def comp_sum(tau: NonNegative[Number]) -> PolicyLossSpec:
     """``(p^(τ-1) - 1)/(1-τ)``, token mean: τ = 0 sum-exponential, 1 cross-entropy, (1, 2) generalised cross-entropy, 2 mean absolute error.
 
     Equal to the paper's ``Φ_τ(Σ_{v≠y} exp(z_v - z_y))``, since that sum is ``1/p - 1``.
@@ -84,7 +84,7 @@ def mae() -> PolicyLossSpec:
     arxiv="1906.07413",
     example={"margin": 0.5},
 )
-def ldam(margin: NonNegative[Any]) -> PolicyLossSpec:
+def ldam(margin: NonNegative[Number]) -> PolicyLossSpec:
     """``log(1 + (1/p - 1)·e^Δ)``, token mean: the cross-entropy of logits whose target is Δ lower.
 
     ``margin``: a number (one pass), or one per token, ``C / n_y^(1/4)`` of the target's class frequency (two passes). The authors' code scales the
@@ -100,7 +100,7 @@ def gradient_ascent() -> PolicyLossSpec:
 
 
 @published("grad_diff", "Gradient difference (unlearning)", paper=_WAGLE, arxiv="2410.17509", example={"gamma": 1.0})
-def grad_diff(gamma: NonNegative[Any]) -> PolicyLossSpec:
+def grad_diff(gamma: NonNegative[Number]) -> PolicyLossSpec:
     """``-NLL(forget) + γ·NLL(retain)``, each the mean over its own tokens, of one batch with both.
 
     ``advantages`` are the labels, one a sequence or token: negative to forget, positive to retain. The paper's two batches in two calls are
@@ -122,7 +122,7 @@ def grad_diff(gamma: NonNegative[Any]) -> PolicyLossSpec:
     arxiv="2404.05868",
     certainty="secondary",
 )
-def npo(beta: Positive[Any] = 0.1, gamma: NonNegative[Any] = 0.0, level: str = "sequence") -> PolicyLossSpec:
+def npo(beta: Positive[Number] = 0.1, gamma: NonNegative[Number] = 0.0, level: str = "sequence") -> PolicyLossSpec:
     """``-(2/β)·log σ(-β·log(π/π_ref))``, the log-ratio summed over the sequence, mean over sequences to forget. Needs ``ref_per_token_logps``.
 
     ``gamma``: plus ``γ·NLL(retain)``, the mean over the tokens to retain, of one batch with both. ``advantages`` are then the labels, one a sequence:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from .._core.catalogue.registry import published
-from .._core.ranges import NonNegative, NonNegativeOrInf, Positive, PositiveOrInf
+from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Positive, PositiveOrInf
 from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.ratio import SequenceRatio, TokenRatio
 from .._core.spec.reduction import SequenceMean
@@ -24,7 +23,7 @@ from .dro import Dro
     arxiv="2503.14286",
     certainty="secondary",
 )
-def topr(level: str = "sequence", ratio_max: Positive[Any] = 1.0) -> PolicyLossSpec:
+def topr(level: str = "sequence", ratio_max: Positive[Number] = 1.0) -> PolicyLossSpec:
     """``-sg(w)·A·log π(y)``: ``w`` is 1 where ``A >= 0``, else the response's ratio, at most ``ratio_max`` (eq. 8). Sums over tokens, mean over sequences.
 
     A response that is to become unlikely loses its weight as it does; one that is to become likely is imitated. ``level="token"``, as ROLL: every token's
@@ -46,7 +45,7 @@ def topr(level: str = "sequence", ratio_max: Positive[Any] = 1.0) -> PolicyLossS
     arxiv="2501.12599",
     certainty="secondary",
 )
-def kimi_opmd(tau: NonNegative[Any] = 0.1, level: str = "sequence") -> PolicyLossSpec:
+def kimi_opmd(tau: NonNegative[Number] = 0.1, level: str = "sequence") -> PolicyLossSpec:
     """``-A·log π(y) + τ/2·(log π(y) - log π_old(y))²`` of whole responses, mean over sequences (eq. 3); A is the reward less the group's mean.
 
     ``level="token"``, as ROLL: of every token, token mean, which is ``dro(beta=tau)``. τ is ROLL's default; the paper states none.
@@ -72,15 +71,15 @@ def kimi_opmd(tau: NonNegative[Any] = 0.1, level: str = "sequence") -> PolicyLos
     certainty="secondary",
 )
 def decoupled_ppo(
-    epsilon_low: NonNegativeOrInf[Any] = 0.2,
-    epsilon_high: NonNegativeOrInf[Any] = 0.2,
-    ratio_max: PositiveOrInf[Any] = math.inf,
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.2,
+    ratio_max: PositiveOrInf[Number] = math.inf,
     mode: str = "truncate",
 ) -> PolicyLossSpec:
     """``-w·min(u·A, clip(u, 1-ε_low, 1+ε_high)·A)``, ``u = π/π_prox``, ``w = π_prox/π_behave``, token mean: PPO around a recent policy, data of an older one.
 
     ``old_per_token_logps`` are the proximal policy's, ``sampling_per_token_logps`` those of the policy that wrote the tokens. A ``w`` above ``ratio_max``
-    is cut to it (``"truncate"``) or drops the token (``"mask"``, AReaL's ``behav_imp_weight_cap``); the paper's objective has no bound.
+    is cut to it (``mode="truncate"``) or drops the token (``"mask"``, AReaL's ``behav_imp_weight_cap``); the paper's objective has no bound.
     """
     modes = {"truncate": TruncatedImportance, "mask": MaskedImportance}
     if mode not in modes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._core.catalogue.registry import published
-from .._core.ranges import Count, NonNegative, NonNegativeOrInf, PositiveOrInf
+from .._core.ranges import Count, NonNegative, NonNegativeOrInf, Number, PositiveOrInf
 from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.reduction import PromptMean, TokenMean
 from ..rules.likelihood import NLL
@@ -21,7 +21,7 @@ from ..weights.probability import SignWeight
     arxiv="2510.13786",
     certainty="secondary",
 )
-def scale_rl(ratio_max: PositiveOrInf[Any] = 5.0, group_size: Count[int] | None = None) -> PolicyLossSpec:
+def scale_rl(ratio_max: PositiveOrInf[Number] = 5.0, group_size: Count[int] | None = None) -> PolicyLossSpec:
     """``-sg(min(r, ratio_max))·A·logp``, the mean over all tokens of a prompt's responses, then over prompts.
 
     ``group_size`` consecutive sequences share a prompt, or the call's ``group_ids``. The rest of the recipe is outside of the loss: advantages over the
@@ -38,10 +38,10 @@ def scale_rl(ratio_max: PositiveOrInf[Any] = 5.0, group_size: Count[int] | None 
     certainty="secondary",
 )
 def vapo(
-    mu: NonNegative[Any] = 0.1,
+    mu: NonNegative[Number] = 0.1,
     correct: Any = None,
-    epsilon_low: NonNegativeOrInf[Any] = 0.2,
-    epsilon_high: NonNegativeOrInf[Any] = 0.28,
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.28,
 ) -> PolicyLossSpec:
     """Clip, token mean, plus ``mu·NLL``, the mean over the tokens of correct responses.
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule, rule
-from .._core.ranges import NonNegative, Positive, Real
+from .._core.ranges import NonNegative, Number, Positive, Real
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import SequenceRatio
 from .._core.spec.reduction import SequenceMean
@@ -49,7 +48,7 @@ def _against_reference() -> SequenceRatio:
     arxiv="2505.20686",
     certainty="secondary",
 )
-def a_star_po(beta: Positive[Any] = 1e-3) -> PolicyLossSpec:
+def a_star_po(beta: Positive[Number] = 1e-3) -> PolicyLossSpec:
     """``(β·log(π(y)/π_ref(y)) - (r - V*))²``, mean over responses. Needs ``ref_per_token_logps``.
 
     ``advantages``: ``advantages.a_star_po``, the reward less the prompt's optimal value. Transcribed from TRL's ``A2POTrainer``; β is its ``beta2``.
@@ -65,10 +64,10 @@ def a_star_po(beta: Positive[Any] = 1e-3) -> PolicyLossSpec:
     certainty="secondary",
 )
 def kto(
-    beta: Positive[Any] = 0.1,
-    desirable_weight: NonNegative[Any] = 1.0,
-    undesirable_weight: NonNegative[Any] = 1.0,
-    kl: Real[Any] = 0.0,
+    beta: Positive[Number] = 0.1,
+    desirable_weight: NonNegative[Number] = 1.0,
+    undesirable_weight: NonNegative[Number] = 1.0,
+    kl: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
     """``λ_D·(1 - σ(β·(x - z)))`` of a desirable response, ``λ_U·(1 - σ(β·(z - x)))`` of another, ``x = log(π(y)/π_ref(y))``; mean over responses (eq. 7).
 

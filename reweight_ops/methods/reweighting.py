@@ -10,7 +10,7 @@ from torch import Tensor
 from .._core.calls.unused_options import forbid_unused
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule, TokenWeight
-from .._core.ranges import AtLeastOne, Interval, NonNegative, NonNegativeOrInf, Positive, Real, Unit
+from .._core.ranges import AtLeastOne, Interval, NonNegative, NonNegativeOrInf, Number, Positive, Real, Unit
 from .._core.spec.policy import PolicyLossSpec
 from ..errors import InvalidCall
 from ..rules.surrogates import Clip, DualClip
@@ -48,18 +48,18 @@ def _clip(epsilon_low: Any, epsilon_high: Any, clip_ratio_c: Any) -> Rule:
 
 @published("advantage_reweighting", "Advantage Reweighting (AR)", paper=_AR_PAPER, arxiv="2505.12929")
 def advantage_reweighting(
-    alpha: Unit[Any] = 0.3,
+    alpha: Unit[Number] = 0.3,
     probabilities: str = "old",
     mode: str = "linear",
-    steepness: Positive[Any] = 5.0,
-    midpoint: Unit[Any] = 0.4,
-    interval: Annotated[tuple[Any, Any], Interval(entries="[0, inf]")] = (0.0, 0.25),
-    negative_weight: NonNegative[Any] = 1.0,
-    epsilon_low: NonNegativeOrInf[Any] = 0.2,
-    epsilon_high: NonNegativeOrInf[Any] = 0.2,
-    clip_ratio_c: AtLeastOne[Any] = None,
-    beta: NonNegative[Any] = 0.0,
-    entropy_coef: Real[Any] = 0.0,
+    steepness: Positive[Number] = 5.0,
+    midpoint: Unit[Number] = 0.4,
+    interval: Annotated[tuple[Number, Number], Interval(entries="[0, inf]")] = (0.0, 0.25),
+    negative_weight: NonNegative[Number] = 1.0,
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.2,
+    clip_ratio_c: AtLeastOne[Number] = None,
+    beta: NonNegative[Number] = 0.0,
+    entropy_coef: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
     """Clip (with ``clip_ratio_c`` dual clip), each token's term times ``α·p + 1 - α`` (section 4.1), token mean.
 
@@ -104,14 +104,14 @@ def advantage_reweighting(
 @published("lopti", "Low-Probability Token Isolation (Lopti)", paper=_AR_PAPER, arxiv="2505.12929")
 def lopti(
     half: str = "low",
-    eta: Unit[Any] = 0.5,
+    eta: Unit[Number] = 0.5,
     split: str = "probability",
-    alpha: Unit[Any] = 0.0,
-    epsilon_low: NonNegativeOrInf[Any] = 0.2,
-    epsilon_high: NonNegativeOrInf[Any] = 0.2,
-    clip_ratio_c: AtLeastOne[Any] = None,
-    beta: NonNegative[Any] = 0.0,
-    entropy_coef: Real[Any] = 0.0,
+    alpha: Unit[Number] = 0.0,
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.2,
+    clip_ratio_c: AtLeastOne[Number] = None,
+    beta: NonNegative[Number] = 0.0,
+    entropy_coef: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
     """One of two updates over the same batch with fixed old log-probs: ``half="low"`` (``p_old < η``) first, then ``"high"`` (section 4.2).
 
@@ -143,7 +143,7 @@ def lopti(
     arxiv="2506.01939",
 )
 def top_entropy(
-    fraction: Unit[Any] = 0.2, epsilon_low: NonNegativeOrInf[Any] = 0.2, epsilon_high: NonNegativeOrInf[Any] = 0.28
+    fraction: Unit[Number] = 0.2, epsilon_low: NonNegativeOrInf[Number] = 0.2, epsilon_high: NonNegativeOrInf[Number] = 0.28
 ) -> PolicyLossSpec:
     """DAPO on the ``fraction`` of the batch's tokens with the highest entropy (eq. 6); the others stay in the denominator, as in TRL."""
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
@@ -157,13 +157,13 @@ def top_entropy(
     arxiv="2509.16591",
 )
 def hapo(
-    epsilon_low: NonNegativeOrInf[Any] = 0.2,
-    epsilon_high: NonNegativeOrInf[Any] = 0.28,
-    clip_ratio_c: AtLeastOne[Any] = 10.0,
-    alpha: Unit[Any] = 1.0,
-    beta: NonNegative[Any] = 1.0,
-    pivot: Unit[Any] = 0.8,
-    entropies: Any = None,
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.28,
+    clip_ratio_c: AtLeastOne[Number] = 10.0,
+    alpha: Unit[Number] = 1.0,
+    beta: NonNegative[Number] = 1.0,
+    pivot: Unit[Number] = 0.8,
+    entropies: Tensor | TokenWeight | None = None,
 ) -> PolicyLossSpec:
     """Dual clip with bounds of every token's own, and advantages redistributed between tokens of high and low entropy; token mean.
 

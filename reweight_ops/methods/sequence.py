@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .._core.catalogue.registry import published
-from .._core.ranges import NonNegative, NonNegativeOrInf, Real
+from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Real
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import GeometricMeanRatio, SequenceRatio
 from .._core.spec.reduction import SequenceMean
@@ -17,7 +15,7 @@ from .penalties import kl
 
 @published("gspo", "Group Sequence Policy Optimization", paper="Group Sequence Policy Optimization", arxiv="2507.18071")
 def gspo(
-    epsilon_low: NonNegativeOrInf[Any] = 3e-4, epsilon_high: NonNegativeOrInf[Any] = 4e-4, beta: NonNegative[Any] = 0.0
+    epsilon_low: NonNegativeOrInf[Number] = 3e-4, epsilon_high: NonNegativeOrInf[Number] = 4e-4, beta: NonNegative[Number] = 0.0
 ) -> PolicyLossSpec:
     """Clip of the length-normalised sequence ratio, mean over sequences (eq. 5 and 7); clip bounds of section 5.1."""
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
@@ -26,7 +24,7 @@ def gspo(
 
 @published("gspo_token", "GSPO, token-level variant", paper="Group Sequence Policy Optimization", arxiv="2507.18071")
 def gspo_token(
-    epsilon_low: NonNegativeOrInf[Any] = 3e-4, epsilon_high: NonNegativeOrInf[Any] = 4e-4, beta: NonNegative[Any] = 0.0
+    epsilon_low: NonNegativeOrInf[Number] = 3e-4, epsilon_high: NonNegativeOrInf[Number] = 4e-4, beta: NonNegative[Number] = 0.0
 ) -> PolicyLossSpec:
     """GSPO with each token's own gradient, so that advantages may differ inside a sequence (eq. 13 and 14)."""
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
@@ -42,7 +40,7 @@ def gspo_token(
     certainty="secondary",
 )
 def luspo(
-    epsilon_low: NonNegativeOrInf[Any] = 3e-4, epsilon_high: NonNegativeOrInf[Any] = 4e-4, beta: NonNegative[Any] = 0.0
+    epsilon_low: NonNegativeOrInf[Number] = 3e-4, epsilon_high: NonNegativeOrInf[Number] = 4e-4, beta: NonNegative[Number] = 0.0
 ) -> PolicyLossSpec:
     """GSPO with each sequence's loss times its length: the sum over tokens, mean over sequences.
 
@@ -55,7 +53,7 @@ def luspo(
 
 @published("gmpo", "Geometric-Mean Policy Optimization", paper="Geometric-Mean Policy Optimization", arxiv="2507.20673")
 def gmpo(
-    epsilon_low: NonNegativeOrInf[Any] = 0.4, epsilon_high: NonNegativeOrInf[Any] = 0.4, beta: NonNegative[Any] = 0.0
+    epsilon_low: NonNegativeOrInf[Number] = 0.4, epsilon_high: NonNegativeOrInf[Number] = 0.4, beta: NonNegative[Number] = 0.0
 ) -> PolicyLossSpec:
     """``-A·(Π_t r_t)^(1/L)``, each ``log r_t`` clipped to ``[-ε_low, ε_high]`` on the side that its advantage pushes to; mean over sequences.
 
@@ -75,11 +73,11 @@ def gmpo(
     level="sequence",
 )
 def vespo(
-    k_pos: NonNegative[Any] = 2.0,
-    lambda_pos: NonNegative[Any] = 3.0,
-    k_neg: NonNegative[Any] = 3.0,
-    lambda_neg: NonNegative[Any] = 2.0,
-    beta: NonNegative[Any] = 0.0,
+    k_pos: NonNegative[Number] = 2.0,
+    lambda_pos: NonNegative[Number] = 3.0,
+    k_neg: NonNegative[Number] = 3.0,
+    lambda_neg: NonNegative[Number] = 2.0,
+    beta: NonNegative[Number] = 0.0,
 ) -> PolicyLossSpec:
     """``-sg(W^k·exp(λ(1 - W)))·A·logp``, token mean, with W the product of the sequence's token ratios, and k, λ by the sign of A.
 
@@ -100,11 +98,11 @@ def vespo(
     example={"threshold": 0.5},
 )
 def opsm(
-    threshold: Real[Any],
+    threshold: Real[Number],
     against: str = "old",
-    epsilon_low: NonNegativeOrInf[Any] = 0.2,
-    epsilon_high: NonNegativeOrInf[Any] = 0.2,
-    beta: NonNegative[Any] = 0.0,
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.2,
+    beta: NonNegative[Number] = 0.0,
 ) -> PolicyLossSpec:
     """GRPO without the sequences that have a negative advantage and have drifted: mean of ``old_logp - logp`` above ``threshold`` (eq. 9).
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule, rule
-from .._core.ranges import NonNegative, NonNegativeOrInf, Positive
+from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Positive
 from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.reduction import SequenceMean, TokenMean
 from ..rules.surrogates import Clip
@@ -40,10 +38,10 @@ class TeacherReinforce(Rule):
     certainty="secondary",
 )
 def sdar(
-    coef: NonNegative[Any] = 0.1,
-    gate_beta: Positive[Any] = 5.0,
-    epsilon_low: NonNegativeOrInf[Any] = 0.2,
-    epsilon_high: NonNegativeOrInf[Any] = 0.2,
+    coef: NonNegative[Number] = 0.1,
+    gate_beta: Positive[Number] = 5.0,
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.2,
 ) -> PolicyLossSpec:
     """GRPO plus ``coef·mean_t sg(σ(gate_beta·d))·d``, ``d = log p_T - log p``: distillation on the tokens of which the teacher is more certain.
 
@@ -78,7 +76,7 @@ def opd() -> PolicyLossSpec:
     certainty="secondary",
     level="token",
 )
-def iw_opd(gamma: NonNegative[Any] = 1.0) -> PolicyLossSpec:
+def iw_opd(gamma: NonNegative[Number] = 1.0) -> PolicyLossSpec:
     """``-w_t·a_t·logp_t``, token mean, ``a = log p_T - log p_old``, ``w_t = 1 + γ·(1 - Σ_{s<t}|a_s|/Σ_s|a_s|)``: earlier disagreements count more.
 
     Reads no advantage. Differs from the paper: transcribed from TRL's ``IWOPDTrainer``.

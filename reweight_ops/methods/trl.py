@@ -7,7 +7,7 @@ from typing import Any
 
 from .._core.calls.unused_options import forbid_unused
 from .._core.formula.base import Rule, TokenWeight
-from .._core.ranges import Count, NonNegative, NonNegativeOrInf, Positive, PositiveOrInf, Real, Unit, ranged
+from .._core.ranges import Count, NonNegative, NonNegativeOrInf, Number, Positive, PositiveOrInf, Real, Unit, ranged
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import SequenceRatio, TokenRatio
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean
@@ -43,25 +43,25 @@ LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vesp
 def trl(
     loss_type: str = "dapo",
     *,
-    epsilon: NonNegativeOrInf[Any] = 0.2,
-    epsilon_high: NonNegativeOrInf[Any] = None,
-    delta: PositiveOrInf[Any] = None,
-    beta: NonNegative[Any] = 0.0,
+    epsilon: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = None,
+    delta: PositiveOrInf[Number] = None,
+    beta: NonNegative[Number] = 0.0,
     importance_sampling_level: str = "token",
     use_bias_correction_kl: bool = True,
     max_completion_length: Count[int] | None = None,
-    top_entropy_quantile: Unit[Any] = 1.0,
-    entropy_coef: Real[Any] = 0.0,
-    sapo_temperature_pos: Positive[Any] = 1.0,
-    sapo_temperature_neg: Positive[Any] = 1.05,
-    vespo_k_pos: NonNegative[Any] = 2.0,
-    vespo_lambda_pos: NonNegative[Any] = 3.0,
-    vespo_k_neg: NonNegative[Any] = 3.0,
-    vespo_lambda_neg: NonNegative[Any] = 2.0,
-    off_policy_mask_threshold: Real[Any] = None,
+    top_entropy_quantile: Unit[Number] = 1.0,
+    entropy_coef: Real[Number] = 0.0,
+    sapo_temperature_pos: Positive[Number] = 1.0,
+    sapo_temperature_neg: Positive[Number] = 1.05,
+    vespo_k_pos: NonNegative[Number] = 2.0,
+    vespo_lambda_pos: NonNegative[Number] = 3.0,
+    vespo_k_neg: NonNegative[Number] = 3.0,
+    vespo_lambda_neg: NonNegative[Number] = 2.0,
+    off_policy_mask_threshold: Real[Number] = None,
     vllm_importance_sampling_mode: str | None = None,
-    vllm_importance_sampling_clip_min: NonNegative[Any] = None,
-    vllm_importance_sampling_clip_max: PositiveOrInf[Any] | None = 3.0,
+    vllm_importance_sampling_clip_min: NonNegative[Number] = None,
+    vllm_importance_sampling_clip_max: PositiveOrInf[Number] | None = 3.0,
     unused: str = "error",
 ) -> PolicyLossSpec:
     """The loss of TRL's ``GRPOTrainer._compute_loss`` (1.15 and later), exactly: bare ``exp``, k3 without a clamp.

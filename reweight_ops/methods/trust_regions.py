@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .._core.calls.unused_options import forbid_unused
 from .._core.catalogue.registry import published
-from .._core.ranges import AtLeastOne, NonNegative, NonNegativeOrInf, Positive, Real
+from .._core.ranges import AtLeastOne, NonNegative, NonNegativeOrInf, Number, Positive, Real
 from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.ratio import CumulativeRatio, TokenRatio
 from ..errors import InvalidCall
@@ -25,7 +26,7 @@ from .penalties import is_zero
     certainty="secondary",
     example={"delta": 4.0},
 )
-def two_sided_clip(delta: AtLeastOne[Any], epsilon: NonNegativeOrInf[Any] = 0.2) -> PolicyLossSpec:
+def two_sided_clip(delta: AtLeastOne[Number], epsilon: NonNegativeOrInf[Number] = 0.2) -> PolicyLossSpec:
     """``-min(min(r, δ)·A, clip(r, 1-ε, 1+ε)·A)``, token mean: also for ``A < 0`` no ratio counts as more than ``δ > 1+ε``.
 
     As TRL's ``delta``. The paper's values were not found in print, so ``delta`` must be given.
@@ -40,7 +41,7 @@ def two_sided_clip(delta: AtLeastOne[Any], epsilon: NonNegativeOrInf[Any] = 0.2)
     arxiv="2510.01161",
     level="batch",
 )
-def m2po(budget: Positive[Any] = 0.04, least_low: NonNegative[Any] = 0.3, least_high: NonNegative[Any] = 0.5) -> PolicyLossSpec:
+def m2po(budget: Positive[Number] = 0.04, least_low: NonNegative[Number] = 0.3, least_high: NonNegative[Number] = 0.5) -> PolicyLossSpec:
     """Clip to ``[1 - max(1-e^-τ, least_low), 1 + max(e^τ-1, least_high)]``, token mean, with one τ for the call that keeps a second moment in budget.
 
     τ is the largest ``|log r|`` such that, cut there, the mean of ``(log r)²`` over the tokens that have moved to their advantage's side (``A > 0`` and
@@ -62,7 +63,10 @@ def m2po(budget: Positive[Any] = 0.04, least_low: NonNegative[Any] = 0.3, least_
     arxiv="2605.07331",
 )
 def ctpo(
-    log_clip_low: Positive[Any] = 0.025, log_clip_high: Positive[Any] = 0.05, log_clip_c: Positive[Any] = 0.05, power: Real[Any] = 0.5
+    log_clip_low: Positive[Number] = 0.025,
+    log_clip_high: Positive[Number] = 0.05,
+    log_clip_c: Positive[Number] = 0.05,
+    power: Real[Number] = 0.5,
 ) -> PolicyLossSpec:
     """Dual clip, token mean, of the ratio of the sequence up to each token, ``Π_{s<=t} r_s``, with bounds that widen as its logarithm does, by ``√t``.
 
@@ -85,24 +89,23 @@ def ctpo(
     certainty="secondary",
 )
 def prime_rl(
-    mask: str = "dppo", mask_low: NonNegative[Any] | None = None, mask_high: NonNegative[Any] = 0.2, kl_tau: NonNegative[Any] = 1e-3
+    mask: str = "dppo", mask_low: NonNegative[Number] = 0.2, mask_high: NonNegative[Number] = 0.2, kl_tau: NonNegative[Number] = 1e-3
 ) -> PolicyLossSpec:
     """``-m·r·A + τ·(log r)²``, token mean, ``m`` 0 where the probability has moved too far and else 1. Pass the sampler's log-probs as the old ones.
 
-    ``mask="dppo"``, its default loss: 0 where ``p - p_old > mask_high`` and ``A > 0``, or ``p - p_old < -mask_low`` and ``A <= 0`` (arXiv:2602.04879);
-    ``mask_low`` is 0.2 unless given. ``"ipo"``: 0 where ``|p - p_old| > mask_high``, for which it has 0.1; ``mask_low`` is then an error. A masked token
-    still pays for its KL.
+    ``mask="dppo"``, its default loss: 0 where ``p - p_old > mask_high`` and ``A > 0``, or ``p - p_old < -mask_low`` and ``A <= 0`` (arXiv:2602.04879).
+    ``"ipo"``: 0 where ``|p - p_old| > mask_high``, for which it has 0.1; ``mask_low`` is then an error. A masked token still pays for its KL.
 
     Differs from the paper: transcribed from prime-rl, which names Kimi K2.5 as the source of the squared log-ratio; the mask is DPPO's.
     """
-    if mask == "ipo" and mask_low is not None:
-        raise InvalidCall("prime_rl: mask_low has no effect with mask='ipo', whose one bound is mask_high.")
+    given = locals()
     masks = {
-        "dppo": lambda: ProbabilityDriftMask(low=0.2 if mask_low is None else mask_low, high=mask_high),
+        "dppo": lambda: ProbabilityDriftMask(low=mask_low, high=mask_high),
         "ipo": lambda: ProbabilityDistanceMask(threshold=mask_high),
     }
     if mask not in masks:
         raise InvalidCall(f"prime_rl: mask is {mask!r}, expected 'dppo' or 'ipo'.")
+    forbid_unused("prime_rl", prime_rl, given, f"mask={mask!r}", {"mask_low": mask == "dppo"})
     penalties = () if is_zero(kl_tau) else (Penalty(DriftK2(), 2 * kl_tau),)
     return PolicyLossSpec(
         surrogate=Unclipped(), penalties=penalties, ratio=TokenRatio(clamp=math.inf), weights=(masks[mask](),), name="prime_rl"
@@ -118,7 +121,7 @@ def prime_rl(
     level="token",
 )
 def fipo(
-    epsilon_low: NonNegativeOrInf[Any] = 0.2, epsilon_high: NonNegativeOrInf[Any] = 0.2, half_life: Positive[Any] = 32.0
+    epsilon_low: NonNegativeOrInf[Number] = 0.2, epsilon_high: NonNegativeOrInf[Number] = 0.2, half_life: Positive[Number] = 32.0
 ) -> PolicyLossSpec:
     """Clip, token mean, weighted by :class:`~reweight_ops.weights.FutureInfluence`: by how the policy has moved on what follows a token.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from .._core.calls.unused_options import forbid_unused
 from .._core.formula.base import Rule, TokenWeight
-from .._core.ranges import AtLeastOne, Interval, NonNegative, NonNegativeOrInf, Positive, Real, Unit, ranged
+from .._core.ranges import AtLeastOne, Interval, NonNegative, NonNegativeOrInf, Number, Positive, Real, Unit, ranged
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import GeometricMeanRatio, Ratio, SequenceRatio, TokenRatio
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean, TokenSum
@@ -81,26 +81,26 @@ def verl(
     loss_mode: str = "vanilla",
     *,
     loss_agg_mode: str = "token-mean",
-    clip_ratio: NonNegativeOrInf[Any] = 0.2,
-    clip_ratio_low: NonNegativeOrInf[Any] = None,
-    clip_ratio_high: NonNegativeOrInf[Any] = None,
-    clip_ratio_c: AtLeastOne[Any] = 3.0,
-    tau_pos: Positive[Any] = 1.0,
-    tau_neg: Positive[Any] = 1.05,
-    clip_cov_ratio: Unit[Any] = 2e-4,
-    clip_cov_lb: Real[Any] = 1.0,
-    clip_cov_ub: Real[Any] = 5.0,
-    kl_cov_ratio: Unit[Any] = 2e-4,
-    ppo_kl_coef: NonNegative[Any] = 0.1,
-    dro_beta: NonNegative[Any] = None,
+    clip_ratio: NonNegativeOrInf[Number] = 0.2,
+    clip_ratio_low: NonNegativeOrInf[Number] = None,
+    clip_ratio_high: NonNegativeOrInf[Number] = None,
+    clip_ratio_c: AtLeastOne[Number] = 3.0,
+    tau_pos: Positive[Number] = 1.0,
+    tau_neg: Positive[Number] = 1.05,
+    clip_cov_ratio: Unit[Number] = 2e-4,
+    clip_cov_lb: Real[Number] = 1.0,
+    clip_cov_ub: Real[Number] = 5.0,
+    kl_cov_ratio: Unit[Number] = 2e-4,
+    ppo_kl_coef: NonNegative[Number] = 0.1,
+    dro_beta: NonNegative[Number] = None,
     rollout_loss_type: str = "ppo_clip",
     rollout_is: str | None = None,
-    rollout_is_threshold: Annotated[Any, Interval("(0, inf]", entries="[0, inf]")] = 2.0,
+    rollout_is_threshold: Annotated[Number, Interval("(0, inf]", entries="[0, inf]")] = 2.0,
     loss_scale_factor: Positive[float] | None = None,
     use_kl_loss: bool = False,
-    kl_loss_coef: NonNegative[Any] = 0.001,
+    kl_loss_coef: NonNegative[Number] = 0.001,
     kl_loss_type: str = "low_var_kl",
-    entropy_coeff: Real[Any] = 0.0,
+    entropy_coeff: Real[Number] = 0.0,
     unused: str = "error",
 ) -> PolicyLossSpec:
     """A loss of verl's registry (0.9.1, ``core_algos.py``) with the KL and entropy terms that ``ppo_loss`` adds around it.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
+from .._core.calls.unused_options import forbid_unused
 from .._core.catalogue.registry import published
-from .._core.ranges import Interval, NonNegative, Positive, Real, Unit
+from .._core.ranges import Interval, NonNegative, Number, Positive, Real, Unit
 from .._core.spec.pair_parts import PairLoss
 from .._core.spec.pairs import PairSpec, PairTerm
 from ..errors import InvalidCall
@@ -18,7 +19,7 @@ from .scores import AlphaLikelihood, Likelihood
     "f_dpo", "f-DPO: DPO with another divergence", level="pair", plan="two passes", arxiv="2309.16240", certainty="secondary",
     paper="Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence Constraints",
 )  # fmt: skip
-def f_dpo(beta: Positive[Any] = 0.1, divergence: str = "js_divergence", alpha: Real[float] = 1.0) -> PairSpec:
+def f_dpo(beta: Positive[Number] = 0.1, divergence: str = "js_divergence", alpha: Real[float] = 1.0) -> PairSpec:
     """``-log σ(β·(f'(t_w) - f'(t_l)))``, ``t = π(y)/π_ref(y)``: ``dpo(divergence=...)``, with TRL's names; ``alpha`` belongs to ``"alpha_divergence"``.
 
     ``"js_divergence"`` ``log(2t/(t+1))``, ``"forward_kl"`` ``1 - 1/t``, ``"alpha_divergence"`` ``(t^(α-1) - 1)/(α-1)``, ``"reverse_kl"`` ``log t``, which is
@@ -31,7 +32,7 @@ def f_dpo(beta: Positive[Any] = 0.1, divergence: str = "js_divergence", alpha: R
     "ld_dpo", "Length-Desensitization DPO (LD-DPO)", level="pair", plan="two passes", arxiv="2409.06411", certainty="secondary",
     paper="Length Desensitization in Direct Preference Optimization", example={"ld_alpha": 0.5},
 )  # fmt: skip
-def ld_dpo(ld_alpha: Unit[float], beta: Positive[Any] = 0.1) -> PairSpec:
+def ld_dpo(ld_alpha: Unit[float], beta: Positive[Number] = 0.1) -> PairSpec:
     """``dpo(ld_alpha=...)``: tokens beyond the shorter sequence's length have weight ``ld_alpha`` in both log-probs; 1 is DPO. TRL's ``ld_alpha``."""
     return dpo(beta, ld_alpha=ld_alpha).replace(name="ld_dpo")
 
@@ -40,7 +41,7 @@ def ld_dpo(ld_alpha: Unit[float], beta: Positive[Any] = 0.1) -> PairSpec:
     "aot", "Alignment via Optimal Transport (AOT)", level="batch", plan="two passes", arxiv="2406.05882", certainty="secondary",
     paper="Distributional Preference Alignment of LLMs via Optimal Transport",
 )  # fmt: skip
-def aot(beta: Positive[Any] = 0.1, label_smoothing: Annotated[Any, Interval("[0, 1)")] = 0.0, paired: bool = True) -> PairSpec:
+def aot(beta: Positive[Number] = 0.1, label_smoothing: Annotated[Number, Interval("[0, 1)")] = 0.0, paired: bool = True) -> PairSpec:
     """The sigmoid loss of the k-th smallest against the k-th smallest: TRL's ``aot``; ``paired=False`` its ``aot_unpaired``. See :class:`Aot`."""
     return PairSpec(terms=(PairTerm(loss=Aot(label_smoothing=label_smoothing, paired=paired)),), beta=beta, name="aot")
 
@@ -49,7 +50,7 @@ def aot(beta: Positive[Any] = 0.1, label_smoothing: Annotated[Any, Interval("[0,
     "irpo", "Iterative Reasoning Preference Optimization (IRPO)", level="pair", plan="two passes", arxiv="2404.19733", certainty="secondary",
     paper="Iterative Reasoning Preference Optimization",
 )  # fmt: skip
-def irpo(beta: Positive[Any] = 0.1, alpha: NonNegative[Any] = 1.0) -> PairSpec:
+def irpo(beta: Positive[Number] = 0.1, alpha: NonNegative[Number] = 1.0) -> PairSpec:
     """``-log σ(β·m) - α·log π(y_w)/|y_w|``: DPO and the chosen sequence's NLL per token (eq. 1 and 2).
 
     TRL's ``["sigmoid", "sft"]`` has the mean NLL over all chosen tokens of the batch instead: ``preference.trl``.
@@ -63,10 +64,10 @@ def irpo(beta: Positive[Any] = 0.1, alpha: NonNegative[Any] = 1.0) -> PairSpec:
     paper="Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference Optimization",
 )  # fmt: skip
 def mpo(
-    beta: Positive[Any] = 0.1,
-    preference_weight: NonNegative[Any] = 0.8,
-    quality_weight: NonNegative[Any] = 0.2,
-    generation_weight: NonNegative[Any] = 1.0,
+    beta: Positive[Number] = 0.1,
+    preference_weight: NonNegative[Number] = 0.8,
+    quality_weight: NonNegative[Number] = 0.2,
+    generation_weight: NonNegative[Number] = 1.0,
 ) -> PairSpec:
     """``w_p·DPO + w_q·BCO + w_g·NLL(y_w)``, the NLL the mean over all chosen tokens: TRL's ``["sigmoid", "bco_pair", "sft"]``.
 
@@ -80,7 +81,7 @@ def mpo(
     "alpha_po", "AlphaPO: a reward of another shape", level="pair", plan="two passes", arxiv="2501.03884", certainty="secondary",
     paper="AlphaPO: Reward Shape Matters for LLM Alignment", example={"alpha": 0.25},
 )  # fmt: skip
-def alpha_po(alpha: Real[float], beta: Positive[Any] = 2.0, gamma: NonNegative[Any] = 1.0) -> PairSpec:
+def alpha_po(alpha: Real[float], beta: Positive[Number] = 2.0, gamma: NonNegative[Number] = 1.0) -> PairSpec:
     """``-log σ(β·(r(y_w) - r(y_l)) - γ)``, ``r = (1 - p^-α)/α`` of the geometric mean ``p`` of the tokens' probabilities; ``α → 0`` is SimPO.
 
     As TRL's ``CPOTrainer`` with ``loss_type="simpo"`` and ``cpo_alpha=0``; β and γ, tuned per model in the paper, have SimPO's defaults.
@@ -94,28 +95,27 @@ def alpha_po(alpha: Real[float], beta: Positive[Any] = 2.0, gamma: NonNegative[A
 )  # fmt: skip
 def tpo(
     loss_type: str = "sigmoid",
-    beta: Positive[Any] = 0.01,
-    alpha: NonNegative[Any] = 1.0,
-    gamma: NonNegative[Any] | None = None,
-    label_smoothing: Annotated[Any, Interval("[0, 1)")] = 0.0,
+    beta: Positive[Number] = 0.01,
+    alpha: NonNegative[Number] = 1.0,
+    gamma: NonNegative[Number] = 0.5,
+    label_smoothing: Annotated[Number, Interval("[0, 1)")] = 0.0,
 ) -> PairSpec:
     """``-log σ(β·(log π(y_w) - log π(y_l))) + α·NLL(y_gold)``: no reference; triples of chosen, rejected and gold responses, ``[3·P, T]``.
 
     ``loss_type="tpo-l"``: means over tokens and a target margin, ``β·m - γ``; ``"hinge"`` and ``"ipo"`` as in TRL's ``TPOTrainer``. The NLL is the mean over
-    all gold tokens. ``gamma`` belongs to ``"tpo-l"``, where it is 0.5 unless given, ``label_smoothing`` to ``"sigmoid"`` and ``"tpo-l"``: elsewhere
-    they are errors.
+    all gold tokens. ``gamma`` is read by ``"tpo-l"``, ``label_smoothing`` by ``"sigmoid"`` and ``"tpo-l"``; with another
+    loss they are errors.
     """
+    given = locals()
     sums, means = Likelihood(), Likelihood(average=True)
     kinds: dict[str, tuple[PairLoss, Likelihood]] = {
         "sigmoid": (Sigmoid(label_smoothing=label_smoothing), sums), "hinge": (Hinge(), sums), "ipo": (Ipo(average=False), means),
-        "tpo-l": (Sigmoid(label_smoothing=label_smoothing, target=0.5 if gamma is None else gamma), means),
+        "tpo-l": (Sigmoid(label_smoothing=label_smoothing, target=gamma), means),
     }  # fmt: skip
     if loss_type not in kinds:
         raise InvalidCall(f"tpo: loss_type is {loss_type!r}, expected one of {', '.join(kinds)}.")
-    if gamma is not None and loss_type != "tpo-l":
-        raise InvalidCall(f"tpo: gamma has no effect with loss_type={loss_type!r}; it belongs to 'tpo-l'.")
-    if not (isinstance(label_smoothing, int | float) and label_smoothing == 0) and loss_type not in ("sigmoid", "tpo-l"):
-        raise InvalidCall(f"tpo: label_smoothing has no effect with loss_type={loss_type!r}.")
+    smooth = loss_type in ("sigmoid", "tpo-l")
+    forbid_unused("tpo", tpo, given, f"loss_type={loss_type!r}", {"gamma": loss_type == "tpo-l", "label_smoothing": smooth})
     loss, score = kinds[loss_type]
     terms = (PairTerm(loss=loss), PairTerm(loss=ChosenNll(per="batch", side=2), coef=alpha))
     return PairSpec(terms=terms, beta=beta, score=score, group_size=3, name="tpo")

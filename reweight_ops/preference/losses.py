@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._core.ranges import CountOrZero, Interval, Positive, Real, ranged
+from .._core.ranges import CountOrZero, Interval, Number, Positive, Real, ranged
 from .._core.rows.numerics import log1mexp
 from .._core.rows.pairs import Pairs
 from .._core.spec.pair_parts import PairLoss
@@ -34,8 +34,8 @@ def squared(x: Tensor) -> Tensor:
 class Sigmoid(PairLoss):
     """``-(1-ε)·log σ(β·m - target) - ε·log σ(-(β·m - target))``, ``m`` the margin; ``average``: of scores per token."""
 
-    label_smoothing: Annotated[Any, Interval("[0, 1)")] = 0.0
-    target: Real[Any] = 0.0
+    label_smoothing: Annotated[Number, Interval("[0, 1)")] = 0.0
+    target: Real[Number] = 0.0
     average: bool = False
 
     def loss(self, p: Pairs) -> Tensor:
@@ -53,7 +53,7 @@ def averaged_margins(p: Pairs) -> Tensor:
 class Robust(PairLoss):
     """``(-(1-ε)·log σ(β·m) + ε·log σ(-β·m)) / (1 - 2ε)``: unbiased under flipped labels. arXiv:2403.00409."""
 
-    label_smoothing: Annotated[Any, Interval("[0, 0.5)")] = 0.0
+    label_smoothing: Annotated[Number, Interval("[0, 0.5)")] = 0.0
 
     def loss(self, p: Pairs) -> Tensor:
         e, x = self.label_smoothing, p.beta * p.margins
@@ -131,7 +131,7 @@ class Aot(PairLoss):
 
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
-    label_smoothing: Annotated[Any, Interval("[0, 1)")] = 0.0
+    label_smoothing: Annotated[Number, Interval("[0, 1)")] = 0.0
     paired: bool = True
 
     def loss(self, p: Pairs) -> Tensor:
@@ -175,7 +175,7 @@ class ApoDown(PairLoss):
 class Discopop(PairLoss):
     """``-(1-g)·log σ(x) + g·exp(-x)``, ``x = β·m``, ``g = σ(x/τ)``. arXiv:2406.08414, eq. 5."""
 
-    tau: Positive[Any] = 0.05
+    tau: Positive[Number] = 0.05
 
     def loss(self, p: Pairs) -> Tensor:
         x = p.beta * p.margins

@@ -6,7 +6,7 @@ import math
 from typing import Annotated, Any
 
 from .._core.catalogue.registry import published
-from .._core.ranges import Interval, NonNegative, OpenUnit, Positive, Real, Unit
+from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Positive, Real, Unit
 from .._core.spec.pair_parts import PairLoss
 from .._core.spec.pairs import PairSpec, PairTerm
 from ..errors import InvalidCall
@@ -44,7 +44,7 @@ def _terms(*losses: PairLoss | tuple[PairLoss, Any]) -> tuple[PairTerm, ...]:
     "dpo", "Direct Preference Optimization", level="pair", plan="two passes", arxiv="2305.18290",
     paper="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
 )  # fmt: skip
-def dpo(beta: Positive[Any] = 0.1, ld_alpha: Unit[Any] = None, divergence: str = "reverse_kl", alpha: Real[float] = 1.0) -> PairSpec:
+def dpo(beta: Positive[Number] = 0.1, ld_alpha: Unit[Number] = None, divergence: str = "reverse_kl", alpha: Real[float] = 1.0) -> PairSpec:
     """``-log σ(β·m)``, ``m = (log π - log π_ref)(y_w) - (log π - log π_ref)(y_l)`` (eq. 7).
 
     ``ld_alpha``: LD-DPO's weight of the tokens beyond the shorter sequence's length. ``divergence``, ``alpha``: f-DPO, see :class:`LogRatio`.
@@ -57,7 +57,7 @@ def dpo(beta: Positive[Any] = 0.1, ld_alpha: Unit[Any] = None, divergence: str =
     "cdpo", "Conservative DPO", level="pair", plan="two passes", arxiv="unknown", certainty="secondary",
     paper="A note on DPO with noisy preferences & relationship to IPO",
 )  # fmt: skip
-def cdpo(beta: Positive[Any] = 0.1, label_smoothing: Annotated[Any, Interval("[0, 1)")] = 0.1) -> PairSpec:
+def cdpo(beta: Positive[Number] = 0.1, label_smoothing: Annotated[Number, Interval("[0, 1)")] = 0.1) -> PairSpec:
     """``-(1-ε)·log σ(β·m) - ε·log σ(-β·m)``: a share ε of the labels is wrong. The default of ε is ours."""
     return PairSpec(terms=_terms(Sigmoid(label_smoothing=label_smoothing)), beta=beta, name="cdpo")
 
@@ -66,7 +66,7 @@ def cdpo(beta: Positive[Any] = 0.1, label_smoothing: Annotated[Any, Interval("[0
     "robust_dpo", "Robust DPO (rDPO)", level="pair", plan="two passes", arxiv="2403.00409",
     paper="Provably Robust DPO: Aligning Language Models with Noisy Feedback", certainty="secondary",
 )  # fmt: skip
-def robust_dpo(beta: Positive[Any] = 0.1, label_smoothing: Annotated[Any, Interval("[0, 0.5)")] = 0.1) -> PairSpec:
+def robust_dpo(beta: Positive[Number] = 0.1, label_smoothing: Annotated[Number, Interval("[0, 0.5)")] = 0.1) -> PairSpec:
     """``(-(1-ε)·log σ(β·m) + ε·log σ(-β·m)) / (1-2ε)``: unbiased if a share ε of the labels is flipped (TRL's ``robust``)."""
     return PairSpec(terms=_terms(Robust(label_smoothing=label_smoothing)), beta=beta, name="robust_dpo")
 
@@ -75,7 +75,7 @@ def robust_dpo(beta: Positive[Any] = 0.1, label_smoothing: Annotated[Any, Interv
     "hinge", "SLiC-HF's hinge on DPO's margin", level="pair", plan="two passes", arxiv="2305.10425", certainty="secondary",
     paper="SLiC-HF: Sequence Likelihood Calibration with Human Feedback",
 )  # fmt: skip
-def hinge(beta: Positive[Any] = 0.1) -> PairSpec:
+def hinge(beta: Positive[Number] = 0.1) -> PairSpec:
     """``max(0, 1 - β·m)`` (TRL's ``hinge``). Differs from the paper: the margin is of log-ratios to the reference, not of log-probs."""
     return PairSpec(terms=_terms(Hinge()), beta=beta, name="hinge")
 
@@ -84,7 +84,7 @@ def hinge(beta: Positive[Any] = 0.1) -> PairSpec:
     "ipo", "Identity Preference Optimization", level="pair", plan="two passes", arxiv="2310.12036", certainty="secondary",
     paper="A General Theoretical Paradigm to Understand Learning from Human Preferences",
 )  # fmt: skip
-def ipo(beta: Positive[Any] = 0.1, average: bool = True) -> PairSpec:
+def ipo(beta: Positive[Number] = 0.1, average: bool = True) -> PairSpec:
     """``(m - 1/(2β))²`` (eq. 17, β is the paper's τ). ``average=True``, as TRL: ``m`` of log-ratios per token.
 
     Differs from the paper: the average; its formula has sums (``average=False``).
@@ -96,7 +96,7 @@ def ipo(beta: Positive[Any] = 0.1, average: bool = True) -> PairSpec:
     "exo", "Efficient Exact Optimization (pairs)", level="pair", plan="two passes", arxiv="2402.00856", certainty="secondary",
     paper="Towards Efficient Exact Optimization of Language Model Alignment",
 )  # fmt: skip
-def exo(beta: Positive[Any] = 0.1, label_smoothing: Annotated[float, Interval("(0, 1)")] = 1e-3) -> PairSpec:
+def exo(beta: Positive[Number] = 0.1, label_smoothing: Annotated[float, Interval("(0, 1)")] = 1e-3) -> PairSpec:
     """``KL((σ(β·m), σ(-β·m)) ‖ (1-ε, ε))`` (eq. 16; TRL's ``exo_pair``)."""
     return PairSpec(terms=_terms(ExoPair(label_smoothing=label_smoothing)), beta=beta, name="exo")
 
@@ -105,7 +105,7 @@ def exo(beta: Positive[Any] = 0.1, label_smoothing: Annotated[float, Interval("(
     "nca", "Noise Contrastive Alignment (pairs)", level="pair", plan="two passes", arxiv="2402.05369", certainty="secondary",
     paper="Noise Contrastive Alignment of Language Models with Explicit Rewards",
 )  # fmt: skip
-def nca(beta: Positive[Any] = 0.1) -> PairSpec:
+def nca(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(r_w) - ½·log σ(-r_w) - ½·log σ(-r_l)``, ``r = β·(log π - log π_ref)`` (TRL's ``nca_pair``)."""
     return PairSpec(terms=_terms(NcaPair()), beta=beta, name="nca")
 
@@ -114,7 +114,7 @@ def nca(beta: Positive[Any] = 0.1) -> PairSpec:
     "bco", "Binary Classifier Optimization (pairs)", level="pair", plan="two passes", arxiv="2404.04656", certainty="secondary",
     paper="Binary Classifier Optimization for Large Language Model Alignment",
 )  # fmt: skip
-def bco(beta: Positive[Any] = 0.1) -> PairSpec:
+def bco(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(r_w) - log σ(-r_l)``, ``r = β·(log π - log π_ref)`` (TRL's ``bco_pair``). Differs from the paper: no reward shift δ."""
     return PairSpec(terms=_terms(BcoPair()), beta=beta, name="bco")
 
@@ -123,7 +123,7 @@ def bco(beta: Positive[Any] = 0.1) -> PairSpec:
     "sppo", "Self-Play Preference Optimization (hard labels)", level="pair", plan="two passes", arxiv="2405.00675",
     paper="Self-Play Preference Optimization for Language Model Alignment", certainty="secondary",
 )  # fmt: skip
-def sppo(beta: Positive[Any] = 0.1) -> PairSpec:
+def sppo(beta: Positive[Number] = 0.1) -> PairSpec:
     """``(log-ratio_w - 1/(2β))² + (log-ratio_l + 1/(2β))²`` (eq. 4.7 with P = 1 and 0; TRL's ``sppo_hard``)."""
     return PairSpec(terms=_terms(SppoHard()), beta=beta, name="sppo")
 
@@ -132,7 +132,7 @@ def sppo(beta: Positive[Any] = 0.1) -> PairSpec:
     "apo", "Anchored Preference Optimization", level="pair", plan="two passes", arxiv="2408.06266", certainty="secondary",
     paper="Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
 )  # fmt: skip
-def apo(beta: Positive[Any] = 0.1, anchor: str = "zero") -> PairSpec:
+def apo(beta: Positive[Number] = 0.1, anchor: str = "zero") -> PairSpec:
     """``anchor="zero"``: ``1 - σ(r_w) + σ(r_l)`` (eq. 7). ``"down"``: ``σ(r_w) + 1 - σ(r_w - r_l)`` (eq. 8). ``r = β·(log π - log π_ref)``."""
     kinds = {"zero": ApoZero, "down": ApoDown}
     if anchor not in kinds:
@@ -144,7 +144,7 @@ def apo(beta: Positive[Any] = 0.1, anchor: str = "zero") -> PairSpec:
     "discopop", "Discovered Preference Optimization (DiscoPOP)", level="pair", plan="two passes", arxiv="2406.08414",
     paper="Discovering Preference Optimization Algorithms with and for Large Language Models", certainty="secondary",
 )  # fmt: skip
-def discopop(beta: Positive[Any] = 0.1, tau: Positive[Any] = 0.05) -> PairSpec:
+def discopop(beta: Positive[Number] = 0.1, tau: Positive[Number] = 0.05) -> PairSpec:
     """``-(1-g)·log σ(x) + g·exp(-x)``, ``x = β·m``, ``g = σ(x/τ)`` (eq. 5)."""
     return PairSpec(terms=_terms(Discopop(tau=tau)), beta=beta, name="discopop")
 
@@ -153,7 +153,7 @@ def discopop(beta: Positive[Any] = 0.1, tau: Positive[Any] = 0.05) -> PairSpec:
     "simpo", "Simple Preference Optimization", level="pair", plan="two passes", arxiv="2405.14734", certainty="secondary",
     paper="SimPO: Simple Preference Optimization with a Reference-Free Reward",
 )  # fmt: skip
-def simpo(beta: Positive[Any] = 2.0, gamma: NonNegative[Any] = 1.0) -> PairSpec:
+def simpo(beta: Positive[Number] = 2.0, gamma: NonNegative[Number] = 1.0) -> PairSpec:
     """``-log σ(β·(mean log π(y_w) - mean log π(y_l)) - γ)``: means over tokens, no reference. β and γ are tuned per model in the paper."""
     return PairSpec(terms=_terms(Sigmoid(target=gamma)), beta=beta, score=Likelihood(average=True), name="simpo")
 
@@ -162,7 +162,7 @@ def simpo(beta: Positive[Any] = 2.0, gamma: NonNegative[Any] = 1.0) -> PairSpec:
     "cpo", "Contrastive Preference Optimization", level="pair", plan="two passes", arxiv="2401.08417", certainty="secondary",
     paper="Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine Translation",
 )  # fmt: skip
-def cpo(beta: Positive[Any] = 0.1, cpo_alpha: NonNegative[Any] = 1.0) -> PairSpec:
+def cpo(beta: Positive[Number] = 0.1, cpo_alpha: NonNegative[Number] = 1.0) -> PairSpec:
     """``-log σ(β·(log π(y_w) - log π(y_l))) + α·NLL(y_w)``: no reference; the NLL is the mean over all chosen tokens of the batch."""
     terms = _terms(Sigmoid(), (ChosenNll(per="batch"), cpo_alpha))
     return PairSpec(terms=terms, beta=beta, score=Likelihood(), name="cpo")
@@ -172,7 +172,7 @@ def cpo(beta: Positive[Any] = 0.1, cpo_alpha: NonNegative[Any] = 1.0) -> PairSpe
     "orpo", "Odds Ratio Preference Optimization", level="pair", plan="two passes", arxiv="2403.07691", certainty="secondary",
     paper="ORPO: Monolithic Preference Optimization without Reference Model",
 )  # fmt: skip
-def orpo(beta: Positive[Any] = 0.1) -> PairSpec:
+def orpo(beta: Positive[Number] = 0.1) -> PairSpec:
     """``NLL(y_w) - β·log σ(log odds(y_w) - log odds(y_l))``, odds of the mean token log-prob (eq. 6 and 7, β is the paper's λ).
 
     The NLL is the mean over all chosen tokens of the batch.
@@ -185,7 +185,7 @@ def orpo(beta: Positive[Any] = 0.1) -> PairSpec:
     "dpo_gamma", "DPO^γ", level="pair", plan="two passes", arxiv="2405.19534", example={"gamma": 0.5},
     paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
 )  # fmt: skip
-def dpo_gamma(gamma: NonNegative[Any], beta: Positive[Any] = 0.1) -> PairSpec:
+def dpo_gamma(gamma: NonNegative[Number], beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(β·(Δ log π - γ·Δ log π_ref))``, Δ chosen less rejected; γ = 1 is DPO, γ = 0 has no reference. The paper sweeps γ from 0 to 2."""
     return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=LogRatio(gamma=gamma), name="dpo_gamma")
 
@@ -194,7 +194,7 @@ def dpo_gamma(gamma: NonNegative[Any], beta: Positive[Any] = 0.1) -> PairSpec:
     "unlikelihood", "Unlikelihood on the rejected sequence", level="pair", plan="two passes", arxiv="2405.19534",
     paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
 )  # fmt: skip
-def unlikelihood(beta: Positive[Any] = 0.1) -> PairSpec:
+def unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(β·(log π(y_w) - log π_ref(y_w) + Σ_t log(1 - π(y_l,t)) - log π_ref(y_l)))``, the authors' loss of that name.
 
     Finite and without gradient where a token's p is 1 in fp32. Without the reference it is :func:`no_sft_ratio_w_unlikelihood`.
@@ -207,7 +207,7 @@ def unlikelihood(beta: Positive[Any] = 0.1) -> PairSpec:
     "no_sft_ratio_w_unlikelihood", "Unlikelihood on the rejected sequence, without a reference", level="pair", plan="two passes",
     arxiv="2405.19534", paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
 )  # fmt: skip
-def no_sft_ratio_w_unlikelihood(beta: Positive[Any] = 0.1) -> PairSpec:
+def no_sft_ratio_w_unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(β·(log π(y_w) + Σ_t log(1 - π(y_l,t))))``: :func:`unlikelihood` without a reference, by the authors' name."""
     return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=LikelihoodAgainstUnlikelihood(), name="no_sft_ratio_w_unlikelihood")
 
@@ -216,7 +216,7 @@ def no_sft_ratio_w_unlikelihood(beta: Positive[Any] = 0.1) -> PairSpec:
     "wpo", "Weighted Preference Optimization", level="token to pair", plan="two passes", arxiv="2406.11827",
     paper="WPO: Enhancing RLHF with Weighted Preference Optimization",
 )  # fmt: skip
-def wpo(beta: Positive[Any] = 0.01, clamp: bool = True, label_smoothing: Annotated[Any, Interval("[0, 1)")] = 0.0) -> PairSpec:
+def wpo(beta: Positive[Number] = 0.01, clamp: bool = True, label_smoothing: Annotated[Number, Interval("[0, 1)")] = 0.0) -> PairSpec:
     """``sg[w(y_w)·w(y_l)]`` times DPO's loss, ``w = exp(mean_t(log π(y_t) - log Σ_v π(v)²))`` (eq. 2, sampled alignment).
 
     ``clamp=True``, as the authors' code: a pair's weight is at most 1; ``clamp=False``, as TRL. Needs log Σπ², which the statistics pass computes.
@@ -230,11 +230,11 @@ def wpo(beta: Positive[Any] = 0.01, clamp: bool = True, label_smoothing: Annotat
     paper="Margin Adaptive DPO: Leveraging Reward Model for Granular Control in Preference Optimization",
 )  # fmt: skip
 def madpo(
-    beta: Positive[Any] = 0.1,
-    c_max: Annotated[Any, Interval("(1, inf)")] = 2.0,
-    c_min: OpenUnit[Any] = None,
-    lambda_: NonNegative[Any] = 1.0,
-    tau: Positive[Any] = None,
+    beta: Positive[Number] = 0.1,
+    c_max: Annotated[Number, Interval("(1, inf)")] = 2.0,
+    c_min: OpenUnit[Number] = None,
+    lambda_: NonNegative[Number] = 1.0,
+    tau: Positive[Number] = None,
 ) -> PairSpec:
     """``w·(-log σ(β·m))``; ``h`` = ``reward_margins`` of a reward model, ``w = σ(c·h)/σ(h)`` where ``h > -τ``, else 1.
 
@@ -250,7 +250,7 @@ def madpo(
     "rpo", "Regularized Preference Optimization", level="pair", plan="two passes", arxiv="2405.16436",
     paper="Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial Regularizer",
 )  # fmt: skip
-def rpo(form: str = "cumulative", beta: Positive[Any] = None, eta: Positive[Any] = 0.005) -> PairSpec:
+def rpo(form: str = "cumulative", beta: Positive[Number] = None, eta: Positive[Number] = 0.005) -> PairSpec:
     """DPO and a likelihood term of the chosen answer. Two forms, both the authors':
 
     ``"cumulative"``: ``-log σ(β·m) - η·β·Σ_t log π(y_w,t)``, η 0.005, β 0.01 (their recipes use 0.01 and 0.05). ``"average"``:
@@ -283,7 +283,7 @@ def inpo(eta: Positive[float] = 7.5e-3, tau: Positive[float] = 2.5e-3) -> PairSp
     "cream", "Consistency Regularized Self-Rewarding", level="pair", plan="two passes", arxiv="2410.12735",
     paper="CREAM: Consistency Regularized Self-Rewarding Language Models",
 )  # fmt: skip
-def cream(beta: Positive[Any] = 0.1) -> PairSpec:
+def cream(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-c·log σ(β·m) - (1-c)·log σ(-β·m)``, ``consistency`` c of each pair's prompt: :func:`rank_consistency` of the rankings by two successive models.
 
     c per prompt is the authors' ``dyn``; their ``avg`` is the data set's mean c for every pair.
@@ -295,7 +295,7 @@ def cream(beta: Positive[Any] = 0.1) -> PairSpec:
     "mcts_dpo", "MCTS-enhanced iterative preference learning", level="step", plan="two passes", arxiv="2405.00451",
     paper="Monte Carlo Tree Search Boosts Reasoning via Iterative Preference Learning",
 )  # fmt: skip
-def mcts_dpo(beta: Positive[Any] = 0.1, loss: str = "conservative") -> PairSpec:
+def mcts_dpo(beta: Positive[Number] = 0.1, loss: str = "conservative") -> PairSpec:
     """DPO on the tokens from a pair's first difference on. ``loss="conservative"``: labels smoothed by ``ε = min(1 - c, ½)``, ``c = 1/(1 + q_l/max(1, q_w))``.
 
     ``chosen_values``, ``rejected_values``: the search's q. ``"sigmoid"``: no smoothing. ``"ipo"``: ``(m - 1/(2β))²``
@@ -311,7 +311,9 @@ def mcts_dpo(beta: Positive[Any] = 0.1, loss: str = "conservative") -> PairSpec:
     "sparse_po", "SparsePO and MaPO (token masks)", level="token", plan="two passes", arxiv="2410.05102",
     paper="SparsePO: Controlling Preference Alignment of LLMs via Sparse Token Masks",
 )  # fmt: skip
-def sparse_po(beta: Positive[Any] = 0.1, reward_norm_coef: NonNegative[Any] = 0.0, kl_norm_coef: NonNegative[Any] = 0.0) -> PairSpec:
+def sparse_po(
+    beta: Positive[Number] = 0.1, reward_norm_coef: NonNegative[Number] = 0.0, kl_norm_coef: NonNegative[Number] = 0.0
+) -> PairSpec:
     """``-log σ(β·(u - d)) + c_u·‖m_u‖₁ + c_d·‖m_d‖₁``, norms over both sequences of a pair.
 
     ``u = Δ Σ_t m_u(t)·(log π - log π_ref)(y_t)``, ``d = -Δ Σ_t m_d(t)·KL_t(π_ref‖π)`` over the whole vocabulary, with its gradient (TDPO's term). Masks are
@@ -329,7 +331,7 @@ def sparse_po(beta: Positive[Any] = 0.1, reward_norm_coef: NonNegative[Any] = 0.
     "ens_loss", "EnsLoss on DPO's margin", level="pair", plan="two passes", arxiv="2409.00908", certainty="derived",
     paper="EnsLoss: Stochastic Calibrated Loss Ensembles for Preventing Overfitting in Classification",
 )  # fmt: skip
-def ens_loss(beta: Positive[Any] = 0.1, box_cox: Real[float] = 0.0) -> PairSpec:
+def ens_loss(beta: Positive[Number] = 0.1, box_cox: Real[float] = 0.0) -> PairSpec:
     """``sg[g_i]·s_i``, ``s = β·m``, ``g`` the slopes of a convex, calibrated loss that is drawn anew at every step.
 
     Derived: the paper's binary classifier, with DPO's margin as the classifier's and label +1. ``noise`` ``[P+1]`` are standard normal draws;
@@ -344,7 +346,7 @@ def ens_loss(beta: Positive[Any] = 0.1, box_cox: Real[float] = 0.0) -> PairSpec:
     "rank_list", "RankList on implicit rewards", level="list", plan="two passes", arxiv="2508.09826", certainty="derived",
     paper="RankList - A Listwise Preference Learning Framework for Predicting Subjective Preferences", example={"group_size": 4},
 )  # fmt: skip
-def rank_list(group_size: Annotated[int, Interval("[2, inf)", whole=True)], beta: Positive[Any] = 0.1, skips: Any = (1, 2)) -> PairSpec:
+def rank_list(group_size: Annotated[int, Interval("[2, inf)", whole=True)], beta: Positive[Number] = 0.1, skips: Any = (1, 2)) -> PairSpec:
     """``Σ_{k in skips} Σ_i softplus(-β(s_i - s_{i+k}))`` over a list of ``group_size`` answers, best first; ``s`` are log-ratios to the reference.
 
     Derived: from the abstract (RankNet probabilities of local and skip-wise pairs; a log-sum-exp surrogate). ``skips="all"``: that surrogate,
@@ -359,7 +361,7 @@ def rank_list(group_size: Annotated[int, Interval("[2, inf)", whole=True)], beta
     "scir", "Self-Consistency of Internal Rewards", level="pair", plan="two passes", arxiv="2502.08922", certainty="derived",
     paper="Self-Consistency of the Internal Reward Models Improves Self-Rewarding Language Models", example={"coef": 0.1},
 )  # fmt: skip
-def scir(coef: NonNegative[Any], beta: Positive[Any] = 0.1) -> PairSpec:
+def scir(coef: NonNegative[Number], beta: Positive[Number] = 0.1) -> PairSpec:
     """``1[the two rewards agree]·(-log σ(β·m) + coef·(σ(β·m) - σ(h))²)``, ``h`` = ``judge_margins`` of the model as a judge.
 
     Derived: from the abstract (DPO on the pairs on which the judge and the implicit reward agree, with a penalty on their inconsistency); the paper's formulas

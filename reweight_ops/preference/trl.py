@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from .._core.calls.unused_options import forbid_unused
-from .._core.ranges import Interval, Positive, Real, Unit, ranged
+from .._core.ranges import Interval, Number, Positive, Real, Unit, ranged
 from .._core.spec.pair_parts import PairLoss
 from .._core.spec.pairs import PairSpec, PairTerm
 from ..errors import InvalidCall
@@ -54,7 +54,7 @@ def trl(
     loss_type: str | Sequence[str] = "sigmoid",
     *,
     loss_weights: Sequence[float] | None = None,
-    beta: Positive[Any] = 0.1,
+    beta: Positive[Number] = 0.1,
     label_smoothing: Annotated[float, Interval("[0, 1)")] = 0.0,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: Real[float] = 0.5,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._core.ranges import Interval, NonNegative, OpenUnit, Real, ranged
+from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Real, ranged
 from .._core.rows.pairs import Pairs
 from .._core.spec.pair_parts import PairWeight
 from ..errors import InvalidCall
@@ -38,10 +38,10 @@ class MarginAdaptive(PairWeight):
 
     reads: ClassVar[tuple[str, ...]] = ("reward_margins",)
 
-    c_min: OpenUnit[Any]
-    c_max: Annotated[Any, Interval("(1, inf)")]
-    lambda_: NonNegative[Any]
-    tau: Real[Any]
+    c_min: OpenUnit[Number]
+    c_max: Annotated[Number, Interval("(1, inf)")]
+    lambda_: NonNegative[Number]
+    tau: Real[Number]
 
     def __post_init__(self) -> None:
         if not isinstance(self.c_min, Tensor) and not isinstance(self.c_max, Tensor) and not 0 < self.c_min < 1 < self.c_max:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import NonNegativeOrInf, Real, Unit
+from .._core.ranges import NonNegativeOrInf, Number, Real, Unit
 
 
 def _covariance(t, batch):
@@ -26,7 +24,7 @@ class ClipCov(TokenWeight):
     upper: Real[float] = 5.0
     epsilon_low: NonNegativeOrInf[float] = 0.2
     epsilon_high: NonNegativeOrInf[float] = 0.2
-    seed: Real[Any] = 0.0
+    seed: Real[Number] = 0.0
 
     def weight(self, xp, t, batch):
         covariance, ratio = _covariance(t, batch), xp.exp(t.log_ratio)
@@ -39,7 +37,7 @@ class TopCovariance(TokenWeight):
     """``value`` for the ``max(1, floor(fraction·n))`` of the n tokens with the largest covariance, else 0."""
 
     fraction: Unit[float] = 2e-4
-    value: Real[Any] = 1.0
+    value: Real[Number] = 1.0
 
     def weight(self, xp, t, batch):
         return batch.largest(_covariance(t, batch), self.fraction) * self.value

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+
+from torch import Tensor
 
 from .._core.calls.unused_options import forbid_unused
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import NonNegative, NonNegativeOrInf, Positive, Unit
+from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Positive, Unit
 from ..errors import InvalidCall
 
 
@@ -54,7 +55,7 @@ class DualLevelDownSampling(TokenWeight):
     """
 
     fraction: Unit[float]
-    entropies: Any = _CURRENT
+    entropies: Tensor | TokenWeight = _CURRENT
 
     def weight(self, xp, t, batch):
         size = xp.abs(t.adv) * self.entropies
@@ -68,7 +69,7 @@ class _Steer(TokenWeight):
     p_power: NonNegative[float] = 0.0
     epsilon_low: NonNegativeOrInf[float] = math.inf
     epsilon_high: NonNegativeOrInf[float] = math.inf
-    entropies: Any = _CURRENT
+    entropies: Tensor | TokenWeight = _CURRENT
 
     def change(self, xp, t):
         """``|Ω|``: the first-order change of the token's entropy by its update, up to the learning rate; 0 where the update is clipped."""
@@ -116,12 +117,12 @@ class SteerExponential(_Steer):
 def steer(
     mapping: str = "exponential",
     omega: str = "code",
-    w_min: Positive[Any] = 0.8,
-    w_max: Positive[Any] = 1.2,
-    floor: NonNegative[Any] = 0.02,
-    epsilon_low: NonNegativeOrInf[Any] = math.inf,
-    epsilon_high: NonNegativeOrInf[Any] = math.inf,
-    entropies: Any = None,
+    w_min: Positive[Number] = 0.8,
+    w_max: Positive[Number] = 1.2,
+    floor: NonNegative[Number] = 0.02,
+    epsilon_low: NonNegativeOrInf[Number] = math.inf,
+    epsilon_high: NonNegativeOrInf[Number] = math.inf,
+    entropies: Tensor | TokenWeight | None = None,
 ) -> TokenWeight:
     """Less weight for tokens whose update would change the entropy most, by ``|Ω|`` relative to the call's valid tokens.
 
@@ -152,7 +153,7 @@ def steer(
 class _Hapo(TokenWeight):
     alpha: NonNegative[float] = 1.0
     pivot: Unit[float] = 0.8
-    entropies: Any = _CURRENT
+    entropies: Tensor | TokenWeight = _CURRENT
 
     def standing(self, xp, batch):
         """``h``, from -1 at the lowest entropy over 0 at the ``pivot`` quantile to 1 at the highest, by its logarithm."""

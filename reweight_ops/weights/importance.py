@@ -178,6 +178,8 @@ class JensenShannonWeight(TokenWeight):
 def f_distill(divergence: str = "jensen_shannon") -> TokenWeight:
     """``h(r) = f''(r)·r²``, ``r = p_teacher / p`` with the teacher's log-probs as the reference's: r (forward KL), r/(r+1) (Jensen-Shannon).
 
+    ``divergence``: ``"forward_kl"`` or ``"jensen_shannon"``.
+
     Derived: from the paper's weight for diffusion models, read per token of an on-policy distillation whose unweighted form is the reverse KL (h = 1).
     """
     kinds = {"forward_kl": ForwardKLWeight, "jensen_shannon": JensenShannonWeight}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import AtLeastOne, NonNegative, Unit, ranged
+from .._core.ranges import AtLeastOne, NonNegative, Number, Unit, ranged
 
 
 @published(
@@ -29,9 +29,9 @@ class SurprisalReweighting(TokenWeight):
     """
 
     fraction: Unit[float] = 0.1
-    amplify: NonNegative[Any] = 1.1
-    damp: NonNegative[Any] = 1.0
-    gate: Unit[Any] = 1.0
+    amplify: NonNegative[Number] = 1.1
+    damp: NonNegative[Number] = 1.0
+    gate: Unit[Number] = 1.0
 
     def weight(self, xp, t, batch):
         high, low = (batch.top(-t.logp, self.fraction, side) for side in (t.adv > 0, t.adv < 0))

@@ -12,6 +12,7 @@ import reweight_ops as rw
 from reweight_ops._core import ranges as ranges_module
 from reweight_ops._core.calls.keywords import LMHeadOptions, PairOptions, PolicyOptions, SoftmaxOptions
 from reweight_ops._core.catalogue.registry import CATALOGUE
+from reweight_ops._core.catalogue.signatures import collected_by
 from reweight_ops._core.formula.base import RULES, WEIGHTS
 from reweight_ops._core.ranges import Interval, ranged
 from reweight_ops.preference import losses, scores, weights
@@ -19,6 +20,8 @@ from reweight_ops.preference import losses, scores, weights
 NAMESPACES = (rw.weights, rw.advantages, rw.rewards, rw.objectives, rw.sample_weights, rw.schedules, rw.preference, rw.divergences)
 #: Groups are counted by the resolver of group arguments; the others are data, a number for every row.
 COUNTED = {"group_size", "num_groups", "advantages", "token_weights"}
+#: Of records, which state their ranges themselves (below).
+SHARED = {name for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions) for name in record.NAMES}
 
 
 def surface():
@@ -59,7 +62,7 @@ PARAMETERS = [
     (owner, name)
     for owner, value in SURFACE.items()
     for name, p in inspect.signature(value).parameters.items()
-    if numeric(p) and name not in COUNTED
+    if numeric(p) and name not in COUNTED | (SHARED & collected_by(value))
 ]
 RANGED = [(owner, name) for owner, value in SURFACE.items() for name in vars(value).get("__ranges__", {})]
 

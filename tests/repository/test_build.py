@@ -225,10 +225,11 @@ def test_sanitizers(tree):
     )
     assert code == 0, log
     shutil.copytree(ROOT / "tests", tree / "tests", dirs_exist_ok=True)
-    # detect_leaks: Python itself leaks on exit. The 2^31 case maps more than the sanitizer's shadow likes.
+    # detect_leaks: Python itself leaks on exit. The 2^31 case maps more than the sanitizer's shadow likes; what is not served traces a program of a thousand
+    # terms, Python alone, for minutes.
     code, log = run(
         sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "tests/backends/cpu/test_cpu_edges.py", "tests/backends/cpu/test_cpu_accuracy.py",
-        "-k", "not beyond_two and not peaked and not shifted and not several", cwd=tree, LD_PRELOAD=preload, PYTHONPATH=str(tree),
+        "-k", "not beyond_two and not peaked and not shifted and not several and not does_not_serve", cwd=tree, LD_PRELOAD=preload, PYTHONPATH=str(tree),
         ASAN_OPTIONS="detect_leaks=0:verify_asan_link_order=0", UBSAN_OPTIONS="print_stacktrace=1",
     )  # fmt: skip
     assert code == 0 and "runtime error" not in log and "AddressSanitizer" not in log, log[:3000] + log[-3000:]

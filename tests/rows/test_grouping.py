@@ -52,6 +52,14 @@ GROUPED = {
     "advantage/edge_grpo": lambda c, **k: adv.edge_grpo(c["r"], c["other"], **k),
     "advantage/hapo": lambda c, **k: adv.hapo(c["r"], c["lengths"], **k),
     "advantage/reinforce_plus_plus_baseline": lambda c, **k: adv.reinforce_plus_plus_baseline(c["r"], c["mask"], **k),
+    "advantage/lite_ppo": lambda c, **k: adv.lite_ppo(c["r"], **k),
+    "advantage/gpg": lambda c, **k: adv.gpg(c["r"], **k),
+    "advantage/a_star_po": lambda c, **k: adv.a_star_po(c["r"], c["per_func"][: B // G], **k),
+    "advantage/grpo_passk": lambda c, **k: adv.grpo_passk(c["r"], **k),
+    "advantage/passk_training": lambda c, **k: adv.passk_training(c["correct"], k=2, **k),
+    "advantage/maxrl": lambda c, **k: adv.maxrl(c["r"], **k),
+    "advantage/otb": lambda c, **k: adv.otb(c["r"], c["mask"], c["logps"], c["logps"] / 2, **k),
+    "advantage/tir_otb": lambda c, **k: adv.tir_otb(c["r"], c["mask"], c["logps"], c["logps"] / 2, **k),
     "reward/trust_grpo": lambda c, **k: rewards.trust_grpo(c["r"], c["other"], step=3, total_steps=10, **k),
     "reward/grpo_lead_length": lambda c, **k: rewards.grpo_lead_length(c["correct"], c["lengths"], min_length=2.0, **k),
     "reward/grpo_lambda_length": lambda c, **k: rewards.grpo_lambda_length(c["correct"], c["lengths"], alpha=0.5, **k),
@@ -101,6 +109,8 @@ OTHERS = {
     "sample_weight/trajectory_aw": lambda c: sample_weights.trajectory_aw(c["r"], c["other"]),
 }
 ALL = {**{name: functools.partial(f, group_size=G) for name, f in GROUPED.items()}, **OTHERS}
+#: A row of ``per_func`` is a group: rewards of the reference policy.
+REFERENCED = ("advantage/pvpo", "advantage/a_star_po")
 IDS = {"group_ids": torch.arange(B) // G, "num_groups": B // G}
 
 
@@ -152,7 +162,7 @@ def test_rows_may_come_in_any_order(name):
     c["r"] = c["r"] + torch.linspace(0, 0.01, B, dtype=torch.float64)
     place = torch.randperm(B, generator=torch.Generator().manual_seed(1))
     moved = {k: v[place] for k, v in c.items()}
-    if name == "advantage/pvpo":
+    if name in REFERENCED:
         moved["per_func"] = c["per_func"]
     got = GROUPED[name](moved, group_ids=IDS["group_ids"][place], num_groups=B // G)
     torch.testing.assert_close(got, GROUPED[name](c, group_size=G)[place], rtol=1e-10, atol=1e-11)
@@ -169,14 +179,16 @@ def test_a_completion_without_a_score_is_in_no_statistic(name):
     keep[drop] = False
     got = GROUPED[name](c, **IDS)
     rest = {k: v[keep] for k, v in c.items()}
-    if name == "advantage/pvpo":
+    if name in REFERENCED:
         rest["per_func"] = c["per_func"]
     without = GROUPED[name](rest, group_ids=IDS["group_ids"][keep], num_groups=B // G)
     torch.testing.assert_close(got[keep], without, rtol=1e-10, atol=1e-12)
     assert (got[drop].isnan() if name.startswith("reward/") else got[drop] == 0).all()
 
 
-ZERO_FOR_EQUAL = [n for n in GROUPED if n.startswith("advantage/") and n.split("/")[1] not in ("aapo", "pvpo", "gdpo", "ngrpo", "lens")]
+#: Not those whose baseline is another's rewards, nor the optimal token baselines: the end of a longest response has none.
+OTHER_BASELINES = ("aapo", "pvpo", "a_star_po", "gdpo", "ngrpo", "lens", "otb", "tir_otb")
+ZERO_FOR_EQUAL = [n for n in GROUPED if n.startswith("advantage/") and n.split("/")[1] not in OTHER_BASELINES]
 
 
 @pytest.mark.parametrize("name", [n for n in ZERO_FOR_EQUAL if "baseline" not in n and "rloo" not in n and "canon" not in n])
@@ -184,7 +196,7 @@ def test_equal_rewards_and_single_completions_have_exactly_no_advantage(name):
     """Also for 0.1, whose sums are not exact; a division by epsilon would make advantages of the rounding."""
     c = columns(torch.float32)
     for value in (0.1, 1 / 3, 1e6):
-        c["r"][:] = value
+        c["r"][:], c["correct"][:] = value, 1
         assert GROUPED[name](c, group_size=G).abs().max() == 0
         assert GROUPED[name](c, group_size=6).abs().max() == 0
     assert GROUPED[name](columns(), group_size=1).abs().max() == 0

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
 from torch import Tensor, dtype
 
 from ...errors import InvalidCall
-from ..ranges import Count, FixedPositiveOrInf, NonNegative, Positive, Range, described, ranges_of
+from ..catalogue.signatures import DEFAULTS
+from ..ranges import Count, FixedPositiveOrInf, NonNegative, Number, Positive, Range, described, ranges_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,7 +38,7 @@ class Options:
 class SoftmaxOptions(Options):
     """How a row of logits becomes a distribution, and who computes it."""
 
-    temperature: Positive[Any] = 1.0
+    temperature: Positive[Number] = 1.0
     softcap: FixedPositiveOrInf[float] | None = None
     vocab_size: Count[int] | None = None
     drop_last: bool = False
@@ -66,9 +67,9 @@ class PolicyOptions(Options):
     sampling_per_token_logps: Any = None
     importance_sampling_ratio: Any = None
     token_weights: Any = None
-    num_items_in_batch: NonNegative[Any] = None
-    num_sequences_in_batch: NonNegative[Any] = None
-    loss_scale: NonNegative[Any] = 1.0
+    num_items_in_batch: NonNegative[Number] = None
+    num_sequences_in_batch: NonNegative[Number] = None
+    loss_scale: NonNegative[Number] = 1.0
     validate: bool = False
     unused: str = "error"
     differentiable_inputs: bool = False
@@ -259,8 +260,8 @@ class PairOptions(Options):
     chosen_values: Any = None
     rejected_values: Any = None
     noise: Any = None
-    num_pairs_in_batch: NonNegative[Any] = None
-    loss_scale: NonNegative[Any] = 1.0
+    num_pairs_in_batch: NonNegative[Number] = None
+    loss_scale: NonNegative[Number] = 1.0
     validate: bool = False
 
 
@@ -328,10 +329,7 @@ for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
     _record.RANGES = ranges_of(_record)
     _record.FLAGS = {f.name: "None" in str(f.type) for f in dataclasses.fields(_record) if str(f.type).startswith("bool")}
     _record.__doc__ = described(_record.__doc__, _record.RANGES)
-
-
-#: Keyword to default, of all records: a keyword of several has one.
-DEFAULTS = {f.name: f.default for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions) for f in dataclasses.fields(record)}
+    DEFAULTS.update({f.name: f.default for f in dataclasses.fields(_record)})
 
 
 def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple[str, ...] = ()) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from ...errors import InvalidCall
 from ..ranges import ranged
+from .arguments import with_arguments
 from .references import with_reference
 from .signatures import collected_by, written_out
 
@@ -133,8 +134,8 @@ def published(
             raise InvalidCall(f"the {of.replace('_', ' ')} {name!r} is taken by {known.function.__module__}.")
         checked = ranged(function)
         if inspect.isfunction(checked):
-            checked.__signature__ = written_out(checked, {})  # type: ignore[attr-defined]
-        checked.__doc__ = with_reference(checked.__doc__, paper, arxiv)
+            checked.__signature__ = written_out(checked)  # type: ignore[attr-defined]
+        checked.__doc__ = with_reference(with_arguments(checked), paper, arxiv)
         CATALOGUE[of][name] = Entry(name, full_name, of, paper, arxiv, certainty, checked, level, plan, example or {})
         return checked
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+#: Keyword to default, of every record of keywords; filled where the records are.
+DEFAULTS: dict[str, Any] = {}
 
-def written_out(function: Callable[..., Any], defaults: Mapping[str, Any]) -> inspect.Signature:
-    """The function's signature, the keywords of its ``TypedDict`` in the place of ``**keywords``; ``defaults`` by name, None for others."""
+
+def written_out(function: Callable[..., Any]) -> inspect.Signature:
+    """The function's signature, the keywords of its ``TypedDict`` in the place of ``**keywords``."""
     signature = inspect.signature(function)
     found: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
@@ -21,7 +24,7 @@ def written_out(function: Callable[..., Any], defaults: Mapping[str, Any]) -> in
         keywords = vars(sys.modules[function.__module__])[match[1]]
         for name, kind in keywords.__annotations__.items():
             annotation = getattr(kind, "__forward_arg__", kind)
-            found.append(inspect.Parameter(name, parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=annotation))
+            found.append(inspect.Parameter(name, parameter.KEYWORD_ONLY, default=DEFAULTS.get(name), annotation=annotation))
     return signature.replace(parameters=found)
 
 

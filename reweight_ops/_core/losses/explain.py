@@ -13,12 +13,13 @@ from typing_extensions import ParamSpec
 
 from ...errors import InvalidCall
 from ..calls.dtensors import has_dtensors, localized
-from ..calls.keywords import DEFAULTS, misnamed
+from ..calls.keywords import misnamed
 from ..catalogue.signatures import written_out
 from ..engine.plan import backend_reasons, choose_plan
 from ..engine.run import Again, Call, run
 from ..ranges import ranged
 from ..rows.ranks import announced
+from .documented import documented
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,7 +59,9 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 
     signature = inspect.signature(prepare)
     result = str(signature.return_annotation).removeprefix("Call[").partition("]")[0]
-    op.__signature__ = written_out(prepare, DEFAULTS).replace(return_annotation=result)  # type: ignore[attr-defined]
+    whole = written_out(prepare).replace(return_annotation=result)
+    op.__signature__ = whole  # type: ignore[attr-defined]
+    op.__doc__ = documented(prepare.__doc__, whole)
     _PREPARED[op] = lambda *args, **keywords: (
         resolve(**local(*args, **keywords)) if has_dtensors((*args, *keywords.values())) else resolve(*args, **keywords)
     )

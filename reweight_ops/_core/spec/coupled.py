@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..ranges import Count, NonNegative, Positive, PositiveOrInf, Real, ranged
+from ..ranges import Count, NonNegative, Number, Positive, PositiveOrInf, Real, ranged
 from ..rows.constants import is_infinite
 from ..rows.groups import Groups
 from ..rows.rows import Rows
@@ -36,8 +35,8 @@ class GroupContrast(Reduction):
     padded length. Prompts are runs of ``group_size`` sequences, or the call's ``group_ids``; every response of a prompt must be in the call.
     """
 
-    temperature: PositiveOrInf[Any] = 10.0
-    length_temperature: PositiveOrInf[Any] = math.inf
+    temperature: PositiveOrInf[Number] = 10.0
+    length_temperature: PositiveOrInf[Number] = math.inf
     max_length: Positive[float] | None = None
     group_size: Count[int] | None = None
     preference: str = "length"
@@ -127,7 +126,7 @@ class GroupClassification(Reduction):
     in Q, the number of prompts with a token in the call. Prompts as in :class:`GroupContrast`. REAL, arXiv:2602.05630.
     """
 
-    temperature: Positive[Any] = 0.5
+    temperature: Positive[Number] = 0.5
     group_size: Count[int] | None = None
 
     requires = ("adv",)
@@ -177,8 +176,8 @@ class Constraint(Reduction):
     Its gradient is that of ``strength/2·max(K - bound, 0)²``: nothing while ``K`` is below the bound.
     """
 
-    strength: NonNegative[Any] = 1000.0
-    bound: Real[Any] = 1e-4
+    strength: NonNegative[Number] = 1000.0
+    bound: Real[Number] = 1e-4
 
     coupled = True
 

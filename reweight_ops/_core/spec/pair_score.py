@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InvalidCall
-from ..ranges import NonNegative, Real, Unit, ranged
+from ..ranges import NonNegative, Number, Real, Unit, ranged
 from ..rows.pairs import Sequences
 from .pair_parts import Score
 
@@ -30,8 +30,8 @@ class LogRatio(Score):
 
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
-    gamma: NonNegative[Any] = 1.0
-    ld_alpha: Unit[Any] = None
+    gamma: NonNegative[Number] = 1.0
+    ld_alpha: Unit[Number] = None
     divergence: str = "reverse_kl"
     alpha: Real[float] = 1.0
 

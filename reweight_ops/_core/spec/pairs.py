@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from ...errors import InvalidCall
-from ..ranges import Interval, Positive, Real, ranged
+from ..ranges import Interval, Number, Positive, Real, ranged
 from .compiled import set_default
 from .pair_parts import PairLoss, PairPart, PairWeight, Score
 from .pair_score import LogRatio
@@ -22,7 +22,7 @@ class PairTerm:
     """``coef · loss``."""
 
     loss: PairLoss
-    coef: Real[Any] = 1.0
+    coef: Real[Number] = 1.0
 
 
 @ranged
@@ -36,7 +36,7 @@ class PairSpec:
     """
 
     terms: tuple[PairTerm, ...]
-    beta: Positive[Any] = 0.1
+    beta: Positive[Number] = 0.1
     score: Score = None  # type: ignore[assignment]  # LogRatio()
     weights: tuple[PairWeight, ...] = ()
     tokens: str = "completion"
@@ -70,7 +70,7 @@ class PairSpec:
         """A copy with other fields."""
         return dataclasses.replace(self, **fields)
 
-    def with_term(self, loss: PairLoss, coef: Real[Any] = 1.0) -> PairSpec:
+    def with_term(self, loss: PairLoss, coef: Real[Number] = 1.0) -> PairSpec:
         """A copy with one term more."""
         return dataclasses.replace(self, terms=(*self.terms, PairTerm(loss=loss, coef=coef)))
 

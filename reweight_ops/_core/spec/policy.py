@@ -15,7 +15,7 @@ from ..formula.base import CURRENT_LEAVES, Rule, TokenWeight
 from ..formula.loss_program import Program, loss_graph
 from ..formula.monitor import Monitor
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
-from ..ranges import Real, ranged
+from ..ranges import Number, Real, ranged
 from .compiled import describe, rebuild, set_default
 from .parts import called, require_tuple
 from .ratio import Ratio, TokenRatio
@@ -32,7 +32,7 @@ class Penalty:
     that the metric of the same name is unscaled."""
 
     rule: Rule
-    coef: Real[Any]
+    coef: Real[Number]
     reduction: Reduction | None = None
 
 

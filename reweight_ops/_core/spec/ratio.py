@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..ranges import Interval, NonNegativeOrInf, ranged
+from ..ranges import Interval, NonNegativeOrInf, Number, ranged
 from ..rows.batch import BatchStatistics
 from ..rows.constants import number_like
 from ..rows.groups import Groups
@@ -27,7 +27,7 @@ class Ratio:
     """``clamp`` is a bound on ``|log_ratio|``, or a pair of bounds. ``against``: the denominator, ``"old"`` or ``"ref"`` (the reference model)."""
 
     level: ClassVar[str]
-    clamp: Annotated[Any, Interval("(0, inf]", entries="[-inf, inf]")] = 20.0
+    clamp: Annotated[Number, Interval("(0, inf]", entries="[-inf, inf]")] = 20.0
     against: str = "old"
 
     def __post_init__(self) -> None:
@@ -158,8 +158,8 @@ class GeometricMeanRatio(SequenceRatio):
     (verl's ``geo_mean``, whose trainer repeats the sequence's).
     """
 
-    epsilon_low: NonNegativeOrInf[Any] = 0.4
-    epsilon_high: NonNegativeOrInf[Any] = 0.4
+    epsilon_low: NonNegativeOrInf[Number] = 0.4
+    epsilon_high: NonNegativeOrInf[Number] = 0.4
     token_advantages: bool = False
 
     @property
@@ -204,7 +204,7 @@ class CenteredRatio(Ratio):
 
     level = "batch"
 
-    scale: Annotated[Any, Interval("(0, inf)", words=("std",))] = 1.0
+    scale: Annotated[Number, Interval("(0, inf)", words=("std",))] = 1.0
 
     def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
         drift = torch.where(rows.keep, logp - old_logp, 0)

@@ -35,7 +35,7 @@ int main(int, char** argument) {
 
     const int threads = 2;
     const RowStrides rows{n, 0, v};
-    const Call call{dtype, logits.data(), rows, n, v, v, 0, v, softcap, ids.data(), &temperature, false, threads, 0, nullptr};
+    const Call call{dtype, logits.data(), rows, n, v, v, 0, v, softcap, nullptr, ids.data(), &temperature, false, threads, 0, nullptr};
     StatsCall wanted{};
     static_cast<Call&>(wanted) = call;
     wanted.logp = stat(0), wanted.entropy = stat(1), wanted.lse = stat(2), wanted.log_sum_p_sq = stat(3), wanted.max_logp = stat(4), wanted.lse_low = lse_low.data();

@@ -135,6 +135,6 @@ def test_weights(shape, reduction, divisor):
 def test_a_number_with_a_gradient_keeps_it():
     scale = torch.tensor(2.0, requires_grad=True)
     z = torch.zeros(2, 3, 7, requires_grad=True)
-    out = rw.policy_loss(z, torch.zeros(2, 3, dtype=torch.long), 1.0, spec="reinforce", loss_scale=scale, plan="two_pass", backend="cpu")
+    out = rw.policy_loss(z, torch.zeros(2, 3, dtype=torch.long), 1.0, spec="reinforce", loss_scale=2.0, plan="two_pass", backend="cpu")
     rows = dataclasses.replace(out._call, loss_scale=scale).row_weights()
     assert rows.requires_grad

@@ -93,7 +93,8 @@ def test_tpo_is_the_trainers_loss(loss_type):
     )  # fmt: skip
     inputs = {"input_ids": ids, "completion_mask": mask, "attention_mask": torch.ones_like(mask)}
     theirs = TPOTrainer._compute_loss(trainer, lambda **kwargs: SimpleNamespace(logits=logits), inputs, False)
-    spec = preference.tpo(loss_type, beta=0.8, alpha=0.7, gamma=0.4, label_smoothing=trainer.label_smoothing)
+    own = {"gamma": 0.4} if loss_type == "tpo-l" else {}
+    spec = preference.tpo(loss_type, beta=0.8, alpha=0.7, label_smoothing=trainer.label_smoothing, **own)
     out = rw.preference_loss(logits[:, :-1], ids[:, 1:], spec=spec, completion_mask=mask[:, 1:], backend="reference")
     torch.testing.assert_close(out.loss, theirs.to(out.loss), rtol=1e-6, atol=1e-8)
     (a,), (b,) = (torch.autograd.grad(x, logits) for x in (out.loss, theirs))

@@ -45,8 +45,8 @@ FUNCTIONS = {"reward_funcs": [correct, style, reference_rewards, greedy_rewards]
 WEIGHTS = [1.0, 0.5, 0.0, 0.0]
 #: Recipes that GRPOTrainer can run, and those that the normal run trains with: each shows another part.
 FIT = [r.name for r in RECIPES.values() if not r.loss and not r.setup and not set(r.reads) & {
-    "values", "segments", "parents", "episode_rewards", "sampling_per_token_logps", "labels", "returns"
-} and r.name != "pvpo"]  # fmt: skip
+    "values", "segments", "parents", "episode_rewards", "log_sum_p_sq", "sampling_per_token_logps", "labels", "returns"
+} and r.name not in ("pvpo", "a_star_po")]  # fmt: skip
 SHOWN = ("ar_lopti", "hapo", "d3s", "capo", "grpo_lead", "lens", "gdpo")
 
 

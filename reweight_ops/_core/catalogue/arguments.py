@@ -1,0 +1,86 @@
+"""The ``Args`` of an entry, from its signature: type, default, range, and for what many entries take what it is, said once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+#: B completions, T tokens of each.
+SHARED = {
+    "advantages": "``[B]`` or ``[B, T]``.",
+    "backend": "``auto``, or the name of one, which then never falls back.",
+    "consume_logits": "Write the gradient over the logits.",
+    "drop_last": "Logits have one position more than rows.",
+    "kind": "One of those above.",
+    "kl_estimator": "``k1`` or ``k3``.",
+    "process_group": "Of the ranks that have the columns of one vocabulary; where it is refused, the message says why.",
+    "singleton": "What a group of one gets: ``zero`` or ``reward``.",
+    "softcap": "The cap of a tanh soft cap on the raw logits; None for off.",
+    "temperature": "A positive number, or a tensor as the formula says.",
+    "sampling_mask": "Refused: a divergence is of two whole distributions.",
+    "entropy_over": "Only with ``sampling_mask``.",
+    "answers": "``[B, K]``, not 0 where an option was chosen.",
+    "class_counts": "``[K]``, how many samples each class has.",
+    "importance_sampling_ratio": "``[B, T]``, each token's ratio to the sampler; None: 1.",
+    "log_sum_p_sq": "``[B, T]``, the logarithm of the sum of squared probabilities (``token_stats``).",
+    "scale_rewards": "Whether, or by which spread, differences of rewards are divided.",
+    "source_counts": "``[K]``, how many samples each source has.",
+    "zero_tail": "Whether the baseline is 0 where only the longest response of a group is left.",
+    "vocab_size": "Columns of the softmax where the head is padded beyond them.",
+    "anchor_ids": "``[B]``, the state in which each step was taken.",
+    "completion_ids": "``[B, T]``, int32 or int64.",
+    "completion_mask": "``[B, T]``; a token is in iff not 0.",
+    "correct": "``[B]``, not 0 where a completion is right.",
+    "detach": "Whether no gradient flows through the weight.",
+    "entropies": "One a token, of the policy that sampled; default: the current ones.",
+    "episode_ids": "``[B]``, each step's episode.",
+    "episode_rewards": "``[E]``, one an episode.",
+    "format_rewards": "``[B]``, for the form of a completion.",
+    "greedy_rewards": "``[B]``, of the greedy completion of the same prompt.",
+    "group_ids": "``[B]``, each completion's group, in ``[0, num_groups)``; instead of ``group_size``.",
+    "group_size": "Completions of a group, which are consecutive.",
+    "lengths": "``[B]``, tokens of each completion.",
+    "logits": "``R + (V,)``.",
+    "losses": "``[B]``, one a sample.",
+    "mask": "``[B, T]``; a token is in iff not 0.",
+    "max_logps": "``[B, T]``, the log-prob of each position's likeliest token.",
+    "num_groups": "How many groups there are, an int.",
+    "old_logps": "``[B, T]``, log-probs of the policy that sampled.",
+    "old_per_token_logps": "``[B, T]``, log-probs of the policy that sampled.",
+    "outcome_rewards": "``[B]``, for the answer.",
+    "parents": "``[N]``, each node's parent; -1 of a root.",
+    "per_token_logps": "``[B, T]``, log-probs of the policy.",
+    "previous_rewards": "``[B]``, of the step before.",
+    "ref_per_token_logps": "``[B, T]``, log-probs of the reference model.",
+    "reference_rewards": "``[B]``, of the reference model's completions.",
+    "rewards": "``[B]``, one a completion, or ``[B, T]``, one a token, as the formula says; NaN: no score.",
+    "scope": "Which terms of the loss it multiplies: ``surrogate`` or ``all``.",
+    "source_ids": "``[B]``, the source of each sample.",
+    "step_returns": "``[B]``, the return of each step.",
+    "teacher_logits": "``R + (V,)``, detached.",
+    "thinking_rewards": "``[B]``, for the reasoning.",
+    "values": "What a critic, or a tree, says of each position.",
+}
+
+
+def missing_arguments(function: Callable[..., Any]) -> list[str]:
+    """Parameters of which neither the docstring nor :data:`SHARED` says anything."""
+    doc, ranges = inspect.getdoc(function) or "", getattr(function, "__ranges__", {})
+    prose = doc.partition("\nArgs:\n")[0]
+    return [name for name in inspect.signature(function).parameters if name not in SHARED and name not in ranges and name not in prose]
+
+
+def with_arguments(function: Callable[..., Any]) -> str:
+    """The docstring, and every parameter."""
+    text, ranges = inspect.cleandoc(function.__doc__ or ""), getattr(function, "__ranges__", {})
+    lines = []
+    for name, p in inspect.signature(function).parameters.items():
+        kind = "" if p.annotation is p.empty else str(p.annotation)
+        default = "" if p.default is p.empty else f"default {p.default!r}"
+        about = ", ".join(part for part in (kind, default) if part)
+        said = SHARED.get(name, "") or (f"{ranges[name]}." if name in ranges else "See above.")
+        lines.append(f"    {name}{f' ({about})' if about else ''}: {said}")
+    if not lines or "\nArgs:" in text:
+        return text
+    return "\n".join([text, "", "Args:", *lines])

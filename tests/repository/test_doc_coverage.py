@@ -1,0 +1,109 @@
+"""What ``help`` says of the public surface: what it lacks is named."""
+
+import inspect
+import re
+
+import pytest
+
+import reweight_ops as rw
+from reweight_ops._core.calls.keywords import LMHeadOptions, PairOptions, PolicyOptions, SoftmaxOptions
+from reweight_ops._core.catalogue.arguments import missing_arguments
+from reweight_ops._core.catalogue.registry import CATALOGUE
+from reweight_ops._core.losses import documented, explain
+
+OPS = {op.__name__: op for op in explain._PREPARED}
+ENTRIES = {f"{kind}/{name}": entry for kind, entries in CATALOGUE.items() for name, entry in entries.items()}
+NAMESPACES = (
+    rw.advantages,
+    rw.divergences,
+    rw.methods,
+    rw.objectives,
+    rw.preference,
+    rw.rewards,
+    rw.sample_weights,
+    rw.schedules,
+    rw.weights,
+)
+VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def public():
+    found = {f"rw.{name}": getattr(rw, name) for name in rw.__all__}
+    for module in NAMESPACES:
+        found |= {f"rw.{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name) for name in module.__all__}
+    return {name: value for name, value in found.items() if inspect.isclass(value) or inspect.isfunction(value)}
+
+
+PUBLIC = public()
+
+
+def test_the_surface_is_here():
+    assert len(OPS) == 14 and len(PUBLIC) > 200 and len(ENTRIES) > 140
+
+
+def test_every_function_and_class_says_what_it_is():
+    without = [
+        name for name, value in PUBLIC.items() if not (value.__doc__ or "").strip() or value.__doc__.startswith(f"{value.__name__}(")
+    ]
+    assert not without, without
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_signature_lists_every_keyword_with_its_type_and_default(name):
+    parameters = inspect.signature(OPS[name]).parameters.values()
+    assert not [p.name for p in parameters if p.kind in VARIADIC], "keywords that are not written out"
+    assert not [p.name for p in parameters if p.annotation is p.empty or "Any" in str(p.annotation)], "keywords without a type"
+    assert not [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name != "spec"], (
+        "keywords without a default"
+    )
+
+
+def test_hyper_parameters_have_named_types():
+    without = [
+        f"{name}({p.name})"
+        for name, value in PUBLIC.items()
+        if value.__module__.startswith("reweight_ops.") and not issubclass_of_exception(value)
+        for p in inspect.signature(value).parameters.values()
+        if isinstance(p.default, (int, float)) and (p.annotation is p.empty or re.search(r"\bAny\b", str(p.annotation)))
+    ]
+    assert not without, without
+
+
+def issubclass_of_exception(value):
+    return inspect.isclass(value) and issubclass(value, Exception)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_refers_to_its_paper(name):
+    entry = ENTRIES[name]
+    references = inspect.getdoc(entry.function).partition("References:\n")[2]
+    assert entry.paper in references
+    assert entry.arxiv == "unknown" or f"arXiv:{entry.arxiv}, https://arxiv.org/abs/{entry.arxiv}" in references
+    assert len(references.splitlines()) == len(set(references.splitlines()))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_op_explains_every_keyword_its_result_and_its_errors(name):
+    doc = inspect.getdoc(OPS[name])
+    missing = [heading for heading in ("Args:", "Returns:", "Raises:", ">>> ") if heading not in doc]
+    missing += [
+        p
+        for p in inspect.signature(OPS[name]).parameters
+        if not re.search(rf"(?m)^ +(?:[\w, ]+[,;:] )?{p}(?:, [\w, ]+)?(?: \(.*\))?: ", doc)
+    ]
+    assert not missing, missing
+
+
+def test_the_docstrings_of_ops_know_every_keyword_that_they_share():
+    keywords = {name for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions) for name in record.NAMES}
+    assert not keywords - documented.KEYWORDS.keys()
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_explains_every_parameter(name):
+    function = ENTRIES[name].function
+    missing = [p for p in missing_arguments(function) if inspect.signature(function).parameters[p].kind not in VARIADIC]
+    assert not missing, missing
+    own = [p for p, parameter in inspect.signature(function).parameters.items() if parameter.kind not in VARIADIC]
+    args = inspect.getdoc(function).partition("Args:\n")[2]
+    assert not [p for p in own if not re.search(rf"(?m)\b{p}\b", args)]
