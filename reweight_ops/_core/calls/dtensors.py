@@ -33,7 +33,12 @@ class _Axis(NamedTuple):
 def has_dtensors(values: Iterable[Any]) -> bool:
     """Whether one of a call's arguments is a DTensor, or holds one."""
     found = sys.modules.get("torch.distributed.tensor")
-    return found is not None and any(isinstance(x, found.DTensor) or (isinstance(x, tuple) and has_dtensors(x)) for x in values)
+    if found is None:
+        return False
+    for x in values:  # noqa: SIM110 - every call asks, and a generator would be a call of Python's for each
+        if isinstance(x, found.DTensor) or (isinstance(x, tuple) and has_dtensors(x)):
+            return True
+    return False
 
 
 def localized(op: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

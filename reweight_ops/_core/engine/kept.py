@@ -110,8 +110,11 @@ def signature(spec: Any, settings: Iterable[Hashable], arguments: Mapping[str, A
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or in_transform():
         return None
     lasting = lasting_spec(spec)
-    if lasting is None or arguments.get("validate") or any(arguments.get(name) is not None for name in _NEVER_KEPT):
+    if lasting is None or arguments.get("validate"):
         return None
+    for name in _NEVER_KEPT:
+        if arguments.get(name) is not None:
+            return None
     try:
         key: list[Any] = [id(lasting), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), state(), *settings]
         for name, value in arguments.items():

@@ -40,9 +40,9 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
     def op(*args: P.args, **keywords: P.kwargs) -> T:
         if not torch.compiler.is_compiling() and has_dtensors((*args, *keywords.values())):
             return op(**local(*args, **keywords))  # type: ignore[call-arg]
-        groups = {name: keywords[name] for name in GROUPS if keywords.get(name) is not None}
-        if not groups:
+        if keywords.get("process_group") is None and keywords.get("sequence_group") is None:
             return run(resolve(*args, **keywords))
+        groups = {name: keywords[name] for name in GROUPS if keywords.get(name) is not None}
         tensors = (x for x in (*args, *keywords.values()) if isinstance(x, torch.Tensor))
         with announced(prepare.__name__, groups, next((x.device for x in tensors), torch.device("cpu"))):
             return run(resolve(*args, **keywords))
