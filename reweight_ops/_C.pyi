@@ -13,7 +13,8 @@ class Table:
     def __init__(self, words: int, counts: Sequence[int], outputs: Sequence[int]) -> None: ...
 
 class Call:
-    """What all verbs share. ``strides``: rows per batch, batch and row stride in elements; ``vocab``: size, start, total. ``threads``: on a CPU;
+    """What all verbs share. ``strides``: rows per batch, batch and row stride in elements; ``vocab``: size, start, total. ``bounds``: of packed rows, 0 for
+    rows of one length. ``threads``: on a CPU;
     ``device``, ``stream``: on a GPU."""
 
     def __init__(
@@ -28,6 +29,7 @@ class Call:
         ids: int,
         temperature: int,
         temperature_per_row: bool,
+        bounds: int = 0,
         threads: int = 1,
         device: int = 0,
         stream: int = 0,

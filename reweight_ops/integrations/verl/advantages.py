@@ -81,7 +81,7 @@ def estimator_fn(name: str, estimator: Callable[..., Any]) -> Callable[..., tupl
     if reason is not None:
         raise UnsupportedRequest(f"verl cannot call {name}: {reason}.")
     open_ = _open(estimator)
-    of_groups = any(p.kind is p.VAR_KEYWORD for p in open_.values())
+    of_groups = "group_ids" in open_ or any(p.kind is p.VAR_KEYWORD for p in open_.values())
 
     def compute(
         token_level_rewards: Tensor,

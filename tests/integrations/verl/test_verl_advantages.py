@@ -61,7 +61,8 @@ def test_verls_own(batch, name):
 
 
 def test_the_settings_of_verls_configuration(batch):
-    integration.register_advantages({"mine": SAME["grpo"], "discounted": rw.advantages.reinforce_plus_plus})
+    unscaled = functools.partial(rw.advantages.grpo, **REWARD)  # without an epsilon, which would have no effect
+    integration.register_advantages({"mine": unscaled, "discounted": rw.advantages.reinforce_plus_plus})
     theirs, _ = core_algos.compute_grpo_outcome_advantage(
         batch["token_level_rewards"].clone(), batch["response_mask"], batch["index"], norm_adv_by_std_in_grpo=False
     )
