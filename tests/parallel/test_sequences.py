@@ -74,6 +74,12 @@ LAYOUTS = [dict(sequence=4), dict(sequence=4, layout="zigzag"), dict(sequence=2,
 
 
 def test_every_loss_over_two_and_four_ranks(four):
+    """Each in one of the layouts, in turns; the slow test has all of them."""
+    four.check(policy, [(name, LAYOUTS[i % len(LAYOUTS)], {}) for i, name in enumerate(SPECS)])
+
+
+@pytest.mark.slow
+def test_every_loss_in_every_layout(four):
     four.check(policy, [(name, split, {}) for name in SPECS for split in LAYOUTS])
 
 
