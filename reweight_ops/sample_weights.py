@@ -370,7 +370,7 @@ def class_balanced(labels: Tensor, class_counts: Tensor, *, beta: Annotated[floa
     "upweight",
     "Upweighting to a temperature (scalarisation)",
     paper="Upsample or Upweight? Balanced Training on Heavily Imbalanced Datasets",
-    arxiv="unknown",
+    arxiv="2410.04579",
     certainty="secondary",
     level="sequence",
 )

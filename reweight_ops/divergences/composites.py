@@ -93,8 +93,8 @@ def kd(
 ) -> Tensor:
     """``α·(-log p(y)) + (1-α)·T²·KL(q_T‖p_T)`` per token: R. Softmax of both logits over ``kd_temperature`` T in the KL, and over 1 in the first term.
 
-    ``vocab_size``, ``softcap``, ``backend``: of :func:`token_divergence`. The defaults are ours: the paper weighs the first term less and gives no number.
-    Two reads of the logits.
+    ``vocab_size``, ``softcap``, ``backend``: of :func:`token_divergence`. The defaults are ours: the paper weighs the first term less, its
+    section 4.1 by "a relative weight of 0.5". Two reads of the logits.
     """
     for name in ("temperature", "other_temperature"):
         if name in keywords:

@@ -20,6 +20,32 @@ ALL = (
     ),
     Recipe(name="mae", entry="rw.methods.mae", spec="rw.methods.mae()"),
     Recipe(
+        name="ldam_drw",
+        entry="rw.methods.ldam",
+        schedule="rw.schedules.drw(step, switch_epoch=total_steps * 4 // 5, beta=0.9999)",
+        sample_weights="rw.sample_weights.class_balanced(completion_ids, class_counts, beta=schedule)",
+        loss="rw.policy_loss(policy(batch), completion_ids, None, "
+        "spec=rw.methods.ldam(margin=0.5 * (class_counts.min() / class_counts[completion_ids]) ** 0.25)"
+        ".replace(reduction=rw.TokenMean(weight=rw.weights.Precomputed(values=sample_weights))), completion_mask=completion_mask).loss",
+        settings=published(SCRIPT, max_margin=0.5, scale=30, beta=0.9999, switch_epoch="160 of 200"),
+        rollout=(
+            "A class is a token. Margins are 0.5 for the rarest, and fall with the fourth root of the count.",
+            "The authors' logits are cosines, times a scale of 30 after the margin: `temperature=1/30` with margins times 30.",
+        ),
+    ),
+    Recipe(
+        name="kd",
+        entry="rw.divergences.kd",
+        loss="rw.divergences.kd(policy(batch), teacher_logits, completion_ids, alpha=0.5, kd_temperature=2.0, completion_mask=completion_mask).sum()"
+        " / completion_mask.sum()",
+        settings=published(
+            f"{PAPER}, section 4.1 (speech)",
+            alpha='0.5 ("a relative weight", of the labels)',
+            kd_temperature="1, 2, 5 and 10 tried; 2 here",
+        ),
+        rollout=("`teacher_logits` are without gradient.",),
+    ),
+    Recipe(
         name="gradient_ascent",
         entry="rw.methods.gradient_ascent",
         spec="rw.methods.gradient_ascent()",

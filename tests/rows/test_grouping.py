@@ -67,6 +67,7 @@ GROUPED = {
     "sample_weight/kl_dro": lambda c, **k: sample_weights.kl_dro(c["other"], temperature=0.5, **k),
     "sample_weight/raft": lambda c, **k: sample_weights.raft(c["r"], keep=2, **k),
     "sample_weight/d3s": lambda c, **k: sample_weights.d3s(c["other"], num_samples=3, **k),
+    "sample_weight/dynamic_sampling": lambda c, **k: sample_weights.dynamic_sampling(c["r"], high=0.8, **k),
     "sample_weight/selective_rehearsal": lambda c, **k: sample_weights.selective_rehearsal(c["other"], keep=1, **k),
 }
 
@@ -85,6 +86,17 @@ def chain(c):
     return adv.spo_chain(c["per_func"], c["r"], segments, c["mask"])
 
 
+def choice(c):
+    """Of three options the right ones are those above their mean: at least one."""
+    marks = c["per_func"]
+    return rewards.soft_multi_choice((marks - 0.7).relu(), (marks - marks.mean(1, keepdim=True)).relu())
+
+
+def sources(c):
+    """Ids of five sources, or classes, and how many samples each has."""
+    return torch.arange(B, device=c["r"].device) % 5, 1 + 50 * c["other"][:5]
+
+
 #: Without group arguments.
 OTHERS = {
     "advantage/gae": lambda c: adv.gae(c["r"], c["logps"], c["mask"], gamma=0.9)[0],
@@ -99,11 +111,15 @@ OTHERS = {
     "reward/lsc": lambda c: rewards.lsc(c["per_func"], 0.5),
     "reward/weighted_mean": lambda c: rewards.weighted_mean(c["per_func"], c["other"][:3]),
     "reward/harmonic_mean": lambda c: rewards.harmonic_mean(c["per_func"]),
+    "advantage/psr_nsr": lambda c: adv.psr_nsr(c["correct"]),
+    "reward/soft_multi_choice": choice,
     "reward/traac": lambda c: rewards.traac(c["correct"], c["other"], c["lengths"], c["lengths"] + 1, scale=2.0),
     "sample_weight/exponential_advantage": lambda c: sample_weights.exponential_advantage(c["r"], temperature=0.5, max_weight=3.0),
     "sample_weight/dynamic_loss_reweighting": lambda c: sample_weights.dynamic_loss_reweighting(c["r"], temperature=0.4),
     "sample_weight/glow": lambda c: sample_weights.glow(c["r"], c["other"]),
     "sample_weight/source_weights": lambda c: sample_weights.source_weights(c["other"][:6], torch.arange(B, device=c["r"].device) % 5),
+    "sample_weight/class_balanced": lambda c: sample_weights.class_balanced(*sources(c), beta=0.99),
+    "sample_weight/upweight": lambda c: sample_weights.upweight(*sources(c), temperature=2.0),
     "sample_weight/focal": lambda c: sample_weights.focal(c["other"]),
     "sample_weight/trajectory_rw": lambda c: sample_weights.trajectory_rw(c["r"]),
     "sample_weight/trajectory_aw": lambda c: sample_weights.trajectory_aw(c["r"], c["other"]),

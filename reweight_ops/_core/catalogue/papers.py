@@ -45,6 +45,8 @@ REPOSITORIES = {
     "2308.09878": "towardsautonomy/DatasetEquity",
     "1904.12848": "google-research/uda",
     "2211.13081": "mariodoebler/test-time-adaptation",
+    "2506.01347": "TianHongZXY/RLVR-Decomposed",
+    "1906.07413": "kaidic/LDAM-DRW",
 }
 
 #: Years of what is not on arXiv, by title.
