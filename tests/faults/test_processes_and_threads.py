@@ -134,7 +134,7 @@ def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("left", [b"", b"import tri", b"\xff\xfe\x00", None], ids=["nothing", "a part", "no text", "short bytecode"])
 def test_a_file_that_a_crash_left_is_written_again(left, tmp_path):
-    text = program_py(Program.of(("reinforce",)))
+    text = program_py(Program.of(("reinforce",))) + "# of this test alone: what another test has loaded would not be written\n"
     module = triton_cache.load_source(text, tmp_path)
     try:
         path = tmp_path / "programs" / f"{module.__name__}.py"
