@@ -38,8 +38,9 @@ def _table(title: str, *headings: str) -> Table:
 def agreement_table(found: list[Agreement]) -> Table:
     table = _table("One rollout: the fused op against TRL's own loss", "update", "loss", "difference", "gradient, relative difference")
     for a in found:
-        policy = "on-policy: 0 by construction" if a.update == 1 else "off-policy"
+        policy = "on-policy" if a.update == 1 else "off-policy"
         table.add_row(f"{a.update} ({policy})", f"{a.loss:+.2e}", f"{a.loss_difference:.1e}", f"{a.gradient_difference:.1e}")
+    table.caption = "On-policy the loss is 0 by construction: ratios are 1, and the advantages of a group sum to 0."
     return table
 
 
