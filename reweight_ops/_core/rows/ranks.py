@@ -50,7 +50,7 @@ def announced(op: str, groups: Mapping[str, Any], device: torch.device) -> Itera
     ]
     try:
         yield
-    except Exception:
+    except Exception:  # whatever it is, it is raised again: the others must not wait for this rank until the group's time is out
         for group in _pending.groups:
             with suppress(ReweightOpsError):  # the error that is raised is this rank's own
                 gathered(op, group, _facts(op, {}, failed=True, device=device))
