@@ -19,9 +19,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def registry():
-    """User definitions of a test are gone after it."""
+    """The rules and weights that a test defines are gone after it."""
     from reweight_ops._core.formula.base import RULES, WEIGHTS
 
     saved = dict(RULES), dict(WEIGHTS)

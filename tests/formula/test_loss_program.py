@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from built_in import own_rules, own_weights
-from random_losses import GIVEN, Drawn, check_one_pass, registries_unchanged
+from random_losses import GIVEN, Drawn, check_one_pass
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
@@ -24,12 +24,6 @@ STORED_ROWS = ("reference", "cpu")
 ONE_PASS_BACKENDS = [
     b for b in ("reference", "cpu", "triton") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
 ]
-
-
-@pytest.fixture(autouse=True)
-def _registries_unchanged():
-    with registries_unchanged():
-        yield
 
 
 SEEDS = range(40)

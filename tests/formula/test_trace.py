@@ -22,17 +22,6 @@ from reweight_ops._core.formula.trace import Graph, TracedNamespace, trace_rule,
 from reweight_ops.rules import LEAVES, RULES, Rule, TokenWeight, rule, weight
 
 
-@pytest.fixture(autouse=True)
-def _registries_unchanged():
-    from reweight_ops.rules import WEIGHTS
-
-    saved = dict(RULES), dict(WEIGHTS)
-    yield
-    for registry, content in zip((RULES, WEIGHTS), saved, strict=True):
-        registry.clear()
-        registry.update(content)
-
-
 def rule_of(formula, **fields):
     """A rule class whose loss is ``formula(xp, t, self)``."""
     namespace = {"__annotations__": dict.fromkeys(fields, float), "loss": lambda self, xp, t: formula(xp, t, self), **fields}

@@ -46,12 +46,12 @@ def _class(base: type, name: str, source: str, method: str, arguments: str):
 
 
 def drawn_rule(seed: int, name: str = "drawn_rule", size: int = 9) -> type[Rule]:
-    """A registered rule; remove it from RULES afterwards."""
+    """A registered rule; tests/conftest.py forgets it after the test."""
     return _class(Rule, name, draw(random.Random(seed), size), "loss", "xp, t")
 
 
 def drawn_weight(seed: int, name: str = "drawn_weight", size: int = 4) -> type[TokenWeight]:
-    """A registered weight; remove it from WEIGHTS afterwards."""
+    """A registered weight; tests/conftest.py forgets it after the test."""
     return _class(TokenWeight, name, draw(random.Random(~seed), size), "weight", "xp, t, batch")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,21 +15,9 @@ from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.formula.loss_program import Program, loss_graph
 from reweight_ops._core.formula.trace import trace_rule
-from reweight_ops.rules import LEAVES, RULES, WEIGHTS
+from reweight_ops.rules import LEAVES
 
 GIVEN = tuple(x for x in LEAVES if x != "log_ratio")
-
-
-@contextmanager
-def registries_unchanged():
-    """What is registered inside is forgotten."""
-    saved = dict(RULES), dict(WEIGHTS)
-    try:
-        yield
-    finally:
-        for registry, content in zip((RULES, WEIGHTS), saved, strict=True):
-            registry.clear()
-            registry.update(content)
 
 
 class Drawn:
