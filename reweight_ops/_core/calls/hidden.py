@@ -20,6 +20,7 @@ from ..rows.structure import Structure, is_readable
 from ..transforms import in_transform
 from .chunking import chunking
 from .keywords import LMHeadOptions, Lora, SoftmaxOptions
+from .released import refuse_released
 from .sampling_mask import KeptSets, resolve_sampling_mask
 from .softmax import Fail, resolve_logit_scale, resolve_softmax, resolve_temperature
 from .vocab_group import VocabGroup, vocab_group
@@ -118,6 +119,8 @@ def resolve_hidden(
     for name, x in (("hidden", hidden), ("lm_head_weight", weight), ("completion_ids", completion_ids)):
         if not isinstance(x, Tensor):
             raise fail(f"{name} is a {type(x).__name__}, expected a tensor.")
+    of_head = ("lm_head_weight", "lm_head_bias", "lora.a", "lora.b")
+    refuse_released(op, ((name, tensors[name]) for name in of_head))
     for name in ("consume_logits", "drop_last"):
         if getattr(options, name):
             raise fail(f"{name} is for logits; here they are the op's own.")

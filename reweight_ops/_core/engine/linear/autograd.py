@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...calls.hidden import ChunkSettings, Hidden, LMHead
+from ...calls.released import partitioned, refuse_released_since
 from ...rows.groups import OUT
 from .. import again
 from .. import ops as library
@@ -65,6 +66,7 @@ class LinearStatistics(torch.autograd.Function):
         if all(g is None for g in by):
             return (None,) * 10
         hidden, weight, bias, lora_a, lora_b, *saved = ctx.saved_tensors
+        refuse_released_since("backward", (weight, bias, lora_a, lora_b))
         rows, outputs, rest, others = _split(saved, ctx.split)
         rows, settings = PerRow(*rows), ctx.settings
         other = None if ctx.other is None else _other_head(others, *ctx.other)
@@ -132,6 +134,7 @@ class LinearOnePass(torch.autograd.Function):
             gradients.add(where, hidden[where], buffers.values, part.live(table) if settings.drop_inert else None)
         table, results = torch.cat(tables, 1), gradients.finish()
         ctx.given, ctx.backend, ctx.op = [g is not None for g in results], work.backend, work.op
+        ctx.partitioned = partitioned(parameters[:4])
         ctx.save_for_backward(*(g for g in results if g is not None))
         ctx.mark_non_differentiable(table)
         return work.loss(table), table
@@ -139,6 +142,7 @@ class LinearOnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
         forbid_second_backward(ctx, ctx.op)
+        refuse_released_since(ctx.op, ctx.partitioned)
         saved = iter(ctx.saved_tensors)
         # A launch each: of these tensors, of several dtypes, the smallest costs the few microseconds that an empty launch takes.
         results = [library.scaled(next(saved), upstream, ctx.backend) if given else None for given in ctx.given]
