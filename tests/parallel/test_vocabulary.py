@@ -7,12 +7,13 @@ import torch
 from split_calls import Split, differences, errors_of
 
 import reweight_ops as rw
+from reweight_ops._core.calls.specs import METHODS
 
 
 def policy(ranks, cases):
     wrong = []
     for name, split, options in cases:
-        spec = rw.method(name) if isinstance(name, str) else name
+        spec = METHODS[name].build() if isinstance(name, str) else name
         wrong += [f"{name} {split} {options}: {e}" for e in errors_of(spec, Split(**split).place(ranks), **options)]
     return wrong
 
@@ -41,7 +42,7 @@ def test_losses_of_every_kind(four):
 
 @pytest.mark.slow
 def test_every_method(four):
-    check(four, [(name, dict(vocab=4), {}) for name in rw.METHODS])
+    check(four, [(name, dict(vocab=4), {}) for name in METHODS])
 
 
 def normal(g, *shape, scale=1.0):
