@@ -104,7 +104,9 @@ def test_a_released_parameter_is_refused(name):
     own = head()
     convert(getattr(own, name))
     shape = r"\(11, 5\)" if name == "weight" else r"\(11,\)"
-    with pytest.raises(rw.InvalidCall, match=rf"lm_head_{name} is a parameter that ZeRO-3 has released \(of shape {shape}, here empty\): gather it"):
+    with pytest.raises(
+        rw.InvalidCall, match=rf"lm_head_{name} is a parameter that ZeRO-3 has released \(of shape {shape}, here empty\): gather it"
+    ):
         call("auto")(hidden_states(), own.weight, own.bias)
     with pytest.raises(rw.InvalidCall, match="ZeRO-3 has released"):
         rw.FusedLinearLogProbs.from_linear(own)(hidden_states(), torch.zeros(2, 3, dtype=torch.long))
@@ -116,5 +118,7 @@ def test_one_that_is_released_before_backward_is_refused(plan):
     convert(own.weight)
     with GatheredParameters([own.weight]):
         loss = call(plan)(hidden_states(), own.weight, own.bias)
-    with pytest.raises(rw.InvalidCall, match="ZeRO-3 has released a parameter of the head since forward: gather it for the forward and the backward"):
+    with pytest.raises(
+        rw.InvalidCall, match="ZeRO-3 has released a parameter of the head since forward: gather it for the forward and the backward"
+    ):
         loss.backward()

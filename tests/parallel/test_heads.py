@@ -1,9 +1,7 @@
 """Heads that FSDP, DDP or ZeRO-3 hold, beside a vocabulary in shards: tied embeddings, micro-batches and checkpointing are those of one process."""
 
 from dataclasses import dataclass
-from functools import partial
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn

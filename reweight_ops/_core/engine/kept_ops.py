@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import COEFS, LOSS_ROWS, PackedRows, RowInputs, SoftmaxParams
+from ..backends.base import COEFS, LOSS_ROWS, VOCABULARY, PackedRows, RowInputs, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE, log_p_moment
 from ..backends.reference_packed import filled
 from ..backends.select import load
@@ -20,8 +20,6 @@ from ..formula.program import evaluate_rows
 from ..rows.groups import OUT
 from .ops import BODIES, clear_last, gradient_ops, op, row_dtype, token_stats, without_last_position
 
-#: Before the name of a statistic of the whole vocabulary.
-VOCABULARY = "vocabulary_"
 #: Statistics of packed rows without a kernel.
 _MOMENTS = (VARIANCE, MEAN_BY_P_SQ)
 #: Devices on which the first and the last entry of a few rows are known at once.

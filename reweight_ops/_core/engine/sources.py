@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.base import DIVERGENCE_STATS, SoftmaxParams
 from ..backends.select import load
+from ..backends.shards import VocabShards
 from ..calls import vocab_group
 from ..calls.logits import Logits
 from ..calls.two_logits import TwoLogits
@@ -31,6 +33,14 @@ def why_two_passes(shard: VocabGroup | None, learnt: Tensor | None = None) -> st
     if shard is not None:
         return vocab_group.WHY_TWO_PASSES
     return temperature.WHY_TWO_PASSES if learnt is not None and temperature.learns(learnt) else None
+
+
+def agreed(shard: VocabGroup, rows: Rows, wanted: tuple[str, ...], needs_grad: bool, picks: Picks | None) -> VocabShards:
+    """The columns of every rank, which all have the same call."""
+    picks = picks or Picks()
+    shards = shard.agreed(rows, (*wanted, picks.top, *(x.size(1) for x in picks.lists)), needs_grad, picks.lists)
+    picks.check(rows, shards.total)
+    return shards
 
 
 def refuse_transforms(rows: Rows, backend: str) -> None:
@@ -80,7 +90,7 @@ class LogitsSource(PlainSource):
         z = self.logits
         assert z.shard is not None
         refuse_transforms(z.rows, backend)
-        shards = z.shard.agreed(z.rows, wanted, z.needs_grad)
+        shards = agreed(z.shard, z.rows, wanted, z.needs_grad, self.picks)
         return self._statistics(wanted, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards))
 
     def _statistics(self, wanted: tuple[str, ...], softmax: SoftmaxParams, options: OpOptions) -> dict[str, Tensor]:
@@ -137,27 +147,26 @@ class TwoLogitsSource(PlainSource):
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         if self.both.p.shard is not None:
-            values = self._of_shards(backend)
+            values = DivergenceStatistics.apply(*self.tensors, *self.of_shards(DIVERGENCE_STATS, backend))  # type: ignore[no-untyped-call]
         elif backend == again.TORCH:
             softmaxes, options = self._rest(backend)
-            values = again.divergence_stats(self._tensors, softmaxes, options.drop_last)
+            values = again.divergence_stats(self.tensors, softmaxes, options.drop_last)
         else:
-            values = DivergenceStatistics.apply(*self._tensors, *self._rest(backend))  # type: ignore[no-untyped-call]
+            values = DivergenceStatistics.apply(*self.tensors, *self._rest(backend))  # type: ignore[no-untyped-call]
         return dict(zip(("forward_kl", "reverse_kl", "entropy", "other_entropy"), values, strict=True))
 
     @torch.compiler.disable
-    def _of_shards(self, backend: str) -> tuple[Tensor, ...]:
+    def of_shards(self, asked: tuple[Any, ...], backend: str) -> tuple[Softmaxes, OpOptions]:
+        """What an op is told beside the tensors where several ranks have the vocabulary, once they have agreed that ``asked`` is asked of all."""
         p = self.both.p
         assert p.shard is not None
         refuse_transforms(p.rows, backend)
-        shards = p.shard.agreed(p.rows, DIVERGENCE_STATS, p.needs_grad)
-        (_, *caps), options = self._rest(backend)
-        softmaxes = (shards.params(caps[0]).vocab_size, *caps)
-        found: tuple[Tensor, ...] = DivergenceStatistics.apply(*self._tensors, softmaxes, options._replace(shards=shards))  # type: ignore[no-untyped-call]
-        return found
+        shards = p.shard.agreed(p.rows, asked, p.needs_grad)
+        (_, cap, other_cap), options = self._rest(backend)
+        return (shards.params(cap).vocab_size, cap, other_cap), options._replace(shards=shards)
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
-        loss, table = OnePassDivergence.apply(*self._tensors, *work, *self._rest(backend))  # type: ignore[no-untyped-call]
+        loss, table = OnePassDivergence.apply(*self.tensors, *work, *self._rest(backend))  # type: ignore[no-untyped-call]
         return loss, table
 
     def version(self) -> int:
@@ -167,7 +176,7 @@ class TwoLogitsSource(PlainSource):
         self.both.p.mark_consumed()
 
     @property
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         p = self.both.p
         return p.values, self.both.other, p.ids, p.temperature, self.both.other_temperature
 

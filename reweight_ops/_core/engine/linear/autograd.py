@@ -45,8 +45,18 @@ class LinearStatistics(torch.autograd.Function):
             else:
                 buffers = working = working or Buffers(size, head, settings, other)
             parts.append(measure.stats(buffers.logits(hidden, rows, where), needs_grad))
-        # Of a sharded vocabulary the ranks exchange all rows at once, whatever the chunks are.
-        outputs, rest = measure.merged(Found(*(_joined(found) for found in zip(*parts, strict=True))), rows.ids)
+        found = Found(*(_joined(part) for part in zip(*parts, strict=True)))
+        if measure.shards is not None:
+            # The ranks exchange all rows at once, whatever the chunks are.
+            found = measure.merged(measure.shards.gathered(measure.states(found)), rows)
+            if measure.sweeps_again:
+                working = working or Buffers(size, head, settings, other)
+                sums = [
+                    measure.sums(working.logits(hidden, rows, where), Found(_at(found.outputs, where), _at(found.rest, where)))
+                    for where in _runs(hidden, size)
+                ]
+                found = measure.with_sums(found, measure.shards.gathered(torch.cat(sums, 1)).sum(0))
+        outputs, rest = found
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.measure, ctx.lora_scale = settings, measure, lora_scale
         # Backward writes over the first model's, so they serve once; a second backward makes the same ones again.

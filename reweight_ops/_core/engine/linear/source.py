@@ -17,7 +17,7 @@ from .. import again, temperature
 from ..picks import PICKED, PICKED_IDS, Picks
 from ..sampling import by_reader, primitives, statistics_of
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
-from ..sources import refuse_transforms, why_two_passes
+from ..sources import agreed, refuse_transforms, why_two_passes
 from .autograd import LinearOnePass, linear_statistics
 from .gemms import inert_rows_dropped
 from .measures import PerRow, TokenMeasure
@@ -62,7 +62,7 @@ class HiddenSource(PlainSource):
         h = self.hidden
         assert h.shard is not None
         refuse_transforms(h.rows, backend)
-        return self._statistics(with_shards(h, h.shard.agreed(h.rows, wanted, h.needs_grad)), wanted, backend)
+        return self._statistics(with_shards(h, agreed(h.shard, h.rows, wanted, h.needs_grad, self.picks)), wanted, backend)
 
     def _statistics(self, h: Hidden, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         picks, torch_only = self.picks or Picks(), backend == again.TORCH
