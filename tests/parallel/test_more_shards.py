@@ -44,6 +44,32 @@ def taught(t, **options):
     return [out.loss, out.per_token_logps, out.entropies, out.teacher.forward_kl, out.teacher.loss]
 
 
+def kept(t, **options):
+    sets = rw.SamplingMask(t["kept_ids"], t["offsets"])
+    more = dict(sampling_mask=sets, entropy_over=t["over"], temperature=t.get("temperature", 1.0), **options)
+    names = ("logps", "entropies", "lse", "log_sum_p_sq", "max_logp", "is_top1")
+    if "weight" in t:
+        out = rw.linear_policy_loss(
+            t["hidden"], t["weight"], t["ids"], t["advantages"], spec=rw.methods.trl(entropy_coef=0.1), chunk_rows=t["chunk_rows"], **more
+        )
+        return [out.loss, out.per_token_logps, out.entropies]
+    found = rw.token_stats(t["logits"], t["ids"], stats=names, softcap=t.get("softcap"), **more)
+    return [getattr(found, name) for name in names]
+
+
+def kept_sets(g, z, ids):
+    """Of every row some ids and its own; of some rows all of one shard, only its own, or all that there are."""
+    mask = torch.rand(z.shape, generator=g) < 0.3
+    mask[0], mask[1], mask[8] = False, False, True
+    mask[1, :9] = True
+    mask.scatter_(1, torch.where(ids < 0, 0, ids)[:, None], True)
+    sets = rw.SamplingMask.from_mask(mask)
+    order = torch.randperm(3, generator=g)  # in any order
+    at = slice(int(sets.offsets[3]), int(sets.offsets[3]) + 3)
+    sets.token_ids[at] = sets.token_ids[at][order]
+    return dict(kept_ids=sets.token_ids, offsets=sets.offsets)
+
+
 def calls():
     """``(name, function, tensors, which are sharded)``, in fp64."""
     g = torch.Generator().manual_seed(4)
@@ -84,6 +110,14 @@ def calls():
         t = {**heads, "mask": mask, "chunk_rows": chunk_rows}
         jsd = two_heads(rw.linear_distillation_loss, kind="generalized_jsd", beta=0.3)
         yield f"jsd of heads, {chunk_rows}", jsd, t, of_heads
+    for over in ("kept", "vocabulary"):
+        sets = dict(kept_sets(g, z, ids), over=over)
+        yield f"kept sets of odd rows, {over}", kept, dict(logits=z, ids=ids, **sets), of_logits
+        yield f"kept sets, {over}", kept, dict(logits=sound, ids=ids, **sets, softcap=3.0), of_logits
+        yield f"kept sets, {over}, learnt temperature", kept, dict(logits=sound, ids=ids, temperature=learnt, **sets), of_logits
+        for chunk_rows in (None, 5):
+            t = dict(hidden=head["hidden"], weight=head["weight"], ids=ids, advantages=adv, chunk_rows=chunk_rows, **sets)
+            yield f"kept sets of a head, {over}, {chunk_rows}", kept, t, {"weight": 0}
     for tail, kind in (("bucket", "reverse_kl"), ("renormalize", "forward_kl"), ("ignore", "generalized_jsd")):
         yield f"top-k teacher, {tail}", taught_top, {**stored, "logits": sound, "tail": tail, "kind": kind}, of_logits
     both = {"logits": -1, "other": -1}

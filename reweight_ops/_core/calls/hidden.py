@@ -162,7 +162,7 @@ def resolve_hidden(
     softmax = resolve_softmax(op, options, columns, fail)
     row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
     rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, softmax.total(), validate)
-    sampled = resolve_sampling_mask(rows, options, softmax.vocab_size, validate, fail)
+    sampled = resolve_sampling_mask(rows, options, softmax.total(), validate, fail)
     all_ids = rows.ids if sampled is None else sampled.position
     assert all_ids is not None
     # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s: the scale costs no pass and no rounding.

@@ -79,7 +79,7 @@ def stats_table(
     if sets is None:
         table: Tensor = library.called(library.token_stats, logits, ids, temperature, *softmax, *rest)
         return table
-    table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax[:2], *rest)
+    table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax, *rest)
     return table
 
 
@@ -118,7 +118,7 @@ def written_gradient(
     Log-probs of picked ids are one derivative by lse in every column, and the elements of those ids, which are written over.
     """
     if sets is not None:
-        table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax[:2], options.drop_last, options.backend)
+        table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax, options.drop_last, options.backend)
         found = library.called(kept_ops.kept_grad_ if over else kept_ops.kept_grad, logits, ids, *table)
         return None if over else found
     by_picked, picked = by.get(PICKED), None

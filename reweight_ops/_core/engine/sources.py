@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from ..backends.select import load
 from ..backends.shards import VocabShards
 from ..calls import vocab_group
 from ..calls.logits import Logits
+from ..calls.sampling_mask import KeptSets
 from ..calls.two_logits import TwoLogits
 from ..calls.vocab_group import VocabGroup
 from ..rows.rows import Rows
+from ..rows.structure import is_readable
 from . import again, temperature
 from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
 from .picks import PICKED, PICKED_IDS, Picks
@@ -35,12 +38,26 @@ def why_two_passes(shard: VocabGroup | None, learnt: Tensor | None = None) -> st
     return temperature.WHY_TWO_PASSES if learnt is not None and temperature.learns(learnt) else None
 
 
-def agreed(shard: VocabGroup, rows: Rows, wanted: tuple[str, ...], needs_grad: bool, picks: Picks | None) -> VocabShards:
+def agreed(
+    shard: VocabGroup, rows: Rows, wanted: tuple[str, ...], needs_grad: bool, picks: Picks | None, kept: KeptSets | None
+) -> VocabShards:
     """The columns of every rank, which all have the same call."""
-    picks = picks or Picks()
-    shards = shard.agreed(rows, (*wanted, picks.top, *(x.size(1) for x in picks.lists)), needs_grad, picks.lists)
+    picks, lists = picks or Picks(), () if kept is None else (kept.token_ids, kept.bounds)
+    asked = (*wanted, picks.top, *(x.size(1) for x in picks.lists), kept is not None)
+    shards = shard.agreed(rows, asked, needs_grad, picks.lists + lists)
     picks.check(rows, shards.total)
     return shards
+
+
+def part_of(kept: KeptSets | None, position: Tensor, shards: VocabShards, rows: Rows) -> tuple[KeptSets | None, Tensor]:
+    """A shard's part of kept sets, and the places of the rows' ids in it; NaN in a row whose set names what is no column, or an error."""
+    if kept is None:
+        return None, position
+    known = kept.known(position, shards.total)
+    if is_readable(known) and not bool(known.all()):
+        raise rows.error(f"sampling_mask.token_ids has ids beyond {shards.total - 1}, the last of all ranks of process_group.")
+    own = shards.params(math.inf)
+    return kept.of_columns(torch.where(known, position, -1), own.vocab_start, own.vocab_size)
 
 
 def refuse_transforms(rows: Rows, backend: str) -> None:
@@ -90,8 +107,10 @@ class LogitsSource(PlainSource):
         z = self.logits
         assert z.shard is not None
         refuse_transforms(z.rows, backend)
-        shards = agreed(z.shard, z.rows, wanted, z.needs_grad, self.picks)
-        return self._statistics(wanted, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards))
+        shards = agreed(z.shard, z.rows, wanted, z.needs_grad, self.picks, z.kept)
+        kept, ids = part_of(z.kept, z.ids, shards, z.rows)
+        part = replace(self, logits=replace(z, kept=kept, ids=ids))
+        return part._statistics(wanted, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards))
 
     def _statistics(self, wanted: tuple[str, ...], softmax: SoftmaxParams, options: OpOptions) -> dict[str, Tensor]:
         z, picked = self.logits, () if self.picks is None else (PICKED, PICKED_IDS)
