@@ -77,8 +77,8 @@ def calls():
     selected = torch.randint(V, (N, 4), generator=g)
     selected[:, 1], selected[3, 2], selected[7:9, 3] = selected[:, 0], -100, ids[7:9]  # an id twice, padding, the row's own
     of_logits = {"logits": -1}
-    sick = dict(logits=z, ids=ids, selected=selected, top_k=3, odd=True)
-    yield "picked of odd rows", picked, sick, of_logits
+    nan_rows = dict(logits=z, ids=ids, selected=selected, top_k=3, odd=True)
+    yield "picked of odd rows", picked, nan_rows, of_logits
     sound, other = normal(g, N, V, scale=2.0), normal(g, N, V, scale=2.0).detach()
     yield "picked", picked, dict(logits=sound, ids=ids, selected=torch.arange(0, V, 5), top_k=V, softcap=3.0), of_logits
     learnt = (0.5 + torch.rand(N, generator=g, dtype=torch.float64)).requires_grad_()

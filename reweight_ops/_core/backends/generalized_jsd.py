@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from .base import DivergenceInputs
 
 #: Elements that are worked on at once, of about ten temporaries: on a CPU few enough for a cache, on a GPU enough for its bandwidth.
@@ -30,16 +30,16 @@ def to_the_mixture(
 ) -> Tensor:
     """``(KL(p‖m), KL(q‖m))`` ``[2, N]`` and the same gradient. Of a shard they are its parts of the sums, with ``known``: the log-sum-exp of p and what
     rounding lost of it, those of q, and for a gradient KL(p‖m), of whole rows."""
-    n, columns = two.ids.numel(), two.head.vocab_size
-    keep, t, t_other = two.ids != OUT, two.temperature.expand(n), two.other_temperature.expand(n)
+    n, columns = two.ids.numel(), two.softmax.vocab_size
+    keep, t, t_other = two.ids != IGNORE_INDEX, two.temperature.expand(n), two.other_temperature.expand(n)
     found = torch.zeros(2, n, dtype=t.dtype, device=two.logits.device)
     most = max(_BLOCK.get(two.logits.device.type, _BLOCK["cuda"]) // max(columns, 1), 1)
     for first in range(0, n, most):
         rows = slice(first, min(first + most, n))
         inside = keep[rows, None]
         of_p, of_q = (None, None) if known is None else (known[:2, rows], known[2:4, rows])
-        log_p, slope = _log_probs(two.logits[rows, :columns], inside, t[rows], two.head.softcap, of_p)
-        log_q, _ = _log_probs(two.other[rows, :columns], inside, t_other[rows], two.other_head.softcap, of_q)
+        log_p, slope = _log_probs(two.logits[rows, :columns], inside, t[rows], two.softmax.softcap, of_p)
+        log_q, _ = _log_probs(two.other[rows, :columns], inside, t_other[rows], two.other_softmax.softcap, of_q)
         p, gap, kl_p, kl_q = _mixture(log_p, log_q, beta)
         found[:, rows] = torch.where(keep[rows], torch.stack([kl_p, kl_q]), 0)
         if out is not None:
@@ -53,7 +53,7 @@ def to_the_mixture(
 
 
 def _log_probs(z: Tensor, inside: Tensor, temperature: Tensor, softcap: float, known: Tensor | None) -> tuple[Tensor, Tensor | float]:
-    """Log-probs in the dtype of the temperature, and the slope of the soft cap. In a row that is out they are those of zeros. ``known``: as in the
+    """Log-probs in the dtype of the temperature, and the slope of the soft cap. In an ignored row they are those of zeros. ``known``: as in the
     caller, of these rows."""
     x: Tensor = torch.where(inside, z.to(temperature.dtype), 0)
     slope: Tensor | float = 1.0

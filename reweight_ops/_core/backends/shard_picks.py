@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from .base import SoftmaxParams
 from .picked import Picked, top_ids
 
@@ -30,7 +30,7 @@ def pick_states(
         own = top_ids(logits, ids, found, softmax) if found else ids.new_empty(n, 0)
         z = Picked(logits, ids, own, temperature, softmax).logits.to(dtype)
         missing = (n, top - found)  # of a shard with fewer columns
-        own = torch.cat([own, own.new_full(missing, OUT)], 1)
+        own = torch.cat([own, own.new_full(missing, IGNORE_INDEX)], 1)
         parts += [torch.cat([z, z.new_full(missing, -math.inf)], 1), own.to(_INTEGERS[dtype.itemsize]).view(dtype)]
     return torch.cat(parts, 1)
 
@@ -47,10 +47,10 @@ def merged_picks(states: Tensor, ids: Tensor, given: Tensor | None, top: int, co
     if top:
         z = states[:, :, count : count + top].movedim(0, 1).flatten(1)
         named = states[:, :, count + top :].contiguous().view(_INTEGERS[states.element_size()]).long().movedim(0, 1).flatten(1)
-        missing = named == OUT
+        missing = named == IGNORE_INDEX
         by_id = torch.where(missing, sum(columns), named).argsort(dim=-1)  # what is no column comes last
         z, named = z.gather(1, by_id), named.gather(1, by_id)
         first = z.sort(dim=-1, descending=True, stable=True).indices[:, :top]
         values.append(z.gather(1, first))
-        chosen.append(torch.where((ids == OUT)[:, None], OUT, named.gather(1, first)))
+        chosen.append(torch.where((ids == IGNORE_INDEX)[:, None], IGNORE_INDEX, named.gather(1, first)))
     return torch.cat(values, 1), torch.cat(chosen, 1)

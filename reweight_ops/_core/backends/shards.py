@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from ..rows.ranks import gathered, size_and_rank
 from .base import DIVERGENCE_STATS, VOCABULARY, SoftmaxParams
 from .log_p_moments import MEAN_BY_P_SQ, VARIANCE
@@ -66,7 +66,7 @@ class VocabShards:
                 share = _Shares(own["lse"], own["lse_low"])
                 found |= {prefix + name: self._statistic(name, own, share, dtype) for name in own if name != LOGP_LOW}
         rows = torch.stack([found[name] for name in names if name != LOGP_LOW]).to(dtype)
-        return torch.where(ids == OUT, 0, rows)
+        return torch.where(ids == IGNORE_INDEX, 0, rows)
 
     def _statistic(self, name: str, s: dict[str, Tensor], share: _Shares, dtype: torch.dtype) -> Tensor:
         if name in MERGED_BY:
@@ -107,11 +107,11 @@ class VocabShards:
         for prefix, share in (("", p), ("other_", q)):
             lse = share.lse.to(dtype)
             found |= {f"{prefix}lse": lse.double(), f"{prefix}lse_low": share.lse_beyond(lse)}
-        sick = p.lse.isnan() | q.lse.isnan()  # where one of them is no distribution, nothing is known
+        is_nan = p.lse.isnan() | q.lse.isnan()  # where one of them is no distribution, nothing is known
         if dtype != torch.float64:  # beyond it kernels measure from what is in their own shard
-            sick |= (p.lse.abs() > LARGEST_LSE) | (q.lse.abs() > LARGEST_LSE)
-        rows = torch.stack([torch.where(sick, math.nan, found[name]) for name in DIVERGENCE_STATS]).to(dtype)
-        return torch.where(ids == OUT, 0, rows)
+            is_nan |= (p.lse.abs() > LARGEST_LSE) | (q.lse.abs() > LARGEST_LSE)
+        rows = torch.stack([torch.where(is_nan, math.nan, found[name]) for name in DIVERGENCE_STATS]).to(dtype)
+        return torch.where(ids == IGNORE_INDEX, 0, rows)
 
 
 def with_empty_shards(table: Tensor, p: Tensor, q: Tensor) -> Tensor:

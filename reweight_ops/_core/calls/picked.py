@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from ..rows.rows import Rows
 from ..rows.structure import is_readable
 
@@ -30,10 +30,12 @@ def check_ids(rows: Rows, name: str, ids: Tensor, vocab_size: int) -> None:
     """Raise for an id ``[N, K]`` of a row that is in and none of so many, where ids may be read."""
     if not is_readable(ids) or not ids.numel():
         return
-    bad = ((ids < 0) | (ids >= vocab_size)) & (ids != OUT) & rows.keep[:, None]
+    bad = ((ids < 0) | (ids >= vocab_size)) & (ids != IGNORE_INDEX) & rows.keep[:, None]
     if bool(bad.any()):
         row, at = (int(x) for x in bad.nonzero()[0])
-        raise rows.error(f"{name} has {int(ids[row, at])} in row {row} (flat), expected 0 to {vocab_size - 1}, or {OUT} for padding.")
+        raise rows.error(
+            f"{name} has {int(ids[row, at])} in row {row} (flat), expected 0 to {vocab_size - 1}, or {IGNORE_INDEX} for padding."
+        )
 
 
 def check_top(rows: Rows, name: str, count: Any, vocab_size: int) -> int:

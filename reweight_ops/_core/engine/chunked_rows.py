@@ -97,7 +97,7 @@ class FormulaSource(PlainSource):
         p, rows = self.p, self.rows
         refuse_learnt(p.temperature, rows.error)
         refuse_consumed(p)
-        # In a row that is out the formula sees zeros.
+        # In an ignored row the formula sees zeros.
         values = p.values[..., :-1, :] if p.drop_last else p.values
         z = torch.where(rows.keep[:, None], values.reshape(rows.count, values.size(-1)), 0)
         temperature = p.temperature.expand(rows.count)

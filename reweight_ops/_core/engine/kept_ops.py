@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import COEFS, LOSS_ROWS, VOCABULARY, PackedRows, RowInputs, SoftmaxParams
+from ..backends.base import DERIVATIVES, LOSS_ROWS, VOCABULARY, PackedRows, RowInputs, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE, log_p_moment
 from ..backends.logp_low import LOGP_LOW
 from ..backends.reference_packed import filled
@@ -19,7 +19,7 @@ from ..backends.select import load
 from ..backends.shards import empty_shard
 from ..formula.loss_program import ONE_PASS, STATISTICS, Program, loss_graph
 from ..formula.program import evaluate_rows
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from .kept_shards import ShardRows
 from .ops import BODIES, clear_last, gradient_ops, op, row_dtype, token_stats, without_last_position
 
@@ -63,14 +63,14 @@ def _statistics(z: Tensor, kept: _Kept, temperature: Tensor, softmax: SoftmaxPar
     own = [name for name in names if not name.startswith(VOCABULARY)]
     shard = ShardRows(kept.gather(z, temperature, softmax.softcap), softmax)
     kernel = tuple(name for name in own if name not in (*_MOMENTS, LOGP_LOW))
-    verb = load(backend).packed_stats
-    assert verb is not None, "the backend was chosen for it"
-    found = dict(zip(kernel, verb(shard.rows, kernel).unbind(), strict=True)) if kernel else {}
+    primitive = load(backend).packed_stats
+    assert primitive is not None, "the backend was chosen for it"
+    found = dict(zip(kernel, primitive(shard.rows, kernel).unbind(), strict=True)) if kernel else {}
     for name in own:
         if name in _MOMENTS:
             padded, _ = filled(shard.rows)
             moment = log_p_moment(name, padded, temperature, SoftmaxParams(padded.size(1), softmax.softcap))
-            found[name] = torch.where(shard.rows.ids == OUT, 0, torch.where(shard.rows.ids < 0, torch.nan, moment))
+            found[name] = torch.where(shard.rows.ids == IGNORE_INDEX, 0, torch.where(shard.rows.ids < 0, torch.nan, moment))
     found = shard.statistics(found)
     whole = [name.removeprefix(VOCABULARY) for name in names if name.startswith(VOCABULARY)]
     if whole:
@@ -86,10 +86,10 @@ def _gradient(
     """Writes the gradient of the rows of logits ``z`` to ``out``, which may be ``z``."""
     by_whole = by.get(VOCABULARY + "entropy")
     shard = ShardRows(kept.gather(z, temperature, softmax.softcap, wide=by_whole is not None), softmax)
-    found, verb = torch.zeros_like(shard.rows.values), load(backend).packed_grad
-    assert verb is not None, "the backend was chosen for it"
+    found, primitive = torch.zeros_like(shard.rows.values), load(backend).packed_grad
+    assert primitive is not None, "the backend was chosen for it"
     stats = {name: t for name, t in known.items() if not name.startswith(VOCABULARY)}
-    verb(shard.rows, *shard.derivatives(stats, {name: by.get(name) for name in COEFS}), found)
+    primitive(shard.rows, *shard.derivatives(stats, {name: by.get(name) for name in DERIVATIVES}), found)
     if by_whole is None:
         out.zero_()
     else:
@@ -126,16 +126,16 @@ def stacked(known: dict[str, Tensor], by: dict[str, Tensor | None]) -> tuple[Ten
 
 def _write_kept_grad(
     out: Tensor, logits: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor, temperature: Tensor, table: Tensor, names: str,
-    coefs: Tensor, by: str, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool, backend: str,
+    d_rows: Tensor, by: str, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool, backend: str,
 ) -> None:  # fmt: skip
-    """``table`` ``[K, N]``: the statistics ``names``; ``coefs``: derivatives of the loss by those named in ``by``."""
+    """``table`` ``[K, N]``: the statistics ``names``; ``d_rows``: derivatives of the loss by those named in ``by``."""
     if not vocab_size:
         out.zero_()
         return
     softmax = SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total)
     z, kept = without_last_position(logits, drop_last), _Kept(without_last_position(logits, drop_last), position, token_ids, row, bounds)
     known = dict(zip(names.split(","), table.unbind(), strict=True))
-    derivatives: dict[str, Tensor | None] = dict(zip(by.split(","), coefs.unbind(), strict=True))
+    derivatives: dict[str, Tensor | None] = dict(zip(by.split(","), d_rows.unbind(), strict=True))
     _gradient(without_last_position(out, drop_last), z, kept, temperature, softmax, known, derivatives, backend)
     clear_last(out, drop_last)
 
@@ -161,14 +161,14 @@ def _write_kept_loss_grad(
     leaves = {"old_logp": known["logp"], "logp": known["logp"], "entropy": known[entropy], "log_sum_p_sq": known["log_sum_p_sq"]}
     evaluate = load(backend).evaluate_rows or evaluate_rows
     leaves |= inputs.stored()
-    weighted, loss, *by = evaluate(Program.decode(program), params, leaves, inputs.weights, ONE_PASS, position != OUT)
+    weighted, loss, *by = evaluate(Program.decode(program), params, leaves, inputs.weights, ONE_PASS, position != IGNORE_INDEX)
     graph = loss_graph(Program.decode(program))
     names = {"logp": "logp", "entropy": entropy, "log_sum_p_sq": "log_sum_p_sq"}
     derivatives: dict[str, Tensor | None] = {names[x]: d for x, d in zip(STATISTICS, by, strict=True) if graph.moves(x)}
     _gradient(without_last_position(out, drop_last), z, kept, temperature, softmax, known, derivatives, backend)
     clear_last(out, drop_last)
     rows = torch.stack([known["logp"], known[entropy], weighted, loss, *by[:2]])
-    return torch.where((position < 0) & (position != OUT), torch.nan, rows)
+    return torch.where((position < 0) & (position != IGNORE_INDEX), torch.nan, rows)
 
 
 kept_loss_grad, kept_loss_grad_ = gradient_ops("kept_loss_grad", _write_kept_loss_grad, _fake_loss_rows)

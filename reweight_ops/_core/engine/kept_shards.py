@@ -12,7 +12,7 @@ from ..backends.logp_low import LOGP_LOW, lost_of
 from ..backends.mean_logit import capped
 from ..backends.shards import empty_shard
 from ..calls.sampling_mask import ELSEWHERE
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 
 
 class ShardRows:
@@ -31,7 +31,7 @@ class ShardRows:
         self.elsewhere = given.ids == ELSEWHERE
         self.empty = (self.known | self.elsewhere) & (given.bounds[0] == given.bounds[1])
         place = torch.where(self.elsewhere, 0, given.ids)
-        self.rows = given._replace(ids=torch.where(self.empty, OUT, place))
+        self.rows = given._replace(ids=torch.where(self.empty, IGNORE_INDEX, place))
         # Of the whole vocabulary only entropies are asked for: no column stands for the id.
         self.softmax = SoftmaxParams(softmax.vocab_size, softmax.softcap, 0, softmax.vocab_size + 1)
         self.ids = torch.where(self.known | self.elsewhere, softmax.vocab_size, given.ids)
@@ -50,13 +50,13 @@ class ShardRows:
         if not self.sharded:
             return stats, by
         nothing = torch.zeros_like(stats["logp"])
-        by_logp, by_lse = (nothing if by[name] is None else by[name] for name in ("logp", "lse"))
-        assert by_logp is not None and by_lse is not None
+        d_logp, d_lse = (nothing if by[name] is None else by[name] for name in ("logp", "lse"))
+        assert d_logp is not None and d_lse is not None
         x = capped(self._logits().double(), self.softcap) / self.rows.temperature.double()
         first = ((x - stats["lse"].double()) - stats["lse_low"].double()).to(stats["logp"].dtype)
         return (
             {**stats, "logp": torch.where(self.elsewhere, first, stats["logp"])},
-            {**by, "logp": torch.where(self.elsewhere, 0, by_logp), "lse": torch.where(self.elsewhere, by_lse - by_logp, by_lse)},
+            {**by, "logp": torch.where(self.elsewhere, 0, d_logp), "lse": torch.where(self.elsewhere, d_lse - d_logp, d_lse)},
         )
 
     def _logits(self) -> Tensor:
