@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
 import reweight_ops as rw
@@ -126,3 +127,75 @@ def trained(ranks):
 def test_tied_heads_under_fsdp_and_ddp(four):
     """The gradient of a weight that embeds and projects is one, and is summed once."""
     four.check(trained)
+
+
+def sharded_by_fsdp(ranks):
+    """A parameter as FSDP leaves it outside of its module's forward: refused, or with hidden states that all ranks have, a vocabulary in shards."""
+    mesh = DeviceMesh("cpu", torch.arange(4))
+    torch.manual_seed(0)
+    head, whole = fully_shard(nn.Linear(D, V, bias=False).double(), mesh=mesh), nn.Linear(D, V, bias=False).double()
+    weight = head.weight
+    whole.weight.data = weight.detach().full_tensor()
+    hidden, ids = torch.randn(6, D, dtype=torch.float64), torch.arange(6)
+    assert isinstance(weight, DTensor)
+    try:
+        rw.linear_token_logps(hidden, weight, ids)
+        return ["not refused"]
+    except rw.UnsupportedRequest as error:
+        assert "If this is FSDP's parameter, call inside of its module's forward, or after unshard()" in str(error)
+    want = rw.linear_token_logps(hidden, whole.weight, ids)
+    want.sum().backward()
+    found = rw.linear_token_logps(DTensor.from_local(hidden, mesh, [Replicate()]), weight, ids)
+    found.sum().backward()
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(weight.grad.full_tensor(), whole.weight.grad, rtol=1e-12, atol=1e-12)
+    head.unshard()
+    torch.testing.assert_close(rw.linear_token_logps(hidden, head.weight, ids), want, rtol=1e-12, atol=1e-12)
+    return []
+
+
+def test_a_parameter_that_fsdp_has_sharded_is_right_or_refused(four):
+    four.check(sharded_by_fsdp)
+
+
+def compiled(ranks, which):
+    """torch.compile leaves a call of several ranks to Python, and says so where that is forbidden."""
+    group = ranks.group(range(2))
+    if ranks.rank > 1:
+        return []
+    torch._dynamo.reset()
+    g = torch.Generator().manual_seed(0)
+    z, hidden, ids = torch.randn(6, 10, generator=g), torch.randn(6, D, generator=g), torch.arange(6)
+    weight, part = torch.randn(10, D, generator=g), slice(5 * ranks.rank, 5 * ranks.rank + 5)
+
+    def from_logits(x, **over):
+        return rw.policy_loss(x.tanh()[None], ids[None], 1.0, spec=rw.methods.trl(entropy_coef=0.1), **over).loss
+
+    def from_hidden(w, **over):
+        return rw.linear_token_logps(hidden, w.tanh(), ids, **over).sum()
+
+    wrong = []
+    for name, function, x, dim in (("logits", from_logits, z, -1), ("hidden", from_hidden, weight, 0)):
+        if name != which:
+            continue
+        whole = x.clone().requires_grad_()
+        want = function(whole)
+        want.backward()
+        own = x.narrow(dim, part.start, 5).clone().requires_grad_()
+        got = torch.compile(function, backend="aot_eager")(own, process_group=group)
+        got.backward()
+        same = torch.allclose(got, want, atol=1e-5) and torch.allclose(own.grad, whole.grad.narrow(dim, part.start, 5), atol=1e-6)
+        wrong += [] if same else [f"{name}: {got} of {want}"]
+        torch._dynamo.reset()
+        try:
+            torch.compile(function, backend="aot_eager", fullgraph=True)(own, process_group=group)
+            wrong.append(f"{name}: a whole graph")
+        except torch._dynamo.exc.Unsupported:
+            pass
+        torch._dynamo.reset()
+    return wrong
+
+
+@pytest.mark.parametrize("which", ["logits", pytest.param("hidden", marks=pytest.mark.slow)])
+def test_a_compiled_call_of_several_ranks_is_right_or_an_error(four, which):
+    four.check(compiled, which)

@@ -155,3 +155,18 @@ def test_every_call_is_one_process_in_fp64(four, world, padding):
 )
 def test_every_call_is_as_exact_in_fp32(four, backend, only):
     four.check(every_call, 4, 0, torch.float32, {"backend": backend}, only)
+
+
+def ties(ranks):
+    """Of equal logits the lowest id comes first, also where a shard has fewer columns than are asked for, and every id is listed once."""
+    group, columns = ranks.group(range(4)), [(0, 1), (1, 7), (7, 7), (7, 9)][ranks.rank]
+    z = torch.tensor([[0.0, 2, 1, 2, -math.inf, 1, 0, 2, -math.inf], [-math.inf] * 8 + [1.0], [3.0] * 9])
+    ids = torch.tensor([1, 8, 0])
+    out = rw.token_stats(z[:, slice(*columns)].contiguous(), ids, stats=("topk_ids", "topk_logps"), top_k=9, process_group=group)
+    assert torch.equal(out.topk_ids, z.sort(dim=-1, descending=True, stable=True).indices), out.topk_ids
+    torch.testing.assert_close(out.topk_logps, z.log_softmax(-1).gather(-1, out.topk_ids))
+    return []
+
+
+def test_of_equal_logits_the_lowest_id_comes_first(four):
+    four.check(ties)

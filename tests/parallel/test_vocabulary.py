@@ -165,6 +165,13 @@ def calls():
         x[3, 20:] = -math.inf
     other_holes[4] = -math.inf
     holes[5, 3] = math.nan
+    holes[8, :12] -= (
+        2000  # a shard without probability in fp64: where the other has none of a column of it, the divergence is infinite all the same
+    )
+    other_holes[9, :12] -= 2000
+    other_holes[8, 3] = holes[9, 3] = -math.inf
+    t = dict(logits=holes.clone().requires_grad_(), other=other_holes.clone(), mask=mask)
+    yield "divergences with holes, reversed", two(rw.token_divergence, kind="reverse_kl"), t, {"logits": -1, "other": -1}
     yield "divergences with holes", two(rw.token_divergence, kind="forward_kl"), dict(
         logits=holes.requires_grad_(), other=other_holes, mask=mask
     ), {"logits": -1, "other": -1}  # fmt: skip
