@@ -151,7 +151,7 @@ def test_every_call_is_one_process_in_fp64(four, world, padding):
 
 @pytest.mark.parametrize(
     ("backend", "only"),
-    [("cpu", ""), ("reference", ""), *(pytest.param("triton", only, marks=pytest.mark.slow) for only in ("picked", "jsd"))],
+    [("cpu", ""), ("reference", ""), *(pytest.param("triton", only, marks=pytest.mark.slow) for only in ("picked", "jsd", "kept"))],
 )
 def test_every_call_is_as_exact_in_fp32(four, backend, only):
     four.check(every_call, 4, 0, torch.float32, {"backend": backend}, only)
