@@ -89,7 +89,7 @@ def wide_blocks(logits: LogitRows) -> Iterator[tuple[slice, LogitRows]]:
     """A few rows at a time, with a copy of the first model's logits in the dtype of row arithmetic: where two gradients are added, the sum is rounded once."""
     dtype = library.row_dtype(logits.values)
     most = _BLOCK.get(logits.values.device.type, _BLOCK["cuda"]) // (logits.values.size(1) * dtype.itemsize)
-    for rows in chunks(0, logits.values.size(0), max(most, 1)):
+    for rows in chunks(0, max(logits.values.size(0), 1), max(most, 1)):  # one of a call without rows
         other = None if logits.other is None else logits.other[rows]
         yield rows, LogitRows(logits.values[rows].to(dtype, copy=True), other, logits.rows.at(rows))
 
