@@ -190,7 +190,7 @@ def test_blocks_change_no_bit(plan, backend, monkeypatch):
     d = make(torch.float32)
     found = []
     for block in (1, 1 << 30):
-        monkeypatch.setattr("reweight_ops._core.engine.linear.measures._BLOCK", {"cpu": block})
+        monkeypatch.setattr("reweight_ops._core.engine.linear.measures._BLOCK", {"cpu": block, "cuda": block})
         out = call(d, "grpo", teacher=teacher(d), plan=plan, chunk_rows=4, backend=backend)
         found.append((out.loss, *grads(out.loss, d)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
