@@ -31,9 +31,9 @@ from typing import Any
 from .cases import cases
 from .compare import compare
 from .distill import distill_cases, distill_providers
+from .divergence import divergence_cases, divergence_providers
 from .linear import linear_cases, linear_providers
 from .measure import Effort, Memory, foreign_load, run_case
-from .pair import pair_cases, pair_providers
 from .progress import Steps
 from .providers import Provider, providers
 from .report import plot, print_tables
@@ -133,7 +133,7 @@ def of_gpu(options: argparse.Namespace) -> bool:
 
 
 #: What may be asked for by name; a GPU runs all.
-SUITES = {"logits": cases, "linear": linear_cases, "pair": pair_cases, "distill": distill_cases, "rows": rows_cases}
+SUITES = {"logits": cases, "linear": linear_cases, "pair": divergence_cases, "distill": distill_cases, "rows": rows_cases}
 
 
 def suite(options: argparse.Namespace) -> list[Any]:
@@ -176,7 +176,7 @@ def measure(options: argparse.Namespace) -> None:
         for p in [
             *providers(backends),
             *linear_providers(backends),
-            *pair_providers(backends),
+            *divergence_providers(backends),
             *distill_providers(backends),
             *rows_providers(backends),
         ]

@@ -8,14 +8,14 @@ import torch
 import reweight_ops as rw
 from reweight_ops._core.backends import select
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import load, why_not
+from reweight_ops._core.backends.select import load, unsupported_reason
 from reweight_ops._core.engine.distillation import GENERALIZED_JSD
 from reweight_ops._core.losses import documented, explain
 from reweight_ops.testing import checks
 from reweight_ops.testing.golden_ops import GOLDEN_OPS, ROWS
 from reweight_ops.testing.ops import OPS, STATISTICS
 
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 #: Ops whose methods are catalogue entries, with a comparison of their own for each; and those that only read log-probs.
 ELSEWHERE = {"token_logps", "policy_loss_from_logps", "preference_loss", "preference_loss_from_logps", "linear_preference_loss"}
 #: Keyword, or type of one, to what of its name an op's cases have.
@@ -70,8 +70,8 @@ def test_every_divergence_is_compared_from_hidden_states(kind):
 def test_a_wrong_gradient_fails(monkeypatch):
     """A part in 100,000 of every element, in fp32."""
 
-    def wrong(logits, ids, temperature, head, stats, coefs, out):
-        load("reference").token_grad(logits, ids, temperature, head, stats, coefs, out)
+    def wrong(logits, ids, temperature, softmax, stats, coefs, out):
+        load("reference").token_grad(logits, ids, temperature, softmax, stats, coefs, out)
         out.mul_(1 + 1e-5)
 
     monkeypatch.setitem(select._loaded, "cpu", dataclasses.replace(load("reference"), name="cpu", token_grad=wrong))

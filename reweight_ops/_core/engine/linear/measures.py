@@ -156,8 +156,8 @@ class TokenMeasure(NamedTuple):
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         more = asked_for(",".join(self.stats_of_rows), True).split(",")[len(self.stats_of_rows) :]
         known = dict(zip((*self.names, *more), (*found.outputs, *found.rest), strict=True))
-        coefs, options = dict(zip(self.names, by, strict=True)), OpOptions(False, self.backend, over)
-        return written_gradient(*self._tensors(logits), self.softmax, known, coefs, options, over, logits.rows.sets)
+        derivatives, options = dict(zip(self.names, by, strict=True)), OpOptions(False, self.backend, over)
+        return written_gradient(*self._tensors(logits), self.softmax, known, derivatives, options, over, logits.rows.sets)
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         z, ids, t = self._tensors(logits)
@@ -200,15 +200,15 @@ class DivergenceMeasure(NamedTuple):
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         two, zero = logits.tensors(), torch.zeros_like(found.outputs[0])
-        coefs = [zero if g is None else g for g, moves in zip(by, self.differentiable, strict=True) if moves]
+        derivatives = [zero if g is None else g for g, moves in zip(by, self.differentiable, strict=True) if moves]
         if self.beta is not None:
-            arguments: tuple[Any, ...] = (*two, coefs[0], self.beta, *self.softmaxes)
+            arguments: tuple[Any, ...] = (*two, derivatives[0], self.beta, *self.softmaxes)
             if over:
                 jsd_ops.generalized_jsd_grad_(*arguments)
                 return None
             return jsd_ops.generalized_jsd_grad(*arguments)[1]  # type: ignore[no-any-return]
         table = torch.stack([*found.outputs, *found.rest])
-        arguments = (*two, table, torch.stack(coefs), *self.softmaxes, False, self.backend)
+        arguments = (*two, table, torch.stack(derivatives), *self.softmaxes, False, self.backend)
         found_by = library.called(library.divergence_grad_ if over else library.divergence_grad, *arguments)
         return None if over else found_by
 
@@ -243,15 +243,15 @@ class JointMeasure(NamedTuple):
             (self.token, Found(found.outputs[:outputs], found.rest[:rest]), by[:outputs]),
             (self.divergence, Found(found.outputs[outputs:], found.rest[rest:]), by[outputs:]),
         )
-        for (measure, known, coefs), (_, _, others) in zip(parts, reversed(parts), strict=True):
+        for (measure, known, derivatives), (_, _, others) in zip(parts, reversed(parts), strict=True):
             if all(g is None for g in others):
-                return measure.gradient(logits, known, coefs, over)
+                return measure.gradient(logits, known, derivatives, over)
         out = logits.values if over else torch.empty_like(logits.values)
         for rows, wide in wide_blocks(logits):
             first, second = (
                 # The second writes over the logits, which the first reads.
-                measure.gradient(wide, known.at(rows), tuple(None if g is None else g[rows] for g in coefs), over_wide)
-                for (measure, known, coefs), over_wide in zip(parts, (False, True), strict=True)
+                measure.gradient(wide, known.at(rows), tuple(None if g is None else g[rows] for g in derivatives), over_wide)
+                for (measure, known, derivatives), over_wide in zip(parts, (False, True), strict=True)
             )
             assert first is not None and second is None
             out[rows] = first.add_(wide.values)
