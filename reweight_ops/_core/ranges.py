@@ -91,6 +91,24 @@ class Range:
         return f"{self.interval}{' or None' if self.optional else ''}"
 
 
+#: Of a field of a user's rule or weight that says ``float`` and no more.
+PLAIN = Interval("[-inf, inf]")
+
+
+class Flag(Range):
+    """What is written ``bool``: neither 1 nor a text, which would be true whatever it says."""
+
+    def __init__(self, optional: bool) -> None:
+        super().__init__(PLAIN, optional, False)
+
+    def has(self, value: Any) -> bool:
+        """Whether the value is allowed."""
+        return type(value) is bool or (value is None and self.optional)
+
+    def __str__(self) -> str:
+        return f"True or False{' or None' if self.optional else ''}"
+
+
 if TYPE_CHECKING:  # arithmetic with a formula is none that a type checker follows
     Number: TypeAlias = Any
 else:
@@ -111,9 +129,6 @@ OpenUnit = Annotated[T, Interval("(0, 1)")]
 Count = Annotated[T, Interval("[1, inf)", whole=True)]
 CountOrZero = Annotated[T, Interval("[0, inf)", whole=True)]
 
-#: Of a field of a user's rule or weight that says ``float`` and no more.
-PLAIN = Interval("[-inf, inf]")
-
 
 def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range | None:
     """The range in an annotation. ``plain``: a bare ``float`` has one too."""
@@ -130,6 +145,8 @@ def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range |
             kind = get_args(part)[0]
             kinds = get_args(kind) or (kind,)
             return Range(found[0], optional, not found[0].fixed or Tensor in (*kinds, *parts) or Any in kinds)
+    if bool in parts and {*parts} <= {bool, type(None)}:
+        return Flag(optional)
     return Range(PLAIN, optional, True) if plain and float in parts else None
 
 

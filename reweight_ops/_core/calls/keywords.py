@@ -16,7 +16,7 @@ from torch import Tensor, dtype
 
 from ...errors import InvalidCall
 from ..catalogue.signatures import DEFAULTS
-from ..ranges import Count, FixedPositiveOrInf, NonNegative, Number, Positive, Range, described, is_constant, ranges_of
+from ..ranges import Count, FixedPositiveOrInf, Flag, NonNegative, Number, Positive, Range, described, is_constant, ranges_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -327,7 +327,7 @@ ALIASES = {
 
 for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
     _record.NAMES = tuple(f.name for f in dataclasses.fields(_record))
-    _record.RANGES = ranges_of(_record)
+    _record.RANGES = {name: allowed for name, allowed in ranges_of(_record).items() if not isinstance(allowed, Flag)}
     _record.FLAGS = {f.name: "None" in str(f.type) for f in dataclasses.fields(_record) if str(f.type).startswith("bool")}
     _record.__doc__ = described(_record.__doc__, _record.RANGES)
     DEFAULTS.update({f.name: f.default for f in dataclasses.fields(_record)})
