@@ -17,10 +17,12 @@ def require_tuple(owner: str, field: str, value: Any) -> None:
         raise InvalidCall(f"{owner}: {field} is a {type(value).__name__}, expected a tuple: {field}={meant}.{called(value)}")
 
 
-def require_part(owner: str, field: str, value: Any, kind: type, where: str = "rw", verb: str = "is") -> None:
+def require_part(owner: str, field: str, value: Any, kind: type, where: str = "rw", primitive: str = "is") -> None:
     """Raise for what is no part of the kind. ``where``: the namespace of its classes; rules and weights are named by their registry."""
     if not isinstance(value, kind):
-        raise InvalidCall(f"{owner}: {field} {verb} {value!r}, expected a {kind.__name__}.{called(value) or _named(value, kind, where)}")
+        raise InvalidCall(
+            f"{owner}: {field} {primitive} {value!r}, expected a {kind.__name__}.{called(value) or _named(value, kind, where)}"
+        )
 
 
 def called(value: Any) -> str:
