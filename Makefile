@@ -94,7 +94,7 @@ torch-versions:        ## PyTorch's parts (autograd, torch.compile, torch.export
 	@bad=; for v in $(TORCHES); do \
 	  { test -x build/torch-$$v/bin/python || $(PYTHON) -m venv build/torch-$$v; } && \
 	  build/torch-$$v/bin/python -m pip install --quiet --disable-pip-version-check torch==$$v && \
-	  REWEIGHT_OPS_BUILD=none build/torch-$$v/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' 'numpy<2.4' && \
+	  REWEIGHT_OPS_BUILD=none build/torch-$$v/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cli,test]' 'numpy<2.4' && \
 	  build/torch-$$v/bin/python -m pytest -q -n $(JOBS) $(TORCH_TESTS) || bad="$$bad $$v"; \
 	done; test -z "$$bad" || { echo "failed with PyTorch$$bad"; exit 1; }
 
