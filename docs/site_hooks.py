@@ -1,15 +1,19 @@
-"""What the documentation site does to its pages: it lists trainers and a namespace's members, formulas become MathML, and Sphinx roles plain code.
+"""What the documentation site does to its pages: it lists trainers and a namespace's members, notebooks become pages, formulas MathML,
+and Sphinx roles plain code.
 
 Formulas are LaTeX between dollars, or code that :mod:`site_formulas` can read: in the catalogue all such code, in the reference what cannot be Python.
 """
 
 import importlib
 import inspect
+import json
 import re
 from html import unescape
+from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
 from site_formulas import latex
 
 from reweight_ops.integrations.trainers import TRAINERS
@@ -42,6 +46,20 @@ def on_config(config: dict) -> dict:
     (trainers,) = (part["Trainers"] for part in config["nav"] if "Trainers" in part)
     trainers[:] = [{t.name: t.page.removeprefix("docs/")} for t in TRAINERS.values()]
     return config
+
+
+def on_files(files: Files, config: dict) -> Files:
+    """A page for each notebook, of its cells."""
+    for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        page = cells(json.loads(notebook.content_string)) + f"\n[The notebook itself]({Path(notebook.src_uri).name})\n"
+        files.append(File.generated(config, notebook.src_uri.replace(".ipynb", ".md"), content=page))
+    return files
+
+
+def cells(notebook: dict) -> str:
+    """As Markdown."""
+    texts = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in texts) + "\n"
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
