@@ -25,6 +25,9 @@ from .._core.rows.rows import resolve_rows
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import Divisors
 from ..errors import UnsupportedRequest
+from .trainers import check_version
+
+check_version("Tinker")
 
 #: The key in a datum's ``loss_fn_inputs`` of what formulas read; ``logprobs`` are the current ones, which Tinker passes.
 INPUTS = {"adv": "advantages", "old_logp": "old_logprobs", "ref_logp": "ref_logprobs", "sampling_logp": "sampling_logprobs"}
