@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._core.catalogue.registry import published, published_names
-from ._core.ranges import Count, CountOrZero, Interval, NonNegative, Positive, Real, Unit, ranged
+from ._core.ranges import Count, CountOrZero, Interval, NonNegative, Positive, PositiveOrInf, Real, Unit, ranged
 from ._core.rows.grouped import floats, grouped, like
 from ._core.spec.policy import PolicyLossSpec
 from .errors import InvalidCall
@@ -33,6 +33,7 @@ __all__ = [
     "capo",
     "d3s",
     "drw",
+    "dynamic_loss_reweighting",
     "hapo_temperature",
     "lopti",
     "lopti_updates",
@@ -210,6 +211,21 @@ class Relift:
 def drw(epoch: CountOrZero[int], *, switch_epoch: CountOrZero[int] = 160, beta: Annotated[float, Interval("[0, 1)")] = 0.9999) -> float:
     """β of ``sample_weights.class_balanced``: 0, no re-weighting, before ``switch_epoch``, and from it on ``beta``. 160 of the authors' 200 epochs."""
     return beta if epoch >= switch_epoch else 0.0
+
+
+@published(
+    "dynamic_loss_reweighting",
+    "Dynamic loss-based sample reweighting: burn-in",
+    paper="Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining",
+    arxiv="2502.06733",
+    level="step",
+)
+def dynamic_loss_reweighting(step: CountOrZero[int], *, temperature: PositiveOrInf[float], burn_in_steps: CountOrZero[int] = 1000) -> float:
+    """``temperature`` of ``sample_weights.dynamic_loss_reweighting``: ``inf``, all weights 1, before ``burn_in_steps``, and from it on as given.
+
+    Losses say little of samples before the model has learned something. 1000 of the authors' steps (``burnout_steps`` in their configurations).
+    """
+    return math.inf if step < burn_in_steps else temperature
 
 
 @published(
