@@ -215,7 +215,12 @@ class Recipe:
 
     def stand_ins(self) -> tuple[Any, ...]:
         """The specs with zeros in place of a batch: for what they read, and how many there are."""
-        values: dict[str, Any] = {name: torch.zeros(1, 1) for name in QUANTITIES} | {"step": 0, "total_steps": 1, "vocab_size": 2, "group_size": 1}
+        values: dict[str, Any] = {name: torch.zeros(1, 1) for name in QUANTITIES} | {
+            "step": 0,
+            "total_steps": 1,
+            "vocab_size": 2,
+            "group_size": 1,
+        }
         if self.schedule:
             values["schedule"] = run(self.schedule, values)
         return self.specs(**values)
