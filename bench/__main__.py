@@ -30,9 +30,9 @@ from typing import Any
 from .cases import cases
 from .compare import compare
 from .distill import distill_cases, distill_providers
+from .divergence import divergence_cases, divergence_providers
 from .linear import linear_cases, linear_providers
 from .measure import Effort, Memory, foreign_load, run_case
-from .pair import pair_cases, pair_providers
 from .progress import Steps
 from .providers import Provider, providers
 from .report import plot, print_tables
@@ -131,7 +131,7 @@ def of_gpu(options: argparse.Namespace) -> bool:
 
 
 #: What may be asked for by name; a GPU runs all.
-SUITES = {"logits": cases, "linear": linear_cases, "pair": pair_cases, "distill": distill_cases}
+SUITES = {"logits": cases, "linear": linear_cases, "pair": divergence_cases, "distill": distill_cases}
 
 
 def suite(options: argparse.Namespace) -> list[Any]:
@@ -171,7 +171,7 @@ def measure(options: argparse.Namespace) -> None:
     backends = tuple(options.backends.split(",")) if options.backends else (("cpu",) if options.device == "cpu" else ("cuda", "triton"))
     who = [
         p
-        for p in [*providers(backends), *linear_providers(backends), *pair_providers(backends), *distill_providers(backends)]
+        for p in [*providers(backends), *linear_providers(backends), *divergence_providers(backends), *distill_providers(backends)]
         if not options.providers or p.ours or any(word in p.name for word in options.providers.split(","))
     ]
     document: dict[str, Any] = {

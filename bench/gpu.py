@@ -59,7 +59,7 @@ class Stage:
     limit: float
     least: float
     environment: dict[str, str] = field(default_factory=dict)
-    why_not: Callable[[], str | None] = lambda: None
+    unsupported_reason: Callable[[], str | None] = lambda: None
     #: Seconds of its share for its start and end; the command is told the rest as --seconds. None: it is not told.
     reserve: float | None = None
 
@@ -106,7 +106,7 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
         watch = [] if dry else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
         command = [*watch, python, "tests/gpu/sanitize.py", backend, "cpu" if dry else "cuda"]
         missing = (lambda: None) if dry else without("compute-sanitizer")
-        found.append(Stage(f"{tool} {backend}", "test", command, 50, 12, why_not=missing, reserve=15))
+        found.append(Stage(f"{tool} {backend}", "test", command, 50, 12, unsupported_reason=missing, reserve=15))
     bench = [python, "-m", "bench", "--out", str(out), "--rounds", "2" if dry else "15"]
     bench += (
         ["--tiny", "--only", "bfloat16", "--backends", "cpu", "--providers", "eager,TRL,Liger,QuACK,CCE,flash", "--no-plot"]
@@ -123,7 +123,7 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
 def run_stage(stage: Stage, allowed: float, log: Path) -> Outcome:
     """Run one to its end or for ``allowed`` seconds; what it prints is appended to the log."""
     command = " ".join(stage.command)
-    reason = stage.why_not()
+    reason = stage.unsupported_reason()
     if reason is not None:
         return Outcome(stage.name, "skipped", reason, command=command)
     if allowed < stage.least / 2:
@@ -167,7 +167,7 @@ def run_all(chosen: list[Stage], seconds: float, log: Path, say: Callable[[str],
     deadline = time.monotonic() + seconds - _MARGIN
     outcomes: list[Outcome] = []
     for i, stage in enumerate(chosen):
-        kept = sum(later.least for later in chosen[i + 1 :] if later.why_not() is None)
+        kept = sum(later.least for later in chosen[i + 1 :] if later.unsupported_reason() is None)
         remaining = deadline - time.monotonic()
         say(f"{stage.name} ...")
         outcomes.append(run_stage(stage, min(stage.limit, max(remaining - kept, min(stage.least, remaining))), log))

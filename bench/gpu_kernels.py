@@ -45,7 +45,7 @@ PLAIN = Program.of(("clip",)), (*CLAMP, *CLIP)
 ENTROPY = Program.of(("clip", "entropy_bonus")), (*CLAMP, *CLIP, 0.01)
 GATE_ROWS = 600  # more than there are blocks at once
 
-#: Whose kernels a variant launches: a module of CUDA kernels and its verbs, or no module and the verbs of another backend.
+#: Whose kernels a variant launches: a module of CUDA kernels and its primitives, or no module and the primitives of another backend.
 Kernels = tuple[ModuleType | None, Any]
 
 
@@ -87,23 +87,23 @@ class Table:
     def limits(self) -> dict[str, Callable[[], Any]]:
         return {"read": lambda: self.logits.view(torch.int16).max(), "update": lambda: self.logits.neg_()}
 
-    def jobs(self, module: ModuleType | None, verbs: Any) -> dict[str, tuple[str, Callable[[], Any]]]:
+    def jobs(self, module: ModuleType | None, primitives: Any) -> dict[str, tuple[str, Callable[[], Any]]]:
         of_rows = {"dtype": torch.promote_types(self.logits.dtype, torch.float32), "device": self.logits.device}
-        head, one = SoftmaxParams(self.logits.size(1)), torch.ones(1, **of_rows)
+        softmax, one = SoftmaxParams(self.logits.size(1)), torch.ones(1, **of_rows)
         numbers = {program[0]: torch.tensor(program[1], **of_rows) for program in (PLAIN, ENTROPY)}
 
         def one_pass(kernel: str, program: Program, out: Tensor) -> Tensor:
             if module is not None:
                 module.set_kernel(kernel)
-            return verbs.token_loss_grad(out, self.ids, one, head, self.inputs[len(program.terms)], program, numbers[program], out)
+            return primitives.token_loss_grad(out, self.ids, one, softmax, self.inputs[len(program.terms)], program, numbers[program], out)
 
         def statistics(*names: str) -> Tensor:
-            return verbs.token_stats(self.logits, self.ids, one, head, names)
+            return primitives.token_stats(self.logits, self.ids, one, softmax, names)
 
         if not self.stats:
             names = ("logp", "lse", "lse_low")
             self.stats = dict(zip(names, statistics(*names), strict=True))
-        coef = self.inputs[1].adv
+        d_logp = self.inputs[1].adv
         cuda_alone = {"one pass, streaming": ("update", lambda: one_pass("streaming", PLAIN[0], self.logits))}
         return {
             "one pass": ("update", lambda: one_pass("auto", PLAIN[0], self.logits)),
@@ -113,7 +113,7 @@ class Table:
             "statistics +entropy": ("read", lambda: statistics("logp", "entropy")),
             "gradient": (
                 "update",
-                lambda: verbs.token_grad(self.logits, self.ids, one, head, self.stats, {"logp": coef}, self.logits),
+                lambda: primitives.token_grad(self.logits, self.ids, one, softmax, self.stats, {"logp": d_logp}, self.logits),
             ),
         }
 
@@ -139,8 +139,10 @@ class Truth:
         exact, single = (few.outcome(jobs[job][1], 1) for few, jobs in zip(self.tables, self.jobs, strict=True))
         errors = [value_error(row[:: self.every], *two) for row, *two in zip(got[0], single[0], exact[0], strict=True)]
         if self.jobs[0][job][0] == "update":
-            coefs = [exact[0][LOSS_ROWS.index(name)] for name in ("coef", "ent_coef")] if len(exact[0]) else [self.tables[0].inputs[1].adv]
-            floor = ERROR_FLOOR * torch.stack(coefs).abs().sum(0)
+            derivatives = (
+                [exact[0][LOSS_ROWS.index(name)] for name in ("d_logp", "d_entropy")] if len(exact[0]) else [self.tables[0].inputs[1].adv]
+            )
+            floor = ERROR_FLOOR * torch.stack(derivatives).abs().sum(0)
             parts, _ = gradient_errors(got[1], single[1], exact[1], floor[:, None], self.is_target)
             errors += [error for part in parts.values() for error in part]
         return max(errors)
@@ -260,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tables = {name: triton_shapes.table_of(text) for name, text in settings.items()}
     of_cuda = {name: text for name, text in settings.items() if tables[name] is None}
     made = emulated(of_cuda) if options.dry_run else compiled(of_cuda, gpu_variants.ROOT / "build" / "variants")
-    made |= {name: (None, triton_shapes.TritonVerbs(table)) for name, table in tables.items() if table is not None}
+    made |= {name: (None, triton_shapes.TritonPrimitives(table)) for name, table in tables.items() if table is not None}
     built = time.monotonic() - began
     device = "cpu" if options.dry_run else "cuda"
     shapes, left_out = [], []

@@ -114,20 +114,20 @@ class LinearData:
         lse = self.lse.flatten().double()
         chosen = (h * w[ids].double()).sum(-1) - lse
         logps = chosen.requires_grad_()
-        (coef,) = torch.autograd.grad(self.row_loss(logps), logps)
+        (d_logp,) = torch.autograd.grad(self.row_loss(logps), logps)
 
-        def slopes(z: Tensor, rows: Any, columns: Tensor) -> Tensor:
+        def d_logits(z: Tensor, rows: Any, columns: Tensor) -> Tensor:
             p = torch.exp(z - lse[rows, None])
-            return coef[rows, None] * ((ids[rows, None] == columns).double() - p)
+            return d_logp[rows, None] * ((ids[rows, None] == columns).double() - p)
 
-        rows = coef.nonzero()[:GATE_ROWS, 0]
+        rows = d_logp.nonzero()[:GATE_ROWS, 0]
         columns = ids[rows].unique()
         of_h = torch.zeros(len(rows), h.size(1), dtype=torch.float64, device=h.device)
         every = torch.arange(w.size(0), device=h.device)
         for part in every.split(16384):
             block = w[part].double()
-            of_h += slopes(h[rows] @ block.t(), rows, part) @ block
-        of_w = slopes(h @ w[columns].double().t(), slice(None), columns).t() @ h
+            of_h += d_logits(h[rows] @ block.t(), rows, part) @ block
+        of_w = d_logits(h @ w[columns].double().t(), slice(None), columns).t() @ h
         pairs = ((got_h.flatten(0, -2)[rows], of_h), (got_w[columns], of_w))
         return max(float((got.double() - truth).norm() / truth.norm() / SAME_FUNCTION) for got, truth in pairs)
 

@@ -152,9 +152,9 @@ def chunked(data: Data) -> Job:
 
 def serving(backend: str, input: Tensor) -> None:
     from reweight_ops._core.backends.base import Request
-    from reweight_ops._core.backends.select import why_not
+    from reweight_ops._core.backends.select import unsupported_reason
 
-    reason = why_not(backend, Request("token_stats", input.device, input.dtype))
+    reason = unsupported_reason(backend, Request("token_stats", input.device, input.dtype))
     if reason is not None:
         raise Absent(reason)
 
@@ -188,7 +188,7 @@ def _public(backend: str, consume: bool, plan: str = "one_pass") -> Callable[[Da
     return make
 
 
-def _verbs(backend: str, in_place: bool) -> Callable[[Data], Job]:
+def _primitives(backend: str, in_place: bool) -> Callable[[Data], Job]:
     """The kernels alone, without autograd, metrics or allocation of the result."""
 
     def make(data: Data) -> Job:
@@ -242,9 +242,9 @@ def ours(backend: str) -> list[Provider]:
         provider("drop-in", _public(backend, consume=False), "loss", "logps", "logps+grad"),
         provider("drop-in two_pass", _public(backend, consume=False, plan="two_pass"), "loss"),
         provider("in place", _public(backend, consume=True), "loss", "logps+grad", in_place=True),
-        provider("kernel, reused output", _verbs(backend, in_place=False), "loss", "grad"),
-        provider("kernel in place", _verbs(backend, in_place=True), "loss", "grad", in_place=True),
-        provider("kernel", _verbs(backend, in_place=False), "logps"),
+        provider("kernel, reused output", _primitives(backend, in_place=False), "loss", "grad"),
+        provider("kernel in place", _primitives(backend, in_place=True), "loss", "grad", in_place=True),
+        provider("kernel", _primitives(backend, in_place=False), "logps"),
     ]
 
 

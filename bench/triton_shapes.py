@@ -29,8 +29,8 @@ def table_of(settings: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class TritonVerbs:
-    """The three verbs of the Triton backend with the launch shapes of a table."""
+class TritonPrimitives:
+    """The three primitives of the Triton backend with the launch shapes of a table."""
 
     table: str
 
@@ -43,11 +43,11 @@ class TritonVerbs:
     def token_loss_grad(self, *args: Any) -> Any:
         return self._run("token_loss_grad", args)
 
-    def _run(self, verb: str, args: tuple[Any, ...]) -> Any:
+    def _run(self, primitive: str, args: tuple[Any, ...]) -> Any:
         before = os.environ.get(_VARIABLE)
         os.environ[_VARIABLE] = self.table
         try:
-            return getattr(select.load("triton"), verb)(*args)
+            return getattr(select.load("triton"), primitive)(*args)
         finally:
             if before is None:
                 del os.environ[_VARIABLE]

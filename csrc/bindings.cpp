@@ -9,17 +9,17 @@ using namespace reweight_ops;
 
 namespace {
 
-/// A verb at the level that runs when it is called.
+/// A primitive at the level that runs when it is called.
 template <class C>
-auto verb(void (*Kernels::*which)(const C&)) {
+auto primitive(void (*Kernels::*which)(const C&)) {
     return [which](const C& call) {
         (active_level().kernels->*which)(call);
         return 0;
     };
 }
 
-/// A verb on two logits tensors at the level that runs when it is called.
-auto divergence_verb(void (*DivergenceKernels::*which)(const DivergenceCall&)) {
+/// A primitive on two logits tensors at the level that runs when it is called.
+auto divergence_primitive(void (*DivergenceKernels::*which)(const DivergenceCall&)) {
     return [which](const DivergenceCall& call) {
         (active_level().divergence->*which)(call);
         return 0;
@@ -157,9 +157,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("level", [] { return std::string(active_level().name); }, "The instruction-set level that runs.");
     m.def("set_level", &set_level, py::arg("name"), "Force a level by name, or 'auto'. ValueError if it was not built or this processor lacks it.");
     m.attr("max_registers") = kMaxRegisters;
-    bind_verbs(m, verb(&Kernels::token_stats), verb(&Kernels::token_grad), verb(&Kernels::token_loss_grad));
-    bind_divergence(m, divergence_verb(&DivergenceKernels::stats), divergence_verb(&DivergenceKernels::grad),
-                    divergence_verb(&DivergenceKernels::loss_grad));
+    bind_primitives(m, primitive(&Kernels::token_stats), primitive(&Kernels::token_grad), primitive(&Kernels::token_loss_grad));
+    bind_divergence(m, divergence_primitive(&DivergenceKernels::stats), divergence_primitive(&DivergenceKernels::grad),
+                    divergence_primitive(&DivergenceKernels::loss_grad));
     m.def(
         "evaluate_rows",
         [](bool fp64, const ProgramTable& table, Address params, std::array<Address, kLeaves> leaves, Address row_weights, int64_t row_weights_step,

@@ -1,4 +1,4 @@
-// What the bindings of every compiled backend share: calls from raw addresses, programs as tables, the verbs. No torch header, no check.
+// What the bindings of every compiled backend share: calls from raw addresses, programs as tables, the primitives. No torch header, no check.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -80,7 +80,8 @@ StatsCall stats_call(const Call& common, std::array<Address, 6> out) {
     return call;
 }
 
-GradCall grad_call(const Call& common, std::array<Address, 5> stats, std::array<Address, 4> coefs, Address out, std::array<int64_t, 3> out_strides) {
+GradCall grad_call(const Call& common, std::array<Address, 5> stats, std::array<Address, 4> derivatives, Address out,
+                   std::array<int64_t, 3> out_strides) {
     GradCall call{};
     static_cast<Call&>(call) = common;
     call.logp = at(stats[0]);
@@ -88,10 +89,10 @@ GradCall grad_call(const Call& common, std::array<Address, 5> stats, std::array<
     call.lse = at(stats[2]);
     call.log_sum_p_sq = at(stats[3]);
     call.lse_low = at(stats[4]);
-    call.logp_coef = at(coefs[0]);
-    call.entropy_coef = at(coefs[1]);
-    call.lse_coef = at(coefs[2]);
-    call.p_sq_coef = at(coefs[3]);
+    call.d_logp = at(derivatives[0]);
+    call.d_entropy = at(derivatives[1]);
+    call.d_lse = at(derivatives[2]);
+    call.d_p_sq = at(derivatives[3]);
     call.out = at<void>(out);
     call.out_strides = {out_strides[0], out_strides[1], out_strides[2]};
     return call;
@@ -112,16 +113,16 @@ LossGradCall loss_grad_call(const Call& common, const ProgramTable& table, Addre
     call.adv = at(inputs[1]);
     call.ref_logp = at(inputs[2]);
     call.sampling_logp = at(inputs[3]);
-    float** const targets[] = {&call.logp, &call.entropy, &call.weighted_loss, &call.loss, &call.coef, &call.entropy_coef};
+    float** const targets[] = {&call.logp, &call.entropy, &call.weighted_loss, &call.loss, &call.d_logp, &call.d_entropy};
     for (int64_t k = 0; k < 6; ++k) *targets[k] = at(rows) + k * common.rows;
     call.out = at<void>(out);
     call.out_strides = {out_strides[0], out_strides[1], out_strides[2]};
     return call;
 }
 
-/// The classes Call and Table, the names of a table's operations, and the verbs. A verb returns a status, 0 for success.
+/// The classes Call and Table, the names of a table's operations, and the primitives. A primitive returns a status, 0 for success.
 template <class Stats, class Grad, class LossGrad>
-void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad token_loss_grad) {
+void bind_primitives(py::module_& m, Stats token_stats, Grad token_grad, LossGrad token_loss_grad) {
     using NoGil = py::call_guard<py::gil_scoped_release>;
 #if defined(RW_SOURCES)
     m.attr("sources") = RW_SOURCES;  // their hash, by reweight_ops/_core/backends/sources.py
@@ -141,10 +142,10 @@ void bind_verbs(py::module_& m, Stats token_stats, Grad token_grad, LossGrad tok
         py::arg("out"));
     m.def(
         "token_grad",
-        [=](const Call& call, std::array<Address, 5> stats, std::array<Address, 4> coefs, Address out, std::array<int64_t, 3> out_strides) {
-            return token_grad(grad_call(call, stats, coefs, out, out_strides));
+        [=](const Call& call, std::array<Address, 5> stats, std::array<Address, 4> derivatives, Address out, std::array<int64_t, 3> out_strides) {
+            return token_grad(grad_call(call, stats, derivatives, out, out_strides));
         },
-        NoGil(), py::arg("call"), py::arg("stats"), py::arg("coefs"), py::arg("out"), py::arg("out_strides"));
+        NoGil(), py::arg("call"), py::arg("stats"), py::arg("derivatives"), py::arg("out"), py::arg("out_strides"));
     m.def(
         "token_loss_grad",
         [=](const Call& call, const ProgramTable& table, Address params, bool reads_p_sq, bool entropy_gradient, Address row_weights,
@@ -167,7 +168,7 @@ DivergenceCall divergence_call(const Call& call, const Call& other, Address tabl
     return d;
 }
 
-/// The verbs on two logits tensors. A verb returns a status, 0 for success.
+/// The primitives on two logits tensors. A primitive returns a status, 0 for success.
 template <class Stats, class Grad, class LossGrad>
 void bind_divergence(py::module_& m, Stats stats, Grad grad, LossGrad loss_grad) {
     using NoGil = py::call_guard<py::gil_scoped_release>;
@@ -178,13 +179,13 @@ void bind_divergence(py::module_& m, Stats stats, Grad grad, LossGrad loss_grad)
         py::arg("call"), py::arg("other"), py::arg("table"));
     m.def(
         "divergence_grad",
-        [=](const Call& call, const Call& other, Address table, Address coefs, Address out, Strides out_strides) {
+        [=](const Call& call, const Call& other, Address table, Address derivatives, Address out, Strides out_strides) {
             DivergenceCall d = divergence_call(call, other, 0, out, out_strides);
             d.known = at(table);
-            d.coefs = at(coefs);
+            d.derivatives = at(derivatives);
             return grad(d);
         },
-        NoGil(), py::arg("call"), py::arg("other"), py::arg("table"), py::arg("coefs"), py::arg("out"), py::arg("out_strides"));
+        NoGil(), py::arg("call"), py::arg("other"), py::arg("table"), py::arg("derivatives"), py::arg("out"), py::arg("out_strides"));
     m.def(
         "divergence_loss_grad",
         [=](const Call& call, const Call& other, Address table, Address constants, Address weights, Address out, Strides out_strides) {

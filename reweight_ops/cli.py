@@ -16,7 +16,7 @@ import torch
 from . import __version__
 from ._core.backends.base import Request
 from ._core.backends.built import why_missing
-from ._core.backends.select import NAMES, load, why_not
+from ._core.backends.select import NAMES, load, unsupported_reason
 from ._core.catalogue.lookup import recipe as lookup
 from ._core.catalogue.papers import paper_of
 from ._core.catalogue.recipes import RECIPES, recipes_of
@@ -88,7 +88,7 @@ def info() -> None:
     backends = Table("backend", "on", "status", title="backends")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in NAMES:
-        reason = why_not(name, Request("token_stats", device, torch.bfloat16))
+        reason = unsupported_reason(name, Request("token_stats", device, torch.bfloat16))
         backends.add_row(name, device.type, "[green]available[/]" if reason is None else reason)
     console.print(backends)
 
@@ -210,7 +210,7 @@ def _show_spec(spec: PolicyLossSpec) -> None:
     for f in dataclasses.fields(spec):
         rows.add_row(f.name, str(getattr(spec, f.name)))
     rows.add_row("reads", ", ".join(sorted(spec.requires)))
-    rows.add_row("plan", (spec.one_pass_obstacle and f"two passes: {spec.one_pass_obstacle}") or "one pass")
+    rows.add_row("plan", (spec.one_pass_unsupported_reason and f"two passes: {spec.one_pass_unsupported_reason}") or "one pass")
     console.print(rows)
     if any(isinstance(value, TokenWeight) for value in spec.surrogate.parameters().values()):
         console.print("[dim]its slopes depend on the batch: a hyper-parameter is a formula[/]")
@@ -331,4 +331,4 @@ def _absent(name: str) -> str:
     except BackendUnavailable as error:
         return str(error)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return why_not(name, Request("token_stats", device, torch.float32)) or "not asked for"
+    return unsupported_reason(name, Request("token_stats", device, torch.float32)) or "not asked for"

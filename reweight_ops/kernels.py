@@ -1,4 +1,4 @@
-"""The raw verbs, for benchmarks and for drivers of one's own: no autograd, no checks beyond the backend's, see :mod:`.backends.base`."""
+"""The raw primitives, for benchmarks and for drivers of one's own: no autograd, no checks beyond the backend's, see :mod:`.backends.base`."""
 
 from __future__ import annotations
 

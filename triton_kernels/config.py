@@ -91,7 +91,7 @@ _GRAD, _GRAD_VECTORS = Launch(256, 80), 4
 _CAPPED_VECTORS = 2
 _SEGMENT_BYTES = 64 << 10
 #: Two tensors: ten numbers a slot and twice the words.
-_PAIR = ((64 << 10, Shape(128, 1, Launch(128, 128), Launch(128, 128))), (1 << 62, Shape(256, 2, Launch(256, 128), Launch(256, 128))))
+_DIVERGENCE = ((64 << 10, Shape(128, 1, Launch(128, 128), Launch(128, 128))), (1 << 62, Shape(256, 2, Launch(256, 128), Launch(256, 128))))
 
 
 def config_for(columns: int, itemsize: int, capped: bool = False) -> Config:
@@ -103,9 +103,9 @@ def config_for(columns: int, itemsize: int, capped: bool = False) -> Config:
     return Config(shape.slots, vectors, vector, segment, shape.stats, shape.one_pass, _GRAD, _CAPPED_VECTORS if capped else _GRAD_VECTORS)
 
 
-def pair_config(columns: int, itemsize: int, other_itemsize: int) -> Config:
+def divergence_config(columns: int, itemsize: int, other_itemsize: int) -> Config:
     """For rows of two tensors: a vector is 16 bytes of the one with the smaller elements."""
-    shape = next(s for limit, s in _PAIR if columns * max(itemsize, other_itemsize) <= limit)
+    shape = next(s for limit, s in _DIVERGENCE if columns * max(itemsize, other_itemsize) <= limit)
     vector = 16 // min(itemsize, other_itemsize)
     # A vector of the narrower tensor is two of the wider one: with two of them a tile spills.
     vectors = shape.vectors if itemsize == other_itemsize else 1

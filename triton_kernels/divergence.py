@@ -70,17 +70,17 @@ def _run(x, y, state, kp, kq, p_cap, q_cap, SLOTS: tl.constexpr, P_CAP: tl.const
     p_max, p_sum, p_dot, p_cross, q_max, q_sum, q_dot, q_cross, p_zero, q_zero = _both_moved(state, p_top, q_top, kp, kq)
     for i in tl.static_range(len(x)):
         a, b = _exponent(ws[i], p_top, kp), _exponent(vs[i], q_top, kq)
-        p_dead, q_dead = a == float("-inf"), b == float("-inf")
+        p_masked, q_masked = a == float("-inf"), b == float("-inf")
         e, f = tl.exp2(a), tl.exp2(b)
-        d = tl.where(p_dead | q_dead, 0.0, a - b)
+        d = tl.where(p_masked | q_masked, 0.0, a - b)
         p_sum += slot_sum(e, SLOTS)
         q_sum += slot_sum(f, SLOTS)
-        p_dot = slot_dot(e, tl.where(p_dead, 0.0, a), p_dot, SLOTS)
-        q_dot = slot_dot(f, tl.where(q_dead, 0.0, b), q_dot, SLOTS)
+        p_dot = slot_dot(e, tl.where(p_masked, 0.0, a), p_dot, SLOTS)
+        q_dot = slot_dot(f, tl.where(q_masked, 0.0, b), q_dot, SLOTS)
         p_cross = slot_dot(e, d, p_cross, SLOTS)
         q_cross = slot_dot(f, 0.0 - d, q_cross, SLOTS)
-        p_zero = tl.maximum(p_zero, tl.max(tl.where(p_dead & (q_dead == 0), 1.0, 0.0), 1))
-        q_zero = tl.maximum(q_zero, tl.max(tl.where(q_dead & (p_dead == 0), 1.0, 0.0), 1))
+        p_zero = tl.maximum(p_zero, tl.max(tl.where(p_masked & (q_masked == 0), 1.0, 0.0), 1))
+        q_zero = tl.maximum(q_zero, tl.max(tl.where(q_masked & (p_masked == 0), 1.0, 0.0), 1))
     return p_max, p_sum, p_dot, p_cross, q_max, q_sum, q_dot, q_cross, p_zero, q_zero
 
 
@@ -214,20 +214,20 @@ def _row_stats(state, T, T_OTHER, kp, kq, SLOTS: tl.constexpr):
     s1, s2, s3, s4, s5, s6, p_zero, q_zero = _split8(tl.max(sizes, 0))
     s1, s2, s3 = tl.maximum(s1, 1e-20), tl.maximum(s2, 1e-20), tl.maximum(s3, 1e-20)
     s4, s5, s6 = tl.maximum(s4, 1e-20), tl.maximum(s5, 1e-20), tl.maximum(s6, 1e-20)
-    sick = ((p_sum == p_sum) & (q_sum == q_sum)) == 0  # integers know no NaN
+    is_nan = ((p_sum == p_sum) & (q_sum == q_sum)) == 0  # integers know no NaN
     none = tl.zeros([SLOTS], tl.int64)
-    p_sum, p_dot, p_cross, q_sum, q_dot, q_cross, sick, _ = _split8(
+    p_sum, p_dot, p_cross, q_sum, q_dot, q_cross, is_nan, _ = _split8(
         tl.sum(
             _joined8(
                 _fixed(p_sum, s1), _fixed(p_dot, s2), _fixed(p_cross, s3), _fixed(q_sum, s4), _fixed(q_dot, s5), _fixed(q_cross, s6),
-                sick.to(tl.int64), none,
+                is_nan.to(tl.int64), none,
             ),
             0,
         )
     )  # fmt: skip
     p_sum, p_dot, p_cross = _unfixed(p_sum, s1), _unfixed(p_dot, s2), _unfixed(p_cross, s3)
     q_sum, q_dot, q_cross = _unfixed(q_sum, s4), _unfixed(q_dot, s5), _unfixed(q_cross, s6)
-    sound = (sick == 0) & (p_sum > 0.0) & (q_sum > 0.0) & (p_top < float("inf")) & (q_top < float("inf"))
+    sound = (is_nan == 0) & (p_sum > 0.0) & (q_sum > 0.0) & (p_top < float("inf")) & (q_top < float("inf"))
     nan = float("nan")
     p_sum, q_sum = tl.where(sound, p_sum, nan), tl.where(sound, q_sum, nan)
     p_log, q_log = math.log(p_sum), math.log(q_sum)
@@ -272,7 +272,7 @@ def _gradient_columns(
     g = p * factor - w_q * q
     if P_CAP:
         g = g * slope
-    # NaN everywhere in a sick row, whose w_const is NaN, and 0 on -inf in every other.
+    # NaN everywhere in a NaN row, whose w_const is NaN, and 0 on -inf in every other.
     return tl.where(z == float("-inf"), tl.where(w_const == w_const, 0.0, w_const), g)
 
 
@@ -294,7 +294,7 @@ def _gradient_run(
 
 @triton.jit
 def _row_gradient(
-    X, Y, OUT, start, stop, V, T, T_OTHER, p_cap, q_cap, reverse, entropy, p_lse, p_low, q_lse, q_low, by_forward, by_reverse, by_entropy,
+    X, Y, OUT, start, stop, V, T, T_OTHER, p_cap, q_cap, reverse, entropy, p_lse, p_low, q_lse, q_low, d_forward, d_reverse, d_entropy,
     SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr,
     ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -302,16 +302,16 @@ def _row_gradient(
     kp, kq = base2_scale(T), base2_scale(T_OTHER)
     p_center, p_rest = _center(p_lse, p_low, T, kp)
     q_center, q_rest = _center(q_lse, q_low, T_OTHER, kq)
-    w_const = by_forward
+    w_const = d_forward
     w_log = 0.0 * w_const
     w_ratio = w_log
     if LOGS:
-        w_const -= tl.where(by_reverse == 0.0, 0.0, by_reverse * reverse) + tl.where(by_entropy == 0.0, 0.0, by_entropy * entropy)
-        w_log = by_entropy * -LN2
-        w_ratio = by_reverse * LN2
-    sick = (p_lse != p_lse) | (q_lse != q_lse) | ((by_reverse != 0.0) & (reverse == float("inf")))
-    w_const = tl.where(sick, float("nan"), w_const / T)
-    w_log, w_ratio, w_q = w_log / T, w_ratio / T, by_forward / T
+        w_const -= tl.where(d_reverse == 0.0, 0.0, d_reverse * reverse) + tl.where(d_entropy == 0.0, 0.0, d_entropy * entropy)
+        w_log = d_entropy * -LN2
+        w_ratio = d_reverse * LN2
+    is_nan = (p_lse != p_lse) | (q_lse != q_lse) | ((d_reverse != 0.0) & (reverse == float("inf")))
+    w_const = tl.where(is_nan, float("nan"), w_const / T)
+    w_log, w_ratio, w_q = w_log / T, w_ratio / T, d_forward / T
     BLOCK: tl.constexpr = SLOTS * VECTORS * E
     p: tl.constexpr = X.dtype.element_ty
     q: tl.constexpr = Y.dtype.element_ty
@@ -378,7 +378,7 @@ def partial_divergence_kernel(
 
 @kernel
 def divergence_kernel(
-    X, Y, OUT, IDS, T, T_OTHER, TABLE, COEFS, PARTIAL,
+    X, Y, OUT, IDS, T, T_OTHER, TABLE, DERIVATIVES, PARTIAL,
     N: tl.int64, t_stride: tl.int32, other_t_stride: tl.int32,
     per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, other_batch_stride: tl.int64, other_row_stride: tl.int64,
     out_batch_stride: tl.int64, out_row_stride: tl.int64, V: tl.int32, width: tl.int32, p_cap, q_cap,
@@ -386,7 +386,7 @@ def divergence_kernel(
     SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
     P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """A row: STATS writes ``TABLE [8, N]``, else it is read; GRAD writes ``OUT`` by the coefficients ``COEFS [3, N]``.
+    """A row: STATS writes ``TABLE [8, N]``, else it is read; GRAD writes ``OUT`` by the coefficients ``DERIVATIVES [3, N]``.
 
     SPLIT: statistics come from PARTIAL, and a gradient (which is then a launch of its own) is a program each SEGMENT of a row.
     """
@@ -420,14 +420,14 @@ def divergence_kernel(
         reverse, entropy = tl.load(G + N), tl.load(G + 2 * N)
         p_lse, p_low, q_lse, q_low = tl.load(G + 4 * N), tl.load(G + 5 * N), tl.load(G + 6 * N), tl.load(G + 7 * N)
     if GRAD:
-        B = COEFS + row
-        by_forward, by_reverse, by_entropy = tl.load(B), tl.load(B + N), tl.load(B + 2 * N)
+        B = DERIVATIVES + row
+        d_forward, d_reverse, d_entropy = tl.load(B), tl.load(B + N), tl.load(B + 2 * N)
         OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
-        live = keep & ((by_forward != 0.0) | (by_reverse != 0.0) | (by_entropy != 0.0))
-        if live:
+        has_gradient = keep & ((d_forward != 0.0) | (d_reverse != 0.0) | (d_entropy != 0.0))
+        if has_gradient:
             _row_gradient(
                 X, Y, OUT, start, stop, V, t, u, p_cap, q_cap, reverse, entropy, p_lse, p_low, q_lse, q_low,
-                by_forward, by_reverse, by_entropy, SLOTS, VECTORS, E, P_CAP, Q_CAP, LOGS, ALIGN, EMULATE,
+                d_forward, d_reverse, d_entropy, SLOTS, VECTORS, E, P_CAP, Q_CAP, LOGS, ALIGN, EMULATE,
             )  # fmt: skip
         else:
             zero_sweep(OUT, start, stop, SLOTS * VECTORS * E, E)

@@ -191,10 +191,10 @@ def _reference_point(w, r, low, T, k):
 def _gradient_row(
     logp,
     entropy,
-    by_logp,
-    by_entropy,
-    by_lse,
-    by_p_sq,
+    d_logp,
+    d_entropy,
+    d_lse,
+    d_p_sq,
     log_sum_p_sq,
     w_y,
     slope,
@@ -204,27 +204,27 @@ def _gradient_row(
 ):
     """``(A, B, C, at_target)`` of :func:`.sweep.gradient_tile`, 1/T folded in.
 
-    The gradient is ``p·(by_lse - by_logp - by_entropy·(log p + H) + 2·by_p_sq·(p/Σp² - 1))``, plus ``by_logp`` in the target's column:
+    The gradient is ``p·(d_lse - d_logp - d_entropy·(log p + H) + 2·d_p_sq·(p/Σp² - 1))``, plus ``d_logp`` in the target's column:
     there ``1 - p`` is formed from ``logp``, because from a rounded p it would lose everything as p goes to 1.
     """
-    A = by_lse - by_logp
+    A = d_lse - d_logp
     B = 0.0 * A
     C = 0.0 * A
     if ENTROPY:
-        A -= tl.where(by_entropy == 0.0, 0.0, by_entropy * entropy)
-        B = by_entropy * -LN2
+        A -= tl.where(d_entropy == 0.0, 0.0, d_entropy * entropy)
+        B = d_entropy * -LN2
     if P_SQ:
-        A -= 2.0 * by_p_sq
-        C = tl.where(by_p_sq == 0.0, 0.0, 2.0 * by_p_sq * math.exp(-log_sum_p_sq))
+        A -= 2.0 * d_p_sq
+        C = tl.where(d_p_sq == 0.0, 0.0, 2.0 * d_p_sq * math.exp(-log_sum_p_sq))
     p = math.exp(logp)
-    rest = by_lse
+    rest = d_lse
     if ENTROPY:
-        rest -= tl.where(by_entropy == 0.0, 0.0, by_entropy * (tl.maximum(logp, -200.0) + entropy))
+        rest -= tl.where(d_entropy == 0.0, 0.0, d_entropy * (tl.maximum(logp, -200.0) + entropy))
     if P_SQ:
-        rest += tl.where(by_p_sq == 0.0, 0.0, 2.0 * by_p_sq * math.expm1(logp - log_sum_p_sq))
-    at_target = p * rest - by_logp * math.expm1(logp)
-    dead = (w_y == float("-inf")) & (at_target == at_target)
-    return A / T, B / T, C / T, tl.where(dead, 0.0, at_target * slope) / T
+        rest += tl.where(d_p_sq == 0.0, 0.0, 2.0 * d_p_sq * math.expm1(logp - log_sum_p_sq))
+    at_target = p * rest - d_logp * math.expm1(logp)
+    masked = (w_y == float("-inf")) & (at_target == at_target)
+    return A / T, B / T, C / T, tl.where(masked, 0.0, at_target * slope) / T
 
 
 @kernel
@@ -246,8 +246,8 @@ def loss_grad_kernel(
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
     OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
     zero = tl.full((), 0.0, tl.float32)
-    logp, entropy, weighted, loss, by_logp, by_entropy = zero, zero, zero, zero, zero, zero
-    live = y != y
+    logp, entropy, weighted, loss, d_logp, d_entropy = zero, zero, zero, zero, zero, zero
+    has_gradient = y != y
     if keep & (bad == 0):
         t = tl.load(T + row * t_stride)
         k = base2_scale(t)
@@ -266,19 +266,17 @@ def loss_grad_kernel(
         logp, entropy, _, _, log_sum_p_sq, _ = _finish(top, rest, dot, rest_sq, w_y, inside, t)
         old = tl.where(has_old != 0, tl.load(OLD + row), logp)
         adv, ref, sampling = tl.load(ADV + row), tl.load(REF + row), tl.load(SAMPLING + row)
-        weighted, loss, by_logp, by_entropy, by_p_sq = PROGRAM(
-            PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq
-        )
-        live = (by_logp != 0.0) | (by_entropy != 0.0) | (by_p_sq != 0.0)
-        if live:
-            A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, 0.0, by_p_sq, log_sum_p_sq, w_y, slope, t, ENTROPY, P_SQ)
+        weighted, loss, d_logp, d_entropy, d_p_sq = PROGRAM(PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq)
+        has_gradient = (d_logp != 0.0) | (d_entropy != 0.0) | (d_p_sq != 0.0)
+        if has_gradient:
+            A, B, C, at_target = _gradient_row(logp, entropy, d_logp, d_entropy, 0.0, d_p_sq, log_sum_p_sq, w_y, slope, t, ENTROPY, P_SQ)
             c, b = _reference_point(top, math.log1p(rest), zero, t, k)
             column = tl.where(inside, y, -1).to(tl.int32)
             gradient_sweep(
                 X, OUT, tiles, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, ALIGN,
                 EMULATE,
             )  # fmt: skip
-    if live == 0:
+    if has_gradient == 0:
         zero_sweep(OUT, start, stop, SLOTS * VECTORS * E, E)
     if start == 0:
         R = ROWS + row
@@ -286,39 +284,39 @@ def loss_grad_kernel(
         tl.store(R + N, tl.where(bad, float("nan"), entropy))
         tl.store(R + 2 * N, tl.where(bad, float("nan"), weighted))
         tl.store(R + 3 * N, tl.where(bad, float("nan"), loss))
-        tl.store(R + 4 * N, tl.where(bad, float("nan"), by_logp))
-        tl.store(R + 5 * N, tl.where(bad, float("nan"), by_entropy))
+        tl.store(R + 4 * N, tl.where(bad, float("nan"), d_logp))
+        tl.store(R + 5 * N, tl.where(bad, float("nan"), d_entropy))
 
 
 @kernel
 def gradient_kernel(
-    X, OUT, IDS, T, LOGP, LSE, LSE_LOW, H, LOG_P_SQ, BY_LOGP, BY_H, BY_LSE, BY_P_SQ,
+    X, OUT, IDS, T, LOGP, LSE, LSE_LOW, H, LOG_P_SQ, D_LOGP, D_H, D_LSE, D_P_SQ,
     t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64,
     out_row_stride: tl.int64, V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
-    BY: tl.constexpr, LOW: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+    GIVEN: tl.constexpr, LOW: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
     SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient from given statistics, a row or (SPLIT) CHUNK of its columns a program. BY: which of (logp, entropy, lse, log_sum_p_sq)
+    """The gradient from given statistics, a row or (SPLIT) CHUNK of its columns a program. GIVEN: which of (logp, entropy, lse, log_sum_p_sq)
     have coefficients. LOW: what rounding lse lost is in LSE_LOW. The target's logit is read by the program that writes over it, and by no other.
     """
     row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
     zero = tl.full((), 0.0, tl.float32)
-    by_logp = tl.load(BY_LOGP + row) if BY[0] else zero
-    by_entropy = tl.load(BY_H + row) if BY[1] else zero
-    by_lse = tl.load(BY_LSE + row) if BY[2] else zero
-    by_p_sq = tl.load(BY_P_SQ + row) if BY[3] else zero
-    if keep & (bad == 0) & ((by_logp != 0.0) | (by_entropy != 0.0) | (by_lse != 0.0) | (by_p_sq != 0.0)):
+    d_logp = tl.load(D_LOGP + row) if GIVEN[0] else zero
+    d_entropy = tl.load(D_H + row) if GIVEN[1] else zero
+    d_lse = tl.load(D_LSE + row) if GIVEN[2] else zero
+    d_p_sq = tl.load(D_P_SQ + row) if GIVEN[3] else zero
+    if keep & (bad == 0) & ((d_logp != 0.0) | (d_entropy != 0.0) | (d_lse != 0.0) | (d_p_sq != 0.0)):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
         w_y, slope = capped(_target_logit(X, y, inside & (y >= start) & (y < stop)), softcap, CAP)
         tl.debug_barrier()  # every thread has it before one writes the gradient over it
         t, logp, lse = tl.load(T + row * t_stride), tl.load(LOGP + row), tl.load(LSE + row)
-        entropy = tl.load(H + row) if BY[1] else zero
-        log_p_sq = tl.load(LOG_P_SQ + row) if BY[3] else zero
+        entropy = tl.load(H + row) if GIVEN[1] else zero
+        log_p_sq = tl.load(LOG_P_SQ + row) if GIVEN[3] else zero
         k = base2_scale(t)
-        A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, slope, t, BY[1], BY[3])
+        A, B, C, at_target = _gradient_row(logp, entropy, d_logp, d_entropy, d_lse, d_p_sq, log_p_sq, w_y, slope, t, GIVEN[1], GIVEN[3])
         c, b = _reference_point(zero, lse, tl.load(LSE_LOW + row) if LOW else zero, t, k)
         column = tl.where(inside, y, -1).to(tl.int32)
         gradient_sweep(
@@ -341,8 +339,8 @@ def gradient_kernel(
             VECTORS,
             E,
             CAP,
-            BY[1],
-            BY[3],
+            GIVEN[1],
+            GIVEN[3],
             ALIGN,
             EMULATE,
         )

@@ -11,7 +11,7 @@ SUMS = tl.constexpr(10)
 
 @kernel
 def sums_kernel(
-    LOGP, OLD, REF, SAMPLING, ADV, H, LOG_P_SQ, RATIO, BY_LOGP, BY_H, FACTOR, KEEP, PARAMS, OUT, length: tl.int64, total: tl.int64,
+    LOGP, OLD, REF, SAMPLING, ADV, H, LOG_P_SQ, RATIO, D_LOGP, D_H, FACTOR, KEEP, PARAMS, OUT, length: tl.int64, total: tl.int64,
     PROGRAM: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``OUT [SUMS, S]``: of a sequence's rows, the sums of entropy, kl, clipped below, above, at all, ratio, ``old - logp``, factor, rows without
@@ -42,7 +42,7 @@ def sums_kernel(
         ratios += tl.where(keep, ratio, 0.0)
         drifts += tl.where(keep, old - logp, 0.0)
         factors += tl.where(keep, tl.load(FACTOR + at), 0.0)
-        skipped += tl.where(keep & (tl.load(BY_LOGP + at) == 0.0) & (tl.load(BY_H + at) == 0.0), 1.0, 0.0)
+        skipped += tl.where(keep & (tl.load(D_LOGP + at) == 0.0) & (tl.load(D_H + at) == 0.0), 1.0, 0.0)
         largest = tl.maximum(largest, tl.where(keep, ratio, float("-inf")))
     P = OUT + s
     n = tl.num_programs(0)

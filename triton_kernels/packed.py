@@ -40,8 +40,8 @@ def packed_stats_kernel(
 
 @kernel
 def packed_gradient_kernel(
-    X, OUT, BOUNDS, IDS, T, LOGP, LSE, LSE_LOW, H, LOG_P_SQ, BY_LOGP, BY_H, BY_LSE, BY_P_SQ, N: tl.int64, t_stride: tl.int32, softcap,
-    BY: tl.constexpr, LOW: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
+    X, OUT, BOUNDS, IDS, T, LOGP, LSE, LSE_LOW, H, LOG_P_SQ, D_LOGP, D_H, D_LSE, D_P_SQ, N: tl.int64, t_stride: tl.int32, softcap,
+    GIVEN: tl.constexpr, LOW: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
     """As :func:`.kernels.gradient_kernel`; OUT is like X, and not X."""
@@ -53,21 +53,21 @@ def packed_gradient_kernel(
         X = tl.multiple_of(X + begin, ALIGN)
         OUT = tl.multiple_of(OUT + begin, ALIGN)
         zero = tl.full((), 0.0, tl.float32)
-        by_logp = tl.load(BY_LOGP + row) if BY[0] else zero
-        by_entropy = tl.load(BY_H + row) if BY[1] else zero
-        by_lse = tl.load(BY_LSE + row) if BY[2] else zero
-        by_p_sq = tl.load(BY_P_SQ + row) if BY[3] else zero
-        if (by_logp != 0.0) | (by_entropy != 0.0) | (by_lse != 0.0) | (by_p_sq != 0.0):
+        d_logp = tl.load(D_LOGP + row) if GIVEN[0] else zero
+        d_entropy = tl.load(D_H + row) if GIVEN[1] else zero
+        d_lse = tl.load(D_LSE + row) if GIVEN[2] else zero
+        d_p_sq = tl.load(D_P_SQ + row) if GIVEN[3] else zero
+        if (d_logp != 0.0) | (d_entropy != 0.0) | (d_lse != 0.0) | (d_p_sq != 0.0):
             tiles = load_last_tiles(X, 0, V, V, SLOTS, VECTORS, E, ALIGN)
             w_y, slope = capped(_target_logit(X, y, y >= 0), softcap, CAP)
             t, logp, lse = tl.load(T + row * t_stride), tl.load(LOGP + row), tl.load(LSE + row)
-            entropy = tl.load(H + row) if BY[1] else zero
-            log_p_sq = tl.load(LOG_P_SQ + row) if BY[3] else zero
+            entropy = tl.load(H + row) if GIVEN[1] else zero
+            log_p_sq = tl.load(LOG_P_SQ + row) if GIVEN[3] else zero
             k = base2_scale(t)
-            A, B, C, at_target = _gradient_row(logp, entropy, by_logp, by_entropy, by_lse, by_p_sq, log_p_sq, w_y, slope, t, BY[1], BY[3])
+            A, B, C, at_target = _gradient_row(logp, entropy, d_logp, d_entropy, d_lse, d_p_sq, log_p_sq, w_y, slope, t, GIVEN[1], GIVEN[3])
             c, b = _reference_point(zero, lse, tl.load(LSE_LOW + row) if LOW else zero, t, k)
             gradient_sweep(
-                X, OUT, tiles, 0, V, V, y.to(tl.int32), at_target, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, BY[1], BY[3], ALIGN,
+                X, OUT, tiles, 0, V, V, y.to(tl.int32), at_target, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, GIVEN[1], GIVEN[3], ALIGN,
                 EMULATE,
             )  # fmt: skip
         else:

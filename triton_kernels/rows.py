@@ -119,9 +119,9 @@ def ratio_kernel(
 
 @kernel
 def adjoint_kernel(
-    BY_RATIO, BY_LOGP, KEEP, LENGTHS, PARAMS, MEANS, length: tl.int64, NORMALIZE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr
+    D_RATIO, D_LOGP, KEEP, LENGTHS, PARAMS, MEANS, length: tl.int64, NORMALIZE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """``BY_LOGP +=`` the derivatives by the ratio, through :func:`ratio_kernel`: to every token of the sequence (SHARED), or each to its own."""
+    """``D_LOGP +=`` the derivatives by the ratio, through :func:`ratio_kernel`: to every token of the sequence (SHARED), or each to its own."""
     s = tl.program_id(0).to(tl.int64)
     mean = tl.load(MEANS + s)
     if (mean >= tl.load(PARAMS)) & (mean <= tl.load(PARAMS + 1)):
@@ -129,16 +129,16 @@ def adjoint_kernel(
         if SHARED:
             for start in range(0, length, BLOCK):
                 t = start + tl.arange(0, BLOCK)
-                found += tl.load(BY_RATIO + s * length + t, mask=t < length, other=0.0)
+                found += tl.load(D_RATIO + s * length + t, mask=t < length, other=0.0)
         share = tl.sum(found, 0)
         if NORMALIZE and SHARED:
             share = tl.div_rn(share, tl.maximum(tl.load(LENGTHS + s), 1).to(tl.float32))
         for start in range(0, length, BLOCK):
             t = start + tl.arange(0, BLOCK)
             keep = tl.load(KEEP + s * length + t, mask=t < length, other=0) != 0
-            by = tl.load(BY_LOGP + s * length + t, mask=keep, other=0.0)
-            own = share if SHARED else tl.load(BY_RATIO + s * length + t, mask=keep, other=0.0)
-            tl.store(BY_LOGP + s * length + t, by + own, mask=keep)
+            by = tl.load(D_LOGP + s * length + t, mask=keep, other=0.0)
+            own = share if SHARED else tl.load(D_RATIO + s * length + t, mask=keep, other=0.0)
+            tl.store(D_LOGP + s * length + t, by + own, mask=keep)
 
 
 @kernel

@@ -212,12 +212,12 @@ def row_of_slots(
     to_top = tl.exp2(-lift)
     scale = tl.where(leads, 0.0, tl.exp2(step + lift))
     none = tl.zeros([SLOTS], tl.int32)
-    sick = tl.where(sum == sum, none, 1)  # integers know no NaN
+    is_nan = tl.where(sum == sum, none, 1)  # integers know no NaN
     S, U, of_leader, more = _sum4(
         _fixed(scale * sum),
         _fixed(scale * tl.fma(step, sum, dot) * _DOT) if ENTROPY else none.to(tl.int64),
         tl.where(leads, _pair(sum, dot), none.to(tl.int64)),
-        _pair(tl.where(leads, sum_sq, 0.0), sick),
+        _pair(tl.where(leads, sum_sq, 0.0), is_nan),
     )
     of_lead = _high(of_leader) - 1.0
     # One rounding where a log-prob shows it: the sum is rounded as an integer.
@@ -233,9 +233,9 @@ def row_of_slots(
     if (rest < _SURE) & (rest > -0.5):
         rest = tl.fma(to_top, _unfixed(S), _rest_of_slot(X, V, lead, largest, k, softcap, SLOTS, E, CAP))
         rest_sq = tl.minimum(tl.maximum(rest_sq, 0.0), rest * rest)  # a sum of squares: at most that, of which Σp² has no digit any more
-    sick = (_low(more) > 0) | (largest == float("inf"))
-    empty = (rest <= -1.0) & (sick == 0)
-    return tl.where(empty, float("-inf"), largest), tl.where(sick | empty, float("nan"), rest), rest_dot, rest_sq
+    is_nan = (_low(more) > 0) | (largest == float("inf"))
+    empty = (rest <= -1.0) & (is_nan == 0)
+    return tl.where(empty, float("-inf"), largest), tl.where(is_nan | empty, float("nan"), rest), rest_dot, rest_sq
 
 
 @triton.jit

@@ -17,21 +17,21 @@ struct GradCoefs {
 /// Derivatives of the loss by the row's statistics, and those of the statistics that they multiply.
 template <class Real>
 struct Derivatives {
-    float logp_coef, entropy_coef, lse_coef, p_sq_coef;
+    float d_logp, d_entropy, d_lse, d_p_sq;
     float logp, entropy, log_sum_p_sq;
 
-    RW_METHOD bool all_zero() const { return logp_coef == 0 && entropy_coef == 0 && lse_coef == 0 && p_sq_coef == 0; }
+    RW_METHOD bool all_zero() const { return d_logp == 0 && d_entropy == 0 && d_lse == 0 && d_p_sq == 0; }
 
     /// `entropy_of_l`: -Σ p·l, which is the entropy where l is log p.
     RW_METHOD GradCoefs<Real> coefs(Real entropy_of_l) const {
-        GradCoefs<Real> c{-Real(logp_coef) + lse_coef, 0, 0};
-        if (entropy_coef != 0) {
-            c.constant -= Real(entropy_coef) * entropy_of_l;
-            c.log = -Real(entropy_coef);
+        GradCoefs<Real> c{-Real(d_logp) + d_lse, 0, 0};
+        if (d_entropy != 0) {
+            c.constant -= Real(d_entropy) * entropy_of_l;
+            c.log = -Real(d_entropy);
         }
-        if (p_sq_coef != 0) {
-            c.constant -= 2 * p_sq_coef;
-            c.p_coef = 2 * p_sq_coef / std::exp(Real(log_sum_p_sq));
+        if (d_p_sq != 0) {
+            c.constant -= 2 * d_p_sq;
+            c.p_coef = 2 * d_p_sq / std::exp(Real(log_sum_p_sq));
         }
         return c;
     }
@@ -39,9 +39,9 @@ struct Derivatives {
     /// The target's own element: p - 1 from its log-prob, for a rounded p loses everything as it goes to 1.
     RW_METHOD float at_target() const {
         const Real y = logp, p = std::exp(y);
-        Real g = -logp_coef * std::expm1(y) + lse_coef * p;
-        if (entropy_coef != 0 && p > 0) g -= entropy_coef * p * (y + entropy);
-        if (p_sq_coef != 0) g += 2 * p_sq_coef * p * (p / std::exp(Real(log_sum_p_sq)) - 1);
+        Real g = -d_logp * std::expm1(y) + d_lse * p;
+        if (d_entropy != 0 && p > 0) g -= d_entropy * p * (y + entropy);
+        if (d_p_sq != 0) g += 2 * d_p_sq * p * (p / std::exp(Real(log_sum_p_sq)) - 1);
         return float(g);
     }
 };

@@ -1,41 +1,41 @@
-// The verbs on two logits tensors: their arguments as plain data, and what a row's sums come to. p is the softmax of the first tensor, q of the
+// The primitives on two logits tensors: their arguments as plain data, and what a row's sums come to. p is the softmax of the first tensor, q of the
 // second.
 #pragma once
 
 #include "common/constants.h"
-#include "common/verbs.h"
+#include "common/primitives.h"
 
 namespace reweight_ops {
 
-constexpr int kDivergenceTable = 8;  // rows of the table; reweight_ops/_core/rows/verbs.py names them
+constexpr int kDivergenceTable = 8;  // rows of the table; reweight_ops/_core/rows/primitives.py names them
 
 /// The call itself is p's.
 struct DivergenceCall : Call {
-    Call q;                  // where its rows are, dtype, soft cap, temperature; the rest is p's
-    float* table;            // [8, rows]: written by stats and loss_grad
-    const float* known;      // [8, rows]: read by grad
-    const float* coefs;      // [3, rows]: read by grad
-    const float* constants;  // [3], loss_grad: coefficient k is weights * constants[k]
-    const float* weights;    // [rows]
+    Call q;                    // where its rows are, dtype, soft cap, temperature; the rest is p's
+    float* table;              // [8, rows]: written by stats and loss_grad
+    const float* known;        // [8, rows]: read by grad
+    const float* derivatives;  // [3, rows]: read by grad
+    const float* constants;    // [3], loss_grad: coefficient k is weights * constants[k]
+    const float* weights;      // [rows]
     void* out;
     RowStrides out_strides;
 };
 
 /// One tensor's sums of a row, with t = log2 of its exponentials relative to some reference, and e = 2^t.
-struct PairSums {
+struct DivergenceSums {
     double sum, dot, cross;  // Σ e, Σ e·t, Σ e·(own t - the other's t)
     double log_sum, lse;     // log2 Σ e, NaN where there is no distribution; the log-sum-exp in natural units
     bool zero;               // a column has probability 0 here and not there
 };
 
 /// A row's statistics in natural units. `low` in the table is what rounding a log-sum-exp to fp32 loses.
-struct PairStats {
+struct DivergenceStats {
     double forward, reverse, entropy, other_entropy, p_lse, q_lse;
 };
 
 RW_HD inline double at_least_zero(double v) { return v < 0 ? 0.0 : v; }  // NaN stays
 
-RW_HD inline PairStats pair_stats(const PairSums& p, const PairSums& q) {
+RW_HD inline DivergenceStats stats_of_sums(const DivergenceSums& p, const DivergenceSums& q) {
     constexpr double nan = kNaN, inf = kInf;
     if (p.log_sum != p.log_sum || q.log_sum != q.log_sum) return {nan, nan, nan, nan, nan, nan};
     return {p.zero ? inf : at_least_zero((q.cross / q.sum - q.log_sum + p.log_sum) * kLn2),
@@ -47,7 +47,7 @@ RW_HD inline PairStats pair_stats(const PairSums& p, const PairSums& q) {
 }
 
 /// The row's column of the table.
-RW_HD inline void round_to_table(const PairStats& s, float (&values)[kDivergenceTable]) {
+RW_HD inline void round_to_table(const DivergenceStats& s, float (&values)[kDivergenceTable]) {
     const double exact[] = {s.forward, s.reverse, s.entropy, s.other_entropy, s.p_lse, s.p_lse - float(s.p_lse), s.q_lse, s.q_lse - float(s.q_lse)};
     for (int k = 0; k < kDivergenceTable; ++k) values[k] = float(exact[k]);
 }

@@ -51,7 +51,7 @@ constexpr int kLossOutputs = 5;
 /// The row's share of the total and the same without its row weights, and the derivatives of the total by logp (through the ratio too),
 /// entropy and log_sum_p_sq.
 struct RowLoss {
-    float weighted_loss, loss, coef, entropy_coef, p_sq_coef;
+    float weighted_loss, loss, d_logp, d_entropy, d_p_sq;
 };
 
 /// An instruction is one word: 8 bits of code, then 12 bits each of the registers of the result and of a, b, c.

@@ -1,7 +1,7 @@
 // One row of a call, as it is in memory.
 #pragma once
 
-#include "common/verbs.h"
+#include "common/primitives.h"
 
 namespace reweight_ops {
 namespace {

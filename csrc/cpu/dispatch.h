@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "divergence.h"
-#include "verbs.h"
+#include "primitives.h"
 
 namespace reweight_ops {
 

@@ -2,18 +2,18 @@
 #include "divergence.h"
 
 #include "common/concat.h"
-#include "pair_sweep.h"
+#include "divergence_sweep.h"
 #include "parallel.h"
 
 namespace reweight_ops {
 namespace {
 
 template <class T, class U>
-PairResult known(const DivergenceCall& call, const PairRow<T, U>& row, int64_t i, const Caps& caps) {
+DivergenceResult known(const DivergenceCall& call, const DivergenceRow<T, U>& row, int64_t i, const Caps& caps) {
     const auto get = [&](int k) { return double(call.known[k * call.rows + i]); };
-    const PairStats s{get(0), get(1), get(2), get(3), get(4) + get(5), get(6) + get(7)};
+    const DivergenceStats s{get(0), get(1), get(2), get(3), get(4) + get(5), get(6) + get(7)};
     if (std::fabs(s.p_lse) > kLargestLse || std::fabs(s.q_lse) > kLargestLse) {
-        const PairResult again = PairSweeper<T, U>(row, caps)(call.vocab_size);
+        const DivergenceResult again = DivergenceSweeper<T, U>(row, caps)(call.vocab_size);
         return {s, again.p, again.q};
     }
     const auto anchor = [](double lse, double scale) {
@@ -22,7 +22,7 @@ PairResult known(const DivergenceCall& call, const PairRow<T, U>& row, int64_t i
     };
     return {s, anchor(s.p_lse, row.x_scale), anchor(s.q_lse, row.y_scale)};
 }
-void put_stats(const DivergenceCall& call, int64_t i, const PairStats& s) {
+void put_stats(const DivergenceCall& call, int64_t i, const DivergenceStats& s) {
     float values[kDivergenceTable];
     round_to_table(s, values);
     put_column(call.table, call.rows, i, values);
@@ -30,30 +30,31 @@ void put_stats(const DivergenceCall& call, int64_t i, const PairStats& s) {
 
 /// The gradient row, in one sweep of both: p·(a + b·log2 p + c·log2(p/q)) - f·q. kLogs: b or c or a soft cap. kFar: references of any size.
 template <class T, class U, bool kLogs, bool kStream, bool kFar>
-void pair_grad_row(const PairRow<T, U>& row, T* g, int64_t columns, const PairResult& known, const double (&coefs)[3], const Caps& caps) {
+void divergence_grad_row(const DivergenceRow<T, U>& row, T* g, int64_t columns, const DivergenceResult& known, const double (&derivatives)[3],
+                         const Caps& caps) {
     // Logs are in units of 4, or those of a column that is masked by the lowest number would be infinite.
     constexpr float kUnit = kLogs ? 4 : 1;
     const Shift<kFar> p_shift(row.x_scale / kUnit, known.p.at), q_shift(row.y_scale / kUnit, known.q.at);
     // p = e·2^rest: what a column has where the shift is 0 goes into the factors.
     const double p_rest = known.p.log_p - (double(known.p.at) * row.x_scale - p_shift.ref * kUnit);
     const double q_rest = known.q.log_p - (double(known.q.at) * row.y_scale - q_shift.ref * kUnit), t = row.inverse_temperature;
-    double constant = coefs[0], by_log = 0, by_ratio = 0;
-    if (coefs[1] != 0) {
-        constant -= coefs[1] * known.stats.reverse;
-        by_ratio = coefs[1] * kLn2;
+    double constant = derivatives[0], by_log = 0, by_ratio = 0;
+    if (derivatives[1] != 0) {
+        constant -= derivatives[1] * known.stats.reverse;
+        by_ratio = derivatives[1] * kLn2;
     }
-    if (coefs[2] != 0) {
-        constant -= coefs[2] * known.stats.entropy;
-        by_log = -coefs[2] * kLn2;
+    if (derivatives[2] != 0) {
+        constant -= derivatives[2] * known.stats.entropy;
+        by_log = -derivatives[2] * kLn2;
     }
     constant += by_log * p_rest + by_ratio * (p_rest - q_rest);
     const double p_factor = std::exp2(p_rest) * t, q_factor = std::exp2(q_rest) * t;
     const Vec a = splat(float(p_factor * constant)), b = splat(float(p_factor * by_log * kUnit)), c = splat(float(p_factor * by_ratio * kUnit));
-    const Vec f = splat(float(-q_factor * coefs[0])), unit = splat(kUnit);
+    const Vec f = splat(float(-q_factor * derivatives[0])), unit = splat(kUnit);
     const Exp2<5> exponential(1.0);
     const auto one = [&](Vec x, Vec y) RW_ALWAYS_INLINE {
         Vec slope = splat(1.0f), ignored;
-        const VecI dead = x == splat(-kInf);
+        const VecI masked = x == splat(-kInf);
         if constexpr (kLogs) {
             if (caps.p.on) caps.p.apply(x, slope);
             if (caps.q.on) caps.q.apply(y, ignored);
@@ -69,7 +70,7 @@ void pair_grad_row(const PairRow<T, U>& row, T* g, int64_t columns, const PairRe
         } else {
             r = e * a + w;  // two roundings: where p and q are equal, so are both products
         }
-        return select(dead, splat(0.0f), r);
+        return select(masked, splat(0.0f), r);
     };
     int64_t i = 0;
     for (; i + 2 * kWidth <= columns; i += 2 * kWidth) {
@@ -88,38 +89,38 @@ void pair_grad_row(const PairRow<T, U>& row, T* g, int64_t columns, const PairRe
 }
 
 template <class T, class U>
-void write_pair_grad(const DivergenceCall& call, const PairRow<T, U>& row, int64_t i, const PairResult& known, const double (&coefs)[3],
-                     const Caps& caps) {
+void write_divergence_grad(const DivergenceCall& call, const DivergenceRow<T, U>& row, int64_t i, const DivergenceResult& known,
+                           const double (&derivatives)[3], const Caps& caps) {
     T* g = (T*)call.out + call.out_strides.offset(i);
     const int64_t v = call.vocab_size;
-    const PairStats& s = known.stats;
-    const bool sick = s.p_lse != s.p_lse || s.q_lse != s.q_lse || (coefs[1] != 0 && float(s.reverse) == kInf);
-    if (coefs[0] == 0 && coefs[1] == 0 && coefs[2] == 0) {
+    const DivergenceStats& s = known.stats;
+    const bool is_nan = s.p_lse != s.p_lse || s.q_lse != s.q_lse || (derivatives[1] != 0 && float(s.reverse) == kInf);
+    if (derivatives[0] == 0 && derivatives[1] == 0 && derivatives[2] == 0) {
         fill(g, call.columns, 0.0f);
         return;
     }
-    if (sick) {
+    if (is_nan) {
         fill(g, v, kNaN);
     } else {
         const bool large = call.out != call.logits && call.rows * call.columns * int64_t(sizeof(T)) > kCacheBytes;
-        const bool stream = large && (uintptr_t)g % 64 == 0, logs = coefs[1] != 0 || coefs[2] != 0 || caps.p.on || caps.q.on;
-        const auto sweep = [&](auto grad) { grad(row, g, v, known, coefs, caps); };
+        const bool stream = large && (uintptr_t)g % 64 == 0, logs = derivatives[1] != 0 || derivatives[2] != 0 || caps.p.on || caps.q.on;
+        const auto sweep = [&](auto grad) { grad(row, g, v, known, derivatives, caps); };
         if (is_far(known.p.at, row.x_scale) || is_far(known.q.at, row.y_scale)) {
-            sweep(pair_grad_row<T, U, true, false, true>);
+            sweep(divergence_grad_row<T, U, true, false, true>);
         } else if (logs) {
-            sweep(stream ? pair_grad_row<T, U, true, true, false> : pair_grad_row<T, U, true, false, false>);
+            sweep(stream ? divergence_grad_row<T, U, true, true, false> : divergence_grad_row<T, U, true, false, false>);
         } else {
-            sweep(stream ? pair_grad_row<T, U, false, true, false> : pair_grad_row<T, U, false, false, false>);
+            sweep(stream ? divergence_grad_row<T, U, false, true, false> : divergence_grad_row<T, U, false, false, false>);
         }
         if (stream) stream_fence();
     }
     if (call.columns > v) fill(g + v, call.columns - v, 0.0f);
 }
 
-// ---- the verbs
+// ---- the primitives
 
 template <class T, class U>
-struct Pair {
+struct DivergenceOf {
     template <class Body>
     static void rows(const DivergenceCall& call, const Body& body) {
         for_each_row(call.rows, 2 * call.columns, threads_for(call.rows, 2 * call.columns, call.threads), [&](int64_t i, int64_t) { body(i); });
@@ -129,35 +130,35 @@ struct Pair {
     static void stats(const DivergenceCall& call) {
         const Caps caps{Softcap(call.softcap), Softcap(call.q.softcap)};
         rows(call, [&](int64_t i) {
-            if (is_out(call, i)) return out_row(call, i);
-            put_stats(call, i, PairSweeper<T, U>(PairRow<T, U>(call, i), caps)(call.vocab_size).stats);
+            if (is_ignored(call, i)) return out_row(call, i);
+            put_stats(call, i, DivergenceSweeper<T, U>(DivergenceRow<T, U>(call, i), caps)(call.vocab_size).stats);
         });
     }
 
     static void grad(const DivergenceCall& call) {
         const Caps caps{Softcap(call.softcap), Softcap(call.q.softcap)};
         rows(call, [&](int64_t i) {
-            if (is_out(call, i)) return fill((T*)call.out + call.out_strides.offset(i), call.columns, 0.0f);
-            double coefs[3];
-            for (int k = 0; k < 3; ++k) coefs[k] = call.coefs[k * call.rows + i];
-            const PairRow<T, U> row(call, i);
-            write_pair_grad(call, row, i, known(call, row, i, caps), coefs, caps);
+            if (is_ignored(call, i)) return fill((T*)call.out + call.out_strides.offset(i), call.columns, 0.0f);
+            double derivatives[3];
+            for (int k = 0; k < 3; ++k) derivatives[k] = call.derivatives[k * call.rows + i];
+            const DivergenceRow<T, U> row(call, i);
+            write_divergence_grad(call, row, i, known(call, row, i, caps), derivatives, caps);
         });
     }
 
     static void loss_grad(const DivergenceCall& call) {
         const Caps caps{Softcap(call.softcap), Softcap(call.q.softcap)};
         rows(call, [&](int64_t i) {
-            if (is_out(call, i)) {
+            if (is_ignored(call, i)) {
                 out_row(call, i);
                 return fill((T*)call.out + call.out_strides.offset(i), call.columns, 0.0f);
             }
-            const PairRow<T, U> row(call, i);
-            const PairResult s = PairSweeper<T, U>(row, caps)(call.vocab_size);
+            const DivergenceRow<T, U> row(call, i);
+            const DivergenceResult s = DivergenceSweeper<T, U>(row, caps)(call.vocab_size);
             put_stats(call, i, s.stats);
-            double coefs[3];
-            for (int k = 0; k < 3; ++k) coefs[k] = double(call.constants[k]) * call.weights[i];
-            write_pair_grad(call, row, i, s, coefs, caps);
+            double derivatives[3];
+            for (int k = 0; k < 3; ++k) derivatives[k] = double(call.constants[k]) * call.weights[i];
+            write_divergence_grad(call, row, i, s, derivatives, caps);
         });
     }
 };
@@ -165,9 +166,9 @@ struct Pair {
 template <class T, class F>
 void by_second(DType dtype, const F& f) {
     switch (dtype) {
-        case DType::f32: return f(Pair<T, float>{});
-        case DType::bf16: return f(Pair<T, Bf16>{});
-        case DType::f16: return f(Pair<T, F16>{});
+        case DType::f32: return f(DivergenceOf<T, float>{});
+        case DType::bf16: return f(DivergenceOf<T, Bf16>{});
+        case DType::f16: return f(DivergenceOf<T, F16>{});
     }
 }
 template <class F>

@@ -1,4 +1,4 @@
-// The table of the implementations of the verbs on two logits tensors at one instruction-set level.
+// The table of the implementations of the primitives on two logits tensors at one instruction-set level.
 #pragma once
 
 #include "common/divergence.h"

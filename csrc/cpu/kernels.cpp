@@ -1,11 +1,11 @@
-// The three verbs at one instruction-set level: this file is compiled once per level, with RW_LEVEL naming it.
+// The three primitives at one instruction-set level: this file is compiled once per level, with RW_LEVEL naming it.
 #include "common/concat.h"
 #include "common/row_view.h"
 #include "parallel.h"
+#include "primitives.h"
 #include "program.h"
 #include "stream.h"
 #include "sweeps.h"
-#include "verbs.h"
 
 namespace reweight_ops {
 namespace {
@@ -68,10 +68,10 @@ void write_grad(int64_t v, int64_t width, const Row<T>& row, const Derivatives<d
             using S = std::decay_t<decltype(shift)>;
             const double log_p = anchor.log_p - (double(anchor.at) * row.scale - shift.ref);
             const auto sweep = [&](auto grad) { grad(row.x, g, v, shift, log_p, c, softcap, ahead); };
-            if (S::kFarAway || softcap.on || d.p_sq_coef != 0) {  // far away one form serves all
+            if (S::kFarAway || softcap.on || d.d_p_sq != 0) {  // far away one form serves all
                 sweep(grad_row<T, Terms::full, false, S::kFarAway>);
             } else if constexpr (!S::kFarAway) {
-                if (d.entropy_coef != 0) {
+                if (d.d_entropy != 0) {
                     sweep(stream ? grad_row<T, Terms::entropy, true, false> : grad_row<T, Terms::entropy, false, false>);
                 } else {
                     sweep(stream ? grad_row<T, Terms::plain, true, false> : grad_row<T, Terms::plain, false, false>);
@@ -134,8 +134,8 @@ void token_grad(const GradCall& call) {
         T* g = (T*)call.out + (packed ? call.bounds[i] : call.out_strides.offset(i));
         const int64_t v = columns_of(call, i), width = packed ? v : call.columns;
         const Row<T> row(call, i, softcap);
-        const Derivatives<double> d{get(call.logp_coef, i), get(call.entropy_coef, i), get(call.lse_coef, i),    get(call.p_sq_coef, i),
-                                    call.logp[i],           get(call.entropy, i),      get(call.log_sum_p_sq, i)};
+        const Derivatives<double> d{get(call.d_logp, i), get(call.d_entropy, i), get(call.d_lse, i),       get(call.d_p_sq, i),
+                                    call.logp[i],        get(call.entropy, i),   get(call.log_sum_p_sq, i)};
         write_grad(v, width, row, d, known_anchor(call, row, i), g, softcap, Fetch{(const char*)row.x + kFetchAhead, 0}, stream);
     });
 }
@@ -161,7 +161,7 @@ void token_loss_grad(const LossGradCall& call) {
         const RowStats s = row.statistics(sweep, finished);
         const RowLoss l = evaluate(i, s);
         put_row(call, i, s, l);
-        const Derivatives<double> d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
+        const Derivatives<double> d{l.d_logp, l.d_entropy, 0.0f, l.d_p_sq, s.logp, s.entropy, s.log_sum_p_sq};
         write_grad(call.vocab_size, call.columns, row, d, {sweep.top, -kLog2e * finished.log_total}, g, softcap, ahead, stream);
     });
 }
@@ -177,12 +177,12 @@ void token_loss_grad_of(const LossGradCall& call) {
 
 // ---- by dtype
 
-template <template <class> class Verb, class C>
+template <template <class> class Primitive, class C>
 void by_dtype(const C& call) {
     switch (call.dtype) {
-        case DType::f32: return Verb<float>::run(call);
-        case DType::bf16: return Verb<Bf16>::run(call);
-        case DType::f16: return Verb<F16>::run(call);
+        case DType::f32: return Primitive<float>::run(call);
+        case DType::bf16: return Primitive<Bf16>::run(call);
+        case DType::f16: return Primitive<F16>::run(call);
     }
 }
 template <class T>

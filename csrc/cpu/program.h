@@ -3,8 +3,8 @@
 
 #include <cstring>
 
+#include "common/primitives.h"
 #include "common/program_table.h"
-#include "common/verbs.h"
 
 namespace reweight_ops {
 namespace {

@@ -43,11 +43,11 @@ std::pair<int64_t, int64_t> mask_rows(const MaskCall& call) {
         const auto put = [&](int64_t i, int64_t id) { ids[i] = id; };
         call.ids.bytes == 4 ? each<int32_t>(call.ids, s, count, put) : each<int64_t>(call.ids, s, count, put);
         if (call.mask.data) {
-            each_truth(call.mask, s, count, [&](int64_t i, bool in) { ids[i] = in ? ids[i] : kOut; });
+            each_truth(call.mask, s, count, [&](int64_t i, bool in) { ids[i] = in ? ids[i] : kIgnoreIndex; });
         }
         int32_t kept = 0, counted = 0;
         for (int64_t i = 0; i < count; ++i) {
-            keep[i] = ids[i] != kOut;
+            keep[i] = ids[i] != kIgnoreIndex;
             kept += keep[i];
             low = std::min(low, keep[i] ? ids[i] : low);
             high = std::max(high, keep[i] ? ids[i] : high);
@@ -151,7 +151,7 @@ bool fill_rows(OnePass& call, const OnePassValues& values) {
     loss.old_logp = found[1];
     loss.ref_logp = found[2];
     loss.sampling_logp = found[3];
-    float** const rows[] = {&loss.logp, &loss.entropy, &loss.weighted_loss, &loss.loss, &loss.coef, &loss.entropy_coef};
+    float** const rows[] = {&loss.logp, &loss.entropy, &loss.weighted_loss, &loss.loss, &loss.d_logp, &loss.d_entropy};
     for (int k = 0; k < 6; ++k) *rows[k] = values.table + k * n;
     loss.out = values.out;
     loss.out_strides = values.out_strides;

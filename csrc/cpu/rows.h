@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/verbs.h"
+#include "common/primitives.h"
 
 namespace reweight_ops {
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "parallel.h"
+#include "primitives.h"
 #include "simd.h"
-#include "verbs.h"
 
 namespace reweight_ops {
 namespace {

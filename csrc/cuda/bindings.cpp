@@ -16,9 +16,9 @@
 using namespace reweight_ops;
 
 PYBIND11_MODULE(RW_MODULE, m) {
-    m.doc() = "CUDA kernels on raw addresses, without any check: reweight_ops.backends validates every argument first. Verbs return a status.";
+    m.doc() = "CUDA kernels on raw addresses, without any check: reweight_ops.backends validates every argument first. Primitives return a status.";
     m.attr("max_registers") = kMaxSharedRegisters;
-    bind_verbs(m, token_stats, token_grad, token_loss_grad);
+    bind_primitives(m, token_stats, token_grad, token_loss_grad);
     bind_divergence(m, divergence, divergence, divergence);
     m.def(
         "scale",
@@ -35,13 +35,13 @@ PYBIND11_MODULE(RW_MODULE, m) {
         py::call_guard<py::gil_scoped_release>(), py::arg("dtype"), py::arg("data"), py::arg("strides"), py::arg("rows"), py::arg("columns"),
         py::arg("factor"), py::arg("device") = 0, py::arg("stream") = 0, "data *= factor, which is read on the device; nothing where it is 1.");
     m.def(
-        "why_streaming",
+        "ring_unsupported_reason",
         [](const Call& call, Address out, std::array<int64_t, 3> out_strides) {
             LossGradCall full{};
             static_cast<Call&>(full) = call;
             full.out = at<void>(out);
             full.out_strides = {out_strides[0], out_strides[1], out_strides[2]};
-            return why_streaming(full);
+            return ring_unsupported_reason(full);
         },
         py::arg("call"), py::arg("out"), py::arg("out_strides"),
         "Why token_loss_grad would take its streaming kernel; empty: it would take the ring kernel.");

@@ -37,7 +37,7 @@ const RingKernels& ring_for(const Call& call) {
 /// How the ring kernel would run, or why it cannot.
 struct Plan {
     int status = 0;
-    std::string why_not;
+    std::string ring_unsupported_reason;
     int tiles = 0, clusters = 0;
 };
 
@@ -49,17 +49,19 @@ Plan plan(const LossGradCall& call) {
     if (p.status) return p;
     p.tiles = (device.shared_bytes - kBytesBesides) / kBytesPerTile;
     if (device.major < 9) {
-        p.why_not = "the GPU is older than Hopper (compute capability 9.0)";
+        p.ring_unsupported_reason = "the GPU is older than Hopper (compute capability 9.0)";
     } else if (!rows_are_aligned(call)) {
-        p.why_not = "rows of the logits do not all start at a multiple of 16 bytes";
+        p.ring_unsupported_reason = "rows of the logits do not all start at a multiple of 16 bytes";
     } else if (!rows_are_aligned(call.out, call.out_strides, call)) {
-        p.why_not = "rows of the gradient do not all start at a multiple of 16 bytes";
+        p.ring_unsupported_reason = "rows of the gradient do not all start at a multiple of 16 bytes";
     } else if (const int needed = slices.tiles() + 1 + kStoresInFlight; needed > p.tiles) {  // a tile of the next row, and what is in motion
-        p.why_not = "a row of " + std::to_string(call.vocab_size) + " columns does not fit in the shared memory of " + std::to_string(slices.count) +
-                    " blocks (" + std::to_string(needed) + " tiles of 16 KiB in each, " + std::to_string(p.tiles) + " fit)";
+        p.ring_unsupported_reason = "a row of " + std::to_string(call.vocab_size) + " columns does not fit in the shared memory of " +
+                                    std::to_string(slices.count) + " blocks (" + std::to_string(needed) + " tiles of 16 KiB in each, " +
+                                    std::to_string(p.tiles) + " fit)";
     } else {
         p.status = ring_for(call).clusters(call, p.tiles, p.clusters);
-        if (p.clusters == 0) p.why_not = "the GPU cannot run a cluster of " + std::to_string(slices.count) + " blocks that keep rows on chip";
+        if (p.clusters == 0)
+            p.ring_unsupported_reason = "the GPU cannot run a cluster of " + std::to_string(slices.count) + " blocks that keep rows on chip";
     }
     return p;
 }
@@ -74,7 +76,7 @@ int token_loss_grad(const LossGradCall& call) {
     if (choice == streaming) return streaming_for(call).token_loss_grad(call);
     const Plan p = plan(call);
     if (p.status) return p.status;
-    if (p.why_not.empty()) return ring_for(call).token_loss_grad(call, p.tiles, p.clusters);
+    if (p.ring_unsupported_reason.empty()) return ring_for(call).token_loss_grad(call, p.tiles, p.clusters);
     return choice == ring ? kNotSupported : streaming_for(call).token_loss_grad(call);
 }
 
@@ -94,10 +96,10 @@ int scale(const ScaleCall& call) {
     }
 }
 
-std::string why_streaming(const LossGradCall& call) {
+std::string ring_unsupported_reason(const LossGradCall& call) {
     if (choice == streaming) return "it was asked for by set_kernel";
     const Plan p = plan(call);
-    return p.status ? "there is no GPU to ask" : p.why_not;
+    return p.status ? "there is no GPU to ask" : p.ring_unsupported_reason;
 }
 
 void set_kernel(const std::string& name) {

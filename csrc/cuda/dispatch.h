@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "common/verbs.h"
+#include "common/primitives.h"
 
 namespace reweight_ops {
 
@@ -37,7 +37,7 @@ int token_grad(const GradCall& call);
 int token_loss_grad(const LossGradCall& call);
 
 /// Why the streaming kernel would serve the call; empty: the ring kernel would.
-std::string why_streaming(const LossGradCall& call);
+std::string ring_unsupported_reason(const LossGradCall& call);
 
 /// "auto", or "streaming" or "ring" to compare them: "ring" makes a call that the ring cannot serve fail with cudaErrorNotSupported.
 void set_kernel(const std::string& name);

@@ -91,15 +91,15 @@ RW_DEVICE void add(State& s, const float (&x)[n], const float (&y)[n], float p_b
     for (int j = 0; j < n; ++j) {
         const float t = kPlain ? (x[j] - p_base) * scales.p : exponent(x[j], p_base, scales.p);
         const float u = kPlain ? (y[j] - q_base) * scales.q : exponent(y[j], q_base, scales.q);
-        const bool p_dead = !kPlain && t == -kInf, q_dead = !kPlain && u == -kInf;
-        const float e = exp2_approximate(t), f = exp2_approximate(u), d = p_dead || q_dead ? 0.0f : t - u;
+        const bool p_masked = !kPlain && t == -kInf, q_masked = !kPlain && u == -kInf;
+        const float e = exp2_approximate(t), f = exp2_approximate(u), d = p_masked || q_masked ? 0.0f : t - u;
         p.sum += e;
         q.sum += f;
-        p.dot = fmaf(e, p_dead ? 0.0f : t, p.dot);
-        q.dot = fmaf(f, q_dead ? 0.0f : u, q.dot);
+        p.dot = fmaf(e, p_masked ? 0.0f : t, p.dot);
+        q.dot = fmaf(f, q_masked ? 0.0f : u, q.dot);
         p.cross = fmaf(e, d, p.cross);
         q.cross = fmaf(f, -d, q.cross);
-        if (p_dead != q_dead) (p_dead ? s.p_zero : s.q_zero) = 1.0f;
+        if (p_masked != q_masked) (p_masked ? s.p_zero : s.q_zero) = 1.0f;
     }
     s.p.sum += p.sum, s.p.dot += p.dot, s.p.cross += p.cross;
     s.q.sum += q.sum, s.q.dot += q.dot, s.q.cross += q.cross;
@@ -214,9 +214,9 @@ struct Known {
     RW_DEVICE Known(const State& s, const Rows<T, U>& row) {
         const auto sums = [](const Side& u, float temperature, float zero) {
             const double log_s = u.sum > 0 ? log2_of(u.sum) : double(kNaN);
-            return PairSums{u.sum, u.dot, u.cross, log_s, double(u.top) / double(temperature) + log_s * kLn2, zero > 0};
+            return DivergenceSums{u.sum, u.dot, u.cross, log_s, double(u.top) / double(temperature) + log_s * kLn2, zero > 0};
         };
-        round_to_table(pair_stats(sums(s.p, row.p_temperature, s.p_zero), sums(s.q, row.q_temperature, s.q_zero)), values);
+        round_to_table(stats_of_sums(sums(s.p, row.p_temperature, s.p_zero), sums(s.q, row.q_temperature, s.q_zero)), values);
     }
 };
 
@@ -246,8 +246,8 @@ struct Gradient {
     RW_DEVICE Gradient(const Known& known, float forward, float reverse, float entropy, const Rows<T, U>& row) {
         const float* const v = known.values;
         const bool none = forward == 0 && reverse == 0 && entropy == 0;
-        const bool sick = v[4] != v[4] || v[6] != v[6] || (reverse != 0 && !(fabsf(v[1]) < kInf));
-        fill = none || sick;
+        const bool is_nan = v[4] != v[4] || v[6] != v[6] || (reverse != 0 && !(fabsf(v[1]) < kInf));
+        fill = none || is_nan;
         value = none ? 0.0f : kNaN;
         const float t = row.p_temperature;
         const Center p(v[4], v[5], t, row.scales.p), q(v[6], v[7], row.q_temperature, row.scales.q);
@@ -312,7 +312,7 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) divergence_kernel(RW_PARAMETER Divergen
     int buffer = 0;
     for (int64_t i = block_index(); i < call.rows; i += block_count()) {
         T* const out = call.out ? static_cast<T*>(call.out) + call.out_strides.offset(i) : nullptr;
-        if (is_out(call, i)) {
+        if (is_ignored(call, i)) {
             if (call.table && thread_index() == 0) put_column(call.table, call.rows, i, {});
             if (out) fill(out, 0, int(call.columns), 0.0f);
             continue;
@@ -335,7 +335,7 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) divergence_kernel(RW_PARAMETER Divergen
                 }
             }
         } else if (thread_index() == 0) {
-            const float* const c = call.coefs + i;
+            const float* const c = call.derivatives + i;
             gradients[buffer] = Gradient(Known(call.known, call.rows, i), c[0], c[call.rows], c[2 * call.rows], row);
         }
         if (out) {

@@ -1,4 +1,4 @@
-// The verbs on two logits tensors. Launches only, as in dispatch.h; every function returns a CUDA status, 0 for success.
+// The primitives on two logits tensors. Launches only, as in dispatch.h; every function returns a CUDA status, 0 for success.
 #pragma once
 
 #include "common/divergence.h"

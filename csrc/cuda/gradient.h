@@ -35,7 +35,7 @@ RW_DEVICE RowGradient row_gradient(const Derivatives<float>& d, float temperatur
         g.value = g.target = kNaN;
         return g;
     }
-    g.terms = full ? Terms::full : !from.near ? Terms::far : d.entropy_coef != 0 ? Terms::entropy : Terms::plain;
+    g.terms = full ? Terms::full : !from.near ? Terms::far : d.d_entropy != 0 ? Terms::entropy : Terms::plain;
     g.base = from.base;
     const GradCoefs<float> c = d.coefs(fmaf(kLn2f, from.rest, d.entropy));  // l = ln2·t
     g.constant = c.constant * from.factor / temperature;

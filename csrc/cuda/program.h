@@ -3,7 +3,7 @@
 // bench/NOTES.md has the model of its time. What a lane needs of the next level, it fetches before it has the operands of this one.
 #pragma once
 
-#include "common/verbs.h"
+#include "common/primitives.h"
 #include "partial.h"
 
 namespace reweight_ops {

@@ -69,19 +69,19 @@ RW_DEVICE void evaluate_rows(const RingCall& call, const BlockSlice& slice, cons
         const int vector = row.target / kPerVector<T>;
         const int owner = vector < slice.slices.vectors ? vector / slice.slices.each : slice.slices.count - 1;
         const float target = row.target >= 0 && owner == slice.rank ? widen(row.x[row.target]) : -kInf;
-        if (lane == 0) arrive_expecting(stage.cluster_full, slice.slices.count * int(sizeof(Message)));
+        if (lane == 0) arrive_expecting(stage.cluster_full, slice.slices.count * int(sizeof(SlicePartial)));
         wait(stage.partials_full, state.phase);
         const Partial own = merge_slice(stage.partials, row.scale);
         if (lane < slice.slices.count) {
-            send(as_vector(own), &stage.messages[slice.rank].sums, stage.cluster_full, lane);
-            send({as_bits(target)}, &stage.messages[slice.rank].target, stage.cluster_full, lane);
+            send(as_vector(own), &stage.sent[slice.rank].sums, stage.cluster_full, lane);
+            send({as_bits(target)}, &stage.sent[slice.rank].target, stage.cluster_full, lane);
         }
         Partial sums{-kInf, 0.0f, 0.0f, 0.0f};
         Target known;
         if (lane == 0) {
             wait_for_cluster(stage.cluster_full, state.phase);
-            for (int from = 0; from < slice.slices.count; ++from) sums = merge(sums, as_partial(load_shared(&stage.messages[from].sums)), row.scale);
-            if (row.target >= 0) known = Target(as_float(load_shared(&stage.messages[owner].target).words[0]), softcap);
+            for (int from = 0; from < slice.slices.count; ++from) sums = merge(sums, as_partial(load_shared(&stage.sent[from].sums)), row.scale);
+            if (row.target >= 0) known = Target(as_float(load_shared(&stage.sent[owner].target).words[0]), softcap);
         }
         const RowGradient gradient = loss_of_row(call, i, row, sums, known, slice.rank == 0, softcap, ring.program());
         if (lane == 0) {

@@ -18,7 +18,7 @@ namespace {
 constexpr int kLoadWarp = kWarps, kRuleWarp = kWarps + 1, kRingThreads = kThreads + 64;
 
 /// What a block of the cluster tells the others of a row: the sums of its slice, and the target's logit if that is in its slice.
-struct Message {
+struct SlicePartial {
     Vector sums, target;
 };
 
@@ -28,13 +28,13 @@ RW_DEVICE Partial as_partial(const Vector& v) { return {as_float(v.words[0]), as
 /// A row on its way through the block. A block sends row k after it has this block's message of row k - 1, which is sent when row k - 2 is evaluated;
 /// and its warps have written the gradient of row k - kStages when they give the sums of row k.
 struct RowStage {
-    Message messages[kMaxSlices];
+    SlicePartial sent[kMaxSlices];
     SlicePartials partials;
     RowGradient gradient;
     int target;
     int64_t row;
     Barrier partials_full;  // the warps' sums are in
-    Barrier cluster_full;   // the messages of all blocks are in
+    Barrier cluster_full;   // the sums of all blocks are in
     Barrier gradient_full;  // the gradient's constants are in
 };
 constexpr int kStages = kRowsAhead + 1;

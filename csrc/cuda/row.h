@@ -34,7 +34,7 @@ RW_DEVICE RowGradient loss_of_row(const LossGradCall& call, int64_t i, const Row
     const RowLoss l = evaluate(call, i, s, program.values);
     if (thread_index() % 32 != 0) return {};
     if (writes) put_row(call, i, s, l);
-    const Derivatives<float> d{l.coef, l.entropy_coef, 0.0f, l.p_sq_coef, s.logp, s.entropy, s.log_sum_p_sq};
+    const Derivatives<float> d{l.d_logp, l.d_entropy, 0.0f, l.d_p_sq, s.logp, s.entropy, s.log_sum_p_sq};
     const bool full = softcap.on || call.reads_p_sq;
     return row_gradient(d, row.temperature, row.scale, origin_of(sums, row.scale, full), target, full);
 }

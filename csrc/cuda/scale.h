@@ -1,7 +1,7 @@
 // A finished gradient times its upstream gradient, in place. Launches only, as in dispatch.h; returns a CUDA status, 0 for success.
 #pragma once
 
-#include "common/verbs.h"
+#include "common/primitives.h"
 
 namespace reweight_ops {
 

@@ -1,7 +1,7 @@
-// The three verbs for rows of any length: a persistent grid, one block a row, statistics read from memory and gradients from what the
+// The three primitives for rows of any length: a persistent grid, one block a row, statistics read from memory and gradients from what the
 // second-level cache still holds. Compiled once per dtype, with RW_ELEMENT and RW_DTYPE naming it.
 #include "common/concat.h"
-#include "common/verbs.h"
+#include "common/primitives.h"
 #include "dispatch.h"
 #include "row.h"
 #include "variants.h"
@@ -114,8 +114,8 @@ RW_KERNEL(kThreads, blocks_of(kSums == Sums::full || !kAligned, kStatsBlocks)) s
 template <class T>
 RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, int64_t i, const Softcap& softcap, bool full) {
     const auto get = [i](const float* from) { return from ? from[i] : 0.0f; };
-    const Derivatives<float> d{get(call.logp_coef), get(call.entropy_coef), get(call.lse_coef),    get(call.p_sq_coef),
-                               call.logp[i],        get(call.entropy),      get(call.log_sum_p_sq)};
+    const Derivatives<float> d{get(call.d_logp), get(call.d_entropy), get(call.d_lse),       get(call.d_p_sq),
+                               call.logp[i],     get(call.entropy),   get(call.log_sum_p_sq)};
     const Target target = d.all_zero() ? Target() : target_of(row, softcap);
     const double unit = double(row.temperature) * row.scale;  // log2(e), with the rounding that the scale has
     const double lse = call.lse[i], low = get(call.lse_low), lse2 = unit * (lse + low);
@@ -262,7 +262,7 @@ int launch_stats(const StatsCall& call) {
 }
 
 int launch_grad(const GradCall& call) {
-    const bool full = call.p_sq_coef || call.softcap < kInf;
+    const bool full = call.d_p_sq || call.softcap < kInf;
     if (call.bounds) {
         return launch_rows(full ? packed_grad_kernel<RW_ELEMENT, true> : packed_grad_kernel<RW_ELEMENT, false>, call, kPackedBlocks);
     }

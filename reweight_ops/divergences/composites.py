@@ -162,8 +162,8 @@ def dhkd(
 
     def rows(s: Tensor, t: Tensor) -> Tensor:
         # Columns masked in both are equal.
-        dead = (s == -math.inf) & (t == -math.inf)
-        u = (torch.where(dead, 0, s - t) / (2 * temperature)).abs()
+        masked = (s == -math.inf) & (t == -math.inf)
+        u = (torch.where(masked, 0, s - t) / (2 * temperature)).abs()
         return temperature**2 * (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1)
 
     return run(formula_call(FormulaSource(call, rows)))

@@ -22,7 +22,7 @@ from .._core.losses.policy import policy_loss_from_logps
 from .._core.losses.statistics import token_logps
 from .._core.spec.policy import PolicyLossSpec
 from ..errors import BackendUnavailable, InvalidCall, UnsupportedRequest
-from .hosted import Host, agg_mode, level_obstacle
+from .hosted import Host, agg_mode, level_unsupported_reason
 from .patching import Counts, Patch, Replacement
 from .trainers import check_version
 
@@ -45,10 +45,10 @@ _OPTIONS = {"eps_clip": 0.2, "eps_clip_higher": None, "c_clip": None, "importanc
 __all__ = ["loss_fn", "patch_logprobs", "patch_loss"]
 
 
-def _obstacle(spec: PolicyLossSpec) -> str | None:
+def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
     if {agg_mode(r) for r in spec.reductions} != {"token-mean"}:
         return "its reduction is no token mean, and AReaL weighs micro-batches by their tokens"
-    return _HOST.obstacle(spec)
+    return _HOST.unsupported_reason(spec)
 
 
 def loss_fn(spec: PolicyLossSpec | str) -> Any:
@@ -61,10 +61,10 @@ def loss_fn(spec: PolicyLossSpec | str) -> Any:
     Raises:
         UnsupportedRequest: AReaL cannot train the spec; the reason is named.
     """
-    reason = level_obstacle(METHODS[spec], "a micro-batch") if isinstance(spec, str) and spec in METHODS else None
+    reason = level_unsupported_reason(METHODS[spec], "a micro-batch") if isinstance(spec, str) and spec in METHODS else None
     spec = named_spec("areal.loss_fn", spec)
     name = spec.name or "the spec"
-    reason = reason or _obstacle(spec)
+    reason = reason or _unsupported_reason(spec)
     if reason is not None:
         raise UnsupportedRequest(f"AReaL cannot train {name}: {reason}.")
 

@@ -25,7 +25,7 @@ class Host:
     leaves: frozenset[str]
     penalties: str | None = None
 
-    def obstacle(self, spec: PolicyLossSpec) -> str | None:
+    def unsupported_reason(self, spec: PolicyLossSpec) -> str | None:
         """Why the trainer cannot train a spec, None if it can; reductions apart."""
         if spec.penalties and self.penalties is not None:
             return f"it has penalties, and {self.name} adds its own: leave them out and set {self.penalties}"
@@ -39,7 +39,7 @@ class Host:
         return None
 
 
-def level_obstacle(entry: Entry, part: str) -> str | None:
+def level_unsupported_reason(entry: Entry, part: str) -> str | None:
     """Why a method of the catalogue is another one where a call is only ``part`` of a batch, None if it is the same."""
     return None if level(entry) in ("token", "sequence") else f"it is of level {level(entry)}, and {part} is not the batch"
 

@@ -55,7 +55,7 @@ class _Functions:
     ) -> Tensor:
         """``logits.log_softmax(-1)`` at ``index``, 0 where ``row_mask`` is."""
         given = _given(temperature, row_mask) | new
-        reason = _obstacle(logits, index, new)
+        reason = _unsupported_reason(logits, index, new)
         if reason is not None:
             self.counts.left(reason)
             return self.originals["selective_log_softmax"](logits, index, **given)  # type: ignore[no-any-return]
@@ -64,7 +64,7 @@ class _Functions:
 
     def entropy_from_logits(self, logits: Tensor, chunk_size: int = 128, **new: Any) -> Tensor:
         """``-Σ p·log p`` over the last dimension. ``chunk_size``, TRL's rows at a time, is not read: no softmax is formed."""
-        reason = _obstacle(logits, None, new)
+        reason = _unsupported_reason(logits, None, new)
         if reason is not None:
             self.counts.left(reason)
             return self.originals["entropy_from_logits"](logits, chunk_size, **new)  # type: ignore[no-any-return]
@@ -84,7 +84,7 @@ class _Functions:
     ) -> tuple[Tensor, Tensor]:
         """Both in one read of the logits; 0 where ``row_mask`` is."""
         given = _given(temperature, row_mask) | new
-        reason = _obstacle(logits, index, new)
+        reason = _unsupported_reason(logits, index, new)
         if reason is not None:
             self.counts.left(reason)
             original = self.originals["selective_log_softmax_and_entropy"]
@@ -106,7 +106,7 @@ def _own(found: Any) -> Tensor:
     return result
 
 
-def _obstacle(logits: Tensor, index: Tensor | None, new: dict[str, Any]) -> str | None:
+def _unsupported_reason(logits: Tensor, index: Tensor | None, new: dict[str, Any]) -> str | None:
     """Why TRL has to compute this, or None."""
     if new:
         return f"the arguments {', '.join(new)}"

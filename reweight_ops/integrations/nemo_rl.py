@@ -38,7 +38,7 @@ from ..weights.importance import (
     SequenceTruncatedImportance,
     TruncatedImportance,
 )
-from .hosted import Host, agg_mode, divisors, level_obstacle, per_sequence
+from .hosted import Host, agg_mode, divisors, level_unsupported_reason, per_sequence
 from .trainers import check_version
 
 try:
@@ -156,7 +156,7 @@ class _Setting:
             raise UnsupportedRequest(f"NeMo-RL's configuration cannot be combined with this loss: {'; '.join(reasons)}. {remedy}.")
 
 
-def _obstacle(spec: PolicyLossSpec, logits: bool) -> str | None:
+def _unsupported_reason(spec: PolicyLossSpec, logits: bool) -> str | None:
     leaves = {"adv", "logp", "log_ratio", "old_logp", "ref_logp", "sampling_logp"} | ({"entropy", "log_sum_p_sq"} if logits else set())
     if any("ref_logp" in trace_rule(type(p.rule)).leaves for p in spec.penalties):
         return "it has a KL penalty, and NeMo-RL's options are added: leave it out and set loss_fn.reference_policy_kl_penalty"
@@ -167,15 +167,15 @@ def _obstacle(spec: PolicyLossSpec, logits: bool) -> str | None:
         return "its terms are divided by tokens and by sequences, and NeMo-RL knows one count"
     if any(isinstance(r, SequenceMean) and r.per == "constant" and r.horizon is None for r in spec.reductions):
         return "its reduction divides by the padded length, which differs between micro-batches: give it a horizon"
-    return Host("NeMo-RL", frozenset(leaves)).obstacle(spec)
+    return Host("NeMo-RL", frozenset(leaves)).unsupported_reason(spec)
 
 
 def _replacing(spec: PolicyLossSpec | str, options: Any, logits: bool) -> PolicyLossSpec:
     """A spec in place of NeMo-RL's surrogate, with NeMo-RL's KL; an option that would have no effect is an error."""
-    reason = level_obstacle(METHODS[spec], "a micro-batch") if isinstance(spec, str) and spec in METHODS else None
+    reason = level_unsupported_reason(METHODS[spec], "a micro-batch") if isinstance(spec, str) and spec in METHODS else None
     spec = named_spec("nemo_rl.PolicyLoss", spec)
     name = spec.name or "the spec"
-    reason = reason or _obstacle(spec, logits)
+    reason = reason or _unsupported_reason(spec, logits)
     if reason is not None:
         raise UnsupportedRequest(f"NeMo-RL cannot train {name}: {reason}.")
     ignored = [f"{n}={getattr(options, n)!r}" for n, left_alone in _SURROGATE.items() if getattr(options, n) != left_alone]
@@ -233,7 +233,7 @@ class PolicyLoss:
         logits: Tensor | None = None,
         next_token_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        """``(loss, metrics)`` of ``[B, S, V]`` logits, or of ``[B, S - 1]`` log-probs; a token that is out may have any number."""
+        """``(loss, metrics)`` of ``[B, S, V]`` logits, or of ``[B, S - 1]`` log-probs; an ignored token may have any number."""
         after = {n: data[n][:, 1:] for n in ("input_ids", "advantages", "generation_logprobs", "token_mask")}
         mask = after["token_mask"] * data["sample_mask"].unsqueeze(-1)
         reads = self.spec.requires

@@ -21,7 +21,7 @@ from .._core.losses.statistics import token_logps, token_stats
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import GeometricMeanRatio
 from ..errors import BackendUnavailable, InvalidCall, UnsupportedRequest
-from .hosted import Host, agg_mode, divisors, level_obstacle, per_sequence
+from .hosted import Host, agg_mode, divisors, level_unsupported_reason, per_sequence
 from .patching import Counts, Patch, Replacement
 from .trainers import check_version
 
@@ -55,10 +55,10 @@ class PolicyLoss(torch.nn.Module):
 
     def __init__(self, spec: PolicyLossSpec | str) -> None:
         super().__init__()
-        reason = level_obstacle(METHODS[spec], "a micro-batch") if isinstance(spec, str) and spec in METHODS else None
+        reason = level_unsupported_reason(METHODS[spec], "a micro-batch") if isinstance(spec, str) and spec in METHODS else None
         self.spec = named_spec("openrlhf.PolicyLoss", spec)
         self.name = self.spec.name or "the spec"
-        reason = reason or _HOST.obstacle(self.spec)
+        reason = reason or _HOST.unsupported_reason(self.spec)
         if reason is None and agg_mode(self.spec.reduction) not in ("token-mean", "seq-mean-token-mean"):
             reason = f"its reduction, {self.spec.reduction!r}, is neither a token mean nor a mean of the samples' token means, as OpenRLHF's KL is"
         if reason is not None:

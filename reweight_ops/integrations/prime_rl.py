@@ -30,7 +30,7 @@ from .._core.losses.policy import policy_loss_from_logps
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import FromFunction, TokenSum
 from ..errors import BackendUnavailable, UnsupportedRequest
-from .hosted import Host, agg_mode, level_obstacle
+from .hosted import Host, agg_mode, level_unsupported_reason
 from .patching import Counts, Patch, Replacement
 from .trainers import check_version
 
@@ -49,12 +49,12 @@ _COUNTS = ("tokens", "sequences", "rows_skipped")
 __all__ = ["loss", "loss_fn", "patch_head"]
 
 
-def _obstacle(spec: PolicyLossSpec) -> str | None:
+def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
     if "sampling_logp" in spec.requires:
         return "it reads sampling_logp beside old_logp, and prime-rl has one policy before the update: the sampler's, which the ratio is against"
     if {agg_mode(r) for r in spec.reductions} != {"token-mean"}:
         return "its reduction is no token mean, and prime-rl divides by the tokens of the global batch"
-    return _HOST.obstacle(spec)
+    return _HOST.unsupported_reason(spec)
 
 
 def loss_fn(spec: PolicyLossSpec | str) -> Callable[[LossInputs], LossOutputs]:
@@ -68,7 +68,7 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[[LossInputs], LossOutputs]:
     """
     spec = named_spec("prime_rl.loss_fn", spec)
     name = spec.name or "the spec"
-    reason = _obstacle(spec)
+    reason = _unsupported_reason(spec)
     if reason is not None:
         raise UnsupportedRequest(f"prime-rl cannot train {name}: {reason}.")
     bare = tuple(dataclasses.replace(p, reduction=None) for p in spec.penalties)
@@ -96,7 +96,7 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[[LossInputs], LossOutputs]:
 
 @lru_cache(maxsize=64)
 def _named_loss(method: str, options: str) -> Callable[[LossInputs], LossOutputs]:
-    reason = level_obstacle(entry_of(method, "policy_loss"), "one sample")
+    reason = level_unsupported_reason(entry_of(method, "policy_loss"), "one sample")
     if reason is not None:
         raise UnsupportedRequest(f"prime-rl cannot train {method}: {reason}: name a loss_fn(spec) if that will do.")
     return loss_fn(method_named(method, **json.loads(options)))

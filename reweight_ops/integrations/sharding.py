@@ -16,7 +16,7 @@ def is_sharded(parameter: Any) -> bool:
     return isinstance(parameter, DTensor)
 
 
-def obstacle(parameter: DTensor) -> str | None:
+def unsupported_reason(parameter: DTensor) -> str | None:
     """Why a sharded parameter cannot be made whole here, None if it can: every rank of its mesh must have data of its own."""
     if sum(not isinstance(placement, Replicate) for placement in parameter.placements) > 1:
         return "it is sharded over several dimensions of its mesh, of which one may be tensor parallelism"
@@ -31,7 +31,7 @@ def whole(parameter: Any, dtype: torch.dtype | None = None) -> Any:
     """
     if not isinstance(parameter, DTensor):
         return parameter
-    reason = obstacle(parameter)
+    reason = unsupported_reason(parameter)
     if reason is not None:
         raise UnsupportedRequest(f"a head cannot be made whole: {reason}.")
     mesh = parameter.device_mesh

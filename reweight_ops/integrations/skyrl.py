@@ -24,7 +24,7 @@ from .._core.losses.policy import policy_loss_from_logps
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import NoReduction, SequenceMean
 from ..errors import BackendUnavailable, InvalidCall, UnsupportedRequest
-from .hosted import Host, agg_mode, level_obstacle
+from .hosted import Host, agg_mode, level_unsupported_reason
 from .trainers import check_version
 
 try:
@@ -53,8 +53,8 @@ _LOSS_FIELDS = {"eps_clip_low": 0.2, "eps_clip_high": 0.2, "clip_ratio_c": 3.0}
 _METRICS = {"clip_ratio/region_mean": "clip_ratio", "cispo_clip_ratio": "clip_ratio", "approx_kl": "ppo_kl"}
 
 
-def _obstacle(spec: PolicyLossSpec) -> str | None:
-    reason = _HOST.obstacle(spec)
+def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
+    reason = _HOST.unsupported_reason(spec)
     if reason is not None:
         return reason
     if agg_mode(spec.reduction) not in _REDUCTIONS:
@@ -83,10 +83,10 @@ def _follows_advantages(spec: PolicyLossSpec) -> bool:
     return all(torch.allclose(scaled, factors * x, rtol=1e-9, atol=1e-13) for x, scaled in zip(found[:2], found[2:], strict=True))
 
 
-def _method_obstacle(entry: Entry) -> str | None:
+def _method_unsupported_reason(entry: Entry) -> str | None:
     if entry.example:
         return f"it has no default for {', '.join(entry.example)}: register a spec of it"
-    return level_obstacle(entry, "a micro-batch") or _obstacle(entry.build())
+    return level_unsupported_reason(entry, "a micro-batch") or _unsupported_reason(entry.build())
 
 
 class PolicyLoss:
@@ -105,7 +105,7 @@ class PolicyLoss:
         self.anchor = anchor
         self.spec = named_spec("skyrl.PolicyLoss", spec)
         self.name = self.spec.name or "the spec"
-        reason = _obstacle(self.spec)
+        reason = _unsupported_reason(self.spec)
         if reason is not None:
             raise UnsupportedRequest(f"SkyRL cannot train {self.name}: {reason}.")
         if anchor == "rollout" and "sampling_logp" in self.spec.requires:
@@ -172,7 +172,7 @@ def register(specs: Mapping[str, PolicyLossSpec | PolicyLoss] | None = None) -> 
         UnsupportedRequest: SkyRL cannot train one of ``specs``; the reason is named.
     """
     if specs is None:
-        specs = {f"rw_{name}": entry.build() for name, entry in METHODS.items() if _method_obstacle(entry) is None}
+        specs = {f"rw_{name}": entry.build() for name, entry in METHODS.items() if _method_unsupported_reason(entry) is None}
     losses = {
         name: spec if isinstance(spec, PolicyLoss) else PolicyLoss(spec) for name, spec in specs.items()
     }  # all of them, before the first is registered
@@ -183,5 +183,5 @@ def register(specs: Mapping[str, PolicyLossSpec | PolicyLoss] | None = None) -> 
 
 def left_out() -> dict[str, str]:
     """The methods that :func:`register` gives no name, each with the reason."""
-    reasons = {name: _method_obstacle(entry) for name, entry in METHODS.items()}
+    reasons = {name: _method_unsupported_reason(entry) for name, entry in METHODS.items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}

@@ -35,7 +35,7 @@ from ..errors import BackendUnavailable, InvalidCall, UnsupportedRequest
 from ..rules.penalties import K1, K2, K3, EntropyBonus, K3Corrected
 from ..rules.surrogates import Cispo, Clip, DualClip
 from ..weights.importance import OffPolicySequenceMask, TruncatedImportance
-from .hosted import agg_mode, level_obstacle
+from .hosted import agg_mode, level_unsupported_reason
 from .layouts import Packed, packed
 
 try:
@@ -76,7 +76,7 @@ def spec_of(args: Any) -> PolicyLossSpec:
     name = getattr(args, "reweight_method", None)
     spec = _own(args) if name is None else method(name, **(getattr(args, "reweight_options", None) or {}))
     if name is not None:
-        reason = level_obstacle(entry_of(name, "policy_loss"), "a micro-batch")
+        reason = level_unsupported_reason(entry_of(name, "policy_loss"), "a micro-batch")
         if reason is not None:
             raise UnsupportedRequest(f"slime cannot train {name}: {reason}.")
         ignored = [f"{n}={getattr(args, n)!r}" for n, left_alone in _SURROGATE.items() if getattr(args, n, left_alone[0]) not in left_alone]

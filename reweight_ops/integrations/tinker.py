@@ -59,7 +59,7 @@ class _Traceable:
         return slope + (value - slope).detach()
 
 
-def _obstacle(spec: PolicyLossSpec) -> str | None:
+def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
     if spec.couples_rows:
         return "it couples tokens, and Tinker's graph is of one datum's log-probs, token by token"
     missing = sorted(spec.requires & {"entropy", "log_sum_p_sq"})
@@ -87,7 +87,7 @@ def custom_loss(spec: PolicyLossSpec | str) -> Any:
         UnsupportedRequest: a traced loss cannot be the spec; the reason is named.
     """
     spec = named_spec("tinker.custom_loss", spec)
-    reason = _obstacle(spec)
+    reason = _unsupported_reason(spec)
     if reason is not None:
         raise UnsupportedRequest(f"{spec.name or 'the spec'} cannot be a custom loss of Tinker's: {reason}.")
     reads = spec.requires | ({"old_logp"} if "log_ratio" in spec.requires and spec.ratio.against == "old" else set())

@@ -40,7 +40,7 @@ except ImportError:  # a torchtitan whose only sharded logits are DTensors
 __all__ = ["PolicyLoss"]
 
 
-def _obstacle(spec: PolicyLossSpec) -> str | None:
+def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
     missing = sorted(spec.requires & {"ref_logp", "sampling_logp"})
     if missing:
         return f"it reads {', '.join(missing)}, which torchtitan does not hand to a loss: it has the generator's log-probs, which the ratio is against"
@@ -69,7 +69,7 @@ class PolicyLoss(BaseLoss):  # type: ignore[misc]  # torchtitan has no types her
 
     def __init__(self, config: Any, *, compile_config: Any = None) -> None:
         spec = method(config.method, **config.options)
-        reason = _obstacle(spec)
+        reason = _unsupported_reason(spec)
         if reason is not None:
             raise UnsupportedRequest(f"torchtitan cannot train {config.method}: {reason}.")
         # A coefficient of 0 still computes the entropies, which torchtitan logs.

@@ -141,7 +141,7 @@ class Aot(PairLoss):
             left, right = chosen.logps - rejected.logps, chosen.ref_logps - rejected.ref_logps
         else:
             left, right = chosen.logratios, rejected.logratios
-        # Pairs that are out sort last on both sides; a loss belongs to the pair of its left value.
+        # Ignored pairs sort last on both sides; a loss belongs to the pair of its left value.
         left, order = torch.where(p.keep, left, torch.inf).sort()
         right = torch.where(p.keep, right, torch.inf).sort().values
         there = torch.arange(left.numel(), device=left.device) < p.keep.sum()

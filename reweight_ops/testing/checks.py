@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .._core.backends.base import Request
-from .._core.backends.select import NAMES, why_not
+from .._core.backends.select import NAMES, unsupported_reason
 from .._core.calls.sampling_mask import ENTROPIES
 from .._core.calls.specs import method
 from .._core.catalogue.registry import CATALOGUE
@@ -70,7 +70,9 @@ class Selection:
         _known("method", self.methods, sorted({name for kind in self.kinds or kinds for name in CATALOGUE[kind]}))
         for backend in self.backends:
             if not _devices(backend):
-                raise InvalidCall(f"check: {backend}: {why_not(backend, Request('token_stats', torch.device('cpu'), torch.float32))}")
+                raise InvalidCall(
+                    f"check: {backend}: {unsupported_reason(backend, Request('token_stats', torch.device('cpu'), torch.float32))}"
+                )
 
     def entries(self, kinds: Iterable[str], names: Callable[[str], list[str]]) -> list[tuple[str, str]]:
         """Kind and name of what is selected of some kinds."""
@@ -86,7 +88,7 @@ def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
 
 def _devices(backend: str) -> list[str]:
     available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [d for d in available if why_not(backend, Request("token_stats", torch.device(d), torch.float32)) is None]
+    return [d for d in available if unsupported_reason(backend, Request("token_stats", torch.device(d), torch.float32)) is None]
 
 
 def _directions(kind: str, name: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from .yardstick import yardstick
 
 #: A kernel's error may be this multiple of the error of fp32 PyTorch maths rounded once to the same dtype ...
 ERROR_RATIO = 1.5
-#: ... plus this many times (|coef| + |ent_coef|) / T: four roundings of an fp32 number of that size.
+#: ... plus this many times (|d_logp| + |d_entropy|) / T: four roundings of an fp32 number of that size.
 ERROR_FLOOR = 4 * 2.0**-24
 
 
@@ -58,7 +58,7 @@ def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto
     """Loss and gradient of a backend and plan against the fp64 reference, by the criterion of the package. ``sampling_mask`` among the options is a bool mask.
 
     The gradient's error is divided by 1.5 times the error of ``torch.log_softmax`` in fp32 rounded once to the logits' dtype, plus a floor of four fp32
-    roundings of ``(|coef| + |ent_coef|)/T``, and of what four roundings of the other rows' statistics make of the coefficients.
+    roundings of ``(|d_logp| + |d_entropy|)/T``, and of what four roundings of the other rows' statistics make of the coefficients.
     """
     return judge(spec, batch, *_gradient(spec, batch, backend=backend, plan=plan, **options), **options)
 
@@ -122,7 +122,7 @@ def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
     every row stands alone theirs is 0: there the criterion asks for the coefficient itself to four roundings.
     """
     call, leaves = exact._call, exact._leaves
-    coef, loss = torch.zeros_like(leaves["logp"]), torch.zeros((), dtype=torch.float64, device=leaves["logp"].device)
+    d_logp, loss = torch.zeros_like(leaves["logp"]), torch.zeros((), dtype=torch.float64, device=leaves["logp"].device)
     known, value = exact._derivatives, call.evaluate(leaves).weighted_loss.sum()
     g = torch.Generator().manual_seed(0)
     for _ in range(4):
@@ -136,9 +136,9 @@ def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
         moved = {name: torch.where(call.rows.keep, moved[name], x) for name, x in leaves.items()}
         if call.spec.couples_rows:
             change = [(a - b).abs() for a, b in zip(coefficients(call, moved), known, strict=True)]
-            coef = torch.maximum(coef, change[0] + change[1])
+            d_logp = torch.maximum(d_logp, change[0] + change[1])
         loss = torch.maximum(loss, (call.evaluate(moved).weighted_loss.sum() - value).abs().double())
-    return coef, loss
+    return d_logp, loss
 
 
 def _loss_size(exact: PolicyLossOutput) -> Tensor:
@@ -167,8 +167,8 @@ def value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None =
 
 def _floor(exact: Any, options: dict[str, Any]) -> Tensor:
     temperature = options.get("temperature", 1.0)
-    by_logp, by_entropy = exact._derivatives
-    size = exact._call.rows.unflatten(by_logp.abs() + by_entropy.abs() + _conditioning(exact)[0] / ERROR_FLOOR)
+    d_logp, d_entropy = exact._derivatives
+    size = exact._call.rows.unflatten(d_logp.abs() + d_entropy.abs() + _conditioning(exact)[0] / ERROR_FLOOR)
     scale = (
         temperature
         if not isinstance(temperature, Tensor) or temperature.shape == size.shape

@@ -65,8 +65,8 @@ def compare_pairs(spec: PairSpec, batch: dict[str, Any], *, backend: str = "auto
     got, out = run(batch, backend)
     truth, exact = run(double_batch(batch), "reference")
     rounded, fp32 = _yardstick(spec, {**batch, "logits": batch["logits"].float()}, loss_scale)
-    coef, size = _slopes(spec, double_batch(batch), loss_scale)
-    grads = gradient_errors(got, rounded, truth, (ERROR_FLOOR * coef + 1e-300)[..., None], _targets(batch, truth))
+    d_logp, size = _derivatives_of(spec, double_batch(batch), loss_scale)
+    grads = gradient_errors(got, rounded, truth, (ERROR_FLOOR * d_logp + 1e-300)[..., None], _targets(batch, truth))
     values = {
         "loss": value_error(out.loss, fp32.loss, exact.loss, size),
         "logps": value_error(out.per_token_logps, fp32.per_token_logps, exact.per_token_logps),
@@ -117,7 +117,7 @@ def _comparison(grads: tuple[dict[str, tuple[float, float]], str], backend: str,
     return Comparison(loss, logps, 0.0, target[0], rest[0], target[1], rest[1], worst, "two_pass", backend)
 
 
-def _slopes(spec: PairSpec, batch: dict[str, Any], loss_scale: float) -> tuple[Tensor, Tensor]:
+def _derivatives_of(spec: PairSpec, batch: dict[str, Any], loss_scale: float) -> tuple[Tensor, Tensor]:
     """What the roundings of the gradient (a token) and of the loss are relative to.
 
     The gradient: ``dL/dlogp``, and what four roundings of all tokens' statistics make of it, since a sum over them decides it. The loss: its terms, its
@@ -130,21 +130,21 @@ def _slopes(spec: PairSpec, batch: dict[str, Any], loss_scale: float) -> tuple[T
     if "log_sum_p_sq" in spec.requires:
         statistics["log_sum_p_sq"] = torch.logsumexp(2 * log_p, -1)
 
-    def slopes(leaves: dict[str, Any]) -> tuple[Tensor, PreferenceLossOutput]:
+    def derivatives_of(leaves: dict[str, Any]) -> tuple[Tensor, PreferenceLossOutput]:
         leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
         out = preference_loss_from_logps(**leaves, **rest, spec=spec, loss_scale=loss_scale)
         return torch.autograd.grad(out.loss, leaves["per_token_logps"])[0], out
 
-    coef, exact = slopes(statistics)
-    g, change, loss_change = torch.Generator().manual_seed(0), torch.zeros_like(coef), torch.zeros_like(exact.loss)
+    d_logp, exact = derivatives_of(statistics)
+    g, change, loss_change = torch.Generator().manual_seed(0), torch.zeros_like(d_logp), torch.zeros_like(exact.loss)
     for _ in range(4):
         signs = {
             name: torch.rand(x.shape, generator=g, dtype=torch.float64, device="cpu").sub(0.5).sign().to(x.device)
             for name, x in statistics.items()
         }
-        moved, out = slopes({name: x + ERROR_FLOOR * (1 + x.abs()) * signs[name] for name, x in statistics.items()})
-        change = torch.maximum(change, (moved - coef).abs())
+        moved, out = derivatives_of({name: x + ERROR_FLOOR * (1 + x.abs()) * signs[name] for name, x in statistics.items()})
+        change = torch.maximum(change, (moved - d_logp).abs())
         loss_change = torch.maximum(loss_change, (out.loss - exact.loss).detach().abs())
-    reach = coef.abs() * (1 + statistics["per_token_logps"].abs())
+    reach = d_logp.abs() * (1 + statistics["per_token_logps"].abs())
     terms = exact.per_pair_loss.abs().mean() * loss_scale
-    return coef.abs() + change / ERROR_FLOOR, terms + torch.where(keep, reach, 0).sum() + loss_change / ERROR_FLOOR
+    return d_logp.abs() + change / ERROR_FLOOR, terms + torch.where(keep, reach, 0).sum() + loss_change / ERROR_FLOOR

@@ -29,7 +29,7 @@ REINFORCE = Program.of(("reinforce",)), torch.tensor([-20.0, 20.0, 1.0])
 
 
 @pytest.fixture(params=LEVELS)
-def verbs(request):
+def primitives(request):
     """The reference, or the CPU kernels at one instruction-set level."""
     if request.param == "reference":
         yield reference.BACKEND
@@ -57,45 +57,45 @@ def half_step(dtype):
 @pytest.mark.parametrize("cap", [math.inf, CAP])
 @pytest.mark.parametrize("vocab", [3, 9, 257, 5003, 32000])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_verbs_keep_log_prob_and_gradient(verbs, dtype, vocab, cap):
+def test_primitives_keep_log_prob_and_gradient(primitives, dtype, vocab, cap):
     dtype = DTYPES[dtype]
     rows = sure_rows(vocab, dtype)
-    z, ids, head, n = rows.logits, rows.ids, SoftmaxParams(vocab, cap), len(rows.ids)
+    z, ids, softmax, n = rows.logits, rows.ids, SoftmaxParams(vocab, cap), len(rows.ids)
     logp, one_minus_p = exact(capped(z, cap), ids)
     slope = 1 - (capped(z, cap) / cap).square().gather(1, ids[:, None])[:, 0] if cap < math.inf else 1.0
-    stats = contract.stats_of(verbs, z, ids, head=head)
+    stats = contract.stats_of(primitives, z, ids, softmax=softmax)
     for name in ("logp", "max_logp"):
         assert_kept(stats[name], logp, name)
-    grad = contract.grad_of(verbs, z, ids, stats, {"logp": torch.ones(n)}, head)
+    grad = contract.grad_of(primitives, z, ids, stats, {"logp": torch.ones(n)}, softmax)
     assert_kept(grad.gather(1, ids[:, None])[:, 0], one_minus_p * slope, "gradient", half_step(dtype))
-    out, grad = contract.loss_grad(verbs, z, ids, program=REINFORCE, head=head)
+    out, grad = contract.loss_grad(primitives, z, ids, program=REINFORCE, softmax=softmax)
     assert torch.equal(out[0], stats["logp"])
     assert_kept(grad.gather(1, ids[:, None])[:, 0], out[4].double() * one_minus_p * slope, "gradient in one pass", half_step(dtype))
 
 
-def test_narrow_rows(verbs):
+def test_narrow_rows(primitives):
     """Of one column, and of two in either order."""
-    stats = contract.stats_of(verbs, torch.tensor([[7.0], [-1e30]]), torch.zeros(2, dtype=torch.int64))
+    stats = contract.stats_of(primitives, torch.tensor([[7.0], [-1e30]]), torch.zeros(2, dtype=torch.int64))
     assert all((value == 0).all() for name, value in stats.items() if name != "lse")
     for target in (0, 1):
         z = torch.zeros(len(MARGINS), 2)
         z[:, 1 - target] = -torch.tensor(MARGINS)
         ids = torch.full((len(MARGINS),), target)
         logp, one_minus_p = exact(z, ids)
-        stats = contract.stats_of(verbs, z, ids)
+        stats = contract.stats_of(primitives, z, ids)
         assert_kept(stats["logp"], logp, "logp")
-        grad = contract.grad_of(verbs, z, ids, stats, {"logp": torch.ones(len(ids))})
+        grad = contract.grad_of(primitives, z, ids, stats, {"logp": torch.ones(len(ids))})
         assert_kept(grad[torch.arange(len(ids)), ids], one_minus_p, "gradient")
 
 
-def test_entropy_and_sum_of_squares(verbs):
+def test_entropy_and_sum_of_squares(primitives):
     """Both are of the size of 1 - p."""
     rows = sure_rows(5003)
     x = rows.logits.double()
     below = x - x.amax(1, keepdim=True)
     rest = (rows.one_minus_p / (1 - rows.one_minus_p))[:, None]
     log_p = below - torch.log1p(rest)
-    stats = contract.stats_of(verbs, rows.logits, rows.ids)
+    stats = contract.stats_of(primitives, rows.logits, rows.ids)
     assert_kept(stats["entropy"], -(log_p.exp() * log_p).sum(1), "entropy")
     squares = (2 * below).exp().scatter(1, rows.ids[:, None], 0.0).sum(1)
     assert_kept(stats["log_sum_p_sq"], torch.log1p(squares) - 2 * torch.log1p(rest[:, 0]), "log_sum_p_sq")
@@ -135,8 +135,8 @@ def test_divergences(backend, vocab):
         return below - torch.log1p(below.exp().scatter(1, rows.ids[:, None], 0.0).sum(1, keepdim=True))
 
     p, q = log_probs(z), log_probs(y)
-    head = SoftmaxParams(vocab)
-    two = DivergenceInputs(z, y, rows.ids, ONE, ONE, head, head)
+    softmax = SoftmaxParams(vocab)
+    two = DivergenceInputs(z, y, rows.ids, ONE, ONE, softmax, softmax)
     table = dict(zip(DIVERGENCE_STATS, BACKENDS[backend].divergence_stats(two), strict=True))
     assert_kept(table["entropy"], -(p.exp() * p).sum(1), "entropy")
     assert_kept(table["other_entropy"], -(q.exp() * q).sum(1), "other entropy")
@@ -149,20 +149,20 @@ def test_divergences(backend, vocab):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("offset", [1e4, 1e10, -1e30, 1e30])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_equal_logits_of_any_size(verbs, dtype, offset, temperature):
+def test_equal_logits_of_any_size(primitives, dtype, offset, temperature):
     t = torch.tensor([temperature])
     z = torch.full((2, 9), offset, dtype=DTYPES[dtype])
     z[1, 4:] = -math.inf
     ids, n = torch.tensor([2, 3]), torch.tensor([9.0, 4.0])
-    stats = contract.stats_of(verbs, z, ids, temperature=t)
+    stats = contract.stats_of(primitives, z, ids, temperature=t)
     for name in ("logp", "max_logp", "log_sum_p_sq"):
         torch.testing.assert_close(stats[name], -n.log(), rtol=1e-6, atol=0)
     torch.testing.assert_close(stats["entropy"], n.log(), rtol=1e-6, atol=0)
     want = torch.where(z == -math.inf, 0.0, -1 / n[:, None] / t).to(z.dtype)
     want[[0, 1], ids] = ((1 - 1 / n) / t).to(z.dtype)
-    grad = contract.grad_of(verbs, z, ids, stats, {"logp": torch.ones(2)}, temperature=t)
+    grad = contract.grad_of(primitives, z, ids, stats, {"logp": torch.ones(2)}, temperature=t)
     torch.testing.assert_close(grad, want, rtol=1e-6, atol=0)
-    out, grad = contract.loss_grad(verbs, z, ids, program=REINFORCE, temperature=t)
+    out, grad = contract.loss_grad(primitives, z, ids, program=REINFORCE, temperature=t)
     torch.testing.assert_close(grad.float(), out[4, :, None] * want.float(), rtol=2**-7 if dtype == "bf16" else 1e-6, atol=0)
 
 

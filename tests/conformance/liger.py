@@ -22,10 +22,10 @@ EXTRAS = {
     "delta": dict(delta=1.3),
     "sampler's ratio": dict(ratio=True),
 }
-LUSPO = "Liger's luspo has no element mask: tokens that are out are in its sum (TRL's had the same until its #6654)"
+LUSPO = "Liger's luspo has no element mask: ignored tokens are in its sum (TRL's had the same until its #6654)"
 KERNEL_LUSPO = "Liger's kernel weighs luspo's tokens by their number over the padded length, and divides by both; TRL sums them"
-OVERFLOWS = "a ratio that overflows in a token that is out"
-OVERFLOW = "Liger multiplies by the mask after exp: a ratio that overflows in a token that is out makes the loss NaN"
+OVERFLOWS = "a ratio that overflows in an ignored token"
+OVERFLOW = "Liger multiplies by the mask after exp: a ratio that overflows in an ignored token makes the loss NaN"
 
 
 def grpo() -> Iterator[Case]:

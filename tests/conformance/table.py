@@ -38,7 +38,7 @@ class Line:
     options: str
     loss: float
     grad: float
-    verdict: str
+    outcome: str
     expected: bool
 
 
@@ -82,8 +82,8 @@ def text(table: Sequence[Line]) -> str:
     width = max((len(line.options) for line in table), default=0)
     names = max((len(line.peer) for line in table), default=0)
     head = f"{'peer':{names}}  {'options':{width}}  {'loss':>8}  {'gradient':>8}"
-    rows = [f"{x.peer:{names}}  {x.options:{width}}  {x.loss:8.1e}  {x.grad:8.1e}  {x.verdict}" for x in table]
-    agree, wrong = (sum(test(x) for x in table) for test in (lambda x: x.verdict == "agrees", lambda x: not x.expected))
+    rows = [f"{x.peer:{names}}  {x.options:{width}}  {x.loss:8.1e}  {x.grad:8.1e}  {x.outcome}" for x in table]
+    agree, wrong = (sum(test(x) for x in table) for test in (lambda x: x.outcome == "agrees", lambda x: not x.expected))
     return "\n".join([head, *rows, f"{agree} of {len(table)} agree; {wrong} unexpected"])
 
 

@@ -11,14 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops.testing import make_batch
 
 PLANS = ["one_pass", "two_pass"]
 BACKENDS = [
     b
     for b in ("reference", "cpu")
-    if why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None
+    if unsupported_reason(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None
 ]
 
 

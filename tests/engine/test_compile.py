@@ -10,12 +10,14 @@ import torch._dynamo
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops.testing import make_batch
 
 SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01)
 BACKENDS = [
-    b for b in ("reference", "cpu") if why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None
+    b
+    for b in ("reference", "cpu")
+    if unsupported_reason(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None
 ]
 
 
@@ -45,8 +47,8 @@ def ops_arguments(backend, drop_last):
     params = torch.tensor([v if torch.is_tensor(v) else float(v) for v in SPEC.parameter_values])
     weights = torch.full((len(SPEC.rules), n * t), 0.1)
     two = (torch.randn(n, t, v, generator=g), ids, one, one)  # the other logits, and what both have
-    pair_tail = (v, float("inf"), 5.0, bool(drop_last), backend)
-    table = torch.ops.reweight_ops.divergence_stats(z, *two, *pair_tail)
+    two_tail = (v, float("inf"), 5.0, bool(drop_last), backend)
+    table = torch.ops.reweight_ops.divergence_stats(z, *two, *two_tail)
     mixed = torch.tensor([0.5, 0.7, -0.3])
     return {
         "token_stats": (z, ids, one, *whole, "logp,entropy", backend),
@@ -55,11 +57,11 @@ def ops_arguments(backend, drop_last):
         "token_loss_grad": (z, ids, one, weights, logp - 0.1, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
         "token_loss_grad_": (z.clone(), ids, one, weights, None, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
         "scale_": (z.clone(), torch.tensor(2.0), backend),
-        "divergence_stats": (z, *two, *pair_tail),
-        "divergence_grad": (z, *two, table, torch.stack(rows[:3]), *pair_tail),
-        "divergence_grad_": (z.clone(), *two, table, torch.stack(rows[:3]), *pair_tail),
-        "divergence_loss_grad": (z, *two, mixed, rows[0], *pair_tail),
-        "divergence_loss_grad_": (z.clone(), *two, mixed, rows[0], *pair_tail),
+        "divergence_stats": (z, *two, *two_tail),
+        "divergence_grad": (z, *two, table, torch.stack(rows[:3]), *two_tail),
+        "divergence_grad_": (z.clone(), *two, table, torch.stack(rows[:3]), *two_tail),
+        "divergence_loss_grad": (z, *two, mixed, rows[0], *two_tail),
+        "divergence_loss_grad_": (z.clone(), *two, mixed, rows[0], *two_tail),
     }
 
 

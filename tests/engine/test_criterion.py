@@ -30,8 +30,8 @@ def test_a_stopped_gradient_is_part_of_the_losss_conditioning(monkeypatch):
     """An error of four roundings in the log-probs is no error of the loss; one of a hundred is."""
 
     def moved_by(roundings):
-        def token_loss_grad(logits, ids, temperature, head, inputs, program, params, out):
-            rows = load("reference").token_loss_grad(logits, ids, temperature, head, inputs, program, params, out)
+        def token_loss_grad(logits, ids, temperature, softmax, inputs, program, params, out):
+            rows = load("reference").token_loss_grad(logits, ids, temperature, softmax, inputs, program, params, out)
             if logits.dtype == torch.float32:  # what the loss is where every log-prob is wrong by as much
                 logp, adv = rows[0].double(), inputs.adv.double()
                 wrong = logp * (1 + roundings * 2.0**-24)

@@ -13,7 +13,7 @@ from paths import ROOT
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 
 DEFAULTS = {
     "usual": "",
@@ -72,7 +72,9 @@ def test_results_are_those_of_the_usual_default(which, usual, tmp_path):  # docs
     assert not wrong
 
 
-@pytest.mark.skipif(why_not("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is not None, reason="no C++ extension")
+@pytest.mark.skipif(
+    unsupported_reason("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is not None, reason="no C++ extension"
+)
 @pytest.mark.parametrize("wrong", [{"dtype": torch.float16}, {"dtype": torch.float64}, {"size": -1}], ids=str)
 def test_a_result_that_the_kernel_would_overrun_is_refused(wrong, monkeypatch):
     """The modules are given addresses: what they write is checked before they write it."""

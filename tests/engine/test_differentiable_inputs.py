@@ -5,10 +5,10 @@ import torch
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.engine.kept import KEPT
 
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 B, T, V = 3, 4, 11
 NAMES = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
 LEAVES = dict(zip(NAMES, ("old_logp", "ref_logp", "sampling_logp"), strict=True))
@@ -82,7 +82,7 @@ def test_every_plan_and_source_agrees(name, dtype, backend):
             d["z"], torch.eye(V, dtype=dtype), d["ids"], d["adv"], spec=spec, plan=plan, backend=backend, chunk_rows=5, **arguments
         ),
     ]
-    plans = ("one_pass", "two_pass") if spec.one_pass_obstacle is None else ("two_pass",)
+    plans = ("one_pass", "two_pass") if spec.one_pass_unsupported_reason is None else ("two_pass",)
     for call in calls:
         for plan in plans:
             for _ in range(2):  # the second may be a kept call
@@ -131,7 +131,7 @@ def test_a_sampler_through_a_weight_that_is_not_detached():
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
-def test_rows_that_are_out_and_nan(plan):
+def test_ignored_rows_and_nan(plan):
     d, spec = make(), SPECS["grpo"]
     with torch.no_grad():
         for x in d["stored"].values():

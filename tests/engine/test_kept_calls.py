@@ -40,7 +40,7 @@ OPTIONS = [
 @pytest.mark.parametrize("name", SPECS)
 def test_kept_calls_give_what_first_ones_give(kept_calls, name, plan):
     spec = SPECS[name]
-    if plan == "one_pass" and spec.one_pass_obstacle:
+    if plan == "one_pass" and spec.one_pass_unsupported_reason:
         pytest.skip("takes two passes")
     for options in OPTIONS:
         batches = [batch_of(spec, seed) for seed in (1, 2, 3)]
@@ -355,7 +355,7 @@ def test_no_tensor_is_kept(kept_calls):
         result(batch, spec=spec, temperature=torch.tensor(1.5), loss_scale=torch.tensor(2.0), num_items_in_batch=None)
     assert len(kept_calls) == len(SPECS)
     for key, call in kept_calls._calls.items():
-        seen = {id(call.rows.verbs), *(id(x) for x in select._loaded.values())}
+        seen = {id(call.rows.primitives), *(id(x) for x in select._loaded.values())}
         assert not holds_a_tensor(key, seen) and not holds_a_tensor(call, seen)
     assert holds_a_tensor({"x": [torch.ones(1)]}, set())
 

@@ -38,7 +38,7 @@ EXTRA = {
     "verl_kl": rw.methods.verl("vanilla", use_kl_loss=True, kl_loss_type="k3+", entropy_coeff=0.01),
 }
 SPECS = {name: rw.METHODS[name].build() for name in METHODS} | EXTRA
-ONE_PASS = [name for name, spec in SPECS.items() if spec.one_pass_obstacle is None]
+ONE_PASS = [name for name, spec in SPECS.items() if spec.one_pass_unsupported_reason is None]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -51,8 +51,8 @@ def test_gradcheck_sees_a_wrong_gradient(monkeypatch):
 
     right = reference.token_grad
 
-    def wrong(logits, ids, temperature, head, stats, coefs, out):
-        right(logits, ids, temperature, head, stats, coefs, out)
+    def wrong(logits, ids, temperature, softmax, stats, derivatives, out):
+        right(logits, ids, temperature, softmax, stats, derivatives, out)
         out[..., 0] *= 1.001
 
     broken = dataclasses.replace(load("reference"), name="reference", token_grad=wrong)
@@ -86,8 +86,8 @@ def test_compare_sees_a_wrong_kernel(monkeypatch):
     """The criterion itself: a relative error of 1e-5 in one target column fails in fp32."""
     import reweight_ops._core.backends.reference_token as reference
 
-    def wrong(logits, ids, temperature, head, stats, coefs, out):
-        reference.token_grad(logits, ids, temperature, head, stats, coefs, out)
+    def wrong(logits, ids, temperature, softmax, stats, derivatives, out):
+        reference.token_grad(logits, ids, temperature, softmax, stats, derivatives, out)
         if out.dtype == torch.float32:
             out.view(-1, out.size(-1))[0, ids[0]] *= 1 + 1e-5
 

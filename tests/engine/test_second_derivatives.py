@@ -14,11 +14,11 @@ from torch import Tensor
 import reweight_ops as rw
 from reweight_ops import Lora
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops.testing import make_batch
 
 SPEC = rw.methods.grpo(beta=0.1, entropy_coef=0.02)
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 VOCAB, CAP, T = 13, 4.0, 0.8
 #: How PyTorch refuses to differentiate a compiled backward; until 2.10 by a gradient without a graph.
 PYTORCHS = "double backward|element 0 of tensors does not require grad"
@@ -30,19 +30,19 @@ def inputs(dtype=torch.float32):
     z[0, 1, 5] = -math.inf
     batch["completion_ids"][0, 1] = 2
     batch["completion_mask"] = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
-    z[0, 3] = math.nan  # a row that is out may hold anything
+    z[0, 3] = math.nan  # an ignored row may hold anything
     return z, batch
 
 
 def plain_stats(z: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """The statistics as anybody writes them."""
-    dead = z == -math.inf
-    x = torch.where(dead, -math.inf, CAP * torch.tanh(torch.where(dead, 0, z) / CAP) / T)
+    masked = z == -math.inf
+    x = torch.where(masked, -math.inf, CAP * torch.tanh(torch.where(masked, 0, z) / CAP) / T)
     x = torch.where(mask[..., None], x, 0)
     log_p = torch.log_softmax(x, -1)
     found = {
         "logps": log_p.gather(-1, ids[..., None])[..., 0],
-        "entropies": -(log_p.exp() * torch.where(dead, 0, log_p)).sum(-1),
+        "entropies": -(log_p.exp() * torch.where(masked, 0, log_p)).sum(-1),
         "lse": x.logsumexp(-1),
     }
     return {name: torch.where(mask, value, 0) for name, value in found.items()}

@@ -7,12 +7,12 @@ import torch
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.calls.keywords import SoftmaxOptions
 from reweight_ops._core.calls.logits import resolve_logits
 from reweight_ops._core.engine.sources import LogitsSource
 
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 B, T, D, V = 3, 5, 6, 23
 SHAPES = {"one": (), "a sequence": (B, 1), "a row": (B, T)}
 
@@ -132,7 +132,7 @@ def test_a_loss_of_pairs():
 
 
 def test_columns_and_rows_without_probability(backend):
-    """``-inf`` columns have no part in it; a row that is out adds exactly 0, whatever it holds; a target of ``-inf`` without a coefficient is no NaN."""
+    """``-inf`` columns have no part in it; an ignored row adds exactly 0, whatever it holds; a target of ``-inf`` without a coefficient is no NaN."""
     d = make(dtype=torch.float32)
     z = logits_of(d).detach().clone()
     z[..., 3] = -math.inf

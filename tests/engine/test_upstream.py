@@ -15,7 +15,9 @@ SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01)
 SHAPE, VOCAB, WIDTH, RANK = (3, 8), 29, 5, 2
 UPSTREAMS = [1.0, 0.3, -3.0, 0.0, math.inf, math.nan]
 BACKENDS = [
-    b for b in ("reference", "cpu", "triton") if select.why_not(b, base.Request("token_stats", torch.device("cpu"), torch.bfloat16)) is None
+    b
+    for b in ("reference", "cpu", "triton")
+    if select.unsupported_reason(b, base.Request("token_stats", torch.device("cpu"), torch.bfloat16)) is None
 ]
 
 

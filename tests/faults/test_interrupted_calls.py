@@ -12,11 +12,11 @@ from kept_calls import assert_equal, batch_of, result
 import reweight_ops as rw
 from reweight_ops._core.backends import native, select
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import load, why_not
+from reweight_ops._core.backends.select import load, unsupported_reason
 from reweight_ops._core.engine import direct, memory, ops
 from reweight_ops._core.engine.kept import KEPT
 
-HAS_CPU = why_not("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is None
+HAS_CPU = unsupported_reason("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is None
 BACKENDS = ["reference", *(["cpu"] if HAS_CPU else [])]
 SPEC = rw.methods.grpo(beta=0.1)
 
@@ -100,23 +100,23 @@ def test_no_memory(backend, plan, consume, warm, monkeypatch):
     assert failed or backend == "reference"
 
 
-@pytest.mark.parametrize("verb", ["token_loss_grad", "token_stats"])
+@pytest.mark.parametrize("primitive", ["token_loss_grad", "token_stats"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ctrl_c_while_a_kernel_runs(backend, verb, monkeypatch):
+def test_ctrl_c_while_a_kernel_runs(backend, primitive, monkeypatch):
     """It is raised when the kernel returns: its gradient is where the logits were."""
-    batch, plan = batch_of(SPEC, 0), "one_pass" if verb == "token_loss_grad" else "two_pass"
+    batch, plan = batch_of(SPEC, 0), "one_pass" if primitive == "token_loss_grad" else "two_pass"
     expected = result(batch, spec=SPEC, plan=plan, backend=backend)
     KEPT._calls.clear()
     z = logits(batch)
     before = z.detach().clone()
     real = load(backend)
     with monkeypatch.context() as patched:
-        broken = dataclasses.replace(real, prepare=None, **{verb: after(getattr(real, verb), KeyboardInterrupt())})
+        broken = dataclasses.replace(real, prepare=None, **{primitive: after(getattr(real, primitive), KeyboardInterrupt())})
         patched.setitem(select._loaded, backend, broken)
         with pytest.raises(KeyboardInterrupt):
             call(z, batch, plan, backend, consume=True)
-    assert torch.equal(z.detach(), before) is (verb == "token_stats")
-    if verb == "token_loss_grad":
+    assert torch.equal(z.detach(), before) is (primitive == "token_stats")
+    if primitive == "token_loss_grad":
         with pytest.raises(rw.InvalidCall, match="consumed"):
             rw.token_logps(z.detach(), batch["completion_ids"])
     else:

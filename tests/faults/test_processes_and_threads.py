@@ -16,12 +16,12 @@ import reweight_ops as rw
 from reweight_ops._core import files
 from reweight_ops._core.backends import cpu_threads, triton_cache
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.files import write_atomically
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.triton import program_py
 
-HAS_CPU = why_not("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is None
+HAS_CPU = unsupported_reason("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is None
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 

@@ -24,7 +24,7 @@ from running_error import FUNCTION_ULPS, evaluate
 import reweight_ops.codegen as codegen
 from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import load as load_backend
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.files import write_atomically
 from reweight_ops._core.formula import triton
 from reweight_ops._core.formula.base import DIFFERENTIABLE_LEAVES
@@ -167,7 +167,7 @@ def _pointer(x: torch.Tensor) -> ctypes.c_void_p:
 
 @pytest.fixture
 def evaluate_rows():
-    if why_not("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is not None:
+    if unsupported_reason("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is not None:
         pytest.skip("the backend cpu is not there")
     return load_backend("cpu").evaluate_rows
 

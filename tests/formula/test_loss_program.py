@@ -11,7 +11,7 @@ from random_losses import GIVEN, Drawn, check_one_pass
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import load, why_not
+from reweight_ops._core.backends.select import load, unsupported_reason
 from reweight_ops._core.formula.loss_program import ONE_PASS, Program, loss_graph
 from reweight_ops._core.formula.table import build_table
 from reweight_ops._core.formula.text import read_formula, write_formula
@@ -22,7 +22,7 @@ from reweight_ops.testing import make_batch
 
 STORED_ROWS = ("reference", "cpu")
 ONE_PASS_BACKENDS = [
-    b for b in ("reference", "cpu", "triton") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
+    b for b in ("reference", "cpu", "triton") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
 ]
 
 

@@ -45,7 +45,7 @@ def layouts(z):
 
 
 def ignores_what_it_should(call: PolicyCall):
-    """Strides, what rows that are out hold, where the gradient is written, and whether the call was made before."""
+    """Strides, what ignored rows hold, where the gradient is written, and whether the call was made before."""
     batch = call.batch()
     expected = result(call, batch)
     assert_same(result(call, batch), expected, "again")
@@ -55,13 +55,13 @@ def ignores_what_it_should(call: PolicyCall):
         assert_same(result(call, {**batch, "logits": z}, consume_logits=True), expected, f"{name}, in place")
     out = rows_out(batch)
     assert not expected["grad"][out].any() and not expected["logps"][out].any() and not expected["entropies"][out].any()
-    sick = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-    sick["logits"][out] = math.nan
+    with_nan = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    with_nan["logits"][out] = math.nan
     for name in ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"):
-        if name in sick:
-            sick[name][out] = math.inf
-    found, metrics = result(call, sick), expected.pop("metrics")
-    assert_same({name: x for name, x in found.items() if name in expected}, expected, "with NaN in rows that are out")
+        if name in with_nan:
+            with_nan[name][out] = math.inf
+    found, metrics = result(call, with_nan), expected.pop("metrics")
+    assert_same({name: x for name, x in found.items() if name in expected}, expected, "with NaN in ignored rows")
     assert torch.equal(found["metrics"].nan_to_num(7.5), metrics.nan_to_num(7.5))
 
 
@@ -70,7 +70,7 @@ def rows_out(batch):
     return out | (batch["completion_mask"] == 0) if "completion_mask" in batch else out
 
 
-def keeps_sick_rows_apart(call: PolicyCall):
+def keeps_nan_rows_apart(call: PolicyCall):
     """A row that holds NaN or +inf, or nothing but -inf: NaN there, and the bits of the others."""
     batch = call.batch()
     rows = (~rows_out(batch)).nonzero()
@@ -93,7 +93,7 @@ def keeps_sick_rows_apart(call: PolicyCall):
 
 
 @pytest.mark.parametrize("examples, repeatable", lengths(30, 3000))
-@pytest.mark.parametrize("check", [meets_the_criterion, ignores_what_it_should, keeps_sick_rows_apart])
+@pytest.mark.parametrize("check", [meets_the_criterion, ignores_what_it_should, keeps_nan_rows_apart])
 def test_compiled_and_reference(check, examples, repeatable):
     fuzz(check, policy_calls(COMPILED), examples, repeatable)
 
@@ -103,9 +103,9 @@ def test_compiled_and_reference(check, examples, repeatable):
     "check, examples, repeatable",
     [
         pytest.param(meets_the_criterion, 2, True, id="criterion-short"),
-        pytest.param(keeps_sick_rows_apart, 1, True, id="sick-short"),
+        pytest.param(keeps_nan_rows_apart, 1, True, id="nan-short"),
         pytest.param(meets_the_criterion, 100, False, id="criterion-long", marks=pytest.mark.slow),
-        pytest.param(keeps_sick_rows_apart, 100, False, id="sick-long", marks=pytest.mark.slow),
+        pytest.param(keeps_nan_rows_apart, 100, False, id="nan-long", marks=pytest.mark.slow),
         pytest.param(ignores_what_it_should, 20, False, id="layouts-long", marks=pytest.mark.slow),
     ],
 )

@@ -106,7 +106,7 @@ def is_the_loss_of_its_logits(call: HeadCall):
     head = {"lm_head_bias": leaves.get("bias"), "logit_scale": call.scale, "chunk_rows": call.chunk_rows, "compact_rows": call.compact_rows}
     head |= {"lora": rw.Lora(leaves["a"], leaves["b"], 0.5)} if call.lora else {}
     hidden = leaves["hidden"]
-    if mask is not None:  # what a row that is out holds reaches nothing
+    if mask is not None:  # what an ignored row holds reaches nothing
         hidden = torch.where((mask != 0)[..., None], hidden, math.nan)
     found = rw.linear_policy_loss(
         hidden, leaves["weight"], ids, **data, **options, **head, spec=spec, plan=call.plan, backend="reference"

@@ -88,10 +88,10 @@ def statistics_meet_the_criterion(call: RowsCall):
         assert_values(getattr(found, names[name])[keep].detach(), single[name], exact[name], name, 1 + exact[name].abs() + size)
     if not len(rows):
         return
-    coefs = {name: x[keep] for name, x in up.items()}
-    truth = gradient(rows.double(), kept, t.double(), coefs, call.softcap)
-    base = gradient(rows.float(), kept, t, coefs, call.softcap)
-    slack = (1 + size) * sum(c.abs() for c in coefs.values()) * 2 / t
+    derivatives = {name: x[keep] for name, x in up.items()}
+    truth = gradient(rows.double(), kept, t.double(), derivatives, call.softcap)
+    base = gradient(rows.float(), kept, t, derivatives, call.softcap)
+    slack = (1 + size) * sum(c.abs() for c in derivatives.values()) * 2 / t
     assert_gradient(grad[keep], base.to(z.dtype).double(), truth, slack, kept)
 
 

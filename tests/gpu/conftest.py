@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=PLACES, ids=str)
 def place(request) -> Place:
-    reason = request.param.why_not()
+    reason = request.param.unsupported_reason()
     if reason is not None:
         # On a GPU, a backend that is missing is a failure: the point of these tests is to run them.
         pytest.fail(f"{request.param}: {reason}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops.testing import make_batch
 
 _DRY_BACKENDS = [b for b in os.environ.get("REWEIGHT_OPS_GPU_TESTS", "").split(",") if b]
@@ -26,8 +26,8 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}"
 
-    def why_not(self) -> str | None:
-        return why_not(self.backend, Request("token_stats", torch.device(self.device), torch.float32))
+    def unsupported_reason(self) -> str | None:
+        return unsupported_reason(self.backend, Request("token_stats", torch.device(self.device), torch.float32))
 
 
 PLACES = [Place("cpu", b) for b in _DRY_BACKENDS] if DRY else [Place("cuda", "cuda"), Place("cuda", "triton")]

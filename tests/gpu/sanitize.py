@@ -18,9 +18,9 @@ if sys.argv[2:3] == ["cpu"]:
 import torch
 
 import reweight_ops as rw
-from reweight_ops._core.backends.base import COEFS, STATS, DivergenceInputs, RowInputs, SoftmaxParams
+from reweight_ops._core.backends.base import DERIVATIVES, STATS, DivergenceInputs, RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
-from reweight_ops._core.rows.groups import OUT
+from reweight_ops._core.rows.groups import IGNORE_INDEX
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("backend")
@@ -59,46 +59,48 @@ def kernel(name: str) -> None:
 def one(
     n: int, v: int, dtype: torch.dtype, which: str = "auto", shift: int = 0, in_place: bool = False, softcap: float = float("inf")
 ) -> None:
-    """The three verbs. The last three columns are padding where there are more."""
+    """The three primitives. The last three columns are padding where there are more."""
     kernel(which)
-    verbs, g, device = load(options.backend), torch.Generator().manual_seed(v), options.device
+    primitives, g, device = load(options.backend), torch.Generator().manual_seed(v), options.device
     z = rows(n, v, dtype, shift)
-    head = SoftmaxParams(max(v - 3, 1), softcap)
-    ids = torch.randint(0, head.vocab_size, (n,), generator=g)
-    ids[0] = OUT
+    softmax = SoftmaxParams(max(v - 3, 1), softcap)
+    ids = torch.randint(0, softmax.vocab_size, (n,), generator=g)
+    ids[0] = IGNORE_INDEX
     ids, one = ids.to(device), torch.ones(1).to(device)
-    stats = verbs.token_stats(z, ids, one, head, STATS)
+    stats = primitives.token_stats(z, ids, one, softmax, STATS)
     values = [torch.randn(n, generator=g).to(device) for _ in range(4)]
     out = z if in_place else out_like(z)
     inputs = RowInputs(torch.ones(3, n).to(device), values[1], values[0], values[2])
     if which != "ring":
         scratch = z.clone() if in_place else out
-        verbs.token_grad(
-            z, ids, one, head, dict(zip(STATS, (s.clone() for s in stats), strict=True)), dict.fromkeys(COEFS, values[0]), scratch
+        primitives.token_grad(
+            z, ids, one, softmax, dict(zip(STATS, (s.clone() for s in stats), strict=True)), dict.fromkeys(DERIVATIVES, values[0]), scratch
         )
-    verbs.token_loss_grad(z, ids, one, head, inputs, PROGRAM, PARAMS.to(device), out)
+    primitives.token_loss_grad(z, ids, one, softmax, inputs, PROGRAM, PARAMS.to(device), out)
 
 
-def pair(n: int, v: int, dtype: torch.dtype, other: torch.dtype, shifts: tuple[int, int] = (0, 0), softcap: float = float("inf")) -> None:
-    """The three verbs on two logits tensors, in place too."""
-    verbs, device = load(options.backend), options.device
+def divergence(
+    n: int, v: int, dtype: torch.dtype, other: torch.dtype, shifts: tuple[int, int] = (0, 0), softcap: float = float("inf")
+) -> None:
+    """The three primitives on two logits tensors, in place too."""
+    primitives, device = load(options.backend), options.device
     z, y = rows(n, v, dtype, shifts[0]), rows(n, v, other, shifts[1])
     ids = torch.arange(n)
-    ids[0] = OUT
-    head, one = SoftmaxParams(max(v - 3, 1), softcap), torch.ones(1).to(device)
-    two = DivergenceInputs(z, y, ids.to(device), one, one, head, head)
+    ids[0] = IGNORE_INDEX
+    softmax, one = SoftmaxParams(max(v - 3, 1), softcap), torch.ones(1).to(device)
+    two = DivergenceInputs(z, y, ids.to(device), one, one, softmax, softmax)
     constants, weights = torch.tensor([0.5, 0.7, -0.3]).to(device), torch.ones(n).to(device)
-    coefs = torch.ones(3, n).to(device)
-    verbs.divergence_grad(two, verbs.divergence_stats(two), coefs, out_like(z))
-    verbs.divergence_loss_grad(two, constants, weights, out_like(z))
-    verbs.divergence_loss_grad(two, constants, weights, z)
+    derivatives = torch.ones(3, n).to(device)
+    primitives.divergence_grad(two, primitives.divergence_stats(two), derivatives, out_like(z))
+    primitives.divergence_loss_grad(two, constants, weights, out_like(z))
+    primitives.divergence_loss_grad(two, constants, weights, z)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     if options.device == "cpu":
-        yield "verbs", partial(one, 2, 131, torch.float32)
-        yield "verbs, unaligned, in place", partial(one, 2, 131, torch.bfloat16, shift=1, in_place=True, softcap=20.0)
-        yield "two tensors", partial(pair, 2, 131, torch.bfloat16, torch.float32)
+        yield "primitives", partial(one, 2, 131, torch.float32)
+        yield "primitives, unaligned, in place", partial(one, 2, 131, torch.bfloat16, shift=1, in_place=True, softcap=20.0)
+        yield "two tensors", partial(divergence, 2, 131, torch.bfloat16, torch.float32)
         return
     for dtype in DTYPES:
         for n, v in ((2, 1), (3, 131), (2, 4099)):
@@ -113,13 +115,13 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"ring of {blocks} blocks, {dtype}, in place", partial(one, 3, v, dtype, "ring", 0, True, 20.0)
     for dtype in DTYPES:
         for other in DTYPES:
-            yield f"two tensors, {dtype} and {other}", partial(pair, 3, 4099, dtype, other)
-        yield f"two tensors, {dtype}, unaligned", partial(pair, 3, 4099, dtype, dtype, (1, 2), 20.0)
-        yield f"two tensors, {dtype}, one column", partial(pair, 2, 1, dtype, dtype)
+            yield f"two tensors, {dtype} and {other}", partial(divergence, 3, 4099, dtype, other)
+        yield f"two tensors, {dtype}, unaligned", partial(divergence, 3, 4099, dtype, dtype, (1, 2), 20.0)
+        yield f"two tensors, {dtype}, one column", partial(divergence, 2, 1, dtype, dtype)
     # More rows than blocks: whatever is used again in a block is.
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     yield "streaming, many rows", partial(one, 5 * processors, 1031, torch.bfloat16, "streaming")
-    yield "two tensors, many rows", partial(pair, 5 * processors, 1031, torch.bfloat16, torch.float32)
+    yield "two tensors, many rows", partial(divergence, 5 * processors, 1031, torch.bfloat16, torch.float32)
     if options.backend == "cuda":
         for blocks, vectors in CLUSTERS.items():
             count = 5 * processors // blocks

@@ -282,11 +282,13 @@ class _Owned(torch.autograd.Function):
 PROGRAM, PARAMS = Program.of(("clip",)), [-20.0, 20.0, 1.0, 0.2, 0.2, float("inf")]
 
 
-def verbs_on(place, z, ids, adv):
-    verbs, one, head = load(place.backend), torch.ones(1, device=z.device), SoftmaxParams(z.size(-1))
+def primitives_on(place, z, ids, adv):
+    primitives, one, softmax = load(place.backend), torch.ones(1, device=z.device), SoftmaxParams(z.size(-1))
     n = ids.numel()
-    stats = verbs.token_stats(z, ids, one, head, ("logp", "lse", "entropy"))
-    rows = verbs.token_loss_grad(z, ids, one, head, RowInputs(adv.view(1, n), None, adv), PROGRAM, torch.tensor(PARAMS, device=z.device), z)
+    stats = primitives.token_stats(z, ids, one, softmax, ("logp", "lse", "entropy"))
+    rows = primitives.token_loss_grad(
+        z, ids, one, softmax, RowInputs(adv.view(1, n), None, adv), PROGRAM, torch.tensor(PARAMS, device=z.device), z
+    )
     return stats, rows
 
 
@@ -317,8 +319,8 @@ def test_more_than_2_31_elements(place, leading):
     some = z.reshape(count, v)[at].clone() if leading != "far batches" else torch.stack(flat).clone()
     ids = torch.randint(0, v, (count,), generator=g, device=place.device)
     adv = torch.randn(count, generator=g, device=place.device)
-    want_stats, want_rows = verbs_on(place, some, ids[at], adv[at])
-    stats, rows = verbs_on(place, z, ids, adv)
+    want_stats, want_rows = primitives_on(place, some, ids[at], adv[at])
+    stats, rows = primitives_on(place, z, ids, adv)
     assert torch.equal(stats[:, at], want_stats) and torch.equal(rows[:, at], want_rows)
     grads = torch.stack(flat) if leading == "far batches" else z.view(-1, v)[at]
     assert torch.equal(grads, some)

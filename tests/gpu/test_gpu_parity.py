@@ -7,11 +7,11 @@ import torch
 from places import DRY, batch_on, sized
 
 import reweight_ops as rw
-from reweight_ops._core.backends.base import COEFS, STATS, RowInputs, SoftmaxParams
+from reweight_ops._core.backends.base import DERIVATIVES, STATS, RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.formula.loss_program import Program
-from reweight_ops._core.rows.groups import OUT
+from reweight_ops._core.rows.groups import IGNORE_INDEX
 from reweight_ops.rules.penalties import EntropyBonus
 from reweight_ops.rules.surrogates import Reinforce
 from reweight_ops.testing import compare, make_batch
@@ -70,7 +70,7 @@ def test_sampling_masks(place, dtype, plan, over):
 #: Coefficients that do not depend on the log-prob: with a softcap, a logit is itself rounded to fp32, and what that does to a large importance
 #: ratio is one row's luck, in every fp32 implementation alike.
 LINEAR_SPEC = rw.PolicyLossSpec(surrogate=Reinforce(), penalties=(rw.Penalty(EntropyBonus(), 0.01),))
-HEADS = {
+SOFTMAXES = {
     "temperature": dict(temperature=0.6),
     "softcap": dict(softcap=20.0),
     "padded vocabulary": dict(vocab_size=100),
@@ -79,9 +79,9 @@ HEADS = {
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("head", HEADS)
-def test_heads(place, dtype, head, plan):
-    options = dict(HEADS[head])
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_heads(place, dtype, softmax, plan):
+    options = dict(SOFTMAXES[softmax])
     batch = make_batch(LINEAR_SPEC, SHAPE, 131, dtype, place.device)
     if "vocab_size" in options:
         batch["completion_ids"] = batch["completion_ids"] % 100
@@ -104,21 +104,21 @@ def test_minus_infinity(place, dtype, plan):
     batch = batch_on(place, SPEC, (4, 8), vocab, dtype)
     z, ids = batch["logits"], batch["completion_ids"]
     vocab = z.size(-1)
-    dead = torch.rand(z.shape, generator=torch.Generator().manual_seed(1)).to(z.device) < 0.3
-    dead[0, :, : 3 * vocab // 4] = True
-    dead[1, 0] = True
-    dead.scatter_(-1, ids[..., None], False)
-    batch["logits"] = torch.where(dead, -math.inf, z)
+    masked = torch.rand(z.shape, generator=torch.Generator().manual_seed(1)).to(z.device) < 0.3
+    masked[0, :, : 3 * vocab // 4] = True
+    masked[1, 0] = True
+    masked.scatter_(-1, ids[..., None], False)
+    batch["logits"] = torch.where(masked, -math.inf, z)
     assert_passed(compare(SPEC, batch, backend=place.backend, plan=plan, loss_scale=64.0))
 
 
-def test_rows_that_are_out_or_wrong(place, dtype):
+def test_ignored_rows_or_wrong(place, dtype):
     """Out: never read, zeros. An id outside the vocabulary: NaN outputs and a zero gradient, on a GPU."""
     batch = batch_on(place, SPEC, (4, 8), 131, dtype)
     z = batch["logits"]
     batch["completion_mask"][1] = False
     z[1] = math.nan
-    batch["completion_ids"][2, 3] = OUT
+    batch["completion_ids"][2, 3] = IGNORE_INDEX
     z[2, 3] = math.nan
     if not DRY:
         batch["completion_mask"][3, 0] = True
@@ -133,8 +133,8 @@ def test_rows_that_are_out_or_wrong(place, dtype):
         assert out.per_token_logps[3, 0].isnan() and torch.equal(z.grad[3, 0], torch.zeros_like(z.grad[3, 0]))
 
 
-@pytest.mark.parametrize("sickness", [math.nan, math.inf, -math.inf])
-def test_a_sick_row_is_nan_and_alone(place, sickness):
+@pytest.mark.parametrize("bad_logit", [math.nan, math.inf, -math.inf])
+def test_a_nan_row_is_nan_and_alone(place, bad_logit):
     batch = batch_on(place, SPEC, (2, 8), 131, torch.float32)
     batch["completion_mask"].fill_(True)
 
@@ -144,15 +144,15 @@ def test_a_sick_row_is_nan_and_alone(place, sickness):
         return grad
 
     healthy = gradient()
-    if sickness == -math.inf:
-        batch["logits"][1, 4] = sickness
+    if bad_logit == -math.inf:
+        batch["logits"][1, 4] = bad_logit
     else:
-        batch["logits"][1, 4, 77] = sickness
-    sick = gradient()
-    assert sick[1, 4].isnan().all()
-    others = torch.ones(2, 8, dtype=torch.bool, device=sick.device)
+        batch["logits"][1, 4, 77] = bad_logit
+    with_nan = gradient()
+    assert with_nan[1, 4].isnan().all()
+    others = torch.ones(2, 8, dtype=torch.bool, device=with_nan.device)
     others[1, 4] = False
-    assert torch.equal(sick[others], healthy[others])
+    assert torch.equal(with_nan[others], healthy[others])
 
 
 # --- bitwise --------------------------------------------------------------------------------------------------------------------
@@ -161,11 +161,11 @@ PROGRAM, PARAMS = Program.of(("clip", "entropy_bonus")), [-20.0, 20.0, 1.0, 0.2,
 
 
 class Rows:
-    """Inputs of the three verbs for ``n`` rows, and what the verbs make of them, for logits in any place of memory."""
+    """Inputs of the three primitives for ``n`` rows, and what the primitives make of them, for logits in any place of memory."""
 
     def __init__(self, place, n, vocab, dtype):
         g = torch.Generator().manual_seed(n)
-        self.place, self.verbs = place, load(place.backend)
+        self.place, self.primitives = place, load(place.backend)
         self.z = (torch.randn(n, vocab, generator=g) * 3).to(dtype).to(place.device)
         ids = torch.randint(0, vocab, (n,), generator=g)
         self.rows = torch.randn(3, n, generator=g).to(place.device)
@@ -176,14 +176,14 @@ class Rows:
         ids, (adv, old, w) = self.ids, self.rows
         if order is not None:
             ids, adv, old, w = ids[order], adv[order], old[order], w[order]
-        one, head, n = torch.ones(1, device=z.device), SoftmaxParams(z.size(-1)), ids.numel()
-        stats = self.verbs.token_stats(z, ids, one, head, STATS)
+        one, softmax, n = torch.ones(1, device=z.device), SoftmaxParams(z.size(-1)), ids.numel()
+        stats = self.primitives.token_stats(z, ids, one, softmax, STATS)
         inputs = RowInputs(w.expand(2, n), old.contiguous(), adv.contiguous())
         out = torch.full_like(z, math.nan) if out is None else out
-        rows = self.verbs.token_loss_grad(z, ids, one, head, inputs, PROGRAM, torch.tensor(PARAMS, device=z.device), out)
+        rows = self.primitives.token_loss_grad(z, ids, one, softmax, inputs, PROGRAM, torch.tensor(PARAMS, device=z.device), out)
         grad = out.clone()
         known = dict(zip(STATS, stats, strict=True))
-        self.verbs.token_grad(z, ids, one, head, known, dict.fromkeys(COEFS, adv.contiguous()), out)
+        self.primitives.token_grad(z, ids, one, softmax, known, dict.fromkeys(DERIVATIVES, adv.contiguous()), out)
         return [stats, rows, grad.reshape(n, -1), out.clone().reshape(n, -1)]
 
 

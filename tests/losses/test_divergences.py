@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from divergence_criterion import assert_accurate, available, pair, run, textbook
+from divergence_criterion import assert_accurate, available, run, textbook, two_logits
 from torch.nn import functional as F
 
 import reweight_ops as rw
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("kind", [*KINDS, "generalized_jsd"])
 def test_textbook_and_gradcheck(kind):
-    z, other, mask = pair(vocab=11)
+    z, other, mask = two_logits(vocab=11)
     options = dict(kind=kind, completion_mask=mask, temperature=0.7, other_temperature=1.3, softcap=4.0)
     got = rw.token_divergence(z, other, **options)
     want = textbook(4 * torch.tanh(z / 4) / 0.7, other / 1.3, kind)
@@ -42,7 +42,7 @@ def test_by_hand():
 
 
 def test_generalized_jsd_is_trls():
-    z, other, _ = pair(dtype=torch.float32)
+    z, other, _ = two_logits(dtype=torch.float32)
     p, q = torch.log_softmax(z, -1), torch.log_softmax(other, -1)
     beta = torch.tensor(0.3)
     mix = torch.logsumexp(torch.stack([p + torch.log1p(-beta), q + torch.log(beta)]), dim=0)
@@ -72,7 +72,7 @@ def test_accuracy(backend, case, kind, dtype):
 @pytest.mark.parametrize("columns", [1, 2, 31, 33, 2048, 2049])
 def test_any_width_mixed_dtypes_and_strides(backend, columns):
     available(backend)
-    z, other, mask = pair((2, 3), columns, torch.float32)
+    z, other, mask = two_logits((2, 3), columns, torch.float32)
     big = torch.full((2, 5, columns + 3), math.nan, dtype=torch.bfloat16)
     big[:, 1:4, 1 : columns + 1] = other.bfloat16()
     view = big[:, 1:4, 1 : columns + 1]
@@ -132,7 +132,7 @@ def test_zero_probabilities(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_tensors_give_exact_zeros(backend):
     available(backend)
-    z, _, _ = pair((1, 3) if backend == "triton" else (3, 5), 1100 if backend == "triton" else 2500, torch.bfloat16)
+    z, _, _ = two_logits((1, 3) if backend == "triton" else (3, 5), 1100 if backend == "triton" else 2500, torch.bfloat16)
     for kind in ("forward_kl", "reverse_kl"):
         x = z.clone().requires_grad_()
         d = rw.token_divergence(x, z, kind=kind, backend=backend)
@@ -147,7 +147,7 @@ def test_masked_columns(backend, dtype, low):
     """By -inf or by a number, the lowest of all (None) too; in both tensors, or in p more than in q. KL(p‖q) by hand over the columns that are left."""
     available(backend)
     low = torch.finfo(dtype).min if low is None else low
-    z, other, _ = pair((1, 4), 700, dtype)
+    z, other, _ = two_logits((1, 4), 700, dtype)
     left = torch.zeros(700, dtype=torch.bool)
     left[[3, 350, 699]] = True
     z[..., ~left] = low
@@ -179,7 +179,7 @@ def test_far_apart_and_extreme(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_place_drop_last_padding_and_plans(backend):
     available(backend)
-    z, other, mask = pair((2, 4), 300, torch.float32)
+    z, other, mask = two_logits((2, 4), 300, torch.float32)
     wide, teacher = torch.randn(2, 5, 310), torch.randn(2, 4, 305)
     wide[:, :-1, :300], teacher[..., :300] = z, other
     options = dict(backend=backend, completion_mask=mask, kind="jeffreys")
@@ -207,7 +207,7 @@ def test_in_place_drop_last_padding_and_plans(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_depends_on_nothing_but_itself(backend):
     available(backend)
-    z, other, _ = pair((1, 6), 1500, torch.bfloat16)
+    z, other, _ = two_logits((1, 6), 1500, torch.bfloat16)
     whole = rw.token_divergence(z, other, kind="jeffreys", backend=backend)
     for i in (0, 3, 5):
         shifted = torch.zeros(3, 1507, dtype=torch.bfloat16)
@@ -219,7 +219,7 @@ def test_a_row_depends_on_nothing_but_itself(backend):
 def test_every_instruction_set_level():
     from reweight_ops import _C
 
-    z, other, mask = pair((2, 3), 777, torch.bfloat16)
+    z, other, mask = two_logits((2, 3), 777, torch.bfloat16)
     z[0, 0, 5] = -math.inf
     want = rw.token_divergence(z.double(), other.double(), kind="reverse_kl", completion_mask=mask, backend="reference")
     try:
@@ -234,7 +234,7 @@ def test_every_instruction_set_level():
 
 
 def test_threads_change_nothing():
-    z, other, mask = pair((8, 16), 4000, torch.float32)
+    z, other, mask = two_logits((8, 16), 4000, torch.float32)
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2):
@@ -247,7 +247,7 @@ def test_threads_change_nothing():
 
 def test_memory_of_one_pass_in_place():
     """No tensor of the logits' size beside the two that the caller has."""
-    z, other, _ = pair((2, 8), 4001, torch.float32)
+    z, other, _ = two_logits((2, 8), 4001, torch.float32)
     x = z.clone().requires_grad_()
     used = x * 1
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -270,7 +270,7 @@ def test_memory_of_one_pass_in_place():
 
 
 def test_compiles():
-    z, other, mask = pair((2, 3), 50, torch.float32)
+    z, other, mask = two_logits((2, 3), 50, torch.float32)
     x = z.requires_grad_()
     for call in (
         lambda x: rw.token_divergence(x, other, kind="reverse_kl", completion_mask=mask).sum(),
@@ -282,7 +282,7 @@ def test_compiles():
 
 
 def test_sparse_po_from_two_logits_tensors():
-    z, other, mask = pair((4, 3), 17)
+    z, other, mask = two_logits((4, 3), 17)
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 17, (4, 3), generator=g)
     m_u, m_d = (torch.rand(4, 3, generator=g, dtype=torch.float64) for _ in range(2))
@@ -353,7 +353,7 @@ def test_other_wrong_calls():
 
 @pytest.mark.parametrize("plan", ["auto", "two_pass"])
 def test_the_distillation_loss_has_the_generalized_jsd(plan):
-    z, other, _ = pair(dtype=torch.float64)
+    z, other, _ = two_logits(dtype=torch.float64)
     z = z.detach().requires_grad_()
     weights = torch.rand(z.shape[:-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     out = rw.distillation_loss(z, other, kind="generalized_jsd", beta=0.3, token_weights=weights, loss_scale=2.0, plan=plan)

@@ -7,14 +7,14 @@ import torch
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.catalogue.registry import CATALOGUE
 from reweight_ops._core.engine.metrics import Metrics
 from reweight_ops.testing import make_batch
 from reweight_ops.testing.pairs import make_pairs
 
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 HOW = {"no sequence": lambda x: x[:0], "no token": lambda x: x[:, :0] if x.dim() > 1 else x, "all masked": lambda x: x}
 
 
@@ -36,7 +36,7 @@ def assert_zero(loss, z):
 def test_every_method(name, backend, how):  # docs/semantics.md: S5
     spec = METHODS[name].build()
     batch = emptied(make_batch(spec, (3, 4), 19), how)
-    for plan in ("two_pass",) if spec.one_pass_obstacle else ("one_pass", "two_pass"):
+    for plan in ("two_pass",) if spec.one_pass_unsupported_reason else ("one_pass", "two_pass"):
         z = batch["logits"].detach().clone().requires_grad_()
         out = rw.policy_loss(**{**batch, "logits": z}, spec=spec, plan=plan, backend=backend)
         assert_zero(out.loss.sum(), z)

@@ -373,10 +373,10 @@ def test_the_criterion_still_sees_a_wrong_kernel_under_coupled_rows(monkeypatch)
     import reweight_ops._core.backends.reference_token as reference
     from reweight_ops.testing import compare, make_batch
 
-    def wrong(logits, ids, temperature, head, stats, coefs, out):
-        reference.token_grad(logits, ids, temperature, head, stats, coefs, out)
+    def wrong(logits, ids, temperature, softmax, stats, derivatives, out):
+        reference.token_grad(logits, ids, temperature, softmax, stats, derivatives, out)
         if out.dtype == torch.float32:
-            worst = coefs["logp"].abs().argmax()
+            worst = derivatives["logp"].abs().argmax()
             out.view(-1, out.size(-1))[worst, ids[worst]] *= 1 + 1e-4
 
     broken = dataclasses.replace(load("reference"), name="cpu", token_grad=wrong)

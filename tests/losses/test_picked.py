@@ -7,10 +7,10 @@ import torch
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops.testing import ERROR_FLOOR, ERROR_RATIO
 
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 B, T, V, K, TOP = 2, 5, 67, 6, 4
 STATS = ("logps", "entropies", "lse", "selected_logps", "topk_logps", "topk_ids")
 
@@ -21,7 +21,7 @@ def backend(request):
 
 
 def make(dtype=torch.float64, seed=0, offset=0.0):
-    """Lists with the row's own id, an id twice, padding, and a column without mass; a row that is out and one whose first token is sure."""
+    """Lists with the row's own id, an id twice, padding, and a column without mass; an ignored row and one whose first token is sure."""
     g = torch.Generator().manual_seed(seed)
     z = (torch.randn(B, T + 1, V, generator=g, dtype=torch.float64) * 3 + offset).to(dtype)
     ids, picked = torch.randint(V - 3, (B, T), generator=g), torch.randint(1, V - 3, (B, T, K), generator=g)
@@ -41,11 +41,11 @@ def make(dtype=torch.float64, seed=0, offset=0.0):
 def oracle(z, d, softcap, top_ids=None):
     """Plain PyTorch, in the dtype of ``z``: the differentiable statistics by name."""
     x = z[:, :-1, : V - 2]
-    dead = x == -math.inf
-    x = x if softcap is None else torch.where(dead, x, softcap * torch.tanh(torch.where(dead, 0, x) / softcap))
+    masked = x == -math.inf
+    x = x if softcap is None else torch.where(masked, x, softcap * torch.tanh(torch.where(masked, 0, x) / softcap))
     x = x / d["heat"].to(z.dtype)[..., None]
     log_p = torch.log_softmax(x, -1)
-    finite = torch.where(dead, 0, log_p)
+    finite = torch.where(masked, 0, log_p)
     listed = d["picked"] != -100
     top_ids = x.topk(TOP).indices if top_ids is None else top_ids.clamp(min=0)
     found = {
@@ -178,7 +178,7 @@ def test_compiles():
     torch.testing.assert_close(torch.autograd.grad(got, z), torch.autograd.grad(want, z))
 
 
-def test_a_sick_row_is_nan_and_alone(backend):
+def test_a_nan_row_is_nan_and_alone(backend):
     d = make(torch.float32)
     d["z"][0, 0, 3] = math.nan
     found, grad = run(d, None, backend)

@@ -6,7 +6,7 @@ from sampling_rows import SHAPE, VOCAB, kept_batch, oracle, shuffled
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.calls import sampling_mask as module
 from reweight_ops._core.calls.keywords import SoftmaxOptions
 from reweight_ops._core.calls.logits import resolve_logits
@@ -14,7 +14,7 @@ from reweight_ops._core.engine import kept_ops
 from reweight_ops.testing import compare, make_batch
 from reweight_ops.testing.batches import make_sampling_mask
 
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("packed_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("packed_stats", torch.device("cpu"), torch.float32)) is None]
 OVER = ("kept", "vocabulary")
 STATS = ("logps", "entropies", "lse", "log_sum_p_sq", "max_logp", "is_top1", "log1m_p")
 ENTROPY = rw.methods.grpo(entropy_coef=0.1)
@@ -134,7 +134,7 @@ def test_every_method_is_itself_on_the_kept_distribution(name):
         close(ours.loss, theirs.loss, 1e-10)
         a, b = (torch.autograd.grad(out.loss.sum(), z, allow_unused=True)[0] for out in (ours, theirs))
         close(a, b, 1e-9)
-        if spec.one_pass_obstacle is not None:
+        if spec.one_pass_unsupported_reason is not None:
             continue
         z, mask, ours, _ = _policy(spec, over, backend="reference", plan="one_pass")
         (c,) = torch.autograd.grad(ours.loss, z)
@@ -166,7 +166,7 @@ def test_layouts_and_consumed_logits_change_nothing():
             assert not found[1][:, -1].any() and not found[1][..., VOCAB:].any()
 
 
-def test_of_no_rows_and_of_rows_that_are_out():
+def test_of_no_rows_and_of_ignored_rows():
     z, ids, mask = kept_batch()
     nothing = torch.full_like(ids, -100)
     z.requires_grad_()

@@ -7,12 +7,12 @@ import torch
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 
 CPU_BACKENDS = [
     b
     for b in ("reference", "cpu")
-    if why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None
+    if unsupported_reason(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None
 ]
 PLANS = ["one_pass", "two_pass"]
 B, T, V = 3, 5, 13
@@ -146,7 +146,7 @@ def test_segments_are_runs_inside_a_sequence(data):
         torch.testing.assert_close(out.ratio[row, start:stop], want.expand(stop - start))
 
 
-# --- rows that are out ---------------------------------------------------------------------------------------------------------------
+# --- ignored rows ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("how", ["mask", "ids", "float_mask"])
 def test_a_row_that_is_out_is_never_read(data, backend, plan, how):  # docs/semantics.md: S2
@@ -161,7 +161,7 @@ def test_a_row_that_is_out_is_never_read(data, backend, plan, how):  # docs/sema
         options = {"completion_mask": data["mask"] * 0.3}
     for spec in ("grpo", "gspo", "top_entropy", rw.methods.grpo(beta=0.1, entropy_coef=0.1)):
         resolved = rw.method(spec) if isinstance(spec, str) else spec
-        if plan == "one_pass" and resolved.one_pass_obstacle:
+        if plan == "one_pass" and resolved.one_pass_unsupported_reason:
             continue
         ref = {"ref_per_token_logps": old} if "ref_logp" in resolved.requires else {}
         clean = {"ref_per_token_logps": data["old"]} if ref else {}
@@ -208,7 +208,7 @@ def test_denominator_mask_counts_only(data, backend, plan):  # docs/semantics.md
     torch.testing.assert_close(grad, reference * scale)
 
 
-def test_inert_rows_have_statistics_and_a_zero_gradient(data, backend):
+def test_zero_gradient_rows_have_statistics_and_a_zero_gradient(data, backend):
     adv = data["adv"].clone()
     adv[1] = 0
     out, grad = loss_and_grad(data["z"], data["ids"], adv, "reinforce", backend=backend)
@@ -249,17 +249,17 @@ def test_the_kernel_itself_answers_a_bad_id_with_nan(data, backend):  # docs/sem
 @pytest.mark.parametrize("softcap", [None, 6.0])
 @pytest.mark.parametrize("plan", PLANS)
 def test_minus_inf_columns(data, backend, plan, softcap):  # docs/semantics.md: S23
-    dead = torch.zeros(V, dtype=torch.bool)
-    dead[[0, 4, 12]] = True
-    z = data["z"].masked_fill(dead, -math.inf)
-    kept = torch.nonzero(~dead)[:, 0]
+    masked = torch.zeros(V, dtype=torch.bool)
+    masked[[0, 4, 12]] = True
+    z = data["z"].masked_fill(masked, -math.inf)
+    kept = torch.nonzero(~masked)[:, 0]
     position = torch.searchsorted(kept, data["ids"].clamp(1, 3))
     ids = kept[position]
     spec = rw.methods.grpo(entropy_coef=0.05)
     options = dict(old_per_token_logps=data["old"], plan=plan, backend=backend, softcap=softcap)
     out, grad = loss_and_grad(z, ids, data["adv"], spec, **options)
     want, small = loss_and_grad(data["z"][..., kept], position, data["adv"], spec, **options)
-    assert (grad[..., dead] == 0).all()
+    assert (grad[..., masked] == 0).all()
     torch.testing.assert_close(out.loss, want.loss)
     torch.testing.assert_close(grad[..., kept], small, rtol=1e-5, atol=1e-7)
 

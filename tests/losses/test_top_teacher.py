@@ -8,10 +8,10 @@ from oracles import top_k
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.engine.distillation import KINDS
 
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 ALL, TAILS = (*KINDS, "generalized_jsd"), ("bucket", "renormalize", "ignore")
 B, T, D, V, K = 2, 4, 6, 23, 5
 

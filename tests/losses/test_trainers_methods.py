@@ -116,7 +116,7 @@ def test_rlsd_is_the_loss_of_reweighted_advantages(batch):
     for negative_only, kind in ((False, rw.weights.SelfDistilledEvidence), (True, rw.weights.NegativeSelfDistilledEvidence)):
         A = oracle.rlsd_advantages(batch["A"], batch["ref"], batch["old"], 0.7, 0.3, negative_only)
         spec = rw.methods.grpo().with_weight(kind(mixing=0.7, epsilon=0.3))
-        assert spec.one_pass_obstacle is None
+        assert spec.one_pass_unsupported_reason is None
         same(ours(batch, spec, batch["A"]).loss, ours(batch, "grpo", A).loss, batch)
 
 

@@ -147,8 +147,8 @@ def test_check_fails_on_a_wrong_golden_row(run, monkeypatch):
 def test_check_fails_on_a_wrong_gradient_of_pairs(run, monkeypatch, method):
     """A part in 100,000 of every element, in fp32, by the backend under check alone."""
 
-    def wrong(logits, ids, temperature, head, stats, coefs, out):
-        reference.token_grad(logits, ids, temperature, head, stats, coefs, out)
+    def wrong(logits, ids, temperature, softmax, stats, derivatives, out):
+        reference.token_grad(logits, ids, temperature, softmax, stats, derivatives, out)
         out.mul_(1 + error)
 
     broken = dataclasses.replace(load("reference"), name="cpu", token_grad=wrong)
@@ -179,17 +179,17 @@ def test_check_fails_on_a_wrong_divergence(monkeypatch, fault):
 
 
 def test_check_fails_on_a_wrong_kernel(run, monkeypatch):
-    def wrong(logits, ids, temperature, head, stats, coefs, out):
-        reference.token_grad(logits, ids, temperature, head, stats, coefs, out)
+    def wrong(logits, ids, temperature, softmax, stats, derivatives, out):
+        reference.token_grad(logits, ids, temperature, softmax, stats, derivatives, out)
         out.mul_(1.01)
 
-    def fused(logits, ids, temperature, head, inputs, program, params, out):
-        rows = reference.token_loss_grad(logits, ids, temperature, head, inputs, program, params, out)
+    def fused(logits, ids, temperature, softmax, inputs, program, params, out):
+        rows = reference.token_loss_grad(logits, ids, temperature, softmax, inputs, program, params, out)
         out.mul_(1.01)
         return rows
 
-    def packed(rows, stats, coefs, out):
-        load("reference").packed_grad(rows, stats, coefs, out)
+    def packed(rows, stats, derivatives, out):
+        load("reference").packed_grad(rows, stats, derivatives, out)
         out.mul_(1.01)
 
     broken = dataclasses.replace(load("reference"), name="cpu", token_grad=wrong, token_loss_grad=fused, packed_grad=packed)

@@ -18,7 +18,7 @@ OURS = gives(2.0, [1.0, -3.0])
 def test_what_a_line_says():
     def line(theirs, because=""):
         found = judged(Case("peer", "options", theirs, OURS, because))
-        return found.verdict, found.expected
+        return found.outcome, found.expected
 
     assert line(gives(2.0 + 1e-7, [1.0, -3.0])) == ("agrees", True)
     assert line(gives(2.01, [1.0, -3.0])) == ("differs because ?", False)
@@ -44,7 +44,7 @@ def test_a_peer_that_is_not_there():
         yield
 
     (found,) = lines([("peer", missing)])
-    assert found.verdict == "absent: No module named 'peer'" and found.expected
+    assert found.outcome == "absent: No module named 'peer'" and found.expected
     assert table.text([found]).endswith("0 of 1 agree; 0 unexpected")
 
 
@@ -56,4 +56,4 @@ def test_it_runs_on_what_is_installed():
         if case.options in ("dapo token kl", "luspo sequence", "beta 0.3 softcap 5.0")
     ]
     found = [judged(case) for case in cases]
-    assert [line.verdict for line in found] == ["agrees"] * 3, table.text(found)
+    assert [line.outcome for line in found] == ["agrees"] * 3, table.text(found)

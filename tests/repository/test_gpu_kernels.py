@@ -73,12 +73,12 @@ def test_a_variant_with_other_bits_is_wrong(monkeypatch):
     if compiler() is None:
         pytest.skip("no C++ compiler to build the emulated kernels")
     made = gpu_kernels.emulated({"shipped": "", "other": ""})
-    module, verbs = made["other"]
+    module, primitives = made["other"]
 
     class Other:
         def __getattr__(self, name):
             def call(*args):
-                found = getattr(verbs, name)(*args)
+                found = getattr(primitives, name)(*args)
                 return [x + 1e-3 for x in found] if name == "token_stats" else found
 
             return call

@@ -57,7 +57,11 @@ def test_a_failing_stage_stops_no_other_and_is_told(tmp_path):
     log = tmp_path / "log"
     log.touch()
     said = []
-    chosen = [stage("import sys; print('the reason'); sys.exit(3)"), stage("print('fine')"), stage("x", why_not=lambda: "no such tool")]
+    chosen = [
+        stage("import sys; print('the reason'); sys.exit(3)"),
+        stage("print('fine')"),
+        stage("x", unsupported_reason=lambda: "no such tool"),
+    ]
     chosen.append(Stage("missing", "test", ["/no/such/program"], 10, 1))
     outcomes = run_all(chosen, 60, log, said.append)
     assert [o.outcome for o in outcomes] == ["failed", "passed", "skipped", "failed"]

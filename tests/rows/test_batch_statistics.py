@@ -142,16 +142,16 @@ def test_numbers_count_rows(kind):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_a_sick_row_is_its_own_sequences(kind):
+def test_a_nan_row_is_its_own_sequences(kind):
     """An inf or NaN among the rows that are in reaches no other sequence's sums, nor those of its own that do not see it."""
     rows, owner, x = layout(kind)
     batch = BatchStatistics(rows)
     inside = [i for i, s in enumerate(owner) if s is not None]
-    sick = [i for i in inside if owner[i] == 3][1]
+    nan_at = [i for i in inside if owner[i] == 3][1]
     for value in (math.inf, math.nan):
         y = x.detach().clone()
-        y[sick] = value
-        for name, sees in (("seq_cumsum", lambda i: i >= sick), ("seq_suffix_sum", lambda i: i <= sick)):
+        y[nan_at] = value
+        for name, sees in (("seq_cumsum", lambda i: i >= nan_at), ("seq_suffix_sum", lambda i: i <= nan_at)):
             got = getattr(batch, name)(y)
             for i in inside:
                 assert got[i].isfinite() == (owner[i] != 3 or not sees(i)), (name, i)

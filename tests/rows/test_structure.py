@@ -50,7 +50,7 @@ FINE = {
     "offsets before the end": dict(cu_seqlens=torch.tensor([0, 4, 8])),
     "an empty sequence": dict(cu_seqlens=torch.tensor([0, 0, 10], dtype=torch.int32)),
     "ids": dict(sequence_ids=OUTSIDE.clamp(max=1), num_sequences=2),
-    "ids of a row that is out": dict(sequence_ids=OUTSIDE, num_sequences=2, completion_mask=OUTSIDE < 2),
+    "ids of an ignored row": dict(sequence_ids=OUTSIDE, num_sequences=2, completion_mask=OUTSIDE < 2),
 }
 
 

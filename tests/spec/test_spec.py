@@ -43,7 +43,7 @@ def define():
 def test_a_users_rule_and_weight_work_with_every_path():
     quadratic, gated, rarity = define()
     spec = rw.PolicyLossSpec(surrogate=quadratic(width=0.4), weights=(rarity(floor=0.2),))
-    assert spec.requires == {"log_ratio", "adv", "logp"} and spec.one_pass_obstacle is None
+    assert spec.requires == {"log_ratio", "adv", "logp"} and spec.one_pass_unsupported_reason is None
     batch = make_batch(spec, (3, 8), 29, dtype=torch.float64)
     assert gradcheck(spec, batch)
     z, grads = batch["logits"].detach().requires_grad_(), {}
@@ -60,7 +60,7 @@ def test_a_users_rule_and_weight_work_with_every_path():
     assert compare(spec, make_batch(spec)).passed
     batch_spec = spec.replace(weights=(gated(a=3.0),))
     assert (
-        "batch statistics" in batch_spec.one_pass_obstacle
+        "batch statistics" in batch_spec.one_pass_unsupported_reason
         and gradcheck(batch_spec, batch)
         and compare(batch_spec, make_batch(batch_spec)).passed
     )
@@ -131,7 +131,7 @@ def test_many_terms_take_one_pass():
     spec = rw.methods.grpo()
     for _ in range(8):
         spec = spec.with_penalty(rw.Penalty(rw.rules.penalties.K2(), 0.1))
-    assert spec.one_pass_obstacle is None and len(spec.program.terms) == 9
+    assert spec.one_pass_unsupported_reason is None and len(spec.program.terms) == 9
 
 
 def test_dapo_of_the_paper_and_of_trl():

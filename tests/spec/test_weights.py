@@ -122,8 +122,10 @@ def test_stare_controller():
     assert (float(state.amplify), float(state.damp)) == (1.5, 0.5)
     state, weight = rw.weights.stare_update(state, torch.tensor(0.5), step=0.25)
     assert weight.gate == 0 and (float(state.amplify), float(state.damp)) == (1.25, 0.75)
-    for sick in (math.nan, math.inf):
-        assert all(torch.equal(a, b) for a, b in zip(rw.weights.stare_update(state, torch.tensor(sick), step=0.25)[0], state, strict=True))
+    for not_finite in (math.nan, math.inf):
+        assert all(
+            torch.equal(a, b) for a, b in zip(rw.weights.stare_update(state, torch.tensor(not_finite), step=0.25)[0], state, strict=True)
+        )
 
 
 def test_dual_level_down_sampling(data):
@@ -148,7 +150,7 @@ def test_divergence_gate_with_the_correction_is_openrlhfs(data, divergence, leve
     given = {"old_per_token_logps": data["old"], "sampling_per_token_logps": data["ref"], "completion_mask": data["mask"]}
     out = rw.policy_loss_from_logps(data["logps"], None, spec=spec, **given)
     same(out.loss / -data["logps"], expected, data["mask"])
-    assert (spec.replace(reduction=rw.TokenMean()).one_pass_obstacle is None) == (level == "token")
+    assert (spec.replace(reduction=rw.TokenMean()).one_pass_unsupported_reason is None) == (level == "token")
 
 
 def test_divergence_gate_refuses_what_it_does_not_know():
@@ -196,7 +198,7 @@ def test_every_mode_of_advantage_reweighting_is_the_clip_of_reweighted_advantage
     losses = [rw.policy_loss_from_logps(logps, x, spec=s, **given).loss for x, s in ((data["adv"], spec), (A, "ppo"))]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(x, logps)[0] for x in losses))
-    assert spec.one_pass_obstacle is None or mode == "balanced_sigmoid"
+    assert spec.one_pass_unsupported_reason is None or mode == "balanced_sigmoid"
 
 
 def test_advantage_reweighting_refuses_what_it_does_not_know():

@@ -24,11 +24,11 @@ from triton.runtime.driver import driver  # noqa: E402
 
 from reweight_ops._core.backends import triton_launch, triton_packed, triton_rows, triton_scale  # noqa: E402
 from reweight_ops._core.backends import triton_token as backend  # noqa: E402
-from reweight_ops._core.backends.base import COEFS, STATS, PackedRows, RowInputs, SoftmaxParams  # noqa: E402
+from reweight_ops._core.backends.base import DERIVATIVES, STATS, PackedRows, RowInputs, SoftmaxParams  # noqa: E402
 from reweight_ops._core.formula.base import RULES  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
 from reweight_ops._core.formula.monitor import Monitor  # noqa: E402
-from reweight_ops._core.rows.verbs import Weighing  # noqa: E402
+from reweight_ops._core.rows.primitives import Weighing  # noqa: E402
 from reweight_ops.triton_kernels.config import VARIANTS, Config, Launch  # noqa: E402
 
 TARGETS = {
@@ -121,14 +121,14 @@ MONITOR = Monitor.of([RULES["clip"], RULES["k3"]])
 
 
 def call_all(dtype: torch.dtype, vocab: int, rows: int = 4, softcap: float = float("inf"), program: Program = PROGRAM) -> None:
-    """Every verb once, on tensors that are described and never read."""
+    """Every primitive once, on tensors that are described and never read."""
     logits = torch.empty(rows, vocab, dtype=dtype)
-    ids, temperature, head = torch.zeros(rows, dtype=torch.int64), torch.ones(1), SoftmaxParams(vocab, softcap)
-    backend.token_stats(logits, ids, temperature, head, ("logp", "entropy", "lse", "lse_low"))
+    ids, temperature, softmax = torch.zeros(rows, dtype=torch.int64), torch.ones(1), SoftmaxParams(vocab, softcap)
+    backend.token_stats(logits, ids, temperature, softmax, ("logp", "entropy", "lse", "lse_low"))
     stats = {name: torch.zeros(rows) for name in ("logp", "lse", "lse_low", "entropy", "log_sum_p_sq")}
-    backend.token_grad(logits, ids, temperature, head, stats, dict.fromkeys(COEFS, stats["logp"]), logits)
+    backend.token_grad(logits, ids, temperature, softmax, stats, dict.fromkeys(DERIVATIVES, stats["logp"]), logits)
     inputs = RowInputs(torch.ones(len(program.terms), rows), *(stats["logp"] for _ in range(4)))
-    backend.token_loss_grad(logits, ids, temperature, head, inputs, program, PARAMS, logits)
+    backend.token_loss_grad(logits, ids, temperature, softmax, inputs, program, PARAMS, logits)
 
 
 def compile_all(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32), vocab: int = 151936, **more) -> list[Compiled]:
@@ -219,17 +219,17 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
                     torch.empty(rows, length, vocab, dtype=torch.bfloat16),
                     torch.empty(rows, length + 1, vocab, dtype=torch.bfloat16)[:, :-1],
                 ):
-                    ids, head = torch.zeros(n, dtype=torch.int64), SoftmaxParams(vocab, softcap)
+                    ids, softmax = torch.zeros(n, dtype=torch.int64), SoftmaxParams(vocab, softcap)
                     for t in (torch.full((1,), temperature), torch.full((n,), temperature)):
                         spare = torch.zeros(3 * n + 1)
                         # Rows of a tensor start anywhere: their alignment is no reason to compile either.
                         inputs = RowInputs(torch.ones(2, n), spare[1 : n + 1], spare[:n], spare[n : 2 * n], None)
                         params = torch.tensor([-20.0, 20.0, 1.0, 0.2, beta, 9.0, beta, 20.0, 10.0])
-                        backend.token_loss_grad(logits, ids, t, head, inputs, program, params, logits)
-                        backend.token_loss_grad(logits, ids, t, head, inputs._replace(old_logp=None), program, params, logits)
-                        backend.token_stats(logits, ids, t, head, ("logp", "entropy"))
+                        backend.token_loss_grad(logits, ids, t, softmax, inputs, program, params, logits)
+                        backend.token_loss_grad(logits, ids, t, softmax, inputs._replace(old_logp=None), program, params, logits)
+                        backend.token_stats(logits, ids, t, softmax, ("logp", "entropy"))
                         stats = {"logp": spare[1 : n + 1], "lse": spare[:n], "lse_low": spare[1 : n + 1]}
-                        backend.token_grad(logits, ids, t, head, stats, {"logp": spare[:n]}, logits)
+                        backend.token_grad(logits, ids, t, softmax, stats, {"logp": spare[:n]}, logits)
     names = [name for name, _ in recorder.kernels.values()]
     return {name: names.count(name) for name in sorted(set(names))}
 
@@ -260,7 +260,7 @@ def packed_rows(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float3
                 )
                 rows, row = PackedRows(values, bounds, ids, torch.ones(1), softcap), torch.zeros(n)
                 known = dict.fromkeys(("logp", "lse", "lse_low", "entropy", "log_sum_p_sq"), row)
-                for names, by in ((("logp", "lse", "lse_low"), ("logp",)), (STATS, COEFS)):
+                for names, by in ((("logp", "lse", "lse_low"), ("logp",)), (STATS, DERIVATIVES)):
                     triton_packed.packed_stats(rows, names)
                     triton_packed.packed_grad(rows, known, dict.fromkeys(by, row), torch.zeros_like(values))
         result += [inspect(target, name, str(dtype)[6:], kernel) for name, kernel in recorder.kernels.values()]

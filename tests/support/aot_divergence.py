@@ -16,7 +16,7 @@ from reweight_ops._core.backends.base import DivergenceInputs, SoftmaxParams
 def call_all(
     dtype: torch.dtype, other: torch.dtype, vocab: int = 151936, softcap: float = float("inf"), rows: int = 4, temperatures: int = 1
 ) -> None:
-    """Every verb once, on tensors that are described and never read."""
+    """Every primitive once, on tensors that are described and never read."""
     x, y = torch.empty(rows, vocab, dtype=dtype), torch.empty(rows, vocab, dtype=other)
     t = torch.ones(temperatures)
     two = DivergenceInputs(

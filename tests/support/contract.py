@@ -1,5 +1,5 @@
-"""The rules of reweight_ops/_core/backends/base.py, asked of three verbs: one set of checks for the compiled backends, which say with which
-instruction sets, dtypes, threads or schedules they run. ``verbs`` has ``token_stats``, ``token_grad`` and ``token_loss_grad`` on CPU tensors."""
+"""The rules of reweight_ops/_core/backends/base.py, asked of three primitives: one set of checks for the compiled backends, which say with which
+instruction sets, dtypes, threads or schedules they run. ``primitives`` has ``token_stats``, ``token_grad`` and ``token_loss_grad`` on CPU tensors."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from criterion import assert_gradient, assert_values
 from kernel_oracle import STATS, clip_loss, gradient, rows, statistics
 
-from reweight_ops._core.backends.base import COEFS, RowInputs, SoftmaxParams
+from reweight_ops._core.backends.base import DERIVATIVES, RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
-from reweight_ops._core.rows.groups import OUT
+from reweight_ops._core.rows.groups import IGNORE_INDEX
 
 ONE = torch.ones(1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: (temperature, softcap); no temperature: one a row.
-HEADS = {"plain": (1.0, math.inf), "cold": (0.7, math.inf), "per_row": (None, math.inf), "softcap": (1.3, 15.0)}
+SOFTMAXES = {"plain": (1.0, math.inf), "cold": (0.7, math.inf), "per_row": (None, math.inf), "softcap": (1.3, 15.0)}
 #: Kinds of rows of :func:`kernel_oracle.rows`, with heads.
 KINDS = (
-    [("plain", head) for head in HEADS]
-    + [(kind, head) for kind in ("peaked", "shifted") for head in ("plain", "cold")]
+    [("plain", softmax) for softmax in SOFTMAXES]
+    + [(kind, softmax) for kind in ("peaked", "shifted") for softmax in ("plain", "cold")]
     + [("low", "plain")]
 )
 CLIP = Program.of(("clip",)), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf])
@@ -31,51 +31,51 @@ def temperature_of(value, n):
     return torch.linspace(0.5, 2.0, n) if value is None else torch.full((1,), value)
 
 
-def stats_of(verbs, z, ids, names=(*STATS, "lse_low"), head=None, temperature=ONE):
-    return dict(zip(names, verbs.token_stats(z, ids, temperature, head or SoftmaxParams(z.size(-1)), names), strict=True))
+def stats_of(primitives, z, ids, names=(*STATS, "lse_low"), softmax=None, temperature=ONE):
+    return dict(zip(names, primitives.token_stats(z, ids, temperature, softmax or SoftmaxParams(z.size(-1)), names), strict=True))
 
 
-def grad_of(verbs, z, ids, stats, coefs, head=None, temperature=ONE, out=None):
+def grad_of(primitives, z, ids, stats, derivatives, softmax=None, temperature=ONE, out=None):
     out = torch.full_like(z, math.nan) if out is None else out
-    verbs.token_grad(z, ids, temperature, head or SoftmaxParams(z.size(-1)), stats, dict(coefs), out)
+    primitives.token_grad(z, ids, temperature, softmax or SoftmaxParams(z.size(-1)), stats, dict(derivatives), out)
     return out
 
 
-def loss_grad(verbs, z, ids, out=None, program=BONUS, head=None, temperature=ONE, seed=0):
+def loss_grad(primitives, z, ids, out=None, program=BONUS, softmax=None, temperature=ONE, seed=0):
     """(rows, gradient) of a clipped loss with an entropy bonus."""
     n = ids.numel()
     inputs = RowInputs(torch.ones(len(program[0].terms), n), None, torch.randn(n, generator=torch.Generator().manual_seed(seed)))
     out = torch.full_like(z, math.nan) if out is None else out
-    return verbs.token_loss_grad(z, ids, temperature, head or SoftmaxParams(z.size(-1)), inputs, *program, out), out
+    return primitives.token_loss_grad(z, ids, temperature, softmax or SoftmaxParams(z.size(-1)), inputs, *program, out), out
 
 
 # --- accuracy, by the package's criterion ---------------------------------------------------------------------------------------
 
 
-def check_statistics_and_gradient(verbs, dtype, n, v, head, kind):
-    value, softcap = HEADS[head]
+def check_statistics_and_gradient(primitives, dtype, n, v, softmax, kind):
+    value, softcap = SOFTMAXES[softmax]
     z, ids = rows(n, v, dtype, kind, seed=v)
     t = temperature_of(value, n)
-    each, head = t.expand(n), SoftmaxParams(v, softcap)
+    each, softmax = t.expand(n), SoftmaxParams(v, softcap)
     exact = statistics(z.double(), ids, each.double(), softcap)
     single = statistics(z.float(), ids, each, softcap)
-    got = stats_of(verbs, z, ids, head=head, temperature=t)
+    got = stats_of(primitives, z, ids, softmax=softmax, temperature=t)
     for name in STATS:
         assert_values(got[name], single[name], exact[name], f"{name} at V = {v}")
     if softcap == math.inf:  # the two numbers of the log-sum-exp are as exact as its distance from the largest logit
         largest = z.double().amax(-1) / each.double()
         assert_values(largest - got["lse"].double() - got["lse_low"].double(), single["max_logp"], exact["max_logp"], f"lse_low at V = {v}")
     g = torch.Generator().manual_seed(v)
-    for names in (("logp",), ("logp", "entropy"), COEFS):
-        coefs = {name: torch.randn(n, generator=g) for name in names}
-        out = grad_of(verbs, z, ids, got, coefs, head, t)
-        truth = gradient(z.double(), ids, each.double(), coefs, softcap)
-        base = gradient(z.float(), ids, each, coefs, softcap)
-        assert_gradient(out, base, truth, sum(c.abs() for c in coefs.values()) * 2 / each, ids)
+    for names in (("logp",), ("logp", "entropy"), DERIVATIVES):
+        derivatives = {name: torch.randn(n, generator=g) for name in names}
+        out = grad_of(primitives, z, ids, got, derivatives, softmax, t)
+        truth = gradient(z.double(), ids, each.double(), derivatives, softcap)
+        base = gradient(z.float(), ids, each, derivatives, softcap)
+        assert_gradient(out, base, truth, sum(c.abs() for c in derivatives.values()) * 2 / each, ids)
 
 
-def check_token_loss_grad(verbs, dtype, n, v, head, bonus):
-    value, softcap = HEADS[head]
+def check_token_loss_grad(primitives, dtype, n, v, softmax, bonus):
+    value, softcap = SOFTMAXES[softmax]
     z, ids = rows(n, v, dtype, "plain", seed=v)
     t = temperature_of(value, n)
     g = torch.Generator().manual_seed(v)
@@ -86,54 +86,54 @@ def check_token_loss_grad(verbs, dtype, n, v, head, bonus):
     params = torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf] + ([bonus] if bonus else []))
     out = torch.full_like(z, math.nan)
     inputs = RowInputs(weight.expand(len(program.terms), n), old, adv)
-    got = verbs.token_loss_grad(z, ids, t, SoftmaxParams(v, softcap), inputs, program, params, out)
+    got = primitives.token_loss_grad(z, ids, t, SoftmaxParams(v, softcap), inputs, program, params, out)
 
     def run(dtype):
         stats = statistics(z.to(dtype), ids, t.expand(n).to(dtype), softcap)
         leaves = {k: s.detach().requires_grad_() for k, s in stats.items()}
         total = clip_loss(leaves, old.to(dtype), adv.to(dtype), weight.to(dtype), 0.2, bonus)
         by = torch.autograd.grad(total.sum(), (leaves["logp"], leaves["entropy"]), allow_unused=True)
-        coefs = {"logp": by[0], "entropy": torch.zeros_like(total) if by[1] is None else by[1]}
-        return stats, total.detach(), coefs, gradient(z.to(dtype), ids, t.expand(n).to(dtype), coefs, softcap)
+        derivatives = {"logp": by[0], "entropy": torch.zeros_like(total) if by[1] is None else by[1]}
+        return stats, total.detach(), derivatives, gradient(z.to(dtype), ids, t.expand(n).to(dtype), derivatives, softcap)
 
-    stats, total, coefs, truth = run(torch.float64)
-    stats32, total32, coefs32, grad32 = run(torch.float32)
+    stats, total, derivatives, truth = run(torch.float64)
+    stats32, total32, derivatives32, grad32 = run(torch.float32)
     if v > 100:
-        assert (coefs["logp"] == 0).any() and (coefs["logp"] != 0).any(), "the clip is on one side only"
+        assert (derivatives["logp"] == 0).any() and (derivatives["logp"] != 0).any(), "the clip is on one side only"
     for k, name in enumerate(("logp", "entropy")):
         assert_values(got[k], stats32[name], stats[name], f"{name} at V = {v}")
-        assert_values(got[4 + k], coefs32[name], coefs[name], f"coefficient {name} at V = {v}")
+        assert_values(got[4 + k], derivatives32[name], derivatives[name], f"coefficient {name} at V = {v}")
     assert_values(got[2], total32, total, "weighted loss")
     assert_values(got[3], total32 / weight, total / weight, "loss")
-    assert_gradient(out, grad32, truth, (coefs["logp"].abs() + coefs["entropy"].abs()) / t.expand(n), ids)
+    assert_gradient(out, grad32, truth, (derivatives["logp"].abs() + derivatives["entropy"].abs()) / t.expand(n), ids)
 
 
 # --- infinities, NaN, and rows that are not there -------------------------------------------------------------------------------
 
 
-def check_minus_infinity(verbs, dtype, softcap):
+def check_minus_infinity(primitives, dtype, softcap):
     """No mass and no gradient: single columns, whole tiles, the first tiles, all but a few."""
     v = 3 * 2048 + 70
     z, _ = rows(4, v, dtype, "plain")
-    dead = torch.zeros(4, v, dtype=torch.bool)
-    dead[0, ::3] = dead[1, :4096] = dead[2, 2048:6144] = dead[3, 5:] = True
+    masked = torch.zeros(4, v, dtype=torch.bool)
+    masked[0, ::3] = masked[1, :4096] = masked[2, 2048:6144] = masked[3, 5:] = True
     ids = torch.tensor([1, 5000, 7, 2])
-    z[dead] = -math.inf
-    head = SoftmaxParams(v, softcap)
-    got = stats_of(verbs, z, ids, head=head)
+    z[masked] = -math.inf
+    softmax = SoftmaxParams(v, softcap)
+    got = stats_of(primitives, z, ids, softmax=softmax)
     for i in range(4):
-        live = ~dead[i]
-        column = live.cumsum(0)[ids[i]] - 1
-        truth = statistics(z[i : i + 1, live].double(), column.view(1), ONE.double(), softcap)
+        unmasked = ~masked[i]
+        column = unmasked.cumsum(0)[ids[i]] - 1
+        truth = statistics(z[i : i + 1, unmasked].double(), column.view(1), ONE.double(), softcap)
         for name in STATS:
             torch.testing.assert_close(got[name][i].double(), truth[name][0], rtol=2e-6, atol=2e-6, msg=f"{name}, row {i}")
-    _, grad = loss_grad(verbs, z, ids, head=head)
-    assert (grad[dead] == 0).all() and grad.isfinite().all() and (grad != 0).any(1).all()
-    grad = grad_of(verbs, z, ids, got, {name: torch.ones(4) for name in COEFS}, head)
-    assert (grad[dead] == 0).all() and grad.isfinite().all()
+    _, grad = loss_grad(primitives, z, ids, softmax=softmax)
+    assert (grad[masked] == 0).all() and grad.isfinite().all() and (grad != 0).any(1).all()
+    grad = grad_of(primitives, z, ids, got, {name: torch.ones(4) for name in DERIVATIVES}, softmax)
+    assert (grad[masked] == 0).all() and grad.isfinite().all()
 
 
-def check_masked_by_a_number(verbs, dtype, low):
+def check_masked_by_a_number(primitives, dtype, low):
     """Whoever masks by a number far below all others, even the lowest that there is, gets what -inf gives."""
     low = torch.finfo(dtype).min if low == "lowest" else max(low, torch.finfo(dtype).min)
     v = 9001
@@ -142,110 +142,110 @@ def check_masked_by_a_number(verbs, dtype, low):
     masked[[7, 5000, 8999]] = False  # most threads see nothing else, and some slices
     z[:, masked] = -math.inf
     ids = torch.tensor([7, 5000, 8999])
-    want_stats, (want_rows, want) = stats_of(verbs, z, ids), loss_grad(verbs, z, ids)
+    want_stats, (want_rows, want) = stats_of(primitives, z, ids), loss_grad(primitives, z, ids)
     assert want_rows.isfinite().all() and want.isfinite().all() and (want != 0).any(1).all()
     z[:, masked] = low
-    got_rows, got = loss_grad(verbs, z, ids)
-    assert all(torch.equal(value, want_stats[name]) for name, value in stats_of(verbs, z, ids).items())
+    got_rows, got = loss_grad(primitives, z, ids)
+    assert all(torch.equal(value, want_stats[name]) for name, value in stats_of(primitives, z, ids).items())
     assert torch.equal(got_rows, want_rows) and torch.equal(got, want)
-    out = grad_of(verbs, z, ids, want_stats, {name: torch.ones(3) for name in COEFS})
+    out = grad_of(primitives, z, ids, want_stats, {name: torch.ones(3) for name in DERIVATIVES})
     assert (out[:, masked] == 0).all() and out.isfinite().all()
 
 
-def check_a_dead_target(verbs):
+def check_a_masked_target(primitives):
     """logp is -inf, the loss follows by formula, the other columns get their gradient and the target's is 0."""
     z, ids = rows(1, 300, torch.float32, "plain")
     z[0, ids[0]] = -math.inf
-    got, grad = loss_grad(verbs, z, ids, program=(Program.of(("reinforce",)), torch.tensor([-20.0, 20.0, 1.0])))
+    got, grad = loss_grad(primitives, z, ids, program=(Program.of(("reinforce",)), torch.tensor([-20.0, 20.0, 1.0])))
     assert got[0] == -math.inf and got[3].isinf() and grad[0, ids[0]] == 0 and grad.isfinite().all()
     torch.testing.assert_close(grad.double(), -got[4, 0].double() * torch.softmax(z.double(), -1), rtol=1e-5, atol=1e-9)
 
 
-def check_a_sure_row(verbs):
+def check_a_sure_row(primitives):
     """Every statistic but lse is 0, and none is -0."""
     z = torch.full((2, 50), -math.inf)
     z[1] = -200.0
     z[:, 3] = 100.0
-    for name, value in stats_of(verbs, z, torch.tensor([3, 3])).items():
+    for name, value in stats_of(primitives, z, torch.tensor([3, 3])).items():
         truth = torch.zeros(2) if name != "lse" else torch.full((2,), 100.0)
         torch.testing.assert_close(value, truth, rtol=0, atol=1e-12, msg=name)
         assert not value[value == 0].signbit().any(), f"{name} is -0"
 
 
-def check_a_bad_row(verbs, dtype, softcap, at):
+def check_a_bad_row(primitives, dtype, softcap, at):
     """NaN or +inf in column ``at``, or nothing but -inf: NaN in that row alone. Of the latter, and of no other, ``lse_low`` is -inf."""
     z, ids = rows(6, 5003, dtype, "plain")
-    head = SoftmaxParams(5003, softcap)
-    clean_stats, clean = stats_of(verbs, z, ids, head=head), loss_grad(verbs, z, ids, head=head)
+    softmax = SoftmaxParams(5003, softcap)
+    clean_stats, clean = stats_of(primitives, z, ids, softmax=softmax), loss_grad(primitives, z, ids, softmax=softmax)
     z[1, at] = math.nan
     z[3, at] = math.inf
     z[4] = -math.inf
     z[5] = -math.inf
     z[5, at] = math.nan
     good, bad = [0, 2], [1, 3, 4, 5]
-    stats = stats_of(verbs, z, ids, head=head)
+    stats = stats_of(primitives, z, ids, softmax=softmax)
     for name, value in stats.items():
         assert torch.equal(value[good], clean_stats[name][good]), name
         assert value[[1, 3, 5]].isnan().all() and (value[4] == -math.inf if name == "lse_low" else value[4].isnan()), name
-    got, grad = loss_grad(verbs, z, ids, head=head)
+    got, grad = loss_grad(primitives, z, ids, softmax=softmax)
     assert torch.equal(grad[good], clean[1][good]) and torch.equal(got[:, good], clean[0][:, good])
     assert grad[bad].isnan().all() and got[:, bad].isnan().all()
-    grad = grad_of(verbs, z, ids, stats, {"logp": torch.ones(6)}, head)
+    grad = grad_of(primitives, z, ids, stats, {"logp": torch.ones(6)}, softmax)
     assert grad[bad].isnan().all() and grad[good].isfinite().all()
 
 
-def check_rows_that_are_out_or_invalid(verbs, dtype):
+def check_ignored_rows_or_invalid(primitives, dtype):
     """They are never read."""
     z, ids = rows(5, 777, dtype, "plain")
-    clean = loss_grad(verbs, z, ids)
+    clean = loss_grad(primitives, z, ids)
     z[[1, 3]] = math.nan
-    ids[1] = OUT
+    ids[1] = IGNORE_INDEX
     for bad in (-1, 777, 2**40, -(2**62)):
         ids[3] = bad
-        stats = stats_of(verbs, z, ids)
+        stats = stats_of(primitives, z, ids)
         assert all(value[1] == 0 and value[3].isnan() for value in stats.values())
-        got, grad = loss_grad(verbs, z, ids)
+        got, grad = loss_grad(primitives, z, ids)
         assert (got[:, 1] == 0).all() and got[:, 3].isnan().all() and (grad[[1, 3]] == 0).all()
         assert torch.equal(grad[[0, 2, 4]], clean[1][[0, 2, 4]]) and torch.equal(got[:, [0, 2, 4]], clean[0][:, [0, 2, 4]])
-        out = grad_of(verbs, z, ids, stats, {"logp": torch.ones(5)})
+        out = grad_of(primitives, z, ids, stats, {"logp": torch.ones(5)})
         assert (out[[1, 3]] == 0).all() and not out.isnan().any()
 
 
-def check_inert_rows(verbs, dtype):
-    """A zero coefficient in both verbs: exact zeros, even where a sweep would find something to multiply."""
+def check_zero_gradient_rows(primitives, dtype):
+    """A zero coefficient in both primitives: exact zeros, even where a sweep would find something to multiply."""
     z, ids = rows(4, 2500, dtype, "plain")
-    stats = stats_of(verbs, z, ids)
+    stats = stats_of(primitives, z, ids)
     stats["lse"][2] = math.nan  # a sweep of row 2 would show
-    out = grad_of(verbs, z, ids, stats, {"logp": torch.tensor([1.0, 0.0, 0.0, 1.0]), "entropy": None})
+    out = grad_of(primitives, z, ids, stats, {"logp": torch.tensor([1.0, 0.0, 0.0, 1.0]), "entropy": None})
     assert (out[1:3] == 0).all() and (out[[0, 3]] != 0).any(1).all()
     inputs = RowInputs(torch.tensor([[1.0, 0.0, 1.0, 1.0]]), stats["logp"] - 1, torch.tensor([1.0, 1.0, 1.0, -1.0]))
-    got = verbs.token_loss_grad(z, ids, ONE, SoftmaxParams(2500), inputs, *CLIP, out)
+    got = primitives.token_loss_grad(z, ids, ONE, SoftmaxParams(2500), inputs, *CLIP, out)
     # rows 0 and 2: ratio e > 1.2 and a positive advantage, clipped; row 1: no weight; row 3: not clipped
     assert (got[4, :3] == 0).all() and (out[:3] == 0).all() and got[4, 3] != 0 and (out[3] != 0).any()
 
 
-def check_no_rows(verbs, shape):
+def check_no_rows(primitives, shape):
     z, ids = torch.empty(shape), torch.empty(math.prod(shape[:-1]), dtype=torch.int64)
-    assert stats_of(verbs, z, ids, ("logp",))["logp"].shape == (0,)
-    assert loss_grad(verbs, z, ids)[0].shape == (6, 0)
+    assert stats_of(primitives, z, ids, ("logp",))["logp"].shape == (0,)
+    assert loss_grad(primitives, z, ids)[0].shape == (6, 0)
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------------------
 
 
-def check_padding_and_shards(verbs, dtype):
+def check_padding_and_shards(primitives, dtype):
     v, start, total = 700, 500, 2000
     z, _ = rows(4, v + 437, dtype, "plain")
     z[:, v:] = math.nan  # padding is not in the softmax
     ids = torch.tensor([500, 1199, 1200, 3])  # the first two are here
-    head = SoftmaxParams(v, vocab_start=start, vocab_total=total)
-    got = stats_of(verbs, z, ids, head=head)
+    softmax = SoftmaxParams(v, vocab_start=start, vocab_total=total)
+    got = stats_of(primitives, z, ids, softmax=softmax)
     truth = statistics(z[:, :v].double(), (ids - start).clamp(0, v - 1), torch.ones(4, dtype=torch.float64))
     for name in STATS:
         here = slice(0, 2) if name == "logp" else slice(0, 4)
         torch.testing.assert_close(got[name][here].double(), truth[name][here], rtol=2e-6, atol=2e-6)
     assert (got["logp"][2:] == -math.inf).all()
-    out = grad_of(verbs, z, ids, got, {"logp": torch.ones(4)}, head)
+    out = grad_of(primitives, z, ids, got, {"logp": torch.ones(4)}, softmax)
     expected = -torch.softmax(z[:, :v].double(), -1)
     expected[[0, 1], [0, 699]] += 1
     unit = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
@@ -262,65 +262,65 @@ def _layouts(dtype, n, v):
     yield "transposed batch", torch.empty(n // 2, 2, v + 1, dtype=dtype)[..., 1:].transpose(0, 1), flat.view(2, n // 2, v), ids
 
 
-def check_layouts(verbs, dtype, v):
+def check_layouts(primitives, dtype, v):
     """Any of them gives the bits that rows aligned to 16 bytes give."""
     for name, view, values, ids in _layouts(dtype, 6, v):
         view.copy_(values)
         aligned = torch.empty(*values.shape[:-1], v + 15 & ~15, dtype=dtype)[..., :v]
         aligned.copy_(values)
         assert aligned.data_ptr() % 16 == 0
-        want_rows, want = loss_grad(verbs, aligned, ids)
-        want_stats = stats_of(verbs, aligned, ids)
-        assert all(torch.equal(a, want_stats[k]) for k, a in stats_of(verbs, view, ids).items()), name
-        got_rows, got = loss_grad(verbs, view, ids)
+        want_rows, want = loss_grad(primitives, aligned, ids)
+        want_stats = stats_of(primitives, aligned, ids)
+        assert all(torch.equal(a, want_stats[k]) for k, a in stats_of(primitives, view, ids).items()), name
+        got_rows, got = loss_grad(primitives, view, ids)
         assert torch.equal(got_rows, want_rows) and torch.equal(got, want), name
-        rows_in_place, _ = loss_grad(verbs, view, ids, out=view)
+        rows_in_place, _ = loss_grad(primitives, view, ids, out=view)
         assert torch.equal(rows_in_place, want_rows) and torch.equal(view, want), name
 
 
-def check_nothing_is_written_around_rows(verbs, dtype):
+def check_nothing_is_written_around_rows(primitives, dtype):
     n, v = 3, 2563
     values, ids = rows(n, v, dtype, "plain")
     for offset in (0, 1):
         buffer = torch.full((n, v + 64), 7.0, dtype=dtype)
         view = buffer[:, offset + 8 : offset + 8 + v]
         view.copy_(values)
-        loss_grad(verbs, view, ids, out=view)
+        loss_grad(primitives, view, ids, out=view)
         assert (buffer[:, : offset + 8] == 7).all() and (buffer[:, offset + 8 + v :] == 7).all()
 
 
-def check_offsets_beyond_two_to_the_31(verbs):
+def check_offsets_beyond_two_to_the_31(primitives):
     """Two rows 2^31 + 5 elements apart, in memory that is mapped but for those rows never touched."""
     v, stride = 1000, 2**31 + 5
     far = torch.empty(stride + v, dtype=torch.bfloat16).as_strided((2, v), (stride, 1))
     values, ids = rows(2, v, torch.bfloat16, "plain")
     far.copy_(values)
-    assert torch.equal(stats_of(verbs, far, ids)["logp"], stats_of(verbs, values, ids)["logp"])
-    _, want = loss_grad(verbs, values, ids)
-    loss_grad(verbs, far, ids, out=far)
+    assert torch.equal(stats_of(primitives, far, ids)["logp"], stats_of(primitives, values, ids)["logp"])
+    _, want = loss_grad(primitives, values, ids)
+    loss_grad(primitives, far, ids, out=far)
     assert torch.equal(far, want)
 
 
 # --- numbers that a criterion of maxima would not see ---------------------------------------------------------------------------
 
 
-def check_the_target_of_a_sure_row(verbs):
+def check_the_target_of_a_sure_row(primitives):
     """1 - p of the given log-prob to the precision of fp32, where the difference from a rounded p would keep a digit or two."""
     v, n = 100, 5
     z = torch.zeros(n, v)
     z[:, 7] = torch.linspace(12, 18, n)
     ids = torch.full((n,), 7)
-    stats = stats_of(verbs, z, ids)
-    out = grad_of(verbs, z, ids, stats, {"logp": torch.ones(n)})
+    stats = stats_of(primitives, z, ids)
+    out = grad_of(primitives, z, ids, stats, {"logp": torch.ones(n)})
     truth = -torch.expm1(stats["logp"].double())
     assert ((truth > 0) & (truth < 1e-3)).all()
     torch.testing.assert_close(out[:, 7].double(), truth, rtol=1e-6, atol=0)
 
 
-def check_signs_and_order(verbs):
+def check_signs_and_order(primitives):
     """Without an oracle: gradients of logp sum to 0 over a row, and only the target's is positive."""
     z, ids = rows(9, 4000, torch.float32, "plain")
-    out = grad_of(verbs, z, ids, stats_of(verbs, z, ids), {"logp": torch.ones(9)})
+    out = grad_of(primitives, z, ids, stats_of(primitives, z, ids), {"logp": torch.ones(9)})
     assert out.sum(1).abs().max() < 1e-5
     assert (out.argmax(1) == ids).all() and ((out > 0).sum(1) == 1).all()
     truth = gradient(z.double(), ids, torch.ones(9, dtype=torch.float64), {"logp": torch.ones(9)})

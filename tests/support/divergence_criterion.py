@@ -27,7 +27,7 @@ def textbook(x, y, kind, beta=0.5):
     }[kind]
 
 
-def pair(shape=(3, 5), vocab=257, dtype=torch.float64, seed=0, shift=0.0, close=False):
+def two_logits(shape=(3, 5), vocab=257, dtype=torch.float64, seed=0, shift=0.0, close=False):
     g = torch.Generator().manual_seed(seed)
     z = 2 * torch.randn(*shape, vocab, generator=g, dtype=torch.float64)
     z += torch.where(torch.rand(z.shape, generator=g) < 4 / vocab, 8.0, 0.0)
@@ -61,7 +61,7 @@ def criterion(got, single, exact, floor, what):
 def assert_accurate(backend, case, kind, dtype):
     available(backend)
     vocab = 5003 if backend == "cpu" else 1031
-    z, other, mask = pair((2, 4), vocab, dtype, shift=300.0 if case == "shifted" else 0.0, close=case == "close")
+    z, other, mask = two_logits((2, 4), vocab, dtype, shift=300.0 if case == "shifted" else 0.0, close=case == "close")
     options = dict(temperature=0.8, completion_mask=mask, **(dict(softcap=6.0, teacher_softcap=5.0) if case == "cap" else {}))
     weights = torch.linspace(0.5, 2, 8).view(2, 4)
 

@@ -9,7 +9,7 @@ from torch.utils import deterministic
 
 from reweight_ops._core.backends import reference_divergence as reference
 from reweight_ops._core.backends.base import DivergenceInputs, SoftmaxParams
-from reweight_ops._core.rows.groups import OUT
+from reweight_ops._core.rows.groups import IGNORE_INDEX
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = ("plain", "shifted", "close", "peaked", "cap", "other_cap", "per_row")
@@ -30,7 +30,7 @@ def make(n, v, dtype=torch.float32, other=None, case="plain", seed=0, device="cp
         z[:, v // 2] += 25
         y[:, v // 2] += 20
     ids = torch.arange(n)
-    ids[3::4] = OUT
+    ids[3::4] = IGNORE_INDEX
     t, u = (torch.linspace(0.5, 2, n), torch.linspace(1.7, 0.6, n)) if case == "per_row" else (torch.tensor([0.8]), torch.tensor([0.9]))
     caps = {"cap": (6.0, 5.0), "other_cap": (math.inf, 5.0)}.get(case, (math.inf, math.inf))
     tensors = (x.to(device) for x in (z.to(dtype), y.to(other or dtype), ids, t, u))
@@ -46,16 +46,16 @@ def as_dtype(two, dtype):
 def pytorch_fp32(two, constants, weights):
     """The yardstick, which shares nothing with the package: four values and two log-sum-exps of each row, and the gradient, by ``torch.log_softmax``."""
 
-    def scaled(x, head, temperature):
+    def scaled(x, softmax, temperature):
         x = x.float()
-        return (x if math.isinf(head.softcap) else head.softcap * torch.tanh(x / head.softcap)) / temperature.float()[:, None]
+        return (x if math.isinf(softmax.softcap) else softmax.softcap * torch.tanh(x / softmax.softcap)) / temperature.float()[:, None]
 
     logits = two.logits.float().detach().requires_grad_()
-    x, y = scaled(logits, two.head, two.temperature), scaled(two.other, two.other_head, two.other_temperature)
+    x, y = scaled(logits, two.softmax, two.temperature), scaled(two.other, two.other_softmax, two.other_temperature)
     log_p, log_q = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
     p, q = log_p.exp(), log_q.exp()
     values = torch.stack([(q * (log_q - log_p)).sum(-1), (p * (log_p - log_q)).sum(-1), -(p * log_p).sum(-1), -(q * log_q).sum(-1)])
-    kept = two.ids != OUT
+    kept = two.ids != IGNORE_INDEX
     (grad,) = torch.autograd.grad(((constants[:, None] * values[:3]).sum(0) * weights)[kept].sum(), logits)
     sums = torch.stack([torch.logsumexp(x, -1), torch.logsumexp(y, -1)])
     return torch.where(kept, values, 0).detach(), torch.where(kept, sums, 0).detach(), grad
@@ -69,18 +69,18 @@ def close_enough(got, single, exact, floor, what):
     assert worst <= 1 and rms <= 1, f"{what}: max {float(worst):.3f}, rms {float(rms):.3f}"
 
 
-def both_plans(verbs, two, constants, weights):
+def both_plans(primitives, two, constants, weights):
     """Yields (plan, table, gradient), of one pass also in place."""
     out = torch.full_like(two.logits, math.nan)
-    yield "one pass", verbs.divergence_loss_grad(two, constants, weights, out), out
-    table, out = verbs.divergence_stats(two), torch.full_like(two.logits, math.nan)
-    verbs.divergence_grad(two, table, constants[:, None] * weights, out)
+    yield "one pass", primitives.divergence_loss_grad(two, constants, weights, out), out
+    table, out = primitives.divergence_stats(two), torch.full_like(two.logits, math.nan)
+    primitives.divergence_grad(two, table, constants[:, None] * weights, out)
     yield "two passes", table, out
     place = two.logits.clone()
-    yield "in place", verbs.divergence_loss_grad(two._replace(logits=place), constants, weights, place), place
+    yield "in place", primitives.divergence_loss_grad(two._replace(logits=place), constants, weights, place), place
 
 
-def assert_accurate(verbs, two, constants, same_bits=True):
+def assert_accurate(primitives, two, constants, same_bits=True):
     """One pass, two passes and in place, by the criterion against the reference in fp64. ``same_bits``: and equal to the bit."""
     n, v = two.ids.numel(), two.logits.size(-1)
     constants, weights = torch.tensor(constants, device=two.logits.device), torch.linspace(0.5, 2, n, device=two.logits.device)
@@ -89,24 +89,24 @@ def assert_accurate(verbs, two, constants, same_bits=True):
     values, sums, single_out = pytorch_fp32(two, constants, weights)
     size = 4 * U * (exact[:4].max() + 1)
     floor = (4 * U * constants.abs().sum() * weights / two.temperature)[:, None].double()
-    results = list(both_plans(verbs, two, constants, weights))
+    results = list(both_plans(primitives, two, constants, weights))
     for plan, table, grad in results:
         close_enough(table[:4], values, exact[:4], size, f"{plan}, values, V = {v}")
         for k in (4, 6):
             lse = table[k].double() + table[k + 1].double()
             close_enough(lse, sums[k // 2 - 2].double(), exact[k], 4 * U * (exact[k].abs().max() + 1), f"{plan}, log-sum-exp {k}, V = {v}")
         close_enough(grad, single_out, exact_out, floor, f"{plan}, gradient, V = {v}")
-        out = two.ids == OUT
+        out = two.ids == IGNORE_INDEX
         assert (grad[out] == 0).all() and (table[:, out] == 0).all()
         if same_bits or plan == "in place":
             assert torch.equal(grad, results[0][2]) and torch.equal(table, results[0][1]), f"{plan}: other bits"
 
 
-def assert_far_rows(verbs, two, constants, weights, far, stride):
+def assert_far_rows(primitives, two, constants, weights, far, stride):
     """The rows of one of the three tensors (``logits``, ``other``, ``out``) ``stride`` elements apart, in memory that is mapped but for those
     rows never touched: the same bits."""
     want = torch.empty_like(two.logits)
-    table = verbs.divergence_loss_grad(two, constants, weights, want)
+    table = primitives.divergence_loss_grad(two, constants, weights, want)
     n, v = want.shape
     filled, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False  # or all of it would be touched
     try:
@@ -119,4 +119,4 @@ def assert_far_rows(verbs, two, constants, weights, far, stride):
     else:
         wide.copy_(getattr(two, far))
         two = two._replace(**{far: wide})
-    assert torch.equal(verbs.divergence_loss_grad(two, constants, weights, out), table) and torch.equal(out, want)
+    assert torch.equal(primitives.divergence_loss_grad(two, constants, weights, out), table) and torch.equal(out, want)

@@ -16,10 +16,12 @@ from torch import Tensor
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.spec.ratio import SegmentRatio
 
-BACKENDS = [b for b in ("reference", "cpu", "triton") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [
+    b for b in ("reference", "cpu", "triton") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
+]
 #: Every method; packed sequences have no padded length, so those that divide by one are told it.
 SPECS = {name: entry.build() for name, entry in sorted(rw.METHODS.items())}
 SPECS |= {"drpo": rw.methods.drpo(max_length=8), "dr_grpo": rw.methods.dr_grpo(horizon=8)}
@@ -29,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: They select tokens by rank. Where tokens tie but for a rounding (sure ones, uniform ones), two precisions may select different ones.
 BY_RANK = ("clip_cov", "kl_cov", "top_entropy")
 #: Rows without such ties.
-DISTINCT = ("plain", "dead")
+DISTINCT = ("plain", "masked")
 
 #: Penalties that any policy loss can be given besides its own.
 PENALTIES = {
@@ -39,8 +41,8 @@ PENALTIES = {
     "entropy": rw.Penalty(rw.rules.penalties.EntropyBonus(), 0.02),
 }
 
-#: What the logits of a row may look like. The first is a language model's; in each the target may be any column but a dead one.
-ROWS = ("plain", "sure", "wide", "far", "equal", "tiny", "huge", "dead", "lowest")
+#: What the logits of a row may look like. The first is a language model's; in each the target may be any column but a masked one.
+ROWS = ("plain", "sure", "wide", "far", "equal", "tiny", "huge", "masked", "lowest")
 
 
 def logits_of(kind: str, rows: tuple[int, ...], vocab: int, dtype: torch.dtype, ids: Tensor, g: torch.Generator) -> Tensor:
@@ -61,10 +63,10 @@ def logits_of(kind: str, rows: tuple[int, ...], vocab: int, dtype: torch.dtype, 
         z *= torch.finfo(dtype).tiny / 4  # subnormal
     elif kind == "huge":  # the target's, and no other: a log-prob of -1e30 has no neighbours that a ratio could be of
         z.scatter_(-1, ids[..., None], min(1e30, largest / 4))
-    elif kind in ("dead", "lowest"):
+    elif kind in ("masked", "lowest"):
         out = torch.rand(z.shape, generator=g) < 0.6
         out.scatter_(-1, ids[..., None], False)
-        z[out] = -math.inf if kind == "dead" else -largest
+        z[out] = -math.inf if kind == "masked" else -largest
     return z.to(dtype)
 
 
@@ -194,7 +196,7 @@ def policy_calls(backends: list[str], dtypes: tuple[str, ...] = tuple(DTYPES), m
         small = backend == "triton"
         # Rows enough that the error of fp32 PyTorch, which is the measure, is no lucky one; or none.
         shape = draw(st.sampled_from([(4, 3), (0, 3), (3, 0)] if small else [(4, 3), (3, 9), (12, 2), (2, 33), (24, 1), (0, 3), (3, 0)]))
-        plans = ["two_pass"] if SPECS[method].one_pass_obstacle else ["one_pass", "two_pass"]
+        plans = ["two_pass"] if SPECS[method].one_pass_unsupported_reason else ["one_pass", "two_pass"]
         dtype = draw(st.sampled_from(dtypes))
         return PolicyCall(
             seed=draw(st.integers(0, 2**16)),

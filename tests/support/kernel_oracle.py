@@ -18,9 +18,9 @@ def lse_low(lse: Tensor) -> Tensor:
 
 def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float = math.inf, vocab_start: int = 0) -> dict[str, Tensor]:
     """Of every row ``[N]``, differentiably. ``logp`` is -inf where the id is none of the columns."""
-    dead = logits == -math.inf
+    masked = logits == -math.inf
     x = logits if math.isinf(softcap) else softcap * torch.tanh(logits / softcap)
-    x = torch.where(dead, -math.inf, x) / temperature[:, None]
+    x = torch.where(masked, -math.inf, x) / temperature[:, None]
     logp = torch.log_softmax(x, -1)
     p = logp.exp()
     finite = torch.where(p == 0, 0, logp)  # 0 * -inf is 0
@@ -37,13 +37,13 @@ def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float 
 
 
 def gradient(
-    logits: Tensor, ids: Tensor, temperature: Tensor, coefs: dict[str, Tensor], softcap: float = math.inf, vocab_start: int = 0
+    logits: Tensor, ids: Tensor, temperature: Tensor, derivatives: dict[str, Tensor], softcap: float = math.inf, vocab_start: int = 0
 ) -> Tensor:
     """By the logits, of row statistics that have these derivatives; a log-prob of -inf has no slope."""
     z = logits.detach().clone().requires_grad_()
     stats = statistics(z, ids, temperature, softcap, vocab_start)
-    outputs = [torch.where(stats[name].isfinite(), stats[name], 0) for name in coefs]
-    (grad,) = torch.autograd.grad(outputs, z, [c.to(z.dtype) for c in coefs.values()])
+    outputs = [torch.where(stats[name].isfinite(), stats[name], 0) for name in derivatives]
+    (grad,) = torch.autograd.grad(outputs, z, [c.to(z.dtype) for c in derivatives.values()])
     return grad
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import reweight_ops as rw
 from reweight_ops import Lora
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.catalogue.registry import CATALOGUE
 from reweight_ops._core.engine.distillation import KINDS
@@ -21,7 +21,7 @@ from reweight_ops.testing.golden import result_of
 from reweight_ops.testing.golden_rows import GOLDEN
 from reweight_ops.testing.pairs import make_divergence, make_pairs
 
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 SHAPE, VOCAB, WIDTH = (2, 4), 19, 6
 STATS = ("logps", "entropies", "lse", "log_sum_p_sq", "max_logp", "is_top1", "log1m_p", "mean_logits")
 
@@ -139,7 +139,7 @@ def calls(backends: list[str] = BACKENDS) -> dict[str, Call]:
         batch = make_batch(spec, SHAPE, VOCAB)
         batch["logits"] = batch["logits"].detach()
         made[f"policy_loss_from_logps {name}"] = partial(_from_logps, spec, batch)
-        for plan in ("two_pass",) if spec.one_pass_obstacle else ("one_pass", "two_pass"):
+        for plan in ("two_pass",) if spec.one_pass_unsupported_reason else ("one_pass", "two_pass"):
             made |= {f"policy_loss {name} {plan} {b}": partial(_policy, spec, batch, plan, b) for b in backends}
     batch = make_batch(rw.methods.grpo(), SHAPE, VOCAB)
     ids, mask, adv = batch["completion_ids"], batch["completion_mask"], batch["advantages"]

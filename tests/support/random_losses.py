@@ -91,9 +91,9 @@ def check_one_pass(module: Any, seeds: Iterable[int]) -> None:
         exact = truth(drawn.rules, drawn.weights, drawn.params, leaves, drawn.row_weights)
         bounds = bounded([loss_graph(drawn.program)[name] for name in by], drawn.environment(leaves))
         want = torch.full((n, v), math.nan, dtype=torch.float64)
-        coefs = {name.removeprefix("d_"): exact[name] for name in by}
+        derivatives = {name.removeprefix("d_"): exact[name] for name in by}
         load("reference").token_grad(
-            z.double(), ids, one.double(), SoftmaxParams(v), {k: x.double() for k, x in stats.items()}, coefs, want
+            z.double(), ids, one.double(), SoftmaxParams(v), {k: x.double() for k, x in stats.items()}, derivatives, want
         )
         # The slopes of logp, entropy and log_sum_p_sq by a logit are at most 1, 2 log V and 2.
         size = (1.0, 2 * math.log(v), 2.0)

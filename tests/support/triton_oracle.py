@@ -1,6 +1,6 @@
-"""What tests/backends/triton/test_triton.py asks of the three verbs: batches run, and judged against fp64 by the criterion (tests/support/criterion.py).
+"""What tests/backends/triton/test_triton.py asks of the three primitives: batches run, and judged against fp64 by the criterion (tests/support/criterion.py).
 
-Truth knows nothing of any kernel: autograd through log_softmax (tests/support/kernel_oracle.py) and through the rules' own formulas. No verb is given
+Truth knows nothing of any kernel: autograd through log_softmax (tests/support/kernel_oracle.py) and through the rules' own formulas. No primitive is given
 another one's results (but statistics under a softcap): the gradient of ``token_loss_grad`` is judged from the logits on, with the coefficients
 that fp64 finds.
 """
@@ -18,12 +18,12 @@ from kernel_oracle import gradient, lse_low, statistics
 
 from reweight_ops._core.backends import triton_launch
 from reweight_ops._core.backends import triton_token as backend
-from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, RowInputs, SoftmaxParams
+from reweight_ops._core.backends.base import DERIVATIVES, LOSS_ROWS, STATS, RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.namespace import TorchNamespace
 from reweight_ops._core.formula.text import write_formula
 from reweight_ops._core.formula.trace import trace_rule, trace_weight
-from reweight_ops._core.rows.groups import OUT
+from reweight_ops._core.rows.groups import IGNORE_INDEX
 from reweight_ops.rules import RULES, WEIGHTS
 from reweight_ops.triton_kernels.config import Config, Launch
 
@@ -74,30 +74,30 @@ class Batch:
     logits: torch.Tensor
     ids: torch.Tensor
     temperature: torch.Tensor
-    head: SoftmaxParams
+    softmax: SoftmaxParams
     inputs: RowInputs
     program: Program
     params: torch.Tensor
 
     @property
     def usable(self) -> torch.Tensor:
-        return (self.ids >= 0) & (self.ids < self.head.total())
+        return (self.ids >= 0) & (self.ids < self.softmax.total())
 
     @property
     def bad(self) -> torch.Tensor:
-        return ~self.usable & (self.ids != OUT)
+        return ~self.usable & (self.ids != IGNORE_INDEX)
 
     def in_dtype(self, dtype: torch.dtype) -> tuple:
         """The rows and the head as tests/support/kernel_oracle.py takes them."""
         n = self.ids.numel()
-        rows = self.logits.detach()[..., : self.head.vocab_size].reshape(n, self.head.vocab_size).to(dtype)
+        rows = self.logits.detach()[..., : self.softmax.vocab_size].reshape(n, self.softmax.vocab_size).to(dtype)
         return rows, self.ids, self.temperature.to(dtype).expand(n)
 
     def statistics(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return statistics(*self.in_dtype(dtype), self.head.softcap, self.head.vocab_start)
+        return statistics(*self.in_dtype(dtype), self.softmax.softcap, self.softmax.vocab_start)
 
-    def gradient(self, dtype: torch.dtype, coefs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return gradient(*self.in_dtype(dtype), coefs, self.head.softcap, self.head.vocab_start)
+    def gradient(self, dtype: torch.dtype, derivatives: dict[str, torch.Tensor]) -> torch.Tensor:
+        return gradient(*self.in_dtype(dtype), derivatives, self.softmax.softcap, self.softmax.vocab_start)
 
 
 # --- token_stats ----------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class Batch:
 
 def run_stats(batch: Batch, names: tuple[str, ...] = STATS) -> dict[str, torch.Tensor]:
     to = (x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature))
-    return dict(zip(names, backend.token_stats(*to, batch.head, names).cpu(), strict=True))
+    return dict(zip(names, backend.token_stats(*to, batch.softmax, names).cpu(), strict=True))
 
 
 def check_stats(batch: Batch) -> dict[str, torch.Tensor]:
@@ -117,7 +117,7 @@ def check_stats(batch: Batch) -> dict[str, torch.Tensor]:
 def judge_stats(batch: Batch, got: dict[str, torch.Tensor]) -> None:
     truth, fp32 = batch.statistics(torch.float64), batch.statistics(torch.float32)
     for name, ours in got.items():
-        assert torch.equal(ours[batch.ids == OUT], torch.zeros(int((batch.ids == OUT).sum())))
+        assert torch.equal(ours[batch.ids == IGNORE_INDEX], torch.zeros(int((batch.ids == IGNORE_INDEX).sum())))
         assert ours[batch.bad].isnan().all()
         if name == "lse_low":
             continue  # means something only beside lse
@@ -125,7 +125,7 @@ def judge_stats(batch: Batch, got: dict[str, torch.Tensor]) -> None:
         assert (ours[infinite] == -math.inf).all()
         finite = batch.usable & ~infinite
         assert_values(ours[finite], fp32[name][finite], truth[name][finite], name)
-    if "lse_low" in got and batch.head.softcap == math.inf:  # the two numbers are as exact as the distance from the largest logit
+    if "lse_low" in got and batch.softmax.softcap == math.inf:  # the two numbers are as exact as the distance from the largest logit
         rows, _, temperature = batch.in_dtype(torch.float64)
         below = (rows.amax(-1) / temperature - got["lse"].double() - got["lse_low"].double())[batch.usable]
         assert_values(below, fp32["max_logp"][batch.usable], truth["max_logp"][batch.usable], "lse_low")
@@ -134,50 +134,50 @@ def judge_stats(batch: Batch, got: dict[str, torch.Tensor]) -> None:
 # --- token_grad -----------------------------------------------------------------------------------------------------------------
 
 
-def random_coefs(n: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def random_derivatives(n: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Of these statistics; every fifth is 0."""
     g = torch.Generator().manual_seed(1)
-    every = {name: torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.8) for name in COEFS}
+    every = {name: torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.8) for name in DERIVATIVES}
     return {name: every[name] for name in names}
 
 
-def run_grad(batch: Batch, stats: dict[str, torch.Tensor], coefs: dict[str, torch.Tensor], in_place: bool = False) -> torch.Tensor:
+def run_grad(batch: Batch, stats: dict[str, torch.Tensor], derivatives: dict[str, torch.Tensor], in_place: bool = False) -> torch.Tensor:
     logits = batch.logits.to(DEVICE, copy=True)
     out = logits if in_place else torch.full(logits.shape, math.nan, dtype=logits.dtype, device=DEVICE)
-    given = {name: x.to(DEVICE) for name, x in stats.items() if name in ("logp", "lse", "lse_low") or name in coefs}
-    by = {name: coefs[name].to(DEVICE) if name in coefs else None for name in COEFS}
-    backend.token_grad(logits, batch.ids.to(DEVICE), batch.temperature.to(DEVICE), batch.head, given, by, out)
+    given = {name: x.to(DEVICE) for name, x in stats.items() if name in ("logp", "lse", "lse_low") or name in derivatives}
+    by = {name: derivatives[name].to(DEVICE) if name in derivatives else None for name in DERIVATIVES}
+    backend.token_grad(logits, batch.ids.to(DEVICE), batch.temperature.to(DEVICE), batch.softmax, given, by, out)
     return out.cpu()
 
 
-def check_grad(batch: Batch, names: tuple[str, ...] = COEFS, in_place: bool = False) -> None:
+def check_grad(batch: Batch, names: tuple[str, ...] = DERIVATIVES, in_place: bool = False) -> None:
     """From exact statistics rounded to fp32. Under a softcap from the backend's own: a log-sum-exp then has to be that of the capped logits as its
     kernels round them, as it is that of its own capped logits in fp32 PyTorch."""
     exact = batch.statistics(torch.float64)
     stats = {name: x.float() for name, x in exact.items()} | {"lse_low": lse_low(exact["lse"])}
-    if batch.head.softcap < math.inf:
+    if batch.softmax.softcap < math.inf:
         stats = run_stats(batch)
-    coefs = random_coefs(batch.ids.numel(), names)
-    judge_grad(batch, stats, coefs, run_grad(batch, stats, coefs, in_place))
+    derivatives = random_derivatives(batch.ids.numel(), names)
+    judge_grad(batch, stats, derivatives, run_grad(batch, stats, derivatives, in_place))
 
 
-def judge_grad(batch: Batch, stats: dict[str, torch.Tensor], coefs: dict[str, torch.Tensor], got: torch.Tensor) -> None:
-    truth, fp32 = (batch.gradient(dtype, live(batch, coefs)) for dtype in (torch.float64, torch.float32))
-    judge_gradient(batch, got, coefs, truth, fp32)
+def judge_grad(batch: Batch, stats: dict[str, torch.Tensor], derivatives: dict[str, torch.Tensor], got: torch.Tensor) -> None:
+    truth, fp32 = (batch.gradient(dtype, of_usable_rows(batch, derivatives)) for dtype in (torch.float64, torch.float32))
+    judge_gradient(batch, got, derivatives, truth, fp32)
 
 
-def live(batch: Batch, coefs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: torch.where(batch.usable, c, 0) for name, c in coefs.items()}
+def of_usable_rows(batch: Batch, derivatives: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.where(batch.usable, c, 0) for name, c in derivatives.items()}
 
 
-def judge_gradient(batch: Batch, got: torch.Tensor, coefs: dict[str, torch.Tensor], truth: torch.Tensor, fp32: torch.Tensor) -> None:
+def judge_gradient(batch: Batch, got: torch.Tensor, derivatives: dict[str, torch.Tensor], truth: torch.Tensor, fp32: torch.Tensor) -> None:
     """Exact zeros where rows are out and in the columns of padding, the criterion everywhere else."""
-    v, n, usable = batch.head.vocab_size, batch.ids.numel(), batch.usable
+    v, n, usable = batch.softmax.vocab_size, batch.ids.numel(), batch.usable
     rows = got.reshape(n, got.size(-1))
     assert torch.equal(rows[:, v:], torch.zeros_like(rows[:, v:])), "columns of padding have a gradient"
-    assert torch.equal(rows[~usable], torch.zeros_like(rows[~usable])), "a row that is out has a gradient"
-    size = sum(c.abs().double() for c in coefs.values()) / batch.temperature.double()
-    columns = batch.ids - batch.head.vocab_start
+    assert torch.equal(rows[~usable], torch.zeros_like(rows[~usable])), "an ignored row has a gradient"
+    size = sum(c.abs().double() for c in derivatives.values()) / batch.temperature.double()
+    columns = batch.ids - batch.softmax.vocab_start
     assert_gradient(rows[usable, :v], fp32[usable], truth[usable], size[usable], columns[usable])
 
 
@@ -187,7 +187,7 @@ def judge_gradient(batch: Batch, got: torch.Tensor, coefs: dict[str, torch.Tenso
 def program_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Rows of LOSS_ROWS, the coefficients, and what roundings of the two losses are relative to; by autograd, all maths in ``dtype``."""
     stats = batch.statistics(dtype)
-    xp, inputs, keep = TorchNamespace(dtype), batch.inputs, batch.ids != OUT
+    xp, inputs, keep = TorchNamespace(dtype), batch.inputs, batch.ids != IGNORE_INDEX
     leaves = {name: torch.where(keep, stats[name], 0).detach().requires_grad_() for name in ("logp", "entropy", "log_sum_p_sq")}
     logp = leaves["logp"]
     old = logp.detach() if inputs.old_logp is None else inputs.old_logp.to(dtype)
@@ -213,18 +213,18 @@ def program_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tens
         loss = loss + torch.where(chosen, factor * value, 0)
         weighted = weighted + torch.where(chosen, w * factor * value, 0)
 
-    def slopes(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def derivatives_of(x: torch.Tensor) -> dict[str, torch.Tensor]:
         found = torch.autograd.grad(x.sum(), list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
         return dict(zip(leaves, found, strict=True))
 
     def size(x: torch.Tensor) -> torch.Tensor:
         """Of a loss and of its slopes times what they multiply: the package's (reweight_ops/testing/criterion.py) row by row."""
-        return (x.abs() + sum(d.abs() * (1 + leaves[name].abs()) for name, d in slopes(x).items())).detach()
+        return (x.abs() + sum(d.abs() * (1 + leaves[name].abs()) for name, d in derivatives_of(x).items())).detach()
 
-    coefs = slopes(weighted)
-    rows = [logp, leaves["entropy"], weighted, loss, coefs["logp"], coefs["entropy"]]
+    derivatives = derivatives_of(weighted)
+    rows = [logp, leaves["entropy"], weighted, loss, derivatives["logp"], derivatives["entropy"]]
     sizes = {"weighted_loss": size(weighted), "loss": size(loss)}
-    return dict(zip(LOSS_ROWS, (x.detach() for x in rows), strict=True)), coefs, sizes
+    return dict(zip(LOSS_ROWS, (x.detach() for x in rows), strict=True)), derivatives, sizes
 
 
 def run_loss_grad(batch: Batch, in_place: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,7 +232,9 @@ def run_loss_grad(batch: Batch, in_place: bool = False) -> tuple[torch.Tensor, t
     logits = batch.logits.to(DEVICE, copy=in_place)
     out = logits if in_place else torch.full(logits.shape, math.nan, dtype=logits.dtype, device=DEVICE)
     inputs = RowInputs(*map(to, batch.inputs))
-    rows = backend.token_loss_grad(logits, to(batch.ids), to(batch.temperature), batch.head, inputs, batch.program, to(batch.params), out)
+    rows = backend.token_loss_grad(
+        logits, to(batch.ids), to(batch.temperature), batch.softmax, inputs, batch.program, to(batch.params), out
+    )
     return rows.cpu(), out.cpu()
 
 
@@ -243,13 +245,13 @@ def check_loss_grad(batch: Batch, in_place: bool = False) -> torch.Tensor:
 
 
 def judge_loss_grad(batch: Batch, rows: torch.Tensor, out: torch.Tensor) -> None:
-    truth, coefs, sizes = program_rows(batch, torch.float64)
-    fp32, coefs32, _ = program_rows(batch, torch.float32)
+    truth, derivatives, sizes = program_rows(batch, torch.float64)
+    fp32, derivatives32, _ = program_rows(batch, torch.float32)
     assert rows[:, batch.bad].isnan().all()
-    assert torch.equal(rows[:, batch.ids == OUT], torch.zeros_like(rows[:, batch.ids == OUT]))
+    assert torch.equal(rows[:, batch.ids == IGNORE_INDEX], torch.zeros_like(rows[:, batch.ids == IGNORE_INDEX]))
     usable = batch.usable
     for name, ours in zip(LOSS_ROWS, rows, strict=True):
         scale = sizes[name][usable] if name in sizes else None
         assert_values(ours[usable], fp32[name][usable], truth[name][usable], name, scale)
-    coefs, coefs32 = live(batch, coefs), live(batch, coefs32)
-    judge_gradient(batch, out, coefs, batch.gradient(torch.float64, coefs), batch.gradient(torch.float32, coefs32))
+    derivatives, derivatives32 = of_usable_rows(batch, derivatives), of_usable_rows(batch, derivatives32)
+    judge_gradient(batch, out, derivatives, batch.gradient(torch.float64, derivatives), batch.gradient(torch.float32, derivatives32))

@@ -1,1 +1,1 @@
-"""Backends: three verbs each, one contract (:mod:`.base`), one selector (:mod:`.select`)."""
+"""Backends: three primitives each, one contract (:mod:`.base`), one selector (:mod:`.select`)."""

@@ -6,7 +6,7 @@ Everything vocabulary-sized happens in these primitives; autograd, plans, ratios
 :func:`rows_of`). ``ids`` is int64 ``[N]``, contiguous, ``N = numel(R)``. Per-row tensors are ``[N]``, contiguous, fp32 (fp64 when the
 logits are fp64: only the reference takes those). ``temperature`` has 1 or N elements.
 
-* ``ids[i] == OUT`` (-100): the row is never read, its outputs are 0, its gradient row exact zeros.
+* ``ids[i] == IGNORE_INDEX`` (-100): the row is never read, its outputs are 0, its gradient row exact zeros.
 * another id outside ``[0, vocab_total)``: outputs NaN, gradient row exact zeros, nothing read out of the row. Inside, but not in this
   shard ``[vocab_start, vocab_start + vocab_size)``: ``logp`` is ``-inf`` and there is no one-hot; everything else as usual.
 * columns from ``vocab_size`` on (padding of the head) are not in the softmax; their gradient is exact zeros.
@@ -16,7 +16,7 @@ logits are fp64: only the reference takes those). ``temperature`` has 1 or N ele
   bitwise the same ``logp`` (so an on-policy ratio is exactly 1).
 
 **Two logits tensors** (divergences). p is the softmax of ``logits``, q that of ``other``; each has its own temperature and soft cap, both have
-``vocab_size`` columns. Of the ids only whether they are :data:`OUT` matters. Only ``logits`` gets a gradient.
+``vocab_size`` columns. Of the ids only whether they are :data:`IGNORE_INDEX` matters. Only ``logits`` gets a gradient.
 
 * ``-inf`` logits are probabilities of 0: ``0·log(0/x) = 0``; KL(q‖p) is ``inf`` iff a column has p = 0 and q > 0, KL(p‖q) iff one has q = 0
   and p > 0. A row in which either tensor has no finite logit, or a NaN or ``+inf``: NaN.
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..formula.loss_program import Program
-from ..rows.verbs import RowVerbs
+from ..rows.primitives import RowPrimitives
 
 #: Row statistics that ``token_stats`` can return: ``max_logp`` is ``max x - lse``, the log-prob of the likeliest token. ``lse_low`` is what
 #: rounding ``lse`` lost: from one fp32 number alone probabilities would lose digits when all logits share an offset. It is about 0 in fp64, and
@@ -43,17 +43,17 @@ from ..rows.verbs import RowVerbs
 STATS = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq", "max_logp")
 
 #: Per-row outputs of ``token_loss_grad``, in this order: ``weighted_loss`` is the row's share of the total loss, ``loss`` the
-#: same without the row weight of the reduction, ``coef`` and ``ent_coef`` the derivatives of the total by logp and entropy.
-LOSS_ROWS = ("logp", "entropy", "weighted_loss", "loss", "coef", "ent_coef")
+#: same without the row weight of the reduction, ``d_logp`` and ``d_entropy`` the derivatives of the total by logp and entropy.
+LOSS_ROWS = ("logp", "entropy", "weighted_loss", "loss", "d_logp", "d_entropy")
 
 #: Coefficients of ``token_grad``: derivatives of the loss by these row statistics.
-COEFS = ("logp", "entropy", "lse", "log_sum_p_sq")
+DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
 
 #: Row statistics of two logits tensors, in the order of ``divergence_stats``; ``_low`` as in :data:`STATS`.
 DIVERGENCE_STATS = ("forward_kl", "reverse_kl", "entropy", "other_entropy", "lse", "lse_low", "other_lse", "other_lse_low")
 
 #: Those that have a gradient, in the order of coefficients: KL(q‖p), KL(p‖q), H(p).
-DIVERGENCE_COEFS = ("forward_kl", "reverse_kl", "entropy")
+DIVERGENCE_DERIVATIVES = ("forward_kl", "reverse_kl", "entropy")
 
 Primitive = Literal[
     "token_stats", "token_grad", "token_loss_grad", "divergence_stats", "divergence_grad", "divergence_loss_grad", "packed_stats", "packed_grad"
@@ -109,13 +109,13 @@ class DivergenceInputs(NamedTuple):
     ids: Tensor
     temperature: Tensor
     other_temperature: Tensor
-    head: SoftmaxParams
-    other_head: SoftmaxParams
+    softmax: SoftmaxParams
+    other_softmax: SoftmaxParams
 
 
 class PackedRows(NamedTuple):
-    """Rows of different lengths: ``values`` ``[M]`` contiguous, ``bounds`` int64 ``[2, N]`` contiguous. ``ids``: the place of each row's id in it. OUT, or
-    another negative number for NaN: then neither its bounds nor its values are read."""
+    """Rows of different lengths: ``values`` ``[M]`` contiguous, ``bounds`` int64 ``[2, N]`` contiguous. ``ids``: the place of each row's id
+    in it. IGNORE_INDEX, or another negative number for NaN: then neither its bounds nor its values are read."""
 
     values: Tensor
     bounds: Tensor
@@ -134,7 +134,7 @@ class Request(NamedTuple):
     other_dtype: torch.dtype | None = None  # of a second logits tensor
 
 
-def no_gpu(device: torch.device) -> str | None:
+def gpu_unsupported_reason(device: torch.device) -> str | None:
     """Why PyTorch has no such GPU: on a login node there is no driver, and asking for a GPU's properties would raise."""
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
@@ -146,13 +146,13 @@ def no_gpu(device: torch.device) -> str | None:
 class Backend:
     """Six primitives and the reason why not. ``unsupported_reason`` never raises for a well-formed request and never guesses.
 
-    * ``token_stats(logits, ids, temperature, head, stats) -> Tensor [len(stats), N]``: the named statistics, a subset of :data:`STATS`.
-    * ``token_grad(logits, ids, temperature, head, stats, coefs, out) -> None``: writes ``dL/dlogits`` to ``out`` (shape of logits, own strides; may be
+    * ``token_stats(logits, ids, temperature, softmax, stats) -> Tensor [len(stats), N]``: the named statistics, a subset of :data:`STATS`.
+    * ``token_grad(logits, ids, temperature, softmax, stats, derivatives, out) -> None``: writes ``dL/dlogits`` to ``out`` (shape of logits, own strides; may be
       ``logits`` itself). ``stats`` maps ``logp`` and ``lse`` always, ``entropy`` and ``log_sum_p_sq`` when their coefficient is given, to ``[N]``;
       without ``lse_low`` (0 then) probabilities are only as exact as an fp32 number of the size of ``lse``; with it they are exact to fp32 while
       ``|lse| < 2^24``, and at any size where T is 1. The target's own element comes from ``logp``;
-      ``coefs`` maps names of :data:`COEFS` to ``[N]`` or None (zero). A row whose coefficients are all 0 is not read.
-    * ``token_loss_grad(logits, ids, temperature, head, inputs, program, params, out) -> Tensor [len(LOSS_ROWS), N]``, and writes ``out``.
+      ``derivatives`` maps names of :data:`DERIVATIVES` to ``[N]`` or None (zero). A row whose coefficients are all 0 is not read.
+    * ``token_loss_grad(logits, ids, temperature, softmax, inputs, program, params, out) -> Tensor [len(LOSS_ROWS), N]``, and writes ``out``.
     * ``scale(grad, factor) -> None``: ``grad *= factor``, a 0-d tensor, in at least fp32 with one rounding, for a gradient that the backend has made (of
       logits, or of what a head is made of). A kernel reads the factor on the device, and returns at once if it is exactly 1. None: torch does it.
     * ``evaluate_rows(program, params, leaves, row_weights, outputs, keep) -> Tensor [len(outputs), N]``: a program on stored rows, without logits,
@@ -164,15 +164,15 @@ class Backend:
 
         1/T * (1 - (capped/cap)^2) * [ c_logp*(1[v=y] - p) - c_ent*p*(log p + H) + c_lse*p + 2*c_p2*p*(p/exp(log_sum_p_sq) - 1) ]
 
-    * ``divergence_stats(inputs) -> Tensor [len(DIVERGENCE_STATS), N]``, 0 in rows that are out.
-    * ``divergence_grad(inputs, table, coefs [3, N], out) -> None``: writes, per row and column, with ``c`` the coefficients in the order of
-      :data:`DIVERGENCE_COEFS`, ``1/T · slope · [c_0·(p - q) + p·(c_1·(log p - log q - KL(p‖q)) - c_2·(log p + H(p)))]``; 0 on ``-inf`` logits,
-      in rows that are out and in rows whose coefficients are all 0 (which are not read); NaN in a row with ``c_1 ≠ 0`` and an infinite
+    * ``divergence_stats(inputs) -> Tensor [len(DIVERGENCE_STATS), N]``, 0 in ignored rows.
+    * ``divergence_grad(inputs, table, derivatives [3, N], out) -> None``: writes, per row and column, with ``c`` the coefficients in the order of
+      :data:`DIVERGENCE_DERIVATIVES`, ``1/T · slope · [c_0·(p - q) + p·(c_1·(log p - log q - KL(p‖q)) - c_2·(log p + H(p)))]``; 0 on ``-inf`` logits,
+      in ignored rows and in rows whose coefficients are all 0 (which are not read); NaN in a row with ``c_1 ≠ 0`` and an infinite
       KL(p‖q). ``out`` may be ``logits`` itself.
     * ``divergence_loss_grad(inputs, constants [3], weights [N], out) -> Tensor [len(DIVERGENCE_STATS), N]``: both at once, with
       ``c_k = weights·constants_k``.
-    * ``packed_stats(rows, stats) -> Tensor [len(stats), N]`` and ``packed_grad(rows, stats, coefs, out) -> None``: ``token_stats`` and ``token_grad`` of packed
-      rows. ``out`` is like ``values``; what is in no row, or in one that is not read, is not written. None: the backend has none.
+    * ``packed_stats(rows, stats) -> Tensor [len(stats), N]`` and ``packed_grad(rows, stats, derivatives, out) -> None``: ``token_stats`` and ``token_grad``
+      of packed rows. ``out`` is like ``values``; what is in no row, or in one that is not read, is not written. None: the backend has none.
     """
 
     name: str
@@ -188,7 +188,7 @@ class Backend:
     scale: Callable[[Tensor, Tensor], None] | None = None
     evaluate_rows: Callable[[Program, Tensor, dict[str, Tensor], Tensor, tuple[str, ...], Tensor | None], Tensor] | None = None
     #: What it does with rows in one launch each, if it has kernels for that.
-    rows: RowVerbs | None = None
+    rows: RowPrimitives | None = None
     #: Which of several kernels token_loss_grad takes, and why (logits, vocab_size, device).
     kernel_of: Callable[[Tensor, int, torch.device], str] | None = None
     #: One-pass losses that are called again and again; see :mod:`.prepared`, which has the type.

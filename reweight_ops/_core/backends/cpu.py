@@ -13,10 +13,10 @@ from ...errors import BackendUnavailable
 from .base import Backend, Request
 from .built import why_missing
 from .cpu_prepared import CpuPrepare
+from .cpu_primitives import CpuPrimitives
 from .cpu_rows import RowsEvaluator
 from .cpu_threads import threads
-from .cpu_verbs import CpuVerbs
-from .native import Native, checked, dtype_reason
+from .native import Native, checked, dtype_unsupported_reason
 from .native_divergence import NativeDivergence
 
 
@@ -37,9 +37,9 @@ _native = Native(_C, "cpu", lambda device: {"threads": threads()}, lambda status
 def unsupported_reason(request: Request) -> str | None:
     if request.device.type != "cpu":
         return f"logits are on {request.device}, this backend runs on the CPU"
-    if (reason := dtype_reason(request)) is not None:
+    if (reason := dtype_unsupported_reason(request)) is not None:
         return reason
-    return None if request.program is None else _native.why_not(request.program)
+    return None if request.program is None else _native.program_unsupported_reason(request.program)
 
 
 _divergence = NativeDivergence(_native)
@@ -56,6 +56,6 @@ BACKEND = Backend(
     packed_stats=_native.packed_stats,
     packed_grad=_native.packed_grad,
     evaluate_rows=RowsEvaluator(_C),
-    rows=CpuVerbs(_C).verbs(),
+    rows=CpuPrimitives(_C).primitives(),
     prepare=CpuPrepare(_native),
 )

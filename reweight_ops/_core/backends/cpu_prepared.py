@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows.verbs import Masked
+from ..rows.primitives import Masked
 from .base import LOSS_ROWS, rows_of
+from .cpu_primitives import number_layout, result, weighing_numbers
 from .cpu_threads import threads
-from .cpu_verbs import number_layout, result, weighing_numbers
 from .native import DTYPES, Native
 from .prepared import INPUTS, OnePassArguments, OnePassPlan, Prepared
 

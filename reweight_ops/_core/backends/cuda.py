@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable, ReweightOpsError
-from .base import Backend, Request, no_gpu, rows_of
+from .base import Backend, Request, gpu_unsupported_reason, rows_of
 from .built import why_missing
-from .native import DTYPES, Native, checked, dtype_reason
+from .native import DTYPES, Native, checked, dtype_unsupported_reason
 from .native_divergence import NativeDivergence
 
 #: Rows in few launches: there is one set of kernels for that, and it is Triton's.
@@ -87,13 +87,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def unsupported_reason(request: Request) -> str | None:
     if request.device.type != "cuda":
         return f"logits are on {request.device}, this backend runs on NVIDIA GPUs"
-    if (reason := dtype_reason(request)) is not None:
+    if (reason := dtype_unsupported_reason(request)) is not None:
         return reason
-    if (reason := no_gpu(request.device)) is not None:
+    if (reason := gpu_unsupported_reason(request.device)) is not None:
         return reason
     if _capability(request.device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
-    return None if request.program is None else _native.why_not(request.program)
+    return None if request.program is None else _native.program_unsupported_reason(request.program)
 
 
 def _kernel_of(logits: Tensor, vocab_size: int, device: torch.device) -> str:
@@ -102,7 +102,7 @@ def _kernel_of(logits: Tensor, vocab_size: int, device: torch.device) -> str:
     strides = rows_of(logits)
     vocab = (vocab_size, 0, vocab_size)
     call = _cuda.Call(DTYPES[logits.dtype], address, strides, rows, columns, vocab, math.inf, 0, 0, False, device=device.index or 0)
-    why = _cuda.why_streaming(call, address, strides)
+    why = _cuda.ring_unsupported_reason(call, address, strides)
     return f"streaming ({why})" if why else "ring (rows stay on chip)"
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from .base import DivergenceInputs
 
 #: Elements that are worked on at once, of about ten temporaries: on a CPU few enough for a cache, on a GPU enough for its bandwidth.
@@ -21,15 +21,15 @@ def generalized_jsd(two: DivergenceInputs, beta: float, weights: Tensor | None =
     With ``out``, which may be the logits, it also writes ``weights · dD/dlogits``: ``1/T · slope · (1-β)·p·(log p - log m - KL(p‖m))``, 0 in rows whose
     weight is 0 and on ``-inf`` logits. m depends on p too, but what its derivative adds sums to 0.
     """
-    n, columns = two.ids.numel(), two.head.vocab_size
-    keep, t, t_other = two.ids != OUT, two.temperature.expand(n), two.other_temperature.expand(n)
+    n, columns = two.ids.numel(), two.softmax.vocab_size
+    keep, t, t_other = two.ids != IGNORE_INDEX, two.temperature.expand(n), two.other_temperature.expand(n)
     values = torch.zeros(n, dtype=t.dtype, device=two.logits.device)
     most = max(_BLOCK.get(two.logits.device.type, _BLOCK["cuda"]) // max(columns, 1), 1)
     for first in range(0, n, most):
         rows = slice(first, min(first + most, n))
         inside = keep[rows, None]
-        log_p, slope = _log_probs(two.logits[rows, :columns], inside, t[rows], two.head.softcap)
-        log_q, _ = _log_probs(two.other[rows, :columns], inside, t_other[rows], two.other_head.softcap)
+        log_p, slope = _log_probs(two.logits[rows, :columns], inside, t[rows], two.softmax.softcap)
+        log_q, _ = _log_probs(two.other[rows, :columns], inside, t_other[rows], two.other_softmax.softcap)
         p, gap, kl_p, kl_q = _to_the_mixture(log_p, log_q, beta)
         values[rows] = torch.where(keep[rows], beta * kl_q + (1 - beta) * kl_p, 0)
         if out is not None:
@@ -42,7 +42,7 @@ def generalized_jsd(two: DivergenceInputs, beta: float, weights: Tensor | None =
 
 
 def _log_probs(z: Tensor, inside: Tensor, temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor | float]:
-    """Log-probs in the dtype of the temperature, and the slope of the soft cap. In a row that is out they are those of zeros."""
+    """Log-probs in the dtype of the temperature, and the slope of the soft cap. In an ignored row they are those of zeros."""
     x, slope = torch.where(inside, z.to(temperature.dtype), 0), 1.0
     if math.isinf(softcap):
         return torch.log_softmax(x / temperature[:, None], -1), slope

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import BackendUnavailable, InvalidCall
 from ..formula.loss_program import Program
-from .base import COEFS, LOSS_ROWS, STATS, PackedRows, Request, RowAddresses, RowInputs, SoftmaxParams, rows_of
+from .base import DERIVATIVES, LOSS_ROWS, STATS, PackedRows, Request, RowAddresses, RowInputs, SoftmaxParams, rows_of
 from .native_programs import Compiled, Programs
 from .scale import scale_in_torch, spans_of
 from .sources import CSRC, source_hash
@@ -38,7 +38,7 @@ def checked(module: Any, part: str) -> Any:
     return module
 
 
-def dtype_reason(request: Request) -> str | None:
+def dtype_unsupported_reason(request: Request) -> str | None:
     """Why a compiled backend cannot take the dtypes of a request."""
     for name, dtype in (("logits", request.dtype), ("the other logits", request.other_dtype)):
         if dtype is not None and dtype not in DTYPES:
@@ -57,11 +57,11 @@ class Native:
     ) -> None:
         self.module, self.device_type, self._place, self.check = module, device_type, place, check
         self._programs = Programs(module)
-        self.why_not = lru_cache(maxsize=256)(self._programs.why_not)
+        self.program_unsupported_reason = lru_cache(maxsize=256)(self._programs.program_unsupported_reason)
         self.compiled = lru_cache(maxsize=256)(self._compile)
 
     def _compile(self, program: Program, device: torch.device) -> Compiled:
-        reason = self.why_not(program)
+        reason = self.program_unsupported_reason(program)
         if reason is not None:
             raise InvalidCall(f"token_loss_grad on {self.device_type}: {reason}.")
         return self._programs.compile(program, device)
@@ -78,7 +78,7 @@ class Native:
         return t.data_ptr()
 
     def rows(self, names: tuple[str, ...], like: Tensor, n: int) -> tuple[Tensor, list[int]]:
-        """New rows ``[len(names), n]`` for a verb to fill, and the address of each: fp32, whatever PyTorch's default dtype is."""
+        """New rows ``[len(names), n]`` for a primitive to fill, and the address of each: fp32, whatever PyTorch's default dtype is."""
         rows = torch.empty((len(names), n), dtype=torch.float32, device=like.device)
         self.address("a result", rows, (len(names), n), like)
         first, size = rows.data_ptr(), 4 * n
@@ -94,14 +94,14 @@ class Native:
         if t.size(-1) > _MAX_COLUMNS:
             raise InvalidCall(f"{name} has {t.size(-1)} columns, at most {_MAX_COLUMNS} are supported.")
 
-    def call(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams) -> Any:
+    def call(self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> Any:
         self._check_layout("logits", logits)
         n, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
-        if not 0 < head.vocab_size <= columns:
-            raise InvalidCall(f"vocab_size is {head.vocab_size}, logits have {columns} columns.")
+        if not 0 < softmax.vocab_size <= columns:
+            raise InvalidCall(f"vocab_size is {softmax.vocab_size}, logits have {columns} columns.")
         per_row = temperature.numel() != 1
         return self.module.Call(
-            DTYPES[logits.dtype], logits.data_ptr(), rows_of(logits), n, columns, (head.vocab_size, head.vocab_start, head.total()), head.softcap,
+            DTYPES[logits.dtype], logits.data_ptr(), rows_of(logits), n, columns, (softmax.vocab_size, softmax.vocab_start, softmax.total()), softmax.softcap,
             self.address("ids", ids, (n,), logits, torch.int64),
             self.address("temperature", temperature.reshape(-1), (n,) if per_row else (1,), logits), per_row, **self._place(logits.device),
         )  # fmt: skip
@@ -136,8 +136,8 @@ class Native:
             raise InvalidCall(f"out has strides {out.stride()}: rows would overwrite each other.")
         return rows_of(out)
 
-    def token_stats(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
-        return self._stats(self.call(logits, ids, temperature, head), logits, ids.numel(), stats)
+    def token_stats(self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
+        return self._stats(self.call(logits, ids, temperature, softmax), logits, ids.numel(), stats)
 
     def packed_stats(self, rows: PackedRows, stats: tuple[str, ...]) -> Tensor:
         return self._stats(self.packed_call(rows), rows.values, rows.ids.numel(), stats)
@@ -153,42 +153,42 @@ class Native:
         logits: Tensor,
         ids: Tensor,
         temperature: Tensor,
-        head: SoftmaxParams,
+        softmax: SoftmaxParams,
         stats: dict[str, Tensor],
-        coefs: dict[str, Tensor | None],
+        derivatives: dict[str, Tensor | None],
         out: Tensor,
     ) -> None:
-        call = self.call(logits, ids, temperature, head)
-        known, by = self._known(logits, ids.numel(), stats, coefs)
+        call = self.call(logits, ids, temperature, softmax)
+        known, by = self._known(logits, ids.numel(), stats, derivatives)
         self.check(self.module.token_grad(call, known, by, out.data_ptr(), self.out_rows(logits, out)))
 
-    def packed_grad(self, rows: PackedRows, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor) -> None:
+    def packed_grad(self, rows: PackedRows, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None], out: Tensor) -> None:
         call, values = self.packed_call(rows), rows.values
-        known, by = self._known(values, rows.ids.numel(), stats, coefs)
+        known, by = self._known(values, rows.ids.numel(), stats, derivatives)
         to = self.address("out", out, tuple(values.shape), values, values.dtype)
         self.check(self.module.token_grad(call, known, by, to, RowAddresses(1, 0, 0)))
 
-    def _known(self, like: Tensor, n: int, stats: dict[str, Tensor], coefs: dict[str, Tensor | None]) -> tuple[list[int], list[int]]:
+    def _known(self, like: Tensor, n: int, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None]) -> tuple[list[int], list[int]]:
         """The addresses of statistics and coefficients."""
-        for name in ("logp", "lse", *(name for name in ("entropy", "log_sum_p_sq") if coefs.get(name) is not None)):
+        for name in ("logp", "lse", *(name for name in ("entropy", "log_sum_p_sq") if derivatives.get(name) is not None)):
             if stats.get(name) is None:
                 raise InvalidCall(f"token_grad: the statistic {name!r} is needed and missing.")
-        known = [self.address(name, stats.get(name), (n,), like) for name in (*COEFS, "lse_low")]
-        return known, [self.address(f"coefficient {name}", coefs.get(name), (n,), like) for name in COEFS]
+        known = [self.address(name, stats.get(name), (n,), like) for name in (*DERIVATIVES, "lse_low")]
+        return known, [self.address(f"coefficient {name}", derivatives.get(name), (n,), like) for name in DERIVATIVES]
 
     def token_loss_grad(
         self,
         logits: Tensor,
         ids: Tensor,
         temperature: Tensor,
-        head: SoftmaxParams,
+        softmax: SoftmaxParams,
         inputs: RowInputs,
         program: Program,
         params: Tensor,
         out: Tensor,
     ) -> Tensor:
         compiled, length, reads_p_sq, entropy_gradient, _ = self.compiled(program, logits.device)
-        call, n = self.call(logits, ids, temperature, head), ids.numel()
+        call, n = self.call(logits, ids, temperature, softmax), ids.numel()
         weights = inputs.weights
         shared = len(program.terms) == 1 or weights.stride(0) == 0  # one vector for all terms
         if weights.shape != (len(program.terms), n):

@@ -30,7 +30,7 @@ class Programs:
             raise BackendUnavailable(f"{module.__name__} knows other operations; rebuild it with pip install -e .")
         self.module = module
 
-    def why_not(self, program: Program) -> str | None:
+    def program_unsupported_reason(self, program: Program) -> str | None:
         """Why the module cannot run a program."""
         registers, most = build_table(loss_graph(program)).registers, self.module.max_registers
         return f"the loss takes {registers} registers, one pass holds {most}" if registers > most else None

@@ -1,6 +1,6 @@
 """Log-probs of chosen ids, several a row: a gather beside a backend's log-sum-exp. In PyTorch for every backend, on ``[N, K]`` numbers only.
 
-Elements of a list that name no id (``OUT``) have a log-prob of 0 and no gradient, as rows that are out.
+Elements of a list that name no id (``IGNORE_INDEX``) have a log-prob of 0 and no gradient, as ignored rows.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from .base import SoftmaxParams
 
 
 def top_ids(logits: Tensor, ids: Tensor, k: int, softmax: SoftmaxParams) -> Tensor:
-    """``[N, k]``: the ids of the k largest logits of each row, largest first; of equal ones any. OUT in rows that are out."""
+    """``[N, k]``: the ids of the k largest logits of each row, largest first; of equal ones any. IGNORE_INDEX in ignored rows."""
     found = logits[..., : softmax.vocab_size].topk(k).indices.reshape(-1, k)
-    return torch.where((ids == OUT)[:, None], OUT, found)
+    return torch.where((ids == IGNORE_INDEX)[:, None], IGNORE_INDEX, found)
 
 
 class Picked:
@@ -28,14 +28,14 @@ class Picked:
 
     def __init__(self, logits: Tensor, ids: Tensor, picked: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> None:
         self.known = (ids >= 0) & (ids < softmax.vocab_size)
-        inside = (ids != OUT)[:, None] & (picked != OUT)
+        inside = (ids != IGNORE_INDEX)[:, None] & (picked != IGNORE_INDEX)
         self.bad = inside & ((picked < 0) | (picked >= softmax.vocab_size))
         self.inside = inside & ~self.bad
         self.index = torch.where(self.inside, picked, 0)
         self.shape = (*logits.shape[:-1], picked.size(-1))
         # In fp64: of few numbers it costs nothing, and a log-sum-exp of two fp32 numbers is as exact.
         z = logits.gather(-1, self.index.view(self.shape)).view(picked.shape).double()
-        self.dead, self.temperature = z == -math.inf, temperature.double().view(-1, 1)
+        self.is_masked, self.temperature = z == -math.inf, temperature.double().view(-1, 1)
         tanh = torch.tanh(z / softmax.softcap) if math.isfinite(softmax.softcap) else None
         self.slope = 1.0 if tanh is None else 1 - tanh * tanh
         self.x = (z if tanh is None else torch.where(z.isinf(), z, softmax.softcap * tanh)) / self.temperature
@@ -48,27 +48,27 @@ class Picked:
         """``[N, K]`` without the elements that have no gradient."""
         return torch.where(self.inside, by, 0)
 
-    def write_gradient(self, out: Tensor, ids: Tensor, by: Tensor, stats: dict[str, Tensor], coefs: dict[str, Tensor | None]) -> None:
+    def write_gradient(self, out: Tensor, ids: Tensor, by: Tensor, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None]) -> None:
         """Write the elements of chosen ids over those of a gradient by the other statistics, ``out``, in one rounding.
 
-        ``by`` ``[N, K]``: the derivatives by the log-probs. ``coefs``: those by the row's statistics, with the sum of ``-by`` in that by lse already.
+        ``by`` ``[N, K]``: the derivatives by the log-probs. ``derivatives``: those by the row's statistics, with the sum of ``-by`` in that by lse already.
         """
 
         def column(t: Tensor | None) -> Tensor:
             return torch.zeros_like(by[:, :1]) if t is None else t[:, None]
 
-        c, e, z, q = (column(coefs.get(name)) for name in ("logp", "entropy", "lse", "log_sum_p_sq"))
+        c, e, z, q = (column(derivatives.get(name)) for name in ("logp", "entropy", "lse", "log_sum_p_sq"))
         # A list may name an id twice, or the row's own. Elements without an id stand for id 0, which the gradient has anyway.
         own = self._sums(by) + torch.where(self.index == ids[:, None], c, 0)
         logp = self._below(stats["lse"], stats["lse_low"])
         p = logp.exp()
         total = p * (own - c + z) - own * torch.expm1(logp)  # own - (c - z)·p, for a sure token too
-        if coefs.get("entropy") is not None:
+        if derivatives.get("entropy") is not None:
             total = total - e * p * (logp + column(stats["entropy"]))
-        if coefs.get("log_sum_p_sq") is not None:
+        if derivatives.get("log_sum_p_sq") is not None:
             total = total + 2 * q * p * (p / column(stats["log_sum_p_sq"]).exp() - 1)
         moving = (by != 0).any(-1, keepdim=True) | (c != 0) | (e != 0) | (z != 0) | (q != 0)
-        written = moving & self.known[:, None] & ~(self.dead & ~column(stats["lse"]).isnan())
+        written = moving & self.known[:, None] & ~(self.is_masked & ~column(stats["lse"]).isnan())
         value = torch.where(written, total * (self.slope / self.temperature), 0)
         out.scatter_(-1, self.index.view(self.shape), value.to(out.dtype).view(self.shape))
 

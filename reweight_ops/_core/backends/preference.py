@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from .base import no_gpu
+from .base import gpu_unsupported_reason
 
 #: Best first; the reference serves what nobody else can. Devices without an entry have the reference alone.
 ORDER: dict[str, tuple[str, ...]] = {
@@ -27,6 +27,6 @@ _ROWS_ON_CHIP = (9, 10)
 @functools.lru_cache(maxsize=64)
 def kind_of(device: torch.device) -> str:
     """The entry of :data:`ORDER` for a device. Asks the driver once a device; a GPU that PyTorch does not see is of no special kind."""
-    if device.type != "cuda" or torch.version.hip is not None or no_gpu(device) is not None:
+    if device.type != "cuda" or torch.version.hip is not None or gpu_unsupported_reason(device) is not None:
         return device.type
     return "rows on chip" if torch.cuda.get_device_capability(device)[0] in _ROWS_ON_CHIP else "cuda"

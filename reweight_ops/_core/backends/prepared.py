@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ..formula.loss_program import Program
-from ..rows.verbs import Masked, Weighing
+from ..rows.primitives import Masked, Weighing
 from .base import SoftmaxParams
 
 #: What a row of a loss is given, by the names of a call's arguments; the last two are factors of its weight.

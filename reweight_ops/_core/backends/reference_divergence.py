@@ -8,64 +8,64 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from .base import DivergenceInputs
 from .reference_token import Distribution
 
 
 class _Logs(NamedTuple):
-    """A row, its log-probs (0 on dead columns), its probabilities, dead columns, its log-sum-exp, and what rounding that lost."""
+    """A row, its log-probs (0 on masked columns), its probabilities, masked columns, its log-sum-exp, and what rounding that lost."""
 
     at: Distribution
     log: Tensor
     p: Tensor
-    dead: Tensor
+    masked: Tensor
     lse: Tensor
     lse_low: Tensor
 
 
-def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, head: object, known: Tensor | None = None) -> _Logs:
+def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, softmax: object, known: Tensor | None = None) -> _Logs:
     """``known``: the log-sum-exp ``[2, N]`` of the whole row, of which the logits may be a shard; None: theirs."""
     dtype = torch.float64 if two.logits.dtype == torch.float64 else torch.float32
-    at = Distribution(logits.to(dtype) if logits.dtype.itemsize < dtype.itemsize else logits, two.ids, temperature, head)  # type: ignore[arg-type]
+    at = Distribution(logits.to(dtype) if logits.dtype.itemsize < dtype.itemsize else logits, two.ids, temperature, softmax)  # type: ignore[arg-type]
     total = at.log_total() if known is None else ((known[0] - at.top) + known[1]).to(dtype)
     lse = (at.top + total).to(dtype)
     lse_low = ((at.top - lse) + total).to(dtype)
     total = total[:, None]
     log = at.below - total
-    # A row without any finite logit is NaN everywhere: there, nothing is dead.
-    dead = ((at.below == -math.inf) | at.dead) & ~total.isnan()
-    return _Logs(at, torch.where(dead, 0, log), torch.where(dead, 0, log.exp()), dead, lse, lse_low)
+    # A row without any finite logit is NaN everywhere: there, nothing is masked.
+    masked = ((at.below == -math.inf) | at.masked) & ~total.isnan()
+    return _Logs(at, torch.where(masked, 0, log), torch.where(masked, 0, log.exp()), masked, lse, lse_low)
 
 
 def divergence_stats(two: DivergenceInputs) -> Tensor:
-    a, b = _logs(two.logits, two, two.temperature, two.head), _logs(two.other, two, two.other_temperature, two.other_head)
-    d = torch.where(a.dead | b.dead, 0, a.log - b.log)
-    sick = a.lse.isnan() | b.lse.isnan()
+    a, b = _logs(two.logits, two, two.temperature, two.softmax), _logs(two.other, two, two.other_temperature, two.other_softmax)
+    d = torch.where(a.masked | b.masked, 0, a.log - b.log)
+    is_nan = a.lse.isnan() | b.lse.isnan()
     forward, reverse = -(b.p * d).sum(-1), (a.p * d).sum(-1)
-    forward = torch.where((a.dead & ~b.dead).any(-1) & ~sick, math.inf, forward)
-    reverse = torch.where((b.dead & ~a.dead).any(-1) & ~sick, math.inf, reverse)
+    forward = torch.where((a.masked & ~b.masked).any(-1) & ~is_nan, math.inf, forward)
+    reverse = torch.where((b.masked & ~a.masked).any(-1) & ~is_nan, math.inf, reverse)
     entropies = [-(t.p * t.log).sum(-1) for t in (a, b)]
     rows = torch.stack([forward.clamp(min=0), reverse.clamp(min=0), *entropies, a.lse, a.lse_low, b.lse, b.lse_low])
-    rows[:4] = torch.where(sick, math.nan, rows[:4])
-    return torch.where(two.ids != OUT, rows, 0)
+    rows[:4] = torch.where(is_nan, math.nan, rows[:4])
+    return torch.where(two.ids != IGNORE_INDEX, rows, 0)
 
 
-def divergence_grad(two: DivergenceInputs, table: Tensor, coefs: Tensor, out: Tensor) -> None:
-    a = _logs(two.logits, two, two.temperature, two.head, table[4:6])
-    b = _logs(two.other, two, two.other_temperature, two.other_head, table[6:8])
-    forward, reverse, entropy = coefs[:, :, None]
+def divergence_grad(two: DivergenceInputs, table: Tensor, derivatives: Tensor, out: Tensor) -> None:
+    a = _logs(two.logits, two, two.temperature, two.softmax, table[4:6])
+    b = _logs(two.other, two, two.other_temperature, two.other_softmax, table[6:8])
+    forward, reverse, entropy = derivatives[:, :, None]
     g = forward * (a.p - b.p)
     kl, h = table[1][:, None], table[2][:, None]
-    g = g + torch.where(reverse == 0, 0, reverse * a.p * (torch.where(a.dead | b.dead, 0, a.log - b.log) - kl))
+    g = g + torch.where(reverse == 0, 0, reverse * a.p * (torch.where(a.masked | b.masked, 0, a.log - b.log) - kl))
     g = g - torch.where(entropy == 0, 0, entropy * a.p * (a.log + h))
     g = g * a.at.slope / a.at.temperature
-    g = torch.where(a.dead, 0, g)
+    g = torch.where(a.masked, 0, g)
     # inf - inf in every column with mass: no direction is right, so none is given.
     g = torch.where((reverse != 0) & ~kl.isfinite(), math.nan, g)
-    live = ((two.ids != OUT) & (coefs != 0).any(0))[:, None]
-    g = torch.where(live, g, 0)
-    columns = two.head.vocab_size
+    has_gradient = ((two.ids != IGNORE_INDEX) & (derivatives != 0).any(0))[:, None]
+    g = torch.where(has_gradient, g, 0)
+    columns = two.softmax.vocab_size
     out[..., :columns].copy_(g.view(out[..., :columns].shape))
     out[..., columns:].zero_()
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from .base import PackedRows, SoftmaxParams
 from .reference_token import token_grad, token_stats
 
@@ -24,7 +24,7 @@ def filled(rows: PackedRows) -> tuple[Tensor, Tensor]:
     """The rows as ``[N, K]`` logits, ``-inf`` where a row has no element, and their ids."""
     at, there = _entries(rows)
     values = rows.values if rows.values.numel() else rows.values.new_zeros(1)
-    return torch.where(there, values[at], -math.inf), torch.where((rows.ids < 0) & (rows.ids != OUT), -1, rows.ids)
+    return torch.where(there, values[at], -math.inf), torch.where((rows.ids < 0) & (rows.ids != IGNORE_INDEX), -1, rows.ids)
 
 
 def packed_stats(rows: PackedRows, stats: tuple[str, ...]) -> Tensor:
@@ -32,9 +32,9 @@ def packed_stats(rows: PackedRows, stats: tuple[str, ...]) -> Tensor:
     return token_stats(z, ids, rows.temperature, SoftmaxParams(z.size(1), rows.softcap), stats)
 
 
-def packed_grad(rows: PackedRows, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor) -> None:
+def packed_grad(rows: PackedRows, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None], out: Tensor) -> None:
     z, ids = filled(rows)
     at, there = _entries(rows)
     grad = torch.empty_like(z)
-    token_grad(z, ids, rows.temperature, SoftmaxParams(z.size(1), rows.softcap), stats, coefs, grad)
+    token_grad(z, ids, rows.temperature, SoftmaxParams(z.size(1), rows.softcap), stats, derivatives, grad)
     out[at[there]] = grad[there]

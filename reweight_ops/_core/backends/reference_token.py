@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..formula.loss_program import STATISTICS, Program
 from ..formula.program import evaluate_rows
-from ..rows.groups import OUT
-from .base import COEFS, RowInputs, SoftmaxParams
+from ..rows.groups import IGNORE_INDEX
+from .base import DERIVATIVES, RowInputs, SoftmaxParams
 
 #: Up to here ``lse`` and ``lse_low``, both fp32, give probabilities to the precision of fp32 at any temperature; beyond, a log-prob of the target
 #: above ``LEAST_LOGP`` does.
@@ -22,28 +22,28 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Distribution:
-    """``x`` of every row and what the verbs need of it, in the accumulation dtype."""
+    """``x`` of every row and what the primitives need of it, in the accumulation dtype."""
 
-    def __init__(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams) -> None:
+    def __init__(self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> None:
         n = ids.numel()
-        z = logits[..., : head.vocab_size].reshape(n, head.vocab_size).to(accumulation_dtype(logits.dtype))
-        self.inside = ids != OUT
-        z = torch.where(self.inside[:, None], z, 0)  # a row that is out may hold anything
+        z = logits[..., : softmax.vocab_size].reshape(n, softmax.vocab_size).to(accumulation_dtype(logits.dtype))
+        self.inside = ids != IGNORE_INDEX
+        z = torch.where(self.inside[:, None], z, 0)  # an ignored row may hold anything
         self.temperature = temperature.to(z.dtype).view(-1, 1)
         self.slope: Tensor | float = 1.0
-        if math.isfinite(head.softcap):
-            capped = head.softcap * torch.tanh(z / head.softcap)
-            self.slope = 1 - (capped / head.softcap) ** 2
+        if math.isfinite(softmax.softcap):
+            capped = softmax.softcap * torch.tanh(z / softmax.softcap)
+            self.slope = 1 - (capped / softmax.softcap) ** 2
             z = torch.where(z == -math.inf, z, torch.where(z == math.inf, math.nan, capped))
         # Everything is relative to the largest logit: an offset that all share costs no digits.
         largest, self.where = z.max(-1, keepdim=True)
         self.top = largest[:, 0].double() / self.temperature[:, 0].double()
         self.below = (z - largest) / self.temperature
         # Also what a temperature or the distance takes beyond the smallest number: a mask of finfo.min is one of -inf.
-        self.dead = (z == -math.inf) | ((self.below == -math.inf) & self.top.isfinite()[:, None])
-        self.bad = self.inside & ((ids < 0) | (ids >= head.total()))
-        local = ids - head.vocab_start
-        self.has_target = (local >= 0) & (local < head.vocab_size) & self.inside & ~self.bad
+        self.masked = (z == -math.inf) | ((self.below == -math.inf) & self.top.isfinite()[:, None])
+        self.bad = self.inside & ((ids < 0) | (ids >= softmax.total()))
+        local = ids - softmax.vocab_start
+        self.has_target = (local >= 0) & (local < softmax.vocab_size) & self.inside & ~self.bad
         self.target = torch.where(self.has_target, local, 0)[:, None]
 
     def sum_of_others(self, values: Tensor) -> Tensor:
@@ -55,15 +55,15 @@ class Distribution:
         return torch.where(self.top.isfinite(), torch.log1p(self.sum_of_others(self.below.exp())), math.nan)
 
 
-def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
-    d = Distribution(logits, ids, temperature, head)
+def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
+    d = Distribution(logits, ids, temperature, softmax)
     log_total, rest = d.log_total(), d.sum_of_others(d.below.exp())
     lse = (d.top + log_total).to(log_total.dtype)
     lse_low = torch.where(d.top == -math.inf, -math.inf, (d.top - lse) + log_total)
     out = {"lse": lse, "lse_low": lse_low, "max_logp": 0 - log_total}
     target = d.below.gather(-1, d.target)[:, 0] - log_total
     out["logp"] = torch.where(d.has_target | target.isnan(), target, -math.inf)
-    out["entropy"] = log_total - torch.where(d.dead, 0, d.below.exp() * d.below).sum(-1) / (1 + rest)
+    out["entropy"] = log_total - torch.where(d.masked, 0, d.below.exp() * d.below).sum(-1) / (1 + rest)
     out["log_sum_p_sq"] = torch.log1p(d.sum_of_others((2 * d.below).exp())) - 2 * log_total
     rows = torch.stack([out[name].to(lse.dtype) for name in stats])
     rows = torch.where(d.bad, math.nan, rows)
@@ -74,21 +74,21 @@ def token_grad(
     logits: Tensor,
     ids: Tensor,
     temperature: Tensor,
-    head: SoftmaxParams,
+    softmax: SoftmaxParams,
     stats: dict[str, Tensor],
-    coefs: dict[str, Tensor | None],
+    derivatives: dict[str, Tensor | None],
     out: Tensor,
 ) -> None:
-    d = Distribution(logits, ids, temperature, head)
+    d = Distribution(logits, ids, temperature, softmax)
     zero = torch.zeros_like(stats["logp"])
-    c, e, z, q = (zero if coefs.get(name) is None else coefs[name] for name in COEFS)
+    c, e, z, q = (zero if derivatives.get(name) is None else derivatives[name] for name in DERIVATIVES)
     assert c is not None and e is not None and z is not None and q is not None
-    live = d.inside & ~d.bad & ((c != 0) | (e != 0) | (z != 0) | (q != 0))
+    has_gradient = d.inside & ~d.bad & ((c != 0) | (e != 0) | (z != 0) | (q != 0))
     entropy, p_sq = stats.get("entropy", zero), stats.get("log_sum_p_sq", zero).exp()
 
     def terms(p: Tensor, logp: Tensor, column: tuple[slice, None] | slice) -> Tensor:
-        by_entropy = -e[column] * p * (logp + entropy[column])
-        return by_entropy + z[column] * p + 2 * q[column] * p * (p / p_sq[column] - 1)
+        d_entropy = -e[column] * p * (logp + entropy[column])
+        return d_entropy + z[column] * p + 2 * q[column] * p * (p / p_sq[column] - 1)
 
     every = (slice(None), None)
     log_total = (stats["lse"] - d.top) + stats.get("lse_low", zero)
@@ -97,28 +97,35 @@ def token_grad(
     log_total = torch.where(by_target, d.below.gather(-1, d.target)[:, 0] - stats["logp"], log_total)
     logp = d.below - log_total[:, None].to(d.below.dtype)
     p = logp.exp()
-    grad = terms(p, torch.where(d.dead, 0, logp), every) - c[:, None] * p
+    grad = terms(p, torch.where(d.masked, 0, logp), every) - c[:, None] * p
     # The target's own element from its log-prob: p - 1 of a rounded neighbour loses everything as p goes to 1.
     y, everything = stats["logp"], slice(None)
     p_y = y.exp()
     at_target = terms(p_y, torch.where(p_y > 0, y, 0), everything) - c * torch.expm1(y)
     grad = torch.where(d.has_target[:, None], grad.scatter(-1, d.target, at_target[:, None]), grad)
     grad = grad * d.slope / d.temperature
-    grad = torch.where(d.dead & ~stats["lse"].isnan()[:, None], 0, grad)
-    grad = torch.where(live[:, None], grad, 0)
-    out[..., : head.vocab_size].copy_(grad.view(out[..., : head.vocab_size].shape))
-    if out.size(-1) > head.vocab_size:
-        out[..., head.vocab_size :].zero_()
+    grad = torch.where(d.masked & ~stats["lse"].isnan()[:, None], 0, grad)
+    grad = torch.where(has_gradient[:, None], grad, 0)
+    out[..., : softmax.vocab_size].copy_(grad.view(out[..., : softmax.vocab_size].shape))
+    if out.size(-1) > softmax.vocab_size:
+        out[..., softmax.vocab_size :].zero_()
 
 
 def token_loss_grad(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    softmax: SoftmaxParams,
+    inputs: RowInputs,
+    program: Program,
+    params: Tensor,
+    out: Tensor,
 ) -> Tensor:
     names = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq")
-    stats = dict(zip(names, token_stats(logits, ids, temperature, head, names), strict=True))
+    stats = dict(zip(names, token_stats(logits, ids, temperature, softmax, names), strict=True))
     leaves = {"old_logp": stats["logp"]} | {name: stats[name] for name in STATISTICS} | inputs.stored()
-    weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.weights, keep=ids != OUT)
-    token_grad(logits, ids, temperature, head, stats, dict(zip(STATISTICS, by, strict=True)), out)
-    bad = (ids != OUT) & ((ids < 0) | (ids >= head.total()))
+    weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.weights, keep=ids != IGNORE_INDEX)
+    token_grad(logits, ids, temperature, softmax, stats, dict(zip(STATISTICS, by, strict=True)), out)
+    bad = (ids != IGNORE_INDEX) & ((ids < 0) | (ids >= softmax.total()))
     rows = torch.stack([stats["logp"], stats["entropy"], weighted, loss, *by[:2]])
     return torch.where(bad, math.nan, rows)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
-from ..rows.verbs import RowVerbs, is_traced
+from ..rows.primitives import RowPrimitives, is_traced
 from ..transforms import in_transform
 from .base import Backend, Request
 from .preference import ORDER, kind_of
@@ -59,7 +59,7 @@ def door(device_type: str, backend: Backend) -> Iterator[None]:
             table.update(before)  # type: ignore[arg-type]
 
 
-def why_not(name: str, request: Request) -> str | None:
+def unsupported_reason(name: str, request: Request) -> str | None:
     """None if the backend can serve the request, else the reason."""
     try:
         backend = load(name)
@@ -86,16 +86,16 @@ def state() -> tuple[Any, ...]:
     return (os.environ.get(_VARIABLE), *ORDER.values(), *_loaded.values())
 
 
-def reasons(request: Request, name: str = "auto") -> dict[str, str | None]:
+def unsupported_reasons(request: Request, name: str = "auto") -> dict[str, str | None]:
     """Every candidate and why it cannot serve the request (None: it can)."""
-    return {candidate: why_not(candidate, request) for candidate in candidates(request.device, name)}
+    return {candidate: unsupported_reason(candidate, request) for candidate in candidates(request.device, name)}
 
 
 def choose(request: Request, name: str = "auto") -> str:
     """The first candidate without a reason against it. Raises with every candidate's reason when none is left."""
     found = {}
     for candidate in candidates(request.device, name):
-        found[candidate] = why_not(candidate, request)
+        found[candidate] = unsupported_reason(candidate, request)
         if found[candidate] is None:
             return candidate
     if len(found) == 1:
@@ -108,14 +108,14 @@ def choose(request: Request, name: str = "auto") -> str:
     raise UnsupportedRequest(f"no backend can run {request.primitive}: " + "; ".join(f"{k}: {v}" for k, v in found.items()))
 
 
-def row_verbs(logits: Tensor, name: str) -> RowVerbs | None:
+def row_primitives(logits: Tensor, name: str) -> RowPrimitives | None:
     """Kernels for a call's rows, of the backend that serves its logits; None where PyTorch does it: in a graph, whose compiler fuses it, and in
     ``torch.func``'s transforms."""
     device, dtype = logits.device, logits.dtype
     if dtype == torch.float64 or is_traced(logits) or in_transform():
         return None
     for candidate in candidates(device, name):
-        if why_not(candidate, Request("token_stats", device, dtype)) is None:
+        if unsupported_reason(candidate, Request("token_stats", device, dtype)) is None:
             return load(candidate).rows
     return None
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from ..rows.ranks import gathered, size_and_rank
 from .base import DIVERGENCE_STATS, SoftmaxParams
 from .log_p_moments import MEAN_BY_P_SQ, VARIANCE
@@ -55,7 +55,7 @@ class VocabShards:
         s = {name: states[:, k] for k, name in enumerate(names)}
         share = _Shares(s["lse"], s["lse_low"])
         found = torch.stack([self._statistic(name, s, share, table.dtype) for name in names if name != LOGP_LOW]).to(table.dtype)
-        return torch.where(ids == OUT, 0, found)
+        return torch.where(ids == IGNORE_INDEX, 0, found)
 
     def _statistic(self, name: str, s: dict[str, Tensor], share: _Shares, dtype: torch.dtype) -> Tensor:
         if name in MERGED_BY:
@@ -97,11 +97,11 @@ class VocabShards:
         for prefix, share in (("", p), ("other_", q)):
             lse = share.lse.to(table.dtype)
             found |= {f"{prefix}lse": lse.double(), f"{prefix}lse_low": share.lse_beyond(lse)}
-        sick = p.lse.isnan() | q.lse.isnan()  # where one of them is no distribution, nothing is known
+        is_nan = p.lse.isnan() | q.lse.isnan()  # where one of them is no distribution, nothing is known
         if table.dtype != torch.float64:  # beyond it kernels measure from what is in their own shard
-            sick |= (p.lse.abs() > LARGEST_LSE) | (q.lse.abs() > LARGEST_LSE)
-        rows = torch.stack([torch.where(sick, math.nan, found[name]) for name in DIVERGENCE_STATS]).to(table.dtype)
-        return torch.where(ids == OUT, 0, rows)
+            is_nan |= (p.lse.abs() > LARGEST_LSE) | (q.lse.abs() > LARGEST_LSE)
+        rows = torch.stack([torch.where(is_nan, math.nan, found[name]) for name in DIVERGENCE_STATS]).to(table.dtype)
+        return torch.where(ids == IGNORE_INDEX, 0, rows)
 
 
 def with_empty_shards(table: Tensor, p: Tensor, q: Tensor) -> Tensor:

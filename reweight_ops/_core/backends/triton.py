@@ -1,6 +1,6 @@
 """The Triton backend: NVIDIA from Ampere on, AMD's data-center GPUs, and Triton's interpreter (which runs on the CPU, for tests).
 
-Each verb is one launch, a program each row. A few long rows (fewer than twice the multiprocessors) are split over programs. Programs of
+Each primitive is one launch, a program each row. A few long rows (fewer than twice the multiprocessors) are split over programs. Programs of
 one launch can wait for each other only where the hardware promises to run them at once, so a split takes another launch where a program
 needs what another one computes or writes over:
 
@@ -23,7 +23,7 @@ from . import triton_divergence as divergence
 from . import triton_launch, triton_rows, triton_scale
 from . import triton_packed as packed
 from . import triton_token as token
-from .base import Backend, Request, no_gpu
+from .base import Backend, Request, gpu_unsupported_reason
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -36,7 +36,7 @@ def unsupported_reason(request: Request) -> str | None:
         return None if request.device.type == "cpu" else "TRITON_INTERPRET=1 is set: the kernels run on CPU tensors only"
     if request.device.type != "cuda":
         return f"logits are on {request.device.type}; Triton's kernels run on GPUs (set TRITON_INTERPRET=1 to run them on the CPU, slowly)"
-    if (reason := no_gpu(request.device)) is not None:
+    if (reason := gpu_unsupported_reason(request.device)) is not None:
         return reason
     if torch.version.hip is None and torch.cuda.get_device_capability(request.device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"

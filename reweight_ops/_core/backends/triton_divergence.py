@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...triton_kernels.config import pair_config
+from ...triton_kernels.config import divergence_config
 from ...triton_kernels.divergence import SLOT, divergence_kernel, partial_divergence_kernel
 from . import triton_launch
 from .base import DIVERGENCE_STATS, DivergenceInputs, rows_of
@@ -23,16 +23,16 @@ class _Call:
         x, y = two.logits, two.other
         self.two, self.rows, self.out = two, two.ids.numel(), x if out is None else out
         wave = triton_launch.wave(x.device)
-        self.config = pair_config(two.head.vocab_size, x.element_size(), y.element_size())
-        self.segments = -(-two.head.vocab_size // self.config.segment)
+        self.config = divergence_config(two.softmax.vocab_size, x.element_size(), y.element_size())
+        self.segments = -(-two.softmax.vocab_size // self.config.segment)
         self.split = triton_launch.is_split(self.rows, self.segments, x.device)
         others, tensors = rows_of(y), (x, y) if out is None else (x, y, out)
         self.where = *rows_of(x), others.batch_stride, others.row_stride
         self.strides = int(two.temperature.numel() > 1), int(two.other_temperature.numel() > 1)
-        self.caps = [1.0 if h.softcap == float("inf") else h.softcap for h in (two.head, two.other_head)]
+        self.caps = [1.0 if h.softcap == float("inf") else h.softcap for h in (two.softmax, two.other_softmax)]
         self.meta: dict[str, Any] = {
             "SEGMENT": self.config.segment, "SLOTS": self.config.slots, "VECTORS": self.config.vectors, "E": self.config.vector,
-            "P_CAP": two.head.softcap != float("inf"), "Q_CAP": two.other_head.softcap != float("inf"),
+            "P_CAP": two.softmax.softcap != float("inf"), "Q_CAP": two.other_softmax.softcap != float("inf"),
             "ALIGN": min(triton_launch.alignment(t) for t in tensors), "shape": self.config.stats, "wave": wave,
         }  # fmt: skip
 
@@ -42,33 +42,33 @@ class _Call:
         slots = torch.empty((self.rows, self.segments, SLOT.value, self.config.slots), dtype=torch.float32, device=two.logits.device)
         triton_launch.launch(
             partial_divergence_kernel, self.rows * self.segments, two.logits, two.other, two.ids, two.temperature, two.other_temperature,
-            slots, *self.strides, *self.where, two.head.vocab_size, *self.caps, **self.meta,
+            slots, *self.strides, *self.where, two.softmax.vocab_size, *self.caps, **self.meta,
         )  # fmt: skip
         return slots
 
-    def launch(self, programs: int, table: Tensor, coefs: Tensor, partial: Tensor, *, stats: bool, grad: bool, logs: bool) -> None:
+    def launch(self, programs: int, table: Tensor, derivatives: Tensor, partial: Tensor, *, stats: bool, grad: bool, logs: bool) -> None:
         two, to = self.two, rows_of(self.out)
         triton_launch.launch(
-            divergence_kernel, programs, two.logits, two.other, self.out, two.ids, two.temperature, two.other_temperature, table, coefs,
-            partial, self.rows, *self.strides, *self.where, to.batch_stride, to.row_stride, two.head.vocab_size, two.logits.size(-1),
+            divergence_kernel, programs, two.logits, two.other, self.out, two.ids, two.temperature, two.other_temperature, table, derivatives,
+            partial, self.rows, *self.strides, *self.where, to.batch_stride, to.row_stride, two.softmax.vocab_size, two.logits.size(-1),
             *self.caps, STATS=stats, GRAD=grad, LOGS=logs, SPLIT=self.split,
             EMULATE=triton_launch.interpreted() and two.logits.dtype == torch.bfloat16, **self.meta,
         )  # fmt: skip
 
 
-def _launch(two: DivergenceInputs, table: Tensor, out: Tensor | None, coefs: Tensor, *, stats: bool, logs: bool) -> None:
+def _launch(two: DivergenceInputs, table: Tensor, out: Tensor | None, derivatives: Tensor, *, stats: bool, logs: bool) -> None:
     if not two.ids.numel():
         return
     call = _Call(two, out)
     grad = out is not None
     if not call.split:
-        call.launch(call.rows, table, coefs, table, stats=stats, grad=grad, logs=logs)
+        call.launch(call.rows, table, derivatives, table, stats=stats, grad=grad, logs=logs)
         return
     if stats:
-        call.launch(call.rows, table, coefs, call.partial(), stats=True, grad=False, logs=False)
+        call.launch(call.rows, table, derivatives, call.partial(), stats=True, grad=False, logs=False)
     if grad:
         chunks = -(-two.logits.size(-1) // call.config.segment)
-        call.launch(call.rows * chunks, table, coefs, table, stats=False, grad=True, logs=logs)
+        call.launch(call.rows * chunks, table, derivatives, table, stats=False, grad=True, logs=logs)
 
 
 def divergence_stats(two: DivergenceInputs) -> Tensor:
@@ -77,8 +77,8 @@ def divergence_stats(two: DivergenceInputs) -> Tensor:
     return table
 
 
-def divergence_grad(two: DivergenceInputs, table: Tensor, coefs: Tensor, out: Tensor) -> None:
-    _launch(two, table, out, coefs.contiguous(), stats=False, logs=True)
+def divergence_grad(two: DivergenceInputs, table: Tensor, derivatives: Tensor, out: Tensor) -> None:
+    _launch(two, table, out, derivatives.contiguous(), stats=False, logs=True)
 
 
 def divergence_loss_grad(two: DivergenceInputs, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:

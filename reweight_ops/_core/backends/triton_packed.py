@@ -8,7 +8,7 @@ from torch import Tensor
 from ...triton_kernels import packed
 from ...triton_kernels.config import Config, Launch, config_for
 from . import triton_launch
-from .base import COEFS, STATS, PackedRows
+from .base import DERIVATIVES, STATS, PackedRows
 
 #: Threads and registers of a program: at any address a row takes more of them than one that begins at a multiple of 16 bytes.
 _LAUNCH = Launch(128, 128)
@@ -40,15 +40,19 @@ def packed_stats(rows: PackedRows, stats: tuple[str, ...]) -> Tensor:
     return out
 
 
-def packed_grad(rows: PackedRows, stats: dict[str, Tensor], coefs: dict[str, Tensor | None], out: Tensor) -> None:
+def packed_grad(rows: PackedRows, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None], out: Tensor) -> None:
     n = rows.ids.numel()
     if not n:
         return
-    call, by, nothing = _Call(rows), [coefs.get(name) for name in COEFS], stats["logp"]  # nothing: in the place of what no program reads
+    call, by, nothing = (
+        _Call(rows),
+        [derivatives.get(name) for name in DERIVATIVES],
+        stats["logp"],
+    )  # nothing: in the place of what no program reads
     triton_launch.launch(
         packed.packed_gradient_kernel, n, rows.values, out, rows.bounds, rows.ids, rows.temperature, stats["logp"], stats["lse"],
         stats.get("lse_low", nothing), stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing),
         *(nothing if c is None else c for c in by), n, call.t_stride, call.softcap,
-        BY=tuple(c is not None for c in by), LOW="lse_low" in stats, SLOTS=_LAUNCH.threads, VECTORS=call.config.vectors, **call.tile,
+        GIVEN=tuple(c is not None for c in by), LOW="lse_low" in stats, SLOTS=_LAUNCH.threads, VECTORS=call.config.vectors, **call.tile,
         EMULATE=triton_launch.interpreted() and rows.values.dtype == torch.bfloat16, shape=_LAUNCH, wave=call.wave,
     )  # fmt: skip

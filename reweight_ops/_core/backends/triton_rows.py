@@ -12,7 +12,7 @@ from ...triton_kernels import rows as kernels
 from ...triton_kernels.config import Launch
 from ..formula.loss_program import ONE_PASS, Program
 from ..formula.monitor import Monitor
-from ..rows.verbs import METRICS, Masked, RowVerbs, Weighing
+from ..rows.primitives import METRICS, Masked, RowPrimitives, Weighing
 from . import triton_launch
 from .triton_cache import monitor_function, program_function
 
@@ -91,10 +91,10 @@ def ratio(masked: Masked, run: int, logp: Tensor, old: Tensor | None, params: Te
 
 
 def adjoint(
-    masked: Masked, run: int, by_ratio: Tensor, by_logp: Tensor, params: Tensor, means: Tensor, normalize: bool, shared: bool
+    masked: Masked, run: int, d_ratio: Tensor, d_logp: Tensor, params: Tensor, means: Tensor, normalize: bool, shared: bool
 ) -> None:
     _launch(
-        kernels.adjoint_kernel, masked.lengths.size(1), by_logp.device, by_ratio, by_logp, masked.keep, masked.lengths, params, means, run,
+        kernels.adjoint_kernel, masked.lengths.size(1), d_logp.device, d_ratio, d_logp, masked.keep, masked.lengths, params, means, run,
         NORMALIZE=normalize, SHARED=shared, BLOCK=_block(run),
     )  # fmt: skip
 
@@ -144,4 +144,4 @@ def metrics(
     return sums, values
 
 
-VERBS = RowVerbs(mask=mask, weigh=weigh, ratio=ratio, adjoint=adjoint, metrics=metrics)
+VERBS = RowPrimitives(mask=mask, weigh=weigh, ratio=ratio, adjoint=adjoint, metrics=metrics)

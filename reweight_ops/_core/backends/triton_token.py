@@ -9,37 +9,37 @@ from ...triton_kernels import kernels
 from ...triton_kernels.config import Config, config_for
 from ..formula.loss_program import Program, loss_graph
 from . import triton_launch
-from .base import COEFS, LOSS_ROWS, STATS, RowInputs, SoftmaxParams, rows_of
+from .base import DERIVATIVES, LOSS_ROWS, STATS, RowInputs, SoftmaxParams, rows_of
 from .triton_cache import program_function
 
 
 class _Call:
     """What the launches of one call have in common."""
 
-    def __init__(self, logits: Tensor, temperature: Tensor, head: SoftmaxParams, out: Tensor | None = None) -> None:
+    def __init__(self, logits: Tensor, temperature: Tensor, softmax: SoftmaxParams, out: Tensor | None = None) -> None:
         self.where = rows_of(logits)
         self.rows = logits.numel() // logits.size(-1)
         self.wave = triton_launch.wave(logits.device)
-        self.config: Config = config_for(head.vocab_size, logits.element_size(), head.softcap != float("inf"))
-        self.segments = -(-head.vocab_size // self.config.segment)
+        self.config: Config = config_for(softmax.vocab_size, logits.element_size(), softmax.softcap != float("inf"))
+        self.segments = -(-softmax.vocab_size // self.config.segment)
         self.split = triton_launch.is_split(self.rows, self.segments, logits.device)
-        self.softcap = 1.0 if head.softcap == float("inf") else head.softcap
+        self.softcap = 1.0 if softmax.softcap == float("inf") else softmax.softcap
         self.tile = {
-            "CAP": head.softcap != float("inf"), "SLOTS": self.config.slots, "VECTORS": self.config.vectors, "E": self.config.vector
+            "CAP": softmax.softcap != float("inf"), "SLOTS": self.config.slots, "VECTORS": self.config.vectors, "E": self.config.vector
         }  # fmt: skip
         self.align = triton_launch.alignment(logits, *([] if out is None else [out]))
         self.t_stride = 0 if temperature.numel() == 1 else 1
         self.emulate = triton_launch.interpreted() and logits.dtype == torch.bfloat16
         self.device = torch.device("cuda", logits.device.index or 0) if logits.device.type == "cuda" else logits.device
 
-    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, merge: bool) -> Tensor | None:
+    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, merge: bool) -> Tensor | None:
         """The segments' slots and the targets' logits, if the rows are split; ``merge``: and the rows' states."""
         if not self.split:
             return None
         size = 4 * self.config.slots * self.segments + 5
         partial = torch.empty((self.rows, size), dtype=torch.float32, device=logits.device)
         args = (
-            logits, ids, temperature, partial, self.t_stride, *self.where, head.vocab_size, self.softcap, head.vocab_start, head.total()
+            logits, ids, temperature, partial, self.t_stride, *self.where, softmax.vocab_size, self.softcap, softmax.vocab_start, softmax.total()
         )  # fmt: skip
         meta = {"SEGMENT": self.config.segment, **self.tile, "ALIGN": self.align, "shape": self.config.stats.alone(), "wave": self.wave}
         policy = "evict_last" if merge else "evict_first"
@@ -53,16 +53,16 @@ class _Call:
         return self.rows * (-(-out.size(-1) // self.config.segment) if self.split else 1)
 
 
-def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
+def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
     out = torch.empty((len(stats), ids.numel()), dtype=torch.float32, device=logits.device)
     if not ids.numel():
         return out
     assert set(stats) <= set(STATS)
-    call = _Call(logits, temperature, head)
-    partial = call.partial(logits, ids, temperature, head, merge=False)
+    call = _Call(logits, temperature, softmax)
+    partial = call.partial(logits, ids, temperature, softmax, merge=False)
     triton_launch.launch(
         kernels.stats_kernel, call.rows, logits, ids, temperature, out if partial is None else partial, out, call.rows,
-        call.t_stride, *call.where, head.vocab_size, call.softcap, head.vocab_start, head.total(),
+        call.t_stride, *call.where, softmax.vocab_size, call.softcap, softmax.vocab_start, softmax.total(),
         STATS=tuple(stats.index(name) if name in stats else -1 for name in STATS), SPLIT=call.split, SEGMENT=call.config.segment,
         **call.tile, ALIGN=call.align, AHEAD=call.config.stats.ahead, shape=call.config.stats, wave=call.wave,
     )  # fmt: skip
@@ -73,45 +73,52 @@ def token_grad(
     logits: Tensor,
     ids: Tensor,
     temperature: Tensor,
-    head: SoftmaxParams,
+    softmax: SoftmaxParams,
     stats: dict[str, Tensor],
-    coefs: dict[str, Tensor | None],
+    derivatives: dict[str, Tensor | None],
     out: Tensor,
 ) -> None:
     n = ids.numel()
     if not n:
         return
-    call = _Call(logits, temperature, head, out)
-    by = [coefs.get(name) for name in COEFS]
+    call = _Call(logits, temperature, softmax, out)
+    by = [derivatives.get(name) for name in DERIVATIVES]
     nothing = stats["logp"]  # in the place of what no program reads
     to = rows_of(out)
     triton_launch.launch(
         kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, stats["logp"], stats["lse"],
         stats.get("lse_low", nothing), stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing),
         *(nothing if c is None else c for c in by), call.t_stride,
-        *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
-        BY=tuple(c is not None for c in by), LOW="lse_low" in stats, SPLIT=call.split, CHUNK=call.config.segment,
+        *call.where, to.batch_stride, to.row_stride, softmax.vocab_size, out.size(-1), call.softcap, softmax.vocab_start, softmax.total(),
+        GIVEN=tuple(c is not None for c in by), LOW="lse_low" in stats, SPLIT=call.split, CHUNK=call.config.segment,
         **call.tile | {"SLOTS": call.config.grad.threads, "VECTORS": call.config.grad_vectors}, ALIGN=call.align, EMULATE=call.emulate,
         shape=call.config.grad, wave=call.wave,
     )  # fmt: skip
 
 
 def token_loss_grad(
-    logits: Tensor, ids: Tensor, temperature: Tensor, head: SoftmaxParams, inputs: RowInputs, program: Program, params: Tensor, out: Tensor
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    softmax: SoftmaxParams,
+    inputs: RowInputs,
+    program: Program,
+    params: Tensor,
+    out: Tensor,
 ) -> Tensor:
     n = ids.numel()
     rows = torch.empty((len(LOSS_ROWS), n), dtype=torch.float32, device=logits.device)
     if not n:
         return rows
-    call = _Call(logits, temperature, head, out)
+    call = _Call(logits, temperature, softmax, out)
     graph = loss_graph(program)
-    partial = call.partial(logits, ids, temperature, head, merge=True)
+    partial = call.partial(logits, ids, temperature, softmax, merge=True)
     to, entropy, p_sq = rows_of(out), graph.moves("entropy"), graph.moves("log_sum_p_sq")
     given = [rows if x is None else x for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)]
     triton_launch.launch(
         kernels.loss_grad_kernel, call.programs(out), logits, out, ids, temperature, inputs.weights, *given, params,
         rows if partial is None else partial, rows, n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None),
-        *call.where, to.batch_stride, to.row_stride, head.vocab_size, out.size(-1), call.softcap, head.vocab_start, head.total(),
+        *call.where, to.batch_stride, to.row_stride, softmax.vocab_size, out.size(-1), call.softcap, softmax.vocab_start, softmax.total(),
         PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in graph.reads(),
         SPLIT=call.split, CHUNK=call.config.segment, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align,
         AHEAD=call.config.one_pass.ahead, EMULATE=call.emulate,

@@ -37,7 +37,7 @@ class ChunkSettings(NamedTuple):
     compute_dtype: torch.dtype  # of the GEMMs' operands
     lora_dtype: torch.dtype  # of the low-rank term's
     accumulate_dtype: torch.dtype | None  # of the weight's gradient over chunks; None: by the number of chunks
-    drop_inert: bool  # rows without a coefficient may be counted on the host and dropped
+    drop_zero_gradient: bool  # rows without a coefficient may be counted on the host and dropped
     keep_rows: int  # of these leading rows two_pass keeps the logits for backward
     shards: VocabShards | None = None  # of a vocabulary that several ranks have, once they have agreed on it
 

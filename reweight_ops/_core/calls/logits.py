@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
-from ..backends.select import row_verbs
+from ..backends.select import row_primitives
 from ..rows.groups import describe
 from ..rows.rows import Rows, resolve_rows
 from . import consumed
@@ -90,8 +90,8 @@ def resolve_logits(
 
     softmax = resolve_softmax(op, options, logits.shape[-1], fail)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    verbs = row_verbs(logits, options.backend)
-    rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.total(), validate, verbs)
+    primitives = row_primitives(logits, options.backend)
+    rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.total(), validate, primitives)
     assert rows.ids is not None
     sampled = resolve_sampling_mask(rows, options, softmax.vocab_size, validate, fail)
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from ..rows.rows import Rows
 from ..rows.structure import is_readable
 
@@ -23,10 +23,12 @@ def resolve_ids(rows: Rows, name: str, ids: Any, vocab_size: int) -> Tensor:
         raise rows.error(f"{name} has shape {tuple(ids.shape)}, expected {rows.shape} + (K,), or (K,) for all rows.")
     flat = ids.long().expand(rows.count, -1) if ids.dim() == 1 else ids.long().reshape(rows.count, ids.size(-1))
     if is_readable(flat) and flat.numel():
-        bad = ((flat < 0) | (flat >= vocab_size)) & (flat != OUT) & rows.keep[:, None]
+        bad = ((flat < 0) | (flat >= vocab_size)) & (flat != IGNORE_INDEX) & rows.keep[:, None]
         if bool(bad.any()):
             row, at = (int(x) for x in bad.nonzero()[0])
-            raise rows.error(f"{name} has {int(flat[row, at])} in row {row} (flat), expected 0 to {vocab_size - 1}, or {OUT} for padding.")
+            raise rows.error(
+                f"{name} has {int(flat[row, at])} in row {row} (flat), expected 0 to {vocab_size - 1}, or {IGNORE_INDEX} for padding."
+            )
     return flat
 
 

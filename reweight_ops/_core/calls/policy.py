@@ -79,7 +79,7 @@ class LossCall:
 
     def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
         """``[K, N]``: every term's row weight, ``loss_scale`` included. ``statistics`` are needed only if a reduction is over a weight."""
-        if self.rows.verbs is not None and (fused := self._fused_row_weights()) is not None:
+        if self.rows.primitives is not None and (fused := self._fused_row_weights()) is not None:
             return fused
         found: dict[int, Tensor] = {}
         for k in set(self.spec.reduction_of_term):
@@ -108,7 +108,7 @@ class LossCall:
     def _fused_row_weights(self) -> Tensor | None:
         """The same, a launch for each reduction; None if a kernel cannot form one of them."""
         rows, terms = self.rows, self.spec.reductions
-        assert rows.verbs is not None and rows.masked is not None
+        assert rows.primitives is not None and rows.masked is not None
         own = self.spec.reduction_of_term
         plans = {k: None if terms[k].coupled else terms[k].weighing(rows, self.divisors) for k in set(own)}
         numbers = (self.loss_scale, self.factor, *(plan.divisor for plan in plans.values() if plan is not None))
@@ -121,7 +121,7 @@ class LossCall:
             assert plan is not None
             factor = self.factor if k == 0 else None
             count = len(terms) if share and factor is not None else 1
-            found.append(rows.verbs.weigh(rows.masked, rows.run, plan, self._scale, factor, count))
+            found.append(rows.primitives.weigh(rows.masked, rows.run, plan, self._scale, factor, count))
         return found[0].expand(len(terms), -1) if share else torch.cat(found)
 
     @property
@@ -173,7 +173,7 @@ class LossCall:
         return {**found, **self.stored()}
 
     def safe_leaves(self, statistics: dict[str, Tensor]) -> Leaves:
-        """The same, with harmless values in the rows that are out."""
+        """The same, with harmless values in the ignored rows."""
         return Leaves(safe_where(self.rows.keep, self.leaves(statistics)))
 
     def evaluate(self, statistics: dict[str, Tensor]) -> TermResult:

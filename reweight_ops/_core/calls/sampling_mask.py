@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from ..rows.rows import Rows
 from ..rows.structure import is_readable
 from .keywords import SoftmaxOptions
@@ -24,7 +24,7 @@ class SamplingMask(NamedTuple):
     """The ids that a sampler (top-k, top-p, min-p) kept of every row, in vLLM's form: row i may be ``token_ids[offsets[i]:offsets[i + 1]]``.
 
     ``token_ids``: ``[M]``, int32 or int64, in any order, none twice in a row. ``offsets``: ``[N + 1]``, int32 or int64, for the N rows of ``completion_ids``
-    (flat). A row that is out may keep nothing.
+    (flat). An ignored row may keep nothing.
 
     >>> import torch, reweight_ops as rw
     >>> kept = rw.SamplingMask(torch.tensor([1, 3, 0]), torch.tensor([0, 2, 3]))
@@ -115,7 +115,7 @@ class KeptSets(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampled:
-    """What :func:`resolve_sampling_mask` gives: the sets, and the place of each row's id in its set ``[N]`` (OUT where out; -1: NaN)."""
+    """What :func:`resolve_sampling_mask` gives: the sets, and the place of each row's id in its set ``[N]`` (IGNORE_INDEX where out; -1: NaN)."""
 
     sets: KeptSets
     position: Tensor
@@ -230,7 +230,7 @@ class _Checks:
     def result(self, ok: Tensor | None, over_vocabulary: bool, named: bool) -> Sampled:
         """``named``: an id outside of its set is an error."""
         keep = self.rows.keep
-        known = torch.cat([self.ids, self.ids.new_full((1,), OUT)])
+        known = torch.cat([self.ids, self.ids.new_full((1,), IGNORE_INDEX)])
         start, at = self.offsets[:-1], torch.arange(self.entries, device=self.row.device)
         found = self._per_row(torch.where(self.token_ids == known[self.row], at, -1), -1)
         position = torch.where(found < 0, -1, found - start)
@@ -243,6 +243,6 @@ class _Checks:
         bounds = torch.stack([start, self.offsets[1:]])
         if ok is not None:
             position, bounds = torch.where(ok, position, -1), torch.where(ok, bounds, 0)
-        position = torch.where(keep, position, OUT)
+        position = torch.where(keep, position, IGNORE_INDEX)
         sets = KeptSets(self.token_ids.clamp(0, self.vocab_size - 1), self.row, bounds, over_vocabulary)
         return Sampled(sets, position)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from ..rows.rows import Rows
 from ..rows.structure import is_readable
 from .keywords import TopKLogps
@@ -18,7 +18,7 @@ TAILS = ("bucket", "renormalize", "ignore")
 
 
 class TopTeacher(NamedTuple):
-    """``ids`` and ``logps`` ``[N, K]``; an id of OUT is padding."""
+    """``ids`` and ``logps`` ``[N, K]``; an id of IGNORE_INDEX is padding."""
 
     ids: Tensor
     logps: Tensor
@@ -36,9 +36,9 @@ def resolve_top_teacher(rows: Rows, given: TopKLogps, of_other: OtherOptions, vo
     ids, logps = resolve_ids(rows, f"{name}.token_ids", given.token_ids, vocab_size), given.logps
     _check_logps(rows, f"{name}.logps", logps, (*rows.shape, ids.size(-1)))
     flat = logps.reshape(rows.count, -1).to(rows.dtype)
-    if is_readable(flat) and bool(((flat > 1e-3) & (ids != OUT) & rows.keep[:, None]).any()):
+    if is_readable(flat) and bool(((flat > 1e-3) & (ids != IGNORE_INDEX) & rows.keep[:, None]).any()):
         raise rows.error(f"{name}.logps has numbers above 0, so they are no log-probs: pass their logarithm.")
-    return TopTeacher(torch.where(flat == -torch.inf, OUT, ids), flat, given.tail)
+    return TopTeacher(torch.where(flat == -torch.inf, IGNORE_INDEX, ids), flat, given.tail)
 
 
 def _check_logps(rows: Rows, name: str, logps: Any, shape: tuple[int, ...]) -> None:

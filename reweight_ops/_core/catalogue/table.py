@@ -24,7 +24,7 @@ def plan(entry: Entry) -> str:
     if entry.plan is not None:
         return entry.plan
     if entry.kind == "policy_loss":
-        return "one pass" if entry.build().one_pass_obstacle is None else "two passes"
+        return "one pass" if entry.build().one_pass_unsupported_reason is None else "two passes"
     if entry.kind == "token_weight":
         weight = entry.build()
         return "two passes" if trace_weight(type(weight)).uses_batch or not weight.detach else "one pass"

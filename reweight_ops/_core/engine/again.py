@@ -18,7 +18,7 @@ from ..backends.mean_logit import MEAN_LOGIT
 from ..calls.hidden import ChunkSettings, LMHead
 from ..calls.sampling_mask import KeptSets
 from ..rows.constants import number_like, varies
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from .kept_ops import VOCABULARY
 from .ops import without_last_position
 from .picks import PICKED, PICKED_IDS
@@ -50,18 +50,18 @@ def rows(logits: Tensor, drop_last: bool) -> Tensor:
 
 
 def log_probs(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> tuple[Tensor, Tensor, Tensor]:
-    """``(x, log_softmax(x), dead)`` of ``[N, V]`` logits: x as the kernels form it, and the columns without mass, which have no gradient."""
+    """``(x, log_softmax(x), masked)`` of ``[N, V]`` logits: x as the kernels form it, and the columns without mass, which have no gradient."""
     z = logits[:, : softmax.vocab_size]
     z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
-    # A row without any finite logit is NaN everywhere: there, nothing is dead.
+    # A row without any finite logit is NaN everywhere: there, nothing is masked.
     served = z.amax(-1, keepdim=True).isfinite()
-    dead, t = (z == -math.inf) & served, temperature.view(-1, 1)
-    x = torch.where(dead, 0, z)
+    masked, t = (z == -math.inf) & served, temperature.view(-1, 1)
+    x = torch.where(masked, 0, z)
     if math.isfinite(softmax.softcap):
         x = torch.where(x == math.inf, math.nan, softmax.softcap * torch.tanh(x / softmax.softcap))
-    dead = dead | ((x / t == -math.inf) & served)  # a mask of finfo.min and a temperature below 1
-    x = torch.where(dead, -math.inf, torch.where(dead, 0, x) / t)
-    return x, torch.log_softmax(x, -1), dead
+    masked = masked | ((x / t == -math.inf) & served)  # a mask of finfo.min and a temperature below 1
+    x = torch.where(masked, -math.inf, torch.where(masked, 0, x) / t)
+    return x, torch.log_softmax(x, -1), masked
 
 
 def token_stats(
@@ -74,7 +74,7 @@ def token_stats(
     """
     if sets is not None:
         return _kept_stats(logits, ids, temperature, softmax, names, sets)
-    inside = ids != OUT
+    inside = ids != IGNORE_INDEX
     x, log_p, _ = log_probs(torch.where(inside[:, None], logits, 0), temperature, softmax)
     bad = inside & ((ids < 0) | (ids >= softmax.total()))
     known = torch.where(inside & ~bad, ids, 0)[:, None]
@@ -89,7 +89,7 @@ def token_stats(
     }
     found = {name: torch.where(inside, torch.where(bad, math.nan, formulas[name]()), 0) for name in names if name in formulas}
     if picked is not None:
-        there = inside[:, None] & (picked != OUT)
+        there = inside[:, None] & (picked != IGNORE_INDEX)
         unknown = there & ((picked < 0) | (picked >= softmax.vocab_size))
         logps = log_p.gather(-1, torch.where(there & ~unknown, picked, 0))
         found |= {PICKED: torch.where(unknown, math.nan, torch.where(there, logps, 0)), PICKED_IDS: picked}
@@ -116,7 +116,7 @@ def _kept_stats(
 
 
 def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSettings) -> Tensor:
-    """``[M, V]`` logits of a linear head, in the dtypes of the chunked one; a row that is out is never read."""
+    """``[M, V]`` logits of a linear head, in the dtypes of the chunked one; an ignored row is never read."""
     weight, bias, a, b, scale = head.cast(settings)
     h, dtype = torch.where(keep[:, None], hidden, 0).to(settings.compute_dtype), settings.logits_dtype
     wide = torch.promote_types(dtype, settings.lora_dtype)
@@ -137,10 +137,10 @@ def other_logits(hidden: Tensor, head: LMHead | None, index: Tensor | None, keep
 def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """``β·KL(q‖m) + (1-β)·KL(p‖m)``, ``m = β·q + (1-β)·p``, of rows of log-probs."""
     # A column without mass in either has no mixture, whose slope would be NaN; it is multiplied by their p and q, which are 0.
-    dead = (log_p == -math.inf) & (log_q == -math.inf)
+    masked = (log_p == -math.inf) & (log_q == -math.inf)
     share: Any = number_like(beta, log_p) if varies(beta) else beta
     log_share, log_rest = (share.log(), torch.log1p(-share)) if varies(beta) else (math.log(beta), math.log1p(-beta))
-    mix = torch.logaddexp(torch.where(dead, 0, log_p) + log_rest, torch.where(dead, 0, log_q) + log_share)
+    mix = torch.logaddexp(torch.where(masked, 0, log_p) + log_rest, torch.where(masked, 0, log_q) + log_share)
     to_q, to_p = (torch.where(t == -math.inf, 0, t.exp() * (torch.where(t == -math.inf, 0, t) - mix)).sum(-1) for t in (log_q, log_p))
     jsd: Tensor = share * to_q + (1 - share) * to_p
     return jsd
@@ -152,28 +152,28 @@ def divergence_stats(
     """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, from logits, other logits, ids and both temperatures; with ``beta`` also the generalised JSD."""
     logits, other, ids, temperature, other_temperature = tensors
     vocab_size, softcap, other_softcap = softmaxes
-    inside = (ids != OUT)[:, None]
+    inside = (ids != IGNORE_INDEX)[:, None]
     first = (rows(logits, drop_last), temperature, softcap)
     second = (rows(other, False), other_temperature, other_softcap)
-    (_, log_p, dead_p), (_, log_q, dead_q) = (
+    (_, log_p, masked_p), (_, log_q, masked_q) = (
         log_probs(torch.where(inside, z, 0), t, SoftmaxParams(vocab_size, cap)) for z, t, cap in (first, second)
     )
-    found = row_divergences(log_p, log_q, dead_p, dead_q, beta)
+    found = row_divergences(log_p, log_q, masked_p, masked_q, beta)
     return tuple(torch.where(inside[:, 0], row, 0) for row in found)
 
 
 def row_divergences(
-    log_p: Tensor, log_q: Tensor, dead_p: Tensor, dead_q: Tensor, beta: float | None = None, whole: bool = True
+    log_p: Tensor, log_q: Tensor, masked_p: Tensor, masked_q: Tensor, beta: float | None = None, whole: bool = True
 ) -> tuple[Tensor, ...]:
-    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` of rows of log-probs, ``dead`` where they are ``-inf``; ``whole``: both sum to 1, so none is negative."""
-    p, q, a, b = log_p.exp(), log_q.exp(), torch.where(dead_p, 0, log_p), torch.where(dead_q, 0, log_q)
-    d = torch.where(dead_p | dead_q, 0, a - b)
+    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` of rows of log-probs, ``masked`` where they are ``-inf``; ``whole``: both sum to 1, so none is negative."""
+    p, q, a, b = log_p.exp(), log_q.exp(), torch.where(masked_p, 0, log_p), torch.where(masked_q, 0, log_q)
+    d = torch.where(masked_p | masked_q, 0, a - b)
     forward, reverse = -(q * d).sum(-1), (p * d).sum(-1)
     if whole:
         forward, reverse = _at_least_zero(forward), _at_least_zero(reverse)
-    sick = p.isnan().any(-1) | q.isnan().any(-1)
-    forward = torch.where((dead_p & ~dead_q).any(-1) & ~sick, math.inf, forward)
-    reverse = torch.where((dead_q & ~dead_p).any(-1) & ~sick, math.inf, reverse)
+    is_nan = p.isnan().any(-1) | q.isnan().any(-1)
+    forward = torch.where((masked_p & ~masked_q).any(-1) & ~is_nan, math.inf, forward)
+    reverse = torch.where((masked_q & ~masked_p).any(-1) & ~is_nan, math.inf, reverse)
     found = (forward, reverse, -(p * a).sum(-1), -(q * b).sum(-1))
     return found if beta is None else (*found, generalized_jsd(log_p, log_q, beta))
 

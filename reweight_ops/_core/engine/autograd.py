@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ReweightOpsError, UnsupportedRequest
-from ..backends.base import COEFS, DIVERGENCE_STATS, SoftmaxParams
+from ..backends.base import DERIVATIVES, DIVERGENCE_STATS, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
 from ..backends.logp_low import LOGP_LOW
 from ..backends.mean_logit import MEAN_LOGIT
 from ..backends.picked import Picked
 from ..backends.shards import VocabShards, with_empty_shards
 from ..calls.sampling_mask import KeptSets
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from . import again, kept_ops
 from . import ops as library
 from .kept_ops import OF_ENTROPY, VOCABULARY
@@ -106,20 +106,20 @@ def written_gradient(
         table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax[:2], options.drop_last, options.backend)
         found = library.called(kept_ops.kept_grad_ if over else kept_ops.kept_grad, logits, ids, *table)
         return None if over else found
-    by_picked, picked = by.get(PICKED), None
-    if by_picked is not None:
+    d_picked, picked = by.get(PICKED), None
+    if d_picked is not None:
         z = library.without_last_position(logits, options.drop_last)
         picked = Picked(z, ids, known[PICKED_IDS], temperature, softmax)
-        by_picked = picked.masked(by_picked)
-        by_lse = by.get("lse")
-        by = {**by, "lse": -by_picked.sum(-1) if by_lse is None else by_lse - by_picked.sum(-1)}
+        d_picked = picked.masked(d_picked)
+        d_lse = by.get("lse")
+        by = {**by, "lse": -d_picked.sum(-1) if d_lse is None else d_lse - d_picked.sum(-1)}
     arguments = (
         logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
         by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"), *softmax, options.drop_last, options.backend,
     )  # fmt: skip
     found = library.called(library.token_grad_ if over else library.token_grad, *arguments)
-    if picked is not None and by_picked is not None:
-        picked.write_gradient(library.without_last_position(logits if over else found, options.drop_last), ids, by_picked, known, by)
+    if picked is not None and d_picked is not None:
+        picked.write_gradient(library.without_last_position(logits if over else found, options.drop_last), ids, d_picked, known, by)
     return None if over else found
 
 
@@ -163,7 +163,7 @@ class RowStatistics(torch.autograd.Function):
 
             return again.gradient(formula, (logits,), grads)[0], *(None,) * 7
         by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
-        if all(by.get(name) is None for name in (*COEFS, PICKED, f"{VOCABULARY}entropy")):
+        if all(by.get(name) is None for name in (*DERIVATIVES, PICKED, f"{VOCABULARY}entropy")):
             return (None,) * 8
         found = written_gradient(
             logits, ids, temperature, ctx.softmax, known, by, options, library.may_overwrite(options.consume), ctx.sets
@@ -189,15 +189,15 @@ class OnePassLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rest = (*softmax[:2], options.drop_last, options.backend)
         if sets is None:
-            verb, in_place = library.token_loss_grad, library.token_loss_grad_
+            primitive, in_place = library.token_loss_grad, library.token_loss_grad_
             arguments: tuple[Any, ...] = (logits, ids, temperature, *inputs, params, program, *rest)
         else:
-            verb, in_place = kept_ops.kept_loss_grad, kept_ops.kept_loss_grad_
+            primitive, in_place = kept_ops.kept_loss_grad, kept_ops.kept_loss_grad_
             arguments = (logits, ids, *sets[:3], temperature, *inputs, params, program, sets.over_vocabulary, *rest)
         if options.consume:
             rows, grad = library.called(in_place, *arguments), logits
         else:
-            rows, grad = library.called(verb, *arguments)
+            rows, grad = library.called(primitive, *arguments)
         ctx.set_materialize_grads(False)
         ctx.backend = options.backend
         ctx.save_for_backward(grad)
@@ -239,7 +239,7 @@ def with_empty(table: Tensor, two: tuple[Tensor, ...], softmaxes: Softmaxes, bac
     vocab_size, cap, other_cap = softmaxes
     if not vocab_size or (table.device.type == "cpu" and not bool(table[DIVERGENCE_STATS.index("lse")].isnan().any())):
         return table
-    inside, names = torch.where(ids == OUT, OUT, 0), "lse,lse_low,entropy"
+    inside, names = torch.where(ids == IGNORE_INDEX, IGNORE_INDEX, 0), "lse,lse_low,entropy"
     of = ((logits, t, cap), (other, t_other, other_cap))
     p, q = (library.called(library.token_stats, z, inside, heat, vocab_size, c, 0, vocab_size, False, names, backend) for z, heat, c in of)
     return with_empty_shards(table, p, q)
@@ -278,11 +278,11 @@ class DivergenceStatistics(torch.autograd.Function):
 
             (grad,) = again.gradient(formula, (logits,), (*grads[:3], None))
             if grad is not None and grads[1] is not None:  # an infinite KL(p‖q) has a gradient of NaN
-                sick = (table[1].isinf() & (grads[1] != 0)).view(*tensors[1].shape[:-1], 1)
-                grad = torch.where(F.pad(sick, (0, 0, 0, 1)) if options.drop_last else sick, math.nan, grad)
+                is_nan = (table[1].isinf() & (grads[1] != 0)).view(*tensors[1].shape[:-1], 1)
+                grad = torch.where(F.pad(is_nan, (0, 0, 0, 1)) if options.drop_last else is_nan, math.nan, grad)
             return grad, *(None,) * 6
-        coefs = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads[:3]])
-        arguments = (*tensors, table, coefs, *ctx.softmaxes, options.drop_last, options.backend)
+        derivatives = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads[:3]])
+        arguments = (*tensors, table, derivatives, *ctx.softmaxes, options.drop_last, options.backend)
         if library.may_overwrite(options.consume):
             library.called(library.divergence_grad_, *arguments)
             return tensors[0], *(None,) * 6

@@ -98,7 +98,7 @@ class FormulaSource(PlainSource):
         refuse_learnt(p.temperature, rows.error)
         if p.consume:
             raise rows.error("consume_logits=True: this loss is a composite that does not write over its logits.")
-        # In a row that is out the formula sees zeros.
+        # In an ignored row the formula sees zeros.
         values = p.values[..., :-1, :] if p.drop_last else p.values
         z = torch.where(rows.keep[:, None], values.reshape(rows.count, values.size(-1)), 0)
         temperature = p.temperature.expand(rows.count)

@@ -33,7 +33,7 @@ class JsdSource(PlainSource):
 
     @property
     def info(self) -> SourceInfo:
-        return self.divergences.info._replace(one_pass=None, two_pass_reason="the generalised JSD is a composite in chunks")
+        return self.divergences.info._replace(one_pass=None, one_pass_unsupported_reason="the generalised JSD is a composite in chunks")
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         if self.divergences.both.p.shard is not None:

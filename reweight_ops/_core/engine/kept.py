@@ -201,11 +201,17 @@ class KeptCalls:
     def keep(self, key: Hashable, logits: Logits, objective: PolicyObjective, choice: Choice) -> None:
         """A call that has succeeded, if a backend's kernels found its rows and can weigh them: others are rare, and slow anyway."""
         call, rows = objective.call, objective.call.rows
-        if rows.verbs is None or rows.masked is None or rows.trust is not None or rows.segments is not None or rows.prompts is not None:
+        if (
+            rows.primitives is None
+            or rows.masked is None
+            or rows.trust is not None
+            or rows.segments is not None
+            or rows.prompts is not None
+        ):
             return
         if any(r.coupled or r.weighing(rows, call.divisors) is None for r in call.spec.reductions):
             return
-        layout = RowLayout(rows.op, rows.shape, rows.device, rows.dtype, rows.sequences, rows.verbs)
+        layout = RowLayout(rows.op, rows.shape, rows.device, rows.dtype, rows.sequences, rows.primitives)
         direct = None if objective.differentiable_outputs else direct_loss(logits, call, layout, choice)
         self.put(
             key,

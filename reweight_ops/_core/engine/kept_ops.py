@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import COEFS, LOSS_ROWS, PackedRows, RowInputs, SoftmaxParams
+from ..backends.base import DERIVATIVES, LOSS_ROWS, PackedRows, RowInputs, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE, log_p_moment
 from ..backends.reference_packed import filled
 from ..backends.select import load
 from ..formula.loss_program import ONE_PASS, STATISTICS, Program, loss_graph
 from ..formula.program import evaluate_rows
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from .ops import BODIES, clear_last, gradient_ops, op, row_dtype, token_stats, without_last_position
 
 #: Before the name of a statistic of the whole vocabulary.
@@ -62,14 +62,14 @@ def _statistics(z: Tensor, kept: _Kept, temperature: Tensor, softmax: SoftmaxPar
     own = [name for name in names if not name.startswith(VOCABULARY)]
     rows = kept.gather(z, temperature, softmax.softcap)
     kernel = tuple(name for name in own if name not in _MOMENTS)
-    verb = load(backend).packed_stats
-    assert verb is not None, "the backend was chosen for it"
-    found = dict(zip(kernel, verb(rows, kernel).unbind(), strict=True)) if kernel else {}
+    primitive = load(backend).packed_stats
+    assert primitive is not None, "the backend was chosen for it"
+    found = dict(zip(kernel, primitive(rows, kernel).unbind(), strict=True)) if kernel else {}
     for name in own:
         if name in _MOMENTS:
             padded, _ = filled(rows)
             moment = log_p_moment(name, padded, temperature, SoftmaxParams(padded.size(1), softmax.softcap))
-            found[name] = torch.where(kept.position == OUT, 0, torch.where(kept.position < 0, torch.nan, moment))
+            found[name] = torch.where(kept.position == IGNORE_INDEX, 0, torch.where(kept.position < 0, torch.nan, moment))
     whole = [name.removeprefix(VOCABULARY) for name in names if name.startswith(VOCABULARY)]
     if whole:
         asked = list(dict.fromkeys(("lse", *whole)))
@@ -84,9 +84,11 @@ def _gradient(
     """Writes the gradient of the rows of logits ``z`` to ``out``, which may be ``z``."""
     by_whole = by.get(VOCABULARY + "entropy")
     rows = kept.gather(z, temperature, softmax.softcap, wide=by_whole is not None)
-    found, verb = torch.zeros_like(rows.values), load(backend).packed_grad
-    assert verb is not None, "the backend was chosen for it"
-    verb(rows, {name: t for name, t in known.items() if not name.startswith(VOCABULARY)}, {name: by.get(name) for name in COEFS}, found)
+    found, primitive = torch.zeros_like(rows.values), load(backend).packed_grad
+    assert primitive is not None, "the backend was chosen for it"
+    primitive(
+        rows, {name: t for name, t in known.items() if not name.startswith(VOCABULARY)}, {name: by.get(name) for name in DERIVATIVES}, found
+    )
     if by_whole is None:
         out.zero_()
     else:
@@ -121,12 +123,12 @@ def stacked(known: dict[str, Tensor], by: dict[str, Tensor | None]) -> tuple[Ten
 
 def _write_kept_grad(
     out: Tensor, logits: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor, temperature: Tensor, table: Tensor, names: str,
-    coefs: Tensor, by: str, vocab_size: int, softcap: float, drop_last: bool, backend: str,
+    d_rows: Tensor, by: str, vocab_size: int, softcap: float, drop_last: bool, backend: str,
 ) -> None:  # fmt: skip
-    """``table`` ``[K, N]``: the statistics ``names``; ``coefs``: derivatives of the loss by those named in ``by``."""
+    """``table`` ``[K, N]``: the statistics ``names``; ``d_rows``: derivatives of the loss by those named in ``by``."""
     z, kept = without_last_position(logits, drop_last), _Kept(without_last_position(logits, drop_last), position, token_ids, row, bounds)
     known = dict(zip(names.split(","), table.unbind(), strict=True))
-    derivatives: dict[str, Tensor | None] = dict(zip(by.split(","), coefs.unbind(), strict=True))
+    derivatives: dict[str, Tensor | None] = dict(zip(by.split(","), d_rows.unbind(), strict=True))
     _gradient(without_last_position(out, drop_last), z, kept, temperature, SoftmaxParams(vocab_size, softcap), known, derivatives, backend)
     clear_last(out, drop_last)
 
@@ -152,14 +154,14 @@ def _write_kept_loss_grad(
     leaves = {"old_logp": known["logp"], "logp": known["logp"], "entropy": known[entropy], "log_sum_p_sq": known["log_sum_p_sq"]}
     evaluate = load(backend).evaluate_rows or evaluate_rows
     leaves |= inputs.stored()
-    weighted, loss, *by = evaluate(Program.decode(program), params, leaves, inputs.weights, ONE_PASS, position != OUT)
+    weighted, loss, *by = evaluate(Program.decode(program), params, leaves, inputs.weights, ONE_PASS, position != IGNORE_INDEX)
     graph = loss_graph(Program.decode(program))
     names = {"logp": "logp", "entropy": entropy, "log_sum_p_sq": "log_sum_p_sq"}
     derivatives: dict[str, Tensor | None] = {names[x]: d for x, d in zip(STATISTICS, by, strict=True) if graph.moves(x)}
     _gradient(without_last_position(out, drop_last), z, kept, temperature, softmax, known, derivatives, backend)
     clear_last(out, drop_last)
     rows = torch.stack([known["logp"], known[entropy], weighted, loss, *by[:2]])
-    return torch.where((position < 0) & (position != OUT), torch.nan, rows)
+    return torch.where((position < 0) & (position != IGNORE_INDEX), torch.nan, rows)
 
 
 kept_loss_grad, kept_loss_grad_ = gradient_ops("kept_loss_grad", _write_kept_loss_grad, _fake_loss_rows)

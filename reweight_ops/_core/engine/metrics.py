@@ -185,9 +185,9 @@ def _fused(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] 
     """The metrics by a backend's kernels; None if they cannot."""
     rows, spec = call.rows, call.spec
     monitor = spec.monitor
-    if rows.verbs is None or rows.masked is None or monitor is None or by is None or torch.compiler.is_compiling():
+    if rows.primitives is None or rows.masked is None or monitor is None or by is None or torch.compiler.is_compiling():
         return None
-    if rows.verbs.metrics is None:
+    if rows.primitives.metrics is None:
         return None
     found = {name: _FUSED[name] for name in ("entropy",) if name in leaves}
     if monitor.kl is not None and call.ref_logp is not None:
@@ -204,12 +204,12 @@ def _fused(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] 
     known.setdefault("old_logp", leaves["logp"])
     if call.factor is not None:
         known["factor"] = call.factor
-    if type(spec.ratio) is SequenceRatio and rows.verbs.ratio is not None:
+    if type(spec.ratio) is SequenceRatio and rows.primitives.ratio is not None:
         old = call.ref_logp if spec.ratio.against == "ref" else call.old_logp
-        known["log_ratio"], _ = rows.verbs.ratio(rows.masked, rows.run, leaves["logp"], old, call.params, spec.ratio.normalize)
-    elif spec.ratio.one_pass_obstacle is not None:
+        known["log_ratio"], _ = rows.primitives.ratio(rows.masked, rows.run, leaves["logp"], old, call.params, spec.ratio.normalize)
+    elif spec.ratio.one_pass_unsupported_reason is not None:
         known["log_ratio"] = call.log_ratio(leaves["logp"])
-    return Metrics(tuple(found), *rows.verbs.metrics(rows.masked, rows.run, monitor, call.params, known, tuple(found.values())))
+    return Metrics(tuple(found), *rows.primitives.metrics(rows.masked, rows.run, monitor, call.params, known, tuple(found.values())))
 
 
 def _clip_names(call: LossCall) -> dict[str, str]:

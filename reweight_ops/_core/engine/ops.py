@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.library import Library, infer_schema
 
-from ..backends.base import COEFS, DIVERGENCE_STATS, LOSS_ROWS, DivergenceInputs, RowInputs, SoftmaxParams
+from ..backends.base import DERIVATIVES, DIVERGENCE_STATS, LOSS_ROWS, DivergenceInputs, RowInputs, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE, log_p_moment
 from ..backends.logp_low import LOGP_LOW, logp_low
 from ..backends.mean_logit import MEAN_LOGIT, mean_logit
@@ -24,7 +24,7 @@ from ..backends.scale import scale_in_torch
 from ..backends.select import load
 from ..backends.shards import empty_shard
 from ..formula.loss_program import Program
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from ..transforms import is_wrapped
 from .memory import empty
 
@@ -138,9 +138,9 @@ def token_stats(
     rows = dict(zip(kernel, found.unbind(), strict=True))
     for name in names:
         if name in _UNFUSED:
-            # As every statistic: 0 in a row that is out, NaN in a row without a distribution.
+            # As every statistic: 0 in an ignored row, NaN in a row without a distribution.
             value = torch.where(rows["lse"].isnan(), math.nan, _UNFUSED[name](z, temperature, softmax))
-            rows[name] = torch.where(ids == OUT, 0, value)
+            rows[name] = torch.where(ids == IGNORE_INDEX, 0, value)
     if LOGP_LOW in names:
         rows[LOGP_LOW] = logp_low(z, ids, temperature, softmax, rows)
     return torch.stack([rows[name] for name in names])
@@ -156,10 +156,10 @@ def _write_token_grad(
     lse_low: Tensor | None,
     entropy: Tensor | None,
     log_sum_p_sq: Tensor | None,
-    by_logp: Tensor | None,
-    by_entropy: Tensor | None,
-    by_lse: Tensor | None,
-    by_log_sum_p_sq: Tensor | None,
+    d_logp: Tensor | None,
+    d_entropy: Tensor | None,
+    d_lse: Tensor | None,
+    d_log_sum_p_sq: Tensor | None,
     vocab_size: int,
     softcap: float,
     vocab_start: int,
@@ -172,10 +172,10 @@ def _write_token_grad(
         return
     known = {"logp": logp, "lse": lse, "lse_low": lse_low, "entropy": entropy, "log_sum_p_sq": log_sum_p_sq}
     stats = {name: t for name, t in known.items() if t is not None}
-    coefs = dict(zip(COEFS, (by_logp, by_entropy, by_lse, by_log_sum_p_sq), strict=True))
+    derivatives = dict(zip(DERIVATIVES, (d_logp, d_entropy, d_lse, d_log_sum_p_sq), strict=True))
     softmax = SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total)
     load(backend).token_grad(
-        without_last_position(logits, drop_last), ids, temperature, softmax, stats, coefs, without_last_position(out, drop_last)
+        without_last_position(logits, drop_last), ids, temperature, softmax, stats, derivatives, without_last_position(out, drop_last)
     )
     clear_last(out, drop_last)
 
@@ -205,8 +205,8 @@ def _write_token_loss_grad(
     backend: str,
 ) -> Tensor:
     softmax, inputs = SoftmaxParams(vocab_size, softcap), RowInputs(weights, old_logp, adv, ref_logp, sampling_logp)
-    verb = load(backend).token_loss_grad
-    rows = verb(
+    primitive = load(backend).token_loss_grad
+    rows = primitive(
         without_last_position(logits, drop_last),
         ids,
         temperature,
@@ -257,14 +257,14 @@ def divergence_stats(
 
 
 def _write_divergence_grad(
-    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, coefs: Tensor, vocab: int, cap: float,
+    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, derivatives: Tensor, vocab: int, cap: float,
     other_cap: float, drop: bool, backend: str,
 ) -> None:  # fmt: skip
     if not vocab:
         out.zero_()
         return
     load(backend).divergence_grad(
-        _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, coefs, without_last_position(out, drop)
+        _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, derivatives, without_last_position(out, drop)
     )
     clear_last(out, drop)
 

@@ -150,9 +150,9 @@ def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Ten
     """``[N]`` derivatives of the total loss by logp and by entropy."""
     known = {name: leaves[name].detach() for name in STATISTICS if name in leaves}
     transform = torch.compiler.is_compiling() or in_transform()
-    by_logp, by_entropy = _transformed_gradients(call, known) if transform else _gradients(call, known)
+    d_logp, d_entropy = _transformed_gradients(call, known) if transform else _gradients(call, known)
     zero = torch.zeros_like(leaves["logp"])
-    return (zero if by_logp is None else by_logp), (zero if by_entropy is None else by_entropy)
+    return (zero if d_logp is None else d_logp), (zero if d_entropy is None else d_entropy)
 
 
 def _transformed_gradients(call: LossCall, known: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:

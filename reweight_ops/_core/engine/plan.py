@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import Primitive, Request
-from ..backends.select import NAMES, candidates, choose, load, why_not
+from ..backends.select import NAMES, candidates, choose, load, unsupported_reason
 from ..formula.loss_program import Program
 from ..transforms import in_transform
 from .again import TORCH
@@ -78,11 +78,11 @@ def pick(
         # The fallback knows every program, which is no reason to prefer it to a fast backend that needs two passes.
         if best is not None and load(backend).is_fallback:
             continue
-        if any(why_not(backend, request(primitive)) is not None for primitive in statistics):
+        if any(unsupported_reason(backend, request(primitive)) is not None for primitive in statistics):
             continue
         if one_pass is None:
             return Choice("two_pass", backend, None)
-        reason = why_not(backend, request(one_pass, None if program is None else Program.decode(program)))
+        reason = unsupported_reason(backend, request(one_pass, None if program is None else Program.decode(program)))
         if reason is None:
             return Choice("one_pass", backend, None)
         best = best or Choice("two_pass", backend, reason)
@@ -105,7 +105,7 @@ def choose_plan(source: Source, objective: Objective[Any], plan: str, info: Sour
     elif transformed:
         reason = "inside torch.func's transforms, which differentiate the torch formula"
     else:
-        reason = info.two_pass_reason or objective.one_pass_unsupported_reason(info, requested=plan == "one_pass")
+        reason = info.one_pass_unsupported_reason or objective.one_pass_unsupported_reason(info, requested=plan == "one_pass")
     if info.backend is None or transformed:
         if plan == "one_pass" and info.backend is not None:
             raise UnsupportedRequest(f"{op}: plan='one_pass' is impossible {reason}.")
@@ -121,7 +121,7 @@ def choose_plan(source: Source, objective: Objective[Any], plan: str, info: Sour
     return choice
 
 
-def backend_reasons(info: SourceInfo, choice: Choice, program: str | None) -> dict[str, str | None]:
+def unsupported_reasons(info: SourceInfo, choice: Choice, program: str | None) -> dict[str, str | None]:
     """Every backend, and why it cannot run the chosen plan of a call (None: it can)."""
     if info.backend is None:
         return {}
@@ -136,5 +136,5 @@ def backend_reasons(info: SourceInfo, choice: Choice, program: str | None) -> di
         requests = [
             Request(p, info.device, info.dtype, decoded, info.other_dtype if p.startswith("divergence") else None) for p in primitives
         ]
-        found[name] = next((reason for reason in (why_not(name, r) for r in requests) if reason is not None), None)
+        found[name] = next((reason for reason in (unsupported_reason(name, r) for r in requests) if reason is not None), None)
     return found

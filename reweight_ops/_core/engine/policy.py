@@ -39,8 +39,8 @@ class PolicyObjective:
             return "the log-probs are there already"
         if not info.needs_grad:
             return "no gradient is needed, so only statistics are computed"
-        if call.spec.one_pass_obstacle is not None:
-            return call.spec.one_pass_obstacle
+        if call.spec.one_pass_unsupported_reason is not None:
+            return call.spec.one_pass_unsupported_reason
         if call.old_logp is None and any(
             r.weight is not None and "old_logp" in trace_weight(type(r.weight)).leaves for r in call.spec.reductions
         ):

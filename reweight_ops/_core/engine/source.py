@@ -20,7 +20,7 @@ class SourceInfo(NamedTuple):
 
     ``backend``: what the caller asked for; None for a source that needs none. ``statistics``: the primitives that
     its statistics take; ``one_pass``: the one that a fused loss takes, None if there is none;
-    ``two_pass_reason``: what of this call the fused loss has no gradient for.
+    ``one_pass_unsupported_reason``: what of this call the fused loss has no gradient for.
     """
 
     device: torch.device
@@ -30,7 +30,7 @@ class SourceInfo(NamedTuple):
     statistics: tuple[Primitive, ...] = ()
     one_pass: Primitive | None = None
     other_dtype: torch.dtype | None = None
-    two_pass_reason: str | None = None
+    one_pass_unsupported_reason: str | None = None
 
 
 class PolicyWork(NamedTuple):

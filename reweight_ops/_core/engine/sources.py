@@ -26,7 +26,7 @@ def _version(logits: Logits) -> int:
     return int(logits.original._version) if logits.consume and not torch.compiler.is_compiling() else 0
 
 
-def why_two_passes(shard: VocabGroup | None, learnt: Tensor | None = None) -> str | None:
+def one_pass_unsupported_reason(shard: VocabGroup | None, learnt: Tensor | None = None) -> str | None:
     """What of a source the fused loss cannot have."""
     if shard is not None:
         return vocab_group.WHY_TWO_PASSES
@@ -58,7 +58,7 @@ class LogitsSource(PlainSource):
         statistics, one_pass = primitives(z.kept)
         return SourceInfo(
             z.values.device, z.values.dtype, z.needs_grad, z.backend, statistics, one_pass,
-            two_pass_reason=why_two_passes(z.shard, z.temperature),
+            one_pass_unsupported_reason=one_pass_unsupported_reason(z.shard, z.temperature),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ class TwoLogitsSource(PlainSource):
         p = self.both.p
         return SourceInfo(
             p.values.device, p.values.dtype, p.needs_grad, p.backend, ("divergence_stats",), "divergence_loss_grad",
-            self.both.other.dtype, two_pass_reason=why_two_passes(p.shard),
+            self.both.other.dtype, one_pass_unsupported_reason=one_pass_unsupported_reason(p.shard),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends.select import load
 from ..calls.policy import LossCall
 from ..formula.loss_program import Program, loss_graph
-from ..rows.verbs import is_traced
+from ..rows.primitives import is_traced
 from ..spec.ratio import SequenceRatio
 from . import again
 
@@ -71,21 +71,31 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
     leaves.setdefault("old_logp", detached["logp"])
     params, weights = call.params, call.row_weights(detached)
     ratio, inputs = call.spec.ratio, dict(statistics)
-    fused = type(ratio) is SequenceRatio and rows.verbs is not None and rows.verbs.ratio is not None
-    pointwise = ratio.one_pass_obstacle is None
+    fused = type(ratio) is SequenceRatio and rows.primitives is not None and rows.primitives.ratio is not None
+    pointwise = ratio.one_pass_unsupported_reason is None
     means = None
     if fused:
-        assert rows.verbs is not None and rows.verbs.ratio is not None and rows.masked is not None and isinstance(ratio, SequenceRatio)
+        assert (
+            rows.primitives is not None
+            and rows.primitives.ratio is not None
+            and rows.masked is not None
+            and isinstance(ratio, SequenceRatio)
+        )
         old = call.ref_logp if ratio.against == "ref" else call.old_logp
-        leaves["log_ratio"], means = rows.verbs.ratio(rows.masked, rows.run, detached["logp"], old, params, ratio.normalize)
+        leaves["log_ratio"], means = rows.primitives.ratio(rows.masked, rows.run, detached["logp"], old, params, ratio.normalize)
     elif not pointwise:
         inputs["log_ratio"] = call.log_ratio(logp)
         leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()  # one sequence may be an expanded number
     outputs = ("weighted_loss", "loss", *[f"d_{name}" for name in (_BY[:3] if pointwise else _BY)])
     table = found.evaluate_rows(program, params, leaves, weights, outputs, rows.keep)
     if means is not None:
-        assert rows.verbs is not None and rows.verbs.adjoint is not None and rows.masked is not None and isinstance(ratio, SequenceRatio)
-        rows.verbs.adjoint(rows.masked, rows.run, table[5], table[2], params, means, ratio.normalize, ratio.gradient == "sequence")
+        assert (
+            rows.primitives is not None
+            and rows.primitives.adjoint is not None
+            and rows.masked is not None
+            and isinstance(ratio, SequenceRatio)
+        )
+        rows.primitives.adjoint(rows.masked, rows.run, table[5], table[2], params, means, ratio.normalize, ratio.gradient == "sequence")
     moving = tuple([name in inputs and (_moves(program, name, not pointwise) or (fused and name == "logp")) for name in _BY])
     loss = _StoredRows.apply(table, moving, call, *[inputs.get(name) for name in _BY])  # type: ignore[no-untyped-call]
     return loss, table, pointwise or fused

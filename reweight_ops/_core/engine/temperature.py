@@ -68,8 +68,8 @@ class _ByTemperature(torch.autograd.Function):
                 "create_graph=True asks for second derivatives where the temperature requires grad: torch.func (grad, hessian) has them."
             )
         temperature, *reads = ctx.saved_tensors
-        slopes = _slopes(dict(zip(ctx.reads, reads, strict=True)))
-        parts = [torch.where(g == 0, 0, g * slopes[name]()) for name, g in zip(ctx.names, grads, strict=True) if g is not None]
+        derivatives = _derivatives_of(dict(zip(ctx.reads, reads, strict=True)))
+        parts = [torch.where(g == 0, 0, g * derivatives[name]()) for name, g in zip(ctx.names, grads, strict=True) if g is not None]
         if not parts:
             return (None,) * (3 + len(grads))
         parts = [part if part.dim() == 1 else part.sum(-1) for part in parts]
@@ -77,7 +77,7 @@ class _ByTemperature(torch.autograd.Function):
         return total.sum().view(1) if temperature.numel() == 1 else total, None, None, *grads
 
 
-def _slopes(s: dict[str, Tensor]) -> dict[str, Any]:
+def _derivatives_of(s: dict[str, Tensor]) -> dict[str, Any]:
     """``T·ds/dT`` of every statistic, evaluated when it is called."""
     return {
         "logp": lambda: -(s["logp"] + s["entropy"]),

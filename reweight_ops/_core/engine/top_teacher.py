@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calls.top_teacher import TopTeacher
-from ..rows.groups import OUT
+from ..rows.groups import IGNORE_INDEX
 from ..rows.numerics import log1mexp
 from ..rows.rows import Rows
 from .again import row_divergences
@@ -33,12 +33,14 @@ class TopTeacherSource(PlainSource):
 
     @property
     def info(self) -> SourceInfo:
-        return self.p.info._replace(one_pass=None, two_pass_reason="there is no fused loss against stored log-probs of a few ids")
+        return self.p.info._replace(
+            one_pass=None, one_pass_unsupported_reason="there is no fused loss against stored log-probs of a few ids"
+        )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         ids, logps, tail = self.teacher
         picked = self.p.statistics((), backend)[PICKED]
-        listed = (ids != OUT) & self.rows.keep[:, None]
+        listed = (ids != IGNORE_INDEX) & self.rows.keep[:, None]
         log_p, log_q = (buckets(x, listed, tail) for x in (picked, logps))
         values = row_divergences(log_p, log_q, log_p == -torch.inf, log_q == -torch.inf, self.beta, whole=tail != "ignore")
         found = dict(zip((*STATISTICS, GENERALIZED_JSD), values, strict=False))

@@ -24,7 +24,7 @@ LEAVES = ("logp", "old_logp", "log_ratio", "ref_logp", "sampling_logp", "adv", "
 DIFFERENTIABLE_LEAVES = ("logp", "log_ratio", "entropy", "log_sum_p_sq")
 
 #: The leaves that only the current policy's logits can tell; every other one is stored with the batch.
-CURRENT_LEAVES = ("logp", "log_ratio", "entropy", "log_sum_p_sq")
+DIFFERENTIABLE_LEAVES = ("logp", "log_ratio", "entropy", "log_sum_p_sq")
 
 RULES: dict[str, type[Rule]] = {}
 WEIGHTS: dict[str, type[TokenWeight]] = {}

@@ -74,9 +74,9 @@ def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep:
             weighted = weighted + term.coef * term.shares(own)
         chosen = chosen | selected
     # NaN in a row that counts is the row's loss and gradient: every comparison with NaN is false, so a clip would have stopped the gradient.
-    # Times NaN in sick rows only: in the others a NaN, though discarded, would alarm autograd's anomaly mode.
+    # Times NaN in NaN rows only: in the others a NaN, though discarded, would alarm autograd's anomaly mode.
     logp = leaves["logp"]
     unknown = chosen & logp.isnan()
-    sick = unknown | weighted.isnan()
-    spoiled = logp * torch.ones_like(logp).masked_fill(sick, math.nan)
-    return TermResult(torch.where(sick, spoiled, weighted), torch.where(unknown, math.nan, loss))
+    is_nan = unknown | weighted.isnan()
+    spoiled = logp * torch.ones_like(logp).masked_fill(is_nan, math.nan)
+    return TermResult(torch.where(is_nan, spoiled, weighted), torch.where(unknown, math.nan, loss))

@@ -70,7 +70,7 @@ def token_divergence(
     Args:
         logits: ``R + (V,)``; other_logits: the same rows, any of fp16, bf16 and fp32 beside any other (fp64 beside fp64); or ``TopKLogps(token_ids, logps,
             tail=)``, a teacher's stored log-probs of K ids: the divergence of what those leave of both distributions, from K logits and one log-sum-exp of p.
-        completion_mask: R; rows that are out are never read, give 0, and get a gradient of exact 0.
+        completion_mask: R; ignored rows are never read, give 0, and get a gradient of exact 0.
         beta: of ``generalized_jsd`` only; default 0.5 (0 would be forward_kl, and 1 reverse_kl).
         other_temperature, other_softcap: q's own; default: the temperature of p, and no soft cap.
         temperature, softcap, vocab_size, drop_last, consume_logits, backend: as in :func:`token_logps`. ``vocab_size`` is needed where the two heads are padded

@@ -69,7 +69,7 @@ KEYWORDS = {
     "memory_budget": "Bytes of logits that may exist at a time.",
     "lora": "``Lora(a, b, scale)``, a low-rank term of the head.",
     "row_index": "``[M]`` int64, flat positions of the rows to compute.",
-    "compact_rows": "Drop rows that are out, or have no coefficient, from the GEMMs.",
+    "compact_rows": "Drop ignored rows, and rows without a coefficient, from the GEMMs.",
     "pairs": "``halves`` (all chosen, then all rejected) or ``interleaved``.",
     "ref_sequence_logps": "``[S]``, summed as the spec's score sums them.",
     "old_sequence_logps": "``[S]``, of the policy that the pairs were sampled from.",

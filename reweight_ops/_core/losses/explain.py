@@ -15,7 +15,7 @@ from ...errors import InvalidCall
 from ..calls.dtensors import has_dtensors, localized
 from ..calls.keywords import misnamed
 from ..catalogue.signatures import written_out
-from ..engine.plan import backend_reasons, choose_plan
+from ..engine.plan import choose_plan, unsupported_reasons
 from ..engine.run import Again, Call, run
 from ..ranges import ranged
 from ..rows.ranks import announced
@@ -106,7 +106,7 @@ def explain(op: Any, *args: Any, device: torch.device | str | None = None, **key
     info = source.info._replace(device=_device(source.info.device, device))
     choice = choose_plan(source, objective, call.plan, info)
     kernel = source.kernel(choice.backend, info.device) if choice.plan == "one_pass" else None
-    return Explanation(choice.plan, choice.backend, choice.why_not_one_pass, backend_reasons(info, choice, objective.program), kernel)
+    return Explanation(choice.plan, choice.backend, choice.why_not_one_pass, unsupported_reasons(info, choice, objective.program), kernel)
 
 
 def _device(own: torch.device, asked: torch.device | str | None) -> torch.device:

@@ -67,7 +67,7 @@ def linear_token_logps(
         lora: ``Lora(a, b, scale)``, a low-rank term of the head.
         row_index: ``[M]`` int64, flat positions of the rows to compute, each once, known to the host: nothing waits. Rows that are in must be
             among them (checked on a CPU, and with ``validate=True``).
-        compact_rows: drop the rows that are out before the first GEMM, and rows without a coefficient from the backward ones. On a CPU it
+        compact_rows: drop the ignored rows before the first GEMM, and rows without a coefficient from the backward ones. On a CPU it
             costs nothing and is the default. On a GPU it waits: once for the rows, and in backward once (one_pass: in forward, once a chunk);
             off by default, and under CUDA-graph capture.
 

@@ -61,7 +61,7 @@ def token_logps(
     Args:
         logits: ``R + (V,)``, fp16, bf16, fp32 or fp64; any batch and row stride, the last dimension contiguous. The op never shifts.
         completion_ids: R, int32 or int64. ``-100``: the row is out.
-        completion_mask: R, any dtype; a row is in iff not 0. Rows that are out are never read, give 0, and get a gradient of exact 0.
+        completion_mask: R, any dtype; a row is in iff not 0. Ignored rows are never read, give 0, and get a gradient of exact 0.
         return_entropy: also return the entropies.
         temperature: T, a positive number, a 0-d tensor, or one per row (or sequence). A tensor that requires grad gets its gradient, by two passes; that
             of the entropy takes one more read of the logits.

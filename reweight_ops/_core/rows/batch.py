@@ -168,7 +168,7 @@ class BatchStatistics:
 
     # --- over each row's sequence ---------------------------------------------------------------------------------------------------
     def _owner(self) -> Tensor:
-        """``[N]`` int64: each row's sequence, and one more for the rows that are out."""
+        """``[N]`` int64: each row's sequence, and one more for the ignored rows."""
         groups, keep = self._sequences(), self._rows.keep
         index = groups.index
         if index is None:

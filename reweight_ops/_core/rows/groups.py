@@ -1,4 +1,4 @@
-"""Rows that belong together, the id of a row that is out, and how a call's tensors read in a message."""
+"""Rows that belong together, the id of an ignored row, and how a call's tensors read in a message."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .across import Across
 
-#: The id of a row that is out of the loss.
-OUT = -100
+#: The id of an ignored row.
+IGNORE_INDEX = -100
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
 

@@ -52,7 +52,7 @@ class Sequences:
         return self.join(torch.arange(self.size, device=self.keep.device)[:, None].expand(self.size, pairs))
 
     def position(self) -> Tensor:
-        """``[N]``: the how manieth token of its sequence a token is, from 1. The sequences must lie one after the other."""
+        """``[N]``: the position of each token in its sequence, from 1. The sequences must lie one after the other."""
         seen = self.keep.long().cumsum(0)
         lengths = self.groups.sum(self.keep.long())
         return seen - self.spread(lengths.cumsum(0) - lengths)

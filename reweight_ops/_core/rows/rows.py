@@ -15,9 +15,9 @@ from ...errors import InvalidCall, UnsupportedRequest
 from ..detached import Detached, plain
 from .across import Across, across
 from .constants import as_tensor, varies
-from .groups import OUT, Groups, describe
+from .groups import IGNORE_INDEX, Groups, describe
+from .primitives import Masked, RowPrimitives
 from .structure import Structure, is_fake, is_readable
-from .verbs import Masked, RowVerbs
 
 #: Rows without sequences are counted in runs of so many.
 RUN = 1024
@@ -36,16 +36,16 @@ class Rows:
     sequences: Groups | None
     segments: Groups | None
     tensors: dict[str, Any] = field(repr=False)
-    ids: Tensor | None = None  # [N] int64, OUT where not kept
+    ids: Tensor | None = None  # [N] int64, IGNORE_INDEX where not kept
     prompts: Groups | None = None  # of the sequences: those of one prompt
-    verbs: RowVerbs | None = None  # a backend's, that found keep, denominator and ids
+    primitives: RowPrimitives | None = None  # a backend's, that found keep, denominator and ids
     masked: Masked | None = None  # what they found
     trust: Tensor | None = None  # []: NaN where sequences or groups turn out to be malformed on a device that is not waited for, else 1
     across: Across | None = None  # ranks that have more tokens of the same sequences
 
     @property
     def run(self) -> int:
-        """Rows that one program of the :attr:`verbs` takes: a sequence, or a run of rows without sequences."""
+        """Rows that one program of the :attr:`primitives` takes: a sequence, or a run of rows without sequences."""
         return RUN if self.sequences is None else self.sequences.length
 
     @property
@@ -62,7 +62,7 @@ class Rows:
         """The same without the call's arguments."""
         return self if not self.tensors else Rows(
             self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids,
-            self.prompts, self.verbs, self.masked, self.trust, self.across,
+            self.prompts, self.primitives, self.masked, self.trust, self.across,
         )  # fmt: skip
 
     def total(self, x: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class RowLayout(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     sequences: Groups | None
-    verbs: RowVerbs
+    primitives: RowPrimitives
 
     @property
     def run(self) -> int:
@@ -178,7 +178,7 @@ class RowLayout(NamedTuple):
     ) -> Rows:  # fmt: skip
         return Rows(
             self.op, self.shape, self.device, self.dtype, found.keep, found.counted, self.sequences, segments, tensors, found.ids, prompts,
-            self.verbs, found, trust,
+            self.primitives, found, trust,
         )  # fmt: skip
 
 
@@ -271,11 +271,11 @@ def resolve_rows(
     tensors: dict[str, Any],
     vocab_total: int = 0,
     validate: bool = False,
-    verbs: RowVerbs | None = None,
+    primitives: RowPrimitives | None = None,
 ) -> Rows:
     """Check masks, ids and sequences of a call and flatten them. ``tensors`` holds the call's arguments by their public names.
 
-    ``verbs`` of the backend do it for ids of sequences of one length, where they are given.
+    ``primitives`` of the backend do it for ids of sequences of one length, where they are given.
     """
     if not shape:
         raise InvalidCall(f"{op}: the rows have no dimension; expected completion_ids of shape [N] or [B, T]. {describe(tensors)}")
@@ -293,12 +293,12 @@ def resolve_rows(
     structure = Structure(op, tensors, validate)
     sequences = _sequences(op, shape, device, tensors, structure)
     if over is not None:
-        verbs = None  # kernels of rows know those of one rank
+        primitives = None  # kernels of rows know those of one rank
         sequences = None if sequences is None else Groups(sequences.count, sequences.length, sequences.index, over)
     segments = _segments(op, shape, device, sequences, tensors, structure)
     prompts = _prompts(op, device, sequences, tensors, structure)
-    if verbs is not None and math.prod(shape) > 0 and (sequences is None or sequences.index is None):
-        layout = RowLayout(op, shape, device, dtype, sequences, verbs)
+    if primitives is not None and math.prod(shape) > 0 and (sequences is None or sequences.index is None):
+        layout = RowLayout(op, shape, device, dtype, sequences, primitives)
         found = _masked(layout, tensors)
         if found is not None:
             _check_ids(op, found.ids, vocab_total, validate, tensors, found.bounds)
@@ -308,13 +308,13 @@ def resolve_rows(
     if tensors.get("completion_mask") is not None:
         masks.append(_mask(op, "completion_mask", tensors["completion_mask"], shape, tensors))
     if sequences is not None and sequences.index is not None:
-        _check_sequence_ids(structure, tensors, [*masks, *([] if ids is None else [ids.reshape(-1) != OUT])])
+        _check_sequence_ids(structure, tensors, [*masks, *([] if ids is None else [ids.reshape(-1) != IGNORE_INDEX])])
         masks.append(sequences.index < sequences.count)
     if ids is not None:
         ids = ids.reshape(-1).long()
         if masks:
-            ids = torch.where(functools.reduce(torch.logical_and, masks), ids, OUT)
-        keep = ids != OUT
+            ids = torch.where(functools.reduce(torch.logical_and, masks), ids, IGNORE_INDEX)
+        keep = ids != IGNORE_INDEX
         _check_ids(op, ids, vocab_total, validate, tensors)
     elif masks:
         keep = functools.reduce(torch.logical_and, masks)
@@ -329,7 +329,7 @@ def resolve_rows(
 
 
 def _check_sequence_ids(structure: Structure, tensors: dict[str, Any], masks: list[Tensor]) -> None:
-    """A row that is out by the caller's ``masks`` may have any sequence id."""
+    """An ignored row by the caller's ``masks`` may have any sequence id."""
     index, count = tensors.get("sequence_ids"), tensors.get("num_sequences")
     if index is not None and count is not None:
         structure.indices(
@@ -358,7 +358,7 @@ def _masked(layout: RowLayout, tensors: Mapping[str, Any]) -> Masked | None:
     ids, mask, denominator = given
     if ids is None or any(t is not None and t.device != layout.device for t in (mask, denominator)):
         return None
-    return layout.verbs.mask(ids, mask, denominator, layout.run)
+    return layout.primitives.mask(ids, mask, denominator, layout.run)
 
 
 def _check_ids(
@@ -371,9 +371,9 @@ def _check_ids(
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low >= 0 and high < vocab_total:
         return  # the usual case, in one sweep
-    bad = ((ids < 0) & (ids != OUT)) | (ids >= vocab_total)
+    bad = ((ids < 0) & (ids != IGNORE_INDEX)) | (ids >= vocab_total)
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])
         raise InvalidCall(
-            f"{op}: completion_ids[{row}] (flat) is {int(ids[row])}, expected 0 to {vocab_total - 1}, or {OUT} for a row that is out. {describe(tensors)}"
+            f"{op}: completion_ids[{row}] (flat) is {int(ids[row])}, expected 0 to {vocab_total - 1}, or {IGNORE_INDEX} for an ignored row. {describe(tensors)}"
         )

@@ -55,9 +55,7 @@ class Structure:
             return
         values = cu.tolist()
         if values[0] != 0:
-            raise self.error(
-                f"{name}[0] is {values[0]}, expected 0: rows before the first offset are in no sequence; mask rows that are out."
-            )
+            raise self.error(f"{name}[0] is {values[0]}, expected 0: rows before the first offset are in no sequence; mask ignored rows.")
         if values != sorted(values):
             at = next(i for i in range(1, len(values)) if values[i] < values[i - 1])
             raise self.error(f"{name}[{at}] is {values[at]}, less than {name}[{at - 1}] = {values[at - 1]}.")
@@ -81,7 +79,7 @@ class Structure:
         elif bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
             raise self.error(
-                f"{name}[{row}] (flat) is {int(index[row])}, outside [0, {total} = {count}); a row that is out has completion_mask 0 or id -100."
+                f"{name}[{row}] (flat) is {int(index[row])}, outside [0, {total} = {count}); an ignored row has completion_mask 0 or id -100."
             )
 
     def require(self, ok: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..formula.base import CURRENT_LEAVES, Rule, TokenWeight
+from ..formula.base import DIFFERENTIABLE_LEAVES, Rule, TokenWeight
 from ..formula.loss_program import Program, loss_graph
 from ..formula.monitor import Monitor
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
@@ -88,7 +88,7 @@ class PolicyLossSpec:
     def _find_facts(self) -> None:
         """What the formulas say, by tracing them; depends on the kinds of the hyper-parameters only."""
         object.__setattr__(self, "_requires", self._find_requires())
-        object.__setattr__(self, "_obstacle", self._find_obstacle())
+        object.__setattr__(self, "_unsupported_reason", self._find_unsupported_reason())
         object.__setattr__(self, "_program", self._find_program())
         object.__setattr__(self, "_stored_program", self._find_stored_program())
         object.__setattr__(self, "_moving", self._find_moving())
@@ -132,7 +132,7 @@ class PolicyLossSpec:
 
     @property
     def program(self) -> Program | None:
-        """What a one-pass kernel evaluates in the row; None where :attr:`one_pass_obstacle` says why not."""
+        """What a one-pass kernel evaluates in the row; None where :attr:`one_pass_unsupported_reason` says why not."""
         return self._program  # type: ignore[attr-defined,no-any-return]
 
     @property
@@ -151,9 +151,9 @@ class PolicyLossSpec:
         return self._program_text  # type: ignore[attr-defined,no-any-return]
 
     @property
-    def one_pass_obstacle(self) -> str | None:
+    def one_pass_unsupported_reason(self) -> str | None:
         """Why no call with this spec can take one pass, whatever the backend; None if one can."""
-        return self._obstacle  # type: ignore[attr-defined,no-any-return]
+        return self._unsupported_reason  # type: ignore[attr-defined,no-any-return]
 
     @property
     def parameter_values(self) -> tuple[Any, ...]:
@@ -213,7 +213,7 @@ class PolicyLossSpec:
     def _find_moving(self) -> frozenset[str]:
         stored, program = {"old_logp", "ref_logp", "sampling_logp"}, self.stored_program
         if program is not None:  # its derivatives know what a formula stops
-            token = self.ratio.one_pass_obstacle is None
+            token = self.ratio.one_pass_unsupported_reason is None
             graph = loss_graph(program, not token)
             found = {name for name in stored if graph.moves(name)}
             ratio = not token and graph.moves("log_ratio")
@@ -236,10 +236,10 @@ class PolicyLossSpec:
         return found
 
     def _find_program(self) -> Program | None:
-        return None if self.one_pass_obstacle is not None else self._own_program()
+        return None if self.one_pass_unsupported_reason is not None else self._own_program()
 
     def _find_stored_program(self) -> Program | None:
-        return None if self._find_row_obstacle() is not None else self._own_program()
+        return None if self._find_row_unsupported_reason() is not None else self._own_program()
 
     def _find_monitor(self) -> Monitor | None:
         if self.stored_program is None:
@@ -260,10 +260,10 @@ class PolicyLossSpec:
             values += w.parameters().values()
         return tuple(values)
 
-    def _find_obstacle(self) -> str | None:
-        return self.ratio.one_pass_obstacle or self._find_row_obstacle()
+    def _find_unsupported_reason(self) -> str | None:
+        return self.ratio.one_pass_unsupported_reason or self._find_row_unsupported_reason()
 
-    def _find_row_obstacle(self) -> str | None:
+    def _find_row_unsupported_reason(self) -> str | None:
         """Why the rest of the loss is none that a kernel can evaluate in a row."""
         if not self.reduction.scalar:
             return "the loss is not reduced to a number"
@@ -307,7 +307,7 @@ class PolicyLossSpec:
 
 #: What :meth:`PolicyLossSpec._find_facts` finds.
 _FACTS = (
-    "_requires", "_moving", "_obstacle", "_program", "_stored_program", "_monitor", "_program_text", "_unbounded", "_weights_read_groups",
+    "_requires", "_moving", "_unsupported_reason", "_program", "_stored_program", "_monitor", "_program_text", "_unbounded", "_weights_read_groups",
 )  # fmt: skip
 
 
@@ -363,7 +363,7 @@ def _replaced(node: Any, path: list[str], value: Any, whole: str) -> Any:
 def reads_stored_only(weight: TokenWeight) -> bool:
     """Whether a weight is known before the pass: it reads nothing of the current policy."""
     inner = (v for v in weight.parameters().values() if isinstance(v, TokenWeight))
-    return trace_weight(type(weight)).leaves.isdisjoint(CURRENT_LEAVES) and all(map(reads_stored_only, inner))
+    return trace_weight(type(weight)).leaves.isdisjoint(DIFFERENTIABLE_LEAVES) and all(map(reads_stored_only, inner))
 
 
 def resolved(formula: Any, resolve: Any) -> Any:

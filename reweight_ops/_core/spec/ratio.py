@@ -38,7 +38,7 @@ class Ratio:
         return self.clamp if isinstance(self.clamp, tuple) else (-self.clamp, self.clamp)
 
     @property
-    def one_pass_obstacle(self) -> str | None:
+    def one_pass_unsupported_reason(self) -> str | None:
         """Why a row's kernel cannot form this ratio; None if it can."""
         if self.level != "token":
             return f"the ratio is at {self.level} level"
@@ -58,7 +58,7 @@ class Ratio:
             )
 
     def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
-        """``[N]`` from ``[N]``; rows that are out contribute nothing. ``adv`` is None for a loss that reads no advantages."""
+        """``[N]`` from ``[N]``; ignored rows contribute nothing. ``adv`` is None for a loss that reads no advantages."""
         return self._clamped(logp - old_logp)
 
     def _clamped(self, log_ratio: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..formula.base import TokenWeight
 from ..ranges import Count, Positive, ranged
+from ..rows.primitives import Weighing
 from ..rows.rows import Rows
-from ..rows.verbs import Weighing
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ except ImportError as error:
     raise BackendUnavailable("reweight_ops.integrations.trl needs TRL: pip install 'trl>=1.15'") from error
 
 from .divergence import divergence_replacements
-from .head import HeadOutput, adapters_on_head_allowed, adapts_head, choose_head, fused_forward, linear_obstacle, logits_of
+from .head import HeadOutput, adapters_on_head_allowed, adapts_head, choose_head, fused_forward, linear_unsupported_reason, logits_of
 from .heads import head_replacements
 from .probe import Form, Prober
 from .rollout import Rollout, choose_recipe, settled
@@ -162,7 +162,7 @@ class Hooks:
         **multimodal: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``[B,T]`` log-probs and entropies of the last ``logits_to_keep`` tokens, 0 where masked; both differentiable."""
-        reason = _token_obstacle(compute_aux_loss, multimodal)
+        reason = _token_unsupported_reason(compute_aux_loss, multimodal)
         chunks = {"batch_size": batch_size, "compute_entropy": compute_entropy}
         if reason is not None:
             self._leave_to_trl(trainer, model, reason)
@@ -204,7 +204,7 @@ class Hooks:
         if not self.fused:
             return original(model, inputs)  # type: ignore[no-any-return]
         own_spec = bool(self.passes) or self._of_recipe is not None
-        reason = _loss_obstacle(trainer, inputs, own_spec=own_spec)
+        reason = _loss_unsupported_reason(trainer, inputs, own_spec=own_spec)
         if reason is not None:
             if self.options.own_method:
                 raise UnsupportedRequest(
@@ -265,13 +265,15 @@ class Hooks:
         switched off for the reference)."""
         if self.head == "logits":
             return None
-        reason = linear_obstacle(trainer, model)
-        form = Form(obstacle=reason) if reason is not None else self.prober.form(trainer, model)
-        if form.obstacle is None:
+        reason = linear_unsupported_reason(trainer, model)
+        form = Form(unsupported_reason=reason) if reason is not None else self.prober.form(trainer, model)
+        if form.unsupported_reason is None:
             return form
         if self.head == "linear":
-            raise UnsupportedRequest(f"lm_head='linear' is impossible with {form.obstacle}; lm_head='auto' or 'logits' builds the logits.")
-        self.counts.warn_once(f"reweight_ops builds the logits: {form.obstacle}.")
+            raise UnsupportedRequest(
+                f"lm_head='linear' is impossible with {form.unsupported_reason}; lm_head='auto' or 'logits' builds the logits."
+            )
+        self.counts.warn_once(f"reweight_ops builds the logits: {form.unsupported_reason}.")
         return None
 
     def _head_options(self, trainer: Any) -> dict[str, Any]:
@@ -306,14 +308,14 @@ class Hooks:
         self.counts.left(reason)
 
 
-def _token_obstacle(compute_aux_loss: bool, multimodal: dict[str, Any]) -> str | None:
+def _token_unsupported_reason(compute_aux_loss: bool, multimodal: dict[str, Any]) -> str | None:
     if compute_aux_loss:
         return "the MoE auxiliary loss"
     given = [name for name, value in multimodal.items() if value is not None]
     return f"multimodal inputs ({', '.join(given)})" if given else None
 
 
-def _loss_obstacle(trainer: Any, inputs: dict[str, Any], own_spec: bool) -> str | None:
+def _loss_unsupported_reason(trainer: Any, inputs: dict[str, Any], own_spec: bool) -> str | None:
     """Why TRL has to compute this loss, or None."""
     if trainer.aux_loss_enabled:
         return "the MoE auxiliary loss"

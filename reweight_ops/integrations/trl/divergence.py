@@ -53,7 +53,7 @@ class ChunkedDivergence:
         ``m = (1-β)·student + β·teacher``. Logits are fp32, as TRL's; the entropy is one projection of the student more.
         """
         student_head, teacher_head = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
-        reason = _obstacle(student_head, teacher_head)
+        reason = _unsupported_reason(student_head, teacher_head)
         if reason is not None:
             self.counts.left(reason)
             result: tuple[Tensor, Tensor] = self.original.apply(
@@ -97,7 +97,7 @@ def _projected(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Head:
     return hidden.to(dtype), weight.to(dtype), bias
 
 
-def _obstacle(*heads: _Head) -> str | None:
+def _unsupported_reason(*heads: _Head) -> str | None:
     """Why TRL has to compute this, or None."""
     if any(hasattr(weight, "ds_id") for _, weight, _ in heads):
         return "DeepSpeed ZeRO-3, which frees a head's weight before backward"

@@ -56,13 +56,13 @@ def base_model(trainer: Any, model: Any) -> Any:
     return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
-def linear_obstacle(trainer: Any, model: Any) -> str | None:
+def linear_unsupported_reason(trainer: Any, model: Any) -> str | None:
     """Why this model's head needs logits, or None."""
     if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "DeepSpeed ZeRO-3, which frees the head's weight before backward"
     if is_compiled_module(trainer.accelerator.unwrap_model(model, keep_torch_compile=True)):
         return "a compiled model, whose forward cannot be replaced"
-    return _module_obstacle(base_model(trainer, model).get_output_embeddings())
+    return _module_unsupported_reason(base_model(trainer, model).get_output_embeddings())
 
 
 def adapts_head(trainer: Any, model: Any) -> bool:
@@ -88,18 +88,18 @@ def adapters_on_head_allowed(cast_lm_head_to_fp32: bool) -> Iterator[None]:
         grpo_trainer.BaseTunerLayer = original
 
 
-def _module_obstacle(head: Any) -> str | None:
+def _module_unsupported_reason(head: Any) -> str | None:
     if isinstance(head, ModulesToSaveWrapper):
-        return _module_obstacle(_saved_module(head))
+        return _module_unsupported_reason(_saved_module(head))
     if isinstance(head, LoraLinear):
-        return _module_obstacle(head.base_layer) or _lora_obstacle(head)
+        return _module_unsupported_reason(head.base_layer) or _lora_unsupported_reason(head)
     kind = type(head)
     if not isinstance(head, torch.nn.Linear) or kind.forward is not torch.nn.Linear.forward or not head.weight.is_floating_point():
         return f"a head of class {kind.__module__}.{kind.__qualname__}, which is no plain nn.Linear"
     return "a head that is offloaded" if head.weight.is_meta else None
 
 
-def _lora_obstacle(head: Any) -> str | None:
+def _lora_unsupported_reason(head: Any) -> str | None:
     if head.disable_adapters or head.merged:
         return None  # the base layer alone
     active = _active_adapters(head)

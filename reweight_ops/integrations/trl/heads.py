@@ -49,7 +49,7 @@ class ChunkedLogProb:
         Where several tokens are the likeliest each of them is top-1; in TRL the first one is.
         ``chunk_size``, TRL's width of a tile, is not read: the op bounds its own chunks.
         """
-        reason = _obstacle(hidden, weight, outputs)
+        reason = _unsupported_reason(hidden, weight, outputs)
         if reason is not None:
             self.counts.left(reason)
             result: tuple[Tensor | None, ...] = self.original.apply(
@@ -72,7 +72,7 @@ class ChunkedLogProb:
         return tuple(getattr(found, name) for name in _STATS.values())
 
 
-def _obstacle(hidden: Tensor, weight: Tensor, outputs: Sequence[str]) -> str | None:
+def _unsupported_reason(hidden: Tensor, weight: Tensor, outputs: Sequence[str]) -> str | None:
     """Why TRL has to compute this, or None."""
     others = [name for name in outputs if name not in _STATS]
     if others:

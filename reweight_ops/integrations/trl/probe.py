@@ -28,7 +28,7 @@ class Form(NamedTuple):
 
     scale: float = 1.0
     softcap: float | None = None
-    obstacle: str | None = None
+    unsupported_reason: str | None = None
 
 
 class Prober:
@@ -93,23 +93,23 @@ def _probe(trainer: Any, model: Any) -> Form:
         with torch.no_grad(), torch.random.fork_rng(devices=devices), trainer.accelerator.autocast(), fp32_head(base, fp32):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
             if len(seen) != 1:
-                return Form(obstacle=f"a forward that calls its decoder {len(seen)} times")
+                return Form(unsupported_reason=f"a forward that calls its decoder {len(seen)} times")
             with torch.autocast(weight.device.type, enabled=torch.is_autocast_enabled(weight.device.type) and not fp32):
                 hidden = seen[0].to(weight.device)
                 hidden = hidden.float() if fp32 else hidden
                 z = _linear(hidden, head_keywords(base, hidden, Form()))
     except Exception as error:  # whatever a model's own code raises
-        return Form(obstacle=f"a forward that could not be probed ({type(error).__name__}: {error})")
+        return Form(unsupported_reason=f"a forward that could not be probed ({type(error).__name__}: {error})")
     finally:
         handle.remove()
     if logits.shape != z.shape:
-        return Form(obstacle=f"logits of shape {tuple(logits.shape)} where the head's weight gives {tuple(z.shape)}")
+        return Form(unsupported_reason=f"logits of shape {tuple(logits.shape)} where the head's weight gives {tuple(z.shape)}")
     narrow = min((logits.dtype, z.dtype), key=lambda t: t.itemsize)
     for form in _candidates(base.config.get_text_config()):
         if _agree(logits, z, form, narrow):
             return form
     return Form(
-        obstacle="logits that are more than the head's weight times the hidden states (found by a probe of the model's own forward)"
+        unsupported_reason="logits that are more than the head's weight times the hidden states (found by a probe of the model's own forward)"
     )
 
 

@@ -23,10 +23,10 @@ from ..._core.losses.linear import linear_token_logps
 from ..._core.spec.policy import PolicyLossSpec
 from ...errors import BackendUnavailable
 from ..patching import Counts, Patch, Replacement, check_signature
-from ..sharding import is_sharded, obstacle, whole
+from ..sharding import is_sharded, unsupported_reason, whole
 from ..trainers import check_version
-from .advantages import entry_obstacle, estimator_fn
-from .losses import loss_fn, method_obstacle
+from .advantages import entry_unsupported_reason, estimator_fn
+from .losses import loss_fn, method_unsupported_reason
 
 try:
     from verl.trainer.ppo import core_algos
@@ -50,7 +50,7 @@ def register(specs: Mapping[str, PolicyLossSpec] | None = None) -> tuple[str, ..
         UnsupportedRequest: verl cannot train one of ``specs``; the reason is named.
     """
     if specs is None:
-        specs = {f"rw_{name}": entry.build() for name, entry in METHODS.items() if method_obstacle(entry) is None}
+        specs = {f"rw_{name}": entry.build() for name, entry in METHODS.items() if method_unsupported_reason(entry) is None}
     functions = {name: loss_fn(spec) for name, spec in specs.items()}  # all of them, before the first is registered
     for name, function in functions.items():
         core_algos.register_policy_loss(name)(function)
@@ -59,7 +59,7 @@ def register(specs: Mapping[str, PolicyLossSpec] | None = None) -> tuple[str, ..
 
 def left_out() -> dict[str, str]:
     """The methods that :func:`register` gives no name, each with the reason."""
-    reasons = {name: method_obstacle(entry) for name, entry in METHODS.items()}
+    reasons = {name: method_unsupported_reason(entry) for name, entry in METHODS.items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -71,7 +71,7 @@ def register_advantages(estimators: Mapping[str, Callable[..., Any]] | None = No
         UnsupportedRequest: verl does not hand over what one of ``estimators`` needs; the reason is named.
     """
     if estimators is None:
-        estimators = {f"rw_{n}": entry.function for n, entry in CATALOGUE["advantage"].items() if entry_obstacle(entry) is None}
+        estimators = {f"rw_{n}": entry.function for n, entry in CATALOGUE["advantage"].items() if entry_unsupported_reason(entry) is None}
     functions = {name: estimator_fn(name, estimator) for name, estimator in estimators.items()}
     for name, function in functions.items():
         known = core_algos.ADV_ESTIMATOR_REGISTRY.get(name)
@@ -82,7 +82,7 @@ def register_advantages(estimators: Mapping[str, Callable[..., Any]] | None = No
 
 def left_out_advantages() -> dict[str, str]:
     """The estimators that :func:`register_advantages` gives no name, each with the reason."""
-    reasons = {name: entry_obstacle(entry) for name, entry in CATALOGUE["advantage"].items()}
+    reasons = {name: entry_unsupported_reason(entry) for name, entry in CATALOGUE["advantage"].items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -99,7 +99,7 @@ def patch_fused_linear(*, backend: str = "auto") -> Patch:
     original = torch_functional.FusedLinearForPPO.forward
 
     def forward(self: Any, hidden_states: Any, vocab_weights: Any, input_ids: Any, temperature: Any = 1.0) -> Any:
-        reason = obstacle(vocab_weights) if is_sharded(vocab_weights) else None
+        reason = unsupported_reason(vocab_weights) if is_sharded(vocab_weights) else None
         if reason is not None:
             counts.left(f"a head that is a DTensor: {reason}")
             return original(self, hidden_states, vocab_weights, input_ids, temperature)

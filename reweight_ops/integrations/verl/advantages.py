@@ -35,7 +35,7 @@ def _open(estimator: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {n: p for n, p in inspect.signature(estimator).parameters.items() if n not in bound}
 
 
-def obstacle(estimator: Callable[..., Any]) -> str | None:
+def unsupported_reason(estimator: Callable[..., Any]) -> str | None:
     """Why verl cannot call an estimator, None if it can."""
     reason = _REASONS.get(_function(estimator).__name__)
     if reason is not None:
@@ -47,9 +47,9 @@ def obstacle(estimator: Callable[..., Any]) -> str | None:
     return None
 
 
-def entry_obstacle(entry: Entry) -> str | None:
+def entry_unsupported_reason(entry: Entry) -> str | None:
     """Why an estimator of the catalogue has no name in verl, None if it has one."""
-    return obstacle(entry.function)
+    return unsupported_reason(entry.function)
 
 
 def _check_settings(name: str, estimator: Callable[..., Any], config: Any) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def estimator_fn(name: str, estimator: Callable[..., Any]) -> Callable[..., tupl
     Raises:
         UnsupportedRequest: verl does not hand over what the estimator needs; the reason is named.
     """
-    reason = obstacle(estimator)
+    reason = unsupported_reason(estimator)
     if reason is not None:
         raise UnsupportedRequest(f"verl cannot call {name}: {reason}.")
     open_ = _open(estimator)

@@ -16,7 +16,7 @@ from ..._core.spec.policy import PolicyLossSpec
 from ..._core.spec.ratio import GeometricMeanRatio
 from ..._core.spec.reduction import SequenceMean
 from ...errors import InvalidCall, UnsupportedRequest
-from ..hosted import Host, agg_mode, divisors, level_obstacle, per_sequence
+from ..hosted import Host, agg_mode, divisors, level_unsupported_reason, per_sequence
 
 _VERL = Host(
     "verl", frozenset({"adv", "logp", "log_ratio", "old_logp"}), "actor.use_kl_loss and actor.kl_loss_coef, or actor.entropy_coeff"
@@ -30,19 +30,19 @@ _METRICS = {
 }  # fmt: skip
 
 
-def obstacle(spec: PolicyLossSpec) -> str | None:
+def unsupported_reason(spec: PolicyLossSpec) -> str | None:
     """Why verl cannot train a spec, None if it can."""
     if agg_mode(spec.reduction) is None:
         return f"its reduction, {spec.reduction!r}, is none of verl's: sequences of one prompt may be in different micro-batches"
-    return _VERL.obstacle(spec)
+    return _VERL.unsupported_reason(spec)
 
 
-def method_obstacle(entry: Entry) -> str | None:
+def method_unsupported_reason(entry: Entry) -> str | None:
     """Why a method of the catalogue has no name in verl, None if it has one."""
     if entry.example:
         return f"it has no default for {', '.join(entry.example)}: register a spec of it"
-    reason = level_obstacle(entry, "a micro-batch")
-    return obstacle(entry.build()) if reason is None else f"{reason}: register a spec of it if that will do"
+    reason = level_unsupported_reason(entry, "a micro-batch")
+    return unsupported_reason(entry.build()) if reason is None else f"{reason}: register a spec of it if that will do"
 
 
 @lru_cache(maxsize=64)
@@ -84,7 +84,7 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[..., tuple[Tensor, dict[str,
         UnsupportedRequest: verl cannot train the spec; the reason is named.
     """
     spec = named_spec("verl.loss_fn", spec)
-    reason = obstacle(spec)
+    reason = unsupported_reason(spec)
     name = spec.name or "the registered spec"
     if reason is not None:
         raise UnsupportedRequest(f"verl cannot train {name}: {reason}.")

@@ -1,6 +1,6 @@
 // Statistics and gradients of rows by the portable kernels, as a program of its own: another processor's compiler and emulator can run it.
 //
-//   verbs DTYPE ROWS COLUMNS SOFTCAP TEMPERATURE < logits, ids (int64), coefficients [4, rows] > statistics [5, rows], gradient
+//   primitives DTYPE ROWS COLUMNS SOFTCAP TEMPERATURE < logits, ids (int64), coefficients [4, rows] > statistics [5, rows], gradient
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -38,13 +38,14 @@ int main(int, char** argument) {
     const Call call{dtype, logits.data(), rows, n, v, v, 0, v, softcap, nullptr, ids.data(), &temperature, false, threads, 0, nullptr};
     StatsCall wanted{};
     static_cast<Call&>(wanted) = call;
-    wanted.logp = stat(0), wanted.entropy = stat(1), wanted.lse = stat(2), wanted.log_sum_p_sq = stat(3), wanted.max_logp = stat(4), wanted.lse_low = lse_low.data();
+    wanted.logp = stat(0), wanted.entropy = stat(1), wanted.lse = stat(2), wanted.log_sum_p_sq = stat(3), wanted.max_logp = stat(4),
+    wanted.lse_low = lse_low.data();
     active_level().kernels->token_stats(wanted);
 
     GradCall back{};
     static_cast<Call&>(back) = call;
     back.logp = stat(0), back.entropy = stat(1), back.lse = stat(2), back.log_sum_p_sq = stat(3), back.lse_low = lse_low.data();
-    back.logp_coef = coef(0), back.entropy_coef = coef(1), back.lse_coef = coef(2), back.p_sq_coef = coef(3);
+    back.d_logp = coef(0), back.d_entropy = coef(1), back.d_lse = coef(2), back.d_p_sq = coef(3);
     back.out = gradient.data(), back.out_strides = rows;
     active_level().kernels->token_grad(back);
 

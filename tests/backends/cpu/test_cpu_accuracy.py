@@ -23,19 +23,21 @@ def level(request):
     _C.set_level("auto")
 
 
-@pytest.mark.parametrize(("kind", "head"), [*contract.KINDS, *((kind, head) for kind in ("wide", "far") for head in ("plain", "cold"))])
+@pytest.mark.parametrize(
+    ("kind", "softmax"), [*contract.KINDS, *((kind, softmax) for kind in ("wide", "far") for softmax in ("plain", "cold"))]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_statistics_and_gradient(level, dtype, head, kind):
+def test_statistics_and_gradient(level, dtype, softmax, kind):
     for v in WIDTHS:
-        contract.check_statistics_and_gradient(cpu, DTYPES[dtype], 12, v, head, kind)
+        contract.check_statistics_and_gradient(cpu, DTYPES[dtype], 12, v, softmax, kind)
 
 
 @pytest.mark.parametrize("bonus", [0.0, 0.05])
-@pytest.mark.parametrize("head", contract.HEADS)
+@pytest.mark.parametrize("softmax", contract.SOFTMAXES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_token_loss_grad(level, dtype, head, bonus):
+def test_token_loss_grad(level, dtype, softmax, bonus):
     for v in WIDTHS:
-        contract.check_token_loss_grad(cpu, DTYPES[dtype], 24, v, head, bonus)
+        contract.check_token_loss_grad(cpu, DTYPES[dtype], 24, v, softmax, bonus)
 
 
 def test_the_target_of_a_sure_row(level):
@@ -72,10 +74,10 @@ def test_one_rounding_of_the_gradient(level, dtype):
     """16-bit gradients are the fp64 ones rounded once, within an eighth of a unit: ties and near-ties may fall either way."""
     z, ids = rows(8, 4099, DTYPES[dtype], "plain")
     stats = cpu.token_stats(z, ids, torch.ones(1), SoftmaxParams(4099), STATS)
-    coef = torch.full((8,), 0.75)
+    d_logp = torch.full((8,), 0.75)
     out = torch.empty_like(z)
-    cpu.token_grad(z, ids, torch.ones(1), SoftmaxParams(4099), dict(zip(STATS, stats, strict=True)), {"logp": coef}, out)
-    truth = gradient(z.double(), ids, torch.ones(8, dtype=torch.float64), {"logp": coef})
+    cpu.token_grad(z, ids, torch.ones(1), SoftmaxParams(4099), dict(zip(STATS, stats, strict=True)), {"logp": d_logp}, out)
+    truth = gradient(z.double(), ids, torch.ones(8, dtype=torch.float64), {"logp": d_logp})
     mantissa = 8 if dtype == "bf16" else 11
     smallest = torch.finfo(DTYPES[dtype]).smallest_normal
     ulp = torch.exp2(torch.floor(torch.log2(truth.abs().clamp(min=smallest))) + 1 - mantissa)

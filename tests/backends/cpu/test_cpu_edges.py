@@ -54,8 +54,8 @@ def test_masked_by_a_number(level, dtype, low):
     contract.check_masked_by_a_number(cpu, dtype, low)
 
 
-def test_a_dead_target(level):
-    contract.check_a_dead_target(cpu)
+def test_a_masked_target(level):
+    contract.check_a_masked_target(cpu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,13 +66,13 @@ def test_a_bad_row_is_nan_and_stays_alone(level, dtype, softcap, at):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_are_out_or_invalid_are_never_read(level, dtype):
-    contract.check_rows_that_are_out_or_invalid(cpu, dtype)
+def test_ignored_rows_or_invalid_are_never_read(level, dtype):
+    contract.check_ignored_rows_or_invalid(cpu, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inert_rows_get_exact_zeros(level, dtype):
-    contract.check_inert_rows(cpu, dtype)
+def test_zero_gradient_rows_get_exact_zeros(level, dtype):
+    contract.check_zero_gradient_rows(cpu, dtype)
 
 
 def test_a_zero_weight_selects_zero(level):
@@ -168,8 +168,8 @@ def test_no_rows(shape):
     contract.check_no_rows(cpu, shape)
 
 
-def request(verb="token_stats", device="cpu", dtype=torch.float32, program=None):
-    return Request(verb, torch.device(device), dtype, program)
+def request(primitive="token_stats", device="cpu", dtype=torch.float32, program=None):
+    return Request(primitive, torch.device(device), dtype, program)
 
 
 def test_what_the_backend_does_not_serve():
@@ -192,7 +192,7 @@ def test_bad_arguments_do_not_reach_the_kernel():
         "ids is ": lambda: stats_of(z, ids[:3]),
         "temperature is": lambda: stats_of(z, ids, temperature=torch.ones(3)),
         "temperature is ": lambda: stats_of(z, ids, temperature=torch.ones(1).double()),
-        "vocab_size is 61": lambda: stats_of(z, ids, head=SoftmaxParams(61)),
+        "vocab_size is 61": lambda: stats_of(z, ids, softmax=SoftmaxParams(61)),
         "logits is": lambda: stats_of(z.double(), ids),
         "out is": lambda: loss_grad(z, ids, out=torch.empty(4, 61)),
         "out is ": lambda: loss_grad(z, ids, out=torch.empty(4, 60, dtype=torch.bfloat16)),

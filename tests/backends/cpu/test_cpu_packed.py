@@ -16,12 +16,12 @@ def level(request):
 
 
 @pytest.mark.parametrize(
-    ("kind", "head"), [("plain", "per_row"), ("peaked", "cold"), ("shifted", "plain"), ("low", "plain"), ("plain", "softcap")]
+    ("kind", "softmax"), [("plain", "per_row"), ("peaked", "cold"), ("shifted", "plain"), ("low", "plain"), ("plain", "softcap")]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_accuracy(level, dtype, head, kind):
+def test_accuracy(level, dtype, softmax, kind):
     for v in (1, 33, 2049) if kind == "plain" else (33,):
-        packed_rows.check_accuracy(cpu, DTYPES[dtype], 12, v, head, kind)
+        packed_rows.check_accuracy(cpu, DTYPES[dtype], 12, v, softmax, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,13 +20,13 @@ DEFINES = ["-DRW_HAS_PORTABLE", "-DRW_LEVEL=portable"]
 
 
 @pytest.fixture(scope="module", params=PROCESSORS)
-def verbs(request, tmp_path_factory):
+def primitives(request, tmp_path_factory):
     """The command of the program."""
     compiler, emulator = PROCESSORS[request.param]
     missing = [x for x in (compiler, *emulator[:1]) if shutil.which(x) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed")
-    program = tmp_path_factory.mktemp(request.param) / "verbs"
+    program = tmp_path_factory.mktemp(request.param) / "primitives"
     sources = [
         ROOT / "tests/backends/cpu/portable.cpp",
         *(ROOT / "csrc/cpu" / name for name in ("dispatch.cpp", "kernels.cpp", "divergence.cpp")),
@@ -44,15 +44,15 @@ def data(t):
 @pytest.mark.parametrize("softcap", [math.inf, 15.0])
 @pytest.mark.parametrize("kind", ["plain", "peaked", "shifted", "low"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics_and_gradient(verbs, dtype, kind, softcap):
+def test_statistics_and_gradient(primitives, dtype, kind, softcap):
     if kind in ("shifted", "low") and softcap < math.inf:
         pytest.skip("a softcap takes offsets away")
     temperature = 0.7
     for n, v in ((12, 1), (12, 33), (12, 2049), (40, 4099)):
         z, ids = rows(n, v, dtype, kind, seed=v)
-        coefs = torch.randn(4, n, generator=torch.Generator().manual_seed(v))
+        derivatives = torch.randn(4, n, generator=torch.Generator().manual_seed(v))
         arguments = [str(DTYPES[dtype]), str(n), str(v), str(softcap), str(temperature)]
-        done = subprocess.run([*verbs, *arguments], input=data(z) + data(ids) + data(coefs), capture_output=True, check=True)
+        done = subprocess.run([*primitives, *arguments], input=data(z) + data(ids) + data(derivatives), capture_output=True, check=True)
         cut = 5 * n * 4
         got = dict(zip(STATS, torch.frombuffer(bytearray(done.stdout[:cut]), dtype=torch.float32).view(5, n), strict=True))
         out = torch.frombuffer(bytearray(done.stdout[cut:]), dtype=dtype).view(n, v)
@@ -61,7 +61,7 @@ def test_statistics_and_gradient(verbs, dtype, kind, softcap):
         exact, single = statistics(z.double(), ids, each.double(), softcap), statistics(z.float(), ids, each, softcap)
         for name in STATS:
             assert_values(got[name], single[name], exact[name], f"{name} at V = {v}")
-        by = dict(zip(("logp", "entropy", "lse", "log_sum_p_sq"), coefs, strict=True))
+        by = dict(zip(("logp", "entropy", "lse", "log_sum_p_sq"), derivatives, strict=True))
         truth = gradient(z.double(), ids, each.double(), by, softcap)
         base = gradient(z.float(), ids, each, by, softcap)
-        assert_gradient(out, base, truth, sum(c.abs() for c in coefs) * 2 / each, ids)
+        assert_gradient(out, base, truth, sum(c.abs() for c in derivatives) * 2 / each, ids)

@@ -36,8 +36,8 @@ def test_what_it_does_not_serve(backend):
     assert "fp32, bf16 or fp16" in reason(Request("token_stats", torch.device("cuda", 0), torch.float64))
     if not torch.cuda.is_available():
         assert "sees no GPU" in reason(Request("token_stats", torch.device("cuda", 0), torch.float32))
-    assert backend._native.why_not(Program.of(("clip", "k3"))) is None
-    assert "registers, one pass holds 320" in backend._native.why_not(Program.of(("k3",) * 100))
+    assert backend._native.program_unsupported_reason(Program.of(("clip", "k3"))) is None
+    assert "registers, one pass holds 320" in backend._native.program_unsupported_reason(Program.of(("k3",) * 100))
 
 
 def test_statuses(backend, monkeypatch):
@@ -75,7 +75,7 @@ def test_an_extension_built_from_other_sources(monkeypatch, tmp_path, part):
     assert native.checked(module, part) is module
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     assert source_hash(part, tmp_path / "csrc") == module.sources
-    with (tmp_path / "csrc/common/verbs.h").open("a") as file:
+    with (tmp_path / "csrc/common/primitives.h").open("a") as file:
         file.write("// another line")
     changed = source_hash(part, tmp_path / "csrc")
     assert changed != module.sources and source_hash(part, tmp_path / "nowhere") is None

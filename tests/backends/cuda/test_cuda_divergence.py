@@ -1,4 +1,4 @@
-"""The CUDA kernels on two logits tensors, run thread by thread on the CPU: by the accuracy criterion, and by the rules of divergences/verbs.py."""
+"""The CUDA kernels on two logits tensors, run thread by thread on the CPU: by the accuracy criterion, and by the rules of divergences/primitives.py."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def test_one_tensor_masked_more_than_the_other(cuda, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cap", [math.inf, 20.0])
-def test_zero_probabilities_and_sick_rows(cuda, dtype, cap):
+def test_zero_probabilities_and_nan_rows(cuda, dtype, cap):
     v = 5003
-    two = make(12, v, DTYPES[dtype])._replace(ids=torch.arange(12), head=SoftmaxParams(v, cap), other_head=SoftmaxParams(v, cap))
+    two = make(12, v, DTYPES[dtype])._replace(ids=torch.arange(12), softmax=SoftmaxParams(v, cap), other_softmax=SoftmaxParams(v, cap))
     z, y = two.logits, two.other
     z[0, 4700] = -math.inf  # p = 0 < q
     y[1, 5001] = -math.inf  # q = 0 < p, in the tail
@@ -120,16 +120,16 @@ def test_zero_probabilities_and_sick_rows(cuda, dtype, cap):
     z[9, 17] = math.inf
     y[10] = -math.inf
     y[10, 0] = math.nan
-    sick = [6, 7, 8, 9, 10]
+    nan_rows = [6, 7, 8, 9, 10]
     constants, weights = torch.tensor(CONSTANTS["all"]), torch.ones(12)
     want = torch.empty(12, v, dtype=torch.float64)
     exact = reference.divergence_loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), want)
-    assert exact[0, 0] == math.inf and exact[1, 1] == math.inf and exact[:4, sick].isnan().all()
+    assert exact[0, 0] == math.inf and exact[1, 1] == math.inf and exact[:4, nan_rows].isnan().all()
     for plan, table, grad in both_plans(cuda, two, constants, weights):
         torch.testing.assert_close(
             table[:4].double(), exact[:4], rtol=1e-5, atol=2e-6, equal_nan=True, msg=lambda m, plan=plan: f"{plan}: {m}"
         )
-        assert grad[1].isnan().sum() == v and grad[sick].isnan().all()
+        assert grad[1].isnan().sum() == v and grad[nan_rows].isnan().all()
         for i in (0, 2, 3, 4, 5, 11):
             assert (grad[i][z[i] == -math.inf] == 0).all() and grad[i].isfinite().all()
             torch.testing.assert_close(grad[i].double(), want[i], rtol=1e-2 if dtype != "fp32" else 1e-4, atol=2e-6)
@@ -139,7 +139,7 @@ def test_zero_probabilities_and_sick_rows(cuda, dtype, cap):
     assert out[1].isfinite().all() and out[0].isfinite().all()
 
 
-def test_rows_that_are_out_or_without_coefficients_are_not_read(cuda):
+def test_ignored_rows_or_without_coefficients_are_not_read(cuda):
     two = make(8, 700, torch.bfloat16)
     constants, weights = torch.tensor(CONSTANTS["all"]), torch.ones(8)
     clean = torch.empty_like(two.logits)
@@ -149,9 +149,9 @@ def test_rows_that_are_out_or_without_coefficients_are_not_read(cuda):
     assert torch.equal(cuda.divergence_loss_grad(two, constants, weights, out), table) and torch.equal(out, clean)
     assert (out[[3, 7]] == 0).all() and (table[:, [3, 7]] == 0).all()
     two.logits[1] = two.other[1] = math.nan
-    coefs = constants[:, None] * weights
-    coefs[:, 1] = 0
-    cuda.divergence_grad(two, table, coefs, out)
+    derivatives = constants[:, None] * weights
+    derivatives[:, 1] = 0
+    cuda.divergence_grad(two, table, derivatives, out)
     assert (out[1] == 0).all() and torch.equal(out[[0, 2]], clean[[0, 2]])
 
 
@@ -211,7 +211,7 @@ def test_bad_arguments_do_not_reach_the_kernel(cuda):
         "other rows or columns": lambda: cuda.divergence_stats(two._replace(other=two.other[:3])),
         "vocab_size is 60": lambda: cuda.divergence_stats(two._replace(other=two.other[:, :59])),
         "ids is": lambda: cuda.divergence_stats(two._replace(ids=two.ids[:3])),
-        "coefs is": lambda: cuda.divergence_grad(two, cuda.divergence_stats(two), torch.ones(2, 4), two.logits),
+        "derivatives is": lambda: cuda.divergence_grad(two, cuda.divergence_stats(two), torch.ones(2, 4), two.logits),
         "weights is": lambda: cuda.divergence_loss_grad(two, torch.ones(3), torch.ones(3), two.logits),
         "constants is": lambda: cuda.divergence_loss_grad(two, torch.ones(2), torch.ones(4), two.logits),
         "out is": lambda: cuda.divergence_loss_grad(two, torch.ones(3), torch.ones(4), two.logits.double()),

@@ -15,7 +15,7 @@ from kernel_oracle import STATS, rows, statistics
 from reweight_ops._core.backends import reference_token as reference
 from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
-from reweight_ops._core.rows.groups import OUT
+from reweight_ops._core.rows.groups import IGNORE_INDEX
 from reweight_ops.errors import InvalidCall
 
 #: One step of a thread is 4 vectors, one of a block 320 x 4: from a single column to more than two steps.
@@ -51,17 +51,17 @@ def dtype(request):
     return contract.DTYPES[request.param]
 
 
-@pytest.mark.parametrize(("kind", "head"), contract.KINDS)
-def test_statistics_and_gradient(cuda, dtype, head, kind):
+@pytest.mark.parametrize(("kind", "softmax"), contract.KINDS)
+def test_statistics_and_gradient(cuda, dtype, softmax, kind):
     for v in WIDTHS:
-        contract.check_statistics_and_gradient(cuda, dtype, 6, v, head, kind)
+        contract.check_statistics_and_gradient(cuda, dtype, 6, v, softmax, kind)
 
 
 @pytest.mark.parametrize("bonus", [0.0, 0.05])
-@pytest.mark.parametrize("head", contract.HEADS)
-def test_token_loss_grad(cuda, dtype, head, bonus):
+@pytest.mark.parametrize("softmax", contract.SOFTMAXES)
+def test_token_loss_grad(cuda, dtype, softmax, bonus):
     for v in WIDTHS:
-        contract.check_token_loss_grad(cuda, dtype, 12, v, head, bonus)
+        contract.check_token_loss_grad(cuda, dtype, 12, v, softmax, bonus)
 
 
 @pytest.mark.parametrize(("name", "weight"), [*zip(own_rules(), [*own_weights()] * 3, strict=False)])
@@ -104,8 +104,8 @@ def test_masked_by_a_number(cuda, dtype, low):
     contract.check_masked_by_a_number(cuda, dtype, low)
 
 
-def test_a_dead_target(cuda):
-    contract.check_a_dead_target(cuda)
+def test_a_masked_target(cuda):
+    contract.check_a_masked_target(cuda)
 
 
 def test_a_sure_row(cuda):
@@ -118,12 +118,12 @@ def test_a_bad_row_is_nan_and_stays_alone(cuda, dtype, softcap, at):
     contract.check_a_bad_row(cuda, dtype, softcap, at)
 
 
-def test_rows_that_are_out_or_invalid_are_never_read(cuda, dtype):
-    contract.check_rows_that_are_out_or_invalid(cuda, dtype)
+def test_ignored_rows_or_invalid_are_never_read(cuda, dtype):
+    contract.check_ignored_rows_or_invalid(cuda, dtype)
 
 
-def test_inert_rows_get_exact_zeros(cuda, dtype):
-    contract.check_inert_rows(cuda, dtype)
+def test_zero_gradient_rows_get_exact_zeros(cuda, dtype):
+    contract.check_zero_gradient_rows(cuda, dtype)
 
 
 def test_padding_and_shards(cuda, dtype):
@@ -148,13 +148,13 @@ def test_a_row_depends_on_itself_alone(cuda, schedule, dtype):
     n, v = 9, 2563  # four or five rows a block
     z, ids = rows(n, v, dtype, "plain")
     t = torch.linspace(0.5, 1.5, n)
-    ids[4] = OUT
+    ids[4] = IGNORE_INDEX
     want_rows, want = loss_grad(cuda, z, ids, temperature=t)
     want_stats = stats_of(cuda, z, ids, temperature=t)
     assert torch.equal(want_rows[0], want_stats["logp"]), "one pass and the statistics must agree: the on-policy ratio is exactly 1"
     assert torch.equal(want_rows[1], want_stats["entropy"])
     truth = statistics(z.double(), ids.clamp(min=0), t.double())["logp"]
-    assert ((want_stats["logp"] - truth).abs() < 1e-4)[ids != OUT].all()
+    assert ((want_stats["logp"] - truth).abs() < 1e-4)[ids != IGNORE_INDEX].all()
     for seed in range(3):
         schedule(seed)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -164,8 +164,8 @@ def test_a_row_depends_on_itself_alone(cuda, schedule, dtype):
         got_rows, _ = loss_grad(cuda, clone, ids, out=clone, temperature=t)
         assert torch.equal(clone, want) and torch.equal(got_rows, want_rows)
         out = torch.full_like(z, math.nan)
-        coef = {"logp": want_rows[4], "entropy": want_rows[5]}
-        cuda.token_grad(z, ids, t, SoftmaxParams(v), want_stats, coef, out)
+        derivatives = {"logp": want_rows[4], "entropy": want_rows[5]}
+        cuda.token_grad(z, ids, t, SoftmaxParams(v), want_stats, derivatives, out)
         again = z[order].clone()
         cuda.token_grad(
             again,
@@ -173,7 +173,7 @@ def test_a_row_depends_on_itself_alone(cuda, schedule, dtype):
             t[order],
             SoftmaxParams(v),
             {k: s[order] for k, s in want_stats.items()},
-            {k: c[order] for k, c in coef.items()},
+            {k: c[order] for k, c in derivatives.items()},
             again,
         )
         assert torch.equal(again, out[order]) and not out.isnan().any()
@@ -235,7 +235,7 @@ def test_bad_arguments_do_not_reach_the_kernel(cuda):
     for message, call in {
         "the last dimension": lambda: stats_of(cuda, z.T, torch.zeros(60, dtype=torch.int64)),
         "ids is": lambda: stats_of(cuda, z, ids[:3]),
-        "vocab_size is 61": lambda: stats_of(cuda, z, ids, head=SoftmaxParams(61)),
+        "vocab_size is 61": lambda: stats_of(cuda, z, ids, softmax=SoftmaxParams(61)),
         "overwrite each other": lambda: loss_grad(cuda, z[:1].expand(4, 60), ids, out=z[:1].expand(4, 60)),
     }.items():
         with pytest.raises(InvalidCall, match=message):
@@ -246,11 +246,11 @@ def test_bad_arguments_do_not_reach_the_kernel(cuda):
 
 
 @pytest.mark.parametrize(
-    ("kind", "head"), [("plain", "per_row"), ("peaked", "cold"), ("shifted", "plain"), ("low", "plain"), ("plain", "softcap")]
+    ("kind", "softmax"), [("plain", "per_row"), ("peaked", "cold"), ("shifted", "plain"), ("low", "plain"), ("plain", "softcap")]
 )
-def test_packed_rows_are_as_accurate(cuda, dtype, head, kind):
+def test_packed_rows_are_as_accurate(cuda, dtype, softmax, kind):
     for v in (1, 9, 2563):
-        packed_rows.check_accuracy(cuda, dtype, 6, v, head, kind)
+        packed_rows.check_accuracy(cuda, dtype, 6, v, softmax, kind)
 
 
 def test_each_packed_row_is_as_alone(cuda, dtype, schedule):

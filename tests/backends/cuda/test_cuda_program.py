@@ -66,14 +66,16 @@ def test_on_policy(cuda, schedule):
 
 def assert_like_the_reference(cuda, z, ids, inputs, program, params):
     found = []
-    for verbs in (cuda, reference):
+    for primitives in (cuda, reference):
         out = torch.full_like(z, math.nan)
-        found.append((verbs.token_loss_grad(z, ids, contract.ONE, SoftmaxParams(300), inputs, program, torch.tensor(params), out), out))
+        found.append(
+            (primitives.token_loss_grad(z, ids, contract.ONE, SoftmaxParams(300), inputs, program, torch.tensor(params), out), out)
+        )
     torch.testing.assert_close(found[0], found[1], rtol=2e-5, atol=2e-6)
 
 
 def test_more_registers_than_fit_are_refused(cuda):
     many = Program.of(("k3",) * 100)
-    assert "registers, one pass holds 320" in cuda.why_not(many)
+    assert "registers, one pass holds 320" in cuda.program_unsupported_reason(many)
     with pytest.raises(InvalidCall, match="registers"):
         contract.loss_grad(cuda, *rows(2, 30, torch.float32, "plain"), program=(many, torch.zeros(2 + 300)))

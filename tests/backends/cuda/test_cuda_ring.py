@@ -12,7 +12,7 @@ from kernel_oracle import gradient, rows, statistics
 
 from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
-from reweight_ops._core.rows.groups import OUT
+from reweight_ops._core.rows.groups import IGNORE_INDEX
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: In 16-byte vectors, with the blocks of a cluster: a tile is 1024 vectors, a block holds up to 10 tiles of a row, and 13 of two rows.
@@ -22,8 +22,8 @@ SHAPES = {
     "a tile": (1024, 1),
     "six tiles": (6 * 1024 - 3, 1),
     "ten tiles": (10 * 1024 - 3, 1),  # and 3 of the next row
-    "pair": (10 * 1024 + 8, 2),
-    "pair, part ahead": (15000, 2),  # 8 tiles, 5 of the next row
+    "two blocks": (10 * 1024 + 8, 2),
+    "two blocks, part ahead": (15000, 2),  # 8 tiles, 5 of the next row
     "four": (25001, 4),  # 7 and 6
     "eight": (41001, 8),
 }
@@ -74,7 +74,7 @@ def aligned(shape, dtype, fill=math.nan):
 
 
 def batch(n, v, dtype, padding=0, seed=0):
-    """Rows of every kind: plain, out, with a bad id, -inf in columns and in whole tiles, a dead target, NaN, and without any gradient."""
+    """Rows of every kind: plain, out, with a bad id, -inf in columns and in whole tiles, a masked target, NaN, and without any gradient."""
     values, ids = rows(n, v, dtype, "plain", seed=seed)
     z = aligned((n, v + padding), dtype)
     z[:, :v] = values
@@ -84,7 +84,7 @@ def batch(n, v, dtype, padding=0, seed=0):
     z[kind == 3, v // 3] = math.nan
     z[torch.arange(n)[kind == 4], ids[kind == 4]] = -math.inf
     z[kind == 5] = math.nan
-    ids[kind == 5] = OUT
+    ids[kind == 5] = IGNORE_INDEX
     z[kind == 6] = math.inf
     ids[kind == 6] = v
     ids[kind == 1] = v - 1  # the last column: in the tail, if there is one
@@ -93,14 +93,14 @@ def batch(n, v, dtype, padding=0, seed=0):
     return z, ids, adv
 
 
-def loss_grad(cuda, z, ids, adv, program=PROGRAMS["entropy"], head=None, temperature=None, out=None, inputs=None):
+def loss_grad(cuda, z, ids, adv, program=PROGRAMS["entropy"], softmax=None, temperature=None, out=None, inputs=None):
     n = ids.numel()
     out = aligned(z.shape, z.dtype) if out is None else out
     temperature = torch.linspace(0.7, 1.4, n) if temperature is None else temperature
     weights = torch.ones(len(program[0].terms), n)
     given = RowInputs(weights, torch.linspace(-3, 0, n), adv) if inputs is None else inputs
     return cuda.token_loss_grad(
-        z, ids, temperature, head or SoftmaxParams(z.size(-1)), given, program[0], torch.tensor(program[1]), out
+        z, ids, temperature, softmax or SoftmaxParams(z.size(-1)), given, program[0], torch.tensor(program[1]), out
     ), out
 
 
@@ -139,20 +139,20 @@ def test_as_the_streaming_kernel(emulator, cuda, dtype, shape, schedule):
     n = 16 if vectors < 7000 else 9
     emulator.set_device(9, 227 << 10, 2 if n == 16 else 1)
     z, ids, adv = batch(n, v, dtype, padding=5)
-    head = SoftmaxParams(v)
-    want_rows, want = by_streaming(emulator, cuda, z, ids, adv, head=head)
-    assert (want[..., v:] == 0).all() and (want[ids == OUT] == 0).all() and (want != 0).any()
-    got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, head=head)
+    softmax = SoftmaxParams(v)
+    want_rows, want = by_streaming(emulator, cuda, z, ids, adv, softmax=softmax)
+    assert (want[..., v:] == 0).all() and (want[ids == IGNORE_INDEX] == 0).all() and (want != 0).any()
+    got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, softmax=softmax)
     assert same(got_rows, want_rows) and same(got, want)
     clone = aligned(z.shape, dtype)
     clone.copy_(z)
-    got_rows, _ = by_ring(emulator, cuda, schedule, 2, clone, ids, adv, head=head, out=clone)
+    got_rows, _ = by_ring(emulator, cuda, schedule, 2, clone, ids, adv, softmax=softmax, out=clone)
     assert same(got_rows, want_rows) and same(clone, want), "in place"
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("schedule", ["late", "random", "skew"])
-@pytest.mark.parametrize("shape", ["part of a tile", "pair", "pair, part ahead"])
+@pytest.mark.parametrize("shape", ["part of a tile", "two blocks", "two blocks, part ahead"])
 def test_many_rows(emulator, cuda, shape, schedule, seed):
     """Long enough for every ring and place to come round several times, in one cluster."""
     v = width(SHAPES[shape][0], torch.bfloat16)
@@ -168,7 +168,7 @@ def test_many_rows(emulator, cuda, shape, schedule, seed):
 @pytest.mark.parametrize("case", ["plain", "entropy", "softcap", "squares"])
 def test_every_gradient(emulator, cuda, dtype, case, schedule, monkeypatch):
     """Each form of the sweep, over two blocks, with the target in every slice and in the tail."""
-    v = width(SHAPES["pair"][0], dtype, tail=1)
+    v = width(SHAPES["two blocks"][0], dtype, tail=1)
     z, ids, adv = batch(8, v, dtype)
     ids[0], ids[2], ids[7] = 0, v // 2 + 8, v - 2
     adv[:] = torch.tensor([1.0, -1.0] * 4)
@@ -176,9 +176,9 @@ def test_every_gradient(emulator, cuda, dtype, case, schedule, monkeypatch):
     if case == "squares":
         compiled = cuda.compiled  # as for a rule that reads log_sum_p_sq
         monkeypatch.setattr(cuda, "compiled", lambda *a: (*compiled(*a)[:2], True, *compiled(*a)[3:]))
-    head = SoftmaxParams(v, 12.0 if case == "softcap" else math.inf)
-    want_rows, want = by_streaming(emulator, cuda, z, ids, adv, program=program, head=head)
-    got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, program=program, head=head)
+    softmax = SoftmaxParams(v, 12.0 if case == "softcap" else math.inf)
+    want_rows, want = by_streaming(emulator, cuda, z, ids, adv, program=program, softmax=softmax)
+    got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, program=program, softmax=softmax)
     assert same(got_rows, want_rows) and same(got, want)
 
 
@@ -246,7 +246,7 @@ def test_nothing_is_written_around_rows(emulator, cuda, dtype):
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3])
 def test_fewer_rows_than_clusters(emulator, cuda, n):
-    v = width(SHAPES["pair"][0], torch.bfloat16)
+    v = width(SHAPES["two blocks"][0], torch.bfloat16)
     emulator.set_device(9, 227 << 10, 3)
     values, ids = rows(max(n, 1), v, torch.bfloat16, "plain")
     z, ids = values[:n], ids[:n]
@@ -257,7 +257,7 @@ def test_fewer_rows_than_clusters(emulator, cuda, n):
 
 def test_all_rows_out(emulator, cuda):
     v = width(1030, torch.bfloat16, tail=1)
-    z, ids = aligned((5, v), torch.bfloat16), torch.full((5,), OUT)
+    z, ids = aligned((5, v), torch.bfloat16), torch.full((5,), IGNORE_INDEX)
     got, out = by_ring(emulator, cuda, "random", 1, z, ids, torch.ones(5))
     assert (got == 0).all() and (out == 0).all()
 
@@ -268,7 +268,7 @@ def test_all_rows_out(emulator, cuda):
 def why(cuda, emulator, z, out=None):
     call = cuda.call(z, torch.zeros(z.numel() // max(z.size(-1), 1), dtype=torch.int64), torch.ones(1), SoftmaxParams(z.size(-1)))
     out = z if out is None else out
-    return emulator.why_streaming(call, out.data_ptr(), cuda.out_rows(z, out))
+    return emulator.ring_unsupported_reason(call, out.data_ptr(), cuda.out_rows(z, out))
 
 
 def test_the_rule(emulator, cuda):

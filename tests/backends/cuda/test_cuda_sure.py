@@ -37,13 +37,13 @@ def dtype(request):
     return DTYPES[request.param]
 
 
-def one_pass(verbs, z, ids, adv=None):
+def one_pass(primitives, z, ids, adv=None):
     """Rows and gradient of ``adv·logp``: on-policy, so that the coefficient is -adv."""
     n = ids.numel()
     adv = torch.ones(n) if adv is None else adv
     columns = -(-z.size(-1) * z.itemsize // 16) * 16 // z.itemsize
     out = torch.full((n, columns), math.nan, dtype=z.dtype)[:, : z.size(-1)]
-    rows = verbs.token_loss_grad(z, ids, ONE, SoftmaxParams(z.size(-1)), RowInputs(torch.ones(1, n), None, adv), *PLAIN, out)
+    rows = primitives.token_loss_grad(z, ids, ONE, SoftmaxParams(z.size(-1)), RowInputs(torch.ones(1, n), None, adv), *PLAIN, out)
     return rows, out
 
 
@@ -74,21 +74,21 @@ def assert_kept(rows, logp, out, dtype):
 @pytest.mark.parametrize("kernel", ["streaming", "ring"])
 @pytest.mark.parametrize("vocab", WIDTHS)
 def test_one_pass(kernels, dtype, vocab, kernel):
-    module, verbs = kernels
+    module, primitives = kernels
     module.set_kernel(kernel)
     rows = sure_rows.sure_rows(vocab, dtype)
-    got, out = one_pass(verbs, aligned(rows.logits), rows.ids)
+    got, out = one_pass(primitives, aligned(rows.logits), rows.ids)
     assert_kept(rows, got[0], out, dtype)
 
 
 @pytest.mark.parametrize("vocab", WIDTHS)
 def test_statistics_and_gradient(kernels, dtype, vocab):
-    _module, verbs = kernels
+    _module, primitives = kernels
     rows = sure_rows.sure_rows(vocab, dtype)
     names = ("logp", "max_logp", "lse", "entropy", "log_sum_p_sq")
-    stats = dict(zip(names, verbs.token_stats(rows.logits, rows.ids, ONE, SoftmaxParams(vocab), names), strict=True))
+    stats = dict(zip(names, primitives.token_stats(rows.logits, rows.ids, ONE, SoftmaxParams(vocab), names), strict=True))
     out = torch.full_like(rows.logits, math.nan)
-    verbs.token_grad(rows.logits, rows.ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(rows.ids.numel())}, out)
+    primitives.token_grad(rows.logits, rows.ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(rows.ids.numel())}, out)
     assert_kept(rows, stats["logp"], out, dtype)
     assert torch.equal(stats["max_logp"], stats["logp"])
     # Σp² is (1 - δ)² and less than e^-2δ; the entropy δ·(1 + margin) and more. Both vanish as the log-prob does.
@@ -103,17 +103,17 @@ def test_statistics_and_gradient(kernels, dtype, vocab):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_same_bits(kernels, schedule):
     """Whoever sums again, in whichever kernel: over a ring that holds part of the next row, in blocks of two slices."""
-    module, verbs = kernels
+    module, primitives = kernels
     module.set_schedule(schedule, 3)
     rows = sure_rows.sure_rows(8 * 10 * 1024 + 1003, torch.bfloat16)
     some = torch.arange(0, rows.ids.numel(), 5)
     z, ids = aligned(rows.logits[some]), rows.ids[some]
-    logp = verbs.token_stats(z, ids, ONE, SoftmaxParams(z.size(-1)), ("logp",))[0]
+    logp = primitives.token_stats(z, ids, ONE, SoftmaxParams(z.size(-1)), ("logp",))[0]
     assert sure_rows.worst(logp, rows.logp[some]) <= sure_rows.TOLERANCE
     found = {}
     for kernel in ("streaming", "ring"):
         module.set_kernel(kernel)
-        found[kernel] = one_pass(verbs, z, ids)
+        found[kernel] = one_pass(primitives, z, ids)
     assert torch.equal(found["ring"][0], found["streaming"][0]) and torch.equal(found["ring"][1], found["streaming"][1])
     assert torch.equal(found["ring"][0][0], logp)
 
@@ -121,39 +121,39 @@ def test_the_same_bits(kernels, schedule):
 @pytest.mark.parametrize("kernel", ["streaming", "ring"])
 @pytest.mark.parametrize("value", [1e10, -1e10, -1e30, 3e38, -3e38, 1e6, 0.0])
 def test_one_value_everywhere(kernels, value, kernel):
-    module, verbs = kernels
+    module, primitives = kernels
     module.set_kernel(kernel)
     for dtype, vocab in ((torch.float32, 9), (torch.float32, 5003), (torch.bfloat16, 9), (torch.bfloat16, 5003)):
         z, ids = aligned(torch.full((3, vocab), value, dtype=dtype)), torch.tensor([0, 4, vocab - 1])
-        got, out = one_pass(verbs, z, ids)
+        got, out = one_pass(primitives, z, ids)
         assert got[0].tolist() == pytest.approx([-math.log(vocab)] * 3, rel=1e-6)
         assert got[1].tolist() == pytest.approx([math.log(vocab)] * 3, rel=1e-6)
         want = torch.full((3, vocab), 1 / vocab, dtype=torch.float64)
         want[torch.arange(3), ids] -= 1
         torch.testing.assert_close(out.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
         names = ("logp", "lse", "lse_low")
-        stats = dict(zip(names, verbs.token_stats(z, ids, ONE, SoftmaxParams(vocab), names), strict=True))
+        stats = dict(zip(names, primitives.token_stats(z, ids, ONE, SoftmaxParams(vocab), names), strict=True))
         logp, lse = stats["logp"], stats["lse"]
         assert torch.equal(logp, got[0]) and lse.tolist() == pytest.approx([float(z[0, 0]) + math.log(vocab)] * 3)
-        by_verb = torch.full_like(z, math.nan)
-        verbs.token_grad(z, ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_verb)
-        torch.testing.assert_close(by_verb.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
+        by_primitive = torch.full_like(z, math.nan)
+        primitives.token_grad(z, ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_primitive)
+        torch.testing.assert_close(by_primitive.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
         if abs(value) < 1e38:  # else there is no log-sum-exp
             cold = torch.full((1,), 0.7)
-            stats = dict(zip(names, verbs.token_stats(z, ids, cold, SoftmaxParams(vocab), names), strict=True))
-            verbs.token_grad(z, ids, cold, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_verb)
-            torch.testing.assert_close(by_verb.double(), want / 0.7, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
+            stats = dict(zip(names, primitives.token_stats(z, ids, cold, SoftmaxParams(vocab), names), strict=True))
+            primitives.token_grad(z, ids, cold, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_primitive)
+            torch.testing.assert_close(by_primitive.double(), want / 0.7, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e5, 1e7])
 @pytest.mark.parametrize("vocab", [257, 5003])
 def test_offsets(kernels, vocab, offset):
     """Logits that keep their differences at an offset keep their log-probs and gradients: by the row as it is in fp32."""
-    module, verbs = kernels
+    module, primitives = kernels
     rows = sure_rows.sure_rows(vocab, torch.float32, offset)
     for kernel in ("streaming", "ring"):
         module.set_kernel(kernel)
-        got, out = one_pass(verbs, aligned(rows.logits), rows.ids)
+        got, out = one_pass(primitives, aligned(rows.logits), rows.ids)
         assert_kept(rows, got[0], out, torch.float32)
 
 
@@ -161,14 +161,14 @@ def test_offsets(kernels, vocab, offset):
 @pytest.mark.parametrize("vocab", [257, 5003])
 def test_an_offset_costs_no_digits(kernels, vocab, offset):
     """Logits that are multiples of 1/64 keep their differences exactly: statistics and gradient are those of no offset, to fp32's last digits."""
-    module, verbs = kernels
+    module, primitives = kernels
     z = (torch.randn(4, vocab, generator=torch.Generator().manual_seed(vocab)) * 3 * 64).round() / 64
     ids = torch.tensor([0, 1, vocab // 2, vocab - 1])
     truth = torch.log_softmax(z.double(), -1)
     entropy = -(truth.exp() * truth).sum(-1)
     for kernel in ("streaming", "ring"):
         module.set_kernel(kernel)
-        got, out = one_pass(verbs, aligned(z + offset), ids)
+        got, out = one_pass(primitives, aligned(z + offset), ids)
         assert ((got[0].double() - truth[range(4), ids]).abs() <= 3e-6).all()
         assert ((got[1].double() - entropy).abs() <= 3e-6).all()
         want = truth.exp()
@@ -178,7 +178,7 @@ def test_an_offset_costs_no_digits(kernels, vocab, offset):
 
 def test_masks_far_below_a_sure_token(kernels):
     """The warps that see nothing but masked logits have nothing to sum again, and those of the few others do."""
-    module, verbs = kernels
+    module, primitives = kernels
     for dtype in (torch.float32, torch.bfloat16):
         vocab = 20011
         z = torch.full((2, vocab), torch.finfo(dtype).min, dtype=dtype)
@@ -188,6 +188,6 @@ def test_masks_far_below_a_sure_token(kernels):
         truth, rest = sure_rows.exact(z, ids)
         for kernel in ("streaming", "ring"):
             module.set_kernel(kernel)
-            got, out = one_pass(verbs, aligned(z), ids)
+            got, out = one_pass(primitives, aligned(z), ids)
             assert sure_rows.worst(got[0], truth) <= sure_rows.TOLERANCE
             assert sure_rows.worst(-target_gradient(out, ids), rest) <= tolerance(dtype)

@@ -37,17 +37,17 @@ def variant(request):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("shape", ["none", "part of a tile", "a tile", "ten tiles", "pair", "pair, part ahead"])
+@pytest.mark.parametrize("shape", ["none", "part of a tile", "a tile", "ten tiles", "two blocks", "two blocks, part ahead"])
 def test_as_the_streaming_kernel(variant, shape, schedule):
-    module, verbs = variant
+    module, primitives = variant
     v = width(SHAPES[shape][0], torch.bfloat16, tail=3)
     z, ids, adv = batch(24 if SHAPES[shape][0] < 2000 else 10, v, torch.bfloat16, padding=5)
-    want = by_streaming(module, verbs, z, ids, adv)
+    want = by_streaming(module, primitives, z, ids, adv)
     for clusters in (1, 2):
         module.set_device(9, 227 << 10, clusters)
-        got = by_ring(module, verbs, schedule, clusters, z, ids, adv)
+        got = by_ring(module, primitives, schedule, clusters, z, ids, adv)
         assert same(got[0], want[0]) and same(got[1], want[1])
         clone = torch.empty_strided(z.shape, z.stride(), dtype=z.dtype)
         clone.copy_(z)
-        got = by_ring(module, verbs, schedule, clusters, clone, ids, adv, out=clone)
+        got = by_ring(module, primitives, schedule, clusters, clone, ids, adv, out=clone)
         assert same(got[0], want[0]) and same(clone, want[1]), "in place"

@@ -21,11 +21,11 @@ from triton_oracle import DEVICE, Batch, check_grad, check_loss_grad, check_stat
 from reweight_ops._core.backends import triton_cache as triton_programs
 from reweight_ops._core.backends import triton_launch
 from reweight_ops._core.backends import triton_token as backend
-from reweight_ops._core.backends.base import COEFS, LOSS_ROWS, STATS, Request, RowInputs, SoftmaxParams
+from reweight_ops._core.backends.base import DERIVATIVES, LOSS_ROWS, STATS, Request, RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.triton import program_py
-from reweight_ops._core.rows.groups import OUT
+from reweight_ops._core.rows.groups import IGNORE_INDEX
 from reweight_ops.rules import RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 from reweight_ops.triton_kernels.config import VARIANTS, bytes_in_flight, config_for
 
@@ -83,7 +83,7 @@ def strided(dtype) -> Batch:
 
 def masked(dtype) -> Batch:
     batch = make(dtype)
-    batch.ids[[1, 4]] = OUT
+    batch.ids[[1, 4]] = IGNORE_INDEX
     batch.ids[5], batch.ids[6] = 400, -7
     batch.logits[1] = math.nan
     batch.inputs.adv[1] = math.nan
@@ -95,25 +95,25 @@ def minus_infinity(dtype) -> Batch:
     batch = make(dtype)
     keep = torch.zeros(ROWS, 400, dtype=torch.bool)
     keep[torch.arange(ROWS), batch.ids] = True
-    dead = torch.rand(ROWS, 400, generator=torch.Generator().manual_seed(3)) < 0.3
-    dead[0, :300] = dead[3, 100:] = dead[7] = True
-    logits = torch.where(dead & ~keep, -math.inf, batch.logits.float()).to(dtype)
+    masked = torch.rand(ROWS, 400, generator=torch.Generator().manual_seed(3)) < 0.3
+    masked[0, :300] = masked[3, 100:] = masked[7] = True
+    logits = torch.where(masked & ~keep, -math.inf, batch.logits.float()).to(dtype)
     return make(dtype, logits=logits, ids=batch.ids)
 
 
 CONDITIONS = {
     "plain": lambda dtype: make(dtype),
     "strides, padding and poison": strided,
-    "rows that are out": masked,
+    "ignored rows": masked,
     "-inf": minus_infinity,
-    "softcap": lambda dtype: make(dtype, head=SoftmaxParams(400, softcap=5.0)),
+    "softcap": lambda dtype: make(dtype, softmax=SoftmaxParams(400, softcap=5.0)),
     "softcap and -inf": lambda dtype: make(
-        dtype, logits=minus_infinity(dtype).logits, ids=minus_infinity(dtype).ids, head=SoftmaxParams(400, softcap=30.0)
+        dtype, logits=minus_infinity(dtype).logits, ids=minus_infinity(dtype).ids, softmax=SoftmaxParams(400, softcap=30.0)
     ),
     "a temperature each row": lambda dtype: make(dtype, temperature=torch.linspace(0.3, 2.5, ROWS)),
     "a large common shift": lambda dtype: make(dtype, logits=make(dtype).logits + 300),
     "a very large common shift": lambda dtype: make(dtype, logits=make(dtype).logits + 3e4),
-    "padded vocabulary": lambda dtype: make(dtype, head=SoftmaxParams(350), ids=make(dtype).ids % 350),
+    "padded vocabulary": lambda dtype: make(dtype, softmax=SoftmaxParams(350), ids=make(dtype).ids % 350),
     "an odd vocabulary": lambda dtype: make(dtype, v=397),
     "a tiny vocabulary": lambda dtype: make(dtype, v=3),
 }
@@ -122,7 +122,7 @@ CONDITIONS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_conditions(condition, dtype, small_tiles):
-    if dtype != torch.float16:  # the other verbs differ from this one in no conversion
+    if dtype != torch.float16:  # the other primitives differ from this one in no conversion
         check_stats(CONDITIONS[condition](dtype))
         check_grad(CONDITIONS[condition](dtype))
     check_loss_grad(CONDITIONS[condition](dtype))
@@ -184,20 +184,20 @@ def split(monkeypatch, yes: bool) -> None:
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch):
-    """And a verb of split rows is at most three launches, a gradient and a verb of whole rows always one."""
+    """And a primitive of split rows is at most three launches, a gradient and a primitive of whole rows always one."""
     n, v = 6, 1000  # 4 segments of 256 columns and, with padding, 3 chunks of 512
-    batch = make(dtype, n=n, v=v + 300, head=SoftmaxParams(v), ids=torch.tensor([3, 999, OUT, 600, v + 1, 511]))
+    batch = make(dtype, n=n, v=v + 300, softmax=SoftmaxParams(v), ids=torch.tensor([3, 999, IGNORE_INDEX, 600, v + 1, 511]))
     given = [x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature)]
-    coefs = {name: torch.linspace(-1, 2, n, device=DEVICE) for name in COEFS}
+    derivatives = {name: torch.linspace(-1, 2, n, device=DEVICE) for name in DERIVATIVES}
     launched = []
     launch = triton_launch.launch
     monkeypatch.setattr(triton_launch, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
 
     def run(yes: bool):
         split(monkeypatch, yes)
-        stats = backend.token_stats(*given, batch.head, STATS)
+        stats = backend.token_stats(*given, batch.softmax, STATS)
         out = given[0].clone() if in_place else torch.full_like(given[0], math.nan)
-        backend.token_grad(out if in_place else given[0], *given[1:], batch.head, dict(zip(STATS, stats, strict=True)), coefs, out)
+        backend.token_grad(out if in_place else given[0], *given[1:], batch.softmax, dict(zip(STATS, stats, strict=True)), derivatives, out)
         return (stats, out, *run_loss_grad(batch, in_place))
 
     whole = run(False)
@@ -220,26 +220,26 @@ def test_a_row_is_the_same_bits_wherever_it_stands(small_tiles):
     assert torch.equal(moved_out, out[order])
 
 
-def test_both_verbs_give_the_same_logp(small_tiles):
-    batch = make(torch.bfloat16, head=SoftmaxParams(400, softcap=20.0))
+def test_both_primitives_give_the_same_logp(small_tiles):
+    batch = make(torch.bfloat16, softmax=SoftmaxParams(400, softcap=20.0))
     stats, rows = run_stats(batch, ("logp", "entropy")), run_loss_grad(batch)[0]
     assert torch.equal(stats["logp"], rows[0]) and torch.equal(stats["entropy"], rows[1])
     assert torch.equal(run_stats(batch, ("logp",))["logp"], rows[0])
 
 
-# --- sick rows, shards, nothing to do ----------------------------------------------------------------------------------------------
+# --- NaN rows, shards, nothing to do ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sickness", ["nan", "+inf", "all -inf", "nan in the last tile"])
+@pytest.mark.parametrize("bad_logit", ["nan", "+inf", "all -inf", "nan in the last tile"])
 @pytest.mark.parametrize("softcap", [math.inf, 30.0])
-def test_a_sick_row_is_nan_and_alone(sickness, softcap, small_tiles):
-    batch = make(n=8, head=SoftmaxParams(400, softcap=softcap))
+def test_a_nan_row_is_nan_and_alone(bad_logit, softcap, small_tiles):
+    batch = make(n=8, softmax=SoftmaxParams(400, softcap=softcap))
     healthy, healthy_out = run_loss_grad(batch)
     batch.logits = batch.logits.clone()
-    if sickness == "all -inf":
+    if bad_logit == "all -inf":
         batch.logits[4] = -math.inf
     else:
-        batch.logits[4, 399 if "last" in sickness else 17] = math.inf if sickness == "+inf" else math.nan
+        batch.logits[4, 399 if "last" in bad_logit else 17] = math.inf if bad_logit == "+inf" else math.nan
     rows, out = run_loss_grad(batch)
     assert rows[:, 4].isnan().all()
     assert out[4].isnan().all()
@@ -247,14 +247,14 @@ def test_a_sick_row_is_nan_and_alone(sickness, softcap, small_tiles):
     assert torch.equal(rows[:, others], healthy[:, others])
     assert torch.equal(out[others], healthy_out[others])
     for name, values in run_stats(batch).items():
-        empty = name == "lse_low" and sickness == "all -inf"  # a shard of a row may be
+        empty = name == "lse_low" and bad_logit == "all -inf"  # a shard of a row may be
         assert values[4] == -math.inf if empty else values[4].isnan()
         assert values[others].isfinite().all()
 
 
-def test_a_sick_row_is_nan_also_where_the_rule_only_compares():
+def test_a_nan_row_is_nan_also_where_the_rule_only_compares():
     """Every comparison with NaN is false, and clip would call the row clipped: no gradient. Padding stays zero all the same."""
-    batch = make(n=8, program=Program.of(("clip",)), head=SoftmaxParams(350), ids=make(n=8).ids % 350)
+    batch = make(n=8, program=Program.of(("clip",)), softmax=SoftmaxParams(350), ids=make(n=8).ids % 350)
     batch.logits = batch.logits.clone()
     batch.logits[4, 17] = math.nan
     rows, out = run_loss_grad(batch)
@@ -298,8 +298,8 @@ def test_two_shards_are_one_vocabulary():
     whole = check_stats(batch)
     halves = []
     for start, stop in ((0, 256), (256, 600)):
-        head = SoftmaxParams(stop - start, vocab_start=start, vocab_total=600)
-        part = dataclasses.replace(batch, logits=batch.logits[:, start:stop], head=head)
+        softmax = SoftmaxParams(stop - start, vocab_start=start, vocab_total=600)
+        part = dataclasses.replace(batch, logits=batch.logits[:, start:stop], softmax=softmax)
         stats = check_stats(part)
         assert torch.equal(stats["logp"] == -math.inf, (batch.ids < start) | (batch.ids >= stop))
         halves.append((part, stats))
@@ -309,13 +309,15 @@ def test_two_shards_are_one_vocabulary():
     for part, _ in [(batch, None), *halves]:
         out = torch.full(part.logits.shape, math.nan, device=DEVICE)
         given = {k: v.to(DEVICE) for k, v in whole.items()}
-        coefs = {"logp": g.to(DEVICE), "entropy": -g.to(DEVICE)}
-        backend.token_grad(part.logits.to(DEVICE), batch.ids.to(DEVICE), batch.temperature.to(DEVICE), part.head, given, coefs, out)
+        derivatives = {"logp": g.to(DEVICE), "entropy": -g.to(DEVICE)}
+        backend.token_grad(
+            part.logits.to(DEVICE), batch.ids.to(DEVICE), batch.temperature.to(DEVICE), part.softmax, given, derivatives, out
+        )
         outs.append(out.cpu())
     assert torch.allclose(outs[0], torch.cat(outs[1:], -1), rtol=0, atol=16 * 2.0**-24)
 
 
-def test_no_rows_and_no_live_rows():
+def test_no_rows_and_no_rows_with_gradient():
     empty = torch.empty(0, 8, device=DEVICE)
     ids, t = torch.empty(0, dtype=torch.int64, device=DEVICE), torch.ones(1, device=DEVICE)
     assert backend.token_stats(empty, ids, t, SoftmaxParams(8), STATS).shape == (len(STATS), 0)
@@ -331,7 +333,7 @@ def test_no_rows_and_no_live_rows():
     assert torch.equal(rows[2:], torch.zeros_like(rows[2:]))
 
 
-def test_dead_rows_are_not_read_by_token_grad():
+def test_masked_rows_are_not_read_by_token_grad():
     batch = make()
     batch.logits = torch.full_like(batch.logits, math.nan)
     zeros = {k: torch.zeros(ROWS, device=DEVICE) for k in ("logp", "lse", "entropy", "log_sum_p_sq")}
@@ -340,9 +342,9 @@ def test_dead_rows_are_not_read_by_token_grad():
         batch.logits.to(DEVICE),
         batch.ids.to(DEVICE),
         batch.temperature.to(DEVICE),
-        batch.head,
+        batch.softmax,
         zeros,
-        dict.fromkeys(COEFS, zeros["logp"]),
+        dict.fromkeys(DERIVATIVES, zeros["logp"]),
         out,
     )
     assert torch.equal(out.cpu(), torch.zeros(ROWS, 400))

@@ -52,7 +52,7 @@ def assert_sound(compiled: list[dict], streaming: dict[str, tuple[int, int]]) ->
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_verb_and_dtype_compiles_without_spills_and_streams_16_bytes_at_a_time(aot, target):
+def test_every_primitive_and_dtype_compiles_without_spills_and_streams_16_bytes_at_a_time(aot, target):
     compiled = aot("compile", target)
     assert {(k["kernel"], k["dtype"]) for k in compiled} == {
         (kernel, dtype)
@@ -79,7 +79,7 @@ def test_loads_come_early_and_logits_cost_few_instructions(aot):
     ]  # fmt: skip
     for loop in found:
         assert loop["logits"] == 32
-        # The gradient verb has all four coefficients here, and holds them beside its tiles.
+        # The gradient primitive has all four coefficients here, and holds them beside its tiles.
         assert loop["last_load"] < (0.5 if loop["kernel"] == "gradient_kernel" else 0.25) * loop["instructions"], loop
         assert loop["instructions"] <= 9.7 * loop["logits"], loop
 

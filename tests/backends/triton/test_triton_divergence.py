@@ -15,7 +15,7 @@ from triton_oracle import DEVICE
 from reweight_ops._core.backends import triton_divergence as backend
 from reweight_ops._core.backends import triton_launch as tokens
 from reweight_ops._core.backends.base import DivergenceInputs, SoftmaxParams
-from reweight_ops._core.rows.groups import OUT
+from reweight_ops._core.rows.groups import IGNORE_INDEX
 from reweight_ops.triton_kernels.config import Config, Launch
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -28,7 +28,7 @@ def small_tiles(monkeypatch):
         vector = 16 // min(itemsize, other_itemsize)
         return Config(64 // vector, 2, vector, 256, launch, launch, launch, 2)
 
-    monkeypatch.setattr(backend, "pair_config", config)
+    monkeypatch.setattr(backend, "divergence_config", config)
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_splitting_rows_changes_no_bit(dtypes, in_place, monkeypatch):
     g = torch.Generator().manual_seed(0)
     x, y = (4 * torch.randn(n, v + 300, generator=g).to(DEVICE) for _ in range(2))
     x[2, 40:300] = -math.inf
-    ids = torch.tensor([0, OUT, 0, 0, 0], device=DEVICE)
+    ids = torch.tensor([0, IGNORE_INDEX, 0, 0, 0], device=DEVICE)
     t = torch.linspace(0.5, 1.5, n, device=DEVICE)
-    head = SoftmaxParams(v)
-    coefs = torch.tensor([[1.0, 0, -1, 0.5, 0], [0, 1, 0, -0.5, 0], [1, 1, 1, 0, 0]], device=DEVICE)
+    softmax = SoftmaxParams(v)
+    derivatives = torch.tensor([[1.0, 0, -1, 0.5, 0], [0, 1, 0, -0.5, 0], [1, 1, 1, 0, 0]], device=DEVICE)
     launched = []
     launch = tokens.launch
     monkeypatch.setattr(tokens, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
@@ -61,12 +61,14 @@ def test_splitting_rows_changes_no_bit(dtypes, in_place, monkeypatch):
     def run(yes: bool):
         monkeypatch.setattr(tokens, "processors", lambda device: 10**6 if yes else 0)
         logits = x.to(dtypes[0])
-        two = DivergenceInputs(logits, y.to(dtypes[1]), ids, t, t.flip(0).contiguous(), head, head)
+        two = DivergenceInputs(logits, y.to(dtypes[1]), ids, t, t.flip(0).contiguous(), softmax, softmax)
         table = backend.divergence_stats(two)
         out = logits.clone() if in_place else torch.full_like(logits, math.nan)
-        backend.divergence_grad(two._replace(logits=out) if in_place else two, table, coefs, out)
+        backend.divergence_grad(two._replace(logits=out) if in_place else two, table, derivatives, out)
         fused = logits.clone() if in_place else torch.full_like(logits, math.nan)
-        both = backend.divergence_loss_grad(two._replace(logits=fused) if in_place else two, torch.ones(3, device=DEVICE), coefs[0], fused)
+        both = backend.divergence_loss_grad(
+            two._replace(logits=fused) if in_place else two, torch.ones(3, device=DEVICE), derivatives[0], fused
+        )
         return table, out, both, fused
 
     whole = run(False)

@@ -21,7 +21,7 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("kind", "head", "dtype", "v"),
+    ("kind", "softmax", "dtype", "v"),
     [
         ("plain", "per_row", "fp32", 1), ("plain", "per_row", "bf16", 33), ("peaked", "cold", "fp16", 33),
         *(pytest.param(*case, marks=slow) for case in (
@@ -29,8 +29,8 @@ slow = pytest.mark.slow
         )),
     ],
 )  # fmt: skip
-def test_accuracy(kind, head, dtype, v):
-    packed_rows.check_accuracy(triton, DTYPES[dtype], 12, v, head, kind)
+def test_accuracy(kind, softmax, dtype, v):
+    packed_rows.check_accuracy(triton, DTYPES[dtype], 12, v, softmax, kind)
 
 
 @pytest.mark.parametrize(("dtype", "longest"), [("fp32", 140), *(pytest.param(d, 1900, marks=slow) for d in DTYPES)])

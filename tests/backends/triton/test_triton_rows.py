@@ -14,7 +14,7 @@ from reweight_ops._core.rows.rows import RUN
 from reweight_ops.testing import make_batch
 
 pytest.importorskip("triton")
-TRITON = select.why_not("triton", select.Request("token_stats", torch.device("cpu"), torch.float32))
+TRITON = select.unsupported_reason("triton", select.Request("token_stats", torch.device("cpu"), torch.float32))
 pytestmark = pytest.mark.skipif(TRITON is not None, reason=str(TRITON))
 SHAPE, VOCAB = (3, 5), 13
 
@@ -25,7 +25,7 @@ def both(batch, **options):
     for backend in ("triton", "reference"):
         z = batch["logits"].detach().clone().requires_grad_()
         out = rw.policy_loss(**{**batch, "logits": z}, backend=backend, unused="ignore", **options)
-        assert (out._call.rows.verbs is not None) == (backend == "triton")
+        assert (out._call.rows.primitives is not None) == (backend == "triton")
         (grad,) = torch.autograd.grad(out.loss, z)
         rows = [out.per_token_logps, out.per_token_loss, out.ratio, out.coef]
         results.append((out.loss.detach(), grad, out.metrics.as_floats(), *rows))

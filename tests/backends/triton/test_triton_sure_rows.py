@@ -26,7 +26,7 @@ REINFORCE = Program.of(("reinforce",))
 
 
 def measure(rows, temperature: float = 1.0):
-    """``(logp, logp, 1 - p, 1 - p)`` of statistics, one pass, the gradient verb and one pass."""
+    """``(logp, logp, 1 - p, 1 - p)`` of statistics, one pass, the gradient primitive and one pass."""
     n, vocab = rows.logits.shape
     logits, ids = rows.logits.to(DEVICE), rows.ids.to(DEVICE)
     given = (logits, ids, torch.full((1,), temperature, device=DEVICE), SoftmaxParams(vocab))

@@ -5,7 +5,7 @@ import torch
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.engine import ops as library
 from reweight_ops._core.engine.linear import gemms as linear_gemms
 from reweight_ops.testing import ERROR_FLOOR, ERROR_RATIO
@@ -13,7 +13,7 @@ from reweight_ops.testing import ERROR_FLOOR, ERROR_RATIO
 BACKENDS = [
     b
     for b in ("reference", "cpu")
-    if why_not(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None
+    if unsupported_reason(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, rw.methods.grpo().program)) is None
 ]
 B, T, D, V = 3, 9, 8, 37
 

@@ -33,9 +33,9 @@ def gemms(monkeypatch):
         seen["forward"].append(hidden.size(0))
         return logits(self, hidden)
 
-    def spy_add(self, rows, h, chunk, live):
-        seen["backward"].append(h.size(0) if live is None else live.numel())
-        return add(self, rows, h, chunk, live)
+    def spy_add(self, rows, h, chunk, with_gradient):
+        seen["backward"].append(h.size(0) if with_gradient is None else with_gradient.numel())
+        return add(self, rows, h, chunk, with_gradient)
 
     monkeypatch.setattr(Chunk, "logits", spy_logits)
     monkeypatch.setattr(Gradients, "add", spy_add)
@@ -94,8 +94,8 @@ def test_a_gradient_is_the_same_bits_whichever_other_rows_have_a_coefficient(bac
     n, width, vocab = 43, 96, 1031
     weight, rows = torch.randn(vocab, width, generator=g), torch.randn(n, width, generator=g)
     ids, found = torch.randint(vocab, (n,), generator=g), []
-    for live in ([1], [1, 2], [1, 2, 3, 7, 40, 41, 42], range(n)):
-        h, upstream = rows.clone().requires_grad_(), torch.zeros(n).index_fill(0, torch.tensor(live), 1.0)
+    for with_gradient in ([1], [1, 2], [1, 2, 3, 7, 40, 41, 42], range(n)):
+        h, upstream = rows.clone().requires_grad_(), torch.zeros(n).index_fill(0, torch.tensor(with_gradient), 1.0)
         logps = rw.linear_token_logps(h, weight, ids, chunk_rows=32, backend=backend)
         (grad,) = torch.autograd.grad(logps, h, upstream)
         found.append(tuple(grad[1].tolist()))
@@ -169,14 +169,14 @@ def test_metrics_count_the_rows_of_the_gemms(gemms, plan, memory_budget):
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 7, 100])
 @pytest.mark.parametrize(
-    "live", [[], [0], [39], [0, 1, 2, 3], [5, 6, 7, 30, 38, 39], [*range(1, 40)], [*range(0, 40, 2)], [*range(40)]], ids=str
+    "with_gradient", [[], [0], [39], [0, 1, 2, 3], [5, 6, 7, 30, 38, 39], [*range(1, 40)], [*range(0, 40, 2)], [*range(40)]], ids=str
 )
-def test_compacting_in_place_moves_every_row(monkeypatch, live, rows_at_once):
-    chunk, index = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.tensor(live, dtype=torch.int64)
+def test_compacting_in_place_moves_every_row(monkeypatch, with_gradient, rows_at_once):
+    chunk, index = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.tensor(with_gradient, dtype=torch.int64)
     monkeypatch.setitem(linear_gemms._BLOCK, "cpu", rows_at_once * 6 * 4 + 5)
     want = chunk[index]
     got = compacted(chunk, index)
-    assert torch.equal(got, want) and (not live or got.data_ptr() == chunk.data_ptr())
+    assert torch.equal(got, want) and (not with_gradient or got.data_ptr() == chunk.data_ptr())
 
 
 def test_counting_is_off_unless_it_may_wait(gemms):

@@ -296,7 +296,7 @@ def test_what_a_row_that_is_out_holds_reaches_nothing(kind, compact, plan):
     same(grads(out.loss, d), wanted, rtol=0, atol=0)
 
 
-def test_a_sick_row_is_nan_and_alone(backend):
+def test_a_nan_row_is_nan_and_alone(backend):
     d = make(torch.float32)
     with torch.no_grad():
         d["t_hidden"][0, 1] = math.nan

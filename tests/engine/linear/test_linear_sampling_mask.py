@@ -6,11 +6,11 @@ from sampling_rows import SHAPE, VOCAB, kept_batch, shuffled
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.engine import kept_ops
 from reweight_ops._core.engine.linear import gemms
 
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("packed_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("packed_stats", torch.device("cpu"), torch.float32)) is None]
 OVER = ("kept", "vocabulary")
 WIDTH, ENTROPY = 5, rw.methods.grpo(entropy_coef=0.1)
 

@@ -54,7 +54,7 @@ def test_only_what_was_asked_for():
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("strides", ["plain", "drop_last", "packed"])
 def test_mean_logits(backend, strides, softcap):
-    """Against a sum in fp64, to a rounding of each logit; out rows are 0, sick ones NaN, and a column of -inf makes it -inf."""
+    """Against a sum in fp64, to a rounding of each logit; ignored rows are 0, those without a distribution NaN, and a column of -inf makes it -inf."""
     v = 5000
     g = torch.Generator().manual_seed(0)
     wide = torch.randn(3, 4, v + 7, generator=g) * 3 + 40

@@ -150,7 +150,7 @@ def test_compiles(plan):
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_rows(plan):
-    """A row that is out may hold anything; a row whose policy gradient is 0 still has the teacher's; without a gradient there are only values."""
+    """An ignored row may hold anything; a row whose policy gradient is 0 still has the teacher's; without a gradient there are only values."""
     d = make()
     d["adv"][1] = 0.0
     want = call(d, "grpo", teacher=teacher(d), plan=plan, chunk_rows=4)

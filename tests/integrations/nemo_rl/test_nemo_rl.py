@@ -110,7 +110,7 @@ def test_the_batch_meets_the_branches(batch):
 
 
 def test_one_pass_from_logits(nemo):
-    assert nemo.PolicyLoss(master(options("grpo")), logits=True).spec.one_pass_obstacle is None
+    assert nemo.PolicyLoss(master(options("grpo")), logits=True).spec.one_pass_unsupported_reason is None
 
 
 @pytest.mark.parametrize("logits", [False, True], ids=["log-probs", "logits"])

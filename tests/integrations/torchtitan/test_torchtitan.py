@@ -127,7 +127,7 @@ def test_chunks_add_up(titan, inputs):
 def test_one_pass(titan):
     """With its entropy metric the loss still takes one read of the logits."""
     spec = titan.PolicyLoss.Config().build().spec
-    assert spec.one_pass_obstacle is None and "entropy" in spec.requires
+    assert spec.one_pass_unsupported_reason is None and "entropy" in spec.requires
 
 
 @pytest.mark.parametrize(

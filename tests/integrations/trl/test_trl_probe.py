@@ -136,7 +136,7 @@ def test_it_is_asked_once_and_again_when_something_changes(make_trainer):
     assert lengths.count(8) == 1
 
 
-#: Family: (class of the model, its config, the obstacle that is expected, or the soft cap).
+#: Family: (class of the model, its config, the reason that is expected, or the soft cap).
 FAMILIES = {
     "RecurrentGemma": (
         "RecurrentGemmaForCausalLM",
@@ -163,10 +163,10 @@ def test_families(name):
     model = cls(cls.config_class(**{"pad_token_id": 0, **TINY, **config}))
     accelerator = SimpleNamespace(unwrap_model=lambda m, **kwargs: m, autocast=contextlib.nullcontext)
     trainer = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(cast_lm_head_to_fp32=False))
-    obstacle = trl_head.linear_obstacle(trainer, model)
-    form = Prober().form(trainer, model) if obstacle is None else Form(obstacle=obstacle)
+    unsupported_reason = trl_head.linear_unsupported_reason(trainer, model)
+    form = Prober().form(trainer, model) if unsupported_reason is None else Form(unsupported_reason=unsupported_reason)
     if isinstance(expected, str):
-        assert expected in form.obstacle or "no plain nn.Linear" in form.obstacle
+        assert expected in form.unsupported_reason or "no plain nn.Linear" in form.unsupported_reason
         return
     assert form == Form(1.0, expected)
     ids = torch.arange(6)[None]

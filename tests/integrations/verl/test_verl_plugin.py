@@ -29,7 +29,7 @@ from verl_common import (
 import reweight_ops as rw
 from reweight_ops.integrations import verl as integration
 from reweight_ops.integrations.hosted import agg_mode
-from reweight_ops.integrations.verl.losses import method_obstacle
+from reweight_ops.integrations.verl.losses import method_unsupported_reason
 
 AGG = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 #: A mode of verl's registry, and the options of ours that say the same.
@@ -101,7 +101,7 @@ def test_every_method_of_a_token_or_sequence_has_a_name_or_a_reason(registry_res
         assert reason in reasons[name], (name, reasons[name])
 
 
-@pytest.mark.parametrize("name", sorted(n for n, e in rw.METHODS.items() if method_obstacle(e) is None))
+@pytest.mark.parametrize("name", sorted(n for n, e in rw.METHODS.items() if method_unsupported_reason(e) is None))
 def test_every_registered_method_trains(name, registry_restored):
     """Called as verl calls it, by the counts of a global batch; the loss is the op's, and so is its gradient."""
     integration.register()

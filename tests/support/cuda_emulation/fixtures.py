@@ -1,4 +1,4 @@
-"""The three verbs on CPU tensors, by the emulated CUDA kernels: what the tests of the CUDA backend call."""
+"""The three primitives on CPU tensors, by the emulated CUDA kernels: what the tests of the CUDA backend call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEDULES = ("eager", "late", "random", "skew")
 
 
 def emulated() -> tuple[object, Native]:
-    """The module and its verbs. ``REWEIGHT_OPS_EMULATED`` names another build, of kernels with a planted bug or with sanitizers."""
+    """The module and its primitives. ``REWEIGHT_OPS_EMULATED`` names another build, of kernels with a planted bug or with sanitizers."""
     pytest.importorskip("pybind11")
     named = os.environ.get("REWEIGHT_OPS_EMULATED")
     if named is None and compiler() is None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ...calls.hidden import ChunkSettings, Hidden, LMHead
-from ...rows.groups import OUT
+from ...rows.groups import IGNORE_INDEX
 from .. import again
 from .. import ops as library
 from ..autograd import forbid_graph, forbid_second_backward
 from .buffers import Buffers, Kept, OtherHead, made, torch_logits
-from .gemms import Gradients, chunks, live_rows, padded
+from .gemms import Gradients, chunks, padded, rows_with_gradient
 from .measures import Found, LogitRows, Measure, PerRow
 from .works import OnePassWork
 
@@ -80,15 +80,17 @@ class LinearStatistics(torch.autograd.Function):
         size = min(settings.chunk_rows, count)
         again_from = min(len(kept) * size, count)
         # Rows without a coefficient are not even computed again.
-        live = live_rows(*_at(by, slice(again_from, count))) if settings.drop_inert and again_from < count else None
-        left = count - again_from if live is None else live.numel()
+        with_gradient = (
+            rows_with_gradient(*_at(by, slice(again_from, count))) if settings.drop_zero_gradient and again_from < count else None
+        )
+        left = count - again_from if with_gradient is None else with_gradient.numel()
         gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], len(kept) + -(-left // max(size, 1)), settings)
 
         def add(where: slice | Tensor, logits: LogitRows, chunk: Tensor, drop: bool) -> None:
             part = _at(by, where)
             found = measure.gradient(logits, Found(_at(outputs, where), _at(rest, where)), part, library.may_overwrite(True))
             whole = chunk if found is None else padded(found, chunk.size(0))
-            gradients.add(where, hidden[where], whole, live_rows(*part) if drop else None)
+            gradients.add(where, hidden[where], whole, rows_with_gradient(*part) if drop else None)
 
         nothing: Any = None
         buffers: Buffers | None = None
@@ -97,16 +99,16 @@ class LinearStatistics(torch.autograd.Function):
             if chunk is None:
                 buffers = buffers or Buffers(size, head, settings, other)
                 logits = buffers.logits(hidden, rows, where)
-                add(where, logits, buffers.values, settings.drop_inert)
+                add(where, logits, buffers.values, settings.drop_zero_gradient)
             else:
                 logits = made(chunk, other, rows, where)
-                add(where, logits, chunk.values, settings.drop_inert)
+                add(where, logits, chunk.values, settings.drop_zero_gradient)
         kept = chunk = logits = None  # freed before the working chunk is made
         buffers = buffers if left else None
         for run in chunks(0, left, max(size, 1)):
             # As many rows as in forward, padding included, so that the same logits are found.
             buffers = buffers or Buffers(size, head, settings, other)
-            at = slice(again_from + run.start, again_from + run.stop) if live is None else again_from + live[run]
+            at = slice(again_from + run.start, again_from + run.stop) if with_gradient is None else again_from + with_gradient[run]
             add(at, buffers.logits(hidden, rows, at), buffers.values, False)
         return (*gradients.finish(), *(None,) * 5)
 
@@ -129,7 +131,7 @@ class LinearOnePass(torch.autograd.Function):
             part = work.at(where)
             table = part.gradient_(buffers.logits(hidden, rows, where))
             tables.append(table)
-            gradients.add(where, hidden[where], buffers.values, part.live(table) if settings.drop_inert else None)
+            gradients.add(where, hidden[where], buffers.values, part.rows_with_gradient(table) if settings.drop_zero_gradient else None)
         table, results = torch.cat(tables, 1), gradients.finish()
         ctx.given, ctx.backend, ctx.op = [g is not None for g in results], work.backend, work.op
         ctx.save_for_backward(*(g for g in results if g is not None))
@@ -158,7 +160,7 @@ def linear_statistics(hidden: Hidden, rows: PerRow, other: OtherHead | None, mea
 def _in_torch(
     states: Tensor, head: LMHead, rows: PerRow, other: OtherHead | None, settings: ChunkSettings, measure: Measure
 ) -> tuple[Tensor, ...]:
-    return measure.formulas(torch_logits(states, head, rows, rows.ids != OUT, settings, other))
+    return measure.formulas(torch_logits(states, head, rows, rows.ids != IGNORE_INDEX, settings, other))
 
 
 def _runs(hidden: Tensor, size: int) -> list[slice]:

@@ -111,23 +111,23 @@ class Gradients:
         self.over_ranks = None if settings.shards is None or self.hidden is None else Sums(settings.shards.op, settings.shards.group)
         self.summed = 0  # of the leading rows of hidden, those whose sum over ranks has begun
 
-    def add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, live: Tensor | None) -> None:
-        """``chunk`` holds dL/dlogits of the rows (a run of all rows, or their positions), and padding; ``live``: positions in the chunk of
+    def add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, with_gradient: Tensor | None) -> None:
+        """``chunk`` holds dL/dlogits of the rows (a run of all rows, or their positions), and padding; ``with_gradient``: positions in the chunk of
         the only rows whose gradient is not 0, ascending. They are moved to its top, over the others."""
-        self._add(rows, h, chunk, live)
+        self._add(rows, h, chunk, with_gradient)
         if self.over_ranks is not None and self.hidden is not None and isinstance(rows, slice):
             # While the next chunk is computed, the gradient of this one's hidden states is summed over the vocabulary's shards.
             self.over_ranks.start(self.hidden[rows])
             self.summed = rows.stop
 
-    def _add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, live: Tensor | None) -> None:
+    def _add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, with_gradient: Tensor | None) -> None:
         weight, _, a, b, scale = self.head
         count = h.size(0)
-        if live is not None:
-            if not live.numel():
+        if with_gradient is not None:
+            if not with_gradient.numel():
                 return
-            chunk, h = compacted(chunk, live), h[live]
-            count = live.numel()
+            chunk, h = compacted(chunk, with_gradient), h[with_gradient]
+            count = with_gradient.numel()
         h = _finite(h.to(weight.dtype))
         whole = chunk.to(weight.dtype)
         grad = whole[:count]
@@ -136,12 +136,12 @@ class Gradients:
         needs_weight, needs_bias, needs_a, needs_b = self.needs[1:]
         through = None if b is None else scale * _mm_mixed(grad, b)  # [m, r]
         if self.hidden is not None:
-            in_place = isinstance(rows, slice) and live is None and count == whole.size(0)
+            in_place = isinstance(rows, slice) and with_gradient is None and count == whole.size(0)
             product = torch.mm(whole, weight, out=self.hidden[rows]) if in_place else torch.mm(whole, weight)[: grad.size(0)]
             if through is not None and a is not None:
                 product += through @ a
             if not in_place:
-                self._place(rows, live, product)
+                self._place(rows, with_gradient, product)
         if needs_weight:
             self._accumulate(0, grad.t(), h)
         if needs_bias:
@@ -154,12 +154,12 @@ class Gradients:
             if needs_b:
                 self._accumulate(3, grad.t(), scale * (wide @ a.t()))
 
-    def _place(self, rows: slice | Tensor, live: Tensor | None, product: Tensor) -> None:
+    def _place(self, rows: slice | Tensor, with_gradient: Tensor | None, product: Tensor) -> None:
         assert self.hidden is not None
         if not isinstance(rows, slice):
-            self.hidden.index_copy_(0, rows if live is None else rows[live], product)
-        elif live is not None:
-            self.hidden[rows].index_copy_(0, live, product)
+            self.hidden.index_copy_(0, rows if with_gradient is None else rows[with_gradient], product)
+        elif with_gradient is not None:
+            self.hidden[rows].index_copy_(0, with_gradient, product)
         else:
             self.hidden[rows] = product
 
@@ -222,7 +222,7 @@ def _mm_mixed(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _finite(h: Tensor) -> Tensor:
-    """Hidden states for the GEMMs that sum over rows, with 0 for what is not finite: a row that is out, or has no coefficient, may hold anything, and
+    """Hidden states for the GEMMs that sum over rows, with 0 for what is not finite: an ignored row, or one without a coefficient, may hold anything, and
     ``0 · NaN`` would be every parameter's gradient. No NaN is hidden: a row that counts has NaN logits there, and a gradient of NaN in every column."""
     return torch.nan_to_num(h, nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -244,33 +244,33 @@ def wide_gemm_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> No
         out[part] = out[part] + product if accumulate else product
 
 
-def compacted(chunk: Tensor, live: Tensor) -> Tensor:
-    """The rows ``live`` (ascending) of ``chunk``, moved to its top: a view. A row only ever moves up, so a block of rows may overwrite what
+def compacted(chunk: Tensor, with_gradient: Tensor) -> Tensor:
+    """The rows ``with_gradient`` (ascending) of ``chunk``, moved to its top: a view. A row only ever moves up, so a block of rows may overwrite what
     lies above the next block's sources, and no second chunk is needed."""
     row_bytes = max(chunk.size(1) * chunk.element_size(), 1)
     rows = max(_BLOCK.get(chunk.device.type, _BLOCK["cuda"]) // row_bytes, 1)
-    spare = chunk.new_empty(min(rows, live.numel()), chunk.size(1))
-    for i in range(0, live.numel(), rows):
-        block = live[i : i + rows]
+    spare = chunk.new_empty(min(rows, with_gradient.numel()), chunk.size(1))
+    for i in range(0, with_gradient.numel(), rows):
+        block = with_gradient[i : i + rows]
         moved = torch.index_select(chunk, 0, block, out=spare[: block.numel()])
         chunk[i : i + block.numel()] = moved
-    return chunk[: live.numel()]
+    return chunk[: with_gradient.numel()]
 
 
-def live_rows(*coefs: Tensor | None) -> Tensor | None:
+def rows_with_gradient(*derivatives: Tensor | None) -> Tensor | None:
     """Positions of the rows with a coefficient, or None where dropping the others is not worth it."""
-    known = [(c != 0) if c.dim() == 1 else (c != 0).any(-1) for c in coefs if c is not None]
-    live = torch.stack(known).any(0)
-    index = live.nonzero()[:, 0]
-    return index if live.numel() - index.numel() >= _fewest_to_drop(live.numel()) else None
+    known = [(c != 0) if c.dim() == 1 else (c != 0).any(-1) for c in derivatives if c is not None]
+    with_gradient = torch.stack(known).any(0)
+    index = with_gradient.nonzero()[:, 0]
+    return index if with_gradient.numel() - index.numel() >= _fewest_to_drop(with_gradient.numel()) else None
 
 
 def _fewest_to_drop(rows: int) -> float:
     return max(_WORTH_DROPPING * rows, 1)
 
 
-def inert_rows_dropped(inert: Tensor, size: int) -> Tensor:
-    """How many of the rows marked in ``inert`` ``[M]`` are dropped in chunks of ``size`` rows, by the rule of :func:`live_rows`."""
-    parts = [inert[rows] for rows in chunks(0, inert.numel(), size)]
+def zero_gradient_rows_dropped(zero_gradient: Tensor, size: int) -> Tensor:
+    """How many of the rows marked in ``zero_gradient`` ``[M]`` are dropped in chunks of ``size`` rows, by the rule of :func:`rows_with_gradient`."""
+    parts = [zero_gradient[rows] for rows in chunks(0, zero_gradient.numel(), size)]
     dropped = [torch.where(x.sum() >= _fewest_to_drop(x.numel()), x.sum(), 0) for x in parts]
-    return torch.stack(dropped).sum() if dropped else inert.sum()
+    return torch.stack(dropped).sum() if dropped else zero_gradient.sum()

@@ -137,8 +137,8 @@ class TokenMeasure(NamedTuple):
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         more = asked_for(",".join(self.stats_of_rows), True).split(",")[len(self.stats_of_rows) :]
         known = dict(zip((*self.names, *more), (*found.outputs, *found.rest), strict=True))
-        coefs, options = dict(zip(self.names, by, strict=True)), OpOptions(False, self.backend, over)
-        return written_gradient(*self._tensors(logits), self.softmax, known, coefs, options, over, logits.rows.sets)
+        derivatives, options = dict(zip(self.names, by, strict=True)), OpOptions(False, self.backend, over)
+        return written_gradient(*self._tensors(logits), self.softmax, known, derivatives, options, over, logits.rows.sets)
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         z, ids, t = self._tensors(logits)
@@ -181,15 +181,15 @@ class DivergenceMeasure(NamedTuple):
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         two, zero = logits.tensors(), torch.zeros_like(found.outputs[0])
-        coefs = [zero if g is None else g for g, moves in zip(by, self.differentiable, strict=True) if moves]
+        derivatives = [zero if g is None else g for g, moves in zip(by, self.differentiable, strict=True) if moves]
         if self.beta is not None:
-            arguments: tuple[Any, ...] = (*two, coefs[0], self.beta, *self.softmaxes)
+            arguments: tuple[Any, ...] = (*two, derivatives[0], self.beta, *self.softmaxes)
             if over:
                 jsd_ops.generalized_jsd_grad_(*arguments)
                 return None
             return jsd_ops.generalized_jsd_grad(*arguments)[1]  # type: ignore[no-any-return]
         table = torch.stack([*found.outputs, *found.rest])
-        arguments = (*two, table, torch.stack(coefs), *self.softmaxes, False, self.backend)
+        arguments = (*two, table, torch.stack(derivatives), *self.softmaxes, False, self.backend)
         found_by = library.called(library.divergence_grad_ if over else library.divergence_grad, *arguments)
         return None if over else found_by
 
@@ -229,9 +229,9 @@ class JointMeasure(NamedTuple):
         )
         moving = [part for part in parts if any(g is not None for g in part[2])]
         # The last may write over the logits, which the others read.
-        others = [measure.gradient(logits, known, coefs, False) for measure, known, coefs in moving[:-1]]
-        measure, known, coefs = moving[-1]
-        last = measure.gradient(logits, known, coefs, over)
+        others = [measure.gradient(logits, known, derivatives, False) for measure, known, derivatives in moving[:-1]]
+        measure, known, derivatives = moving[-1]
+        last = measure.gradient(logits, known, derivatives, over)
         total = logits.values if last is None else last
         for other in others:
             assert other is not None

@@ -11,15 +11,15 @@ from torch import Tensor
 from ...backends.base import RowInputs
 from ...backends.shards import VocabShards
 from ...calls.hidden import Hidden
-from ...rows.groups import OUT
+from ...rows.groups import IGNORE_INDEX
 from ...rows.rows import Rows
 from .. import again, temperature
 from ..picks import PICKED, PICKED_IDS, Picks
 from ..sampling import by_reader, primitives, statistics_of
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
-from ..sources import refuse_transforms, why_two_passes
+from ..sources import one_pass_unsupported_reason, refuse_transforms
 from .autograd import LinearOnePass, linear_statistics
-from .gemms import inert_rows_dropped
+from .gemms import zero_gradient_rows_dropped
 from .measures import PerRow, TokenMeasure
 from .works import TokenWork
 
@@ -47,7 +47,7 @@ class HiddenSource(PlainSource):
         statistics, one_pass = primitives(h.kept)
         return SourceInfo(
             h.states.device, s.logits_dtype, h.needs_grad, s.backend, statistics, one_pass,
-            two_pass_reason=why_two_passes(h.shard, h.temperature),
+            one_pass_unsupported_reason=one_pass_unsupported_reason(h.shard, h.temperature),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ class HiddenSource(PlainSource):
             known = temperature.differentiable(known, kept, h.temperature)
         ids = known.pop(PICKED_IDS, None)
         found = {name: h.scatter(value) for name, value in by_reader(known, h.kept).items()}
-        return found if ids is None else {**found, PICKED_IDS: h.scatter(ids, OUT)}
+        return found if ids is None else {**found, PICKED_IDS: h.scatter(ids, IGNORE_INDEX)}
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         h = self.hidden
@@ -99,14 +99,14 @@ class _DroppedRows:
     """
 
     def __init__(self, hidden: Hidden, dropped_in: int) -> None:
-        self.index, self.count, self.drop_inert = hidden.index, hidden.rows.count, hidden.settings.drop_inert
+        self.index, self.count, self.drop_zero_gradient = hidden.index, hidden.rows.count, hidden.settings.drop_zero_gradient
         self.dropped_in = dropped_in
 
     def __call__(self, derivatives: tuple[Tensor, Tensor]) -> dict[str, Any]:
         computed = self.count if self.index is None else self.index.numel()
         found: dict[str, Any] = {"rows_dropped_forward": self.count - computed, "rows_dropped_backward": 0}
-        if self.drop_inert:
-            inert = (derivatives[0] == 0) & (derivatives[1] == 0)
-            inert = inert if self.index is None else inert[self.index]
-            found["rows_dropped_backward"] = inert_rows_dropped(inert, max(self.dropped_in, 1))
+        if self.drop_zero_gradient:
+            zero_gradient = (derivatives[0] == 0) & (derivatives[1] == 0)
+            zero_gradient = zero_gradient if self.index is None else zero_gradient[self.index]
+            found["rows_dropped_backward"] = zero_gradient_rows_dropped(zero_gradient, max(self.dropped_in, 1))
         return found

@@ -11,7 +11,7 @@ from ...calls.two_hidden import TwoHidden
 from ...rows.rows import Rows
 from ..distillation import GENERALIZED_JSD, STATISTICS
 from ..source import DivergenceWork, PlainSource, SourceInfo
-from ..sources import refuse_transforms, why_two_passes
+from ..sources import one_pass_unsupported_reason, refuse_transforms
 from .autograd import LinearOnePass, linear_statistics
 from .buffers import OtherHead
 from .measures import DivergenceMeasure, PerRow
@@ -35,7 +35,7 @@ class TwoHiddenSource(PlainSource):
         p, s = self.both.p, self.both.p.settings
         return SourceInfo(
             p.states.device, s.logits_dtype, p.needs_grad, s.backend, ("divergence_stats",), "divergence_loss_grad", self.both.other.dtype,
-            why_two_passes(p.shard),
+            one_pass_unsupported_reason(p.shard),
         )  # fmt: skip
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:

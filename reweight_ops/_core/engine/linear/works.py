@@ -12,7 +12,7 @@ from .. import jsd_ops, kept_ops
 from .. import ops as library
 from ..autograd import weighted_sum
 from ..source import DivergenceWork, PolicyWork
-from .gemms import live_rows
+from .gemms import rows_with_gradient
 from .measures import DivergenceMeasure, LogitRows
 
 
@@ -32,7 +32,7 @@ class OnePassWork(Protocol):
     def gradient_(self, logits: LogitRows) -> Tensor:
         """What the kernel returns per row, ``[S, n]``; the loss's gradient stands over the first model's logits now."""
 
-    def live(self, table: Tensor) -> Tensor | None:
+    def rows_with_gradient(self, table: Tensor) -> Tensor | None:
         """Positions of the rows with a gradient, or None where dropping the others is not worth it."""
 
     def loss(self, table: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ class TokenWork(NamedTuple):
             return library.called(whole, logits.values, *rows, *inputs, params, program, *rest)
         return library.called(of_sets, logits.values, rows[0], *sets[:3], rows[1], *inputs, params, program, self.over_vocabulary, *rest)
 
-    def live(self, table: Tensor) -> Tensor | None:
-        return live_rows(table[4], table[5])
+    def rows_with_gradient(self, table: Tensor) -> Tensor | None:
+        return rows_with_gradient(table[4], table[5])
 
     def loss(self, table: Tensor) -> Tensor:
         return table[2].sum()
@@ -106,8 +106,8 @@ class TwoWork(NamedTuple):
         table = library.called(library.divergence_stats, *two, *softmaxes, False, backend)
         return torch.cat([table, jsd_ops.generalized_jsd_grad_(*two, self.work.weights, beta, *softmaxes)[None]])
 
-    def live(self, table: Tensor) -> Tensor | None:
-        return live_rows(self.work.weights)
+    def rows_with_gradient(self, table: Tensor) -> Tensor | None:
+        return rows_with_gradient(self.work.weights)
 
     def loss(self, table: Tensor) -> Tensor:
         if self.measure.beta is None:
@@ -138,8 +138,8 @@ class JointWork(NamedTuple):
         logits.values.add_(grad)
         return torch.cat([table, second])
 
-    def live(self, table: Tensor) -> Tensor | None:
-        return live_rows(table[4], table[5], self.two.work.weights)
+    def rows_with_gradient(self, table: Tensor) -> Tensor | None:
+        return rows_with_gradient(table[4], table[5], self.two.work.weights)
 
     def loss(self, table: Tensor) -> Tensor:
         return self.token.loss(table) + self.two.loss(table[len(LOSS_ROWS) :])

@@ -8,9 +8,9 @@ import torch
 import reweight_ops as rw
 from reweight_ops import Lora
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 B, T, D, V, R = 2, 16, 8, 37, 3
 NAMES = ("hidden", "weight", "bias", "a", "b")
 VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -33,11 +33,11 @@ def gradients(made, ids, adv, plan, backend, **options):
     return total.detach(), dict(zip(NAMES, torch.autograd.grad(total, [leaves[name] for name in NAMES]), strict=True))
 
 
-def same(sick, healthy, out):
-    assert torch.equal(sick[0], healthy[0])
+def same(with_nan, healthy, out):
+    assert torch.equal(with_nan[0], healthy[0])
     for name in NAMES:
-        assert torch.equal(sick[1][name], healthy[1][name]), name
-    assert (sick[1]["hidden"][out] == 0).all()
+        assert torch.equal(with_nan[1][name], healthy[1][name]), name
+    assert (with_nan[1]["hidden"][out] == 0).all()
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -85,7 +85,7 @@ def test_rows_without_a_coefficient_reach_no_gradient(backend, plan, compact):  
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("plan", ["logps", "one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_sick_row_that_counts_is_not_hidden(backend, plan, compact, value):
+def test_a_nan_row_that_counts_is_not_hidden(backend, plan, compact, value):
     made, ids, adv = make()
     made["hidden"][1, 4, 2] = VALUES[value]
     loss, found = gradients(made, ids, adv, plan, backend, compact_rows=compact)

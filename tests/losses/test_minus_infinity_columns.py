@@ -7,12 +7,12 @@ import torch
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import why_not
+from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.engine.distillation import KINDS
 
-BACKENDS = [b for b in ("reference", "cpu") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
-N, V, DEAD = 5, 11, 4
-KEEP = torch.arange(V) != DEAD
+BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+N, V, MASKED = 5, 11, 4
+KEEP = torch.arange(V) != MASKED
 
 
 def inputs():
@@ -22,12 +22,12 @@ def inputs():
 
 
 def compare(function):
-    """``function(logits, other, ids)`` with the column dead, and without it."""
+    """``function(logits, other, ids)`` with the column masked, and without it."""
     z, other, ids = inputs()
     whole = z.clone()
-    whole[:, DEAD] = other[:, DEAD] = -math.inf
+    whole[:, MASKED] = other[:, MASKED] = -math.inf
     found = []
-    for x, y, label in ((whole, other, ids), (z[:, KEEP], other[:, KEEP], ids - (ids > DEAD).long())):
+    for x, y, label in ((whole, other, ids), (z[:, KEEP], other[:, KEEP], ids - (ids > MASKED).long())):
         x = x.clone().requires_grad_()
         value = function(x, y, label)
         (grad,) = torch.autograd.grad(value.sum(), x)
@@ -35,7 +35,7 @@ def compare(function):
     (value, grad), (want, slope) = found
     torch.testing.assert_close(value, want, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(grad[:, KEEP], slope, rtol=2e-5, atol=2e-6)
-    assert torch.equal(grad[:, DEAD], torch.zeros(N))
+    assert torch.equal(grad[:, MASKED], torch.zeros(N))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -50,7 +50,7 @@ def test_generalized_jsd_where_one_has_no_mass(beta):
     z, other, _ = inputs()
     other[:, 2] = -math.inf
     z[:, 6] = -math.inf
-    z[:, DEAD] = other[:, DEAD] = -math.inf
+    z[:, MASKED] = other[:, MASKED] = -math.inf
     got = z.clone().requires_grad_()
     value = rw.token_divergence(got, other, kind="generalized_jsd", beta=beta)
     x = z.double().requires_grad_()
@@ -83,7 +83,7 @@ def test_composites(name):
 def test_tw_grpo():
     z, other, _ = inputs()
     both = torch.stack([z, other])
-    both[..., DEAD] = -math.inf
+    both[..., MASKED] = -math.inf
     mask = torch.ones(2, N)
     whole, without = (rw.weights.tw_grpo(x, mask, group_size=2) for x in (both, both[..., KEEP]))
     torch.testing.assert_close(whole, without)

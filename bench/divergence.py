@@ -23,7 +23,7 @@ JOBS = ("kl", "kl+grad", "distill")
 
 
 @dataclass(frozen=True)
-class PairCase:
+class DivergenceCase:
     job: str
     rows: int
     vocab: int
@@ -43,21 +43,21 @@ class PairCase:
         """Both once in, the gradient once out; both once more in where the loss is known only later."""
         return self.logits_bytes * {"kl": 2, "kl+grad": 5, "distill": 3}[self.job]
 
-    def data(self) -> PairData:
+    def data(self) -> DivergenceData:
         return replace(_tensors(self.rows, self.vocab, self.dtype, self.device), case=self)
 
 
-def pair_cases(device: str, tiny: bool = False) -> list[PairCase]:
+def divergence_cases(device: str, tiny: bool = False) -> list[DivergenceCase]:
     if device == "cpu" and not tiny:
-        return [PairCase(job, *shape, dtype, device) for shape in CPU_SHAPES[:2] for dtype in ("float32", "bfloat16") for job in JOBS]
-    return [PairCase(job, *((64, 320) if tiny else (8192, 151936)), "bfloat16", device) for job in JOBS]
+        return [DivergenceCase(job, *shape, dtype, device) for shape in CPU_SHAPES[:2] for dtype in ("float32", "bfloat16") for job in JOBS]
+    return [DivergenceCase(job, *((64, 320) if tiny else (8192, 151936)), "bfloat16", device) for job in JOBS]
 
 
 @dataclass(kw_only=True)
-class PairData(Scratch):
+class DivergenceData(Scratch):
     """``other`` is only read."""
 
-    case: PairCase
+    case: DivergenceCase
     other: Tensor
     upstream: Tensor
 
@@ -82,7 +82,7 @@ class PairData(Scratch):
 
 
 @lru_cache(maxsize=1)
-def _tensors(rows: int, vocab: int, dtype: str, device: str) -> PairData:
+def _tensors(rows: int, vocab: int, dtype: str, device: str) -> DivergenceData:
     g = torch.Generator(device).manual_seed(0)
     t = min(rows, 1024 if device == "cuda" else 64)
     logits, other = (torch.empty(rows // t, t, vocab, dtype=getattr(torch, dtype), device=device) for _ in range(2))
@@ -91,8 +91,8 @@ def _tensors(rows: int, vocab: int, dtype: str, device: str) -> PairData:
         logits[b] = z
         other[b] = z + torch.randn(t, vocab, generator=g, device=device)
     upstream = torch.rand(rows // t, t, generator=g, device=device) + 0.5
-    case = PairCase("kl", rows, vocab, dtype, device)
-    return PairData(case=case, logits=logits, pristine=logits.clone(), spare=spare(device), other=other, upstream=upstream)
+    case = DivergenceCase("kl", rows, vocab, dtype, device)
+    return DivergenceData(case=case, logits=logits, pristine=logits.clone(), spare=spare(device), other=other, upstream=upstream)
 
 
 # ---- who
@@ -104,8 +104,8 @@ def eager_kl(z: Tensor, other: Tensor) -> Tensor:
     return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
-def _eager(compiled: bool) -> Callable[[PairData], Job]:
-    def make(data: PairData) -> Job:
+def _eager(compiled: bool) -> Callable[[DivergenceData], Job]:
+    def make(data: DivergenceData) -> Job:
         if compiled:
             torch._dynamo.reset()
         values = lambda z: eager_kl(z.float(), data.other.float())  # noqa: E731
@@ -117,7 +117,7 @@ def _eager(compiled: bool) -> Callable[[PairData], Job]:
     return make
 
 
-def _values_alone(values: Callable[[Tensor], Tensor], data: PairData) -> Job:
+def _values_alone(values: Callable[[Tensor], Tensor], data: DivergenceData) -> Job:
     @torch.no_grad()
     def job() -> tuple[Tensor, None]:
         return values(data.logits), None
@@ -125,8 +125,8 @@ def _values_alone(values: Callable[[Tensor], Tensor], data: PairData) -> Job:
     return job
 
 
-def _ours(backend: str, consume: bool) -> Callable[[PairData], Job]:
-    def make(data: PairData) -> Job:
+def _ours(backend: str, consume: bool) -> Callable[[DivergenceData], Job]:
+    def make(data: DivergenceData) -> Job:
         import reweight_ops as rw
         from reweight_ops._core.backends.base import Request
         from reweight_ops._core.backends.select import load
@@ -148,7 +148,7 @@ def _ours(backend: str, consume: bool) -> Callable[[PairData], Job]:
     return make
 
 
-def pair_providers(backends: tuple[str, ...]) -> list[Provider]:
+def divergence_providers(backends: tuple[str, ...]) -> list[Provider]:
     found = [Provider("eager", _eager(False), JOBS), Provider("torch.compile", _eager(True), JOBS)]
     for b in backends:
         found.append(Provider(f"{b} drop-in", _ours(b, False), JOBS, ours=True, exact=True))

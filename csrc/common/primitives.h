@@ -1,4 +1,4 @@
-// The arguments of the three verbs as plain data, and what becomes of a row's statistics, for every compiled backend. Nothing is checked here
+// The arguments of the three primitives as plain data, and what becomes of a row's statistics, for every compiled backend. Nothing is checked here
 // or below: reweight_ops/_core/backends/native.py does that, once.
 #pragma once
 
@@ -17,9 +17,9 @@ struct RowStrides {
     RW_METHOD int64_t offset(int64_t i) const { return (i / per_batch) * batch_stride + (i % per_batch) * row_stride; }
 };
 
-constexpr int64_t kOut = -100;  // the id of a row that is out of the loss
+constexpr int64_t kIgnoreIndex = -100;  // the id of an ignored row
 
-/// What every verb is given: rows of logits, the target of each, and how logits become a distribution.
+/// What every primitive is given: rows of logits, the target of each, and how logits become a distribution.
 struct Call {
     DType dtype;
     const void* logits;
@@ -42,9 +42,9 @@ struct StatsCall : Call {
 };
 
 struct GradCall : Call {
-    const float *logp, *lse, *entropy, *log_sum_p_sq;              // entropy, log_sum_p_sq: null without their coefficient
-    const float* lse_low;                                          // null: 0
-    const float *logp_coef, *entropy_coef, *lse_coef, *p_sq_coef;  // null: zero
+    const float *logp, *lse, *entropy, *log_sum_p_sq;  // entropy, log_sum_p_sq: null without their coefficient
+    const float* lse_low;                              // null: 0
+    const float *d_logp, *d_entropy, *d_lse, *d_p_sq;  // null: zero
     void* out;
     RowStrides out_strides;
 };
@@ -57,7 +57,7 @@ struct LossGradCall : Call {
     const float* row_weights;                                // [terms, rows]
     int64_t row_weights_step;                                // between terms, 0 if they share one vector
     const float *old_logp, *adv, *ref_logp, *sampling_logp;  // null: not given
-    float *logp, *entropy, *weighted_loss, *loss, *coef, *entropy_coef;
+    float *logp, *entropy, *weighted_loss, *loss, *d_logp, *d_entropy;
     void* out;
     RowStrides out_strides;
 };
@@ -72,7 +72,7 @@ RW_HD inline int64_t columns_of(const Call& call, int64_t i) { return call.bound
 RW_HD inline float temperature_of(const Call& call, int64_t i) { return call.temperature[call.temperature_per_row ? i : 0]; }
 
 /// Whether the row holds nothing to compute: it is out of the loss, or its id is no token.
-RW_HD inline bool is_out(const Call& call, int64_t i) { return call.ids[i] == kOut; }
+RW_HD inline bool is_ignored(const Call& call, int64_t i) { return call.ids[i] == kIgnoreIndex; }
 RW_HD inline bool is_invalid(const Call& call, int64_t i) { return call.ids[i] < 0 || call.ids[i] >= call.vocab_total; }
 
 // ---- the outputs of a row
@@ -94,12 +94,12 @@ RW_HD inline void put_row(const LossGradCall& call, int64_t i, const RowStats& s
     call.entropy[i] = s.entropy;
     call.weighted_loss[i] = l.weighted_loss;
     call.loss[i] = l.loss;
-    call.coef[i] = l.coef;
-    call.entropy_coef[i] = l.entropy_coef;
+    call.d_logp[i] = l.d_logp;
+    call.d_entropy[i] = l.d_entropy;
 }
 
 /// Of a row that holds nothing to compute: 0 if it is out of the loss, NaN if its id is no token.
-RW_HD inline float value_of_invalid(const Call& call, int64_t i) { return is_out(call, i) ? 0.0f : RW_NAN; }
+RW_HD inline float value_of_invalid(const Call& call, int64_t i) { return is_ignored(call, i) ? 0.0f : RW_NAN; }
 RW_HD inline void put_invalid_row(const StatsCall& call, int64_t i) {
     const float v = value_of_invalid(call, i);
     put_row(call, i, {v, v, v, v, v, v});

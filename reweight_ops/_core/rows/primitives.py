@@ -20,7 +20,7 @@ def is_traced(t: Tensor) -> bool:
 
 
 class Masked(NamedTuple):
-    """``ids`` ``[N]`` int64, OUT where a row is out; ``keep`` and ``counted`` (in denominators) bool ``[N]``; ``lengths`` int32 ``[2, S]``, how many
+    """``ids`` ``[N]`` int64, IGNORE_INDEX where a row is out; ``keep`` and ``counted`` (in denominators) bool ``[N]``; ``lengths`` int32 ``[2, S]``, how many
     rows of each sequence are the one and the other. Rows without sequences count in runs. ``bounds``: the least and the largest id of the rows that
     are in, from a backend that knows them on the host."""
 
@@ -42,7 +42,7 @@ class Weighing(NamedTuple):
     horizon: float | None = None
 
 
-#: What :attr:`RowVerbs.metrics` can find, in this order: means over rows; sums and extrema; means over sequences of the shares of their rows.
+#: What :attr:`RowPrimitives.metrics` can find, in this order: means over rows; sums and extrema; means over sequences of the shares of their rows.
 METRICS = (
     "entropy", "kl", "low", "high", "region", "ratio", "approx_kl", "weight", "skipped", "largest ratio", "tokens", "sequences", "low_min",
     "high_max", "sequence low", "sequence high", "sequence region",
@@ -50,12 +50,12 @@ METRICS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowVerbs:
+class RowPrimitives:
     """* ``mask(ids, mask, denominator, run)``: ids and masks of shape ``[N]`` or ``[S, run]``, any strides.
     * ``weigh(masked, run, weighing, scale, factor, terms) -> [terms, N]``: times ``scale`` (a number or a 0-d tensor), and in term 0 times ``factor``.
     * ``ratio(masked, run, logp, old_logp, params, normalize) -> (log_ratio [N], means [S])``: each sequence's mean of ``logp - old_logp`` (0 where
       that is None; the sum without ``normalize``) in all of its rows, between ``params[0]`` and ``params[1]``.
-    * ``adjoint(masked, run, by_ratio, by_logp, params, means, normalize, shared)``: adds to ``by_logp`` what ``by_ratio`` is through it; each row's own
+    * ``adjoint(masked, run, d_ratio, d_logp, params, means, normalize, shared)``: adds to ``d_logp`` what ``d_ratio`` is through it; each row's own
       without ``shared``.
     * ``metrics(masked, run, monitor, params, leaves, names) -> (sums [M, 2], values [M])``: those of :data:`METRICS` that are named. ``monitor`` is a
       :class:`~reweight_ops._core.formula.monitor.Monitor`; ``leaves`` are a formula's, and ``d_logp``, ``d_entropy`` and ``factor``; without

@@ -1,7 +1,7 @@
-// The table of the three verbs' implementations at one instruction-set level.
+// The table of the three primitives' implementations at one instruction-set level.
 #pragma once
 
-#include "common/verbs.h"
+#include "common/primitives.h"
 
 namespace reweight_ops {
 

@@ -10,7 +10,7 @@ import reweight_ops as rw
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.calls.keywords import PolicyOptions
 from reweight_ops._core.calls.policy import resolve_loss
-from reweight_ops._core.rows.rows import OUT, RUN, resolve_rows
+from reweight_ops._core.rows.rows import IGNORE_INDEX, RUN, resolve_rows
 from reweight_ops.errors import InvalidCall
 
 pytest.importorskip("reweight_ops._C", exc_type=ImportError)
@@ -40,13 +40,13 @@ def layouts(t):
 def tensors(shape, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 50, shape, generator=g)
-    ids[torch.rand(shape, generator=g) < 0.2] = OUT
+    ids[torch.rand(shape, generator=g) < 0.2] = IGNORE_INDEX
     mask = torch.randint(0, 3, shape, generator=g).to(dtype)
     return ids, mask, torch.randint(0, 2, shape, generator=g).to(dtype)
 
 
-def rows_of(shape, data, verbs):
-    return resolve_rows("op", shape, torch.device("cpu"), torch.float32, data, 50, False, verbs)
+def rows_of(shape, data, primitives):
+    return resolve_rows("op", shape, torch.device("cpu"), torch.float32, data, 50, False, primitives)
 
 
 def both(shape, **data):
@@ -79,7 +79,7 @@ def test_what_is_not_zero():
 
 
 def test_no_row_is_in():
-    found, _ = both((2, 3), completion_ids=torch.full((2, 3), OUT))
+    found, _ = both((2, 3), completion_ids=torch.full((2, 3), IGNORE_INDEX))
     assert not found.keep.any() and found.masked.bounds == (0, -1)
 
 
@@ -88,9 +88,9 @@ def test_ids_out_of_range_are_errors(bad):
     ids = torch.zeros(2, 3, dtype=torch.long)
     ids[1, 1] = bad
     messages = []
-    for verbs in (load("cpu").rows, None):
+    for primitives in (load("cpu").rows, None):
         with pytest.raises(InvalidCall) as error:
-            rows_of((2, 3), {"completion_ids": ids}, verbs)
+            rows_of((2, 3), {"completion_ids": ids}, primitives)
         messages.append(str(error.value))
     assert messages[0] == messages[1] and f"is {bad}" in messages[0]
     mask = ids == 0
@@ -126,8 +126,8 @@ def test_weights(shape, reduction, divisor):
         for rows in both(shape, completion_ids=ids, completion_mask=mask, denominator_mask=counted):
             data = PolicyOptions(ref_per_token_logps=torch.zeros(shape), **options)
             call = resolve_loss(rows, 1.0, kind, data)
-            fused = call._fused_row_weights() if rows.verbs is not None else None
-            assert (fused is not None) == (rows.verbs is not None)
+            fused = call._fused_row_weights() if rows.primitives is not None else None
+            assert (fused is not None) == (rows.primitives is not None)
             results.append(call.row_weights())
         assert torch.equal(*results), options
 

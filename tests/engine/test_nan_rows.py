@@ -9,15 +9,17 @@ import torch
 
 import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
-from reweight_ops._core.backends.select import load, why_not
+from reweight_ops._core.backends.select import load, unsupported_reason
 from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.formula.trace import trace_weight
 from reweight_ops.rules.penalties import K3
 from reweight_ops.testing import make_batch
 from reweight_ops.weights.entropy import DualLevelDownSampling, TopEntropy
 
-BACKENDS = [b for b in ("reference", "cpu", "triton") if why_not(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
-SICKNESSES = {"nan": (math.nan, slice(7, 8)), "+inf": (math.inf, slice(0, 1)), "all -inf": (-math.inf, slice(None))}
+BACKENDS = [
+    b for b in ("reference", "cpu", "triton") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
+]
+BAD_LOGITS = {"nan": (math.nan, slice(7, 8)), "+inf": (math.inf, slice(0, 1)), "all -inf": (-math.inf, slice(None))}
 
 
 def gradient(batch, spec, **options):
@@ -27,13 +29,13 @@ def gradient(batch, spec, **options):
     return z.grad, out
 
 
-@pytest.mark.parametrize("sickness", SICKNESSES)
+@pytest.mark.parametrize("bad_logit", BAD_LOGITS)
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method(name, backend, plan, sickness):  # docs/semantics.md: S26
+def test_every_method(name, backend, plan, bad_logit):  # docs/semantics.md: S26
     spec = METHODS[name].build()
-    if plan == "one_pass" and spec.one_pass_obstacle:
+    if plan == "one_pass" and spec.one_pass_unsupported_reason:
         pytest.skip("two passes only")
     rows_couple = (
         spec.ratio.level == "batch"
@@ -41,11 +43,11 @@ def test_every_method(name, backend, plan, sickness):  # docs/semantics.md: S26
         or any(trace_weight(type(w)).uses_batch for w in (*spec.all_weights, *spec._inner_formulas()))
     )
     if backend == "triton" and (name not in ("grpo", "advantage_reweighting") or plan == "two_pass"):
-        pytest.skip("the interpreter is slow; above the verbs nothing knows the backend")
+        pytest.skip("the interpreter is slow; above the primitives nothing knows the backend")
     batch = make_batch(spec, (2, 6), 37)
     batch["completion_mask"].fill_(True)
     healthy, _ = gradient(batch, spec, plan=plan, backend=backend)
-    value, columns = SICKNESSES[sickness]
+    value, columns = BAD_LOGITS[bad_logit]
     batch["logits"] = batch["logits"].detach().clone()
     batch["logits"][1, 4, columns] = value
     grad, out = gradient(batch, spec, plan=plan, backend=backend)
@@ -58,17 +60,17 @@ def test_every_method(name, backend, plan, sickness):  # docs/semantics.md: S26
     if plan == "one_pass":  # no row knows of another
         assert torch.equal(grad[others], healthy[others])
         assert torch.equal(out.coef[others].isnan(), torch.zeros(11, dtype=torch.bool))
-    elif type(spec.ratio) is rw.TokenRatio and not spec.one_pass_obstacle:
+    elif type(spec.ratio) is rw.TokenRatio and not spec.one_pass_unsupported_reason:
         torch.testing.assert_close(grad[others], healthy[others], rtol=1e-6, atol=1e-9)
     assert grad[0].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_sure_row_is_not_sick(backend):
+def test_a_sure_row_is_not_nan(backend):
     contract.check_a_sure_row(load(backend))
 
 
-def test_choosing_tokens_does_not_hide_a_sick_row():
+def test_choosing_tokens_does_not_hide_a_nan_row():
     for weight in (TopEntropy(fraction=0.25), DualLevelDownSampling(fraction=0.25)):
         spec = dataclasses.replace(rw.methods.grpo(), weights=(weight,))
         batch = make_batch(spec, (2, 6), 37)
@@ -80,7 +82,7 @@ def test_choosing_tokens_does_not_hide_a_sick_row():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
-def test_a_sick_row_that_no_term_selects_is_zero(plan, backend):
+def test_a_nan_row_that_no_term_selects_is_zero(plan, backend):
     """A weight of zero selects zero, here too: neither the loss nor a gradient knows of it."""
     spec = rw.methods.grpo()
     batch = make_batch(spec, (2, 6), 37)
@@ -119,10 +121,10 @@ def stored_leaves(spec):
 def test_a_stored_log_prob_of_nan_is_a_gradient_of_nan(name, backend, plan):  # docs/semantics.md: S26
     """A guard on the gradient's norm must see it, whatever a clip makes of a comparison with NaN."""
     spec = METHODS[name].build()
-    if plan == "one_pass" and spec.one_pass_obstacle:
+    if plan == "one_pass" and spec.one_pass_unsupported_reason:
         pytest.skip("two passes only")
     if backend == "triton" and (name not in ("grpo", "cispo") or plan == "two_pass"):
-        pytest.skip("the interpreter is slow; above the verbs nothing knows the backend")
+        pytest.skip("the interpreter is slow; above the primitives nothing knows the backend")
     for leaf in stored_leaves(spec):
         batch = make_batch(spec, (2, 6), 37)
         if batch.get(STORED[leaf]) is None or (name, leaf) in DROPPED | UNKNOWN:

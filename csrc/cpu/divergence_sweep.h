@@ -55,11 +55,11 @@ inline void put2_past(T* p, Vec a, Vec b) {
 }
 
 /// Columns of one block: 32 additions for each lane of two accumulators.
-constexpr int64_t kPairBlock = 64 * kWidth;
+constexpr int64_t kDivergenceBlock = 64 * kWidth;
 
 /// Online sums of one row of both tensors, relative to a reference each. With t = log2(e)/T·x - ref and e = 2^t:
 /// sum = Σ e, dot = Σ e·t, cross = Σ e·(own t - the other's t). Differences are summed as such: where the distributions are close, they are small.
-struct PairState {
+struct DivergenceState {
     struct Side {
         double ref = -kInf, sum = 0, dot = 0, cross = 0;
         double shift_to(double to) const { return ref == -kInf ? 0.0 : ref - to; }
@@ -84,7 +84,7 @@ struct PairState {
         p.rebase(p_to, p_shift, q_shift);
         q.rebase(q_to, q_shift, p_shift);
     }
-    void merge(PairState other) {
+    void merge(DivergenceState other) {
         const double p_to = other.p.ref > p.ref ? other.p.ref : p.ref, q_to = other.q.ref > q.ref ? other.q.ref : q.ref;
         rebase(p_to, q_to);
         other.rebase(p_to, q_to);
@@ -105,7 +105,7 @@ constexpr float kLogUnit = 1 << 10;
 /// t in units of kLogUnit; -inf only where the logit is.
 inline Vec small_log(Vec x, const Shift<true>& shift) { return (x + shift.minus) * (shift.scale * splat(1 / kLogUnit)); }
 
-struct PairAccumulator {
+struct DivergenceAccumulator {
     Accumulated p, q;
     VecI p_zero{}, q_zero{};
 
@@ -124,12 +124,12 @@ struct PairAccumulator {
         Vec d = s - t;
         if constexpr (kSlow) d = small_log(x, p_shift) - small_log(y, q_shift);
         if constexpr (kDead) {
-            const VecI p_dead = x == splat(-kInf), q_dead = y == splat(-kInf);
-            d = select(p_dead | q_dead | ((e == splat(0.0f)) & (f == splat(0.0f))), splat(0.0f), d);
+            const VecI p_masked = x == splat(-kInf), q_masked = y == splat(-kInf);
+            d = select(p_masked | q_masked | ((e == splat(0.0f)) & (f == splat(0.0f))), splat(0.0f), d);
             s = select(s == splat(-kInf), splat(0.0f), s);  // its e is 0
             t = select(t == splat(-kInf), splat(0.0f), t);
-            p_zero |= p_dead & ~q_dead;
-            q_zero |= q_dead & ~p_dead;
+            p_zero |= p_masked & ~q_masked;
+            q_zero |= q_masked & ~p_masked;
         }
         p.sum += e;
         q.sum += f;
@@ -140,9 +140,9 @@ struct PairAccumulator {
     }
 };
 
-struct PairBlock {
+struct DivergenceBlock {
     float p_top = -kInf, q_top = -kInf;
-    PairState state;
+    DivergenceState state;
     bool finite() const { return std::isfinite(state.p.dot + state.q.dot + state.p.cross + state.q.cross); }
 };
 
@@ -151,9 +151,9 @@ struct Caps {
 };
 
 template <bool kDead, bool kSlow, class T, class U>
-inline PairBlock sweep_pair_block(const T* x, const U* y, int64_t n, const Shift<kSlow>& p_shift, const Shift<kSlow>& q_shift,
-                                  const Exp2<5>& exponential, const Caps& caps) {
-    PairAccumulator acc[2];
+inline DivergenceBlock sweep_divergence_block(const T* x, const U* y, int64_t n, const Shift<kSlow>& p_shift, const Shift<kSlow>& q_shift,
+                                              const Exp2<5>& exponential, const Caps& caps) {
+    DivergenceAccumulator acc[2];
     int64_t i = 0;
     for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
         fetch<2 * kWidth * sizeof(T)>((const char*)(x + i) + kFetchAhead);
@@ -171,12 +171,12 @@ inline PairBlock sweep_pair_block(const T* x, const U* y, int64_t n, const Shift
     }
     const Vec zero{};
     const auto side = [&](const Accumulated& u, const Accumulated& v, double ref, double sign) {
-        PairState::Side s;
+        DivergenceState::Side s;
         s.ref = ref;
         s.add(sum4(u.sum, v.sum, zero, zero), sum4(u.dot, v.dot, zero, zero), sign * (kSlow ? kLogUnit : 1.0f) * sum4(u.cross, v.cross, zero, zero));
         return s;
     };
-    PairState state;
+    DivergenceState state;
     state.p = side(acc[0].p, acc[1].p, p_shift.ref, 1.0);
     state.q = side(acc[0].q, acc[1].q, q_shift.ref, -1.0);
     state.p_zero = any(acc[0].p_zero | acc[1].p_zero);
@@ -185,19 +185,19 @@ inline PairBlock sweep_pair_block(const T* x, const U* y, int64_t n, const Shift
 }
 
 /// What a row's sums come to, and where its probabilities are measured from.
-struct PairResult {
-    PairStats stats;
+struct DivergenceResult {
+    DivergenceStats stats;
     Anchor p, q;
 };
 
 /// One row of both tensors, and its constants.
 template <class T, class U>
-struct PairRow {
+struct DivergenceRow {
     const T* x;
     const U* y;
     double inverse_temperature, x_scale, y_scale;  // scales: log2(e) / T
 
-    PairRow(const DivergenceCall& call, int64_t i) : x(row_of<T>(call, i)), y(row_of<U>(call.q, i)) {
+    DivergenceRow(const DivergenceCall& call, int64_t i) : x(row_of<T>(call, i)), y(row_of<U>(call.q, i)) {
         inverse_temperature = 1.0 / temperature_of(call, i);
         x_scale = kLog2e * inverse_temperature;
         y_scale = kLog2e / temperature_of(call.q, i);
@@ -206,17 +206,17 @@ struct PairRow {
 
 /// A sweep over a row of both tensors. The block with the largest column of each is kept apart: in a sure row, it is summed again without it.
 template <class T, class U>
-class PairSweeper {
+class DivergenceSweeper {
 public:
-    PairSweeper(const PairRow<T, U>& row, const Caps& caps) : row_(row), caps_(caps) {}
+    DivergenceSweeper(const DivergenceRow<T, U>& row, const Caps& caps) : row_(row), caps_(caps) {}
 
-    PairResult operator()(int64_t columns) {
+    DivergenceResult operator()(int64_t columns) {
         columns_ = columns;
-        for (int64_t begin = 0; begin < columns; begin += kPairBlock) {
+        for (int64_t begin = 0; begin < columns; begin += kDivergenceBlock) {
             const int64_t n = size_at(begin);
             if (p_at_ == -kInf) p_at_ = block_top(row_.x + begin, n, caps_.p);
             if (q_at_ == -kInf) q_at_ = block_top(row_.y + begin, n, caps_.q);
-            PairBlock block = sweep(begin, n);
+            DivergenceBlock block = sweep(begin, n);
             const bool p_higher = higher(block.p_top, p_at_, row_.x_scale), q_higher = higher(block.q_top, q_at_, row_.y_scale);
             if (p_higher || q_higher) {
                 if (p_higher) p_at_ = block.p_top;
@@ -225,15 +225,15 @@ public:
             }
             keep(block, begin);
         }
-        PairState total = others_;
+        DivergenceState total = others_;
         for (const Home& home : homes_) {
             if (home.of) total.merge(home.state);
         }
         const double p_top = double(p_top_) * row_.x_scale, q_top = double(q_top_) * row_.y_scale;
         if (p_top_ == -kInf || q_top_ == -kInf) total.p.sum = kNaN;
         if (is_sure(total.p, p_top) || is_sure(total.q, q_top)) return without_largest(p_top, q_top);
-        const PairSums p = sums_of(total.p, total.p_zero, total.p.ref, 0.0), q = sums_of(total.q, total.q_zero, total.q.ref, 0.0);
-        return {pair_stats(p, q), {p_top_, p_top - total.p.ref - p.log_sum}, {q_top_, q_top - total.q.ref - q.log_sum}};
+        const DivergenceSums p = sums_of(total.p, total.p_zero, total.p.ref, 0.0), q = sums_of(total.q, total.q_zero, total.q.ref, 0.0);
+        return {stats_of_sums(p, q), {p_top_, p_top - total.p.ref - p.log_sum}, {q_top_, q_top - total.q.ref - q.log_sum}};
     }
 
 private:
@@ -242,29 +242,29 @@ private:
     struct Home {
         int of = nobody;
         int64_t begin = 0;
-        PairState state;
+        DivergenceState state;
     };
 
-    int64_t size_at(int64_t begin) const { return columns_ - begin < kPairBlock ? columns_ - begin : kPairBlock; }
+    int64_t size_at(int64_t begin) const { return columns_ - begin < kDivergenceBlock ? columns_ - begin : kDivergenceBlock; }
     static bool higher(float top, float at, double scale) { return double(top) * scale > double(at) * scale + kMargin; }
-    static bool is_sure(const PairState::Side& side, double top) { return side.sum < (1 + kSmallRest) * std::exp2(top - side.ref); }
+    static bool is_sure(const DivergenceState::Side& side, double top) { return side.sum < (1 + kSmallRest) * std::exp2(top - side.ref); }
 
-    PairBlock sweep(int64_t begin, int64_t n) const {
+    DivergenceBlock sweep(int64_t begin, int64_t n) const {
         const T* x = row_.x + begin;
         const U* y = row_.y + begin;
         const float p_at = p_at_ == -kInf ? 0.0f : p_at_, q_at = q_at_ == -kInf ? 0.0f : q_at_;  // a block of -inf may hold a NaN
         if (!is_far(p_at, row_.x_scale) && !is_far(q_at, row_.y_scale)) {
             const Shift<false> p_shift(row_.x_scale, p_at), q_shift(row_.y_scale, q_at);
-            PairBlock block = sweep_pair_block<false>(x, y, n, p_shift, q_shift, exponential_, caps_);
+            DivergenceBlock block = sweep_divergence_block<false>(x, y, n, p_shift, q_shift, exponential_, caps_);
             if (block.finite()) return block;
-            block = sweep_pair_block<true>(x, y, n, p_shift, q_shift, exponential_, caps_);  // 0 * -inf: the same, without those columns
+            block = sweep_divergence_block<true>(x, y, n, p_shift, q_shift, exponential_, caps_);  // 0 * -inf: the same, without those columns
             if (block.finite()) return block;
         }
-        return sweep_pair_block<true>(x, y, n, Shift<true>(row_.x_scale, p_at), Shift<true>(row_.y_scale, q_at), exponential_, caps_);
+        return sweep_divergence_block<true>(x, y, n, Shift<true>(row_.x_scale, p_at), Shift<true>(row_.y_scale, q_at), exponential_, caps_);
     }
 
     /// Adds a block to the others, unless it is a new home: then those that are no home any more.
-    void keep(const PairBlock& block, int64_t begin) {
+    void keep(const DivergenceBlock& block, int64_t begin) {
         const int of = (block.p_top > p_top_ ? p : nobody) | (block.q_top > q_top_ ? q : nobody);
         if (!of) return others_.merge(block.state);
         if (of & p) p_top_ = block.p_top;
@@ -276,8 +276,8 @@ private:
     }
 
     /// The same without each one's largest column, beside whose 1 all else would vanish; every sum relative to that column.
-    PairResult without_largest(double p_top, double q_top) {
-        PairState rest = others_;
+    DivergenceResult without_largest(double p_top, double q_top) {
+        DivergenceState rest = others_;
         int64_t p_column = -1, q_column = -1;
         for (const Home& home : homes_) {
             if (home.of & p) p_column = home.begin + find_top(row_.x + home.begin, size_at(home.begin), p_top_, caps_.p);
@@ -297,36 +297,36 @@ private:
         rest.rebase(p_top, q_top);
         add_column(rest, p_column, true, p_column == q_column);
         if (q_column != p_column) add_column(rest, q_column, false, true);
-        const PairSums p = sums_of(rest.p, rest.p_zero, p_top, 1.0), q = sums_of(rest.q, rest.q_zero, q_top, 1.0);
-        return {pair_stats(p, q), {p_top_, -p.log_sum}, {q_top_, -q.log_sum}};
+        const DivergenceSums p = sums_of(rest.p, rest.p_zero, p_top, 1.0), q = sums_of(rest.q, rest.q_zero, q_top, 1.0);
+        return {stats_of_sums(p, q), {p_top_, -p.log_sum}, {q_top_, -q.log_sum}};
     }
 
     /// A column's terms; of a sum whose largest it is only that of `cross`, for its e is the 1 that is kept apart.
-    void add_column(PairState& to, int64_t column, bool is_p_largest, bool is_q_largest) const {
+    void add_column(DivergenceState& to, int64_t column, bool is_p_largest, bool is_q_largest) const {
         float x = load1(row_.x + column), y = load1(row_.y + column), slope;
         if (caps_.p.on) caps_.p.apply_one(x, slope);
         if (caps_.q.on) caps_.q.apply_one(y, slope);
         const double s = double(x) * row_.x_scale - to.p.ref, t = double(y) * row_.y_scale - to.q.ref;
-        const bool p_dead = x == -kInf, q_dead = y == -kInf;
-        const double e = std::exp2(s), f = std::exp2(t), d = p_dead || q_dead ? 0.0 : s - t;
-        to.p.add(is_p_largest ? 0.0 : e, is_p_largest || p_dead ? 0.0 : e * s, e * d);
-        to.q.add(is_q_largest ? 0.0 : f, is_q_largest || q_dead ? 0.0 : f * t, -f * d);
-        to.p_zero |= p_dead && !q_dead;
-        to.q_zero |= q_dead && !p_dead;
+        const bool p_masked = x == -kInf, q_masked = y == -kInf;
+        const double e = std::exp2(s), f = std::exp2(t), d = p_masked || q_masked ? 0.0 : s - t;
+        to.p.add(is_p_largest ? 0.0 : e, is_p_largest || p_masked ? 0.0 : e * s, e * d);
+        to.q.add(is_q_largest ? 0.0 : f, is_q_largest || q_masked ? 0.0 : f * t, -f * d);
+        to.p_zero |= p_masked && !q_masked;
+        to.q_zero |= q_masked && !p_masked;
     }
 
     /// `ref`: what the sums are relative to; `largest`: the term of the largest column, if it is not in the sum.
-    static PairSums sums_of(const PairState::Side& side, bool zero, double ref, double largest) {
+    static DivergenceSums sums_of(const DivergenceState::Side& side, bool zero, double ref, double largest) {
         const double log_sum = largest == 0 ? side.sum > 0 ? std::log2(side.sum) : double(kNaN) : std::log1p(side.sum) * kLog2e;
         return {side.sum + largest, side.dot, side.cross, log_sum, (ref + log_sum) * kLn2, zero};
     }
 
-    const PairRow<T, U>& row_;
+    const DivergenceRow<T, U>& row_;
     const Caps& caps_;
     const Exp2<5> exponential_{1.0};
     int64_t columns_ = 0;
     float p_at_ = -kInf, q_at_ = -kInf, p_top_ = -kInf, q_top_ = -kInf;  // what exponentials are relative to; the largest capped logits
-    PairState others_;
+    DivergenceState others_;
     Home homes_[2];
 };
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..rows.verbs import Masked, RowVerbs, Weighing
+from ..rows.primitives import Masked, RowPrimitives, Weighing
 
 #: Dtypes whose bits say whether a number is 0; of floating point all but the sign.
 _KNOWN = (
@@ -19,14 +19,14 @@ _DIVIDE = {None: 0, "rows": 2, "sequences": 3}
 _BY_VALUE = 1
 
 
-class CpuVerbs:
-    """``mask`` and ``weigh`` of :class:`~reweight_ops._core.rows.verbs.RowVerbs`, by a module of kernels."""
+class CpuPrimitives:
+    """``mask`` and ``weigh`` of :class:`~reweight_ops._core.rows.primitives.RowPrimitives`, by a module of kernels."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
 
-    def verbs(self) -> RowVerbs:
-        return RowVerbs(mask=self.mask, weigh=self.weigh)
+    def primitives(self) -> RowPrimitives:
+        return RowPrimitives(mask=self.mask, weigh=self.weigh)
 
     def mask(self, ids: Tensor, mask: Tensor | None, denominator: Tensor | None, run: int) -> Masked:
         n = ids.numel()
