@@ -99,7 +99,7 @@ def picture(numbers: dict[str, Any], path: Path) -> None:
     """A dot a seed and a bar at their mean, for reward and entropy; behind them the range of the baseline's seeds."""
     variants = numbers["variants"]
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.6 + 0.32 * len(variants)), layout="constrained", sharey=True)
-    labels = {"reward": "reward: share of exact answers", "entropy": "entropy of the sampled tokens (nats)"}
+    labels = {"reward": "reward: share of exact answers", "entropy": "entropy of the sampled tokens in nats"}
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
         base = variants[0][key]
         axis.axvspan(min(base), max(base), color=GREY, alpha=0.2, linewidth=0, label="range of the baseline's seeds")
@@ -109,7 +109,7 @@ def picture(numbers: dict[str, Any], path: Path) -> None:
         for y, (a, b) in enumerate(pairwise(variants)):
             if a["group"] != b["group"]:
                 axis.axhline(y + 0.5, color=GREY, linewidth=0.5)
-        axis.set_xlabel(f"{label}, mean of the last {LAST} rollouts")
+        axis.set_xlabel(f"{label}\n(mean of the last {LAST} rollouts)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(variants)), [variant["name"] for variant in variants])
