@@ -70,7 +70,8 @@ class SamplingMask(NamedTuple):
         never the last. ``-inf`` is never kept.
 
         ``top_k`` (0 or -1: all), ``top_p``, ``min_p`` and ``temperature`` are numbers, or tensors of one a row, of shape R. On a GPU this waits, as
-        :meth:`from_mask` does. Differs from the sampler where its logits do: another kernel's rounding may move an id across a threshold.
+        :meth:`from_mask` does. Differs from the sampler where its logits do: another kernel's rounding may move an id across a threshold. Nor do vLLM's
+        kernels for GPUs (Triton, FlashInfer) promise the order of its PyTorch path where probabilities tie.
 
         Raises:
             InvalidCall: a setting out of its range or of another shape.
