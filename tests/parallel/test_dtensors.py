@@ -145,7 +145,7 @@ WHY = {
     "transform": "torch.func's transforms",
     "segments": "segments that are runs of one rank's tokens",
     "horizon": "give horizon",
-    "reducer": "sees this rank's rows alone",
+    "reducer": "sees only this rank's rows",
     "fsdp": "If this is FSDP's parameter",
     "partial": "redistribute it to Shard or Replicate",
     "two groups": "process_group is given, and DTensors say which it is",
