@@ -86,7 +86,9 @@ class SamplingMask(NamedTuple):
         ``top_k`` (0 or -1: all), ``top_p``, ``min_p`` and ``temperature`` are numbers,
         or tensors with one number per row, of shape R. On a GPU this waits, as
         :meth:`from_mask` does. The result differs from the sampler's if its logits
-        differ: the rounding of another kernel may move an id across a threshold.
+        differ: the rounding of another kernel may move an id across a threshold. vLLM's GPU
+        kernels (Triton, FlashInfer) do not promise the order of its PyTorch path either,
+        where probabilities tie.
 
         Raises:
             InvalidCall: a setting out of its range or of another shape.

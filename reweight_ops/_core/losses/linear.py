@@ -136,7 +136,8 @@ def linear_policy_loss(
     ``teacher=Teacher(HiddenLogits(...) or logits, coef, kind="reverse_kl")`` adds ``coef · Σ_i w_i · D(p_i, q_i)``, a divergence over the whole vocabulary in
     the same chunks, with w the row weights of the spec's reduction (``num_items_in_batch`` and ``loss_scale`` included, ``token_weights`` not). It is the sum
     of this loss and :func:`linear_distillation_loss` in both plans, without the policy's logits being computed twice; a chunk's budget is
-    then for the logits of both models and, where there is a gradient, for one more of the policy's size. ``out.teacher`` holds the divergences.
+    then for the logits of both models. Both gradients are formed in fp32 a few rows at a time, and their sum is rounded once.
+    ``out.teacher`` holds the divergences.
 
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(1, 2, 3, requires_grad=True)
@@ -157,8 +158,8 @@ def linear_policy_loss(
     refuse_sampling_mask(op, options, NO_TWO)
     beta = check_teacher(resolved.rows, teacher)
     of_teacher = OtherOptions(teacher.temperature, teacher.softcap, "teacher")
-    keep, copies = resolved.rows.unflatten(resolved.rows.keep), 2 if resolved.needs_grad else 1
-    both = beside(resolved, {**named, "hidden": hidden}, teacher.logits, keep, head, options, of_teacher, copies)
+    keep = resolved.rows.unflatten(resolved.rows.keep)
+    both = beside(resolved, {**named, "hidden": hidden}, teacher.logits, keep, head, options, of_teacher)
     weights = (teacher.coef * call.reduction_weights()).to(resolved.rows.dtype)
     taught = TaughtObjective(objective, DistillationObjective(teacher.kind, resolved.rows, weights))
     return Call(TaughtSource(TwoHiddenSource(both, beta)), taught, plan)
