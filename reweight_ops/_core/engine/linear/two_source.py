@@ -1,4 +1,8 @@
-"""Two models' hidden states, or one's and the other's logits, as a source: divergences of logits that never exist as a whole."""
+"""A source from the hidden states of two models, or from those of one and the logits of
+the other.
+
+It gives divergences of logits that never exist as a whole.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +54,7 @@ class TwoHiddenSource(PlainSource):
         assert p.shard is not None
         refuse_transforms(p.rows, backend)
         if self.beta is not None:
-            raise p.rows.unsupported(
-                "process_group: a generalized_jsd is no sum of what the shards have by themselves; gather the vocabulary."
-            )
+            raise p.rows.unsupported("process_group: a generalized_jsd is not a sum over shards; gather the vocabulary.")
         own = with_shards(p, p.shard.agreed(p.rows, STATISTICS, p.needs_grad))
         return replace(self, both=replace(self.both, p=own))._statistics(backend)
 
@@ -68,7 +70,7 @@ class TwoHiddenSource(PlainSource):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The statistics, in the order of the measure's outputs."""
+        """Return the names of the statistics in the order of the measure's outputs."""
         return STATISTICS if self.beta is None else (*STATISTICS, GENERALIZED_JSD)
 
     @property
