@@ -18,6 +18,7 @@ from ..formula.base import TokenWeight
 from ..ranges import Count, Positive, ranged
 from ..rows.primitives import Weighing
 from ..rows.rows import Rows
+from .parts import require_part
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Reduction:
     scalar: ClassVar[bool] = True
     #: The token weight from which the row weights are made, if any.
     weight: TokenWeight | None = None
+    #: Hyper-parameters that a gradient does not reach.
+    detaches: ClassVar[tuple[str, ...]] = ()
     #: Further leaves and per-call data that it reads.
     requires: ClassVar[tuple[str, ...]] = ()
     #: Whether the loss is not a fixed linear combination of the token losses.
@@ -73,11 +76,17 @@ class Reduction:
         raise NotImplementedError(f"{type(self).__name__} defines no shares(self, rows, weighted, adv)")
 
 
+def _need_weight(reduction: Reduction) -> None:
+    if reduction.weight is not None:
+        require_part(type(reduction).__name__, "weight", reduction.weight, TokenWeight)
+
+
 def _over(numerator: Tensor, divisor: Any) -> Tensor:
     result: Tensor = numerator / divisor
     return result
 
 
+@ranged
 @dataclass(frozen=True)
 class TokenMean(Reduction):
     """``sum(l) / num_items_in_batch``. Without that number, the count of the
@@ -93,6 +102,9 @@ class TokenMean(Reduction):
     weight: TokenWeight | None = None
 
     reads = ("num_items_in_batch",)
+
+    def __post_init__(self) -> None:
+        _need_weight(self)
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
         if self.weight is not None:
@@ -152,6 +164,7 @@ class SequenceMean(Reduction):
             raise InvalidCall(f"SequenceMean: count is {self.count!r}, expected 'all' or 'nonempty'.")
         if self.horizon is not None and self.per != "constant":
             raise InvalidCall(f"SequenceMean: horizon has no effect with per={self.per!r}; it belongs to per='constant'.")
+        _need_weight(self)
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
         if self.weight is not None:
@@ -225,6 +238,10 @@ class FromFunction(Reduction):
     """
 
     fn: Callable[[Tensor, Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise InvalidCall(f"FromFunction: fn is {self.fn!r}, expected a function of (per_token_loss, mask).")
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         rows.refuse_across("FromFunction", "sees only this rank's rows.")
