@@ -94,7 +94,7 @@ def refusals(ranks):
         "of a head, picked ids": raised(lambda: rw.linear_token_stats(hidden, weight, ids, stats=("topk_logps",), top_k=2, **over)),
         "a teacher's top-k": raised(lambda: rw.distillation_loss(z, top, **over)),
         "of a head, a teacher's top-k": raised(lambda: rw.linear_distillation_loss(hidden, weight, top, **over)),
-        "a teacher beside": raised(lambda: rw.linear_policy_loss(hidden, weight, ids, 1.0, spec="dapo", teacher=teacher, **over)),
+        "a teacher term": raised(lambda: rw.linear_policy_loss(hidden, weight, ids, 1.0, spec="dapo", teacher=teacher, **over)),
         "generalized_jsd": raised(lambda: rw.distillation_loss(z, z.detach(), kind="generalized_jsd", beta=0.5, **over)),
         "of a head, generalized_jsd": raised(
             lambda: rw.linear_distillation_loss(hidden, weight, z.detach(), kind="generalized_jsd", beta=0.5, **over)

@@ -10,17 +10,17 @@ _HEAD = """\
 # The catalogue
 
 Generated from the registry by `python -m reweight_ops.codegen`; do not edit. `reweight-ops show NAME` prints an entry's formula, its defaults and
-what differs from the paper.
+its differences from the paper.
 
 {certainties}
 
 An entry that is *derived* is not presented as its authors'. A *composite* is PyTorch code with bounded memory. Entries without a plan work on rewards,
-log-probs or masks and never see logits; PyTorch computes them wherever their tensors are.
+log-probs or masks and never see logits. PyTorch computes them on the device of their tensors.
 """
 
 
 def plan(entry: Entry) -> str:
-    """How an entry reaches the logits."""
+    """Return how an entry reaches the logits."""
     if entry.plan is not None:
         return entry.plan
     if entry.kind == "policy_loss":
@@ -32,14 +32,18 @@ def plan(entry: Entry) -> str:
 
 
 def level(entry: Entry) -> str:
-    """At which level it acts: given, or the ratio's of a loss."""
+    """Return the level at which an entry acts: the given one, or that of a loss's
+    ratio.
+    """
     if entry.level is None and entry.kind == "policy_loss":
         return str(entry.build().ratio.level)
     return entry.level or ""
 
 
 def backends(entry: Entry) -> str:
-    """Which backends compute its vocabulary-sized part: what takes a plan runs on all of them."""
+    """Return which backends compute the vocabulary-sized part of an entry. An entry
+    with a plan runs on all of them.
+    """
     return "all" if plan(entry) in ("one pass", "two passes") else "PyTorch"
 
 

@@ -90,7 +90,9 @@ class Rows:
         Without a valid row a divisor of 0 is right, and the loss is 0.
         """
         if is_readable(self.keep) and isinstance(value, (int, float)) and value == 0 and bool(self.keep.any()):
-            raise self.error(f"{name} is 0, but rows are valid: pass how many there are in the whole batch, or None for those of this call.")
+            raise self.error(
+                f"{name} is 0, but rows are valid: pass how many there are in the whole batch, or None for those of this call."
+            )
 
     def check_ids(self, vocab_total: int) -> None:
         """Raise for an id outside of ``[0, vocab_total)``, where ids may be read.

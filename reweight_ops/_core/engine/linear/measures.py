@@ -95,7 +95,11 @@ _BLOCK = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
 def wide_blocks(logits: LogitRows) -> Iterator[tuple[slice, LogitRows]]:
-    """A few rows at a time, with a copy of the first model's logits in the dtype of row arithmetic: where two gradients are added, the sum is rounded once."""
+    """Work on a few rows at a time, with a copy of the first model's logits in the
+    dtype of row arithmetic.
+
+    Where two gradients are added, the sum is rounded once.
+    """
     dtype = library.row_dtype(logits.values)
     most = _BLOCK.get(logits.values.device.type, _BLOCK["cuda"]) // (logits.values.size(1) * dtype.itemsize)
     for rows in chunks(0, max(logits.values.size(0), 1), max(most, 1)):  # one of a call without rows
