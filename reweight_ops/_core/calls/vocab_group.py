@@ -6,6 +6,7 @@ The ranks agree on the call before any of them sends a statistic.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +38,15 @@ class VocabGroup:
     columns: int
     vocab_size: int | None
 
-    def agreed(self, rows: Rows, asked: tuple[str, ...], needs_grad: bool) -> VocabShards:
+    def agreed(self, rows: Rows, asked: tuple[Any, ...], needs_grad: bool, lists: Sequence[Tensor] = ()) -> VocabShards:
         """Return the columns of every rank, from one exchange of a few integers.
 
         Raises on every rank if their calls do not fit together.
-        """
+        rows' own."""
+        ids = [x for x in (rows.ids, *lists) if x is not None and is_readable(x)]
         same = {
             "rows": rows.count,
-            "completion_ids and masks": 0 if rows.ids is None or not is_readable(rows.ids) else _digest(rows.ids),
+            "completion_ids and masks": sum((i + 1) * _digest(x) for i, x in enumerate(ids)) % 2**62,
             "vocab_size": -1 if self.vocab_size is None else self.vocab_size,
             "what is asked for": zlib.crc32(",".join(map(str, (*asked, rows.dtype))).encode()),
             "whether a gradient is needed": int(needs_grad),
@@ -67,4 +69,4 @@ def vocab_group(options: SoftmaxOptions, columns: int) -> VocabGroup | None:
 def _digest(ids: Tensor) -> int:
     """Return a number that differs where the ids or their order differ."""
     odd = 2 * torch.arange(ids.numel(), device=ids.device) + 1
-    return int(((ids + 1000) * odd).sum())
+    return int(((ids.flatten() + 1000) * odd).sum())

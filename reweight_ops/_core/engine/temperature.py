@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedRequest
+from ..backends.base import VOCABULARY
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
 from . import again
-from .kept_ops import VOCABULARY
 from .picks import PICKED
 
 #: Maps a statistic to the further statistics that its derivative reads.

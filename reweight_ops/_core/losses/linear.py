@@ -25,7 +25,6 @@ from ..calls.keywords import (
 )
 from ..calls.policy import resolve_loss
 from ..calls.sampling_mask import refuse_sampling_mask
-from ..calls.softmax import refuse_process_group
 from ..calls.specs import named_spec
 from ..calls.two_hidden import OtherOptions, beside
 from ..calls.two_logits import NO_TWO
@@ -41,7 +40,7 @@ from ..ranges import Count
 from ..rows.rows import Rows
 from ..spec.policy import PolicyLossSpec
 from .explain import public_op
-from .statistics import check_stats, logps_call, refuse_picks, resolve_picks, stats_call
+from .statistics import check_stats, logps_call, resolve_picks, stats_call
 
 
 @public_op
@@ -119,10 +118,9 @@ def linear_token_stats(
     op = "linear_token_stats"
     options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "stats", "selected_ids", "top_k"))
     check_stats(op, stats, selected_ids=selected_ids, top_k=top_k)
-    refuse_picks(op, options, selected_ids, top_k)
     named = {"completion_mask": completion_mask, "selected_ids": selected_ids}
     resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)
-    picks = resolve_picks(resolved.rows, selected_ids, top_k, resolved.settings.softmax.vocab_size)
+    picks = resolve_picks(resolved.rows, selected_ids, top_k, resolved.settings.softmax.total())
     return stats_call(HiddenSource(resolved, picks), stats, picks)
 
 
@@ -170,9 +168,6 @@ def linear_policy_loss(
     objective = PolicyObjective(call, differentiable_outputs)
     if teacher is None:
         return Call(HiddenSource(resolved), objective, plan)
-    refuse_process_group(
-        op, options.process_group, "a teacher term of a policy loss needs whole rows: add linear_distillation_loss to the loss."
-    )
     refuse_sampling_mask(op, options, NO_TWO)
     beta = check_teacher(resolved.rows, teacher)
     of_teacher = OtherOptions(teacher.temperature, teacher.softcap, "teacher")

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...backends.base import SoftmaxParams
+from ...backends.base import DIVERGENCE_STATS, SoftmaxParams
 from ...backends.picked import Picked
 from ...backends.shards import VocabShards
 from ...calls.sampling_mask import KeptSets
 from .. import again, jsd_ops
 from .. import ops as library
-from ..autograd import FIXED, OpOptions, Softmaxes, asked_for, stats_table, whole_rows, with_empty, written_gradient
+from ..autograd import FIXED, LSE_LOW, OpOptions, Softmaxes, asked_for, merged_rows, stats_table, with_empty, written_gradient
 from ..picks import PICKED, PICKED_IDS, Picks
 from .gemms import chunks
 
@@ -101,7 +101,9 @@ def wide_blocks(logits: LogitRows) -> Iterator[tuple[slice, LogitRows]]:
     Where two gradients are added, the sum is rounded once.
     """
     dtype = library.row_dtype(logits.values)
-    most = _BLOCK.get(logits.values.device.type, _BLOCK["cuda"]) // (logits.values.size(1) * dtype.itemsize)
+    most = _BLOCK.get(logits.values.device.type, _BLOCK["cuda"]) // (
+        max(logits.values.size(1), 1) * dtype.itemsize
+    )  # a shard may have no column
     for rows in chunks(0, max(logits.values.size(0), 1), max(most, 1)):  # one of a call without rows
         other = None if logits.other is None else logits.other[rows]
         yield rows, LogitRows(logits.values[rows].to(dtype, copy=True), other, logits.rows.at(rows))
@@ -124,10 +126,25 @@ class Measure(Protocol):
         For a shard they include those by which shards are merged.
         """
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        """Merge the statistics of all rows if several ranks have the vocabulary. It
-        takes one collective.
-        """
+    @property
+    def shards(self) -> VocabShards | None:
+        """Of a vocabulary that several ranks have."""
+
+    def states(self, found: Found) -> Tensor:
+        """``[S, M]``: what a rank tells the others of its shard's statistics of all rows."""
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        """The statistics of whole rows from the states ``[W, S, M]`` of all ranks."""
+
+    @property
+    def sweeps_again(self) -> bool:
+        """Whether some outputs are sums over the columns of what is known of whole rows: of shards, then, a second sweep finds them."""
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        """``[S, n]``: a shard's parts of these sums, from the statistics of whole rows."""
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        """All that is found, with the sums ``[S, M]`` over all shards."""
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         """Return the gradient by the first model's logits from the derivatives ``by``
@@ -166,20 +183,44 @@ class TokenMeasure(NamedTuple):
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         z, ids, t = self._tensors(logits)
         wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks, self.shards)
-        table = stats_table(z, ids, t, logits.rows.sets, self.softmax, OpOptions(False, self.backend, False), wanted).unbind()
+        whole = stats_table(z, ids, t, logits.rows.sets, self.softmax, OpOptions(False, self.backend, False), wanted)
+        table, picks = whole.unbind(), self._picks(logits.rows)
         outputs, rest = table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :]
-        if self.picks:
-            chosen = self._picks(logits).of(z, ids, self.softmax)
-            lse = outputs[self.stats_of_rows.index("lse")]
-            outputs = (*outputs, Picked(z, ids, chosen, t, self.softmax).logps(lse, rest[0]), chosen)
-        return Found(outputs, rest)
+        if self.picks and self.shards is not None:
+            return Found(outputs, (*rest, picks.states(z, ids, t, self.softmax, whole.dtype)))
+        return self._with_picks(outputs, rest, logits.rows, z, picks.of(z, ids, self.softmax)) if self.picks else Found(outputs, rest)
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        if self.shards is None:
-            return found
+    def _with_picks(
+        self, outputs: tuple[Tensor, ...], rest: tuple[Tensor, ...], rows: PerRow, z: Tensor, chosen: Tensor, known: Tensor | None = None
+    ) -> Found:
+        names = asked_for(",".join(self.stats_of_rows), True).split(",")
+        by_name = dict(zip(names, (*outputs, *rest), strict=True))
+        picked = Picked(z, rows.ids, chosen, rows.temperature, self.softmax, known)
+        return Found((*outputs, picked.logps(by_name["lse"], by_name[LSE_LOW]), chosen), rest)
+
+    def states(self, found: Found) -> Tensor:
+        table = torch.stack([t for t in (*found.outputs, *found.rest) if t.dim() == 1])
+        return torch.cat([table, found.rest[-1].t()]) if self.picks else table
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        assert self.shards is not None
         names = asked_for(",".join(self.stats_of_rows), True, self.shards)
-        table = whole_rows(torch.stack([*found.outputs, *found.rest]), names, ids, self.shards).unbind()
-        return Found(table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :])
+        table, picked = merged_rows(states, names, rows.ids, self.shards, self._picks(rows) if self.picks else None)
+        outputs, rest = table.unbind()[: len(self.stats_of_rows)], table.unbind()[len(self.stats_of_rows) :]
+        if picked is None:
+            return Found(outputs, rest)
+        values, chosen = picked
+        return self._with_picks(outputs, rest, rows, values, chosen, values)
+
+    @property
+    def sweeps_again(self) -> bool:
+        return False
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        raise NotImplementedError
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        raise NotImplementedError
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         more = asked_for(",".join(self.stats_of_rows), True).split(",")[len(self.stats_of_rows) :]
@@ -189,11 +230,11 @@ class TokenMeasure(NamedTuple):
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         z, ids, t = self._tensors(logits)
-        chosen = self._picks(logits).of(z.detach(), ids, self.softmax) if self.picks else None
+        chosen = self._picks(logits.rows).of(z.detach(), ids, self.softmax) if self.picks else None
         return again.token_stats(z, ids, t, self.softmax, self.names, chosen, logits.rows.sets)
 
-    def _picks(self, logits: LogitRows) -> Picks:
-        return Picks(logits.rows.picked, self.top)
+    def _picks(self, rows: PerRow) -> Picks:
+        return Picks(rows.picked, self.top)
 
     def _tensors(self, logits: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
         return logits.values, logits.rows.ids, logits.rows.temperature
@@ -219,19 +260,39 @@ class DivergenceMeasure(NamedTuple):
         if self.shards is not None:
             whole = with_empty(whole, logits.tensors(), self.softmaxes, self.backend)
         table = whole.unbind()
-        if self.beta is None:
+        if self.beta is None or self.shards is not None:
             return Found(table[:4], table[4:])
         return Found((*table[:4], jsd_ops.generalized_jsd(*logits.tensors(), self.beta, *self.softmaxes)), table[4:])
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        if self.shards is None:
-            return found
-        table = self.shards.merged_divergences(torch.stack([*found.outputs, *found.rest]), ids).unbind()
+    def states(self, found: Found) -> Tensor:
+        return torch.stack([*found.outputs, *found.rest])
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        assert self.shards is not None
+        table = self.shards.merged_divergences(states, rows.ids).unbind()
         return Found(table[:4], table[4:])
+
+    @property
+    def sweeps_again(self) -> bool:
+        return self.beta is not None and self.shards is not None
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        known = torch.stack(found.rest)
+        parts: Tensor = library.called(jsd_ops.jsd_parts, *logits.tensors(), known, self.beta, *self.softmaxes, False)
+        return parts
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        assert self.beta is not None
+        to_p, to_q = sums.unbind()
+        return Found((*found.outputs, self.beta * to_q + (1 - self.beta) * to_p), (*found.rest, to_p))
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         two, zero = logits.tensors(), torch.zeros_like(found.outputs[0])
         derivatives = [zero if g is None else g for g, moves in zip(by, self.differentiable, strict=True) if moves]
+        if self.beta is not None and self.shards is not None:
+            parts = (*two, torch.stack(found.rest), derivatives[0], self.beta, *self.softmaxes, False)
+            by_logits = library.called(jsd_ops.jsd_parts_grad_ if over else jsd_ops.jsd_parts_grad, *parts)
+            return None if over else by_logits
         if self.beta is not None:
             arguments: tuple[Any, ...] = (*two, derivatives[0], self.beta, *self.softmaxes)
             if over:
@@ -266,17 +327,44 @@ class JointMeasure(NamedTuple):
         return self.token.differentiable + self.divergence.differentiable
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
-        first, second = self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad)
+        return self._joined(self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad))
+
+    @property
+    def shards(self) -> VocabShards | None:
+        return self.token.shards
+
+    def states(self, found: Found) -> Tensor:
+        return torch.cat([measure.states(part) for measure, part in self._parts(found, of_shard=True)])
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        own = states.size(1) - len(DIVERGENCE_STATS)
+        return self._joined(self.token.merged(states[:, :own], rows), self.divergence.merged(states[:, own:], rows))
+
+    @property
+    def sweeps_again(self) -> bool:
+        return self.divergence.sweeps_again
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        return self.divergence.sums(logits, self._parts(found)[1][1])
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        (_, first), (_, second) = self._parts(found)
+        return self._joined(first, self.divergence.with_sums(second, sums))
+
+    def _parts(self, found: Found, of_shard: bool = False) -> tuple[tuple[TokenMeasure, Found], tuple[DivergenceMeasure, Found]]:
+        outputs, rest = len(self.token.names), 2 if of_shard else 1  # lse_low, and of a shard what rounding its log-prob lost
+        first, second = Found(found.outputs[:outputs], found.rest[:rest]), Found(found.outputs[outputs:], found.rest[rest:])
+        return (self.token, first), (self.divergence, second)
+
+    def _joined(self, first: Found, second: Found) -> Found:
         return Found(first.outputs + second.outputs, first.rest + second.rest)
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        return found  # one rank: a sharded vocabulary is refused with a teacher
-
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
-        outputs, rest = len(self.token.names), 1  # one model has only lse_low as a further value
+        (_, first_known), (_, second_known) = self._parts(found)
+        outputs = len(self.token.names)
         parts: tuple[tuple[Measure, Found, tuple[Tensor | None, ...]], ...] = (
-            (self.token, Found(found.outputs[:outputs], found.rest[:rest]), by[:outputs]),
-            (self.divergence, Found(found.outputs[outputs:], found.rest[rest:]), by[outputs:]),
+            (self.token, first_known, by[:outputs]),
+            (self.divergence, second_known, by[outputs:]),
         )
         for (measure, known, derivatives), (_, _, others) in zip(parts, reversed(parts), strict=True):
             if all(g is None for g in others):
