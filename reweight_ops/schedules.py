@@ -57,8 +57,8 @@ def lopti(order: str = "low_first", **options: Any) -> tuple[PolicyLossSpec, Pol
 
     Each is a full update, with its optimizer steps, over **all** mini-batches. The old
     log-probs stay those of the rollout. The order matters. In your own loop use
-    :func:`lopti_updates`. In TRL pass both as ``spec`` and set
-    updates::
+    :func:`lopti_updates`. In TRL pass both as ``spec`` and set ``num_iterations=2``,
+    which gives the same order of updates::
 
         ReweightGRPOTrainer(..., args=GRPOConfig(num_iterations=2, ...), spec=rw.schedules.lopti(eta=0.5))
     """

@@ -134,7 +134,7 @@ def reducer(z, ids, group):
 
 
 WHY = {
-    "one_pass": "a row's statistics are known when all ranks have told theirs",
+    "one_pass": "a row's statistics need those of all ranks",
     "graph": "create_graph=True needs the whole vocabulary on one rank",
     "transform": "torch.func's transforms",
     "segments": "segments that are runs of one rank's tokens",
