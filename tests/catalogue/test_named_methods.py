@@ -68,7 +68,7 @@ def test_kd_is_cross_entropy_and_the_softened_kl():
 
 def test_kd_has_one_temperature():
     logits, ids = torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64)
-    with pytest.raises(rw.InvalidCall, match="kd_temperature is that of both"):
+    with pytest.raises(rw.InvalidCall, match="kd_temperature is the temperature of both"):
         rw.divergences.kd(logits, logits, ids, temperature=2.0)
 
 
