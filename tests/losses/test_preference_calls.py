@@ -103,7 +103,7 @@ def test_wrong_specs_and_keywords():
         (lambda: preference.trl("sigmoid", label_smoothing=0.1), "label_smoothing has no effect"),
         (lambda: preference.trl("kto"), "loss_type is 'kto'"),
         (lambda: preference.trl("apo_zero", f_divergence_type="forward_kl"), "is defined for"),
-        (lambda: preference.trl("aot", use_weighting=True), "sorts them apart"),
+        (lambda: preference.trl("aot", use_weighting=True), "sorts their sides separately"),
         (lambda: preference.trl(["sigmoid"], loss_weights=[1, 2]), "2 loss_weights for 1"),
         (lambda: preference.dpo(beta=0.0), r"expected a number in \(0, inf\)"),
         (lambda: preference.dpo(divergence="kl"), "divergence is 'kl'"),
