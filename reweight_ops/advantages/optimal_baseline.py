@@ -19,10 +19,10 @@ from ..errors import InvalidCall
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_PAPER = "Optimal Token Baseline, as named in verl 0.9.1"
+_PAPER = "The Optimal Token Baseline: Variance Reduction for Long-Horizon LLM-RL"
 
 
-@published("otb", "Optimal Token Baseline (OTB)", paper=_PAPER, arxiv="unknown", certainty="secondary", level="token")
+@published("otb", "Optimal Token Baseline (OTB)", paper=_PAPER, arxiv="2602.07078", certainty="secondary", level="token")
 def otb(
     rewards: Tensor,
     completion_mask: Tensor,
@@ -44,6 +44,7 @@ def otb(
     response of a group remains, and for a group of one. A response with a reward of NaN
     is in no baseline and has advantage 0. Transcribed from verl
     (``optimal_token_baseline``).
+    is the paper's (PMLR v306).
     """
     return _baselined(
         "otb", rewards, completion_mask, old_per_token_logps, log_sum_p_sq, importance_sampling_ratio, zero_tail, epsilon, groups
@@ -54,7 +55,7 @@ def otb(
     "tir_otb",
     "Optimal Token Baseline of tool-integrated reasoning (TIR-OTB)",
     paper=_PAPER,
-    arxiv="unknown",
+    arxiv="2602.07078",
     certainty="secondary",
     level="token",
 )

@@ -111,8 +111,8 @@ class TokenRegulation(TokenWeight):
     """``clip(alpha·(σ(p/tau) - mu), lower, upper)``, where p is the token's current
     probability. Unlikely tokens, whose gradients are large, get less weight.
 
-    Differs from the paper: the formula comes from a port. Its constants were not found
-    in print, so they must be given.
+    Later versions of the paper have another title and call it GRPO-SG (sharpness-guided, by probability shaping). Differs from the paper: the formula is
+    that of ports; its constants were not found in print, so they must be given.
     """
 
     alpha: Positive[float]

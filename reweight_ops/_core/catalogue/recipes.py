@@ -50,6 +50,8 @@ QUANTITIES = {
     "teacher_logits": "`[B, T, V]`, logits of the teacher, or of the policy on the original text",
     "vocab_size": "a number",
     "class_counts": "`[V]`, how often each token is a target in the data set; 1 for a token that never is",
+    "source_ids": "`[B]`, which source a sample is from",
+    "source_counts": "`[K]`, how many samples each source has",
     "augmented": "another batch: augmented texts without labels",
     "lambdas": "`[B, T]`, each token's own λ, kept with its example",
     "metrics": "K numbers: the validation metrics after the step",
@@ -242,7 +244,12 @@ class Recipe:
         """Return the specs with zeros in place of a batch. They tell what the specs
         read, and how many there are.
         """
-        values: dict[str, Any] = {name: torch.zeros(1, 1) for name in QUANTITIES} | {"step": 0, "total_steps": 1, "vocab_size": 2}
+        values: dict[str, Any] = {name: torch.zeros(1, 1) for name in QUANTITIES} | {
+            "step": 0,
+            "total_steps": 1,
+            "vocab_size": 2,
+            "group_size": 1,
+        }
         if self.schedule:
             values["schedule"] = run(self.schedule, values)
         return self.specs(**values)
