@@ -1,9 +1,9 @@
 """Published methods without an entry of their own, each with the reason."""
 
 LEFT_OUT = {
-    "AdaWAC": "it keeps weights of a supervised and a consistency loss for every sample of the data set; in one step they are the `token_weights` of two calls",
+    "AdaWAC": "it keeps weights of a supervised and a consistency loss for every sample; in one step they are the `token_weights` of two calls",
     "Aioli, Data Mixing Agent": "domain weights come from a fitted law or an agent, outside of the loss; pass them to `sample_weights.source_weights`",
-    "Bradley-Terry reward model losses": "they are on scalar rewards, not on log-probs of tokens; `-logsigmoid(r_w - r_l - margin)` is one line of PyTorch",
+    "Bradley-Terry reward model losses": "they are on scalar rewards, without a log-prob of a token; `-logsigmoid(r_w - r_l - margin)` is one line of PyTorch",
     "Cooldown": "the temperature falls during training: pass a smaller one to `sample_weights.upweight`; the paper's curve was not found",
     "Coreset reweighting, GSR, RENT": "weights come from gradients or the influence of whole samples, outside of the loss; pass them as `token_weights`",
     "Ctrl-U, WARM": "they use the uncertainty of generated images, and reward models averaged in weight space: only the rewards change",
