@@ -254,10 +254,11 @@ Softmaxes = tuple[int, float, float]
 
 def with_empty(table: Tensor, two: tuple[Tensor, ...], softmaxes: Softmaxes, backend: str) -> Tensor:
     """The divergences of a shard, which may hold nothing but -inf of one of the tensors. Of such rows the kernel has none: where they may be, each tensor's
-    own statistics are read besides, on a GPU always, for nothing waits to see whether they must be."""
+    own statistics are read besides, on a GPU and in a graph always, for nothing waits to see whether they must be."""
     logits, other, ids, t, t_other = two
     vocab_size, cap, other_cap = softmaxes
-    if not vocab_size or (table.device.type == "cpu" and not bool(table[DIVERGENCE_STATS.index("lse")].isnan().any())):
+    looked = table.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not vocab_size or (looked and not bool(table[DIVERGENCE_STATS.index("lse")].isnan().any())):
         return table
     inside, names = torch.where(ids == IGNORE_INDEX, IGNORE_INDEX, 0), "lse,lse_low,entropy"
     of = ((logits, t, cap), (other, t_other, other_cap))

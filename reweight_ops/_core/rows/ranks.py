@@ -8,7 +8,7 @@ timeout. Nothing here waits longer than that.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from threading import local
 from typing import Any
@@ -21,7 +21,11 @@ from ...errors import InvalidCall, ReweightOpsError
 
 #: Integers that each rank tells the others of a call: whether it has failed, which call it is, and what they are asked for.
 FACTS = 8
-_FAILED, _OP, _FIRST = 0, 1, 2
+_STATE, _OP, _FIRST = 0, 1, 2
+
+#: States of a rank: it makes the call; it has raised; it traces a graph of the call, and will make it when it has one. Above: it runs a graph
+#: (:func:`graph_for`).
+CALLS, FAILED, TRACES = 0, 1, 2
 
 _pending = local()  # the groups that a call of this thread has been given and not yet met
 
@@ -53,35 +57,66 @@ def announced(op: str, groups: Mapping[str, Any], device: torch.device) -> Itera
     except Exception:  # whatever it is, it is raised again: the others must not wait for this rank until the group's time is out
         for group in _pending.groups:
             with suppress(ReweightOpsError):  # the error that is raised is this rank's own
-                gathered(op, group, _facts(op, {}, failed=True, device=device))
+                gathered(op, group, _facts(op, {}, FAILED, device))
         raise
     finally:
         _pending.groups = before
 
 
-def agreed(op: str, group: Any, device: torch.device, same: Mapping[str, int], own: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """``own`` of every rank, by name; raises on every rank if they differ in ``same``, are in different calls, or one of them has raised."""
+def agreed(
+    op: str, group: Any, device: torch.device, same: Mapping[str, int], own: Mapping[str, int], state: int = CALLS
+) -> dict[str, tuple[int, ...]]:
+    """``own`` of every rank, by name; raises on every rank if they differ in ``same``, are in different calls, or one of them has raised.
+
+    A rank that traces a graph of the call asks for ``own`` alone. The others tell it, and meet it again when it makes the call.
+    """
     facts = {**same, **own}
     _pending.groups = [other for other in getattr(_pending, "groups", []) if other is not group]
-    told = gathered(op, group, _facts(op, facts, failed=False, device=device)).tolist()
+    told = gathered(op, group, _facts(op, facts, state, device)).tolist()
     mine = told[size_and_rank(group)[1]]
     for rank, theirs in enumerate(told):
-        if theirs[_FAILED]:
+        if theirs[_STATE] == FAILED:
             raise ReweightOpsError(f"{op}: rank {rank} of the group raised before its part of this call; see its own error.")
     for rank, theirs in enumerate(told):
         if theirs[_OP] != mine[_OP]:
             raise InvalidCall(
                 f"{op}: rank {rank} of the group is in another call: all ranks of a group make the same calls in the same order."
             )
+    found = {name: tuple(theirs[at] for theirs in told) for at, name in enumerate(facts, _FIRST) if name in own}
+    if state == TRACES:
+        return found
+    if any(theirs[_STATE] == TRACES for theirs in told):
+        return agreed(op, group, device, same, own, state)
+    for rank, theirs in enumerate(told):
+        if theirs[_STATE] > TRACES and theirs[_STATE] != graph_for(found):
+            raise InvalidCall(
+                f"{op}: rank {rank} of the group runs a graph of torch.compile for other numbers than the ranks have: {found}. Shards may "
+                "change their sizes on all ranks at once, or after torch._dynamo.reset()."
+            )
     for at, name in enumerate(same, _FIRST):
         values = [theirs[at] for theirs in told]
         if len(set(values)) > 1:
             raise InvalidCall(f"{op}: the ranks of the group differ in {name}, rank by rank: {', '.join(map(str, values))}.")
-    return {name: tuple(theirs[at] for theirs in told) for at, name in enumerate(facts, _FIRST) if name in own}
+    return found
 
 
-def _facts(op: str, facts: Mapping[str, int], failed: bool, device: torch.device) -> Tensor:
-    numbers = [int(failed), zlib.crc32(op.encode()), *facts.values()]
+def graph_for(found: Mapping[str, tuple[int, ...]]) -> int:
+    """The state of a rank whose graph was traced when :func:`agreed` gave these numbers."""
+    return TRACES + 1 + zlib.crc32(repr(dict(found)).encode())
+
+
+def digest(lists: Sequence[Tensor]) -> int:
+    """A number that differs where lists of ids do, and by their order."""
+    return sum((i + 1) * _digest(x) for i, x in enumerate(lists)) % 2**62
+
+
+def _digest(ids: Tensor) -> int:
+    odd = 2 * torch.arange(ids.numel(), device=ids.device) + 1
+    return int(((ids.flatten() + 1000) * odd).sum())
+
+
+def _facts(op: str, facts: Mapping[str, int], state: int, device: torch.device) -> Tensor:
+    numbers = [state, zlib.crc32(op.encode()), *facts.values()]
     assert len(numbers) <= FACTS
     return torch.tensor([*numbers, *[0] * (FACTS - len(numbers))], dtype=torch.int64, device=device)
 
