@@ -186,12 +186,15 @@ def ldr(
 
     Equal to ``λ·(log(1 + (1/p - 1)·e^(c/λ)) - log V)`` with p the label's probability at temperature λ, so it needs the label's log-prob only and runs on every
     backend; where p is 1 in fp32, ``1/p - 1`` counts as 2⁻²⁴, so ``c/λ`` should stay below
-    about 10. ``lambda_``: a number, or one per row (ALDR's state). Differs from the paper: the released code
+    about 10. ``lambda_``: a number, or one per row (ALDR's state).
+    With ``process_group``, ``vocab_size`` must be given. Differs from the paper: the released code
     first rescales the logits (softplus
     over its mean, or over the mean absolute value); here they are taken as they are.
     """
     if "temperature" in keywords:
         raise InvalidCall("ldr: temperature is lambda_ here.")
+    if keywords.get("process_group") is not None and keywords.get("vocab_size") is None:
+        raise InvalidCall("ldr: process_group without vocab_size: the loss is relative to log V, and a rank sees its own columns: pass V.")
     logp = token_logps(logits, completion_ids, completion_mask=completion_mask, temperature=lambda_, **keywords)
     columns = keywords.get("vocab_size") or logits.shape[-1]
     loss = lambda_ * (F.softplus(log1mexp(logp) - logp + margin / lambda_) - math.log(columns))

@@ -131,5 +131,5 @@ def refuse_consumed(p: Logits) -> None:
 def formula_call(source: FormulaSource) -> Call[Tensor]:
     """The call of an op that returns the formula's value per token, of shape R."""
     if source.p.shard is not None:
-        raise source.rows.unsupported("process_group: this loss is a formula over whole rows, and the shards of one do not add up to it.")
+        raise source.rows.unsupported("process_group: this loss is a formula of whole rows in PyTorch, and no rank has one.")
     return Call(source, StatisticsObjective(("value",), lambda found: source.rows.unflatten(found["value"])))
