@@ -1,4 +1,7 @@
-"""A call whose vocabulary is in shards, one on each rank of a group: what the ranks agree on before any of them sends a statistic."""
+"""A call whose vocabulary is in shards, one on each rank of a group.
+
+The ranks agree on the call before any of them sends a statistic.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,20 @@ from ..rows.structure import is_readable
 from ..rows.traced import columns_of_ranks, met
 from .keywords import SoftmaxOptions
 
-#: Of a sharded call that was given no ``vocab_size``, until the ranks have told each other their columns.
+#: The ``vocab_size`` of a sharded call that was not given one, until the ranks have
+#: exchanged their columns.
 ANY_ID = 2**62
 
-WHY_TWO_PASSES = "process_group shards the vocabulary, and a row's statistics are known when all ranks have told theirs"
+WHY_TWO_PASSES = "process_group shards the vocabulary, and a row's statistics need those of all ranks"
 
 
 @dataclass(frozen=True)
 class VocabGroup:
-    """``columns`` is this rank's number of them, padding included; ``vocab_size`` that of the whole vocabulary if the caller told it."""
+    """The process group of a call.
+
+    ``columns`` is the number of this rank's columns, padding included. ``vocab_size``
+    is the size of the whole vocabulary if the caller gave it.
+    """
 
     group: Any
     columns: int
@@ -35,8 +43,12 @@ class VocabGroup:
     def agreed(
         self, rows: Rows, ids: Tensor, asked: tuple[Any, ...], needs_grad: bool, lists: Sequence[Tensor] = ()
     ) -> tuple[VocabShards, Tensor]:
-        """The columns of every rank, and ``ids``, which a graph of torch.compile reads after it. One exchange of a few integers; raises on every rank if
-        their calls do not fit together. ``lists``: of ids, beside the rows' own."""
+        """Return the columns of every rank, from one exchange of a few integers, and ``ids``.
+
+        A graph of torch.compile reads these ids, so that the exchange comes first. Raises
+        on every rank if their calls do not fit together. ``lists`` holds ids other than the
+        rows' own.
+        """
         same = {
             "rows": rows.count,
             "completion_ids and masks": 0,
@@ -67,5 +79,5 @@ def _number(text: str) -> int:
 
 
 def vocab_group(options: SoftmaxOptions, columns: int) -> VocabGroup | None:
-    """The group of a call with this rank's columns, None without one."""
+    """Return the group of a call with this rank's columns, or None without a group."""
     return None if options.process_group is None else VocabGroup(options.process_group, columns, options.vocab_size)

@@ -1,8 +1,13 @@
-"""Collectives as custom ops, for graphs of torch.compile: a group goes in by its name, and gloo or NCCL is called when the graph runs.
+"""Collectives as custom ops for graphs of torch.compile.
 
-PyTorch's functional collectives do not say which call they belong to, nor what happened where a rank has raised; these are the eager ones of :mod:`.ranks`.
-What a graph needs to know before it runs, the columns of every rank, the ranks tell each other while it is traced (:func:`columns_of_ranks`). A rank that
-already has its graph answers one that traces, and then waits for it (:func:`.ranks.agreed`): ranks may trace at different times.
+An op takes the name of a group, and calls gloo or NCCL when the graph runs. PyTorch's
+functional collectives do not report which call failed; these ops use the eager
+collectives of :mod:`.ranks`, which do.
+
+A graph needs the columns of every rank before it runs. The ranks exchange them during
+the trace (:func:`columns_of_ranks`). A rank that already has its graph answers a rank
+that traces, and then waits for it (:func:`.ranks.agreed`). Therefore ranks may trace at
+different times.
 """
 
 from __future__ import annotations
@@ -20,12 +25,12 @@ from . import ranks
 
 _library = Library("reweight_ops", "FRAGMENT")  # type: ignore[no-untyped-call]
 
-#: What was told while a graph was traced, of that graph: torch.compile may begin its trace anew.
+#: The columns that were exchanged for a graph: torch.compile may restart its trace.
 _told: dict[Any, tuple[int, ...]] = {}
 
 
 def _of_name(group: str) -> Any:
-    """The group, as functional collectives find it."""
+    """Return the group of a name, as functional collectives do."""
     return dist.distributed_c10d._resolve_process_group(group)  # type: ignore
 
 
@@ -54,7 +59,11 @@ def summed_over(x: Tensor, op: str, group: str) -> Tensor:
 def met(
     ids: Tensor, lists: Sequence[Tensor], op: str, group: str, names: str, numbers: Sequence[int], own: int, expected: Sequence[int]
 ) -> Tensor:
-    """``ids``, once the ranks have agreed: all that reads them comes after. ``lists``: of ids that are the same everywhere."""
+    """Return ``ids`` after the ranks have agreed.
+
+    All that reads the result comes after the exchange. ``lists`` holds ids that are the
+    same on every rank.
+    """
     same = dict(zip(names.split(","), numbers, strict=True)) | {"completion_ids and masks": ranks.digest(lists)}
     state = ranks.graph_for({"columns": tuple(expected)})
     ranks.agreed(op, _of_name(group), ids.device, same, {"columns": own}, state)
@@ -63,7 +72,7 @@ def met(
 
 @torch.compiler.assume_constant_result
 def columns_of_ranks(op: str, group: str, device: str, names: str, own: int) -> tuple[int, ...]:
-    """The columns of every rank, asked for while the graph is traced that is to know them."""
+    """Return the columns of every rank, during the trace of a graph."""
     key = (CompileContext.current_compile_id(), op, group, own)
     if key not in _told:
         _told.clear()
