@@ -6,6 +6,7 @@ there is a second model, its logits exist for the same chunk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +24,23 @@ from .measures import Found, LogitRows, Measure, PerRow
 from .works import OnePassWork
 
 
+def without_grad(forward: Any) -> Any:
+    """Of a Function's forward: what it is anyway, but where torch.export runs it."""
+
+    # torch.no_grad() as the decorator closes over a bound method, which PyTorch 2.10 does not follow here.
+    @functools.wraps(forward)
+    def called(*args: Any) -> Any:
+        with torch.no_grad():
+            return forward(*args)
+
+    return called
+
+
 class LinearStatistics(torch.autograd.Function):
     """What a measure finds of the head's logits, one element for each of M rows, differentiable to everything the head is made of."""
 
     @staticmethod
-    @torch.no_grad()  # already so, but where torch.export runs it
+    @without_grad
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
         rows: PerRow, other: OtherHead | None, settings: ChunkSettings, measure: Measure,
@@ -54,14 +67,14 @@ class LinearStatistics(torch.autograd.Function):
         others = () if other is None else (other.values, other.picked, *(other.head[:4] if other.head is not None else ()))
         ctx.split = (len(rows), len(outputs), len(rest))
         ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, *rows, *outputs, *rest, *others)
-        ctx.mark_non_differentiable(*(t for t, moves in zip(outputs, measure.differentiable, strict=True) if not moves))
+        ctx.mark_non_differentiable(*(t for t, moves in zip(outputs, measure.differentiable(), strict=True) if not moves))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         measure: Measure = ctx.measure
         forbid_graph(ctx.settings.shards)
-        by = tuple(g.contiguous() if g is not None and moves else None for g, moves in zip(grads, measure.differentiable, strict=True))
+        by = tuple(g.contiguous() if g is not None and moves else None for g, moves in zip(grads, measure.differentiable(), strict=True))
         if all(g is None for g in by):
             return (None,) * 10
         hidden, weight, bias, lora_a, lora_b, *saved = ctx.saved_tensors
@@ -117,7 +130,7 @@ class LinearOnePass(torch.autograd.Function):
     """``(loss, table)`` with every gradient formed in forward, from one GEMM for each model's logits and two for the gradients."""
 
     @staticmethod
-    @torch.no_grad()  # already so, but where torch.export runs it
+    @without_grad
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
         rows: PerRow, other: OtherHead | None, settings: ChunkSettings, work: OnePassWork,
@@ -133,7 +146,7 @@ class LinearOnePass(torch.autograd.Function):
             tables.append(table)
             gradients.add(where, hidden[where], buffers.values, part.rows_with_gradient(table) if settings.drop_zero_gradient else None)
         table, results = torch.cat(tables, 1), gradients.finish()
-        ctx.given, ctx.backend, ctx.op = [g is not None for g in results], work.backend, work.op
+        ctx.given, ctx.backend, ctx.op = [g is not None for g in results], work.ran_by(), work.op()
         ctx.save_for_backward(*(g for g in results if g is not None))
         ctx.mark_non_differentiable(table)
         return work.loss(table), table
@@ -149,7 +162,7 @@ class LinearOnePass(torch.autograd.Function):
 
 def linear_statistics(hidden: Hidden, rows: PerRow, other: OtherHead | None, measure: Measure) -> tuple[Tensor, ...]:
     """The outputs of :class:`LinearStatistics`; as plain torch where that is the measure's backend."""
-    if measure.backend == again.TORCH:
+    if measure.ran_by() == again.TORCH:
         return _in_torch(hidden.states, hidden.head, rows, other, hidden.settings, measure)
     found: tuple[Tensor, ...] = LinearStatistics.apply(  # type: ignore[no-untyped-call]
         hidden.states, *hidden.head, rows, other, hidden.settings, measure

@@ -1,6 +1,7 @@
 """What is computed of a chunk of logits: a row's statistics and their gradient, from one model's logits or from two models'.
 
-A measure knows backends and formulas, and nothing of heads and chunks: those are :mod:`.autograd`'s.
+A measure knows backends and formulas, and nothing of heads and chunks: those are :mod:`.autograd`'s. Records here have methods and no
+properties: PyTorch 2.10 and 2.11 compile no property of a NamedTuple.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ class PerRow(NamedTuple):
         """Of one model's rows."""
         return cls(ids, temperature, None, picked, *((None,) * 3 if sets is None else sets[:3]))
 
-    @property
     def sets(self) -> KeptSets | None:
         """Whose entropy is meant is told elsewhere."""
         if self.kept_ids is None or self.kept_row is None or self.kept_bounds is None:
@@ -49,7 +49,7 @@ class PerRow(NamedTuple):
         """Of these rows."""
         t, other = (t if t is None or t.size(-1) == 1 else t[rows].contiguous() for t in self[1:3])
         assert t is not None
-        picked, sets = None if self.picked is None else self.picked[rows].contiguous(), self.sets
+        picked, sets = None if self.picked is None else self.picked[rows].contiguous(), self.sets()
         if sets is not None:
             sets = sets.rows(rows) if isinstance(rows, slice) else sets.select(rows)
         return PerRow(self.ids[rows].contiguous(), t, other, picked, *((None,) * 3 if sets is None else sets[:3]))
@@ -97,10 +97,9 @@ def wide_blocks(logits: LogitRows) -> Iterator[tuple[slice, LogitRows]]:
 class Measure(Protocol):
     """Row statistics of logits."""
 
-    @property
-    def backend(self) -> str: ...
+    def ran_by(self) -> str:
+        """The backend."""
 
-    @property
     def differentiable(self) -> tuple[bool, ...]:
         """Of each output, whether it has a gradient."""
 
@@ -127,18 +126,19 @@ class TokenMeasure(NamedTuple):
     top: int = 0
     shards: VocabShards | None = None
 
-    @property
+    def ran_by(self) -> str:
+        return self.backend
+
     def names(self) -> tuple[str, ...]:
         return (*self.stats_of_rows, PICKED, PICKED_IDS) if self.picks else self.stats_of_rows
 
-    @property
     def differentiable(self) -> tuple[bool, ...]:
-        return tuple(name not in (*FIXED, PICKED_IDS) for name in self.names)
+        return tuple(name not in (*FIXED, PICKED_IDS) for name in self.names())
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         z, ids, t = self._tensors(logits)
         wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks, self.shards)
-        table = stats_table(z, ids, t, logits.rows.sets, self.softmax, OpOptions(False, self.backend, False), wanted).unbind()
+        table = stats_table(z, ids, t, logits.rows.sets(), self.softmax, OpOptions(False, self.backend, False), wanted).unbind()
         outputs, rest = table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :]
         if self.picks:
             chosen = self._picks(logits).of(z, ids, self.softmax)
@@ -155,14 +155,14 @@ class TokenMeasure(NamedTuple):
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         more = asked_for(",".join(self.stats_of_rows), True).split(",")[len(self.stats_of_rows) :]
-        known = dict(zip((*self.names, *more), (*found.outputs, *found.rest), strict=True))
-        derivatives, options = dict(zip(self.names, by, strict=True)), OpOptions(False, self.backend, over)
-        return written_gradient(*self._tensors(logits), self.softmax, known, derivatives, options, over, logits.rows.sets)
+        known = dict(zip((*self.names(), *more), (*found.outputs, *found.rest), strict=True))
+        derivatives, options = dict(zip(self.names(), by, strict=True)), OpOptions(False, self.backend, over)
+        return written_gradient(*self._tensors(logits), self.softmax, known, derivatives, options, over, logits.rows.sets())
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         z, ids, t = self._tensors(logits)
         chosen = self._picks(logits).of(z.detach(), ids, self.softmax) if self.picks else None
-        return again.token_stats(z, ids, t, self.softmax, self.names, chosen, logits.rows.sets)
+        return again.token_stats(z, ids, t, self.softmax, self.names(), chosen, logits.rows.sets())
 
     def _picks(self, logits: LogitRows) -> Picks:
         return Picks(logits.rows.picked, self.top)
@@ -179,7 +179,9 @@ class DivergenceMeasure(NamedTuple):
     beta: float | None
     shards: VocabShards | None = None  # over ranks, each with its columns of both models
 
-    @property
+    def ran_by(self) -> str:
+        return self.backend
+
     def differentiable(self) -> tuple[bool, ...]:
         return (True, True, True, False) if self.beta is None else (False, False, False, False, True)
 
@@ -200,7 +202,7 @@ class DivergenceMeasure(NamedTuple):
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         two, zero = logits.tensors(), torch.zeros_like(found.outputs[0])
-        derivatives = [zero if g is None else g for g, moves in zip(by, self.differentiable, strict=True) if moves]
+        derivatives = [zero if g is None else g for g, moves in zip(by, self.differentiable(), strict=True) if moves]
         if self.beta is not None:
             arguments: tuple[Any, ...] = (*two, derivatives[0], self.beta, *self.softmaxes)
             if over:
@@ -222,13 +224,11 @@ class JointMeasure(NamedTuple):
     token: TokenMeasure
     divergence: DivergenceMeasure
 
-    @property
-    def backend(self) -> str:
-        return self.token.backend
+    def ran_by(self) -> str:
+        return self.token.ran_by()
 
-    @property
     def differentiable(self) -> tuple[bool, ...]:
-        return self.token.differentiable + self.divergence.differentiable
+        return self.token.differentiable() + self.divergence.differentiable()
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         first, second = self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad)
@@ -238,7 +238,7 @@ class JointMeasure(NamedTuple):
         return found  # of one rank: a sharded vocabulary is refused beside a teacher
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
-        outputs, rest = len(self.token.names), 1  # of one model there is only lse_low besides
+        outputs, rest = len(self.token.names()), 1  # of one model there is only lse_low besides
         parts: tuple[tuple[Measure, Found, tuple[Tensor | None, ...]], ...] = (
             (self.token, Found(found.outputs[:outputs], found.rest[:rest]), by[:outputs]),
             (self.divergence, Found(found.outputs[outputs:], found.rest[rest:]), by[outputs:]),

@@ -19,10 +19,9 @@ from .measures import DivergenceMeasure, LogitRows, wide_blocks
 class OnePassWork(Protocol):
     """A loss that is a sum over rows, bound to some of them."""
 
-    @property
-    def backend(self) -> str: ...
+    def ran_by(self) -> str:
+        """The backend."""
 
-    @property
     def op(self) -> str:
         """The public op, for messages."""
 
@@ -47,7 +46,9 @@ class TokenWork(NamedTuple):
     backend: str
     over_vocabulary: bool = False  # the entropy, where rows have kept sets
 
-    @property
+    def ran_by(self) -> str:
+        return self.backend
+
     def op(self) -> str:
         return "linear_policy_loss"
 
@@ -67,7 +68,7 @@ class TokenWork(NamedTuple):
     def _called(self, logits: LogitRows, whole: Any, of_sets: Any) -> Any:
         """What the op gives of rows over the whole vocabulary, or of rows with kept sets."""
         inputs, params, program = self.work
-        rows, sets, rest = (logits.rows.ids, logits.rows.temperature), logits.rows.sets, (*self.softmax[:2], False, self.backend)
+        rows, sets, rest = (logits.rows.ids, logits.rows.temperature), logits.rows.sets(), (*self.softmax[:2], False, self.backend)
         if sets is None:
             return library.called(whole, logits.values, *rows, *inputs, params, program, *rest)
         return library.called(of_sets, logits.values, rows[0], *sets[:3], rows[1], *inputs, params, program, self.over_vocabulary, *rest)
@@ -85,12 +86,10 @@ class TwoWork(NamedTuple):
     work: DivergenceWork
     measure: DivergenceMeasure
 
-    @property
     def op(self) -> str:
         return "linear_distillation_loss"
 
-    @property
-    def backend(self) -> str:
+    def ran_by(self) -> str:
         return self.measure.backend
 
     def at(self, rows: slice) -> TwoWork:
@@ -121,13 +120,11 @@ class JointWork(NamedTuple):
     token: TokenWork
     two: TwoWork
 
-    @property
-    def backend(self) -> str:
+    def ran_by(self) -> str:
         return self.token.backend
 
-    @property
     def op(self) -> str:
-        return self.token.op
+        return self.token.op()
 
     def at(self, rows: slice) -> JointWork:
         return JointWork(self.token.at(rows), self.two.at(rows))
