@@ -1,4 +1,6 @@
-"""DTensors sharded on the vocabulary are recognised, and give DTensor gradients; what cannot be had over ranks is refused with the reason."""
+"""DTensors sharded on the vocabulary are recognised and give DTensor gradients;
+unsupported calls are refused with the reason.
+"""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -105,10 +107,6 @@ def refusals(ranks):
             refused[name] = str(error)
 
     refuse("one_pass", lambda: rw.policy_loss(part, inside, 1.0, spec="dapo", plan="one_pass", process_group=group))
-    refuse("formula", lambda: rw.token_divergence(part, part.detach(), kind="generalized_jsd", process_group=group))
-    refuse(
-        "head formula", lambda: rw.linear_token_divergence(h, w[:5], rw.HiddenLogits(h, w[:5]), kind="generalized_jsd", process_group=group)
-    )
     refuse("graph", lambda: torch.autograd.grad(rw.token_logps(part, inside, process_group=group).sum(), part, create_graph=True))
     refuse("transform", lambda: torch.func.grad(lambda x: rw.token_logps(x, inside, process_group=group).sum())(part.detach()))
     refuse("segments", lambda: segments(z, ids, group))
@@ -138,17 +136,15 @@ def reducer(z, ids, group):
 
 
 WHY = {
-    "one_pass": "a row's statistics are known when all ranks have told theirs",
-    "formula": "a formula over whole rows",
-    "head formula": "gather the vocabulary",
+    "one_pass": "a row's statistics need those of all ranks",
     "graph": "create_graph=True needs the whole vocabulary on one rank",
     "transform": "torch.func's transforms",
     "segments": "segments that are runs of one rank's tokens",
     "horizon": "give horizon",
-    "reducer": "sees this rank's rows alone",
+    "reducer": "sees only this rank's rows",
     "fsdp": "If this is FSDP's parameter",
     "partial": "redistribute it to Shard or Replicate",
-    "two groups": "process_group is given, and DTensors say which it is",
+    "two groups": "process_group is given, and the DTensors name it already",
     "hidden": "which is not the vocabulary's",
     "no group": "sequence_group is a str, expected a torch.distributed.ProcessGroup",
 }

@@ -1,7 +1,8 @@
 """The autograd Functions on logits: statistics (two_pass) and the one-pass loss, of one tensor and of two.
 
-All call registered custom ops only, so torch.compile traces through. What is saved goes through ``save_for_backward``: the version
-counters then catch a tensor that was changed in between, and nothing is kept alive (or cloned) longer than autograd needs it.
+They call only registered custom ops, so torch.compile traces through them. They save
+tensors by ``save_for_backward``. The version counters then catch a tensor that was
+changed in between, and nothing is kept alive (or cloned) longer than autograd needs it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ReweightOpsError, UnsupportedRequest
-from ..backends.base import DERIVATIVES, DIVERGENCE_STATS, SoftmaxParams
+from ..backends.base import DERIVATIVES, DIVERGENCE_STATS, VOCABULARY, SoftmaxParams
 from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
 from ..backends.logp_low import LOGP_LOW
 from ..backends.mean_logit import MEAN_LOGIT
@@ -24,12 +25,12 @@ from ..calls.sampling_mask import KeptSets
 from ..rows.groups import IGNORE_INDEX
 from . import again, kept_ops
 from . import ops as library
-from .kept_ops import OF_ENTROPY, VOCABULARY
+from .kept_ops import OF_ENTROPY
 from .picks import PICKED, PICKED_IDS, Picks
 
 
 class OpOptions(NamedTuple):
-    """What every op of a call is told beside tensors and softmaxes."""
+    """The options of every op of a call, apart from tensors and softmaxes."""
 
     drop_last: bool
     backend: str
@@ -38,13 +39,17 @@ class OpOptions(NamedTuple):
 
 
 def forbid_second_backward(ctx: Any, op: str) -> None:
-    """Raise at a second backward through a one-pass loss: the first scaled the gradient in place and gave it away. And where autograd wants a
-    graph of the gradient, for there is none: what is differentiated through it would silently be 0."""
+    """Raise at a second backward through a one-pass loss, and where autograd wants a
+    graph of the gradient.
+
+    The first backward scaled the gradient in place and gave it away. There is no graph
+    of the gradient. A derivative through it would silently be 0.
+    """
     if torch.compiler.is_compiling():
         return
     if again.wants_graph():
         raise UnsupportedRequest(
-            f'{op}: create_graph=True asks a one-pass loss for second derivatives, but its gradient was formed in forward. plan="two_pass" has them.'
+            f'{op}: create_graph=True asks a one-pass loss for second derivatives, but its gradient was computed in forward. plan="two_pass" has them.'
         )
     if getattr(ctx, "gradient_released", False):
         raise ReweightOpsError(
@@ -57,18 +62,21 @@ def forbid_second_backward(ctx: Any, op: str) -> None:
 #: Statistics without a gradient.
 FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ, VOCABULARY + VARIANCE)
 
-#: What the kernel of a gradient reads and no caller does.
+#: A statistic that the gradient kernel reads, but no caller.
 LSE_LOW = "lse_low"
 
 
 def asked_for(stats: str, needs_grad: bool, shards: VocabShards | None = None) -> str:
-    """The names of the statistics to compute for a caller who wants ``stats``; of a shard, what it is merged by besides."""
-    if shards is not None:
-        return f"{stats},{LSE_LOW},{LOGP_LOW}"
-    if needs_grad and VOCABULARY in stats:
-        names = stats.split(",")
-        return ",".join([*names, LSE_LOW, *(VOCABULARY + name for name in OF_ENTROPY if VOCABULARY + name not in names)])
-    return f"{stats},{LSE_LOW}" if needs_grad else stats
+    """Return the names of the statistics to compute for a caller who wants ``stats``.
+
+    For a shard they include those by which shards are merged.
+    """
+    if not needs_grad and shards is None:
+        return stats
+    names = [*stats.split(","), LSE_LOW]
+    if VOCABULARY in stats:
+        names += [VOCABULARY + name for name in OF_ENTROPY if VOCABULARY + name not in names]
+    return ",".join(names if shards is None else [*names, LOGP_LOW])
 
 
 def stats_table(
@@ -79,17 +87,37 @@ def stats_table(
     if sets is None:
         table: Tensor = library.called(library.token_stats, logits, ids, temperature, *softmax, *rest)
         return table
-    table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax[:2], *rest)
+    table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax, *rest)
     return table
 
 
-def whole_rows(table: Tensor, names: str, ids: Tensor, shards: VocabShards | None) -> Tensor:
-    """A table of the named statistics; of a shard's, merged over all shards, and without what only serves that."""
-    return table if shards is None else shards.merged(table, tuple(names.split(",")), ids)
+def whole_rows(
+    table: Tensor, names: str, ids: Tensor, shards: VocabShards | None, picks: Picks | None = None, picked: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Return a table of the named statistics.
+
+    A shard's is merged over all shards, and without the statistics that only serve the
+    merge.
+    knows of them (``picked``), the logits and ids of the whole row's."""
+    if shards is None:
+        return table, None
+    states = shards.gathered(table if picked is None else torch.cat([table, picked.t()]))
+    return merged_rows(states, names, ids, shards, picks)
+
+
+def merged_rows(
+    states: Tensor, names: str, ids: Tensor, shards: VocabShards, picks: Picks | None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The same from the states ``[W, S, N]`` of all shards."""
+    known = tuple(names.split(","))
+    table = shards.merged(states[:, : len(known)], known, ids)
+    return table, None if picks is None else picks.merged(states[:, len(known) :].transpose(1, 2), ids, shards.columns)
 
 
 def forbid_graph(shards: VocabShards | None) -> None:
-    """Asked in backward: raise where autograd wants a graph of a gradient that one rank cannot form."""
+    """Raise, in backward, if autograd wants a graph of a gradient that one rank cannot
+    form.
+    """
     if shards is not None and again.wants_graph():
         raise UnsupportedRequest(f"{shards.op}: create_graph=True needs the whole vocabulary on one rank, and process_group shards it.")
 
@@ -98,16 +126,18 @@ def written_gradient(
     logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, known: dict[str, Tensor], by: dict[str, Tensor | None],
     options: OpOptions, over: bool, sets: KeptSets | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """The gradient by logits from derivatives ``by`` statistics ``known``; None if it stands ``over`` them now.
+    """Return the gradient by logits from derivatives ``by`` statistics ``known``, or
+    None if it was written ``over`` them.
 
-    Log-probs of picked ids are one derivative by lse in every column, and the elements of those ids, which are written over.
+    Log-probs of picked ids are one derivative by lse in every column. The elements of
+    those ids are written over.
     """
     if sets is not None:
-        table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax[:2], options.drop_last, options.backend)
+        table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax, options.drop_last, options.backend)
         found = library.called(kept_ops.kept_grad_ if over else kept_ops.kept_grad, logits, ids, *table)
         return None if over else found
     d_picked, picked = by.get(PICKED), None
-    if d_picked is not None:
+    if d_picked is not None and softmax.vocab_size:
         z = library.without_last_position(logits, options.drop_last)
         picked = Picked(z, ids, known[PICKED_IDS], temperature, softmax)
         d_picked = picked.masked(d_picked)
@@ -124,7 +154,11 @@ def written_gradient(
 
 
 class RowStatistics(torch.autograd.Function):
-    """``(logp, entropy, lse, log_sum_p_sq)`` of every row, differentiable with respect to the logits; with picks their log-probs and ids ``[N, K]`` besides."""
+    """``(logp, entropy, lse, log_sum_p_sq)`` of every row, differentiable with respect
+    to the logits.
+
+    With picks there are also their log-probs and ids ``[N, K]``.
+    """
 
     @staticmethod
     def forward(
@@ -132,16 +166,21 @@ class RowStatistics(torch.autograd.Function):
         picks: Picks | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         wanted = asked_for(stats, ctx.needs_input_grad[0] or picks is not None, options.shards)
-        rows = whole_rows(stats_table(logits, ids, temperature, sets, softmax, options, wanted), wanted, ids, options.shards)
+        z, shards = library.without_last_position(logits, options.drop_last), options.shards
+        table = stats_table(logits, ids, temperature, sets, softmax, options, wanted)
+        own = None if picks is None or shards is None else picks.states(z, ids, temperature, softmax, table.dtype)
+        rows, picked = whole_rows(table, wanted, ids, shards, picks, own)
+        if shards is not None:
+            wanted = wanted.removesuffix(f",{LOGP_LOW}")
         ctx.set_materialize_grads(False)
         ctx.sets, ctx.softmax, ctx.options, ctx.names, ctx.wanted = sets, softmax, options, stats.split(","), wanted.split(",")
         known = rows.unbind()
         outputs = known[: len(ctx.names)]
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED]
         if picks is not None:
-            z = library.without_last_position(logits, options.drop_last)
-            chosen = picks.of(z, ids, softmax)
-            logps = Picked(z, ids, chosen, temperature, softmax).logps(known[ctx.names.index("lse")], known[-1])
+            values, chosen = (None, picks.of(z, ids, softmax)) if picked is None else picked
+            by_name = dict(zip(ctx.wanted, known, strict=True))
+            logps = Picked(z, ids, chosen, temperature, softmax, values).logps(by_name["lse"], by_name[LSE_LOW])
             outputs, known = (*outputs, logps, chosen), (*known, chosen)
             ctx.names, fixed = [*ctx.names, PICKED, PICKED_IDS], [*fixed, chosen]
         if fixed:
@@ -172,7 +211,10 @@ class RowStatistics(torch.autograd.Function):
 
 
 class OnePassLoss(torch.autograd.Function):
-    """``(loss, rows)``: the gradient for upstream 1 is computed in forward; backward hands it out, scaled on device if it must be."""
+    """``(loss, rows)``. Forward computes the gradient for upstream 1.
+
+    Backward returns it, scaled on the device if necessary.
+    """
 
     @staticmethod
     def forward(
@@ -214,7 +256,11 @@ class OnePassLoss(torch.autograd.Function):
 
 
 class FinishedLoss(torch.autograd.Function):
-    """The loss of a ``table`` of ``token_loss_grad`` whose gradient is there already, for upstream 1: backward hands it out as :class:`OnePassLoss`."""
+    """The loss of a ``table`` of ``token_loss_grad`` whose gradient for upstream 1
+    exists already.
+
+    Backward returns it like :class:`OnePassLoss`.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, grad: Tensor, table: Tensor, backend: str) -> Tensor:
@@ -228,21 +274,37 @@ class FinishedLoss(torch.autograd.Function):
         return OnePassLoss.backward(ctx, upstream, None)[:4]
 
 
-#: What crosses the boundary of an op on two tensors: columns of both softmaxes, and their soft caps.
+#: The softmaxes as they cross the boundary of an op on two tensors: the columns of
+#: both, and their soft caps.
 Softmaxes = tuple[int, float, float]
 
 
 def with_empty(table: Tensor, two: tuple[Tensor, ...], softmaxes: Softmaxes, backend: str) -> Tensor:
-    """The divergences of a shard, which may hold nothing but -inf of one of the tensors. Of such rows the kernel has none: where they may be, each tensor's
-    own statistics are read besides, on a GPU always, for nothing waits to see whether they must be."""
+    """Return the divergences of a shard whose logits of one tensor may all be -inf.
+
+    The kernel has no divergences of such rows. Where they are possible, the statistics
+    of each tensor are read too. On a GPU and in a graph this is always so, because nothing
+    waits to see whether it is necessary.
+    """
     logits, other, ids, t, t_other = two
     vocab_size, cap, other_cap = softmaxes
-    if not vocab_size or (table.device.type == "cpu" and not bool(table[DIVERGENCE_STATS.index("lse")].isnan().any())):
+    looked = table.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not vocab_size or (looked and not bool(table[DIVERGENCE_STATS.index("lse")].isnan().any())):
         return table
     inside, names = torch.where(ids == IGNORE_INDEX, IGNORE_INDEX, 0), "lse,lse_low,entropy"
     of = ((logits, t, cap), (other, t_other, other_cap))
     p, q = (library.called(library.token_stats, z, inside, heat, vocab_size, c, 0, vocab_size, False, names, backend) for z, heat, c in of)
     return with_empty_shards(table, p, q)
+
+
+def divergence_table(tensors: tuple[Tensor, ...], softmaxes: Softmaxes, options: OpOptions) -> Tensor:
+    """``[len(DIVERGENCE_STATS), N]``; of a shard's logits those of whole rows."""
+    table: Tensor = library.called(library.divergence_stats, *tensors, *softmaxes, options.drop_last, options.backend)
+    if options.shards is None:
+        return table
+    z, *rest = tensors
+    table = with_empty(table, (library.without_last_position(z, options.drop_last), *rest), softmaxes, options.backend)
+    return options.shards.merged_divergences(options.shards.gathered(table), rest[1])
 
 
 class DivergenceStatistics(torch.autograd.Function):
@@ -252,10 +314,7 @@ class DivergenceStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, softmaxes: Softmaxes, options: OpOptions
     ) -> tuple[Tensor, ...]:
-        table = library.called(library.divergence_stats, logits, other, ids, t, t_other, *softmaxes, options.drop_last, options.backend)
-        if options.shards is not None:
-            z = library.without_last_position(logits, options.drop_last)
-            table = options.shards.merged_divergences(with_empty(table, (z, other, ids, t, t_other), softmaxes, options.backend), ids)
+        table = divergence_table((logits, other, ids, t, t_other), softmaxes, options)
         ctx.set_materialize_grads(False)
         ctx.softmaxes, ctx.options = softmaxes, options
         outputs = tuple(row.clone() for row in table[:4])
@@ -290,7 +349,9 @@ class DivergenceStatistics(torch.autograd.Function):
 
 
 class OnePassDivergence(torch.autograd.Function):
-    """``(Σ weights·Σ_k constants_k·stat_k, table)``: the gradient for upstream 1 is computed in forward; backward hands it out."""
+    """``(Σ weights·Σ_k constants_k·stat_k, table)``. Forward computes the gradient for
+    upstream 1, and backward returns it.
+    """
 
     @staticmethod
     def forward(
@@ -315,6 +376,8 @@ class OnePassDivergence(torch.autograd.Function):
 
 
 def weighted_sum(table: Tensor, constants: Tensor, weights: Tensor) -> Tensor:
-    """``Σ_i w_i·Σ_k c_k·table[k, i]``; a factor of 0 selects 0, also beside an infinite divergence."""
+    """Return ``Σ_i w_i·Σ_k c_k·table[k, i]``. A factor of 0 selects 0, even beside an
+    infinite divergence.
+    """
     terms = torch.where(constants[:, None] == 0, 0, constants[:, None] * table[:3]).sum(0)
     return torch.where(weights == 0, 0, weights * terms).sum()

@@ -1,4 +1,4 @@
-"""Which ids of a row, several at once, a call wants the log-probs of: ids that it gives, and the likeliest ones."""
+"""The ids of a row whose log-probs a call needs: given ids, and the likeliest ones."""
 
 from __future__ import annotations
 
@@ -9,20 +9,45 @@ from torch import Tensor
 
 from ..backends.base import SoftmaxParams
 from ..backends.picked import top_ids
+from ..backends.shard_picks import merged_picks, pick_states
+from ..calls.picked import check_ids, check_top
+from ..rows.rows import Rows
 
-#: Names of the statistics ``[N, K]``: log-probs, differentiable, and the ids they are of.
+#: The names of the statistics ``[N, K]``: log-probs, which are differentiable, and
+#: their ids.
 PICKED, PICKED_IDS = "picked_logps", "picked_ids"
 
 
 class Picks(NamedTuple):
-    """``given`` ids ``[N, K]``, and then the ``top`` likeliest."""
+    """The ``given`` ids ``[N, K]``, and then the ``top`` likeliest ids."""
 
     given: Tensor | None = None
     top: int = 0
+    name: str = "selected_ids"
+
+    def lists(self) -> tuple[Tensor, ...]:
+        return () if self.given is None else (self.given,)
+
+    def check(self, rows: Rows, vocab_size: int) -> None:
+        """Raise for what a vocabulary of this size does not have, once several ranks know their columns."""
+        if self.given is not None:
+            check_ids(rows, self.name, self.given, vocab_size)
+        if self.top:
+            check_top(rows, "top_k", self.top, vocab_size)
 
     def of(self, logits: Tensor, ids: Tensor, softmax: SoftmaxParams) -> Tensor:
-        """``[N, K + top]`` ids of logits ``R + (V,)``; ``ids`` are the rows' own."""
+        """Return the ``[N, K + top]`` ids for logits ``R + (V,)``. ``ids`` are the
+        targets of the rows.
+        """
         parts = [] if self.given is None else [self.given]
         if self.top:
             parts.append(top_ids(logits, ids, self.top, softmax))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def states(self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, dtype: torch.dtype) -> Tensor:
+        """Of a shard's logits: what this rank tells the others, ``[N, K + 2·top]`` in the dtype of its statistics."""
+        return pick_states(logits, ids, self.given, self.top, temperature, softmax, dtype)
+
+    def merged(self, states: Tensor, ids: Tensor, columns: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """``(logits, ids)``, ``[N, K + top]``, from the states ``[W, N, K + 2·top]`` of all ranks."""
+        return merged_picks(states, ids, self.given, self.top, columns)

@@ -1,4 +1,6 @@
-"""Divergences and distillation from hidden states: neither the student's logits nor the teacher's exist as a whole."""
+"""Divergences and distillation from hidden states. The logits of neither the student
+nor the teacher exist as a whole.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ from typing_extensions import Unpack
 
 from ..calls.hidden import resolve_hidden
 from ..calls.keywords import HiddenLogits, LMHeadKeywords, LMHeadOptions, SoftmaxOptions, TopKLogps, parse
-from ..calls.softmax import NO_PICKED, refuse_process_group
 from ..calls.top_teacher import resolve_top_teacher
 from ..calls.two_hidden import OtherOptions, no_ids, resolve_two_hidden
 from ..engine.distillation import DistillationLossOutput, DistillationObjective, check_kind, distillation_weights
@@ -38,8 +39,10 @@ def linear_token_divergence(
 ) -> Call[Tensor]:
     """:func:`token_divergence` from hidden states, a few rows of both models' logits at a time.
 
-    p is the softmax of ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)`` (the policy, the student), q that of ``other`` (the reference, the
-    teacher), which gets no gradient. Every kind is the same number, with the same gradient, as from logits.
+    p is the softmax of ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)`` (the
+    policy, the student). q is that of ``other`` (the reference, the teacher), which
+    gets no gradient. Every kind gives the same number, with the same gradient, as from
+    logits.
 
     Args:
         hidden: ``R + (D,)``. lm_head_weight: ``[V, D]``, and the other arguments of p's head: as in :func:`linear_token_logps`.
@@ -51,8 +54,9 @@ def linear_token_divergence(
         memory_budget: bytes of both models' logits, as in :func:`linear_token_logps`.
 
     Returns:
-        R in fp32 (fp64 for fp64 hidden states), with gradients to hidden, weight, bias and LoRA factors. Backward computes the logits of both
-        models again where they were not kept.
+        R in fp32 (fp64 for fp64 hidden states), with gradients to hidden, weight, bias
+        and LoRA factors. Backward recomputes the logits of both models if they were not
+        kept.
 
     Raises:
         InvalidCall: a shape or dtype that does not fit, or a tensor of ``other`` that requires grad.
@@ -78,10 +82,9 @@ def _source(
     softmax, head, of_other = options
     if not isinstance(other, TopKLogps):
         return TwoHiddenSource(resolve_two_hidden(op, hidden, weight, other, mask, head, softmax, of_other, named), beta)
-    refuse_process_group(op, softmax.process_group, NO_PICKED)
     p = resolve_hidden(op, hidden, weight, no_ids(op, hidden), head, softmax, {"completion_mask": mask, **named})
-    teacher = resolve_top_teacher(p.rows, other, of_other, p.settings.softmax.vocab_size)
-    return TopTeacherSource(HiddenSource(p, Picks(teacher.ids)), teacher, beta)
+    teacher = resolve_top_teacher(p.rows, other, of_other, p.settings.softmax.total())
+    return TopTeacherSource(HiddenSource(p, Picks(teacher.ids, name=f"{of_other.name}.token_ids")), teacher, beta)
 
 
 @public_op
@@ -101,13 +104,18 @@ def linear_distillation_loss(
     teacher_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[DistillationLossOutput]:
-    """:func:`distillation_loss` from hidden states: ``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items`` without either model's logits.
+    """:func:`distillation_loss` from hidden states.
+
+    It is ``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items`` without the logits of
+    either model.
 
     ``kind``, ``beta`` and the two models are those of :func:`linear_token_divergence` (``teacher`` is its ``other``), ``generalized_jsd`` included;
     ``token_weights``, ``num_items_in_batch`` and ``loss_scale`` those of :func:`distillation_loss`.
 
-    ``one_pass`` (the default where a gradient is needed) forms every gradient in forward: three GEMMs a chunk for the student, one for the teacher.
-    ``two_pass`` computes both logits again in backward (four and two), and supports a second one.
+    ``one_pass`` (the default if a gradient is needed) computes every gradient in
+    forward, with three GEMMs per chunk for the student and one for the teacher.
+    ``two_pass`` recomputes both logits in backward (four and two GEMMs), and supports a
+    second backward.
 
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(1, 2, requires_grad=True)

@@ -1,7 +1,9 @@
-"""The chunked LM head's two autograd Functions: logits of a few rows at a time in one reused buffer, and the kernels in place on it.
+"""The two autograd Functions of the chunked LM head.
 
-As for logits there are statistics (backward recomputes a chunk's logits, or has kept them) and the one-pass loss (three GEMMs in forward). Where
-there is a second model, its logits exist for the same chunk.
+The logits of a few rows at a time are in one reused buffer, and the kernels work in
+place on it. As for logits there are statistics (backward recomputes a chunk's logits,
+or has kept them) and the one-pass loss (three GEMMs in forward). If there is a second
+model, its logits exist for the same chunk.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...calls.hidden import ChunkSettings, Hidden, LMHead
+from ...calls.released import partitioned, refuse_released_since
 from ...rows.groups import IGNORE_INDEX
 from .. import again
 from .. import ops as library
@@ -37,7 +40,9 @@ def without_grad(forward: Any) -> Any:
 
 
 class LinearStatistics(torch.autograd.Function):
-    """What a measure finds of the head's logits, one element for each of M rows, differentiable to everything the head is made of."""
+    """What a measure finds of the head's logits, one element for each of M rows,
+    differentiable to every tensor of the head.
+    """
 
     @staticmethod
     @without_grad
@@ -57,11 +62,23 @@ class LinearStatistics(torch.autograd.Function):
             else:
                 buffers = working = working or Buffers(size, head, settings, other)
             parts.append(measure.stats(buffers.logits(hidden, rows, where), needs_grad))
-        # Of a sharded vocabulary the ranks exchange all rows at once, whatever the chunks are.
-        outputs, rest = measure.merged(Found(*(_joined(found) for found in zip(*parts, strict=True))), rows.ids)
+        found = Found(*(_joined(part) for part in zip(*parts, strict=True)))
+        shards = measure.over()
+        if shards is not None:
+            # The ranks exchange all rows at once, whatever the chunks are.
+            found = measure.merged(shards.gathered(measure.states(found)), rows)
+            if measure.sweeps_again():
+                working = working or Buffers(size, head, settings, other)
+                sums = [
+                    measure.sums(working.logits(hidden, rows, where), Found(_at(found.outputs, where), _at(found.rest, where)))
+                    for where in _runs(hidden, size)
+                ]
+                found = measure.with_sums(found, shards.gathered(torch.cat(sums, 1)).sum(0))
+        outputs, rest = found
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.measure, ctx.lora_scale = settings, measure, lora_scale
-        # Backward writes over the first model's, so they serve once; a second backward makes the same ones again.
+        # Backward writes over the first model's logits, so they serve only once. A
+        # second backward computes the same ones again.
         ctx.kept = kept
         ctx.other = None if other is None else (other.settings, None if other.head is None else other.head.lora_scale)
         others = () if other is None else (other.values, other.picked, *(other.head[:4] if other.head is not None else ()))
@@ -78,6 +95,7 @@ class LinearStatistics(torch.autograd.Function):
         if all(g is None for g in by):
             return (None,) * 10
         hidden, weight, bias, lora_a, lora_b, *saved = ctx.saved_tensors
+        refuse_released_since("backward", (weight, bias, lora_a, lora_b))
         rows, outputs, rest, others = _split(saved, ctx.split)
         rows, settings = PerRow(*rows), ctx.settings
         other = None if ctx.other is None else _other_head(others, *ctx.other)
@@ -92,7 +110,7 @@ class LinearStatistics(torch.autograd.Function):
         count, kept, ctx.kept = hidden.size(0), ctx.kept, [None] * len(ctx.kept)
         size = min(settings.chunk_rows, count)
         again_from = min(len(kept) * size, count)
-        # Rows without a coefficient are not even computed again.
+        # Rows without a coefficient are not computed again.
         with_gradient = (
             rows_with_gradient(*_at(by, slice(again_from, count))) if settings.drop_zero_gradient and again_from < count else None
         )
@@ -119,7 +137,8 @@ class LinearStatistics(torch.autograd.Function):
         kept = chunk = logits = None  # freed before the working chunk is made
         buffers = buffers if left else None
         for run in chunks(0, left, max(size, 1)):
-            # As many rows as in forward, padding included, so that the same logits are found.
+            # There are as many rows as in forward, padding included, so that the logits
+            # are the same.
             buffers = buffers or Buffers(size, head, settings, other)
             at = slice(again_from + run.start, again_from + run.stop) if with_gradient is None else again_from + with_gradient[run]
             add(at, buffers.logits(hidden, rows, at), buffers.values, False)
@@ -127,7 +146,9 @@ class LinearStatistics(torch.autograd.Function):
 
 
 class LinearOnePass(torch.autograd.Function):
-    """``(loss, table)`` with every gradient formed in forward, from one GEMM for each model's logits and two for the gradients."""
+    """``(loss, table)``. Forward computes every gradient, with one GEMM for each
+    model's logits and two for the gradients.
+    """
 
     @staticmethod
     @without_grad
@@ -147,6 +168,7 @@ class LinearOnePass(torch.autograd.Function):
             gradients.add(where, hidden[where], buffers.values, part.rows_with_gradient(table) if settings.drop_zero_gradient else None)
         table, results = torch.cat(tables, 1), gradients.finish()
         ctx.given, ctx.backend, ctx.op = [g is not None for g in results], work.ran_by(), work.op()
+        ctx.partitioned = partitioned(parameters[:4])
         ctx.save_for_backward(*(g for g in results if g is not None))
         ctx.mark_non_differentiable(table)
         return work.loss(table), table
@@ -154,14 +176,18 @@ class LinearOnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
         forbid_second_backward(ctx, ctx.op)
+        refuse_released_since(ctx.op, ctx.partitioned)
         saved = iter(ctx.saved_tensors)
-        # A launch each: of these tensors, of several dtypes, the smallest costs the few microseconds that an empty launch takes.
+        # Each takes one launch. For the smallest of these tensors, which have several
+        # dtypes, an empty launch costs the few microseconds.
         results = [library.scaled(next(saved), upstream, ctx.backend) if given else None for given in ctx.given]
         return (*results, *(None,) * 5)
 
 
 def linear_statistics(hidden: Hidden, rows: PerRow, other: OtherHead | None, measure: Measure) -> tuple[Tensor, ...]:
-    """The outputs of :class:`LinearStatistics`; as plain torch where that is the measure's backend."""
+    """Return the outputs of :class:`LinearStatistics`, as plain torch if that is the
+    measure's backend.
+    """
     if measure.ran_by() == again.TORCH:
         return _in_torch(hidden.states, hidden.head, rows, other, hidden.settings, measure)
     found: tuple[Tensor, ...] = LinearStatistics.apply(  # type: ignore[no-untyped-call]
@@ -177,12 +203,16 @@ def _in_torch(
 
 
 def _runs(hidden: Tensor, size: int) -> list[slice]:
-    """The chunks of a call; an empty one where there are no rows, so that its results have their shapes and dtypes."""
+    """Return the chunks of a call.
+
+    Without rows there is one empty chunk, so that its results have their shapes and
+    dtypes.
+    """
     return list(chunks(0, hidden.size(0), max(size, 1))) or [slice(0, 0)]
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The same of all rows, from what was found of chunks."""
+    """Join the results of chunks into those of all rows."""
     return parts[0] if len(parts) == 1 else tuple(torch.cat(found) for found in zip(*parts, strict=True))
 
 
@@ -191,7 +221,7 @@ def _at(found: tuple[Any, ...], rows: slice | Tensor) -> tuple[Any, ...]:
 
 
 def _split(saved: list[Any], counts: tuple[int, ...]) -> tuple[tuple[Any, ...], ...]:
-    """Runs of ``counts`` elements, and what is left."""
+    """Split into runs of ``counts`` elements, and the rest."""
     runs = []
     for count in counts:
         runs.append(tuple(saved[:count]))

@@ -1,7 +1,9 @@
-"""What is computed of a chunk of logits: a row's statistics and their gradient, from one model's logits or from two models'.
+"""What is computed of a chunk of logits: row statistics and their gradient, for one
+model or two.
 
-A measure knows backends and formulas, and nothing of heads and chunks: those are :mod:`.autograd`'s. Records here have methods and no
-properties: PyTorch 2.10 and 2.11 compile no property of a NamedTuple.
+A measure uses backends and formulas. It does not know heads and chunks, which belong to
+:mod:`.autograd`. Records here have methods and no properties: PyTorch 2.10 and
+2.11 compile no property of a NamedTuple.
 """
 
 from __future__ import annotations
@@ -12,19 +14,21 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...backends.base import SoftmaxParams
+from ...backends.base import DIVERGENCE_STATS, SoftmaxParams
 from ...backends.picked import Picked
 from ...backends.shards import VocabShards
 from ...calls.sampling_mask import KeptSets
 from .. import again, jsd_ops
 from .. import ops as library
-from ..autograd import FIXED, OpOptions, Softmaxes, asked_for, stats_table, whole_rows, with_empty, written_gradient
+from ..autograd import FIXED, LSE_LOW, OpOptions, Softmaxes, asked_for, merged_rows, stats_table, with_empty, written_gradient
 from ..picks import PICKED, PICKED_IDS, Picks
 from .gemms import chunks
 
 
 class PerRow(NamedTuple):
-    """What is known of every computed row beside its logits. A temperature has one element or one a row."""
+    """The data of every computed row, apart from its logits. A temperature has one
+    element, or one per row.
+    """
 
     ids: Tensor  # [M]
     temperature: Tensor
@@ -36,11 +40,11 @@ class PerRow(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor, temperature: Tensor, picked: Tensor | None, sets: KeptSets | None) -> PerRow:
-        """Of one model's rows."""
+        """Return the data of one model's rows."""
         return cls(ids, temperature, None, picked, *((None,) * 3 if sets is None else sets[:3]))
 
     def sets(self) -> KeptSets | None:
-        """Whose entropy is meant is told elsewhere."""
+        """Return the kept sets. They do not tell over which set the entropy is taken."""
         if self.kept_ids is None or self.kept_row is None or self.kept_bounds is None:
             return None
         return KeptSets(self.kept_ids, self.kept_row, self.kept_bounds, False)
@@ -56,14 +60,16 @@ class PerRow(NamedTuple):
 
 
 class LogitRows(NamedTuple):
-    """The logits of some rows, those of the second model where there is one, and what else is known of the rows."""
+    """The logits of some rows, those of the second model if there is one, and the other
+    data of the rows.
+    """
 
     values: Tensor  # [n, V]
     other: Tensor | None
     rows: PerRow
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What an op on one tensor or on two takes first."""
+        """Return the first arguments of an op on one tensor or on two."""
         if self.other is None:
             return self.values, self.rows.ids, self.rows.temperature
         assert self.rows.other_temperature is not None
@@ -71,7 +77,10 @@ class LogitRows(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a measure has found of some rows, one element a row: what callers get, and what else its gradient reads."""
+    """The results of a measure for some rows, one element per row.
+
+    They are the outputs for callers, and the further values that their gradient reads.
+    """
 
     outputs: tuple[Tensor, ...]
     rest: tuple[Tensor, ...]
@@ -86,9 +95,15 @@ _BLOCK = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
 def wide_blocks(logits: LogitRows) -> Iterator[tuple[slice, LogitRows]]:
-    """A few rows at a time, with a copy of the first model's logits in the dtype of row arithmetic: where two gradients are added, the sum is rounded once."""
+    """Work on a few rows at a time, with a copy of the first model's logits in the
+    dtype of row arithmetic.
+
+    Where two gradients are added, the sum is rounded once.
+    """
     dtype = library.row_dtype(logits.values)
-    most = _BLOCK.get(logits.values.device.type, _BLOCK["cuda"]) // (logits.values.size(1) * dtype.itemsize)
+    most = _BLOCK.get(logits.values.device.type, _BLOCK["cuda"]) // (
+        max(logits.values.size(1), 1) * dtype.itemsize
+    )  # a shard may have no column
     for rows in chunks(0, max(logits.values.size(0), 1), max(most, 1)):  # one of a call without rows
         other = None if logits.other is None else logits.other[rows]
         yield rows, LogitRows(logits.values[rows].to(dtype, copy=True), other, logits.rows.at(rows))
@@ -101,23 +116,51 @@ class Measure(Protocol):
         """The backend."""
 
     def differentiable(self) -> tuple[bool, ...]:
-        """Of each output, whether it has a gradient."""
+        """Return for each output whether it has a gradient."""
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
-        """The statistics, and what the gradient reads if there will be one; of a shard, also what it is merged by."""
+        """Return the statistics, and the values that the gradient reads if there will
+        be one.
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        """Of the statistics of all rows: those of whole rows, where several ranks have the vocabulary. One collective."""
+        For a shard they include those by which shards are merged.
+        """
+
+    def over(self) -> VocabShards | None:
+        """Of a vocabulary that several ranks have."""
+
+    def states(self, found: Found) -> Tensor:
+        """``[S, M]``: what a rank tells the others of its shard's statistics of all rows."""
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        """The statistics of whole rows from the states ``[W, S, M]`` of all ranks."""
+
+    def sweeps_again(self) -> bool:
+        """Whether some outputs are sums over the columns of what is known of whole rows: of shards, then, a second sweep finds them."""
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        """``[S, n]``: a shard's parts of these sums, from the statistics of whole rows."""
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        """All that is found, with the sums ``[S, M]`` over all shards."""
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
-        """The gradient by the first model's logits from the derivatives ``by`` each output; None if it stands over them now, which it does if it may."""
+        """Return the gradient by the first model's logits from the derivatives ``by``
+        each output.
+
+        It is None if the gradient was written over them, which happens if ``over``
+        allows it.
+        """
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
-        """The outputs as differentiable torch."""
+        """Return the outputs as differentiable torch."""
 
 
 class TokenMeasure(NamedTuple):
-    """The named statistics of one model's logits; where ids are picked also their log-probs and themselves, ``top`` of them by their logits."""
+    """The named statistics of one model's logits.
+
+    If ids are picked, there are also their log-probs and the ids, ``top`` of them by
+    their logits.
+    """
 
     softmax: SoftmaxParams
     backend: str
@@ -129,6 +172,9 @@ class TokenMeasure(NamedTuple):
     def ran_by(self) -> str:
         return self.backend
 
+    def over(self) -> VocabShards | None:
+        return self.shards
+
     def names(self) -> tuple[str, ...]:
         return (*self.stats_of_rows, PICKED, PICKED_IDS) if self.picks else self.stats_of_rows
 
@@ -138,20 +184,43 @@ class TokenMeasure(NamedTuple):
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         z, ids, t = self._tensors(logits)
         wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks, self.shards)
-        table = stats_table(z, ids, t, logits.rows.sets(), self.softmax, OpOptions(False, self.backend, False), wanted).unbind()
+        whole = stats_table(z, ids, t, logits.rows.sets(), self.softmax, OpOptions(False, self.backend, False), wanted)
+        table, picks = whole.unbind(), self._picks(logits.rows)
         outputs, rest = table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :]
-        if self.picks:
-            chosen = self._picks(logits).of(z, ids, self.softmax)
-            lse = outputs[self.stats_of_rows.index("lse")]
-            outputs = (*outputs, Picked(z, ids, chosen, t, self.softmax).logps(lse, rest[0]), chosen)
-        return Found(outputs, rest)
+        if self.picks and self.shards is not None:
+            return Found(outputs, (*rest, picks.states(z, ids, t, self.softmax, whole.dtype)))
+        return self._with_picks(outputs, rest, logits.rows, z, picks.of(z, ids, self.softmax)) if self.picks else Found(outputs, rest)
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        if self.shards is None:
-            return found
+    def _with_picks(
+        self, outputs: tuple[Tensor, ...], rest: tuple[Tensor, ...], rows: PerRow, z: Tensor, chosen: Tensor, known: Tensor | None = None
+    ) -> Found:
+        names = asked_for(",".join(self.stats_of_rows), True).split(",")
+        by_name = dict(zip(names, (*outputs, *rest), strict=True))
+        picked = Picked(z, rows.ids, chosen, rows.temperature, self.softmax, known)
+        return Found((*outputs, picked.logps(by_name["lse"], by_name[LSE_LOW]), chosen), rest)
+
+    def states(self, found: Found) -> Tensor:
+        table = torch.stack([t for t in (*found.outputs, *found.rest) if t.dim() == 1])
+        return torch.cat([table, found.rest[-1].t()]) if self.picks else table
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        assert self.shards is not None
         names = asked_for(",".join(self.stats_of_rows), True, self.shards)
-        table = whole_rows(torch.stack([*found.outputs, *found.rest]), names, ids, self.shards).unbind()
-        return Found(table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :])
+        table, picked = merged_rows(states, names, rows.ids, self.shards, self._picks(rows) if self.picks else None)
+        outputs, rest = table.unbind()[: len(self.stats_of_rows)], table.unbind()[len(self.stats_of_rows) :]
+        if picked is None:
+            return Found(outputs, rest)
+        values, chosen = picked
+        return self._with_picks(outputs, rest, rows, values, chosen, values)
+
+    def sweeps_again(self) -> bool:
+        return False
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        raise NotImplementedError
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        raise NotImplementedError
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         more = asked_for(",".join(self.stats_of_rows), True).split(",")[len(self.stats_of_rows) :]
@@ -161,26 +230,32 @@ class TokenMeasure(NamedTuple):
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         z, ids, t = self._tensors(logits)
-        chosen = self._picks(logits).of(z.detach(), ids, self.softmax) if self.picks else None
+        chosen = self._picks(logits.rows).of(z.detach(), ids, self.softmax) if self.picks else None
         return again.token_stats(z, ids, t, self.softmax, self.names(), chosen, logits.rows.sets())
 
-    def _picks(self, logits: LogitRows) -> Picks:
-        return Picks(logits.rows.picked, self.top)
+    def _picks(self, rows: PerRow) -> Picks:
+        return Picks(rows.picked, self.top)
 
     def _tensors(self, logits: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
         return logits.values, logits.rows.ids, logits.rows.temperature
 
 
 class DivergenceMeasure(NamedTuple):
-    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` of two models' logits: of the JSD, where there is a ``beta``, the gradient is that of nothing else."""
+    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` of two models' logits.
+
+    With a ``beta`` there is the JSD, and only it has a gradient.
+    """
 
     softmaxes: Softmaxes
     backend: str
     beta: float | None
-    shards: VocabShards | None = None  # over ranks, each with its columns of both models
+    shards: VocabShards | None = None  # shards over ranks, each with its columns of both models
 
     def ran_by(self) -> str:
         return self.backend
+
+    def over(self) -> VocabShards | None:
+        return self.shards
 
     def differentiable(self) -> tuple[bool, ...]:
         return (True, True, True, False) if self.beta is None else (False, False, False, False, True)
@@ -190,19 +265,38 @@ class DivergenceMeasure(NamedTuple):
         if self.shards is not None:
             whole = with_empty(whole, logits.tensors(), self.softmaxes, self.backend)
         table = whole.unbind()
-        if self.beta is None:
+        if self.beta is None or self.shards is not None:
             return Found(table[:4], table[4:])
         return Found((*table[:4], jsd_ops.generalized_jsd(*logits.tensors(), self.beta, *self.softmaxes)), table[4:])
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        if self.shards is None:
-            return found
-        table = self.shards.merged_divergences(torch.stack([*found.outputs, *found.rest]), ids).unbind()
+    def states(self, found: Found) -> Tensor:
+        return torch.stack([*found.outputs, *found.rest])
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        assert self.shards is not None
+        table = self.shards.merged_divergences(states, rows.ids).unbind()
         return Found(table[:4], table[4:])
+
+    def sweeps_again(self) -> bool:
+        return self.beta is not None and self.shards is not None
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        known = torch.stack(found.rest)
+        parts: Tensor = library.called(jsd_ops.jsd_parts, *logits.tensors(), known, self.beta, *self.softmaxes, False)
+        return parts
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        assert self.beta is not None
+        to_p, to_q = sums.unbind()
+        return Found((*found.outputs, self.beta * to_q + (1 - self.beta) * to_p), (*found.rest, to_p))
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         two, zero = logits.tensors(), torch.zeros_like(found.outputs[0])
         derivatives = [zero if g is None else g for g, moves in zip(by, self.differentiable(), strict=True) if moves]
+        if self.beta is not None and self.shards is not None:
+            parts = (*two, torch.stack(found.rest), derivatives[0], self.beta, *self.softmaxes, False)
+            by_logits = library.called(jsd_ops.jsd_parts_grad_ if over else jsd_ops.jsd_parts_grad, *parts)
+            return None if over else by_logits
         if self.beta is not None:
             arguments: tuple[Any, ...] = (*two, derivatives[0], self.beta, *self.softmaxes)
             if over:
@@ -219,7 +313,11 @@ class DivergenceMeasure(NamedTuple):
 
 
 class JointMeasure(NamedTuple):
-    """One model's statistics and its divergences from a second one, of the same chunk of logits: the outputs of the first, then those of the second."""
+    """One model's statistics and its divergences from a second model, from the same
+    chunk of logits.
+
+    The outputs of the first measure come first, then those of the second.
+    """
 
     token: TokenMeasure
     divergence: DivergenceMeasure
@@ -231,17 +329,42 @@ class JointMeasure(NamedTuple):
         return self.token.differentiable() + self.divergence.differentiable()
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
-        first, second = self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad)
+        return self._joined(self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad))
+
+    def over(self) -> VocabShards | None:
+        return self.token.over()
+
+    def states(self, found: Found) -> Tensor:
+        return torch.cat([measure.states(part) for measure, part in self._parts(found, of_shard=True)])
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        own = states.size(1) - len(DIVERGENCE_STATS)
+        return self._joined(self.token.merged(states[:, :own], rows), self.divergence.merged(states[:, own:], rows))
+
+    def sweeps_again(self) -> bool:
+        return self.divergence.sweeps_again()
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        return self.divergence.sums(logits, self._parts(found)[1][1])
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        (_, first), (_, second) = self._parts(found)
+        return self._joined(first, self.divergence.with_sums(second, sums))
+
+    def _parts(self, found: Found, of_shard: bool = False) -> tuple[tuple[TokenMeasure, Found], tuple[DivergenceMeasure, Found]]:
+        outputs, rest = len(self.token.names()), 2 if of_shard else 1  # lse_low, and of a shard what rounding its log-prob lost
+        first, second = Found(found.outputs[:outputs], found.rest[:rest]), Found(found.outputs[outputs:], found.rest[rest:])
+        return (self.token, first), (self.divergence, second)
+
+    def _joined(self, first: Found, second: Found) -> Found:
         return Found(first.outputs + second.outputs, first.rest + second.rest)
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        return found  # of one rank: a sharded vocabulary is refused beside a teacher
-
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
-        outputs, rest = len(self.token.names()), 1  # of one model there is only lse_low besides
+        (_, first_known), (_, second_known) = self._parts(found)
+        outputs = len(self.token.names())
         parts: tuple[tuple[Measure, Found, tuple[Tensor | None, ...]], ...] = (
-            (self.token, Found(found.outputs[:outputs], found.rest[:rest]), by[:outputs]),
-            (self.divergence, Found(found.outputs[outputs:], found.rest[rest:]), by[outputs:]),
+            (self.token, first_known, by[:outputs]),
+            (self.divergence, second_known, by[outputs:]),
         )
         for (measure, known, derivatives), (_, _, others) in zip(parts, reversed(parts), strict=True):
             if all(g is None for g in others):

@@ -1,4 +1,8 @@
-"""Two models' hidden states, or one's and the other's logits, as a source: divergences of logits that never exist as a whole."""
+"""A source from the hidden states of two models, or from those of one and the logits of
+the other.
+
+It gives divergences of logits that never exist as a whole.
+"""
 
 from __future__ import annotations
 
@@ -44,17 +48,16 @@ class TwoHiddenSource(PlainSource):
             return whole
         return self._statistics(backend)
 
-    @torch.compiler.disable
     def _of_shards(self, backend: str) -> dict[str, Tensor]:
+        return self.agreed((), backend)._statistics(backend)
+
+    def agreed(self, asked: tuple[str, ...], backend: str) -> TwoHiddenSource:
+        """The same once all ranks have agreed on who has which columns, and that ``asked`` is asked besides."""
         p = self.both.p
         assert p.shard is not None
         refuse_transforms(p.rows, backend)
-        if self.beta is not None:
-            raise p.rows.unsupported(
-                "process_group: a generalized_jsd is no sum of what the shards have by themselves; gather the vocabulary."
-            )
-        own = with_shards(p, p.shard.agreed(p.rows, STATISTICS, p.needs_grad))
-        return replace(self, both=replace(self.both, p=own))._statistics(backend)
+        own = with_shards(p, *p.shard.agreed(p.rows, p.ids, (*asked, *self.names, self.beta), p.needs_grad))
+        return replace(self, both=replace(self.both, p=own))
 
     def _statistics(self, backend: str) -> dict[str, Tensor]:
         values = linear_statistics(self.both.p, self.per_row, self.other, self.measure(backend))
@@ -68,7 +71,7 @@ class TwoHiddenSource(PlainSource):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The statistics, in the order of the measure's outputs."""
+        """Return the names of the statistics in the order of the measure's outputs."""
         return STATISTICS if self.beta is None else (*STATISTICS, GENERALIZED_JSD)
 
     @property
