@@ -140,7 +140,7 @@ OF_LISTS = {
     "too many": "top_k is 21, expected an integer from 1 to 20",
     "kept beyond": "sampling_mask.token_ids has ids beyond 19",
     "bool mask": "pass vocab_size",
-    "not kept": "which is none of the 2 ids that sampling_mask keeps there",
+    "not kept": "which is not one of the 2 ids that sampling_mask keeps there",
     "top": "differ in",
 }
 
