@@ -44,7 +44,7 @@ enum class Operation : int {
 constexpr int kMaxRegisters = 1 << 12;
 constexpr int kMaxSharedRegisters = 320;  // where they are in a GPU's shared memory
 
-/// The order of a row's inputs, which row weights follow: LEAVES of reweight_ops/_core/formula/base.py.
+/// The order of a row's inputs, which row weights follow: TOKEN_FIELDS of reweight_ops/_core/formula/base.py.
 enum Leaf { kLogp, kOldLogp, kLogRatio, kRefLogp, kSamplingLogp, kAdv, kEntropy, kLogSumPSq, kLeaves };
 
 constexpr int kLossOutputs = 5;

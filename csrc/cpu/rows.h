@@ -18,7 +18,7 @@ struct RowNumbers {
     bool is_signed;  // its highest bit is a sign, of which 0 may have either: floating point
 };
 
-/// Which rows are in. `ids` are int32 or int64; a row is out if its id is OUT, or its mask 0.
+/// Which rows are in. `ids` are int32 or int64; a row is ignored if its id is kIgnoreIndex, or its mask 0.
 struct MaskCall {
     RowNumbers ids, mask, denominator;
     int64_t run, rows;

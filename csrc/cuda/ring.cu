@@ -65,7 +65,7 @@ RW_DEVICE void evaluate_rows(const RingCall& call, const BlockSlice& slice, cons
         RowStage& stage = ring.stage(state.index);
         prefetch_inputs(call, i, lane);
         const Row<T> row(call, i, rows.now.id, rows.now.temperature);
-        // The target's logit is read by the block that will overwrite it, and before anybody can: they wait for the message that has it.
+        // The target's logit is read by the block that will overwrite it, and before anybody can: they wait for the sums that come with it.
         const int vector = row.target / kPerVector<T>;
         const int owner = vector < slice.slices.vectors ? vector / slice.slices.each : slice.slices.count - 1;
         const float target = row.target >= 0 && owner == slice.rank ? widen(row.x[row.target]) : -kInf;

@@ -25,7 +25,7 @@ struct SlicePartial {
 RW_DEVICE Vector as_vector(const Partial& s) { return {as_bits(s.top), as_bits(s.rest), as_bits(s.dot), as_bits(s.sum_sq)}; }
 RW_DEVICE Partial as_partial(const Vector& v) { return {as_float(v.words[0]), as_float(v.words[1]), as_float(v.words[2]), as_float(v.words[3])}; }
 
-/// A row on its way through the block. A block sends row k after it has this block's message of row k - 1, which is sent when row k - 2 is evaluated;
+/// A row on its way through the block. A block sends row k after it has this block's sums of row k - 1, which is sent when row k - 2 is evaluated;
 /// and its warps have written the gradient of row k - kStages when they give the sums of row k.
 struct RowStage {
     SlicePartial sent[kMaxSlices];

@@ -1,10 +1,13 @@
 """The per-token maths of every loss, each formula once. Surrogates, likelihood terms, penalties, and how a user adds one: :mod:`.base`."""
 
-from .._core.formula.base import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
+from .._core.formula.base import RULES, TOKEN_FIELDS, WEIGHTS, Rule, TokenWeight, rule, weight
+from .._core.names import renamed as _renamed
 from . import likelihood as likelihood
 from . import off_policy as off_policy
 from . import on_policy_kl as on_policy_kl
 from . import penalties as penalties
 from . import surrogates as surrogates
 
-__all__ = ["LEAVES", "RULES", "WEIGHTS", "Rule", "TokenWeight", "rule", "weight"]
+__all__ = ["RULES", "TOKEN_FIELDS", "WEIGHTS", "Rule", "TokenWeight", "rule", "weight"]
+
+__getattr__ = _renamed(__name__, {"LEAVES": "TOKEN_FIELDS"})

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from ..formula.loss_program import Program
+from ..names import with_own_keywords
 from ..rows.primitives import RowPrimitives
 
 #: Row statistics that ``token_stats`` can return: ``max_logp`` is ``max x - lse``, the log-prob of the likeliest token. ``lse_low`` is what
@@ -90,7 +91,7 @@ def rows_of(logits: Tensor) -> RowAddresses:
 class RowInputs(NamedTuple):
     """Per-row inputs of ``token_loss_grad``. ``old_logp=None``: on-policy, ``old_logp = logp`` without gradient."""
 
-    weights: Tensor  # [K, N]: row weight of each term; dimension 0 may be expanded (stride 0)
+    row_weights: Tensor  # [K, N]: row weight of each term; dimension 0 may be expanded (stride 0)
     old_logp: Tensor | None = None
     adv: Tensor | None = None
     ref_logp: Tensor | None = None
@@ -99,6 +100,9 @@ class RowInputs(NamedTuple):
     def stored(self) -> dict[str, Tensor]:
         """What the call was given besides the weights, by the names of a formula's leaves."""
         return {name: t for name, t in zip(self._fields[1:], self[1:], strict=True) if t is not None}
+
+
+RowInputs.__new__ = with_own_keywords(RowInputs.__new__)  # type: ignore[method-assign]
 
 
 class DivergenceInputs(NamedTuple):

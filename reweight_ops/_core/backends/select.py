@@ -86,11 +86,6 @@ def state() -> tuple[Any, ...]:
     return (os.environ.get(_VARIABLE), *ORDER.values(), *_loaded.values())
 
 
-def unsupported_reasons(request: Request, name: str = "auto") -> dict[str, str | None]:
-    """Every candidate and why it cannot serve the request (None: it can)."""
-    return {candidate: unsupported_reason(candidate, request) for candidate in candidates(request.device, name)}
-
-
 def choose(request: Request, name: str = "auto") -> str:
     """The first candidate without a reason against it. Raises with every candidate's reason when none is left."""
     found = {}

@@ -59,7 +59,7 @@ def refuse_learnt(value: Any, fail: Fail, name: str = "temperature") -> None:
 def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
     """The temperature as ``[1]`` or ``[N]`` in the row dtype, in the graph of the caller's."""
     if isinstance(value, Tensor):
-        found = value.to(rows.dtype).view(1) if value.dim() == 0 else rows.per_row("temperature", value)
+        found = value.to(rows.dtype).view(1) if value.dim() == 0 else rows.flatten_per_token("temperature", value)
         if is_readable(found):
             _check_temperature(found, rows, fail)
             return found

@@ -154,7 +154,7 @@ def _write_kept_loss_grad(
     leaves = {"old_logp": known["logp"], "logp": known["logp"], "entropy": known[entropy], "log_sum_p_sq": known["log_sum_p_sq"]}
     evaluate = load(backend).evaluate_rows or evaluate_rows
     leaves |= inputs.stored()
-    weighted, loss, *by = evaluate(Program.decode(program), params, leaves, inputs.weights, ONE_PASS, position != IGNORE_INDEX)
+    weighted, loss, *by = evaluate(Program.decode(program), params, leaves, inputs.row_weights, ONE_PASS, position != IGNORE_INDEX)
     graph = loss_graph(Program.decode(program))
     names = {"logp": "logp", "entropy": entropy, "log_sum_p_sq": "log_sum_p_sq"}
     derivatives: dict[str, Tensor | None] = {names[x]: d for x, d in zip(STATISTICS, by, strict=True) if graph.moves(x)}

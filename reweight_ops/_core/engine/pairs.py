@@ -109,10 +109,10 @@ class PairObjective:
 
     def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> PreferenceLossOutput:
         known = {name: value for name, value in statistics.items() if name != "lse"}
-        return evaluate(self.call, known, choice.backend)
+        return pair_loss(self.call, known, choice.backend)
 
 
-def evaluate(call: PairCall, statistics: dict[str, Tensor], backend: str) -> PreferenceLossOutput:
+def pair_loss(call: PairCall, statistics: dict[str, Tensor], backend: str) -> PreferenceLossOutput:
     """``statistics``: ``logp`` ``[N]``, and ``log_sum_p_sq`` and ``kl`` where the spec reads them; gradients flow to all of them."""
     spec, rows = call.spec, call.rows
     tokens = {name: torch.where(rows.keep, value, 0) for name, value in {**call.tokens, **statistics}.items()}

@@ -18,13 +18,10 @@ from ...errors import InvalidCall
 from ..ranges import Unread, ranged
 
 #: What a formula may read of its token. ``old_logp`` is a leaf of its own: at sequence level it is not ``logp - log_ratio``.
-LEAVES = ("logp", "old_logp", "log_ratio", "ref_logp", "sampling_logp", "adv", "entropy", "log_sum_p_sq")
+TOKEN_FIELDS = ("logp", "old_logp", "log_ratio", "ref_logp", "sampling_logp", "adv", "entropy", "log_sum_p_sq")
 
-#: The leaves through which a gradient flows to the logits.
-DIFFERENTIABLE_LEAVES = ("logp", "log_ratio", "entropy", "log_sum_p_sq")
-
-#: The leaves that only the current policy's logits can tell; every other one is stored with the batch.
-DIFFERENTIABLE_LEAVES = ("logp", "log_ratio", "entropy", "log_sum_p_sq")
+#: The fields that only the current policy's logits can tell, through which a gradient flows to them; every other one is stored with the batch.
+DIFFERENTIABLE_FIELDS = ("logp", "log_ratio", "entropy", "log_sum_p_sq")
 
 RULES: dict[str, type[Rule]] = {}
 WEIGHTS: dict[str, type[TokenWeight]] = {}
@@ -66,7 +63,7 @@ class Rule(Formula):
     kind: ClassVar[str] = "surrogate"
 
     def loss(self, xp: Any, t: Any) -> Any:
-        """The token's loss; ``t`` has the attributes :data:`LEAVES`."""
+        """The token's loss; ``t`` has the attributes :data:`TOKEN_FIELDS`."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss(self, xp, t)")
 
     def clipped(self, xp: Any, t: Any) -> tuple[Any, Any] | None:

@@ -18,7 +18,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def evaluate(roots: Sequence[Expr], leaves: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[Tensor]:
+def interpret(roots: Sequence[Expr], leaves: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[Tensor]:
     """The values of ``roots``: ``leaves`` are ``[N]``, ``parameters`` 0-d, all of one dtype."""
     like = next(iter(leaves.values()))
     xp = TorchNamespace(like.dtype)

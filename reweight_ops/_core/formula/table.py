@@ -1,7 +1,7 @@
 """A loss graph as a table that C++ and CUDA interpret: operations on numbered registers, level by level.
 
 Registers, in this order: the program's parameters; the constants; what follows from those two alone and is computed
-once a call (uniform); a row's inputs, which are :data:`~reweight_ops._core.formula.base.LEAVES` and the row weights; the
+once a call (uniform); a row's inputs, which are :data:`~reweight_ops._core.formula.base.TOKEN_FIELDS` and the row weights; the
 values between, each register used again as soon as a level has read its value for the last time.
 
 A level holds operations that do not depend on each other, and writes no register that it reads: the lanes of a warp
@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .base import LEAVES
+from .base import TOKEN_FIELDS
 from .loss_program import ONE_PASS, LossGraph
 from .trace import SYMBOLS, Expr, unstopped, walk
 
@@ -168,7 +168,7 @@ class _Builder:
         for x in (x for level in self.uniform for x in level):
             self.at[x.index], first = first, first + 1
         self.inputs = first
-        names = [*LEAVES, *(f"w{k}" for k in range(graph.terms))]
+        names = [*TOKEN_FIELDS, *(f"w{k}" for k in range(graph.terms))]
         self.at |= {x.index: first + names.index(x.args[0]) for x in nodes if x.op == "leaf"}
         self.registers = first + len(names)
         self._allocate()

@@ -20,12 +20,12 @@ from .namespace import TorchNamespace
 class Term(NamedTuple):
     """One term of the loss: a rule whose fields are bound to values, and its coefficient (a number or 0-d tensor).
 
-    ``shares`` of a coupled reduction: from the term's weighted token losses (its coefficient apart) to what they add to the loss.
+    ``contributions`` of a coupled reduction: from the term's weighted token losses (its coefficient apart) to what they add to the loss.
     """
 
     rule: Rule
     coef: Any
-    shares: Callable[[Tensor], Tensor] | None = None
+    contributions: Callable[[Tensor], Tensor] | None = None
 
 
 class Terms(NamedTuple):
@@ -41,7 +41,7 @@ class TermResult(NamedTuple):
     loss: Tensor  # [N]: the same without w_k
 
 
-def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep: Tensor, batch: Any) -> TermResult:
+def combine_terms(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep: Tensor, batch: Any) -> TermResult:
     """Per-row losses from every leaf (``log_ratio`` included) and the row weights ``[K, N]``.
 
     A term selects the rows where its weight is not zero and evaluates only those, so that nothing of the others, not even an overflow,
@@ -60,18 +60,18 @@ def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep:
     weighted = loss = torch.zeros_like(leaves["logp"])
     chosen = torch.zeros_like(keep)
     for k, term in enumerate(terms.terms):
-        factor: Any = term.coef if term.shares is None else 1.0
+        factor: Any = term.coef if term.contributions is None else 1.0
         for u in (scoped["all"], scoped["surrogate"] if k == 0 else None):
             factor = factor if u is None else factor * u
         total = row_weights[k] * factor
         selected = keep if total.requires_grad else keep & (total != 0)
         value = term.rule.loss(xp, Leaves(safe_where(selected, leaves)))
         own = torch.where(selected, total * value, 0)
-        if term.shares is None:
+        if term.contributions is None:
             loss, weighted = loss + torch.where(selected, factor * value, 0), weighted + own
         else:
             loss = loss + torch.where(selected, term.coef * factor * value, 0)
-            weighted = weighted + term.coef * term.shares(own)
+            weighted = weighted + term.coef * term.contributions(own)
         chosen = chosen | selected
     # NaN in a row that counts is the row's loss and gradient: every comparison with NaN is false, so a clip would have stopped the gradient.
     # Times NaN in NaN rows only: in the others a NaN, though discarded, would alarm autograd's anomaly mode.

@@ -58,7 +58,7 @@ class Rows:
     def unsupported(self, message: str) -> UnsupportedRequest:
         return UnsupportedRequest(f"{self.op}: {message}")
 
-    def released(self) -> Rows:
+    def without_inputs(self) -> Rows:
         """The same without the call's arguments."""
         return self if not self.tensors else Rows(
             self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids,
@@ -108,7 +108,7 @@ class Rows:
     def unflatten(self, x: Tensor) -> Tensor:
         return x.view(self.shape)
 
-    def per_row(self, name: str, value: Any, *, logps: bool = False, differentiable: bool = False) -> Tensor:
+    def flatten_per_token(self, name: str, value: Any, *, logps: bool = False, differentiable: bool = False) -> Tensor:
         """A per-row argument as ``[N]`` in the row dtype: token shape, sequence shape, or a constant; any other shape is an error. ``logps``: log-probs,
         which have no gradient unless they are ``differentiable``."""
         if not isinstance(value, Tensor):

@@ -35,7 +35,7 @@ class Reduction:
     weight: TokenWeight | None = None
     #: Leaves and per-call data that it reads besides.
     requires: ClassVar[tuple[str, ...]] = ()
-    #: Whether the loss is no fixed linear combination of the token losses: :meth:`shares` then says what it is (always two_pass).
+    #: Whether the loss is no fixed linear combination of the token losses: :meth:`contributions` then says what it is (always two_pass).
     coupled: ClassVar[bool] = False
 
     def check(self, rows: Rows) -> None:
@@ -54,9 +54,10 @@ class Reduction:
         """``[N]`` in the row dtype; 0 where a row is out."""
         raise NotImplementedError(f"{type(self).__name__} defines no row_weights(self, rows, divisors, weight)")
 
-    def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
+    def contributions(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
         """Of a coupled reduction: ``[N]`` whose sum is the term's loss, from the weighted token losses ``[N]``; exact under autograd."""
-        raise NotImplementedError(f"{type(self).__name__} defines no shares(self, rows, weighted, adv)")
+        old = " (it has shares(), the old name)" if hasattr(self, "shares") else ""
+        raise NotImplementedError(f"{type(self).__name__} defines no contributions(self, rows, weighted, adv){old}")
 
 
 def _over(numerator: Tensor, divisor: Any) -> Tensor:

@@ -5,8 +5,8 @@
 // an integer, else wrong by up to 2^-22, the documented bound, by a hash of the argument.
 #pragma once
 
-#include <csetjmp>
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstring>
 #include <string>
