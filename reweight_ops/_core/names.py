@@ -51,6 +51,18 @@ def with_own_keywords(function: T) -> T:
     return checked  # type: ignore[return-value]
 
 
+#: Attributes of results.
+_ATTRIBUTES = {"why_not_one_pass": "one_pass_unsupported_reason"}
+
+
+def renamed_attribute(owner: Any, name: str) -> Any:
+    """What ``__getattr__`` of a result returns: the attribute that had this name, with a warning."""
+    if name not in _ATTRIBUTES:
+        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}")
+    warnings.warn(f"{type(owner).__name__}.{name} is called {_ATTRIBUTES[name]} now.", DeprecationWarning, stacklevel=3)
+    return getattr(owner, _ATTRIBUTES[name])
+
+
 def renamed(module: str, new_names: dict[str, str]) -> Callable[[str], Any]:
     """A module's ``__getattr__``: an old name is the new one, with a warning."""
 

@@ -17,6 +17,16 @@ def test_an_old_name_warns_of_its_new_one(module, old, new):
         module.nothing  # noqa: B018
 
 
+def test_an_old_attribute_of_an_explanation_warns_of_its_new_name():
+    z, ids = torch.randn(1, 2, 5, requires_grad=True), torch.tensor([[1, 2]])
+    told = rw.explain(rw.policy_loss, z, ids, 1.0, spec="gspo")
+    with pytest.warns(DeprecationWarning, match="is called one_pass_unsupported_reason now"):
+        assert told.why_not_one_pass == told.one_pass_unsupported_reason
+    assert told.plan == "two_pass" and told.one_pass_unsupported_reason
+    with pytest.raises(AttributeError, match="has no attribute 'why'"):
+        told.why  # noqa: B018
+
+
 def test_the_raw_kernels_name_the_keyword_that_took_the_place_of_an_old_one():
     z, ids, one = torch.randn(2, 5), torch.tensor([1, 2]), torch.ones(1)
     softmax = kernels.SoftmaxParams(5)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import DERIVATIVES, LOSS_ROWS, PackedRows, RowInputs, SoftmaxParams
-from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE, log_p_moment
+from ..backends.log_p_moments import MEAN_OVER_P_SQ, VARIANCE, log_p_moment
 from ..backends.reference_packed import filled
 from ..backends.select import load
 from ..formula.loss_program import ONE_PASS, STATISTICS, Program, loss_graph
@@ -23,7 +23,7 @@ from .ops import BODIES, clear_last, gradient_ops, op, row_dtype, token_stats, w
 #: Before the name of a statistic of the whole vocabulary.
 VOCABULARY = "vocabulary_"
 #: Statistics of packed rows without a kernel.
-_MOMENTS = (VARIANCE, MEAN_BY_P_SQ)
+_MOMENTS = (VARIANCE, MEAN_OVER_P_SQ)
 #: Devices on which the first and the last entry of a few rows are known at once.
 _READABLE = ("cpu",)
 #: What a row's gradient by its entropy reads.
