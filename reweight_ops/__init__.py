@@ -1,6 +1,7 @@
 """Reweighted policy losses for LLM reinforcement learning, straight from vocabulary-sized logits. Start at :func:`policy_loss`."""
 
 import warnings as _warnings
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 with _warnings.catch_warnings():  # PyTorch's at its own import, where there is no numpy: nothing here needs one
     _warnings.filterwarnings("ignore", "Failed to initialize NumPy")
@@ -46,7 +47,8 @@ __version__ = "0.1.0"
 
 _moved.install()
 
-__getattr__ = _renamed(__name__, {"Constraint": "HingeConstraint"})
+if not _TYPE_CHECKING:  # which would take any name for one
+    __getattr__ = _renamed(__name__, {"Constraint": "HingeConstraint"})
 
 __all__ = [
     "BACKENDS",

@@ -12,10 +12,11 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._core.catalogue.registry import published, published_names
 from ._core.ranges import Count, CountOrZero, Interval, NonNegative, Positive, Real, Unit, ranged
-from ._core.rows.grouped import floats, grouped
+from ._core.rows.grouped import GroupKeywords, floats, grouped
 from ._core.spec.policy import PolicyLossSpec
 from .errors import InvalidCall
 from .methods.reweighting import lopti as lopti_spec
@@ -154,7 +155,7 @@ def tsa(progress: Unit[float | Tensor], *, num_classes: Count[int], curve: str =
 
 
 @ranged
-def all_failed(rewards: Tensor, *, fail_value: Real[float] = 0.0, **groups: Any) -> Tensor:
+def all_failed(rewards: Tensor, *, fail_value: Real[float] = 0.0, **groups: Unpack[GroupKeywords]) -> Tensor:
     """Which prompts ReLIFT's buffer takes: all completions have exactly ``fail_value`` (other failures do not). ``[B] -> [num_groups]`` bool."""
     g = grouped("all_failed", rewards, groups)
     failed = g.groups.sum(((g.values == fail_value) & g.scored).to(g.values.dtype))

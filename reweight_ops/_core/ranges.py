@@ -1,4 +1,4 @@
-"""Which numbers a hyper-parameter may be, said once, beside its default: ``epsilon_low: NonNegative[Any] = 0.2``.
+"""Which numbers a hyper-parameter may be, said once, beside its default: ``epsilon_low: NonNegative[Number] = 0.2``.
 
 :func:`ranged` reads these annotations of a function or a dataclass, checks what is given, and adds them to the docstring. A Python number is
 checked; a tensor is not read, nor is a formula that stands for a number (:class:`Unread`). Booleans, strings and NaN are no numbers.
@@ -26,6 +26,15 @@ T = TypeVar("T")
 
 class Unread:
     """Base of what stands for a number and is none, beside tensors."""
+
+    if TYPE_CHECKING:  # a formula's arithmetic is its subclass's; a type checker sees that there is one
+
+        def _arithmetic(self, other: Any) -> Any: ...
+
+        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _arithmetic
+        __lt__ = __le__ = __gt__ = __ge__ = _arithmetic
+
+        def __neg__(self) -> Any: ...
 
 
 class Interval:
@@ -89,11 +98,12 @@ class Range:
         return f"{self.interval}{' or None' if self.optional else ''}"
 
 
-if TYPE_CHECKING:  # arithmetic with a formula is none that a type checker follows
-    Number: TypeAlias = Any
-else:
-    #: What a hyper-parameter may be: a number, a 0-d tensor or one a row, or a formula that stands for one.
-    Number = float | Tensor | Unread
+#: What a hyper-parameter may be: a number, a 0-d tensor or one a row, or a formula (a TokenWeight) that stands for one.
+Number: TypeAlias = float | Tensor | Unread
+#: What a keyword of an op may be: a number, or a tensor.
+Scalar: TypeAlias = float | Tensor
+#: One bound for both sides, or a lower and an upper one.
+Bounds: TypeAlias = float | Tensor | Unread | tuple[float, float]
 
 Real = Annotated[T, Interval("(-inf, inf)")]
 NonNegative = Annotated[T, Interval("[0, inf)")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from .._core.calls.softmax import refuse_process_group
 from .._core.catalogue.registry import published
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def _constraint(strength: Any, bound: Any, estimator: str) -> tuple[Penalty, ...]:
+def _constraint(strength: Number, bound: Number, estimator: str) -> tuple[Penalty, ...]:
     estimators: dict[str, Rule] = {"k1": DriftK1(), "k3": DriftK3()}
     if estimator not in estimators:
         raise InvalidCall(f"kl_estimator is {estimator!r}, expected 'k1' or 'k3'.")
@@ -44,7 +44,7 @@ _NOT_GATHERED = (
 )
 def disco(
     score: str = "log_likelihood",
-    tau: PositiveOrInf[Number] = None,
+    tau: PositiveOrInf[Number] | None = None,
     kl_strength: NonNegative[Number] = 1000.0,
     kl_bound: Real[Number] = 1e-4,
     kl_estimator: str = "k1",

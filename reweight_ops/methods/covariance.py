@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule, rule
 from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Real, Unit
@@ -36,7 +38,7 @@ def clip_cov(
     Differs from the paper: transcribed from verl (``clip_cov``), which is the authors' code: the surrogate is PPO's, and tokens that it clips are not
     drawn. The draw is by ``seed`` and position, not from a random generator.
     """
-    bounds = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
+    bounds: dict[str, Any] = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
     chosen = ClipCov(fraction=fraction, lower=lower, upper=upper, seed=seed, **bounds)
     return PolicyLossSpec(surrogate=Clip(**bounds), weights=(chosen,), name="clip_cov")
 

@@ -15,7 +15,7 @@ from .._core.spec.ratio import TokenRatio
 class Dro(Rule):
     """``-A·logp + beta/2·(log r)²``."""
 
-    beta: NonNegative[float] = 0.1  # of the rule alone: the method has no default
+    beta: NonNegative[Number] = 0.1  # of the rule alone: the method has no default
 
     def loss(self, xp, t):
         return -t.adv * t.logp + 0.5 * self.beta * t.log_ratio * t.log_ratio

@@ -39,7 +39,7 @@ _READ_BY = {
 }  # fmt: skip
 
 
-def _clip(epsilon_low: Any, epsilon_high: Any, clip_ratio_c: Any) -> Rule:
+def _clip(epsilon_low: Number, epsilon_high: Number, clip_ratio_c: Number | None) -> Rule:
     """PPO's clip, or dual clip where there is a third bound."""
     if clip_ratio_c is None:
         return Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
@@ -57,7 +57,7 @@ def advantage_reweighting(
     negative_weight: NonNegative[Number] = 1.0,
     epsilon_low: NonNegativeOrInf[Number] = 0.2,
     epsilon_high: NonNegativeOrInf[Number] = 0.2,
-    clip_ratio_c: AtLeastOne[Number] = None,
+    clip_ratio_c: AtLeastOne[Number] | None = None,
     beta: NonNegative[Number] = 0.0,
     entropy_coef: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
@@ -109,7 +109,7 @@ def lopti(
     alpha: Unit[Number] = 0.0,
     epsilon_low: NonNegativeOrInf[Number] = 0.2,
     epsilon_high: NonNegativeOrInf[Number] = 0.2,
-    clip_ratio_c: AtLeastOne[Number] = None,
+    clip_ratio_c: AtLeastOne[Number] | None = None,
     beta: NonNegative[Number] = 0.0,
     entropy_coef: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
@@ -173,10 +173,10 @@ def hapo(
     Differs from the authors' code, not from the paper: the code's h is never negative, by a sign error; its scripts have ``epsilon_high=0.2``.
     Its token-level group average is ``advantages.hapo``, its sampling temperature is outside of a loss.
     """
-    shared = {"alpha": alpha, "pivot": pivot, "entropies": Entropy() if entropies is None else entropies}
+    shared: dict[str, Any] = {"alpha": alpha, "pivot": pivot, "entropies": Entropy() if entropies is None else entropies}
     clip = DualClip(
-        epsilon_low=HapoLower(epsilon=epsilon_low, **shared),  # type: ignore[arg-type]
-        epsilon_high=HapoUpper(epsilon=epsilon_high, **shared),  # type: ignore[arg-type]
+        epsilon_low=HapoLower(epsilon=epsilon_low, **shared),
+        epsilon_high=HapoUpper(epsilon=epsilon_high, **shared),
         clip_ratio_c=clip_ratio_c,
     )
     redistribution = HapoRedistribution(beta=beta, epsilon_low=epsilon_low, epsilon_high=epsilon_high, **shared)

@@ -15,7 +15,7 @@ from ..weights.credit import PrefixDiscrepancy
 class GatedDistillation(Rule):
     """``sg(σ(gate_beta·d))·d``, ``d = ref_logp - logp``: towards the teacher, the more where it is the more certain. SDAR, arXiv:2605.15155."""
 
-    gate_beta: Positive[float] = 5.0
+    gate_beta: Positive[Number] = 5.0
 
     def loss(self, xp, t):
         d = t.ref_logp - t.logp

@@ -1,5 +1,7 @@
 """The per-token maths of every loss, each formula once. Surrogates, likelihood terms, penalties, and how a user adds one: :mod:`.base`."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from .._core.formula.base import RULES, TOKEN_FIELDS, WEIGHTS, Rule, TokenWeight, rule, weight
 from .._core.names import renamed as _renamed
 from . import likelihood as likelihood
@@ -10,4 +12,5 @@ from . import surrogates as surrogates
 
 __all__ = ["RULES", "TOKEN_FIELDS", "WEIGHTS", "Rule", "TokenWeight", "rule", "weight"]
 
-__getattr__ = _renamed(__name__, {"LEAVES": "TOKEN_FIELDS"})
+if not _TYPE_CHECKING:  # which would take any name for one
+    __getattr__ = _renamed(__name__, {"LEAVES": "TOKEN_FIELDS"})

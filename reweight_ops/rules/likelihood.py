@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .._core.formula.base import Rule, rule
-from .._core.ranges import NonNegative, Positive
+from .._core.ranges import NonNegative, Number, Positive
 
 
 @rule("nll", kind="any")
@@ -32,7 +32,7 @@ class CompSum(Rule):
     Below τ = 1 it overflows fp32 for ``p < exp(-88/(1-τ))``.
     """
 
-    tau: NonNegative[float] = 1.0
+    tau: NonNegative[Number] = 1.0
 
     def loss(self, xp, t):
         limit = self.tau == 1
@@ -46,7 +46,7 @@ class MarginNLL(Rule):
     Written ``log1p((1-p)·(e^Δ - 1)) - logp``, which keeps every digit as p goes to 1.
     """
 
-    margin: NonNegative[float] = 0.1
+    margin: NonNegative[Number] = 0.1
 
     def loss(self, xp, t):
         return xp.log1p(xp.expm1(t.logp) * -xp.expm1(self.margin)) - t.logp
@@ -56,7 +56,7 @@ class MarginNLL(Rule):
 class NPO(Rule):
     """``-(2/β)·log σ(-β·log_ratio)``. Negative Preference Optimization, arXiv:2404.05868; the log-ratio is a sequence's sum against the reference."""
 
-    beta: Positive[float] = 0.1
+    beta: Positive[Number] = 0.1
 
     def loss(self, xp, t):
         # log(1 + exp(x)) without overflow, and with its slope of 1/2 at x = 0, where training starts.

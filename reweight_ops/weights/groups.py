@@ -6,7 +6,7 @@ Both are functions: their result is a tensor ``[B, T]``, detached, for ``token_w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ _CHUNK = 1 << 24
 class Precomputed(TokenWeight):
     """``values``: one number a token, or a sequence, from wherever. ``token_weights=`` is the same for the surrogate alone, in one pass."""
 
-    values: Any
+    values: float | Tensor
 
     def weight(self, xp, t, batch):
         return xp.where(t.logp == t.logp, self.values, self.values)

@@ -6,7 +6,7 @@ import math
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import NonNegative, NonNegativeOrInf, Positive, Unit
+from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Positive, Unit
 
 _AR = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 
@@ -21,7 +21,7 @@ class AdvantageReweighting(TokenWeight):
     :class:`ProbabilityInterval`, :class:`RewardRanked`, and :class:`SignWeight` for its ``neg_adv_weight``.
     """
 
-    alpha: Unit[float] = 0.3
+    alpha: Unit[Number] = 0.3
 
     def weight(self, xp, t, batch):
         return self.alpha * xp.exp(t.old_logp) + 1 - self.alpha
@@ -31,7 +31,7 @@ class AdvantageReweighting(TokenWeight):
 class CurrentAdvantageReweighting(TokenWeight):
     """``α·p + 1 - α`` with the current probability, detached. AR as the paper writes it, arXiv:2505.12929, section 4.1."""
 
-    alpha: Unit[float] = 0.3
+    alpha: Unit[Number] = 0.3
 
     def weight(self, xp, t, batch):
         return self.alpha * xp.exp(t.logp) + 1 - self.alpha
@@ -41,7 +41,7 @@ class CurrentAdvantageReweighting(TokenWeight):
 class PositiveAdvantageReweighting(TokenWeight):
     """:class:`AdvantageReweighting` where ``A > 0``, else 1 (the code's ``both_linear_balance1``)."""
 
-    alpha: Unit[float] = 0.3
+    alpha: Unit[Number] = 0.3
 
     def weight(self, xp, t, batch):
         return xp.where(t.adv > 0, self.alpha * xp.exp(t.old_logp) + 1 - self.alpha, 1.0)
@@ -55,8 +55,8 @@ def _sigmoid(xp, t, steepness, midpoint):
 class SigmoidReweighting(TokenWeight):
     """``2·σ(k·(p_old - τ))`` with ``k = steepness``, ``τ = midpoint`` (the code's ``both_sigmoid``)."""
 
-    steepness: Positive[float] = 5.0
-    midpoint: Unit[float] = 0.4
+    steepness: Positive[Number] = 5.0
+    midpoint: Unit[Number] = 0.4
 
     def weight(self, xp, t, batch):
         return _sigmoid(xp, t, self.steepness, self.midpoint)
@@ -66,8 +66,8 @@ class SigmoidReweighting(TokenWeight):
 class NegativeSigmoidReweighting(TokenWeight):
     """:class:`SigmoidReweighting` where ``A <= 0``, else 1 (the code's ``negative_sigmoid``)."""
 
-    steepness: Positive[float] = 5.0
-    midpoint: Unit[float] = 0.4
+    steepness: Positive[Number] = 5.0
+    midpoint: Unit[Number] = 0.4
 
     def weight(self, xp, t, batch):
         return xp.where(t.adv > 0, 1.0, _sigmoid(xp, t, self.steepness, self.midpoint))
@@ -81,8 +81,8 @@ class BalancedSigmoidReweighting(TokenWeight):
     its sums run over padding too.
     """
 
-    steepness: Positive[float] = 5.0
-    midpoint: Unit[float] = 0.4
+    steepness: Positive[Number] = 5.0
+    midpoint: Unit[Number] = 0.4
 
     def weight(self, xp, t, batch):
         u = _sigmoid(xp, t, self.steepness, self.midpoint)
@@ -96,8 +96,8 @@ class BalancedSigmoidReweighting(TokenWeight):
 class SignWeight(TokenWeight):
     """``positive`` where ``A > 0``, else ``negative`` (AR's ``neg_adv_weight``; positive-only and negative-only training with 0)."""
 
-    positive: NonNegative[float] = 1.0
-    negative: NonNegative[float] = 1.0
+    positive: NonNegative[Number] = 1.0
+    negative: NonNegative[Number] = 1.0
 
     def weight(self, xp, t, batch):
         return xp.where(t.adv > 0, self.positive, self.negative)
@@ -123,8 +123,8 @@ class ProbabilityBand(TokenWeight):
     """
 
     scope: str = "all"
-    lower: NonNegative[float] = 0.0
-    upper: NonNegativeOrInf[float] = math.inf
+    lower: NonNegative[Number] = 0.0
+    upper: NonNegativeOrInf[Number] = math.inf
 
     def weight(self, xp, t, batch):
         p = xp.exp(t.old_logp)
@@ -139,9 +139,9 @@ class ProbabilityQuantile(TokenWeight):
     """
 
     scope: str = "all"
-    quantile: Unit[float] = 0.5
-    below: NonNegative[float] = 1.0
-    above: NonNegative[float] = 0.0
+    quantile: Unit[Number] = 0.5
+    below: NonNegative[Number] = 1.0
+    above: NonNegative[Number] = 0.0
 
     def weight(self, xp, t, batch):
         p = xp.exp(t.old_logp)
@@ -152,8 +152,8 @@ class ProbabilityQuantile(TokenWeight):
 class ProbabilityInterval(TokenWeight):
     """1 where ``lower < p_old <= upper``, else 0; of the surrogate (the ``mask_prob`` modes of AR's code: quarters, or all below a quarter's end)."""
 
-    lower: NonNegative[float] = 0.0
-    upper: NonNegativeOrInf[float] = 1.0
+    lower: NonNegative[Number] = 0.0
+    upper: NonNegativeOrInf[Number] = 1.0
 
     def weight(self, xp, t, batch):
         p = xp.exp(t.old_logp)
@@ -192,7 +192,7 @@ class TrainingSignalAnnealing(TokenWeight):
     vocabulary has words.
     """
 
-    threshold: Unit[float]
+    threshold: Unit[Number]
 
     def weight(self, xp, t, batch):
         return xp.where(xp.exp(t.logp) <= self.threshold, 1.0, 0.0)

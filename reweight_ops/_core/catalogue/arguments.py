@@ -16,6 +16,8 @@ SHARED = {
     "kl_estimator": "``k1`` or ``k3``.",
     "process_group": "Of the ranks that have the columns of one vocabulary; where it is refused, the message says why.",
     "singleton": "What a group of one gets: ``zero`` or ``reward``.",
+    "other_softcap": "The soft cap of the second logits; default: none.",
+    "other_temperature": "The temperature of the second distribution; default: the first one's.",
     "softcap": "The cap of a tanh soft cap on the raw logits; None for off.",
     "temperature": "A positive number, or a tensor as the formula says.",
     "sampling_mask": "Refused: a divergence is of two whole distributions.",

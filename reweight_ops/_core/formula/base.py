@@ -120,7 +120,7 @@ def rule(name: type[_T]) -> type[_T]: ...
 @overload
 def rule(name: str | None = None, *, kind: str = "surrogate") -> Callable[[type[_T]], type[_T]]: ...
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def rule(name: Any = None, *, kind: str = "surrogate") -> Any:
+def rule(name: str | type | None = None, *, kind: str = "surrogate") -> Any:
     """Class decorator: make a frozen keyword-only dataclass of a :class:`Rule` and register it by name."""
     if isinstance(name, type):
         return rule()(name)
@@ -139,7 +139,7 @@ def weight(name: type[_T]) -> type[_T]: ...
 @overload
 def weight(name: str | None = None) -> Callable[[type[_T]], type[_T]]: ...
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def weight(name: Any = None) -> Any:
+def weight(name: str | type | None = None) -> Any:
     """Class decorator: make a frozen keyword-only dataclass of a :class:`TokenWeight` and register it by name."""
     if isinstance(name, type):
         return weight()(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -59,7 +60,7 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
             raise misnamed(prepare.__name__, signature, len(args), keywords) or error from None
 
     signature = inspect.signature(prepare)
-    result = str(signature.return_annotation).removeprefix("Call[").partition("]")[0]
+    result = re.sub(r"^Call\[(.*?)\](?: \| Again\[.*\])?$", r"\1", str(signature.return_annotation))
     whole = written_out(prepare).replace(return_annotation=result)
     op.__signature__ = whole  # type: ignore[attr-defined]
     op.__doc__ = documented(prepare.__doc__, whole)
@@ -90,7 +91,7 @@ class Explanation:
         return "\n".join([*lines, *(f"  {name}: {'available' if reason is None else reason}" for name, reason in self.backends.items())])
 
 
-def explain(op: Any, *args: Any, device: torch.device | str | None = None, **keywords: Any) -> Explanation:
+def explain(op: Callable[..., Any], *args: Any, device: torch.device | str | None = None, **keywords: Any) -> Explanation:
     """What ``op(*args, **keywords)`` would do, for every public op that takes logits, hidden states or log-probs.
 
     ``device``: explain for that device instead of the tensors' own; with meta tensors the default is a GPU if there is one, else the CPU.

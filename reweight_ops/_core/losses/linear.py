@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -42,6 +42,42 @@ from .explain import public_op
 from .statistics import check_stats, logps_call, refuse_picks, resolve_picks, stats_call
 
 
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: Literal[False] = False,
+    **keywords: Unpack[LMHeadKeywords],
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: Literal[True],
+    **keywords: Unpack[LMHeadKeywords],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: bool,
+    **keywords: Unpack[LMHeadKeywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 @public_op
 def linear_token_logps(
     hidden: Tensor,
@@ -51,7 +87,7 @@ def linear_token_logps(
     completion_mask: Tensor | None = None,
     return_entropy: bool = False,
     **keywords: Unpack[LMHeadKeywords],
-) -> Call[Any]:
+) -> Call[Tensor | tuple[Tensor, Tensor]]:
     """:func:`token_logps` of ``logits = logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``, a few rows of logits at a time.
 
     Args:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
+from ..ranges import Number
 from .groups import Groups
 
 LAYOUTS = ("halves", "interleaved")
@@ -85,7 +85,7 @@ class Side:
 class Pairs:
     """What a pair loss or weight reads: two sides (or more, for lists), and the caller's inputs per pair, ``[P]``."""
 
-    beta: Any
+    beta: Number
     sides: tuple[Side, ...]
     keep: Tensor  # [P] bool
     sequences: Sequences

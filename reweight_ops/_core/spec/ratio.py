@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..ranges import Interval, NonNegativeOrInf, Number, ranged
+from ..ranges import Bounds, Interval, NonNegativeOrInf, Number, ranged
 from ..rows.batch import BatchStatistics
 from ..rows.constants import number_like
 from ..rows.groups import Groups
@@ -27,7 +27,7 @@ class Ratio:
     """``clamp`` is a bound on ``|log_ratio|``, or a pair of bounds. ``against``: the denominator, ``"old"`` or ``"ref"`` (the reference model)."""
 
     level: ClassVar[str]
-    clamp: Annotated[Number, Interval("(0, inf]", entries="[-inf, inf]")] = 20.0
+    clamp: Annotated[Bounds, Interval("(0, inf]", entries="[-inf, inf]")] = 20.0
     against: str = "old"
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from ..rows.rows import Rows
 class Divisors:
     """What the caller knows about the whole batch: the *final* divisors of this call's sum (numbers or 0-d tensors)."""
 
-    num_items_in_batch: Any = None
-    num_sequences_in_batch: Any = None
+    num_items_in_batch: float | Tensor | None = None
+    num_sequences_in_batch: float | Tensor | None = None
 
 
 class Reduction:
@@ -136,7 +136,7 @@ class SequenceMean(Reduction):
         if self.weight is not None:
             return None
         sequences = rows.need_sequences("SequenceMean")
-        given = divisors.num_sequences_in_batch
+        given: Literal["rows", "sequences"] | float | Tensor | None = divisors.num_sequences_in_batch
         if given is None:
             given = max(sequences.count, 1) if self.count == "all" else "sequences"
         horizon = (sequences.length if self.horizon is None else self.horizon) if self.per == "constant" else None
