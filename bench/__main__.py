@@ -6,6 +6,7 @@ python -m bench --only 128x151936 --rounds 15
 python -m bench --suite linear               from hidden states: the head's GEMMs with the loss between them
 python -m bench --suite pair                 divergences of two logits tensors
 python -m bench --suite distill              from hidden states of a student and of a teacher
+python -m bench --suite rows                 picked ids, kept sets, statistics from hidden states
 python -m bench --show bench/results/cpu-huge-pages.json
 python -m bench --compare A.json B.json      what both files timed, side by side
 python -m bench --device cuda                a GPU's cases, from hidden states too (make gpu-bench does this)
@@ -36,6 +37,7 @@ from .measure import Effort, Memory, foreign_load, run_case
 from .progress import Steps
 from .providers import Provider, providers
 from .report import plot, print_tables
+from .rows import rows_cases, rows_providers
 
 HERE = Path(__file__).resolve().parent
 #: Committed measurements; a package that is installed has none.
@@ -131,7 +133,7 @@ def of_gpu(options: argparse.Namespace) -> bool:
 
 
 #: What may be asked for by name; a GPU runs all.
-SUITES = {"logits": cases, "linear": linear_cases, "pair": divergence_cases, "distill": distill_cases}
+SUITES = {"logits": cases, "linear": linear_cases, "pair": divergence_cases, "distill": distill_cases, "rows": rows_cases}
 
 
 def suite(options: argparse.Namespace) -> list[Any]:
@@ -171,7 +173,13 @@ def measure(options: argparse.Namespace) -> None:
     backends = tuple(options.backends.split(",")) if options.backends else (("cpu",) if options.device == "cpu" else ("cuda", "triton"))
     who = [
         p
-        for p in [*providers(backends), *linear_providers(backends), *divergence_providers(backends), *distill_providers(backends)]
+        for p in [
+            *providers(backends),
+            *linear_providers(backends),
+            *divergence_providers(backends),
+            *distill_providers(backends),
+            *rows_providers(backends),
+        ]
         if not options.providers or p.ours or any(word in p.name for word in options.providers.split(","))
     ]
     document: dict[str, Any] = {

@@ -19,7 +19,8 @@ LIMIT = {
     ("kl", False): ("read", "read"),
     ("kl+grad", False): ("read", "read", "read", "copy"), ("kl+grad", True): ("read", "read", "read", "copy"),
     ("distill", False): ("read", "copy"), ("distill", True): ("read", "copy"),
-    ("linear", False): ("gemms",), ("linear ce", False): ("gemms",),
+    ("picked", False): ("read", "copy"), ("kept", False): ("read",),
+    ("linear stats", False): ("gemms",), ("linear", False): ("gemms",), ("linear ce", False): ("gemms",),
     **{(f"linear distill {kind}", False): ("gemms",) for kind in ("forward", "reverse", "jsd")},
 }  # fmt: skip
 

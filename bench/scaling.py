@@ -16,6 +16,10 @@ AGREEMENT = 64
 LOGP_STATES = 4
 #: Row states of two logits tensors.
 DIVERGENCE_STATES = 8
+#: Sums over the columns of a generalised JSD, when those are known.
+JSD_SUMS = 2
+#: Row states of the whole vocabulary beside those of a kept set: its entropy, log-sum-exp, what rounding that lost, and a log-prob.
+OVER_VOCABULARY = 4
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,17 +1,28 @@
-"""What the documentation site does to its pages: it lists trainers and a namespace's members, formulas become MathML, and Sphinx roles plain code."""
+"""What the documentation site does to its pages: it lists trainers and a namespace's members, notebooks become pages, formulas MathML,
+and Sphinx roles plain code.
+
+Formulas are LaTeX between dollars, or code that :mod:`site_formulas` can read: in the catalogue all such code, in the reference what cannot be Python.
+"""
 
 import importlib
 import inspect
+import json
 import re
 from html import unescape
+from pathlib import Path
+from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+from site_formulas import latex
 
 from reweight_ops.integrations.trainers import TRAINERS
 
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(<code[^>]*>)~?")
 #: As pymdownx.arithmatex leaves them. Browsers draw MathML by themselves: no script is fetched.
 FORMULA = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>|<div class="arithmatex">\\\[(.*?)\\\]</div>', re.S)
+CODE = re.compile(r"(?<!<pre>)(?<!</span>)<code>([^<]+)</code>")
+NO_PYTHON = re.compile(r"[·²√ΣΠ½‖]")
 EVERY = re.compile(r"^<!-- every: (\S+) -->$", re.M)
 #: Namespaces whose members are registered, and so stand in no ``__all__``.
 DYNAMIC = ("reweight_ops.methods",)
@@ -37,12 +48,32 @@ def on_config(config: dict) -> dict:
     return config
 
 
+def on_files(files: Files, config: dict) -> Files:
+    """A page for each notebook, of its cells."""
+    for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        page = cells(json.loads(notebook.content_string)) + f"\n[The notebook itself]({Path(notebook.src_uri).name})\n"
+        files.append(File.generated(config, notebook.src_uri.replace(".ipynb", ".md"), content=page))
+    return files
+
+
+def cells(notebook: dict) -> str:
+    """As Markdown."""
+    texts = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in texts) + "\n"
+
+
 def on_page_markdown(markdown: str, **_: object) -> str:
     return EVERY.sub(lambda match: members(match[1]), markdown)
 
 
-def on_page_content(html: str, **_: object) -> str:
+def on_page_content(html: str, page: Any, **_: object) -> str:
     def rendered(match: re.Match[str]) -> str:
         return convert(unescape(match[1] or match[2]), display="block" if match[2] else "inline")
 
-    return FORMULA.sub(rendered, ROLE.sub(r"\1", html))
+    def read(match: re.Match[str]) -> str:
+        text = unescape(match[1])
+        formula = latex(text) if in_catalogue or NO_PYTHON.search(text) else None
+        return match[0] if formula is None else convert(formula)
+
+    html, in_catalogue = FORMULA.sub(rendered, ROLE.sub(r"\1", html)), page.file.src_uri == "methods.md"
+    return CODE.sub(read, html) if in_catalogue or page.file.src_uri.startswith("reference/") else html

@@ -2,7 +2,7 @@
 
 :func:`ranged` reads these annotations of a function or a dataclass, checks what is given, and adds them to the docstring. A Python number is
 checked; a tensor is not read, nor is a formula that stands for a number (:class:`Unread`). Booleans, strings and NaN are no numbers.
-A compiled function checks the parts of the policy losses that it builds while it is compiled; of the rest that is made inside nothing is checked.
+In a compiled function it is checked while that is compiled, as far as it is a constant there: not a number that torch.compile made an input.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import inspect
 import math
 import sys
 import types
+from collections.abc import Iterable
 from numbers import Real as AnyReal
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from ..errors import InvalidCall
 from .names import unexpected
@@ -98,6 +100,24 @@ class Range:
         return f"{self.interval}{' or None' if self.optional else ''}"
 
 
+#: Of a field of a user's rule or weight that says ``float`` and no more.
+PLAIN = Interval("[-inf, inf]")
+
+
+class Flag(Range):
+    """What is written ``bool``: neither 1 nor a text, which would be true whatever it says."""
+
+    def __init__(self, optional: bool) -> None:
+        super().__init__(PLAIN, optional, False)
+
+    def has(self, value: Any) -> bool:
+        """Whether the value is allowed."""
+        return type(value) is bool or (value is None and self.optional)
+
+    def __str__(self) -> str:
+        return f"True or False{' or None' if self.optional else ''}"
+
+
 #: What a hyper-parameter may be: a number, a 0-d tensor or one a row, or a formula (a TokenWeight) that stands for one.
 Number: TypeAlias = float | Tensor | Unread
 #: What a keyword of an op may be: a number, or a tensor.
@@ -119,9 +139,6 @@ OpenUnit = Annotated[T, Interval("(0, 1)")]
 Count = Annotated[T, Interval("[1, inf)", whole=True)]
 CountOrZero = Annotated[T, Interval("[0, inf)", whole=True)]
 
-#: Of a field of a user's rule or weight that says ``float`` and no more.
-PLAIN = Interval("[-inf, inf]")
-
 
 def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range | None:
     """The range in an annotation. ``plain``: a bare ``float`` has one too."""
@@ -138,6 +155,8 @@ def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range |
             kind = get_args(part)[0]
             kinds = get_args(kind) or (kind,)
             return Range(found[0], optional, not found[0].fixed or Tensor in (*kinds, *parts) or Any in kinds)
+    if bool in parts and {*parts} <= {bool, type(None)}:
+        return Flag(optional)
     return Range(PLAIN, optional, True) if plain and float in parts else None
 
 
@@ -172,8 +191,8 @@ def ranged(what: T, plain: bool = False) -> T:
     call = target.__init__ if is_class else target
     parameters = inspect.signature(target).parameters
     # What takes any keyword says itself which it does not know.
-    known = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
-    if not ranges and known is None:
+    target.__known__ = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
+    if not ranges and target.__known__ is None:
         return what
     positional = tuple(
         name for name, p in inspect.signature(call).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
@@ -181,11 +200,11 @@ def ranged(what: T, plain: bool = False) -> T:
 
     @functools.wraps(call)
     def checked(*args: Any, **keywords: Any) -> Any:
-        # In a graph nothing is checked: what this function closes over must be what torch.compile knows, so it is no range.
-        if not torch.compiler.is_compiling():
-            if known is not None and not known.issuperset(keywords):
-                raise unexpected(target.__name__, min(keywords.keys() - known), inspect.signature(target).parameters)
-            _check(target, {**dict(zip(positional, args, strict=False)), **keywords})
+        given = [*zip(positional, args, strict=False), *keywords.items()]
+        if torch.compiler.is_compiling():
+            _check_constants(target, tuple(keywords), tuple([(name, value) for name, value in given if is_constant(value)]))
+        else:
+            _check(target, keywords, given)
         return call(*args, **keywords)
 
     if not is_class:
@@ -194,11 +213,29 @@ def ranged(what: T, plain: bool = False) -> T:
     return what
 
 
-def _check(target: Any, given: dict[str, Any]) -> None:
-    ranges = target.__ranges__
-    for name, value in given.items():
+def _check(target: Any, keywords: Iterable[str], given: Iterable[tuple[str, Any]]) -> None:
+    """Raise for a keyword that is none, and for a number that cannot be meant."""
+    known, ranges = target.__known__, target.__ranges__
+    if known is not None and not known.issuperset(keywords):
+        raise unexpected(target.__name__, min(set(keywords) - known), inspect.signature(target).parameters)
+    for name, value in given:
         if name in ranges:
             ranges[name].check(target.__name__, name, value)
+
+
+@torch.compiler.assume_constant_result
+def _check_constants(target: Any, keywords: tuple[str, ...], given: tuple[tuple[str, Any], ...]) -> None:
+    # torch.compile runs this and follows none of it: what it raises is the reason that compilation ends with.
+    _check(target, keywords, given)
+
+
+def is_constant(value: Any) -> bool:
+    """Whether torch.compile knows the value while it compiles."""
+    if isinstance(value, tuple):
+        return all(is_constant(each) for each in value)
+    if isinstance(value, (int, float)):
+        return has_static_value(value)
+    return value is None or isinstance(value, str)
 
 
 def described(doc: str | None, ranges: dict[str, Range]) -> str | None:

@@ -126,7 +126,7 @@ def bco(beta: Positive[Number] = 0.1) -> PairSpec:
     paper="Self-Play Preference Optimization for Language Model Alignment", certainty="secondary",
 )  # fmt: skip
 def sppo(beta: Positive[Number] = 0.1) -> PairSpec:
-    """``(log-ratio_w - 1/(2β))² + (log-ratio_l + 1/(2β))²`` (eq. 4.7 with P = 1 and 0; TRL's ``sppo_hard``)."""
+    """``(u_w - 1/(2β))² + (u_l + 1/(2β))²``, u the log-ratio (eq. 4.7 with P = 1 and 0; TRL's ``sppo_hard``)."""
     return PairSpec(terms=_terms(SppoHard()), beta=beta, name="sppo")
 
 

@@ -1,4 +1,4 @@
-"""What ``reweight-ops check`` runs: everything with a loss on every backend and dtype here, by the accuracy criterion; golden rows of the others."""
+"""What ``reweight-ops check`` runs: every loss and op on every backend and dtype here, by the accuracy criterion; golden rows of the others."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from ..errors import InvalidCall
 from . import Comparison, compare, make_batch
 from .batches import make_sampling_mask
 from .golden import golden_error
+from .golden_ops import GOLDEN_OPS
 from .golden_row import Golden
 from .golden_rows import GOLDEN, GOLDEN_KINDS
+from .ops import OPS, compare_op, make_op_batch
 from .pairs import compare_divergence, compare_pairs, make_divergence, make_pairs
 
 #: The kinds that are compared with the fp64 reference; of the divergences the one that has kernels, the others have golden rows.
 LOSS_KINDS = ("policy_loss", "pair_loss", "divergence")
+#: Ops and modules, which are no entries of the catalogue.
+OP = "op"
 _KERNELS = ("token_divergence",)
 DIRECTIONS = ("forward_kl", "reverse_kl")
 #: The policy loss that is compared with a sampling mask too, and with an entropy bonus.
@@ -38,18 +42,22 @@ class Case:
     dtype: str
     device: str
     kind: str = "policy_loss"
-    #: Of a divergence: which. Of a policy loss with a sampling mask: over what its entropy is.
+    #: Of a divergence: which. Of a policy loss with a sampling mask: over what its entropy is. Of an op: which result, or keyword.
     direction: str = ""
 
 
 def compared(kind: str) -> list[str]:
     """The names of a kind's entries that are compared with the reference."""
+    if kind == OP:
+        return list(OPS)
     names = sorted(CATALOGUE[kind]) if kind in LOSS_KINDS else []
     return [name for name in names if kind != "divergence" or name in _KERNELS]
 
 
 def by_hand(kind: str) -> list[str]:
     """The names of a kind's entries that have golden rows."""
+    if kind == OP:
+        return list(GOLDEN_OPS)
     return sorted(set(CATALOGUE[kind]) - set(compared(kind)))
 
 
@@ -63,11 +71,11 @@ class Selection:
     dtypes: Sequence[str] = DTYPES
 
     def __post_init__(self) -> None:
-        kinds = tuple(dict.fromkeys((*LOSS_KINDS, *GOLDEN_KINDS)))
+        kinds = tuple(dict.fromkeys((*LOSS_KINDS, OP, *GOLDEN_KINDS)))
         _known("kind", self.kinds, kinds)
         _known("backend", self.backends, NAMES)
         _known("dtype", self.dtypes, DTYPES)
-        _known("method", self.methods, sorted({name for kind in self.kinds or kinds for name in CATALOGUE[kind]}))
+        _known("method", self.methods, sorted({name for kind in self.kinds or kinds for name in (*compared(kind), *by_hand(kind))}))
         for backend in self.backends:
             if not _devices(backend):
                 raise InvalidCall(
@@ -92,6 +100,8 @@ def _devices(backend: str) -> list[str]:
 
 
 def _directions(kind: str, name: str) -> tuple[str, ...]:
+    if kind == OP:
+        return tuple(OPS[name])
     if kind == "divergence":
         return DIRECTIONS
     return ("", *ENTROPIES) if (kind, name) == ("policy_loss", _MASKED) else ("",)
@@ -103,7 +113,7 @@ def cases(selection: Selection) -> list[Case]:
     return [
         Case(backend, name, dtype, device, kind, direction)
         for backend, device in places
-        for kind, name in selection.entries(LOSS_KINDS, compared)
+        for kind, name in selection.entries((*LOSS_KINDS, OP), compared)
         for direction in _directions(kind, name)
         for dtype in selection.dtypes
     ]
@@ -112,6 +122,9 @@ def cases(selection: Selection) -> list[Case]:
 def run_case(case: Case, vocab: int) -> Comparison:
     """Loss and gradient of one case; one_pass where the spec allows it and the backend has it, with a loss scale so that fp16 takes it too."""
     dtype, backend = getattr(torch, case.dtype), case.backend
+    if case.kind == OP:
+        judged = OPS[case.method][case.direction]
+        return compare_op(judged, make_op_batch((4, 16), vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE)
     if case.kind == "divergence":
         return compare_divergence(
             case.direction, make_divergence((4, 16), vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE

@@ -16,6 +16,7 @@ from .._core.losses.policy import policy_loss_from_logps
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import NoReduction
 from ..rules.likelihood import NLL
+from .golden_ops import GOLDEN_OPS
 from .golden_row import Built, Golden
 
 #: What a result may be off, in roundings of a number of its row's size: a few operations on a few numbers.
@@ -52,7 +53,8 @@ def result_of(row: Golden, dtype: torch.dtype = torch.float64, device: torch.dev
 
 def build(row: Golden, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Any:
     """What the row's call returns: numbers, or the object that they are asked of."""
-    return CATALOGUE[row.kind][row.name].function(**{name: _argument(x, dtype, device) for name, x in row.arguments.items()})
+    function = GOLDEN_OPS[row.name] if row.kind == "op" else CATALOGUE[row.kind][row.name].function
+    return function(**{name: _argument(x, dtype, device) for name, x in row.arguments.items()})
 
 
 def _argument(value: Any, dtype: torch.dtype, device: torch.device | str) -> Any:

@@ -6,11 +6,12 @@ from math import e, exp, log, nan, sqrt, tanh
 from typing import Any
 
 from ..advantages import spo_segments
+from . import golden_ops
 from .golden_row import LN2, LN3, Built, Golden, old, sigmoid
 from .golden_trainers import TRAINERS
 
 #: The kinds that have golden rows. Losses that have kernels are compared with the fp64 reference instead, gradient and all.
-GOLDEN_KINDS = ("token_weight", "advantage", "reward", "objective", "sample_weight", "schedule", "divergence")
+GOLDEN_KINDS = ("token_weight", "advantage", "reward", "objective", "sample_weight", "schedule", "divergence", "op")
 
 
 #: Scores of three reward models; one did not score, two did not, none did.
@@ -395,4 +396,4 @@ DIVERGENCES = (
     _divergence("stablemax", [[log(1.75), log(7)]], logits=[[[0.0, 1, -1], [0, 1, -1]]], completion_ids=[[1, 2]]),
 )
 
-GOLDEN = ADVANTAGES + REWARDS + OBJECTIVES + SAMPLE_WEIGHTS + SCHEDULES + TOKEN_WEIGHTS + DIVERGENCES + TRAINERS
+GOLDEN = ADVANTAGES + REWARDS + OBJECTIVES + SAMPLE_WEIGHTS + SCHEDULES + TOKEN_WEIGHTS + DIVERGENCES + TRAINERS + golden_ops.ROWS

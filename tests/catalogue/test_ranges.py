@@ -14,7 +14,7 @@ from reweight_ops._core.calls.keywords import LMHeadOptions, PairOptions, Policy
 from reweight_ops._core.catalogue.registry import CATALOGUE
 from reweight_ops._core.catalogue.signatures import collected_by
 from reweight_ops._core.formula.base import RULES, WEIGHTS
-from reweight_ops._core.ranges import Interval, ranged
+from reweight_ops._core.ranges import Flag, Interval, ranged
 from reweight_ops.preference import losses, scores, weights
 
 NAMESPACES = (rw.weights, rw.advantages, rw.rewards, rw.objectives, rw.sample_weights, rw.schedules, rw.preference, rw.divergences)
@@ -64,7 +64,9 @@ PARAMETERS = [
     for name, p in inspect.signature(value).parameters.items()
     if numeric(p) and name not in COUNTED | (SHARED & collected_by(value))
 ]
-RANGED = [(owner, name) for owner, value in SURFACE.items() for name in vars(value).get("__ranges__", {})]
+STATED = [(owner, name, allowed) for owner, value in SURFACE.items() for name, allowed in vars(value).get("__ranges__", {}).items()]
+RANGED = [(owner, name) for owner, name, allowed in STATED if not isinstance(allowed, Flag)]
+FLAGS = [(owner, name) for owner, name, allowed in STATED if isinstance(allowed, Flag)]
 
 
 def test_every_number_states_its_range():
@@ -90,6 +92,12 @@ def stated(owner, name):
 def refused(owner, name, value):
     with pytest.raises(rw.InvalidCall, match=rf"{name} is "):
         SURFACE[owner](**{name: value})
+
+
+@pytest.mark.parametrize(("owner", "name"), FLAGS)
+def test_what_is_neither_true_nor_false_is_refused(owner, name):
+    for value in (1, 0, 1.0, "no", math.nan, numpy.True_):
+        refused(owner, name, value)
 
 
 @pytest.mark.parametrize(("owner", "name"), RANGED)
@@ -142,7 +150,7 @@ def test_what_it_says(call, message):
 )
 def test_what_is_taken(value):
     assert rw.weights.AdvantageReweighting(alpha=value).alpha is value
-    assert rw.methods.advantage_reweighting(alpha=value).weights[0].alpha is value
+    assert rw.methods.grpo(epsilon_low=value).surrogate.epsilon_low is value
 
 
 def test_formulas_stand_for_numbers():

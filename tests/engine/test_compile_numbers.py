@@ -90,6 +90,15 @@ def compare(function, compiled, *arguments):
     return found[1]
 
 
+def test_twice_is_pytorchs_own():
+    """Nothing of ours: a plain number that multiplies a tensor is a constant at first, and an input from its second value on."""
+    counter = CompileCounter()
+    compiled = torch.compile(lambda z, x: z * x, fullgraph=True, backend=counter)
+    for x in VALUES:
+        torch.testing.assert_close(compiled(LOGITS, x), LOGITS * x)
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_that_changes_compiles_twice(name):
     counter = CompileCounter()

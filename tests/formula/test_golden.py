@@ -11,7 +11,7 @@ from reweight_ops._core.catalogue.registry import KINDS
 from reweight_ops._core.formula.base import RULES, WEIGHTS
 from reweight_ops._core.formula.namespace import TorchNamespace
 from reweight_ops.testing import golden_rules as golden
-from reweight_ops.testing.checks import LOSS_KINDS, by_hand
+from reweight_ops.testing.checks import LOSS_KINDS, OP, by_hand
 from reweight_ops.testing.golden import build, golden_error, result_of, token_weights
 from reweight_ops.testing.golden_rows import GOLDEN, GOLDEN_KINDS
 
@@ -96,6 +96,6 @@ def flat(value):
 
 def test_every_entry_has_a_golden_row():
     """But those that ``check`` compares with the reference, gradient and all."""
-    assert set(KINDS) == {*GOLDEN_KINDS, *LOSS_KINDS}
+    assert {*KINDS, OP} == {*GOLDEN_KINDS, *LOSS_KINDS}
     entries = {(kind, name) for kind in GOLDEN_KINDS for name in by_hand(kind)}
     assert entries == {(row.kind, row.name) for row in GOLDEN}

@@ -105,10 +105,6 @@ def refusals(ranks):
             refused[name] = str(error)
 
     refuse("one_pass", lambda: rw.policy_loss(part, inside, 1.0, spec="dapo", plan="one_pass", process_group=group))
-    refuse("formula", lambda: rw.token_divergence(part, part.detach(), kind="generalized_jsd", process_group=group))
-    refuse(
-        "head formula", lambda: rw.linear_token_divergence(h, w[:5], rw.HiddenLogits(h, w[:5]), kind="generalized_jsd", process_group=group)
-    )
     refuse("graph", lambda: torch.autograd.grad(rw.token_logps(part, inside, process_group=group).sum(), part, create_graph=True))
     refuse("transform", lambda: torch.func.grad(lambda x: rw.token_logps(x, inside, process_group=group).sum())(part.detach()))
     refuse("segments", lambda: segments(z, ids, group))
@@ -139,8 +135,6 @@ def reducer(z, ids, group):
 
 WHY = {
     "one_pass": "a row's statistics are known when all ranks have told theirs",
-    "formula": "a formula over whole rows",
-    "head formula": "gather the vocabulary",
     "graph": "create_graph=True needs the whole vocabulary on one rank",
     "transform": "torch.func's transforms",
     "segments": "segments that are runs of one rank's tokens",

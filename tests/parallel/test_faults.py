@@ -81,31 +81,74 @@ def test_a_rank_that_differs_or_raises_is_an_error_on_every_rank(four):
         assert all("rank 2 of the group raised before its part of this call" in other for other in others), others
 
 
-def refusals(ranks):
-    """What needs whole rows, of a vocabulary in shards."""
-    over = dict(process_group=ranks.group(range(4)))
-    z, ids, weight = logits(ranks), torch.arange(6) % V, torch.ones(V, 2)
-    top = rw.TopKLogps(ids[:, None], -torch.ones(6, 1))
-    teacher = rw.Teacher(z.detach(), 0.1)
-    hidden = torch.ones(6, 2)
-    return {
-        "sampling_mask": raised(lambda: rw.token_logps(z, ids, sampling_mask=torch.ones(6, V, dtype=torch.bool), **over)),
-        "picked ids": raised(lambda: rw.token_stats(z, ids, stats=("selected_logps",), selected_ids=ids[:, None], **over)),
-        "of a head, picked ids": raised(lambda: rw.linear_token_stats(hidden, weight, ids, stats=("topk_logps",), top_k=2, **over)),
-        "a teacher's top-k": raised(lambda: rw.distillation_loss(z, top, **over)),
-        "of a head, a teacher's top-k": raised(lambda: rw.linear_distillation_loss(hidden, weight, top, **over)),
-        "a teacher beside": raised(lambda: rw.linear_policy_loss(hidden, weight, ids, 1.0, spec="dapo", teacher=teacher, **over)),
-        "generalized_jsd": raised(lambda: rw.distillation_loss(z, z.detach(), kind="generalized_jsd", beta=0.5, **over)),
-        "of a head, generalized_jsd": raised(
-            lambda: rw.linear_distillation_loss(hidden, weight, z.detach(), kind="generalized_jsd", beta=0.5, **over)
-        ),
+def lists(ranks):
+    """The same of what reads more than a row's own id."""
+    over, odd = dict(process_group=ranks.group(range(4))), ranks.rank == 2
+    z, ids, weight, hidden = logits(ranks), torch.arange(6) % V, torch.ones(V, 2), torch.ones(6, 2)
+    pick = dict(stats=("selected_logps", "topk_ids"), selected_ids=ids[:, None], top_k=2)
+    sets = rw.SamplingMask(torch.cat([ids, ids + V]), torch.arange(0, 13, 2))
+    sets = sets._replace(token_ids=torch.stack([ids, ids + V], 1).flatten())
+    other = sets._replace(token_ids=torch.stack([ids, ids + 2 * V], 1).flatten())
+    top, no_top = rw.TopKLogps(ids[:, None], -torch.ones(6, 1)), rw.TopKLogps(ids[:, None] + 4 * V, -torch.ones(6, 1))
+    head = (hidden, weight, ids, 1.0)
+
+    def taught(kind):
+        return rw.Teacher(z.detach(), 0.1, kind=kind)
+
+    def beyond(ids):
+        return sets._replace(token_ids=torch.where(sets.token_ids == V, ids, sets.token_ids))
+
+    found = {
+        "list": raised(lambda: rw.token_stats(z, ids, **{**pick, "selected_ids": ids[:, None] + odd}, **over)),
+        "length": raised(lambda: rw.token_stats(z, ids, **{**pick, "selected_ids": ids[:, None].expand(6, 2 + odd)}, **over)),
+        "top_k": raised(lambda: rw.token_stats(z, ids, **{**pick, "top_k": 2 + odd}, **over)),
+        "sets": raised(lambda: rw.token_logps(z, ids, sampling_mask=other if odd else sets, **over)),
+        "no sets": raised(lambda: rw.token_logps(z, ids, sampling_mask=None if odd else sets, **over)),
+        "kind": raised(lambda: rw.linear_policy_loss(*head, spec="dapo", teacher=taught("generalized_jsd" if odd else "jeffreys"), **over)),
+        "beta": raised(lambda: rw.token_divergence(z, z.detach(), kind="generalized_jsd", beta=0.7 if odd else 0.5, **over)),
+        "listed beyond": raised(lambda: rw.token_stats(z, ids, **{**pick, "selected_ids": ids[:, None] + 4 * V}, **over)),
+        "of a teacher": raised(lambda: rw.distillation_loss(z, no_top, **over)),
+        "too many": raised(lambda: rw.token_stats(z, ids, **{**pick, "top_k": 4 * V + 1}, **over)),
+        "kept beyond": raised(lambda: rw.token_logps(z, ids, sampling_mask=beyond(4 * V), **over)),
+        "bool mask": raised(lambda: rw.token_logps(z, ids, sampling_mask=torch.ones(6, V, dtype=torch.bool), **over)),
+        "not kept": raised(lambda: rw.token_logps(z, ids + (ids == 3), sampling_mask=sets, **over)),
+        "top": raised(lambda: rw.linear_distillation_loss(hidden, weight, top if not odd else z.detach(), **over)),
     }
+    whole = torch.ones(6, 4 * V, dtype=torch.bool)
+    same = [rw.token_logps(z, ids, sampling_mask=whole, vocab_size=4 * V, **over), rw.token_logps(z, ids, **over)]
+    assert torch.allclose(*same)
+    empty = torch.zeros(0, V).requires_grad_()
+    none = torch.zeros(0, dtype=torch.long)
+    stats = rw.token_stats(empty, none, stats=("topk_logps",), top_k=2, **over)
+    stats.topk_logps.sum().backward()
+    assert stats.topk_logps.shape == (0, 2) and empty.grad.shape == (0, V)
+    assert rw.token_logps(empty, none, sampling_mask=rw.SamplingMask(none, torch.zeros(1, dtype=torch.long)), **over).shape == (0,)
+    assert rw.distillation_loss(empty, empty.detach(), kind="generalized_jsd", **over).loss == 0
+    return found
 
 
-def test_what_needs_whole_rows_is_refused(four):
-    for found in four.run(refusals):
-        for what, error in found.items():
-            assert error.startswith("UnsupportedRequest") and "process_group" in error and what.split(", ")[-1] in error, (what, error)
+OF_LISTS = {
+    "list": "differ in completion_ids and masks",
+    "length": "differ in completion_ids and masks",
+    "top_k": "differ in what is asked for",
+    "sets": "differ in completion_ids and masks",
+    "no sets": "differ in completion_ids and masks",
+    "kind": "differ in what is asked for",
+    "beta": "differ in what is asked for",
+    "listed beyond": "selected_ids has 20 in row 0 (flat), expected 0 to 19",
+    "of a teacher": "teacher.token_ids has 20 in row 0 (flat), expected 0 to 19",
+    "too many": "top_k is 21, expected an integer from 1 to 20",
+    "kept beyond": "sampling_mask.token_ids has ids beyond 19",
+    "bool mask": "pass vocab_size",
+    "not kept": "which is none of the 2 ids that sampling_mask keeps there",
+    "top": "differ in",
+}
+
+
+def test_what_reads_more_ids_is_the_same_call_on_every_rank(four):
+    for found in four.run(lists):
+        assert found.keys() == OF_LISTS.keys()
+        assert all(message in found[fault] for fault, message in OF_LISTS.items()), found
 
 
 def nothing(ranks):
@@ -159,7 +202,7 @@ def dies(ranks, when):
     z = logits(ranks)
     ids = torch.zeros(6, dtype=torch.long)
     hidden, weight = torch.ones(6, 2, requires_grad=True), torch.ones(V, 2, requires_grad=True)
-    group = ranks.group(range(2))
+    group = torch.distributed.group.WORLD  # a new one is not whole yet on the other rank when this one has it
     if when == "before":
         if ranks.rank:
             os._exit(1)

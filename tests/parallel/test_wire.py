@@ -1,10 +1,13 @@
 """Collectives and bytes of a call, by the formulas of docs/scaling.md."""
 
+from unittest.mock import patch
+
 import torch
 from wire import collectives
 
 import reweight_ops as rw
-from bench.scaling import AGREEMENT, DIVERGENCE_STATES, LOGP_STATES, hidden_gradient, sequence_sum, states
+from bench.scaling import AGREEMENT, DIVERGENCE_STATES, JSD_SUMS, LOGP_STATES, OVER_VOCABULARY, hidden_gradient, sequence_sum, states
+from reweight_ops._core.engine.linear.gemms import Chunk
 
 N, D, V, R = 12, 8, 20, 3
 
@@ -46,6 +49,17 @@ def counted(ranks):
     check("bf16", lambda: rw.token_logps(leaf(z.bfloat16()), ids, **over), [rows(LOGP_STATES)])
     check("fp64", lambda: rw.token_logps(leaf(z.double()), ids, **over), [rows(LOGP_STATES, fp64=True)])
     check("loss", lambda: rw.policy_loss(leaf(z), ids, adv, spec="grpo", **over).loss, [rows(LOGP_STATES + 1)])
+    pick = dict(stats=("logps", "selected_logps", "topk_logps"), selected_ids=torch.tensor([0, 30, 70]), top_k=2)
+    picked = [rows(LOGP_STATES + 3 + 2 * 2)]
+    check("picked", lambda: rw.token_stats(leaf(z), ids, **pick, **over).topk_logps, picked)
+    top = rw.TopKLogps(ids[..., None], -torch.ones(3, 4, 1))
+    check("top-k teacher", lambda: rw.distillation_loss(leaf(z), top, **over).loss, [rows(LOGP_STATES + 1)])
+    sets = dict(sampling_mask=rw.SamplingMask(ids.flatten(), torch.arange(13)), **over)
+    check("kept sets", lambda: rw.token_logps(leaf(z), ids, return_entropy=True, **sets)[1], [rows(LOGP_STATES + 1)])
+    both = [rows(LOGP_STATES + OVER_VOCABULARY)]
+    check("two distributions", lambda: rw.token_logps(leaf(z), ids, return_entropy=True, entropy_over="vocabulary", **sets)[1], both)
+    jsd = [rows(DIVERGENCE_STATES), rows(JSD_SUMS)]
+    check("jsd", lambda: rw.token_divergence(leaf(z), z, kind="generalized_jsd", **over), jsd)
     check("divergence", lambda: rw.token_divergence(leaf(z), z, **over), [rows(DIVERGENCE_STATES)])
     hidden = [("all_reduce", hidden_gradient(rows_of_chunk, D, 4)) for rows_of_chunk in (5, 5, 2)]
     linear = dict(chunk_rows=5, compact_rows=False, **over)
@@ -58,6 +72,11 @@ def counted(ranks):
         [rows(LOGP_STATES)],
         [*hidden, ("all_reduce", 4 * R * D)],
     )
+    taught = [rows(LOGP_STATES + 1 + DIVERGENCE_STATES)]
+    for kind, more in (("reverse_kl", []), ("generalized_jsd", [rows(JSD_SUMS)])):
+        teacher = rw.Teacher(rw.HiddenLogits(h, w), 0.1, kind=kind)
+        loss = dict(spec="grpo", teacher=teacher, **linear)
+        check(f"teacher, {kind}", lambda loss=loss: rw.linear_policy_loss(h, leaf(w), ids, adv, **loss).loss, taught + more)
     whole = dict(process_group=None, sequence_group=group)
     ids = ids % V
     check("sequences, token mean", lambda: rw.policy_loss(leaf(z), ids, adv, spec="dapo", **whole).loss, [("all_reduce", 8)])
@@ -70,6 +89,42 @@ def counted(ranks):
 
 def test_collectives_and_bytes_are_those_of_the_formulas(four):
     four.check(counted)
+
+
+def launches(ranks):
+    """What a rank begins and waits for in backward from hidden states, in its order."""
+    seen = []
+    reduce, logits = torch.distributed.all_reduce, Chunk.logits
+
+    class Sum:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            seen.append("wait")
+            return self.work.wait()
+
+    def all_reduce(x, *arguments, async_op=False, **options):
+        seen.append("sum")
+        work = reduce(x, *arguments, async_op=async_op, **options)
+        return Sum(work) if async_op else work
+
+    def chunk(self, hidden):
+        seen.append("chunk")
+        return logits(self, hidden)
+
+    ids, _, h, w = inputs()
+    hidden = h.clone().requires_grad_()
+    out = rw.linear_token_logps(hidden, w, ids, chunk_rows=5, compact_rows=False, process_group=ranks.group(range(4)))
+    with patch.object(torch.distributed, "all_reduce", all_reduce), patch.object(Chunk, "logits", chunk):
+        out.sum().backward()
+    return seen
+
+
+def test_the_hidden_gradient_is_summed_while_the_next_chunk_is_computed(four):
+    """No sum is waited for before the last chunk is done."""
+    for seen in four.run(launches):
+        assert seen == ["chunk", "sum"] * 3 + ["wait"] * 3
 
 
 def bits(ranks):

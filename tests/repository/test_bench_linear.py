@@ -12,6 +12,7 @@ from bench import linear, report
 from bench.distill import JOBS, TINY_SHAPE, DistillCase, distill_providers
 from bench.linear import LinearCase, linear_providers
 from bench.measure import Effort, Memory, gate, run_case
+from bench.rows import rows_cases, rows_providers
 
 CASES = [LinearCase("linear", 64, 32, 320, "float32", "cpu", zero) for zero in (False, True)]
 OURS = ("cpu one_pass", "cpu two_pass")
@@ -110,3 +111,17 @@ def test_distillation(job):
     other = DistillCase(JOBS[(JOBS.index(job) + 1) % len(JOBS)], *TINY_SHAPE, "float32", "cpu")
     eager = distill_providers(("cpu",))[0]
     assert gate(eager, case.data(), eager.make(other.data())) > 1
+
+
+@pytest.mark.parametrize("case", rows_cases("cpu", tiny=True), ids=lambda case: case.job)
+def test_rows(case):
+    """Picked ids, kept sets and statistics: everyone passes the gate, which a gradient that is off by a tenth does not."""
+    results, limits, _ = run_case(case, rows_providers(("cpu",)), Effort(rounds=1), lambda: None)
+    assert {r.provider: r.failed or r.wrong for r in results if not r.ms} == {} and len(results) >= 2
+    entry = {"name": case.name, "case": {"job": case.job}, "results": [r.to_json() for r in results], "limits": limits, "logits_bytes": 1}
+    assert all(row["limit"] for row in report.rows_of(entry))
+    for provider in (p for p in rows_providers(("cpu",)) if p.serves(case)):
+        data = case.data()
+        value, grad = provider.make(data)()
+        bad = tuple(g * 1.1 for g in grad) if isinstance(grad, tuple) else grad * 1.1
+        assert data.error(provider.exact, value, grad) <= 1 < data.error(provider.exact, value, bad)

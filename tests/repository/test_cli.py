@@ -112,10 +112,12 @@ def test_check_says_which_vocabularies_it_takes(run):
 
 
 def test_check_runs_every_entry(run):
-    """Each of every kind, but the divergences that are composites of the others."""
+    """Each of every kind, but the divergences that are composites of the others; and every op (tests/repository/test_check_ops.py)."""
     selection = checks.Selection(("reference",), dtypes=("float32",))
     names = [(case.kind, case.method) for case in checks.cases(selection)] + [(c.kind, c.name) for c in checks.golden_cases(selection)]
-    assert {n for n in names if n[0] != "divergence"} == {(k, n) for k in CATALOGUE if k != "divergence" for n in CATALOGUE[k]}
+    assert {n for n in names if n[0] not in ("divergence", checks.OP)} == {
+        (k, n) for k in CATALOGUE if k != "divergence" for n in CATALOGUE[k]
+    }
     assert names.count(("divergence", "token_divergence")) == 2 and names.count(("advantage", "grpo")) == 1 + torch.cuda.is_available()
     kinds = run("check", "--kind", "schedule", "--kind", "objective")
     assert kinds.exit_code == 0 and "golden rows" in kinds.stdout and "hypervolume" in kinds.stdout and "backend" not in kinds.stdout

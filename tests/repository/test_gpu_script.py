@@ -12,6 +12,7 @@ import pytest
 from bench import gpu
 from bench.distill import JOBS
 from bench.gpu import Stage, run_all, stages
+from bench.rows import JOBS as ROWS
 
 ROOT = Path(gpu.__file__).parent.parent
 
@@ -42,6 +43,7 @@ def test_the_dry_run(tmp_path):
         "kl+grad",
         "distill",
         *JOBS,
+        *ROWS,
     }
     for case in bench["cases"]:
         ours = [r for r in case["results"] if r["ours"]]

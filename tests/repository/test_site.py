@@ -26,6 +26,8 @@ def test_it_builds_without_a_warning(tmp_path):
     reference = (tmp_path / "reference/specs/index.html").read_text()
     missing = [name for name, entry in rw.METHODS.items() if f".{entry.function.__name__}" not in reference]
     assert not missing and ":func:" not in reference
+    catalogue = (tmp_path / "methods/index.html").read_text()
+    assert catalogue.count("<math") > 400 and "<code>-A·logp</code>" not in catalogue
 
 
 #: Their blocks run by themselves. Those of recipes.md need a policy and rollouts: tests/catalogue/test_recipes.py runs each of them.

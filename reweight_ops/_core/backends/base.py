@@ -43,6 +43,9 @@ from ..rows.primitives import RowPrimitives
 #: ``-inf`` in a row of nothing but ``-inf``, which one shard of a row may be.
 STATS = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq", "max_logp")
 
+#: Before the name of a statistic of the whole vocabulary, where those without it are of the sets that a sampler kept.
+VOCABULARY = "vocabulary_"
+
 #: Per-row outputs of ``token_loss_grad``, in this order: ``weighted_loss`` is the row's share of the total loss, ``loss`` the
 #: same without the row weight of the reduction, ``d_logp`` and ``d_entropy`` the derivatives of the total by logp and entropy.
 LOSS_ROWS = ("logp", "entropy", "weighted_loss", "loss", "d_logp", "d_entropy")

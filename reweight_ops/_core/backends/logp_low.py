@@ -19,7 +19,12 @@ def logp_low(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxP
     local = ids - softmax.vocab_start
     inside = (local >= 0) & (local < softmax.vocab_size)
     where = torch.where(inside, local, 0).view(*logits.shape[:-1], 1)
-    x = capped(logits.gather(-1, where).reshape(-1).double(), softmax.softcap) / temperature.double()
+    return lost_of(logits.gather(-1, where).reshape(-1), inside, temperature, softmax.softcap, rows)
+
+
+def lost_of(z: Tensor, inside: Tensor, temperature: Tensor, softcap: float, rows: dict[str, Tensor]) -> Tensor:
+    """The same of the ids' own logits ``[N]``, where they are ``inside`` of the shard."""
+    x = capped(z.double(), softcap) / temperature.double()
     logp = rows["logp"].double()
     lost = ((x - rows["lse"].double()) - rows["lse_low"].double()) - logp
     return torch.where(inside & (logp < _FINE) & lost.isfinite(), lost, 0).to(rows["logp"].dtype)

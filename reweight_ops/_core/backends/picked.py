@@ -15,26 +15,37 @@ from .base import SoftmaxParams
 
 
 def top_ids(logits: Tensor, ids: Tensor, k: int, softmax: SoftmaxParams) -> Tensor:
-    """``[N, k]``: the ids of the k largest logits of each row, largest first; of equal ones any. IGNORE_INDEX in ignored rows."""
-    found = logits[..., : softmax.vocab_size].topk(k).indices.reshape(-1, k)
+    """``[N, k]``: the ids of the k largest logits of each row, of a shard's columns; largest first, of equal ones any. IGNORE_INDEX in ignored rows."""
+    found = logits[..., : softmax.vocab_size].topk(k).indices.reshape(-1, k) + softmax.vocab_start
     return torch.where((ids == IGNORE_INDEX)[:, None], IGNORE_INDEX, found)
 
 
 class Picked:
     """The logits of chosen ids, which are read before a gradient is written over the others.
 
-    ``logits`` has shape ``R + (V,)``, ``ids`` ``[N]`` are the rows' own, ``picked`` is ``[N, K]``.
+    ``logits`` has shape ``R + (V,)``, ``ids`` ``[N]`` are the rows' own, ``picked`` is ``[N, K]``. Of a vocabulary in shards this rank reads those of its own
+    columns; ``known`` ``[N, K]`` are the logits of all.
     """
 
-    def __init__(self, logits: Tensor, ids: Tensor, picked: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> None:
-        self.known = (ids >= 0) & (ids < softmax.vocab_size)
+    def __init__(
+        self, logits: Tensor, ids: Tensor, picked: Tensor, temperature: Tensor, softmax: SoftmaxParams, known: Tensor | None = None
+    ) -> None:
+        total = softmax.total()
+        self.known = (ids >= 0) & (ids < total)
         inside = (ids != IGNORE_INDEX)[:, None] & (picked != IGNORE_INDEX)
-        self.bad = inside & ((picked < 0) | (picked >= softmax.vocab_size))
+        self.bad = inside & ((picked < 0) | (picked >= total))
         self.inside = inside & ~self.bad
-        self.index = torch.where(self.inside, picked, 0)
+        local, self.start = picked - softmax.vocab_start, softmax.vocab_start
+        self.here = self.inside & (local >= 0) & (local < softmax.vocab_size)
+        self.index = torch.where(self.here, local, 0)
         self.shape = (*logits.shape[:-1], picked.size(-1))
+        if known is None:
+            known = (
+                logits.gather(-1, self.index.view(self.shape)).view(picked.shape) if softmax.vocab_size else logits.new_zeros(picked.shape)
+            )
+        self.logits = known
         # In fp64: of few numbers it costs nothing, and a log-sum-exp of two fp32 numbers is as exact.
-        z = logits.gather(-1, self.index.view(self.shape)).view(picked.shape).double()
+        z = known.double()
         self.is_masked, self.temperature = z == -math.inf, temperature.double().view(-1, 1)
         tanh = torch.tanh(z / softmax.softcap) if math.isfinite(softmax.softcap) else None
         self.slope = 1.0 if tanh is None else 1 - tanh * tanh
@@ -58,8 +69,10 @@ class Picked:
             return torch.zeros_like(by[:, :1]) if t is None else t[:, None]
 
         c, e, z, q = (column(derivatives.get(name)) for name in ("logp", "entropy", "lse", "log_sum_p_sq"))
-        # A list may name an id twice, or the row's own. Elements without an id stand for id 0, which the gradient has anyway.
-        own = self._sums(by) + torch.where(self.index == ids[:, None], c, 0)
+        moved = (by != 0).any(-1, keepdim=True)
+        by = torch.where(self.here, by, 0)
+        # A list may name an id twice, or the row's own. Elements without an id here stand for the first column, which the gradient has anyway.
+        own = self._sums(by) + torch.where(self.index + self.start == ids[:, None], c, 0)
         logp = self._below(stats["lse"], stats["lse_low"])
         p = logp.exp()
         total = p * (own - c + z) - own * torch.expm1(logp)  # own - (c - z)·p, for a sure token too
@@ -67,7 +80,7 @@ class Picked:
             total = total - e * p * (logp + column(stats["entropy"]))
         if derivatives.get("log_sum_p_sq") is not None:
             total = total + 2 * q * p * (p / column(stats["log_sum_p_sq"]).exp() - 1)
-        moving = (by != 0).any(-1, keepdim=True) | (c != 0) | (e != 0) | (z != 0) | (q != 0)
+        moving = moved | (c != 0) | (e != 0) | (z != 0) | (q != 0)
         written = moving & self.known[:, None] & ~(self.is_masked & ~column(stats["lse"]).isnan())
         value = torch.where(written, total * (self.slope / self.temperature), 0)
         out.scatter_(-1, self.index.view(self.shape), value.to(out.dtype).view(self.shape))

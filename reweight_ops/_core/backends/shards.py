@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..rows.groups import IGNORE_INDEX
 from ..rows.ranks import gathered, size_and_rank
-from .base import DIVERGENCE_STATS, SoftmaxParams
+from .base import DIVERGENCE_STATS, VOCABULARY, SoftmaxParams
 from .log_p_moments import MEAN_OVER_P_SQ, VARIANCE
 from .logp_low import LOGP_LOW
 from .mean_logit import MEAN_LOGIT
@@ -48,14 +48,25 @@ class VocabShards:
         _, rank = size_and_rank(self.group)
         return SoftmaxParams(self.columns[rank], softcap, sum(self.columns[:rank]), self.total)
 
-    def merged(self, table: Tensor, names: tuple[str, ...], ids: Tensor) -> Tensor:
-        """The statistics of whole rows from each shard's own, of which ``names`` are rows ``[S, N]``: one collective of ``4·S·N`` bytes a rank (8 in fp64).
-        All but :data:`LOGP_LOW`, which is one of a log-prob's parts."""
-        states = gathered(self.op, self.group, table).double()
-        s = {name: states[:, k] for k, name in enumerate(names)}
-        share = _Shares(s["lse"], s["lse_low"])
-        found = torch.stack([self._statistic(name, s, share, table.dtype) for name in names if name != LOGP_LOW]).to(table.dtype)
-        return torch.where(ids == IGNORE_INDEX, 0, found)
+    def gathered(self, table: Tensor) -> Tensor:
+        """``[W, S, N]``: the states of all shards, of this one's ``[S, N]``. One collective of ``4·S·N`` bytes a rank (8 in fp64)."""
+        return gathered(self.op, self.group, table)
+
+    def merged(self, states: Tensor, names: tuple[str, ...], ids: Tensor) -> Tensor:
+        """The statistics of whole rows from the ``states`` ``[W, S, N]`` of all shards, of which ``names`` are the rows; of a row's kept set and of its
+        whole vocabulary each by their own. All but :data:`LOGP_LOW`, which is one of a log-prob's parts."""
+        dtype, found = states.dtype, dict[str, Tensor]()
+        for prefix in ("", VOCABULARY):
+            own = {
+                name.removeprefix(prefix): states[:, k].double()
+                for k, name in enumerate(names)
+                if name.startswith(VOCABULARY) == bool(prefix)
+            }
+            if own:
+                share = _Shares(own["lse"], own["lse_low"])
+                found |= {prefix + name: self._statistic(name, own, share, dtype) for name in own if name != LOGP_LOW}
+        rows = torch.stack([found[name] for name in names if name != LOGP_LOW]).to(dtype)
+        return torch.where(ids == IGNORE_INDEX, 0, rows)
 
     def _statistic(self, name: str, s: dict[str, Tensor], share: _Shares, dtype: torch.dtype) -> Tensor:
         if name in MERGED_BY:
@@ -63,7 +74,7 @@ class VocabShards:
             return lse if name == "lse" else share.lse_beyond(lse)
         own = torch.where(share.empty, -math.inf, s[name])
         if name == "logp":
-            return (own + s[LOGP_LOW] + share.log).amax(0).clamp(max=0)
+            return (own + s.get(LOGP_LOW, 0) + share.log).amax(0).clamp(max=0)
         if name == "max_logp":
             # Where the target is the likeliest token, this is its log-prob, to the bit.
             own = torch.where((s["logp"] == s[name]) & ~share.empty, own + s[LOGP_LOW], own)
@@ -83,10 +94,9 @@ class VocabShards:
         weights = own.new_tensor(self.columns)[:, None] / self.total
         return torch.where(weights == 0, 0, weights * own).sum(0) + 0 * share.lse
 
-    def merged_divergences(self, table: Tensor, ids: Tensor) -> Tensor:
-        """The same of the statistics of two logits tensors, ``[len(DIVERGENCE_STATS), N]``."""
-        states = gathered(self.op, self.group, table).double()
-        s = dict(zip(DIVERGENCE_STATS, states.unbind(1), strict=True))
+    def merged_divergences(self, states: Tensor, ids: Tensor) -> Tensor:
+        """The same of the statistics of two logits tensors, ``[W, len(DIVERGENCE_STATS), N]``."""
+        dtype, s = states.dtype, dict(zip(DIVERGENCE_STATS, states.double().unbind(1), strict=True))
         p, q = _Shares(s["lse"], s["lse_low"]), _Shares(s["other_lse"], s["other_lse_low"])
         found = {
             "forward_kl": q.mean(s["forward_kl"] + q.log - p.log, infinite=~q.empty & s["forward_kl"].isposinf()).clamp(min=0),
@@ -95,12 +105,12 @@ class VocabShards:
             "other_entropy": q.mean(s["other_entropy"] - q.log),
         }
         for prefix, share in (("", p), ("other_", q)):
-            lse = share.lse.to(table.dtype)
+            lse = share.lse.to(dtype)
             found |= {f"{prefix}lse": lse.double(), f"{prefix}lse_low": share.lse_beyond(lse)}
         is_nan = p.lse.isnan() | q.lse.isnan()  # where one of them is no distribution, nothing is known
-        if table.dtype != torch.float64:  # beyond it kernels measure from what is in their own shard
+        if dtype != torch.float64:  # beyond it kernels measure from what is in their own shard
             is_nan |= (p.lse.abs() > LARGEST_LSE) | (q.lse.abs() > LARGEST_LSE)
-        rows = torch.stack([torch.where(is_nan, math.nan, found[name]) for name in DIVERGENCE_STATS]).to(table.dtype)
+        rows = torch.stack([torch.where(is_nan, math.nan, found[name]) for name in DIVERGENCE_STATS]).to(dtype)
         return torch.where(ids == IGNORE_INDEX, 0, rows)
 
 

@@ -20,6 +20,7 @@ from ..rows.structure import Structure, is_readable
 from ..transforms import in_transform
 from .chunking import chunking
 from .keywords import LMHeadOptions, Lora, SoftmaxOptions
+from .released import refuse_released
 from .sampling_mask import KeptSets, resolve_sampling_mask
 from .softmax import Fail, resolve_logit_scale, resolve_softmax, resolve_temperature
 from .vocab_group import VocabGroup, vocab_group
@@ -118,6 +119,8 @@ def resolve_hidden(
     for name, x in (("hidden", hidden), ("lm_head_weight", weight), ("completion_ids", completion_ids)):
         if not isinstance(x, Tensor):
             raise fail(f"{name} is a {type(x).__name__}, expected a tensor.")
+    of_head = ("lm_head_weight", "lm_head_bias", "lora.a", "lora.b")
+    refuse_released(op, ((name, tensors[name]) for name in of_head))
     for name in ("consume_logits", "drop_last"):
         if getattr(options, name):
             raise fail(f"{name} is for logits; here they are the op's own.")
@@ -159,7 +162,7 @@ def resolve_hidden(
     softmax = resolve_softmax(op, options, columns, fail)
     row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
     rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, softmax.total(), validate)
-    sampled = resolve_sampling_mask(rows, options, softmax.vocab_size, validate, fail)
+    sampled = resolve_sampling_mask(rows, options, softmax.total(), validate, fail)
     all_ids = rows.ids if sampled is None else sampled.position
     assert all_ids is not None
     # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s: the scale costs no pass and no rounding.

@@ -11,11 +11,12 @@ import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
+import torch
 from torch import Tensor, dtype
 
 from ...errors import InvalidCall
 from ..catalogue.signatures import DEFAULTS
-from ..ranges import Count, FixedPositiveOrInf, NonNegative, Positive, Range, Scalar, described, ranges_of
+from ..ranges import Count, FixedPositiveOrInf, Flag, NonNegative, Positive, Range, Scalar, described, is_constant, ranges_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -345,7 +346,7 @@ ALIASES = {
 
 for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
     _record.NAMES = tuple(f.name for f in dataclasses.fields(_record))
-    _record.RANGES = ranges_of(_record)
+    _record.RANGES = {name: allowed for name, allowed in ranges_of(_record).items() if not isinstance(allowed, Flag)}
     _record.FLAGS = {f.name: "None" in str(f.type) for f in dataclasses.fields(_record) if str(f.type).startswith("bool")}
     _record.__doc__ = described(_record.__doc__, _record.RANGES)
     DEFAULTS.update({f.name: f.default for f in dataclasses.fields(_record)})
@@ -353,18 +354,37 @@ for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
 
 def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple[str, ...] = ()) -> list[Any]:
     """One of each record from the keywords; a keyword of none is a TypeError. ``own``: the op's other keywords, for the message."""
-    known = [name for record in records for name in record.NAMES]
-    for name in keywords:
-        if name not in known:
-            _reject(op, name, (*known, *own))
+    if torch.compiler.is_compiling():
+        constants = tuple([(name, value) for name, value in keywords.items() if is_constant(value)])
+        _check_constants(op, tuple(keywords), constants, records, own)
+    else:
+        _check(op, keywords, keywords.items(), records, own)
     for record in records:
-        for name, allowed in record.RANGES.items():
-            if name in keywords:
-                allowed.check(op, name, keywords[name])
         for name, optional in record.FLAGS.items():
             if name in keywords:
                 check_flag(op, name, keywords[name], optional)
     return [record(**{name: keywords[name] for name in record.NAMES if name in keywords}) for record in records]
+
+
+def _check(
+    op: str, names: Iterable[str], given: Iterable[tuple[str, Any]], records: tuple[type[Options], ...], own: tuple[str, ...]
+) -> None:
+    known = [name for record in records for name in record.NAMES]
+    for name in names:
+        if name not in known:
+            _reject(op, name, (*known, *own))
+    for record in records:
+        for name, value in given:
+            if name in record.RANGES:
+                record.RANGES[name].check(op, name, value)
+
+
+@torch.compiler.assume_constant_result
+def _check_constants(
+    op: str, names: tuple[str, ...], given: tuple[tuple[str, Any], ...], records: tuple[type[Options], ...], own: tuple[str, ...]
+) -> None:
+    # torch.compile runs this and follows none of it: what it raises is the reason that compilation ends with.
+    _check(op, names, given, records, own)
 
 
 def check_flag(op: str, name: str, value: Any, optional: bool = False) -> None:

@@ -93,7 +93,7 @@ def resolve_logits(
     primitives = row_primitives(logits, options.backend)
     rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.total(), validate, primitives)
     assert rows.ids is not None
-    sampled = resolve_sampling_mask(rows, options, softmax.vocab_size, validate, fail)
+    sampled = resolve_sampling_mask(rows, options, softmax.total(), validate, fail)
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad
     if consume and logits.is_leaf:
         raise fail("consume_logits=True would overwrite a leaf that requires grad; it is for logits that a model computed.")

@@ -19,6 +19,11 @@ from .softmax import Fail
 #: Over what the entropy of a call with a mask is taken.
 ENTROPIES = ("kept", "vocabulary")
 
+#: The place of a row's id in its set where the set is a shard's part of it, and the id is in another's.
+ELSEWHERE = -2
+#: Beyond any id, of a vocabulary whose size is not known yet.
+_MOST_IDS = 2**31
+
 
 class SamplingMask(NamedTuple):
     """The ids that a sampler (top-k, top-p, min-p) kept of every row, in vLLM's form: row i may be ``token_ids[offsets[i]:offsets[i + 1]]``.
@@ -70,7 +75,8 @@ class SamplingMask(NamedTuple):
         never the last. ``-inf`` is never kept.
 
         ``top_k`` (0 or -1: all), ``top_p``, ``min_p`` and ``temperature`` are numbers, or tensors of one a row, of shape R. On a GPU this waits, as
-        :meth:`from_mask` does. Differs from the sampler where its logits do: another kernel's rounding may move an id across a threshold.
+        :meth:`from_mask` does. Differs from the sampler where its logits do: another kernel's rounding may move an id across a threshold. Nor do vLLM's
+        kernels for GPUs (Triton, FlashInfer) promise the order of its PyTorch path where probabilities tie.
 
         Raises:
             InvalidCall: a setting out of its range or of another shape.
@@ -107,6 +113,25 @@ class KeptSets(NamedTuple):
         place = self.row.new_full((self.bounds.size(1) + 1,), -1)
         place[index] = torch.arange(index.numel(), device=index.device)
         return self._replace(row=place[self.row.clamp(0, self.bounds.size(1))], bounds=self.bounds[:, index])
+
+    def of_columns(self, position: Tensor, start: int, size: int) -> tuple[KeptSets, Tensor]:
+        """The part of the sets that is in ``size`` columns from ``start`` on, as ids from 0 on, and the place of each row's id in it: :data:`ELSEWHERE` if it
+        is not among them. Nothing waits: entries of other columns come last, and are in no row."""
+        entries = self.token_ids.numel()
+        own = (self.token_ids >= start) & (self.token_ids < start + size)
+        before = torch.cat([own.new_zeros(1, dtype=torch.int64), own.cumsum(0)])
+        order, bounds = (~own).long().argsort(stable=True), before[self.bounds]
+        at = (self.bounds[0] + position).clamp(0, max(entries - 1, 0))
+        here, place = (own[at], before[at] - bounds[0]) if entries else (torch.zeros_like(position, dtype=torch.bool), position)
+        ids = torch.where(own, self.token_ids - start, 0)[order]
+        sets = KeptSets(ids, torch.where(own, self.row, -1)[order], bounds, self.over_vocabulary)
+        return sets, torch.where(position < 0, position, torch.where(here, place, ELSEWHERE))
+
+    def known(self, position: Tensor, vocab_size: int) -> Tensor:
+        """``[N]``: whether all ids of a row's set are below ``vocab_size``; True of ignored rows."""
+        beyond = (self.token_ids >= vocab_size).cumsum(0)
+        beyond = torch.cat([beyond.new_zeros(1), beyond])
+        return (beyond[self.bounds[1]] == beyond[self.bounds[0]]) | (position < 0)
 
     def rows(self, rows: slice) -> KeptSets:
         """The sets of a run of rows."""
@@ -148,6 +173,10 @@ def resolve_sampling_mask(rows: Rows, options: SoftmaxOptions, vocab_size: int, 
             raise fail("entropy_over would have no effect: there is no sampling_mask.")
         return None
     if isinstance(given, Tensor):
+        if options.process_group is not None and options.vocab_size is None:
+            raise fail(
+                "a bool sampling_mask has the columns of all ranks of process_group: pass vocab_size, which they are, or a SamplingMask."
+            )
         if tuple(given.shape) != (*rows.shape, vocab_size):
             raise fail(f"sampling_mask has shape {tuple(given.shape)}, expected {rows.shape} + ({vocab_size},), or a SamplingMask.")
         given = SamplingMask.from_mask(given)
@@ -221,7 +250,8 @@ class _Checks:
 
     def _twice(self) -> Tensor:
         """``[N]``: rows that keep an id more than once."""
-        key, order = (self.row * (self.vocab_size + 2) + self.token_ids.clamp(-1, self.vocab_size) + 1).sort()
+        most = min(self.vocab_size, _MOST_IDS)
+        key, order = (self.row * (most + 2) + self.token_ids.clamp(-1, most) + 1).sort()
         again = torch.zeros_like(key)
         again[1:] = (key[1:] == key[:-1]).long()
         n = self.rows.count

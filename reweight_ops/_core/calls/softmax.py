@@ -28,16 +28,10 @@ def refuse_process_group(op: str, process_group: Any, why: str) -> None:
         raise UnsupportedRequest(f"{op}: process_group: {why}")
 
 
-#: Why a call that reads ids beside the rows' own is refused.
-NO_PICKED = "picked ids (selected_ids, top_k, a teacher's top-k) are read from whole rows, and here each rank has its columns; gather the vocabulary."
-
-
 def resolve_softmax(op: str, options: SoftmaxOptions, columns: int, fail: Fail) -> SoftmaxParams:
     """The softmax over logits with that many columns; of a shard, that of its own columns until the ranks have agreed."""
     if options.process_group is not None:
         check_group(op, "process_group", options.process_group)
-        if options.sampling_mask is not None:
-            refuse_process_group(op, options.process_group, "the ids of a sampling_mask may be on any rank; gather the vocabulary.")
         return SoftmaxParams(columns, resolve_softcap(options.softcap), 0, options.vocab_size or ANY_ID)
     vocab_size = columns if options.vocab_size is None else options.vocab_size
     if not 0 < vocab_size <= columns:

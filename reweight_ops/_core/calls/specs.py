@@ -10,6 +10,7 @@ import torch
 from ...errors import InvalidCall
 from ..catalogue.registry import CATALOGUE, Entry
 from ..catalogue.search import entry_of
+from ..formula.base import Rule
 from ..spec.pairs import PairSpec
 from ..spec.parts import called
 from ..spec.policy import PolicyLossSpec
@@ -64,7 +65,8 @@ def named_spec(op: str, spec: Any) -> PolicyLossSpec:
     if not isinstance(spec, PolicyLossSpec):
         if isinstance(spec, PairSpec):
             raise InvalidCall(f"{op}: spec is a PairSpec, which rw.preference_loss takes.")
-        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.{called(spec)}")
+        rule = " Of a rule it is rw.PolicyLossSpec(surrogate=...)." if isinstance(spec, Rule) else ""
+        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.{called(spec)}{rule}")
     return spec
 
 

@@ -71,11 +71,9 @@ def resolve_two_hidden(
 
 
 def beside(
-    p: Hidden, tensors: dict[str, Any], other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions,
-    copies: int = 1,
-) -> TwoHidden:  # fmt: skip
-    """Hidden states that are resolved, and the second model for the same rows: those of ``mask``. ``tensors``: of the call, for messages.
-    ``copies``: tensors of the size of p's logits that a chunk needs."""
+    p: Hidden, tensors: dict[str, Any], other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions
+) -> TwoHidden:
+    """Hidden states that are resolved, and the second model for the same rows: those of ``mask``. ``tensors``: of the call, for messages."""
     op, weight = p.rows.op, p.head.weight
 
     def fail(message: str) -> InvalidCall:
@@ -89,7 +87,7 @@ def beside(
         raise fail(f"{of_other.name} is a {type(other).__name__}, expected a HiddenLogits, a TopKLogps, or logits R + (V,).")
     refuse_learnt(p.temperature, fail)
     refuse_learnt(q.temperature, fail, f"{of_other.name}_temperature")
-    return TwoHidden(*_chunked(p, q, head, copies))
+    return TwoHidden(*_chunked(p, q, head))
 
 
 def _other_head(
@@ -130,9 +128,9 @@ def _other_logits(p: Hidden, weight: Tensor, other: Tensor, softmax: SoftmaxOpti
     return OtherRows(collapsed(f"{of_other.name}_logits", other, fail), None, temperature, params, p.settings)
 
 
-def _chunked(p: Hidden, q: OtherRows, head: LMHeadOptions, copies: int) -> tuple[Hidden, OtherRows]:
+def _chunked(p: Hidden, q: OtherRows, head: LMHeadOptions) -> tuple[Hidden, OtherRows]:
     """Both with the same chunks, whose budget is for the logits of both models."""
-    row_bytes = copies * p.head.weight.size(0) * p.settings.logits_dtype.itemsize
+    row_bytes = p.head.weight.size(0) * p.settings.logits_dtype.itemsize
     if q.head is not None:
         row_bytes += q.head.weight.size(0) * q.settings.logits_dtype.itemsize
     size, keep = chunking(p.states.size(0), row_bytes, p.states.device, head.chunk_rows, head.memory_budget)

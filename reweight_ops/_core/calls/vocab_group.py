@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,13 @@ class VocabGroup:
     columns: int
     vocab_size: int | None
 
-    def agreed(self, rows: Rows, asked: tuple[str, ...], needs_grad: bool) -> VocabShards:
-        """The columns of every rank. One exchange of a few integers; raises on every rank if their calls do not fit together."""
+    def agreed(self, rows: Rows, asked: tuple[Any, ...], needs_grad: bool, lists: Sequence[Tensor] = ()) -> VocabShards:
+        """The columns of every rank. One exchange of a few integers; raises on every rank if their calls do not fit together. ``lists``: of ids, beside the
+        rows' own."""
+        ids = [x for x in (rows.ids, *lists) if x is not None and is_readable(x)]
         same = {
             "rows": rows.count,
-            "completion_ids and masks": 0 if rows.ids is None or not is_readable(rows.ids) else _digest(rows.ids),
+            "completion_ids and masks": sum((i + 1) * _digest(x) for i, x in enumerate(ids)) % 2**62,
             "vocab_size": -1 if self.vocab_size is None else self.vocab_size,
             "what is asked for": zlib.crc32(",".join(map(str, (*asked, rows.dtype))).encode()),
             "whether a gradient is needed": int(needs_grad),
@@ -56,4 +59,4 @@ def vocab_group(options: SoftmaxOptions, columns: int) -> VocabGroup | None:
 def _digest(ids: Tensor) -> int:
     """A number that differs where ids do, and by their order."""
     odd = 2 * torch.arange(ids.numel(), device=ids.device) + 1
-    return int(((ids + 1000) * odd).sum())
+    return int(((ids.flatten() + 1000) * odd).sum())

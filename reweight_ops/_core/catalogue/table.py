@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from ..formula.trace import trace_weight
+from .entry_text import anchor, entry_text
 from .left_out import LEFT_OUT
 from .registry import CATALOGUE, CERTAINTIES, KINDS, Entry
 
 _HEAD = """\
 # The catalogue
 
-Generated from the registry by `python -m reweight_ops.codegen`; do not edit. `reweight-ops show NAME` prints an entry's formula, its defaults and
-what differs from the paper.
+Generated from the registry by `python -m reweight_ops.codegen`; do not edit. Below each table stand its entries'
+papers, formulas, and what differs from the paper. `reweight-ops show NAME` prints them with the defaults and the ranges.
 
 {certainties}
 
-An entry that is *derived* is not presented as its authors'. A *composite* is PyTorch code with bounded memory. Entries without a plan work on rewards,
-log-probs or masks and never see logits; PyTorch computes them wherever their tensors are.
+An entry that is *derived* is not presented as its authors'. What takes one pass or two runs on every backend. A *composite* is PyTorch code with bounded
+memory. Entries without a plan work on rewards, log-probs or masks and never see logits; PyTorch computes them wherever their tensors are.
+
+In formulas, `p` is the probability of the token that was chosen, `logp` its log, `H` the entropy, `r` the importance ratio, `A` the advantage (of
+advantages and rewards, `r` is the reward), `sg` stops the gradient, `σ` is the sigmoid, `1[...]` is 1 where the condition holds, `y_w` the chosen and
+`y_l` the rejected answer, `L` a length. Names in upright letters are arguments.
 """
 
 
@@ -38,14 +43,9 @@ def level(entry: Entry) -> str:
     return entry.level or ""
 
 
-def backends(entry: Entry) -> str:
-    """Which backends compute its vocabulary-sized part: what takes a plan runs on all of them."""
-    return "all" if plan(entry) in ("one pass", "two passes") else "PyTorch"
-
-
 def _line(entry: Entry) -> str:
     link = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv != "unknown" else "unknown"
-    return f"| `{entry.name}` | {entry.full_name} | {entry.paper} | {link} | {level(entry)} | {plan(entry)} | {backends(entry)} | {entry.certainty} |"
+    return f"| [`{entry.name}`](#{anchor(entry)}) | {entry.full_name} | {link} | {level(entry)} | {plan(entry)} | {entry.certainty} |"
 
 
 def markdown() -> str:
@@ -55,9 +55,8 @@ def markdown() -> str:
         if not CATALOGUE[kind]:
             continue
         rows = [_line(CATALOGUE[kind][name]) for name in sorted(CATALOGUE[kind])]
-        head = (
-            "| name | full name | paper | arXiv | level | plan | backends | certainty |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
-        )
+        head = "| name | full name | arXiv | level | plan | certainty |\n| --- | --- | --- | --- | --- | --- |"
         parts.append(f"## `{module}`: {meaning}\n\n{head}\n" + "\n".join(rows) + "\n")
+        parts += [entry_text(CATALOGUE[kind][name]) + "\n" for name in sorted(CATALOGUE[kind])]
     parts.append("## Left out, and why\n\n" + "\n".join(f"- **{title}**: {reason}" for title, reason in LEFT_OUT.items()) + "\n")
     return "\n".join(parts)

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import SoftmaxParams
+from ..backends.base import VOCABULARY, SoftmaxParams
 from ..backends.mean_logit import MEAN_LOGIT
 from ..calls.hidden import ChunkSettings, LMHead
 from ..calls.sampling_mask import KeptSets
 from ..rows.constants import number_like, varies
 from ..rows.groups import IGNORE_INDEX
-from .kept_ops import VOCABULARY
 from .ops import without_last_position
 from .picks import PICKED, PICKED_IDS
 

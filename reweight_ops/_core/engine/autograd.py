@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ReweightOpsError, UnsupportedRequest
-from ..backends.base import DERIVATIVES, DIVERGENCE_STATS, SoftmaxParams
+from ..backends.base import DERIVATIVES, DIVERGENCE_STATS, VOCABULARY, SoftmaxParams
 from ..backends.log_p_moments import MEAN_OVER_P_SQ, VARIANCE
 from ..backends.logp_low import LOGP_LOW
 from ..backends.mean_logit import MEAN_LOGIT
@@ -24,7 +24,7 @@ from ..calls.sampling_mask import KeptSets
 from ..rows.groups import IGNORE_INDEX
 from . import again, kept_ops
 from . import ops as library
-from .kept_ops import OF_ENTROPY, VOCABULARY
+from .kept_ops import OF_ENTROPY
 from .picks import PICKED, PICKED_IDS, Picks
 
 
@@ -63,12 +63,12 @@ LSE_LOW = "lse_low"
 
 def asked_for(stats: str, needs_grad: bool, shards: VocabShards | None = None) -> str:
     """The names of the statistics to compute for a caller who wants ``stats``; of a shard, what it is merged by besides."""
-    if shards is not None:
-        return f"{stats},{LSE_LOW},{LOGP_LOW}"
-    if needs_grad and VOCABULARY in stats:
-        names = stats.split(",")
-        return ",".join([*names, LSE_LOW, *(VOCABULARY + name for name in OF_ENTROPY if VOCABULARY + name not in names)])
-    return f"{stats},{LSE_LOW}" if needs_grad else stats
+    if not needs_grad and shards is None:
+        return stats
+    names = [*stats.split(","), LSE_LOW]
+    if VOCABULARY in stats:
+        names += [VOCABULARY + name for name in OF_ENTROPY if VOCABULARY + name not in names]
+    return ",".join(names if shards is None else [*names, LOGP_LOW])
 
 
 def stats_table(
@@ -79,13 +79,28 @@ def stats_table(
     if sets is None:
         table: Tensor = library.called(library.token_stats, logits, ids, temperature, *softmax, *rest)
         return table
-    table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax[:2], *rest)
+    table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax, *rest)
     return table
 
 
-def whole_rows(table: Tensor, names: str, ids: Tensor, shards: VocabShards | None) -> Tensor:
-    """A table of the named statistics; of a shard's, merged over all shards, and without what only serves that."""
-    return table if shards is None else shards.merged(table, tuple(names.split(",")), ids)
+def whole_rows(
+    table: Tensor, names: str, ids: Tensor, shards: VocabShards | None, picks: Picks | None = None, picked: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """A table of the named statistics; of a shard's, merged over all shards, and without what only serves that. Beside it, of a shard's ``picks`` and what it
+    knows of them (``picked``), the logits and ids of the whole row's."""
+    if shards is None:
+        return table, None
+    states = shards.gathered(table if picked is None else torch.cat([table, picked.t()]))
+    return merged_rows(states, names, ids, shards, picks)
+
+
+def merged_rows(
+    states: Tensor, names: str, ids: Tensor, shards: VocabShards, picks: Picks | None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The same from the states ``[W, S, N]`` of all shards."""
+    known = tuple(names.split(","))
+    table = shards.merged(states[:, : len(known)], known, ids)
+    return table, None if picks is None else picks.merged(states[:, len(known) :].transpose(1, 2), ids, shards.columns)
 
 
 def forbid_graph(shards: VocabShards | None) -> None:
@@ -103,11 +118,11 @@ def written_gradient(
     Log-probs of picked ids are one derivative by lse in every column, and the elements of those ids, which are written over.
     """
     if sets is not None:
-        table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax[:2], options.drop_last, options.backend)
+        table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax, options.drop_last, options.backend)
         found = library.called(kept_ops.kept_grad_ if over else kept_ops.kept_grad, logits, ids, *table)
         return None if over else found
     d_picked, picked = by.get(PICKED), None
-    if d_picked is not None:
+    if d_picked is not None and softmax.vocab_size:
         z = library.without_last_position(logits, options.drop_last)
         picked = Picked(z, ids, known[PICKED_IDS], temperature, softmax)
         d_picked = picked.masked(d_picked)
@@ -132,16 +147,21 @@ class RowStatistics(torch.autograd.Function):
         picks: Picks | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         wanted = asked_for(stats, ctx.needs_input_grad[0] or picks is not None, options.shards)
-        rows = whole_rows(stats_table(logits, ids, temperature, sets, softmax, options, wanted), wanted, ids, options.shards)
+        z, shards = library.without_last_position(logits, options.drop_last), options.shards
+        table = stats_table(logits, ids, temperature, sets, softmax, options, wanted)
+        own = None if picks is None or shards is None else picks.states(z, ids, temperature, softmax, table.dtype)
+        rows, picked = whole_rows(table, wanted, ids, shards, picks, own)
+        if shards is not None:
+            wanted = wanted.removesuffix(f",{LOGP_LOW}")
         ctx.set_materialize_grads(False)
         ctx.sets, ctx.softmax, ctx.options, ctx.names, ctx.wanted = sets, softmax, options, stats.split(","), wanted.split(",")
         known = rows.unbind()
         outputs = known[: len(ctx.names)]
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED]
         if picks is not None:
-            z = library.without_last_position(logits, options.drop_last)
-            chosen = picks.of(z, ids, softmax)
-            logps = Picked(z, ids, chosen, temperature, softmax).logps(known[ctx.names.index("lse")], known[-1])
+            values, chosen = (None, picks.of(z, ids, softmax)) if picked is None else picked
+            by_name = dict(zip(ctx.wanted, known, strict=True))
+            logps = Picked(z, ids, chosen, temperature, softmax, values).logps(by_name["lse"], by_name[LSE_LOW])
             outputs, known = (*outputs, logps, chosen), (*known, chosen)
             ctx.names, fixed = [*ctx.names, PICKED, PICKED_IDS], [*fixed, chosen]
         if fixed:
@@ -245,6 +265,16 @@ def with_empty(table: Tensor, two: tuple[Tensor, ...], softmaxes: Softmaxes, bac
     return with_empty_shards(table, p, q)
 
 
+def divergence_table(tensors: tuple[Tensor, ...], softmaxes: Softmaxes, options: OpOptions) -> Tensor:
+    """``[len(DIVERGENCE_STATS), N]``; of a shard's logits those of whole rows."""
+    table: Tensor = library.called(library.divergence_stats, *tensors, *softmaxes, options.drop_last, options.backend)
+    if options.shards is None:
+        return table
+    z, *rest = tensors
+    table = with_empty(table, (library.without_last_position(z, options.drop_last), *rest), softmaxes, options.backend)
+    return options.shards.merged_divergences(options.shards.gathered(table), rest[1])
+
+
 class DivergenceStatistics(torch.autograd.Function):
     """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, ``[N]`` each; the first three are differentiable with respect to the logits of p."""
 
@@ -252,10 +282,7 @@ class DivergenceStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, softmaxes: Softmaxes, options: OpOptions
     ) -> tuple[Tensor, ...]:
-        table = library.called(library.divergence_stats, logits, other, ids, t, t_other, *softmaxes, options.drop_last, options.backend)
-        if options.shards is not None:
-            z = library.without_last_position(logits, options.drop_last)
-            table = options.shards.merged_divergences(with_empty(table, (z, other, ids, t, t_other), softmaxes, options.backend), ids)
+        table = divergence_table((logits, other, ids, t, t_other), softmaxes, options)
         ctx.set_materialize_grads(False)
         ctx.softmaxes, ctx.options = softmaxes, options
         outputs = tuple(row.clone() for row in table[:4])

@@ -96,8 +96,7 @@ class FormulaSource(PlainSource):
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         p, rows = self.p, self.rows
         refuse_learnt(p.temperature, rows.error)
-        if p.consume:
-            raise rows.error("consume_logits=True: this loss is a composite that does not write over its logits.")
+        refuse_consumed(p)
         # In an ignored row the formula sees zeros.
         values = p.values[..., :-1, :] if p.drop_last else p.values
         z = torch.where(rows.keep[:, None], values.reshape(rows.count, values.size(-1)), 0)
@@ -117,6 +116,11 @@ class FormulaSource(PlainSource):
         if in_transform() or torch.compiler.is_compiling():  # the compiler makes the chunks of it that it sees fit
             return {"value": _whole(z, rows.keep, formula, prepare, *more)}
         return {"value": ChunkedRows.apply(z, rows.keep, formula, prepare, *more)}  # type: ignore[no-untyped-call]
+
+
+def refuse_consumed(p: Logits) -> None:
+    if p.consume:
+        raise p.rows.error("consume_logits=True: this loss is a composite that does not write over its logits.")
 
 
 def formula_call(source: FormulaSource) -> Call[Tensor]:

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import DERIVATIVES, LOSS_ROWS, PackedRows, RowInputs, SoftmaxParams
+from ..backends.base import DERIVATIVES, LOSS_ROWS, VOCABULARY, PackedRows, RowInputs, SoftmaxParams
 from ..backends.log_p_moments import MEAN_OVER_P_SQ, VARIANCE, log_p_moment
+from ..backends.logp_low import LOGP_LOW
 from ..backends.reference_packed import filled
 from ..backends.select import load
+from ..backends.shards import empty_shard
 from ..formula.loss_program import ONE_PASS, STATISTICS, Program, loss_graph
 from ..formula.program import evaluate_rows
 from ..rows.groups import IGNORE_INDEX
+from .kept_shards import ShardRows
 from .ops import BODIES, clear_last, gradient_ops, op, row_dtype, token_stats, without_last_position
 
-#: Before the name of a statistic of the whole vocabulary.
-VOCABULARY = "vocabulary_"
 #: Statistics of packed rows without a kernel.
 _MOMENTS = (VARIANCE, MEAN_OVER_P_SQ)
 #: Devices on which the first and the last entry of a few rows are known at once.
@@ -60,20 +61,21 @@ class _Kept:
 
 def _statistics(z: Tensor, kept: _Kept, temperature: Tensor, softmax: SoftmaxParams, names: list[str], backend: str) -> dict[str, Tensor]:
     own = [name for name in names if not name.startswith(VOCABULARY)]
-    rows = kept.gather(z, temperature, softmax.softcap)
-    kernel = tuple(name for name in own if name not in _MOMENTS)
+    shard = ShardRows(kept.gather(z, temperature, softmax.softcap), softmax)
+    kernel = tuple(name for name in own if name not in (*_MOMENTS, LOGP_LOW))
     primitive = load(backend).packed_stats
     assert primitive is not None, "the backend was chosen for it"
-    found = dict(zip(kernel, primitive(rows, kernel).unbind(), strict=True)) if kernel else {}
+    found = dict(zip(kernel, primitive(shard.rows, kernel).unbind(), strict=True)) if kernel else {}
     for name in own:
         if name in _MOMENTS:
-            padded, _ = filled(rows)
+            padded, _ = filled(shard.rows)
             moment = log_p_moment(name, padded, temperature, SoftmaxParams(padded.size(1), softmax.softcap))
-            found[name] = torch.where(kept.position == IGNORE_INDEX, 0, torch.where(kept.position < 0, torch.nan, moment))
+            found[name] = torch.where(shard.rows.ids == IGNORE_INDEX, 0, torch.where(shard.rows.ids < 0, torch.nan, moment))
+    found = shard.statistics(found)
     whole = [name.removeprefix(VOCABULARY) for name in names if name.startswith(VOCABULARY)]
     if whole:
         asked = list(dict.fromkeys(("lse", *whole)))
-        table = BODIES[token_stats](z, kept.position, temperature, *softmax, False, ",".join(asked), backend)
+        table = BODIES[token_stats](z, shard.ids, temperature, *shard.softmax, False, ",".join(asked), backend)
         found |= {VOCABULARY + name: t for name, t in zip(asked, table.unbind(), strict=True)}
     return found
 
@@ -83,23 +85,22 @@ def _gradient(
 ) -> None:  # fmt: skip
     """Writes the gradient of the rows of logits ``z`` to ``out``, which may be ``z``."""
     by_whole = by.get(VOCABULARY + "entropy")
-    rows = kept.gather(z, temperature, softmax.softcap, wide=by_whole is not None)
-    found, primitive = torch.zeros_like(rows.values), load(backend).packed_grad
+    shard = ShardRows(kept.gather(z, temperature, softmax.softcap, wide=by_whole is not None), softmax)
+    found, primitive = torch.zeros_like(shard.rows.values), load(backend).packed_grad
     assert primitive is not None, "the backend was chosen for it"
-    primitive(
-        rows, {name: t for name, t in known.items() if not name.startswith(VOCABULARY)}, {name: by.get(name) for name in DERIVATIVES}, found
-    )
+    stats = {name: t for name, t in known.items() if not name.startswith(VOCABULARY)}
+    primitive(shard.rows, *shard.derivatives(stats, {name: by.get(name) for name in DERIVATIVES}), found)
     if by_whole is None:
         out.zero_()
     else:
         whole = {name: known[VOCABULARY + name] for name in OF_ENTROPY}
-        load(backend).token_grad(z, kept.position, temperature, softmax, whole, {"entropy": by_whole}, out)
+        load(backend).token_grad(z, shard.ids, temperature, shard.softmax, whole, {"entropy": by_whole}, out)
     kept.scatter(found, out, add=by_whole is not None)
 
 
 def _fake_stats(
     logits: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor, temperature: Tensor, vocab_size: int, softcap: float,
-    drop_last: bool, stats: str, backend: str,
+    vocab_start: int, vocab_total: int, drop_last: bool, stats: str, backend: str,
 ) -> Tensor:  # fmt: skip
     return logits.new_empty((len(stats.split(",")), position.numel()), dtype=row_dtype(logits))
 
@@ -107,11 +108,13 @@ def _fake_stats(
 @op(_fake_stats)
 def kept_stats(
     logits: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor, temperature: Tensor, vocab_size: int, softcap: float,
-    drop_last: bool, stats: str, backend: str,
+    vocab_start: int, vocab_total: int, drop_last: bool, stats: str, backend: str,
 ) -> Tensor:  # fmt: skip
     z, names = without_last_position(logits, drop_last), stats.split(",")
-    kept = _Kept(z, position, token_ids, row, bounds)
-    found = _statistics(z, kept, temperature, SoftmaxParams(vocab_size, softcap), names, backend)
+    if not vocab_size:
+        return empty_shard(tuple(names), position.numel(), row_dtype(logits), logits.device)
+    kept, softmax = _Kept(z, position, token_ids, row, bounds), SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total)
+    found = _statistics(z, kept, temperature, softmax, names, backend)
     return torch.stack([found[name] for name in names])
 
 
@@ -123,13 +126,17 @@ def stacked(known: dict[str, Tensor], by: dict[str, Tensor | None]) -> tuple[Ten
 
 def _write_kept_grad(
     out: Tensor, logits: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor, temperature: Tensor, table: Tensor, names: str,
-    d_rows: Tensor, by: str, vocab_size: int, softcap: float, drop_last: bool, backend: str,
+    d_rows: Tensor, by: str, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool, backend: str,
 ) -> None:  # fmt: skip
     """``table`` ``[K, N]``: the statistics ``names``; ``d_rows``: derivatives of the loss by those named in ``by``."""
+    if not vocab_size:
+        out.zero_()
+        return
+    softmax = SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total)
     z, kept = without_last_position(logits, drop_last), _Kept(without_last_position(logits, drop_last), position, token_ids, row, bounds)
     known = dict(zip(names.split(","), table.unbind(), strict=True))
     derivatives: dict[str, Tensor | None] = dict(zip(by.split(","), d_rows.unbind(), strict=True))
-    _gradient(without_last_position(out, drop_last), z, kept, temperature, SoftmaxParams(vocab_size, softcap), known, derivatives, backend)
+    _gradient(without_last_position(out, drop_last), z, kept, temperature, softmax, known, derivatives, backend)
     clear_last(out, drop_last)
 
 

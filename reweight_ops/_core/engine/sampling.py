@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backends.base import Primitive
+from ..backends.base import VOCABULARY, Primitive
 from ..backends.mean_logit import MEAN_LOGIT
 from ..calls.sampling_mask import KeptSets
 from ..rows.rows import Rows
-from .kept_ops import VOCABULARY
 from .picks import PICKED, PICKED_IDS
 
 #: Statistics of one tensor that the kernel of their gradient reads besides.

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.base import DIVERGENCE_STATS, SoftmaxParams
 from ..backends.select import load
+from ..backends.shards import VocabShards
 from ..calls import vocab_group
 from ..calls.logits import Logits
+from ..calls.sampling_mask import KeptSets
 from ..calls.two_logits import TwoLogits
 from ..calls.vocab_group import VocabGroup
 from ..rows.rows import Rows
+from ..rows.structure import is_readable
 from . import again, temperature
 from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
 from .picks import PICKED, PICKED_IDS, Picks
@@ -31,6 +36,28 @@ def one_pass_unsupported_reason(shard: VocabGroup | None, learnt: Tensor | None 
     if shard is not None:
         return vocab_group.WHY_TWO_PASSES
     return temperature.WHY_TWO_PASSES if learnt is not None and temperature.learns(learnt) else None
+
+
+def agreed(
+    shard: VocabGroup, rows: Rows, wanted: tuple[str, ...], needs_grad: bool, picks: Picks | None, kept: KeptSets | None
+) -> VocabShards:
+    """The columns of every rank, which all have the same call."""
+    picks, lists = picks or Picks(), () if kept is None else (kept.token_ids, kept.bounds)
+    asked = (*wanted, picks.top, *(x.size(1) for x in picks.lists), kept is not None)
+    shards = shard.agreed(rows, asked, needs_grad, picks.lists + lists)
+    picks.check(rows, shards.total)
+    return shards
+
+
+def part_of(kept: KeptSets | None, position: Tensor, shards: VocabShards, rows: Rows) -> tuple[KeptSets | None, Tensor]:
+    """A shard's part of kept sets, and the places of the rows' ids in it; NaN in a row whose set names what is no column, or an error."""
+    if kept is None:
+        return None, position
+    known = kept.known(position, shards.total)
+    if is_readable(known) and not bool(known.all()):
+        raise rows.error(f"sampling_mask.token_ids has ids beyond {shards.total - 1}, the last of all ranks of process_group.")
+    own = shards.params(math.inf)
+    return kept.of_columns(torch.where(known, position, -1), own.vocab_start, own.vocab_size)
 
 
 def refuse_transforms(rows: Rows, backend: str) -> None:
@@ -80,8 +107,10 @@ class LogitsSource(PlainSource):
         z = self.logits
         assert z.shard is not None
         refuse_transforms(z.rows, backend)
-        shards = z.shard.agreed(z.rows, wanted, z.needs_grad)
-        return self._statistics(wanted, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards))
+        shards = agreed(z.shard, z.rows, wanted, z.needs_grad, self.picks, z.kept)
+        kept, ids = part_of(z.kept, z.ids, shards, z.rows)
+        part = replace(self, logits=replace(z, kept=kept, ids=ids))
+        return part._statistics(wanted, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards))
 
     def _statistics(self, wanted: tuple[str, ...], softmax: SoftmaxParams, options: OpOptions) -> dict[str, Tensor]:
         z, picked = self.logits, () if self.picks is None else (PICKED, PICKED_IDS)
@@ -137,27 +166,26 @@ class TwoLogitsSource(PlainSource):
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         if self.both.p.shard is not None:
-            values = self._of_shards(backend)
+            values = DivergenceStatistics.apply(*self.tensors, *self.of_shards(DIVERGENCE_STATS, backend))  # type: ignore[no-untyped-call]
         elif backend == again.TORCH:
             softmaxes, options = self._rest(backend)
-            values = again.divergence_stats(self._tensors, softmaxes, options.drop_last)
+            values = again.divergence_stats(self.tensors, softmaxes, options.drop_last)
         else:
-            values = DivergenceStatistics.apply(*self._tensors, *self._rest(backend))  # type: ignore[no-untyped-call]
+            values = DivergenceStatistics.apply(*self.tensors, *self._rest(backend))  # type: ignore[no-untyped-call]
         return dict(zip(("forward_kl", "reverse_kl", "entropy", "other_entropy"), values, strict=True))
 
     @torch.compiler.disable
-    def _of_shards(self, backend: str) -> tuple[Tensor, ...]:
+    def of_shards(self, asked: tuple[Any, ...], backend: str) -> tuple[Softmaxes, OpOptions]:
+        """What an op is told beside the tensors where several ranks have the vocabulary, once they have agreed that ``asked`` is asked of all."""
         p = self.both.p
         assert p.shard is not None
         refuse_transforms(p.rows, backend)
-        shards = p.shard.agreed(p.rows, DIVERGENCE_STATS, p.needs_grad)
-        (_, *caps), options = self._rest(backend)
-        softmaxes = (shards.params(caps[0]).vocab_size, *caps)
-        found: tuple[Tensor, ...] = DivergenceStatistics.apply(*self._tensors, softmaxes, options._replace(shards=shards))  # type: ignore[no-untyped-call]
-        return found
+        shards = p.shard.agreed(p.rows, asked, p.needs_grad)
+        (_, cap, other_cap), options = self._rest(backend)
+        return (shards.params(cap).vocab_size, cap, other_cap), options._replace(shards=shards)
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
-        loss, table = OnePassDivergence.apply(*self._tensors, *work, *self._rest(backend))  # type: ignore[no-untyped-call]
+        loss, table = OnePassDivergence.apply(*self.tensors, *work, *self._rest(backend))  # type: ignore[no-untyped-call]
         return loss, table
 
     def version(self) -> int:
@@ -167,7 +195,7 @@ class TwoLogitsSource(PlainSource):
         self.both.p.mark_consumed()
 
     @property
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         p = self.both.p
         return p.values, self.both.other, p.ids, p.temperature, self.both.other_temperature
 

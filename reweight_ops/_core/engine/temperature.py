@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedRequest
+from ..backends.base import VOCABULARY
 from ..backends.log_p_moments import MEAN_OVER_P_SQ, VARIANCE
 from . import again
-from .kept_ops import VOCABULARY
 from .picks import PICKED
 
 #: Statistic to what its derivative reads besides.

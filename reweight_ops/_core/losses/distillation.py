@@ -11,7 +11,6 @@ from typing_extensions import Unpack
 from ...errors import InvalidCall
 from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, TopKLogps, parse
 from ..calls.logits import resolve_logits
-from ..calls.softmax import NO_PICKED, refuse_process_group
 from ..calls.top_teacher import resolve_top_teacher
 from ..calls.two_hidden import OtherOptions
 from ..calls.two_logits import resolve_two_logits
@@ -92,7 +91,9 @@ def token_divergence(
         source = _top_teacher(op, logits, other_logits, beta, options, of_other, {"completion_mask": completion_mask})
         return divergence_call(source, kind)
     both = TwoLogitsSource(resolve_two_logits(op, logits, other_logits, completion_mask, options, other_temperature, other_softcap, {}))
-    return divergence_call(both, kind) if beta is None else formula_call(jsd_rows(both, beta))
+    if beta is None:
+        return divergence_call(both, kind)
+    return divergence_call(JsdSource(both, beta), kind) if both.both.p.shard is not None else formula_call(jsd_rows(both, beta))
 
 
 def divergence_call(source: Source, kind: str) -> Call[Tensor]:
@@ -108,12 +109,11 @@ def _top_teacher(
 ) -> TopTeacherSource:
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise InvalidCall(f"{op}: logits must be a tensor R + (V,).")
-    refuse_process_group(op, options.process_group, NO_PICKED)
     *batch, positions = logits.shape[:-1]
     ids = torch.zeros(*batch, positions - int(options.drop_last), dtype=torch.int64, device=logits.device)
     p = resolve_logits(op, logits, ids, options, named)
-    teacher = resolve_top_teacher(p.rows, given, of_other, p.softmax.vocab_size)
-    return TopTeacherSource(LogitsSource(p, Picks(teacher.ids)), teacher, beta)
+    teacher = resolve_top_teacher(p.rows, given, of_other, p.softmax.total())
+    return TopTeacherSource(LogitsSource(p, Picks(teacher.ids, name=f"{of_other.name}.token_ids")), teacher, beta)
 
 
 @public_op

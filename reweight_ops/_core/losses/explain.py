@@ -103,7 +103,8 @@ def explain(op: Callable[..., Any], *args: Any, device: torch.device | str | Non
     """
     prepare = _PREPARED.get(op)
     if prepare is None:
-        raise InvalidCall(f"explain: expected one of {', '.join(sorted(f.__name__ for f in _PREPARED))}.")
+        names = ", ".join(sorted(f.__name__ for f in _PREPARED))
+        raise InvalidCall(f"explain: its first argument is {op!r}, expected one of {names}. Then come that function's own arguments.")
     call = prepare(*args, **keywords)
     if isinstance(call, Again):
         call = call.resolve()

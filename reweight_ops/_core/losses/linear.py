@@ -23,7 +23,6 @@ from ..calls.keywords import (
 )
 from ..calls.policy import resolve_loss
 from ..calls.sampling_mask import refuse_sampling_mask
-from ..calls.softmax import refuse_process_group
 from ..calls.specs import named_spec
 from ..calls.two_hidden import OtherOptions, beside
 from ..calls.two_logits import NO_TWO
@@ -39,7 +38,7 @@ from ..ranges import Count
 from ..rows.rows import Rows
 from ..spec.policy import PolicyLossSpec
 from .explain import public_op
-from .statistics import check_stats, logps_call, refuse_picks, resolve_picks, stats_call
+from .statistics import check_stats, logps_call, resolve_picks, stats_call
 
 
 @overload
@@ -145,10 +144,9 @@ def linear_token_stats(
     op = "linear_token_stats"
     options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "stats", "selected_ids", "top_k"))
     check_stats(op, stats, selected_ids=selected_ids, top_k=top_k)
-    refuse_picks(op, options, selected_ids, top_k)
     named = {"completion_mask": completion_mask, "selected_ids": selected_ids}
     resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)
-    picks = resolve_picks(resolved.rows, selected_ids, top_k, resolved.settings.softmax.vocab_size)
+    picks = resolve_picks(resolved.rows, selected_ids, top_k, resolved.settings.softmax.total())
     return stats_call(HiddenSource(resolved, picks), stats, picks)
 
 
@@ -172,7 +170,8 @@ def linear_policy_loss(
     ``teacher=Teacher(HiddenLogits(...) or logits, coef, kind="reverse_kl")`` adds ``coef · Σ_i w_i · D(p_i, q_i)``, a divergence over the whole vocabulary in
     the same chunks, with w the row weights of the spec's reduction (``num_items_in_batch`` and ``loss_scale`` included, ``token_weights`` not). It is the sum
     of this loss and :func:`linear_distillation_loss` in both plans, without the policy's logits being computed twice; a chunk's budget is
-    then for the logits of both models and, where there is a gradient, for one more of the policy's size. ``out.teacher`` holds the divergences.
+    then for the logits of both models. Both gradients are formed in fp32 a few rows at a time, and their sum is rounded once.
+    ``out.teacher`` holds the divergences.
 
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(1, 2, 3, requires_grad=True)
@@ -189,12 +188,11 @@ def linear_policy_loss(
     objective = PolicyObjective(call, differentiable_outputs)
     if teacher is None:
         return Call(HiddenSource(resolved), objective, plan)
-    refuse_process_group(op, options.process_group, "a teacher beside a policy loss is of whole rows: add linear_distillation_loss to it.")
     refuse_sampling_mask(op, options, NO_TWO)
     beta = check_teacher(resolved.rows, teacher)
     of_teacher = OtherOptions(teacher.temperature, teacher.softcap, "teacher")
-    keep, copies = resolved.rows.unflatten(resolved.rows.keep), 2 if resolved.needs_grad else 1
-    both = beside(resolved, {**named, "hidden": hidden}, teacher.logits, keep, head, options, of_teacher, copies)
+    keep = resolved.rows.unflatten(resolved.rows.keep)
+    both = beside(resolved, {**named, "hidden": hidden}, teacher.logits, keep, head, options, of_teacher)
     weights = (teacher.coef * call.reduction_weights()).to(resolved.rows.dtype)
     taught = TaughtObjective(objective, DistillationObjective(teacher.kind, resolved.rows, weights))
     return Call(TaughtSource(TwoHiddenSource(both, beta)), taught, plan)

@@ -9,7 +9,6 @@ from typing_extensions import Unpack
 
 from ..calls.hidden import resolve_hidden
 from ..calls.keywords import HiddenLogits, LMHeadKeywords, LMHeadOptions, SoftmaxOptions, TopKLogps, parse
-from ..calls.softmax import NO_PICKED, refuse_process_group
 from ..calls.top_teacher import resolve_top_teacher
 from ..calls.two_hidden import OtherOptions, no_ids, resolve_two_hidden
 from ..engine.distillation import DistillationLossOutput, DistillationObjective, check_kind, distillation_weights
@@ -78,10 +77,9 @@ def _source(
     softmax, head, of_other = options
     if not isinstance(other, TopKLogps):
         return TwoHiddenSource(resolve_two_hidden(op, hidden, weight, other, mask, head, softmax, of_other, named), beta)
-    refuse_process_group(op, softmax.process_group, NO_PICKED)
     p = resolve_hidden(op, hidden, weight, no_ids(op, hidden), head, softmax, {"completion_mask": mask, **named})
-    teacher = resolve_top_teacher(p.rows, other, of_other, p.settings.softmax.vocab_size)
-    return TopTeacherSource(HiddenSource(p, Picks(teacher.ids)), teacher, beta)
+    teacher = resolve_top_teacher(p.rows, other, of_other, p.settings.softmax.total())
+    return TopTeacherSource(HiddenSource(p, Picks(teacher.ids, name=f"{of_other.name}.token_ids")), teacher, beta)
 
 
 @public_op

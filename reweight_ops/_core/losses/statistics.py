@@ -14,7 +14,6 @@ from ..backends.mean_logit import MEAN_LOGIT
 from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, check_flag, parse
 from ..calls.logits import resolve_logits
 from ..calls.picked import check_top, resolve_ids
-from ..calls.softmax import NO_PICKED, refuse_process_group
 from ..engine.output import TokenStats
 from ..engine.picks import PICKED, PICKED_IDS, Picks
 from ..engine.run import Call
@@ -158,10 +157,9 @@ def token_stats(
     op = "token_stats"
     (options,) = parse(op, dict(keywords), SoftmaxOptions, own=("completion_mask", "stats", "selected_ids", "top_k"))
     check_stats(op, stats, selected_ids=selected_ids, top_k=top_k)
-    refuse_picks(op, options, selected_ids, top_k)
     named = {"completion_mask": completion_mask, "selected_ids": selected_ids}
     resolved = resolve_logits(op, logits, completion_ids, options, named)
-    picks = resolve_picks(resolved.rows, selected_ids, top_k, resolved.softmax.vocab_size)
+    picks = resolve_picks(resolved.rows, selected_ids, top_k, resolved.softmax.total())
     return stats_call(LogitsSource(resolved, picks), stats, picks)
 
 
@@ -175,12 +173,6 @@ def check_stats(op: str, stats: Sequence[str], **picking: Any) -> None:
             raise InvalidCall(f"{op}: {argument} would have no effect: put {' or '.join(map(repr, names))} into stats.")
         if wanted and not given:
             raise InvalidCall(f"{op}: the statistic {wanted[0]!r} needs {argument}.")
-
-
-def refuse_picks(op: str, options: SoftmaxOptions, *picking: Any) -> None:
-    """Raise where ids would be picked of a vocabulary in shards."""
-    if any(given is not None for given in picking):
-        refuse_process_group(op, options.process_group, NO_PICKED)
 
 
 def resolve_picks(rows: Rows, selected_ids: Any, top_k: Any, vocab_size: int) -> Picks | None:

@@ -37,7 +37,7 @@ def describe(node: Any) -> Any:
 
 
 def rebuild(description: Any) -> Any:
-    """What :func:`describe` described, placeholders for its tensors. Its numbers are checked here, for a graph checks none while it builds a part."""
+    """What :func:`describe` described, placeholders for its tensors."""
     kind, *rest = description
     if kind == "tensor":
         dimensions, requires_grad = rest
@@ -47,11 +47,9 @@ def rebuild(description: Any) -> Any:
     if kind == "constant":
         return rest[0]
     cls, fields = rest
-    part, ranges = object.__new__(cls), getattr(cls, "__ranges__", {})
+    part = object.__new__(cls)
     for name, value in fields:
         object.__setattr__(part, name, rebuild(value))
-        if name in ranges and value[0] == "constant":
-            ranges[name].check(cls.__name__, name, value[1])
     return part
 
 

@@ -180,6 +180,7 @@ class HingeConstraint(Reduction):
     bound: Real[Number] = 1e-4
 
     coupled = True
+    detaches = ("strength", "bound")
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         return TokenMean(per_call=True).row_weights(rows, divisors)

@@ -6,12 +6,18 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
+
 from ...errors import InvalidCall
 from ..ranges import Interval, Number, Positive, Real, ranged
 from .compiled import set_default
+from .learnt import refuse, tensors_of
 from .pair_parts import PairLoss, PairPart, PairWeight, Score
 from .pair_score import LogRatio
-from .parts import require_tuple
+from .parts import require_part, require_tuple
+
+#: Where the classes of its parts are.
+_WHERE = "rw.preference"
 
 TOKENS = ("completion", "from_first_difference")
 
@@ -23,6 +29,9 @@ class PairTerm:
 
     loss: PairLoss
     coef: Real[Number] = 1.0
+
+    def __post_init__(self) -> None:
+        require_part("PairTerm", "loss", self.loss, PairLoss, _WHERE)
 
 
 @ranged
@@ -48,12 +57,14 @@ class PairSpec:
         for field in ("terms", "weights"):
             require_tuple("PairSpec", field, getattr(self, field))
         if not self.terms or any(not isinstance(t, PairTerm) for t in self.terms):
-            raise InvalidCall(f"PairSpec: terms is {self.terms!r}, expected at least one PairTerm.")
-        if not isinstance(self.score, Score):
-            raise InvalidCall(f"PairSpec: score is {self.score!r}, expected a Score.")
+            raise InvalidCall(
+                f"PairSpec: terms is {self.terms!r}, expected at least one PairTerm. Write {_WHERE}.PairTerm(loss=..., coef=...)."
+            )
+        require_part("PairSpec", "score", self.score, Score, _WHERE)
         for w in self.weights:
-            if not isinstance(w, PairWeight):
-                raise InvalidCall(f"PairSpec: weights holds {w!r}, expected a PairWeight.")
+            require_part("PairSpec", "weights", w, PairWeight, _WHERE, "holds")
+        if not torch.compiler.is_compiling():  # a graph has no use for a tensor's flag
+            refuse("PairSpec", tensors_of(self.weights, "weights"), "weights are detached")
         if self.tokens not in TOKENS:
             raise InvalidCall(f"PairSpec: tokens is {self.tokens!r}, expected one of {', '.join(TOKENS)}.")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from typing import Any
 
 from ...errors import InvalidCall
+from ..formula.base import RULES, WEIGHTS, Rule, TokenWeight
 
 
 def require_tuple(owner: str, field: str, value: Any) -> None:
@@ -14,8 +17,42 @@ def require_tuple(owner: str, field: str, value: Any) -> None:
         raise InvalidCall(f"{owner}: {field} is a {type(value).__name__}, expected a tuple: {field}={meant}.{called(value)}")
 
 
+def require_part(owner: str, field: str, value: Any, kind: type, where: str = "rw", primitive: str = "is") -> None:
+    """Raise for what is no part of the kind. ``where``: the namespace of its classes; rules and weights are named by their registry."""
+    if not isinstance(value, kind):
+        raise InvalidCall(
+            f"{owner}: {field} {primitive} {value!r}, expected a {kind.__name__}.{called(value) or _named(value, kind, where)}"
+        )
+
+
 def called(value: Any) -> str:
     """A hint for a class or function that stands where what it returns is meant."""
     if isinstance(value, type):
         return f" It is a class: write {value.__name__}(...)."
     return f" It is a function: call it, {value.__name__}(...)." if callable(value) and hasattr(value, "__name__") else ""
+
+
+def _named(value: Any, kind: type, where: str) -> str:
+    """A hint for a part's name that stands for the part."""
+    if not isinstance(value, str):
+        return ""
+    if kind is Rule:
+        known: dict[str, str] = {name: f"rw.rules.RULES[{name!r}](...)" for name in RULES}
+    elif kind is TokenWeight:
+        known = {name: f"rw.weights.{cls.__name__}(...)" for name, cls in WEIGHTS.items()}
+    else:
+        known = {_snake(cls.__name__): f"{where}.{cls.__name__}(...)" for cls in _below(kind)}
+    near = difflib.get_close_matches(_snake(value), known, n=1)
+    return f" Write {known[near[0]]}." if near else f" A name is none: the classes are {', '.join(sorted(known.values()))}."
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def _below(kind: type) -> list[type]:
+    found: list[type] = []
+    below: list[type] = kind.__subclasses__()
+    for cls in below:
+        found += [cls, *_below(cls)]
+    return found

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..formula.base import DIFFERENTIABLE_FIELDS, Rule, TokenWeight
+from ..formula.base import DIFFERENTIABLE_FIELDS, RULES, Rule, TokenWeight
 from ..formula.loss_program import Program, loss_graph
 from ..formula.monitor import Monitor
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
 from ..ranges import Number, Real, ranged
 from .compiled import describe, rebuild, set_default
-from .parts import called, require_tuple
+from .learnt import detached_formula, refuse, stopped_in, tensors_of
+from .parts import require_part, require_tuple
 from .ratio import Ratio, TokenRatio
 from .reduction import NoReduction, Reduction, TokenMean
 
@@ -34,6 +35,11 @@ class Penalty:
     rule: Rule
     coef: Real[Number]
     reduction: Reduction | None = None
+
+    def __post_init__(self) -> None:
+        require_part("Penalty", "rule", self.rule, Rule)
+        if self.reduction is not None:
+            require_part("Penalty", "reduction", self.reduction, Reduction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +64,18 @@ class PolicyLossSpec:
         for field in ("penalties", "weights"):
             require_tuple("PolicyLossSpec", field, getattr(self, field))
         for field, kind in (("surrogate", Rule), ("ratio", Ratio), ("reduction", Reduction)):
-            if not isinstance(getattr(self, field), kind):
-                raise InvalidCall(
-                    f"PolicyLossSpec: {field} is {getattr(self, field)!r}, expected a {kind.__name__}.{called(getattr(self, field))}"
-                )
+            require_part("PolicyLossSpec", field, getattr(self, field), kind)
         if self.surrogate.kind == "penalty":
             raise InvalidCall(f"PolicyLossSpec: {self.surrogate.name!r} is a penalty; give it as Penalty(rule, coef).")
         for p in self.penalties:
             if not isinstance(p, Penalty) or p.rule.kind == "surrogate":
-                raise InvalidCall(f"PolicyLossSpec: penalties holds {p!r}, expected Penalty(rule, coef) with a rule of kind 'penalty'.")
+                raise InvalidCall(
+                    f"PolicyLossSpec: penalties holds {p!r}, expected Penalty(rule, coef) with a rule of kind 'penalty'.{_bare(p)}"
+                )
             if p.reduction is not None and not (self.reduction.scalar and p.reduction.scalar):
                 raise InvalidCall("PolicyLossSpec: a penalty's own reduction and NoReduction exclude each other: the loss has one shape.")
         for w in self.weights:
-            if not isinstance(w, TokenWeight):
-                raise InvalidCall(f"PolicyLossSpec: weights holds {w!r}, expected a TokenWeight.{called(w)}")
+            require_part("PolicyLossSpec", "weights", w, TokenWeight, primitive="holds")
         if isinstance(self.reduction, NoReduction) and self.reduction.weight is not None:
             raise InvalidCall("PolicyLossSpec: NoReduction takes no weight.")
         # Traced now, and kept: a call, and torch.compile above it, only reads the results.
@@ -83,10 +87,11 @@ class PolicyLossSpec:
                 object.__setattr__(self, name, fact)
         else:
             self._find_facts()
-            object.__setattr__(self, "_tensors", _tensors(self, ""))
+            object.__setattr__(self, "_tensors", tensors_of(self))
 
     def _find_facts(self) -> None:
         """What the formulas say, by tracing them; depends on the kinds of the hyper-parameters only."""
+        self._refuse_learnt()
         object.__setattr__(self, "_requires", self._find_requires())
         object.__setattr__(self, "_unsupported_reason", self._find_unsupported_reason())
         object.__setattr__(self, "_program", self._find_program())
@@ -174,7 +179,26 @@ class PolicyLossSpec:
     def tensors(self) -> dict[str, Tensor]:
         """The hyper-parameters that are tensors, by the names that :meth:`replace` takes."""
         found: dict[str, Tensor] | None = vars(self).get("_tensors")  # not of a spec that a compiled graph has built
-        return _tensors(self, "") if found is None else found
+        return tensors_of(self) if found is None else found
+
+    def _refuse_learnt(self) -> None:
+        """Raise for a hyper-parameter that requires grad and would get none."""
+        rules = {"surrogate": self.surrogate} | {f"penalties.{at}.rule": p.rule for at, p in enumerate(self.penalties)}
+        for path, rule in rules.items():
+            refuse("PolicyLossSpec", stopped_in(rule, trace_rule(type(rule)), path), "the formula detaches it")
+        for at, w in enumerate(self.weights):
+            path = f"weights.{at}"
+            if w.detach:
+                refuse("PolicyLossSpec", tensors_of(w, path), "the weight is detached, unless detach=False")
+            else:
+                refuse("PolicyLossSpec", stopped_in(w, trace_weight(type(w)), path), "the formula detaches it")
+        for reduction in self.reductions:
+            owner = type(reduction).__name__
+            refuse(owner, tensors_of(reduction.weight, "weight"), "a reduction's weight is detached")
+            for name in reduction.detaches:
+                refuse(owner, tensors_of(getattr(reduction, name), name), "the reduction detaches it")
+        for formula in (*self.rules, *self.all_weights):
+            refuse("PolicyLossSpec", detached_formula(formula), "a formula in the place of a number is detached")
 
     def _find_unbounded(self) -> bool:
         traced = [(r, trace_rule(type(r))) for r in self.rules] + [(w, trace_weight(type(w))) for w in self.all_weights]
@@ -305,6 +329,14 @@ class PolicyLossSpec:
         return dataclasses.replace(self, penalties=(*self.penalties, penalty))
 
 
+def _bare(penalty: Any) -> str:
+    """A hint for a rule that stands without its coefficient."""
+    if isinstance(penalty, str):
+        return f" Write rw.Penalty(rw.rules.RULES[{penalty!r}](), coef)." if penalty in RULES else ""
+    kind = penalty if isinstance(penalty, type) else type(penalty)
+    return f" Write rw.Penalty({kind.__name__}(...), coef)." if issubclass(kind, Rule) else ""
+
+
 #: What :meth:`PolicyLossSpec._find_facts` finds.
 _FACTS = (
     "_requires", "_moving", "_unsupported_reason", "_program", "_stored_program", "_monitor", "_program_text", "_unbounded", "_weights_read_groups",
@@ -331,18 +363,6 @@ def _facts_of(description: Any) -> str:
         setattr(_described, name, {fact: getattr(spec, fact) for fact in _FACTS})
         _attributes[description] = name
     return _attributes[description]
-
-
-def _tensors(node: Any, path: str) -> dict[str, Tensor]:
-    if isinstance(node, Tensor):
-        return {path: node}
-    if isinstance(node, tuple):
-        children = {str(at): child for at, child in enumerate(node)}
-    elif dataclasses.is_dataclass(node):
-        children = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-    else:
-        return {}
-    return {name: t for head, child in children.items() for name, t in _tensors(child, f"{path}.{head}".lstrip(".")).items()}
 
 
 def _replaced(node: Any, path: list[str], value: Any, whole: str) -> Any:

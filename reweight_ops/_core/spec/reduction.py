@@ -14,6 +14,7 @@ from ..formula.base import TokenWeight
 from ..ranges import Count, Positive, ranged
 from ..rows.primitives import Weighing
 from ..rows.rows import Rows
+from .parts import require_part
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Reduction:
     scalar: ClassVar[bool] = True
     #: A token weight that the row weights are made of, if any.
     weight: TokenWeight | None = None
+    #: Hyper-parameters that a gradient does not reach.
+    detaches: ClassVar[tuple[str, ...]] = ()
     #: Leaves and per-call data that it reads besides.
     requires: ClassVar[tuple[str, ...]] = ()
     #: Whether the loss is no fixed linear combination of the token losses: :meth:`contributions` then says what it is (always two_pass).
@@ -60,11 +63,17 @@ class Reduction:
         raise NotImplementedError(f"{type(self).__name__} defines no contributions(self, rows, weighted, adv){old}")
 
 
+def _need_weight(reduction: Reduction) -> None:
+    if reduction.weight is not None:
+        require_part(type(reduction).__name__, "weight", reduction.weight, TokenWeight)
+
+
 def _over(numerator: Tensor, divisor: Any) -> Tensor:
     result: Tensor = numerator / divisor
     return result
 
 
+@ranged
 @dataclass(frozen=True)
 class TokenMean(Reduction):
     """``sum(l) / num_items_in_batch``, or over the denominator mask's count when that is not given.
@@ -77,6 +86,9 @@ class TokenMean(Reduction):
     weight: TokenWeight | None = None
 
     reads = ("num_items_in_batch",)
+
+    def __post_init__(self) -> None:
+        _need_weight(self)
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
         if self.weight is not None:
@@ -131,6 +143,7 @@ class SequenceMean(Reduction):
             raise InvalidCall(f"SequenceMean: count is {self.count!r}, expected 'all' or 'nonempty'.")
         if self.horizon is not None and self.per != "constant":
             raise InvalidCall(f"SequenceMean: horizon has no effect with per={self.per!r}; it belongs to per='constant'.")
+        _need_weight(self)
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
         if self.weight is not None:
@@ -201,6 +214,10 @@ class FromFunction(Reduction):
     """
 
     fn: Callable[[Tensor, Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise InvalidCall(f"FromFunction: fn is {self.fn!r}, expected a function of (per_token_loss, mask).")
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         rows.refuse_across("FromFunction", "sees this rank's rows alone.")

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from reweight_ops._core.backends import triton_launch
 from reweight_ops._core.backends import triton_token as backend
 from reweight_ops.testing.checks import Case, run_case
+from reweight_ops.testing.ops import OPS, compare_op, make_op_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -20,6 +21,23 @@ def test_by_the_criterion(method, dtype):
     found = run_case(Case("triton", method, dtype, DEVICE), 131)
     assert found.passed, found
     assert found.backend == "triton" and found.plan == ("two_pass" if method == "gspo_token" else "one_pass")
+
+
+#: What is not served by another op's kernels in another test of this folder.
+_FIRST = {
+    ("token_stats", "selected_logps"), ("token_stats", "topk_logps"), ("token_stats", "topk_ids"), ("linear_token_stats", "topk_logps"),
+    ("linear_token_divergence", "TopKLogps"), ("linear_policy_loss", "teacher, one_pass"), ("linear_policy_loss", "teacher, two_pass"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "what"),
+    [pytest.param(op, what, marks=() if (op, what) in _FIRST else pytest.mark.slow) for op, whats in OPS.items() for what in whats],
+)
+def test_ops_by_the_criterion(op, what):
+    dtype = torch.bfloat16 if "teacher" in what else torch.float32
+    found = compare_op(OPS[op][what], make_op_batch((2, 3), 131, dtype, DEVICE), backend="triton", loss_scale=64.0)
+    assert found.passed, found
 
 
 @pytest.mark.skipif(not triton_launch.interpreted(), reason="a GPU rounds by itself")

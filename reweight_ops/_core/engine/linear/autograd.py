@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...calls.hidden import ChunkSettings, Hidden, LMHead
+from ...calls.released import partitioned, refuse_released_since
 from ...rows.groups import IGNORE_INDEX
 from .. import again
 from .. import ops as library
@@ -44,8 +45,18 @@ class LinearStatistics(torch.autograd.Function):
             else:
                 buffers = working = working or Buffers(size, head, settings, other)
             parts.append(measure.stats(buffers.logits(hidden, rows, where), needs_grad))
-        # Of a sharded vocabulary the ranks exchange all rows at once, whatever the chunks are.
-        outputs, rest = measure.merged(Found(*(_joined(found) for found in zip(*parts, strict=True))), rows.ids)
+        found = Found(*(_joined(part) for part in zip(*parts, strict=True)))
+        if measure.shards is not None:
+            # The ranks exchange all rows at once, whatever the chunks are.
+            found = measure.merged(measure.shards.gathered(measure.states(found)), rows)
+            if measure.sweeps_again:
+                working = working or Buffers(size, head, settings, other)
+                sums = [
+                    measure.sums(working.logits(hidden, rows, where), Found(_at(found.outputs, where), _at(found.rest, where)))
+                    for where in _runs(hidden, size)
+                ]
+                found = measure.with_sums(found, measure.shards.gathered(torch.cat(sums, 1)).sum(0))
+        outputs, rest = found
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.measure, ctx.lora_scale = settings, measure, lora_scale
         # Backward writes over the first model's, so they serve once; a second backward makes the same ones again.
@@ -65,6 +76,7 @@ class LinearStatistics(torch.autograd.Function):
         if all(g is None for g in by):
             return (None,) * 10
         hidden, weight, bias, lora_a, lora_b, *saved = ctx.saved_tensors
+        refuse_released_since("backward", (weight, bias, lora_a, lora_b))
         rows, outputs, rest, others = _split(saved, ctx.split)
         rows, settings = PerRow(*rows), ctx.settings
         other = None if ctx.other is None else _other_head(others, *ctx.other)
@@ -134,6 +146,7 @@ class LinearOnePass(torch.autograd.Function):
             gradients.add(where, hidden[where], buffers.values, part.rows_with_gradient(table) if settings.drop_zero_gradient else None)
         table, results = torch.cat(tables, 1), gradients.finish()
         ctx.given, ctx.backend, ctx.op = [g is not None for g in results], work.backend, work.op
+        ctx.partitioned = partitioned(parameters[:4])
         ctx.save_for_backward(*(g for g in results if g is not None))
         ctx.mark_non_differentiable(table)
         return work.loss(table), table
@@ -141,6 +154,7 @@ class LinearOnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _table: Tensor | None) -> tuple[Tensor | None, ...]:
         forbid_second_backward(ctx, ctx.op)
+        refuse_released_since(ctx.op, ctx.partitioned)
         saved = iter(ctx.saved_tensors)
         # A launch each: of these tensors, of several dtypes, the smallest costs the few microseconds that an empty launch takes.
         results = [library.scaled(next(saved), upstream, ctx.backend) if given else None for given in ctx.given]

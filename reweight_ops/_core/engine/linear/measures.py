@@ -5,19 +5,21 @@ A measure knows backends and formulas, and nothing of heads and chunks: those ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ...backends.base import SoftmaxParams
+from ...backends.base import DIVERGENCE_STATS, SoftmaxParams
 from ...backends.picked import Picked
 from ...backends.shards import VocabShards
 from ...calls.sampling_mask import KeptSets
 from .. import again, jsd_ops
 from .. import ops as library
-from ..autograd import FIXED, OpOptions, Softmaxes, asked_for, stats_table, whole_rows, with_empty, written_gradient
+from ..autograd import FIXED, LSE_LOW, OpOptions, Softmaxes, asked_for, merged_rows, stats_table, with_empty, written_gradient
 from ..picks import PICKED, PICKED_IDS, Picks
+from .gemms import chunks
 
 
 class PerRow(NamedTuple):
@@ -74,6 +76,25 @@ class Found(NamedTuple):
     outputs: tuple[Tensor, ...]
     rest: tuple[Tensor, ...]
 
+    def at(self, rows: slice) -> Found:
+        """Of these rows."""
+        return Found(*(tuple(x[rows] for x in part) for part in self))
+
+
+#: Bytes of :func:`wide_blocks`: on a CPU few enough for a cache, on a GPU rows enough for every multiprocessor.
+_BLOCK = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+
+def wide_blocks(logits: LogitRows) -> Iterator[tuple[slice, LogitRows]]:
+    """A few rows at a time, with a copy of the first model's logits in the dtype of row arithmetic: where two gradients are added, the sum is rounded once."""
+    dtype = library.row_dtype(logits.values)
+    most = _BLOCK.get(logits.values.device.type, _BLOCK["cuda"]) // (
+        max(logits.values.size(1), 1) * dtype.itemsize
+    )  # a shard may have no column
+    for rows in chunks(0, max(logits.values.size(0), 1), max(most, 1)):  # one of a call without rows
+        other = None if logits.other is None else logits.other[rows]
+        yield rows, LogitRows(logits.values[rows].to(dtype, copy=True), other, logits.rows.at(rows))
+
 
 class Measure(Protocol):
     """Row statistics of logits."""
@@ -88,8 +109,25 @@ class Measure(Protocol):
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         """The statistics, and what the gradient reads if there will be one; of a shard, also what it is merged by."""
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        """Of the statistics of all rows: those of whole rows, where several ranks have the vocabulary. One collective."""
+    @property
+    def shards(self) -> VocabShards | None:
+        """Of a vocabulary that several ranks have."""
+
+    def states(self, found: Found) -> Tensor:
+        """``[S, M]``: what a rank tells the others of its shard's statistics of all rows."""
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        """The statistics of whole rows from the states ``[W, S, M]`` of all ranks."""
+
+    @property
+    def sweeps_again(self) -> bool:
+        """Whether some outputs are sums over the columns of what is known of whole rows: of shards, then, a second sweep finds them."""
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        """``[S, n]``: a shard's parts of these sums, from the statistics of whole rows."""
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        """All that is found, with the sums ``[S, M]`` over all shards."""
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         """The gradient by the first model's logits from the derivatives ``by`` each output; None if it stands over them now, which it does if it may."""
@@ -119,20 +157,44 @@ class TokenMeasure(NamedTuple):
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         z, ids, t = self._tensors(logits)
         wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks, self.shards)
-        table = stats_table(z, ids, t, logits.rows.sets, self.softmax, OpOptions(False, self.backend, False), wanted).unbind()
+        whole = stats_table(z, ids, t, logits.rows.sets, self.softmax, OpOptions(False, self.backend, False), wanted)
+        table, picks = whole.unbind(), self._picks(logits.rows)
         outputs, rest = table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :]
-        if self.picks:
-            chosen = self._picks(logits).of(z, ids, self.softmax)
-            lse = outputs[self.stats_of_rows.index("lse")]
-            outputs = (*outputs, Picked(z, ids, chosen, t, self.softmax).logps(lse, rest[0]), chosen)
-        return Found(outputs, rest)
+        if self.picks and self.shards is not None:
+            return Found(outputs, (*rest, picks.states(z, ids, t, self.softmax, whole.dtype)))
+        return self._with_picks(outputs, rest, logits.rows, z, picks.of(z, ids, self.softmax)) if self.picks else Found(outputs, rest)
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        if self.shards is None:
-            return found
+    def _with_picks(
+        self, outputs: tuple[Tensor, ...], rest: tuple[Tensor, ...], rows: PerRow, z: Tensor, chosen: Tensor, known: Tensor | None = None
+    ) -> Found:
+        names = asked_for(",".join(self.stats_of_rows), True).split(",")
+        by_name = dict(zip(names, (*outputs, *rest), strict=True))
+        picked = Picked(z, rows.ids, chosen, rows.temperature, self.softmax, known)
+        return Found((*outputs, picked.logps(by_name["lse"], by_name[LSE_LOW]), chosen), rest)
+
+    def states(self, found: Found) -> Tensor:
+        table = torch.stack([t for t in (*found.outputs, *found.rest) if t.dim() == 1])
+        return torch.cat([table, found.rest[-1].t()]) if self.picks else table
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        assert self.shards is not None
         names = asked_for(",".join(self.stats_of_rows), True, self.shards)
-        table = whole_rows(torch.stack([*found.outputs, *found.rest]), names, ids, self.shards).unbind()
-        return Found(table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :])
+        table, picked = merged_rows(states, names, rows.ids, self.shards, self._picks(rows) if self.picks else None)
+        outputs, rest = table.unbind()[: len(self.stats_of_rows)], table.unbind()[len(self.stats_of_rows) :]
+        if picked is None:
+            return Found(outputs, rest)
+        values, chosen = picked
+        return self._with_picks(outputs, rest, rows, values, chosen, values)
+
+    @property
+    def sweeps_again(self) -> bool:
+        return False
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        raise NotImplementedError
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        raise NotImplementedError
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         more = asked_for(",".join(self.stats_of_rows), True).split(",")[len(self.stats_of_rows) :]
@@ -142,11 +204,11 @@ class TokenMeasure(NamedTuple):
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         z, ids, t = self._tensors(logits)
-        chosen = self._picks(logits).of(z.detach(), ids, self.softmax) if self.picks else None
+        chosen = self._picks(logits.rows).of(z.detach(), ids, self.softmax) if self.picks else None
         return again.token_stats(z, ids, t, self.softmax, self.names, chosen, logits.rows.sets)
 
-    def _picks(self, logits: LogitRows) -> Picks:
-        return Picks(logits.rows.picked, self.top)
+    def _picks(self, rows: PerRow) -> Picks:
+        return Picks(rows.picked, self.top)
 
     def _tensors(self, logits: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
         return logits.values, logits.rows.ids, logits.rows.temperature
@@ -169,19 +231,39 @@ class DivergenceMeasure(NamedTuple):
         if self.shards is not None:
             whole = with_empty(whole, logits.tensors(), self.softmaxes, self.backend)
         table = whole.unbind()
-        if self.beta is None:
+        if self.beta is None or self.shards is not None:
             return Found(table[:4], table[4:])
         return Found((*table[:4], jsd_ops.generalized_jsd(*logits.tensors(), self.beta, *self.softmaxes)), table[4:])
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        if self.shards is None:
-            return found
-        table = self.shards.merged_divergences(torch.stack([*found.outputs, *found.rest]), ids).unbind()
+    def states(self, found: Found) -> Tensor:
+        return torch.stack([*found.outputs, *found.rest])
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        assert self.shards is not None
+        table = self.shards.merged_divergences(states, rows.ids).unbind()
         return Found(table[:4], table[4:])
+
+    @property
+    def sweeps_again(self) -> bool:
+        return self.beta is not None and self.shards is not None
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        known = torch.stack(found.rest)
+        parts: Tensor = library.called(jsd_ops.jsd_parts, *logits.tensors(), known, self.beta, *self.softmaxes, False)
+        return parts
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        assert self.beta is not None
+        to_p, to_q = sums.unbind()
+        return Found((*found.outputs, self.beta * to_q + (1 - self.beta) * to_p), (*found.rest, to_p))
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         two, zero = logits.tensors(), torch.zeros_like(found.outputs[0])
         derivatives = [zero if g is None else g for g, moves in zip(by, self.differentiable, strict=True) if moves]
+        if self.beta is not None and self.shards is not None:
+            parts = (*two, torch.stack(found.rest), derivatives[0], self.beta, *self.softmaxes, False)
+            by_logits = library.called(jsd_ops.jsd_parts_grad_ if over else jsd_ops.jsd_parts_grad, *parts)
+            return None if over else by_logits
         if self.beta is not None:
             arguments: tuple[Any, ...] = (*two, derivatives[0], self.beta, *self.softmaxes)
             if over:
@@ -198,10 +280,7 @@ class DivergenceMeasure(NamedTuple):
 
 
 class JointMeasure(NamedTuple):
-    """One model's statistics and its divergences from a second one, of the same chunk of logits: the outputs of the first, then those of the second.
-
-    Both gradients exist for one chunk, and their sum is rounded once more.
-    """
+    """One model's statistics and its divergences from a second one, of the same chunk of logits: the outputs of the first, then those of the second."""
 
     token: TokenMeasure
     divergence: DivergenceMeasure
@@ -215,28 +294,58 @@ class JointMeasure(NamedTuple):
         return self.token.differentiable + self.divergence.differentiable
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
-        first, second = self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad)
+        return self._joined(self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad))
+
+    @property
+    def shards(self) -> VocabShards | None:
+        return self.token.shards
+
+    def states(self, found: Found) -> Tensor:
+        return torch.cat([measure.states(part) for measure, part in self._parts(found, of_shard=True)])
+
+    def merged(self, states: Tensor, rows: PerRow) -> Found:
+        own = states.size(1) - len(DIVERGENCE_STATS)
+        return self._joined(self.token.merged(states[:, :own], rows), self.divergence.merged(states[:, own:], rows))
+
+    @property
+    def sweeps_again(self) -> bool:
+        return self.divergence.sweeps_again
+
+    def sums(self, logits: LogitRows, found: Found) -> Tensor:
+        return self.divergence.sums(logits, self._parts(found)[1][1])
+
+    def with_sums(self, found: Found, sums: Tensor) -> Found:
+        (_, first), (_, second) = self._parts(found)
+        return self._joined(first, self.divergence.with_sums(second, sums))
+
+    def _parts(self, found: Found, of_shard: bool = False) -> tuple[tuple[TokenMeasure, Found], tuple[DivergenceMeasure, Found]]:
+        outputs, rest = len(self.token.names), 2 if of_shard else 1  # lse_low, and of a shard what rounding its log-prob lost
+        first, second = Found(found.outputs[:outputs], found.rest[:rest]), Found(found.outputs[outputs:], found.rest[rest:])
+        return (self.token, first), (self.divergence, second)
+
+    def _joined(self, first: Found, second: Found) -> Found:
         return Found(first.outputs + second.outputs, first.rest + second.rest)
 
-    def merged(self, found: Found, ids: Tensor) -> Found:
-        return found  # of one rank: a sharded vocabulary is refused beside a teacher
-
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
-        outputs, rest = len(self.token.names), 1  # of one model there is only lse_low besides
-        parts = (
-            (self.token, Found(found.outputs[:outputs], found.rest[:rest]), by[:outputs]),
-            (self.divergence, Found(found.outputs[outputs:], found.rest[rest:]), by[outputs:]),
+        (_, first_known), (_, second_known) = self._parts(found)
+        outputs = len(self.token.names)
+        parts: tuple[tuple[Measure, Found, tuple[Tensor | None, ...]], ...] = (
+            (self.token, first_known, by[:outputs]),
+            (self.divergence, second_known, by[outputs:]),
         )
-        moving = [part for part in parts if any(g is not None for g in part[2])]
-        # The last may write over the logits, which the others read.
-        others = [measure.gradient(logits, known, derivatives, False) for measure, known, derivatives in moving[:-1]]
-        measure, known, derivatives = moving[-1]
-        last = measure.gradient(logits, known, derivatives, over)
-        total = logits.values if last is None else last
-        for other in others:
-            assert other is not None
-            total += other
-        return last
+        for (measure, known, derivatives), (_, _, others) in zip(parts, reversed(parts), strict=True):
+            if all(g is None for g in others):
+                return measure.gradient(logits, known, derivatives, over)
+        out = logits.values if over else torch.empty_like(logits.values)
+        for rows, wide in wide_blocks(logits):
+            first, second = (
+                # The second writes over the logits, which the first reads.
+                measure.gradient(wide, known.at(rows), tuple(None if g is None else g[rows] for g in derivatives), over_wide)
+                for (measure, known, derivatives), over_wide in zip(parts, (False, True), strict=True)
+            )
+            assert first is not None and second is None
+            out[rows] = first.add_(wide.values)
+        return None if over else out
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         return self.token.formulas(logits) + self.divergence.formulas(logits)

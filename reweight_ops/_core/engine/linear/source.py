@@ -17,7 +17,7 @@ from .. import again, temperature
 from ..picks import PICKED, PICKED_IDS, Picks
 from ..sampling import by_reader, primitives, statistics_of
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
-from ..sources import one_pass_unsupported_reason, refuse_transforms
+from ..sources import agreed, one_pass_unsupported_reason, part_of, refuse_transforms
 from .autograd import LinearOnePass, linear_statistics
 from .gemms import zero_gradient_rows_dropped
 from .measures import PerRow, TokenMeasure
@@ -26,8 +26,8 @@ from .works import TokenWork
 
 def with_shards(hidden: Hidden, shards: VocabShards) -> Hidden:
     """A rank's call that has agreed with the others on who has which columns."""
-    settings = hidden.settings
-    return replace(hidden, settings=settings._replace(softmax=shards.params(settings.softmax.softcap), shards=shards))
+    settings, (kept, ids) = hidden.settings, part_of(hidden.kept, hidden.ids, shards, hidden.rows)
+    return replace(hidden, kept=kept, ids=ids, settings=settings._replace(softmax=shards.params(settings.softmax.softcap), shards=shards))
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class HiddenSource(PlainSource):
         h = self.hidden
         assert h.shard is not None
         refuse_transforms(h.rows, backend)
-        return self._statistics(with_shards(h, h.shard.agreed(h.rows, wanted, h.needs_grad)), wanted, backend)
+        return self._statistics(with_shards(h, agreed(h.shard, h.rows, wanted, h.needs_grad, self.picks, h.kept)), wanted, backend)
 
     def _statistics(self, h: Hidden, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         picks, torch_only = self.picks or Picks(), backend == again.TORCH

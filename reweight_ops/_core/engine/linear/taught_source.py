@@ -33,11 +33,21 @@ class TaughtSource(PlainSource):
         return self.two.info._replace(statistics=("token_stats", "divergence_stats"), one_pass="token_loss_grad")
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-        p, divergence = self.two.both.p, self.two.measure(backend)
-        own = statistics_of(None, tuple(name for name in names if not name.startswith(TEACHER)), p.rows)
-        measure = JointMeasure(TokenMeasure(p.settings.softmax, backend, own), divergence)
-        values = linear_statistics(p, self.two.per_row, self.two.other, measure)
-        found = (*own, *(TEACHER + name for name in self.two.names))
+        own = statistics_of(None, tuple(name for name in names if not name.startswith(TEACHER)), self.rows)
+        if self.two.both.p.shard is not None:
+            whole: dict[str, Tensor] = self._of_shards(own, backend)
+            return whole
+        return self._statistics(self.two, own, backend)
+
+    @torch.compiler.disable
+    def _of_shards(self, own: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        return self._statistics(self.two.agreed(own, backend), own, backend)
+
+    def _statistics(self, two: TwoHiddenSource, own: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+        p = two.both.p
+        measure = JointMeasure(TokenMeasure(p.settings.softmax, backend, own, shards=p.settings.shards), two.measure(backend))
+        values = linear_statistics(p, two.per_row, two.other, measure)
+        found = (*own, *(TEACHER + name for name in two.names))
         return {name: p.scatter(value) for name, value in zip(found, values, strict=True)}
 
     def one_pass(self, work: TaughtWork, backend: str) -> tuple[Tensor, Tensor]:

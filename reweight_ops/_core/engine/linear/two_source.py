@@ -46,15 +46,15 @@ class TwoHiddenSource(PlainSource):
 
     @torch.compiler.disable
     def _of_shards(self, backend: str) -> dict[str, Tensor]:
+        return self.agreed((), backend)._statistics(backend)
+
+    def agreed(self, asked: tuple[str, ...], backend: str) -> TwoHiddenSource:
+        """The same once all ranks have agreed on who has which columns, and that ``asked`` is asked besides."""
         p = self.both.p
         assert p.shard is not None
         refuse_transforms(p.rows, backend)
-        if self.beta is not None:
-            raise p.rows.unsupported(
-                "process_group: a generalized_jsd is no sum of what the shards have by themselves; gather the vocabulary."
-            )
-        own = with_shards(p, p.shard.agreed(p.rows, STATISTICS, p.needs_grad))
-        return replace(self, both=replace(self.both, p=own))._statistics(backend)
+        own = with_shards(p, p.shard.agreed(p.rows, (*asked, *self.names, self.beta), p.needs_grad))
+        return replace(self, both=replace(self.both, p=own))
 
     def _statistics(self, backend: str) -> dict[str, Tensor]:
         values = linear_statistics(self.both.p, self.per_row, self.other, self.measure(backend))

@@ -13,7 +13,7 @@ from .. import ops as library
 from ..autograd import weighted_sum
 from ..source import DivergenceWork, PolicyWork
 from .gemms import rows_with_gradient
-from .measures import DivergenceMeasure, LogitRows
+from .measures import DivergenceMeasure, LogitRows, wide_blocks
 
 
 class OnePassWork(Protocol):
@@ -133,10 +133,12 @@ class JointWork(NamedTuple):
         return JointWork(self.token.at(rows), self.two.at(rows))
 
     def gradient_(self, logits: LogitRows) -> Tensor:
-        table, grad = self.token.gradient(logits)
-        second = self.two.gradient_(logits)
-        logits.values.add_(grad)
-        return torch.cat([table, second])
+        tables = []
+        for rows, wide in wide_blocks(logits):
+            table, grad = self.token.at(rows).gradient(wide)
+            tables.append(torch.cat([table, self.two.at(rows).gradient_(wide)]))
+            logits.values[rows] = grad.add_(wide.values)
+        return torch.cat(tables, 1)
 
     def rows_with_gradient(self, table: Tensor) -> Tensor | None:
         return rows_with_gradient(table[4], table[5], self.two.work.weights)
