@@ -1,5 +1,5 @@
-"""Writes the generated files: ``docs/methods.md`` from the catalogue's registry, ``docs/recipes.md`` from the recipes', and the stub of
-``rw.methods``, whose attributes are found while it is imported.
+"""Writes the generated files: ``docs/methods.md`` from the catalogue's registry, ``docs/recipes.md`` from the recipes', the stub of
+``rw.methods``, whose attributes are found while it is imported, and the examples of the catalogue's docstrings.
 
 ``python -m reweight_ops.codegen``; with ``--check`` it writes nothing and exits 1 if one is stale.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from .._core.catalogue.recipe_page import recipes_markdown
 from .._core.catalogue.registry import CATALOGUE
 from .._core.catalogue.table import markdown
+from .examples import examples_module
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,6 +22,7 @@ def generated_files() -> dict[Path, str]:
         Path("docs/methods.md"): markdown(),
         Path("docs/recipes.md"): recipes_markdown(),
         Path("reweight_ops/methods/__init__.pyi"): methods_stub(),
+        Path("reweight_ops/_core/catalogue/examples.py"): examples_module(),
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import AtLeastOne, Count, Interval, NonNegative, Positive, ranged
+from .._core.ranges import AtLeastOne, Count, Interval, NonNegative, Number, Positive, Real, ranged
 from .._core.rows.grouped import indices, whole_number
 from ..errors import InvalidCall
 
@@ -25,7 +25,7 @@ _CHUNK = 1 << 24
 class Precomputed(TokenWeight):
     """``values``: one number a token, or a sequence, from wherever. ``token_weights=`` is the same for the surrogate alone, in one pass."""
 
-    values: float | Tensor
+    values: Real[Number]
 
     def weight(self, xp, t, batch):
         return xp.where(t.logp == t.logp, self.values, self.values)
@@ -91,8 +91,8 @@ def tw_grpo(
     The vocabulary is read twice, in chunks of at most ``chunk_elements`` fp32 numbers, and the weights are detached. Differs from the paper: the formula
     is the authors' code's, whose weights carry a gradient and whose ratio is always 1; ``max_weight=1.7`` is of its training script.
 
-    >>> import torch
-    >>> tw_grpo(torch.zeros(2, 3, 5), torch.ones(2, 3), group_size=2)
+    >>> import torch, reweight_ops as rw
+    >>> rw.weights.tw_grpo(torch.zeros(2, 3, 5), torch.ones(2, 3), group_size=2)
     tensor([[1., 1., 1.],
             [1., 1., 1.]])
     """

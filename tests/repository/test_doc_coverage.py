@@ -1,5 +1,6 @@
 """What ``help`` says of the public surface: what it lacks is named."""
 
+import doctest
 import inspect
 import re
 
@@ -86,6 +87,33 @@ def test_an_entry_refers_to_its_paper(name):
     assert entry.paper in references
     assert entry.arxiv == "unknown" or f"arXiv:{entry.arxiv}, https://arxiv.org/abs/{entry.arxiv}" in references
     assert len(references.splitlines()) == len(set(references.splitlines()))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_has_every_section(name):
+    doc = inspect.getdoc(ENTRIES[name].function)
+    headings = [
+        "Returns:",
+        "Shape:",
+        "Raises:",
+        "References:",
+        *(["Args:"] if inspect.signature(ENTRIES[name].function).parameters else []),
+    ]
+    missing = [heading for heading in headings if heading not in map(str.strip, doc.splitlines())]
+    if ">>> " not in doc:
+        missing.append("Example:")
+    assert not missing, missing
+
+
+def test_the_examples_of_ops_and_entries_run():
+    """``doctest.testmod`` does not see what a decorator of another module returns."""
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
+    functions = {**OPS, **{name: entry.function for name, entry in ENTRIES.items()}}
+    for name, function in functions.items():
+        test = doctest.DocTestParser().get_doctest(inspect.getdoc(function), {}, name, None, None)
+        runner.run(test, clear_globs=True)
+    found = runner.summarize(verbose=False)
+    assert found.attempted > 400 and not found.failed
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -12,6 +12,7 @@ from ...errors import InvalidCall
 from ..ranges import ranged
 from .arguments import with_arguments
 from .references import with_reference
+from .sections import with_sections
 from .signatures import collected_by, written_out
 
 #: Kind of entry: where it is called from, and what it is.
@@ -135,7 +136,7 @@ def published(
         checked = ranged(function)
         if inspect.isfunction(checked):
             checked.__signature__ = written_out(checked)  # type: ignore[attr-defined]
-        checked.__doc__ = with_reference(with_arguments(checked), paper, arxiv)
+        checked.__doc__ = with_reference(with_sections(checked, with_arguments(checked), of, name), paper, arxiv)
         CATALOGUE[of][name] = Entry(name, full_name, of, paper, arxiv, certainty, checked, level, plan, example or {})
         return checked
 
