@@ -114,14 +114,14 @@ def kl_dro(losses: Tensor, *, temperature: Positive[float], **groups: Unpack[Gro
     level="sequence",
 )
 def dynamic_loss_reweighting(
-    losses: Tensor, *, temperature: Positive[float], strategy: str = "linupper", delta: Positive[float] = 1.0
+    losses: Tensor, *, temperature: PositiveOrInf[float], strategy: str = "linupper", delta: Positive[float] = 1.0
 ) -> Tensor:
     """``w = n·softmax(f(h)/temperature)``, with the losses of the batch on a line: ``h = delta·(2·loss - max - min)/(max - min)``.
 
     ``f``, the ``strategy``, is ``min(h + delta, delta)`` (``"linupper"``: easy samples are held back), ``1 - h²/delta²`` (``"quadratic"``: the middle), ``(h +
     delta)/2`` (``"upper"``) or ``|h|`` (``"extremes"``). ``losses``: each sample's mean token loss, over the global batch. ``temperature``
-    (``r``): 0.4 and 1 in the authors' configurations, best annealed from high; weights are 1 for the first 1000 steps there. Equal losses: equal
-    weights.
+    (``r``): 0.4 and 1 in the authors' configurations, best annealed from high; ``inf`` is weight 1, which ``schedules.dynamic_loss_reweighting`` gives
+    for the first 1000 steps, as they do. Equal losses: equal weights.
     """
     g = grouped("dynamic_loss_reweighting", losses, {}, name="losses", whole=True)
     x, high, low = g.values, g.max(g.values), g.min(g.values)

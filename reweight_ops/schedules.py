@@ -15,8 +15,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.catalogue.registry import published, published_names
-from ._core.ranges import Count, CountOrZero, Interval, NonNegative, Positive, Real, Unit, ranged
-from ._core.rows.grouped import GroupKeywords, floats, grouped
+from ._core.ranges import Count, CountOrZero, Interval, NonNegative, Positive, PositiveOrInf, Real, Unit, ranged
+from ._core.rows.grouped import GroupKeywords, floats, grouped, like
 from ._core.spec.policy import PolicyLossSpec
 from .errors import InvalidCall
 from .methods.reweighting import lopti as lopti_spec
@@ -30,9 +30,12 @@ __all__ = [
     "Relift",
     "ReliftState",
     "all_failed",
+    "canon",
     "capo",
     "d3s",
     "drw",
+    "dynamic_loss_reweighting",
+    "hapo_temperature",
     "lopti",
     "lopti_updates",
     "tsa",
@@ -209,6 +212,92 @@ class Relift:
 def drw(epoch: CountOrZero[int], *, switch_epoch: CountOrZero[int] = 160, beta: Annotated[float, Interval("[0, 1)")] = 0.9999) -> float:
     """β of ``sample_weights.class_balanced``: 0, no re-weighting, before ``switch_epoch``, and from it on ``beta``. 160 of the authors' 200 epochs."""
     return beta if epoch >= switch_epoch else 0.0
+
+
+@published(
+    "dynamic_loss_reweighting",
+    "Dynamic loss-based sample reweighting: burn-in",
+    paper="Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining",
+    arxiv="2502.06733",
+    level="step",
+)
+def dynamic_loss_reweighting(step: CountOrZero[int], *, temperature: PositiveOrInf[float], burn_in_steps: CountOrZero[int] = 1000) -> float:
+    """``temperature`` of ``sample_weights.dynamic_loss_reweighting``: ``inf``, all weights 1, before ``burn_in_steps``, and from it on as given.
+
+    Losses say little of samples before the model has learned something. 1000 of the authors' steps (``burnout_steps`` in their configurations).
+    """
+    return math.inf if step < burn_in_steps else temperature
+
+
+@published(
+    "hapo_temperature",
+    "Heterogeneous Adaptive Policy Optimization: the sampler's temperature",
+    paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
+    arxiv="2509.16591",
+    level="token",
+)
+def hapo_temperature(
+    entropies: Tensor,
+    rollout_entropies: Tensor,
+    completion_mask: Tensor | None = None,
+    *,
+    temperature: Positive[float] = 1.0,
+    tau: Unit[float] = 0.1,
+    pivot: Unit[float] = 0.8,
+) -> Tensor:
+    """``temperature·(1 + τ·h)``, what each next token is sampled at: higher where the policy is unsure. ``[...], [B, T], [B, T] -> [...]``.
+
+    ``h`` goes from -1 at the lowest entropy of the last rollout over 0 at its ``pivot`` quantile to 1 at the highest, by ``log H``, and no further.
+    ``entropies``: of the next token, before any temperature; ``rollout_entropies`` and ``completion_mask``: of the last rollout, in nats. The authors'
+    scripts have ``tau=0.05``; their old log-probs are at ``temperature``, not at what was sampled with. In the first rollout it is ``temperature``.
+
+    Differs from the authors' code, not from the paper: as in ``methods.hapo``, the code's h is never negative.
+    """
+    given = {"entropies": entropies, "rollout_entropies": rollout_entropies}
+    log_h, log_rollout = (floats("hapo_temperature", name, x).clamp(min=1e-8).log() for name, x in given.items())
+    mask = torch.ones_like(log_rollout) if completion_mask is None else completion_mask
+    counted = like("hapo_temperature", "completion_mask", mask, log_rollout) != 0
+    ordered = torch.where(counted, log_rollout, math.inf).flatten().sort().values
+    last = counted.sum() - 1
+    low, middle, high = (ordered.gather(0, at.long().view(1)) for at in (0 * last, (pivot * last.double()).round(), last))
+    distance = log_h - middle
+    h = torch.where(distance > 0, distance / (high - middle).clamp(min=1e-8), distance / (middle - low).clamp(min=1e-8))
+    return temperature * (1 + tau * h.clamp(-1, 1))
+
+
+@published(
+    "canon",
+    "CANON: the weight of the inter-group comparison",
+    paper="Conditional Advantage Estimation for Reinforcement Learning in Large Reasoning Models",
+    arxiv="2509.23962",
+    level="step",
+)
+def canon(
+    step: CountOrZero[int],
+    *,
+    order: str = "intra_first",
+    total_steps: Count[int] = 150,
+    warmup_steps: CountOrZero[int] = 30,
+    cycles: Count[int] = 3,
+    lowest: Unit[float] = 0.4,
+) -> float:
+    """μ of ``advantages.canon(inter_weight=)``: cosine annealing with restarts, as the authors' code and its numbers.
+
+    A curve ``f`` rises linearly to its top over ``warmup_steps``, ``top·(step + 1)/warmup_steps``, and then falls along a cosine from the top to its
+    floor in each of ``cycles`` cycles. ``order="inter_first"`` (First-Inter-Later-Intra): ``μ = f`` from 1 to ``lowest``. ``"intra_first"``
+    (First-Intra-Later-Inter): ``μ = 1 - f``, ``f`` from ``1 - lowest`` to 0, so that μ rises to 1.
+    """
+    if order not in ("intra_first", "inter_first"):
+        raise InvalidCall(f"schedules.canon: order is {order!r}, expected 'intra_first' or 'inter_first'.")
+    length = (total_steps - warmup_steps) // cycles
+    if length < 1:
+        raise InvalidCall(f"schedules.canon: {total_steps} steps, {warmup_steps} of them warm-up, are too few for {cycles} cycles.")
+    top, floor = (1.0, lowest) if order == "inter_first" else (1 - lowest, 0.0)
+    if step < warmup_steps:
+        f = top * (step + 1) / warmup_steps
+    else:
+        f = floor + (top - floor) * (1 + math.cos(math.pi * ((step - warmup_steps) % length) / length)) / 2
+    return f if order == "inter_first" else 1 - f
 
 
 class BetaDpoState(NamedTuple):

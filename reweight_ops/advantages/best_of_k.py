@@ -69,15 +69,15 @@ def passk_training(correct: Tensor, *, k: Count[int], epsilon: NonNegative[float
 @published(
     "maxrl",
     "Maximum likelihood RL (MaxRL)",
-    paper="MaxRL, as named in SkyRL",
-    arxiv="unknown",
-    certainty="secondary",
+    paper="Maximum Likelihood Reinforcement Learning",
+    arxiv="2602.02710",
     level="group",
 )
 def maxrl(rewards: Tensor, *, epsilon: NonNegative[float] = 1e-6, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
     """``A = (r - mean_g) / (mean_g + epsilon)``: of 0/1 rewards the gradient of the log of the success rate. ``[B] -> [B]``.
 
-    ``singleton``: what a group of one gets, ``"zero"`` or ``"reward"`` (SkyRL). Transcribed from SkyRL.
+    ``singleton``: what a group of one gets, ``"zero"`` or ``"reward"`` (SkyRL). Differs from the paper: the authors' code gives it its reward over
+    ``epsilon``.
     """
     g = grouped("maxrl", rewards, groups)
     mean = g.mean(g.values)

@@ -15,10 +15,10 @@ from ..errors import InvalidCall
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_PAPER = "Optimal Token Baseline, as named in verl 0.9.1"
+_PAPER = "The Optimal Token Baseline: Variance Reduction for Long-Horizon LLM-RL"
 
 
-@published("otb", "Optimal Token Baseline (OTB)", paper=_PAPER, arxiv="unknown", certainty="secondary", level="token")
+@published("otb", "Optimal Token Baseline (OTB)", paper=_PAPER, arxiv="2602.07078", certainty="secondary", level="token")
 def otb(
     rewards: Tensor,
     completion_mask: Tensor,
@@ -35,7 +35,8 @@ def otb(
     ``G_t``: the rewards from t on (``rewards`` ``[B]``: on each response's last token). ``W``: the squared norms of the tokens' gradients by their logits, a
     proxy of the path's variance. ``log_sum_p_sq`` is ``token_stats``'s, of the policy of ``old_per_token_logps``; ``ρ`` is 1 or
     ``importance_sampling_ratio``. Positions are columns. ``zero_tail``: where the longest response of a group is alone, its baseline is 0. So is that of a
-    group of one. A response with a reward of NaN is in no baseline and has advantage 0. Transcribed from verl (``optimal_token_baseline``).
+    group of one. A response with a reward of NaN is in no baseline and has advantage 0. Transcribed from verl (``optimal_token_baseline``), whose theory
+    is the paper's (PMLR v306).
     """
     return _baselined(
         "otb", rewards, completion_mask, old_per_token_logps, log_sum_p_sq, importance_sampling_ratio, zero_tail, epsilon, groups
@@ -46,7 +47,7 @@ def otb(
     "tir_otb",
     "Optimal Token Baseline of tool-integrated reasoning (TIR-OTB)",
     paper=_PAPER,
-    arxiv="unknown",
+    arxiv="2602.07078",
     certainty="secondary",
     level="token",
 )

@@ -71,7 +71,7 @@ def opd() -> PolicyLossSpec:
 @published(
     "iw_opd",
     "Importance-Weighted On-Policy Distillation (IW-OPD)",
-    paper="IW-OPD, as named in TRL 1.16",
+    paper="On the Position Bias of On-Policy Distillation",
     arxiv="2606.22600",
     certainty="secondary",
     level="token",

@@ -127,6 +127,15 @@ ALL = (
         ),
     ),
     Recipe(
+        name="canon_scheduled",
+        entry="rw.schedules.canon",
+        schedule='rw.schedules.canon(step, order="intra_first")',
+        advantages="rw.advantages.canon(rewards, mean_entropies, inter_weight=schedule, group_size=group_size)",
+        spec="rw.methods.dr_grpo(epsilon_high=0.28)",
+        settings=published(SCRIPT, total_steps=150, warmup_steps=30, cycles=3, lowest=0.4, epsilon_low=0.2, epsilon_high=0.28),
+        rollout=("Cosine, First-Intra-Later-Inter. `order='inter_first'` is First-Inter-Later-Intra.",),
+    ),
+    Recipe(
         name="edge_grpo",
         entry="rw.advantages.edge_grpo",
         advantages="rw.advantages.edge_grpo(rewards, mean_entropies, group_size=group_size)",

@@ -105,7 +105,8 @@ class NegativeSelfDistilledEvidence(TokenWeight):
 class TokenRegulation(TokenWeight):
     """``clip(alpha·(σ(p/tau) - mu), lower, upper)``, p the token's current probability: less weight for unlikely tokens, whose gradients are large.
 
-    Differs from the paper: the formula is a port's; its constants were not found in print, so they must be given.
+    Later versions of the paper have another title and call it GRPO-SG (sharpness-guided, by probability shaping). Differs from the paper: the formula is
+    that of ports; its constants were not found in print, so they must be given.
     """
 
     alpha: Positive[Number]

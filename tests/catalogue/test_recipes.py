@@ -90,7 +90,8 @@ def test_a_paper_is_one_title_one_id_one_year():
 def test_old_log_probs_are_given_wherever_a_ratio_is_read():
     for r in RECIPES.values():
         if "log_ratio" in r.requires:
-            assert "old_per_token_logps" in r.reads, r.name
+            given = r.loss_keywords()["old_per_token_logps"]  # the sampler's may stand for them
+            assert given in ("old_per_token_logps", "sampling_per_token_logps") and given in r.reads, r.name
 
 
 @pytest.mark.parametrize(

@@ -142,3 +142,24 @@ def test_the_ranking_accuracy_of_pairs_is_of_likelihoods():
     logps, ref = torch.tensor([[-1.0], [-3.0], [-2.0], [-2.0]]), torch.tensor([[-2.0], [-5.0], [-2.0], [-2.0]])
     out = rw.preference_loss_from_logps(logps, spec=preference.dpo(), ref_per_token_logps=ref)
     assert float(out.metrics["rewards/accuracies"]) == 1.0 and float(out.metrics["logps/accuracies"]) == 0.5
+
+
+def test_reading_them_takes_no_pass_over_the_vocabulary(data):
+    """What is computed when they are read is of the size of the rows: of 12 tokens' 4000 logits nothing is read again."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in _pytree.tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor))
+            return result
+
+    vocab = 4000
+    logits = torch.randn(B, T, vocab, requires_grad=True)
+    out = evaluate({**data, "logits": logits})
+    out.loss.backward()
+    with Sizes():
+        out.diagnostics.as_floats()
+    assert sizes and max(sizes) < vocab, max(sizes)

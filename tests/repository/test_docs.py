@@ -27,6 +27,8 @@ def test_a_new_method_is_one_file_plus_the_generated_ones(tmp_path):
 
     assert (tmp_path / name).read_text() == source, f"{name} and the example of CONTRIBUTING are one text"
     (tmp_path / name).unlink()
+    recipes = tmp_path / "reweight_ops/recipes/off_policy.py"  # its recipe is a second step
+    recipes.write_text(re.sub(r'    Recipe\(\n        name="glm5",.*?\n    \),\n', "", recipes.read_text(), flags=re.DOTALL))
     run("-m", "reweight_ops.codegen")  # the package as it was without the method
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     (tmp_path / name).write_text(source)

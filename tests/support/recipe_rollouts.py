@@ -61,11 +61,16 @@ def make_rollout(policy, name, seed=0):
         labels=torch.tensor([1.0, -1] * 4),
         returns=torch.rand(B, generator=g),
         start_values=torch.rand(B, generator=g),
+        source_ids=torch.arange(B) % 3,
+        source_counts=torch.tensor([3.0, 3, 2]),
         teacher_logits=4 * torch.randn(B, T, V, generator=g),
         augmented=SimpleNamespace(completion_ids=torch.randint(V, (B, T), generator=g)),
         lambdas=torch.ones(B, T),
         metrics=(0.5 + seed, 0.25),
         gradients=torch.randn(2, 5, generator=g),
     )
+    if name == "tpo":  # triples
+        vars(batch).update(completion_ids=batch.completion_ids[:6], completion_mask=mask[:6])
+        return batch
     batch.segments = rw.advantages.spo_segments(batch.old_per_token_logps, mask)
     return batch

@@ -188,6 +188,9 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     'schedule/tsa': ('a number', '>>> import reweight_ops as rw\n>>> rw.schedules.tsa(progress=0.0, num_classes=4)\n0.25'),
     'schedule/relift': ('a number', '>>> import reweight_ops as rw\n>>> step = rw.schedules.Relift(buffer_size=5)\n>>> state, result = step.update(step.init(), 2)\n>>> result\nFalse'),
     'schedule/drw': ('a number', '>>> import reweight_ops as rw\n>>> rw.schedules.drw(epoch=159)\n0.0'),
+    'schedule/dynamic_loss_reweighting': ('a number', '>>> import reweight_ops as rw\n>>> rw.schedules.dynamic_loss_reweighting(step=1000, temperature=0.4)\n0.4'),
+    'schedule/hapo_temperature': ('that of ``entropies``', '>>> import torch, reweight_ops as rw\n>>> rw.schedules.hapo_temperature(entropies=torch.tensor([8.0, 4.0, 2.0, 64.0]), rollout_entropies=torch.tensor([[4.0, 16, 9], [1, 2, 9]]), completion_mask=torch.tensor([[1, 1, 0], [1, 1, 0]]), tau=0.2, pivot=0.6667, temperature=0.5)\ntensor([0.5500, 0.5000, 0.4500, 0.6000])'),
+    'schedule/canon': ('a number', '>>> import reweight_ops as rw\n>>> rw.schedules.canon(step=5)\n0.88'),
     'schedule/beta_dpo': ('0-d', '>>> import torch, reweight_ops as rw\n>>> step = rw.schedules.BetaDpo(beta=1.0, a=0.5, momentum=0.5)\n>>> state, result = step.update(step.init(), torch.tensor([1.0, 3]))\n>>> result\ntensor(1.5000)'),
     'schedule/adaptive_entropy': ('0-d', '>>> import reweight_ops as rw\n>>> step = rw.schedules.AdaptiveEntropy(target_entropy=0.2, step=0.001, coef_max=0.002)\n>>> state, result = step.update(step.init(), 0.1)\n>>> result\ntensor(0.0010)'),
 }

@@ -24,6 +24,8 @@ REPOSITORIES = {
     "2510.04474": "Optimization-AI/DRPO",
     "2310.10505": "liziniu/ReMax",
     "2507.21848": "ZhangXJ199/EDGE-GRPO",
+    "2602.05630": "Red-RL/REAL",
+    "2602.02710": "tajwarfahim/maxrl",
     "2502.06733": "sowmaster/Sample-Level-Loss-Reweighting-ICLR-2025",
     "2510.05342": "sirano1004/Margin-Apative-Direct-Preference-Optimization",
     "2406.11827": "wzhouad/WPO",
@@ -58,8 +60,6 @@ _YEARS = {
     "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch": 2025,
     "Doubly Robust Instance-Reweighted Adversarial Training": 2023,
     "On-Policy Distillation": 2025,
-    "MaxRL, as named in SkyRL": 2026,
-    "Optimal Token Baseline, as named in verl 0.9.1": 2026,
     "A note on DPO with noisy preferences & relationship to IPO": 2023,
 }
 

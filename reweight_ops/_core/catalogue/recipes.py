@@ -47,6 +47,8 @@ QUANTITIES = {
     "teacher_logits": "`[B, T, V]`, of the teacher, or of the policy on the original text",
     "vocab_size": "a number",
     "class_counts": "`[V]`, how often each token is a target in the data set; 1 where never",
+    "source_ids": "`[B]`, which source a sample is from",
+    "source_counts": "`[K]`, how many samples each source has",
     "augmented": "another batch: texts without labels, augmented",
     "lambdas": "`[B, T]`, each token's own λ, kept with its example",
     "metrics": "K numbers: the validation metrics after the step",
@@ -213,7 +215,12 @@ class Recipe:
 
     def stand_ins(self) -> tuple[Any, ...]:
         """The specs with zeros in place of a batch: for what they read, and how many there are."""
-        values: dict[str, Any] = {name: torch.zeros(1, 1) for name in QUANTITIES} | {"step": 0, "total_steps": 1, "vocab_size": 2}
+        values: dict[str, Any] = {name: torch.zeros(1, 1) for name in QUANTITIES} | {
+            "step": 0,
+            "total_steps": 1,
+            "vocab_size": 2,
+            "group_size": 1,
+        }
         if self.schedule:
             values["schedule"] = run(self.schedule, values)
         return self.specs(**values)
