@@ -47,7 +47,6 @@ _Batch = TypeVar("_Batch")
 @published(
     "lopti",
     "Low-Probability Token Isolation: the two updates",
-    paper="Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs",
     arxiv="2505.12929",
     level="step",
 )
@@ -116,7 +115,6 @@ class D3sBudget(NamedTuple):
 @published(
     "d3s",
     "D3S: the dynamic schedule",
-    paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
     arxiv="2509.22115",
     certainty="secondary",
     level="step",
@@ -139,7 +137,6 @@ def d3s(
 @published(
     "tsa",
     "Training Signal Annealing: the threshold",
-    paper="Unsupervised Data Augmentation for Consistency Training",
     arxiv="1904.12848",
     level="step",
 )
@@ -205,7 +202,6 @@ class Relift:
 @published(
     "drw",
     "Deferred re-weighting (LDAM-DRW)",
-    paper="Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
     arxiv="1906.07413",
     level="step",
 )
@@ -217,7 +213,6 @@ def drw(epoch: CountOrZero[int], *, switch_epoch: CountOrZero[int] = 160, beta: 
 @published(
     "dynamic_loss_reweighting",
     "Dynamic loss-based sample reweighting: burn-in",
-    paper="Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining",
     arxiv="2502.06733",
     level="step",
 )
@@ -232,7 +227,6 @@ def dynamic_loss_reweighting(step: CountOrZero[int], *, temperature: PositiveOrI
 @published(
     "hapo_temperature",
     "Heterogeneous Adaptive Policy Optimization: the sampler's temperature",
-    paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
     arxiv="2509.16591",
     level="token",
 )
@@ -268,7 +262,6 @@ def hapo_temperature(
 @published(
     "canon",
     "CANON: the weight of the inter-group comparison",
-    paper="Conditional Advantage Estimation for Reinforcement Learning in Large Reasoning Models",
     arxiv="2509.23962",
     level="step",
 )

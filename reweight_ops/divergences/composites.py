@@ -52,7 +52,6 @@ def symmetric_cross_entropy(logits: Tensor, teacher_logits: Tensor, **keywords: 
 
 @published(
     "confidence_masked_kl", "Confidence-masked consistency (UDA)", level="token", plan="two passes", arxiv="1904.12848",
-    paper="Unsupervised Data Augmentation for Consistency Training",
 )  # fmt: skip
 def confidence_masked_kl(
     logits: Tensor,
@@ -79,7 +78,6 @@ def confidence_masked_kl(
 
 @published(
     "kd", "Knowledge distillation beside the labels", level="token", plan="two passes", arxiv="1503.02531", certainty="secondary",
-    paper="Distilling the Knowledge in a Neural Network",
 )  # fmt: skip
 def kd(
     logits: Tensor,
@@ -176,7 +174,6 @@ def dhkd(
 
 @published(
     "ldr", "Label-distributionally robust loss (LDR-KL)", level="token", plan="two passes", arxiv="2112.14869",
-    paper="Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness and Adaptivity",
 )  # fmt: skip
 def ldr(
     logits: Tensor,
@@ -206,7 +203,6 @@ def ldr(
 
 @published(
     "aldr", "Adaptive LDR-KL", level="sample", plan="two passes", arxiv="2112.14869",
-    paper="Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness and Adaptivity",
 )  # fmt: skip
 def aldr(
     entropies: Tensor, vocab_size: Annotated[int, Interval("[2, inf)", whole=True)], *, lambda0: Positive[float], alpha: Positive[float]

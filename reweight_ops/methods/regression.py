@@ -44,7 +44,6 @@ def _against_reference() -> SequenceRatio:
 @published(
     "a_star_po",
     "A*-PO: optimal advantage regression",
-    paper="Accelerating RL for LLM Reasoning with Optimal Advantage Regression",
     arxiv="2505.20686",
     certainty="secondary",
 )

@@ -30,7 +30,6 @@ from ..weights.probability import (
 )
 from .penalties import entropy, is_zero, kl
 
-_AR_PAPER = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 _SIGMOIDS = ("sigmoid", "negative_sigmoid", "balanced_sigmoid")
 #: Options of AR that only some modes read; ``negative_weight`` as the authors' code reads its ``neg_adv_weight``.
 _READ_BY = {
@@ -46,7 +45,7 @@ def _clip(epsilon_low: Number, epsilon_high: Number, clip_ratio_c: Number | None
     return DualClip(epsilon_low=epsilon_low, epsilon_high=epsilon_high, clip_ratio_c=clip_ratio_c)
 
 
-@published("advantage_reweighting", "Advantage Reweighting (AR)", paper=_AR_PAPER, arxiv="2505.12929")
+@published("advantage_reweighting", "Advantage Reweighting (AR)", arxiv="2505.12929")
 def advantage_reweighting(
     alpha: Unit[Number] = 0.3,
     probabilities: str = "old",
@@ -101,7 +100,7 @@ def advantage_reweighting(
     return PolicyLossSpec(surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=weights, name="advantage_reweighting")
 
 
-@published("lopti", "Low-Probability Token Isolation (Lopti)", paper=_AR_PAPER, arxiv="2505.12929")
+@published("lopti", "Low-Probability Token Isolation (Lopti)", arxiv="2505.12929")
 def lopti(
     half: str = "low",
     eta: Unit[Number] = 0.5,
@@ -153,7 +152,6 @@ def top_entropy(
 @published(
     "hapo",
     "Heterogeneous Adaptive Policy Optimization (HAPO)",
-    paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
     arxiv="2509.16591",
 )
 def hapo(

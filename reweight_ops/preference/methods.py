@@ -185,7 +185,6 @@ def orpo(beta: Positive[Number] = 0.1) -> PairSpec:
 
 @published(
     "dpo_gamma", "DPO^γ", level="pair", plan="two passes", arxiv="2405.19534", example={"gamma": 0.5},
-    paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
 )  # fmt: skip
 def dpo_gamma(gamma: NonNegative[Number], beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(β·(Δ log π - γ·Δ log π_ref))``, Δ chosen less rejected; γ = 1 is DPO, γ = 0 has no reference. The paper sweeps γ from 0 to 2."""
@@ -194,7 +193,6 @@ def dpo_gamma(gamma: NonNegative[Number], beta: Positive[Number] = 0.1) -> PairS
 
 @published(
     "unlikelihood", "Unlikelihood on the rejected sequence", level="pair", plan="two passes", arxiv="2405.19534",
-    paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
 )  # fmt: skip
 def unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(β·(log π(y_w) - log π_ref(y_w) + Σ_t log(1 - π(y_l,t)) - log π_ref(y_l)))``, the authors' loss of that name.
@@ -207,7 +205,7 @@ def unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
 
 @published(
     "no_sft_ratio_w_unlikelihood", "Unlikelihood on the rejected sequence, without a reference", level="pair", plan="two passes",
-    arxiv="2405.19534", paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
+    arxiv="2405.19534",
 )  # fmt: skip
 def no_sft_ratio_w_unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(β·(log π(y_w) + Σ_t log(1 - π(y_l,t))))``: :func:`unlikelihood` without a reference, by the authors' name."""

@@ -10,7 +10,6 @@ from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Positive, Posi
 @published(
     "fipo",
     "Future-KL Influenced Policy Optimization: the influence weight",
-    paper="FIPO: Eliciting Deep Reasoning with Future-KL Influenced Policy Optimization",
     arxiv="2603.19835",
     certainty="secondary",
     level="token",

@@ -40,7 +40,6 @@ class TopEntropy(TokenWeight):
 @published(
     "d3s",
     "Dynamic Dual-level Down-Sampling, token level",
-    paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
     arxiv="2509.22115",
     certainty="secondary",
     level="token",
@@ -194,7 +193,6 @@ class HapoUpper(_Hapo):
 @published(
     "hapo_redistribution",
     "HAPO's differential advantage redistribution",
-    paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
     arxiv="2509.16591",
     level="token",
 )

@@ -65,7 +65,6 @@ def _mask(op: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 @published(
     "tw_grpo",
     "Token-Weighted GRPO (focused thinking)",
-    paper="Reinforcing Video Reasoning with Focused Thinking",
     arxiv="2505.24718",
     level="group",
     plan="composite",

@@ -8,10 +8,8 @@ from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
 from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Positive, Unit
 
-_AR = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 
-
-@published("advantage_reweighting", "Advantage Reweighting (AR)", paper=_AR, arxiv="2505.12929", level="token")
+@published("advantage_reweighting", "Advantage Reweighting (AR)", arxiv="2505.12929", level="token")
 @weight
 class AdvantageReweighting(TokenWeight):
     """``α·p_old + 1 - α`` with the probability under the old policy: damps the gradient of unlikely tokens (section 4.1).
@@ -163,7 +161,6 @@ class ProbabilityInterval(TokenWeight):
 @published(
     "spo_probability_mask",
     "SPO probability mask",
-    paper="Segment Policy Optimization: Effective Segment-Level Credit Assignment in RL for Large Language Models",
     arxiv="2505.23564",
     level="token",
 )
@@ -178,7 +175,6 @@ def spo_probability_mask(threshold: Unit[float] = 0.9) -> TokenWeight:
 @published(
     "tsa",
     "Training Signal Annealing",
-    paper="Unsupervised Data Augmentation for Consistency Training",
     arxiv="1904.12848",
     level="token",
     example={"threshold": 0.5},

@@ -44,7 +44,6 @@ class SecondMomentUpper(TokenWeight):
 @published(
     "m2_mask",
     "Second-moment mask (AReaL's m2_threshold)",
-    paper="Prosperity before Collapse: How Far Can Off-Policy RL Reach with Stale Data on LLMs?",
     arxiv="2510.01161",
     certainty="secondary",
     level="batch",

@@ -14,6 +14,7 @@ from .arguments import with_arguments
 from .references import with_reference
 from .sections import with_sections
 from .signatures import collected_by, written_out
+from .titles import TITLES
 
 #: Kind of entry: where it is called from, and what it is.
 KINDS = {
@@ -107,8 +108,8 @@ def published(
     name: str,
     full_name: str,
     *,
-    paper: str,
     arxiv: str,
+    paper: str | None = None,
     kind: str | None = None,
     certainty: str = "verified",
     level: str | None = None,
@@ -117,7 +118,8 @@ def published(
 ) -> Callable[[_Published], _Published]:
     """Register a function or class, whose hyper-parameters are checked by their annotations (:mod:`reweight_ops._core.ranges`).
 
-    ``arxiv`` is the id, or ``unknown``; never invented. ``level``: token, segment, sequence, group, pair, ...
+    ``arxiv`` is the id, or ``unknown``; never invented. ``paper``: its title, unless :mod:`.titles` has it.
+    ``level``: token, segment, sequence, group, pair, ...
 
     ``kind``: one of :data:`KINDS`; in the package's own modules it follows from the module.
     """
@@ -128,6 +130,10 @@ def published(
     if arxiv != "unknown" and not re.fullmatch(r"\d{4}\.\d{4,5}", arxiv):
         raise InvalidCall(f"published: arxiv is {arxiv!r}, expected an id like 2505.12929, or 'unknown'.")
 
+    if (paper is None) == (arxiv not in TITLES):
+        raise InvalidCall(f"published: the title of {arxiv} is written once: as paper=, or in _core/catalogue/titles.py.")
+    title = TITLES[arxiv] if paper is None else paper
+
     def register(function: _Published) -> _Published:
         of = kind or _kind_of_module(function.__module__)
         known = CATALOGUE[of].get(name)
@@ -136,8 +142,8 @@ def published(
         checked = ranged(function)
         if inspect.isfunction(checked):
             checked.__signature__ = written_out(checked)  # type: ignore[attr-defined]
-        checked.__doc__ = with_reference(with_sections(checked, with_arguments(checked), of, name), paper, arxiv)
-        CATALOGUE[of][name] = Entry(name, full_name, of, paper, arxiv, certainty, checked, level, plan, example or {})
+        checked.__doc__ = with_reference(with_sections(checked, with_arguments(checked), of, name), title, arxiv)
+        CATALOGUE[of][name] = Entry(name, full_name, of, title, arxiv, certainty, checked, level, plan, example or {})
         return checked
 
     return register

@@ -39,7 +39,7 @@ from .explain import public_op
 
 @published(
     "token_divergence", "Full-vocabulary KL to a reference or teacher", kind="divergence", level="token", plan="two passes", arxiv="1503.02531",
-    paper="Distilling the Knowledge in a Neural Network", certainty="verified",
+    certainty="verified",
 )  # fmt: skip
 @public_op
 def token_divergence(
