@@ -1,4 +1,8 @@
-"""Methods in which the sequences of a prompt, or a whole batch, decide about each other's coefficients. All take two passes."""
+"""Methods in which the coefficients of a sequence depend on the other sequences of its
+prompt, or on the whole batch.
+
+All take two passes.
+"""
 
 from __future__ import annotations
 

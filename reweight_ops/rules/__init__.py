@@ -1,4 +1,8 @@
-"""The per-token maths of every loss, each formula once. Surrogates, likelihood terms, penalties, and how a user adds one: :mod:`.base`."""
+"""The per-token formulas of every loss, each written once: surrogates, likelihood terms
+and penalties.
+
+:mod:`.base` tells how a user adds one.
+"""
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 

@@ -127,7 +127,7 @@ def test_a_recipe_of_ones_own():
     )
     made = mine.prepare(rewards=torch.tensor([3.0, 1, 1]), group_size=3)
     assert made["advantages"].tolist() == pytest.approx([2, -1, -1])
-    with pytest.raises(rw.InvalidCall, match="reads rewards, group_size, which is not given"):
+    with pytest.raises(rw.InvalidCall, match="reads rewards, group_size: pass it"):
         mine.prepare()
     with pytest.raises(rw.InvalidCall, match="reads lenghts, which no batch has"):
         register(dataclasses.replace(mine, sample_weights="lenghts"))

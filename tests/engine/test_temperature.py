@@ -179,7 +179,7 @@ def test_transforms_compiled_and_second_derivatives():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for a, e in zip(torch.autograd.grad(compiled(d["heat"], d["hidden"]), [d["heat"], d["hidden"]]), want, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
-    with pytest.raises(rw.UnsupportedRequest, match=r"where the temperature requires grad: torch.func \(grad, hessian\) has them"):
+    with pytest.raises(rw.UnsupportedRequest, match=r"but the temperature requires grad: torch.func \(grad, hessian\) has them"):
         torch.autograd.grad(loss(d["heat"], d["hidden"]), d["heat"], create_graph=True)
 
 
@@ -190,7 +190,7 @@ REFUSED = {
     "distillation_loss": lambda z, ids, t: rw.distillation_loss(z, z.detach(), temperature=t),
     "linear_token_divergence": lambda z, ids, t: rw.linear_token_divergence(z, torch.eye(V), z.detach(), temperature=t),
     "the teacher's": lambda z, ids, t: rw.linear_distillation_loss(z, torch.eye(V), z.detach(), teacher_temperature=t),
-    "a composite": lambda z, ids, t: rw.divergences.pld(z, z.detach(), ids, temperature=t),
+    "does not write over its logits": lambda z, ids, t: rw.divergences.pld(z, z.detach(), ids, temperature=t),
 }
 
 

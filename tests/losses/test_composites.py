@@ -165,7 +165,7 @@ def test_wrong_calls():
         (lambda: divergences.dhkd(z, t, temperature=0.0), r"expected a number in \(0, inf\)"),
         (lambda: divergences.pld(z, t, ids[:2]), r"completion_ids is \(2, 4\), so expected"),
         (lambda: divergences.pld(z, t[..., :5], ids), "pass vocab_size"),
-        (lambda: divergences.ldr(z, ids, temperature=2.0), "temperature is lambda_ here"),
+        (lambda: divergences.ldr(z, ids, temperature=2.0), "the temperature is called lambda_ here"),
         (lambda: divergences.stablemax((z.requires_grad_() * 1), ids, consume_logits=True), "does not write over"),
     ):
         with pytest.raises(rw.InvalidCall, match=message):

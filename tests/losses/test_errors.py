@@ -184,7 +184,7 @@ def test_wrong_specs():
         (lambda: rw.schedules.lopti("random"), "order is 'random'"),
         (lambda: rw.methods.advantage_reweighting(probabilities="new"), "probabilities is 'new'"),
         (lambda: rw.methods.dapo().replace(epsilon=1), "has no field 'epsilon'"),
-        (lambda: rw.methods.dapo().replace(**{"penalties.0.coef": 1}), "no position"),
+        (lambda: rw.methods.dapo().replace(**{"penalties.0.coef": 1}), "not a position"),
     ):
         with pytest.raises(rw.InvalidCall, match=why):
             make()

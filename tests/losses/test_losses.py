@@ -56,11 +56,11 @@ def test_gmpo(batch):
 def test_gmpo_has_one_advantage_a_sequence(batch):
     """The paper's A is the sequence's; before, advantages of a token each gave a number that it does not define."""
     spec, per_token = rw.methods.gmpo(), batch["A"][:, None].expand_as(batch["old"])
-    with pytest.raises(rw.InvalidCall, match="one advantage a sequence, these are one a token"):
+    with pytest.raises(rw.InvalidCall, match="one advantage per sequence, these are one per token"):
         ours(batch, spec, per_token)
     packed = dict(cu_seqlens=torch.tensor([0, 4, 9]), completion_mask=None, old_per_token_logps=batch["old"][0])
     one = {**batch, "logits": batch["logits"][0], "ids": batch["ids"][0]}
-    with pytest.raises(rw.InvalidCall, match="these are one a token"):
+    with pytest.raises(rw.InvalidCall, match="these are one per token"):
         ours(one, spec, per_token[0], **packed)
     want = ours(one, spec, batch["A"][:2, None], **packed).loss
     assert want.isfinite() and ours(one, spec, 1.0, **packed).loss != want

@@ -64,7 +64,7 @@ def test_a_logit_scale_is_one_positive_number():
         with pytest.raises(rw.InvalidCall, match=f"logit_scale.* {message}"):
             rw.linear_token_logps(HIDDEN, WEIGHT, IDS, logit_scale=wrong)
     # The cap is divided by the scale, and is a number: the gradient by the scale would be wrong.
-    with pytest.raises(rw.InvalidCall, match="logit_scale is a tensor beside a softcap"):
+    with pytest.raises(rw.InvalidCall, match="logit_scale is a tensor, but softcap is a number"):
         rw.linear_token_logps(HIDDEN, WEIGHT, IDS, logit_scale=x, softcap=3.0)
 
 

@@ -224,5 +224,5 @@ def test_an_id_that_nobody_could_read_is_nan_without_a_gradient(monkeypatch):
 def test_a_sampling_mask_has_no_picked_ids(stat):
     z, ids = torch.zeros(2, 4), torch.tensor([1, 0])
     kept = rw.SamplingMask(torch.tensor([1, 3, 0]), torch.tensor([0, 2, 3]))
-    with pytest.raises(rw.UnsupportedRequest, match="of the whole vocabulary: ask for them without sampling_mask"):
+    with pytest.raises(rw.UnsupportedRequest, match="over the whole vocabulary: request them without sampling_mask"):
         rw.token_stats(z, ids, stats=(stat,), top_k=2, sampling_mask=kept)

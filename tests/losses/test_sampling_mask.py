@@ -204,8 +204,8 @@ def sets(ids, offsets, dtype=torch.int64):
 
 
 MALFORMED = {
-    "the id is not kept": (sets([1, 0, 2], [0, 1, 3]), [1, 3], r"completion_ids\[1\] \(flat\) is 3, which is none of the 2 ids that sampling_mask keeps there"),
-    "nothing is kept": (sets([1], [0, 1, 1]), [1, 3], r"completion_ids\[1\] \(flat\) is 3, which is none of the 0 ids"),
+    "the id is not kept": (sets([1, 0, 2], [0, 1, 3]), [1, 3], r"completion_ids\[1\] \(flat\) is 3, which is not one of the 2 ids that sampling_mask keeps there"),
+    "nothing is kept": (sets([1], [0, 1, 1]), [1, 3], r"completion_ids\[1\] \(flat\) is 3, which is not one of the 0 ids"),
     "an id twice": (sets([1, 3, 0, 3], [0, 1, 4]), [1, 3], r"keeps an id of row 1 \(flat\) more than once"),
     "an id outside": (sets([1, 3, 4], [0, 1, 3]), [1, 3], r"token_ids\[2\] is 4, in row 1 \(flat\), expected 0 to 3"),
     "a negative id": (sets([1, -1, 3], [0, 1, 3]), [1, 3], r"token_ids\[1\] is -1, in row 1"),

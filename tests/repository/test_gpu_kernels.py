@@ -99,7 +99,7 @@ def test_settings():
         gpu_variants.parse(["c=TRITON_SHAPES=four programs"])
     assert set(triton_shapes.VARIANTS) == {f"triton, {name}" for name in triton_shapes.config.VARIANTS}
     for text in ("=RING_KEEP=0", "shipped=RING_KEEP=0"):
-        with pytest.raises(ValueError, match="a name of its own"):
+        with pytest.raises(ValueError, match="expected a unique name"):
             gpu_variants.parse([text])
     for settings in gpu_variants.VARIANTS.values():
         gpu_variants.defines(settings)

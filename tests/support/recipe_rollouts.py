@@ -1,4 +1,6 @@
-"""Batches of rollouts with everything that a recipe may read, and a policy so small that a loop takes milliseconds."""
+"""Batches of rollouts with every quantity that a recipe may read, and a policy so small
+that a loop takes milliseconds.
+"""
 
 from types import SimpleNamespace
 
@@ -22,7 +24,9 @@ class Policy(torch.nn.Module):
 
 
 def make_rollout(policy, name, seed=0):
-    """A batch for the recipe of that name. What differs between recipes under one name (``values``) is told by it."""
+    """A batch for the recipe ``name``, which decides what differs between recipes under
+    one name (``values``).
+    """
     g = torch.Generator().manual_seed(seed)
     mask = (torch.arange(T) < torch.tensor([6, 3, 5, 4, 6, 2, 6, 1])[:, None]).float()
     batch = SimpleNamespace(completion_ids=torch.randint(V, (B, T), generator=g), completion_mask=mask, group_size=GROUP, vocab_size=V)

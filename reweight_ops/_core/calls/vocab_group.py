@@ -1,4 +1,7 @@
-"""A call whose vocabulary is in shards, one on each rank of a group: what the ranks agree on before any of them sends a statistic."""
+"""A call whose vocabulary is in shards, one on each rank of a group.
+
+The ranks agree on the call before any of them sends a statistic.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,29 @@ from ..rows.rows import Rows
 from ..rows.structure import is_readable
 from .keywords import SoftmaxOptions
 
-#: Of a sharded call that was given no ``vocab_size``, until the ranks have told each other their columns.
+#: The ``vocab_size`` of a sharded call that was not given one, until the ranks have
+#: exchanged their columns.
 ANY_ID = 2**62
 
-WHY_TWO_PASSES = "process_group shards the vocabulary, and a row's statistics are known when all ranks have told theirs"
+WHY_TWO_PASSES = "process_group shards the vocabulary, and a row's statistics need those of all ranks"
 
 
 @dataclass(frozen=True)
 class VocabGroup:
-    """``columns`` is this rank's number of them, padding included; ``vocab_size`` that of the whole vocabulary if the caller told it."""
+    """The process group of a call.
+
+    ``columns`` is the number of this rank's columns, padding included. ``vocab_size``
+    is the size of the whole vocabulary if the caller gave it.
+    """
 
     group: Any
     columns: int
     vocab_size: int | None
 
     def agreed(self, rows: Rows, asked: tuple[Any, ...], needs_grad: bool, lists: Sequence[Tensor] = ()) -> VocabShards:
-        """The columns of every rank. One exchange of a few integers; raises on every rank if their calls do not fit together. ``lists``: of ids, beside the
+        """Return the columns of every rank, from one exchange of a few integers.
+
+        Raises on every rank if their calls do not fit together.
         rows' own."""
         ids = [x for x in (rows.ids, *lists) if x is not None and is_readable(x)]
         same = {
@@ -52,11 +62,11 @@ class VocabGroup:
 
 
 def vocab_group(options: SoftmaxOptions, columns: int) -> VocabGroup | None:
-    """The group of a call with this rank's columns, None without one."""
+    """Return the group of a call with this rank's columns, or None without a group."""
     return None if options.process_group is None else VocabGroup(options.process_group, columns, options.vocab_size)
 
 
 def _digest(ids: Tensor) -> int:
-    """A number that differs where ids do, and by their order."""
+    """Return a number that differs where the ids or their order differ."""
     odd = 2 * torch.arange(ids.numel(), device=ids.device) + 1
     return int(((ids.flatten() + 1000) * odd).sum())

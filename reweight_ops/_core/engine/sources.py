@@ -1,4 +1,6 @@
-"""The sources that are not made in chunks: one logits tensor, two, stored log-probs, and a formula over rows."""
+"""The sources without chunks: one logits tensor, two, stored log-probs, and a formula
+over rows.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,14 @@ from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
 
 
 def _version(logits: Logits) -> int:
-    """Grows when a call has begun to write over the logits; 0 of those that none may."""
+    """Return a number that grows when a call begins to write over the logits. It is 0
+    if no call may.
+    """
     return int(logits.original._version) if logits.consume and not torch.compiler.is_compiling() else 0
 
 
 def one_pass_unsupported_reason(shard: VocabGroup | None, learnt: Tensor | None = None) -> str | None:
-    """What of a source the fused loss cannot have."""
+    """Return what a source has that the fused loss does not support."""
     if shard is not None:
         return vocab_group.WHY_TWO_PASSES
     return temperature.WHY_TWO_PASSES if learnt is not None and temperature.learns(learnt) else None
@@ -61,16 +65,20 @@ def part_of(kept: KeptSets | None, position: Tensor, shards: VocabShards, rows: 
 
 
 def refuse_transforms(rows: Rows, backend: str) -> None:
-    """Raise where the statistics of a sharded vocabulary would be PyTorch's formula, which knows one rank."""
+    """Raise if the statistics of a sharded vocabulary would be PyTorch's formula, which
+    sees only one rank.
+    """
     if backend == again.TORCH:
         raise rows.unsupported(
-            "process_group: torch.func's transforms differentiate a formula of the whole vocabulary, and here it is in shards."
+            "process_group: torch.func's transforms differentiate a formula of the whole vocabulary, but the vocabulary is in shards."
         )
 
 
 @dataclass(frozen=True)
 class LogitsSource(PlainSource):
-    """Statistics of one logits tensor: of ``STATS`` in :mod:`reweight_ops._core.backends.base`, and of picked ids."""
+    """Statistics of one logits tensor: those of ``STATS`` in
+    :mod:`reweight_ops._core.backends.base`, and those of picked ids.
+    """
 
     logits: Logits
     picks: Picks | None = None
@@ -207,7 +215,9 @@ class TwoLogitsSource(PlainSource):
 
 @dataclass(frozen=True)
 class JoinedSource(PlainSource):
-    """A source and, under the name ``kl``, the forward divergence of a second one over the same rows."""
+    """A source and, under the name ``kl``, the forward divergence of a second source
+    over the same rows.
+    """
 
     first: LogitsSource
     second: TwoLogitsSource
@@ -234,7 +244,7 @@ class JoinedSource(PlainSource):
 
 @dataclass(frozen=True)
 class LogpsSource(PlainSource):
-    """Statistics that the caller has computed already; ``given`` by name, ``[N]``."""
+    """Statistics that the caller has computed, ``[N]`` each, by name in ``given``."""
 
     rows: Rows
     given: dict[str, Tensor]

@@ -1,4 +1,6 @@
-"""``explain``: which plan and backend a call takes, and why not the others. Runs nothing, accepts meta tensors."""
+"""``explain`` tells which plan and backend a call takes, and why not the others. It
+runs nothing and accepts meta tensors.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,17 @@ from .documented import documented
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Keywords that name processes which make a call together.
+#: The keywords that name processes which make a call together.
 GROUPS = ("process_group", "sequence_group")
 
-#: Public op to the function that resolves its arguments to a call.
+#: Maps a public op to the function that resolves its arguments to a call.
 _PREPARED: dict[Any, Callable[..., Call[Any] | Again[Any]]] = {}
 
 
 def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
-    """The op that runs the call which ``prepare`` resolves. :func:`explain` asks for the call alone."""
+    """Return the op that runs the call which ``prepare`` resolves. :func:`explain`
+    takes only the call.
+    """
 
     prepare = ranged(prepare)
 
@@ -72,7 +76,10 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would do: plan, backend, and why not the others; in one pass also the kernel, of a backend that has several."""
+    """The plan and backend that a call would take, and why not the others.
+
+    In one pass it also has the kernel, if the backend has several.
+    """
 
     plan: str
     backend: str
@@ -92,9 +99,12 @@ class Explanation:
 
 
 def explain(op: Callable[..., Any], *args: Any, device: torch.device | str | None = None, **keywords: Any) -> Explanation:
-    """What ``op(*args, **keywords)`` would do, for every public op that takes logits, hidden states or log-probs.
+    """Explain what ``op(*args, **keywords)`` would do.
 
-    ``device``: explain for that device instead of the tensors' own; with meta tensors the default is a GPU if there is one, else the CPU.
+    It takes every public op on logits, hidden states or log-probs.
+
+    ``device`` replaces the device of the tensors. For meta tensors the default is a GPU
+    if there is one, else the CPU.
 
     >>> import torch, reweight_ops as rw
     >>> logits = torch.empty(2, 3, 8, device="meta", requires_grad=True)

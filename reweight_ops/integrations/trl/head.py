@@ -95,7 +95,7 @@ def _module_unsupported_reason(head: Any) -> str | None:
         return _module_unsupported_reason(head.base_layer) or _lora_unsupported_reason(head)
     kind = type(head)
     if not isinstance(head, torch.nn.Linear) or kind.forward is not torch.nn.Linear.forward or not head.weight.is_floating_point():
-        return f"a head of class {kind.__module__}.{kind.__qualname__}, which is no plain nn.Linear"
+        return f"a head of class {kind.__module__}.{kind.__qualname__}, which is not a plain nn.Linear"
     return "a head that is offloaded" if head.weight.is_meta else None
 
 

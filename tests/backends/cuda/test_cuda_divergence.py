@@ -208,7 +208,7 @@ def test_three_dimensions_and_no_rows(cuda):
 def test_bad_arguments_do_not_reach_the_kernel(cuda):
     two = make(4, 60)
     for message, call in {
-        "other rows or columns": lambda: cuda.divergence_stats(two._replace(other=two.other[:3])),
+        "rows or columns differ": lambda: cuda.divergence_stats(two._replace(other=two.other[:3])),
         "vocab_size is 60": lambda: cuda.divergence_stats(two._replace(other=two.other[:, :59])),
         "ids is": lambda: cuda.divergence_stats(two._replace(ids=two.ids[:3])),
         "derivatives is": lambda: cuda.divergence_grad(two, cuda.divergence_stats(two), torch.ones(2, 4), two.logits),

@@ -134,7 +134,7 @@ def test_chunks_change_no_bit_and_no_more_logits_exist(plan, backend, monkeypatc
 
 def test_a_module_takes_the_mask_with_the_call():
     hidden, weight, ids, kept = head(torch.float32)
-    with pytest.raises(rw.InvalidCall, match="sampling_mask is no setting: pass it with the call"):
+    with pytest.raises(rw.InvalidCall, match="sampling_mask is not a setting: pass it with the call"):
         rw.FusedLinearLogProbs(WIDTH, VOCAB, sampling_mask=kept)
     module = rw.FusedLinearLogProbs(WIDTH, VOCAB)
     module.weight.data.copy_(weight)

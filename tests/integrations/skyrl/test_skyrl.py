@@ -98,7 +98,7 @@ def test_every_method_has_a_name_or_a_reason(skyrl, batch):
         "kl_cov": "level batch",
         "sft": "no advantages",
         "luspo": "none of SkyRL's",
-        "gmpo": "one advantage a sequence",
+        "gmpo": "one advantage per sequence",
     }.items():
         assert reason in reasons[name]
     for name in names:

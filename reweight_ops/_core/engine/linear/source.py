@@ -1,4 +1,8 @@
-"""Hidden states and an LM head as a source: the same statistics and fused loss as from logits, which never exist as a whole."""
+"""A source from hidden states and an LM head.
+
+It gives the same statistics and fused loss as logits, but the logits never exist as a
+whole.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ from .works import TokenWork
 
 
 def with_shards(hidden: Hidden, shards: VocabShards) -> Hidden:
-    """A rank's call that has agreed with the others on who has which columns."""
+    """Return a rank's call after the ranks have agreed on their columns."""
     settings, (kept, ids) = hidden.settings, part_of(hidden.kept, hidden.ids, shards, hidden.rows)
     return replace(hidden, kept=kept, ids=ids, settings=settings._replace(softmax=shards.params(settings.softmax.softcap), shards=shards))
 
@@ -93,9 +97,11 @@ class HiddenSource(PlainSource):
 
 
 class _DroppedRows:
-    """Metrics of the head: rows dropped before the first GEMM, and of the others those dropped from the backward GEMMs.
+    """Metrics of the head: rows dropped before the first GEMM, and further rows dropped
+    from the backward GEMMs.
 
-    In one_pass the latter are counted chunk by chunk. Holds no tensor of the head's size.
+    In one_pass the latter are counted chunk by chunk. This holds no tensor of the
+    head's size.
     """
 
     def __init__(self, hidden: Hidden, dropped_in: int) -> None:

@@ -1,4 +1,8 @@
-"""Two models' hidden states, or one's and the other's logits, as a source: divergences of logits that never exist as a whole."""
+"""A source from the hidden states of two models, or from those of one and the logits of
+the other.
+
+It gives divergences of logits that never exist as a whole.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +72,7 @@ class TwoHiddenSource(PlainSource):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The statistics, in the order of the measure's outputs."""
+        """Return the names of the statistics in the order of the measure's outputs."""
         return STATISTICS if self.beta is None else (*STATISTICS, GENERALIZED_JSD)
 
     @property
