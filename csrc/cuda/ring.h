@@ -37,7 +37,7 @@ struct RowStage {
     int target;
     int64_t row;
     Barrier partials_full;  // the sums of the block's warps are written
-    Barrier cluster_full;   // the messages of all blocks have arrived
+    Barrier cluster_full;   // the sums of all blocks have arrived
     Barrier gradient_full;  // the constants of the gradient are written
 };
 constexpr int kStages = kRowsAhead + 1;

@@ -43,7 +43,7 @@ def pattern(words: list[str]) -> re.Pattern[str]:
 
 def occurrences(path: str, text: str) -> Iterator[str]:
     words = [word for word, folder in WORDS.items() if path.startswith(folder)]
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.splitlines()):  # line 0 is the path
         for match in pattern(words).finditer(line):
             yield f"{path}:{number}: {match[0]}"
 
