@@ -197,12 +197,17 @@ def ldr(
     It equals ``λ·(log(1 + (1/p - 1)·e^(c/λ)) - log V)`` with p the label's probability
     at temperature λ. It therefore needs only the label's log-prob and runs on every
     backend. Where p is 1 in fp32, ``1/p - 1`` counts as 2⁻²⁴, so ``c/λ`` should stay
-    below about 10. ``lambda_`` is a number, or one per row (ALDR's state). Differs from
-    the paper: the released code first rescales the logits (softplus over its mean, or
-    over the mean absolute value). Here they are not rescaled.
+    below about 10. ``lambda_`` is a number, or one per row (ALDR's state). With
+    ``process_group``, ``vocab_size`` is required. Differs from the paper: the released
+    code first rescales the logits (softplus over its mean, or over the mean absolute
+    value). Here they are not rescaled.
     """
     if "temperature" in keywords:
         raise InvalidCall("ldr: the temperature is called lambda_ here.")
+    if keywords.get("process_group") is not None and keywords.get("vocab_size") is None:
+        raise InvalidCall(
+            "ldr: process_group needs vocab_size: the loss is relative to log V, and a rank sees only its own columns: pass V."
+        )
     logp = token_logps(logits, completion_ids, completion_mask=completion_mask, temperature=lambda_, **keywords)
     columns = keywords.get("vocab_size") or logits.shape[-1]
     loss = lambda_ * (F.softplus(log1mexp(logp) - logp + margin / lambda_) - math.log(columns))

@@ -45,7 +45,7 @@ ALL = (
         entry="rw.advantages.opo",
         advantages="rw.advantages.opo(rewards, lengths, group_size=group_size)",
         spec="rw.methods.reinforce()",
-        rollout=("Strictly on-policy: one update a rollout.",),
+        rollout=("Strictly on-policy: one update per rollout.",),
     ),
     Recipe(
         name="aapo",

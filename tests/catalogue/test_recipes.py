@@ -1,4 +1,6 @@
-"""Recipes: each is executed, line by line and as the loop that it prints, and every paper that needs one has one."""
+"""Every recipe is executed, line by line and as the printed loop, and every paper that
+needs a recipe has one.
+"""
 
 import ast
 import dataclasses

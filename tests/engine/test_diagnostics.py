@@ -76,7 +76,9 @@ def test_they_are_the_loops(data, backend, plan):
 
 
 def test_the_entropy_change_is_that_of_a_step(data):
-    """A step of each token's own logit against its gradient changes the mean of entropies so, to first order."""
+    """To first order, a step of each token's own logit against its gradient changes the
+    mean of entropies by this.
+    """
     out = evaluate(data, spec=rw.methods.grpo(), sampling_per_token_logps=None)
     z, step = data["logits"].detach(), 1e-6
     own = torch.nn.functional.one_hot(data["ids"], V) * (out.coef * -torch.expm1(data["logps"]))[..., None]
@@ -138,14 +140,16 @@ def test_empty_calls_and_compiled_graphs(data):
 
 
 def test_the_ranking_accuracy_of_pairs_is_of_likelihoods():
-    """Of rewards both pairs are right; by likelihood one is."""
+    """By rewards both pairs are right; by likelihood one is."""
     logps, ref = torch.tensor([[-1.0], [-3.0], [-2.0], [-2.0]]), torch.tensor([[-2.0], [-5.0], [-2.0], [-2.0]])
     out = rw.preference_loss_from_logps(logps, spec=preference.dpo(), ref_per_token_logps=ref)
     assert float(out.metrics["rewards/accuracies"]) == 1.0 and float(out.metrics["logps/accuracies"]) == 0.5
 
 
 def test_reading_them_takes_no_pass_over_the_vocabulary(data):
-    """What is computed when they are read is of the size of the rows: of 12 tokens' 4000 logits nothing is read again."""
+    """Reading them computes only data of the size of the rows: it reads none of the 4000
+    logits of 12 tokens again.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     sizes = []

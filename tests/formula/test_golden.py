@@ -78,7 +78,9 @@ def test_entry_equals_its_golden_row(row, dtype):
 
 @pytest.mark.parametrize("row", GOLDEN, ids=[f"{i}-{r.kind}/{r.name}" for i, r in enumerate(GOLDEN)])
 def test_every_number_of_a_row_is_looked_at(row):
-    """Any one of them off by a millionth fails, as does one too few or too many."""
+    """A single value that is off by a millionth fails, and so does a missing or additional
+    value.
+    """
     numbers = list(flat(row.expected))
     for i, x in enumerate(numbers):
         wrong = x + 1e-6 if math.isfinite(x) else 0.0

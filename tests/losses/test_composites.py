@@ -1,4 +1,6 @@
-"""Losses of :mod:`reweight_ops.divergences` beside KL: against their formulas by loops, by hand, in chunks, at their edges."""
+"""The losses of :mod:`reweight_ops.divergences` other than KL: against loops, by hand, in
+chunks, at their edges.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,7 @@ def log_softmax(x):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("elements", [1 << 24, 2 * V])
 def test_against_loops_and_gradcheck(name, elements, monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", elements)  # 12 rows in one chunk, or two a chunk
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", elements)  # 12 rows in one chunk, or two per chunk
     call, formula = CASES[name]
     z, t, ids, mask = batch()
     got = call(z, t, ids, completion_mask=mask)

@@ -1,4 +1,8 @@
-"""The modules: the ops' numbers, the parameters and state dict of the ``nn.Linear`` they replace, and what they refuse."""
+"""The modules have the ops' numbers, and the parameters and state dict of the
+``nn.Linear`` that they replace.
+
+They refuse heads that do more.
+"""
 
 import copy
 
@@ -61,7 +65,9 @@ def test_entropies_and_the_whole_output():
 
 
 def test_parameters_are_those_of_a_linear(module):
-    """Own ones as ``nn.Linear`` initialises them, borrowed ones the same objects, the state dict the same names; tied weights stay tied."""
+    """Own parameters are initialised like ``nn.Linear``'s, borrowed ones are the same
+    objects, names are equal, ties stay.
+    """
     cls, own = module
     for bias in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,8 @@
-"""Numbers of a call that are tensors: what has no gradient refuses one that wants it, and constants of the kernels are no tensors."""
+"""Numbers of a call that are tensors: an argument without a gradient refuses one that
+requires it.
+
+Constants of the kernels cannot be tensors.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""Kept sets: what the sampler kept of each row is its distribution. Against a plain masked log-softmax in fp64."""
+"""Kept sets: a row's distribution is over the ids that the sampler kept. Against a plain
+masked log-softmax in fp64.
+"""
 
 import pytest
 import torch
@@ -180,7 +182,9 @@ def test_of_no_rows_and_of_ignored_rows():
 
 
 def test_nothing_waits_for_a_device():
-    """On meta tensors every wait is an error: the checks, the gather and the scatter make none."""
+    """On meta tensors every wait is an error: the checks, the gather and the scatter do
+    not wait.
+    """
     meta = {"device": "meta"}
     for shape in ((6, 9), (2, 3, 9)):
         z = torch.empty(shape, dtype=torch.bfloat16, **meta)
@@ -194,7 +198,7 @@ def test_nothing_waits_for_a_device():
         assert rows.values.shape == (20,) and rows.bounds.shape == (2, 6)
 
 
-# --- what cannot be meant
+# --- invalid arguments
 
 ROW = torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 0.0, 0.0]])
 
@@ -224,7 +228,7 @@ def test_a_set_that_cannot_be_meant_names_its_row_or_is_nan_in_it(case, backend,
     ids = torch.tensor(ids)
     with pytest.raises(rw.InvalidCall, match=message):
         rw.token_logps(ROW, ids, sampling_mask=kept)
-    # As on a GPU, where nothing is read: NaN in that row alone, and no gradient.
+    # As on a GPU, where the host reads nothing: NaN in that row alone, and no gradient.
     monkeypatch.setattr(module, "is_readable", lambda t: False)
     for over in OVER:
         z = ROW.clone().requires_grad_()

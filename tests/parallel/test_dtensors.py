@@ -1,4 +1,6 @@
-"""DTensors sharded on the vocabulary are recognised, and give DTensor gradients; what cannot be had over ranks is refused with the reason."""
+"""DTensors sharded on the vocabulary are recognised and give DTensor gradients;
+unsupported calls are refused with the reason.
+"""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh

@@ -1,4 +1,6 @@
-"""What the documents claim: the one-file method of CONTRIBUTING, doctests, versions, the public surface."""
+"""The claims of the documents: the one-file method of CONTRIBUTING, doctests, versions,
+the public surface.
+"""
 
 import doctest
 import importlib
@@ -117,7 +119,7 @@ def test_importing_the_package_imports_no_backend_and_no_extra():
 
 
 def test_importing_the_package_says_nothing_without_numpy():
-    """PyTorch's own warning of that is no fault of a package that needs none."""
+    """PyTorch's own warning about this must not appear: the package does not need NumPy."""
     code = "import sys; sys.modules['numpy'] = None; import reweight_ops, torch; assert torch.ones(2).sum() == 2"
     done = subprocess.run([sys.executable, "-W", "always::UserWarning", "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")

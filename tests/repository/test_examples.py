@@ -61,7 +61,7 @@ def test_the_page_of_ablations_is_fresh(monkeypatch):
 
 @pytest.mark.parametrize("lopti", [False, True])
 def test_group_advantages_learns(lopti):
-    """From a rate of guessing (one digit in ten), in thirty steps."""
+    """It starts from the rate of guessing (one digit in ten) and runs thirty steps."""
     spec = importlib.util.spec_from_file_location("group_advantages", EXAMPLES / "group_advantages.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

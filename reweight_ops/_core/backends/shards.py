@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ..rows.groups import IGNORE_INDEX
-from ..rows.ranks import gathered, size_and_rank
+from ..rows.ranks import gathered, size_and_rank, summed_
+from ..rows.traced import gathered_over, summed_over
 from .base import DIVERGENCE_STATS, VOCABULARY, SoftmaxParams
 from .log_p_moments import MEAN_OVER_P_SQ, VARIANCE
 from .logp_low import LOGP_LOW
@@ -55,12 +56,23 @@ class VocabShards:
 
     def gathered(self, table: Tensor) -> Tensor:
         """``[W, S, N]``: the states of all shards, of this one's ``[S, N]``. One collective of ``4·S·N`` bytes a rank (8 in fp64)."""
+        if torch.compiler.is_compiling():
+            whole: Tensor = gathered_over(table.detach(), self.op, self.group.group_name, len(self.columns))
+            return whole
         return gathered(self.op, self.group, table)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Return the sum of every rank's ``x``; it may overwrite ``x``."""
+        if torch.compiler.is_compiling():
+            total: Tensor = summed_over(x, self.op, self.group.group_name)
+            return total
+        return summed_(self.op, self.group, x)
 
     def merged(self, states: Tensor, names: tuple[str, ...], ids: Tensor) -> Tensor:
         """The statistics of whole rows from the ``states`` ``[W, S, N]`` of all shards, of which ``names`` are the rows; of a row's kept set and of its
         whole vocabulary each by their own. All but :data:`LOGP_LOW`, which is one of a log-prob's parts."""
-        dtype, found = states.dtype, dict[str, Tensor]()
+        dtype = states.dtype
+        found: dict[str, Tensor] = {}
         for prefix in ("", VOCABULARY):
             own = {
                 name.removeprefix(prefix): states[:, k].double()

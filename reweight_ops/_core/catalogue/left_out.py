@@ -1,7 +1,7 @@
 """Published methods without an entry of their own, each with the reason."""
 
 LEFT_OUT = {
-    "AdaWAC": "it keeps weights of a supervised and a consistency loss for every sample of the data set; in one step they are the `token_weights` of two calls",
+    "AdaWAC": "it keeps weights of a supervised and a consistency loss for every sample; in one step they are the `token_weights` of two calls",
     "Aioli, Data Mixing Agent": "domain weights come from a fitted law or an agent, outside of the loss; pass them to `sample_weights.source_weights`",
     "Bradley-Terry reward model losses": "they are on scalar rewards, without a log-prob of a token; `-logsigmoid(r_w - r_l - margin)` is one line of PyTorch",
     "Cooldown": "the temperature falls during training: pass a smaller one to `sample_weights.upweight`; the paper's curve was not found",

@@ -283,12 +283,13 @@ def with_empty(table: Tensor, two: tuple[Tensor, ...], softmaxes: Softmaxes, bac
     """Return the divergences of a shard whose logits of one tensor may all be -inf.
 
     The kernel has no divergences of such rows. Where they are possible, the statistics
-    of each tensor are read too. On a GPU this is always so, because nothing waits to
-    see whether it is necessary.
+    of each tensor are read too. On a GPU and in a graph this is always so, because nothing
+    waits to see whether it is necessary.
     """
     logits, other, ids, t, t_other = two
     vocab_size, cap, other_cap = softmaxes
-    if not vocab_size or (table.device.type == "cpu" and not bool(table[DIVERGENCE_STATS.index("lse")].isnan().any())):
+    looked = table.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not vocab_size or (looked and not bool(table[DIVERGENCE_STATS.index("lse")].isnan().any())):
         return table
     inside, names = torch.where(ids == IGNORE_INDEX, IGNORE_INDEX, 0), "lse,lse_low,entropy"
     of = ((logits, t, cap), (other, t_other, other_cap))

@@ -63,9 +63,14 @@ class ChunkedRows(torch.autograd.Function):
         for i in range(0, z.size(0), step):
             with torch.enable_grad():
                 part = z[i : i + step].detach().requires_grad_()
-                value = ctx.formula(ctx.prepare(part, i), *(r[i : i + step] for r in rest))
-            (grad,) = torch.autograd.grad(value, part, torch.where(keep[i : i + step], upstream[i : i + step], 0))
-            out[i : i + step] = torch.where(keep[i : i + step, None] & (part > -torch.inf), grad, 0)
+                x = ctx.prepare(part, i)
+                value = ctx.formula(x, *(r[i : i + step] for r in rest))
+            selected = keep[i : i + step] & (upstream[i : i + step] != 0)
+            (grad,) = torch.autograd.grad(value, part, torch.where(selected, upstream[i : i + step], 0))
+            # As the kernels': NaN in every column of a row that is selected and has no value, 0 in one that is not selected.
+            columns = grad[:, : x.size(-1)]
+            columns[:] = torch.where(value.isnan()[:, None], torch.nan, torch.where(part[:, : x.size(-1)] > -torch.inf, columns, 0))
+            out[i : i + step] = torch.where(selected[:, None], grad, 0)
         return out, None, None, None, *(None for _ in rest)
 
 
@@ -138,5 +143,5 @@ def refuse_consumed(p: Logits) -> None:
 def formula_call(source: FormulaSource) -> Call[Tensor]:
     """Return the call of an op that returns the formula's value per token, of shape R."""
     if source.p.shard is not None:
-        raise source.rows.unsupported("process_group: this loss is a formula over whole rows, and it is not a sum over their shards.")
+        raise source.rows.unsupported("process_group: this loss is a formula of whole rows in PyTorch, and no rank has one.")
     return Call(source, StatisticsObjective(("value",), lambda found: source.rows.unflatten(found["value"])))

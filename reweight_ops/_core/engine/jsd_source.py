@@ -49,11 +49,10 @@ class JsdSource(PlainSource):
             values = self.divergences.statistics(names, backend)
         return {**values, GENERALIZED_JSD: jsd_rows(self.divergences, self.beta).statistics(("value",), backend)["value"]}
 
-    @torch.compiler.disable
     def _of_shards(self, backend: str) -> dict[str, Tensor]:
         refuse_consumed(self.divergences.both.p)
-        softmaxes, options = self.divergences.of_shards((*STATISTICS, GENERALIZED_JSD, self.beta), backend)
-        values = JsdOfShards.apply(*self.divergences.tensors, self.beta, softmaxes, options)  # type: ignore[no-untyped-call]
+        *tensors, softmaxes, options = self.divergences.of_shards((*STATISTICS, GENERALIZED_JSD, self.beta), backend)
+        values = JsdOfShards.apply(*tensors, self.beta, softmaxes, options)  # type: ignore[no-untyped-call]
         return dict(zip((*STATISTICS, GENERALIZED_JSD), values, strict=True))
 
 

@@ -46,7 +46,8 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
     def op(*args: P.args, **keywords: P.kwargs) -> T:
         if not torch.compiler.is_compiling() and has_dtensors((*args, *keywords.values())):
             return op(**local(*args, **keywords))  # type: ignore[call-arg]
-        if keywords.get("process_group") is None and keywords.get("sequence_group") is None:
+        alone = keywords.get("process_group") is None and keywords.get("sequence_group") is None
+        if alone or torch.compiler.is_compiling():
             return run(resolve(*args, **keywords))
         groups = {name: keywords[name] for name in GROUPS if keywords.get(name) is not None}
         tensors = (x for x in (*args, *keywords.values()) if isinstance(x, torch.Tensor))

@@ -11,7 +11,7 @@ than that.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from threading import local
 from typing import Any
@@ -25,7 +25,11 @@ from ...errors import InvalidCall, ReweightOpsError
 #: The number of integers that each rank sends about a call: whether it has failed,
 #: which call it is, and the values to compare.
 FACTS = 8
-_FAILED, _OP, _FIRST = 0, 1, 2
+_STATE, _OP, _FIRST = 0, 1, 2
+
+#: States of a rank: it makes the call, it has raised, or it traces a graph of the call.
+#: A larger number means that it runs a graph (:func:`graph_for`).
+CALLS, FAILED, TRACES = 0, 1, 2
 
 _pending = local()  # the groups of this thread's call whose other ranks it has not met yet
 
@@ -61,39 +65,68 @@ def announced(op: str, groups: Mapping[str, Any], device: torch.device) -> Itera
     except Exception:  # any error is raised again: the others must not wait for this rank until the group's timeout
         for group in _pending.groups:
             with suppress(ReweightOpsError):  # the error to raise is this rank's own
-                gathered(op, group, _facts(op, {}, failed=True, device=device))
+                gathered(op, group, _facts(op, {}, FAILED, device))
         raise
     finally:
         _pending.groups = before
 
 
-def agreed(op: str, group: Any, device: torch.device, same: Mapping[str, int], own: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def agreed(
+    op: str, group: Any, device: torch.device, same: Mapping[str, int], own: Mapping[str, int], state: int = CALLS
+) -> dict[str, tuple[int, ...]]:
     """Return ``own`` of every rank, by name.
 
     Raises on every rank if the ranks differ in ``same`` or are in different calls, or
-    if one of them has raised.
+    if one of them has raised. A rank that traces a graph of the call asks only for
+    ``own``. The others answer, and meet it again when it makes the call.
     """
     facts = {**same, **own}
     _pending.groups = [other for other in getattr(_pending, "groups", []) if other is not group]
-    told = gathered(op, group, _facts(op, facts, failed=False, device=device)).tolist()
+    told = gathered(op, group, _facts(op, facts, state, device)).tolist()
     mine = told[size_and_rank(group)[1]]
     for rank, theirs in enumerate(told):
-        if theirs[_FAILED]:
+        if theirs[_STATE] == FAILED:
             raise ReweightOpsError(f"{op}: rank {rank} of the group raised before its part of this call; see its own error.")
     for rank, theirs in enumerate(told):
         if theirs[_OP] != mine[_OP]:
             raise InvalidCall(
                 f"{op}: rank {rank} of the group is in another call: all ranks of a group must make the same calls in the same order."
             )
+    found = {name: tuple(theirs[at] for theirs in told) for at, name in enumerate(facts, _FIRST) if name in own}
+    if state == TRACES:
+        return found
+    if any(theirs[_STATE] == TRACES for theirs in told):
+        return agreed(op, group, device, same, own, state)
+    for rank, theirs in enumerate(told):
+        if theirs[_STATE] > TRACES and theirs[_STATE] != graph_for(found):
+            raise InvalidCall(
+                f"{op}: rank {rank} of the group runs a graph of torch.compile for other numbers than the ranks have: {found}. Shards may "
+                "change their sizes on all ranks at once, or after torch._dynamo.reset()."
+            )
     for at, name in enumerate(same, _FIRST):
         values = [theirs[at] for theirs in told]
         if len(set(values)) > 1:
             raise InvalidCall(f"{op}: the ranks of the group differ in {name}, rank by rank: {', '.join(map(str, values))}.")
-    return {name: tuple(theirs[at] for theirs in told) for at, name in enumerate(facts, _FIRST) if name in own}
+    return found
 
 
-def _facts(op: str, facts: Mapping[str, int], failed: bool, device: torch.device) -> Tensor:
-    numbers = [int(failed), zlib.crc32(op.encode()), *facts.values()]
+def graph_for(found: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the state of a rank whose graph was traced for these results of :func:`agreed`."""
+    return TRACES + 1 + zlib.crc32(repr(dict(found)).encode())
+
+
+def digest(lists: Sequence[Tensor]) -> int:
+    """Return a number that differs where lists of ids or their order differ."""
+    return sum((i + 1) * _digest(x) for i, x in enumerate(lists)) % 2**62
+
+
+def _digest(ids: Tensor) -> int:
+    odd = 2 * torch.arange(ids.numel(), device=ids.device) + 1
+    return int(((ids.flatten() + 1000) * odd).sum())
+
+
+def _facts(op: str, facts: Mapping[str, int], state: int, device: torch.device) -> Tensor:
+    numbers = [state, zlib.crc32(op.encode()), *facts.values()]
     assert len(numbers) <= FACTS
     return torch.tensor([*numbers, *[0] * (FACTS - len(numbers))], dtype=torch.int64, device=device)
 

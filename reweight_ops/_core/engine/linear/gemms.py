@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...calls.hidden import ChunkSettings, LMHead
-from ...rows.ranks import Sums, summed_
+from ...rows.ranks import Sums
 from ..memory import empty
 from ..ops import op
 
@@ -131,7 +131,8 @@ class Gradients:
         compute = settings.compute_dtype
         self.hidden = empty(hidden.shape, compute, hidden.device).zero_() if self.needs[0] else None
         self.totals: list[Tensor | None] = [None] * 4  # a parameter's first chunk writes, the others add
-        self.over_ranks = None if settings.shards is None or self.hidden is None else Sums(settings.shards.op, settings.shards.group)
+        running = settings.shards is not None and self.hidden is not None and not torch.compiler.is_compiling()
+        self.over_ranks = Sums(settings.shards.op, settings.shards.group) if running and settings.shards is not None else None
         self.summed = 0  # the number of leading rows of hidden whose sum over ranks has begun
 
     def add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, with_gradient: Tensor | None) -> None:
@@ -231,6 +232,8 @@ class Gradients:
         return tuple(results)
 
     def _sum_over_ranks(self) -> None:
+        if self.over_ranks is None and self.settings.shards is not None and self.hidden is not None:
+            self.hidden = self.settings.shards.summed(self.hidden)  # in a graph, all rows at once
         if self.over_ranks is not None and self.hidden is not None:
             self.over_ranks.start(self.hidden[self.summed :])  # rows that were picked, all at once
             self.over_ranks.finish()
@@ -240,7 +243,7 @@ class Gradients:
         total = self.totals[2]
         if total is None:  # no row had a gradient here
             total = torch.zeros_like(lora_a, dtype=self._dtype(2), memory_format=torch.contiguous_format)
-        self.totals[2] = summed_(shards.op, shards.group, total)
+        self.totals[2] = shards.summed(total)
 
 
 def _mm_mixed(left: Tensor, right: Tensor) -> Tensor:

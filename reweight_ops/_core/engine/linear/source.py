@@ -28,9 +28,9 @@ from .measures import PerRow, TokenMeasure
 from .works import TokenWork
 
 
-def with_shards(hidden: Hidden, shards: VocabShards) -> Hidden:
+def with_shards(hidden: Hidden, shards: VocabShards, ids: Tensor) -> Hidden:
     """Return a rank's call after the ranks have agreed on their columns."""
-    settings, (kept, ids) = hidden.settings, part_of(hidden.kept, hidden.ids, shards, hidden.rows)
+    settings, (kept, ids) = hidden.settings, part_of(hidden.kept, ids, shards, hidden.rows)
     return replace(hidden, kept=kept, ids=ids, settings=settings._replace(softmax=shards.params(settings.softmax.softcap), shards=shards))
 
 
@@ -61,12 +61,12 @@ class HiddenSource(PlainSource):
             return whole
         return self._statistics(self.hidden, wanted, backend)
 
-    @torch.compiler.disable
     def _of_shards(self, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
         assert h.shard is not None
         refuse_transforms(h.rows, backend)
-        return self._statistics(with_shards(h, agreed(h.shard, h.rows, wanted, h.needs_grad, self.picks, h.kept)), wanted, backend)
+        met = agreed(h.shard, h.rows, h.ids, wanted, h.needs_grad, self.picks, h.kept)
+        return self._statistics(with_shards(h, *met), wanted, backend)
 
     def _statistics(self, h: Hidden, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         picks, torch_only = self.picks or Picks(), backend == again.TORCH

@@ -46,7 +46,6 @@ class TaughtSource(PlainSource):
             return whole
         return self._statistics(self.two, own, backend)
 
-    @torch.compiler.disable
     def _of_shards(self, own: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         return self._statistics(self.two.agreed(own, backend), own, backend)
 

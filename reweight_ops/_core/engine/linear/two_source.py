@@ -48,7 +48,6 @@ class TwoHiddenSource(PlainSource):
             return whole
         return self._statistics(backend)
 
-    @torch.compiler.disable
     def _of_shards(self, backend: str) -> dict[str, Tensor]:
         return self.agreed((), backend)._statistics(backend)
 
@@ -57,7 +56,7 @@ class TwoHiddenSource(PlainSource):
         p = self.both.p
         assert p.shard is not None
         refuse_transforms(p.rows, backend)
-        own = with_shards(p, p.shard.agreed(p.rows, (*asked, *self.names, self.beta), p.needs_grad))
+        own = with_shards(p, *p.shard.agreed(p.rows, p.ids, (*asked, *self.names, self.beta), p.needs_grad))
         return replace(self, both=replace(self.both, p=own))
 
     def _statistics(self, backend: str) -> dict[str, Tensor]:
