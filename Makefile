@@ -89,7 +89,7 @@ triton-versions: setup ## the Triton backend's tests with every version that it 
 	done; test -z "$$bad" || { echo "failed with Triton$$bad"; exit 1; }
 
 # The oldest that pyproject.toml asks for, and the newest that could be had. PyPI's builds for Linux are CUDA's: 5 to 7 GB of disk each.
-TORCHES ?= 2.12.1 2.14.1
+TORCHES ?= 2.10.0 2.14.1
 TORCH_TESTS := $(wildcard tests/engine/test_compile*.py) $(addprefix tests/engine/, test_autograd.py test_anomaly_mode.py test_changed_buffers.py test_data_parallel.py \
   test_detached.py test_export.py test_read_in_a_mode.py test_second_derivatives.py test_transforms.py linear/test_compiled_linear.py linear/test_linear.py) \
   tests/losses/test_losses.py tests/backends/test_no_driver.py

@@ -22,6 +22,11 @@ def predicting(x: Tensor, keep: int) -> Tensor:
     return x[:, -(keep + 1) : -1]
 
 
+def predicted(x: Tensor) -> Tensor:
+    """``[B, S, ...] -> [B, S - 1, ...]``: of the tokens that another one stands before, by the positions that predict them."""
+    return x[:, 1:]
+
+
 @dataclass(frozen=True)
 class Packed:
     """Consecutive sequences in ``[T]`` positions, prompts first. The rest of T is

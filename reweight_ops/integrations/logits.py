@@ -11,8 +11,8 @@ trainer has them as attributes of its own module. :func:`patch_logits_functions`
     patch_logits_functions("swift.rlhf_trainers.grpo_trainer")                          # ms-swift
     patch_logits_functions("axolotl.core.trainers.grpo.async_trainer")                  # Axolotl
 
-Log-probs and entropies of 16-bit logits are fp32; TRL rounds them to the logits' dtype. TRL 1.15 and later work from hidden states: see
-:mod:`reweight_ops.integrations.trl`.
+Log-probs and entropies of 16-bit logits are fp32; TRL rounds them to the logits' dtype. From TRL 1.15 on most trainers work from hidden states: see
+:mod:`reweight_ops.integrations.trl`; ``trl.experimental``'s CPO, ORPO and TPO still build logits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from .._core.losses.statistics import token_logps, token_stats
 from ..errors import BackendUnavailable, InvalidCall
 from .patching import Counts, Patch, Replacement
-from .trainers import TRAINERS
+from .trainers import check_version
 
 #: The functions, with the leading parameters that each must have; any further one must be optional.
 _PARAMETERS = {
@@ -155,8 +155,7 @@ def patch_logits_functions(*modules: ModuleType | str, backend: str = "auto") ->
         raise BackendUnavailable(f"patch_logits_functions: {error}") from error
     if not given:
         raise InvalidCall(f"patch_logits_functions: no loaded module has {', '.join(_PARAMETERS)} from {_HOME}: import your trainer first.")
-    trl = TRAINERS["TRL before 1.15"]
-    library = f"TRL {trl.installed or ''}".rstrip()
+    library = check_version("TRL by logits")
     counts = Counts("TRL")
     replacements = []
     for module in given:

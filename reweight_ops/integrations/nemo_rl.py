@@ -40,6 +40,7 @@ from ..weights.importance import (
     TruncatedImportance,
 )
 from .hosted import Host, agg_mode, divisors, level_unsupported_reason, per_sequence
+from .layouts import predicted
 from .trainers import check_version
 
 try:
@@ -241,18 +242,18 @@ class PolicyLoss:
         """Return ``(loss, metrics)`` of ``[B, S, V]`` logits, or of ``[B, S - 1]``
         log-probs. An ignored token may have any value.
         """
-        after = {n: data[n][:, 1:] for n in ("input_ids", "advantages", "generation_logprobs", "token_mask")}
+        after = {n: predicted(data[n]) for n in ("input_ids", "advantages", "generation_logprobs", "token_mask")}
         mask = after["token_mask"] * data["sample_mask"].unsqueeze(-1)
         reads = self.spec.requires
         advantages = after["advantages"]
         if isinstance(self.spec.ratio, GeometricMeanRatio):
             advantages = per_sequence(advantages, mask)
-        previous = None if self.on_policy else data["prev_logprobs"][:, 1:]
+        previous = None if self.on_policy else predicted(data["prev_logprobs"])
         named = {
             "completion_mask": mask,
             "old_per_token_logps": previous,
             "sampling_per_token_logps": after["generation_logprobs"] if "sampling_logp" in reads else None,
-            "ref_per_token_logps": data["reference_policy_logprobs"][:, 1:] if "ref_logp" in reads else None,
+            "ref_per_token_logps": predicted(data["reference_policy_logprobs"]) if "ref_logp" in reads else None,
             "unused": "ignore",  # NeMo-RL passes what it has
             **divisors(self.spec.reduction, 1, global_valid_toks, global_valid_seqs),
         }
@@ -277,7 +278,7 @@ class PolicyLoss:
         keep, logps = mask != 0, out.per_token_logps
         count = mask.sum() if tokens is None else tokens
         before = logps if previous is None else previous
-        sampled = data["generation_logprobs"][:, 1:]
+        sampled = predicted(data["generation_logprobs"])
         before, sampled = (torch.where(keep, x, 0) for x in (before, sampled))
         mixture = torch.logaddexp(before, sampled) - math.log(2)
         values = {

@@ -33,6 +33,7 @@ from .._core.spec.reduction import FromFunction, TokenSum
 from ..errors import BackendUnavailable, UnsupportedRequest
 from .hosted import Host, agg_mode, level_unsupported_reason
 from .patching import Counts, Patch, Replacement
+from .sharding import is_sharded
 from .trainers import check_version
 
 try:
@@ -132,7 +133,7 @@ def patch_head(*, backend: str = "auto", memory_budget: int | None = None) -> Pa
         def forward(self: Any, hidden_states: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None) -> Any:
             if labels is None or temperature is None:
                 return original(self, hidden_states, labels, temperature)  # its error says what is missing
-            if type(self.weight).__name__ == "DTensor":
+            if is_sharded(self.weight):
                 counts.left("a head that is a DTensor")
                 return original(self, hidden_states, labels, temperature)
             counts.ran("linear_token_logps")

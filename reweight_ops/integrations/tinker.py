@@ -26,6 +26,9 @@ from .._core.rows.rows import resolve_rows
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import Divisors
 from ..errors import UnsupportedRequest
+from .trainers import check_version
+
+check_version("Tinker")
 
 #: The keys in a datum's ``loss_fn_inputs`` for the leaves that formulas read. Tinker
 #: passes ``logprobs``, the current ones.

@@ -58,10 +58,10 @@ TRAINERS: dict[str, Trainer] = {
     for t in (
         Trainer("TRL", "trl", ("1.15.0", "1.16.0"), f"{_HERE}.trl: ReweightGRPOTrainer, patch_trl()", "docs/trainers/trl.md"),
         Trainer(
-            "TRL before 1.15",
+            "TRL by logits",
             "trl",
-            ("1.9.0", "1.14.2"),
-            f"{_HERE}.logits: patch_logits_functions(); Axolotl, ms-swift",
+            ("0.15.2", "0.29.0", "1.9.0", "1.14.2", "1.16.0"),
+            f"{_HERE}.logits: patch_logits_functions() before 1.15, and for CPO, ORPO, TPO; Axolotl, ms-swift",
             "docs/trainers/logits.md",
         ),
         Trainer(

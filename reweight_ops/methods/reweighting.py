@@ -73,7 +73,6 @@ def advantage_reweighting(
     ``negative_weight`` (``neg_adv_weight``) multiplies tokens with ``A <= 0`` besides, in the modes in which it does so there: the linear ones,
     ``"balanced_sigmoid"`` and ``"sigmoid"`` (there ``both_sigmoid_balance1``). An option that the mode does not read is an error.
     """
-    given = locals()
     modes: dict[str, tuple[TokenWeight, ...]] = {
         "linear": (AdvantageReweighting(alpha=alpha),),
         "positive_linear": (PositiveAdvantageReweighting(alpha=alpha),),
@@ -89,6 +88,9 @@ def advantage_reweighting(
     if probabilities not in ("old", "current"):
         raise InvalidCall(f"advantage_reweighting: probabilities is {probabilities!r}, expected 'old' or 'current'.")
     reads = {name: mode in read_by for name, read_by in _READ_BY.items()}
+    given = {
+        "alpha": alpha, "steepness": steepness, "midpoint": midpoint, "interval": interval, "negative_weight": negative_weight,
+    }  # fmt: skip
     forbid_unused("advantage_reweighting", advantage_reweighting, given, f"mode={mode!r}", reads)
     weights = modes[mode]
     if probabilities == "current":

@@ -81,7 +81,13 @@ def trl(
     """
     if unused not in ("error", "ignore"):
         raise InvalidCall(f"methods.trl: unused is {unused!r}, expected 'error' or 'ignore'.")
-    given = locals()
+    given = {
+        "epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta, "max_completion_length": max_completion_length,
+        "sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg, "vespo_k_pos": vespo_k_pos,
+        "vespo_lambda_pos": vespo_lambda_pos, "vespo_k_neg": vespo_k_neg, "vespo_lambda_neg": vespo_lambda_neg,
+        "use_bias_correction_kl": use_bias_correction_kl, "vllm_importance_sampling_clip_min": vllm_importance_sampling_clip_min,
+        "vllm_importance_sampling_clip_max": vllm_importance_sampling_clip_max,
+    }  # fmt: skip
     if loss_type not in LOSS_TYPES:
         raise InvalidCall(f"methods.trl: loss_type is {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}.")
     levels = {"token": TokenRatio(clamp=math.inf), "sequence": SequenceRatio(clamp=math.inf)}

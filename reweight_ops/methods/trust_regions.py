@@ -100,14 +100,13 @@ def prime_rl(
 
     Differs from the paper: transcribed from prime-rl, which names Kimi K2.5 as the source of the squared log-ratio; the mask is DPPO's.
     """
-    given = locals()
     masks = {
         "dppo": lambda: ProbabilityDriftMask(low=mask_low, high=mask_high),
         "ipo": lambda: ProbabilityDistanceMask(threshold=mask_high),
     }
     if mask not in masks:
         raise InvalidCall(f"prime_rl: mask is {mask!r}, expected 'dppo' or 'ipo'.")
-    forbid_unused("prime_rl", prime_rl, given, f"mask={mask!r}", {"mask_low": mask == "dppo"})
+    forbid_unused("prime_rl", prime_rl, {"mask_low": mask_low}, f"mask={mask!r}", {"mask_low": mask == "dppo"})
     penalties = () if is_zero(kl_tau) else (Penalty(DriftK2(), 2 * kl_tau),)
     return PolicyLossSpec(
         surrogate=Unclipped(), penalties=penalties, ratio=TokenRatio(clamp=math.inf), weights=(masks[mask](),), name="prime_rl"

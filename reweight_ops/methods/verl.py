@@ -118,7 +118,13 @@ def verl(
     """
     if unused not in ("error", "ignore"):
         raise InvalidCall(f"methods.verl: unused is {unused!r}, expected 'error' or 'ignore'.")
-    given = locals()
+    given = {
+        "clip_ratio": clip_ratio, "clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high, "clip_ratio_c": clip_ratio_c,
+        "tau_pos": tau_pos, "tau_neg": tau_neg, "clip_cov_ratio": clip_cov_ratio, "clip_cov_lb": clip_cov_lb, "clip_cov_ub": clip_cov_ub,
+        "kl_cov_ratio": kl_cov_ratio, "ppo_kl_coef": ppo_kl_coef, "dro_beta": dro_beta, "rollout_loss_type": rollout_loss_type,
+        "rollout_is": rollout_is, "rollout_is_threshold": rollout_is_threshold, "kl_loss_coef": kl_loss_coef, "kl_loss_type": kl_loss_type,
+        "loss_agg_mode": loss_agg_mode,
+    }  # fmt: skip
     if loss_mode not in LOSS_MODES:
         raise InvalidCall(f"methods.verl: loss_mode is {loss_mode!r}, expected one of {', '.join(LOSS_MODES)}.")
     if use_kl_loss and kl_loss_type not in KL_TYPES:

@@ -115,7 +115,6 @@ def tpo(
     all gold tokens. ``"tpo-l"`` reads ``gamma``; ``"sigmoid"`` and ``"tpo-l"`` read
     ``label_smoothing``. With another loss they are errors.
     """
-    given = locals()
     sums, means = Likelihood(), Likelihood(average=True)
     kinds: dict[str, tuple[PairLoss, Likelihood]] = {
         "sigmoid": (Sigmoid(label_smoothing=label_smoothing), sums), "hinge": (Hinge(), sums), "ipo": (Ipo(average=False), means),
@@ -124,6 +123,7 @@ def tpo(
     if loss_type not in kinds:
         raise InvalidCall(f"tpo: loss_type is {loss_type!r}, expected one of {', '.join(kinds)}.")
     smooth = loss_type in ("sigmoid", "tpo-l")
+    given = {"gamma": gamma, "label_smoothing": label_smoothing}
     forbid_unused("tpo", tpo, given, f"loss_type={loss_type!r}", {"gamma": loss_type == "tpo-l", "label_smoothing": smooth})
     loss, score = kinds[loss_type]
     terms = (PairTerm(loss=loss), PairTerm(loss=ChosenNll(per="batch", side=2), coef=alpha))

@@ -72,7 +72,6 @@ def trl(
     >>> preference.trl(["sigmoid", "sft"], loss_weights=[1.0, 0.005]).requires
     frozenset({'ref'})
     """
-    given = locals()
     types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     unknown = [t for t in types if t not in LOSS_TYPES]
     if unknown or not types:
@@ -86,7 +85,8 @@ def trl(
             f"preference.trl: label_smoothing has no effect on {types}; it has on {', '.join(smooth)} (preference.cdpo smooths the sigmoid)."
         )
     is_alpha = f_divergence_type == "alpha_divergence"
-    forbid_unused("preference.trl", trl, given, f"loss_type={loss_type!r}", {"discopop_tau": "discopop" in types})
+    forbid_unused("preference.trl", trl, {"discopop_tau": discopop_tau}, f"loss_type={loss_type!r}", {"discopop_tau": "discopop" in types})
+    given = {"f_alpha_divergence_coef": f_alpha_divergence_coef}
     forbid_unused("preference.trl", trl, given, f"f_divergence_type={f_divergence_type!r}", {"f_alpha_divergence_coef": is_alpha})
     if f_divergence_type != "reverse_kl" and not set(types) <= _ANY_DIVERGENCE:
         raise InvalidCall(

@@ -146,13 +146,18 @@ def steer(
     is the current ones. Differs from the paper: the two published Ω differ by the
     factor ``p``, and it was not found which one its experiments used.
     """
-    given = locals()
     powers = {"code": 0.0, "exact": 1.0}
     if omega not in powers:
         raise InvalidCall(f"steer: omega is {omega!r}, expected 'code' or 'exact'.")
     common: dict[str, Any] = {"w_min": w_min, "p_power": powers[omega], "epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
     common["entropies"] = _CURRENT if entropies is None else entropies
-    forbid_unused("steer", steer, given, f"mapping={mapping!r}", {"w_max": mapping != "exponential", "floor": mapping != "linear"})
+    forbid_unused(
+        "steer",
+        steer,
+        {"w_max": w_max, "floor": floor},
+        f"mapping={mapping!r}",
+        {"w_max": mapping != "exponential", "floor": mapping != "linear"},
+    )
     if mapping == "exponential":
         return SteerExponential(floor=floor, **common)
     if mapping == "linear":

@@ -25,7 +25,6 @@ class Picks(NamedTuple):
     top: int = 0
     name: str = "selected_ids"
 
-    @property
     def lists(self) -> tuple[Tensor, ...]:
         return () if self.given is None else (self.given,)
 

@@ -47,8 +47,8 @@ def agreed(
 ) -> tuple[VocabShards, Tensor]:
     """The columns of every rank, which all have the same call, and the ids to go on with."""
     picks, lists = picks or Picks(), () if kept is None else (kept.token_ids, kept.bounds)
-    asked = (*wanted, picks.top, *(x.size(1) for x in picks.lists), kept is not None)
-    shards, ids = shard.agreed(rows, ids, asked, needs_grad, picks.lists + lists)
+    asked = (*wanted, picks.top, *(x.size(1) for x in picks.lists()), kept is not None)
+    shards, ids = shard.agreed(rows, ids, asked, needs_grad, picks.lists() + lists)
     picks.check(rows, shards.total)
     return shards, ids
 

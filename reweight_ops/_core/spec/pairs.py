@@ -14,7 +14,7 @@ from .compiled import set_default
 from .learnt import refuse, tensors_of
 from .pair_parts import PairLoss, PairPart, PairWeight, Score
 from .pair_score import LogRatio
-from .parts import require_part, require_tuple
+from .parts import require_name, require_part, require_tuple
 
 #: Where the classes of its parts are.
 _WHERE = "rw.preference"
@@ -57,6 +57,7 @@ class PairSpec:
 
     def __post_init__(self) -> None:
         set_default(self, "score", LogRatio)
+        require_name("PairSpec", self.name)
         for field in ("terms", "weights"):
             require_tuple("PairSpec", field, getattr(self, field))
         if not self.terms or any(not isinstance(t, PairTerm) for t in self.terms):

@@ -17,6 +17,12 @@ def require_tuple(owner: str, field: str, value: Any) -> None:
         raise InvalidCall(f"{owner}: {field} is a {type(value).__name__}, expected a tuple: {field}={meant}.{called(value)}")
 
 
+def require_name(owner: str, value: Any) -> None:
+    """A spec's name is text, for tables and messages, or None."""
+    if value is not None and not isinstance(value, str):
+        raise InvalidCall(f"{owner}: name is {value!r}, expected a str or None.")
+
+
 def require_part(owner: str, field: str, value: Any, kind: type, where: str = "rw", primitive: str = "is") -> None:
     """Raise for what is no part of the kind. ``where``: the namespace of its classes; rules and weights are named by their registry."""
     if not isinstance(value, kind):

@@ -21,7 +21,7 @@ from ..formula.trace import Expr, trace_rule, trace_weight, walk
 from ..ranges import Number, Real, ranged
 from .compiled import describe, rebuild, set_default
 from .learnt import detached_formula, refuse, stopped_in, tensors_of
-from .parts import require_part, require_tuple
+from .parts import require_name, require_part, require_tuple
 from .ratio import Ratio, TokenRatio
 from .reduction import NoReduction, Reduction, TokenMean
 
@@ -70,6 +70,7 @@ class PolicyLossSpec:
     def __post_init__(self) -> None:
         set_default(self, "ratio", TokenRatio)
         set_default(self, "reduction", TokenMean)
+        require_name("PolicyLossSpec", self.name)
         for field in ("penalties", "weights"):
             require_tuple("PolicyLossSpec", field, getattr(self, field))
         for field, kind in (("surrogate", Rule), ("ratio", Ratio), ("reduction", Reduction)):

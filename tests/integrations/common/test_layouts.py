@@ -1,10 +1,13 @@
 """Packed sequences: which position predicts which token."""
 
+import re
+
 import pytest
 import torch
+from paths import ROOT
 
 import reweight_ops as rw
-from reweight_ops.integrations.layouts import packed, predicting
+from reweight_ops.integrations.layouts import packed, predicted, predicting
 
 
 def test_packed():
@@ -29,3 +32,13 @@ def test_what_does_not_fit(lengths, length):
 
 def test_predicting():
     assert predicting(torch.arange(5)[None], 2).tolist() == [[2, 3]]
+
+
+def test_predicted():
+    assert predicted(torch.arange(5)[None]).tolist() == [[1, 2, 3, 4]]
+
+
+def test_shifts_are_made_here_only():
+    folder = ROOT / "reweight_ops" / "integrations"
+    shift = re.compile(r"\[:, (1:|[^\]]*: ?-1\])|\.roll\(")
+    assert [path.name for path in folder.rglob("*.py") if shift.search(path.read_text())] == ["layouts.py"]

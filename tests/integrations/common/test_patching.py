@@ -1,6 +1,7 @@
 """Patching another library: checked, counted, undone, and loud about what it does not know."""
 
 import importlib.metadata
+import re
 import types
 import warnings
 
@@ -139,6 +140,15 @@ def test_a_newer_version_warns_once(monkeypatch):
         trainers.named("trl")
 
 
+def test_every_integration_asks_for_its_trainers_version():
+    """One that has no released version has none to be newer than."""
+    from paths import ROOT
+
+    folder = ROOT / "reweight_ops" / "integrations"
+    asked = {name for path in folder.rglob("*.py") for name in re.findall(r'check_version\("([^"]+)"\)', path.read_text())}
+    assert asked >= {t.name for t in trainers.TRAINERS.values() if t.tested} and asked <= set(trainers.TRAINERS)
+
+
 def test_every_page_of_a_trainer_exists_and_names_its_hook():
     from paths import ROOT
 
@@ -146,3 +156,5 @@ def test_every_page_of_a_trainer_exists_and_names_its_hook():
         page = (ROOT / trainer.page).read_text()
         assert trainer.hook.partition(":")[0].partition(" ")[0] in page and all(version in page for version in trainer.tested), trainer.name
         assert bool(trainer.tested) != bool(trainer.commit) and trainer.commit.split(" ")[-1] in page, trainer.name
+        examples = re.findall(r"`(examples/\w+\.\w+)`", page)
+        assert any((ROOT / example).exists() for example in examples), trainer.name  # a page may name the trainer's own too

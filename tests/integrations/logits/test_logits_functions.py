@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import reweight_ops as rw
+from reweight_ops.integrations import trainers
 from reweight_ops.integrations.logits import patch_logits_functions
 
 
@@ -206,3 +207,12 @@ def test_refusals(monkeypatch):
         patch_logits_functions("no_such_trainer")
     with pytest.raises(rw.BackendUnavailable, match=r"selective_log_softmax has the signature \(logits, labels\)"):
         patch_logits_functions(module("moved", {"selective_log_softmax": lambda logits, labels: None}))
+
+
+def test_a_newer_trl_warns_once(trainer, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
+    monkeypatch.setattr(trainers, "_reported", set())
+    with pytest.warns(UserWarning, match=r"TRL by logits 99\.0 is newer than any that reweight_ops was tested with") as seen:
+        for _ in range(2):
+            patch_logits_functions().undo()
+    assert len(seen) == 1

@@ -155,6 +155,16 @@ def test_the_fused_head(prime, capped):
     assert patch.fused_calls == {"linear_token_logps": 2}
 
 
+def test_a_sharded_head_is_left_to_prime_rl_and_counted(prime, monkeypatch):
+    head = oracle.FusedOutputLinear(24, 51, 8)
+    stock, _ = through(head)
+    monkeypatch.setattr(prime, "is_sharded", lambda weight: weight is head.weight)
+    with prime.patch_head() as patch, pytest.warns(UserWarning, match="leaves this to prime-rl: a head that is a DTensor"):
+        ours, _ = through(head)
+    assert patch.delegated_calls == {"a head that is a DTensor": 1} and not patch.fused_calls
+    assert torch.equal(ours["logprobs"], stock["logprobs"])
+
+
 def test_a_moved_head_is_refused(prime, monkeypatch):
     monkeypatch.setattr(oracle.FusedOutputLinear, "forward", lambda self, hidden: None)
     with pytest.raises(rw.BackendUnavailable, match=r"FusedOutputLinear\.forward has the signature"):

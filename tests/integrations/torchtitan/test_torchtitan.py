@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import importlib
 import sys
 import types
 from abc import ABC, abstractmethod
@@ -12,6 +13,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from paths import ROOT
 from torch.nn import functional as F
 
 import reweight_ops as rw
@@ -150,3 +152,16 @@ def test_vocabulary_shards_are_refused(titan, inputs, monkeypatch):
     monkeypatch.setattr(titan, "spmd_mesh_size", lambda axis: 2)
     with pytest.raises(rw.UnsupportedRequest, match="tensor parallelism of 2: the logits are a rank's part"):
         run(titan.PolicyLoss.Config().build(), inputs)
+
+
+def test_the_example(titan, inputs, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("torchtitan_loss")
+
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class ChunkedConfig:
+        num_chunks: int
+        loss_fn: object
+
+    config = example.with_our_loss(ChunkedConfig(num_chunks=8, loss_fn=None))
+    assert config.num_chunks == 8 and run(config.loss_fn.build(), inputs)[1].norm() > 1e-3

@@ -168,20 +168,27 @@ def test_without_a_kernel_to_import_there_is_none_to_replace(monkeypatch):
     assert divergence.divergence_replacements("auto", None) == []
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
+def distillation(out, **settings):
+    """A trainer with a wider teacher."""
+
     def model(seed, **wider):
         torch.manual_seed(seed)
         # As far from each other as trained models: of nearly equal distributions fp32 knows the KL to few digits.
         return Qwen2ForCausalLM(Qwen2Config(**(TINY | {"initializer_range": 0.3} | wider)))
 
-    args = trl.DistillationConfig(
-        output_dir=str(tmp_path_factory.mktemp("distillation")), per_device_train_batch_size=4, max_steps=2, max_completion_length=8, seed=1,
-        temperature=0.9, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+    fields = {
+        "per_device_train_batch_size": 4, "max_steps": 2, "max_completion_length": 8, "seed": 1, "temperature": 0.9,
+        "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+    args = trl.DistillationConfig(output_dir=out, **(fields | settings))
     rows = Dataset.from_list([{"prompt": f"{a} + {b} ="} for a in range(3, 9) for b in range(3, 9)])
     teacher = model(1, hidden_size=48, num_attention_heads=3)
     return trl.DistillationTrainer(model=model(0), teacher_model=teacher, args=args, train_dataset=rows, processing_class=make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    return distillation(str(tmp_path_factory.mktemp("distillation")))
 
 
 @by_name

@@ -34,8 +34,9 @@ def model(seed=0):
 
 
 def on_policy(cls, config, **more):
-    def build(out):
-        args = config(output_dir=out, **COMMON, num_generations=2, max_completion_length=12, temperature=0.9, beta=0.0, **more)
+    def build(out, **settings):
+        own = {"num_generations": 2, "max_completion_length": 12, "temperature": 0.9, "beta": 0.0}
+        args = config(output_dir=out, **(COMMON | own | more | settings))
         data = Dataset.from_list([{"prompt": p} for p, _, _ in SUM])
         rewards = [lambda completions, **_: [float(len(set(c))) for c in completions]]
         return cls(model=model(), reward_funcs=rewards, args=args, train_dataset=data, processing_class=make_tokenizer())
@@ -44,8 +45,8 @@ def on_policy(cls, config, **more):
 
 
 def preference(cls, config, rows, **more):
-    def build(out):
-        args = config(output_dir=out, **COMMON, max_length=24, **more)
+    def build(out, **settings):
+        args = config(output_dir=out, **(COMMON | {"max_length": 24} | more | settings))
         return cls(
             model=model(), ref_model=model(seed=1), args=args, train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer()
         )
@@ -53,8 +54,8 @@ def preference(cls, config, rows, **more):
     return build
 
 
-def sft(out):
-    args = trl.SFTConfig(output_dir=out, **COMMON, max_length=24)
+def sft(out, **settings):
+    args = trl.SFTConfig(output_dir=out, **(COMMON | {"max_length": 24} | settings))
     rows = Dataset.from_list([{"prompt": p, "completion": c} for p, c, _ in SUM])
     return trl.SFTTrainer(model=model(), args=args, train_dataset=rows, processing_class=make_tokenizer())
 

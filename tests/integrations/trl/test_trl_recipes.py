@@ -67,11 +67,11 @@ def build(make_trainer, saved_model):
     return build
 
 
-def logits_of(trainer, inputs):
+def logits_of(trainer, inputs, gradients=False):
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     keep = inputs["completion_ids"].size(1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         return trainer.model(input_ids=ids, attention_mask=mask, logits_to_keep=keep + 1).logits[:, :-1]
 
 
@@ -149,6 +149,39 @@ def test_the_loss_is_the_own_loops(build, short, name):
     trainer.train()
     assert trainer.delegated_calls == {} and all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert trainer.fused_calls["linear_policy_loss"] == 3 * updates
+
+
+@pytest.mark.parametrize("name", ["ar_lopti", "hapo", "d3s"])
+def test_the_steps_are_an_own_loops(build, short, name):
+    """Two updates of a rollout, stored entropies, a schedule: SGD on a copy of the model, with ``rw.policy_loss`` of its logits, ends at the same parameters."""
+    r = rw.recipe(name)
+    updates = len(r.stand_ins())
+    sgd = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = build({"recipe": name}, max_steps=2 * updates, **sgd)
+    own = SimpleNamespace(model=Qwen2ForCausalLM(trainer.model.config), temperature=trainer.temperature)  # TRL's forward stays behind
+    own.model.load_state_dict(trainer.model.state_dict())
+    optimizer = torch.optim.SGD(own.model.parameters(), lr=0.5)
+    start = torch.cat([p.detach().flatten() for p in own.model.parameters()]).clone()
+    compute, calls = trainer._compute_loss, []
+
+    def watched(model, inputs):
+        values = trainer._reweight_hooks.rollout.values(trainer, inputs)
+        spec = r.specs(**values)[len(calls) % updates]
+        calls.append(spec)
+        keywords = {n: eval(line, {"rw": rw}, values) for n, line in r.loss_keywords().items()}
+        advantages = values["advantages"] if "adv" in spec.requires else None
+        logits = logits_of(own, inputs, gradients=True)
+        options = {"spec": spec, "temperature": own.temperature, "backend": "reference", **keywords}
+        rw.policy_loss(logits, inputs["completion_ids"], advantages, **options).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return compute(model, inputs)
+
+    trainer._compute_loss = watched
+    trainer.train()
+    ours, theirs = (torch.cat([p.detach().flatten() for p in m.parameters()]) - start for m in (trainer.model, own.model))
+    assert len(calls) == 2 * updates and ours.norm() > 1e-3
+    assert (ours - theirs).norm() <= 1e-5 * ours.norm()
 
 
 def test_stored_values_travel_with_their_completions(build, short):

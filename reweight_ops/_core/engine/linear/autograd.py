@@ -8,6 +8,7 @@ model, its logits exist for the same chunk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,13 +27,25 @@ from .measures import Found, LogitRows, Measure, PerRow
 from .works import OnePassWork
 
 
+def without_grad(forward: Any) -> Any:
+    """Of a Function's forward: what it is anyway, but where torch.export runs it."""
+
+    # torch.no_grad() as the decorator closes over a bound method, which PyTorch 2.10 does not follow here.
+    @functools.wraps(forward)
+    def called(*args: Any) -> Any:
+        with torch.no_grad():
+            return forward(*args)
+
+    return called
+
+
 class LinearStatistics(torch.autograd.Function):
     """What a measure finds of the head's logits, one element for each of M rows,
     differentiable to every tensor of the head.
     """
 
     @staticmethod
-    @torch.no_grad()  # already so, but where torch.export runs it
+    @without_grad
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
         rows: PerRow, other: OtherHead | None, settings: ChunkSettings, measure: Measure,
@@ -50,16 +63,17 @@ class LinearStatistics(torch.autograd.Function):
                 buffers = working = working or Buffers(size, head, settings, other)
             parts.append(measure.stats(buffers.logits(hidden, rows, where), needs_grad))
         found = Found(*(_joined(part) for part in zip(*parts, strict=True)))
-        if measure.shards is not None:
+        shards = measure.over()
+        if shards is not None:
             # The ranks exchange all rows at once, whatever the chunks are.
-            found = measure.merged(measure.shards.gathered(measure.states(found)), rows)
-            if measure.sweeps_again:
+            found = measure.merged(shards.gathered(measure.states(found)), rows)
+            if measure.sweeps_again():
                 working = working or Buffers(size, head, settings, other)
                 sums = [
                     measure.sums(working.logits(hidden, rows, where), Found(_at(found.outputs, where), _at(found.rest, where)))
                     for where in _runs(hidden, size)
                 ]
-                found = measure.with_sums(found, measure.shards.gathered(torch.cat(sums, 1)).sum(0))
+                found = measure.with_sums(found, shards.gathered(torch.cat(sums, 1)).sum(0))
         outputs, rest = found
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.measure, ctx.lora_scale = settings, measure, lora_scale
@@ -70,14 +84,14 @@ class LinearStatistics(torch.autograd.Function):
         others = () if other is None else (other.values, other.picked, *(other.head[:4] if other.head is not None else ()))
         ctx.split = (len(rows), len(outputs), len(rest))
         ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, *rows, *outputs, *rest, *others)
-        ctx.mark_non_differentiable(*(t for t, moves in zip(outputs, measure.differentiable, strict=True) if not moves))
+        ctx.mark_non_differentiable(*(t for t, moves in zip(outputs, measure.differentiable(), strict=True) if not moves))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         measure: Measure = ctx.measure
         forbid_graph(ctx.settings.shards)
-        by = tuple(g.contiguous() if g is not None and moves else None for g, moves in zip(grads, measure.differentiable, strict=True))
+        by = tuple(g.contiguous() if g is not None and moves else None for g, moves in zip(grads, measure.differentiable(), strict=True))
         if all(g is None for g in by):
             return (None,) * 10
         hidden, weight, bias, lora_a, lora_b, *saved = ctx.saved_tensors
@@ -137,7 +151,7 @@ class LinearOnePass(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.no_grad()  # already so, but where torch.export runs it
+    @without_grad
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
         rows: PerRow, other: OtherHead | None, settings: ChunkSettings, work: OnePassWork,
@@ -153,7 +167,7 @@ class LinearOnePass(torch.autograd.Function):
             tables.append(table)
             gradients.add(where, hidden[where], buffers.values, part.rows_with_gradient(table) if settings.drop_zero_gradient else None)
         table, results = torch.cat(tables, 1), gradients.finish()
-        ctx.given, ctx.backend, ctx.op = [g is not None for g in results], work.backend, work.op
+        ctx.given, ctx.backend, ctx.op = [g is not None for g in results], work.ran_by(), work.op()
         ctx.partitioned = partitioned(parameters[:4])
         ctx.save_for_backward(*(g for g in results if g is not None))
         ctx.mark_non_differentiable(table)
@@ -174,7 +188,7 @@ def linear_statistics(hidden: Hidden, rows: PerRow, other: OtherHead | None, mea
     """Return the outputs of :class:`LinearStatistics`, as plain torch if that is the
     measure's backend.
     """
-    if measure.backend == again.TORCH:
+    if measure.ran_by() == again.TORCH:
         return _in_torch(hidden.states, hidden.head, rows, other, hidden.settings, measure)
     found: tuple[Tensor, ...] = LinearStatistics.apply(  # type: ignore[no-untyped-call]
         hidden.states, *hidden.head, rows, other, hidden.settings, measure

@@ -2,7 +2,8 @@
 model or two.
 
 A measure uses backends and formulas. It does not know heads and chunks, which belong to
-:mod:`.autograd`.
+:mod:`.autograd`. Records here have methods and no properties: PyTorch 2.10 and
+2.11 compile no property of a NamedTuple.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ class PerRow(NamedTuple):
         """Return the data of one model's rows."""
         return cls(ids, temperature, None, picked, *((None,) * 3 if sets is None else sets[:3]))
 
-    @property
     def sets(self) -> KeptSets | None:
         """Return the kept sets. They do not tell over which set the entropy is taken."""
         if self.kept_ids is None or self.kept_row is None or self.kept_bounds is None:
@@ -53,7 +53,7 @@ class PerRow(NamedTuple):
         """Of these rows."""
         t, other = (t if t is None or t.size(-1) == 1 else t[rows].contiguous() for t in self[1:3])
         assert t is not None
-        picked, sets = None if self.picked is None else self.picked[rows].contiguous(), self.sets
+        picked, sets = None if self.picked is None else self.picked[rows].contiguous(), self.sets()
         if sets is not None:
             sets = sets.rows(rows) if isinstance(rows, slice) else sets.select(rows)
         return PerRow(self.ids[rows].contiguous(), t, other, picked, *((None,) * 3 if sets is None else sets[:3]))
@@ -112,10 +112,9 @@ def wide_blocks(logits: LogitRows) -> Iterator[tuple[slice, LogitRows]]:
 class Measure(Protocol):
     """Row statistics of logits."""
 
-    @property
-    def backend(self) -> str: ...
+    def ran_by(self) -> str:
+        """The backend."""
 
-    @property
     def differentiable(self) -> tuple[bool, ...]:
         """Return for each output whether it has a gradient."""
 
@@ -126,8 +125,7 @@ class Measure(Protocol):
         For a shard they include those by which shards are merged.
         """
 
-    @property
-    def shards(self) -> VocabShards | None:
+    def over(self) -> VocabShards | None:
         """Of a vocabulary that several ranks have."""
 
     def states(self, found: Found) -> Tensor:
@@ -136,7 +134,6 @@ class Measure(Protocol):
     def merged(self, states: Tensor, rows: PerRow) -> Found:
         """The statistics of whole rows from the states ``[W, S, M]`` of all ranks."""
 
-    @property
     def sweeps_again(self) -> bool:
         """Whether some outputs are sums over the columns of what is known of whole rows: of shards, then, a second sweep finds them."""
 
@@ -172,18 +169,22 @@ class TokenMeasure(NamedTuple):
     top: int = 0
     shards: VocabShards | None = None
 
-    @property
+    def ran_by(self) -> str:
+        return self.backend
+
+    def over(self) -> VocabShards | None:
+        return self.shards
+
     def names(self) -> tuple[str, ...]:
         return (*self.stats_of_rows, PICKED, PICKED_IDS) if self.picks else self.stats_of_rows
 
-    @property
     def differentiable(self) -> tuple[bool, ...]:
-        return tuple(name not in (*FIXED, PICKED_IDS) for name in self.names)
+        return tuple(name not in (*FIXED, PICKED_IDS) for name in self.names())
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         z, ids, t = self._tensors(logits)
         wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks, self.shards)
-        whole = stats_table(z, ids, t, logits.rows.sets, self.softmax, OpOptions(False, self.backend, False), wanted)
+        whole = stats_table(z, ids, t, logits.rows.sets(), self.softmax, OpOptions(False, self.backend, False), wanted)
         table, picks = whole.unbind(), self._picks(logits.rows)
         outputs, rest = table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :]
         if self.picks and self.shards is not None:
@@ -212,7 +213,6 @@ class TokenMeasure(NamedTuple):
         values, chosen = picked
         return self._with_picks(outputs, rest, rows, values, chosen, values)
 
-    @property
     def sweeps_again(self) -> bool:
         return False
 
@@ -224,14 +224,14 @@ class TokenMeasure(NamedTuple):
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         more = asked_for(",".join(self.stats_of_rows), True).split(",")[len(self.stats_of_rows) :]
-        known = dict(zip((*self.names, *more), (*found.outputs, *found.rest), strict=True))
-        derivatives, options = dict(zip(self.names, by, strict=True)), OpOptions(False, self.backend, over)
-        return written_gradient(*self._tensors(logits), self.softmax, known, derivatives, options, over, logits.rows.sets)
+        known = dict(zip((*self.names(), *more), (*found.outputs, *found.rest), strict=True))
+        derivatives, options = dict(zip(self.names(), by, strict=True)), OpOptions(False, self.backend, over)
+        return written_gradient(*self._tensors(logits), self.softmax, known, derivatives, options, over, logits.rows.sets())
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         z, ids, t = self._tensors(logits)
         chosen = self._picks(logits.rows).of(z.detach(), ids, self.softmax) if self.picks else None
-        return again.token_stats(z, ids, t, self.softmax, self.names, chosen, logits.rows.sets)
+        return again.token_stats(z, ids, t, self.softmax, self.names(), chosen, logits.rows.sets())
 
     def _picks(self, rows: PerRow) -> Picks:
         return Picks(rows.picked, self.top)
@@ -251,7 +251,12 @@ class DivergenceMeasure(NamedTuple):
     beta: float | None
     shards: VocabShards | None = None  # shards over ranks, each with its columns of both models
 
-    @property
+    def ran_by(self) -> str:
+        return self.backend
+
+    def over(self) -> VocabShards | None:
+        return self.shards
+
     def differentiable(self) -> tuple[bool, ...]:
         return (True, True, True, False) if self.beta is None else (False, False, False, False, True)
 
@@ -272,7 +277,6 @@ class DivergenceMeasure(NamedTuple):
         table = self.shards.merged_divergences(states, rows.ids).unbind()
         return Found(table[:4], table[4:])
 
-    @property
     def sweeps_again(self) -> bool:
         return self.beta is not None and self.shards is not None
 
@@ -288,7 +292,7 @@ class DivergenceMeasure(NamedTuple):
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         two, zero = logits.tensors(), torch.zeros_like(found.outputs[0])
-        derivatives = [zero if g is None else g for g, moves in zip(by, self.differentiable, strict=True) if moves]
+        derivatives = [zero if g is None else g for g, moves in zip(by, self.differentiable(), strict=True) if moves]
         if self.beta is not None and self.shards is not None:
             parts = (*two, torch.stack(found.rest), derivatives[0], self.beta, *self.softmaxes, False)
             by_logits = library.called(jsd_ops.jsd_parts_grad_ if over else jsd_ops.jsd_parts_grad, *parts)
@@ -318,20 +322,17 @@ class JointMeasure(NamedTuple):
     token: TokenMeasure
     divergence: DivergenceMeasure
 
-    @property
-    def backend(self) -> str:
-        return self.token.backend
+    def ran_by(self) -> str:
+        return self.token.ran_by()
 
-    @property
     def differentiable(self) -> tuple[bool, ...]:
-        return self.token.differentiable + self.divergence.differentiable
+        return self.token.differentiable() + self.divergence.differentiable()
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         return self._joined(self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad))
 
-    @property
-    def shards(self) -> VocabShards | None:
-        return self.token.shards
+    def over(self) -> VocabShards | None:
+        return self.token.over()
 
     def states(self, found: Found) -> Tensor:
         return torch.cat([measure.states(part) for measure, part in self._parts(found, of_shard=True)])
@@ -340,9 +341,8 @@ class JointMeasure(NamedTuple):
         own = states.size(1) - len(DIVERGENCE_STATS)
         return self._joined(self.token.merged(states[:, :own], rows), self.divergence.merged(states[:, own:], rows))
 
-    @property
     def sweeps_again(self) -> bool:
-        return self.divergence.sweeps_again
+        return self.divergence.sweeps_again()
 
     def sums(self, logits: LogitRows, found: Found) -> Tensor:
         return self.divergence.sums(logits, self._parts(found)[1][1])
@@ -352,7 +352,7 @@ class JointMeasure(NamedTuple):
         return self._joined(first, self.divergence.with_sums(second, sums))
 
     def _parts(self, found: Found, of_shard: bool = False) -> tuple[tuple[TokenMeasure, Found], tuple[DivergenceMeasure, Found]]:
-        outputs, rest = len(self.token.names), 2 if of_shard else 1  # lse_low, and of a shard what rounding its log-prob lost
+        outputs, rest = len(self.token.names()), 2 if of_shard else 1  # lse_low, and of a shard what rounding its log-prob lost
         first, second = Found(found.outputs[:outputs], found.rest[:rest]), Found(found.outputs[outputs:], found.rest[rest:])
         return (self.token, first), (self.divergence, second)
 
@@ -361,7 +361,7 @@ class JointMeasure(NamedTuple):
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
         (_, first_known), (_, second_known) = self._parts(found)
-        outputs = len(self.token.names)
+        outputs = len(self.token.names())
         parts: tuple[tuple[Measure, Found, tuple[Tensor | None, ...]], ...] = (
             (self.token, first_known, by[:outputs]),
             (self.divergence, second_known, by[outputs:]),

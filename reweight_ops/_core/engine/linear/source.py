@@ -74,7 +74,7 @@ class HiddenSource(PlainSource):
         given = None if picks.given is None else picks.given if h.index is None else picks.given[h.index]
         per_row = PerRow.of(h.ids, h.temperature if torch_only else h.temperature.detach(), given, h.kept)
         measure = TokenMeasure(h.settings.softmax, backend, computed, self.picks is not None, picks.top, h.settings.shards)
-        known = dict(zip(measure.names, linear_statistics(h, per_row, None, measure), strict=True))
+        known = dict(zip(measure.names(), linear_statistics(h, per_row, None, measure), strict=True))
         if not torch_only:
             kept = (*wanted, PICKED, PICKED_IDS) if self.picks is not None else wanted
             known = temperature.differentiable(known, kept, h.temperature)

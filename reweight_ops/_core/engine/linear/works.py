@@ -21,10 +21,9 @@ from .measures import DivergenceMeasure, LogitRows, wide_blocks
 class OnePassWork(Protocol):
     """A loss that is a sum over rows, bound to some of them."""
 
-    @property
-    def backend(self) -> str: ...
+    def ran_by(self) -> str:
+        """The backend."""
 
-    @property
     def op(self) -> str:
         """Return the name of the public op, for messages."""
 
@@ -53,7 +52,9 @@ class TokenWork(NamedTuple):
     backend: str
     over_vocabulary: bool = False  # whether the entropy of rows with kept sets is over the vocabulary
 
-    @property
+    def ran_by(self) -> str:
+        return self.backend
+
     def op(self) -> str:
         return "linear_policy_loss"
 
@@ -75,7 +76,7 @@ class TokenWork(NamedTuple):
         kept sets.
         """
         inputs, params, program = self.work
-        rows, sets, rest = (logits.rows.ids, logits.rows.temperature), logits.rows.sets, (*self.softmax[:2], False, self.backend)
+        rows, sets, rest = (logits.rows.ids, logits.rows.temperature), logits.rows.sets(), (*self.softmax[:2], False, self.backend)
         if sets is None:
             return library.called(whole, logits.values, *rows, *inputs, params, program, *rest)
         return library.called(of_sets, logits.values, rows[0], *sets[:3], rows[1], *inputs, params, program, self.over_vocabulary, *rest)
@@ -93,12 +94,10 @@ class TwoWork(NamedTuple):
     work: DivergenceWork
     measure: DivergenceMeasure
 
-    @property
     def op(self) -> str:
         return "linear_distillation_loss"
 
-    @property
-    def backend(self) -> str:
+    def ran_by(self) -> str:
         return self.measure.backend
 
     def at(self, rows: slice) -> TwoWork:
@@ -132,13 +131,11 @@ class JointWork(NamedTuple):
     token: TokenWork
     two: TwoWork
 
-    @property
-    def backend(self) -> str:
+    def ran_by(self) -> str:
         return self.token.backend
 
-    @property
     def op(self) -> str:
-        return self.token.op
+        return self.token.op()
 
     def at(self, rows: slice) -> JointWork:
         return JointWork(self.token.at(rows), self.two.at(rows))
