@@ -89,7 +89,7 @@ class Table:
     def some(self, every: int, dtype: torch.dtype) -> Table:
         """Rows 0, every, 2·every, ... in another dtype."""
         pristine = self.pristine[::every].to(dtype)
-        inputs = {terms: RowInputs(i.weights[:, ::every].to(dtype), None, i.adv[::every].to(dtype)) for terms, i in self.inputs.items()}
+        inputs = {terms: RowInputs(i.row_weights[:, ::every].to(dtype), None, i.adv[::every].to(dtype)) for terms, i in self.inputs.items()}
         return Table(pristine.clone(), pristine, self.flush[:16], self.ids[::every], inputs, {})
 
     def restore(self) -> None:

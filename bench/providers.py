@@ -218,8 +218,8 @@ def _primitives(backend: str, in_place: bool) -> Callable[[Data], Job]:
                 by["entropy"] = torch.full_like(by["logp"], -ENTROPY_COEF / data.case.rows)
             return lambda: (None, kernels.token_grad(z, ids, one, stats, by, out=out, backend=backend))
         program = _spec(data).program
-        coefs = [-20.0, 20.0, 1.0, 0.2, 0.2, float("inf"), *([ENTROPY_COEF] if data.case.entropy else [])]
-        params = torch.tensor(coefs, device=z.device)
+        numbers = [-20.0, 20.0, 1.0, 0.2, 0.2, float("inf"), *([ENTROPY_COEF] if data.case.entropy else [])]
+        params = torch.tensor(numbers, device=z.device)
         weights = torch.full((1, data.case.rows), 1 / data.case.rows, device=z.device).expand(len(program.terms), -1)
         inputs = RowInputs(weights, data.old.flatten(), data.advantages.flatten())
 

@@ -1,6 +1,7 @@
 """Reweighted policy losses for LLM reinforcement learning, straight from vocabulary-sized logits. Start at :func:`policy_loss`."""
 
 import warnings as _warnings
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 with _warnings.catch_warnings():  # PyTorch warns at its import if there is no numpy; nothing here needs numpy
     _warnings.filterwarnings("ignore", "Failed to initialize NumPy")
@@ -23,7 +24,8 @@ from ._core.losses.linear import linear_policy_loss, linear_token_logps, linear_
 from ._core.losses.linear_distillation import linear_distillation_loss, linear_token_divergence
 from ._core.losses.policy import policy_loss, policy_loss_from_logps
 from ._core.losses.statistics import token_logps, token_stats
-from ._core.spec.coupled import Constraint, GroupClassification, GroupContrast
+from ._core.names import renamed as _renamed
+from ._core.spec.coupled import GroupClassification, GroupContrast, HingeConstraint
 from ._core.spec.policy import Penalty, PolicyLossSpec
 from ._core.spec.ratio import (
     BatchMeanRatio,
@@ -45,13 +47,15 @@ __version__ = "0.1.0"
 
 _moved.install()
 
+if not _TYPE_CHECKING:  # which would take any name for one
+    __getattr__ = _renamed(__name__, {"Constraint": "HingeConstraint"})
+
 __all__ = [
     "BACKENDS",
     "METHODS",
     "BackendUnavailable",
     "BatchMeanRatio",
     "CenteredRatio",
-    "Constraint",
     "CumulativeRatio",
     "DistillationLossOutput",
     "Explanation",
@@ -62,6 +66,7 @@ __all__ = [
     "GroupClassification",
     "GroupContrast",
     "HiddenLogits",
+    "HingeConstraint",
     "InvalidCall",
     "Lora",
     "Metrics",

@@ -47,7 +47,13 @@ class _FusedHead(torch_nn.Module):
     bias: torch_nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype | None, settings: dict[str, Any]
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        settings: dict[str, Any],
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -127,7 +133,7 @@ class FusedLinearLogProbs(_FusedHead):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, device: Any = None, dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, bias: bool = False, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
         **settings: Unpack[LMHeadKeywords],
     ) -> None:  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype, dict(settings))
@@ -166,7 +172,8 @@ class FusedLinearPolicyLoss(_FusedHead):
     _OWN = ("spec", "plan")
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, spec: PolicyLossSpec | str, plan: str = "auto", device: Any = None,
+        self, in_features: int, out_features: int, bias: bool = False, *, spec: PolicyLossSpec | str, plan: str = "auto",
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None, **settings: Unpack[LMHeadKeywords],
     ) -> None:  # fmt: skip
         named = named_spec(type(self).__name__, spec)

@@ -32,8 +32,6 @@ __all__ = [
     "gradient_influences",
 ]
 
-_DYNAMIC = "Learning to Optimize Multi-Objective Alignment Through Dynamic Reward Weighting"
-
 
 def _vector(op: str, name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
     x = floats(op, name, value, None if like is None else tuple(like.shape))
@@ -146,7 +144,6 @@ def hypervolume(points: Front, reference: Annotated[tuple[float, ...], Interval(
 @published(
     "hypervolume_reward_weighting",
     "Dynamic reward weighting, hypervolume-guided",
-    paper=_DYNAMIC,
     arxiv="2509.11452",
     level="batch",
 )
@@ -198,7 +195,6 @@ def gradient_influences(gradients: Tensor) -> Tensor:
 @published(
     "gradient_reward_weighting",
     "Dynamic reward weighting, gradient-based",
-    paper=_DYNAMIC,
     arxiv="2509.11452",
     level="objective",
 )

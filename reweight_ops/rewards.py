@@ -39,9 +39,6 @@ __all__ = [
     "weighted_sum",
 ]
 
-_ENSEMBLES = "Reward Model Ensembles Help Mitigate Overoptimization"
-_REWRITING = "LLM-based Rewriting of Inappropriate Argumentation using Reinforcement Learning from Machine Feedback"
-
 
 def _members(op: str, rewards: Tensor) -> Tensor:
     x = floats(op, "rewards", rewards)
@@ -59,7 +56,7 @@ def _weights(op: str, weights: Tensor | None, x: Tensor) -> Tensor:
     return torch.where(total > 0, present / torch.where(total > 0, total, 1), torch.nan)
 
 
-@published("wco", "Worst-Case Optimization", paper=_ENSEMBLES, arxiv="2310.02743", level="sequence")
+@published("wco", "Worst-Case Optimization", arxiv="2310.02743", level="sequence")
 def wco(rewards: Tensor) -> Tensor:
     """``r = min_k r_k``: the lowest of an ensemble's rewards. ``[B, K] -> [B]``."""
     x = _members("wco", rewards)
@@ -67,7 +64,7 @@ def wco(rewards: Tensor) -> Tensor:
     return torch.where(x.isnan().all(1), torch.nan, least)
 
 
-@published("uwo", "Uncertainty-Weighted Optimization", paper=_ENSEMBLES, arxiv="2310.02743", level="sequence")
+@published("uwo", "Uncertainty-Weighted Optimization", arxiv="2310.02743", level="sequence")
 def uwo(rewards: Tensor, *, coef: NonNegative[float] = 0.1) -> Tensor:
     """``r = mean_k r_k - coef·var_k r_k`` with the unbiased variance over an ensemble (0 for one member). ``[B, K] -> [B]``.
 
@@ -116,14 +113,14 @@ def weighted_sum(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     return torch.where(x.isnan().all(1), torch.nan, (w * x).nansum(1))
 
 
-@published("weighted_mean", "Weighted mean of rewards", paper=_REWRITING, arxiv="2406.03363", level="sequence")
+@published("weighted_mean", "Weighted mean of rewards", arxiv="2406.03363", level="sequence")
 def weighted_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     """``r = sum_k w_k r_k / sum_k w_k`` over the rewards that apply. ``[B, K], [K] -> [B]``; weights are equal by default and not negative."""
     x = _members("weighted_mean", rewards)
     return (_weights("weighted_mean", weights, x) * x.nan_to_num(0, math.inf, -math.inf)).sum(1)
 
 
-@published("harmonic_mean", "Weighted harmonic mean of rewards", paper=_REWRITING, arxiv="2406.03363", level="sequence")
+@published("harmonic_mean", "Weighted harmonic mean of rewards", arxiv="2406.03363", level="sequence")
 def harmonic_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     """``r = sum_k w_k / sum_k (w_k / r_k)``: near the least of the rewards, so none can be traded away. ``[B, K], [K] -> [B]``.
 
@@ -180,7 +177,6 @@ def trust_grpo(
 @published(
     "grpo_lead_length",
     "GRPO-LEAD: length reward",
-    paper="GRPO-LEAD: A Difficulty-Aware Reinforcement Learning Approach for Concise Mathematical Reasoning in Language Models",
     arxiv="2504.09696",
     level="group",
 )
@@ -292,7 +288,6 @@ def traac(correct: Tensor, format_rewards: Tensor, lengths: Tensor, median_lengt
 @published(
     "soft_multi_choice",
     "TW-GRPO's soft reward of multiple-choice answers",
-    paper="Reinforcing Video Reasoning with Focused Thinking",
     arxiv="2505.24718",
     level="sequence",
 )

@@ -45,8 +45,6 @@ __all__ = [
     "upweight",
 ]
 
-_TRAJECTORIES = "Harnessing Mixed Offline Reinforcement Learning Datasets via Trajectory Weighting"
-
 
 def _softmax(g: Grouped, scores: Tensor) -> Tensor:
     """Return the softmax over a group, times its size, so that its mean is 1. It is 0
@@ -121,7 +119,6 @@ def kl_dro(losses: Tensor, *, temperature: Positive[float], **groups: Unpack[Gro
 @published(
     "dynamic_loss_reweighting",
     "Dynamic loss-based sample reweighting",
-    paper="Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining",
     arxiv="2502.06733",
     level="sequence",
 )
@@ -206,7 +203,6 @@ def raft(rewards: Tensor, *, keep: Count[int] = 1, **groups: Unpack[GroupKeyword
 @published(
     "d3s",
     "D3S: samples of the greatest advantage variance",
-    paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
     arxiv="2509.22115",
     certainty="secondary",
     level="batch",
@@ -300,7 +296,7 @@ def _trajectory(op: str, scores: Tensor, scored: Tensor, temperature: float) -> 
     return _softmax(g, (g.values - low) / torch.where(spread > 0, spread, 1) / temperature)
 
 
-@published("trajectory_rw", "Return weighting (RW)", paper=_TRAJECTORIES, arxiv="2306.13085", level="sequence")
+@published("trajectory_rw", "Return weighting (RW)", arxiv="2306.13085", level="sequence")
 def trajectory_rw(returns: Tensor, *, temperature: Positive[float] = 0.1) -> Tensor:
     """``w = n·softmax(u/temperature)``, ``u`` the returns of the data set on a line from 0 to 1 (min to max).
 
@@ -313,7 +309,7 @@ def trajectory_rw(returns: Tensor, *, temperature: Positive[float] = 0.1) -> Ten
     return _trajectory("trajectory_rw", x, ~x.isnan(), temperature)
 
 
-@published("trajectory_aw", "Advantage weighting (AW)", paper=_TRAJECTORIES, arxiv="2306.13085", level="sequence")
+@published("trajectory_aw", "Advantage weighting (AW)", arxiv="2306.13085", level="sequence")
 def trajectory_aw(returns: Tensor, start_values: Tensor, *, temperature: Positive[float] = 0.1) -> Tensor:
     """:func:`trajectory_rw` of ``returns - start_values``, so that a good trajectory
     from a bad start does not lose weight.
@@ -348,7 +344,6 @@ def selective_rehearsal(scores: Tensor, *, keep: Count[int], coef: NonNegative[f
 @published(
     "dynamic_sampling",
     "Dynamic sampling: which prompts teach something",
-    paper="DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
     arxiv="2503.14476",
     level="group",
 )
@@ -374,7 +369,6 @@ def dynamic_sampling(
 @published(
     "class_balanced",
     "Class-balanced weights (LDAM-DRW's)",
-    paper="Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
     arxiv="1906.07413",
     level="sequence",
 )

@@ -13,10 +13,11 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._core.catalogue.registry import published, published_names
 from ._core.ranges import Count, CountOrZero, Interval, NonNegative, Positive, PositiveOrInf, Real, Unit, ranged
-from ._core.rows.grouped import floats, grouped, like
+from ._core.rows.grouped import GroupKeywords, floats, grouped, like
 from ._core.spec.policy import PolicyLossSpec
 from .errors import InvalidCall
 from .methods.reweighting import lopti as lopti_spec
@@ -47,7 +48,6 @@ _Batch = TypeVar("_Batch")
 @published(
     "lopti",
     "Low-Probability Token Isolation: the two updates",
-    paper="Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs",
     arxiv="2505.12929",
     level="step",
 )
@@ -126,7 +126,6 @@ class D3sBudget(NamedTuple):
 @published(
     "d3s",
     "D3S: the dynamic schedule",
-    paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
     arxiv="2509.22115",
     certainty="secondary",
     level="step",
@@ -149,7 +148,6 @@ def d3s(
 @published(
     "tsa",
     "Training Signal Annealing: the threshold",
-    paper="Unsupervised Data Augmentation for Consistency Training",
     arxiv="1904.12848",
     level="step",
 )
@@ -168,7 +166,7 @@ def tsa(progress: Unit[float | Tensor], *, num_classes: Count[int], curve: str =
 
 
 @ranged
-def all_failed(rewards: Tensor, *, fail_value: Real[float] = 0.0, **groups: Any) -> Tensor:
+def all_failed(rewards: Tensor, *, fail_value: Real[float] = 0.0, **groups: Unpack[GroupKeywords]) -> Tensor:
     """Select the prompts for ReLIFT's buffer. ``[B] -> [num_groups]`` bool.
 
     All completions of such a prompt have exactly ``fail_value``. Other failures do not
@@ -226,7 +224,6 @@ class Relift:
 @published(
     "drw",
     "Deferred re-weighting (LDAM-DRW)",
-    paper="Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
     arxiv="1906.07413",
     level="step",
 )
@@ -242,7 +239,6 @@ def drw(epoch: CountOrZero[int], *, switch_epoch: CountOrZero[int] = 160, beta: 
 @published(
     "dynamic_loss_reweighting",
     "Dynamic loss-based sample reweighting: burn-in",
-    paper="Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining",
     arxiv="2502.06733",
     level="step",
 )
@@ -257,7 +253,6 @@ def dynamic_loss_reweighting(step: CountOrZero[int], *, temperature: PositiveOrI
 @published(
     "hapo_temperature",
     "Heterogeneous Adaptive Policy Optimization: the sampler's temperature",
-    paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
     arxiv="2509.16591",
     level="token",
 )
@@ -293,7 +288,6 @@ def hapo_temperature(
 @published(
     "canon",
     "CANON: the weight of the inter-group comparison",
-    paper="Conditional Advantage Estimation for Reinforcement Learning in Large Reasoning Models",
     arxiv="2509.23962",
     level="step",
 )

@@ -11,7 +11,7 @@ namespace {
 /// T·dL/dlogit = p·(constant + log·l + p_coef·p) away from the target, before the softcap's slope.
 /// l is log p, or log p plus a constant.
 template <class Real>
-struct GradCoefs {
+struct GradientFactors {
     Real constant, log, p_coef;
 };
 
@@ -24,8 +24,8 @@ struct Derivatives {
     RW_METHOD bool all_zero() const { return d_logp == 0 && d_entropy == 0 && d_lse == 0 && d_p_sq == 0; }
 
     /// `entropy_of_l` is -Σ p·l. It is the entropy where l is log p.
-    RW_METHOD GradCoefs<Real> coefs(Real entropy_of_l) const {
-        GradCoefs<Real> c{-Real(d_logp) + d_lse, 0, 0};
+    RW_METHOD GradientFactors<Real> factors(Real entropy_of_l) const {
+        GradientFactors<Real> c{-Real(d_logp) + d_lse, 0, 0};
         if (d_entropy != 0) {
             c.constant -= Real(d_entropy) * entropy_of_l;
             c.log = -Real(d_entropy);

@@ -44,7 +44,7 @@ enum class Operation : int {
 constexpr int kMaxRegisters = 1 << 12;
 constexpr int kMaxSharedRegisters = 320;  // limit where registers are in a GPU's shared memory
 
-/// The order of a row's inputs: LEAVES of reweight_ops/_core/formula/base.py. Row weights follow
+/// The order of a row's inputs: TOKEN_FIELDS of reweight_ops/_core/formula/base.py. Row weights follow
 /// them.
 enum Leaf { kLogp, kOldLogp, kLogRatio, kRefLogp, kSamplingLogp, kAdv, kEntropy, kLogSumPSq, kLeaves };
 

@@ -123,17 +123,17 @@ void write_divergence_grad(const DivergenceCall& call, const DivergenceRow<T, U>
 // ---- the primitives
 
 template <class T, class U>
-struct DivergenceOf {
+struct DivergencePrimitives {
     template <class Body>
     static void rows(const DivergenceCall& call, const Body& body) {
         for_each_row(call.rows, 2 * call.columns, threads_for(call.rows, 2 * call.columns, call.threads), [&](int64_t i, int64_t) { body(i); });
     }
-    static void out_row(const DivergenceCall& call, int64_t i) { put_column(call.table, call.rows, i, {}); }
+    static void write_ignored(const DivergenceCall& call, int64_t i) { put_column(call.table, call.rows, i, {}); }
 
     static void stats(const DivergenceCall& call) {
         const Caps caps{Softcap(call.softcap), Softcap(call.q.softcap)};
         rows(call, [&](int64_t i) {
-            if (is_ignored(call, i)) return out_row(call, i);
+            if (is_ignored(call, i)) return write_ignored(call, i);
             put_stats(call, i, DivergenceSweeper<T, U>(DivergenceRow<T, U>(call, i), caps)(call.vocab_size).stats);
         });
     }
@@ -153,7 +153,7 @@ struct DivergenceOf {
         const Caps caps{Softcap(call.softcap), Softcap(call.q.softcap)};
         rows(call, [&](int64_t i) {
             if (is_ignored(call, i)) {
-                out_row(call, i);
+                write_ignored(call, i);
                 return fill((T*)call.out + call.out_strides.offset(i), call.columns, 0.0f);
             }
             const DivergenceRow<T, U> row(call, i);
@@ -169,9 +169,9 @@ struct DivergenceOf {
 template <class T, class F>
 void by_second(DType dtype, const F& f) {
     switch (dtype) {
-        case DType::f32: return f(DivergenceOf<T, float>{});
-        case DType::bf16: return f(DivergenceOf<T, Bf16>{});
-        case DType::f16: return f(DivergenceOf<T, F16>{});
+        case DType::f32: return f(DivergencePrimitives<T, float>{});
+        case DType::bf16: return f(DivergencePrimitives<T, Bf16>{});
+        case DType::f16: return f(DivergencePrimitives<T, F16>{});
     }
 }
 template <class F>

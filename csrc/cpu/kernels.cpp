@@ -64,7 +64,7 @@ void write_grad(int64_t v, int64_t width, const Row<T>& row, const Derivatives<d
     if (anchor.log_p != anchor.log_p) {
         fill(g, v, kNaN);
     } else {
-        GradCoefs<double> c = d.coefs(d.entropy);
+        GradientFactors<double> c = d.factors(d.entropy);
         c = {c.constant * row.inverse_temperature, c.log * row.inverse_temperature, c.p_coef * row.inverse_temperature};
         stream = stream && (uintptr_t)g % 64 == 0;
         with_shift(row.scale, anchor.at, [&](const auto& shift) {

@@ -318,13 +318,13 @@ struct Anchor {
 /// Writes the gradient row from the logits in one sweep. It may overwrite them. kStream writes past
 /// the caches; g must then be aligned to 64.
 template <class T, Terms kTerms, bool kStream, bool kFar>
-void grad_row(const T* x, T* g, int64_t columns, const Shift<kFar>& shift, double log_p, const GradCoefs<double>& coefs, const Softcap& softcap,
-              Fetch ahead) {
+void grad_row(const T* x, T* g, int64_t columns, const Shift<kFar>& shift, double log_p, const GradientFactors<double>& factors,
+              const Softcap& softcap, Fetch ahead) {
     // p = e·2^log_p. The coefficients take log_p, the log-prob of a column where the shift is 0.
     const double p = std::exp2(log_p);
-    const Vec a = splat(float(p * (coefs.constant + coefs.log * kLn2 * log_p))), b = splat(float(p * coefs.log * kLn2)),
-              d = splat(float(p * p * coefs.p_coef));
-    const Exp2<kDegree<T>> exponential(kTerms == Terms::plain ? p * coefs.constant : 1.0);
+    const Vec a = splat(float(p * (factors.constant + factors.log * kLn2 * log_p))), b = splat(float(p * factors.log * kLn2)),
+              d = splat(float(p * p * factors.p_coef));
+    const Exp2<kDegree<T>> exponential(kTerms == Terms::plain ? p * factors.constant : 1.0);
     const auto one = [&](Vec v) RW_ALWAYS_INLINE {
         Vec slope = splat(1.0f);
         if constexpr (kTerms == Terms::full) {

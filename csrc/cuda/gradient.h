@@ -39,7 +39,7 @@ RW_DEVICE RowGradient row_gradient(const Derivatives<float>& d, float temperatur
     }
     g.terms = full ? Terms::full : !from.near ? Terms::far : d.d_entropy != 0 ? Terms::entropy : Terms::plain;
     g.base = from.base;
-    const GradCoefs<float> c = d.coefs(fmaf(kLn2f, from.rest, d.entropy));  // l = ln2·t
+    const GradientFactors<float> c = d.factors(fmaf(kLn2f, from.rest, d.entropy));  // l = ln2·t
     g.constant = c.constant * from.factor / temperature;
     g.log = c.log * kLn2f * from.factor / temperature;
     g.p_coef = c.p_coef * from.factor * from.factor / temperature;

@@ -68,7 +68,7 @@ RW_DEVICE void evaluate_rows(const RingCall& call, const BlockSlice& slice, cons
         prefetch_inputs(call, i, lane);
         const Row<T> row(call, i, rows.now.id, rows.now.temperature);
         // The block that will overwrite the target's logit reads it, before any thread can
-        // overwrite it: all wait for the message that carries it.
+        // overwrite it: all wait for the slice sums that carry it.
         const int vector = row.target / kPerVector<T>;
         const int owner = vector < slice.slices.vectors ? vector / slice.slices.each : slice.slices.count - 1;
         const float target = row.target >= 0 && owner == slice.rank ? widen(row.x[row.target]) : -kInf;

@@ -27,7 +27,7 @@ struct SlicePartial {
 RW_DEVICE Vector as_vector(const Partial& s) { return {as_bits(s.top), as_bits(s.rest), as_bits(s.dot), as_bits(s.sum_sq)}; }
 RW_DEVICE Partial as_partial(const Vector& v) { return {as_float(v.words[0]), as_float(v.words[1]), as_float(v.words[2]), as_float(v.words[3])}; }
 
-/// The state of a row in the block. A block sends its message of row k after it has all messages of
+/// The state of a row in the block. A block sends its sums of row k after it has all sums of
 /// row k - 1. Those are sent when row k - 2 is evaluated. A block's warps have written the gradient
 /// of row k - kStages when they give the sums of row k.
 struct RowStage {
@@ -37,7 +37,7 @@ struct RowStage {
     int target;
     int64_t row;
     Barrier partials_full;  // the sums of the block's warps are written
-    Barrier cluster_full;   // the messages of all blocks have arrived
+    Barrier cluster_full;   // the sums of all blocks have arrived
     Barrier gradient_full;  // the constants of the gradient are written
 };
 constexpr int kStages = kRowsAhead + 1;

@@ -1,5 +1,5 @@
 """The numbers that a hyper-parameter may be, written once, beside its default:
-``epsilon_low: NonNegative[Any] = 0.2``.
+``epsilon_low: NonNegative[Number] = 0.2``.
 
 :func:`ranged` reads these annotations of a function or a dataclass, checks the given
 values, and adds the ranges to the docstring. It checks a Python number. It does not
@@ -32,6 +32,15 @@ T = TypeVar("T")
 
 class Unread:
     """The base of objects other than tensors that stand for a number."""
+
+    if TYPE_CHECKING:  # a formula's arithmetic is its subclass's; a type checker sees that there is one
+
+        def _arithmetic(self, other: Any) -> Any: ...
+
+        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _arithmetic
+        __lt__ = __le__ = __gt__ = __ge__ = _arithmetic
+
+        def __neg__(self) -> Any: ...
 
 
 class Interval:
@@ -118,12 +127,12 @@ class Flag(Range):
         return f"True or False{' or None' if self.optional else ''}"
 
 
-if TYPE_CHECKING:  # a type checker cannot follow arithmetic with a formula
-    Number: TypeAlias = Any
-else:
-    #: A hyper-parameter: a number, a 0-d tensor or one number per row, or a formula
-    #: that stands for one.
-    Number = float | Tensor | Unread
+#: What a hyper-parameter may be: a number, a 0-d tensor or one a row, or a formula (a TokenWeight) that stands for one.
+Number: TypeAlias = float | Tensor | Unread
+#: What a keyword of an op may be: a number, or a tensor.
+Scalar: TypeAlias = float | Tensor
+#: One bound for both sides, or a lower and an upper one.
+Bounds: TypeAlias = float | Tensor | Unread | tuple[float, float]
 
 Real = Annotated[T, Interval("(-inf, inf)")]
 NonNegative = Annotated[T, Interval("[0, inf)")]

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 @published(
     "grpo_lead",
     "GRPO-LEAD",
-    paper="GRPO-LEAD: A Difficulty-Aware Reinforcement Learning Approach for Concise Mathematical Reasoning in Language Models",
     arxiv="2504.09696",
     level="group",
 )
@@ -110,7 +109,6 @@ def difficulty_prior(
 @published(
     "ngrpo",
     "Negative-enhanced GRPO",
-    paper="NGRPO: Negative-enhanced Group Relative Policy Optimization",
     arxiv="2509.18851",
     level="group",
 )

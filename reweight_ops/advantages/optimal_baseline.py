@@ -19,10 +19,8 @@ from ..errors import InvalidCall
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_PAPER = "The Optimal Token Baseline: Variance Reduction for Long-Horizon LLM-RL"
 
-
-@published("otb", "Optimal Token Baseline (OTB)", paper=_PAPER, arxiv="2602.07078", certainty="secondary", level="token")
+@published("otb", "Optimal Token Baseline (OTB)", arxiv="2602.07078", certainty="secondary", level="token")
 def otb(
     rewards: Tensor,
     completion_mask: Tensor,
@@ -54,7 +52,6 @@ def otb(
 @published(
     "tir_otb",
     "Optimal Token Baseline of tool-integrated reasoning (TIR-OTB)",
-    paper=_PAPER,
     arxiv="2602.07078",
     certainty="secondary",
     level="token",

@@ -40,7 +40,6 @@ def singletons(g: Grouped, advantages: Tensor, singleton: str) -> Tensor:
 @published(
     "grpo",
     "Group Relative Policy Optimization",
-    paper="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
     arxiv="2402.03300",
     level="group",
 )
@@ -77,7 +76,6 @@ def grpo(
 @published(
     "dr_grpo",
     "GRPO Done Right",
-    paper="Understanding R1-Zero-Like Training: A Critical Perspective",
     arxiv="2503.20783",
     level="group",
 )
@@ -278,7 +276,6 @@ def lite_ppo(rewards: Tensor, *, epsilon: NonNegative[float] = 1e-4, **groups: U
 @published(
     "gpg",
     "Group Policy Gradient: the advantage",
-    paper="GPG: A Simple and Strong Reinforcement Learning Baseline for Model Reasoning",
     arxiv="2504.02546",
     certainty="secondary",
     level="batch",
@@ -299,7 +296,6 @@ def gpg(rewards: Tensor, *, f_norm: Positive[float] = 1.0, singleton: str = "zer
 @published(
     "a_star_po",
     "A*-PO: the optimal advantage",
-    paper="Accelerating RL for LLM Reasoning with Optimal Advantage Regression",
     arxiv="2505.20686",
     certainty="secondary",
     level="group",

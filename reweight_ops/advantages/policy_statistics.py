@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 @published(
     "canon",
     "Conditional Advantage Estimation",
-    paper="Conditional Advantage Estimation for Reinforcement Learning in Large Reasoning Models",
     arxiv="2509.23962",
     level="group",
 )

@@ -18,8 +18,6 @@ from ..errors import InvalidCall
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_SPO = "Segment Policy Optimization: Effective Segment-Level Credit Assignment in RL for Large Language Models"
-
 
 class SpoSegments(NamedTuple):
     """The segments of completions.
@@ -50,7 +48,7 @@ def spo_segments(
     return SpoSegments(segments, segments.amax(-1) if segments.shape[-1] else seen.sum(-1))
 
 
-@published("spo_chain", "Segment Policy Optimization, chain", paper=_SPO, arxiv="2505.23564", level="segment")
+@published("spo_chain", "Segment Policy Optimization, chain", arxiv="2505.23564", level="segment")
 def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion_mask: Tensor) -> Tensor:
     """All tokens of a segment get the gain of the value over it:
     ``A = V_end - V_start``. ``[B, S], [B], segments, [B, T] -> [B, T]``.
@@ -82,7 +80,6 @@ def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion
 @published(
     "spo_tree",
     "Segment Policy Optimization, tree",
-    paper=_SPO,
     arxiv="2505.23564",
     level="segment",
 )

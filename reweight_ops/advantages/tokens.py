@@ -18,8 +18,6 @@ from .outcome import singletons
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_REINFORCE_PLUS_PLUS = "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Advantage Normalization"
-
 
 class Gae(NamedTuple):
     """``advantages`` for the policy and ``returns`` to train the critic on. Both are
@@ -161,7 +159,7 @@ def decoupled_gae(
     return Gae(whiten(advantages, mask) if whitened else advantages, returns)
 
 
-@published("reinforce_plus_plus", "REINFORCE++", paper=_REINFORCE_PLUS_PLUS, arxiv="2501.03262", level="token")
+@published("reinforce_plus_plus", "REINFORCE++", arxiv="2501.03262", level="token")
 def reinforce_plus_plus(rewards: Tensor, completion_mask: Tensor, *, gamma: Unit[float] = 1.0) -> Tensor:
     """Discounted returns, normalized over all valid tokens of the batch, without groups
     or a critic. ``[B, T]`` or ``[B]``, ``[B, T] -> [B, T]``.
@@ -172,7 +170,7 @@ def reinforce_plus_plus(rewards: Tensor, completion_mask: Tensor, *, gamma: Unit
     return whiten(discounted_returns(rewards, mask, gamma=gamma), mask)
 
 
-@published("reinforce_plus_plus_baseline", "REINFORCE++-baseline", paper=_REINFORCE_PLUS_PLUS, arxiv="2501.03262", level="token")
+@published("reinforce_plus_plus_baseline", "REINFORCE++-baseline", arxiv="2501.03262", level="token")
 def reinforce_plus_plus_baseline(
     rewards: Tensor, completion_mask: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupKeywords]
 ) -> Tensor:
@@ -234,7 +232,6 @@ def remax(
 @published(
     "hapo",
     "Heterogeneous Adaptive Policy Optimization: token-level group average",
-    paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
     arxiv="2509.16591",
     level="group",
 )

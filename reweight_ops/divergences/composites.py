@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from .._core.calls.keywords import SoftmaxKeywords, SoftmaxOptions, parse
+from .._core.calls.keywords import DivergenceKeywords, SoftmaxKeywords, SoftmaxOptions, TemperedKeywords, parse
 from .._core.calls.logits import resolve_logits
 from .._core.calls.sampling_mask import refuse_sampling_mask
 from .._core.calls.two_logits import resolve_two_logits
@@ -19,7 +19,7 @@ from .._core.engine.chunked_rows import FormulaSource, formula_call
 from .._core.engine.run import run
 from .._core.losses.distillation import token_divergence
 from .._core.losses.statistics import token_logps, token_stats
-from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Positive, Unit
+from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Positive, Scalar, Unit
 from .._core.rows.numerics import log1mexp
 from ..errors import InvalidCall
 
@@ -44,7 +44,7 @@ def _label(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     "symmetric_cross_entropy", "Symmetric cross-entropy with a mean teacher", level="token", plan="two passes", arxiv="2211.13081",
     paper="Robust Mean Teacher for Continual and Gradual Test-Time Adaptation",
 )  # fmt: skip
-def symmetric_cross_entropy(logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
+def symmetric_cross_entropy(logits: Tensor, teacher_logits: Tensor, **keywords: Unpack[DivergenceKeywords]) -> Tensor:
     """``-½·Σ q·log p - ½·Σ p·log q`` per token, q the (detached) teacher's: R.
 
     Arguments of :func:`token_divergence`; the paper's form over three views is a mean of such terms.
@@ -54,7 +54,6 @@ def symmetric_cross_entropy(logits: Tensor, teacher_logits: Tensor, **keywords: 
 
 @published(
     "confidence_masked_kl", "Confidence-masked consistency (UDA)", level="token", plan="two passes", arxiv="1904.12848",
-    paper="Unsupervised Data Augmentation for Consistency Training",
 )  # fmt: skip
 def confidence_masked_kl(
     logits: Tensor,
@@ -83,7 +82,6 @@ def confidence_masked_kl(
 
 @published(
     "kd", "Knowledge distillation beside the labels", level="token", plan="two passes", arxiv="1503.02531", certainty="secondary",
-    paper="Distilling the Knowledge in a Neural Network",
 )  # fmt: skip
 def kd(
     logits: Tensor,
@@ -93,7 +91,7 @@ def kd(
     alpha: Unit[float] = 0.5,
     kd_temperature: Positive[float] = 2.0,
     completion_mask: Tensor | None = None,
-    **keywords: Any,
+    **keywords: Unpack[TemperedKeywords],
 ) -> Tensor:
     """``α·(-log p(y)) + (1-α)·T²·KL(q_T‖p_T)`` per token: R. Softmax of both logits over ``kd_temperature`` T in the KL, and over 1 in the first term.
 
@@ -107,7 +105,12 @@ def kd(
                 f"kd: {name} is not read: kd_temperature is the temperature of both distributions in the KL, and that of the labels is 1."
             )
     ce: Tensor = -token_logps(logits, completion_ids, completion_mask=completion_mask, **keywords)
-    both = {"completion_mask": completion_mask, "temperature": kd_temperature, "other_temperature": kd_temperature, **keywords}
+    both: dict[str, Any] = {
+        "completion_mask": completion_mask,
+        "temperature": kd_temperature,
+        "other_temperature": kd_temperature,
+        **keywords,
+    }
     return alpha * ce + (1 - alpha) * kd_temperature**2 * token_divergence(logits, teacher_logits, **both)
 
 
@@ -159,7 +162,7 @@ def dhkd(
     *,
     completion_mask: Tensor | None = None,
     temperature: Annotated[float, Interval("(0, inf)", fixed=True)] = 2.0,
-    **keywords: Any,
+    **keywords: Unpack[TemperedKeywords],
 ) -> Tensor:
     """``T²·Σ_v log cosh((s_v - t_v)/(2T))`` per token: R. ``logits`` s are the auxiliary head's; no softmax. Gradient ``T/2·tanh((s-t)/(2T))``.
 
@@ -179,16 +182,15 @@ def dhkd(
 
 @published(
     "ldr", "Label-distributionally robust loss (LDR-KL)", level="token", plan="two passes", arxiv="2112.14869",
-    paper="Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness and Adaptivity",
 )  # fmt: skip
 def ldr(
     logits: Tensor,
     completion_ids: Tensor,
     *,
-    lambda_: Positive[Number] = 1.0,
+    lambda_: Positive[Scalar] = 1.0,
     margin: NonNegative[Number] = 0.1,
     completion_mask: Tensor | None = None,
-    **keywords: Any,
+    **keywords: Unpack[TemperedKeywords],
 ) -> Tensor:
     """``λ·log( 1/V·Σ_k exp((c·1[k≠y] + f_k - f_y)/λ) )`` per token: R. c is ``margin``; λ = 1 and c = 0 is cross-entropy less log V.
 
@@ -215,7 +217,6 @@ def ldr(
 
 @published(
     "aldr", "Adaptive LDR-KL", level="sample", plan="two passes", arxiv="2112.14869",
-    paper="Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness and Adaptivity",
 )  # fmt: skip
 def aldr(
     entropies: Tensor, vocab_size: Annotated[int, Interval("[2, inf)", whole=True)], *, lambda0: Positive[float], alpha: Positive[float]

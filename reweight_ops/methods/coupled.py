@@ -7,13 +7,13 @@ All take two passes.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from .._core.calls.softmax import refuse_process_group
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule
 from .._core.ranges import Count, Interval, NonNegative, NonNegativeOrInf, Number, Positive, PositiveOrInf, Real
-from .._core.spec.coupled import Constraint, GroupClassification, GroupContrast
+from .._core.spec.coupled import GroupClassification, GroupContrast, HingeConstraint
 from .._core.spec.policy import Penalty, PolicyLossSpec
 from .._core.spec.ratio import CenteredRatio, SequenceRatio, TokenRatio
 from .._core.spec.reduction import TokenMean
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def _constraint(strength: Any, bound: Any, estimator: str) -> tuple[Penalty, ...]:
+def _constraint(strength: Number, bound: Number, estimator: str) -> tuple[Penalty, ...]:
     estimators: dict[str, Rule] = {"k1": DriftK1(), "k3": DriftK3()}
     if estimator not in estimators:
         raise InvalidCall(f"kl_estimator is {estimator!r}, expected 'k1' or 'k3'.")
-    return () if is_zero(strength) else (Penalty(estimators[estimator], 1.0, Constraint(strength=strength, bound=bound)),)
+    return () if is_zero(strength) else (Penalty(estimators[estimator], 1.0, HingeConstraint(strength=strength, bound=bound)),)
 
 
 _NOT_GATHERED = (
@@ -48,7 +48,7 @@ _NOT_GATHERED = (
 )
 def disco(
     score: str = "log_likelihood",
-    tau: PositiveOrInf[Number] = None,
+    tau: PositiveOrInf[Number] | None = None,
     kl_strength: NonNegative[Number] = 1000.0,
     kl_bound: Real[Number] = 1e-4,
     kl_estimator: str = "k1",

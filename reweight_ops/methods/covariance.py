@@ -4,14 +4,14 @@ advantage lose their gradient, or pay a penalty for moving.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .._core.catalogue.registry import published
 from .._core.formula.base import Rule, rule
 from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Real, Unit
 from .._core.spec.policy import PolicyLossSpec
 from ..rules.surrogates import Clip
 from ..weights.covariance import ClipCov, TopCovariance
-
-_PAPER = "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models"
 
 
 @rule("kl_cov")
@@ -24,7 +24,7 @@ class KlCov(Rule):
         return -xp.exp(t.log_ratio) * t.adv + self.kl_coef * xp.abs(t.log_ratio)
 
 
-@published("clip_cov", "Clip-Cov", paper=_PAPER, arxiv="2505.22617", certainty="secondary", level="batch")
+@published("clip_cov", "Clip-Cov", arxiv="2505.22617", certainty="secondary", level="batch")
 def clip_cov(
     fraction: Unit[Number] = 2e-4,
     lower: Real[Number] = 1.0,
@@ -38,12 +38,12 @@ def clip_cov(
     Differs from the paper: transcribed from verl (``clip_cov``), which is the authors' code: the surrogate is PPO's, and tokens that it clips are not
     drawn. The draw is by ``seed`` and position, not from a random generator.
     """
-    bounds = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
+    bounds: dict[str, Any] = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
     chosen = ClipCov(fraction=fraction, lower=lower, upper=upper, seed=seed, **bounds)
     return PolicyLossSpec(surrogate=Clip(**bounds), weights=(chosen,), name="clip_cov")
 
 
-@published("kl_cov", "KL-Cov", paper=_PAPER, arxiv="2505.22617", certainty="secondary", level="batch")
+@published("kl_cov", "KL-Cov", arxiv="2505.22617", certainty="secondary", level="batch")
 def kl_cov(fraction: Unit[Number] = 2e-4, kl_coef: NonNegative[Number] = 1.0) -> PolicyLossSpec:
     """``-r·A``, plus ``kl_coef·|log r|`` for the ``fraction`` of the tokens with the largest ``(A - mean A)·(logp - mean logp)``; token mean.
 

@@ -32,7 +32,6 @@ class DppoKL(DppoTV):
 @published(
     "dppo_kl",
     "Divergence PPO, binary KL",
-    paper="Rethinking the Trust Region in LLM Reinforcement Learning",
     arxiv="2602.04879",
     certainty="secondary",
 )

@@ -17,7 +17,7 @@ from .._core.spec.ratio import TokenRatio
 class Dro(Rule):
     """``-A·logp + beta/2·(log r)²``."""
 
-    beta: NonNegative[float] = 0.1  # default of the rule only: the method has none
+    beta: NonNegative[Number] = 0.1  # default of the rule only: the method has none
 
     def loss(self, xp, t):
         return -t.adv * t.logp + 0.5 * self.beta * t.log_ratio * t.log_ratio

@@ -1,7 +1,7 @@
 """GLM-5: REINFORCE on the tokens whose importance ratio lies between two bounds, times that ratio."""
 
 from .._core.catalogue.registry import published
-from .._core.ranges import NonNegative
+from .._core.ranges import NonNegative, Number
 from .._core.spec.policy import PolicyLossSpec
 from ..rules import Rule, rule
 
@@ -10,8 +10,8 @@ from ..rules import Rule, rule
 class RatioMask(Rule):
     """``-sg(w)·A·logp``: ``w`` is r where ``1 - epsilon_low < r < 1 + epsilon_high``, else 0. arXiv:2602.15763."""
 
-    epsilon_low: NonNegative[float] = 0.2
-    epsilon_high: NonNegative[float] = 0.2
+    epsilon_low: NonNegative[Number] = 0.2
+    epsilon_high: NonNegative[Number] = 0.2
 
     def loss(self, xp, t):
         r = xp.exp(t.log_ratio)

@@ -18,13 +18,12 @@ from ..rules.likelihood import NLL, NPO, CompSum, LikelihoodAscent, MarginNLL
 from ..weights.probability import CurrentAdvantageReweighting, SignWeight
 from .penalties import is_zero
 
-_WAGLE = "WAGLE: Strategic Weight Attribution for Effective and Modular Unlearning in Large Language Models"
 #: Weights that select the examples to forget, and those to retain, by the sign of a
 #: label.
 _LABELS = SignWeight(positive=0.0, negative=1.0), SignWeight(positive=1.0, negative=0.0)
 
 
-@published("sft", "Supervised fine-tuning", paper="Cross-Entropy Loss Functions: Theoretical Analysis and Applications", arxiv="2304.07288")
+@published("sft", "Supervised fine-tuning", arxiv="2304.07288")
 def sft() -> PolicyLossSpec:
     """``-logp``, token mean: the cross-entropy, ``comp_sum(tau=1)``."""
     return PolicyLossSpec(surrogate=NLL(), name="sft")
@@ -49,7 +48,6 @@ def dft() -> PolicyLossSpec:
 @published(
     "comp_sum",
     "Comp-sum losses",
-    paper="Cross-Entropy Loss Functions: Theoretical Analysis and Applications",
     arxiv="2304.07288",
     certainty="secondary",
     example={"tau": 1.5},
@@ -76,7 +74,6 @@ def gce(q: Annotated[float, Interval("(0, 1]")] = 0.7) -> PolicyLossSpec:
 @published(
     "mae",
     "Mean absolute error",
-    paper="Cross-Entropy Loss Functions: Theoretical Analysis and Applications",
     arxiv="2304.07288",
     certainty="secondary",
 )
@@ -88,7 +85,6 @@ def mae() -> PolicyLossSpec:
 @published(
     "ldam",
     "Label-Distribution-Aware Margin loss",
-    paper="Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
     arxiv="1906.07413",
     example={"margin": 0.5},
 )
@@ -103,7 +99,7 @@ def ldam(margin: NonNegative[Number]) -> PolicyLossSpec:
     return PolicyLossSpec(surrogate=MarginNLL(margin=margin), name="ldam")
 
 
-@published("gradient_ascent", "Gradient ascent (unlearning)", paper=_WAGLE, arxiv="2410.17509")
+@published("gradient_ascent", "Gradient ascent (unlearning)", arxiv="2410.17509")
 def gradient_ascent() -> PolicyLossSpec:
     """``logp``, token mean over the tokens to forget: minus their cross-entropy. It is
     unbounded below.
@@ -111,7 +107,7 @@ def gradient_ascent() -> PolicyLossSpec:
     return PolicyLossSpec(surrogate=LikelihoodAscent(), name="gradient_ascent")
 
 
-@published("grad_diff", "Gradient difference (unlearning)", paper=_WAGLE, arxiv="2410.17509", example={"gamma": 1.0})
+@published("grad_diff", "Gradient difference (unlearning)", arxiv="2410.17509", example={"gamma": 1.0})
 def grad_diff(gamma: NonNegative[Number]) -> PolicyLossSpec:
     """``-NLL(forget) + γ·NLL(retain)``, each the mean over its own tokens, for one
     batch with both.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.ranges import Count, NonNegative, NonNegativeOrInf, Number, PositiveOrInf
@@ -41,7 +41,7 @@ def scale_rl(ratio_max: PositiveOrInf[Number] = 5.0, group_size: Count[int] | No
 )
 def vapo(
     mu: NonNegative[Number] = 0.1,
-    correct: Any = None,
+    correct: Tensor | None = None,
     epsilon_low: NonNegativeOrInf[Number] = 0.2,
     epsilon_high: NonNegativeOrInf[Number] = 0.28,
 ) -> PolicyLossSpec:

@@ -18,7 +18,7 @@ from .._core.spec.reduction import SequenceMean
 class AdvantageRegression(Rule):
     """``(beta·log_ratio - A)²``."""
 
-    beta: Positive[float] = 1e-3
+    beta: Positive[Number] = 1e-3
 
     def loss(self, xp, t):
         return (self.beta * t.log_ratio - t.adv) * (self.beta * t.log_ratio - t.adv)
@@ -28,10 +28,10 @@ class AdvantageRegression(Rule):
 class Kto(Rule):
     """``desirable_weight·(1 - σ(β·(log_ratio - z)))`` where ``A > 0``, else ``undesirable_weight·(1 - σ(β·(z - log_ratio)))``, ``z`` = ``kl``."""
 
-    beta: Positive[float] = 0.1
-    kl: Real[float] = 0.0
-    desirable_weight: NonNegative[float] = 1.0
-    undesirable_weight: NonNegative[float] = 1.0
+    beta: Positive[Number] = 0.1
+    kl: Real[Number] = 0.0
+    desirable_weight: NonNegative[Number] = 1.0
+    undesirable_weight: NonNegative[Number] = 1.0
 
     def loss(self, xp, t):
         x = self.beta * (t.log_ratio - self.kl)
@@ -46,7 +46,6 @@ def _against_reference() -> SequenceRatio:
 @published(
     "a_star_po",
     "A*-PO: optimal advantage regression",
-    paper="Accelerating RL for LLM Reasoning with Optimal Advantage Regression",
     arxiv="2505.20686",
     certainty="secondary",
 )

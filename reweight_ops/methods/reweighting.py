@@ -30,7 +30,6 @@ from ..weights.probability import (
 )
 from .penalties import entropy, is_zero, kl
 
-_AR_PAPER = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 _SIGMOIDS = ("sigmoid", "negative_sigmoid", "balanced_sigmoid")
 #: Options of AR that only some modes read. ``negative_weight`` is read as the authors'
 #: code reads its ``neg_adv_weight``.
@@ -40,14 +39,14 @@ _READ_BY = {
 }  # fmt: skip
 
 
-def _clip(epsilon_low: Any, epsilon_high: Any, clip_ratio_c: Any) -> Rule:
+def _clip(epsilon_low: Number, epsilon_high: Number, clip_ratio_c: Number | None) -> Rule:
     """Return PPO's clip, or dual clip if there is a third bound."""
     if clip_ratio_c is None:
         return Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return DualClip(epsilon_low=epsilon_low, epsilon_high=epsilon_high, clip_ratio_c=clip_ratio_c)
 
 
-@published("advantage_reweighting", "Advantage Reweighting (AR)", paper=_AR_PAPER, arxiv="2505.12929")
+@published("advantage_reweighting", "Advantage Reweighting (AR)", arxiv="2505.12929")
 def advantage_reweighting(
     alpha: Unit[Number] = 0.3,
     probabilities: str = "old",
@@ -58,7 +57,7 @@ def advantage_reweighting(
     negative_weight: NonNegative[Number] = 1.0,
     epsilon_low: NonNegativeOrInf[Number] = 0.2,
     epsilon_high: NonNegativeOrInf[Number] = 0.2,
-    clip_ratio_c: AtLeastOne[Number] = None,
+    clip_ratio_c: AtLeastOne[Number] | None = None,
     beta: NonNegative[Number] = 0.0,
     entropy_coef: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
@@ -104,7 +103,7 @@ def advantage_reweighting(
     return PolicyLossSpec(surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=weights, name="advantage_reweighting")
 
 
-@published("lopti", "Low-Probability Token Isolation (Lopti)", paper=_AR_PAPER, arxiv="2505.12929")
+@published("lopti", "Low-Probability Token Isolation (Lopti)", arxiv="2505.12929")
 def lopti(
     half: str = "low",
     eta: Unit[Number] = 0.5,
@@ -112,7 +111,7 @@ def lopti(
     alpha: Unit[Number] = 0.0,
     epsilon_low: NonNegativeOrInf[Number] = 0.2,
     epsilon_high: NonNegativeOrInf[Number] = 0.2,
-    clip_ratio_c: AtLeastOne[Number] = None,
+    clip_ratio_c: AtLeastOne[Number] | None = None,
     beta: NonNegative[Number] = 0.0,
     entropy_coef: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
@@ -159,7 +158,6 @@ def top_entropy(
 @published(
     "hapo",
     "Heterogeneous Adaptive Policy Optimization (HAPO)",
-    paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
     arxiv="2509.16591",
 )
 def hapo(
@@ -181,10 +179,10 @@ def hapo(
     because of a sign error. Its scripts have ``epsilon_high=0.2``.
     Its token-level group average is ``advantages.hapo``, its sampling temperature is outside of a loss.
     """
-    shared = {"alpha": alpha, "pivot": pivot, "entropies": Entropy() if entropies is None else entropies}
+    shared: dict[str, Any] = {"alpha": alpha, "pivot": pivot, "entropies": Entropy() if entropies is None else entropies}
     clip = DualClip(
-        epsilon_low=HapoLower(epsilon=epsilon_low, **shared),  # type: ignore[arg-type]
-        epsilon_high=HapoUpper(epsilon=epsilon_high, **shared),  # type: ignore[arg-type]
+        epsilon_low=HapoLower(epsilon=epsilon_low, **shared),
+        epsilon_high=HapoUpper(epsilon=epsilon_high, **shared),
         clip_ratio_c=clip_ratio_c,
     )
     redistribution = HapoRedistribution(beta=beta, epsilon_low=epsilon_low, epsilon_high=epsilon_high, **shared)

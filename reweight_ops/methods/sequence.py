@@ -13,7 +13,7 @@ from ..weights.importance import OffPolicySequenceMask, SamplerSequenceMask, Seq
 from .penalties import kl
 
 
-@published("gspo", "Group Sequence Policy Optimization", paper="Group Sequence Policy Optimization", arxiv="2507.18071")
+@published("gspo", "Group Sequence Policy Optimization", arxiv="2507.18071")
 def gspo(
     epsilon_low: NonNegativeOrInf[Number] = 3e-4, epsilon_high: NonNegativeOrInf[Number] = 4e-4, beta: NonNegative[Number] = 0.0
 ) -> PolicyLossSpec:
@@ -22,7 +22,7 @@ def gspo(
     return PolicyLossSpec(surrogate=clip, penalties=kl(beta), ratio=SequenceRatio(), reduction=SequenceMean(), name="gspo")
 
 
-@published("gspo_token", "GSPO, token-level variant", paper="Group Sequence Policy Optimization", arxiv="2507.18071")
+@published("gspo_token", "GSPO, token-level variant", arxiv="2507.18071")
 def gspo_token(
     epsilon_low: NonNegativeOrInf[Number] = 3e-4, epsilon_high: NonNegativeOrInf[Number] = 4e-4, beta: NonNegative[Number] = 0.0
 ) -> PolicyLossSpec:

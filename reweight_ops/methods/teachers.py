@@ -18,7 +18,7 @@ class GatedDistillation(Rule):
     It pulls towards the teacher, more strongly where the teacher is more certain.
     """
 
-    gate_beta: Positive[float] = 5.0
+    gate_beta: Positive[Number] = 5.0
 
     def loss(self, xp, t):
         d = t.ref_logp - t.logp

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from .._core.calls.unused_options import forbid_unused
 from .._core.formula.base import Rule, TokenWeight
@@ -45,8 +44,8 @@ def trl(
     loss_type: str = "dapo",
     *,
     epsilon: NonNegativeOrInf[Number] = 0.2,
-    epsilon_high: NonNegativeOrInf[Number] = None,
-    delta: PositiveOrInf[Number] = None,
+    epsilon_high: NonNegativeOrInf[Number] | None = None,
+    delta: PositiveOrInf[Number] | None = None,
     beta: NonNegative[Number] = 0.0,
     importance_sampling_level: str = "token",
     use_bias_correction_kl: bool = True,
@@ -59,9 +58,9 @@ def trl(
     vespo_lambda_pos: NonNegative[Number] = 3.0,
     vespo_k_neg: NonNegative[Number] = 3.0,
     vespo_lambda_neg: NonNegative[Number] = 2.0,
-    off_policy_mask_threshold: Real[Number] = None,
+    off_policy_mask_threshold: Real[Number] | None = None,
     vllm_importance_sampling_mode: str | None = None,
-    vllm_importance_sampling_clip_min: NonNegative[Number] = None,
+    vllm_importance_sampling_clip_min: NonNegative[Number] | None = None,
     vllm_importance_sampling_clip_max: PositiveOrInf[Number] | None = 3.0,
     unused: str = "error",
 ) -> PolicyLossSpec:
@@ -146,7 +145,7 @@ def trl(
     )
 
 
-def _correction(loss_type: str, mode: str | None, clip_min: Any, clip_max: Any) -> TokenWeight | None:
+def _correction(loss_type: str, mode: str | None, clip_min: Number | None, clip_max: Number | None) -> TokenWeight | None:
     """Return TRL's correction of the sampler's mismatch."""
     if mode is None:
         return None

@@ -40,7 +40,6 @@ def two_sided_clip(delta: AtLeastOne[Number], epsilon: NonNegativeOrInf[Number] 
 @published(
     "m2po",
     "Second-Moment Trust Policy Optimization (M2PO)",
-    paper="Prosperity before Collapse: How Far Can Off-Policy RL Reach with Stale Data on LLMs?",
     arxiv="2510.01161",
     level="batch",
 )
@@ -117,7 +116,6 @@ def prime_rl(
 @published(
     "fipo",
     "Future-KL Influenced Policy Optimization (FIPO)",
-    paper="FIPO: Eliciting Deep Reasoning with Future-KL Influenced Policy Optimization",
     arxiv="2603.19835",
     certainty="secondary",
     level="token",

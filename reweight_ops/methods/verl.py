@@ -58,7 +58,7 @@ def _reduction(mode: str, loss_scale_factor: float | None) -> Reduction:
     return reductions[mode]
 
 
-def _bypass(clip: Rule, loss_type: str, level: str | None, threshold: Any) -> tuple[Rule, tuple[TokenWeight, ...]]:
+def _bypass(clip: Rule, loss_type: str, level: str | None, threshold: Number) -> tuple[Rule, tuple[TokenWeight, ...]]:
     """Return the surrogate and weights of ``bypass_mode``."""
     if loss_type not in ("ppo_clip", "reinforce"):
         raise InvalidCall(f"methods.verl: rollout_loss_type is {loss_type!r}, expected 'ppo_clip' or 'reinforce'.")
@@ -82,8 +82,8 @@ def verl(
     *,
     loss_agg_mode: str = "token-mean",
     clip_ratio: NonNegativeOrInf[Number] = 0.2,
-    clip_ratio_low: NonNegativeOrInf[Number] = None,
-    clip_ratio_high: NonNegativeOrInf[Number] = None,
+    clip_ratio_low: NonNegativeOrInf[Number] | None = None,
+    clip_ratio_high: NonNegativeOrInf[Number] | None = None,
     clip_ratio_c: AtLeastOne[Number] = 3.0,
     tau_pos: Positive[Number] = 1.0,
     tau_neg: Positive[Number] = 1.05,
@@ -92,7 +92,7 @@ def verl(
     clip_cov_ub: Real[Number] = 5.0,
     kl_cov_ratio: Unit[Number] = 2e-4,
     ppo_kl_coef: NonNegative[Number] = 0.1,
-    dro_beta: NonNegative[Number] = None,
+    dro_beta: NonNegative[Number] | None = None,
     rollout_loss_type: str = "ppo_clip",
     rollout_is: str | None = None,
     rollout_is_threshold: Annotated[Number, Interval("(0, inf]", entries="[0, inf]")] = 2.0,
@@ -139,7 +139,7 @@ def verl(
     high = clip_ratio if clip_ratio_high is None else clip_ratio_high
     if loss_mode == "dro" and dro_beta is None:
         raise InvalidCall("methods.verl: loss_mode='dro' has no default for dro_beta: pass it.")
-    bounds = {"epsilon_low": low, "epsilon_high": high}
+    bounds: dict[str, Any] = {"epsilon_low": low, "epsilon_high": high}
     region = {"divergence_low": low, "divergence_high": high, "ratio_max": clip_ratio_c}
     dual = DualClip(**bounds, clip_ratio_c=clip_ratio_c)
     bypassed, corrections = _bypass(dual, rollout_loss_type, rollout_is, rollout_is_threshold)
@@ -156,7 +156,7 @@ def verl(
         "geo_mean": Unclipped(),
         "bypass_mode": bypassed,
     }
-    if loss_mode == "dro":
+    if loss_mode == "dro" and dro_beta is not None:
         surrogates["dro"] = Dro(beta=dro_beta)
     weights: dict[str, tuple[TokenWeight, ...]] = {
         "clip_cov": (ClipCov(fraction=clip_cov_ratio, lower=clip_cov_lb, upper=clip_cov_ub, **bounds),),

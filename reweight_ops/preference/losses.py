@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .._core.spec.pair_parts import PairLoss
 from ..errors import InvalidCall
 
 
-def smoothed(x: Tensor, epsilon: Any) -> Tensor:
+def smoothed(x: Tensor, epsilon: Number) -> Tensor:
     """``-(1-ε)·log σ(x) - ε·log σ(-x)``."""
     if isinstance(epsilon, (int, float)) and epsilon == 0:
         return -F.logsigmoid(x)
@@ -327,7 +327,7 @@ def ensemble_slopes(s: Tensor, noise: Tensor, box_cox: float, keep: Tensor) -> T
 class ListLikelihood(PairLoss):
     """``Σ_{k in skips} Σ_i softplus(-β·(s_i - s_{i+k}))`` over a list of scores, best first; ``"all"``: ``Σ_i log(1 + Σ_{j>i} e^(β(s_j - s_i)))``."""
 
-    skips: Any = (1, 2)
+    skips: tuple[int, ...] | Literal["all"] = (1, 2)
 
     def loss(self, p: Pairs) -> Tensor:
         s: Tensor = p.beta * torch.stack([side.scores for side in p.sides])

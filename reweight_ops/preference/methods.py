@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 from .._core.catalogue.registry import published
 from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Positive, Real, Unit
@@ -36,7 +36,7 @@ from .scores import Likelihood, LikelihoodAgainstUnlikelihood, LogRatio, MaskedL
 from .weights import Agreement, MarginAdaptive, SampledAlignment
 
 
-def _terms(*losses: PairLoss | tuple[PairLoss, Any]) -> tuple[PairTerm, ...]:
+def _terms(*losses: PairLoss | tuple[PairLoss, Number]) -> tuple[PairTerm, ...]:
     return tuple(PairTerm(loss=x[0], coef=x[1]) if isinstance(x, tuple) else PairTerm(loss=x) for x in losses)
 
 
@@ -44,7 +44,9 @@ def _terms(*losses: PairLoss | tuple[PairLoss, Any]) -> tuple[PairTerm, ...]:
     "dpo", "Direct Preference Optimization", level="pair", plan="two passes", arxiv="2305.18290",
     paper="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
 )  # fmt: skip
-def dpo(beta: Positive[Number] = 0.1, ld_alpha: Unit[Number] = None, divergence: str = "reverse_kl", alpha: Real[float] = 1.0) -> PairSpec:
+def dpo(
+    beta: Positive[Number] = 0.1, ld_alpha: Unit[Number] | None = None, divergence: str = "reverse_kl", alpha: Real[float] = 1.0
+) -> PairSpec:
     """``-log σ(β·m)``, ``m = (log π - log π_ref)(y_w) - (log π - log π_ref)(y_l)`` (eq. 7).
 
     ``ld_alpha`` is LD-DPO's weight of the tokens beyond the shorter sequence's length.
@@ -190,7 +192,6 @@ def orpo(beta: Positive[Number] = 0.1) -> PairSpec:
 
 @published(
     "dpo_gamma", "DPO^γ", level="pair", plan="two passes", arxiv="2405.19534", example={"gamma": 0.5},
-    paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
 )  # fmt: skip
 def dpo_gamma(gamma: NonNegative[Number], beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(β·(Δ log π - γ·Δ log π_ref))``, Δ chosen less rejected; γ = 1 is DPO, γ = 0 has no reference. The paper sweeps γ from 0 to 2."""
@@ -199,7 +200,6 @@ def dpo_gamma(gamma: NonNegative[Number], beta: Positive[Number] = 0.1) -> PairS
 
 @published(
     "unlikelihood", "Unlikelihood on the rejected sequence", level="pair", plan="two passes", arxiv="2405.19534",
-    paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
 )  # fmt: skip
 def unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(β·(log π(y_w) - log π_ref(y_w) + Σ_t log(1 - π(y_l,t)) - log π_ref(y_l)))``, the authors' loss of that name.
@@ -212,7 +212,7 @@ def unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
 
 @published(
     "no_sft_ratio_w_unlikelihood", "Unlikelihood on the rejected sequence, without a reference", level="pair", plan="two passes",
-    arxiv="2405.19534", paper="Preference Learning Algorithms Do Not Learn Preference Rankings",
+    arxiv="2405.19534",
 )  # fmt: skip
 def no_sft_ratio_w_unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(β·(log π(y_w) + Σ_t log(1 - π(y_l,t))))``: :func:`unlikelihood` without a reference, by the authors' name."""
@@ -240,9 +240,9 @@ def wpo(beta: Positive[Number] = 0.01, clamp: bool = True, label_smoothing: Anno
 def madpo(
     beta: Positive[Number] = 0.1,
     c_max: Annotated[Number, Interval("(1, inf)")] = 2.0,
-    c_min: OpenUnit[Number] = None,
+    c_min: OpenUnit[Number] | None = None,
     lambda_: NonNegative[Number] = 1.0,
-    tau: Positive[Number] = None,
+    tau: Positive[Number] | None = None,
 ) -> PairSpec:
     """``w·(-log σ(β·m))``; ``h`` = ``reward_margins`` of a reward model, ``w = σ(c·h)/σ(h)`` where ``h > -τ``, else 1.
 
@@ -258,7 +258,7 @@ def madpo(
     "rpo", "Regularized Preference Optimization", level="pair", plan="two passes", arxiv="2405.16436",
     paper="Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial Regularizer",
 )  # fmt: skip
-def rpo(form: str = "cumulative", beta: Positive[Number] = None, eta: Positive[Number] = 0.005) -> PairSpec:
+def rpo(form: str = "cumulative", beta: Positive[Number] | None = None, eta: Positive[Number] = 0.005) -> PairSpec:
     """DPO and a likelihood term of the chosen answer, in one of the authors' two forms.
 
     ``"cumulative"``: ``-log σ(β·m) - η·β·Σ_t log π(y_w,t)``, η 0.005, β 0.01 (their recipes use 0.01 and 0.05). ``"average"``:
@@ -362,7 +362,11 @@ def ens_loss(beta: Positive[Number] = 0.1, box_cox: Real[float] = 0.0) -> PairSp
     "rank_list", "RankList on implicit rewards", level="list", plan="two passes", arxiv="2508.09826", certainty="derived",
     paper="RankList - A Listwise Preference Learning Framework for Predicting Subjective Preferences", example={"group_size": 4},
 )  # fmt: skip
-def rank_list(group_size: Annotated[int, Interval("[2, inf)", whole=True)], beta: Positive[Number] = 0.1, skips: Any = (1, 2)) -> PairSpec:
+def rank_list(
+    group_size: Annotated[int, Interval("[2, inf)", whole=True)],
+    beta: Positive[Number] = 0.1,
+    skips: tuple[int, ...] | Literal["all"] = (1, 2),
+) -> PairSpec:
     """``Σ_{k in skips} Σ_i softplus(-β(s_i - s_{i+k}))`` over a list of ``group_size`` answers, best first; ``s`` are log-ratios to the reference.
 
     Derived: from the abstract (RankNet probabilities of local and skip-wise pairs; a

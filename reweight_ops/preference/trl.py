@@ -76,9 +76,9 @@ def trl(
     unknown = [t for t in types if t not in LOSS_TYPES]
     if unknown or not types:
         raise InvalidCall(f"preference.trl: loss_type is {loss_type!r}, expected some of {', '.join(LOSS_TYPES)}.")
-    coefs = [1.0] * len(types) if loss_weights is None else list(loss_weights)
-    if len(coefs) != len(types):
-        raise InvalidCall(f"preference.trl: {len(coefs)} loss_weights for {len(types)} loss types.")
+    coefficients = [1.0] * len(types) if loss_weights is None else list(loss_weights)
+    if len(coefficients) != len(types):
+        raise InvalidCall(f"preference.trl: {len(coefficients)} loss_weights for {len(types)} loss types.")
     if label_smoothing and not any(LOSS_TYPES[t][1] for t in types):
         smooth = [name for name, (_, reads) in LOSS_TYPES.items() if reads]
         raise InvalidCall(
@@ -101,7 +101,7 @@ def trl(
 
     alpha = f_alpha_divergence_coef if is_alpha else 1.0
     return PairSpec(
-        terms=tuple(PairTerm(loss=term(t), coef=c) for t, c in zip(types, coefs, strict=True)),
+        terms=tuple(PairTerm(loss=term(t), coef=c) for t, c in zip(types, coefficients, strict=True)),
         beta=beta,
         score=LogRatio(ld_alpha=ld_alpha, divergence=f_divergence_type, alpha=alpha),
         weights=(SampledAlignment(clamp=False),) if use_weighting else (),

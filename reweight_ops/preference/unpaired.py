@@ -4,16 +4,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidCall
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 @torch.no_grad()
-def kto_baseline(per_token_logps: Tensor, ref_per_token_logps: Tensor, completion_mask: Tensor, *, process_group: Any = None) -> Tensor:
+def kto_baseline(
+    per_token_logps: Tensor, ref_per_token_logps: Tensor, completion_mask: Tensor, *, process_group: ProcessGroup | None = None
+) -> Tensor:
     """``z = max(0, mean_i log(π(y'_i|x_i)/π_ref(y'_i|x_i)))``, 0-d.
 
     This is KTO's estimate of the KL, from prompts with the responses to other prompts

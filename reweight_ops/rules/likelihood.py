@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from .._core.formula.base import Rule, rule
-from .._core.ranges import NonNegative, Positive
+from .._core.ranges import NonNegative, Number, Positive
 
 
 @rule("nll", kind="any")
@@ -36,7 +36,7 @@ class CompSum(Rule):
     Below τ = 1 it overflows fp32 for ``p < exp(-88/(1-τ))``.
     """
 
-    tau: NonNegative[float] = 1.0
+    tau: NonNegative[Number] = 1.0
 
     def loss(self, xp, t):
         limit = self.tau == 1
@@ -51,7 +51,7 @@ class MarginNLL(Rule):
     goes to 1.
     """
 
-    margin: NonNegative[float] = 0.1
+    margin: NonNegative[Number] = 0.1
 
     def loss(self, xp, t):
         return xp.log1p(xp.expm1(t.logp) * -xp.expm1(self.margin)) - t.logp
@@ -65,7 +65,7 @@ class NPO(Rule):
     The log-ratio is a sequence's sum against the reference.
     """
 
-    beta: Positive[float] = 0.1
+    beta: Positive[Number] = 0.1
 
     def loss(self, xp, t):
         # log(1 + exp(x)) without overflow, and with its slope of 1/2 at x = 0, where

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from .._core.formula.base import Rule, rule
-from .._core.ranges import Positive
+from .._core.ranges import Number, Positive
 
 
 @rule("topr")
 class Topr(Rule):
     """``-sg(w)·A·logp``: ``w`` is 1 where ``A >= 0``, else ``min(r, ratio_max)``. TOPR, arXiv:2503.14286, eq. 8."""
 
-    ratio_max: Positive[float] = 1.0
+    ratio_max: Positive[Number] = 1.0
 
     def loss(self, xp, t):
         tapered = xp.minimum(xp.exp(t.log_ratio), self.ratio_max)

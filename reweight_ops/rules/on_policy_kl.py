@@ -12,15 +12,15 @@ from __future__ import annotations
 import math
 
 from .._core.formula.base import Rule, rule
-from .._core.ranges import PositiveOrInf
+from .._core.ranges import Number, PositiveOrInf
 
 
 @rule("k1_on_policy", kind="penalty")
 class K1OnPolicy(Rule):
     """``k(d) = -d``. Where ``|d| > clamp`` or ``|k| > cap`` there is no gradient."""
 
-    clamp: PositiveOrInf[float] = 20.0
-    cap: PositiveOrInf[float] = math.inf
+    clamp: PositiveOrInf[Number] = 20.0
+    cap: PositiveOrInf[Number] = math.inf
 
     def estimate(self, xp, d):
         return -d

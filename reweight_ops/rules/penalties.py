@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from .._core.formula.base import Rule, rule
-from .._core.ranges import PositiveOrInf
+from .._core.ranges import Number, PositiveOrInf
 
 
 def _k3(xp, d):
@@ -32,7 +32,7 @@ class K1(Rule):
 class K2(Rule):
     """``d²/2``. Its gradient is the gradient of the KL, on-policy."""
 
-    clamp: PositiveOrInf[float] = 20.0
+    clamp: PositiveOrInf[Number] = 20.0
 
     def loss(self, xp, t):
         d = xp.clip(t.ref_logp - t.logp, -self.clamp, self.clamp)
@@ -43,8 +43,8 @@ class K2(Rule):
 class K3(Rule):
     """``min(exp(d) - d - 1, cap)``: GRPO's KL (DeepSeekMath, arXiv:2402.03300, eq. 4); verl's ``low_var_kl`` has ``cap=10``."""
 
-    clamp: PositiveOrInf[float] = 20.0
-    cap: PositiveOrInf[float] = math.inf
+    clamp: PositiveOrInf[Number] = 20.0
+    cap: PositiveOrInf[Number] = math.inf
 
     def loss(self, xp, t):
         d = xp.clip(t.ref_logp - t.logp, -self.clamp, self.clamp)
@@ -64,7 +64,7 @@ class K3Corrected(Rule):
     """``r·(exp(d) - d - 1)``: k3 times the importance ratio, gradient through both (DeepSeek-V3.2, arXiv:2512.02556; TRL's
     ``use_bias_correction_kl``)."""
 
-    clamp: PositiveOrInf[float] = 20.0
+    clamp: PositiveOrInf[Number] = 20.0
 
     def loss(self, xp, t):
         d = xp.clip(t.ref_logp - t.logp, -self.clamp, self.clamp)
@@ -93,8 +93,8 @@ class AbsoluteStraightThrough(Rule):
 class K3StraightThrough(Rule):
     """The value of k3 with the gradient of k2 (verl's ``k3+`` and ``low_var_kl+``, with ``cap=10``)."""
 
-    clamp: PositiveOrInf[float] = 20.0
-    cap: PositiveOrInf[float] = math.inf
+    clamp: PositiveOrInf[Number] = 20.0
+    cap: PositiveOrInf[Number] = math.inf
 
     def loss(self, xp, t):
         k2 = 0.5 * (t.ref_logp - t.logp) * (t.ref_logp - t.logp)
@@ -116,7 +116,7 @@ class K1Unbiased(Rule):
     """The value of k1, cut at ±10, with the gradient of ``sg(min(r, ratio_max))·k2``, the reverse KL's off-policy (arXiv:2506.09477; OpenRLHF's
     ``unbiased_gradient``)."""
 
-    ratio_max: PositiveOrInf[float] = 10.0
+    ratio_max: PositiveOrInf[Number] = 10.0
 
     def loss(self, xp, t):
         return _reverse_kl_gradient(xp, t, t.logp - t.ref_logp, self.ratio_max)
@@ -126,7 +126,7 @@ class K1Unbiased(Rule):
 class K2Unbiased(Rule):
     """:class:`K1Unbiased` with the value of k2."""
 
-    ratio_max: PositiveOrInf[float] = 10.0
+    ratio_max: PositiveOrInf[Number] = 10.0
 
     def loss(self, xp, t):
         return _reverse_kl_gradient(xp, t, 0.5 * (t.ref_logp - t.logp) * (t.ref_logp - t.logp), self.ratio_max)
@@ -136,7 +136,7 @@ class K2Unbiased(Rule):
 class K3Unbiased(Rule):
     """:class:`K1Unbiased` with the value of k3."""
 
-    ratio_max: PositiveOrInf[float] = 10.0
+    ratio_max: PositiveOrInf[Number] = 10.0
 
     def loss(self, xp, t):
         return _reverse_kl_gradient(xp, t, _k3(xp, xp.minimum(t.ref_logp - t.logp, 10.0)), self.ratio_max)

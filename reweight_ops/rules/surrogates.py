@@ -6,7 +6,7 @@ import math
 from typing import Annotated
 
 from .._core.formula.base import Rule, rule
-from .._core.ranges import AtLeastOne, Interval, NonNegativeOrInf, Positive, PositiveOrInf
+from .._core.ranges import AtLeastOne, Interval, NonNegativeOrInf, Number, Positive, PositiveOrInf
 
 
 @rule("clip")
@@ -17,9 +17,9 @@ class Clip(Rule):
     clipping (INTELLECT-2, arXiv:2505.07291), an upper bound on the unclipped ratio for both signs of A; off is ``inf``.
     """
 
-    epsilon_low: NonNegativeOrInf[float] = 0.2
-    epsilon_high: NonNegativeOrInf[float] = 0.2
-    delta: PositiveOrInf[float] = math.inf
+    epsilon_low: NonNegativeOrInf[Number] = 0.2
+    epsilon_high: NonNegativeOrInf[Number] = 0.2
+    delta: PositiveOrInf[Number] = math.inf
 
     def loss(self, xp, t):
         ratio = xp.exp(t.log_ratio)
@@ -47,9 +47,9 @@ class DualClip(Rule):
     Ye et al. 2019, arXiv:1912.09729, eq. 5. It is verl's default.
     """
 
-    epsilon_low: NonNegativeOrInf[float] = 0.2
-    epsilon_high: NonNegativeOrInf[float] = 0.2
-    clip_ratio_c: AtLeastOne[float] = 3.0
+    epsilon_low: NonNegativeOrInf[Number] = 0.2
+    epsilon_high: NonNegativeOrInf[Number] = 0.2
+    clip_ratio_c: AtLeastOne[Number] = 3.0
 
     def loss(self, xp, t):
         ratio = xp.exp(t.log_ratio)
@@ -70,8 +70,8 @@ class Cispo(Rule):
     MiniMax-M1, arXiv:2506.13585, eq. 4. ``ratio_max`` is the cap itself: TRL's ``epsilon_high``, verl's ``1 + clip_ratio_high``.
     """
 
-    ratio_min: Annotated[float, Interval("[-inf, inf)")] = 0.0
-    ratio_max: PositiveOrInf[float] = 5.0
+    ratio_min: Annotated[Number, Interval("[-inf, inf)")] = 0.0
+    ratio_max: PositiveOrInf[Number] = 5.0
 
     def loss(self, xp, t):
         return -xp.stop_gradient(xp.clip(xp.exp(t.log_ratio), self.ratio_min, self.ratio_max)) * t.adv * t.logp
@@ -88,8 +88,8 @@ class Sapo(Rule):
     Soft Adaptive Policy Optimization, arXiv:2511.20347, eq. 5-6.
     """
 
-    temperature_pos: Positive[float] = 1.0
-    temperature_neg: Positive[float] = 1.05
+    temperature_pos: Positive[Number] = 1.0
+    temperature_neg: Positive[Number] = 1.05
 
     def loss(self, xp, t):
         tau = xp.where(t.adv > 0, self.temperature_pos, self.temperature_neg)
@@ -115,9 +115,9 @@ class DppoTV(Rule):
     gradient), and the ratio is truncated at ``ratio_max`` (the paper's section 5.4).
     """
 
-    divergence_low: NonNegativeOrInf[float] = 0.2
-    divergence_high: NonNegativeOrInf[float] = 0.2
-    ratio_max: PositiveOrInf[float] = 20.0
+    divergence_low: NonNegativeOrInf[Number] = 0.2
+    divergence_high: NonNegativeOrInf[Number] = 0.2
+    ratio_max: PositiveOrInf[Number] = 20.0
 
     def _outside(self, xp, t):
         drift = xp.exp(t.logp) - xp.exp(t.old_logp)

@@ -123,7 +123,7 @@ def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
     """
     call, leaves = exact._call, exact._leaves
     d_logp, loss = torch.zeros_like(leaves["logp"]), torch.zeros((), dtype=torch.float64, device=leaves["logp"].device)
-    known, value = exact._derivatives, call.evaluate(leaves).weighted_loss.sum()
+    known, value = exact._derivatives, call.token_losses(leaves).weighted_loss.sum()
     g = torch.Generator().manual_seed(0)
     for _ in range(4):
         moved = {
@@ -137,7 +137,7 @@ def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
         if call.spec.couples_rows:
             change = [(a - b).abs() for a, b in zip(coefficients(call, moved), known, strict=True)]
             d_logp = torch.maximum(d_logp, change[0] + change[1])
-        loss = torch.maximum(loss, (call.evaluate(moved).weighted_loss.sum() - value).abs().double())
+        loss = torch.maximum(loss, (call.token_losses(moved).weighted_loss.sum() - value).abs().double())
     return d_logp, loss
 
 
@@ -148,9 +148,9 @@ def _loss_size(exact: PolicyLossOutput) -> Tensor:
     roundings of the statistics make of the loss.
     """
     call, leaves = exact._call, exact._leaves
-    terms = call.evaluate(leaves).weighted_loss.abs().sum()
-    slopes = exact._derivatives[0].abs() * (1 + leaves["logp"].abs()) + exact._derivatives[1].abs() * (1 + leaves["entropy"])
-    reach, moved = slopes.sum(), _conditioning(exact)[1] / ERROR_FLOOR
+    terms = call.token_losses(leaves).weighted_loss.abs().sum()
+    by_size = exact._derivatives[0].abs() * (1 + leaves["logp"].abs()) + exact._derivatives[1].abs() * (1 + leaves["entropy"])
+    reach, moved = by_size.sum(), _conditioning(exact)[1] / ERROR_FLOOR
     return terms + (reach + moved if call.spec.couples_rows else torch.maximum(reach, moved))
 
 

@@ -21,14 +21,14 @@ from ..nn import FusedLinearLogProbs, FusedLinearPolicyLoss
 from .golden_row import LN2, LN3, Built, Golden
 
 #: What a gradient is taken by, where a row has it as a tensor: the logits or the weight of a head, and what is asked of it besides.
-_LEAVES = ("logits", "lm_head_weight", "temperature", "old_per_token_logps")
+_FIELDS = ("logits", "lm_head_weight", "temperature", "old_per_token_logps")
 
 
 def _called(op: Callable[..., Any]) -> Callable[..., list[Tensor]]:
     """Every number of the op's result, and the gradient of the sum of those that have one."""
 
     def run(**arguments: Any) -> list[Tensor]:
-        leaves = {name: x.requires_grad_() for name, x in arguments.items() if name in _LEAVES and isinstance(x, Tensor)}
+        leaves = {name: x.requires_grad_() for name, x in arguments.items() if name in _FIELDS and isinstance(x, Tensor)}
         found = op(**{**arguments, **leaves})
         if isinstance(found, TokenStats):
             values = [getattr(found, name) for name in arguments["stats"]]

@@ -57,7 +57,7 @@ def yardstick(out: PolicyLossOutput, logits: Tensor, ids: Tensor, **head: Any) -
     call = out._call
     rows = row_statistics(z, ids, **head)
     statistics = {name: torch.where(call.rows.keep, value.reshape(-1), 0) for name, value in rows.items()}
-    loss = call.evaluate({name: statistics[name] for name in out._leaves}).weighted_loss.sum()
+    loss = call.token_losses({name: statistics[name] for name in out._leaves}).weighted_loss.sum()
     (grad,) = torch.autograd.grad(loss, z)
     logps, entropies = (call.rows.unflatten(statistics[name].detach()) for name in ("logp", "entropy"))
     return Yardstick(loss.detach(), grad, logps, entropies)

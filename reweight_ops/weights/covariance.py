@@ -22,11 +22,11 @@ class ClipCov(TokenWeight):
     number, or a 0-d tensor such as the step). It is the same on every backend.
     """
 
-    fraction: Unit[float] = 2e-4
-    lower: Real[float] = 1.0
-    upper: Real[float] = 5.0
-    epsilon_low: NonNegativeOrInf[float] = 0.2
-    epsilon_high: NonNegativeOrInf[float] = 0.2
+    fraction: Unit[Number] = 2e-4
+    lower: Real[Number] = 1.0
+    upper: Real[Number] = 5.0
+    epsilon_low: NonNegativeOrInf[Number] = 0.2
+    epsilon_high: NonNegativeOrInf[Number] = 0.2
     seed: Real[Number] = 0.0
 
     def weight(self, xp, t, batch):
@@ -39,7 +39,7 @@ class ClipCov(TokenWeight):
 class TopCovariance(TokenWeight):
     """``value`` for the ``max(1, floor(fraction·n))`` of the n tokens with the largest covariance, else 0."""
 
-    fraction: Unit[float] = 2e-4
+    fraction: Unit[Number] = 2e-4
     value: Real[Number] = 1.0
 
     def weight(self, xp, t, batch):

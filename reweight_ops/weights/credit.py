@@ -6,13 +6,12 @@ from __future__ import annotations
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import NonNegative, NonNegativeOrInf, Positive, PositiveOrInf, Real, Unit
+from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Positive, PositiveOrInf, Real, Unit
 
 
 @published(
     "fipo",
     "Future-KL Influenced Policy Optimization: the influence weight",
-    paper="FIPO: Eliciting Deep Reasoning with Future-KL Influenced Policy Optimization",
     arxiv="2603.19835",
     certainty="secondary",
     level="token",
@@ -29,11 +28,11 @@ class FutureInfluence(TokenWeight):
     Differs from the paper: transcribed from ms-swift's ``loss_type="fipo"`` and its defaults; distances count completion tokens, there also masked ones.
     """
 
-    half_life: Positive[float] = 32.0
-    weight_min: NonNegative[float] = 1.0
-    weight_max: PositiveOrInf[float] = 1.2
-    participation_max: PositiveOrInf[float] = float("inf")
-    safety_ratio: PositiveOrInf[float] = 4.0
+    half_life: Positive[Number] = 32.0
+    weight_min: NonNegative[Number] = 1.0
+    weight_max: PositiveOrInf[Number] = 1.2
+    participation_max: PositiveOrInf[Number] = float("inf")
+    safety_ratio: PositiveOrInf[Number] = 4.0
 
     def weight(self, xp, t, batch):
         ratio = xp.exp(t.log_ratio)
@@ -47,7 +46,7 @@ class FutureInfluence(TokenWeight):
 class PrefixDiscrepancy(TokenWeight):
     """``1 + gamma·(1 - Σ_{s<t}|a_s| / Σ_s|a_s|)``, ``a = ref_logp - old_logp``: IW-OPD's weight, smaller where the teacher has disagreed before."""
 
-    gamma: NonNegative[float] = 1.0
+    gamma: NonNegative[Number] = 1.0
 
     def weight(self, xp, t, batch):
         size = xp.abs(t.ref_logp - t.old_logp)
@@ -79,8 +78,8 @@ class SelfDistilledEvidence(TokenWeight):
     :class:`NegativeSelfDistilledEvidence` (its ``rlsd_negative_only``).
     """
 
-    mixing: Unit[float] = 0.5
-    epsilon: NonNegative[float] = 0.2
+    mixing: Unit[Number] = 0.5
+    epsilon: NonNegative[Number] = 0.2
 
     def weight(self, xp, t, batch):
         return _evidence(self, xp, t)
@@ -90,8 +89,8 @@ class SelfDistilledEvidence(TokenWeight):
 class NegativeSelfDistilledEvidence(TokenWeight):
     """:class:`SelfDistilledEvidence` where ``A < 0``, else 1."""
 
-    mixing: Unit[float] = 0.5
-    epsilon: NonNegative[float] = 0.2
+    mixing: Unit[Number] = 0.5
+    epsilon: NonNegative[Number] = 0.2
 
     def weight(self, xp, t, batch):
         return xp.where(t.adv < 0, _evidence(self, xp, t), 1.0)
@@ -115,11 +114,11 @@ class TokenRegulation(TokenWeight):
     that of ports; its constants were not found in print, so they must be given.
     """
 
-    alpha: Positive[float]
-    tau: Positive[float]
-    mu: Real[float]
-    lower: NonNegative[float]
-    upper: NonNegativeOrInf[float]
+    alpha: Positive[Number]
+    tau: Positive[Number]
+    mu: Real[Number]
+    lower: NonNegative[Number]
+    upper: NonNegativeOrInf[Number]
 
     def weight(self, xp, t, batch):
         return xp.clip(self.alpha * (xp.sigmoid(xp.exp(t.logp) / self.tau) - self.mu), self.lower, self.upper)
@@ -145,8 +144,8 @@ class SpuriousTokens(TokenWeight):
     between its accounts, so they must be given.
     """
 
-    probability: Unit[float]
-    entropy_quantile: Unit[float]
+    probability: Unit[Number]
+    entropy_quantile: Unit[Number]
 
     def weight(self, xp, t, batch):
         certain = t.entropy < batch.quantile(t.entropy, self.entropy_quantile)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -34,7 +35,7 @@ _CURRENT = Entropy()
 class TopEntropy(TokenWeight):
     """1 for the ``fraction`` of this call's tokens with the highest entropy, else 0 ("80/20", arXiv:2506.01939; TRL's ``top_entropy_quantile``)."""
 
-    fraction: Unit[float] = 0.2
+    fraction: Unit[Number] = 0.2
 
     def weight(self, xp, t, batch):
         chosen = xp.where(t.entropy >= batch.quantile(t.entropy, 1 - self.fraction), 1.0, 0.0)
@@ -44,7 +45,6 @@ class TopEntropy(TokenWeight):
 @published(
     "d3s",
     "Dynamic Dual-level Down-Sampling, token level",
-    paper="Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization",
     arxiv="2509.22115",
     certainty="secondary",
     level="token",
@@ -61,7 +61,7 @@ class DualLevelDownSampling(TokenWeight):
     states the rule.
     """
 
-    fraction: Unit[float]
+    fraction: Unit[Number]
     entropies: Tensor | TokenWeight = _CURRENT
 
     def weight(self, xp, t, batch):
@@ -72,10 +72,10 @@ class DualLevelDownSampling(TokenWeight):
 # --- STEER -------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class _Steer(TokenWeight):
-    w_min: Positive[float] = 0.8
-    p_power: NonNegative[float] = 0.0
-    epsilon_low: NonNegativeOrInf[float] = math.inf
-    epsilon_high: NonNegativeOrInf[float] = math.inf
+    w_min: Positive[Number] = 0.8
+    p_power: NonNegative[Number] = 0.0
+    epsilon_low: NonNegativeOrInf[Number] = math.inf
+    epsilon_high: NonNegativeOrInf[Number] = math.inf
     entropies: Tensor | TokenWeight = _CURRENT
 
     def change(self, xp, t):
@@ -96,7 +96,7 @@ class SteerLinear(_Steer):
     where all ``|Ω|`` are equal. See :func:`steer`.
     """
 
-    w_max: Positive[float] = 1.2
+    w_max: Positive[Number] = 1.2
 
     def weight(self, xp, t, batch):
         size = self.change(xp, t)
@@ -109,7 +109,7 @@ class SteerLinear(_Steer):
 class SteerExponential(_Steer):
     """``clip(exp(log(w_min)·|Ω|/max(max|Ω|, floor)), w_min, 1)``. See :func:`steer`."""
 
-    floor: NonNegative[float] = 0.02
+    floor: NonNegative[Number] = 0.02
 
     def weight(self, xp, t, batch):
         size = self.change(xp, t)
@@ -149,7 +149,7 @@ def steer(
     powers = {"code": 0.0, "exact": 1.0}
     if omega not in powers:
         raise InvalidCall(f"steer: omega is {omega!r}, expected 'code' or 'exact'.")
-    common = {"w_min": w_min, "p_power": powers[omega], "epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
+    common: dict[str, Any] = {"w_min": w_min, "p_power": powers[omega], "epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
     common["entropies"] = _CURRENT if entropies is None else entropies
     forbid_unused(
         "steer",
@@ -168,8 +168,8 @@ def steer(
 # --- HAPO --------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class _Hapo(TokenWeight):
-    alpha: NonNegative[float] = 1.0
-    pivot: Unit[float] = 0.8
+    alpha: NonNegative[Number] = 1.0
+    pivot: Unit[Number] = 0.8
     entropies: Tensor | TokenWeight = _CURRENT
 
     def standing(self, xp, batch):
@@ -193,7 +193,7 @@ class _Hapo(TokenWeight):
 class HapoLower(_Hapo):
     """``ε·(1 - α·h)`` where ``h <= 0``, else ``ε``: HAPO's lower clip bound, wider for tokens of low entropy."""
 
-    epsilon: NonNegativeOrInf[float] = 0.2
+    epsilon: NonNegativeOrInf[Number] = 0.2
 
     def weight(self, xp, t, batch):
         return self.lower(xp, self.standing(xp, batch), self.epsilon)
@@ -203,7 +203,7 @@ class HapoLower(_Hapo):
 class HapoUpper(_Hapo):
     """``ε·(1 + α·h)`` where ``h > 0``, else ``ε``: HAPO's upper clip bound, wider for tokens of high entropy."""
 
-    epsilon: NonNegativeOrInf[float] = 0.28
+    epsilon: NonNegativeOrInf[Number] = 0.28
 
     def weight(self, xp, t, batch):
         return self.upper(xp, self.standing(xp, batch), self.epsilon)
@@ -212,7 +212,6 @@ class HapoUpper(_Hapo):
 @published(
     "hapo_redistribution",
     "HAPO's differential advantage redistribution",
-    paper="From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
     arxiv="2509.16591",
     level="token",
 )
@@ -227,9 +226,9 @@ class HapoRedistribution(_Hapo):
     non-negative, so that tokens of low entropy are treated as those of high entropy and ``ε_low`` never adapts.
     """
 
-    beta: NonNegative[float] = 1.0
-    epsilon_low: NonNegativeOrInf[float] = 0.2
-    epsilon_high: NonNegativeOrInf[float] = 0.28
+    beta: NonNegative[Number] = 1.0
+    epsilon_low: NonNegativeOrInf[Number] = 0.2
+    epsilon_high: NonNegativeOrInf[Number] = 0.28
 
     def weight(self, xp, t, batch):
         h = self.standing(xp, batch)

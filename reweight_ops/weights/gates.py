@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import NonNegative
+from .._core.ranges import NonNegative, Number
 from ..errors import InvalidCall
 
 
@@ -38,7 +38,7 @@ class BinaryKLGate(TokenWeight):
     p is the token's probability under the sampler, and q under the old policy.
     """
 
-    threshold: NonNegative[float]
+    threshold: NonNegative[Number]
 
     def weight(self, xp, t, batch):
         return xp.where(_binary_kl(xp, t) <= self.threshold, 1.0, 0.0)
@@ -48,7 +48,7 @@ class BinaryKLGate(TokenWeight):
 class TotalVariationGate(TokenWeight):
     """1 where ``|p - q| <= threshold``, else 0; p and q as in :class:`BinaryKLGate`."""
 
-    threshold: NonNegative[float]
+    threshold: NonNegative[Number]
 
     def weight(self, xp, t, batch):
         return xp.where(_total_variation(xp, t) <= self.threshold, 1.0, 0.0)
@@ -58,7 +58,7 @@ class TotalVariationGate(TokenWeight):
 class SequenceBinaryKLGate(TokenWeight):
     """:class:`BinaryKLGate` of the mean over a sequence's tokens."""
 
-    threshold: NonNegative[float]
+    threshold: NonNegative[Number]
 
     def weight(self, xp, t, batch):
         return xp.where(batch.seq_mean(_binary_kl(xp, t)) <= self.threshold, 1.0, 0.0)
@@ -68,7 +68,7 @@ class SequenceBinaryKLGate(TokenWeight):
 class SequenceTotalVariationGate(TokenWeight):
     """:class:`TotalVariationGate` of the mean over a sequence's tokens."""
 
-    threshold: NonNegative[float]
+    threshold: NonNegative[Number]
 
     def weight(self, xp, t, batch):
         return xp.where(batch.seq_mean(_total_variation(xp, t)) <= self.threshold, 1.0, 0.0)

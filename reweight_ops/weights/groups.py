@@ -7,14 +7,14 @@ Both are functions. Their result is a detached tensor ``[B, T]`` for ``token_wei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import AtLeastOne, Count, Interval, NonNegative, Positive, ranged
+from .._core.ranges import AtLeastOne, Count, Interval, NonNegative, Number, Positive, Real, ranged
 from .._core.rows.grouped import indices, whole_number
 from ..errors import InvalidCall
 
@@ -29,7 +29,7 @@ class Precomputed(TokenWeight):
     ``token_weights=`` does the same for the surrogate alone, in one pass.
     """
 
-    values: Any
+    values: Real[Number]
 
     def weight(self, xp, t, batch):
         return xp.where(t.logp == t.logp, self.values, self.values)
@@ -69,7 +69,6 @@ def _mask(op: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 @published(
     "tw_grpo",
     "Token-Weighted GRPO (focused thinking)",
-    paper="Reinforcing Video Reasoning with Focused Thinking",
     arxiv="2505.24718",
     level="group",
     plan="composite",
@@ -95,8 +94,8 @@ def tw_grpo(
     The vocabulary is read twice, in chunks of at most ``chunk_elements`` fp32 numbers, and the weights are detached. Differs from the paper: the formula
     is the authors' code's, whose weights carry a gradient and whose ratio is always 1; ``max_weight=1.7`` is of its training script.
 
-    >>> import torch
-    >>> tw_grpo(torch.zeros(2, 3, 5), torch.ones(2, 3), group_size=2)
+    >>> import torch, reweight_ops as rw
+    >>> rw.weights.tw_grpo(torch.zeros(2, 3, 5), torch.ones(2, 3), group_size=2)
     tensor([[1., 1., 1.],
             [1., 1., 1.]])
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import NonNegative, PositiveOrInf, Real
+from .._core.ranges import NonNegative, Number, PositiveOrInf, Real
 from ..errors import InvalidCall
 
 
@@ -29,8 +29,8 @@ class TruncatedImportance(TokenWeight):
     weights below.
     """
 
-    ratio_min: NonNegative[float] = 0.0
-    ratio_max: PositiveOrInf[float] = 2.0
+    ratio_min: NonNegative[Number] = 0.0
+    ratio_max: PositiveOrInf[Number] = 2.0
 
     def weight(self, xp, t, batch):
         return xp.clip(xp.exp(_drift(xp, t)), self.ratio_min, self.ratio_max)
@@ -48,8 +48,8 @@ class TruncatedImportance(TokenWeight):
 class MaskedImportance(TokenWeight):
     """The same ratio where it lies in ``[ratio_min, ratio_max]``, else 0 (IcePop; TRL's ``token_mask``). The default bounds are TIS's."""
 
-    ratio_min: NonNegative[float] = 0.0
-    ratio_max: PositiveOrInf[float] = 2.0
+    ratio_min: NonNegative[Number] = 0.0
+    ratio_max: PositiveOrInf[Number] = 2.0
 
     def weight(self, xp, t, batch):
         ratio = xp.exp(_drift(xp, t))
@@ -63,8 +63,8 @@ class MaskedImportance(TokenWeight):
 class SequenceTruncatedImportance(TokenWeight):
     """:class:`TruncatedImportance` of the whole sequence's ratio (TRL's ``sequence_truncate``, whose default 3 is). Liu, Li et al. 2025 (a blog post)."""
 
-    ratio_min: NonNegative[float] = 0.0
-    ratio_max: PositiveOrInf[float] = 3.0
+    ratio_min: NonNegative[Number] = 0.0
+    ratio_max: PositiveOrInf[Number] = 3.0
 
     def weight(self, xp, t, batch):
         return xp.clip(xp.exp(batch.seq_sum(_drift(xp, t))), self.ratio_min, self.ratio_max)
@@ -75,8 +75,8 @@ class SequenceTruncatedImportance(TokenWeight):
 class SequenceMaskedImportance(TokenWeight):
     """:class:`MaskedImportance` of the whole sequence's ratio (TRL's ``sequence_mask``, its default). MIS, Liu, Li et al. 2025 (a blog post)."""
 
-    ratio_min: NonNegative[float] = 0.0
-    ratio_max: PositiveOrInf[float] = 3.0
+    ratio_min: NonNegative[Number] = 0.0
+    ratio_max: PositiveOrInf[Number] = 3.0
 
     def weight(self, xp, t, batch):
         ratio = xp.exp(batch.seq_sum(_drift(xp, t)))
@@ -96,8 +96,8 @@ class GeometricSequenceMask(TokenWeight):
     term and denominator (``scope="all"`` and ``reduction=TokenMean(weight=...)``).
     """
 
-    ratio_min: NonNegative[float]
-    ratio_max: PositiveOrInf[float]
+    ratio_min: NonNegative[Number]
+    ratio_max: PositiveOrInf[Number]
 
     def weight(self, xp, t, batch):
         mean = xp.exp(batch.seq_mean(_drift(xp, t)))
@@ -112,7 +112,7 @@ class OffPolicySequenceMask(TokenWeight):
     against the sampler's own log-probs.
     """
 
-    threshold: Real[float]
+    threshold: Real[Number]
 
     def weight(self, xp, t, batch):
         return xp.where((t.adv < 0) & (batch.seq_mean(t.old_logp - t.logp) > self.threshold), 0.0, 1.0)
@@ -124,7 +124,7 @@ class SamplerSequenceMask(TokenWeight):
     staleness and the sampler's mismatch together. A token with a NaN counts as 0.
     """
 
-    threshold: Real[float]
+    threshold: Real[Number]
 
     def weight(self, xp, t, batch):
         drift = t.sampling_logp - t.logp
@@ -145,11 +145,11 @@ class SequenceGamma(TokenWeight):
     log is clamped to ``[log 1e-8, 20]``.
     """
 
-    k_pos: NonNegative[float] = 2.0
-    lambda_pos: NonNegative[float] = 3.0
-    k_neg: NonNegative[float] = 3.0
-    lambda_neg: NonNegative[float] = 2.0
-    correction: NonNegative[float] = 1.0
+    k_pos: NonNegative[Number] = 2.0
+    lambda_pos: NonNegative[Number] = 3.0
+    k_neg: NonNegative[Number] = 3.0
+    lambda_neg: NonNegative[Number] = 2.0
+    correction: NonNegative[Number] = 1.0
 
     def weight(self, xp, t, batch):
         drift = xp.clip(t.logp - t.old_logp, -20.0, 20.0) + xp.clip(xp.log(self.correction), _SMALLEST_LOG_RATIO, 20.0)

@@ -8,12 +8,10 @@ import math
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import NonNegative, NonNegativeOrInf, Positive, Unit
-
-_AR = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
+from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Positive, Unit
 
 
-@published("advantage_reweighting", "Advantage Reweighting (AR)", paper=_AR, arxiv="2505.12929", level="token")
+@published("advantage_reweighting", "Advantage Reweighting (AR)", arxiv="2505.12929", level="token")
 @weight
 class AdvantageReweighting(TokenWeight):
     """``α·p_old + 1 - α`` with the probability under the old policy. It damps the
@@ -27,7 +25,7 @@ class AdvantageReweighting(TokenWeight):
     ``neg_adv_weight``.
     """
 
-    alpha: Unit[float] = 0.3
+    alpha: Unit[Number] = 0.3
 
     def weight(self, xp, t, batch):
         return self.alpha * xp.exp(t.old_logp) + 1 - self.alpha
@@ -37,7 +35,7 @@ class AdvantageReweighting(TokenWeight):
 class CurrentAdvantageReweighting(TokenWeight):
     """``α·p + 1 - α`` with the current probability, detached. AR as the paper writes it, arXiv:2505.12929, section 4.1."""
 
-    alpha: Unit[float] = 0.3
+    alpha: Unit[Number] = 0.3
 
     def weight(self, xp, t, batch):
         return self.alpha * xp.exp(t.logp) + 1 - self.alpha
@@ -47,7 +45,7 @@ class CurrentAdvantageReweighting(TokenWeight):
 class PositiveAdvantageReweighting(TokenWeight):
     """:class:`AdvantageReweighting` where ``A > 0``, else 1 (the code's ``both_linear_balance1``)."""
 
-    alpha: Unit[float] = 0.3
+    alpha: Unit[Number] = 0.3
 
     def weight(self, xp, t, batch):
         return xp.where(t.adv > 0, self.alpha * xp.exp(t.old_logp) + 1 - self.alpha, 1.0)
@@ -61,8 +59,8 @@ def _sigmoid(xp, t, steepness, midpoint):
 class SigmoidReweighting(TokenWeight):
     """``2·σ(k·(p_old - τ))`` with ``k = steepness``, ``τ = midpoint`` (the code's ``both_sigmoid``)."""
 
-    steepness: Positive[float] = 5.0
-    midpoint: Unit[float] = 0.4
+    steepness: Positive[Number] = 5.0
+    midpoint: Unit[Number] = 0.4
 
     def weight(self, xp, t, batch):
         return _sigmoid(xp, t, self.steepness, self.midpoint)
@@ -72,8 +70,8 @@ class SigmoidReweighting(TokenWeight):
 class NegativeSigmoidReweighting(TokenWeight):
     """:class:`SigmoidReweighting` where ``A <= 0``, else 1 (the code's ``negative_sigmoid``)."""
 
-    steepness: Positive[float] = 5.0
-    midpoint: Unit[float] = 0.4
+    steepness: Positive[Number] = 5.0
+    midpoint: Unit[Number] = 0.4
 
     def weight(self, xp, t, batch):
         return xp.where(t.adv > 0, 1.0, _sigmoid(xp, t, self.steepness, self.midpoint))
@@ -88,8 +86,8 @@ class BalancedSigmoidReweighting(TokenWeight):
     that code include padding.
     """
 
-    steepness: Positive[float] = 5.0
-    midpoint: Unit[float] = 0.4
+    steepness: Positive[Number] = 5.0
+    midpoint: Unit[Number] = 0.4
 
     def weight(self, xp, t, batch):
         u = _sigmoid(xp, t, self.steepness, self.midpoint)
@@ -103,8 +101,8 @@ class BalancedSigmoidReweighting(TokenWeight):
 class SignWeight(TokenWeight):
     """``positive`` where ``A > 0``, else ``negative`` (AR's ``neg_adv_weight``; positive-only and negative-only training with 0)."""
 
-    positive: NonNegative[float] = 1.0
-    negative: NonNegative[float] = 1.0
+    positive: NonNegative[Number] = 1.0
+    negative: NonNegative[Number] = 1.0
 
     def weight(self, xp, t, batch):
         return xp.where(t.adv > 0, self.positive, self.negative)
@@ -133,8 +131,8 @@ class ProbabilityBand(TokenWeight):
     """
 
     scope: str = "all"
-    lower: NonNegative[float] = 0.0
-    upper: NonNegativeOrInf[float] = math.inf
+    lower: NonNegative[Number] = 0.0
+    upper: NonNegativeOrInf[Number] = math.inf
 
     def weight(self, xp, t, batch):
         p = xp.exp(t.old_logp)
@@ -151,9 +149,9 @@ class ProbabilityQuantile(TokenWeight):
     """
 
     scope: str = "all"
-    quantile: Unit[float] = 0.5
-    below: NonNegative[float] = 1.0
-    above: NonNegative[float] = 0.0
+    quantile: Unit[Number] = 0.5
+    below: NonNegative[Number] = 1.0
+    above: NonNegative[Number] = 0.0
 
     def weight(self, xp, t, batch):
         p = xp.exp(t.old_logp)
@@ -164,8 +162,8 @@ class ProbabilityQuantile(TokenWeight):
 class ProbabilityInterval(TokenWeight):
     """1 where ``lower < p_old <= upper``, else 0; of the surrogate (the ``mask_prob`` modes of AR's code: quarters, or all below a quarter's end)."""
 
-    lower: NonNegative[float] = 0.0
-    upper: NonNegativeOrInf[float] = 1.0
+    lower: NonNegative[Number] = 0.0
+    upper: NonNegativeOrInf[Number] = 1.0
 
     def weight(self, xp, t, batch):
         p = xp.exp(t.old_logp)
@@ -175,7 +173,6 @@ class ProbabilityInterval(TokenWeight):
 @published(
     "spo_probability_mask",
     "SPO probability mask",
-    paper="Segment Policy Optimization: Effective Segment-Level Credit Assignment in RL for Large Language Models",
     arxiv="2505.23564",
     level="token",
 )
@@ -191,7 +188,6 @@ def spo_probability_mask(threshold: Unit[float] = 0.9) -> TokenWeight:
 @published(
     "tsa",
     "Training Signal Annealing",
-    paper="Unsupervised Data Augmentation for Consistency Training",
     arxiv="1904.12848",
     level="token",
     example={"threshold": 0.5},
@@ -208,7 +204,7 @@ class TrainingSignalAnnealing(TokenWeight):
     size of the vocabulary.
     """
 
-    threshold: Unit[float]
+    threshold: Unit[Number]
 
     def weight(self, xp, t, batch):
         return xp.where(xp.exp(t.logp) <= self.threshold, 1.0, 0.0)

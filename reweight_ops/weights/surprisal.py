@@ -30,7 +30,7 @@ class SurprisalReweighting(TokenWeight):
     target-entropy gate of section 4.3.
     """
 
-    fraction: Unit[float] = 0.1
+    fraction: Unit[Number] = 0.1
     amplify: NonNegative[Number] = 1.1
     damp: NonNegative[Number] = 1.0
     gate: Unit[Number] = 1.0

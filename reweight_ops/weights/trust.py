@@ -8,7 +8,7 @@ import math
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import NonNegative, Positive, Real
+from .._core.ranges import NonNegative, Number, Positive, Real
 from ..errors import InvalidCall
 
 
@@ -27,8 +27,8 @@ def _second_moment_bound(xp, t, batch, budget):
 class SecondMomentLower(TokenWeight):
     """``max(1 - exp(-τ), least)``: M2PO's lower clip bound, one for the whole call. See ``methods.m2po``."""
 
-    budget: Positive[float] = 0.04
-    least: NonNegative[float] = 0.3
+    budget: Positive[Number] = 0.04
+    least: NonNegative[Number] = 0.3
 
     def weight(self, xp, t, batch):
         return xp.maximum(1 - xp.exp(-_second_moment_bound(xp, t, batch, self.budget)), self.least)
@@ -38,8 +38,8 @@ class SecondMomentLower(TokenWeight):
 class SecondMomentUpper(TokenWeight):
     """``max(exp(τ) - 1, least)``: M2PO's upper clip bound, one for the whole call. See ``methods.m2po``."""
 
-    budget: Positive[float] = 0.04
-    least: NonNegative[float] = 0.5
+    budget: Positive[Number] = 0.04
+    least: NonNegative[Number] = 0.5
 
     def weight(self, xp, t, batch):
         return xp.maximum(xp.expm1(_second_moment_bound(xp, t, batch, self.budget)), self.least)
@@ -48,7 +48,6 @@ class SecondMomentUpper(TokenWeight):
 @published(
     "m2_mask",
     "Second-moment mask (AReaL's m2_threshold)",
-    paper="Prosperity before Collapse: How Far Can Off-Policy RL Reach with Stale Data on LLMs?",
     arxiv="2510.01161",
     certainty="secondary",
     level="batch",
@@ -62,7 +61,7 @@ class SecondMomentMask(TokenWeight):
     (``methods.m2po``).
     """
 
-    threshold: Positive[float] = 0.04
+    threshold: Positive[Number] = 0.04
 
     def weight(self, xp, t, batch):
         drift = xp.where(t.sampling_logp == t.sampling_logp, t.old_logp - t.sampling_logp, 0.0)
@@ -74,10 +73,10 @@ class SecondMomentMask(TokenWeight):
 class PositionBound(TokenWeight):
     """``exp(base·n^power) + shift`` of the n-th token of a sequence, times ``sign``: CTPO's clip bounds. See ``methods.ctpo``."""
 
-    base: Real[float]
-    power: Real[float] = 0.5
-    shift: Real[float] = 0.0
-    sign: Real[float] = 1.0
+    base: Real[Number]
+    power: Real[Number] = 0.5
+    shift: Real[Number] = 0.0
+    sign: Real[Number] = 1.0
 
     def weight(self, xp, t, batch):
         position = batch.seq_cumsum(1.0)
@@ -88,8 +87,8 @@ class PositionBound(TokenWeight):
 class ProbabilityDriftMask(TokenWeight):
     """0 where ``p - p_old > high`` and ``A > 0``, or ``p - p_old < -low`` and ``A <= 0``, else 1: DPPO's total variation as a mask."""
 
-    low: NonNegative[float] = 0.2
-    high: NonNegative[float] = 0.2
+    low: NonNegative[Number] = 0.2
+    high: NonNegative[Number] = 0.2
 
     def weight(self, xp, t, batch):
         drift = xp.exp(t.logp) - xp.exp(t.old_logp)
@@ -100,7 +99,7 @@ class ProbabilityDriftMask(TokenWeight):
 class ProbabilityDistanceMask(TokenWeight):
     """0 where ``|p - p_old| > threshold``, whatever the advantage, else 1: prime-rl's ``ipo`` mask."""
 
-    threshold: NonNegative[float] = 0.1
+    threshold: NonNegative[Number] = 0.1
 
     def weight(self, xp, t, batch):
         return xp.where(xp.abs(xp.exp(t.logp) - xp.exp(t.old_logp)) > self.threshold, 0.0, 1.0)
@@ -124,7 +123,7 @@ class MaxK2Mask(TokenWeight):
     ``threshold``, else 1.
     """
 
-    threshold: NonNegative[float]
+    threshold: NonNegative[Number]
 
     def weight(self, xp, t, batch):
         return xp.where(batch.seq_max(_k2(xp, xp.clip(t.logp - t.old_logp, -20.0, 20.0))) > self.threshold, 0.0, 1.0)
@@ -136,7 +135,7 @@ class MaxK3Mask(TokenWeight):
     else 1.
     """
 
-    threshold: NonNegative[float]
+    threshold: NonNegative[Number]
 
     def weight(self, xp, t, batch):
         return xp.where(batch.seq_max(_k3(xp, xp.clip(t.logp - t.old_logp, -20.0, 20.0))) > self.threshold, 0.0, 1.0)
@@ -148,7 +147,7 @@ class MaxTotalVariationMask(TokenWeight):
     1.
     """
 
-    threshold: NonNegative[float]
+    threshold: NonNegative[Number]
 
     def weight(self, xp, t, batch):
         return xp.where(batch.seq_max(_tv(xp, t)) > self.threshold, 0.0, 1.0)

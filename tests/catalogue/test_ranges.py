@@ -24,6 +24,8 @@ NAMESPACES = (rw.weights, rw.advantages, rw.rewards, rw.objectives, rw.sample_we
 COUNTED = {"group_size", "num_groups", "advantages", "token_weights"}
 #: Of records, which state their ranges themselves (below).
 SHARED = {name for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions) for name in record.NAMES}
+#: ... and of :func:`token_divergence`, which checks them for the losses that are one.
+SHARED |= {"other_temperature", "other_softcap"}
 
 
 def surface():
@@ -207,9 +209,11 @@ def test_a_number_for_every_row(name):
 
 def test_every_numeric_keyword_of_the_records_has_a_range():
     counted = {"num_sequences", "num_groups"}
+    # A tensor, or one number for every row, which is checked where it becomes one.
+    data = {"old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio", "token_weights"}
     for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
         for name, p in inspect.signature(record).parameters.items():
-            assert not numeric(p) or name in record.RANGES or name in counted, name
+            assert not numeric(p) or name in record.RANGES or name in counted | data, name
 
 
 @pytest.mark.parametrize(

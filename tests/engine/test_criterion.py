@@ -39,7 +39,7 @@ def test_a_stopped_gradient_is_part_of_the_losss_conditioning(monkeypatch):
             if logits.dtype == torch.float32:  # the loss if every log-prob has this error
                 logp, adv = rows[0].double(), inputs.adv.double()
                 wrong = logp * (1 + roundings * 2.0**-24)
-                rows[2] = (inputs.weights[0] * -(torch.exp(wrong - inputs.old_logp).clamp(max=5.0)) * adv * wrong).float()
+                rows[2] = (inputs.row_weights[0] * -(torch.exp(wrong - inputs.old_logp).clamp(max=5.0)) * adv * wrong).float()
             return rows
 
         return dataclasses.replace(load("reference"), name="cpu", token_loss_grad=token_loss_grad)

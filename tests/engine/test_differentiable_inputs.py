@@ -11,7 +11,7 @@ from reweight_ops._core.engine.kept import KEPT
 BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 B, T, V = 3, 4, 11
 NAMES = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
-LEAVES = dict(zip(NAMES, ("old_logp", "ref_logp", "sampling_logp"), strict=True))
+TOKEN_FIELDS = dict(zip(NAMES, ("old_logp", "ref_logp", "sampling_logp"), strict=True))
 
 SPECS = {
     "grpo": rw.methods.grpo(beta=0.1),
@@ -38,11 +38,11 @@ def make(dtype=torch.float64):
 
 
 def inputs(d, spec):
-    return [d["stored"][name] for name in NAMES if LEAVES[name] in spec.moving]
+    return [d["stored"][name] for name in NAMES if TOKEN_FIELDS[name] in spec.moving]
 
 
 def given(d, spec):
-    found = {name: x if LEAVES[name] in spec.moving else x.detach() for name, x in d["stored"].items()}
+    found = {name: x if TOKEN_FIELDS[name] in spec.moving else x.detach() for name, x in d["stored"].items()}
     groups = {} if spec.name != "drpo" else dict(group_ids=torch.tensor([0, 0, 0]), num_groups=1)
     return dict(completion_mask=d["mask"], differentiable_inputs=True, unused="ignore", **found, **groups)
 

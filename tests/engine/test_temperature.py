@@ -124,7 +124,7 @@ def test_losses(spec, shape):
         float32 = [x.float().detach() if x.is_floating_point() else x for x in arguments]
         rest = {**data, "spec": "grpo", "old_per_token_logps": old.float(), "temperature": d["heat"].float(), "backend": "reference"}
         told = rw.explain(op, *float32, **rest)
-        assert (told.plan, told.why_not_one_pass) == ("two_pass", "temperature requires grad")
+        assert (told.plan, told.one_pass_unsupported_reason) == ("two_pass", "temperature requires grad")
         with pytest.raises(rw.UnsupportedRequest, match="plan='one_pass' is impossible: temperature requires grad"):
             op(*float32, plan="one_pass", **rest)
 

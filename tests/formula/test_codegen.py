@@ -27,13 +27,13 @@ from reweight_ops._core.backends.select import load as load_backend
 from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.files import write_atomically
 from reweight_ops._core.formula import triton
-from reweight_ops._core.formula.base import DIFFERENTIABLE_LEAVES
+from reweight_ops._core.formula.base import DIFFERENTIABLE_FIELDS
 from reweight_ops._core.formula.derive import derive, value
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.namespace import TorchNamespace
 from reweight_ops._core.formula.printer import statements
 from reweight_ops._core.formula.trace import trace_rule, trace_weight
-from reweight_ops.rules import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
+from reweight_ops.rules import RULES, TOKEN_FIELDS, WEIGHTS, Rule, TokenWeight, rule, weight
 
 XP = TorchNamespace(torch.float64)
 
@@ -101,12 +101,12 @@ def points() -> dict[str, torch.Tensor]:
 
 def truth(cls, params: dict[str, float]) -> list[torch.Tensor]:
     """fp64: a rule's loss and its derivatives by autograd, or a weight's value."""
-    leaves = {k: v.double().requires_grad_(k in DIFFERENTIABLE_LEAVES) for k, v in points().items()}
+    leaves = {k: v.double().requires_grad_(k in DIFFERENTIABLE_FIELDS) for k, v in points().items()}
     instance = cls(**params)
     if issubclass(cls, TokenWeight):
         return [instance.weight(XP, SimpleNamespace(**leaves), None).detach()]
     loss = instance.loss(XP, SimpleNamespace(**leaves))
-    grads = torch.autograd.grad(loss.sum(), [leaves[k] for k in DIFFERENTIABLE_LEAVES], allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(loss.sum(), [leaves[k] for k in DIFFERENTIABLE_FIELDS], allow_unused=True, materialize_grads=True)
     return [loss.detach(), *grads]
 
 
@@ -121,7 +121,7 @@ def assert_within_running_error(cls, got: torch.Tensor, params: dict[str, float]
     traced = trace_weight(cls) if issubclass(cls, TokenWeight) else trace_rule(cls)
     roots = [value(traced)] if issubclass(cls, TokenWeight) else [value(traced), *derive(traced).values()]
     environment = {k: v.double() for k, v in points().items()} | {k: torch.tensor(v, dtype=torch.float64) for k, v in params.items()}
-    outputs = ["value", *(f"d_{leaf}" for leaf in DIFFERENTIABLE_LEAVES)]
+    outputs = ["value", *(f"d_{leaf}" for leaf in DIFFERENTIABLE_FIELDS)]
     for name, have, want, (_, bound) in zip(outputs, got, truth(cls, params), evaluate(roots, environment), strict=False):
         assert have.isfinite().all(), (cls.name, name)
         excess = (have.double() - want).abs() - bound
@@ -179,7 +179,7 @@ def interpreted(evaluate_rows, program: Program, params: list[float], outputs: t
 
 
 def test_cpp_rules(evaluate_rows, formulas):
-    outputs = ("loss", *(f"d_{leaf}" for leaf in DIFFERENTIABLE_LEAVES))
+    outputs = ("loss", *(f"d_{leaf}" for leaf in DIFFERENTIABLE_FIELDS))
     for cls in formulas.rules.values():
         params = default_params(cls)
         assert_within_running_error(cls, interpreted(evaluate_rows, Program.of((cls,)), [*params.values()], outputs), params)
@@ -212,11 +212,11 @@ def run_triton(cls, params: dict[str, float], folder: Path) -> torch.Tensor:
     is_weight = issubclass(cls, TokenWeight)
     name = f"{'weight' if is_weight else 'rule'}_{cls.name}"
     outputs = 1 if is_weight else 5
-    loads = [f"tl.load(X + {j} * N + i)" for j in range(len(LEAVES))] + [f"tl.load(P + {j})" for j in range(len(params))]
+    loads = [f"tl.load(X + {j} * N + i)" for j in range(len(TOKEN_FIELDS))] + [f"tl.load(P + {j})" for j in range(len(params))]
     traced = trace_weight(cls) if is_weight else trace_rule(cls)
     roots = [value(traced)] if is_weight else [value(traced), *derive(traced).values()]
     lines, values = statements(triton.TRITON, roots)
-    arguments = [*LEAVES, *(triton.TRITON.local(p) for p in params)]
+    arguments = [*TOKEN_FIELDS, *(triton.TRITON.local(p) for p in params)]
     lines = [f"{n} = {load}" for n, load in zip(arguments, loads, strict=True)] + lines
     source = [triton._HEADER, "from reweight_ops.triton_kernels import math\n"]
     source.append("@triton.jit\ndef kernel(X, P, O, N: tl.constexpr):\n    i = tl.arange(0, N)\n")
@@ -224,7 +224,7 @@ def run_triton(cls, params: dict[str, float], folder: Path) -> torch.Tensor:
     for k in range(outputs):
         source.append(f"    tl.store(O + {k} * N + i, ({values[k]}) + tl.zeros([N], tl.float32))\n")
     (path := folder / f"generated_{name}.py").write_text("\n".join(source))
-    x = torch.stack([points()[leaf] for leaf in LEAVES]).contiguous().to(DEVICE)
+    x = torch.stack([points()[leaf] for leaf in TOKEN_FIELDS]).contiguous().to(DEVICE)
     out = torch.full((outputs, x.size(1)), float("nan"), device=DEVICE)
     p = torch.tensor([*params.values(), float("nan")], device=DEVICE)
     load(path).kernel[(1,)](x, p, out, N=x.size(1))

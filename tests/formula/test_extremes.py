@@ -13,7 +13,7 @@ import torch
 from reweight_ops._core.formula.base import RULES
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.program import evaluate_rows
-from reweight_ops._core.formula.terms import Term, Terms, evaluate
+from reweight_ops._core.formula.terms import Term, Terms, combine_terms
 from reweight_ops._core.formula.trace import trace_rule
 
 EXTREMES = {
@@ -40,7 +40,7 @@ def by_autograd(rule, leaves, clamp, weights):
     log_ratio = log_ratio if clamp == math.inf else log_ratio.clamp(-clamp, clamp)
     terms = Terms([Term(rule, 1.0)], [])
     keep = torch.ones(len(logp), dtype=torch.bool)
-    loss = evaluate(terms, leaves | {"logp": logp, "log_ratio": log_ratio}, weights, keep, None).weighted_loss
+    loss = combine_terms(terms, leaves | {"logp": logp, "log_ratio": log_ratio}, weights, keep, None).weighted_loss
     (grad,) = torch.autograd.grad(loss.sum(), logp, allow_unused=True) if loss.requires_grad else (None,)
     return loss.detach(), torch.zeros_like(logp) if grad is None else grad
 

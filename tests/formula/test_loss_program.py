@@ -17,7 +17,7 @@ from reweight_ops._core.formula.table import build_table
 from reweight_ops._core.formula.text import read_formula, write_formula
 from reweight_ops._core.formula.trace import trace_rule, trace_weight, walk
 from reweight_ops.errors import InvalidCall
-from reweight_ops.rules import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
+from reweight_ops.rules import RULES, TOKEN_FIELDS, WEIGHTS, Rule, TokenWeight, rule, weight
 from reweight_ops.testing import make_batch
 
 STORED_ROWS = ("reference", "cpu")
@@ -170,7 +170,7 @@ def test_a_level_writes_nothing_that_it_reads(seed):
     """Nor twice, nor before its operands are there: the lanes of a warp may take its operations in any order."""
     graph = loss_graph(Drawn(seed).program)
     table = build_table(graph, graph.names)
-    first = table.inputs + len(LEAVES) + table.terms
+    first = table.inputs + len(TOKEN_FIELDS) + table.terms
     known = {*range(table.parameters + len(table.constants)), *range(table.inputs, first)}
     begin = 0
     for end in table.levels:
@@ -186,6 +186,6 @@ def test_a_level_writes_nothing_that_it_reads(seed):
 def test_registers_are_used_again():
     table = build_table(loss_graph(Program.of(("clip", "k3", "entropy_bonus"))))
     values = len(table.instructions) - table.uniform
-    between = table.registers - table.inputs - len(LEAVES) - table.terms
+    between = table.registers - table.inputs - len(TOKEN_FIELDS) - table.terms
     assert between < 0.5 * values
     assert len(walk(loss_graph(Program.of(("clip",)))["loss"])) > 10

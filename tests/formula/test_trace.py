@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from random_formulas import ExactSlopes
 from running_error import evaluate, no_tie
 
-from reweight_ops._core.formula.base import DIFFERENTIABLE_LEAVES
+from reweight_ops._core.formula.base import DIFFERENTIABLE_FIELDS
 from reweight_ops._core.formula.derive import derive, value
 from reweight_ops._core.formula.namespace import FUNCTIONS, TorchNamespace
 from reweight_ops._core.formula.trace import Graph, TracedNamespace, trace_rule, trace_weight, walk
-from reweight_ops.rules import LEAVES, RULES, Rule, TokenWeight, rule, weight
+from reweight_ops.rules import RULES, TOKEN_FIELDS, Rule, TokenWeight, rule, weight
 
 
 def rule_of(formula, **fields):
@@ -151,7 +151,7 @@ def test_numpy_scalars_are_numbers():
 
 def leaf_values(n: int, seed: int) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    values = {name: torch.randn(n, generator=g, dtype=torch.float64) for name in LEAVES}
+    values = {name: torch.randn(n, generator=g, dtype=torch.float64) for name in TOKEN_FIELDS}
     for value_ in values.values():
         value_[torch.rand(n, generator=g) < 0.1] = 0.0  # ties and kinks
     return values
@@ -159,16 +159,16 @@ def leaf_values(n: int, seed: int) -> dict[str, torch.Tensor]:
 
 def autograd(cls: type[Rule], values: dict[str, torch.Tensor], **fields: float):
     """The loss in fp64 torch and its derivative by every differentiable leaf."""
-    leaves = {k: v.clone().requires_grad_(k in DIFFERENTIABLE_LEAVES) for k, v in values.items()}
+    leaves = {k: v.clone().requires_grad_(k in DIFFERENTIABLE_FIELDS) for k, v in values.items()}
     loss = cls(**fields).loss(ExactSlopes(torch.float64), SimpleNamespace(**leaves))
     loss = torch.as_tensor(loss, dtype=torch.float64).expand_as(values["logp"])
     if not loss.requires_grad:
-        return loss, {k: torch.zeros_like(loss) for k in DIFFERENTIABLE_LEAVES}
-    grads = torch.autograd.grad(loss.sum(), [leaves[k] for k in DIFFERENTIABLE_LEAVES], allow_unused=True, materialize_grads=True)
-    return loss.detach(), dict(zip(DIFFERENTIABLE_LEAVES, grads, strict=True))
+        return loss, {k: torch.zeros_like(loss) for k in DIFFERENTIABLE_FIELDS}
+    grads = torch.autograd.grad(loss.sum(), [leaves[k] for k in DIFFERENTIABLE_FIELDS], allow_unused=True, materialize_grads=True)
+    return loss.detach(), dict(zip(DIFFERENTIABLE_FIELDS, grads, strict=True))
 
 
-numbers = st.sampled_from([f"t.{leaf}" for leaf in (*DIFFERENTIABLE_LEAVES, "adv")] * 2 + ["s.a", "1.5", "-0.25", "2", "0.0", "1"])
+numbers = st.sampled_from([f"t.{leaf}" for leaf in (*DIFFERENTIABLE_FIELDS, "adv")] * 2 + ["s.a", "1.5", "-0.25", "2", "0.0", "1"])
 
 
 def _grow(children):
@@ -239,7 +239,7 @@ def test_slopes_keep_their_digits_in_the_tails(function, x):
     """Evaluated in fp32 arithmetic (bound by running error), every slope is relatively accurate: none is 1 - almost 1."""
     traced = trace_rule(rule_of(lambda xp, t, s: getattr(xp, function)(t.logp)))
     at = torch.tensor([x], dtype=torch.float64)
-    got, bound = evaluate([derive(traced)["logp"]], dict.fromkeys(LEAVES, at))[0]
+    got, bound = evaluate([derive(traced)["logp"]], dict.fromkeys(TOKEN_FIELDS, at))[0]
     exact = {"sigmoid": 1 / (2 + 2 * math.cosh(x)), "tanh": 1 / math.cosh(x) ** 2, "expm1": math.exp(x), "exp": math.exp(x)}[function]
     assert math.isclose(got.item(), exact, rel_tol=1e-12)
     assert bound.item() <= 64 * 2.0**-24 * exact + 2.0**-120
@@ -248,7 +248,7 @@ def test_slopes_keep_their_digits_in_the_tails(function, x):
 def test_conventions_at_kinks():
     """abs has slope 0 at 0 and a clip passes the gradient on its bounds, in torch and here."""
     for formula in (lambda xp, t, s: xp.abs(t.logp), lambda xp, t, s: xp.clip(t.logp, -1.0, 1.0)):
-        values = {k: torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64) for k in LEAVES}
+        values = {k: torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64) for k in TOKEN_FIELDS}
         cls = rule_of(formula)
         assert torch.equal(evaluate([derive(trace_rule(cls))["logp"]], values)[0][0], autograd(cls, values)[1]["logp"])
 

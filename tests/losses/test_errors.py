@@ -208,8 +208,8 @@ def test_explain_runs_nothing_and_takes_meta_tensors():
     ids = torch.empty(4, 8, dtype=torch.long, device="meta")
     one = rw.explain(rw.policy_loss, z, ids, 1.0, spec="grpo", device="cpu")
     two = rw.explain(rw.policy_loss, z, ids, 1.0, spec="gspo", device="cpu")
-    assert one.plan == "one_pass" and one.why_not_one_pass is None and "one_pass" in str(one)
-    assert two.plan == "two_pass" and "sequence level" in two.why_not_one_pass and "sequence level" in str(two)
+    assert one.plan == "one_pass" and one.one_pass_unsupported_reason is None and "one_pass" in str(one)
+    assert two.plan == "two_pass" and "sequence level" in two.one_pass_unsupported_reason and "sequence level" in str(two)
     assert set(one.backends) == set(rw.BACKENDS) and one.backends["cuda"]
     assert rw.explain(rw.token_logps, z, ids, return_entropy=True, device="cpu").plan == "two_pass"
     with pytest.raises(rw.InvalidCall, match="expected one of distillation_loss, linear_distillation_loss"):

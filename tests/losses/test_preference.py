@@ -105,7 +105,7 @@ def test_weights_are_detached():
 
 
 @pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
-def test_sorted_losses_leave_out_what_is_out(kind):
+def test_sorted_losses_leave_out_ignored_pairs(kind):
     logps, ref, _, _, mask = batch()
     spec = preference.trl(kind, beta=1.0)
     whole = rw.preference_loss_from_logps(logps, spec=spec, completion_mask=mask, ref_per_token_logps=ref)

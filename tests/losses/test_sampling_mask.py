@@ -20,8 +20,8 @@ BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("pa
 OVER = ("kept", "vocabulary")
 STATS = ("logps", "entropies", "lse", "log_sum_p_sq", "max_logp", "is_top1", "log1m_p")
 ENTROPY = rw.methods.grpo(entropy_coef=0.1)
-OUT = torch.ones(SHAPE, dtype=torch.bool)
-OUT[1, 2] = False
+UNMASKED = torch.ones(SHAPE, dtype=torch.bool)
+UNMASKED[1, 2] = False
 
 
 def close(a, b, tolerance=1e-12):
@@ -41,19 +41,19 @@ def test_statistics_and_their_gradients_are_those_of_a_masked_softmax(over, soft
     columns = softmax.get("vocab_size", VOCAB)
     ids, mask = ids % columns, mask[..., :columns]
     mask = mask.scatter(-1, ids[..., None], True)
-    ids = torch.where(OUT, ids, -100)
+    ids = torch.where(UNMASKED, ids, -100)
     z.requires_grad_()
     found = rw.token_stats(z, ids, stats=STATS, sampling_mask=shuffled(mask), entropy_over=over, backend="reference", **softmax)
     expected = oracle(z, ids, mask, over, **softmax)
     for name in STATS:
-        value = torch.where(OUT, expected[name], 0)
+        value = torch.where(UNMASKED, expected[name], 0)
         close(getattr(found, name), value) if name != "is_top1" else None
-    assert found.is_top1.equal(expected["is_top1"] & OUT)
+    assert found.is_top1.equal(expected["is_top1"] & UNMASKED)
     g = torch.Generator().manual_seed(1)
     weights = torch.randn(3, *SHAPE, generator=g, dtype=torch.float64)
     names = ("logps", "entropies", "lse")
     ours, theirs = (
-        torch.autograd.grad(sum((w * torch.where(OUT, s[name], 0)).sum() for w, name in zip(weights, names, strict=True)), z)[0]
+        torch.autograd.grad(sum((w * torch.where(UNMASKED, s[name], 0)).sum() for w, name in zip(weights, names, strict=True)), z)[0]
         for s in ({name: getattr(found, name) for name in names}, expected)
     )
     close(ours, theirs)

@@ -149,7 +149,7 @@ def test_segments_are_runs_inside_a_sequence(data):
 # --- ignored rows ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("how", ["mask", "ids", "float_mask"])
-def test_a_row_that_is_out_is_never_read(data, backend, plan, how):  # docs/semantics.md: S2
+def test_an_ignored_row_is_never_read(data, backend, plan, how):  # docs/semantics.md: S2
     """It may hold NaN logits, and stored values of NaN and inf; its outputs and gradient
     are exactly 0.
     """

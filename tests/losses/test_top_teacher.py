@@ -200,4 +200,4 @@ def test_explain():
     z = torch.empty(2, 3, 7, device="meta", requires_grad=True)
     t = rw.TopKLogps(torch.empty(2, 3, 2, dtype=torch.int64, device="meta"), torch.empty(2, 3, 2, device="meta"))
     found = rw.explain(rw.distillation_loss, z, t, device="cpu", backend="reference")
-    assert found.plan == "two_pass" and "no fused loss against stored log-probs" in found.why_not_one_pass
+    assert found.plan == "two_pass" and "no fused loss against stored log-probs" in found.one_pass_unsupported_reason

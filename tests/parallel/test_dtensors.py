@@ -46,7 +46,7 @@ def placed(ranks):
     same(wrong, "logits", logits.grad, whole.grad)
     same(wrong, "log-probs", out.per_token_logps, want.per_token_logps[data])
     explained = rw.explain(rw.policy_loss, logits, ids[data], adv[data], spec="dapo")
-    assert explained.plan == "two_pass" and "process_group shards the vocabulary" in explained.why_not_one_pass
+    assert explained.plan == "two_pass" and "process_group shards the vocabulary" in explained.one_pass_unsupported_reason
 
     leaves = [x.clone().requires_grad_() for x in (h, w, c, a, b)]
     want = rw.linear_policy_loss(*leaves[:2], ids, adv, spec="gspo", lm_head_bias=leaves[2], lora=rw.Lora(*leaves[3:], 0.5))

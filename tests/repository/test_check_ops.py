@@ -70,8 +70,8 @@ def test_every_divergence_is_compared_from_hidden_states(kind):
 def test_a_wrong_gradient_fails(monkeypatch):
     """A part in 100,000 of every element, in fp32."""
 
-    def wrong(logits, ids, temperature, softmax, stats, coefs, out):
-        load("reference").token_grad(logits, ids, temperature, softmax, stats, coefs, out)
+    def wrong(logits, ids, temperature, softmax, stats, derivatives, out):
+        load("reference").token_grad(logits, ids, temperature, softmax, stats, derivatives, out)
         out.mul_(1 + 1e-5)
 
     monkeypatch.setitem(select._loaded, "cpu", dataclasses.replace(load("reference"), name="cpu", token_grad=wrong))

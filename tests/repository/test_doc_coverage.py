@@ -1,5 +1,6 @@
 """The content of ``help`` on the public surface; a failure names what is missing."""
 
+import doctest
 import inspect
 import re
 
@@ -58,15 +59,21 @@ def test_a_signature_lists_every_keyword_with_its_type_and_default(name):
     )
 
 
-def test_hyper_parameters_have_named_types():
+#: Parameters that hold anything: values for an example, a hook of a result, and an op with its own arguments.
+UNTYPED = {"rw.methods.published(example)", "rw.PolicyLossOutput(_more)", "rw.explain(op)"}
+
+
+def test_parameters_have_named_types():
+    """Fields of dataclasses included. ``tests/support/typed_calls.py`` says what mypy makes of them."""
+    found = {**PUBLIC, **{name: entry.function for name, entry in ENTRIES.items()}}
     without = [
         f"{name}({p.name})"
-        for name, value in PUBLIC.items()
+        for name, value in found.items()
         if value.__module__.startswith("reweight_ops.") and not issubclass_of_exception(value)
         for p in inspect.signature(value).parameters.values()
-        if isinstance(p.default, (int, float)) and (p.annotation is p.empty or re.search(r"\bAny\b", str(p.annotation)))
+        if p.kind not in VARIADIC and (p.annotation is p.empty or re.search(r"\bAny\b", str(p.annotation)))
     ]
-    assert not without, without
+    assert set(without) == UNTYPED
 
 
 def issubclass_of_exception(value):
@@ -80,6 +87,33 @@ def test_an_entry_refers_to_its_paper(name):
     assert entry.paper in references
     assert entry.arxiv == "unknown" or f"arXiv:{entry.arxiv}, https://arxiv.org/abs/{entry.arxiv}" in references
     assert len(references.splitlines()) == len(set(references.splitlines()))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_has_every_section(name):
+    doc = inspect.getdoc(ENTRIES[name].function)
+    headings = [
+        "Returns:",
+        "Shape:",
+        "Raises:",
+        "References:",
+        *(["Args:"] if inspect.signature(ENTRIES[name].function).parameters else []),
+    ]
+    missing = [heading for heading in headings if heading not in map(str.strip, doc.splitlines())]
+    if ">>> " not in doc:
+        missing.append("Example:")
+    assert not missing, missing
+
+
+def test_the_examples_of_ops_and_entries_run():
+    """``doctest.testmod`` does not see what a decorator of another module returns."""
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
+    functions = {**OPS, **{name: entry.function for name, entry in ENTRIES.items()}}
+    for name, function in functions.items():
+        test = doctest.DocTestParser().get_doctest(inspect.getdoc(function), {}, name, None, None)
+        runner.run(test, clear_globs=True)
+    found = runner.summarize(verbose=False)
+    assert found.attempted > 400 and not found.failed
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -37,7 +37,7 @@ def test_a_new_method_is_one_file_plus_the_generated_ones(tmp_path):
     run("-m", "reweight_ops.codegen")
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     changed = {str(p.relative_to(tmp_path)) for p in after if before.get(p) != after[p]}
-    assert changed == {name, "docs/methods.md"}
+    assert changed == {name, "docs/methods.md", "reweight_ops/methods/__init__.pyi", "reweight_ops/_core/catalogue/examples.py"}
     script = f"""
 import torch, reweight_ops as rw
 from reweight_ops.testing import compare, gradcheck, make_batch

@@ -34,7 +34,8 @@ LAYERS = (
     ("schedules",),
     ("recipes",),
     ("",),  # reweight_ops/__init__.py
-    ("testing", "integrations", "codegen"),
+    ("testing", "integrations"),
+    ("codegen",),
     ("cli",),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}

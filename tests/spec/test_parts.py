@@ -34,7 +34,7 @@ WRONG = {
     "a weight as class": (lambda: GRPO.with_weight(WEIGHTS.TopEntropy), "It is a class: write TopEntropy(...)."),
     "a reduction by name": (lambda: spec(reduction="token_mean"), "Write rw.TokenMean(...)."),
     "a reduction as class": (lambda: spec(reduction=rw.TokenMean), "It is a class: write TokenMean(...)."),
-    "a reduction that is nowhere": (lambda: spec(reduction="zzz"), "A name is none: the classes are rw.Constraint(...)"),
+    "a reduction that is nowhere": (lambda: spec(reduction="zzz"), "A name is none: the classes are rw.FromFunction(...)"),
     "a ratio by name": (lambda: spec(ratio="sequence"), "Write rw.SequenceRatio(...)."),
     "a ratio as class": (lambda: spec(ratio=rw.SequenceRatio), "It is a class: write SequenceRatio(...)."),
     "a reduction's weight by name": (lambda: rw.TokenMean(weight="top_entropy"), "Write rw.weights.TopEntropy(...)."),

@@ -116,10 +116,8 @@ class Recorder:
     def __exit__(self, *error):
         triton_launch.launch, triton_launch.wave = self._launch, self._wave
 
-    def launch(self, kernel, programs, *args, shape, wave=32, **meta):
-        compiled = kernel.warmup(
-            *args, grid=(programs,), **meta, **triton_launch.options(shape, wave, TARGETS[self.target].backend == "hip")
-        )
+    def launch(self, kernel, grid, *args, shape, wave=32, **meta):
+        compiled = kernel.warmup(*args, grid=(grid,), **meta, **triton_launch.options(shape, wave, TARGETS[self.target].backend == "hip"))
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
 

@@ -59,7 +59,7 @@ class Counted(TorchDispatchMode):
         triton_launch.launch = self._launchers.pop()
         return super().__exit__(*error)
 
-    def _count(self, kernel, programs, *args, **meta) -> None:
+    def _count(self, kernel, grid, *args, **meta) -> None:
         self.kernels[kernel.fn.__name__] += 1
 
     @property

@@ -57,7 +57,7 @@ class AsLogits:
         names = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq")
         stats = dict(zip(names, self.token_stats(z, ids, temperature, softmax, names), strict=True))
         leaves = {"old_logp": stats["logp"]} | {name: stats[name] for name in STATISTICS} | inputs.stored()
-        weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.weights, keep=ids != IGNORE_INDEX)
+        weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.row_weights, keep=ids != IGNORE_INDEX)
         self.token_grad(z, ids, temperature, softmax, stats, dict(zip(STATISTICS, by, strict=True)), out)
         return torch.stack([stats["logp"], stats["entropy"], weighted, loss, *by[:2]])
 

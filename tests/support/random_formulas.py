@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 from reweight_ops._core.formula.namespace import TorchNamespace
-from reweight_ops.rules import LEAVES, Rule, TokenWeight, rule, weight
+from reweight_ops.rules import TOKEN_FIELDS, Rule, TokenWeight, rule, weight
 
 _UNARY = ("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs", "stop_gradient")
 
@@ -18,7 +18,7 @@ _UNARY = ("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs", "stop_gradie
 def draw(r: random.Random, size: int) -> str:
     """A formula of about ``size`` operations as Python source over ``xp``, ``t`` and ``s`` (its hyper-parameters)."""
     if size <= 0:
-        return r.choice([*(f"t.{leaf}" for leaf in LEAVES), "s.a", "s.b", "0.75", "-0.5", "2.0"])
+        return r.choice([*(f"t.{leaf}" for leaf in TOKEN_FIELDS), "s.a", "s.b", "0.75", "-0.5", "2.0"])
     kind = r.choice(["binary", "binary", "unary", "neg", "extremum", "clip", "where"])
     if kind == "unary":
         function = r.choice(_UNARY)

@@ -17,9 +17,9 @@ from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.formula.loss_program import Program, loss_graph
 from reweight_ops._core.formula.trace import trace_rule
-from reweight_ops.rules import LEAVES
+from reweight_ops.rules import TOKEN_FIELDS
 
-GIVEN = tuple(x for x in LEAVES if x != "log_ratio")
+GIVEN = tuple(x for x in TOKEN_FIELDS if x != "log_ratio")
 
 
 class Drawn:

@@ -225,7 +225,7 @@ def program_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tens
         factor = torch.full_like(logp, fields.pop("coef"))
         for u, scope in us:
             factor = factor * u if k == 0 or scope == "all" else factor
-        w = inputs.weights[k].to(dtype)
+        w = inputs.row_weights[k].to(dtype)
         chosen = keep & (w * factor != 0)
         value = cls(**fields).loss(xp, t)
         loss = loss + torch.where(chosen, factor * value, 0)

@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 
 from ..formula.loss_program import Program
+from ..names import with_own_keywords
 from ..rows.primitives import RowPrimitives
 
 #: Row statistics that ``token_stats`` can return. ``max_logp`` is ``max x - lse``, the
@@ -123,7 +124,7 @@ class RowInputs(NamedTuple):
     ``old_logp=None`` means on-policy: ``old_logp = logp`` without gradient.
     """
 
-    weights: Tensor  # [K, N]: row weight of each term; dimension 0 may be expanded (stride 0)
+    row_weights: Tensor  # [K, N]: row weight of each term; dimension 0 may be expanded (stride 0)
     old_logp: Tensor | None = None
     adv: Tensor | None = None
     ref_logp: Tensor | None = None
@@ -134,6 +135,9 @@ class RowInputs(NamedTuple):
         formula's leaves.
         """
         return {name: t for name, t in zip(self._fields[1:], self[1:], strict=True) if t is not None}
+
+
+RowInputs.__new__ = with_own_keywords(RowInputs.__new__)  # type: ignore[method-assign]
 
 
 class DivergenceInputs(NamedTuple):

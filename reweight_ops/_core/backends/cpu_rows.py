@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..formula.base import LEAVES
+from ..formula.base import TOKEN_FIELDS
 from ..formula.loss_program import ONE_PASS, Program, loss_graph
 from ..formula.table import build_table
 from .cpu_threads import threads
@@ -56,7 +56,7 @@ class RowsEvaluator:
     ) -> Tensor:
         loaded = self._loaded(program, "log_ratio" in leaves, outputs)
         terms, n = loaded.terms, row_weights.size(-1)
-        missing = sorted(x for x in loaded.reads if x in LEAVES and x not in leaves)
+        missing = sorted(x for x in loaded.reads if x in TOKEN_FIELDS and x not in leaves)
         if missing:
             raise InvalidCall(f"evaluate_rows: the loss reads {', '.join(missing)}, but the call did not give it.")
         if params.dtype not in _DTYPES:
@@ -79,7 +79,7 @@ class RowsEvaluator:
         out = torch.empty(len(outputs), n, dtype=params.dtype, device="cpu")
         self.module.evaluate_rows(
             params.dtype == torch.float64, loaded.table, address("params", params, (loaded.parameters,)),
-            [address(name, leaves.get(name), (n,)) for name in LEAVES], address("row weights", weights, tuple(weights.shape)),
+            [address(name, leaves.get(name), (n,)) for name in TOKEN_FIELDS], address("row weights", weights, tuple(weights.shape)),
             0 if shared else n, address("keep", keep, (n,), torch.bool), loaded.outputs, out.data_ptr(), n, threads(),
         )  # fmt: skip
         return out

@@ -44,7 +44,7 @@ except BackendUnavailable:
     pass
 else:
     if not triton_launch.interpreted():
-        _row_kernels = {"evaluate_rows": triton_rows.evaluate_rows, "rows": triton_rows.VERBS}
+        _row_kernels = {"evaluate_rows": triton_rows.evaluate_rows, "rows": triton_rows.PRIMITIVES}
 
 _INSUFFICIENT_DRIVER = 35
 

@@ -15,7 +15,7 @@ from .mean_logit import blocks, capped
 
 #: The names of these moments among the statistics of an op: ``Σ p·(log p + H)²``, the
 #: variance of log p, and ``Σ p²·log p / Σ p²``.
-VARIANCE, MEAN_BY_P_SQ = "log_p_variance", "log_p_mean_by_p_sq"
+VARIANCE, MEAN_OVER_P_SQ = "log_p_variance", "log_p_mean_over_p_sq"
 
 
 def log_p_moment(name: str, logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> Tensor:
@@ -39,8 +39,8 @@ def _variance(p: Tensor, log_p: Tensor) -> Tensor:
     return (p * (log_p - (p * log_p).sum(-1, keepdim=True)) ** 2).sum(-1)
 
 
-def _mean_by_p_sq(p: Tensor, log_p: Tensor) -> Tensor:
+def _mean_over_p_sq(p: Tensor, log_p: Tensor) -> Tensor:
     return (p * p * log_p).sum(-1) / (p * p).sum(-1)
 
 
-_MOMENTS = {VARIANCE: _variance, MEAN_BY_P_SQ: _mean_by_p_sq}
+_MOMENTS = {VARIANCE: _variance, MEAN_OVER_P_SQ: _mean_over_p_sq}

@@ -201,7 +201,7 @@ class Native:
     ) -> Tensor:
         compiled, length, reads_p_sq, entropy_gradient, _ = self.compiled(program, logits.device)
         call, n = self.call(logits, ids, temperature, softmax), ids.numel()
-        weights = inputs.weights
+        weights = inputs.row_weights
         shared = len(program.terms) == 1 or weights.stride(0) == 0  # one vector for all terms
         if weights.shape != (len(program.terms), n):
             raise InvalidCall(f"row weights are {tuple(weights.shape)}, expected {(len(program.terms), n)}.")

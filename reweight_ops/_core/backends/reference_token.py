@@ -134,7 +134,7 @@ def token_loss_grad(
     names = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq")
     stats = dict(zip(names, token_stats(logits, ids, temperature, softmax, names), strict=True))
     leaves = {"old_logp": stats["logp"]} | {name: stats[name] for name in STATISTICS} | inputs.stored()
-    weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.weights, keep=ids != IGNORE_INDEX)
+    weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.row_weights, keep=ids != IGNORE_INDEX)
     token_grad(logits, ids, temperature, softmax, stats, dict(zip(STATISTICS, by, strict=True)), out)
     bad = (ids != IGNORE_INDEX) & ((ids < 0) | (ids >= softmax.total()))
     rows = torch.stack([stats["logp"], stats["entropy"], weighted, loss, *by[:2]])

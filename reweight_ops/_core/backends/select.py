@@ -100,11 +100,6 @@ def state() -> tuple[Any, ...]:
     return (os.environ.get(_VARIABLE), *ORDER.values(), *_loaded.values())
 
 
-def unsupported_reasons(request: Request, name: str = "auto") -> dict[str, str | None]:
-    """Return every candidate and why it cannot serve the request (None if it can)."""
-    return {candidate: unsupported_reason(candidate, request) for candidate in candidates(request.device, name)}
-
-
 def choose(request: Request, name: str = "auto") -> str:
     """Return the first candidate without a reason against it.
 

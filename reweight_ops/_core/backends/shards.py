@@ -26,7 +26,7 @@ from ..rows.groups import IGNORE_INDEX
 from ..rows.ranks import gathered, size_and_rank, summed_
 from ..rows.traced import gathered_over, summed_over
 from .base import DIVERGENCE_STATS, VOCABULARY, SoftmaxParams
-from .log_p_moments import MEAN_BY_P_SQ, VARIANCE
+from .log_p_moments import MEAN_OVER_P_SQ, VARIANCE
 from .logp_low import LOGP_LOW
 from .mean_logit import MEAN_LOGIT
 from .reference_token import LARGEST_LSE
@@ -103,7 +103,7 @@ class VocabShards:
         if name == VARIANCE:
             mean = share.mean(s["entropy"] - share.log)
             return share.mean(s[name] + (mean - s["entropy"] + share.log) ** 2)
-        if name == MEAN_BY_P_SQ:
+        if name == MEAN_OVER_P_SQ:
             by = torch.where(share.empty, -math.inf, s["log_sum_p_sq"]) + 2 * share.log
             part = (by - _log_sum_exp(by)).exp()
             return torch.where(part == 0, 0, part * (s[name] + share.log)).sum(0)

@@ -67,5 +67,5 @@ BACKEND = Backend(
     packed_grad=packed.packed_grad,
     scale=triton_scale.scale,
     evaluate_rows=triton_rows.evaluate_rows,
-    rows=triton_rows.VERBS,
+    rows=triton_rows.PRIMITIVES,
 )

@@ -47,10 +47,10 @@ class _Call:
         )  # fmt: skip
         return slots
 
-    def launch(self, programs: int, table: Tensor, derivatives: Tensor, partial: Tensor, *, stats: bool, grad: bool, logs: bool) -> None:
+    def launch(self, grid: int, table: Tensor, derivatives: Tensor, partial: Tensor, *, stats: bool, grad: bool, logs: bool) -> None:
         two, to = self.two, rows_of(self.out)
         triton_launch.launch(
-            divergence_kernel, programs, two.logits, two.other, self.out, two.ids, two.temperature, two.other_temperature, table, derivatives,
+            divergence_kernel, grid, two.logits, two.other, self.out, two.ids, two.temperature, two.other_temperature, table, derivatives,
             partial, self.rows, *self.strides, *self.where, to.batch_stride, to.row_stride, two.softmax.vocab_size, two.logits.size(-1),
             *self.caps, STATS=stats, GRAD=grad, LOGS=logs, SPLIT=self.split,
             EMULATE=triton_launch.interpreted() and two.logits.dtype == torch.bfloat16, **self.meta,

@@ -69,15 +69,15 @@ def is_split(rows: int, segments: int, device: torch.device) -> bool:
     return segments > 1 and rows < _ROWS_PER_PROCESSOR * processors(device)
 
 
-def launch(kernel: Any, programs: int, *args: Any, shape: Launch, wave: int = 32, **meta: Any) -> None:
+def launch(kernel: Any, grid: int, *args: Any, shape: Launch, wave: int = 32, **meta: Any) -> None:
     """Launch a kernel. Every launch goes through here."""
     if interpreted():
         import numpy
 
         with numpy.errstate(all="ignore"):  # it warns about every 0 * inf in a branch that a select drops
-            kernel[(programs,)](*args, **meta)
+            kernel[(grid,)](*args, **meta)
     else:
-        kernel[(programs,)](*args, **meta, **options(shape, wave, torch.version.hip is not None))
+        kernel[(grid,)](*args, **meta, **options(shape, wave, torch.version.hip is not None))
 
 
 def options(shape: Launch, wave: int, hip: bool) -> dict[str, Any]:

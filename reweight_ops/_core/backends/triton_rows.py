@@ -29,9 +29,9 @@ def _block(run: int) -> int:
     return min(_LARGEST, max(64, 1 << (run - 1).bit_length()))
 
 
-def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, BLOCK: int, **meta: Any) -> None:
+def _launch(kernel: Any, grid: int, device: torch.device, *args: Any, BLOCK: int, **meta: Any) -> None:
     shape = Launch(min(256, max(64, BLOCK // 8)), _REGISTERS)
-    triton_launch.launch(kernel, programs, *args, BLOCK=BLOCK, **meta, shape=shape, wave=triton_launch.wave(device))
+    triton_launch.launch(kernel, grid, *args, BLOCK=BLOCK, **meta, shape=shape, wave=triton_launch.wave(device))
 
 
 def _strides(t: Tensor | None, run: int) -> tuple[int, int]:
@@ -147,4 +147,4 @@ def metrics(
     return sums, values
 
 
-VERBS = RowPrimitives(mask=mask, weigh=weigh, ratio=ratio, adjoint=adjoint, metrics=metrics)
+PRIMITIVES = RowPrimitives(mask=mask, weigh=weigh, ratio=ratio, adjoint=adjoint, metrics=metrics)

@@ -30,9 +30,9 @@ def scale(grad: Tensor, factor: Tensor) -> None:
     tiles = (spans.columns + 16 // size - 2) // block + 1  # a row begins less than one vector into its first tile
     if not spans.rows * spans.columns:
         return
-    programs = min(spans.rows * tiles, _PROGRAMS * triton_launch.processors(grad.device))
+    grid = min(spans.rows * tiles, _PROGRAMS * triton_launch.processors(grad.device))
     triton_launch.launch(
-        scale_kernel, programs, grad, factor.detach().float(), spans.rows, spans.columns, tiles, *spans.addresses, FLAT=spans.rows == 1, BLOCK=block,
+        scale_kernel, grid, grad, factor.detach().float(), spans.rows, spans.columns, tiles, *spans.addresses, FLAT=spans.rows == 1, BLOCK=block,
         SIZE=size, EMULATE=triton_launch.interpreted() and grad.dtype == torch.bfloat16,
         shape=Launch(_THREADS, _REGISTERS), wave=triton_launch.wave(grad.device),
     )  # fmt: skip

@@ -52,7 +52,7 @@ class _Call:
             triton_launch.launch(kernels.merge_kernel, self.rows, *args, **meta)
         return partial
 
-    def programs(self, out: Tensor) -> int:
+    def grid(self, out: Tensor) -> int:
         """Return how many programs write a gradient."""
         return self.rows * (-(-out.size(-1) // self.config.segment) if self.split else 1)
 
@@ -90,7 +90,7 @@ def token_grad(
     nothing = stats["logp"]  # a placeholder for what no program reads
     to = rows_of(out)
     triton_launch.launch(
-        kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, stats["logp"], stats["lse"],
+        kernels.gradient_kernel, call.grid(out), logits, out, ids, temperature, stats["logp"], stats["lse"],
         stats.get("lse_low", nothing), stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing),
         *(nothing if c is None else c for c in by), call.t_stride,
         *call.where, to.batch_stride, to.row_stride, softmax.vocab_size, out.size(-1), call.softcap, softmax.vocab_start, softmax.total(),
@@ -120,8 +120,8 @@ def token_loss_grad(
     to, entropy, p_sq = rows_of(out), graph.moves("entropy"), graph.moves("log_sum_p_sq")
     given = [rows if x is None else x for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)]
     triton_launch.launch(
-        kernels.loss_grad_kernel, call.programs(out), logits, out, ids, temperature, inputs.weights, *given, params,
-        rows if partial is None else partial, rows, n, call.t_stride, inputs.weights.stride(0), int(inputs.old_logp is not None),
+        kernels.loss_grad_kernel, call.grid(out), logits, out, ids, temperature, inputs.row_weights, *given, params,
+        rows if partial is None else partial, rows, n, call.t_stride, inputs.row_weights.stride(0), int(inputs.old_logp is not None),
         *call.where, to.batch_stride, to.row_stride, softmax.vocab_size, out.size(-1), call.softcap, softmax.vocab_start, softmax.total(),
         PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in graph.reads(),
         SPLIT=call.split, CHUNK=call.config.segment, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align,

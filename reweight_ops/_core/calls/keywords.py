@@ -18,7 +18,7 @@ from torch import Tensor, dtype
 
 from ...errors import InvalidCall
 from ..catalogue.signatures import DEFAULTS
-from ..ranges import Count, FixedPositiveOrInf, Flag, NonNegative, Number, Positive, Range, described, is_constant, ranges_of
+from ..ranges import Count, FixedPositiveOrInf, Flag, NonNegative, Positive, Range, Scalar, described, is_constant, ranges_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,13 +41,13 @@ class Options:
 class SoftmaxOptions(Options):
     """How a row of logits becomes a distribution, and which backend computes it."""
 
-    temperature: Positive[Number] = 1.0
+    temperature: Positive[Scalar] = 1.0
     softcap: FixedPositiveOrInf[float] | None = None
     vocab_size: Count[int] | None = None
     drop_last: bool = False
     consume_logits: bool = False
-    process_group: Any = None
-    sampling_mask: Any = None
+    process_group: ProcessGroup | None = None
+    sampling_mask: tuple[Tensor, Tensor] | Tensor | None = None
     entropy_over: str = "kept"
     backend: str = "auto"
 
@@ -56,23 +56,23 @@ class SoftmaxOptions(Options):
 class PolicyOptions(Options):
     """The inputs that a policy loss reads beside logits and advantages."""
 
-    completion_mask: Any = None
-    denominator_mask: Any = None
-    cu_seqlens: Any = None
-    sequence_ids: Any = None
+    completion_mask: Tensor | None = None
+    denominator_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    sequence_ids: Tensor | None = None
     num_sequences: int | None = None
-    segment_ids: Any = None
-    group_ids: Any = None
+    segment_ids: Tensor | None = None
+    group_ids: Tensor | None = None
     num_groups: int | None = None
-    sequence_group: Any = None
-    old_per_token_logps: Any = None
-    ref_per_token_logps: Any = None
-    sampling_per_token_logps: Any = None
-    importance_sampling_ratio: Any = None
-    token_weights: Any = None
-    num_items_in_batch: NonNegative[Number] = None
-    num_sequences_in_batch: NonNegative[Number] = None
-    loss_scale: NonNegative[Number] = 1.0
+    sequence_group: ProcessGroup | None = None
+    old_per_token_logps: Tensor | float | None = None
+    ref_per_token_logps: Tensor | float | None = None
+    sampling_per_token_logps: Tensor | float | None = None
+    importance_sampling_ratio: Tensor | float | None = None
+    token_weights: Tensor | float | None = None
+    num_items_in_batch: NonNegative[Scalar] | None = None
+    num_sequences_in_batch: NonNegative[Scalar] | None = None
+    loss_scale: NonNegative[Scalar] = 1.0
     validate: bool = False
     unused: str = "error"
     differentiable_inputs: bool = False
@@ -160,14 +160,14 @@ class Teacher(NamedTuple):
 class LMHeadOptions(Options):
     """The LM head of an op that takes hidden states, and its chunks."""
 
-    lm_head_bias: Any = None
+    lm_head_bias: Tensor | None = None
     logit_scale: Positive[float] = 1.0
     logits_dtype: dtype | None = None
     accumulate_dtype: dtype | None = None
     chunk_rows: Count[int] | None = None
     memory_budget: Count[int] | None = None
     lora: Lora | None = None
-    row_index: Any = None
+    row_index: Tensor | None = None
     compact_rows: bool | None = None
 
 
@@ -183,6 +183,25 @@ class SoftmaxKeywords(TypedDict, total=False):
     sampling_mask: tuple[Tensor, Tensor] | Tensor | None
     entropy_over: str
     backend: str
+
+
+class TemperedKeywords(TypedDict, total=False):
+    """:class:`SoftmaxKeywords` of a loss that says itself what the temperature is."""
+
+    softcap: float | None
+    vocab_size: int | None
+    drop_last: bool
+    consume_logits: bool
+    process_group: ProcessGroup | None
+    backend: str
+
+
+class DivergenceKeywords(SoftmaxKeywords, total=False):
+    """The keywords of a divergence of the second logits from the first."""
+
+    completion_mask: Tensor | None
+    other_temperature: float | Tensor | None
+    other_softcap: float | None
 
 
 class PolicyKeywords(TypedDict, total=False):
@@ -263,27 +282,27 @@ class PairKeywords(TypedDict, total=False):
 class PairOptions(Options):
     """The keywords of a pair loss beside the softmax's."""
 
-    completion_mask: Any = None
-    cu_seqlens: Any = None
-    sequence_ids: Any = None
+    completion_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    sequence_ids: Tensor | None = None
     num_sequences: int | None = None
     pairs: str = "halves"
-    ref_per_token_logps: Any = None
-    ref_sequence_logps: Any = None
-    old_per_token_logps: Any = None
-    old_sequence_logps: Any = None
-    ref_logits: Any = None
-    per_token_kl: Any = None
-    reward_mask: Any = None
-    kl_mask: Any = None
-    reward_margins: Any = None
-    judge_margins: Any = None
-    consistency: Any = None
-    chosen_values: Any = None
-    rejected_values: Any = None
-    noise: Any = None
-    num_pairs_in_batch: NonNegative[Number] = None
-    loss_scale: NonNegative[Number] = 1.0
+    ref_per_token_logps: Tensor | None = None
+    ref_sequence_logps: Tensor | None = None
+    old_per_token_logps: Tensor | None = None
+    old_sequence_logps: Tensor | None = None
+    ref_logits: Tensor | None = None
+    per_token_kl: Tensor | None = None
+    reward_mask: Tensor | None = None
+    kl_mask: Tensor | None = None
+    reward_margins: Tensor | None = None
+    judge_margins: Tensor | None = None
+    consistency: Tensor | None = None
+    chosen_values: Tensor | None = None
+    rejected_values: Tensor | None = None
+    noise: Tensor | None = None
+    num_pairs_in_batch: NonNegative[Scalar] | None = None
+    loss_scale: NonNegative[Scalar] = 1.0
     validate: bool = False
 
 

@@ -72,7 +72,7 @@ def token_inputs(rows: Rows, options: PairOptions) -> dict[str, Tensor]:
         if value is not None:
             if not isinstance(value, Tensor) or value.numel() != rows.count:
                 raise rows.error(f"{keyword} must be a tensor {rows.shape}, one number a token.")
-            found[key] = torch.where(rows.keep, rows.per_row(keyword, value, logps=stored), 0)
+            found[key] = torch.where(rows.keep, rows.flatten_per_token(keyword, value, logps=stored), 0)
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends.base import RowInputs
 from ..formula.leaves import Leaves, safe_where
 from ..formula.namespace import TorchNamespace
-from ..formula.terms import Term, TermResult, Terms, evaluate
+from ..formula.terms import Term, TermResult, Terms, combine_terms
 from ..rows.batch import BatchStatistics
 from ..rows.constants import parameter_vector
 from ..rows.rows import Rows
@@ -28,7 +28,7 @@ from .softmax import refuse_learnt
 from .unused import without_unused
 
 #: Maps stored log-probs to the leaf of a formula.
-_LEAVES = {"old_per_token_logps": "old_logp", "ref_per_token_logps": "ref_logp", "sampling_per_token_logps": "sampling_logp"}
+_FIELDS = {"old_per_token_logps": "old_logp", "ref_per_token_logps": "ref_logp", "sampling_per_token_logps": "sampling_logp"}
 
 #: The statistics of the current policy through which the loss is differentiated.
 STATISTICS = ("logp", "entropy", "log_sum_p_sq")
@@ -75,7 +75,7 @@ class LossCall:
                 return True
         return False
 
-    def released(self) -> LossCall:
+    def without_inputs(self) -> LossCall:
         """Return the same call without its arguments, which are kept for error
         messages.
 
@@ -85,7 +85,7 @@ class LossCall:
             return self
         # This is written out, because older versions of torch.compile cannot trace
         # dataclasses.replace.
-        rows = self.rows.released()
+        rows = self.rows.without_inputs()
         return LossCall(
             self.spec, rows, self.divisors, self.loss_scale, self.adv, self.old_logp, self.ref_logp, self.sampling_logp, self.factor,
             self.adv_per_sequence,
@@ -166,7 +166,7 @@ class LossCall:
         """
 
         def resolve(name: str, value: Any) -> Tensor:
-            return self.rows.per_row(name, value) if isinstance(value, Tensor) else self._evaluate_weight(value, statistics)
+            return self.rows.flatten_per_token(name, value) if isinstance(value, Tensor) else self._evaluate_weight(value, statistics)
 
         return resolved(formula, resolve)
 
@@ -174,17 +174,17 @@ class LossCall:
         """Return the spec's rules and weights, bound to this call's values."""
         spec = self.spec
         terms = []
-        coefs = [1.0, *(p.coef for p in spec.penalties)]
-        for rule, coef, reduction in zip(spec.rules, coefs, spec.reductions, strict=True):
-            terms.append(Term(self.bound(rule, statistics), coef, self._shares(reduction) if reduction.coupled else None))
+        coefficients = [1.0, *(p.coef for p in spec.penalties)]
+        for rule, coef, reduction in zip(spec.rules, coefficients, spec.reductions, strict=True):
+            terms.append(Term(self.bound(rule, statistics), coef, self._contributions(reduction) if reduction.coupled else None))
         return Terms(terms, [self.bound(weight, statistics) for weight in spec.weights], spec.unbounded)
 
-    def _shares(self, reduction: Reduction) -> Callable[[Tensor], Tensor]:
-        def shares(weighted: Tensor) -> Tensor:
-            found = reduction.shares(self.rows, weighted, self.adv)
+    def _contributions(self, reduction: Reduction) -> Callable[[Tensor], Tensor]:
+        def contributions(weighted: Tensor) -> Tensor:
+            found = reduction.contributions(self.rows, weighted, self.adv)
             return found * self._scale if self._is_scaled else found
 
-        return shares
+        return contributions
 
     def log_ratio(self, logp: Tensor) -> Tensor:
         """Return the clamped log-ratio at the spec's level."""
@@ -202,12 +202,12 @@ class LossCall:
         """Return the same leaves with harmless values in the ignored rows."""
         return Leaves(safe_where(self.rows.keep, self.leaves(statistics)))
 
-    def evaluate(self, statistics: dict[str, Tensor]) -> TermResult:
+    def token_losses(self, statistics: dict[str, Tensor]) -> TermResult:
         """Compute per-row losses from :data:`STATISTICS`. They are exact under
         autograd.
         """
         leaves = self.leaves(statistics)
-        return evaluate(self.terms(statistics), leaves, self.row_weights(statistics), self.rows.keep, BatchStatistics(self.rows))
+        return combine_terms(self.terms(statistics), leaves, self.row_weights(statistics), self.rows.keep, BatchStatistics(self.rows))
 
     def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
         """Evaluate a weight outside of the terms: that of a reduction or of a
@@ -273,14 +273,14 @@ def bind_loss(rows: Rows, data: Mapping[str, Any], spec: PolicyLossSpec) -> Loss
 
     differentiable = bool(data.get("differentiable_inputs"))
 
-    def per_row(name: str) -> Tensor | None:
+    def flat(name: str) -> Tensor | None:
         value, logps = data.get(name), name != "advantages"
         if logps and isinstance(value, Tensor) and value.requires_grad:
             _check_differentiable(rows, spec, name, differentiable)
-        return None if value is None else rows.per_row(name, value, logps=logps, differentiable=differentiable)
+        return None if value is None else rows.flatten_per_token(name, value, logps=logps, differentiable=differentiable)
 
-    old, ref, sampling = per_row("old_per_token_logps"), per_row("ref_per_token_logps"), per_row("sampling_per_token_logps")
-    advantages, adv = data.get("advantages"), per_row("advantages")
+    old, ref, sampling = flat("old_per_token_logps"), flat("ref_per_token_logps"), flat("sampling_per_token_logps")
+    advantages, adv = data.get("advantages"), flat("advantages")
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
     divisors = Divisors(data.get("num_items_in_batch"), data.get("num_sequences_in_batch"))
     scale = data.get("loss_scale", 1.0)
@@ -295,7 +295,7 @@ def _check_differentiable(rows: Rows, spec: PolicyLossSpec, name: str, allowed: 
         raise rows.error(
             f"{name} requires grad, but no gradient flows to stored log-probs: pass it detached, or differentiable_inputs=True for its gradient."
         )
-    leaf = _LEAVES[name]
+    leaf = _FIELDS[name]
     if leaf not in spec.moving and torch.is_grad_enabled():
         raise rows.error(
             f"{name} requires grad, but the spec detaches everything it reads of it, so it would get no gradient: pass it detached."
@@ -311,7 +311,7 @@ def _factor(rows: Rows, data: Mapping[str, Any]) -> Tensor | None:
                 raise rows.error(
                     "importance_sampling_ratio requires grad; it is a detached factor. Factors with a gradient are token_weights."
                 )
-            row = rows.per_row(name, value)
+            row = rows.flatten_per_token(name, value)
             factor = row if factor is None else factor * row
     return factor
 

@@ -62,7 +62,7 @@ def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
     graph.
     """
     if isinstance(value, Tensor):
-        found = value.to(rows.dtype).view(1) if value.dim() == 0 else rows.per_row("temperature", value)
+        found = value.to(rows.dtype).view(1) if value.dim() == 0 else rows.flatten_per_token("temperature", value)
         if is_readable(found):
             _check_temperature(found, rows, fail)
             return found

@@ -20,6 +20,8 @@ SHARED = {
     "kl_estimator": "``k1`` or ``k3``.",
     "process_group": "The ranks that share the columns of one vocabulary. If it is refused, the message says why.",
     "singleton": "The advantage of a group of one: ``zero`` or ``reward``.",
+    "other_softcap": "The soft cap of the second logits; default: none.",
+    "other_temperature": "The temperature of the second distribution; default: the first one's.",
     "softcap": "The cap of a tanh soft cap on the raw logits; None disables it.",
     "temperature": "A positive number, or a tensor as the formula says.",
     "sampling_mask": "Refused, because a divergence compares two whole distributions.",

@@ -14,7 +14,9 @@ from ...errors import InvalidCall
 from ..ranges import ranged
 from .arguments import with_arguments
 from .references import with_reference
+from .sections import with_sections
 from .signatures import collected_by, written_out
+from .titles import TITLES
 
 #: The kinds of entries: the namespace, and what its members are.
 KINDS = {
@@ -123,8 +125,8 @@ def published(
     name: str,
     full_name: str,
     *,
-    paper: str,
     arxiv: str,
+    paper: str | None = None,
     kind: str | None = None,
     certainty: str = "verified",
     level: str | None = None,
@@ -134,8 +136,8 @@ def published(
     """Register a function or class. Its hyper-parameters are checked by their
     annotations (:mod:`reweight_ops._core.ranges`).
 
-    ``arxiv`` is the id, or ``unknown``, and never invented. ``level`` is token,
-    segment, sequence, group, pair, ...
+    ``arxiv`` is the id, or ``unknown``, and never invented. ``paper`` is its title,
+    unless :mod:`.titles` has it. ``level`` is token, segment, sequence, group, pair, ...
 
     ``kind`` is one of :data:`KINDS`. In the package's own modules it follows from the
     module.
@@ -147,6 +149,10 @@ def published(
     if arxiv != "unknown" and not re.fullmatch(r"\d{4}\.\d{4,5}", arxiv):
         raise InvalidCall(f"published: arxiv is {arxiv!r}, expected an id like 2505.12929, or 'unknown'.")
 
+    if (paper is None) == (arxiv not in TITLES):
+        raise InvalidCall(f"published: the title of {arxiv} is written once: as paper=, or in _core/catalogue/titles.py.")
+    title = TITLES[arxiv] if paper is None else paper
+
     def register(function: _Published) -> _Published:
         of = kind or _kind_of_module(function.__module__)
         known = CATALOGUE[of].get(name)
@@ -155,8 +161,8 @@ def published(
         checked = ranged(function)
         if inspect.isfunction(checked):
             checked.__signature__ = written_out(checked)  # type: ignore[attr-defined]
-        checked.__doc__ = with_reference(with_arguments(checked), paper, arxiv)
-        CATALOGUE[of][name] = Entry(name, full_name, of, paper, arxiv, certainty, checked, level, plan, example or {})
+        checked.__doc__ = with_reference(with_sections(checked, with_arguments(checked), of, name), title, arxiv)
+        CATALOGUE[of][name] = Entry(name, full_name, of, title, arxiv, certainty, checked, level, plan, example or {})
         return checked
 
     return register

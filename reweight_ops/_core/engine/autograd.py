@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import ReweightOpsError, UnsupportedRequest
 from ..backends.base import DERIVATIVES, DIVERGENCE_STATS, VOCABULARY, SoftmaxParams
-from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
+from ..backends.log_p_moments import MEAN_OVER_P_SQ, VARIANCE
 from ..backends.logp_low import LOGP_LOW
 from ..backends.mean_logit import MEAN_LOGIT
 from ..backends.picked import Picked
@@ -60,7 +60,7 @@ def forbid_second_backward(ctx: Any, op: str) -> None:
 
 
 #: Statistics without a gradient.
-FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ, VOCABULARY + VARIANCE)
+FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_OVER_P_SQ, VOCABULARY + VARIANCE)
 
 #: A statistic that the gradient kernel reads, but no caller.
 LSE_LOW = "lse_low"

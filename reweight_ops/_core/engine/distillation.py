@@ -134,7 +134,7 @@ def distillation_weights(rows: Rows, token_weights: Any, num_items_in_batch: Any
         refuse_learnt(value, rows.error, name)
     rows.check_divisor("num_items_in_batch", num_items_in_batch)
     divisor = rows.keep.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    factor = rows.per_row("token_weights", 1.0 if token_weights is None else token_weights)
+    factor = rows.flatten_per_token("token_weights", 1.0 if token_weights is None else token_weights)
     if factor.requires_grad:
         raise rows.error("token_weights require grad; here they are detached. For a gradient: (w * token_divergence(...)).sum().")
     return torch.where(rows.keep, factor * loss_scale / divisor, 0)

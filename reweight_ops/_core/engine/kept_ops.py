@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import DERIVATIVES, LOSS_ROWS, VOCABULARY, PackedRows, RowInputs, SoftmaxParams
-from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE, log_p_moment
+from ..backends.log_p_moments import MEAN_OVER_P_SQ, VARIANCE, log_p_moment
 from ..backends.logp_low import LOGP_LOW
 from ..backends.reference_packed import filled
 from ..backends.select import load
@@ -26,7 +26,7 @@ from .kept_shards import ShardRows
 from .ops import BODIES, clear_last, gradient_ops, op, row_dtype, token_stats, without_last_position
 
 #: Statistics of packed rows without a kernel.
-_MOMENTS = (VARIANCE, MEAN_BY_P_SQ)
+_MOMENTS = (VARIANCE, MEAN_OVER_P_SQ)
 #: Devices where the first and the last entry of a few rows can be read without waiting.
 _READABLE = ("cpu",)
 #: The statistics that a row's gradient by its entropy reads.
@@ -178,7 +178,7 @@ def _write_kept_loss_grad(
     leaves = {"old_logp": known["logp"], "logp": known["logp"], "entropy": known[entropy], "log_sum_p_sq": known["log_sum_p_sq"]}
     evaluate = load(backend).evaluate_rows or evaluate_rows
     leaves |= inputs.stored()
-    weighted, loss, *by = evaluate(Program.decode(program), params, leaves, inputs.weights, ONE_PASS, position != IGNORE_INDEX)
+    weighted, loss, *by = evaluate(Program.decode(program), params, leaves, inputs.row_weights, ONE_PASS, position != IGNORE_INDEX)
     graph = loss_graph(Program.decode(program))
     names = {"logp": "logp", "entropy": entropy, "log_sum_p_sq": "log_sum_p_sq"}
     derivatives: dict[str, Tensor | None] = {names[x]: d for x, d in zip(STATISTICS, by, strict=True) if graph.moves(x)}

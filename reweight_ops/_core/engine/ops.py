@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 from torch.library import Library, infer_schema
 
 from ..backends.base import DERIVATIVES, DIVERGENCE_STATS, LOSS_ROWS, DivergenceInputs, RowInputs, SoftmaxParams
-from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE, log_p_moment
+from ..backends.log_p_moments import MEAN_OVER_P_SQ, VARIANCE, log_p_moment
 from ..backends.logp_low import LOGP_LOW, logp_low
 from ..backends.mean_logit import MEAN_LOGIT, mean_logit
 from ..backends.scale import scale_in_torch
@@ -131,7 +131,7 @@ def _fake_stats(
 _UNFUSED: dict[str, Callable[[Tensor, Tensor, SoftmaxParams], Tensor]] = {
     MEAN_LOGIT: mean_logit,
     VARIANCE: functools.partial(log_p_moment, VARIANCE),
-    MEAN_BY_P_SQ: functools.partial(log_p_moment, MEAN_BY_P_SQ),
+    MEAN_OVER_P_SQ: functools.partial(log_p_moment, MEAN_OVER_P_SQ),
 }
 
 

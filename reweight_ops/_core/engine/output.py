@@ -173,14 +173,14 @@ def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Ten
 
 def _transformed_gradients(call: LossCall, known: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
     # Transforms nest, and torch.compile traces them. Neither is true of autograd.grad.
-    found = torch.func.grad(lambda probes: call.evaluate(probes).weighted_loss.sum())(known)
+    found = torch.func.grad(lambda probes: call.token_losses(probes).weighted_loss.sum())(known)
     return found.get("logp"), found.get("entropy")
 
 
 def _gradients(call: LossCall, known: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
     with torch.enable_grad():
         probes = {name: x.clone().requires_grad_() for name, x in known.items()}
-        total = call.evaluate(probes).weighted_loss.sum()
+        total = call.token_losses(probes).weighted_loss.sum()
         found = torch.autograd.grad(total, list(probes.values()), allow_unused=True) if total.requires_grad else [None] * len(probes)
     by = dict(zip(probes, found, strict=True))
     return by.get("logp"), by.get("entropy")

@@ -114,10 +114,10 @@ class PairObjective:
 
     def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> PreferenceLossOutput:
         known = {name: value for name, value in statistics.items() if name != "lse"}
-        return evaluate(self.call, known, choice.backend)
+        return pair_loss(self.call, known, choice.backend)
 
 
-def evaluate(call: PairCall, statistics: dict[str, Tensor], backend: str) -> PreferenceLossOutput:
+def pair_loss(call: PairCall, statistics: dict[str, Tensor], backend: str) -> PreferenceLossOutput:
     """Evaluate the loss from ``statistics``. Gradients flow to all of them.
 
     They are ``logp`` ``[N]``, and ``log_sum_p_sq`` and ``kl`` if the spec reads them.

@@ -31,7 +31,7 @@ class Choice(NamedTuple):
 
     plan: str
     backend: str
-    why_not_one_pass: str | None
+    one_pass_unsupported_reason: str | None
 
 
 class Objective(Protocol[Output]):
@@ -129,9 +129,9 @@ def choose_plan(source: Source, objective: Objective[Any], plan: str, info: Sour
         info.device, info.dtype, info.other_dtype, info.backend, info.statistics, one_pass, objective.program if one_pass else None
     )
     if choice.plan != "one_pass":
-        choice = Choice("two_pass", choice.backend, reason or choice.why_not_one_pass)
+        choice = Choice("two_pass", choice.backend, reason or choice.one_pass_unsupported_reason)
     if plan == "one_pass" and choice.plan != plan and info.needs_grad:
-        raise UnsupportedRequest(f"{op}: plan='one_pass' is impossible: {choice.why_not_one_pass}.")
+        raise UnsupportedRequest(f"{op}: plan='one_pass' is impossible: {choice.one_pass_unsupported_reason}.")
     return choice
 
 

@@ -69,7 +69,7 @@ class PolicyObjective:
         loss = with_derivatives(self.call, loss, leaves)
         entropies = marked(rows.unflatten(entropy), loss)
         return PolicyLossOutput(
-            rows.trusted(loss), rows.unflatten(logp), entropies, choice.plan, choice.backend, self.call.released(), leaves, per_token, by,
+            rows.trusted(loss), rows.unflatten(logp), entropies, choice.plan, choice.backend, self.call.without_inputs(), leaves, per_token, by,
             more, versions_of(self.call, leaves, per_token),
         )  # fmt: skip
 
@@ -80,7 +80,7 @@ class PolicyObjective:
         stored = evaluate_stored(self.call, leaves, choice.backend) if choice.backend != "torch" else None
         if stored is not None:
             return self._from_stored(leaves, *stored, choice, more)
-        result = self.call.evaluate(leaves)
+        result = self.call.token_losses(leaves)
         loss = result.weighted_loss.sum() if self.call.spec.reduction.scalar else rows.unflatten(result.weighted_loss)
         return self._shown(leaves, loss, result.loss.detach(), None, choice, more)
 
@@ -99,6 +99,6 @@ class PolicyObjective:
         if entropies is not None and not self.differentiable_outputs:
             entropies = marked(entropies, loss)
         return PolicyLossOutput(
-            rows.trusted(loss), rows.unflatten(shown["logp"]), entropies, choice.plan, choice.backend, self.call.released(), detached,
+            rows.trusted(loss), rows.unflatten(shown["logp"]), entropies, choice.plan, choice.backend, self.call.without_inputs(), detached,
             per_row, by, more, versions_of(self.call, detached, per_row),
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """The middle of two_pass as one launch: a pointwise loss on stored row statistics, by a
 backend's ``evaluate_rows``.
 
-It gives the same numbers as :meth:`~reweight_ops._core.calls.policy.LossCall.evaluate`,
+It gives the same numbers as :meth:`~reweight_ops._core.calls.policy.LossCall.token_losses`,
 which PyTorch differentiates, and the derivatives from the same evaluation. A compiled
 graph takes that method, because its compiler fuses it. So does a loss that is not a
 program.
@@ -28,13 +28,13 @@ _BY = ("logp", "entropy", "log_sum_p_sq", "log_ratio")
 
 
 class _StoredRows(torch.autograd.Function):
-    """``(loss, table)`` of ``evaluate()``. The table begins with the weighted loss, the
+    """``(loss, table)`` of ``token_losses()``. The table begins with the weighted loss, the
     loss, and the derivatives by ``statistics``.
     """
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, moving: tuple[bool, ...], call: LossCall, *statistics: Tensor | None) -> Tensor:
-        ctx.moving, ctx.call = moving, call.released()
+        ctx.moving, ctx.call = moving, call.without_inputs()
         ctx.save_for_backward(table, *statistics)
         ctx.set_materialize_grads(False)
         return table[0].sum()
@@ -57,7 +57,7 @@ class _StoredRows(torch.autograd.Function):
 def _formula(call: LossCall) -> Callable[..., tuple[Tensor]]:
     def total(*statistics: Tensor | None) -> tuple[Tensor]:
         known = {name: x for name, x in zip(_BY, statistics, strict=False) if x is not None}
-        return (call.evaluate(known).weighted_loss.sum(),)
+        return (call.token_losses(known).weighted_loss.sum(),)
 
     return total
 

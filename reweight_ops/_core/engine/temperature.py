@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ...errors import UnsupportedRequest
 from ..backends.base import VOCABULARY
-from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
+from ..backends.log_p_moments import MEAN_OVER_P_SQ, VARIANCE
 from . import again
 from .picks import PICKED
 
 #: Maps a statistic to the further statistics that its derivative reads.
 _READS = {
-    "logp": ("entropy",), "lse": ("entropy",), "entropy": (VARIANCE,), "log_sum_p_sq": ("entropy", MEAN_BY_P_SQ), PICKED: ("entropy",),
+    "logp": ("entropy",), "lse": ("entropy",), "entropy": (VARIANCE,), "log_sum_p_sq": ("entropy", MEAN_OVER_P_SQ), PICKED: ("entropy",),
     f"{VOCABULARY}entropy": (VOCABULARY + VARIANCE,),
 }  # fmt: skip
 
@@ -93,5 +93,5 @@ def _derivatives_of(s: dict[str, Tensor]) -> dict[str, Any]:
         "entropy": lambda: s[VARIANCE],
         PICKED: lambda: torch.where(s[PICKED] == 0, 0, -(s[PICKED] + s["entropy"][:, None])),  # 0: padding, or a sure token without entropy
         f"{VOCABULARY}entropy": lambda: s[VOCABULARY + VARIANCE],
-        "log_sum_p_sq": lambda: -2 * (s[MEAN_BY_P_SQ] + s["entropy"]),
+        "log_sum_p_sq": lambda: -2 * (s[MEAN_OVER_P_SQ] + s["entropy"]),
     }

@@ -22,14 +22,11 @@ from ..ranges import Unread, ranged
 
 #: The fields of a token that a formula may read. ``old_logp`` is a leaf of its own,
 #: because at sequence level it is not ``logp - log_ratio``.
-LEAVES = ("logp", "old_logp", "log_ratio", "ref_logp", "sampling_logp", "adv", "entropy", "log_sum_p_sq")
+TOKEN_FIELDS = ("logp", "old_logp", "log_ratio", "ref_logp", "sampling_logp", "adv", "entropy", "log_sum_p_sq")
 
-#: The leaves through which a gradient flows to the logits.
-DIFFERENTIABLE_LEAVES = ("logp", "log_ratio", "entropy", "log_sum_p_sq")
-
-#: The leaves that depend on the current policy's logits. Every other leaf is stored
-#: with the batch.
-DIFFERENTIABLE_LEAVES = ("logp", "log_ratio", "entropy", "log_sum_p_sq")
+#: The fields that depend on the current policy's logits, through which a gradient flows
+#: to them. Every other field is stored with the batch.
+DIFFERENTIABLE_FIELDS = ("logp", "log_ratio", "entropy", "log_sum_p_sq")
 
 RULES: dict[str, type[Rule]] = {}
 WEIGHTS: dict[str, type[TokenWeight]] = {}
@@ -84,7 +81,7 @@ class Rule(Formula):
     kind: ClassVar[str] = "surrogate"
 
     def loss(self, xp: Any, t: Any) -> Any:
-        """Return the token's loss. ``t`` has the attributes :data:`LEAVES`."""
+        """Return the token's loss. ``t`` has the attributes :data:`TOKEN_FIELDS`."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss(self, xp, t)")
 
     def clipped(self, xp: Any, t: Any) -> tuple[Any, Any] | None:
@@ -152,7 +149,7 @@ def rule(name: type[_T]) -> type[_T]: ...
 @overload
 def rule(name: str | None = None, *, kind: str = "surrogate") -> Callable[[type[_T]], type[_T]]: ...
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def rule(name: Any = None, *, kind: str = "surrogate") -> Any:
+def rule(name: str | type | None = None, *, kind: str = "surrogate") -> Any:
     """Make a frozen keyword-only dataclass of a :class:`Rule` and register it by name.
 
     This is a class decorator.
@@ -174,7 +171,7 @@ def weight(name: type[_T]) -> type[_T]: ...
 @overload
 def weight(name: str | None = None) -> Callable[[type[_T]], type[_T]]: ...
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def weight(name: Any = None) -> Any:
+def weight(name: str | type | None = None) -> Any:
     """Make a frozen keyword-only dataclass of a :class:`TokenWeight` and register it by
     name.
 

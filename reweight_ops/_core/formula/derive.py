@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .base import DIFFERENTIABLE_LEAVES
+from .base import DIFFERENTIABLE_FIELDS
 from .trace import Expr, Traced, walk
 
 
@@ -24,7 +24,7 @@ def _is(x: Expr, value: float) -> bool:
     return x.op == "const" and x.args[0] == value
 
 
-def add(a: Expr, b: Expr) -> Expr:
+def simplified_add(a: Expr, b: Expr) -> Expr:
     if _is(a, 0):
         return b
     if _is(b, 0):
@@ -32,54 +32,54 @@ def add(a: Expr, b: Expr) -> Expr:
     if a.op == b.op == "const":
         return a.graph.const(a.args[0] + b.args[0])
     if a.op == b.op == "where" and a.args[0] is b.args[0]:
-        return select(a.args[0], add(a.args[1], b.args[1]), add(a.args[2], b.args[2]))
+        return select(a.args[0], simplified_add(a.args[1], b.args[1]), simplified_add(a.args[2], b.args[2]))
     if a.op == "const":
-        return add(b, a)
+        return simplified_add(b, a)
     if a.op == "exp" and _is(b, -1):  # the slope of expm1(x) - x; as exp(x) - 1 it would lose every digit at small x
         return a.graph.node("expm1", a.args[0])
     if a.op == "neg" and (b.op in ("neg", "const")):
-        return neg(add(a.args[0], neg(b)))
+        return simplified_neg(simplified_add(a.args[0], simplified_neg(b)))
     if a is b:
-        return mul(a.graph.const(2.0), a)
+        return simplified_mul(a.graph.const(2.0), a)
     return a - b.args[0] if b.op == "neg" else a + b
 
 
-def neg(a: Expr) -> Expr:
+def simplified_neg(a: Expr) -> Expr:
     if a.op == "const":
         return a.graph.const(0.0 - a.args[0])
     if a.op == "where":
-        return select(a.args[0], neg(a.args[1]), neg(a.args[2]))
+        return select(a.args[0], simplified_neg(a.args[1]), simplified_neg(a.args[2]))
     if a.op == "sub":
         return a.graph.arithmetic("sub", a.args[1], a.args[0])
     return a.args[0] if a.op == "neg" else -a
 
 
-def sub(a: Expr, b: Expr) -> Expr:
-    return add(a, neg(b))
+def simplified_sub(a: Expr, b: Expr) -> Expr:
+    return simplified_add(a, simplified_neg(b))
 
 
-def mul(a: Expr, b: Expr) -> Expr:
+def simplified_mul(a: Expr, b: Expr) -> Expr:
     if b.op == "const":
         a, b = b, a
     if a.op == "const":
         scale = a.args[0]
         if scale < 0:
-            return neg(mul(a.graph.const(-scale), b))
+            return simplified_neg(simplified_mul(a.graph.const(-scale), b))
         if b.op == "neg":
-            return neg(mul(a, b.args[0]))
+            return simplified_neg(simplified_mul(a, b.args[0]))
         if b.op == "mul" and b.args[0].op == "const":
             scale, b = scale * b.args[0].args[0], b.args[1]
         if b.op == "const":
             return a.graph.const(scale * b.args[0])
         return a.graph.const(0.0) if scale == 0 else b if scale == 1 else scale * b
     if a.op == "neg":
-        return neg(mul(a.args[0], b))
-    return neg(mul(a, b.args[0])) if b.op == "neg" else a * b
+        return simplified_neg(simplified_mul(a.args[0], b))
+    return simplified_neg(simplified_mul(a, b.args[0])) if b.op == "neg" else a * b
 
 
-def div(a: Expr, b: Expr) -> Expr:
+def simplified_div(a: Expr, b: Expr) -> Expr:
     if a.op == "neg":
-        return neg(div(a.args[0], b))
+        return simplified_neg(simplified_div(a.args[0], b))
     return a if _is(a, 0) or _is(b, 1) else a / b
 
 
@@ -87,7 +87,7 @@ def select(condition: Expr, a: Expr, b: Expr) -> Expr:
     return a if a is b else a.graph.node("where", condition, a, b)
 
 
-def _through(slope: Expr, factor: Expr, combine: Callable[[Expr, Expr], Expr] = mul) -> Expr:
+def _through(slope: Expr, factor: Expr, combine: Callable[[Expr, Expr], Expr] = simplified_mul) -> Expr:
     """Return ``slope * factor`` (or ``/``).
 
     A slope that a select has made 0 stays 0 even if the factor is infinite.
@@ -134,30 +134,30 @@ class Derivative:
             case (("leaf" | "const" | "param" | "stop"), _):
                 return zero
             case "add", (a, b):
-                return add(self(a), self(b))
+                return simplified_add(self(a), self(b))
             case "sub", (a, b):
-                return sub(self(a), self(b))
+                return simplified_sub(self(a), self(b))
             case "neg", (a,):
-                return neg(self(a))
+                return simplified_neg(self(a))
             case "mul", (a, b):
-                return add(_through(self(a), b), _through(self(b), a))
+                return simplified_add(_through(self(a), b), _through(self(b), a))
             case "div", (a, b):
-                return sub(_through(self(a), b, div), _through(self(b), div(x, b)))
+                return simplified_sub(_through(self(a), b, simplified_div), _through(self(b), simplified_div(x, b)))
             case "exp", (a,):
                 return _through(self(a), x)
             case "expm1", (a,):
                 return _through(self(a), g.node("exp", a))
             case "log", (a,):
-                return _through(self(a), a, div)
+                return _through(self(a), a, simplified_div)
             case "log1p", (a,):
-                return _through(self(a), add(one, a), div)
+                return _through(self(a), simplified_add(one, a), simplified_div)
             case "sigmoid", (a,):
-                return _saturating(self(a), mul(x, g.node("sigmoid", neg(a))))
+                return _saturating(self(a), simplified_mul(x, g.node("sigmoid", simplified_neg(a))))
             case "tanh", (a,):  # 1 - tanh² = 4·sigmoid(2x)·sigmoid(-2x)
-                twice = add(a, a)
-                return _saturating(self(a), 4.0 * (g.node("sigmoid", twice) * g.node("sigmoid", neg(twice))))
+                twice = simplified_add(a, a)
+                return _saturating(self(a), 4.0 * (g.node("sigmoid", twice) * g.node("sigmoid", simplified_neg(twice))))
             case "abs", (a,):
-                return select(zero < a, self(a), select(a < zero, neg(self(a)), zero))
+                return select(zero < a, self(a), select(a < zero, simplified_neg(self(a)), zero))
             case "min", (a, b):
                 return select(a <= b, self(a), self(b))
             case "max", (a, b):
@@ -191,7 +191,7 @@ def value(traced: Traced) -> Expr:
 
 def derive(traced: Traced) -> dict[str, Expr]:
     """Return the partial derivative of the formula by each of
-    :data:`~reweight_ops._core.formula.base.DIFFERENTIABLE_LEAVES`.
+    :data:`~reweight_ops._core.formula.base.DIFFERENTIABLE_FIELDS`.
     """
     graph = traced.result.graph
-    return {leaf: Derivative(graph.node("leaf", leaf))(traced.result) for leaf in DIFFERENTIABLE_LEAVES}
+    return {leaf: Derivative(graph.node("leaf", leaf))(traced.result) for leaf in DIFFERENTIABLE_FIELDS}

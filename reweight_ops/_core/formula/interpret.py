@@ -20,7 +20,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def evaluate(roots: Sequence[Expr], leaves: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[Tensor]:
+def interpret(roots: Sequence[Expr], leaves: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[Tensor]:
     """Return the values of ``roots``.
 
     ``leaves`` are ``[N]`` and ``parameters`` are 0-d. All have one dtype.

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ...errors import InvalidCall
-from .base import LEAVES, RULES, WEIGHTS, Rule, TokenWeight
-from .derive import Derivative, add, select, sub, value_of
+from .base import RULES, TOKEN_FIELDS, WEIGHTS, Rule, TokenWeight
+from .derive import Derivative, select, simplified_add, simplified_sub, value_of
 from .text import read_formula, write_formula
 from .trace import Expr, Graph, trace_rule, trace_weight, walk
 
@@ -119,7 +119,7 @@ class LossGraph:
     @property
     def names(self) -> tuple[str, ...]:
         """Every output."""
-        leaves = [x for x in LEAVES if x != "log_ratio" or self._clamped is None]
+        leaves = [x for x in TOKEN_FIELDS if x != "log_ratio" or self._clamped is None]
         return ("weighted_loss", "loss", *(f"d_{x}" for x in leaves), *(f"d_w{k}" for k in range(self.terms)))
 
     def _leaf(self, name: str) -> Expr:
@@ -135,8 +135,8 @@ class LossGraph:
             share = self._leaf(f"w{k}") * factor
             off = self.graph.arithmetic("eq", share, zero)
             self._off.append(off)
-            self._weighted = add(self._weighted, select(off, zero, share * rule))
-            self._loss = add(self._loss, select(off, zero, factor * rule))
+            self._weighted = simplified_add(self._weighted, select(off, zero, share * rule))
+            self._loss = simplified_add(self._loss, select(off, zero, factor * rule))
             never = self.graph.arithmetic("eq", factor, zero)
             self._found[f"d_w{k}"] = value_of(select(never, zero, factor * rule))
 
@@ -155,7 +155,7 @@ class LossGraph:
         slope = Derivative(by, () if by is self._ratio else (self._ratio,))(self._weighted)
         if self._clamped is not None and name in ("d_logp", "d_old_logp"):
             through = select(self._clamped, self.graph.const(0.0), Derivative(self._ratio)(self._weighted))
-            slope = (add if name == "d_logp" else sub)(slope, through)
+            slope = (simplified_add if name == "d_logp" else simplified_sub)(slope, through)
         if name == "d_logp":
             loss = self["weighted_loss"]
             slope = select(loss != loss, loss, slope)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from .base import LEAVES
+from .base import TOKEN_FIELDS
 from .trace import Expr, unstopped, walk
 
 
@@ -41,7 +41,7 @@ class Language(NamedTuple):
         It has the hyper-parameter's name, unless that name means something else in the
         generated function.
         """
-        taken = name in self.reserved or name in LEAVES or re.fullmatch(r"[vd]\d+|rw_\w+|[tp]", name)
+        taken = name in self.reserved or name in TOKEN_FIELDS or re.fullmatch(r"[vd]\d+|rw_\w+|[tp]", name)
         return f"{name}_" if taken else name
 
 

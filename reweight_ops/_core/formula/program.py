@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .interpret import evaluate
+from .interpret import interpret
 from .loss_program import ONE_PASS, Program, loss_graph
 
 
@@ -21,6 +21,6 @@ def evaluate_rows(
     graph = loss_graph(program, "log_ratio" in leaves)
     known = leaves | {f"w{k}": w for k, w in enumerate(row_weights)}
     numbers = {f"p{i}": x for i, x in enumerate(params.unbind())}
-    values = evaluate([graph[name] for name in outputs], known, numbers)
+    values = interpret([graph[name] for name in outputs], known, numbers)
     table = torch.stack([x.expand(row_weights.size(1)) for x in values])
     return table if keep is None else torch.where(keep, table, 0)

@@ -2,7 +2,7 @@
 
 The registers are, in this order: the program's parameters; the constants; the uniform
 values, which follow from those two alone and are computed once a call; the inputs of a
-row, which are :data:`~reweight_ops._core.formula.base.LEAVES` and the row weights; the
+row, which are :data:`~reweight_ops._core.formula.base.TOKEN_FIELDS` and the row weights; the
 intermediate values. A register of the last kind is used again as soon as a level has
 read its value for the last time.
 
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .base import LEAVES
+from .base import TOKEN_FIELDS
 from .loss_program import ONE_PASS, LossGraph
 from .trace import SYMBOLS, Expr, unstopped, walk
 
@@ -186,7 +186,7 @@ class _Builder:
         for x in (x for level in self.uniform for x in level):
             self.at[x.index], first = first, first + 1
         self.inputs = first
-        names = [*LEAVES, *(f"w{k}" for k in range(graph.terms))]
+        names = [*TOKEN_FIELDS, *(f"w{k}" for k in range(graph.terms))]
         self.at |= {x.index: first + names.index(x.args[0]) for x in nodes if x.op == "leaf"}
         self.registers = first + len(names)
         self._allocate()

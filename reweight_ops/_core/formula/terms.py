@@ -23,13 +23,13 @@ class Term(NamedTuple):
     """One term of the loss: a rule whose fields are bound to values, and its
     coefficient (a number or a 0-d tensor).
 
-    ``shares`` belongs to a coupled reduction. It maps the term's weighted token losses,
+    ``contributions`` belongs to a coupled reduction. It maps the term's weighted token losses,
     without the coefficient, to what they add to the loss.
     """
 
     rule: Rule
     coef: Any
-    shares: Callable[[Tensor], Tensor] | None = None
+    contributions: Callable[[Tensor], Tensor] | None = None
 
 
 class Terms(NamedTuple):
@@ -48,7 +48,7 @@ class TermResult(NamedTuple):
     loss: Tensor  # [N]: the same without w_k
 
 
-def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep: Tensor, batch: Any) -> TermResult:
+def combine_terms(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep: Tensor, batch: Any) -> TermResult:
     """Compute the per-row losses from every leaf (``log_ratio`` included) and the row
     weights ``[K, N]``.
 
@@ -70,18 +70,18 @@ def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep:
     weighted = loss = torch.zeros_like(leaves["logp"])
     chosen = torch.zeros_like(keep)
     for k, term in enumerate(terms.terms):
-        factor: Any = term.coef if term.shares is None else 1.0
+        factor: Any = term.coef if term.contributions is None else 1.0
         for u in (scoped["all"], scoped["surrogate"] if k == 0 else None):
             factor = factor if u is None else factor * u
         total = row_weights[k] * factor
         selected = keep if total.requires_grad else keep & (total != 0)
         value = term.rule.loss(xp, Leaves(safe_where(selected, leaves)))
         own = torch.where(selected, total * value, 0)
-        if term.shares is None:
+        if term.contributions is None:
             loss, weighted = loss + torch.where(selected, factor * value, 0), weighted + own
         else:
             loss = loss + torch.where(selected, term.coef * factor * value, 0)
-            weighted = weighted + term.coef * term.shares(own)
+            weighted = weighted + term.coef * term.contributions(own)
         chosen = chosen | selected
     # A NaN in a counted row must become the row's loss and gradient. Every comparison
     # with NaN is false, so a clip would have stopped the gradient.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .base import LEAVES
+from .base import TOKEN_FIELDS
 from .trace import Expr, Graph, Traced, walk
 
 
@@ -48,7 +48,7 @@ def read_formula(text: str, graph: Graph, parameter: Callable[[], Expr], leaf: C
             nodes.append(fields[int(token[1:])])
         elif token[0] == "#":
             nodes.append(graph.const(float(token[1:])))
-        elif token in LEAVES:
+        elif token in TOKEN_FIELDS:
             nodes.append(leaf(token))
         else:
             op, *at = token.split(":")

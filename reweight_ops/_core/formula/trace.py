@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from .base import LEAVES, Formula, Rule, TokenWeight
+from .base import TOKEN_FIELDS, Formula, Rule, TokenWeight
 from .namespace import FUNCTIONS
 
 COMPARISONS = frozenset({"lt", "le", "eq", "ne"})
@@ -292,8 +292,8 @@ class _Leaves:
         self._graph = graph
 
     def __getattr__(self, name: str) -> Expr:
-        if name not in LEAVES:
-            raise AttributeError(f"a token has no {name!r}; it has: {', '.join(LEAVES)}.")
+        if name not in TOKEN_FIELDS:
+            raise AttributeError(f"a token has no {name!r}; it has: {', '.join(TOKEN_FIELDS)}.")
         return self._graph.node("leaf", name)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import builtins
 import keyword
 
-from .base import LEAVES
+from .base import TOKEN_FIELDS
 from .loss_program import ONE_PASS, Program, loss_graph
 from .monitor import Monitor
 from .printer import Language, statements
@@ -38,7 +38,7 @@ TRITON = Language(
 _HEADER = "# ruff: noqa\n# fmt: off\nimport triton\nimport triton.language as tl\n"
 
 
-_LEAVES = ", ".join(x for x in LEAVES if x != "log_ratio")
+_FIELDS = ", ".join(x for x in TOKEN_FIELDS if x != "log_ratio")
 
 
 def program_py(program: Program, given_ratio: bool = False, outputs: tuple[str, ...] = ONE_PASS) -> str:
@@ -51,7 +51,7 @@ def program_py(program: Program, given_ratio: bool = False, outputs: tuple[str, 
     """
     graph = loss_graph(program, given_ratio)
     loads = [f"w{k} = tl.load(w + {k} * w_stride)" for k in range(graph.terms)]
-    return _module([graph[name] for name in outputs], f"params, w, w_stride, {_LEAVES}{', log_ratio' * given_ratio}", loads)
+    return _module([graph[name] for name in outputs], f"params, w, w_stride, {_FIELDS}{', log_ratio' * given_ratio}", loads)
 
 
 def monitor_py(monitor: Monitor) -> str:
@@ -59,7 +59,7 @@ def monitor_py(monitor: Monitor) -> str:
 
     Its arguments are ``params`` and the leaves. ``log_ratio`` is the last.
     """
-    return _module(monitor.graph(), f"params, {_LEAVES}, log_ratio", [])
+    return _module(monitor.graph(), f"params, {_FIELDS}, log_ratio", [])
 
 
 def _module(roots: list[Expr], signature: str, loads: list[str]) -> str:

@@ -33,13 +33,13 @@ from ..engine.source import Source
 from ..engine.sources import LogitsSource, TwoLogitsSource
 from ..engine.statistics import StatisticsObjective
 from ..engine.top_teacher import TopTeacherSource
-from ..ranges import FixedOpenUnit, FixedPositiveOrInf, NonNegative, Number, Positive
+from ..ranges import FixedOpenUnit, FixedPositiveOrInf, NonNegative, Positive, Scalar
 from .explain import public_op
 
 
 @published(
     "token_divergence", "Full-vocabulary KL to a reference or teacher", kind="divergence", level="token", plan="two passes", arxiv="1503.02531",
-    paper="Distilling the Knowledge in a Neural Network", certainty="verified",
+    certainty="verified",
 )  # fmt: skip
 @public_op
 def token_divergence(
@@ -49,7 +49,7 @@ def token_divergence(
     kind: str = "forward_kl",
     beta: FixedOpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
-    other_temperature: Positive[Number] = None,
+    other_temperature: Positive[Scalar] | None = None,
     other_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[Tensor]:
@@ -135,7 +135,7 @@ def distillation_loss(
     num_items_in_batch: NonNegative[float | Tensor] | None = None,
     loss_scale: NonNegative[float | Tensor] = 1.0,
     plan: str = "auto",
-    teacher_temperature: Positive[Number] = None,
+    teacher_temperature: Positive[Scalar] | None = None,
     teacher_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[DistillationLossOutput]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from ..calls.keywords import misnamed
 from ..catalogue.signatures import written_out
 from ..engine.plan import choose_plan, unsupported_reasons
 from ..engine.run import Again, Call, run
+from ..names import renamed_attribute
 from ..ranges import ranged
 from ..rows.ranks import announced
 from .documented import documented
@@ -63,7 +65,7 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
             raise misnamed(prepare.__name__, signature, len(args), keywords) or error from None
 
     signature = inspect.signature(prepare)
-    result = str(signature.return_annotation).removeprefix("Call[").partition("]")[0]
+    result = re.sub(r"^Call\[(.*?)\](?: \| Again\[.*\])?$", r"\1", str(signature.return_annotation))
     whole = written_out(prepare).replace(return_annotation=result)
     op.__signature__ = whole  # type: ignore[attr-defined]
     op.__doc__ = documented(prepare.__doc__, whole)
@@ -82,19 +84,22 @@ class Explanation:
 
     plan: str
     backend: str
-    why_not_one_pass: str | None
+    one_pass_unsupported_reason: str | None
     backends: dict[str, str | None]
     kernel: str | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        return renamed_attribute(self, name)
+
     def __str__(self) -> str:
         lines = [
-            f"plan: {self.plan}" + (f" (not one_pass: {self.why_not_one_pass})" if self.why_not_one_pass else ""),
+            f"plan: {self.plan}" + (f" (not one_pass: {self.one_pass_unsupported_reason})" if self.one_pass_unsupported_reason else ""),
             f"backend: {self.backend}" + (f", kernel: {self.kernel}" if self.kernel else ""),
         ]
         return "\n".join([*lines, *(f"  {name}: {'available' if reason is None else reason}" for name, reason in self.backends.items())])
 
 
-def explain(op: Any, *args: Any, device: torch.device | str | None = None, **keywords: Any) -> Explanation:
+def explain(op: Callable[..., Any], *args: Any, device: torch.device | str | None = None, **keywords: Any) -> Explanation:
     """Explain what ``op(*args, **keywords)`` would do.
 
     It takes every public op on logits, hidden states or log-probs.
@@ -118,7 +123,9 @@ def explain(op: Any, *args: Any, device: torch.device | str | None = None, **key
     info = source.info._replace(device=_device(source.info.device, device))
     choice = choose_plan(source, objective, call.plan, info)
     kernel = source.kernel(choice.backend, info.device) if choice.plan == "one_pass" else None
-    return Explanation(choice.plan, choice.backend, choice.why_not_one_pass, unsupported_reasons(info, choice, objective.program), kernel)
+    return Explanation(
+        choice.plan, choice.backend, choice.one_pass_unsupported_reason, unsupported_reasons(info, choice, objective.program), kernel
+    )
 
 
 def _device(own: torch.device, asked: torch.device | str | None) -> torch.device:

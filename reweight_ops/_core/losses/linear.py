@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -43,6 +43,42 @@ from .explain import public_op
 from .statistics import check_stats, logps_call, resolve_picks, stats_call
 
 
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: Literal[False] = False,
+    **keywords: Unpack[LMHeadKeywords],
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: Literal[True],
+    **keywords: Unpack[LMHeadKeywords],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: bool,
+    **keywords: Unpack[LMHeadKeywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 @public_op
 def linear_token_logps(
     hidden: Tensor,
@@ -52,7 +88,7 @@ def linear_token_logps(
     completion_mask: Tensor | None = None,
     return_entropy: bool = False,
     **keywords: Unpack[LMHeadKeywords],
-) -> Call[Any]:
+) -> Call[Tensor | tuple[Tensor, Tensor]]:
     """:func:`token_logps` from hidden states, a few rows of logits at a time.
 
     The logits are ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``.

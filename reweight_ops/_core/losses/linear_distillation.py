@@ -19,7 +19,7 @@ from ..engine.linear.two_source import TwoHiddenSource
 from ..engine.picks import Picks
 from ..engine.run import Call
 from ..engine.top_teacher import TopTeacherSource
-from ..ranges import FixedOpenUnit, FixedPositiveOrInf, NonNegative, Number, Positive
+from ..ranges import FixedOpenUnit, FixedPositiveOrInf, NonNegative, Positive, Scalar
 from .distillation import divergence_call
 from .explain import public_op
 
@@ -33,7 +33,7 @@ def linear_token_divergence(
     kind: str = "forward_kl",
     beta: FixedOpenUnit[float] | None = None,
     completion_mask: Tensor | None = None,
-    other_temperature: Positive[Number] = None,
+    other_temperature: Positive[Scalar] | None = None,
     other_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[Tensor]:
@@ -100,7 +100,7 @@ def linear_distillation_loss(
     num_items_in_batch: NonNegative[float | Tensor] | None = None,
     loss_scale: NonNegative[float | Tensor] = 1.0,
     plan: str = "auto",
-    teacher_temperature: Positive[Number] = None,
+    teacher_temperature: Positive[Scalar] | None = None,
     teacher_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[DistillationLossOutput]:

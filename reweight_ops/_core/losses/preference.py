@@ -122,7 +122,7 @@ def preference_loss_from_logps(
     if ("log_sum_p_sq" in spec.requires) != (log_sum_p_sq is not None):
         raise rows.error("the spec reads log_sum_p_sq: pass it." if log_sum_p_sq is None else "the spec does not read log_sum_p_sq.")
     if log_sum_p_sq is not None:
-        given["log_sum_p_sq"] = rows.per_row("log_sum_p_sq", log_sum_p_sq)
+        given["log_sum_p_sq"] = rows.flatten_per_token("log_sum_p_sq", log_sum_p_sq)
     return Call(LogpsSource(rows, given), PairObjective(call))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -36,12 +36,45 @@ _STATS = {
 _PICKING = {"selected_ids": ("selected_logps",), "top_k": ("topk_logps", "topk_ids")}
 
 
-def logps_call(source: Source, return_entropy: bool) -> Call[Any]:
+def logps_call(source: Source, return_entropy: bool) -> Call[Tensor | tuple[Tensor, Tensor]]:
     """Return the call of an op that returns log-probs, or ``(logps, entropies)``."""
     unflatten = source.rows.unflatten
     if return_entropy:
         return Call(source, StatisticsObjective(("logp", "entropy"), lambda s: (unflatten(s["logp"]), unflatten(s["entropy"]))))
     return Call(source, StatisticsObjective(("logp",), lambda s: unflatten(s["logp"])))
+
+
+@overload
+def token_logps(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: Literal[False] = False,
+    **keywords: Unpack[SoftmaxKeywords],
+) -> Tensor: ...
+
+
+@overload
+def token_logps(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: Literal[True],
+    **keywords: Unpack[SoftmaxKeywords],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def token_logps(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    return_entropy: bool,
+    **keywords: Unpack[SoftmaxKeywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 @public_op

@@ -6,12 +6,12 @@ Tokens sum to sequences. Sequences form pairs, or longer lists with the best fir
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
+from ..ranges import Number
 from .groups import Groups
 
 LAYOUTS = ("halves", "interleaved")
@@ -100,7 +100,7 @@ class Pairs:
     It has two sides (more for lists), and the caller's inputs per pair, ``[P]``.
     """
 
-    beta: Any
+    beta: Number
     sides: tuple[Side, ...]
     keep: Tensor  # [P] bool
     sequences: Sequences

@@ -64,7 +64,7 @@ class Rows:
     def unsupported(self, message: str) -> UnsupportedRequest:
         return UnsupportedRequest(f"{self.op}: {message}")
 
-    def released(self) -> Rows:
+    def without_inputs(self) -> Rows:
         """Return the same rows without the arguments of the call."""
         return self if not self.tensors else Rows(
             self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids,
@@ -130,7 +130,7 @@ class Rows:
     def unflatten(self, x: Tensor) -> Tensor:
         return x.view(self.shape)
 
-    def per_row(self, name: str, value: Any, *, logps: bool = False, differentiable: bool = False) -> Tensor:
+    def flatten_per_token(self, name: str, value: Any, *, logps: bool = False, differentiable: bool = False) -> Tensor:
         """Return a per-row argument as ``[N]`` in the row dtype.
 
         It may have the token shape or the sequence shape, or be a constant. Any other

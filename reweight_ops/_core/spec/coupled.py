@@ -73,7 +73,7 @@ class GroupContrast(Reduction):
         keep = rows.keep.to(rows.dtype)
         return keep / sequences.spread(sequences.sum(keep)).clamp(min=1)
 
-    def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
+    def contributions(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
         assert adv is not None, "GroupContrast requires 'adv'"
         sequences = rows.need_sequences("GroupContrast")
         prompts = rows.need_prompts("GroupContrast", self.group_size)
@@ -164,7 +164,7 @@ class GroupClassification(Reduction):
         keep = rows.keep.to(rows.dtype)
         return keep / sequences.spread(sequences.sum(keep)).clamp(min=1)
 
-    def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
+    def contributions(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
         assert adv is not None, "GroupClassification requires 'adv'"
         sequences = rows.need_sequences("GroupClassification")
         prompts = rows.need_prompts("GroupClassification", self.group_size)
@@ -191,7 +191,7 @@ class GroupClassification(Reduction):
 
 @ranged
 @dataclass(frozen=True)
-class Constraint(Reduction):
+class HingeConstraint(Reduction):
     """A squared-hinge constraint on the mean: ``sg(strength·max(K - bound, 0))·K``, with ``K`` the term's token mean over this call.
 
     Its gradient is that of ``strength/2·max(K - bound, 0)²``. It is 0 while ``K`` is
@@ -207,9 +207,9 @@ class Constraint(Reduction):
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         return TokenMean(per_call=True).row_weights(rows, divisors)
 
-    def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
+    def contributions(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
         result: Tensor = weighted * (self.strength * (rows.total(weighted.detach()) - self.bound).clamp(min=0))
         return result
 
 
-__all__ = ["Constraint", "GroupClassification", "GroupContrast"]
+__all__ = ["GroupClassification", "GroupContrast", "HingeConstraint"]

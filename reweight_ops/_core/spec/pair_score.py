@@ -35,7 +35,7 @@ class LogRatio(Score):
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
     gamma: NonNegative[Number] = 1.0
-    ld_alpha: Unit[Number] = None
+    ld_alpha: Unit[Number] | None = None
     divergence: str = "reverse_kl"
     alpha: Real[float] = 1.0
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..formula.base import DIFFERENTIABLE_LEAVES, RULES, Rule, TokenWeight
+from ..formula.base import DIFFERENTIABLE_FIELDS, RULES, Rule, TokenWeight
 from ..formula.loss_program import Program, loss_graph
 from ..formula.monitor import Monitor
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
@@ -425,7 +425,7 @@ def reads_stored_only(weight: TokenWeight) -> bool:
     current policy.
     """
     inner = (v for v in weight.parameters().values() if isinstance(v, TokenWeight))
-    return trace_weight(type(weight)).leaves.isdisjoint(DIFFERENTIABLE_LEAVES) and all(map(reads_stored_only, inner))
+    return trace_weight(type(weight)).leaves.isdisjoint(DIFFERENTIABLE_FIELDS) and all(map(reads_stored_only, inner))
 
 
 def resolved(formula: Any, resolve: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..ranges import Interval, NonNegativeOrInf, Number, ranged
+from ..ranges import Bounds, Interval, NonNegativeOrInf, Number, ranged
 from ..rows.batch import BatchStatistics
 from ..rows.constants import number_like
 from ..rows.groups import Groups
@@ -33,7 +33,7 @@ class Ratio:
     """
 
     level: ClassVar[str]
-    clamp: Annotated[Number, Interval("(0, inf]", entries="[-inf, inf]")] = 20.0
+    clamp: Annotated[Bounds, Interval("(0, inf]", entries="[-inf, inf]")] = 20.0
     against: str = "old"
 
     def __post_init__(self) -> None:

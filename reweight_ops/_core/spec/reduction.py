@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class Divisors:
     sum (numbers or 0-d tensors).
     """
 
-    num_items_in_batch: Any = None
-    num_sequences_in_batch: Any = None
+    num_items_in_batch: float | Tensor | None = None
+    num_sequences_in_batch: float | Tensor | None = None
 
 
 class Reduction:
@@ -46,7 +46,7 @@ class Reduction:
     #: Further leaves and per-call data that it reads.
     requires: ClassVar[tuple[str, ...]] = ()
     #: Whether the loss is not a fixed linear combination of the token losses.
-    #: :meth:`shares` then defines it (always two_pass).
+    #: :meth:`contributions` then defines it (always two_pass).
     coupled: ClassVar[bool] = False
 
     def check(self, rows: Rows) -> None:
@@ -67,13 +67,14 @@ class Reduction:
         """Return ``[N]`` in the row dtype. It is 0 in an ignored row."""
         raise NotImplementedError(f"{type(self).__name__} defines no row_weights(self, rows, divisors, weight)")
 
-    def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
+    def contributions(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
         """Return ``[N]`` whose sum is the term's loss, from the weighted token losses
         ``[N]``.
 
-        Only a coupled reduction has shares. They are exact under autograd.
+        Only a coupled reduction has contributions. They are exact under autograd.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no shares(self, rows, weighted, adv)")
+        old = " (it has shares(), the old name)" if hasattr(self, "shares") else ""
+        raise NotImplementedError(f"{type(self).__name__} defines no contributions(self, rows, weighted, adv){old}")
 
 
 def _need_weight(reduction: Reduction) -> None:
@@ -170,7 +171,7 @@ class SequenceMean(Reduction):
         if self.weight is not None:
             return None
         sequences = rows.need_sequences("SequenceMean")
-        given = divisors.num_sequences_in_batch
+        given: Literal["rows", "sequences"] | float | Tensor | None = divisors.num_sequences_in_batch
         if given is None:
             given = max(sequences.count, 1) if self.count == "all" else "sequences"
         horizon = (sequences.length if self.horizon is None else self.horizon) if self.per == "constant" else None

@@ -66,8 +66,8 @@ def settled(config: Any, recipe: Recipe | None) -> Any:
     config = copy.copy(config)
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     updates = recipe.stand_ins()
-    coefs = [p.coef for p in updates[0].penalties if "ref_logp" in updates[0].requires]
-    for name, value in (("num_iterations", len(updates)), ("beta", coefs[0] if coefs else 0.0)):
+    coefficients = [p.coef for p in updates[0].penalties if "ref_logp" in updates[0].requires]
+    for name, value in (("num_iterations", len(updates)), ("beta", coefficients[0] if coefficients else 0.0)):
         if getattr(config, name) == defaults[name]:
             setattr(config, name, value)
     return config

@@ -112,13 +112,13 @@ def check_updates(passes: Sequence[PolicyLossSpec], args: Any) -> None:
 
 
 def _check_beta(spec: PolicyLossSpec, beta: float) -> None:
-    coefs = [p.coef for p in spec.penalties if not isinstance(p.rule, EntropyBonus)]
+    coefficients = [p.coef for p in spec.penalties if not isinstance(p.rule, EntropyBonus)]
     if "ref_logp" in spec.requires and beta == 0:
         raise InvalidCall(
-            f"the spec {spec.name!r} reads reference log-probs, which TRL computes only with beta != 0: give GRPOConfig the spec's {coefs}."
+            f"the spec {spec.name!r} reads reference log-probs, which TRL computes only with beta != 0: give GRPOConfig the spec's {coefficients}."
         )
-    if beta != 0 and not any(isinstance(c, Tensor) or c == beta for c in coefs):
-        raise InvalidCall(f"GRPOConfig.beta={beta} would have no effect: the spec {spec.name!r} has penalty coefficients {coefs}.")
+    if beta != 0 and not any(isinstance(c, Tensor) or c == beta for c in coefficients):
+        raise InvalidCall(f"GRPOConfig.beta={beta} would have no effect: the spec {spec.name!r} has penalty coefficients {coefficients}.")
 
 
 def normalize(

@@ -27,11 +27,11 @@ int main(int, char** argument) {
     const float softcap = std::strtof(argument[4], nullptr), temperature = std::strtof(argument[5], nullptr);
     const auto logits = input<char>(bytes);
     const auto ids = input<int64_t>(n);
-    const auto coefs = input<float>(4 * n);
+    const auto derivatives = input<float>(4 * n);
     std::vector<float> stats(5 * n), lse_low(n);
     std::vector<char> gradient(bytes);
     const auto stat = [&](int i) { return stats.data() + i * n; };
-    const auto coef = [&](int i) { return coefs.data() + i * n; };
+    const auto derivative = [&](int i) { return derivatives.data() + i * n; };
 
     const int threads = 2;
     const RowStrides rows{n, 0, v};
@@ -45,7 +45,7 @@ int main(int, char** argument) {
     GradCall back{};
     static_cast<Call&>(back) = call;
     back.logp = stat(0), back.entropy = stat(1), back.lse = stat(2), back.log_sum_p_sq = stat(3), back.lse_low = lse_low.data();
-    back.d_logp = coef(0), back.d_entropy = coef(1), back.d_lse = coef(2), back.d_p_sq = coef(3);
+    back.d_logp = derivative(0), back.d_entropy = derivative(1), back.d_lse = derivative(2), back.d_p_sq = derivative(3);
     back.out = gradient.data(), back.out_strides = rows;
     active_level().kernels->token_grad(back);
 

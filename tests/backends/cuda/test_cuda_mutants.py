@@ -15,7 +15,7 @@ from paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")]
 
-STREAMING, RING, PAIR, SURE = "test_cuda_emulated.py", "test_cuda_ring.py", "test_cuda_divergence.py", "test_cuda_sure.py"
+STREAMING, RING, DIVERGENCE, SURE = "test_cuda_emulated.py", "test_cuda_ring.py", "test_cuda_divergence.py", "test_cuda_sure.py"
 SCALE, PROGRAM = "test_cuda_scale.py", "test_cuda_program.py"
 
 #: name: (file, text, text with the bug). Bugs of the streaming kernel, of code that
@@ -81,15 +81,15 @@ RING_MUTANTS = {
     "no barrier of the warp": ("ring.cu", "release_written(ring.empty(tile.index));", "emulation::proxy_fence();\n            if (thread_index() % 32 == 0) arrive(ring.empty(tile.index));"),
     "no barrier after the initialization": ("ring.cu", "    cluster_barrier();\n", ""),
     "the warps' sums not waited for": ("ring.cu", "        wait(stage.partials_full, state.phase);\n", ""),
-    "messages not waited for": ("ring.cu", "            wait_for_cluster(stage.cluster_full, state.phase);\n", ""),
+    "slice sums not waited for": ("ring.cu", "            wait_for_cluster(stage.cluster_full, state.phase);\n", ""),
     "constants not waited for": ("ring.cu", "    wait(stage.gradient_full, at.phase);\n", ""),
-    "one message not expected": ("ring.cu", "slice.slices.count * int(sizeof(SlicePartial))", "slice.slices.count * int(sizeof(SlicePartial)) - 16"),
+    "one slice not expected": ("ring.cu", "slice.slices.count * int(sizeof(SlicePartial))", "slice.slices.count * int(sizeof(SlicePartial)) - 16"),
     "an arrival for each thread": ("ring.h", "initialize(empty(i), kWarps)", "initialize(empty(i), kThreads)"),
     "an arrival too few": ("ring.h", "initialize(stage(i).partials_full, kWarps)", "initialize(stage(i).partials_full, kWarps - 1)"),
     "the phase never turns": ("ring.h", "        phase ^= 1;\n", ""),
     "one stage for rows": ("ring.h", "constexpr int kStages = kRowsAhead + 1;", "constexpr int kStages = kRowsAhead;"),
-    "messages to one place": ("ring.cu", "&stage.sent[slice.rank].sums", "&stage.sent[0].sums"),
-    "messages to oneself": ("ring.cu", "stage.cluster_full, lane);\n            send({as_bits", "stage.cluster_full, slice.rank);\n            send({as_bits"),
+    "slice sums to one place": ("ring.cu", "&stage.sent[slice.rank].sums", "&stage.sent[0].sums"),
+    "slice sums to oneself": ("ring.cu", "stage.cluster_full, lane);\n            send({as_bits", "stage.cluster_full, slice.rank);\n            send({as_bits"),
     "the target read when it may be overwritten": ("ring.cu", "Target(as_float(load_shared(&stage.sent[owner].target).words[0]), softcap)", "Target(widen(row.x[row.target]), softcap)"),
     "the target's owner by its column alone": ("ring.cu", "vector < slice.slices.vectors ? vector / slice.slices.each : slice.slices.count - 1", "vector / slice.slices.each"),
     "the target in the first slice's columns": ("ring.cu", "in_slice = out.target - slice.begin * n;", "in_slice = out.target;"),
@@ -139,7 +139,7 @@ SURE_MUTANTS = {
 }  # fmt: skip
 
 #: Bugs of the kernels on two logits tensors. All are in one file.
-PAIR_MUTANTS = {
+DIVERGENCE_MUTANTS = {
     name: ("divergence.cu", text, bug)
     for name, text, bug in (
         # columns, groups and rows
@@ -256,11 +256,11 @@ IN_FP32 = {
 }
 
 #: The tests that must find each bug.
-ALL_MUTANTS = {**MUTANTS, **RING_MUTANTS, **PAIR_MUTANTS, **SURE_MUTANTS, **SCALE_MUTANTS, **PROGRAM_MUTANTS}
+ALL_MUTANTS = {**MUTANTS, **RING_MUTANTS, **DIVERGENCE_MUTANTS, **SURE_MUTANTS, **SCALE_MUTANTS, **PROGRAM_MUTANTS}
 FOUND_BY = {
     **dict.fromkeys(MUTANTS, STREAMING),
     **dict.fromkeys(RING_MUTANTS, RING),
-    **dict.fromkeys(PAIR_MUTANTS, PAIR),
+    **dict.fromkeys(DIVERGENCE_MUTANTS, DIVERGENCE),
     **dict.fromkeys(SURE_MUTANTS, SURE),
     **dict.fromkeys(SCALE_MUTANTS, SCALE),
     **dict.fromkeys(PROGRAM_MUTANTS, PROGRAM),
@@ -269,7 +269,7 @@ FOUND_BY = {
 # Bugs that are not observable here, and why each is right or harmless:
 # * wait_group() for reads only. The end of a kernel completes its writes; a block must only outlive the reading of its shared memory.
 # * No barrier of the cluster at the end (there is none). A block has waited for everything that is sent to it, so no block writes to one that has ended.
-# * Expecting messages after they have been sent. The phase cannot end before the arrival that announces them.
+# * Expecting the sums of slices after they have been sent. The phase cannot end before the arrival that announces them.
 # * Gradients of a row before the statistics of the next one. This is slower, with the same results.
 # * Every block putting a row's outputs instead of the first: the same values.
 # * Two tensors, a block that takes all rows from its first on: each is written again, with the same bits.
@@ -310,7 +310,7 @@ def run_forked(module: Path, file: str, log: Path) -> None:
 
 def test_without_a_bug_everything_passes():
     """Otherwise a failure would count as a found bug every time."""
-    result = run_tests(build(), STREAMING, RING, PAIR, SURE, SCALE, PROGRAM)
+    result = run_tests(build(), STREAMING, RING, DIVERGENCE, SURE, SCALE, PROGRAM)
     assert result.returncode == 0, result.stdout[-2000:]
 
 
@@ -335,7 +335,7 @@ def test_a_planted_bug_is_found(name, tmp_path):
     assert process.exitcode not in (0, 2, 3, 4, 5), f"not found: {name}\n{log.read_text()[-2000:]}"
 
 
-@pytest.mark.parametrize("file", [STREAMING, RING, PAIR, SURE, SCALE, PROGRAM])
+@pytest.mark.parametrize("file", [STREAMING, RING, DIVERGENCE, SURE, SCALE, PROGRAM])
 def test_sanitizers(file):
     """Reads and writes outside of rows and of shared memory, and undefined behavior, under AddressSanitizer and UBSan."""
     # also libstdc++: the sanitizer must know how exceptions are thrown before the first one is thrown.

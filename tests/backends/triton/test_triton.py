@@ -173,7 +173,7 @@ def test_on_policy_is_ratio_one_and_keeps_its_gradient():
     batch = make(program=Program.of(("clip",)))
     batch.inputs = batch.inputs._replace(old_logp=None)
     rows = check_loss_grad(batch)
-    assert torch.equal(rows[3], -batch.inputs.adv * (batch.inputs.weights[0] != 0))
+    assert torch.equal(rows[3], -batch.inputs.adv * (batch.inputs.row_weights[0] != 0))
     batch.inputs = batch.inputs._replace(old_logp=run_stats(batch, ("logp",))["logp"])
     assert torch.equal(run_loss_grad(batch)[0], rows)
 
@@ -456,7 +456,7 @@ def test_launch_shapes(columns, itemsize, shapes, monkeypatch):
         )  # chunks of a split gradient are whole tiles
         for launch in (config.stats, config.one_pass, config.grad):
             assert launch.threads % 64 == 0
-            assert launch.programs() >= 1
+            assert launch.grid() >= 1
         # More threads than slots would do the same work twice.
         assert max(config.stats.threads, config.one_pass.threads) <= config.slots
 

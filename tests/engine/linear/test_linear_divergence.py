@@ -280,7 +280,7 @@ def test_a_second_backward_of_one_pass_raises():
 @pytest.mark.parametrize("kind", ["jeffreys", "generalized_jsd"])
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
-def test_what_a_row_that_is_out_holds_reaches_nothing(kind, compact, plan):
+def test_what_an_ignored_row_holds_reaches_nothing(kind, compact, plan):
     d = make()
     clean = rw.linear_distillation_loss(
         d["hidden"], d["weight"], teacher(d), plan=plan, compact_rows=compact, chunk_rows=4, **student(d), **options_of(d, kind, "teacher")
@@ -496,4 +496,4 @@ def test_explain():
     found = rw.explain(rw.linear_distillation_loss, h, w, t, device="cpu", backend="reference")
     assert (found.plan, found.backend) == ("one_pass", "reference")
     found = rw.explain(rw.linear_token_divergence, h, w, t, kind="generalized_jsd", device="cpu", backend="reference")
-    assert (found.plan, found.why_not_one_pass) == ("two_pass", "there is no loss to fuse: these are statistics")
+    assert (found.plan, found.one_pass_unsupported_reason) == ("two_pass", "there is no loss to fuse: these are statistics")

@@ -33,7 +33,8 @@ BarrierState& own_barrier(const Barrier* barrier) {
 }
 
 void check_copy(const void* a, const void* b, int bytes) {
-    if ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | uintptr_t(bytes)) & 15) fail("a bulk copy of addresses or a size not a multiple of 16");
+    if ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | uintptr_t(bytes)) & 15)
+        fail("a bulk copy of addresses or a size not a multiple of 16");
     if (bytes <= 0) fail("a bulk copy of nothing");
 }
 
@@ -64,8 +65,8 @@ void arrive(const Barrier* barrier, int bytes) {
 
 void wait(const Barrier* barrier, int parity) {
     const BarrierState* b = &own_barrier(barrier);
-    wait_until([](const Fiber&, const void* on, uint64_t value) { return (static_cast<const BarrierState*>(on)->phase & 1) != value; }, b, uint64_t(parity),
-               "a barrier in shared memory");
+    wait_until([](const Fiber&, const void* on, uint64_t value) { return (static_cast<const BarrierState*>(on)->phase & 1) != value; }, b,
+               uint64_t(parity), "a barrier in shared memory");
 }
 
 void send(Vector v, void* to, const Barrier* on, int rank) {

@@ -90,7 +90,8 @@ void meet(Meeting& meeting, const char* reason) {
         meeting.arrived = 0;
         ++meeting.generation;
     }
-    wait_until([](const Fiber&, const void* on, uint64_t value) { return static_cast<const Meeting*>(on)->generation != value; }, &meeting, generation, reason);
+    wait_until([](const Fiber&, const void* on, uint64_t value) { return static_cast<const Meeting*>(on)->generation != value; }, &meeting,
+               generation, reason);
 }
 
 void add_block(Launch& l, const Shape& shape, int64_t index) {
@@ -123,7 +124,9 @@ void prioritize(Launch& l, std::vector<Fiber*>& order) {
     const uint64_t by = l.random() % 3;
     std::unordered_map<int64_t, uint64_t> keys;
     for (Fiber* f : order) {
-        const int64_t who = by == 0 ? f->block->rank : by == 1 ? f->block->rank * 1024 + f->thread.index / kWarp : f->block->rank * 1024 + f->thread.index;
+        const int64_t who = by == 0   ? f->block->rank
+                            : by == 1 ? f->block->rank * 1024 + f->thread.index / kWarp
+                                      : f->block->rank * 1024 + f->thread.index;
         const auto found = keys.find(who);
         f->priority = found != keys.end() ? found->second : (keys[who] = l.random());
     }
@@ -133,7 +136,8 @@ void prioritize(Launch& l, std::vector<Fiber*>& order) {
 void check_end(Launch& l, const Fiber& f) {
     if (f.block->running) return;
     for (const Copy& c : l.copies) {
-        if (c.block == f.block && !(c.kind == Copy::out && c.read)) l.error = "block " + std::to_string(f.block->index) + " ended before a copy of its shared memory";
+        if (c.block == f.block && !(c.kind == Copy::out && c.read))
+            l.error = "block " + std::to_string(f.block->index) + " ended before a copy of its shared memory";
     }
 }
 

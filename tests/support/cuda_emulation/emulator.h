@@ -6,8 +6,8 @@
 // exact if its argument is an integer, and otherwise wrong by up to 2^-22, the documented bound, by a hash of the argument.
 #pragma once
 
-#include <csetjmp>
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstring>
 #include <string>

@@ -66,10 +66,10 @@ struct Copy {
     enum { in, out, message } kind;
     unsigned char *from, *to;
     int bytes;
-    Block* block;     // whose shared memory is read or written
-    size_t barrier;   // of in and message
+    Block* block;    // whose shared memory is read or written
+    size_t barrier;  // of in and message
     Fiber* owner;
-    int number = 0;   // of out
+    int number = 0;  // of out
     bool read = false;
     std::vector<unsigned char> between;
 };
