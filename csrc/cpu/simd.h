@@ -209,6 +209,16 @@ inline Vec tanh(Vec u, Vec& slope) {
 
 // ---- two vectors of logits at a time
 
+/// Whether of two vectors the first one holds the even columns, and not the first ones.
+template <class T>
+constexpr bool kInterleaved = false;
+template <>
+constexpr bool kInterleaved<Bf16> = true;
+#if !defined(__AVX2__)
+template <>
+constexpr bool kInterleaved<F16> = true;
+#endif
+
 inline void load2(const float* p, Vec& a, Vec& b) {
     a = load(p);
     b = load(p + kWidth);

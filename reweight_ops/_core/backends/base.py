@@ -150,6 +150,9 @@ class Backend:
     """Six primitives and the reason why not. ``unsupported_reason`` never raises for a well-formed request and never guesses.
 
     * ``token_stats(logits, ids, temperature, softmax, stats) -> Tensor [len(stats), N]``: the named statistics, a subset of :data:`STATS`.
+    * ``top_stats(logits, ids, temperature, softmax, stats, top) -> (Tensor [len(stats), N], Tensor [N, top])``: ``token_stats``, and of the same read the int64
+      ids of the ``top`` largest logits, at most ``most_top`` and ``vocab_size``: largest first, NaN before all, of equal ones the lowest id; IGNORE_INDEX in
+      ignored rows. None: a caller takes :func:`.picked.top_ids`.
     * ``token_grad(logits, ids, temperature, softmax, stats, derivatives, out) -> None``: writes ``dL/dlogits`` to ``out`` (shape of logits, own strides; may be
       ``logits`` itself). ``stats`` maps ``logp`` and ``lse`` always, ``entropy`` and ``log_sum_p_sq`` when their coefficient is given, to ``[N]``;
       without ``lse_low`` (0 then) probabilities are only as exact as an fp32 number of the size of ``lse``; with it they are exact to fp32 while
@@ -186,6 +189,8 @@ class Backend:
     divergence_stats: Callable[[DivergenceInputs], Tensor]
     divergence_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], None]
     divergence_loss_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], Tensor]
+    top_stats: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, tuple[str, ...], int], tuple[Tensor, Tensor]] | None = None
+    most_top: int = 0
     packed_stats: Callable[[PackedRows, tuple[str, ...]], Tensor] | None = None
     packed_grad: Callable[[PackedRows, dict[str, Tensor], dict[str, Tensor | None], Tensor], None] | None = None
     scale: Callable[[Tensor, Tensor], None] | None = None

@@ -69,6 +69,9 @@ class Source(Protocol):
     def kernel(self, backend: str, device: torch.device) -> str | None:
         """Which of a backend's several kernels the fused loss takes, and why."""
 
+    def search(self, backend: str) -> str | None:
+        """How the likeliest ids are found, if the call asks for some."""
+
     def version(self) -> int:
         """Of the memory that the call may overwrite."""
 
@@ -86,6 +89,9 @@ class PlainSource:
         return None
 
     def kernel(self, backend: str, device: torch.device) -> str | None:
+        return None
+
+    def search(self, backend: str) -> str | None:
         return None
 
     def version(self) -> int:

@@ -70,19 +70,25 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would do: plan, backend, and why not the others; in one pass also the kernel, of a backend that has several."""
+    """What a call would do: plan, backend, and why not the others; in one pass also the kernel, of a backend that has several.
+
+    ``top_k``: how the likeliest ids are found, where a call asks for them: in the read of the statistics, or in one more.
+    """
 
     plan: str
     backend: str
     why_not_one_pass: str | None
     backends: dict[str, str | None]
     kernel: str | None = None
+    top_k: str | None = None
 
     def __str__(self) -> str:
         lines = [
             f"plan: {self.plan}" + (f" (not one_pass: {self.why_not_one_pass})" if self.why_not_one_pass else ""),
             f"backend: {self.backend}" + (f", kernel: {self.kernel}" if self.kernel else ""),
         ]
+        if self.top_k:
+            lines.append(f"top_k: {self.top_k}")
         return "\n".join([*lines, *(f"  {name}: {'available' if reason is None else reason}" for name, reason in self.backends.items())])
 
 
@@ -107,7 +113,8 @@ def explain(op: Any, *args: Any, device: torch.device | str | None = None, **key
     info = source.info._replace(device=_device(source.info.device, device))
     choice = choose_plan(source, objective, call.plan, info)
     kernel = source.kernel(choice.backend, info.device) if choice.plan == "one_pass" else None
-    return Explanation(choice.plan, choice.backend, choice.why_not_one_pass, unsupported_reasons(info, choice, objective.program), kernel)
+    reasons = unsupported_reasons(info, choice, objective.program)
+    return Explanation(choice.plan, choice.backend, choice.why_not_one_pass, reasons, kernel, source.search(choice.backend))
 
 
 def _device(own: torch.device, asked: torch.device | str | None) -> torch.device:
