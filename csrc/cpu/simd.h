@@ -129,6 +129,21 @@ inline bool any(VecI v) {
 #endif
 }
 
+/// A bit for each lane, of lanes that are all ones or all zeros.
+inline uint32_t lane_bits(VecI v) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
+#elif defined(__AVX2__)
+    return uint32_t(_mm256_movemask_ps((__m256)v));
+#elif defined(__x86_64__)
+    return uint32_t(_mm_movemask_ps((__m128)v));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < kWidth; ++i) bits |= uint32_t(v[i] != 0) << i;
+    return bits;
+#endif
+}
+
 /// Largest integer <= t, for |t| < 2^22; NaN and -inf pass through.
 inline Vec floor(Vec t) {
 #if defined(__AVX512F__)

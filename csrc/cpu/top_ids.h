@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <functional>
 
 #include "primitives.h"
 #include "simd.h"
@@ -16,13 +18,14 @@ namespace {
 template <class T>
 class TopIds {
 public:
-    explicit TopIds(int count) : count_(count), room_(count * kRoom) {}
+    explicit TopIds(int count) : count_(count), full_(count * 4) {}
 
     /// Whether a block with this largest logit holds none of them.
     bool is_above(float top) const { return bounded_ && top <= bound_; }
 
     /// The columns from `begin` on, `n` of them, at `x`. Blocks come in the order of columns.
     __attribute__((noinline)) void see(const T* x, int64_t begin, int64_t n) {
+        if (begin == 0) bound_by_groups(x, n);
         Vec a, b;
         for (int64_t i = 0; i < n; i += 2 * kWidth) {
             const bool whole = i + 2 * kWidth <= n;
@@ -31,51 +34,80 @@ public:
             } else {
                 load2_partial(x + i, n - i, a, b);
             }
-            if (!bounded_ || any(~(a <= splat(bound_)) | ~(b <= splat(bound_)))) take(a, b, begin + i, whole ? 2 * kWidth : n - i);
+            const VecI out_a = a <= splat(bound_), out_b = b <= splat(bound_);
+            if (bounded_ && !any(~(out_a & out_b))) continue;
+            constexpr int kStep = kInterleaved<T> ? 2 : 1;
+            take(a, out_a, kStep, begin + i, begin + n);
+            take(b, out_b, kStep, begin + i + (kInterleaved<T> ? 1 : kWidth), begin + n);
+            if (size_ >= full_) keep_largest();  // between two pairs: what equals the new bound in the next one comes later
         }
     }
 
     /// The ids, largest logit first; at least `count` columns were seen.
     void write(int64_t* ids, int64_t first_id) {
-        std::partial_sort(found_, found_ + count_, found_ + size_, before);
-        for (int i = 0; i < count_; ++i) ids[i] = first_id + found_[i].column;
+        std::partial_sort(keys_, keys_ + count_, keys_ + size_, std::greater<uint64_t>());
+        for (int i = 0; i < count_; ++i) ids[i] = first_id + int32_t(~uint32_t(keys_[i]));
     }
 
 private:
-    static constexpr int kRoom = 4;
+    static constexpr int kGroups = 16 * kWidth;
+    static constexpr uint32_t kNaNOrder = UINT32_MAX, kSign = 1u << 31;
 
-    struct Candidate {
-        float logit;
-        int32_t column;
-    };
-    static bool before(const Candidate& a, const Candidate& b) {
-        const bool a_nan = a.logit != a.logit, b_nan = b.logit != b.logit;
-        if (a_nan != b_nan) return a_nan;
-        return a.logit > b.logit || (!(a.logit < b.logit) && a.column < b.column);
+    /// Numbers in the order of logits, and of columns from the last to the first.
+    static uint64_t key_of(float logit, int64_t column) {
+        const uint32_t bits = bit_cast<uint32_t>(logit + 0.0f);  // -0 becomes 0
+        const uint32_t order = logit != logit ? kNaNOrder : bits & kSign ? ~bits : bits | kSign;
+        return uint64_t(order) << 32 | uint32_t(~uint32_t(column));
+    }
+    static float logit_of(uint64_t key) {
+        const uint32_t order = uint32_t(key >> 32);
+        return order == kNaNOrder ? kNaN : bit_cast<float>(order & kSign ? order ^ kSign : ~order);
     }
 
-    /// Of one pair of vectors, in the order of columns: a later one that equals the bound is out.
-    void take(Vec a, Vec b, int64_t begin, int64_t n) {
-        float lanes[2][kWidth];
-        store(lanes[0], a);
-        store(lanes[1], b);
-        for (int64_t j = 0; j < n; ++j) {
-            const float logit = kInterleaved<T> ? lanes[j % 2][j / 2] : lanes[j / kWidth][j % kWidth];
-            if (bounded_ && logit <= bound_) continue;
-            found_[size_++] = {logit, int32_t(begin + j)};
-            if (size_ < room_) continue;
-            std::nth_element(found_, found_ + count_ - 1, found_ + size_, before);
-            size_ = count_;
-            bound_ = found_[count_ - 1].logit;
-            bounded_ = true;
+    /// A bound from the first columns: of groups of 8, `count` have a largest logit that is not below the bound.
+    void bound_by_groups(const T* x, int64_t n) {
+        float tops[kGroups];
+        int groups = 0;
+        Vec a, b;
+        for (int64_t i = 0; i + 8 * kWidth <= n && groups < kGroups; i += 8 * kWidth, groups += kWidth) {
+            Vec top = splat(-kInf);
+            for (int64_t j = i; j < i + 8 * kWidth; j += 2 * kWidth) {
+                load2(x + j, a, b);
+                top = max(top, max(a, b));
+            }
+            store(tops + groups, select(top == top, top, splat(-kInf)));
+        }
+        if (groups < count_) return;
+        std::nth_element(tops, tops + count_ - 1, tops + groups, std::greater<float>());
+        const float least = tops[count_ - 1];
+        if (std::isinf(least)) return;
+        bound_ = least - std::fmax(std::fabs(least) * 1e-6f, 1e-30f);  // below it: what equals it is in
+        bounded_ = true;
+    }
+
+    /// Those of a vector that are not `out`; lane k is column `first` + `step`·k, if that is below `end`.
+    void take(Vec v, VecI out, int step, int64_t first, int64_t end) {
+        float lanes[kWidth];
+        store(lanes, v);
+        for (uint32_t left = bounded_ ? ~lane_bits(out) & ((1u << kWidth) - 1) : (1u << kWidth) - 1; left; left &= left - 1) {
+            const int lane = __builtin_ctz(left);
+            const int64_t column = first + step * lane;
+            if (column < end) keys_[size_++] = key_of(lanes[lane], column);
         }
     }
 
-    const int count_, room_;
+    void keep_largest() {
+        std::nth_element(keys_, keys_ + count_ - 1, keys_ + size_, std::greater<uint64_t>());
+        size_ = count_;
+        bound_ = logit_of(keys_[count_ - 1]);
+        bounded_ = true;
+    }
+
+    const int count_, full_;
     int size_ = 0;
     bool bounded_ = false;
     float bound_ = -kInf;
-    Candidate found_[kMostTop * kRoom];
+    uint64_t keys_[kMostTop * 4 + 2 * kWidth];
 };
 
 }  // namespace

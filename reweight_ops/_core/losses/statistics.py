@@ -105,7 +105,8 @@ def token_stats(
     """Statistics of every row in one read of the logits; see :class:`TokenStats` for the names, :func:`token_logps` for the arguments.
 
     ``logps``, ``entropies`` and ``lse`` are differentiable; ``log_sum_p_sq``, ``max_logp``, ``is_top1``, ``log1m_p`` and ``mean_logits`` are not.
-    ``mean_logits`` has no kernel: it takes one more read, in PyTorch; so do the ids of ``topk_ids``.
+    ``mean_logits`` has no kernel: it takes one more read, in PyTorch. So do the ids of ``topk_ids`` on other backends than ``cpu``, and there if ``top_k`` is
+    above 128; :func:`explain` says which.
 
     Args:
         selected_ids: of ``selected_logps``: int32 or int64, ``R + (K,)``, or ``[K]`` for all rows. ``-100`` is padding: 0, without a gradient.
