@@ -6,10 +6,13 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test lint format types tests trainers conformance slow site wheel gpu gpu-test gpu-bench gpu-kernels triton-versions torch-versions setup clean
+.PHONY: demo ablations test lint format types tests trainers conformance slow site wheel gpu gpu-test gpu-bench gpu-kernels triton-versions torch-versions setup clean
 
 demo: setup            ## the main job: TRL's GRPOTrainer on a toy task, stock against fused, then reweighted
 	$(BIN)/python examples/trl_addition.py --out demo_output
+
+ablations: setup       ## one part of a method at a time on the demo's task, several seeds: AR and Lopti, QAE's K, STEER's floor, HAPO's parts
+	$(BIN)/python examples/ablations.py --out demo_output
 
 test: lint types tests ## everything that CI runs
 

@@ -1,1 +1,3 @@
-"""The benchmarks: ``python -m bench --help``. Cases and providers are data; nothing is timed before it was shown to be right."""
+"""The benchmarks: ``python -m bench --help``. Cases and providers are data. Nothing is
+timed before its results pass a check.
+"""

@@ -1,15 +1,19 @@
-"""``python -m bench``, after an installation ``reweight-ops bench``: measure, print a table, write JSON and a plot under bench_output/.
+"""``python -m bench``, in an installation ``reweight-ops bench``: measure the kernels
+and the ops.
 
-python -m bench                              all cases, with default pages and with huge pages (two processes)
-python -m bench --update                     the same into the committed results of bench/results/: never without this word
-python -m bench --only 128x151936 --rounds 15
-python -m bench --suite linear               from hidden states: the head's GEMMs with the loss between them
-python -m bench --suite pair                 divergences of two logits tensors
-python -m bench --suite distill              from hidden states of a student and of a teacher
-python -m bench --suite rows                 picked ids, kept sets, statistics from hidden states
-python -m bench --show bench/results/cpu-huge-pages.json
-python -m bench --compare A.json B.json      what both files timed, side by side
-python -m bench --device cuda                a GPU's cases, from hidden states too (make gpu-bench does this)
+It prints a table, and writes JSON and a plot under bench_output/.
+
+python -m bench                              all cases, with default pages and with huge
+pages (two processes) python -m bench --update                     the same into the
+committed results of bench/results/; nothing else writes there python -m bench --only
+128x151936 --rounds 15 python -m bench --suite linear               from hidden states:
+the head's GEMMs with the loss between them python -m bench --suite pair
+divergences of two logits tensors python -m bench --suite distill              from
+hidden states of a student and of a teacher python -m bench --suite rows
+picked ids, kept sets, statistics from hidden states python -m bench --show
+bench/results/cpu-huge-pages.json python -m bench --compare A.json B.json      the cases
+that both files have, side by side python -m bench --device cuda                a GPU's
+cases, also from hidden states (make gpu-bench runs this)
 """
 
 from __future__ import annotations
@@ -40,12 +44,12 @@ from .report import plot, print_tables
 from .rows import rows_cases, rows_providers
 
 HERE = Path(__file__).resolve().parent
-#: Committed measurements; a package that is installed has none.
+#: Committed measurements. An installed package has none.
 RESULTS = HERE / "results"
 
 
 def extension() -> dict[str, Any] | None:
-    """What the C++ kernels are; None where there are none."""
+    """Build information of the C++ kernels, or None without them."""
     try:
         from reweight_ops import _C
     except ImportError:
@@ -59,7 +63,7 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
     import reweight_ops
 
     def git(*arguments: str) -> str:
-        if not RESULTS.is_dir():  # installed: the checkout that a virtual environment may lie in is somebody else's
+        if not RESULTS.is_dir():  # installed: a virtual environment may lie in a checkout of another project
             return ""
         try:
             return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()
@@ -82,7 +86,7 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
-        "real_time": os.sched_getscheduler(0) == os.SCHED_FIFO,  # `chrt -f 50`: nobody else gets a core while a case is measured
+        "real_time": os.sched_getscheduler(0) == os.SCHED_FIFO,  # `chrt -f 50`: no other process gets a core while a case is measured
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -99,7 +103,10 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
 
 
 def quietest(case: Any, who: list[Provider], options: argparse.Namespace, steps: Steps) -> dict[str, Any]:
-    """One case, measured when others leave the machine alone; up to three times, of which the quietest counts."""
+    """Measure one case while other processes use little of the machine.
+
+    It measures up to three times and returns the quietest measurement.
+    """
     best: dict[str, Any] | None = None
     effort = Effort(options.rounds, options.slow, None if options.no_memory else Memory(case.device))
     for _ in range(3):
@@ -132,12 +139,16 @@ def of_gpu(options: argparse.Namespace) -> bool:
     return bool(options.device == "cuda" or options.tiny)
 
 
-#: What may be asked for by name; a GPU runs all.
+#: Suites by name. A GPU runs all.
 SUITES = {"logits": cases, "linear": linear_cases, "pair": divergence_cases, "distill": distill_cases, "rows": rows_cases}
 
 
 def suite(options: argparse.Namespace) -> list[Any]:
-    """Every case of the suite; of a GPU those of all, the linear head and pairs of logits not last."""
+    """Every case of the suite.
+
+    On a GPU these are the cases of all suites; the linear head and pairs of logits do
+    not come last.
+    """
     every = {name: list(which(options.device, options.tiny)) for name, which in SUITES.items()}
     if not of_gpu(options):
         return every[options.suite]
@@ -146,17 +157,21 @@ def suite(options: argparse.Namespace) -> list[Any]:
 
 
 def kept(path: Path, measured: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
-    """What was measured now, among the other cases of a result file."""
+    """Merge the new measurements with the other cases of a result file."""
     new = {entry["name"] for entry in measured}
     old = [entry for entry in json.loads(path.read_text())["cases"] if entry["name"] not in new] if path.exists() else []
     return sorted([*old, *measured], key=lambda entry: order.index(entry["name"]) if entry["name"] in order else len(order))
 
 
 def folder(options: argparse.Namespace) -> Path:
-    """Where results go. Committed ones are never replaced unless told, and there is nothing to update where there are none."""
+    """Folder of the results.
+
+    Committed results are replaced only on request, and an installed package has none to
+    update.
+    """
     asked = Path(options.out or (RESULTS if options.update else "bench_output")).resolve()
     if asked == RESULTS and not RESULTS.is_dir():
-        raise SystemExit("--update is for the committed results of a checkout, and this is an installed package: name a folder with --out.")
+        raise SystemExit("--update writes the committed results of a checkout, and this is an installed package: name a folder with --out.")
     if asked == RESULTS and not options.update:
         raise SystemExit(f"{RESULTS} holds committed results: --update measures into them, and keeps the cases that are not measured.")
     return asked
@@ -165,7 +180,7 @@ def folder(options: argparse.Namespace) -> Path:
 def measure(options: argparse.Namespace) -> None:
     every, out = suite(options), folder(options)
     if of_gpu(options):
-        options.quiet = 1.0  # a GPU's own clock does not see what the host's processor does besides
+        options.quiet = 1.0  # other work of the host's processor does not affect a GPU's own clock
     chosen = [c for c in every if all(word in c.name for word in options.only) and not any(word in c.name for word in options.skip)]
     if not chosen:
         words = " ".join(["--only", *options.only, *(["--skip", *options.skip] if options.skip else [])])
@@ -191,7 +206,7 @@ def measure(options: argparse.Namespace) -> None:
     path = out / file_name(options, document["machine"]["huge_pages"])
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline, measured = time.monotonic() + options.seconds, list[dict[str, Any]]()
-    # Of each case: with --update they may differ.
+    # These describe each case: with --update cases may differ in them.
     stamp = {name: document["machine"][name] for name in ("commit", "date", "real_time")} | {"rounds": options.rounds}
     steps = Steps(sum((options.rounds + 1) * sum(p.serves(c) for p in who) for c in chosen))
     with steps.running():
@@ -202,7 +217,7 @@ def measure(options: argparse.Namespace) -> None:
             else:
                 measured.append(quietest(case, who, options, steps) | stamp)
             document["cases"] = kept(path, measured, [c.name for c in every]) if options.update else measured
-            path.write_text(json.dumps(document, indent=1) + "\n")  # after each case: an interrupted run keeps what it has
+            path.write_text(json.dumps(document, indent=1) + "\n")  # after each case, so that an interrupted run keeps its results
     if not options.no_plot:
         plot(document, path.with_suffix(".png"))
     print_tables(document)
@@ -221,37 +236,41 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     shown = (__doc__ or "").partition("\n")[2].replace("python -m bench", prog)
     parser = argparse.ArgumentParser(prog=prog, description=shown, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="words that a case's name must contain: 128x151936 bfloat16 +entropy")
-    parser.add_argument("--skip", nargs="*", default=[], help="words that it must not contain")
+    parser.add_argument("--skip", nargs="*", default=[], help="words that a case's name must not contain")
     parser.add_argument(
         "--suite",
         default="logits",
         choices=tuple(SUITES),
-        help="from logits, from hidden states, of two logits tensors, of two models' hidden states; a GPU has all",
+        help="from logits, from hidden states, of two logits tensors, of two models' hidden states; a GPU runs all",
     )
     parser.add_argument(
-        "--update", action="store_true", help="write into results that are there, by default the committed ones, and keep their other cases"
+        "--update", action="store_true", help="write into existing results, by default the committed ones, and keep their other cases"
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--slow", type=float, default=10, help="a baseline that takes more seconds is run once, outside the rounds")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="begin no case after that many; the rest is named in the results"
+        "--seconds", type=float, default=float("inf"), help="start no case after this time; the results name the remaining cases"
     )
-    parser.add_argument("--tiny", action="store_true", help="a GPU's cases, in shapes that only show that everything runs")
+    parser.add_argument("--tiny", action="store_true", help="a GPU's cases in tiny shapes, which only show that everything runs")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--backends", help="comma-separated; default: those of the device")
-    parser.add_argument("--providers", help="words in names of baselines to run besides ours, comma-separated, or none; default: all")
+    parser.add_argument("--backends", help="comma-separated; default: the backends of the device")
+    parser.add_argument(
+        "--providers", help="words in the names of baselines to run in addition to ours, comma-separated, or none; default: all"
+    )
     parser.add_argument(
         "--pages",
         default="both",
         choices=("both", "default", "huge"),
-        help="huge: THP_MEM_ALLOC_ENABLE=1, which PyTorch reads at its start",
+        help="huge sets THP_MEM_ALLOC_ENABLE=1, which PyTorch reads when it starts",
     )
-    parser.add_argument("--quiet", type=float, default=0.05, help="share of the processor that others may use while a case is measured")
-    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for that before each try")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak of resident memory")
-    parser.add_argument("--commit", help="what is measured, where that is no checkout of git's")
+    parser.add_argument(
+        "--quiet", type=float, default=0.05, help="share of the processor that other processes may use while a case is measured"
+    )
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet processor before each try")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure the peak of resident memory")
+    parser.add_argument("--commit", help="the commit that is measured, if this is not a git checkout")
     parser.add_argument("--no-plot", action="store_true")
-    parser.add_argument("--out", help="folder of the results; default: bench_output, with --update the committed results")
+    parser.add_argument("--out", help="folder of the results; default: bench_output, or the committed results with --update")
     parser.add_argument("--show", help="print the table of a result file and measure nothing")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path, help="print two result files side by side and measure nothing")
     options = parser.parse_args(arguments)

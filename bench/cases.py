@@ -1,8 +1,10 @@
-"""What is measured: shapes, dtypes and jobs, and what the results are judged by.
+"""Cases: shapes, dtypes and jobs, and the checks of their results.
 
-``loss``: a clipped policy loss and its gradient by the logits. ``logps``: log-probs alone. ``logps+grad``: log-probs and their gradient for an
-upstream of each row, which is what a two-pass loss costs. ``grad``: that gradient alone, statistics known. With ``entropy`` the loss has an
-entropy bonus with its gradient, and log-probs come with entropies.
+``loss`` is a clipped policy loss and its gradient by the logits. ``logps`` is log-probs
+alone. ``logps+grad`` is log-probs and their gradient for an upstream gradient per row,
+the cost of a two-pass loss. ``grad`` is that gradient alone, with known statistics.
+With ``entropy`` the loss has an entropy bonus with its gradient, and log-probs come
+with entropies.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from .device import FLUSH_BYTES, GPU_SHAPES
 
 ENTROPY_COEF = 0.01
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-#: Of a baseline, which may compute in 16 bits: the same function, no more.
+#: Allowed error of a baseline. It may compute in 16 bits: the check only shows that the
+#: function is the same.
 SAME_FUNCTION = 0.05
 GATE_ROWS = 16
 
@@ -46,7 +49,11 @@ class Case:
         return self.rows * self.vocab * ITEM[self.dtype]
 
     def least_bytes(self) -> int:
-        """What has to move at least, by formula: logits once in, their gradient once out, and once more in where the loss is known only later."""
+        """Least number of bytes to move.
+
+        They are the logits read once and their gradient written once. The logits are
+        read once more if the loss is known only later.
+        """
         return self.logits_bytes * {"logps": 1, "loss": 2, "grad": 2, "logps+grad": 3}[self.job]
 
     def data(self) -> Data:
@@ -57,7 +64,10 @@ CPU_SHAPES = ((256, 32000), (128, 151936), (512, 151936))
 
 
 def cases(device: str = "cpu", tiny: bool = False) -> list[Case]:
-    """The whole set of a kind of device. ``tiny``: the GPU's cases in shapes that only show that everything runs."""
+    """All cases of a kind of device.
+
+    ``tiny`` gives the GPU's cases in shapes that only show that everything runs.
+    """
     if device == "cpu" and not tiny:
         return [
             Case(job, rows, vocab, dtype, entropy, device)
@@ -76,7 +86,11 @@ def cases(device: str = "cpu", tiny: bool = False) -> list[Case]:
 
 @dataclass(kw_only=True)
 class Scratch:
-    """``logits`` [B, T, V] may be written over: ``restore`` fills them again, and leaves nothing of them in a cache (the code stays warm)."""
+    """Logits [B, T, V] that a job may overwrite.
+
+    ``restore`` fills them again and leaves nothing of them in a cache (the code stays
+    warm).
+    """
 
     logits: Tensor
     pristine: Tensor
@@ -92,7 +106,10 @@ class Scratch:
                 _C.stream("flush", t.data_ptr(), 0, t.nbytes // 4, torch.get_num_threads())
 
     def limits(self) -> dict[str, Callable[[], Any]]:
-        """Read the logits once, read and write them in place, copy them: the memory's own speed, by the clock that times everything."""
+        """Speeds of the memory: read the logits once, update them in place, copy them.
+
+        The clock of the providers measures them too.
+        """
         z, other = self.logits, self.pristine
         if z.is_cuda:
             return {"read": lambda: z.view(torch.int32).max(), "update": lambda: z.neg_(), "copy": lambda: z.copy_(other)}
@@ -107,15 +124,15 @@ def spare(device: str) -> Tensor | None:
 
 @dataclass(kw_only=True)
 class Data(Scratch):
-    """One case's tensors."""
+    """The tensors of one case."""
 
     case: Case
     ids: Tensor
-    advantages: Tensor  # of a sequence, at each of its tokens
+    advantages: Tensor  # one per sequence, repeated at each of its tokens
     old: Tensor
 
     def row_loss(self, logps: Tensor, entropies: Tensor | None) -> Tensor:
-        """The loss of the case from log-probs and entropies, in the dtype that they have."""
+        """The case's loss from log-probs and entropies, in their dtype."""
         adv = self.advantages.to(logps.dtype).view(logps.shape)
         if self.case.job == "loss":
             ratio = torch.exp(logps - self.old.to(logps.dtype).view(logps.shape))
@@ -128,7 +145,10 @@ class Data(Scratch):
         return loss.mean()
 
     def error(self, exact: bool, value: Any, grad: Tensor | None) -> float:
-        """The error of a run on the first rows, over what is allowed: <= 1 passes. ``exact``: by the package's criterion."""
+        """Error of a run on the first rows, divided by the allowed error; <= 1 passes.
+
+        ``exact`` applies the package's criterion.
+        """
         rows = slice(0, GATE_ROWS)
         truth, single = self._truth(rows, torch.float64), self._truth(rows, torch.float32)
         if grad is not None:
@@ -142,7 +162,11 @@ class Data(Scratch):
         return max(shares)
 
     def _truth(self, rows: slice, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Of some rows, from the pristine logits, by autograd in a dtype of one's choice; ``size``: the absolute coefficients of a row."""
+        """Values and gradients of some rows by autograd in the given dtype, from the
+        pristine logits.
+
+        ``size`` has the absolute coefficients of a row.
+        """
         z = self.pristine.flatten(0, 1)[rows].to(dtype).requires_grad_()
         ids, adv, old = (x.flatten()[rows] for x in (self.ids, self.advantages, self.old))
         logp_all = torch.log_softmax(z, -1)
@@ -161,7 +185,7 @@ def _share(exact: bool, got: Tensor, truth: Tensor, rounded: Tensor, floor: Tens
     return float(error.norm() / truth.norm() / SAME_FUNCTION)
 
 
-@lru_cache(maxsize=1)  # cases of one shape follow each other
+@lru_cache(maxsize=1)  # cases of one shape are consecutive
 def _tensors(rows: int, vocab: int, dtype: str, device: str) -> Data:
     g = torch.Generator(device).manual_seed(0)
     t = min(rows, 1024 if device == "cuda" else 64)
@@ -169,7 +193,7 @@ def _tensors(rows: int, vocab: int, dtype: str, device: str) -> Data:
     ids = torch.randint(0, vocab, shape, generator=g, device=device)
     logits = torch.empty(*shape, vocab, dtype=getattr(torch, dtype), device=device)
     logp = torch.empty(shape, device=device)
-    for b in range(shape[0]):  # by parts: the fp32 draft must not be most of the memory
+    for b in range(shape[0]):  # in parts: the fp32 draft must not take most of the memory
         z = torch.randn(t, vocab, generator=g, device=device) * 3
         z.scatter_add_(-1, ids[b, :, None], torch.rand(t, 1, generator=g, device=device) * 12)  # targets from rare to nearly certain
         logits[b] = z

@@ -1,4 +1,4 @@
-"""Two result files side by side: what both of them timed, and how much faster the second is."""
+"""Compare two result files: the cases that both have, and how much faster the second is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ def timed(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def compare(first: Path, second: Path) -> list[str]:
-    """A line for each provider of each case that both files timed; what only one of them has is counted, never left out silently.
+    """One line for each provider of each case that both files have.
 
-    The ratio is the first file's time over the second's. Times of two machines compare those machines: the header names both. The share of the limit
-    is each file's own.
+    Cases of only one file are counted and never dropped silently. The ratio is the
+    first file's time over the second's. Times of two machines compare those machines:
+    the header names both. The share of the limit belongs to each file.
     """
     documents = [json.loads(path.read_text()) for path in (first, second)]
     a, b = map(timed, documents)

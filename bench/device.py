@@ -1,4 +1,8 @@
-"""A GPU's shapes, and the clock for whatever is timed. Needs no extension of the package, so that kernels can be timed before one is built."""
+"""Shapes for a GPU, and the clock of every measurement.
+
+This module needs no extension of the package, so that kernels can be timed before one
+is built.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,21 @@ from typing import Any
 
 import torch
 
-#: About 2 GiB of bf16 logits each. First what matters most: a run that is out of time has it.
+#: About 2 GiB of bf16 logits each. The most important come first: a run without enough
+#: time still has them.
 GPU_SHAPES = ((8192, 151936), (8192, 128256), (32768, 32000), (4096, 262144))
-#: Bytes written before each run on a GPU: several times the largest L2, so that a run finds none of its data there.
+#: Bytes written before each run on a GPU: several times the largest L2, which then
+#: holds none of the run's data.
 FLUSH_BYTES = 256 << 20
 
 
 def clock(device: str, job: Callable[[], Any]) -> tuple[float, float]:
-    """Milliseconds of one run, and those until the host has issued it; what it returns is freed outside.
+    """Milliseconds of one run, and milliseconds until the host has issued it.
 
-    On a GPU nothing waits before the start: the restoring of the data is still running, and the host issues the job behind it. So the
-    first figure is the device's alone unless the host is slower than both together, and then the second one shows it.
+    The result of the run is freed outside of the measured time. On a GPU nothing waits
+    before the start: the data is still being restored, and the host issues the job
+    behind it. The first number is therefore the device's alone unless the host is
+    slower than both together, which the second number shows.
     """
     if device.startswith("cuda"):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

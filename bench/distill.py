@@ -1,6 +1,9 @@
-"""Distillation from hidden states: the student's three GEMMs and the teacher's one, with a divergence of full softmaxes between them.
+"""Distillation from hidden states: the student's three GEMMs, the teacher's one, and a
+divergence.
 
-The teacher is wider than the student. ``distill forward``: KL(q‖p). ``reverse``: KL(p‖q). ``jsd``: the generalised JSD with beta 0.5.
+The divergence is of full softmaxes, between the GEMMs. The teacher is wider than the
+student. ``distill forward`` is KL(q‖p), ``reverse`` is KL(p‖q), and ``jsd`` is the
+generalised JSD with beta 0.5.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class DistillCase:
 
     @property
     def logits_bytes(self) -> int:
-        """Of one of the two models."""
+        """Bytes of the logits of one model."""
         return self.rows * self.vocab * ITEM[self.dtype]
 
     @property
@@ -65,7 +68,9 @@ def distill_cases(device: str, tiny: bool = False) -> list[DistillCase]:
 
 @dataclass
 class DistillData:
-    """``hidden [N, D]`` and ``weight [V, D]`` are leaves that require grad, the teacher's are frozen."""
+    """``hidden [N, D]`` and ``weight [V, D]`` are leaves that require grad. The
+    teacher's tensors are frozen.
+    """
 
     case: DistillCase
     hidden: Tensor
@@ -89,7 +94,11 @@ class DistillData:
         return {"gemms": gemms}
 
     def error(self, exact: bool, value: Any, grads: tuple[Tensor, Tensor]) -> float:
-        """The error of the loss's gradient by a few rows of hidden states, over what is allowed. Logits in 16 bits decide it."""
+        """Error of the loss's gradient by a few rows of hidden states, divided by the
+        allowed error.
+
+        The rounding of 16-bit logits dominates it.
+        """
         h = self.hidden.detach()[:GATE_ROWS].double().requires_grad_()
         z, y = h @ self.weight.detach().double().t(), self.t_hidden[:GATE_ROWS].double() @ self.t_weight.double().t()
         (truth,) = torch.autograd.grad(eager_divergence(z, y, self.case.kind).sum() / self.case.rows, h)
@@ -110,11 +119,11 @@ def _tensors(rows: int, width: int, teacher_width: int, vocab: int, dtype: str, 
     return DistillData(case, h.requires_grad_(), w.requires_grad_(), t_h, t_w, spare(device))
 
 
-# ---- who
+# ---- providers
 
 
 def eager_divergence(z: Tensor, y: Tensor, kind: str) -> Tensor:
-    """As people write it, of both models' logits."""
+    """The usual PyTorch code, on both models' logits."""
     log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(y, -1)
 
     def kl(of: Tensor, to: Tensor) -> Tensor:

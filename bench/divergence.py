@@ -1,7 +1,7 @@
-"""Two logits tensors: divergences of their distributions, by the memory that they have to read.
+"""Divergences of two logits tensors, measured against the memory that they must read.
 
-``kl``: KL(p‖q) of every row alone. ``kl+grad``: and its gradient by the first tensor, for an upstream of each row. ``distill``: the mean of it as a
-loss, with its gradient.
+``kl`` is KL(p‖q) of every row. ``kl+grad`` adds its gradient by the first tensor for an
+upstream gradient per row. ``distill`` is its mean as a loss, with the gradient.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ class DivergenceCase:
 
     @property
     def logits_bytes(self) -> int:
-        """Of one of the two tensors."""
+        """Bytes of one tensor."""
         return self.rows * self.vocab * ITEM[self.dtype]
 
     def least_bytes(self) -> int:
-        """Both once in, the gradient once out; both once more in where the loss is known only later."""
+        """Both tensors read once, and the gradient written once.
+
+        Both are read once more if the loss is known only later.
+        """
         return self.logits_bytes * {"kl": 2, "kl+grad": 5, "distill": 3}[self.job]
 
     def data(self) -> DivergenceData:
@@ -55,7 +58,7 @@ def divergence_cases(device: str, tiny: bool = False) -> list[DivergenceCase]:
 
 @dataclass(kw_only=True)
 class DivergenceData(Scratch):
-    """``other`` is only read."""
+    """Tensors of a case. ``other`` is only read."""
 
     case: DivergenceCase
     other: Tensor
@@ -65,7 +68,7 @@ class DivergenceData(Scratch):
         return values.mean() if self.case.job == "distill" else (values * self.upstream).mean()
 
     def error(self, exact: bool, value: Any, grad: Tensor | None) -> float:
-        """The error of a run on the first rows, over what is allowed."""
+        """Error of a run on the first rows, divided by the allowed error."""
         (kl, by), (kl32, by32) = (self._truth(d) for d in (torch.float64, torch.float32))
         if grad is None:
             return _share(exact, value.detach().flatten()[:GATE_ROWS], kl, kl32, ERROR_FLOOR * (1 + kl.abs().max()))
@@ -86,7 +89,7 @@ def _tensors(rows: int, vocab: int, dtype: str, device: str) -> DivergenceData:
     g = torch.Generator(device).manual_seed(0)
     t = min(rows, 1024 if device == "cuda" else 64)
     logits, other = (torch.empty(rows // t, t, vocab, dtype=getattr(torch, dtype), device=device) for _ in range(2))
-    for b in range(rows // t):  # by parts: the fp32 draft must not be most of the memory
+    for b in range(rows // t):  # in parts: the fp32 draft must not take most of the memory
         z = torch.randn(t, vocab, generator=g, device=device) * 3
         logits[b] = z
         other[b] = z + torch.randn(t, vocab, generator=g, device=device)
@@ -95,11 +98,11 @@ def _tensors(rows: int, vocab: int, dtype: str, device: str) -> DivergenceData:
     return DivergenceData(case=case, logits=logits, pristine=logits.clone(), spare=spare(device), other=other, upstream=upstream)
 
 
-# ---- who
+# ---- providers
 
 
 def eager_kl(z: Tensor, other: Tensor) -> Tensor:
-    """KL(p‖q) as people write it."""
+    """KL(p‖q) in the usual PyTorch code."""
     log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(other, -1)
     return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 

@@ -1,15 +1,22 @@
-"""``make gpu``: everything that needs a GPU, in one command of at most 10 minutes, without a network.
+"""``make gpu``: everything that needs a GPU, in one command of at most 10 minutes,
+without a network.
 
-python -m bench.gpu                    build, tests, compute-sanitizer, benchmark; one JSON and one log under $OUT (default: gpu_output/)
-python -m bench.gpu --only test        make gpu-test: build, tests, compute-sanitizer
-python -m bench.gpu --only bench       make gpu-bench: build, benchmark
-python -m bench.gpu --dry-run          the same stages on the CPU in tiny shapes, without a build: shows that the script itself works
+python -m bench.gpu                    build, tests, compute-sanitizer, benchmark python
+-m bench.gpu --only test        make gpu-test: build, tests, compute-sanitizer python -m
+bench.gpu --only bench       make gpu-bench: build, benchmark python -m bench.gpu
+--dry-run          the same stages on the CPU in tiny shapes, without a
+                                       build: shows that the script works
 
-A stage that fails or runs out of time does not stop the others; the exit code tells. Nothing but the standard library is imported before
-the build, and torch only in stages. Of what the stages import, torch, pytest, pybind11, ninja and setuptools (with wheel, if older than 70.1)
-are needed; without pytest-xdist tests run one after the other, without rich tables are plain, without matplotlib there is no plot.
+One JSON and one log go to $OUT (default: gpu_output/).
 
-Seconds, of 580 together; what is kept for later stages is not given to earlier ones:
+A stage that fails or runs out of time does not stop the others; the exit code shows it.
+Before the build, only the standard library is imported, and torch is imported only in
+stages. The stages need torch, pytest, pybind11, ninja and setuptools (with wheel, if
+older than 70.1). Without pytest-xdist tests run one after the other, without rich
+tables are plain, without matplotlib there is no plot.
+
+The 580 seconds are divided as follows. Seconds that are kept for later stages are not
+available to earlier ones:
 
     stage                                          at most   kept
     build                                              240     60
@@ -18,7 +25,8 @@ Seconds, of 580 together; what is kept for later stages is not given to earlier 
     memcheck, racecheck triton                      50 each  12 each
     bench                                         the rest    240
 
-The checks and the benchmark are told how long they have, begin with what matters most, and name what they leave out.
+The checks and the benchmark receive their time limit, begin with the most important
+work, and name what they leave out.
 """
 
 from __future__ import annotations
@@ -39,11 +47,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Seconds kept for the end: killing what is late, writing, printing.
+#: Seconds kept for the end: stopping late stages, writing, printing.
 _MARGIN = 8.0
-#: Of those that a late stage is given to end by itself, after an interrupt: pytest then still writes what it has.
+#: Grace period after SIGINT, so that pytest can write its report.
 _GRACE = 4.0
-#: Tools of compute-sanitizer, and the backends whose kernels they watch. Triton's compiler places the barriers of its kernels, not we.
+#: Tools of compute-sanitizer, and the backends whose kernels they check. Triton's
+#: compiler, not this package, places the barriers of its kernels.
 CHECKS = [(tool, "cuda") for tool in ("memcheck", "racecheck", "initcheck", "synccheck")] + [
     (tool, "triton") for tool in ("memcheck", "racecheck")
 ]
@@ -51,7 +60,11 @@ CHECKS = [(tool, "cuda") for tool in ("memcheck", "racecheck", "initcheck", "syn
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with its share of the time: it may take ``limit`` seconds, and what later stages need at ``least`` is kept for them."""
+    """A command with its share of the time.
+
+    It may take ``limit`` seconds. ``least`` seconds are kept for it while earlier
+    stages run.
+    """
 
     name: str
     kind: str  # build | test | bench
@@ -60,7 +73,8 @@ class Stage:
     least: float
     environment: dict[str, str] = field(default_factory=dict)
     unsupported_reason: Callable[[], str | None] = lambda: None
-    #: Seconds of its share for its start and end; the command is told the rest as --seconds. None: it is not told.
+    #: Seconds of its share for its start and end. The command receives the rest as
+    #: --seconds. None: it receives no limit.
     reserve: float | None = None
 
 
@@ -82,7 +96,8 @@ def without(tool: str) -> Callable[[], str | None]:
 
 def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage]:
     python = sys.executable
-    # A version control's checkout may be somebody else's, and pip may think that a system's Python is not ours to touch: it was asked to.
+    # The checkout may belong to another user, and pip may refuse to change a system's
+    # Python: the user requested both.
     install = [python, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check", "-v"]
     build = Stage(
         "build",
@@ -91,9 +106,9 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
         240,
         60,
         {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_ROOT_USER_ACTION": "ignore", "REWEIGHT_OPS_BUILD": "cuda"},
-        lambda: "a dry run uses what is installed" if dry else None,
+        lambda: "a dry run uses the installed packages" if dry else None,
     )
-    one_thread = {"OMP_NUM_THREADS": "1"}  # tiny shapes on a shared machine: threads only wait for each other
+    one_thread = {"OMP_NUM_THREADS": "1"}  # with tiny shapes on a shared machine, threads only wait for each other
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'gpu-tests.xml'}"]
     if dry:
         tests = [*pytest, "tests/gpu", "-k", "not fp16 and not fp32"]
@@ -121,13 +136,13 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
 
 
 def run_stage(stage: Stage, allowed: float, log: Path) -> Outcome:
-    """Run one to its end or for ``allowed`` seconds; what it prints is appended to the log."""
+    """Run a stage to its end or for ``allowed`` seconds, and append its output to the log."""
     command = " ".join(stage.command)
     reason = stage.unsupported_reason()
     if reason is not None:
         return Outcome(stage.name, "skipped", reason, command=command)
     if allowed < stage.least / 2:
-        return Outcome(stage.name, "out of time", "not begun", command=command)
+        return Outcome(stage.name, "out of time", "not started", command=command)
     told = [] if stage.reserve is None else ["--seconds", f"{max(allowed - stage.reserve, 5):.0f}"]
     arguments = [*stage.command, *told]
     began = time.monotonic()
@@ -135,7 +150,7 @@ def run_stage(stage: Stage, allowed: float, log: Path) -> Outcome:
         file.write(f"\n===== {stage.name}: {' '.join(arguments)}\n")
         file.flush()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment}
-        # A session of its own: whatever it starts can be ended with it.
+        # A separate session: all processes that it starts can be ended with it.
         try:
             process = subprocess.Popen(
                 arguments,
@@ -178,11 +193,11 @@ def run_all(chosen: list[Stage], seconds: float, log: Path, say: Callable[[str],
     return outcomes
 
 
-# ---- what is left behind
+# ---- results
 
 
 def test_counts(path: Path) -> dict[str, Any]:
-    """The counts of a JUnit file, and the names of what did not pass."""
+    """The counts of a JUnit file, and the names of the tests that did not pass."""
     import xml.etree.ElementTree as ElementTree
 
     try:
@@ -198,7 +213,7 @@ def test_counts(path: Path) -> dict[str, Any]:
 
 
 def last_table(outcomes: list[Outcome], tests: dict[str, Any], bench: Path) -> list[str]:
-    """A line each stage, the counts of the tests, a line each case of the benchmark."""
+    """One line per stage, the counts of the tests, and one line per case of the benchmark."""
     lines = [f"{o.stage:<18} {o.outcome:<12} {o.seconds:6.0f} s  {o.reason}".rstrip() for o in outcomes]
     if tests:
         lines.append(f"tests: {tests['tests']} run, {tests['failures'] + tests['errors']} failed, {tests['skipped']} skipped")
@@ -212,11 +227,11 @@ def last_table(outcomes: list[Outcome], tests: dict[str, Any], bench: Path) -> l
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("test", "bench"), help="the build, and this")
-    parser.add_argument("--seconds", type=float, default=580, help="for everything together")
+    parser.add_argument("--only", choices=("test", "bench"), help="run the build and this part")
+    parser.add_argument("--seconds", type=float, default=580, help="time limit for everything together")
     parser.add_argument("--out", default=os.environ.get("OUT") or str(ROOT / "gpu_output"))
-    parser.add_argument("--commit", default="", help="what is run, where that is no checkout of git's")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, in tiny shapes, without a build")
+    parser.add_argument("--commit", default="", help="the commit that is run, if this is not a git checkout")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU, in tiny shapes, without a build")
     options = parser.parse_args(arguments)
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,24 @@
-"""``make gpu-kernels``: compile-time variants of the CUDA kernels and launch shapes of the Triton kernels, timed in turns, in about two minutes.
+"""``make gpu-kernels``: time compile-time variants of the CUDA kernels and launch
+shapes of the Triton kernels.
 
-python -m bench.gpu_kernels                                          the variants of bench/gpu_variants.py and bench/triton_shapes.py
-python -m bench.gpu_kernels "direct=RING_DIRECT=1" "few=STATS_BLOCKS=2"   what is shipped, and these
-python -m bench.gpu_kernels "three=TRITON_SHAPES=three programs"     what is shipped, and a table of triton_kernels/config.py
-python -m bench.gpu_kernels --dry-run                                on the CPU, emulated, in tiny shapes: shows that the script and the variants work
+They run in turns, in about two minutes.
 
-Before it is timed, a variant of the CUDA kernels has to give the bits of what is shipped, and one of the Triton kernels has to pass the criterion of
-accuracy. Kernels alone, bf16, as fractions of the memory's own speed, measured in the
-same rounds: a read of the logits for statistics, an update in place for the rest. JSON goes to $OUT/gpu-kernels.json (default: gpu_output/).
+python -m bench.gpu_kernels                 the variants of bench/gpu_variants.py and
+                                            bench/triton_shapes.py
+python -m bench.gpu_kernels "direct=RING_DIRECT=1" "few=STATS_BLOCKS=2"
+                                            the released defaults, and these
+python -m bench.gpu_kernels "three=TRITON_SHAPES=three programs"
+                                            the released defaults, and a table of
+                                            triton_kernels/config.py
+python -m bench.gpu_kernels --dry-run       on the CPU, emulated, in tiny shapes: shows
+that
+                                            the script and the variants work
+
+Before it is timed, a variant of the CUDA kernels must give the bits of the released
+defaults, and a variant of the Triton kernels must pass the criterion of accuracy. Only
+kernels are timed, in bf16, as fractions of the memory's own speed in the same rounds: a
+read of the logits for statistics, an update in place for the rest. The JSON goes to
+$OUT/gpu-kernels.json (default: gpu_output/).
 """
 
 from __future__ import annotations
@@ -37,21 +48,22 @@ from reweight_ops.testing.criterion import ERROR_FLOOR, gradient_errors, value_e
 from . import gpu_variants, triton_shapes
 from .device import FLUSH_BYTES, GPU_SHAPES, clock
 
-#: The last one's rows do not start at multiples of 16 bytes.
+#: The rows of the last shape do not start at multiples of 16 bytes.
 SHAPES = (*GPU_SHAPES, (20480, 50257))
 TINY_SHAPES = ((9, 1000), (5, 83000), (7, 1027))
 CLAMP, CLIP = (-20.0, 20.0), (1.0, 0.2, 0.2, float("inf"))
 PLAIN = Program.of(("clip",)), (*CLAMP, *CLIP)
 ENTROPY = Program.of(("clip", "entropy_bonus")), (*CLAMP, *CLIP, 0.01)
-GATE_ROWS = 600  # more than there are blocks at once
+GATE_ROWS = 600  # more rows than concurrent blocks
 
-#: Whose kernels a variant launches: a module of CUDA kernels and its primitives, or no module and the primitives of another backend.
+#: The kernels of a variant: a module of CUDA kernels and its primitives, or no module
+#: and the primitives of another backend.
 Kernels = tuple[ModuleType | None, Any]
 
 
 @dataclass
 class Table:
-    """What is timed of one shape: ``jobs`` by name, each on the logits as they are, and the limit that each is measured by."""
+    """The jobs of one shape by name, each on fresh logits, and the limit of each."""
 
     logits: Tensor
     pristine: Tensor
@@ -75,7 +87,7 @@ class Table:
         return cls(torch.empty_like(pristine), pristine, flush, ids, inputs, {})
 
     def some(self, every: int, dtype: torch.dtype) -> Table:
-        """Rows 0, every, ... in another dtype."""
+        """Rows 0, every, 2·every, ... in another dtype."""
         pristine = self.pristine[::every].to(dtype)
         inputs = {terms: RowInputs(i.weights[:, ::every].to(dtype), None, i.adv[::every].to(dtype)) for terms, i in self.inputs.items()}
         return Table(pristine.clone(), pristine, self.flush[:16], self.ids[::every], inputs, {})
@@ -118,7 +130,7 @@ class Table:
         }
 
     def outcome(self, job: Callable[[], Any], every: int) -> tuple[Tensor, Tensor]:
-        """What a job returns, and some of the rows that it leaves."""
+        """The result of a job, and some of the rows that it writes."""
         self.restore()
         returned = job()
         rows = torch.stack(list(returned)) if isinstance(returned, tuple | list) else returned
@@ -126,7 +138,10 @@ class Table:
 
 
 class Truth:
-    """The jobs on some rows of a table by the reference, in fp64 and in fp32: what kernels without a bitwise contract are judged by."""
+    """Reference results of the jobs on some rows of a table, in fp64 and fp32.
+
+    They check kernels without a bitwise contract.
+    """
 
     def __init__(self, table: Table, every: int) -> None:
         self.every = every
@@ -135,7 +150,9 @@ class Truth:
         self.jobs = [few.jobs(None, select.load("reference")) for few in self.tables]
 
     def error(self, job: str, got: tuple[Tensor, Tensor]) -> float:
-        """The error of an outcome over what the criterion of accuracy allows: <= 1 passes."""
+        """Error of an outcome divided by the error that the criterion of accuracy
+        allows; <= 1 passes.
+        """
         exact, single = (few.outcome(jobs[job][1], 1) for few, jobs in zip(self.tables, self.jobs, strict=True))
         errors = [value_error(row[:: self.every], *two) for row, *two in zip(got[0], single[0], exact[0], strict=True)]
         if self.jobs[0][job][0] == "update":
@@ -156,15 +173,18 @@ def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 
 
 def fault(outcome: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], truth: Truth | None, job: str) -> str | None:
-    """Why a variant is not timed. ``truth``: for one that may have bits of its own."""
+    """Reason why a variant is not timed, or None.
+
+    ``truth`` is given for a variant whose bits may differ.
+    """
     if truth is None:
-        return None if same_bits(outcome, want) else "other bits than what is shipped: not timed"
+        return None if same_bits(outcome, want) else "the bits differ from the released defaults: not timed"
     error = truth.error(job, outcome)
-    return None if error <= 1 else f"{error:.2f} of the error that is allowed: not timed"  # a NaN is no pass
+    return None if error <= 1 else f"{error:.2f} of the error that is allowed: not timed"  # NaN does not pass
 
 
 def time_shape(rows: int, vocab: int, variants: dict[str, Kernels], device: str, rounds: int) -> dict[str, Any]:
-    """Every job of every variant once a round, in an order drawn anew, with the limits among them."""
+    """Time every job of every variant, and the limits, once per round in a random order."""
     table = Table.make(rows, vocab, device)
     table.restore()
     jobs = {name: table.jobs(*variant) for name, variant in variants.items()}
@@ -180,7 +200,7 @@ def time_shape(rows: int, vocab: int, variants: dict[str, Kernels], device: str,
                 why = fault(table.outcome(jobs[name][job][1], every), want, truth if variants[name][0] is None else None, job)
                 if why:
                     wrong[f"{name}: {job}"] = why
-            except Exception as error:  # one that fails must not end the run
+            except Exception as error:  # a variant that fails must not end the run
                 wrong[f"{name}: {job}"] = f"{type(error).__name__}: {error}"
     del truth
     timed = {f"{name}: {job}": run for name, found in jobs.items() for job, (_, run) in found.items() if f"{name}: {job}" not in wrong}
@@ -200,7 +220,7 @@ def time_shape(rows: int, vocab: int, variants: dict[str, Kernels], device: str,
 
 
 def report(shapes: list[dict[str, Any]]) -> list[str]:
-    """A line a variant and job, a column a shape: fraction of the limit."""
+    """One line per variant and job, one column per shape: the fraction of the limit."""
     lines = [" " * 40 + "".join(f"{s['rows']}x{s['vocab']}".rjust(14) for s in shapes)]
     for key in dict.fromkeys(key for s in shapes for key in (*s["fractions"], *s["wrong"])):
         cells = [f"{s['fractions'][key]:.3f}" if key in s["fractions"] else "wrong" if key in s["wrong"] else "-" for s in shapes]
@@ -209,7 +229,9 @@ def report(shapes: list[dict[str, Any]]) -> list[str]:
 
 
 def emulated(variants: dict[str, str]) -> dict[str, Kernels]:
-    """For the dry run: the same sources and settings, run thread by thread on the CPU."""
+    """Modules for the dry run: the same sources and settings, run thread by thread on
+    the CPU.
+    """
     sys.path.insert(0, str(gpu_variants.ROOT / "tests/support"))
     from cuda_emulation.build import build, load
 
@@ -246,11 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("variants", nargs="*", metavar="NAME=SETTINGS", help="instead of those of bench/gpu_variants.py")
+    parser.add_argument("variants", nargs="*", metavar="NAME=SETTINGS", help="run these instead of those of bench/gpu_variants.py")
     parser.add_argument("--out", default=os.environ.get("OUT") or str(gpu_variants.ROOT / "gpu_output"))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=120, help="shapes that would begin later are left out, and named")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, emulated, in tiny shapes")
+    parser.add_argument("--seconds", type=float, default=120, help="leave out shapes that would start after this time, and name them")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU, emulated, in tiny shapes")
     options = parser.parse_args(arguments)
     began = time.monotonic()
     if not options.dry_run and not torch.cuda.is_available():

@@ -1,7 +1,9 @@
-"""Compile-time variants of the CUDA kernels (``csrc/cuda/variants.h``), built side by side as modules of their own.
+"""Compile-time variants of the CUDA kernels (``csrc/cuda/variants.h``), built as
+separate modules.
 
-A variant is a name and settings: ``direct=RING_DIRECT=1``, several separated by spaces, no settings for what is shipped. ``bench/triton_shapes.py``
-has another kind.
+A variant is a name and settings, for example ``direct=RING_DIRECT=1``. Spaces separate
+several settings; a variant without settings has the released defaults.
+``bench/triton_shapes.py`` has another kind of variant.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from . import triton_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: What is timed if nothing is named: bench/NOTES.md has a prediction for each.
+#: The variants that run by default. bench/NOTES.md has a prediction for each.
 VARIANTS = {
     "shipped": "",
     "no kept tiles": "RING_KEEP=0",
@@ -34,12 +36,17 @@ VARIANTS = {
     "3 blocks": "STATS_BLOCKS=3 RULE_BLOCKS=2",
     "2 blocks": "STATS_BLOCKS=2 RULE_BLOCKS=2 GRAD_BLOCKS=1",
 }
-#: Of these files, and for this dtype alone, each variant has objects of its own; the others are built once.
+#: Each variant compiles these files itself, for this dtype only. The other files are
+#: compiled once.
 _OWN, _DTYPE = ("ring", "streaming"), "bf16"
 
 
 def defines(settings: str) -> list[str]:
-    """The compilers' flags. Raises for a setting that the sources do not know: it would change nothing and be timed as if it did."""
+    """Compiler flags of the settings.
+
+    Raises for a setting that the sources do not have: it would change nothing, and
+    would be timed as if it did.
+    """
     known = set(re.findall(r"#ifndef RW_(\w+)", (ROOT / "csrc/cuda/variants.h").read_text()))
     found = []
     for setting in settings.split():
@@ -51,14 +58,17 @@ def defines(settings: str) -> list[str]:
 
 
 def parse(texts: list[str]) -> dict[str, str]:
-    """From the command line. What is shipped comes first in any case: the others are compared with it."""
+    """Parse variants of the command line.
+
+    The released defaults always come first: the others are compared with them.
+    """
     found = {"shipped": ""}
     for text in texts:
         name, _, settings = text.partition("=")
         if triton_shapes.table_of(settings) is None:
             defines(settings)
         if not name or name in found:
-            raise ValueError(f"variant {text!r}: a name of its own comes before the first =")
+            raise ValueError(f"variant {text!r}: expected a unique name before the first =")
         found[name] = settings
     return found
 
@@ -72,7 +82,9 @@ def _load(name: str, path: Path) -> ModuleType:
 
 
 def build(variants: dict[str, str], arch: str, folder: Path) -> dict[str, Path]:
-    """The path of each variant's ``_cuda``, for one architecture, by the flags and edges of setup.py."""
+    """Build ``_cuda`` of each variant for one architecture with the flags and edges of
+    setup.py; return paths.
+    """
     import ninja
 
     made: Any = _load("reweight_ops_setup", ROOT / "setup.py")
@@ -100,7 +112,8 @@ def build(variants: dict[str, str], arch: str, folder: Path) -> dict[str, Path]:
         links.append(f"build {made.ninja_path(paths[name])}: link {' '.join([*shared, *objects, dispatch])}\n")
     words = made.ninja_quote(made.cuda_libraries(toolkit))
     link = f"rule link\n  command = {made.ninja_quote(made.cxx())} -shared $in {words} -o $out\n  description = LINK $out\n"
-    # The slowest files first: the last one to begin decides when the build ends.
+    # Put the slowest files first: the file that starts last determines when the build
+    # ends.
     ordered = sorted(edges, key=lambda obj: not obj.startswith(_OWN))
     (folder / "build.ninja").write_text("".join([made.RULES, link, *(edges[obj] for obj in ordered), *links]))
     subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", str(folder), "--quiet"], check=True, stdout=sys.stderr)
@@ -108,5 +121,7 @@ def build(variants: dict[str, str], arch: str, folder: Path) -> dict[str, Path]:
 
 
 def load(path: Path) -> ModuleType:
-    """Several in one process: each is a module of its own file."""
+    """Load a variant. Several can be loaded in one process, each as a module of its own
+    file.
+    """
     return _load("_cuda", path)

@@ -1,8 +1,10 @@
-"""What a warm call costs on the CPU beside its kernel: small tensors, forward and backward, this tree and others in turns.
+"""The CPU cost of a warm call outside of its kernel, for this tree and others in turns.
 
-``python -m bench.host [TREE ...]``: each tree (a checkout with its extension built) and this one take their turns in processes of their own, each
-``ROUNDS`` times, beside eager PyTorch's loss. The least over many short runs, in the thread's own processor time: other processes count as little as
-can be.
+``python -m bench.host [TREE ...]`` times small tensors, forward and backward. Each tree
+(a checkout with its extension built) and this one run in turns in separate processes,
+``ROUNDS`` times each, and so does eager PyTorch's loss. The result is the minimum of
+many short runs in the thread's own processor time, so that other processes matter as
+little as possible.
 """
 
 import argparse
@@ -61,7 +63,7 @@ def main() -> None:
     for _ in range(ROUNDS):
         for (tree, case), times in found.items():
             times.append(once(tree, case))
-    print(f"us a call, 4x32x64 fp32, forward and backward, one thread; median (least) of {ROUNDS} processes")
+    print(f"us per call, 4x32x64 fp32, forward and backward, one thread; median (least) of {ROUNDS} processes")
     for (tree, case), times in found.items():
         print(f"{tree.name:16s} {case:9s} {statistics.median(times):7.1f} ({min(times):.1f})")
 

@@ -1,6 +1,8 @@
-"""From hidden states: the head's three GEMMs with the loss between them, beside the bare GEMMs.
+"""From hidden states: the head's three GEMMs with the loss between them, compared to
+the bare GEMMs.
 
-``linear``: a clipped policy loss. ``linear ce``: its special case for kernels that know the mean cross entropy alone.
+``linear`` is a clipped policy loss. ``linear ce`` is its special case for kernels that
+only compute the mean cross entropy.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class LinearCase:
     vocab: int
     dtype: str
     device: str
-    zero_advantages: bool = False  # of 40 % of the sequences
+    zero_advantages: bool = False  # 40 % of the sequences have advantage 0
 
     @property
     def name(self) -> str:
@@ -54,7 +56,9 @@ TINY_SHAPE = (64, 32, 320)
 
 
 def linear_cases(device: str, tiny: bool = False) -> list[LinearCase]:
-    """As for logits, ``tiny`` is the GPU's cases in a shape that only shows that everything runs."""
+    """Cases of a device; ``tiny`` gives the GPU's cases in a shape that only shows that
+    everything runs.
+    """
     if device == "cpu" and not tiny:
         return [
             LinearCase("linear", *shape, dtype, device, zero)
@@ -67,7 +71,9 @@ def linear_cases(device: str, tiny: bool = False) -> list[LinearCase]:
 
 @dataclass
 class LinearData:
-    """``hidden [B, T, D]`` and ``weight [V, D]``, leaves that require grad; ``lse [B, T]`` of the logits, for judging results."""
+    """Leaves ``hidden [B, T, D]`` and ``weight [V, D]`` that require grad, and ``lse
+    [B, T]`` of the logits for checks.
+    """
 
     case: LinearCase
     hidden: Tensor
@@ -83,7 +89,7 @@ class LinearData:
             self.spare.zero_()
 
     def row_loss(self, logps: Tensor) -> Tensor:
-        """The loss of the case from log-probs of all rows, in their dtype."""
+        """The case's loss from the log-probs of all rows, in their dtype."""
         if self.case.job == "linear ce":
             return -logps.mean()
         adv, old = (x.to(logps.dtype).view(logps.shape) for x in (self.advantages, self.old))
@@ -91,8 +97,12 @@ class LinearData:
         return -torch.min(ratio * adv, ratio.clamp(0.8, 1.2) * adv).mean()
 
     def limits(self) -> dict[str, Callable[[], Any]]:
-        """The three GEMMs alone, for all rows at once: logits, and the gradients of hidden and weight. They return new memory, as whoever
-        returns a gradient must (on a CPU its pages cost as much as a GEMM); the second limit writes into memory that is there."""
+        """The three GEMMs alone, for all rows at once: logits, and the gradients of
+        hidden and weight.
+
+        They return new memory, as every function that returns a gradient must (on a CPU
+        its pages cost as much as a GEMM). The second limit writes into existing memory.
+        """
         h, w = self.hidden.detach().flatten(0, 1), self.weight.detach()
         z, dh, dw = h.new_empty(h.size(0), w.size(0)), torch.empty_like(h), torch.empty_like(w)
 
@@ -108,7 +118,12 @@ class LinearData:
         return {"gemms": gemms, "gemms, reused output": reused}
 
     def error(self, exact: bool, value: Any, grads: tuple[Tensor, Tensor]) -> float:
-        """The error of both gradients in a few rows that have one, over what is allowed. Logits in 16 bits decide it, so all are held to the same."""
+        """Error of both gradients in a few rows with a gradient, divided by the allowed
+        error.
+
+        The rounding of 16-bit logits dominates it, so that all providers have the same
+        bound.
+        """
         got_h, got_w = (g.detach() for g in grads)
         h, w, ids = self.hidden.detach().flatten(0, 1).double(), self.weight.detach(), self.ids.flatten()
         lse = self.lse.flatten().double()
@@ -142,16 +157,17 @@ def _tensors(rows: int, hidden: int, vocab: int, dtype: str, device: str, zero_a
     ids = torch.randint(0, vocab, shape, generator=g, device=device)
     lse = torch.stack([torch.logsumexp((x @ w.t()).float(), -1) for x in h])
     logp = (h.float() * w[ids].float()).sum(-1) - lse
-    # Of the ratios 5 % are beyond a bound, which clips half of them: too few for dropping their rows, or all rows would not mean all.
+    # 5 % of the ratios are beyond a bound, which clips half of them. They are too few
+    # for dropping their rows; otherwise all rows would not mean all.
     old = logp + 0.1 * torch.randn(shape, generator=g, device=device)
     advantages = torch.randn(shape[0], 1, generator=g, device=device).expand(shape).contiguous()
-    if zero_advantages:  # scattered, so that no chunk has none: whole chunks of such rows would cost nothing
+    if zero_advantages:  # scattered over all chunks: a chunk with only such rows would cost nothing
         advantages[torch.randperm(shape[0], generator=g, device=device)[: round(0.4 * shape[0])]] = 0
     case = LinearCase("linear", rows, hidden, vocab, dtype, device)
     return LinearData(case, h.requires_grad_(), w.requires_grad_(), ids, advantages, old, lse, spare(device))
 
 
-# ---- who
+# ---- providers
 
 
 def job_of(data: LinearData, loss: Callable[[], Tensor]) -> Job:
@@ -180,7 +196,7 @@ def compiled(data: LinearData) -> Job:
 
 
 def _call(data: LinearData) -> dict[str, Any]:
-    """The loss of the case in our words."""
+    """Keywords of the case's loss in this package."""
     import reweight_ops as rw
     from reweight_ops.rules.surrogates import Reinforce
 
@@ -190,7 +206,7 @@ def _call(data: LinearData) -> dict[str, Any]:
 
 
 def materialised(data: LinearData) -> Job:
-    """All logits at once, and our loss in place on them."""
+    """All logits at once, and this package's loss in place on them."""
     import reweight_ops as rw
 
     call = _call(data)
@@ -222,7 +238,7 @@ def trl(data: LinearData) -> Job:
 def liger(data: LinearData) -> Job:
     module = import_or_absent("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
     options = {"beta": 0.0, "use_ref_model": False, "loss_type": "bnpo", "epsilon_low": 0.2, "epsilon_high": 0.2, "temperature": 1.0}
-    if not data.hidden.is_cuda:  # its chunks are sequences: as many as make 256 rows
+    if not data.hidden.is_cuda:  # its chunks are whole sequences: as many as give 256 rows
         options |= {"compiled": False, "chunk_size": max(256 // data.ids.size(1), 1)}
     of = module(**options)
     mask, advantages = torch.ones_like(data.ids), data.advantages[:, 0].contiguous()

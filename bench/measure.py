@@ -1,6 +1,8 @@
-"""How it is measured: a correctness gate, interleaved rounds with the machine's own limits among them, and the growth of memory.
+"""Measurement: a correctness gate, interleaved rounds that include the machine's
+limits, and memory growth.
 
-A case makes data; data restores itself before each run, names the limits that are timed beside the providers, and judges results.
+A case makes data. The data restores itself before each run, names the limits that are
+timed with the providers, and checks results.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ class Result:
     in_place: bool
     ms: list[float] = field(default_factory=list)
     issue_ms: list[float] = field(default_factory=list)
-    absent: str | None = None  # not here, or not for this case
-    failed: str | None = None  # here, and raised
+    absent: str | None = None  # not installed, or not for this case
+    failed: str | None = None  # installed, and raised
     wrong: str | None = None
-    gate: float | None = None  # error over what is allowed
+    gate: float | None = None  # error divided by the allowed error
     extra_bytes: int | None = None
 
     @property
@@ -47,7 +49,7 @@ class Result:
 
 
 def gate(provider: Provider, data: Any, job: Job) -> float:
-    """The error of one run over what is allowed: <= 1 passes."""
+    """Error of one run divided by the allowed error; <= 1 passes."""
     data.restore()
     return float(data.error(provider.exact, *job()))
 
@@ -56,7 +58,11 @@ def gate(provider: Provider, data: Any, job: Job) -> float:
 
 
 class Memory:
-    """Peak resident growth of a call. Free blocks are given back to the system first, or the call would reuse them unseen."""
+    """Peak growth of resident memory during a call.
+
+    Free blocks first go back to the system; otherwise the call would reuse them without
+    growth.
+    """
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
@@ -66,7 +72,7 @@ class Memory:
             self.libc.mallopt(mmap_threshold, 1 << 20)
 
     def growth(self, job: Callable[[], Any]) -> int:
-        gc.collect()  # garbage that is collected meanwhile would be subtracted
+        gc.collect()  # garbage collected during the call would be subtracted
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -91,7 +97,7 @@ def _status(key: str) -> int:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of the machine's time a case gets."""
+    """Time budget of a case."""
 
     rounds: int
     slow: float = math.inf  # seconds: a baseline that takes longer runs once, outside the rounds
@@ -99,7 +105,9 @@ class Effort:
 
 
 def _trial(result: Result, data: Any, job: Job, effort: Effort) -> bool:
-    """One run for the growth of memory and a first idea of the time; False if that was too long to run it again."""
+    """Run once for memory growth and a first estimate of the time; return False if it
+    is too slow for rounds.
+    """
     data.restore()
     times: list[float] = []
 
@@ -119,7 +127,8 @@ def _trial(result: Result, data: Any, job: Job, effort: Effort) -> bool:
 def run_case(
     case: Any, providers: list[Provider], effort: Effort, tick: Callable[[], None]
 ) -> tuple[list[Result], dict[str, list[float]], float]:
-    """Every provider once per round, and every limit, in an order drawn anew: ``(results, ms of each limit, share of the processor that others used)``.
+    """Every provider once per round, and every limit, in an order drawn anew:
+    ``(results, ms of each limit, share of the processor that others used)``.
 
     ``tick`` is called after each step, for a progress bar.
     """
@@ -132,7 +141,7 @@ def run_case(
             job = p.make(data)
             result.gate = gate(p, data, job)
             if not result.gate <= 1:
-                result.wrong = f"error {result.gate:.2f} times what is allowed: not timed"
+                result.wrong = f"error is {result.gate:.2f} times the allowed error: not timed"
                 continue
         except Absent as error:
             result.absent = str(error)
@@ -150,7 +159,8 @@ def run_case(
     next(load)
     timed = [*(("limit", *item) for item in probes.items()), *(("job", *item) for item in jobs.items())]
     for number in range(effort.rounds):
-        # Each round in another order: what a job leaves in the caches, and how the system got its memory back, is the next one's luck.
+        # Each round has another order: a job's caches, and the state in which the
+        # system gets its memory back, affect the next job.
         for what, name, job in random.Random(number).sample(timed, len(timed)):
             data.restore()
             ms, issued = clock(case.device, job)
@@ -167,7 +177,9 @@ def run_case(
 
 
 def foreign_load() -> Iterator[float]:
-    """Yields, each time, the share of this machine's processor time that others used since the last."""
+    """Yield the share of the processor's time that other processes used since the last
+    step.
+    """
 
     def ticks() -> tuple[float, float, float]:
         fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]

@@ -1,4 +1,7 @@
-"""Other projects' kernels on logits, called as their own documentation does. None is a dependency: one that is missing says so in the results."""
+"""Kernels of other projects on logits, called as their documentation does.
+
+None is a dependency. The results say which are missing.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,11 @@ def needs_gpu(t: Tensor) -> None:
 
 
 def liger(data: Data) -> Job:
-    """Liger's Triton GRPO loss, in place as by its default. It takes one position more than it scores, so it does one row of each sequence
-    less than the others; no entropy."""
+    """Liger's Triton GRPO loss, in place as by its default, without entropy.
+
+    It takes one position more than it scores, so that it computes one row per sequence
+    less than the others.
+    """
     loss = import_or_absent("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
     needs_gpu(data.logits)
     if data.case.entropy:

@@ -1,4 +1,4 @@
-"""How far a run is: a bar by rich on standard error, or without rich a line for each case."""
+"""Progress of a run: a bar of rich on standard error, or one line per case without rich."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 
 
 class Steps:
-    """``with steps.running():``, in it :meth:`begin` each case and :meth:`advance` by its steps; :meth:`restart` a case that is measured again."""
+    """Progress of a run, used in ``with steps.running():``.
+
+    :meth:`begin` starts a case, :meth:`advance` counts its steps, and :meth:`restart`
+    begins a case that is measured again.
+    """
 
     def __init__(self, total: int) -> None:
         self._bar: Any = None

@@ -1,7 +1,10 @@
-"""Who is measured. A provider turns a case's data into a function that does the job once and returns ``(values, gradient or None)``.
+"""Providers: the implementations that are measured.
 
-Logits are what a model's head would hand over: not a leaf, owned by nobody else, their gradient caught where the head would receive it.
-The baselines and we are here, other projects' kernels in :mod:`.peers`, everything that starts from hidden states in :mod:`.linear`.
+A provider turns a case's data into a function that does the job once and returns
+``(values, gradient or None)``. Logits are like those of a model's head: they are not a
+leaf, nothing else owns them, and their gradient is caught where the head would receive
+it. This module has the baselines and this package's ops. :mod:`.peers` has the kernels
+of other projects, and :mod:`.linear` everything that starts from hidden states.
 """
 
 from __future__ import annotations
@@ -16,12 +19,13 @@ from torch import Tensor
 from .cases import ENTROPY_COEF, Data
 
 Job = Callable[[], tuple[Any, Any]]
-#: What most providers are: logits to log-probs and entropies (None where nobody asked).
+#: Most providers have this form: logits to log-probs and entropies (None if not
+#: requested).
 Statistics = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 class Absent(Exception):
-    """This provider cannot run the case here; the message says why."""
+    """The provider cannot run the case; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,21 @@ class Provider:
     jobs: tuple[str, ...] = ("loss", "logps", "logps+grad")
     in_place: bool = False
     ours: bool = False
-    exact: bool = False  # held to the package's accuracy criterion; others only have to compute the same function
+    exact: bool = False  # must meet the package's accuracy criterion; others must only compute the same function
 
     def serves(self, case: Any) -> bool:
         return case.job in self.jobs
 
 
 class _Head(torch.autograd.Function):
-    """Stands for the model below the logits."""
+    """Stand-in for the model below the logits."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, data: Data, caught: list[Tensor | None]) -> Tensor:
         ctx.caught = caught
         z = data.logits
-        # The same memory, but for autograd a tensor of its own, as a head's output is: a view of something must not be overwritten.
+        # This is the same memory, but a separate tensor for autograd, like a head's
+        # output: a view must not be overwritten.
         return torch.empty(0, dtype=z.dtype, device=z.device).set_(z.untyped_storage(), z.storage_offset(), z.shape, z.stride())
 
     @staticmethod
@@ -66,7 +71,9 @@ def through_autograd(data: Data, loss: Callable[[Tensor], Tensor]) -> Job:
 
 
 def from_statistics(statistics: Callable[[Data], Statistics], compiled: bool = False) -> Callable[[Data], Job]:
-    """A provider's ``make`` from how it gets log-probs and entropies; the loss on top of them is torch, on ``[N]``."""
+    """Make a provider from its log-probs and entropies; the loss on them is torch on
+    ``[N]``.
+    """
 
     def make(data: Data) -> Job:
         of = statistics(data)
@@ -121,7 +128,9 @@ def trl(data: Data) -> Statistics:
 
 
 def chunked(data: Data) -> Job:
-    """Eager PyTorch that never holds more than a few rows in fp32, writing each chunk's gradient into the whole."""
+    """Eager PyTorch with only a few rows in fp32; it writes each chunk's gradient into
+    the whole tensor.
+    """
     from reweight_ops.testing import eager_policy_loss
 
     rows = 1024 if data.logits.is_cuda else 8
@@ -233,7 +242,9 @@ def baselines() -> list[Provider]:
 
 
 def ours(backend: str) -> list[Provider]:
-    """Through the public API (in place, and as a drop-in that makes a new gradient), and the kernels alone."""
+    """Providers of one backend: the public API (in place, and with a new gradient), and
+    the kernels alone.
+    """
 
     def provider(name: str, make: Callable[[Data], Job], *jobs: str, in_place: bool = False) -> Provider:
         return Provider(f"{backend} {name}", make, jobs, in_place, ours=True, exact=True)
@@ -249,7 +260,9 @@ def ours(backend: str) -> list[Provider]:
 
 
 def providers(backends: tuple[str, ...]) -> list[Provider]:
-    """Baselines first, other projects' kernels, then each of our backends."""
+    """All providers: baselines, then kernels of other projects, then each backend of
+    this package.
+    """
     from .peers import peers
 
     return [*baselines(), *peers(), *(p for b in backends for p in ours(b))]

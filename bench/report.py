@@ -1,4 +1,6 @@
-"""Results for people: a table per case (rich; without it a line per case) and one plot (matplotlib; without it none)."""
+"""Printed results: one table per case (one line without rich) and one plot (none
+without matplotlib).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: What a provider has to do at least, as limits that were timed: log-probs read the logits once, a loss in place reads and writes them, a new
-#: gradient is a copy; one after the other where a gradient has to wait for its upstream.
+#: The timed limits that make up the minimum work of a provider. Log-probs read the
+#: logits once. A loss in place reads and writes them. A new gradient is a copy. If a
+#: gradient waits for its upstream gradient, the limits add up.
 LIMIT = {
     ("logps", False): ("read",),
     ("loss", True): ("update",), ("loss", False): ("copy",),
@@ -26,7 +29,10 @@ LIMIT = {
 
 
 def _ratio(a: list[float], b: list[float]) -> float:
-    """Median over rounds of a's time over b's, measured in the same round; of the medians, where one of them is slow and ran once."""
+    """Median over rounds of a's time divided by b's, both from the same round.
+
+    If one of them is slow and ran once, it is the ratio of the medians.
+    """
     return median(x / y for x, y in zip(a, b, strict=True)) if len(a) == len(b) else median(a) / median(b)
 
 
@@ -35,7 +41,7 @@ def _sum_of(names: tuple[str, ...]) -> str:
 
 
 def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures of a case's results, per provider, from the JSON."""
+    """The numbers of a case's results, per provider, from the JSON."""
     found = []
     timed = {r["provider"]: r for r in entry["results"] if r["ms"]}
     for r in entry["results"]:
@@ -52,7 +58,7 @@ def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _speeds(entry: dict[str, Any]) -> str:
-    """The limits of a case, as speeds: GB/s read plus written, or TFLOP/s."""
+    """The limits of a case as speeds: GB/s read plus written, or TFLOP/s."""
     ms = {name: median(times) for name, times in entry["limits"].items()}
     if "gemms" in ms:
         speed = entry["least_flops"] / ms["gemms"] / 1e9
@@ -68,7 +74,9 @@ def _cell(best: dict[str, Any] | None) -> str:
 
 
 def summary(document: dict[str, Any]) -> list[str]:
-    """A short line each case: the limit, the fastest of each of our backends (ms, and the share of the limit), the fastest of the others."""
+    """A short line per case: the limit, the fastest of each backend (ms and share of
+    the limit), the best baseline.
+    """
     backends = list(dict.fromkeys(r["provider"].split()[0] for e in document["cases"] for r in e["results"] if r["ours"]))
     heads = [f"{b} ms, of limit, +memory" for b in backends]
     lines = [f"{'case':<37}{'limit':<15}" + "".join(f"{h:<28}" for h in heads) + "best of the others"]
@@ -122,7 +130,7 @@ def print_tables(document: dict[str, Any], console: Console | None = None) -> No
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Time of each provider over the memory's limit, one panel per case."""
+    """Plot each provider's time divided by the memory's limit, one panel per case."""
     try:
         import matplotlib
     except ImportError:

@@ -1,7 +1,9 @@
-"""What else is asked of rows: log-probs of several ids, kept sets, and statistics from hidden states, each with its gradient.
+"""Other jobs on rows: log-probs of several ids, kept sets, statistics from hidden
+states, with gradients.
 
-``picked``: log-probs of the row's id, of 8 given ids and of the 20 likeliest, for an upstream of each row. ``kept``: the clipped policy loss over 64 kept ids a
-row. ``linear stats``: log-probs and entropies from hidden states.
+``picked`` is log-probs of the row's id, of 8 given ids and of the 20 likeliest, for an
+upstream gradient per row. ``kept`` is the clipped policy loss over 64 kept ids per row.
+``linear stats`` is log-probs and entropies from hidden states.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ class RowsCase(Case):
     """A case from logits."""
 
     def least_bytes(self) -> int:
-        """``picked``: the logits twice in, their gradient once out. ``kept``: the gradient, which is 0 nearly everywhere."""
+        """Least number of bytes to move.
+
+        ``picked`` reads the logits twice and writes their gradient once. ``kept``
+        writes the gradient, which is 0 nearly everywhere.
+        """
         return self.logits_bytes * {"picked": 3, "kept": 1}[self.job]
 
     def data(self) -> RowsData:
@@ -66,16 +72,18 @@ def rows_cases(device: str, tiny: bool = False) -> list[Case | LinearCase]:
 
 @dataclass(kw_only=True)
 class RowsData(Data):
-    """Logits, and the ids that are picked or kept of each row: the row's own first."""
+    """Logits, and the picked or kept ids of each row; the row's own id comes first."""
 
     def listed(self, count: int) -> Tensor:
-        """``[B, T, count]``, distinct."""
+        """Distinct ids ``[B, T, count]``."""
         vocab = self.case.vocab
         steps = torch.arange(count, device=self.ids.device) * (vocab // count)
         return (self.ids[..., None] + steps) % vocab
 
     def of(self, log_p: Tensor) -> Tensor:
-        """The loss from log-probs of the whole vocabulary, or of the kept ids: of a run, in a row's own dtype."""
+        """The loss from log-probs of the whole vocabulary or of the kept ids: of a run,
+        in a row's own dtype.
+        """
         if self.case.job == "kept":
             return self.clipped(log_p[..., 0])
         own, given = (log_p.gather(-1, ids) for ids in (self.ids[..., None], self.listed(GIVEN)))
@@ -90,7 +98,7 @@ class RowsData(Data):
         return (self.advantages.to(own.dtype) * (own + given.mean(-1) + 0.5 * top.mean(-1))).mean()
 
     def error(self, exact: bool, value: Any, grad: Tensor | None) -> float:
-        """The error of a gradient in the first rows, over what is allowed."""
+        """Error of a gradient in the first rows, divided by the allowed error."""
         assert grad is not None
         truth, single = (self._by_logits(d) for d in (torch.float64, torch.float32))
         size = 3 * self.advantages.flatten()[:GATE_ROWS, None].abs() / self.case.rows
@@ -113,7 +121,9 @@ class StatsData(LinearData):
         return (self.advantages.to(logps.dtype) * logps + 0.1 * entropies).mean()
 
     def error(self, exact: bool, value: Any, grads: tuple[Tensor, Tensor]) -> float:
-        """The error of the gradient by a few hidden states. Logits in 16 bits decide it."""
+        """Error of the gradient by a few hidden states. The rounding of 16-bit logits
+        dominates it.
+        """
         h = self.hidden.detach().flatten(0, 1)[:GATE_ROWS].double().requires_grad_()
         few = dataclasses.replace(self, ids=self.ids.flatten()[:GATE_ROWS], advantages=self.advantages.flatten()[:GATE_ROWS])
         total = few.total(*eager_statistics(h @ self.weight.detach().double().t(), few.ids)) * len(h) / self.case.rows
@@ -121,7 +131,7 @@ class StatsData(LinearData):
         return float((grads[0].flatten(0, -2)[:GATE_ROWS].double() - truth).norm() / truth.norm() / SAME_FUNCTION)
 
 
-# ---- who
+# ---- providers
 
 
 def eager_statistics(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +140,7 @@ def eager_statistics(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eager(data: Any) -> Job:
-    """``kept``: the other logits become ``-inf``, as people do."""
+    """Eager PyTorch. For ``kept`` it sets the other logits to ``-inf``, the usual code."""
     if isinstance(data, StatsData):
         return job_of(data, lambda: data.total(*eager_statistics(F.linear(data.hidden, data.weight).float(), data.ids)))
     if data.case.job == "picked":
@@ -144,7 +154,7 @@ def eager(data: Any) -> Job:
 
 
 def gathered(data: RowsData) -> Job:
-    """The kept logits alone, where every row keeps as many."""
+    """Only the kept logits; every row keeps the same number."""
     kept = data.listed(KEPT)
     return through_autograd(data, lambda z: data.of(torch.log_softmax(z.gather(-1, kept).float(), -1)))
 

@@ -1,7 +1,9 @@
-"""Bytes, collectives and time of a call that several ranks make together: by formula, over the measured times of one H200.
+"""Bytes, collectives and time of a call that several ranks make together.
 
-``python -m bench.scaling`` prints the tables of ``docs/scaling.md``. Its tests hold the page to this file, and the formulas of bytes to what gloo ranks
-hand to their collectives. Nothing here was measured on more than one GPU: links are assumptions.
+Formulas compute them from the measured times of one H200. ``python -m bench.scaling``
+prints the tables of ``docs/scaling.md``. Its tests compare the page with this file, and
+the byte formulas with what gloo ranks pass to their collectives. Nothing here was
+measured on more than one GPU: the links are assumptions.
 """
 
 from __future__ import annotations
@@ -10,27 +12,31 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-#: Bytes of the exchange before a call, by each rank.
+#: Bytes of the exchange before a call, from each rank.
 AGREEMENT = 64
-#: Row states that every log-prob is merged by: itself, the log-sum-exp, and what rounding each of them lost.
+#: Row states from which a log-prob is merged: itself, the log-sum-exp, and the rounding
+#: error of each.
 LOGP_STATES = 4
 #: Row states of two logits tensors.
 DIVERGENCE_STATES = 8
-#: Sums over the columns of a generalised JSD, when those are known.
+#: Sums over the columns of a generalised JSD, once those states are known.
 JSD_SUMS = 2
-#: Row states of the whole vocabulary beside those of a kept set: its entropy, log-sum-exp, what rounding that lost, and a log-prob.
+#: Row states of the whole vocabulary in addition to those of a kept set: its entropy,
+#: log-sum-exp, the rounding error of that, and a log-prob.
 OVER_VOCABULARY = 4
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def states(rows: int, statistics: int, fp64: bool = False) -> int:
-    """Bytes that a rank hands to the one all-gather of a call over a sharded vocabulary."""
+    """Bytes that a rank sends in the one all-gather of a call over a sharded vocabulary."""
     return (8 if fp64 else 4) * statistics * rows
 
 
 def hidden_gradient(rows: int, width: int, itemsize: int) -> int:
-    """Bytes that a rank hands to the all-reduces of a sharded head's backward, in all chunks together."""
+    """Bytes that a rank sends in the all-reduces of a sharded head's backward, over all
+    chunks.
+    """
     return rows * width * itemsize
 
 
@@ -40,17 +46,20 @@ def sequence_sum(sequences: int, fp64: bool = False) -> int:
 
 
 def gathered(given: int, world: int) -> int:
-    """Bytes that a rank receives in an all-gather of so many from each."""
+    """Bytes that a rank receives in an all-gather of ``given`` bytes from each."""
     return (world - 1) * given
 
 
 def reduced(given: int, world: int) -> float:
-    """Bytes that a rank sends in a ring all-reduce of so many."""
+    """Bytes that a rank sends in a ring all-reduce of ``given`` bytes."""
     return 2 * (world - 1) / world * given
 
 
 class Links(NamedTuple):
-    """Assumed, not measured: GB/s a direction of a GPU and microseconds a collective, inside of a node of 8 and between nodes."""
+    """Assumed speeds: GB/s per direction of a GPU and microseconds per collective.
+
+    They hold inside a node of 8 and between nodes. They are not measured.
+    """
 
     inside: float = 450.0
     between: float = 50.0
@@ -59,7 +68,7 @@ class Links(NamedTuple):
     node: int = 8
 
     def ms(self, received: float, world: int) -> float:
-        """A collective in which a rank moves so many bytes."""
+        """Milliseconds of a collective in which a rank moves ``received`` bytes."""
         if world == 1:
             return 0.0
         near = world <= self.node
@@ -68,7 +77,7 @@ class Links(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A batch of one data-parallel rank, as in ``bench/results/h200-*.json``."""
+    """The batch of one data-parallel rank, as in ``bench/results/h200-*.json``."""
 
     rows: int = 8192
     width: int = 4096
@@ -83,7 +92,11 @@ def measured(name: str, provider: str) -> float:
 
 
 class Cost(NamedTuple):
-    """Of one rank, of a loss and its gradient: GiB of logits and their gradient or of the head and its gradient, bytes received, milliseconds."""
+    """Cost of a loss and its gradient on one rank.
+
+    It has the GiB of logits and their gradient or of the head and its gradient, the
+    bytes received, and milliseconds.
+    """
 
     memory: float
     wire: float
@@ -91,7 +104,9 @@ class Cost(NamedTuple):
 
 
 def from_logits(job: Job, vocabulary: int, links: Links) -> Cost:
-    """``policy_loss``, two passes over a shard of the logits; an agreement and a gather of five states a row."""
+    """``policy_loss`` in two passes over a shard of the logits: an agreement and a
+    gather of five states per row.
+    """
     wire = gathered(states(job.rows, LOGP_STATES + 1), vocabulary)
     ms = (
         measured("loss", "cuda drop-in two_pass") / vocabulary
@@ -102,7 +117,11 @@ def from_logits(job: Job, vocabulary: int, links: Links) -> Cost:
 
 
 def from_hidden(job: Job, vocabulary: int, links: Links, chunks: int = 4) -> Cost:
-    """``linear_policy_loss``, two passes; the hidden gradient of all chunks but the last is summed while the next is computed."""
+    """``linear_policy_loss`` in two passes.
+
+    The hidden gradient of all chunks but the last is summed while the next chunk is
+    computed.
+    """
     wire = gathered(states(job.rows, LOGP_STATES + 1), vocabulary)
     hidden = reduced(hidden_gradient(job.rows, job.width, job.itemsize), vocabulary)
     compute = measured("linear", "cuda two_pass") / vocabulary
@@ -112,12 +131,12 @@ def from_hidden(job: Job, vocabulary: int, links: Links, chunks: int = 4) -> Cos
     return Cost(2 * job.vocab * job.width * job.itemsize / vocabulary / 2**30, wire + hidden, ms)
 
 
-#: Ranks, and how many of them share a vocabulary: the rest have rows of their own.
+#: Ranks, and how many of them share a vocabulary. The others have their own rows.
 PLACES = [(1, 1), (8, 1), (8, 8), (64, 8), (64, 16), (512, 8), (1024, 8), (1024, 16)]
 
 
 def table() -> list[str]:
-    """The rows of the page's table, in Markdown."""
+    """Rows of the page's table, in Markdown."""
     job, links = Job(), Links()
     lines = [
         "| ranks | vocabulary × rows | logits: GiB | MB received | ms | head: GiB | MB moved | ms |",

@@ -1,4 +1,6 @@
-"""The same cases and providers under pytest-benchmark: ``pytest bench --benchmark-only -k "128x151936 and bfloat16"``."""
+"""The same cases and providers with pytest-benchmark: ``pytest bench --benchmark-only
+-k "128x151936 and bfloat16"``.
+"""
 
 import pytest
 
@@ -12,7 +14,7 @@ from .providers import Absent, providers
 @pytest.mark.parametrize("case", [*cases(), *linear_cases("cpu")], ids=lambda c: c.name)
 def test_speed(benchmark, case, provider):
     if not provider.serves(case):
-        pytest.skip("not this provider's job")
+        pytest.skip("the provider does not have this job")
     data = case.data()
     try:
         job = provider.make(data)

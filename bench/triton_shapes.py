@@ -1,6 +1,9 @@
-"""The Triton kernels with one table of launch shapes (``triton_kernels/config.py``), as a variant that is timed beside the CUDA kernels'.
+"""The Triton kernels with one table of launch shapes (``triton_kernels/config.py``), as
+a variant.
 
-Its settings are ``TRITON_SHAPES=`` and the table's name. Tables add in other orders, so that they are judged by their error and not by their bits.
+It is timed with the variants of the CUDA kernels. Its settings are ``TRITON_SHAPES=``
+and the table's name. Tables add in different orders, so that their error is checked and
+not their bits.
 """
 
 from __future__ import annotations
@@ -14,12 +17,16 @@ from reweight_ops.triton_kernels import config
 
 _VARIABLE, _SETTING = "REWEIGHT_OPS_TRITON_SHAPES", "TRITON_SHAPES="
 
-#: All tables: bench/NOTES.md has a prediction for each.
+#: All tables. bench/NOTES.md has a prediction for each.
 VARIANTS = {f"triton, {name}": _SETTING + name for name in config.VARIANTS}
 
 
 def table_of(settings: str) -> str | None:
-    """The table that a variant's settings name; None: they are settings of the CUDA kernels. Raises for a table that there is not."""
+    """Name of the table in a variant's settings, or None for settings of the CUDA
+    kernels.
+
+    Raises for an unknown table.
+    """
     if not settings.startswith(_SETTING):
         return None
     name = settings.removeprefix(_SETTING)

@@ -1,4 +1,5 @@
-// The Python module reweight_ops._C: raw addresses in, no torch header, no check. reweight_ops/backends validates every argument first.
+// The Python module reweight_ops._C. It takes raw addresses, uses no torch header and checks nothing:
+// reweight_ops/_core/backends validates every argument first.
 #include "bindings.h"
 
 #include "cpu/dispatch.h"
@@ -9,7 +10,7 @@ using namespace reweight_ops;
 
 namespace {
 
-/// A primitive at the level that runs when it is called.
+/// Calls a primitive at the level that is active at the time of the call.
 template <class C>
 auto primitive(void (*Kernels::*which)(const C&)) {
     return [which](const C& call) {
@@ -18,7 +19,7 @@ auto primitive(void (*Kernels::*which)(const C&)) {
     };
 }
 
-/// A primitive on two logits tensors at the level that runs when it is called.
+/// Calls a primitive on two logits tensors at the level that is active at the time of the call.
 auto divergence_primitive(void (*DivergenceKernels::*which)(const DivergenceCall&)) {
     return [which](const DivergenceCall& call) {
         (active_level().divergence->*which)(call);
@@ -26,7 +27,7 @@ auto divergence_primitive(void (*DivergenceKernels::*which)(const DivergenceCall
     };
 }
 
-/// Stored rows; see EvaluateCall.
+/// Evaluates stored rows; see EvaluateCall.
 template <class Real>
 void evaluate_rows_of(const ProgramTable& table, Address params, const std::array<Address, kLeaves>& leaves, Address row_weights,
                       int64_t row_weights_step, Address keep, const std::vector<int>& outputs, Address out, int64_t rows, int threads) {
@@ -45,7 +46,8 @@ void evaluate_rows_of(const ProgramTable& table, Address params, const std::arra
     evaluate_rows(call);
 }
 
-/// Address, strides between sequences and between rows, bytes of an element, whether its highest bit is a sign.
+/// Unpacks an address, the strides between sequences and between rows, the bytes of an element, and
+/// whether its highest bit is a sign.
 template <class Five>
 RowNumbers row_numbers(const Five& from) {
     return {at<const void>(Address(from.at(0))), from.at(1), from.at(2), int(from.at(3)), from.at(4) != 0};
@@ -64,7 +66,7 @@ void weigh_rows_of(Address keep, Address lengths, int64_t run, int64_t rows, int
                 at<const float>(factor), terms, at(out)});
 }
 
-/// A prepared loss: what is known of it before its tensors are.
+/// Makes a prepared loss: the arguments that do not change between calls.
 OnePass make_one_pass(const Call& common, const ProgramTable& table, std::vector<float> params, bool reads_p_sq, bool entropy_gradient, int64_t run,
                       const std::vector<std::vector<int64_t>>& masks, const std::vector<std::vector<int64_t>>& inputs, int divide, bool per_length,
                       float horizon, int terms, bool shared) {
@@ -84,7 +86,8 @@ OnePass make_one_pass(const Call& common, const ProgramTable& table, std::vector
     return call;
 }
 
-/// `addresses`: logits, ids, mask, denominator, the six inputs, buffer, table, out. `numbers`: of the inputs, temperature, divisor, scale.
+/// `addresses` are logits, ids, mask, denominator, the six inputs, buffer, table and out. `numbers`
+/// are the inputs' numbers, temperature, divisor and scale.
 bool run_one_pass(const OnePass& prepared, const std::array<Address, 13>& addresses, const std::array<float, OnePass::kInputs + 3>& numbers,
                   const std::array<int64_t, 3>& out_strides, int threads) {
     OnePassValues values{};
@@ -104,7 +107,7 @@ bool run_one_pass(const OnePass& prepared, const std::array<Address, 13>& addres
     values.out = at<void>(addresses[12]);
     values.out_strides = {out_strides[0], out_strides[1], out_strides[2]};
     values.threads = threads;
-    OnePass call = prepared;  // threads may share what is prepared
+    OnePass call = prepared;  // several threads may share the prepared call
     if (!fill_rows(call, values)) return false;
     active_level().kernels->token_loss_grad(call.loss);
     return true;
@@ -117,7 +120,7 @@ int find(const char* const* names, int count, const std::string& name, const cha
     throw std::invalid_argument(std::string(what) + " " + name + " is not compiled in");
 }
 
-/// `kind`: read, update (in place), copy (a to b), flush (drop a from the caches).
+/// `kind` is read, update (in place), copy (a to b) or flush (drops a from the caches).
 void stream(const std::string& kind, Address a, Address b, int64_t floats, int threads) {
     static const char* const kinds[] = {"read", "update", "copy", "flush"};
     active_level().kernels->stream(static_cast<Stream>(find(kinds, 4, kind, "stream")), at(a), at(b), floats, threads);
@@ -150,12 +153,13 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Kernels on raw addresses, without any check: reweight_ops.backends validates every argument first.";
+    m.doc() = "Kernels on raw addresses. They check nothing: reweight_ops validates every argument first.";
     using NoGil = py::call_guard<py::gil_scoped_release>;
 
-    m.def("build_info", &build_info, "Compiler, flags, version, instruction-set levels built and supported.");
-    m.def("level", [] { return std::string(active_level().name); }, "The instruction-set level that runs.");
-    m.def("set_level", &set_level, py::arg("name"), "Force a level by name, or 'auto'. ValueError if it was not built or this processor lacks it.");
+    m.def("build_info", &build_info, "Returns compiler, flags, version, and the instruction-set levels that were built and that are supported.");
+    m.def("level", [] { return std::string(active_level().name); }, "Returns the active instruction-set level.");
+    m.def("set_level", &set_level, py::arg("name"),
+          "Forces a level by name, or 'auto'. Raises ValueError if it was not built or this processor lacks it.");
     m.attr("max_registers") = kMaxRegisters;
     bind_primitives(m, primitive(&Kernels::token_stats), primitive(&Kernels::token_grad), primitive(&Kernels::token_loss_grad));
     m.attr("most_top") = kMostTop;

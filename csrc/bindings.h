@@ -1,4 +1,5 @@
-// What the bindings of every compiled backend share: calls from raw addresses, programs as tables, the primitives. No torch header, no check.
+// Shared by the bindings of every compiled backend: calls from raw addresses, program tables and
+// primitives. This file uses no torch header and checks nothing.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -24,8 +25,8 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-/// A table by the address of its words, which must outlive it: the instructions, the constants, the ends of levels. `counts`:
-/// in the order of ProgramTable.
+/// Makes a table from the address of its words, which must outlive it: the instructions, the
+/// constants, the ends of levels. `counts` has the order of ProgramTable.
 inline ProgramTable make_table(Address words, std::array<int, 9> counts, std::array<int, kLossOutputs> outputs) {
     const auto [parameters, constants, uniform_levels, levels, uniform, instructions, inputs, terms, registers] = counts;
     const uint64_t* const code = at<const uint64_t>(words);
@@ -120,12 +121,13 @@ LossGradCall loss_grad_call(const Call& common, const ProgramTable& table, Addre
     return call;
 }
 
-/// The classes Call and Table, the names of a table's operations, and the primitives. A primitive returns a status, 0 for success.
+/// Binds the classes Call and Table, the names of a table's operations, and the primitives. A
+/// primitive returns a status; 0 is success.
 template <class Stats, class Grad, class LossGrad>
 void bind_primitives(py::module_& m, Stats token_stats, Grad token_grad, LossGrad token_loss_grad) {
     using NoGil = py::call_guard<py::gil_scoped_release>;
 #if defined(RW_SOURCES)
-    m.attr("sources") = RW_SOURCES;  // their hash, by reweight_ops/_core/backends/sources.py
+    m.attr("sources") = RW_SOURCES;  // the hash that reweight_ops/_core/backends/sources.py computes
 #endif
     std::vector<std::string> operations;
 #define RW_NAME(name, text, value) operations.push_back(text);
@@ -157,7 +159,8 @@ void bind_primitives(py::module_& m, Stats token_stats, Grad token_grad, LossGra
         py::arg("row_weights_step"), py::arg("inputs"), py::arg("rows"), py::arg("out"), py::arg("out_strides"));
 }
 
-/// `call`: the first tensor, `other`: where the second is and how it becomes a distribution.
+/// `call` describes the first tensor; `other` has the address and the softmax parameters of the
+/// second.
 DivergenceCall divergence_call(const Call& call, const Call& other, Address table, Address out, std::array<int64_t, 3> out_strides) {
     DivergenceCall d{};
     static_cast<Call&>(d) = call;
@@ -168,7 +171,7 @@ DivergenceCall divergence_call(const Call& call, const Call& other, Address tabl
     return d;
 }
 
-/// The primitives on two logits tensors. A primitive returns a status, 0 for success.
+/// Binds the primitives on two logits tensors. A primitive returns a status; 0 is success.
 template <class Stats, class Grad, class LossGrad>
 void bind_divergence(py::module_& m, Stats stats, Grad grad, LossGrad loss_grad) {
     using NoGil = py::call_guard<py::gil_scoped_release>;

@@ -1,6 +1,8 @@
-"""AReaL with our log-probs and a loss of ours: ``setup()`` in every process that holds the actor's engine, before the first step.
+"""AReaL with this package's log-probs and a user-defined loss.
 
-With a launcher that runs the training script in every process, call it at the script's beginning.
+Call ``setup()`` in every process that holds the actor's engine, before the first step.
+With a launcher that runs the training script in every process, call it at the beginning
+of the script.
 """
 
 import reweight_ops as rw

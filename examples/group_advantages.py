@@ -1,13 +1,16 @@
-"""A group advantage in an own training loop, in one file: sample, score, compare inside the group, take the loss from the logits.
+"""A group advantage in your own training loop: sample, score, compare inside the group,
+update.
 
-A small policy reads a digit ``d`` and is to write ``d+1, d+2, ...`` (modulo 10). Each step samples G completions of every digit, scores them by the
-share of right tokens, turns the scores into advantages with any estimator of ``rw.advantages``, and updates on ``rw.policy_loss``::
+A small policy reads a digit ``d`` and should write ``d+1, d+2, ...`` (modulo 10). Each
+step samples G completions of every digit, scores them by the share of right tokens,
+turns the scores into advantages with an estimator of ``rw.advantages``, and updates
+with ``rw.policy_loss`` on the logits::
 
     python examples/group_advantages.py                      # GRPO's advantage, DAPO's loss
     python examples/group_advantages.py --estimator rloo
-    python examples/group_advantages.py --lopti              # two updates a batch: unlikely tokens first
+    python examples/group_advantages.py --lopti              # two updates per batch: unlikely tokens first
 
-Needs PyTorch and this package only; some seconds on a CPU.
+It needs only PyTorch and this package, and runs for some seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ DIGITS, LENGTH, GROUP = 10, 5, 8
 
 
 class Rollout(NamedTuple):
-    """``B = prompts · G`` rows, the G completions of a prompt one after the other."""
+    """``B = prompts · G`` rows; the G completions of a prompt are consecutive."""
 
     prompts: Tensor  # [B]
     completions: Tensor  # [B, T]
@@ -34,7 +37,8 @@ class Rollout(NamedTuple):
     rewards: Tensor  # [B]
 
 
-#: An estimator takes a rollout and gives [B] or [B, T] advantages. Most need rewards and the group's size only.
+#: An estimator takes a rollout and returns [B] or [B, T] advantages. Most need only the
+#: rewards and the size of the group.
 ESTIMATORS: dict[str, Callable[[Rollout], Tensor]] = {
     "grpo": lambda r: rw.advantages.grpo(r.rewards, group_size=GROUP),
     "dr_grpo": lambda r: rw.advantages.dr_grpo(r.rewards, group_size=GROUP),
@@ -58,14 +62,16 @@ class Policy(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, DIGITS))
 
     def forward(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """``[B], [B, t] -> [B, t + 1, 10]``; of a whole completion the last position is one too many."""
+        """``[B], [B, t] -> [B, t + 1, 10]``; for a whole completion the last position
+        is not needed.
+        """
         last = torch.cat([torch.full_like(prompts, DIGITS)[:, None], completions], 1)[:, :LENGTH]
         return self.head(self.prompt(prompts)[:, None] + self.last(last) + self.position.weight[: last.shape[1]])
 
 
 @torch.no_grad()
 def sample(policy: Policy, per_digit: int) -> Rollout:
-    """``per_digit`` completions of every digit, with what the policy thought of them."""
+    """``per_digit`` completions of every digit, with the policy's log-probs and entropies."""
     prompts = torch.arange(DIGITS).repeat_interleave(per_digit)
     completions = torch.empty(len(prompts), 0, dtype=torch.int64)
     for _ in range(LENGTH):
@@ -106,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A group advantage with rw.policy_loss.")
     parser.add_argument("--estimator", default="grpo", choices=ESTIMATORS)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lopti", action="store_true", help="two updates a batch of rollouts: unlikely tokens first, then the others")
+    parser.add_argument("--lopti", action="store_true", help="two updates per batch of rollouts: unlikely tokens first, then the others")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are tiny
     history = train(options.estimator, steps=options.steps, lopti=options.lopti)

@@ -1,8 +1,10 @@
-"""A trainer that imported ``selective_log_softmax`` and ``entropy_from_logits`` by name, as those on TRL before 1.15 do: the same numbers on our ops.
+"""A trainer that imports ``selective_log_softmax`` and ``entropy_from_logits`` by name.
+
+Trainers on TRL before 1.15 do that. The patched functions give the same numbers.
 
     python examples/logits_functions.py
 
-The trainer's module is written here, so that the example runs with any TRL or none.
+The example defines the trainer's module itself, so that it runs with any TRL or none.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def loss(logits, ids, advantages):
 
 
 def main() -> tuple[list[float], dict[str, int]]:
-    """Loss and gradient norm, by the trainer's functions and by ours; what ran here."""
+    """Return loss and gradient norm with the trainer's functions and with ours, and the
+    calls that were replaced.
+    """
     trainer = types.ModuleType("my_trainer")
     exec(TRAINER, vars(trainer))
     torch.manual_seed(0)

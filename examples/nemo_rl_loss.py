@@ -1,9 +1,11 @@
-"""A loss of your own in NeMo-RL: one line in ``examples/run_grpo.py``, after ``setup(...)`` has returned.
+"""Your own loss in NeMo-RL: one line in ``examples/run_grpo.py``, after ``setup(...)``
+has returned.
 
-    loss_fn = nemo_rl_loss.loss_fn(master_config)       # in place of the one that setup made
+    loss_fn = nemo_rl_loss.loss_fn(master_config)       # instead of the loss that setup returned
     grpo_train(policy, ..., loss_fn, ...)
 
-The environment of the policy's workers needs reweight_ops too: NeMo-RL sends them the loss.
+NeMo-RL sends the loss to the policy's workers, whose environment also needs
+reweight_ops.
 """
 
 from typing import Any

@@ -1,10 +1,12 @@
-"""Preference losses on a toy: a small language model learns to prefer ascending digits to descending ones.
+"""Preference losses on a toy: a small language model learns to prefer ascending to
+descending digits.
 
     python examples/preference.py [--steps 60]
 
-It trains the same model with DPO, with WPO (a statistic of the whole vocabulary as a weight), with SparsePO (a token-masked
-DPO with a full-vocabulary KL to the reference, hence a second logits tensor) and with a loss of our own in four lines. Every loss reads logits; nothing of
-their size is built beside their gradient.
+It trains the same model with DPO; with WPO, whose weight is a statistic of the whole
+vocabulary; with SparsePO, a token-masked DPO with a full-vocabulary KL to the
+reference, which needs a second logits tensor; and with a user-defined loss of four
+lines. Every loss reads logits. Their gradient is the only other tensor of their size.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ VOCAB, LENGTH, PAIRS = 32, 6, 16
 
 @dataclass(frozen=True, kw_only=True)
 class Cauchy(PairLoss):
-    """``log(1 + max(0, 1 - β·m)²)``: a loss of our own, with a margin and a bounded slope."""
+    """``log(1 + max(0, 1 - β·m)²)``: a user-defined loss with a margin and a bounded
+    slope.
+    """
 
     def loss(self, p: Pairs) -> Tensor:
         return torch.log1p(torch.relu(1 - p.beta * p.margins).square())
 
 
 class Model(nn.Module):
-    """Logits of the next token from the last two."""
+    """Logits of the next token from the last two tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +50,9 @@ class Model(nn.Module):
 
 
 def batch(seed: int) -> Tensor:
-    """``[2·PAIRS, LENGTH]``: all chosen sequences (ascending), then all rejected (the same, descending)."""
+    """``[2·PAIRS, LENGTH]``: all chosen sequences (ascending), then the same ones
+    descending (rejected).
+    """
     g = torch.Generator().manual_seed(seed)
     digits = torch.stack([torch.randperm(10, generator=g)[:LENGTH] for _ in range(PAIRS)]).sort(-1).values
     return torch.cat([digits, digits.flip(-1)])
@@ -66,7 +72,7 @@ def train(spec: PairSpec, steps: int) -> list[dict[str, float]]:
     torch.manual_seed(0)
     model = Model()
     reference = copy.deepcopy(model).requires_grad_(False)
-    masks = nn.Parameter(torch.ones(LENGTH))  # SparsePO's learned mask: here one number a position
+    masks = nn.Parameter(torch.ones(LENGTH))  # SparsePO's learned mask, here one number per position
     optimizer = torch.optim.Adam([*model.parameters(), masks], lr=3e-3)
     history = []
     for step in range(steps):

@@ -1,10 +1,12 @@
-"""A loss of your own in prime-rl, and its fused head by our op: what ``trainer.loss.import_path`` names.
+"""Your own loss in prime-rl, and its head on this package's op:
+``trainer.loss.import_path`` names it.
 
     [trainer.loss]
     type = "custom"
     import_path = "prime_rl_loss.loss"
 
-prime-rl imports this module before the first step, in the trainer's process. The published methods need no module.
+prime-rl imports this module before the first step, in the trainer's process. The
+published methods need no module.
 """
 
 import reweight_ops as rw

@@ -1,8 +1,9 @@
-"""SkyRL with losses of ours: SkyRL's own entry point, after two lines.
+"""SkyRL with this package's losses: SkyRL's own entry point after two lines.
 
     python -m skyrl_main trainer.algorithm.policy_loss_type=likely_tokens_first trainer.algorithm.loss_reduction=token_mean ...
 
-The published methods are `rw_dapo`, `rw_gspo`, ... SkyRL sends registered losses to its workers, whose environment needs reweight_ops too.
+The published methods are `rw_dapo`, `rw_gspo`, ... SkyRL sends registered losses to its
+workers, whose environment also needs reweight_ops.
 """
 
 import reweight_ops as rw

@@ -1,8 +1,10 @@
-"""A published loss as Tinker's custom loss: its inputs, one datum of them, and the graph that Tinker would upload.
+"""A published loss as Tinker's custom loss: its inputs for one datum, and the graph for
+the upload.
 
     python examples/tinker_loss.py
 
-It runs without Tinker. With it, hand ``loss`` to ``ServiceClient.create_custom_loss(loss, input_ranks=loss.input_ranks)``.
+It runs without Tinker. With Tinker, pass ``loss`` to
+``ServiceClient.create_custom_loss(loss, input_ranks=loss.input_ranks)``.
 """
 
 import torch
@@ -15,7 +17,7 @@ def main() -> tuple[float, str]:
     spec = rw.methods.advantage_reweighting(alpha=0.3)
     loss = custom_loss(spec)
     print("inputs:", ", ".join(loss.input_ranks))
-    masks = [torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1])]  # two data: their prompts are out
+    masks = [torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1])]  # two data with masked prompts
     (weights, _) = token_weights(spec, masks)
     logprobs = torch.tensor([-2.0, -0.5, -1.0, -3.0])
     value, metrics = loss(logprobs, torch.full((4,), 0.7), logprobs - 0.1, weights)

@@ -1,12 +1,15 @@
-"""TRL's GRPOTrainer on our ops, from nothing, offline, in minutes on a laptop: a tiny Qwen2 learns two-digit addition.
+"""TRL's GRPOTrainer on this package's ops: a tiny Qwen2 learns two-digit addition.
+
+It starts from random weights and runs offline, in minutes on a laptop.
 
 1. Warm start on noisy answers.
-2. One rollout: loss and gradient through the fused op equal TRL's own.
-3. Training: the fused run's reward curve against the spread of stock TRL's seeds.
-4. The same trainer with advantage reweighting and with Lopti (arXiv:2505.12929), and what reweighting does to the gradient.
-5. The loss alone at a real vocabulary: time and memory beside eager PyTorch and torch.compile, on this machine.
+2. One rollout: loss and gradient of the fused op equal TRL's own.
+3. Training: the reward curve of the fused run compared to the spread of stock TRL's seeds.
+4. The same trainer with advantage reweighting and with Lopti (arXiv:2505.12929), and the effect of reweighting on the gradient.
+5. The loss alone at a real vocabulary: time and memory on this machine, compared to eager PyTorch and torch.compile.
 
-No gain in reward from reweighting is claimed: the task is a toy. Run: ``python examples/trl_addition.py`` (needs trl, typer, rich, matplotlib).
+The task is a toy, and the example claims no gain in reward from reweighting. Run it
+with ``python examples/trl_addition.py`` (needs trl, typer, rich, matplotlib).
 """
 
 from __future__ import annotations
@@ -29,19 +32,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 TOLERANCE = 1e-6
-#: Set before TRL is imported. The last one silences the profiler that measures memory.
+#: These are set before TRL is imported. The last one silences the profiler that
+#: measures memory.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "KINETO_LOG_LEVEL": "99"}
 console = Console()
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=2, help="Updates of each run; two for each rollout.")] = 80,
+    steps: Annotated[int, typer.Option(min=2, help="Updates of each run, two per rollout.")] = 80,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of stock TRL.")] = 3,
     warm_start: Annotated[int, typer.Option(min=1, help="Steps of the warm start.")] = 800,
-    threads: Annotated[int, typer.Option(min=1, help="So small a model gains little from more.")] = 1,
-    lm_head: Annotated[str, typer.Option(help="Of our trainers: 'linear' never builds logits, 'logits' does.")] = "logits",
+    threads: Annotated[int, typer.Option(min=1, help="Threads; a model this small gains little from more.")] = 1,
+    lm_head: Annotated[str, typer.Option(help="Head of the fused trainers: 'linear' never builds logits, 'logits' does.")] = "logits",
     cost_rows: Annotated[int, typer.Option(min=0, help="Rows of the loss at a real vocabulary; 0 leaves that part out.")] = 128,
-    out: Annotated[Path, typer.Option(help="Where the picture and the numbers go.")] = Path("demo_output"),
+    out: Annotated[Path, typer.Option(help="Folder of the picture and the numbers.")] = Path("demo_output"),
 ) -> None:
     """Train stock TRL, the fused op, advantage reweighting and Lopti on two-digit addition; write a picture and the numbers."""
     begin = time.perf_counter()

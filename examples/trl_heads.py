@@ -1,8 +1,10 @@
-"""TRL's SFT and DPO trainers with their head on our op: the same numbers as stock TRL, and what ran where.
+"""TRL's SFT and DPO trainers on this package's op, with the numbers of stock TRL.
 
     python examples/trl_heads.py [--steps 4]
 
-A tiny model learns sums of two numbers. Each trainer runs twice from the same weights, once as TRL has it and once under ``patch_trl(heads=True)``.
+A tiny model learns sums of two numbers. Each trainer runs twice from the same weights,
+once with stock TRL and once under ``patch_trl(heads=True)``. It prints the calls of
+each.
 """
 
 from __future__ import annotations

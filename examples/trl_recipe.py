@@ -1,8 +1,10 @@
-"""GRPO with a paper's recipe: its rewards, advantages, spec and schedule in TRL's trainer, by name.
+"""GRPO with a paper's recipe in TRL's trainer: its rewards, advantages, spec and
+schedule, by name.
 
     python examples/trl_recipe.py [--recipe grpo_lead] [--steps 4]
 
-A tiny model answers sums of two numbers. ``correct`` is both the reward and what recipes read by that name.
+A tiny model answers sums of two numbers. ``correct`` is both the reward and the input
+of that name that recipes read.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def correct(prompts: list[str], completions: list[str], **_: Any) -> list[float]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train for some steps; what was called, by op."""
+    """Train for some steps; return the calls by op."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="grpo_lead", help="a name of docs/recipes.md")
     parser.add_argument("--steps", type=int, default=4)

@@ -1,10 +1,13 @@
-"""A loss of your own in verl, and its log-probs from hidden states: what a training run loads by ``VERL_USE_EXTERNAL_MODULES=verl_external``.
+"""Your own loss in verl, and its log-probs from hidden states, as an external module.
+
+A training run loads it with ``VERL_USE_EXTERNAL_MODULES=verl_external``::
 
     VERL_USE_EXTERNAL_MODULES=verl_external python -m verl.trainer.main_ppo \\
         actor_rollout_ref.actor.policy_loss.loss_mode=likely_tokens_first \\
         actor_rollout_ref.model.use_fused_kernels=True actor_rollout_ref.model.fused_kernel_options.impl_backend=torch ...
 
-The published methods need no module: with reweight_ops installed, ``loss_mode=rw_dapo`` is known to verl.
+The published methods need no module: with reweight_ops installed, verl knows
+``loss_mode=rw_dapo``.
 """
 
 import reweight_ops as rw

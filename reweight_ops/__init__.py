@@ -2,7 +2,7 @@
 
 import warnings as _warnings
 
-with _warnings.catch_warnings():  # PyTorch's at its own import, where there is no numpy: nothing here needs one
+with _warnings.catch_warnings():  # PyTorch warns at its import if there is no numpy; nothing here needs numpy
     _warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     import torch as _torch  # noqa: F401
 
@@ -125,5 +125,7 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names: what the modules of the package import besides is none of them."""
+    """Return the public names. Names that the package's modules import are not among
+    them.
+    """
     return sorted([*__all__, "__version__"])

@@ -73,7 +73,9 @@ def _options(
 
 @app.command()
 def info() -> None:
-    """Versions, the compiled extension, and which backends run on this machine, or why not."""
+    """Print versions, the compiled extension, and which backends run on this machine,
+    or why not.
+    """
     table = Table(title="reweight-ops", show_header=False)
     table.add_row("reweight-ops", __version__)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -114,7 +116,7 @@ def _build_info() -> dict[str, Any]:
 
 @app.command()
 def methods(kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KINDS)}.")) -> None:
-    """The catalogue: every published method by name."""
+    """List the catalogue: every published method by name."""
     if kind is not None and kind not in KINDS:
         raise typer.BadParameter(f"no kind {kind!r}; the kinds are: {', '.join(KINDS)}.")
     for one in KINDS if kind is None else (kind,):
@@ -129,7 +131,9 @@ def methods(kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KIN
 
 @app.command()
 def find(words: list[str], kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KINDS)}.")) -> None:
-    """Search by name, acronym, title, arXiv id or words; says what each hit is, how to write it, and what has matched. Exit code 1 without a hit."""
+    """Search by name, acronym, title, arXiv id or words. It prints what each hit is,
+    how to write it, and what has matched. The exit code is 1 without a hit.
+    """
     hits = search(" ".join(words), kind)
     for hit in hits:
         arxiv = "" if hit.arxiv == "unknown" else f", arXiv:{hit.arxiv}"
@@ -138,13 +142,15 @@ def find(words: list[str], kind: str = typer.Option(None, help=f"Only this kind:
             highlight=False,
         )
     if not hits:
-        console.print(f"nothing is called {' '.join(words)!r}; reweight-ops methods lists everything", highlight=False)
+        console.print(f"nothing matches {' '.join(words)!r}; reweight-ops methods lists everything", highlight=False)
         raise typer.Exit(1)
 
 
 @app.command()
 def trainers() -> None:
-    """The trainers that there are integrations for: what is installed here, whether that version was tested, and the hook to use."""
+    """List the trainers with an integration: what is installed here, whether that
+    version was tested, and the hook to use.
+    """
     table = Table("trainer", "installed", "standing", "tested with", "hook", "page")
     for t in TRAINERS.values():
         version = t.installed
@@ -154,7 +160,9 @@ def trainers() -> None:
 
 @app.command()
 def recipes() -> None:
-    """The recipes: everything that one paper trains with, from rewards to the loss."""
+    """List the recipes. A recipe is everything that one paper trains with, from rewards
+    to the loss.
+    """
     table = Table("name", "paper", "arXiv", "certainty", "uses")
     for r in RECIPES.values():
         table.add_row(r.name, r.paper, r.arxiv, r.certainty, ", ".join(entry.call for entry in r.entries))
@@ -163,7 +171,9 @@ def recipes() -> None:
 
 @app.command()
 def recipe(name: str) -> None:
-    """One recipe, by name, acronym, title or arXiv id: its hyper-parameters as published, what is the caller's, and a training loop."""
+    """Print one recipe, by name, acronym, title or arXiv id: its published
+    hyper-parameters, what is left to the caller, and a training loop.
+    """
     r = lookup(name)
     console.print(f"{r.name}: {r.publication.source} ({r.certainty})\n", highlight=False, markup=False, soft_wrap=True)
     if r.settings:
@@ -178,7 +188,9 @@ def recipe(name: str) -> None:
 
 @app.command()
 def show(name: str) -> None:
-    """What is called so, by name, acronym, title or arXiv id: formula, paper, parameters; of a loss its spec, and its value and slope over the ratio."""
+    """Print an entry, by name, acronym, title or arXiv id: formula, paper, parameters.
+    A loss also shows its spec, and its value and slope over the ratio.
+    """
     found = exact(name)
     if not found:
         near = [hit.call for hit in search(name) if hit.call][:3]
@@ -227,7 +239,9 @@ def _show_spec(spec: PolicyLossSpec) -> None:
 
 
 def _slopes(surrogate: Rule, weights: list[TokenWeight]) -> Table:
-    """The surrogate of one token at a few ratios, times the weights that one token has."""
+    """Tabulate the surrogate of one token at a few ratios, times the weights that one
+    token has.
+    """
     xp = TorchNamespace(torch.float64)
     times = "".join(f" times {w.name}" for w in weights)
     title = f"surrogate{times} of one token with p = 0.5 (slope: by its log-prob)"
@@ -238,7 +252,7 @@ def _slopes(surrogate: Rule, weights: list[TokenWeight]) -> Table:
             logp = torch.tensor(math.log(0.5), dtype=torch.float64, device="cpu", requires_grad=True)
             old = logp.detach() - math.log(ratio)
             stored = {"old_logp": old, "ref_logp": old, "sampling_logp": old, "adv": torch.tensor(adv, dtype=torch.float64, device="cpu")}
-            # Of two tokens of p = 0.5, as far as a weight asks for the distribution.
+            # A weight that asks for the distribution sees two tokens of p = 0.5.
             spread = {"entropy": -logp.detach(), "log_sum_p_sq": logp.detach()}
             t = Leaves({"logp": logp, "log_ratio": logp - old, **spread, **stored})
             loss = surrogate.loss(xp, t)
@@ -254,12 +268,14 @@ def _slopes(surrogate: Rule, weights: list[TokenWeight]) -> Table:
 @app.command()
 def check(
     backend: list[str] = typer.Option(None, help="Only these backends (default: every one that runs here)."),
-    method: list[str] = typer.Option(None, help="Only the entries of these names."),
+    method: list[str] = typer.Option(None, help="Only the entries with these names."),
     kind: list[str] = typer.Option(None, help=_ONLY_KINDS),
     dtype: list[str] = typer.Option(list(DTYPES), help="Logits' dtypes."),
     vocab: int = typer.Option(4099, min=LEAST_VOCAB, help="Vocabulary size."),
 ) -> None:
-    """Gradient-check every loss on every backend here against the fp64 reference; the other entries by golden rows. Exit code 1 on failure."""
+    """Gradient-check every loss on every backend here against the fp64 reference, and
+    the other entries by golden rows. The exit code is 1 on failure.
+    """
     selection = Selection(backend or (), method or (), kind or (), dtype)
     losses, golden = cases(selection), golden_cases(selection)
     failed: list[str] = []
@@ -296,7 +312,9 @@ def check(
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
-    """Measure the kernels of this machine beside other libraries' (``reweight-ops bench --help``)."""
+    """Measure the kernels on this machine against other libraries
+    (``reweight-ops bench --help``).
+    """
     importlib.import_module(f"{__package__}.bench.__main__").main(context.args, "reweight-ops bench")
 
 
@@ -322,7 +340,7 @@ def _golden_row(table: Table, case: GoldenCase, failed: list[str]) -> None:
         return
     table.add_row(*label, str(len(case.rows)), f"{error:.2f}", "[green]ok[/]" if error <= 1 else "[red]FAIL[/]")
     if not error <= 1:
-        failed.append(f"{' '.join(label)}: {error:.3g} times the error that is allowed")
+        failed.append(f"{' '.join(label)}: {error:.3g} times the allowed error")
 
 
 def _absent(name: str) -> str:

@@ -12,8 +12,12 @@ class InvalidCall(ReweightOpsError, ValueError):
 
 
 class UnsupportedRequest(ReweightOpsError, NotImplementedError):
-    """The call is right, but no (or not the named) backend or plan can run it; the message says why not, for each."""
+    """The call is right, but no backend or plan (or not the named one) can run it. The
+    message gives the reason for each.
+    """
 
 
 class BackendUnavailable(ReweightOpsError, ImportError):
-    """The named backend is not installed or does not run on this machine; the message says what would fix it."""
+    """The named backend is not installed or does not run on this machine. The message
+    says what would fix it.
+    """

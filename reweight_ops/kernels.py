@@ -1,4 +1,8 @@
-"""The raw primitives, for benchmarks and for drivers of one's own: no autograd, no checks beyond the backend's, see :mod:`.backends.base`."""
+"""The raw primitives, for benchmarks and for your own drivers.
+
+They have no autograd, and no checks beyond those of the backend; see
+:mod:`.backends.base`.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,9 @@ def token_grad(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``dL/dlogits`` in ``out`` (``out=logits``: in place), to the precision of fp32 if ``lse_low`` is among ``stats``."""
+    """Write ``dL/dlogits`` to ``out`` (in place with ``out=logits``), to the precision
+    of fp32 if ``lse_low`` is among ``stats``.
+    """
     name, out = choose(Request("token_grad", logits.device, logits.dtype), backend), _out(logits, out)
     load(name).token_grad(logits, ids, temperature, head or SoftmaxParams(logits.size(-1)), stats, coefs, out)
     return out

@@ -1,4 +1,5 @@
-"""The LM head and what is made of its logits as one module: log-probs, or a policy loss. FSDP2, DDP and checkpointing treat it as any module.
+"""The LM head and its log-probs or policy loss as one module. FSDP2, DDP and
+checkpointing treat it as any module.
 
 The parameters are ``weight [V, D]`` and ``bias [V]``, so a state dict is that of the ``nn.Linear`` that it replaces.
 """
@@ -22,10 +23,10 @@ from .errors import InvalidCall
 
 __all__ = ["FusedLinearLogProbs", "FusedLinearPolicyLoss"]
 
-#: Keywords that are no setting, and why.
+#: Keywords that are not settings, and why.
 _NO_SETTINGS = {
     "lm_head_bias": "pass bias=True, and the module has its own",
-    "lora": "pass it with the call, for its factors are parameters of another module",
+    "lora": "pass it with the call, because its factors are parameters of another module",
     "row_index": "pass it with the call",
     "sampling_mask": "pass it with the call",
     "consume_logits": "the logits are the module's own",
@@ -34,7 +35,9 @@ _NO_SETTINGS = {
 
 
 class _FusedHead(torch_nn.Module):
-    """An LM head that never returns its logits. ``settings`` are keywords of the op, which a call may replace."""
+    """An LM head that never returns its logits. ``settings`` are keywords of the op. A
+    call may override them.
+    """
 
     _OWN: ClassVar[tuple[str, ...]] = ()
 
@@ -50,7 +53,7 @@ class _FusedHead(torch_nn.Module):
         name = type(self).__name__
         for key in settings:
             if key in _NO_SETTINGS:
-                raise InvalidCall(f"{name}: {key} is no setting: {_NO_SETTINGS[key]}.")
+                raise InvalidCall(f"{name}: {key} is not a setting: {_NO_SETTINGS[key]}.")
         parse(name, {k: v for k, v in settings.items() if k not in self._OWN}, SoftmaxOptions, LMHeadOptions, own=self._OWN)
         self.settings = settings
         self._take(torch_nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
@@ -63,10 +66,14 @@ class _FusedHead(torch_nn.Module):
 
     @classmethod
     def from_linear(cls, linear: torch_nn.Linear, **keywords: Any) -> Self:
-        """The module over the parameters of ``linear``, which stay its own: an embedding's tied weight stays tied, and nothing is copied.
+        """Return the module over the parameters of ``linear``.
+
+        The parameters are shared: an embedding's tied weight stays tied, and nothing is
+        copied.
 
         Raises:
-            InvalidCall: for a head that is more than ``F.linear`` of its weight: quantised (bitsandbytes, FP8), adapted, or another class.
+            InvalidCall: the head is more than ``F.linear`` of its weight: quantised
+            (bitsandbytes, FP8), adapted, or another class.
         """
         reason = _more_than_linear(linear)
         if reason is not None:
@@ -78,7 +85,7 @@ class _FusedHead(torch_nn.Module):
         return head
 
     def extra_repr(self) -> str:
-        """The sizes as ``nn.Linear`` shows them, and the settings."""
+        """Return the sizes as ``nn.Linear`` shows them, and the settings."""
         shown = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None, **self.settings}
         return ", ".join(f"{name}={value.name if isinstance(value, PolicyLossSpec) else value}" for name, value in shown.items())
 
@@ -92,11 +99,11 @@ def _more_than_linear(linear: Any) -> str | None:
     kind = type(linear)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if not isinstance(linear, torch_nn.Linear) or kind.forward is not torch_nn.Linear.forward:
-        return f"a {name}, which is no plain nn.Linear"
+        return f"a {name}, which is not a plain nn.Linear"
     weight = linear.weight
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return f"quantised, its weight is {weight.dtype}"
-    sharded = hasattr(weight.data, "full_tensor")  # a DTensor, which FSDP2 makes whole around a forward
+    sharded = hasattr(weight.data, "full_tensor")  # a DTensor, which FSDP2 gathers around a forward
     if not sharded and type(weight.data) is not Tensor:
         return f"quantised, its weight is a {type(weight.data).__name__}"
     return None
@@ -129,7 +136,9 @@ class FusedLinearLogProbs(_FusedHead):
         self, hidden: Tensor, completion_ids: Tensor, *, completion_mask: Tensor | None = None, return_entropy: bool = False,
         **keywords: Unpack[LMHeadKeywords],
     ) -> Any:  # fmt: skip
-        """Shapes and keywords of :func:`linear_token_logps`; a keyword replaces the setting of its name."""
+        """Take the shapes and keywords of :func:`linear_token_logps`. A keyword
+        overrides the setting of its name.
+        """
         call = self._call(dict(keywords))
         return linear_token_logps(
             hidden, self.weight, completion_ids, completion_mask=completion_mask, return_entropy=return_entropy, **call
@@ -166,5 +175,7 @@ class FusedLinearPolicyLoss(_FusedHead):
     def forward(
         self, hidden: Tensor, completion_ids: Tensor, advantages: Tensor | float | None, **keywords: Unpack[LinearPolicyLossKeywords]
     ) -> PolicyLossOutput:
-        """Shapes and keywords of :func:`linear_policy_loss`; a keyword replaces the setting of its name."""
+        """Take the shapes and keywords of :func:`linear_policy_loss`. A keyword
+        overrides the setting of its name.
+        """
         return linear_policy_loss(hidden, self.weight, completion_ids, advantages, **self._call(dict(keywords)))

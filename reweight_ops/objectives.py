@@ -1,8 +1,12 @@
-"""Weights of several objectives, adapted as training goes: frozen settings, and a pure ``update(state, ...) -> (state, weights)``.
+"""Weights of several objectives that adapt during training.
 
-``K`` rewards or losses have ``[K]`` weights, which multiply rewards (:func:`reweight_ops.rewards.weighted_mean`), advantages or losses. The state
-is a value: keep it, save it with a checkpoint, and feed it to the next update. Nothing here waits for a GPU, except
-:class:`HypervolumeRewardWeighting`, whose points are Python numbers from a validation run."""
+Each class has frozen settings and a pure ``update(state, ...) -> (state, weights)``.
+``K`` rewards or losses have ``[K]`` weights, which multiply rewards
+(:func:`reweight_ops.rewards.weighted_mean`), advantages or losses. The state is a
+value: keep it, save it with a checkpoint, and pass it to the next update. Nothing here
+waits for a GPU, except :class:`HypervolumeRewardWeighting`, whose points are Python
+numbers from a validation run.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ _DYNAMIC = "Learning to Optimize Multi-Objective Alignment Through Dynamic Rewar
 def _vector(op: str, name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
     x = floats(op, name, value, None if like is None else tuple(like.shape))
     if x.dim() != 1:
-        raise InvalidCall(f"{op}: {name} has shape {tuple(x.shape)}, expected (K,): one value an objective.")
+        raise InvalidCall(f"{op}: {name} has shape {tuple(x.shape)}, expected (K,): one value per objective.")
     return x
 
 
@@ -54,7 +58,9 @@ class LagrangeState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class ConstrainedRLHF:
-    """Each reward model is to reach a threshold θ, not a maximum: ``λ = squash(u)``, ``u`` by gradient descent on ``sum_k λ_k (mean reward_k -
+    """Each reward model has a threshold θ to reach instead of a maximum.
+
+    ``λ = squash(u)``, with ``u`` by gradient descent on ``sum_k λ_k (mean reward_k -
     θ_k)``.
 
     ``squash="sigmoid"`` is the inequality form (μ-PPO), ``"tanh"`` the equality form (ξ-PPO, whose weight may turn negative above θ), ``"none"``
@@ -77,7 +83,7 @@ class ConstrainedRLHF:
             raise InvalidCall("ConstrainedRLHF: thresholds is empty, expected one number for each reward.")
 
     def init(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> LagrangeState:
-        """The state before the first update."""
+        """Return the state before the first update."""
         zero = torch.zeros(len(self.thresholds), device=device, dtype=dtype)
         return LagrangeState(zero + 0.5 if self.squash == "none" else zero, zero)
 
@@ -87,9 +93,13 @@ class ConstrainedRLHF:
         return {"sigmoid": torch.sigmoid(u), "tanh": torch.tanh(u), "none": u}[self.squash]
 
     def update(self, state: LagrangeState, mean_rewards: Tensor) -> tuple[LagrangeState, Tensor]:
-        """One step of SGD with momentum on ``u``. ``mean_rewards [K]``: each reward's mean over the batch's episodes. Returns the state and λ."""
+        """Take one step of SGD with momentum on ``u``, and return the state and λ.
+
+        ``mean_rewards [K]`` has each reward's mean over the batch's episodes.
+        """
         means = _vector("ConstrainedRLHF", "mean_rewards", mean_rewards, state.multipliers).to(state.multipliers.dtype)
-        # One by one: a tensor of thresholds would be uploaded at every update, and wait.
+        # The thresholds are subtracted one by one. A tensor of them would be uploaded
+        # at every update, which waits.
         violation = torch.stack([mean - threshold for mean, threshold in zip(means.unbind(), self.thresholds, strict=True)])
         value = self.multipliers(state)
         slope = {"sigmoid": value * (1 - value), "tanh": 1 - value**2, "none": torch.ones_like(value)}[self.squash]
@@ -99,7 +109,9 @@ class ConstrainedRLHF:
         return state, self.multipliers(state)
 
     def mix(self, kl_advantages: Tensor, advantages: Tensor, multipliers: Tensor) -> Tensor:
-        """``[...]`` of the KL reward and ``[..., K]`` of the K rewards to one ``[...]``; each is normalized over all its elements first."""
+        """Mix ``[...]`` of the KL reward and ``[..., K]`` of the K rewards into one
+        ``[...]``. Each is first normalized over all its elements.
+        """
         base = floats("ConstrainedRLHF", "kl_advantages", kl_advantages)
         a = floats("ConstrainedRLHF", "advantages", advantages, (*base.shape, len(self.thresholds))).to(base.dtype)
         weights = _vector("ConstrainedRLHF", "multipliers", multipliers).to(base.dtype)
@@ -114,7 +126,11 @@ Front = tuple[tuple[float, ...], ...]
 
 
 def hypervolume(points: Front, reference: Annotated[tuple[float, ...], Interval(entries="(-inf, inf)")]) -> float:
-    """Volume that the points dominate, measured from ``reference``, all objectives maximized: slice by slice along the first objective."""
+    """The volume that the points dominate, measured from ``reference``, with all
+    objectives maximized.
+
+    It is computed slice by slice along the first objective.
+    """
     points = tuple(p for p in points if all(x > r for x, r in zip(p, reference, strict=True)))
     if not points:
         return 0.0
@@ -150,11 +166,13 @@ class HypervolumeRewardWeighting:
     scale: NonNegative[float] = 1.5
 
     def init(self) -> Front:
-        """The empty front. The factor of the first step is 1."""
+        """Return the empty front. The factor of the first step is 1."""
         return ()
 
     def update(self, state: Front, metrics: tuple[float, ...]) -> tuple[Front, float]:
-        """``metrics``: K Python numbers; this is host work, once a validation."""
+        """Update the front with ``metrics``, K Python numbers. This is host work, once
+        per validation.
+        """
         point = tuple(float(x) for x in metrics)
         if len(point) != len(self.reference):
             raise InvalidCall(f"HypervolumeRewardWeighting: {len(point)} metrics, but the reference has {len(self.reference)}.")
@@ -166,10 +184,14 @@ class HypervolumeRewardWeighting:
 
 
 def gradient_influences(gradients: Tensor) -> Tensor:
-    """``I_k = sum_j <g_k, g_j>``: how much a step on objective k helps all of them. ``[K, P] -> [K]``; P flattened gradient entries of some layers."""
+    """``I_k = sum_j <g_k, g_j>``: how much a step on objective k helps all of them.
+    ``[K, P] -> [K]``.
+
+    P is the number of flattened gradient entries of some layers.
+    """
     g = floats("gradient_influences", "gradients", gradients)
     if g.dim() != 2:
-        raise InvalidCall(f"gradient_influences: gradients has shape {tuple(g.shape)}, expected (K, P): a flat gradient an objective.")
+        raise InvalidCall(f"gradient_influences: gradients has shape {tuple(g.shape)}, expected (K, P): one flat gradient per objective.")
     return g @ g.sum(0)
 
 
@@ -191,18 +213,20 @@ class GradientRewardWeighting:
     regularization: Positive[float] = 1e-5
 
     def init(self, count: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``log w`` of K equal weights: the state."""
+        """Return the state, ``log w`` of K equal weights."""
         return torch.full((count,), -math.log(count), device=device, dtype=dtype)
 
     def update(self, state: Tensor, influences: Tensor) -> tuple[Tensor, Tensor]:
-        """The new ``log w``, which cannot underflow, and ``w``."""
+        """Return the new ``log w``, which cannot underflow, and ``w``."""
         step = self.learning_rate / self.regularization
         state = torch.log_softmax(state + step * _vector("GradientRewardWeighting", "influences", influences, state).to(state.dtype), 0)
         return state, state.exp()
 
 
 class RecapState(NamedTuple):
-    """``history [2·window, K]``, the latest losses last; ``seen``: how many updates there were, 0-d int64."""
+    """``history [2·window, K]`` has the latest losses last. ``seen`` is the number of
+    updates, 0-d int64.
+    """
 
     history: Tensor
     seen: Tensor
@@ -233,12 +257,12 @@ class Recap:
     temperature: Positive[float] = 5.0
 
     def init(self, count: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> RecapState:
-        """The state of K objectives before the first loss."""
+        """Return the state of K objectives before the first loss."""
         history = torch.zeros(2 * self.window, count, device=device, dtype=dtype)
         return RecapState(history, torch.zeros((), device=device, dtype=torch.int64))
 
     def update(self, state: RecapState, losses: Tensor) -> tuple[RecapState, Tensor]:
-        """``losses [K]``: this step's loss of each objective, positive."""
+        """Update with ``losses [K]``, this step's positive loss of each objective."""
         latest = _vector("Recap", "losses", losses, state.history[0]).to(state.history.dtype)
         state = RecapState(torch.cat([state.history[1:], latest[None]]), state.seen + 1)
         before, last = state.history[: self.window], state.history[self.window :]

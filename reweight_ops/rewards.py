@@ -1,8 +1,12 @@
-"""Reward transforms: several rewards into one, and rewards that look at lengths or at the group. Rewards in, rewards out.
+"""Reward transforms: several rewards into one, and rewards that depend on lengths or on
+the group.
 
-Pure functions; ``[B]`` is one value a completion, ``[B, K]`` one for each of K reward models (TRL's ``rewards_per_func``). Groups as in
-:mod:`reweight_ops._core.rows.grouped`. fp32 or fp64, detached. A NaN in ``[B, K]`` is a reward that does not apply to its completion and is left out; a
-completion without any, and a NaN in ``[B]``, stays NaN: the advantages of this package read it as a completion without a score.
+All are pure functions from rewards to rewards. ``[B]`` is one value per completion, and
+``[B, K]`` one for each of K reward models (TRL's ``rewards_per_func``). Groups are as
+in :mod:`reweight_ops._core.rows.grouped`. Tensors are fp32 or fp64 and detached. A NaN
+in ``[B, K]`` is a reward that does not apply to its completion, and it is left out. A
+completion without any reward, and a NaN in ``[B]``, stays NaN. The advantages of this
+package read it as a completion without a score.
 """
 
 from __future__ import annotations
@@ -42,12 +46,12 @@ _REWRITING = "LLM-based Rewriting of Inappropriate Argumentation using Reinforce
 def _members(op: str, rewards: Tensor) -> Tensor:
     x = floats(op, "rewards", rewards)
     if x.dim() != 2 or not x.shape[1]:
-        raise InvalidCall(f"{op}: rewards has shape {tuple(x.shape)}, expected (B, K): K rewards a completion.")
+        raise InvalidCall(f"{op}: rewards has shape {tuple(x.shape)}, expected (B, K): K rewards per completion.")
     return x
 
 
 def _weights(op: str, weights: Tensor | None, x: Tensor) -> Tensor:
-    """``[B, K]``, 0 where the reward is NaN; each row sums to 1."""
+    """Return ``[B, K]`` weights, 0 where the reward is NaN. Each row sums to 1."""
     w = x.new_ones(x.shape[1]) if weights is None else floats(op, "weights", weights, (x.shape[1],)).to(x.dtype)
     w = require(op, w >= 0, "a weight is negative.", w)
     present = torch.where(x.isnan(), 0, w)
@@ -57,7 +61,7 @@ def _weights(op: str, weights: Tensor | None, x: Tensor) -> Tensor:
 
 @published("wco", "Worst-Case Optimization", paper=_ENSEMBLES, arxiv="2310.02743", level="sequence")
 def wco(rewards: Tensor) -> Tensor:
-    """``r = min_k r_k``: the least of an ensemble's rewards. ``[B, K] -> [B]``."""
+    """``r = min_k r_k``: the lowest of an ensemble's rewards. ``[B, K] -> [B]``."""
     x = _members("wco", rewards)
     least = torch.where(x.isnan(), math.inf, x).amin(1)
     return torch.where(x.isnan().all(1), torch.nan, least)
@@ -87,8 +91,10 @@ def lsc(rewards: Tensor, reference: Real[Tensor | float]) -> Tensor:
     """``u = log sigmoid(r - r_ref)``; several rewards are summed, so that ``exp(u)`` is the probability that all are good. ``[B]`` or ``[B, K] ->
     [B]``.
 
-    ``reference``: a number, or a tensor of the shape of ``rewards``: the reward of a completion that is just good enough for its prompt. Which
-    statistic the paper takes was not found, so it must be given (a quantile of the initial policy's rewards on the prompt is a common reading).
+    ``reference`` is the reward of a completion that is just good enough for its prompt:
+    a number, or a tensor of the shape of ``rewards``. It was not found which statistic
+    the paper takes, so it must be given (a quantile of the initial policy's rewards on
+    the prompt is a common reading).
     """
     x = floats("lsc", "rewards", rewards)
     if x.dim() not in (1, 2):
@@ -100,7 +106,11 @@ def lsc(rewards: Tensor, reference: Real[Tensor | float]) -> Tensor:
 
 
 def weighted_sum(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``r = sum_k w_k r_k`` over the rewards that apply: TRL's sum of reward functions with ``reward_weights``. ``[B, K], [K] -> [B]``; 1 each by default."""
+    """``r = sum_k w_k r_k`` over the rewards that apply. ``[B, K], [K] -> [B]``.
+
+    This is TRL's sum of reward functions with ``reward_weights``. Weights are 1 by
+    default.
+    """
     x = _members("weighted_sum", rewards)
     w = x.new_ones(x.shape[1]) if weights is None else floats("weighted_sum", "weights", weights, (x.shape[1],)).to(x.dtype)
     return torch.where(x.isnan().all(1), torch.nan, (w * x).nansum(1))
@@ -117,8 +127,9 @@ def weighted_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
 def harmonic_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     """``r = sum_k w_k / sum_k (w_k / r_k)``: near the least of the rewards, so none can be traded away. ``[B, K], [K] -> [B]``.
 
-    ``weights``: one a reward, equal by default. Rewards must not be negative; one that is 0 makes the result 0.
-    The released script holds this form but runs the weighted sum.
+    ``weights`` has one per reward, equal by default. Rewards must not be negative. A
+    reward of 0 makes the result 0. The released script contains this form but runs the
+    weighted sum.
     """
     x = _members("harmonic_mean", rewards)
     x = require("harmonic_mean", (x >= 0) | x.isnan(), "a reward is negative; a harmonic mean needs rewards >= 0.", x)
@@ -145,12 +156,15 @@ def trust_grpo(
 ) -> Tensor:
     """``r = r_outcome + γ·coef·e^(-step/total_steps)·r_thinking`` (eq. 1 to 5). ``[B], [B] -> [B]``.
 
-    The group's trust γ compares the mean thinking rewards ``μ_c`` of the answers with ``r_outcome >= threshold`` and ``μ_w`` of the others: 1 if
-    ``μ_c >= μ_w``, else ``e^(μ_c - μ_w)``; 1 too where one of the two sets is empty. ``total_steps`` are the training's (1500 in the paper).
-    Steps may be 0-d tensors.
+    The group's trust γ compares the mean thinking rewards ``μ_c`` of the answers with
+    ``r_outcome >= threshold`` and ``μ_w`` of the others. It is 1 if ``μ_c >= μ_w``,
+    else ``e^(μ_c - μ_w)``. It is also 1 if one of the two sets is empty.
+    ``total_steps`` are those of the training (1500 in the paper). Steps may be 0-d
+    tensors.
 
-    Differs from the paper: the released code asks for the thinking reward only where ``r_outcome >= 0.2``, drops it in groups that are all above
-    0.9 or all below 0.1, and anneals over 500 steps; these are choices of the caller here.
+    Differs from the paper: the released code asks for the thinking reward only where
+    ``r_outcome >= 0.2``, drops it in groups that are all above 0.9 or all below 0.1,
+    and anneals over 500 steps. Here the caller makes these choices.
     """
     g = grouped("trust_grpo", outcome_rewards, groups, name="outcome_rewards")
     thinking = g.like("thinking_rewards", thinking_rewards)
@@ -183,10 +197,11 @@ def grpo_lead_length(
     """Correct: ``e^(-alpha·z)``, ``z = (L - mean)/(std + epsilon)`` over the group's correct completions; wrong: ``wrong_reward``. ``[B], [B] ->
     [B]``.
 
-    ``std`` is unbiased, 1 for a single correct completion. ``min_length``: a group whose three shortest completions, right or wrong, have a mean
-    length of at most this is short enough, and its correct completions get 1; 0 turns that off.
+    ``std`` is unbiased, and 1 for a single correct completion. ``min_length``: a group
+    is short enough if its three shortest completions, right or wrong, have a mean
+    length of at most this. Its correct completions then get 1. 0 disables it.
 
-    Differs from the paper: ``min_length`` is the authors' code's.
+    Differs from the paper: ``min_length`` comes from the authors' code.
     """
     g = grouped("grpo_lead_length", correct, groups, name="correct")
     length = g.like("lengths", lengths)
@@ -218,13 +233,18 @@ def grpo_lambda_length(
     epsilon: NonNegative[float] = 1e-4,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """Only the batch's best-answered prompts are pressed for brevity; the others learn to be right first. ``[B], [B] -> [B]``.
+    """Only the batch's best-answered prompts are trained for brevity. The others first
+    learn to be right. ``[B], [B] -> [B]``.
 
-    The ``ceil(fraction·num_groups)`` groups (at least one) with the highest share of correct completions: a correct completion gets
-    ``1 - alpha·sigmoid((L - mean)/(std + epsilon))`` over the group's correct lengths (unbiased; 0 for one), a wrong one 0. All other groups: 1
-    or 0. Equal shares: the group with the lower number. ``alpha`` is not stated in what was read of the paper, so it must be given; λ =
-    ``fraction`` is its example. The share is relative to the batch, as summaries of the paper have it: where every prompt is answered badly, the best
-    of them are still pressed. The λ-GRPO of arXiv:2510.06870 and the GRPO-λ of arXiv:2510.00194 are other methods.
+    The ``ceil(fraction·num_groups)`` groups (at least one) with the highest share of
+    correct completions are selected. There a correct completion gets
+    ``1 - alpha·sigmoid((L - mean)/(std + epsilon))`` over the group's correct lengths
+    (unbiased; 0 for one), and a wrong one gets 0. All other groups get 1 or 0. Of equal
+    shares the group with the lower number comes first. ``alpha`` is not stated in what
+    was read of the paper, so it must be given. λ = ``fraction`` is its example. The
+    share is relative to the batch, as in summaries of the paper. If every prompt is
+    answered badly, the best of them are still trained for brevity. The λ-GRPO of
+    arXiv:2510.06870 and the GRPO-λ of arXiv:2510.00194 are other methods.
 
     Differs from the paper: ``epsilon``.
     """
@@ -252,10 +272,12 @@ def grpo_lambda_length(
 def traac(correct: Tensor, format_rewards: Tensor, lengths: Tensor, median_lengths: Tensor, *, scale: Positive[float]) -> Tensor:
     """``r = 4·correct + format + correct·sigmoid((median - L)/scale)``. All ``[B] -> [B]``.
 
-    Derived: the paper's summary has the weights, and a sigmoid-smoothed penalty of correct answers longer than the median of recent rollouts of
-    the same difficulty (a window of 10 steps); the curve was not found, so its ``scale`` must be given. ``median_lengths``: that median, for each
-    row. Lengths are those after compression. The eviction of reasoning steps (60, 40, 20 % for easy, medium, hard prompts) edits text and is not
-    here.
+    Derived: the paper's summary has the weights, and a sigmoid-smoothed penalty of
+    correct answers that are longer than the median of recent rollouts of the same
+    difficulty (a window of 10 steps). The curve was not found, so its ``scale`` must be
+    given. ``median_lengths`` has that median for each row. Lengths are those after
+    compression. The eviction of reasoning steps (60, 40, 20 % for easy, medium, hard
+    prompts) edits text and is not included.
     """
     right = floats("traac", "correct", correct)
     shape = tuple(right.shape)
@@ -275,13 +297,15 @@ def traac(correct: Tensor, format_rewards: Tensor, lengths: Tensor, median_lengt
     level="sequence",
 )
 def soft_multi_choice(answers: Tensor, correct: Tensor) -> Tensor:
-    """``|P|/|G|`` where the chosen options P are all among the correct ones G, else 0; nothing chosen is 0. ``[B, K], [B, K] -> [B]``.
+    """``|P|/|G|`` if all chosen options P are among the correct ones G, else 0.
+    ``[B, K], [B, K] -> [B]``.
 
-    Non-zero marks an option. A question without a correct option is NaN. The paper's question-answer inversion is of the data, before this.
+    Nothing chosen is 0. A nonzero value marks an option. A question without a correct
+    option is NaN. The paper's question-answer inversion changes the data before this.
     """
     chosen = floats("soft_multi_choice", "answers", answers)
     if chosen.dim() != 2:
-        raise InvalidCall(f"soft_multi_choice: answers has shape {tuple(chosen.shape)}, expected (B, K): one mark an option.")
+        raise InvalidCall(f"soft_multi_choice: answers has shape {tuple(chosen.shape)}, expected (B, K): one mark per option.")
     right = floats("soft_multi_choice", "correct", correct, tuple(chosen.shape)) != 0
     taken, total = (chosen != 0).to(chosen.dtype).sum(1), right.to(chosen.dtype).sum(1)
     return torch.where(((chosen != 0) & ~right).any(1), 0, taken) / torch.where(total == 0, torch.nan, total)

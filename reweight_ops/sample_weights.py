@@ -1,9 +1,13 @@
-"""One weight, or one choice, a sample: for ``token_weights`` of :func:`reweight_ops.policy_loss`, or to select rows.
+"""One weight, or one choice, per sample.
 
-Pure functions, ``[B]`` in and out unless stated; fp32 or fp64; inputs are used detached (the logits of :func:`source_weights` excepted). Weights
-that the papers normalize to a sum of 1 have **mean 1** here, so that the mean of ``weight·loss`` over the batch is the papers' ``sum_i w_i
-loss_i``. Weights over a global batch: gather the inputs of all ranks first, and take your rows of the result. Groups as in
-:mod:`reweight_ops._core.rows.grouped`."""
+The weights are for the ``token_weights`` of :func:`reweight_ops.policy_loss`, or they
+select rows. All are pure functions, ``[B]`` in and out unless stated, in fp32 or fp64.
+Inputs are detached (except the logits of :func:`source_weights`). If a paper normalizes
+weights to a sum of 1, they have **mean 1** here, so that the mean of ``weight·loss``
+over the batch is the paper's ``sum_i w_i loss_i``. For weights over a global batch,
+first gather the inputs of all ranks, then take your rows of the result. Groups are as
+in :mod:`reweight_ops._core.rows.grouped`.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,9 @@ _TRAJECTORIES = "Harnessing Mixed Offline Reinforcement Learning Datasets via Tr
 
 
 def _softmax(g: Grouped, scores: Tensor) -> Tensor:
-    """Softmax of a group, times its size: mean 1. 0 for a row without a score."""
+    """Return the softmax over a group, times its size, so that its mean is 1. It is 0
+    for a row without a score.
+    """
     top = g.max(scores)
     e = torch.where(g.scored, (scores - torch.where(top.isneginf(), 0, top)).exp(), 0)
     return g.result(g.size * e / torch.where(g.size > 0, g.sum(e), 1))
@@ -59,11 +65,14 @@ def _softmax(g: Grouped, scores: Tensor) -> Tensor:
     level="sequence",
 )
 def exponential_advantage(advantages: Tensor, *, temperature: Positive[float | Tensor], max_weight: PositiveOrInf[float]) -> Tensor:
-    """``w = min(exp(A/temperature), max_weight)``: regression to good samples. Any shape; ``-sum w·logp`` is the loss.
+    """``w = min(exp(A/temperature), max_weight)``: regression to good samples. Any
+    shape. The loss is ``-sum w·logp``.
 
-    ``temperature``: a number, or a tensor that broadcasts (one a prompt: FamO2O, arXiv:2310.17966, has ``w = min(exp(β(s)·A), 100)`` with a
-    learned β, so ``temperature=1/β, max_weight=100``; the reading of a state as a prompt is ours). Neither has one value for all tasks, so both
-    must be given. The exponent is capped before ``exp``, so nothing overflows.
+    ``temperature`` is a number, or a tensor that broadcasts. FamO2O (arXiv:2310.17966)
+    has one per prompt: ``w = min(exp(β(s)·A), 100)`` with a learned β, so
+    ``temperature=1/β, max_weight=100``; the reading of a state as a prompt is ours.
+    Neither parameter has one value for all tasks, so both must be given. The exponent
+    is capped before ``exp``, so nothing overflows.
     """
     x = floats("exponential_advantage", "advantages", advantages)
     return (x / temperature).clamp(max=math.log(max_weight)).exp()
@@ -78,7 +87,9 @@ def exponential_advantage(advantages: Tensor, *, temperature: Positive[float | T
     level="group",
 )
 def kl_tilt(rewards: Tensor, *, beta: Positive[float], **groups: Unpack[GroupKeywords]) -> Tensor:
-    """``w_i = n·exp(r_i/beta)/sum_j exp(r_j/beta)`` over a group's samples: what turns the reference's samples into the optimum's.
+    """``w_i = n·exp(r_i/beta)/sum_j exp(r_j/beta)`` over a group's samples.
+
+    These weights turn samples of the reference into samples of the optimum.
 
     Derived: ``p·exp(r/beta)`` is the textbook solution of reward maximization under a KL penalty of coefficient beta, which the paper starts
     from; the self-normalized estimate over a group is ours. Without group arguments the batch is one group.
@@ -100,7 +111,8 @@ def kl_dro(losses: Tensor, *, temperature: Positive[float], **groups: Unpack[Gro
 
     The maximum over w of ``mean(w·loss) - temperature·KL(w/n || uniform)``. Without group arguments the batch is one group.
 
-    The paper is ICLR 2024's, openreview.net/forum?id=OF5x1dzWSS. It is on arXiv too (August 2023), under an id that no source we could read prints.
+    The paper appeared at ICLR 2024, openreview.net/forum?id=OF5x1dzWSS. It is on arXiv
+    too (August 2023), but no source that we could read prints its id.
     """
     g = grouped("kl_dro", losses, groups, name="losses", whole=True)
     return _softmax(g, g.values / temperature)
@@ -114,14 +126,15 @@ def kl_dro(losses: Tensor, *, temperature: Positive[float], **groups: Unpack[Gro
     level="sequence",
 )
 def dynamic_loss_reweighting(
-    losses: Tensor, *, temperature: Positive[float], strategy: str = "linupper", delta: Positive[float] = 1.0
+    losses: Tensor, *, temperature: PositiveOrInf[float], strategy: str = "linupper", delta: Positive[float] = 1.0
 ) -> Tensor:
-    """``w = n·softmax(f(h)/temperature)``, with the losses of the batch on a line: ``h = delta·(2·loss - max - min)/(max - min)``.
+    """``w = n·softmax(f(h)/temperature)``, where ``h`` maps the losses of the batch to
+    a line: ``h = delta·(2·loss - max - min)/(max - min)``.
 
     ``f``, the ``strategy``, is ``min(h + delta, delta)`` (``"linupper"``: easy samples are held back), ``1 - h²/delta²`` (``"quadratic"``: the middle), ``(h +
     delta)/2`` (``"upper"``) or ``|h|`` (``"extremes"``). ``losses``: each sample's mean token loss, over the global batch. ``temperature``
-    (``r``): 0.4 and 1 in the authors' configurations, best annealed from high; weights are 1 for the first 1000 steps there. Equal losses: equal
-    weights.
+    (``r``): 0.4 and 1 in the authors' configurations, best annealed from high; ``inf`` is weight 1, which ``schedules.dynamic_loss_reweighting`` gives
+    for the first 1000 steps, as they do. Equal losses: equal weights.
     """
     g = grouped("dynamic_loss_reweighting", losses, {}, name="losses", whole=True)
     x, high, low = g.values, g.max(g.values), g.min(g.values)
@@ -155,11 +168,14 @@ def glow(
     min_weight: NonNegative[float] = 0.5,
     max_weight: PositiveOrInf[float] = 5.0,
 ) -> Tensor:
-    """``w = clip(alpha·(1 - sigmoid(beta·(previous - loss))), min_weight, max_weight)``: what improved since the last epoch counts less.
+    """``w = clip(alpha·(1 - sigmoid(beta·(previous - loss))), min_weight,
+    max_weight)``: a sample that has improved since the last epoch counts less.
 
-    Losses are each sample's token mean, now and in the last epoch. ``previous_losses=None`` is the first epoch, whose weights are 1; NaN is a sample
-    without history, for which the mean of the batch's losses stands, as in the authors' code. ``alpha`` and ``beta`` are the argument defaults
-    of that code, which sweeps 1 to 2 and 5 to 30.
+    Losses are each sample's token mean, now and in the last epoch.
+    ``previous_losses=None`` is the first epoch, whose weights are 1. NaN is a sample
+    without history; the mean of the batch's losses replaces it, as in the authors'
+    code. ``alpha`` and ``beta`` are the argument defaults of that code, which sweeps 1
+    to 2 and 5 to 30.
     """
     x = floats("glow", "losses", losses)
     if previous_losses is None:
@@ -177,7 +193,9 @@ def glow(
     level="group",
 )
 def raft(rewards: Tensor, *, keep: Count[int] = 1, **groups: Unpack[GroupKeywords]) -> Tensor:
-    """1 for the ``keep`` completions of the group with the highest rewards, else 0; equal rewards: the first. The loss is the likelihood's.
+    """1 for the ``keep`` completions of the group with the highest rewards, else 0.
+
+    Of equal rewards the first is kept. The loss is that of the likelihood.
 
     SuperHF (arXiv:2310.16763) keeps the same one of its 16. A completion without a score is never kept.
     """
@@ -197,10 +215,12 @@ def d3s(advantages: Tensor, *, num_samples: Count[int], **groups: Unpack[GroupKe
     """1 for the ``num_samples`` rows whose advantages have the greatest variance, else 0. Without group arguments, over the whole batch (the
     default there).
 
-    Such a subset is always the k highest and the ``num_samples - k`` lowest, so all k are tried; equal variances: the one with more high ones.
-    Advantages are not normalized again. The abstract states this choice; secondary is the rest. ``num_samples`` grows over training by a schedule,
-    :func:`reweight_ops.schedules.d3s`; its values were not found, so it must be given. With group arguments (the variant D3S-I) it counts per
-    group.
+    Such a subset always has the k highest and the ``num_samples - k`` lowest
+    advantages, so all k are tried. Of equal variances the subset with more high ones is
+    taken. Advantages are not normalized again. The abstract states this choice; the
+    rest is secondary. ``num_samples`` grows over training by a schedule,
+    :func:`reweight_ops.schedules.d3s`. Its values were not found, so it must be given.
+    With group arguments (the variant D3S-I) it counts per group.
     """
     g = grouped("d3s", advantages, groups, name="advantages", whole=True)
     x = torch.where(g.scored, g.values - g.mean(g.values), 0)
@@ -266,7 +286,8 @@ def source_weights(source_logits: Tensor, source_ids: Tensor, *, normalize: str 
 def focal(likelihoods: Tensor, *, eta: NonNegative[float] = 1.0, gamma: NonNegative[float] = 5.0) -> Tensor:
     """``w = (eta + (1 - p)^gamma)/(eta + 1)``: rare samples count more, common ones never less than ``eta/(eta + 1)``. Any shape.
 
-    ``likelihoods``: p in [0, 1], how common a sample is in its data set (or, our reading for tokens, a detached probability).
+    ``likelihoods`` is p in [0, 1]: how common a sample is in its data set (or, in our
+    reading for tokens, a detached probability).
     """
     p = floats("focal", "likelihoods", likelihoods)
     return (eta + (1 - p) ** gamma) / (eta + 1)
@@ -294,7 +315,8 @@ def trajectory_rw(returns: Tensor, *, temperature: Positive[float] = 0.1) -> Ten
 
 @published("trajectory_aw", "Advantage weighting (AW)", paper=_TRAJECTORIES, arxiv="2306.13085", level="sequence")
 def trajectory_aw(returns: Tensor, start_values: Tensor, *, temperature: Positive[float] = 0.1) -> Tensor:
-    """:func:`trajectory_rw` of ``returns - start_values``: a good trajectory from a bad start is not held against it.
+    """:func:`trajectory_rw` of ``returns - start_values``, so that a good trajectory
+    from a bad start does not lose weight.
 
     ``start_values``: V(s_0) of each trajectory; the authors fit a linear regression of the return on the first state. For completions the mean of
     the prompt's group is the obvious reading (ours): pass ``advantages.dr_grpo(...)`` as returns and zeros.
@@ -314,9 +336,11 @@ def trajectory_aw(returns: Tensor, start_values: Tensor, *, temperature: Positiv
 def selective_rehearsal(scores: Tensor, *, keep: Count[int], coef: NonNegative[float] = 0.01, **clusters: Unpack[GroupKeywords]) -> Tensor:
     """``coef`` for the ``keep`` best examples of each cluster, else 0: ``L = L_PPO + mean_i(w_i·NLL_i)`` over the rehearsal examples.
 
-    Derived: the paper rehearses, by likelihood, good examples that stand for clusters of the supervised data, with coefficient 0.01; how many of a
-    cluster was not found, so ``keep`` must be given. ``scores``: the reward or advantage model's; clusters are given as groups. The advantage
-    model itself is a loss of a reward model, not of a policy.
+    Derived: the paper rehearses, by likelihood, good examples that represent clusters
+    of the supervised data, with coefficient 0.01. The number per cluster was not found,
+    so ``keep`` must be given. ``scores`` come from the reward or advantage model, and
+    clusters are given as groups. The advantage model itself is trained by a loss of a
+    reward model, not of a policy.
     """
     return coef * raft(scores, keep=keep, **clusters)
 
@@ -333,8 +357,10 @@ def dynamic_sampling(
 ) -> Tensor:
     """1 for the responses of a prompt whose rewards differ and whose mean reward is in ``[low, high]``, else 0. ``[B] -> [B]``.
 
-    Of 0/1 rewards: neither all right nor all wrong (eq. 11). ``low`` and ``high`` are a band of difficulty. A group of one is kept, as verl's
-    ``filter_groups`` keeps it, if it is in the band. DAPO samples anew until the batch is full; this says which to leave out.
+    For 0/1 rewards these are prompts with neither all right nor all wrong (eq. 11).
+    ``low`` and ``high`` are a band of difficulty. A group of one is kept if it is in
+    the band, as verl's ``filter_groups`` keeps it. DAPO samples again until the batch
+    is full. This function only tells which prompts to leave out.
     """
     g = grouped("dynamic_sampling", rewards, groups)
     mean = g.mean(g.values)
@@ -355,12 +381,14 @@ def dynamic_sampling(
 def class_balanced(labels: Tensor, class_counts: Tensor, *, beta: Annotated[float, Interval("[0, 1)")] = 0.9999) -> Tensor:
     """``(1-β)/(1-β^n_y)`` of each label's class, over the mean of that over the K classes. ``[...]`` int labels, ``[K] -> [...]``.
 
-    Effective numbers of samples (arXiv:1901.05555); β = 0 is weight 1. Deferred: ``schedules.drw`` gives β. For ``token_weights``, one a token.
+    These are effective numbers of samples (arXiv:1901.05555). β = 0 is weight 1. For
+    deferred re-weighting, ``schedules.drw`` gives β. The result is for
+    ``token_weights``, one per token.
     """
     counts = floats("class_balanced", "class_counts", class_counts)
     if counts.dim() != 1:
         raise InvalidCall(f"class_balanced: class_counts has shape {tuple(counts.shape)}, expected (K,).")
-    counts = require("class_balanced", counts >= 1, "a class has no sample; give the counts of those that have.", counts)
+    counts = require("class_balanced", counts >= 1, "a class has no sample; pass only classes with samples.", counts)
     weight = (1 - beta) / -torch.expm1(counts * math.log(beta)) if beta > 0 else torch.ones_like(counts)
     ids = indices("class_balanced", "labels", labels, tuple(labels.shape), len(counts), "len(class_counts)")
     return torch.cat([weight / weight.mean(), weight.new_full((1,), torch.nan)])[ids]
@@ -375,9 +403,13 @@ def class_balanced(labels: Tensor, class_counts: Tensor, *, beta: Annotated[floa
     level="sequence",
 )
 def upweight(source_ids: Tensor, source_counts: Tensor, *, temperature: Annotated[float, Interval("[1, inf]")]) -> Tensor:
-    """``w = p_k·N/n_k``, ``p_k ∝ n_k^(1/τ)``: weights of uniformly drawn samples whose mean loss is that of temperature sampling. ``[B], [K] -> [B]``.
+    """``w = p_k·N/n_k``, ``p_k ∝ n_k^(1/τ)``. ``[B], [K] -> [B]``.
 
-    τ = 1 is weight 1, ``inf`` as much for every source. Cooldown is a τ that falls as training goes; the paper's curve was not found.
+    With these weights the mean loss of uniformly drawn samples is that of temperature
+    sampling.
+
+    τ = 1 gives weight 1, and ``inf`` gives every source the same total. Cooldown is a τ
+    that falls during training; the paper's curve was not found.
     """
     n = floats("upweight", "source_counts", source_counts)
     if n.dim() != 1:

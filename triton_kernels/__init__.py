@@ -2,7 +2,8 @@
 
 from reweight_ops.errors import BackendUnavailable
 
-# Here, before any module of kernels: whoever imports one of them, or Triton from here, gets this error, in whatever order.
+# This stands before every module of kernels: an import of any of them, or of Triton
+# from here, raises this error in every order.
 try:
     import triton as triton
 except ImportError as error:

@@ -1,16 +1,24 @@
-"""Launch shapes, from a model of what one multiprocessor has to have in flight. No autotuning: dtype and V decide, for every row alike.
+"""Launch shapes from a model of the bytes that one multiprocessor must have in flight.
 
-**Bytes in flight.** Memory of ``B`` bytes a second with a latency of ``L`` needs ``B·L`` bytes on their way, ``B·L / processors`` each: 26 KiB on an H200
-(4.3 TB/s, 0.8 us, 132), 14 KiB on an A100 (1.9 TB/s, 108), 14 KiB on an MI300X (5.3 TB/s, 304). A thread has ``ahead`` tiles in flight, ``16·vectors``
-bytes each: :func:`bytes_in_flight` is what the programs of a processor have together. Statistics read all the time. A one-pass program reads from memory
-for about half of its time and from L2 for the rest, so a program needs twice as much.
+There is no autotuning. Dtype and V decide, and they decide alike for every row.
 
-**Registers** decide the programs of a processor: ``65536 / (threads · registers)``. The tile at work and those ahead take ``4·vectors`` each.
+**Bytes in flight.** A memory of ``B`` bytes per second and a latency of ``L`` needs
+``B·L`` bytes in flight, ``B·L / processors`` on each processor: 26 KiB on an H200 (4.3
+TB/s, 0.8 us, 132), 14 KiB on an A100 (1.9 TB/s, 108), 14 KiB on an MI300X (5.3 TB/s,
+304). A thread has ``ahead`` tiles of ``16·vectors`` bytes in flight.
+:func:`bytes_in_flight` adds up the programs of a processor. Statistics read all the
+time. A one-pass program reads from memory for about half of its time and from L2 for
+the rest, so that it needs twice as much.
 
-**L2.** Between its sweeps a one-pass row should stay in L2. It is read backwards the second time, so on average half of each row is alive,
-``processors · programs · row / 2`` of 50 MB: few programs for long rows, each with much in flight.
+**Registers** limit the programs of a processor to ``65536 / (threads · registers)``.
+The current tile and each tile ahead take ``4·vectors`` registers.
 
-**Slots** are what the end of a row costs: about 500 instructions a thread, against 8.6 a logit of the sweep. 256 for a row of 150 000 columns: 10 %.
+**L2.** A one-pass row should stay in L2 between its sweeps. The second sweep reads it
+backwards, so that on average half of each row is needed: ``processors · programs · row
+/ 2`` of 50 MB. Long rows therefore need few programs, each with much in flight.
+
+**Slots** are the cost of a row's end: about 500 instructions per thread, compared to
+8.6 per logit of the sweep. 256 slots cost 10 % of a row of 150 000 columns.
 """
 
 from __future__ import annotations
@@ -18,28 +26,38 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-#: Registers of a multiprocessor (NVIDIA's), in 32-bit words.
+#: Registers of an NVIDIA multiprocessor, in 32-bit words.
 REGISTERS = 65536
 
 
 class Launch(NamedTuple):
-    """Threads of a program, the registers that each may have, and the tiles that are loaded ahead (1 or 2). None of it changes a bit of a result."""
+    """Launch of a program: its threads, registers per thread, and tiles loaded ahead (1 or
+    2).
+
+    A launch never changes a bit of a result.
+    """
 
     threads: int
     registers: int
     ahead: int = 1
 
     def programs(self) -> int:
-        """Programs that a processor has room for."""
+        """Number of programs that a processor has room for."""
         return min(2048 // self.threads, REGISTERS // (self.threads * self.registers))
 
     def alone(self) -> Launch:
-        """The same threads with all registers that they can have: for the few programs of split rows, which have the processors to themselves."""
+        """Return the same threads with as many registers as possible.
+
+        The few programs of split rows use it: they have the processors to themselves.
+        """
         return self._replace(registers=min(255, REGISTERS // self.threads))
 
 
 class Shape(NamedTuple):
-    """A tile is ``vectors`` runs of ``slots`` vectors of 16 bytes. These two decide the order of additions; a :class:`Launch` does not."""
+    """A tile: ``vectors`` runs of ``slots`` vectors of 16 bytes.
+
+    These two numbers decide the order of additions. A :class:`Launch` does not.
+    """
 
     slots: int
     vectors: int
@@ -48,7 +66,11 @@ class Shape(NamedTuple):
 
 
 class Config(NamedTuple):
-    """A shape for one dtype: ``vector`` elements are 16 bytes, ``segment`` columns are what one program of a split row sweeps."""
+    """A shape for one dtype.
+
+    ``vector`` elements are 16 bytes. One program of a split row sweeps ``segment``
+    columns.
+    """
 
     slots: int
     vectors: int
@@ -66,7 +88,7 @@ class Config(NamedTuple):
 
 
 def bytes_in_flight(launch: Launch, slots: int, vectors: int) -> int:
-    """What the programs of one processor have on its way while they wait for memory."""
+    """Bytes that the programs of one processor have in flight while they wait for memory."""
     return launch.programs() * slots * vectors * launch.ahead * 16
 
 
@@ -75,7 +97,9 @@ _SHORT_ROWS = (
     (8 << 10, Shape(128, 1, Launch(128, 64), Launch(128, 64))),
     (_SHORT, Shape(128, 4, Launch(128, 80), Launch(128, 80))),
 )
-#: For rows of at most so many bytes. `REWEIGHT_OPS_TRITON_SHAPES` names another table than "default", for benchmarks; bench/NOTES.md has predictions.
+#: Shapes for rows of at most the given number of bytes. `REWEIGHT_OPS_TRITON_SHAPES`
+#: selects a table other than "default" for benchmarks; bench/NOTES.md has the
+#: predictions.
 VARIANTS: dict[str, tuple[tuple[int, Shape], ...]] = {
     "default": (
         *_SHORT_ROWS,
@@ -90,12 +114,15 @@ VARIANTS: dict[str, tuple[tuple[int, Shape], ...]] = {
 _GRAD, _GRAD_VECTORS = Launch(256, 80), 4
 _CAPPED_VECTORS = 2
 _SEGMENT_BYTES = 64 << 10
-#: Two tensors: ten numbers a slot and twice the words.
+#: Shapes for two tensors. A slot has ten numbers, and a tile twice the words.
 _DIVERGENCE = ((64 << 10, Shape(128, 1, Launch(128, 128), Launch(128, 128))), (1 << 62, Shape(256, 2, Launch(256, 128), Launch(256, 128))))
 
 
 def config_for(columns: int, itemsize: int, capped: bool = False) -> Config:
-    """For rows of ``columns`` elements; ``capped``: a softcap takes registers, so tiles are smaller."""
+    """Return the shape for rows of ``columns`` elements.
+
+    ``capped`` selects smaller tiles: a softcap takes registers.
+    """
     table = VARIANTS[os.environ.get("REWEIGHT_OPS_TRITON_SHAPES", "default")]
     shape = next(s for limit, s in table if columns * itemsize <= limit)
     vector, vectors = 16 // itemsize, min(shape.vectors, _CAPPED_VECTORS) if capped else shape.vectors
@@ -104,10 +131,14 @@ def config_for(columns: int, itemsize: int, capped: bool = False) -> Config:
 
 
 def divergence_config(columns: int, itemsize: int, other_itemsize: int) -> Config:
-    """For rows of two tensors: a vector is 16 bytes of the one with the smaller elements."""
+    """Return the shape for rows of two tensors.
+
+    A vector is 16 bytes of the tensor with the smaller elements.
+    """
     shape = next(s for limit, s in _DIVERGENCE if columns * max(itemsize, other_itemsize) <= limit)
     vector = 16 // min(itemsize, other_itemsize)
-    # A vector of the narrower tensor is two of the wider one: with two of them a tile spills.
+    # A vector of the narrower tensor is two of the wider one: a tile of two vectors
+    # would spill.
     vectors = shape.vectors if itemsize == other_itemsize else 1
     segment = max(2 * shape.slots * vectors * vector, _SEGMENT_BYTES // max(itemsize, other_itemsize))
     return Config(shape.slots, vectors, vector, segment, shape.stats, shape.one_pass, shape.one_pass, vectors)

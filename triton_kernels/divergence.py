@@ -1,8 +1,11 @@
-"""Two logits tensors: divergences of their softmaxes and the gradient by the first. Tiles, slots and segments are as in :mod:`.sweep`.
+"""Divergences of the softmaxes of two logits tensors, and the gradient by the first.
 
-p is the softmax of X, q that of Y. With ``x = (w - max)·k`` (base 2, relative to a slot's running maximum) and ``e = 2^x`` a slot holds, for each tensor,
-``sum = Σe``, ``dot = Σe·x`` and ``cross = Σe·(own x - the other's x)``: where the distributions are close, the differences themselves are small. And
-whether it has seen a column with p = 0 and q > 0, or the other way round.
+Tiles, slots and segments are as in :mod:`.sweep`. p is the softmax of X, and q that of
+Y. With ``x = (w - max)·k`` (base 2, relative to a slot's running maximum) and ``e =
+2^x``, a slot holds for each tensor ``sum = Σe``, ``dot = Σe·x`` and ``cross = Σe·(own x
+- the other's x)``: where the distributions are close, the differences themselves are
+small. A slot also holds two flags: whether a column has p = 0 < q, and whether a column
+has q = 0 < p.
 """
 
 import triton
@@ -14,27 +17,33 @@ from .sweep import LN2, LOWEST, base2_scale, capped, row_offset, slot_dot, slot_
 from .words import load_elements, load_tile, numbers, round_to, store_run
 
 _FIXED = tl.constexpr(1125899906842624.0)  # 2⁵⁰: a thousand elements of that size fit in 63 bits
-#: Numbers of a slot, and rows of a table.
+#: Numbers of a slot, and rows of a table of slots.
 SLOT = tl.constexpr(10)
 
 
 @triton.jit
 def _step(before, top, k):
-    """The exponent by which what a slot holds shrinks when its maximum grows to top. Bounded: a slot that holds nothing, or only columns
-    that are masked by the lowest number, would have -inf there, and 0 times that is NaN."""
+    """Exponent by which a slot's sums shrink when its maximum grows to top.
+
+    It is bounded. A slot that holds nothing, or only columns that are masked by the
+    lowest number, would otherwise get -inf, and 0 times -inf is NaN.
+    """
     return tl.maximum((before - top) * k, -1e30)
 
 
 @triton.jit
 def _moved(step, own_step, sum, dot, cross):
-    """A slot's sums relative to another maximum; ``step``: its own, ``own_step``: its own less the other tensor's."""
+    """A slot's sums relative to another maximum.
+
+    ``step`` is its own exponent; ``own_step`` is its own minus the other tensor's.
+    """
     scale = tl.exp2(step)
     return scale * sum, scale * tl.fma(step, sum, dot), scale * tl.fma(own_step, sum, cross)
 
 
 @triton.jit
 def _both_moved(state, p_top, q_top, kp, kq):
-    """The slots relative to these maxima."""
+    """The slots relative to the given maxima."""
     p_max, p_sum, p_dot, p_cross, q_max, q_sum, q_dot, q_cross, p_zero, q_zero = state
     p_step, q_step = _step(p_max, p_top, kp), _step(q_max, q_top, kq)
     p_sum, p_dot, p_cross = _moved(p_step, p_step - q_step, p_sum, p_dot, p_cross)
@@ -44,8 +53,12 @@ def _both_moved(state, p_top, q_top, kp, kq):
 
 @triton.jit
 def _exponent(w, top, k):
-    """``log2 e`` of columns. Only -inf is probability 0: a number that masks, so low that the product overflows, is not, or slots that hold nothing
-    else would disagree with the others."""
+    """``log2 e`` of columns.
+
+    Only -inf has probability 0. A finite masking number may overflow the product, but
+    must not count as -inf: slots that hold only such numbers would disagree with the
+    others.
+    """
     a = (w - top[:, None]) * k
     return tl.where((a < -1e30) & (w > float("-inf")), -1e30, a)
 
@@ -62,7 +75,7 @@ def _logits(z, cap, CAP: tl.constexpr):
 
 @triton.jit
 def _run(x, y, state, kp, kq, p_cap, q_cap, SLOTS: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr):
-    """The slots with one run more, ``x`` and ``y`` in fp32."""
+    """Add one run to the slots; ``x`` and ``y`` are fp32."""
     ws, vs = _logits(x, p_cap, P_CAP), _logits(y, q_cap, Q_CAP)
     p_top, q_top = tl.maximum(state[0], tl.max(ws[0], 1)), tl.maximum(state[4], tl.max(vs[0], 1))  # drops NaN; e keeps it
     for i in tl.static_range(1, len(x)):
@@ -93,7 +106,7 @@ def _no_slots(SLOTS: tl.constexpr):
 
 @triton.jit
 def _merged(state, other, kp, kq):
-    """The slots of two segments, in this order."""
+    """The slots of two segments, merged in this order."""
     p_top, q_top = tl.maximum(state[0], other[0]), tl.maximum(state[4], other[4])
     s, o = _both_moved(state, p_top, q_top, kp, kq), _both_moved(other, p_top, q_top, kp, kq)
     return (
@@ -107,8 +120,12 @@ def _segment_slots(
     X, Y, x, y, start, stop, limit, kp, kq, p_cap, q_cap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
     P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """The slots of the columns ``start`` to ``stop`` of the rows at ``X`` and ``Y``, of which ``x`` and ``y`` are the first tiles; and the first
-    tiles after them, of which nothing is read from ``limit`` on."""
+    """Slots of columns ``start`` to ``stop`` of the rows at ``X`` and ``Y``, and the next
+    tiles.
+
+    ``x`` and ``y`` are the first tiles of these columns. Nothing is read at or after
+    ``limit``.
+    """
     BLOCK: tl.constexpr = SLOTS * VECTORS * E
     p: tl.constexpr = X.dtype.element_ty
     q: tl.constexpr = Y.dtype.element_ty
@@ -129,7 +146,7 @@ def _segment_slots(
     for i in tl.static_range(VECTORS):
         if full + i * (SLOTS * E) < stop:  # the last tile of a row, run by run
             state = _run(numbers(x[i], p, E), numbers(y[i], q, E), state, kp, kq, p_cap, q_cap, SLOTS, P_CAP, Q_CAP)
-    if stop % E != 0:  # what is left of a vector, in the slot that its column has
+    if stop % E != 0:  # the rest of a vector, in its column's slot
         first = stop // (SLOTS * E) * (SLOTS * E)
         x_last = load_elements(X + first, stop // E * E - first, stop - first, SLOTS, E, POLICY)
         y_last = load_elements(Y + first, stop // E * E - first, stop - first, SLOTS, E, POLICY)
@@ -157,7 +174,7 @@ def _swept_slots(
 
 @triton.jit
 def _split_slots(PARTIAL, V, kp, kq, SEGMENT: tl.constexpr, SLOTS: tl.constexpr):
-    """The slots of a row from those of its segments."""
+    """The slots of a row from the slots of its segments."""
     state = _no_slots(SLOTS)
     P = PARTIAL + tl.arange(0, SLOTS)
     for _ in range(tl.cdiv(V, SEGMENT)):
@@ -171,7 +188,7 @@ def _split_slots(PARTIAL, V, kp, kq, SEGMENT: tl.constexpr, SLOTS: tl.constexpr)
 
 @triton.jit
 def _joined8(a, b, c, d, e, f, g, h):
-    """``[SLOTS, 2, 2, 2]``: what one reduction over the threads can take together."""
+    """Join to ``[SLOTS, 2, 2, 2]``, which one reduction over the threads can take."""
     return tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
 
 
@@ -199,7 +216,7 @@ def _fixed(x, size):
 
 @triton.jit
 def _lse(top, k, log_sum, T):
-    """``top/T + log_sum`` as a value and what its rounding lost."""
+    """``top/T + log_sum`` as a value and the part that its rounding lost."""
     r = top / T
     value = r + log_sum
     return value, ((r - value) + log_sum) + tl.fma(-r, T, top) / T
@@ -207,14 +224,18 @@ def _lse(top, k, log_sum, T):
 
 @triton.jit
 def _row_stats(state, T, T_OTHER, kp, kq, SLOTS: tl.constexpr):
-    """The eight numbers of the table of a row, from its slots, which are added in 64-bit fixed point relative to the largest: no layout can change that."""
+    """The eight numbers of a row's table, from its slots.
+
+    The slots are added in 64-bit fixed point relative to the largest: no layout changes
+    the result.
+    """
     p_top, q_top = tl.max(state[0], 0), tl.max(state[4], 0)
     _, p_sum, p_dot, p_cross, _, q_sum, q_dot, q_cross, p_zero, q_zero = _both_moved(state, p_top, q_top, kp, kq)
     sizes = _joined8(_size(p_sum), _size(p_dot), _size(p_cross), _size(q_sum), _size(q_dot), _size(q_cross), p_zero, q_zero)
     s1, s2, s3, s4, s5, s6, p_zero, q_zero = _split8(tl.max(sizes, 0))
     s1, s2, s3 = tl.maximum(s1, 1e-20), tl.maximum(s2, 1e-20), tl.maximum(s3, 1e-20)
     s4, s5, s6 = tl.maximum(s4, 1e-20), tl.maximum(s5, 1e-20), tl.maximum(s6, 1e-20)
-    is_nan = ((p_sum == p_sum) & (q_sum == q_sum)) == 0  # integers know no NaN
+    is_nan = ((p_sum == p_sum) & (q_sum == q_sum)) == 0  # integers cannot hold a NaN
     none = tl.zeros([SLOTS], tl.int64)
     p_sum, p_dot, p_cross, q_sum, q_dot, q_cross, is_nan, _ = _split8(
         tl.sum(
@@ -248,7 +269,9 @@ def _unfixed(total, size):
 
 @triton.jit
 def _center(lse, low, T, k):
-    """``(center, rest)`` with ``log2 p = (w - center)·k + rest``: center is T·lse rounded."""
+    """``(center, rest)`` with ``log2 p = (w - center)·k + rest``; center is T·lse,
+    rounded.
+    """
     center = T * lse
     return center, (tl.fma(T, lse, -center) + T * low) * -k
 
@@ -258,12 +281,17 @@ def _gradient_columns(
     z, y, p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap,
     P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr,
 ):  # fmt: skip
-    """``p·(w_const + w_log·log2 p + w_ratio·(log2 p - log2 q)) - w_q·q``, times the slope of the cap; 0 where p has a ``-inf`` logit."""
+    """``p·(w_const + w_log·log2 p + w_ratio·(log2 p - log2 q)) - w_q·q``, times the slope
+    of the cap.
+
+    It is 0 where p has a ``-inf`` logit.
+    """
     w, slope = capped(z, p_cap, P_CAP)
     v, _ = capped(y, q_cap, Q_CAP)
     a = tl.fma(w - p_center, kp, p_rest)
     b = tl.fma(v - q_center, kq, q_rest)
-    # 2^-200 is 0, and 0 times anything finite is 0; where q is 0 and p is not, the caller has made the row NaN.
+    # 2^-200 is 0, and 0 times a finite number is 0. Where q is 0 and p is not, the
+    # caller has already made the row NaN.
     a = math.maximum(a, -200.0)
     p, q = tl.exp2(a), tl.exp2(b)
     factor = w_const
@@ -272,7 +300,8 @@ def _gradient_columns(
     g = p * factor - w_q * q
     if P_CAP:
         g = g * slope
-    # NaN everywhere in a NaN row, whose w_const is NaN, and 0 on -inf in every other.
+    # NaN in every column of a NaN row, whose w_const is NaN; 0 at -inf in every other
+    # row.
     return tl.where(z == float("-inf"), tl.where(w_const == w_const, 0.0, w_const), g)
 
 
@@ -281,7 +310,10 @@ def _gradient_run(
     P, x, y, columns, p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap,
     SLOTS: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a run, ``x`` and ``y`` in fp32: all of it, or of the whole vectors among the first ``columns``."""
+    """Write the gradient of a run; ``x`` and ``y`` are fp32.
+
+    It writes the whole run, or the whole vectors among the first ``columns``.
+    """
     g = (_gradient_columns(
         x[0], y[0], p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap, P_CAP, Q_CAP, LOGS
     ),)  # fmt: skip
@@ -298,7 +330,10 @@ def _row_gradient(
     SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr,
     ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the columns ``start`` to ``stop``, last tile first: what was read last is still in L2."""
+    """Write the gradient of columns ``start`` to ``stop``, last tile first.
+
+    L2 still holds what was read last.
+    """
     kp, kq = base2_scale(T), base2_scale(T_OTHER)
     p_center, p_rest = _center(p_lse, p_low, T, kp)
     q_center, q_rest = _center(q_lse, q_low, T_OTHER, kq)
@@ -327,7 +362,7 @@ def _row_gradient(
             OUT + first, numbers(x_run[0], p, E), numbers(y_run[0], q, E), last - first, p_center, p_rest, kp, q_center, q_rest, kq,
             w_const, w_log, w_ratio, w_q, p_cap, q_cap, SLOTS, E, P_CAP, Q_CAP, LOGS, EMULATE,
         )  # fmt: skip
-    for first in range(tl.maximum(start, last // E * E), stop, SLOTS):  # what is left of a vector, and padding
+    for first in range(tl.maximum(start, last // E * E), stop, SLOTS):  # the rest of a vector, and padding
         column = first + tl.arange(0, SLOTS)
         z = tl.load(X + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
         v = tl.load(Y + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
@@ -356,7 +391,11 @@ def partial_divergence_kernel(
     V: tl.int32, p_cap, q_cap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
     P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """A program each segment of a split row: its slots to ``PARTIAL [N, segments, SLOT, SLOTS]``."""
+    """Write the slots of each segment of a split row to ``PARTIAL [N, segments, SLOT,
+    SLOTS]``.
+
+    Each segment has its own program.
+    """
     segments = tl.cdiv(V, SEGMENT)
     pid = tl.program_id(0)
     row = pid // segments
@@ -386,9 +425,11 @@ def divergence_kernel(
     SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
     P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """A row: STATS writes ``TABLE [8, N]``, else it is read; GRAD writes ``OUT`` by the coefficients ``DERIVATIVES [3, N]``.
+    """Compute a row: STATS writes ``TABLE [8, N]``, GRAD writes ``OUT``.
 
-    SPLIT: statistics come from PARTIAL, and a gradient (which is then a launch of its own) is a program each SEGMENT of a row.
+    Without STATS the table is read. GRAD uses the derivatives ``DERIVATIVES [3, N]``.
+    With SPLIT, statistics come from PARTIAL. A split gradient has its own launch, with
+    one program per SEGMENT of a row.
     """
     pid = tl.program_id(0)
     row, start, stop = pid, 0, width

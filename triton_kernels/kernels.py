@@ -1,8 +1,13 @@
-"""The kernels that are launched. Rows are programs; what a row needs is computed once, by scalars, before and between its sweeps.
+"""The kernels that the backend launches.
 
-Arguments that every kernel takes: where the rows are (``per_batch, batch_stride, row_stride``), ``V`` columns in the softmax, the
-shard (``vocab_start``) and the whole vocabulary (``vocab_total``). None of them, nor ``N``, nor an address, recompiles anything;
-``ALIGN`` is the number of bytes to which all rows are aligned (a class: 16, 4, or the element's size).
+A program is a row. Scalars compute what a row needs once, before and between its
+sweeps.
+
+Every kernel takes the strides of the rows (``per_batch, batch_stride, row_stride``),
+the ``V`` columns of the softmax, the shard (``vocab_start``) and the size of the whole
+vocabulary (``vocab_total``). None of these, nor ``N``, nor an address, causes a
+recompilation. ``ALIGN`` is the alignment of all rows in bytes, by class: 16, 4, or the
+element's size.
 """
 
 import inspect
@@ -30,7 +35,10 @@ OUT_OF_LOSS = tl.constexpr(-100)
 
 
 def kernel(fn):
-    """``triton.jit`` that specializes on types and constants alone: no value and no address of an argument compiles anything."""
+    """``triton.jit`` that specializes only on types and constants.
+
+    No value and no address of an argument causes a compilation.
+    """
     return triton.jit(
         fn, do_not_specialize=[name for name, kind in inspect.signature(fn).parameters.items() if kind.annotation is not tl.constexpr]
     )
@@ -38,7 +46,11 @@ def kernel(fn):
 
 @triton.jit
 def _target(IDS, row, vocab_start, vocab_total, V):
-    """``(y, keep, bad, inside)``: the id in this shard's columns; in the loss; outside of the vocabulary; inside of this shard."""
+    """``(y, keep, bad, inside)`` of a row.
+
+    y is the id as a column of this shard. keep: the row is in the loss. bad: the id is
+    outside the vocabulary. inside: the id is in this shard.
+    """
     y = tl.load(IDS + row)
     keep = y != OUT_OF_LOSS
     bad = keep & ((y < 0) | (y >= vocab_total))
@@ -48,13 +60,19 @@ def _target(IDS, row, vocab_start, vocab_total, V):
 
 @triton.jit
 def _target_logit(X, y, inside):
-    """The target's logit in fp32; -inf where the target is in another shard (``inside`` is false)."""
+    """The target's logit in fp32; -inf if another shard has the target (``inside`` is
+    false).
+    """
     return tl.load(X + tl.where(inside, y, 0), mask=inside, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def _split_row(PARTIAL, row, V, SEGMENT: tl.constexpr, SLOTS: tl.constexpr):
-    """What is kept of a split row: the slots of its segments; after them, the row's state (4 numbers) and the target's logit."""
+    """Pointers to what is stored of a split row.
+
+    They point to the slots of its segments, and to the row's state (4 numbers) and the
+    target's logit.
+    """
     size = tl.cdiv(V, SEGMENT) * (4 * SLOTS)
     P = PARTIAL + row.to(tl.int64) * (size + 5)
     return P, P + size
@@ -62,7 +80,10 @@ def _split_row(PARTIAL, row, V, SEGMENT: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def _columns(width, SPLIT: tl.constexpr, CHUNK: tl.constexpr):
-    """``(row, start, stop)``: the columns whose gradient this program writes, all of a row or (SPLIT) CHUNK of them."""
+    """``(row, start, stop)``: the columns whose gradient this program writes.
+
+    These are all columns of a row or (SPLIT) CHUNK of them.
+    """
     pid = tl.program_id(0)
     if SPLIT:
         chunks = tl.cdiv(width, CHUNK)
@@ -74,7 +95,9 @@ def _columns(width, SPLIT: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _two_sum(a, b):
-    """``a + b`` and what rounding took from it, exactly (Knuth); 0 where the sum is not finite."""
+    """``a + b`` and its exact rounding error (Knuth); the error is 0 if the sum is not
+    finite.
+    """
     s = a + b
     v = s - a
     return s, tl.where(tl.abs(s) < float("inf"), (a - (s - v)) + (b - v), 0.0)
@@ -84,7 +107,8 @@ def _two_sum(a, b):
 def _finish(top, rest, dot, rest_sq, w_y, inside, T):
     """``(logp, entropy, lse, lse_low, log_sum_p_sq, max_logp)`` of a row from its state."""
     log_sum = math.log1p(rest)
-    # (w_y - top)/T - log_sum, rounded once: a ratio's and a gradient's relative error is this one's absolute error.
+    # (w_y - top)/T - log_sum, rounded once: its absolute error is the relative error of
+    # a ratio and of a gradient.
     w, lost = _two_sum(w_y, -top)
     d = w / T
     lost += tl.where(tl.abs(d) < float("inf"), tl.fma(-d, T, w), 0.0)
@@ -93,7 +117,7 @@ def _finish(top, rest, dot, rest_sq, w_y, inside, T):
     largest = top / T
     lse, lse_lost = _two_sum(largest, log_sum)
     lse_low = tl.where(lse == lse, lse_lost + tl.where(tl.abs(largest) < float("inf"), tl.fma(-largest, T, top), 0.0) / T, lse)
-    lse_low = tl.where(top == float("-inf"), top, lse_low)  # for who merges the shards of a row
+    lse_low = tl.where(top == float("-inf"), top, lse_low)  # merging the shards of a row needs this mark
     return logp, log_sum - dot / (1.0 + rest) * LN2, lse, lse_low, math.log1p(rest_sq) - 2.0 * log_sum, 0.0 - log_sum
 
 
@@ -104,7 +128,11 @@ def partial_kernel(
     SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
     AHEAD: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """A program each segment: its slots to PARTIAL. The first also keeps the target's logit, which the next launch may write over."""
+    """Write the slots of each segment to PARTIAL, one program per segment.
+
+    The first program also stores the target's logit, which the next launch may
+    overwrite.
+    """
     segments = tl.cdiv(V, SEGMENT)
     pid = tl.program_id(0)
     row = pid // segments
@@ -130,7 +158,10 @@ def merge_kernel(
     vocab_start: tl.int64, vocab_total: tl.int64,
     SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """The states of split rows, from their segments; before anything is written over the columns that this may have to read again."""
+    """Compute the states of split rows from their segments.
+
+    It runs before anything overwrites the columns that it may have to read again.
+    """
     row = tl.program_id(0)
     _, keep, bad, _ = _target(IDS, row, vocab_start, vocab_total, V)
     if keep & (bad == 0):
@@ -151,7 +182,11 @@ def stats_kernel(
     SPLIT: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr,
     ALIGN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """``OUT[STATS[name], row]``; STATS: the row of each of (logp, entropy, lse, lse_low, log_sum_p_sq, max_logp), -1 for what nobody asked for."""
+    """Write ``OUT[STATS[name], row]``.
+
+    STATS is the row of each of (logp, entropy, lse, lse_low, log_sum_p_sq, max_logp),
+    or -1 for a statistic that is not requested.
+    """
     row = tl.program_id(0)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     zero = tl.full((), 0.0, tl.float32)
@@ -177,9 +212,10 @@ def stats_kernel(
 
 @triton.jit
 def _reference_point(w, r, low, T, k):
-    """``(c, b)`` with ``log2 p = (w_v - c)·k + b``, given ``lse = w/T + r + low``, of which ``low`` is what rounding lost.
+    """``(c, b)`` with ``log2 p = (w_v - c)·k + b``, given ``lse = w/T + r + low``.
 
-    c is ``T·lse`` and b the small rest of its rounding (exact, by two-sum): near c, where p is large, the difference then has no
+    ``low`` is what rounding lost. c is ``T·lse``, and b is the small rest of its
+    rounding (exact, by two-sum): near c, where p is large, the difference then has no
     error of the size of lse.
     """
     c = tl.fma(T, r, w)
@@ -202,10 +238,11 @@ def _gradient_row(
     ENTROPY: tl.constexpr,
     P_SQ: tl.constexpr,
 ):
-    """``(A, B, C, at_target)`` of :func:`.sweep.gradient_tile`, 1/T folded in.
+    """``(A, B, C, at_target)`` of :func:`.sweep.gradient_tile`, divided by T.
 
-    The gradient is ``p·(d_lse - d_logp - d_entropy·(log p + H) + 2·d_p_sq·(p/Σp² - 1))``, plus ``d_logp`` in the target's column:
-    there ``1 - p`` is formed from ``logp``, because from a rounded p it would lose everything as p goes to 1.
+    The gradient is ``p·(d_lse - d_logp - d_entropy·(log p + H) + 2·d_p_sq·(p/Σp² -
+    1))``, plus ``d_logp`` in the target's column. There ``1 - p`` comes from ``logp``:
+    a rounded p would lose all its digits as p goes to 1.
     """
     A = d_lse - d_logp
     B = 0.0 * A
@@ -237,9 +274,11 @@ def loss_grad_kernel(
     SPLIT: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
     CAP: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, ``PROGRAM``, gradient: a row in one program, or (SPLIT) the state that merge_kernel found and CHUNK columns of the gradient.
+    """Compute statistics, ``PROGRAM`` and gradient of a row in one program.
 
-    Every program of a split row evaluates ``PROGRAM``, the first one writes the row's outputs.
+    With SPLIT, a program takes the state that merge_kernel found and writes CHUNK
+    columns of the gradient. Every program of a split row evaluates ``PROGRAM``; the
+    first one writes the row's outputs.
     """
     row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
@@ -262,7 +301,7 @@ def loss_grad_kernel(
             z_y = _target_logit(X, y, inside)
         tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
         w_y, slope = capped(z_y, softcap, CAP)
-        tl.debug_barrier()  # every thread has it before one writes the gradient over it
+        tl.debug_barrier()  # every thread has it before one overwrites it with the gradient
         logp, entropy, _, _, log_sum_p_sq, _ = _finish(top, rest, dot, rest_sq, w_y, inside, t)
         old = tl.where(has_old != 0, tl.load(OLD + row), logp)
         adv, ref, sampling = tl.load(ADV + row), tl.load(REF + row), tl.load(SAMPLING + row)
@@ -296,8 +335,12 @@ def gradient_kernel(
     GIVEN: tl.constexpr, LOW: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
     SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient from given statistics, a row or (SPLIT) CHUNK of its columns a program. GIVEN: which of (logp, entropy, lse, log_sum_p_sq)
-    have coefficients. LOW: what rounding lse lost is in LSE_LOW. The target's logit is read by the program that writes over it, and by no other.
+    """Write the gradient from given statistics, one program per row or (SPLIT) per CHUNK
+    columns.
+
+    GIVEN says which of (logp, entropy, lse, log_sum_p_sq) have derivatives. LOW says
+    that LSE_LOW holds what rounding lse lost. Only the program that overwrites the
+    target's logit reads it.
     """
     row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
@@ -311,7 +354,7 @@ def gradient_kernel(
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
         w_y, slope = capped(_target_logit(X, y, inside & (y >= start) & (y < stop)), softcap, CAP)
-        tl.debug_barrier()  # every thread has it before one writes the gradient over it
+        tl.debug_barrier()  # every thread has it before one overwrites it with the gradient
         t, logp, lse = tl.load(T + row * t_stride), tl.load(LOGP + row), tl.load(LSE + row)
         entropy = tl.load(H + row) if GIVEN[1] else zero
         log_p_sq = tl.load(LOG_P_SQ + row) if GIVEN[3] else zero

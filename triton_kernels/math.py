@@ -1,8 +1,11 @@
-"""The functions that generated token rules call, from ``tl`` operations alone (Triton's interpreter has no libdevice).
+"""The functions that generated token rules call.
 
-Scalar fp32, once per row: accuracy matters, speed does not. Every function returns NaN if an argument is NaN. ``tl.exp`` and
-``tl.log`` are the hardware's approximations: good to a few ulp, except the logarithm near 1 and differences of exponentials
-near 0, so ``log``, ``log1p`` and ``expm1`` are polynomials there.
+They use ``tl`` operations only, because Triton's interpreter has no libdevice. They are
+scalar fp32 and run once per row: accuracy matters, speed does not. Every function
+returns NaN if an argument is NaN. ``tl.exp`` and ``tl.log`` are the hardware's
+approximations. They are good to a few ulp, except for the logarithm near 1 and
+differences of exponentials near 0: there ``log``, ``log1p`` and ``expm1`` are
+polynomials.
 """
 
 import triton
@@ -46,7 +49,7 @@ def expm1(x):
 
 @triton.jit
 def _log(x, tail):
-    """``log(x) + tail``, ``tail`` far below 1, rounded together."""
+    """``log(x) + tail``, rounded once; ``tail`` is far below 1."""
     # x = 2ᵏ·(1 + f) with 1 + f in [√½, √2); log(1 + f) = f - f²/2 + s·(f²/2 + R), s = f/(2 + f) (Cephes/fdlibm's split).
     tiny = x < 1.1754944e-38
     y = tl.where(tiny, x * 33554432.0, x)  # 2²⁵: a subnormal has too few bits to split
@@ -71,13 +74,14 @@ def log(x):
 @triton.jit
 def log1p(x):
     u = 1.0 + x
-    lost = tl.where(tl.abs(x) < 1.0, x - (u - 1.0), 1.0 - (u - x))  # what rounding took from 1 + x, exactly
+    lost = tl.where(tl.abs(x) < 1.0, x - (u - 1.0), 1.0 - (u - x))  # the exact rounding error of 1 + x
     return _log(u, tl.where((u > 0.0) & (u < float("inf")), lost / u, 0.0))
 
 
 @triton.jit
 def sigmoid(x):
-    # The exponential of -|x| only: it cannot overflow, and both tails keep their relative accuracy.
+    # Takes the exponential of -|x| only: it cannot overflow, and both tails keep their
+    # relative accuracy.
     e = tl.exp(-tl.abs(x))
     return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
 

@@ -5,7 +5,8 @@ import triton.language as tl
 from . import math
 from .kernels import kernel
 
-#: What :func:`sums_kernel` keeps of a sequence, and :func:`metrics_kernel` makes of all of them.
+#: Numbers that :func:`sums_kernel` stores of a sequence, and that
+#: :func:`metrics_kernel` reads.
 SUMS = tl.constexpr(10)
 
 
@@ -14,8 +15,12 @@ def sums_kernel(
     LOGP, OLD, REF, SAMPLING, ADV, H, LOG_P_SQ, RATIO, D_LOGP, D_H, FACTOR, KEEP, PARAMS, OUT, length: tl.int64, total: tl.int64,
     PROGRAM: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``OUT [SUMS, S]``: of a sequence's rows, the sums of entropy, kl, clipped below, above, at all, ratio, ``old - logp``, factor, rows without
-    a gradient; and the largest ratio. PROGRAM: which rows are clipped, and the kl. GIVEN: the ratio is stored."""
+    """Write ``OUT [SUMS, S]``: sums over the rows of each sequence, and the largest ratio.
+
+    The sums are entropy, kl, clipped below, clipped above, clipped, ratio, ``old -
+    logp``, factor, and rows without a gradient. PROGRAM says which rows are clipped and
+    computes the kl. GIVEN says that the ratio is stored.
+    """
     s = tl.program_id(0).to(tl.int64)
     zero = tl.zeros((BLOCK,), tl.float32)
     entropies, kls, lows, highs, clips, ratios, drifts, factors, skipped = zero, zero, zero, zero, zero, zero, zero, zero, zero
@@ -60,10 +65,13 @@ def sums_kernel(
 
 @kernel
 def metrics_kernel(PARTS, LENGTHS, SUMS_OUT, VALUES, sequences: tl.int64, metrics: tl.int64, AT: tl.constexpr, BLOCK: tl.constexpr):
-    """``SUMS_OUT [metrics, 2]``: numerators and denominators; ``VALUES``: what they are. AT: where each goes, -1 for nowhere.
+    """Write ``SUMS_OUT [metrics, 2]``, numerators and denominators, and ``VALUES``, their
+    quotients.
 
-    In this order: the first nine sums over rows (the last alone), the largest ratio, rows, sequences, the smallest share that a sequence clips below, the
-    largest above, and the mean shares of sequences below, above and at all.
+    AT is the place of each metric, -1 for none. The order is: the nine sums over rows
+    (the last one is not divided), the largest ratio, rows, sequences, the smallest
+    share that a sequence clips below, the largest share above, and the mean shares of
+    sequences below, above and in total.
     """
     zero = tl.zeros((BLOCK,), tl.float32)
     count, there = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
@@ -100,7 +108,7 @@ def metrics_kernel(PARTS, LENGTHS, SUMS_OUT, VALUES, sequences: tl.int64, metric
     rows, some, nan = tl.sum(count, 0).to(tl.float32), tl.sum(there, 0).to(tl.float32), float("nan")
     one, all_sequences = rows * 0.0 + 1.0, rows * 0.0 + sequences
     ratios = tl.sum(f, 0)
-    # A maximum may pass over a NaN, of which the sum tells: ratios are positive.
+    # A maximum may ignore a NaN, but the sum shows it: ratios are positive.
     top = tl.where((rows == 0.0) | (ratios != ratios), nan, tl.max(largest, 0))
     low, high = tl.where(rows == 0.0, nan, tl.min(low_min, 0)), tl.where(rows == 0.0, nan, tl.max(high_max, 0))
     found = (

@@ -1,6 +1,8 @@
-"""Statistics and gradients of packed rows: a program each, whose row begins and ends where BOUNDS says; the sweeps are those of rows of logits.
+"""Statistics and gradients of packed rows, one program per row.
 
-IDS are places in a row; a row whose id is negative is not read, nor is its gradient written.
+BOUNDS gives the begin and the end of a row. The sweeps are those of rows of logits. IDS
+are positions in a row. A row with a negative id is not read, and its gradient is not
+written.
 """
 
 import triton.language as tl
@@ -14,7 +16,7 @@ def packed_stats_kernel(
     X, BOUNDS, IDS, T, OUT, N: tl.int64, t_stride: tl.int32, softcap, STATS: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr,
     VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`.kernels.stats_kernel`."""
+    """Like :func:`.kernels.stats_kernel`."""
     row = tl.program_id(0)
     y = tl.load(IDS + row)
     zero = tl.full((), 0.0, tl.float32)
@@ -44,7 +46,7 @@ def packed_gradient_kernel(
     GIVEN: tl.constexpr, LOW: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`.kernels.gradient_kernel`; OUT is like X, and not X."""
+    """Like :func:`.kernels.gradient_kernel`; OUT has X's layout and is another tensor."""
     row = tl.program_id(0)
     y = tl.load(IDS + row)
     if y >= 0:

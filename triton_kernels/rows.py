@@ -1,7 +1,8 @@
-"""What a loss does with rows rather than with logits: masks, row weights, sequence ratios, and the program of a loss on stored rows.
+"""Work on rows instead of logits: masks, row weights, sequence ratios, and a loss on
+stored rows.
 
-A program has a sequence, ``length`` rows that follow each other; rows without sequences are cut into runs, of which the last may be short
-(``total`` rows in all).
+A program takes one sequence of ``length`` consecutive rows. Rows without sequences are
+cut into runs, of which the last may be short (``total`` is the number of all rows).
 """
 
 import triton
@@ -9,12 +10,12 @@ import triton.language as tl
 
 from .kernels import OUT_OF_LOSS, kernel
 
-# How a row weight begins: what 1 is divided by.
+# The divisor with which a row weight begins.
 UNDIVIDED = tl.constexpr(0)
 BY_VALUE = tl.constexpr(1)
 BY_TENSOR = tl.constexpr(2)
-BY_ROWS = tl.constexpr(3)  # that count in denominators
-BY_SEQUENCES = tl.constexpr(4)  # that have such a row
+BY_ROWS = tl.constexpr(3)  # rows that count in the denominator
+BY_SEQUENCES = tl.constexpr(4)  # sequences that have such a row
 
 
 @kernel
@@ -23,7 +24,11 @@ def mask_kernel(
     mask_stride: tl.int64, mask_step: tl.int64, den_stride: tl.int64, den_step: tl.int64,
     HAS_MASK: tl.constexpr, HAS_DENOMINATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``OUT_IDS``: the ids, OUT where the mask is 0; ``KEEP``: which are in; ``LENGTHS [2, S]``: how many are in, and in the denominator."""
+    """Write ``OUT_IDS``, ``KEEP`` and ``LENGTHS [2, S]``.
+
+    OUT_IDS are the ids, -100 where the mask is 0. KEEP marks the rows of the loss.
+    LENGTHS counts each sequence's rows in the loss and in the denominator.
+    """
     s = tl.program_id(0).to(tl.int64)
     kept, counted = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     for start in range(0, length, BLOCK):
@@ -48,7 +53,7 @@ def mask_kernel(
 
 @triton.jit
 def _divisor(LENGTHS, sequences, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows of all sequences, or how many have one; at least 1."""
+    """The number of rows, or of sequences with a row; at least 1."""
     found = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, sequences, BLOCK):
         s = start + tl.arange(0, BLOCK)
@@ -63,7 +68,10 @@ def weigh_kernel(
     DIVIDE: tl.constexpr, PER_LENGTH: tl.constexpr, HORIZON: tl.constexpr, SCALE_BY: tl.constexpr, HAS_FACTOR: tl.constexpr,
     TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``W [TERMS, N]``: ``1 / divisor / (the sequence's length | horizon) * scale``, times FACTOR in term 0; 0 where a row is out."""
+    """Write ``W [TERMS, N]``: ``1 / divisor / (the sequence's length | horizon) * scale``.
+
+    Term 0 is also multiplied by FACTOR. W is 0 where a row is ignored.
+    """
     s = tl.program_id(0).to(tl.int64)
     zero = tl.full((), 0.0, tl.float32)
     w = zero + 1.0
@@ -97,7 +105,10 @@ def weigh_kernel(
 def ratio_kernel(
     LOGP, OLD, KEEP, LENGTHS, PARAMS, RATIO, MEANS, length: tl.int64, HAS_OLD: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """``MEANS``: each sequence's mean (sum) of ``logp - old``; ``RATIO``: the same in each of its rows, between the bounds that begin PARAMS."""
+    """Write each sequence's mean (or sum) of ``logp - old`` to ``MEANS`` and ``RATIO``.
+
+    RATIO has it in every row of the sequence, clamped to the bounds that begin PARAMS.
+    """
     s = tl.program_id(0).to(tl.int64)
     drift = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, length, BLOCK):
@@ -111,7 +122,7 @@ def ratio_kernel(
         mean = tl.div_rn(mean, tl.maximum(tl.load(LENGTHS + s), 1).to(tl.float32))
     tl.store(MEANS + s, mean)
     low, high = tl.load(PARAMS), tl.load(PARAMS + 1)
-    clamped = tl.where(mean < low, low, tl.where(mean > high, high, mean))  # NaN stays
+    clamped = tl.where(mean < low, low, tl.where(mean > high, high, mean))  # keeps NaN
     for start in range(0, length, BLOCK):
         t = start + tl.arange(0, BLOCK)
         tl.store(RATIO + s * length + t, clamped + tl.zeros((BLOCK,), tl.float32), mask=t < length)
@@ -121,7 +132,10 @@ def ratio_kernel(
 def adjoint_kernel(
     D_RATIO, D_LOGP, KEEP, LENGTHS, PARAMS, MEANS, length: tl.int64, NORMALIZE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """``D_LOGP +=`` the derivatives by the ratio, through :func:`ratio_kernel`: to every token of the sequence (SHARED), or each to its own."""
+    """Add the derivatives by the ratio, through :func:`ratio_kernel`, to ``D_LOGP``.
+
+    With SHARED every token of the sequence gets their sum; otherwise each gets its own.
+    """
     s = tl.program_id(0).to(tl.int64)
     mean = tl.load(MEANS + s)
     if (mean >= tl.load(PARAMS)) & (mean <= tl.load(PARAMS + 1)):
@@ -146,7 +160,11 @@ def evaluate_kernel(
     LOGP, OLD, REF, SAMPLING, ADV, H, LOG_P_SQ, RATIO, W, w_stride: tl.int64, PARAMS, KEEP, OUT, n: tl.int64,
     PROGRAM: tl.constexpr, GIVEN: tl.constexpr, HAS_KEEP: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``OUT [OUTPUTS, n]``: what PROGRAM makes of stored rows, 0 where KEEP is false. GIVEN: the ratio is among them."""
+    """Write ``OUT [OUTPUTS, n]``: the outputs of PROGRAM on stored rows, 0 where KEEP is
+    false.
+
+    GIVEN says that the ratio is stored too.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < n
     at = tl.minimum(row, n - 1)  # the program's own loads are unmasked

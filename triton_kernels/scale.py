@@ -1,4 +1,7 @@
-"""A gradient times a factor that only the device knows: nothing at all where that is exactly 1, else one read and one write."""
+"""Multiply a gradient by a factor that only the device knows.
+
+It does nothing if the factor is exactly 1, and otherwise reads and writes once.
+"""
 
 import triton.language as tl
 
@@ -11,9 +14,11 @@ def scale_kernel(
     X, FACTOR, rows: tl.int64, columns: tl.int64, tiles: tl.int64, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64,
     FLAT: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """``X *= FACTOR``, a tile of BLOCK elements (of SIZE bytes) after another. Tiles begin at multiples of 16 bytes, wherever a row does.
+    """Compute ``X *= FACTOR`` in tiles of BLOCK elements of SIZE bytes.
 
-    FLAT: there is one row, and no division to find it."""
+    Tiles begin at multiples of 16 bytes, wherever a row begins. FLAT says that there is
+    one row, so that no division is needed to find it.
+    """
     factor = tl.load(FACTOR)
     if factor != 1.0:
         for tile in range(tl.program_id(0).to(tl.int64), rows * tiles, tl.num_programs(0)):

@@ -1,20 +1,29 @@
-"""The two sweeps over a row of logits that every kernel is made of: its statistics, and its gradient.
+"""The two sweeps over a row of logits from which every kernel is built: statistics and
+gradient.
 
-**Statistics.** ``w`` is the logit (softcapped if asked), ``k = log2(e) / T``, so ``p = 2^((w - top)·k) / Σ``. A state is ``(top, rest, dot, rest_sq)``:
-the largest logit, and with ``x = (w - top)·k`` and ``e = 2^x`` the sums ``Σe - 1``, ``Σe·x`` and ``Σe² - 1``. The largest logit's own ``e`` is exactly 1
-and is left out, so that ``-log1p(rest)``, its log-prob, has all its digits however close to 1 it is.
+**Statistics.** ``w`` is the logit (with the softcap, if there is one), ``k = log2(e) /
+T``, so ``p = 2^((w - top)·k) / Σ``. A state is ``(top, rest, dot, rest_sq)``: the
+largest logit, and with ``x = (w - top)·k`` and ``e = 2^x`` the sums ``Σe - 1``,
+``Σe·x`` and ``Σe² - 1``. The largest logit's own ``e`` is exactly 1 and is left out:
+its log-prob, ``-log1p(rest)``, then has all its digits however close p is to 1.
 
-A tile is ``VECTORS`` runs of ``[SLOTS, E]`` columns, ``E`` the elements of one 16-byte load (:mod:`.words`). A slot is one row of each run: it keeps its
-own maximum and sums relative to it, so the loop needs one exponential an element (and one a slot and tile) and nothing from another thread. At the
-end of a row the slots are added in 64-bit fixed point. Integer addition is associative: the result depends neither on how the compiler lays a tile
-out over threads nor on the number of threads, hence not on the alignment of the row.
+A tile is ``VECTORS`` runs of ``[SLOTS, E]`` columns; ``E`` is the number of elements of
+one 16-byte load (:mod:`.words`). A slot is one row of each run. It keeps its own
+maximum and sums relative to it, so that the loop needs one exponential per element (and
+one per slot and tile) and nothing from another thread. At the end of a row the slots
+are added in 64-bit fixed point. Integer addition is associative: the result depends
+neither on the compiler's layout of a tile over threads nor on the number of threads,
+and hence not on the alignment of the row.
 
-**Segments.** A long row is cut into segments of fixed width, and a slot's sums of one are merged with its sums of the next in order. Who computes
-them, one program after another or a program each, changes nothing in the result.
+**Segments.** A long row is cut into segments of fixed width. A slot's sums of one
+segment are merged with its sums of the next in order. One program may compute all
+segments, or each segment may have its own program: the result is the same.
 
-**Loads** of the next tile, or of the next two (AHEAD), are issued before this one's arithmetic, from one segment to the next too.
+**Loads** of the next tile, or of the next two (AHEAD), are issued before the current
+tile's arithmetic, also across segments.
 
-Contraction of ``a * b + c`` is off at launch, and written ``tl.fma`` where it is wanted: two kernels that share a sweep must round alike.
+The launch turns off contraction of ``a * b + c``, and the code writes ``tl.fma`` where
+it is wanted: two kernels that share a sweep must round alike.
 """
 
 import triton
@@ -25,19 +34,23 @@ from .words import load_elements, load_tile, numbers, round_to, store_run, tile_
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a running maximum starts: finite, so that -inf - m is -inf and not NaN
-#: 2^x is 0 below -150; no exponent goes below this one.
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # start of a running maximum; it is finite so that -inf - m is -inf and not NaN
+#: 2^x is 0 below -150. No exponent goes below this one.
 FLOOR = tl.constexpr(-200.0)
 _FIXED = tl.constexpr(1099511627776.0)  # 2⁴⁰: sums up to 2²³ fit in 63 bits, and 2⁻⁴⁰ is far below fp32's resolution at 1
 _UNFIXED = tl.constexpr(9.094947017729282e-13)
-_DOT = tl.constexpr(0.00390625)  # an exponent is up to 200: sums of that many times as much fit
-#: A sum that holds the 1 of the largest logit is rounded to 2⁻²⁴ with each tile: below this rest 160 tiles could cost it 1 %.
+_DOT = tl.constexpr(0.00390625)  # an exponent is at most 200: sums that are 200 times as large still fit
+#: A sum that includes the 1 of the largest logit is rounded to 2⁻²⁴ with each tile.
+#: Below this rest, 160 tiles could cost the rest 1 %.
 _SURE = tl.constexpr(2.0**-10)
 
 
 @triton.jit
 def row_offset(row, per_batch, batch_stride, row_stride):
-    """Elements from the start of the tensor to row ``row`` (a 32-bit number, as are all counts of rows): int64."""
+    """Offset of row ``row`` in elements, as int64.
+
+    ``row`` is a 32-bit number, as all counts of rows are.
+    """
     batch = row // per_batch
     return batch.to(tl.int64) * batch_stride + (row - batch * per_batch).to(tl.int64) * row_stride
 
@@ -50,17 +63,23 @@ def base2_scale(T):
 
 @triton.jit
 def _exponent(d, k, b):
-    """``d·k + b``, and FLOOR if that is less: the exponent of a p that is 0 should not be -inf, because 0 * -inf is NaN."""
-    floor = tl.full((), FLOOR, tl.float32)  # with the constant itself on the left, the interpreters of Triton 3.7 and 3.8 fail
+    """``d·k + b``, at least FLOOR.
+
+    The exponent of p = 0 must not be -inf, because 0 * -inf is NaN.
+    """
+    floor = tl.full((), FLOOR, tl.float32)  # the interpreters of Triton 3.7 and 3.8 fail with the constant itself on the left
     return tl.fma(math.maximum(d, (floor - b) / k), k, b)
 
 
 @triton.jit
 def capped(z, softcap, CAP: tl.constexpr):
-    """``w = softcap·tanh(z / softcap)`` and its slope; -inf stays -inf, and +inf becomes NaN as it does without a cap.
+    """``w = softcap·tanh(z / softcap)`` and its slope; -inf stays -inf, and +inf becomes
+    NaN.
 
-    With ``e = exp(-2|u|)``, ``tanh|u| = 1 - 2e/(1+e)`` and its slope is ``4e/(1+e)²``: formed from e and not from the tanh, of which ``1 - tanh²``
-    would cancel all digits as the cap saturates. The quotient is corrected once: an ulp of w is an error of p for every column.
+    Without a cap, +inf also makes the row NaN. With ``e = exp(-2|u|)``, ``tanh|u| = 1 -
+    2e/(1+e)`` and its slope is ``4e/(1+e)²``. The slope comes from e and not from the
+    tanh, because ``1 - tanh²`` would cancel all digits as the cap saturates. The
+    quotient is corrected once: an ulp of w is an error of p for every column.
     """
     if CAP:
         u = z * (1.0 / softcap)
@@ -82,7 +101,7 @@ def _halves(x, R: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def slot_sum(x, R: tl.constexpr):
-    """``[R, 4]`` to ``[R]``: the sum of each slot, in an order that no layout can change."""
+    """Sum of each slot, ``[R, 4]`` to ``[R]``, in an order that no layout can change."""
     a, b = _halves(x, R, 4)
     a, b = _halves(a + b, R, 2)
     return a + b
@@ -90,7 +109,9 @@ def slot_sum(x, R: tl.constexpr):
 
 @triton.jit
 def slot_dot(x, y, total, R: tl.constexpr):
-    """``total`` plus the scalar product of each slot, likewise."""
+    """``total`` plus the scalar product of each slot, in an order that no layout can
+    change.
+    """
     x1, x2 = _halves(x, R, 4)
     y1, y2 = _halves(y, R, 4)
     x11, x12 = _halves(x1, R, 2)
@@ -113,7 +134,10 @@ def _logits(z, softcap, CAP: tl.constexpr):
 
 @triton.jit
 def _tile(z, top, sum, dot, sum_sq, k, softcap, SLOTS: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
-    """The slots with one tile more, ``z`` in fp32: their largest logits, and their sums of ``e``, ``e·x`` and ``e²``."""
+    """Add one tile, ``z`` in fp32, to the slots.
+
+    A slot holds its largest logit and its sums of ``e``, ``e·x`` and ``e²``.
+    """
     ws = _logits(z, softcap, CAP)
     largest = ws[0]
     for i in tl.static_range(1, len(z)):
@@ -129,7 +153,7 @@ def _tile(z, top, sum, dot, sum_sq, k, softcap, SLOTS: tl.constexpr, CAP: tl.con
     more = tl.zeros([SLOTS, 4], tl.float32)
     for i in tl.static_range(len(z)):
         d = ws[i] - top[:, None]
-        x = _exponent(d, k, 0.0) if ENTROPY else d * k  # without a dot nothing multiplies an exponent of -inf
+        x = _exponent(d, k, 0.0) if ENTROPY else d * k  # without a dot, no product has an exponent of -inf
         e = tl.exp2(x)
         more = e if i == 0 else more + e
         if ENTROPY:
@@ -151,7 +175,7 @@ def _unfixed(total):
 
 @triton.jit
 def _pair(high, low):
-    """Two 32-bit numbers in one of 64 bits."""
+    """Pack two 32-bit numbers into one of 64 bits."""
     return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low.to(tl.int32, bitcast=True).to(tl.uint32, bitcast=True).to(tl.int64)
 
 
@@ -176,7 +200,11 @@ def _sum4(a, b, c, d):
 
 @triton.jit
 def _rest_of_slot(X, V, slot, top, k, softcap, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr):
-    """``Σe`` of the columns of one slot of a row without the largest logit, which is there once: relatively exact. A few hundred columns."""
+    """``Σe`` of one slot's columns of a row, without the largest logit, which occurs there
+    once.
+
+    The sum is relatively exact. It reads a few hundred columns.
+    """
     lane = tl.arange(0, SLOTS)
     second = tl.full([SLOTS], LOWEST, tl.float32)
     sum = tl.zeros([SLOTS], tl.float32)
@@ -197,10 +225,13 @@ def _rest_of_slot(X, V, slot, top, k, softcap, SLOTS: tl.constexpr, E: tl.conste
 def row_of_slots(
     X, V, k, softcap, top, sum, dot, sum_sq, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr
 ):  # fmt: skip
-    """The state of a row from those of its slots; NaN if no logit is above -inf, and the largest is -inf if none is NaN either.
+    """The state of a row from those of its slots.
 
-    The slot with the largest logit leads. The others are added relative to (a power of 2 near) the largest among them, because 2⁻⁴⁰ of the leader may be
-    more than they have. What the leader has but its largest is lost where its sum rounds to 1; then its columns are read again.
+    It is NaN if no logit is above -inf; top is then -inf unless a logit is NaN. The
+    slot with the largest logit leads. The others are added relative to (a power of 2
+    near) the largest among them, because 2⁻⁴⁰ of the leader may be more than they have.
+    Where the leader's sum rounds to 1, its columns other than the largest are lost;
+    then they are read again.
     """
     largest, lead = tl.max(top, 0, return_indices=True, return_indices_tie_break_left=True)
     leads = tl.arange(0, SLOTS) == lead
@@ -208,11 +239,11 @@ def row_of_slots(
     step = _exponent(tl.where(leads, 0.0, top - largest), k, 0.0)
     lift = -tl.floor(
         _exponent(second - largest, k, 0.0)
-    )  # whole: a power of 2 rounds nothing, one rounding for all slots would not average out
+    )  # an integer: a power of 2 does not round, and one rounding of all slots would not average out
     to_top = tl.exp2(-lift)
     scale = tl.where(leads, 0.0, tl.exp2(step + lift))
     none = tl.zeros([SLOTS], tl.int32)
-    is_nan = tl.where(sum == sum, none, 1)  # integers know no NaN
+    is_nan = tl.where(sum == sum, none, 1)  # integers cannot hold a NaN
     S, U, of_leader, more = _sum4(
         _fixed(scale * sum),
         _fixed(scale * tl.fma(step, sum, dot) * _DOT) if ENTROPY else none.to(tl.int64),
@@ -220,7 +251,7 @@ def row_of_slots(
         _pair(tl.where(leads, sum_sq, 0.0), is_nan),
     )
     of_lead = _high(of_leader) - 1.0
-    # One rounding where a log-prob shows it: the sum is rounded as an integer.
+    # Round once where a log-prob shows it: the sum is rounded as an integer.
     together = _unfixed((S >> tl.minimum(lift, 15.0).to(tl.int64)) + _fixed(of_lead))
     rest = tl.where(lift < 15.0, together, tl.fma(to_top, _unfixed(S), of_lead))
     rest_dot = rest * 0.0
@@ -232,7 +263,7 @@ def row_of_slots(
         rest_sq = _unfixed(tl.sum(_fixed(square * square * sum_sq), 0)) + (_high(more) - 1.0)
     if (rest < _SURE) & (rest > -0.5):
         rest = tl.fma(to_top, _unfixed(S), _rest_of_slot(X, V, lead, largest, k, softcap, SLOTS, E, CAP))
-        rest_sq = tl.minimum(tl.maximum(rest_sq, 0.0), rest * rest)  # a sum of squares: at most that, of which Σp² has no digit any more
+        rest_sq = tl.minimum(tl.maximum(rest_sq, 0.0), rest * rest)  # a sum of squares is at most rest², too small to change Σp²
     is_nan = (_low(more) > 0) | (largest == float("inf"))
     empty = (rest <= -1.0) & (is_nan == 0)
     return tl.where(empty, float("-inf"), largest), tl.where(is_nan | empty, float("nan"), rest), rest_dot, rest_sq
@@ -242,7 +273,7 @@ def row_of_slots(
 def first_tiles(
     X, V, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr
 ):  # fmt: skip
-    """The tiles that a sweep of ``V`` columns begins with: one, and another if AHEAD is 2."""
+    """The first tiles of a sweep of ``V`` columns: one, or two if AHEAD is 2."""
     z = load_tile(X, V, SLOTS, VECTORS, E, ALIGN, POLICY)
     if AHEAD == 1:
         return (z,)
@@ -256,13 +287,16 @@ def segment_slots(
     X, tiles, start, stop, limit, k, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """The slots of the columns ``start`` to ``stop`` of the row at ``X``, of which ``tiles`` are the first AHEAD; and as many after them, of which
-    nothing is read from ``limit`` on."""
+    """Slots of columns ``start`` to ``stop`` of the row at ``X``, and the AHEAD tiles
+    after them.
+
+    ``tiles`` are the first AHEAD tiles. Nothing is read at or after ``limit``.
+    """
     BLOCK: tl.constexpr = SLOTS * VECTORS * E
     dtype: tl.constexpr = X.dtype.element_ty
     top, sum, dot, sum_sq = no_slots(SLOTS)
     full = start + (stop - start) // BLOCK * BLOCK
-    whole = tl.maximum(start, tl.minimum(full, (limit // BLOCK - AHEAD) * BLOCK))  # up to there the tile to load is whole
+    whole = tl.maximum(start, tl.minimum(full, (limit // BLOCK - AHEAD) * BLOCK))  # up to there, the loaded tile is whole
     for c in range(start, whole, BLOCK):
         ahead = load_tile(X + c + AHEAD * BLOCK, None, SLOTS, VECTORS, E, ALIGN, POLICY)
         w = tile_numbers(tiles[0], VECTORS, dtype, E)
@@ -278,7 +312,7 @@ def segment_slots(
         if full + i * (SLOTS * E) < stop:  # the last tile of a row, run by run
             w = numbers(tiles[0][i], dtype, E)
             top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
-    if stop % E != 0:  # what is left of a vector, in the slot that its column has
+    if stop % E != 0:  # the rest of a vector, in its column's slot
         first = stop // (SLOTS * E) * (SLOTS * E)
         w = numbers(load_elements(X + first, stop // E * E - first, stop - first, SLOTS, E, POLICY), dtype, E)
         top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
@@ -293,7 +327,7 @@ def no_slots(SLOTS: tl.constexpr):
 
 @triton.jit
 def merge_slots(top1, sum1, dot1, sq1, top2, sum2, dot2, sq2, k):
-    """The slots of two segments, in this order."""
+    """The slots of two segments, merged in this order."""
     top = tl.maximum(top1, top2)
     d1, d2 = _exponent(top1 - top, k, 0.0), _exponent(top2 - top, k, 0.0)
     a1, a2 = tl.exp2(d1), tl.exp2(d2)
@@ -345,7 +379,7 @@ def merged_row(
 def gradient_tile(z, c, k, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
     """``p·(A + B·log2 p + C·p)`` with ``log2 p = (w - c)·k + b``, times the slope of the cap."""
     w, slope = capped(z, softcap, CAP)
-    # Without a logarithm in the factor nothing multiplies an exponent of -inf.
+    # Without a logarithm in the factor, no product has an exponent of -inf.
     log2_p = _exponent(w - c, k, b) if ENTROPY else tl.fma(w - c, k, b)
     p = tl.exp2(log2_p)
     factor = A
@@ -367,7 +401,11 @@ def _whole_tiles(start, stop, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_last_tiles(X, start, stop, V, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constexpr):
-    """What :func:`gradient_sweep` begins with: the vectors after the last whole tile, and that one. To be issued before its coefficients are known."""
+    """Load the first tiles of :func:`gradient_sweep`: the last whole tile and the vectors
+    after it.
+
+    Call it before the sweep's coefficients are known.
+    """
     BLOCK: tl.constexpr = SLOTS * VECTORS * E
     full = _whole_tiles(start, stop, V, BLOCK)
     end = load_tile(X + full, tl.minimum(stop, V) - full, SLOTS, VECTORS, E, ALIGN, "evict_first")
@@ -391,7 +429,9 @@ def _gradient_store(
     P, z, columns, c, k, b, A, B, C, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, EMULATE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the tile of words ``z``, all of it or its first ``columns``, to ``P``."""
+    """Write the gradient of the tile of words ``z``, all of it or its first ``columns``,
+    to ``P``.
+    """
     for i in tl.static_range(VECTORS):
         if columns is None:
             _gradient_run(P + i * (SLOTS * E), z[i], None, c, k, b, A, B, C, softcap, SLOTS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
@@ -406,10 +446,12 @@ def gradient_sweep(
     X, OUT, tiles, start, stop, V, y, at_target, c, k, b, A, B, C, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
     CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the columns ``start`` (a multiple of a tile) to ``stop``, last tile first: what was read last is still in L2.
+    """Write the gradient of columns ``start`` (a multiple of a tile) to ``stop``, last
+    tile first.
 
-    ``tiles`` is what :func:`load_last_tiles` returned. Columns from ``V`` on are not in the softmax, they get zeros. The target's column ``y`` (-1: none)
-    is written over at the end.
+    L2 still holds what was read last. ``tiles`` is the result of
+    :func:`load_last_tiles`. Columns from ``V`` on are outside the softmax and get
+    zeros. The target's column ``y`` (-1 for none) is overwritten at the end.
     """
     BLOCK: tl.constexpr = SLOTS * VECTORS * E
     dtype: tl.constexpr = X.dtype.element_ty
@@ -418,7 +460,7 @@ def gradient_sweep(
     end, z = tiles
     if full < last:
         _gradient_store(OUT + full, end, last - full, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
-    for first in range(tl.maximum(start, last // E * E), stop, SLOTS):  # what is left of a vector, and padding
+    for first in range(tl.maximum(start, last // E * E), stop, SLOTS):  # the rest of a vector, and padding
         column = first + tl.arange(0, SLOTS)
         w = tl.load(X + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
         g = tl.where(column < V, gradient_tile(w, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ), 0.0)
@@ -437,7 +479,7 @@ def gradient_sweep(
 
 @triton.jit
 def zero_sweep(OUT, start, stop, BLOCK: tl.constexpr, E: tl.constexpr):
-    """Exact zeros, without reading anything."""
+    """Write exact zeros without reading anything."""
     cols = tl.arange(0, BLOCK // E)[:, None] * E + tl.arange(0, E)[None, :]
     zero = tl.zeros([BLOCK // E, E], OUT.dtype.element_ty)
     full = start + (stop - start) // BLOCK * BLOCK

@@ -1,15 +1,17 @@
-"""Logits as 32-bit words: how rows are read and written 16 bytes at a time, whatever their dtype.
+"""Logits as 32-bit words: rows are read and written 16 bytes at a time in every dtype.
 
-A vector of ``E`` columns is four words: four columns in fp32, eight in a 16-bit dtype (the even columns in the low halves, the odd ones in the high). In
-fp32 beside a 16-bit tensor it has eight columns as well, and is eight words. A loop that loads ahead carries words: as 16-bit elements they would take
-twice the registers. A tile of words is a tuple of ``[SLOTS, words]`` tensors, a run each; as numbers a run is one fp32 tensor ``[SLOTS, 4]``, or two
-(even columns, odd columns).
+A vector of ``E`` columns is four words: four columns in fp32, eight in a 16-bit dtype
+(even columns in the low halves, odd columns in the high halves). An fp32 tensor next to
+a 16-bit tensor has vectors of eight columns too, which are eight words. A loop that
+loads ahead carries words: 16-bit elements would take twice the registers. A tile of
+words is a tuple of ``[SLOTS, words]`` tensors, one per run. As numbers, a run is one
+fp32 tensor ``[SLOTS, 4]``, or two (even columns, odd columns).
 """
 
 import triton
 import triton.language as tl
 
-#: Bits of two elements -inf (one in fp32).
+#: Bits of two -inf elements (one in fp32).
 _BF16_INF = tl.constexpr(-8323200)  # 0xff80ff80
 _FP16_INF = tl.constexpr(-67044352)  # 0xfc00fc00
 _FP32_INF = tl.constexpr(-8388608)  # 0xff800000
@@ -27,7 +29,7 @@ def _minus_infinities(dtype: tl.constexpr):
 
 @triton.jit
 def _offsets(SLOTS: tl.constexpr, E: tl.constexpr):
-    """The elements of a run from its start, ``[SLOTS, E]``."""
+    """Offsets of a run's elements, ``[SLOTS, E]``."""
     return tl.arange(0, SLOTS)[:, None] * E + tl.arange(0, E)[None, :]
 
 
@@ -38,7 +40,9 @@ def _low_half(x):
 
 @triton.jit
 def load_elements(P, first, stop, SLOTS: tl.constexpr, E: tl.constexpr, policy: tl.constexpr):
-    """A run at ``P`` element by element: those from ``first`` to ``stop``, -inf beside them."""
+    """Load a run at ``P`` element by element: ``first`` to ``stop``, and -inf outside of
+    them.
+    """
     if P.dtype.element_ty == tl.float32:
         i = _offsets(SLOTS, E)
         return tl.load(P + i, mask=(i >= first) & (i < stop), other=float("-inf"), eviction_policy=policy).to(tl.int32, bitcast=True)
@@ -52,7 +56,11 @@ def load_elements(P, first, stop, SLOTS: tl.constexpr, E: tl.constexpr, policy: 
 
 @triton.jit
 def load_run(P, columns, SLOTS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constexpr, policy: tl.constexpr):
-    """A run at ``P``: whole (``columns`` is None), or only its whole vectors among the first ``columns`` elements, and -inf after them."""
+    """Load a run at ``P``.
+
+    It loads the whole run (``columns`` is None), or the whole vectors among the first
+    ``columns`` elements and -inf after them.
+    """
     if ALIGN < 4:
         if columns is None:
             words = load_elements(P, 0, SLOTS * E, SLOTS, E, policy)
@@ -74,7 +82,7 @@ def load_run(P, columns, SLOTS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constex
 def load_tile(
     P, columns, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constexpr, policy: tl.constexpr
 ):  # fmt: skip
-    """The tile at ``P``: whole, or its vectors as in :func:`load_run`."""
+    """Load the tile at ``P``: the whole tile, or its vectors as in :func:`load_run`."""
     words = (load_run(P, columns, SLOTS, E, ALIGN, policy),)
     for i in tl.static_range(1, VECTORS):
         left = None if columns is None else columns - i * (SLOTS * E)
@@ -101,7 +109,7 @@ def numbers(words, dtype: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def tile_numbers(words, VECTORS: tl.constexpr, dtype: tl.constexpr, E: tl.constexpr):
-    """A tile in fp32: the tensors of its runs, one after another."""
+    """A tile in fp32: the tensors of its runs in order."""
     result = numbers(words[0], dtype, E)
     for i in tl.static_range(1, VECTORS):
         result = result + numbers(words[i], dtype, E)
@@ -110,7 +118,10 @@ def tile_numbers(words, VECTORS: tl.constexpr, dtype: tl.constexpr, E: tl.conste
 
 @triton.jit
 def round_to(g, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """To nearest even, as hardware does. Triton's interpreter truncates to bfloat16: EMULATE there."""
+    """Round to nearest even, as hardware does.
+
+    Triton's interpreter truncates to bfloat16; EMULATE rounds there.
+    """
     if EMULATE:
         bits = g.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -120,7 +131,11 @@ def round_to(g, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def store_run(P, g, columns, SLOTS: tl.constexpr, E: tl.constexpr, EMULATE: tl.constexpr):
-    """The inverse of :func:`load_run`: the fp32 tensors of a run, rounded, to ``P``; whole or the whole vectors among ``columns``."""
+    """Round the fp32 tensors of a run and store them to ``P``, the inverse of
+    :func:`load_run`.
+
+    It stores the whole run, or the whole vectors among ``columns``.
+    """
     x = round_to(g[0] if E == 4 else tl.interleave(g[0], g[1]), P.dtype.element_ty, EMULATE)
     if columns is None:
         tl.store(P + _offsets(SLOTS, E), x, eviction_policy="evict_first")

@@ -1,4 +1,5 @@
-// One word from two, both expanded first: names of the tables that are compiled once per level or dtype.
+// Joins two words after both are expanded. It names the tables that are compiled once per level or
+// dtype.
 #pragma once
 
 #define RW_CONCAT_(a, b) a##b

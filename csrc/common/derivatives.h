@@ -1,4 +1,4 @@
-// From the derivatives of the loss by a row's statistics to its gradient by the row's logits.
+// Turns the derivatives of the loss by a row's statistics into its gradient by the row's logits.
 #pragma once
 
 #include <cmath>
@@ -8,13 +8,14 @@
 namespace reweight_ops {
 namespace {
 
-/// T·dL/dlogit = p·(constant + log·l + p_coef·p) away from the target, before the softcap's slope; l is log p, or log p and a constant.
+/// T·dL/dlogit = p·(constant + log·l + p_coef·p) away from the target, before the softcap's slope.
+/// l is log p, or log p plus a constant.
 template <class Real>
 struct GradCoefs {
     Real constant, log, p_coef;
 };
 
-/// Derivatives of the loss by the row's statistics, and those of the statistics that they multiply.
+/// The derivatives of the loss by the row's statistics, and the statistics that they multiply.
 template <class Real>
 struct Derivatives {
     float d_logp, d_entropy, d_lse, d_p_sq;
@@ -22,7 +23,7 @@ struct Derivatives {
 
     RW_METHOD bool all_zero() const { return d_logp == 0 && d_entropy == 0 && d_lse == 0 && d_p_sq == 0; }
 
-    /// `entropy_of_l`: -Σ p·l, which is the entropy where l is log p.
+    /// `entropy_of_l` is -Σ p·l. It is the entropy where l is log p.
     RW_METHOD GradCoefs<Real> coefs(Real entropy_of_l) const {
         GradCoefs<Real> c{-Real(d_logp) + d_lse, 0, 0};
         if (d_entropy != 0) {
@@ -36,7 +37,8 @@ struct Derivatives {
         return c;
     }
 
-    /// The target's own element: p - 1 from its log-prob, for a rounded p loses everything as it goes to 1.
+    /// The target's own element. It takes p - 1 from the log-prob: a rounded p loses all digits of
+    /// p - 1 as p goes to 1.
     RW_METHOD float at_target() const {
         const Real y = logp, p = std::exp(y);
         Real g = -d_logp * std::expm1(y) + d_lse * p;

@@ -1,5 +1,5 @@
-// The primitives on two logits tensors: their arguments as plain data, and what a row's sums come to. p is the softmax of the first tensor, q of the
-// second.
+// Arguments of the primitives on two logits tensors, as plain data, and the statistics of a row's
+// sums. p is the softmax of the first tensor, q of the second.
 #pragma once
 
 #include "common/constants.h"
@@ -7,33 +7,34 @@
 
 namespace reweight_ops {
 
-constexpr int kDivergenceTable = 8;  // rows of the table; reweight_ops/_core/rows/primitives.py names them
+constexpr int kDivergenceTable = 8;  // rows of the table, named in reweight_ops/_core/rows/primitives.py
 
-/// The call itself is p's.
+/// The base class describes p.
 struct DivergenceCall : Call {
-    Call q;                    // where its rows are, dtype, soft cap, temperature; the rest is p's
-    float* table;              // [8, rows]: written by stats and loss_grad
-    const float* known;        // [8, rows]: read by grad
-    const float* derivatives;  // [3, rows]: read by grad
-    const float* constants;    // [3], loss_grad: coefficient k is weights * constants[k]
+    Call q;                    // q's rows, dtype, soft cap and temperature; the other fields are unused
+    float* table;              // [8, rows], written by stats and loss_grad
+    const float* known;        // [8, rows], read by grad
+    const float* derivatives;  // [3, rows], read by grad
+    const float* constants;    // [3], read by loss_grad: coefficient k is weights * constants[k]
     const float* weights;      // [rows]
     void* out;
     RowStrides out_strides;
 };
 
-/// One tensor's sums of a row, with t = log2 of its exponentials relative to some reference, and e = 2^t.
+/// The sums of one tensor's row. t is log2 of an exponential relative to a reference, and e = 2^t.
 struct DivergenceSums {
     double sum, dot, cross;  // Σ e, Σ e·t, Σ e·(own t - the other's t)
-    double log_sum, lse;     // log2 Σ e, NaN where there is no distribution; the log-sum-exp in natural units
-    bool zero;               // a column has probability 0 here and not there
+    double log_sum, lse;     // log2 Σ e, NaN without a distribution; the log-sum-exp in natural units
+    bool zero;               // a column has probability 0 in this tensor and not in the other
 };
 
-/// A row's statistics in natural units. `low` in the table is what rounding a log-sum-exp to fp32 loses.
+/// A row's statistics in natural units. A `low` in the table is what rounding a log-sum-exp to fp32
+/// loses.
 struct DivergenceStats {
     double forward, reverse, entropy, other_entropy, p_lse, q_lse;
 };
 
-RW_HD inline double at_least_zero(double v) { return v < 0 ? 0.0 : v; }  // NaN stays
+RW_HD inline double at_least_zero(double v) { return v < 0 ? 0.0 : v; }  // keeps NaN
 
 RW_HD inline DivergenceStats stats_of_sums(const DivergenceSums& p, const DivergenceSums& q) {
     constexpr double nan = kNaN, inf = kInf;

@@ -1,4 +1,4 @@
-// 16-bit logits as bits.
+// 16-bit logits, stored as their bits.
 #pragma once
 
 #include <cstdint>

@@ -1,16 +1,17 @@
-// The few functions of token rules. Scalar fp32 (fp64 for checking), once per row: exactness matters, speed does not.
+// The functions that token rules use. They run in scalar fp32 (fp64 for checking), once per row: exactness matters,
+// speed does not.
 //
-// Include as "common/math.h"; never put csrc/common itself on the include path, <math.h> would find this file.
+// Include this file as "common/math.h". Never put csrc/common itself on the include path: <math.h> would find it.
 //
-// NaN: every function returns NaN if an argument is NaN (rw_min and rw_max too, as torch.minimum and torch.maximum).
+// NaN: every function returns NaN if an argument is NaN, as torch.minimum and torch.maximum do.
 // Infinities: rw_exp(-inf) = 0, rw_exp(inf) = inf, rw_log(0) = -inf, rw_sigmoid(-inf) = 0, rw_sigmoid(inf) = 1.
-// Do not compile with -ffast-math or -ffinite-math-only: both promise the compiler that neither exists.
+// Do not compile with -ffast-math or -ffinite-math-only: both let the compiler assume that neither occurs.
 #pragma once
 
 #include <cmath>
 #include <limits>
 
-// `static`: one file may be compiled for several instruction sets, and the linker must not merge the copies.
+// `static` keeps the linker from merging copies of a file that is compiled for several instruction sets.
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define RW_HD static __host__ __device__ __attribute__((always_inline))
 #else
@@ -20,7 +21,7 @@
 #define RW_INF (std::numeric_limits<float>::infinity())
 #define RW_NAN (std::numeric_limits<float>::quiet_NaN())
 
-// Of float and double: the standard library overloads by type.
+// These take float and double: the standard library overloads by type.
 template <class Real>
 RW_HD inline Real rw_exp(Real x) {
     return std::exp(x);
@@ -58,7 +59,8 @@ RW_HD inline Real rw_clip(Real x, Real low, Real high) {
     return rw_min(rw_max(x, low), high);
 }
 
-// The exponential of -|x| only: it cannot overflow, and both tails keep their relative accuracy.
+// Takes the exponential of -|x| only: it cannot overflow, and both tails keep their relative
+// accuracy.
 template <class Real>
 RW_HD inline Real rw_sigmoid(Real x) {
     const Real e = std::exp(-std::fabs(x));

@@ -1,5 +1,6 @@
-// The arguments of the three primitives as plain data, and what becomes of a row's statistics, for every compiled backend. Nothing is checked here
-// or below: reweight_ops/_core/backends/native.py does that, once.
+// Arguments of the three primitives as plain data, and the outputs of a row, for every compiled
+// backend. Nothing is checked here or below: reweight_ops/_core/backends/native.py checks every
+// argument once.
 #pragma once
 
 #include <cstdint>
@@ -19,32 +20,33 @@ struct RowStrides {
 
 constexpr int64_t kIgnoreIndex = -100;  // the id of an ignored row
 
-/// What every primitive is given: rows of logits, the target of each, and how logits become a distribution.
+/// Arguments of every primitive: rows of logits, the target of each row, and the softmax
+/// parameters.
 struct Call {
     DType dtype;
     const void* logits;
     RowStrides strides;
-    int64_t rows, columns;  // columns: of the tensor, vocab_size and padding
+    int64_t rows, columns;  // columns counts the tensor's columns: vocab_size plus padding
     int64_t vocab_size, vocab_start, vocab_total;
-    float softcap;          // inf: off
-    const int64_t* bounds;  // null, or [2, rows]: where rows of different lengths begin and end, one dimension of logits; vocab_size is then no row's
+    float softcap;          // inf disables it
+    const int64_t* bounds;  // null, or [2, rows]: begin and end of packed rows; vocab_size is then unused
     const int64_t* ids;
     const float* temperature;
     bool temperature_per_row;
     int threads;  // CPU
-    int device;   // CUDA, and the stream to launch on
+    int device;   // CUDA device; kernels launch on `stream`
     void* stream;
 };
 
-/// Outputs are [rows], or null where nobody asked.
+/// Outputs are [rows]. An output that is not requested is null.
 struct StatsCall : Call {
     float *logp, *entropy, *lse, *lse_low, *log_sum_p_sq, *max_logp;
 };
 
 struct GradCall : Call {
-    const float *logp, *lse, *entropy, *log_sum_p_sq;  // entropy, log_sum_p_sq: null without their coefficient
-    const float* lse_low;                              // null: 0
-    const float *d_logp, *d_entropy, *d_lse, *d_p_sq;  // null: zero
+    const float *logp, *lse, *entropy, *log_sum_p_sq;  // entropy and log_sum_p_sq may be null without their derivative
+    const float* lse_low;                              // null means 0
+    const float *d_logp, *d_entropy, *d_lse, *d_p_sq;  // null means 0
     void* out;
     RowStrides out_strides;
 };
@@ -52,27 +54,28 @@ struct GradCall : Call {
 struct LossGradCall : Call {
     ProgramTable table;
     const float* params;
-    bool reads_p_sq;                                         // some rule or weight reads log_sum_p_sq
-    bool entropy_gradient;                                   // some rule may have a derivative by the entropy
+    bool reads_p_sq;                                         // a rule or weight reads log_sum_p_sq
+    bool entropy_gradient;                                   // a rule may have a derivative by the entropy
     const float* row_weights;                                // [terms, rows]
-    int64_t row_weights_step;                                // between terms, 0 if they share one vector
-    const float *old_logp, *adv, *ref_logp, *sampling_logp;  // null: not given
+    int64_t row_weights_step;                                // between terms; 0 if all terms share one vector
+    const float *old_logp, *adv, *ref_logp, *sampling_logp;  // null if not given
     float *logp, *entropy, *weighted_loss, *loss, *d_logp, *d_entropy;
     void* out;
     RowStrides out_strides;
 };
 
-/// Where a row of logits starts.
+/// The first element of a row of logits.
 template <class T>
 RW_HD inline const T* row_of(const Call& call, int64_t i) {
     return static_cast<const T*>(call.logits) + (call.bounds ? call.bounds[i] : call.strides.offset(i));
 }
-/// The columns of a row's softmax.
+/// The number of columns of a row's softmax.
 RW_HD inline int64_t columns_of(const Call& call, int64_t i) { return call.bounds ? call.bounds[call.rows + i] - call.bounds[i] : call.vocab_size; }
 RW_HD inline float temperature_of(const Call& call, int64_t i) { return call.temperature[call.temperature_per_row ? i : 0]; }
 
-/// Whether the row holds nothing to compute: it is out of the loss, or its id is no token.
+/// Ignored: ids[i] == kIgnoreIndex.
 RW_HD inline bool is_ignored(const Call& call, int64_t i) { return call.ids[i] == kIgnoreIndex; }
+/// Nothing to compute: ignored, or an id outside the vocabulary.
 RW_HD inline bool is_invalid(const Call& call, int64_t i) { return call.ids[i] < 0 || call.ids[i] >= call.vocab_total; }
 
 // ---- the outputs of a row
@@ -98,7 +101,8 @@ RW_HD inline void put_row(const LossGradCall& call, int64_t i, const RowStats& s
     call.d_entropy[i] = l.d_entropy;
 }
 
-/// Of a row that holds nothing to compute: 0 if it is out of the loss, NaN if its id is no token.
+/// The outputs of a row with nothing to compute: 0 if it is ignored, NaN if its id is outside the
+/// vocabulary.
 RW_HD inline float value_of_invalid(const Call& call, int64_t i) { return is_ignored(call, i) ? 0.0f : RW_NAN; }
 RW_HD inline void put_invalid_row(const StatsCall& call, int64_t i) {
     const float v = value_of_invalid(call, i);

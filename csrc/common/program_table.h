@@ -1,7 +1,7 @@
-// A loss program as operations on numbered registers, interpreted: host and device, float and double.
+// Interpreter of a loss program: operations on numbered registers. It runs on host and device, in float and double.
 //
-// reweight_ops/_core/formula/table.py builds it. Registers: parameters, constants, what follows from those alone
-// ("uniform", computed once a call), a row's leaves and row weights, and the values between.
+// reweight_ops/_core/formula/table.py builds the table. Registers hold parameters, constants, values that depend on those
+// alone ("uniform", computed once per call), a row's leaves and row weights, and intermediate values.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace reweight_ops {
 
-/// Every operation of a table in the order of its codes: a name, the graph's name for it, and what it computes
-/// from the operands a, b, c. A condition is 1 or 0. First those that cost little.
+/// Every operation of a table, in the order of its codes: its name, its name in the graph, and what
+/// it computes from the operands a, b, c. A condition is 1 or 0. Cheap operations come first.
 #define RW_CHEAP_OPERATIONS(X)        \
     X(add, "add", a + b)              \
     X(sub, "sub", a - b)              \
@@ -42,28 +42,30 @@ enum class Operation : int {
 };
 
 constexpr int kMaxRegisters = 1 << 12;
-constexpr int kMaxSharedRegisters = 320;  // where they are in a GPU's shared memory
+constexpr int kMaxSharedRegisters = 320;  // limit where registers are in a GPU's shared memory
 
-/// The order of a row's inputs, which row weights follow: LEAVES of reweight_ops/_core/formula/base.py.
+/// The order of a row's inputs: LEAVES of reweight_ops/_core/formula/base.py. Row weights follow
+/// them.
 enum Leaf { kLogp, kOldLogp, kLogRatio, kRefLogp, kSamplingLogp, kAdv, kEntropy, kLogSumPSq, kLeaves };
 
 constexpr int kLossOutputs = 5;
-/// The row's share of the total and the same without its row weights, and the derivatives of the total by logp (through the ratio too),
-/// entropy and log_sum_p_sq.
+/// The row's contribution to the loss, its loss without row weights, and the derivatives of the
+/// total by logp (also through the ratio), entropy and log_sum_p_sq.
 struct RowLoss {
     float weighted_loss, loss, d_logp, d_entropy, d_p_sq;
 };
 
-/// An instruction is one word: 8 bits of code, then 12 bits each of the registers of the result and of a, b, c.
+/// An instruction is one word: 8 bits of code, then 12 bits for each register: the result, a, b and
+/// c.
 struct ProgramTable {
-    const uint64_t* code;     // the uniform instructions first
-    const double* constants;  // behind the code
-    const int64_t* ends;      // behind the constants: where each level ends
+    const uint64_t* code;     // uniform instructions come first
+    const double* constants;  // follow the code
+    const int64_t* ends;      // follow the constants: the end of each level
     int parameters, constant_count, uniform_levels, levels, uniform, instructions, inputs, terms, registers;
     int outputs[kLossOutputs];
 };
 
-/// Runs instructions on kRows rows at once; register i of row j is registers[i * kRows + j].
+/// Runs instructions on kRows rows at once. Register i of row j is registers[i * kRows + j].
 template <int kRows, class Real>
 RW_HD inline void run_instructions(const uint64_t* code, int count, Real* registers) {
     for (int i = 0; i < count; ++i) {
@@ -86,7 +88,7 @@ RW_HD inline void run_instructions(const uint64_t* code, int count, Real* regist
     }
 }
 
-/// The registers before a row's inputs: what they hold is the same for every row of a call.
+/// Computes the registers before a row's inputs. Their values are the same for every row of a call.
 template <int kRows, class Real>
 RW_HD inline void fill_uniform(const ProgramTable& table, const Real* params, Real* registers) {
     const auto put = [&](int i, Real value) {

@@ -1,4 +1,4 @@
-// One row of a call, as it is in memory.
+// One row of a call in memory.
 #pragma once
 
 #include "common/primitives.h"
@@ -6,12 +6,12 @@
 namespace reweight_ops {
 namespace {
 
-/// Column: the integer that counts columns.
+/// Column is the integer type that counts columns.
 template <class T, class Column>
 struct RowView {
     const T* x;
     float temperature;
-    Column target;  // -1: in another shard
+    Column target;  // -1 if another shard has it
 
     RW_METHOD RowView(const Call& call, int64_t i) : RowView(call, i, call.ids[i], temperature_of(call, i)) {}
     RW_METHOD RowView(const Call& call, int64_t i, int64_t id, float t) : x(row_of<T>(call, i)), temperature(t) {

@@ -1,13 +1,15 @@
-// What sweeps over a row compute: a kernel is compiled for each.
+// What a sweep over a row computes. A kernel is compiled for each case.
 #pragma once
 
 namespace reweight_ops {
 namespace {
 
-/// Of a statistics sweep, with e = 2^t: Σe alone, Σe·t too, or Σe² too with an optional softcap.
+/// Sums of a statistics sweep, with e = 2^t: Σe; Σe and Σe·t; or those and Σe², with an optional
+/// softcap.
 enum class Sums { plain, entropy, full };
 
-/// Of a gradient sweep: one value in every column, e·A, e·(A + B·t), the same far from zero, or e·(A + B·t + D·e) times the softcap's slope.
+/// Terms of a gradient sweep: one value in every column; e·A; e·(A + B·t); the same for logits far
+/// from zero; or e·(A + B·t + D·e) times the softcap's slope.
 enum class Terms { fill, plain, entropy, far, full };
 
 }  // namespace

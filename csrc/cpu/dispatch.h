@@ -1,4 +1,4 @@
-// Which instruction-set levels were built, which this processor has, and which one runs.
+// The instruction-set levels: which were built, which this processor supports, and which is active.
 #pragma once
 
 #include <string>
@@ -16,13 +16,14 @@ struct Level {
     bool supported;  // by this processor
 };
 
-/// All levels that were built, worst first.
+/// All levels that were built, lowest first.
 const std::vector<Level>& levels();
 
-/// The one that runs: the best supported one, unless set_level chose another.
+/// The active level: the highest supported one, unless set_level chose another.
 const Level& active_level();
 
-/// Throws std::invalid_argument for a level that was not built or that this processor lacks. "auto": the best.
+/// Chooses a level; "auto" means the highest supported one. Throws std::invalid_argument if the
+/// level was not built or this processor lacks it.
 void set_level(const std::string& name);
 
 }  // namespace reweight_ops

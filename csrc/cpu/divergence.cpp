@@ -1,4 +1,5 @@
-// Two logits tensors at one instruction-set level: divergences of their softmaxes, and the gradient by the first. Compiled once per level.
+// Divergences of the softmaxes of two logits tensors, and the gradient by the first. This file is compiled once per
+// instruction-set level.
 #include "divergence.h"
 
 #include "common/concat.h"
@@ -28,14 +29,16 @@ void put_stats(const DivergenceCall& call, int64_t i, const DivergenceStats& s) 
     put_column(call.table, call.rows, i, values);
 }
 
-/// The gradient row, in one sweep of both: p·(a + b·log2 p + c·log2(p/q)) - f·q. kLogs: b or c or a soft cap. kFar: references of any size.
+/// Writes the gradient row in one sweep over both tensors: p·(a + b·log2 p + c·log2(p/q)) - f·q.
+/// kLogs: b, c or a soft cap is set. kFar: references may have any size.
 template <class T, class U, bool kLogs, bool kStream, bool kFar>
 void divergence_grad_row(const DivergenceRow<T, U>& row, T* g, int64_t columns, const DivergenceResult& known, const double (&derivatives)[3],
                          const Caps& caps) {
-    // Logs are in units of 4, or those of a column that is masked by the lowest number would be infinite.
+    // Logs are in units of 4. In units of 1, the logs of a column that is masked by the lowest
+    // number would be infinite.
     constexpr float kUnit = kLogs ? 4 : 1;
     const Shift<kFar> p_shift(row.x_scale / kUnit, known.p.at), q_shift(row.y_scale / kUnit, known.q.at);
-    // p = e·2^rest: what a column has where the shift is 0 goes into the factors.
+    // p = e·2^rest. The factors take the rest, which is the log2 of p where the shift is 0.
     const double p_rest = known.p.log_p - (double(known.p.at) * row.x_scale - p_shift.ref * kUnit);
     const double q_rest = known.q.log_p - (double(known.q.at) * row.y_scale - q_shift.ref * kUnit), t = row.inverse_temperature;
     double constant = derivatives[0], by_log = 0, by_ratio = 0;
@@ -63,12 +66,12 @@ void divergence_grad_row(const DivergenceRow<T, U>& row, T* g, int64_t columns, 
         const Vec e = exponential(u * unit), w = f * exponential(v * unit);
         Vec r;
         if constexpr (kLogs) {
-            // A column without p has no logs: those of a column that a large number masks overflow. Where q is 0 and p is not, the
-            // row was filled with NaN.
+            // A column with p = 0 has no logs: those of a column that a large number masks
+            // overflow. Where q is 0 and p is not, the row was already filled with NaN.
             const Vec s1 = max(splat(kFloor / kUnit), u), s2 = max(splat(-std::numeric_limits<float>::max()), v);
             r = (select(e == splat(0.0f), e, e * fma(s1, b, fma(s1 - s2, c, a))) + w) * slope;
         } else {
-            r = e * a + w;  // two roundings: where p and q are equal, so are both products
+            r = e * a + w;  // two roundings keep both products equal where p and q are equal
         }
         return select(masked, splat(0.0f), r);
     };

@@ -1,4 +1,4 @@
-// The table of the implementations of the primitives on two logits tensors at one instruction-set level.
+// The primitives on two logits tensors at one instruction-set level, as function pointers.
 #pragma once
 
 #include "common/divergence.h"

@@ -1,4 +1,4 @@
-// The sweep for statistics over a row of two logits tensors.
+// The statistics sweep over a row of two logits tensors.
 #pragma once
 
 #include "common/divergence.h"
@@ -7,7 +7,8 @@
 namespace reweight_ops {
 namespace {
 
-// Columns in their own order, whatever the dtype: a lane must hold the same column of both tensors. (load2 splits 16-bit pairs by parity.)
+// These keep columns in order for every dtype: a lane must hold the same column of both tensors.
+// (load2 splits 16-bit pairs by parity.)
 typedef uint16_t VecH __attribute__((vector_size(2 * kWidth)));
 
 inline Vec get(const float* p) { return load(p); }
@@ -25,7 +26,7 @@ inline Vec get(const F16* p) { return widen_f16(__builtin_convertvector(load<Vec
 inline void put(F16* p, Vec v) { store(p, __builtin_convertvector(narrow_f16(v), VecH)); }
 #endif
 
-/// The first n < kWidth elements at p, the rest -inf.
+/// Loads the first n < kWidth elements at p, and -inf for the others.
 template <class T>
 inline Vec get_partial(const T* p, int64_t n) {
     T padded[kWidth];
@@ -39,7 +40,7 @@ inline void put_partial(T* p, int64_t n, Vec v) {
     put(padded, v);
     std::memcpy(p, padded, n * sizeof(T));
 }
-/// Two vectors past the caches, where the level can; p must be aligned to 64 bytes.
+/// Stores two vectors, past the caches if the level can. p must be aligned to 64 bytes.
 template <class T>
 inline void put2_past(T* p, Vec a, Vec b) {
     alignas(64) T both[2 * kWidth];
@@ -57,8 +58,9 @@ inline void put2_past(T* p, Vec a, Vec b) {
 /// Columns of one block: 32 additions for each lane of two accumulators.
 constexpr int64_t kDivergenceBlock = 64 * kWidth;
 
-/// Online sums of one row of both tensors, relative to a reference each. With t = log2(e)/T·x - ref and e = 2^t:
-/// sum = Σ e, dot = Σ e·t, cross = Σ e·(own t - the other's t). Differences are summed as such: where the distributions are close, they are small.
+/// Online sums of one row of both tensors, each relative to its own reference. With t = log2(e)/T·x
+/// - ref and e = 2^t, sum = Σ e, dot = Σ e·t and cross = Σ e·(own t - the other's t). Differences
+/// are summed directly: they are small where the distributions are close.
 struct DivergenceState {
     struct Side {
         double ref = -kInf, sum = 0, dot = 0, cross = 0;
@@ -99,18 +101,18 @@ struct Accumulated {
     Vec top = splat(-kInf), sum{}, dot{}, cross{};
 };
 
-/// Differences of logs in the units in which kSlow sums them: no finite logit makes them infinite.
+/// kSlow sums differences of logs in this unit: no finite logit makes them infinite.
 constexpr float kLogUnit = 1 << 10;
 
-/// t in units of kLogUnit; -inf only where the logit is.
+/// t in units of kLogUnit. It is -inf only where the logit is.
 inline Vec small_log(Vec x, const Shift<true>& shift) { return (x + shift.minus) * (shift.scale * splat(1 / kLogUnit)); }
 
 struct DivergenceAccumulator {
     Accumulated p, q;
     VecI p_zero{}, q_zero{};
 
-    /// One vector of both. kDead: columns may be -inf, which is a probability of 0; kSlow: references are of any size, and
-    /// differences are in units of kLogUnit.
+    /// Adds one vector of both tensors. kDead: a column may be -inf, which is probability 0. kSlow:
+    /// references may have any size, and differences are in units of kLogUnit.
     template <bool kDead, bool kSlow>
     RW_INLINE void add(Vec x, Vec y, const Shift<kSlow>& p_shift, const Shift<kSlow>& q_shift, const Exp2<5>& exponential, const Softcap& p_cap,
                        const Softcap& q_cap) {
@@ -126,7 +128,7 @@ struct DivergenceAccumulator {
         if constexpr (kDead) {
             const VecI p_masked = x == splat(-kInf), q_masked = y == splat(-kInf);
             d = select(p_masked | q_masked | ((e == splat(0.0f)) & (f == splat(0.0f))), splat(0.0f), d);
-            s = select(s == splat(-kInf), splat(0.0f), s);  // its e is 0
+            s = select(s == splat(-kInf), splat(0.0f), s);  // e is 0 there
             t = select(t == splat(-kInf), splat(0.0f), t);
             p_zero |= p_masked & ~q_masked;
             q_zero |= q_masked & ~p_masked;
@@ -136,7 +138,7 @@ struct DivergenceAccumulator {
         p.dot = fma(e, s, p.dot);
         q.dot = fma(f, t, q.dot);
         p.cross = fma(e, d, p.cross);
-        q.cross = fma(f, d, q.cross);  // of the opposite sign
+        q.cross = fma(f, d, q.cross);  // has the opposite sign
     }
 };
 
@@ -165,7 +167,7 @@ inline DivergenceBlock sweep_divergence_block(const T* x, const U* y, int64_t n,
         const int64_t rest = n - i;
         if (rest >= kWidth) {
             acc[0].add<kDead>(get(x + i), get(y + i), p_shift, q_shift, exponential, caps.p, caps.q);
-        } else {  // padded with -inf on both sides: nothing
+        } else {  // the padding is -inf in both tensors and adds nothing
             acc[1].add<true>(get_partial(x + i, rest), get_partial(y + i, rest), p_shift, q_shift, exponential, caps.p, caps.q);
         }
     }
@@ -184,18 +186,18 @@ inline DivergenceBlock sweep_divergence_block(const T* x, const U* y, int64_t n,
     return {largest(max(acc[0].p.top, acc[1].p.top)), largest(max(acc[0].q.top, acc[1].q.top)), state};
 }
 
-/// What a row's sums come to, and where its probabilities are measured from.
+/// The statistics of a row, and the anchors of its probabilities.
 struct DivergenceResult {
     DivergenceStats stats;
     Anchor p, q;
 };
 
-/// One row of both tensors, and its constants.
+/// One row of both tensors with its constants.
 template <class T, class U>
 struct DivergenceRow {
     const T* x;
     const U* y;
-    double inverse_temperature, x_scale, y_scale;  // scales: log2(e) / T
+    double inverse_temperature, x_scale, y_scale;  // a scale is log2(e) / T
 
     DivergenceRow(const DivergenceCall& call, int64_t i) : x(row_of<T>(call, i)), y(row_of<U>(call.q, i)) {
         inverse_temperature = 1.0 / temperature_of(call, i);
@@ -204,7 +206,8 @@ struct DivergenceRow {
     }
 };
 
-/// A sweep over a row of both tensors. The block with the largest column of each is kept apart: in a sure row, it is summed again without it.
+/// Sweeps a row of both tensors. It keeps the block with the largest column of each apart: in a
+/// sure row, that block is summed again without this column.
 template <class T, class U>
 class DivergenceSweeper {
 public:
@@ -252,18 +255,20 @@ private:
     DivergenceBlock sweep(int64_t begin, int64_t n) const {
         const T* x = row_.x + begin;
         const U* y = row_.y + begin;
-        const float p_at = p_at_ == -kInf ? 0.0f : p_at_, q_at = q_at_ == -kInf ? 0.0f : q_at_;  // a block of -inf may hold a NaN
+        const float p_at = p_at_ == -kInf ? 0.0f : p_at_, q_at = q_at_ == -kInf ? 0.0f : q_at_;  // a block of -inf may also hold a NaN
         if (!is_far(p_at, row_.x_scale) && !is_far(q_at, row_.y_scale)) {
             const Shift<false> p_shift(row_.x_scale, p_at), q_shift(row_.y_scale, q_at);
             DivergenceBlock block = sweep_divergence_block<false>(x, y, n, p_shift, q_shift, exponential_, caps_);
             if (block.finite()) return block;
-            block = sweep_divergence_block<true>(x, y, n, p_shift, q_shift, exponential_, caps_);  // 0 * -inf: the same, without those columns
+            block =
+                sweep_divergence_block<true>(x, y, n, p_shift, q_shift, exponential_, caps_);  // 0 * -inf made a NaN: sum again without those columns
             if (block.finite()) return block;
         }
         return sweep_divergence_block<true>(x, y, n, Shift<true>(row_.x_scale, p_at), Shift<true>(row_.y_scale, q_at), exponential_, caps_);
     }
 
-    /// Adds a block to the others, unless it is a new home: then those that are no home any more.
+    /// Adds a block to the others. A block that becomes a new home is kept instead, and the homes
+    /// that it replaces are added.
     void keep(const DivergenceBlock& block, int64_t begin) {
         const int of = (block.p_top > p_top_ ? p : nobody) | (block.q_top > q_top_ ? q : nobody);
         if (!of) return others_.merge(block.state);
@@ -275,7 +280,8 @@ private:
         homes_[homes_[0].of ? 1 : 0] = {of, begin, block.state};
     }
 
-    /// The same without each one's largest column, beside whose 1 all else would vanish; every sum relative to that column.
+    /// The same without the largest column of each tensor, next to whose 1 the other terms would
+    /// vanish. Every sum is relative to that column.
     DivergenceResult without_largest(double p_top, double q_top) {
         DivergenceState rest = others_;
         int64_t p_column = -1, q_column = -1;
@@ -301,7 +307,8 @@ private:
         return {stats_of_sums(p, q), {p_top_, -p.log_sum}, {q_top_, -q.log_sum}};
     }
 
-    /// A column's terms; of a sum whose largest it is only that of `cross`, for its e is the 1 that is kept apart.
+    /// The terms of a column. A sum whose largest column it is takes only `cross`: its e is the 1
+    /// that is kept apart.
     void add_column(DivergenceState& to, int64_t column, bool is_p_largest, bool is_q_largest) const {
         float x = load1(row_.x + column), y = load1(row_.y + column), slope;
         if (caps_.p.on) caps_.p.apply_one(x, slope);
@@ -315,7 +322,8 @@ private:
         to.q_zero |= q_masked && !p_masked;
     }
 
-    /// `ref`: what the sums are relative to; `largest`: the term of the largest column, if it is not in the sum.
+    /// `ref` is the reference of the sums. `largest` is the term of the largest column, if the sum
+    /// lacks it.
     static DivergenceSums sums_of(const DivergenceState::Side& side, bool zero, double ref, double largest) {
         const double log_sum = largest == 0 ? side.sum > 0 ? std::log2(side.sum) : double(kNaN) : std::log1p(side.sum) * kLog2e;
         return {side.sum + largest, side.dot, side.cross, log_sum, (ref + log_sum) * kLn2, zero};
@@ -325,7 +333,7 @@ private:
     const Caps& caps_;
     const Exp2<5> exponential_{1.0};
     int64_t columns_ = 0;
-    float p_at_ = -kInf, q_at_ = -kInf, p_top_ = -kInf, q_top_ = -kInf;  // what exponentials are relative to; the largest capped logits
+    float p_at_ = -kInf, q_at_ = -kInf, p_top_ = -kInf, q_top_ = -kInf;  // references of the exponentials; the largest capped logits
     DivergenceState others_;
     Home homes_[2];
 };

@@ -5,9 +5,10 @@
 namespace reweight_ops {
 namespace {
 
-/// Rows that one pass over the instructions takes: enough that finding the next operation costs little beside it.
+/// Rows per pass over the instructions: enough to make the lookup of the next operation cheap in
+/// comparison.
 constexpr int kRows = 16;
-/// Rows below which waking another thread costs more than it saves.
+/// Below this number of rows, waking another thread costs more than it saves.
 constexpr int64_t kSerialRows = 2048;
 
 template <class Real>
@@ -33,7 +34,7 @@ public:
     }
 
 private:
-    /// What was not given, nothing reads.
+    /// Nothing reads an input that is not given.
     static void load(Real*& inputs, const Real* from, int count) {
         for (int j = 0; j < kRows; ++j) inputs[j] = from && j < count ? from[j] : Real(RW_NAN);
         inputs += kRows;

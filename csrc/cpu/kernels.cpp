@@ -1,4 +1,4 @@
-// The primitives at one instruction-set level: this file is compiled once per level, with RW_LEVEL naming it.
+// The primitives at one instruction-set level. This file is compiled once per level; RW_LEVEL names the level.
 #include "common/concat.h"
 #include "common/row_view.h"
 #include "parallel.h"
@@ -10,13 +10,13 @@
 namespace reweight_ops {
 namespace {
 
-/// One row of a call, its scale and its target's logit.
+/// One row of a call with its scale and its target's logit.
 template <class T>
 struct Row : RowView<T, int64_t> {
     using RowView<T, int64_t>::x, RowView<T, int64_t>::target;
 
-    double inverse_temperature, scale;  // scale: log2(e) / T
-    float target_logit;                 // capped; -inf if in another shard
+    double inverse_temperature, scale;  // scale is log2(e) / T
+    float target_logit;                 // capped; -inf if another shard has it
     float target_slope = 1.0f;
 
     Row(const Call& call, int64_t i, const Softcap& softcap)
@@ -31,8 +31,9 @@ struct Row : RowView<T, int64_t> {
     }
     FinishedRow<double> finish(const RowSweep& sweep) const { return {double(sweep.top) * scale, sweep.rest}; }
 
-    /// Where p is 1, as fp32 can say it, by the log-prob, `logp` and what its rounding lost, of a column with some logit: there no column has a
-    /// larger exponential.
+    /// The logit at which p is 1, as fp32 can hold it, from a column's logit and its log-prob
+    /// (`logp`, and `low`, which rounding lost). No column of the row has a larger exponential than
+    /// that.
     Anchor anchor(float logit, double logp, double low) const {
         const float at = float(logit - logp / inverse_temperature);
         return {at, ((double(at) - logit) * scale + kLog2e * logp) + kLog2e * low};
@@ -44,13 +45,15 @@ struct Row : RowView<T, int64_t> {
 
 // ---- the gradient row
 
-/// A gradient of its own that no cache holds anyway is written past them: a store would first read the line from memory.
+/// A gradient in its own tensor that no cache can hold is written past the caches: a plain store
+/// would first read the line from memory.
 template <class C>
 bool streams(const C& call, int64_t element) {
     return call.out != call.logits && call.rows * call.columns * element > kCacheBytes;
 }
 
-/// Writes one gradient row, which may be the row of logits: `v` columns of its softmax, and zeros up to `width`.
+/// Writes one gradient row: `v` columns of its softmax, and zeros up to `width`. It may overwrite
+/// the row of logits.
 template <class T>
 void write_grad(int64_t v, int64_t width, const Row<T>& row, const Derivatives<double>& d, Anchor anchor, T* g, const Softcap& softcap, Fetch ahead,
                 bool stream) {
@@ -68,7 +71,7 @@ void write_grad(int64_t v, int64_t width, const Row<T>& row, const Derivatives<d
             using S = std::decay_t<decltype(shift)>;
             const double log_p = anchor.log_p - (double(anchor.at) * row.scale - shift.ref);
             const auto sweep = [&](auto grad) { grad(row.x, g, v, shift, log_p, c, softcap, ahead); };
-            if (S::kFarAway || softcap.on || d.d_p_sq != 0) {  // far away one form serves all
+            if (S::kFarAway || softcap.on || d.d_p_sq != 0) {  // one form serves all rows far from zero
                 sweep(grad_row<T, Terms::full, false, S::kFarAway>);
             } else if constexpr (!S::kFarAway) {
                 if (d.d_entropy != 0) {
@@ -133,7 +136,8 @@ void token_stats_of(const StatsCall& call, const TopStatsCall* top) {
 
 // ---- token_grad
 
-/// The log-sum-exp is two fp32 numbers. Beyond kLargestLse they say less than the target's log-prob, unless that is tiny.
+/// The log-sum-exp is two fp32 numbers. Beyond kLargestLse they are less precise than the target's
+/// log-prob, unless the target's probability is tiny.
 template <class T>
 Anchor known_anchor(const GradCall& call, const Row<T>& row, int64_t i) {
     const float lse = call.lse[i], logp = call.logp[i];

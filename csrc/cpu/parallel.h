@@ -1,6 +1,7 @@
-// One parallel region per call, a contiguous part of the rows per thread.
+// One parallel region per call. Each thread takes a contiguous part of the rows.
 //
-// OpenMP, because PyTorch runs on it: the same worker threads serve both, and no second pool competes with threads that still spin.
+// It uses OpenMP because PyTorch does: the same worker threads serve both, and no second pool competes with threads that
+// still spin.
 #pragma once
 
 #include <atomic>
@@ -13,12 +14,14 @@
 namespace reweight_ops {
 namespace {
 
-/// Elements below which waking another thread costs more than it saves (about 30 us of work).
+/// Below this number of elements, waking another thread costs more than it saves (about 30 us of
+/// work).
 constexpr int64_t kSerialElements = 1 << 16;
-/// Elements of one chunk: small enough to balance, large enough that taking one costs nothing.
+/// Elements of one chunk: few enough to balance threads, and enough to make taking a chunk cheap.
 constexpr int64_t kChunkElements = 1 << 14;
 
-/// How many threads a call over rows x columns uses, at most `wanted`. One inside somebody else's parallel region.
+/// The number of threads for a call over rows x columns, at most `wanted`. It is 1 inside another
+/// parallel region.
 inline int threads_for(int64_t rows, int64_t columns, int wanted) {
 #ifdef _OPENMP
     if (wanted <= 1 || rows * columns < kSerialElements || omp_in_parallel()) return 1;
@@ -29,12 +32,12 @@ inline int threads_for(int64_t rows, int64_t columns, int wanted) {
 #endif
 }
 
-/// A run of chunks. Its owner takes from the front; threads that have none left take from the back.
+/// A run of chunks. Its owner takes from the front; idle threads take from the back.
 class Run {
 public:
     void reset(uint32_t begin, uint32_t end) { ends_.store(uint64_t(end) << 32 | begin, std::memory_order_relaxed); }
 
-    /// The next chunk from the front, or from the back; -1 if none is left.
+    /// Takes the next chunk from the front or from the back. Returns -1 if none is left.
     int64_t take(bool front) {
         uint64_t seen = ends_.load(std::memory_order_relaxed);
         for (;;) {
@@ -49,9 +52,10 @@ private:
     alignas(64) std::atomic<uint64_t> ends_{0};
 };
 
-/// body(row, the row after it) for each row. Every thread has a contiguous part, so that two of them rarely touch (or, in new memory, fault in
-/// and clear) one huge page; one that is done helps the others: masked rows cost nothing, others a full sweep, and a busy core must not hold up
-/// the rest.
+/// Calls body(row, next row) for each row. Every thread has a contiguous part, so that two threads
+/// rarely touch one huge page (or fault it in and clear it in new memory). A thread that is done
+/// helps the others: masked rows cost nothing and other rows a full sweep, and one busy core must
+/// not delay the rest.
 template <class Body>
 void for_each_row(int64_t rows, int64_t columns, int threads, const Body& body) {
     if (threads <= 1) {
@@ -75,7 +79,7 @@ void for_each_row(int64_t rows, int64_t columns, int threads, const Body& body) 
             return found;
         };
         for (int64_t now = take(); now >= 0;) {
-            const int64_t following = take();  // taken early, so that its first row can be fetched
+            const int64_t following = take();  // taken early, to prefetch its first row
             const int64_t end = (now + 1) * chunk < rows ? (now + 1) * chunk : rows;
             for (int64_t i = now * chunk; i < end; ++i) body(i, i + 1 < end ? i + 1 : following < 0 ? rows : following * chunk);
             now = following;

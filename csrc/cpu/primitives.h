@@ -1,4 +1,4 @@
-// The table of the primitives' implementations at one instruction-set level.
+// The primitives at one instruction-set level, as function pointers.
 #pragma once
 
 #include "common/primitives.h"

@@ -1,4 +1,4 @@
-// A loss program for one row after another: the table of common/program_table.h, as the sweeps of a row need it.
+// Evaluates a loss program row by row with the table of common/program_table.h.
 #pragma once
 
 #include <cstring>
@@ -9,17 +9,17 @@
 namespace reweight_ops {
 namespace {
 
-/// The program of a call, with everything computed that is the same for every row.
+/// The program of a call. It computes everything that is the same for every row once.
 class LossEvaluator {
 public:
     explicit LossEvaluator(const LossGradCall& call) : call_(call) { fill_uniform<1>(call.table, call.params, uniform_); }
 
-    /// From the row's statistics to its loss and the coefficients of its gradient.
+    /// Computes the row's loss and the derivatives of its gradient from the row's statistics.
     RowLoss operator()(int64_t i, const RowStats& s) const {
         const ProgramTable& table = call_.table;
         float registers[kMaxRegisters];
         std::memcpy(registers, uniform_, table.inputs * sizeof(float));
-        // What was not given, nothing reads; of log_ratio the program computes its own.
+        // Nothing reads an input that is not given. The program computes log_ratio itself.
         const auto get = [i](const float* from, float otherwise) { return from ? from[i] : otherwise; };
         float* const inputs = registers + table.inputs;
         inputs[kLogp] = s.logp;

@@ -1,8 +1,9 @@
-// Online softmax of one row in base 2: sums relative to a reference that may grow.
+// Online softmax of one row in base 2. Sums are relative to a reference that may grow.
 //
-// With t = log2(e)/T·x - ref the state holds sum = Σ 2^t, dot = Σ 2^t·t and sum_sq = Σ 4^t. Everything is relative to the reference: the
-// textbook forms (Σ p·x, log Σ e^2x) lose four digits when the logits share a large offset. The largest column is not in the sums of a
-// finished row: beside its 1, those of a sure row would vanish in rounding, and with them the log-prob and the gradient.
+// With t = log2(e)/T·x - ref the state holds sum = Σ 2^t, dot = Σ 2^t·t and sum_sq = Σ 4^t. Everything is relative to
+// the reference: the textbook forms (Σ p·x, log Σ e^2x) lose four digits when the logits share a large offset. The sums
+// of a finished row exclude the largest column: added to its 1, the sums of a sure row would vanish in rounding, and the
+// log-prob and the gradient with them.
 #pragma once
 
 #include <cmath>
@@ -19,10 +20,10 @@ struct RowState {
     Real ref = -std::numeric_limits<Real>::infinity();
     Real sum = 0, dot = 0, sum_sq = 0;
 
-    /// The same sums relative to another reference.
+    /// Makes the sums relative to another reference.
     void rebase(Real to) {
         if (to == ref) return;
-        if (sum != 0) {  // an empty state may have ref = -inf: nothing to scale, and -inf - to would poison dot
+        if (sum != 0) {  // an empty state may have ref = -inf, and -inf - to would make dot NaN
             const Real shift = ref - to, factor = std::exp2(shift);
             dot = factor * (dot + shift * sum);
             sum *= factor;
@@ -31,7 +32,7 @@ struct RowState {
         ref = to;
     }
 
-    /// Add sums that are relative to this state's reference.
+    /// Adds sums that are relative to this state's reference.
     void update(Real more_sum, Real more_dot, Real more_sum_sq) {
         sum += more_sum;
         dot += more_dot;
@@ -48,11 +49,11 @@ struct RowState {
     }
 };
 
-/// A row: its largest x·log2(e)/T, and the sums of all columns but that one, relative to it. NaN where there is no distribution: a row that
-/// holds NaN or +inf, or nothing but -inf.
+/// A row: its largest x·log2(e)/T, and the sums of all other columns relative to it. They are NaN
+/// without a distribution: where the row holds NaN or +inf, or only -inf.
 template <class Real>
 struct FinishedRow {
-    Real top, log_total;  // log_total: the log-sum-exp relative to the largest, in natural units
+    Real top, log_total;  // log_total is the log-sum-exp relative to the largest, in natural units
     RowState<Real> rest;
 
     FinishedRow(Real largest, const RowState<Real>& others) : top(largest), rest(others) {
@@ -60,11 +61,12 @@ struct FinishedRow {
         log_total = top > -std::numeric_limits<Real>::infinity() ? std::log1p(rest.sum) : std::numeric_limits<Real>::quiet_NaN();
     }
 
-    /// `target`: log2(e)/T·x of the target, -inf if it is not here. `largest`: x/T of the largest, of which log2(e) would take digits.
+    /// `target` is log2(e)/T·x of the target, -inf if another shard has it. `largest` is x/T of the
+    /// largest column: a product with log2(e) would lose digits.
     RowStats statistics(Real target, Real largest) const {
         RowStats out;
         out.logp = at_most_zero((target - top) * Real(kLn2) - log_total);
-        out.entropy = 0.0f - at_most_zero(rest.dot / (1 + rest.sum) * Real(kLn2) - log_total);  // and not -0
+        out.entropy = 0.0f - at_most_zero(rest.dot / (1 + rest.sum) * Real(kLn2) - log_total);  // avoids -0
         out.lse = float(largest + log_total);
         out.lse_low = float((largest - out.lse) + log_total);
         if (is_empty(top, rest.sum)) out.lse_low = -std::numeric_limits<float>::infinity();

@@ -15,7 +15,7 @@ void each(const RowNumbers& from, int64_t s, int64_t count, const F& f) {
     for (int64_t i = 0; i < count; ++i) f(i, first[i * from.step]);
 }
 
-/// Calls `f(i, whether it is not 0)`.
+/// Calls `f(i, element != 0)`.
 template <class F>
 void each_truth(const RowNumbers& from, int64_t s, int64_t count, const F& f) {
     const auto of = [&](auto zero) {

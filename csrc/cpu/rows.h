@@ -1,4 +1,4 @@
-// A call's rows rather than its logits: which of them are in, and what each weighs. What PyTorch does in a dozen operations is one pass.
+// Masks and weights of a call's rows. One pass does what takes PyTorch a dozen operations.
 #pragma once
 
 #include <array>
@@ -10,29 +10,31 @@
 
 namespace reweight_ops {
 
-/// Where numbers of a `[sequences, run]` tensor are, in elements. Null data: not given.
+/// The layout of a `[sequences, run]` tensor, in elements. Null data means that it is not given.
 struct RowNumbers {
     const void* data;
     int64_t sequence_stride, step;
-    int bytes;       // of an element
-    bool is_signed;  // its highest bit is a sign, of which 0 may have either: floating point
+    int bytes;       // per element
+    bool is_signed;  // floating point: the highest bit is a sign, and 0 has two signs
 };
 
-/// Which rows are in. `ids` are int32 or int64; a row is out if its id is OUT, or its mask 0.
+/// Selects the rows of the loss. `ids` are int32 or int64. A row is ignored if its id is
+/// kIgnoreIndex or its mask is 0.
 struct MaskCall {
     RowNumbers ids, mask, denominator;
     int64_t run, rows;
     int64_t* out_ids;
-    bool *keep, *counted;  // counted: null without a denominator, which is then keep
-    int32_t* lengths;      // [2, sequences]: rows that are in, and that count
+    bool *keep, *counted;  // counted is null without a denominator; keep then serves for it
+    int32_t* lengths;      // [2, sequences]: the kept and the counted rows of each
 };
 
-/// Returns the least and the largest id of the rows that are in; (0, -1) without any.
+/// Returns the smallest and the largest id of the kept rows; (0, -1) if there are none.
 std::pair<int64_t, int64_t> mask_rows(const MaskCall& call);
 
 enum class Divide : int { by_nothing = 0, by_value = 1, by_rows = 2, by_sequences = 3 };
 
-/// `out [terms, rows]`: `1 / divisor / the sequence's length / horizon * scale`, in term 0 times `factor`; 0 where a row is out.
+/// Fills `out [terms, rows]` with `1 / divisor / the sequence's length / horizon * scale`, in term
+/// 0 times `factor`. It is 0 where a row is ignored.
 struct WeighCall {
     const bool* keep;
     const int32_t* lengths;
@@ -40,7 +42,7 @@ struct WeighCall {
     Divide divide;
     float divisor;
     bool per_length;
-    float horizon, scale;  // 1: none
+    float horizon, scale;  // 1 means none
     const float* factor;   // or null
     int terms;
     float* out;
@@ -48,14 +50,16 @@ struct WeighCall {
 
 void weigh_rows(const WeighCall& call);
 
-/// What a row has of an argument: where it is, in floats; `data` null: not given, and constant where `is_number`.
+/// An argument of rows: its address and stride, in floats. Null `data` means that it is not given,
+/// and a constant where `is_number`.
 struct RowArgument {
     int64_t sequence_stride, step;
     bool is_given, is_number;
 };
 
-/// A one-pass loss, all but its tensors: rows, weights and loss in one call. `inputs`: advantages, stored log-probs of the old, the reference and the
-/// sampling policy, and two factors of the weights.
+/// A one-pass loss without its tensors: masks, weights and loss in one call. `inputs` are
+/// advantages, stored log-probs of the old, the reference and the sampling policy, and two factors
+/// of the weights.
 struct OnePass {
     static constexpr int kInputs = 6, kStored = 4;
     LossGradCall loss;
@@ -64,7 +68,7 @@ struct OnePass {
     std::array<RowArgument, kInputs> inputs;
     std::vector<float> params;
 
-    /// Where its parts are in a buffer of bytes.
+    /// Offsets of its parts in a buffer, in bytes.
     struct Layout {
         int64_t ids, weights, inputs, lengths, keep, counted, bytes;
     };
@@ -77,14 +81,15 @@ struct OnePassValues {
     std::array<const float*, OnePass::kInputs> inputs;
     std::array<float, OnePass::kInputs> numbers;
     float temperature, divisor, scale;
-    char* buffer;  // of the layout's size, aligned to 8
+    char* buffer;  // has the layout's size, aligned to 8
     float* table;  // [6, rows]
     void* out;
     RowStrides out_strides;
     int threads;
 };
 
-/// Fills the buffer; false, and nothing else is done, if the id of a row that is in is none of `loss.vocab_size`. Then `loss` does the rest.
+/// Fills the buffer for `loss`. Returns false, and does nothing else, if the id of a kept row is
+/// outside `loss.vocab_size`.
 bool fill_rows(OnePass& call, const OnePassValues& values);
 
 }  // namespace reweight_ops

@@ -1,10 +1,11 @@
-// A float vector of the level this file is compiled for, and the few operations that the kernels need.
+// The float vector of the level that this file is compiled for, and the operations that the kernels need.
 //
-// Plain GCC/Clang vector extensions, so everything builds for any processor; intrinsics only where they are worth it. All names have
-// internal linkage: this file is compiled for several instruction sets, and the linker must not merge the copies.
+// It uses GCC/Clang vector extensions, so that everything builds for any processor, and intrinsics only where they pay.
+// All names have internal linkage: this file is compiled for several instruction sets, and the linker must not merge
+// the copies.
 //
-// 16-bit rows are read two vectors at a time. bf16 is split into its even and its odd columns, because then a conversion is one shift or one
-// mask; whoever stores such a pair interleaves it again. Which lane holds which column depends on the column alone, never on an address.
+// 16-bit rows are read two vectors at a time. bf16 is split into even and odd columns: a conversion is then one shift or
+// one mask. Stores interleave such a pair again. The lane of a column depends on the column alone, never on an address.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,8 @@
 #include <arm_neon.h>
 #endif
 
-// For the bodies of loops: one that stays a call keeps its sums in memory, and takes a third longer.
+// For the bodies of loops. A body that stays a call keeps its sums in memory and takes a third
+// longer.
 #define RW_ALWAYS_INLINE __attribute__((always_inline))
 #define RW_INLINE inline RW_ALWAYS_INLINE
 
@@ -62,7 +64,7 @@ inline VecU splat_u(uint32_t x) { return x + VecU{}; }
 inline Vec select(VecI mask, Vec a, Vec b) { return (Vec)(((VecI)a & mask) | ((VecI)b & ~mask)); }
 inline VecU select(VecI mask, VecU a, VecU b) { return (a & (VecU)mask) | (b & ~(VecU)mask); }
 
-/// a > b ? a : b, so b where either is NaN.
+/// a > b ? a : b. This is b if either is NaN.
 inline Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
     return _mm512_max_ps(a, b);
@@ -82,7 +84,8 @@ constexpr bool kFused = true;
 constexpr bool kFused = false;
 #endif
 
-/// a * b + c; one rounding where the processor has it. Never left to the compiler: two kernels must round alike.
+/// a * b + c, with one rounding where the processor supports it. The compiler never chooses: two
+/// kernels must round alike.
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
     return _mm512_fmadd_ps(a, b, c);
@@ -104,7 +107,7 @@ inline double halve(const V& v) {
     }
     return lanes[0];
 }
-/// The sum of all lanes, in double: an fp32 sum would drop what is small beside one large lane.
+/// The sum of all lanes, in double. An fp32 sum would drop small lanes next to a large one.
 inline double sum4(Vec a, Vec b, Vec c, Vec d) {
     const auto wide = [](Vec v) { return __builtin_convertvector(v, VecD); };
     return halve<kWidth>((wide(a) + wide(b)) + (wide(c) + wide(d)));
@@ -144,7 +147,7 @@ inline uint32_t lane_bits(VecI v) {
 #endif
 }
 
-/// Largest integer <= t, for |t| < 2^22; NaN and -inf pass through.
+/// The largest integer <= t, for |t| < 2^22. NaN and -inf pass through.
 inline Vec floor(Vec t) {
 #if defined(__AVX512F__)
     return _mm512_roundscale_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -165,7 +168,8 @@ inline Vec power_of_two(Vec n) { return (Vec)((__builtin_convertvector(n, VecI) 
 
 // The polynomials come from csrc/cpu/fit_exp2.py, which also prints their errors.
 
-/// Coefficients of 2^f on [0, 1] by degree. Degree 5 is exactly 1 at f = 0, so that the likeliest token of a sure row has p = 1.
+/// Coefficients of 2^f on [0, 1] by degree. Degree 5 is exactly 1 at f = 0, so that the top token
+/// of a sure row has p = 1.
 constexpr double kExp2Coefs[6][6] = {
     {},
     {},
@@ -175,7 +179,8 @@ constexpr double kExp2Coefs[6][6] = {
     {1.0, 6.931513118e-01, 2.401644502e-01, 5.579991310e-02, 9.017030322e-03, 1.867130070e-03},
 };
 
-/// factor·2^t for t <= 127: exactly 0 at -inf, NaN for NaN, 0 or subnormal below 2^-126. Relative error 1e-4, 2.7e-6, 1.5e-7 for degree 3, 4, 5.
+/// factor·2^t for t <= 127. It is exactly 0 at -inf, NaN for NaN, and 0 or subnormal below 2^-126.
+/// The relative error is 1e-4, 2.7e-6, 1.5e-7 for degree 3, 4, 5.
 template <int kDegree>
 struct Exp2 {
     Vec c[kDegree + 1];
@@ -202,8 +207,9 @@ struct Exp2 {
     }
 };
 
-/// tanh, by E = expm1(2|u|) in base 2 so that small arguments keep their relative accuracy, and its slope 4(1+E)/(2+E)², which is formed
-/// from E too: 1 - tanh² would lose all digits as tanh goes to 1.
+/// tanh from E = expm1(2|u|) in base 2, so that small arguments keep their relative accuracy, and
+/// its slope 4(1+E)/(2+E)². The slope comes from E too: 1 - tanh² would lose all digits as tanh
+/// goes to 1.
 inline Vec tanh(Vec u, Vec& slope) {
     const VecI sign = (VecI)u & INT32_MIN;
     const Vec magnitude = (Vec)((VecI)u & INT32_MAX);
@@ -218,7 +224,7 @@ inline Vec tanh(Vec u, Vec& slope) {
     const Vec expm1 = fma(p * f, scale, scale - splat(1.0f));
     const Vec part = splat(2.0f) / (expm1 + splat(2.0f));
     slope = (expm1 + splat(1.0f)) * part * part;
-    // Beyond 1/2, one minus the small part: its rounding is smaller than that of a quotient.
+    // Beyond 1/2, use one minus the small part: it rounds less than a quotient.
     return (Vec)((VecI)select(expm1 > splat(2.0f), splat(1.0f) - part, expm1 / (expm1 + splat(2.0f))) | sign);
 }
 
@@ -245,14 +251,15 @@ inline void load2(const Bf16* p, Vec& even, Vec& odd) {
     odd = (Vec)(pairs & 0xffff0000u);
 }
 
-/// bf16 in the upper half of each lane, rounded to nearest even; a NaN stays one.
+/// bf16 in the upper half of each lane, rounded to nearest even. NaN stays NaN.
 inline VecU round_to_bf16(Vec v) {
     const VecU u = (VecU)v;
     return select(v == v, u + (0x7fffu + ((u >> 16) & 1u)), u | 0x400000u);
 }
 inline VecU pack(const Bf16*, Vec even, Vec odd) {
 #if defined(__AVX512BF16__)
-    // One instruction rounds both; it leaves the even columns in the lower half, so interleave. Results below 2^-126 become 0.
+    // One instruction rounds both vectors. It leaves the even columns in the lower half, so
+    // interleave. Results below 2^-126 become 0.
     alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
@@ -280,7 +287,8 @@ inline VecU pack(const F16*, Vec a, Vec b) {
     return (VecU)_mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-// By bits: compilers do not vectorise _Float16 without hardware for it, and then it takes 40 ns an element.
+// Converts by bits: compilers do not vectorise _Float16 without hardware for it, and an element
+// would take 40 ns.
 inline Vec widen_f16(VecU half) {
     const VecU magnitude = (half & 0x7fffu) << 13;
     const Vec finite = (Vec)magnitude * splat(5.192296858534828e33f);  // 2^112, the difference of the exponent biases
@@ -312,7 +320,7 @@ inline void store2(T* p, Vec a, Vec b) {
     store(p, pack(p, a, b));
 }
 
-/// store past the caches, where the level can; p must be aligned to the vector.
+/// Stores past the caches if the level can. p must be aligned to the vector.
 template <class V>
 inline void stream(void* p, V v) {
 #if defined(__AVX512F__)
@@ -338,7 +346,7 @@ inline void stream_fence() {
 #endif
 }
 
-/// The first n < 2 * kWidth elements at p, the rest -inf.
+/// Loads the first n < 2 * kWidth elements at p, and -inf for the others.
 template <class T>
 inline void load2_partial(const T* p, int64_t n, Vec& a, Vec& b) {
     T padded[2 * kWidth];

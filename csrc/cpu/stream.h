@@ -1,4 +1,4 @@
-// What the memory of this machine can do: the yardstick of the benchmarks.
+// A probe of this machine's memory bandwidth, for the benchmarks.
 #pragma once
 
 #include "parallel.h"
@@ -8,7 +8,8 @@
 namespace reweight_ops {
 namespace {
 
-/// One pass over n floats in equal parts per thread, by the widest loads and stores of this level. `flush` drops them from every cache.
+/// One pass over n floats in equal parts per thread, with the widest loads and stores of this
+/// level. `flush` drops them from every cache.
 inline void stream(Stream kind, float* a, float* b, int64_t n, int threads) {
     constexpr int64_t kStep = 8 * kWidth;
     const int64_t steps = n / kStep;
@@ -32,7 +33,7 @@ inline void stream(Stream kind, float* a, float* b, int64_t n, int threads) {
 #endif
             }
         }
-        if (largest(seen) == 1.2345e30f) a[0] = 0.0f;  // never: without it the reads could be left out
+        if (largest(seen) == 1.2345e30f) a[0] = 0.0f;  // never true; it keeps the compiler from removing the reads
     }
 }
 

@@ -1,4 +1,5 @@
-// The two sweeps over a row: statistics, and the gradient. Everything vocabulary-sized happens here.
+// The two sweeps over a row: statistics and gradient. All work of the vocabulary's size happens
+// here.
 #pragma once
 
 #include <cmath>
@@ -14,28 +15,32 @@
 namespace reweight_ops {
 namespace {
 
-/// Columns of one block, the unit in which the reference of the exponentials may change: 32 additions for each lane of four accumulators,
-/// so that fp32 sums stay exact to a few roundings at any width.
+/// Columns of one block. The reference of the exponentials may change between blocks. A block is 32
+/// additions for each lane of four accumulators, so that fp32 sums stay exact to a few roundings at
+/// any width.
 constexpr int64_t kBlock = 128 * kWidth;
-/// The reference may lag the running maximum by 2^2: a block is redone only when it exceeds that, so maxima need no sweep of their own.
-/// More would cost the entropy digits: its two parts grow with the lag and cancel.
+/// The reference may lag the running maximum by 2^2. A block is summed again only when it exceeds
+/// that, so that maxima need no sweep of their own. A larger margin would cost digits of the
+/// entropy: its two parts grow with the lag and cancel.
 constexpr double kMargin = 2.0;
-/// How far ahead of a sweep to fetch: the hardware's own prefetch stops at every page of 4 KiB.
+/// How far ahead of a sweep to prefetch. The hardware prefetcher stops at every 4 KiB page.
 constexpr int64_t kFetchAhead = 8192;
 
-/// Starts loading the cache lines of [p, p + bytes); any address will do.
+/// Starts loading the cache lines of [p, p + bytes). Any address is allowed.
 template <int64_t kBytes>
 inline void fetch(const char* p) {
     for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(p + line);
 }
 
-/// What a gradient sweep fetches while it runs: from `p`, 2^-shift bytes for each byte of its own.
+/// What a gradient sweep prefetches while it runs: from `p`, 2^-shift bytes for each byte of its
+/// own row.
 struct Fetch {
     const char* p;
     int shift;
 };
 
-/// Degree of the exponential in a gradient of this type: its error vanishes in the rounding of the result.
+/// The degree of the exponential in a gradient of this type. Its error vanishes in the rounding of
+/// the result.
 template <class T>
 constexpr int kDegree = 5;
 template <>
@@ -48,7 +53,8 @@ struct Softcap {
     Vec cap;
     explicit Softcap(float c) : on(c < kInf), cap(splat(c)) {}
 
-    /// cap·tanh(x / cap), and its derivative. Infinities stay: -inf has no mass, +inf has to make the row NaN.
+    /// cap·tanh(x / cap), and its derivative. Infinities stay: -inf has no mass, and +inf must make
+    /// the row NaN.
     void apply(Vec& x, Vec& slope) const {
         const Vec r = tanh(x / cap, slope);
         const VecI infinite = ((VecI)x & INT32_MAX) == 0x7f800000;
@@ -67,8 +73,9 @@ struct Softcap {
 constexpr double kFarAway = 1 << 20;
 inline bool is_far(float at, double scale) { return !(std::fabs(at * scale) < kFarAway); }
 
-/// t = x·log2(e)/T - ref, to within a few roundings of t itself however large x is: in one instruction, or by subtracting before scaling,
-/// which is right for any x. The scale is rounded; as `ref` is what it gives at the logit `at`, that costs a rounding of the difference only.
+/// t = x·log2(e)/T - ref, to a few roundings of t however large x is. It takes one fma, or
+/// subtracts before it scales, which is right for any x. The scale is rounded. `ref` is the product
+/// at the logit `at`, so that this costs only a rounding of the difference.
 template <bool kFar>
 struct Shift {
     static constexpr bool kFma = kFused && !kFar;
@@ -79,7 +86,8 @@ struct Shift {
     Shift(double exact_scale, float at) {
         const float k = float(exact_scale);
         const double product = double(at) * k;
-        // Rounded down, so that t is never just below 0 at `at`: from above, the polynomial goes to 1 exactly.
+        // Rounded down, so that t is never just below 0 at `at`: from above, the polynomial goes to
+        // exactly 1.
         float r = kFma ? float(product) : at;
         if (kFma && r > product) r = std::nextafter(r, -kInf);
         scale = splat(k);
@@ -89,7 +97,7 @@ struct Shift {
     Vec operator()(Vec x) const { return kFma ? fma(x, scale, minus) : (x + minus) * scale; }
 };
 
-/// body(the shift to `at`): a generic function of it, for everything that is done relative to one logit.
+/// Calls body(shift to `at`), a generic function, for everything that is relative to one logit.
 template <class Body>
 auto with_shift(double scale, float at, const Body& body) {
     return is_far(at, scale) ? body(Shift<true>(scale, at)) : body(Shift<false>(scale, at));
@@ -98,14 +106,14 @@ auto with_shift(double scale, float at, const Body& body) {
 struct BlockSums {
     float top = -kInf;  // the largest capped logit
     RowState<double> state;
-    bool has_top = true;  // its own term is in the sums
+    bool has_top = true;  // the sums include its own term
 };
 
 template <Sums kSums>
 struct Accumulator {
     Vec top = splat(-kInf), sum{}, dot{}, sum_sq{};
 
-    /// One vector of logits.
+    /// Adds one vector of logits.
     template <bool kFar>
     RW_INLINE void add(Vec x, const Shift<kFar>& shift, const Exp2<5>& exponential, const Softcap& softcap) {
         if constexpr (kSums == Sums::full) {
@@ -122,7 +130,7 @@ struct Accumulator {
     }
 };
 
-/// Sums of one block relative to shift.ref.
+/// The sums of one block relative to shift.ref.
 template <class T, Sums kSums, bool kFar>
 inline BlockSums sweep_block(const T* x, int64_t n, const Shift<kFar>& shift, const Exp2<5>& exponential, const Softcap& softcap) {
     Accumulator<kSums> acc[4];
@@ -175,7 +183,7 @@ inline float block_top(const T* x, int64_t n, const Softcap& softcap) {
     return top;
 }
 
-/// The first column of a block whose capped logit is `top`; there is one.
+/// The first column of a block whose capped logit is `top`. There must be one.
 template <class T>
 inline int64_t find_top(const T* x, int64_t n, float top, const Softcap& softcap) {
     const auto is_top = [&](Vec v) {
@@ -193,16 +201,18 @@ inline int64_t find_top(const T* x, int64_t n, float top, const Softcap& softcap
     return i;
 }
 
-/// The largest capped logit of a row, and the sums of all columns but that one.
+/// The largest capped logit of a row, and the sums of all other columns.
 struct RowSweep {
     float top = -kInf;
     RowState<double> rest;
 };
 
-/// Beside the 1 of the largest column, a sum of exponentials below this has lost too many digits in fp32: a block's 32 additions may take
-/// 2^-19. Such a block is summed again without that column.
+/// Next to the 1 of the largest column, a sum of exponentials below this has lost too many digits
+/// in fp32: the 32 additions of a block may lose 2^-19. Such a block is summed again without that
+/// column.
 constexpr double kSmallRest = 1.0 / 2048;
-/// A largest logit that leaps ahead of the reference by 2^8 is likely to be nearly all of its row: the sweep that follows leaves it out at once.
+/// A maximum that exceeds the reference by 2^8 probably has nearly all of its row's mass. The next
+/// sweep leaves it out at once.
 constexpr double kLeap = 8.0;
 
 template <class T, Sums kSums>
@@ -212,7 +222,7 @@ public:
     RowSweeper(double scale, const Softcap& softcap, TopIds<T>* likeliest = nullptr) : scale_(scale), softcap_(softcap), likeliest_(likeliest) {}
 
     RowSweep operator()(const T* x, int64_t columns) {
-        const T* home = x;  // the block that holds the largest column is kept apart
+        const T* home = x;  // the block with the largest column is kept apart
         BlockSums kept;
         RowState<double> others;
         for (int64_t begin = 0; begin < columns; begin += kBlock) {
@@ -246,16 +256,17 @@ private:
 
     static int64_t size_of(int64_t left) { return left < kBlock ? left : kBlock; }
 
-    /// Sums relative to the reference. Where there is none, all is -inf so far: relative to anything finite, for there may be a NaN.
+    /// Sums relative to the reference. Without one, every logit so far is -inf, and any finite
+    /// reference serves: the block may hold a NaN.
     BlockSums sweep(const T* x, int64_t n) const {
         return with_shift(scale_, at_ == -kInf ? 0.0f : at_, [&](const auto& shift) {
-            // Far away one form serves all.
+            // One form serves all rows far from zero.
             constexpr Sums kThese = std::decay_t<decltype(shift)>::kFarAway ? Sums::full : kSums;
             return sweep_block<T, kThese>(x, n, shift, exponential_, softcap_);
         });
     }
 
-    /// The same without one of the largest columns: those before it and those after it.
+    /// The same without one of the largest columns: the columns before it and those after it.
     BlockSums sweep_without(const T* x, int64_t n, float top) const {
         if (top == -kInf || top == kInf) return sweep(x, n);
         const int64_t column = find_top(x, n, top, softcap_);
@@ -275,7 +286,7 @@ private:
         return state;
     }
 
-    /// Less exactly what the largest column added.
+    /// Subtracts exactly what the largest column added.
     RowState<double> without_top(const BlockSums& sums) const {
         RowState<double> state = sums.state;
         if (sums.has_top && sums.top > -kInf) {
@@ -293,7 +304,7 @@ private:
     float at_ = -kInf;  // the logit that exponentials are relative to
 };
 
-/// Gradients beyond this size are held by no cache when they are next read.
+/// No cache still holds a gradient beyond this size when it is read next.
 constexpr int64_t kCacheBytes = 8 << 20;
 
 template <class T>
@@ -303,17 +314,19 @@ void fill(T* g, int64_t n, float value) {
     if (i < n) store2_partial(g + i, n - i, splat(value), splat(value));
 }
 
-/// Where probabilities are measured from: a logit near the largest, and the log2 of the probability that a column with that logit has.
+/// The origin of probabilities: a logit near the largest, and the log2 of the probability of a
+/// column with that logit.
 struct Anchor {
     float at;
     double log_p;
 };
 
-/// The gradient row from the logits, in one sweep. May be written over them. kStream: past the caches, for which g must be aligned to 64.
+/// Writes the gradient row from the logits in one sweep. It may overwrite them. kStream writes past
+/// the caches; g must then be aligned to 64.
 template <class T, Terms kTerms, bool kStream, bool kFar>
 void grad_row(const T* x, T* g, int64_t columns, const Shift<kFar>& shift, double log_p, const GradCoefs<double>& coefs, const Softcap& softcap,
               Fetch ahead) {
-    // p = e·2^log_p: log_p, of a column where the shift is 0, goes into the coefficients.
+    // p = e·2^log_p. The coefficients take log_p, the log-prob of a column where the shift is 0.
     const double p = std::exp2(log_p);
     const Vec a = splat(float(p * (coefs.constant + coefs.log * kLn2 * log_p))), b = splat(float(p * coefs.log * kLn2)),
               d = splat(float(p * p * coefs.p_coef));

@@ -66,7 +66,7 @@ private:
 
     /// A bound from the first columns: of groups of 8, `count` have a largest logit that is not below the bound.
     void bound_by_groups(const T* x, int64_t n) {
-        float tops[kGroups];
+        float tops[kGroups] = {};
         int groups = 0;
         Vec a, b;
         for (int64_t i = 0; i + 8 * kWidth <= n && groups < kGroups; i += 8 * kWidth, groups += kWidth) {

@@ -1,12 +1,13 @@
-// Clusters of blocks, barriers in shared memory and bulk copies, of sm_90 and later. As platform.h: compiled by g++ it is the emulator's.
+// Clusters of blocks, barriers in shared memory and bulk copies of sm_90 and later. As with
+// platform.h, g++ compiles the emulator's version.
 #pragma once
 
 #include "platform.h"
 
 namespace reweight_ops {
 
-/// In shared memory: counts arrivals, and bytes that were announced and have come. Each time all are in, its phase ends; a wait names the
-/// parity of the phase it waits for, 0 for the first.
+/// A barrier in shared memory. It counts arrivals and the bytes of announced copies. A phase ends
+/// when all of them have come. A wait names the parity of its phase, 0 for the first.
 struct alignas(8) Barrier {
     uint64_t state;
 };
@@ -27,19 +28,20 @@ RW_DEVICE int cluster_rank() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return int(rank);
 }
-/// Of all threads of the cluster; orders what they wrote to shared memory before.
+/// Waits for all threads of the cluster, and orders their earlier writes to shared memory.
 RW_DEVICE void cluster_barrier() { asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory"); }
 
 RW_DEVICE void initialize(Barrier& b, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&b)), "r"(arrivals) : "memory");
 }
-/// After the last initialize() and before a barrier of the cluster: other blocks and copies may then use the barriers.
+/// Call this after the last initialize() and before a barrier of the cluster. Other blocks and
+/// copies may then use the barriers.
 RW_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 RW_DEVICE void arrive(Barrier& b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&b)) : "memory"); }
 RW_DEVICE void arrive_expecting(Barrier& b, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&b)), "r"(bytes) : "memory");
 }
-/// For arrivals of this block and for copies.
+/// Waits for arrivals of this block and for copies.
 RW_DEVICE void wait(const Barrier& b, int parity) {
     uint32_t over;
     do {
@@ -49,7 +51,7 @@ RW_DEVICE void wait(const Barrier& b, int parity) {
                      : "memory");
     } while (!over);
 }
-/// For what other blocks send.
+/// Waits for what other blocks send.
 RW_DEVICE void wait_for_cluster(const Barrier& b, int parity) {
     uint32_t over;
     do {
@@ -60,7 +62,8 @@ RW_DEVICE void wait_for_cluster(const Barrier& b, int parity) {
     } while (!over);
 }
 
-/// To block `rank` of the cluster, at the place that `to` is in this one; counts as 16 bytes on that block's `on`.
+/// Sends v to block `rank` of the cluster, at the address that `to` has in this block. It counts as
+/// 16 bytes on that block's `on`.
 RW_DEVICE void send(Vector v, void* to, Barrier& on, int rank) {
     uint32_t there, barrier_there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
@@ -70,7 +73,7 @@ RW_DEVICE void send(Vector v, void* to, Barrier& on, int rank) {
                  : "memory");
 }
 
-// What the second-level cache is to think of what a policy comes with.
+// Hints for the L2 cache. A policy accompanies a load or a store.
 #define RW_POLICY(name)                                                                    \
     RW_DEVICE uint64_t name() {                                                            \
         uint64_t policy;                                                                   \
@@ -83,49 +86,50 @@ RW_POLICY(evict_last)
 RW_POLICY(evict_unchanged)
 #undef RW_POLICY
 
-/// Addresses and size are multiples of 16 bytes. The bytes count on `on` as they come.
+/// Addresses and size are multiples of 16 bytes. `on` counts the bytes as they arrive.
 RW_DEVICE void bulk_load(void* shared, const void* global, int bytes, Barrier& on, uint64_t policy) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
         "l"(global), "r"(bytes), "r"(shared_address(&on)), "l"(policy)
         : "memory");
 }
-/// One group of its own, for the two waits below.
+/// Each store is a group by itself, for the two waits below.
 RW_DEVICE void bulk_store(void* global, const void* shared, int bytes, uint64_t policy) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;\n\tcp.async.bulk.commit_group;" ::"l"(global),
                  "r"(shared_address(shared)), "r"(bytes), "l"(policy)
                  : "memory");
 }
-/// Until all but the thread's last N bulk stores have read their shared memory.
+/// Waits until all but the thread's last N bulk stores have read their shared memory.
 template <int N>
 RW_DEVICE void wait_group_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
-/// Until all but the thread's last N bulk stores are complete.
+/// Waits until all but the thread's last N bulk stores are complete.
 template <int N>
 RW_DEVICE void wait_group() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
 }
 
-/// One arrival for a warp whose threads have read a place that a bulk load is to fill.
+/// One arrival for a warp whose threads have read a slot. A bulk load may then fill it.
 RW_DEVICE void release(Barrier& b) {
     warp_barrier();
     if (thread_index() % 32 == 0) arrive(b);
 }
-/// One arrival for a warp whose threads have written what a bulk store is to read. The fence, the warp's barrier and the arrival belong together:
-/// without the fence bulk stores may read what was there before.
+/// One arrival for a warp whose threads have written what a bulk store reads next. The fence, the
+/// warp's barrier and the arrival belong together: without the fence, a bulk store may read the old
+/// contents.
 RW_DEVICE void release_written(Barrier& b) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     release(b);
 }
 
-/// As store16, with a policy.
+/// Like store16, with a policy.
 RW_DEVICE void store16(void* p, Vector v, uint64_t policy) {
     asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(v.words[0]), "r"(v.words[1]),
                  "r"(v.words[2]), "r"(v.words[3]), "l"(policy)
                  : "memory");
 }
-/// Brings a line near, for whoever reads it in a moment.
+/// Prefetches a cache line that a thread reads soon.
 RW_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 
 RW_DEVICE Vector load_shared(const Vector* p) {

@@ -1,4 +1,5 @@
-// The Python module reweight_ops._cuda. It imports without a driver: the static CUDA runtime looks for one on the first launch.
+// The Python module reweight_ops._cuda. It imports without a driver: the static CUDA runtime looks for one at the first
+// launch.
 #include "bindings.h"
 
 #include "dispatch.h"
@@ -16,7 +17,7 @@
 using namespace reweight_ops;
 
 PYBIND11_MODULE(RW_MODULE, m) {
-    m.doc() = "CUDA kernels on raw addresses, without any check: reweight_ops.backends validates every argument first. Primitives return a status.";
+    m.doc() = "CUDA kernels on raw addresses. They check nothing: reweight_ops validates every argument first. Primitives return a status.";
     m.attr("max_registers") = kMaxSharedRegisters;
     bind_primitives(m, token_stats, token_grad, token_loss_grad);
     bind_divergence(m, divergence, divergence, divergence);
@@ -33,7 +34,8 @@ PYBIND11_MODULE(RW_MODULE, m) {
                           at<void>(stream)});
         },
         py::call_guard<py::gil_scoped_release>(), py::arg("dtype"), py::arg("data"), py::arg("strides"), py::arg("rows"), py::arg("columns"),
-        py::arg("factor"), py::arg("device") = 0, py::arg("stream") = 0, "data *= factor, which is read on the device; nothing where it is 1.");
+        py::arg("factor"), py::arg("device") = 0, py::arg("stream") = 0,
+        "Computes data *= factor. It reads factor on the device and does nothing if it is 1.");
     m.def(
         "ring_unsupported_reason",
         [](const Call& call, Address out, std::array<int64_t, 3> out_strides) {
@@ -44,12 +46,13 @@ PYBIND11_MODULE(RW_MODULE, m) {
             return ring_unsupported_reason(full);
         },
         py::arg("call"), py::arg("out"), py::arg("out_strides"),
-        "Why token_loss_grad would take its streaming kernel; empty: it would take the ring kernel.");
-    m.def("set_kernel", &set_kernel, py::arg("name"), "auto, or streaming or ring to compare them: what token_loss_grad takes in this process.");
+        "Says why token_loss_grad would take its streaming kernel. Empty if it would take the ring kernel.");
+    m.def("set_kernel", &set_kernel, py::arg("name"),
+          "Sets the kernel of token_loss_grad in this process: auto, or streaming or ring to compare them.");
 #if defined(RW_EMULATION)
     m.def("set_schedule", &emulation::set_schedule, py::arg("name"), py::arg("seed"), "eager, late, random or skew.");
-    m.def("set_device", &emulation::set_device, py::arg("major"), py::arg("shared_bytes"), py::arg("clusters"), "What the host sees.");
-    m.def("set_status", &emulation::set_status, py::arg("status"), "What launches return instead of running.");
+    m.def("set_device", &emulation::set_device, py::arg("major"), py::arg("shared_bytes"), py::arg("clusters"), "Sets what the host sees.");
+    m.def("set_status", &emulation::set_status, py::arg("status"), "Sets a status that launches return instead of running.");
     m.def("last_error", &emulation::last_error);
     m.def("error_string", [](int status) { return "emulated status " + std::to_string(status); }, py::arg("status"));
 #else
@@ -65,6 +68,8 @@ PYBIND11_MODULE(RW_MODULE, m) {
         cudaRuntimeGetVersion(&version);
         return version;
     });
-    m.def("archs", [] { return std::string(RW_CUDA_ARCHS); }, "Compute capabilities compiled for; the last one as PTX too.");
+    m.def(
+        "archs", [] { return std::string(RW_CUDA_ARCHS); },
+        "Returns the compute capabilities that were compiled; the last one is also compiled as PTX.");
 #endif
 }

@@ -1,15 +1,15 @@
-// What the host asks of a device, and launches. For nvcc and g++ alike.
+// Device queries and kernel launches of the host, for nvcc and g++.
 #pragma once
 
 #include <cstdint>
 
 namespace reweight_ops {
 
-/// `status` is not 0 where there is no such device.
+/// `status` is not 0 if there is no such device.
 struct Device {
     int status, processors, l2_bytes;
-    int major;         // of its compute capability
-    int shared_bytes;  // that a block can have
+    int major;         // major compute capability
+    int shared_bytes;  // the most that a block can have
 };
 
 struct Shape {
@@ -41,7 +41,8 @@ inline Device device_of(int index) {
     return d;
 }
 
-/// f() with `device` current, and the thread's own current device again afterwards. Returns the first status that is not 0.
+/// Calls f() with `device` current, then restores the thread's device. Returns the first status
+/// that is not 0.
 template <class F>
 int on_device(int device, const F& f) {
     int before = 0;
@@ -53,7 +54,7 @@ int on_device(int device, const F& f) {
     return status != cudaSuccess ? status : restored;
 }
 
-/// `attribute` has to live as long as what is returned.
+/// `attribute` must outlive the returned configuration.
 inline cudaLaunchConfig_t configuration(const Shape& shape, void* stream, cudaLaunchAttribute& attribute) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(shape.blocks));
@@ -79,8 +80,9 @@ int launch(void (*kernel)(const Call), const Shape& shape, const Call& call) {
     });
 }
 
-/// How many clusters of a kernel a device runs at once; 0: it cannot. Asked once per device and shape, and before the first launch, for it
-/// also grants the kernel its shared memory. Returns a status.
+/// Sets `count` to the number of clusters of a kernel that the device runs at once; 0 means that it
+/// cannot run one. The device is asked once per kernel, device and cluster size. Call this before
+/// the first launch: it also grants the kernel its shared memory. Returns a status.
 template <class Call>
 int active_clusters(void (*kernel)(const Call), const Shape& shape, int device, int& count) {
     static std::mutex mutex;
@@ -101,7 +103,7 @@ int active_clusters(void (*kernel)(const Call), const Shape& shape, int device, 
         cudaLaunchAttribute attribute;
         const cudaLaunchConfig_t config = configuration(one, nullptr, attribute);
         done = cudaOccupancyMaxActiveClusters(&count, function, &config);
-        if (done == cudaErrorInvalidClusterSize) {  // no such cluster on this device
+        if (done == cudaErrorInvalidClusterSize) {  // this device lacks such clusters
             count = 0;
             cudaGetLastError();
             return cudaSuccess;

@@ -1,4 +1,5 @@
-// Which kernels serve a call: by dtype, and for token_loss_grad by the one rule that takes the ring kernel or the streaming one.
+// Chooses the kernels of a call by dtype. One rule chooses the ring or the streaming kernel for
+// token_loss_grad.
 #include "dispatch.h"
 
 #include <atomic>
@@ -34,7 +35,7 @@ const RingKernels& ring_for(const Call& call) {
     }
 }
 
-/// How the ring kernel would run, or why it cannot.
+/// The launch of the ring kernel, or the reason why it cannot serve the call.
 struct Plan {
     int status = 0;
     std::string ring_unsupported_reason;
@@ -54,7 +55,7 @@ Plan plan(const LossGradCall& call) {
         p.ring_unsupported_reason = "rows of the logits do not all start at a multiple of 16 bytes";
     } else if (!rows_are_aligned(call.out, call.out_strides, call)) {
         p.ring_unsupported_reason = "rows of the gradient do not all start at a multiple of 16 bytes";
-    } else if (const int needed = slices.tiles() + 1 + kStoresInFlight; needed > p.tiles) {  // a tile of the next row, and what is in motion
+    } else if (const int needed = slices.tiles() + 1 + kStoresInFlight; needed > p.tiles) {  // plus a tile of the next row and the stores in flight
         p.ring_unsupported_reason = "a row of " + std::to_string(call.vocab_size) + " columns does not fit in the shared memory of " +
                                     std::to_string(slices.count) + " blocks (" + std::to_string(needed) + " tiles of 16 KiB in each, " +
                                     std::to_string(p.tiles) + " fit)";
@@ -97,9 +98,9 @@ int scale(const ScaleCall& call) {
 }
 
 std::string ring_unsupported_reason(const LossGradCall& call) {
-    if (choice == streaming) return "it was asked for by set_kernel";
+    if (choice == streaming) return "set_kernel chose the streaming kernel";
     const Plan p = plan(call);
-    return p.status ? "there is no GPU to ask" : p.ring_unsupported_reason;
+    return p.status ? "no GPU is available" : p.ring_unsupported_reason;
 }
 
 void set_kernel(const std::string& name) {

@@ -1,4 +1,5 @@
-// Which kernels serve a call. Launches only: no allocation, no synchronization; every function returns a CUDA status, 0 for success.
+// Chooses the kernels of a call. It only launches: it allocates nothing and does not synchronize.
+// Every function returns a CUDA status; 0 is success.
 #pragma once
 
 #include <string>
@@ -13,7 +14,8 @@ struct StreamingKernels {
     int (*token_loss_grad)(const LossGradCall&);
 };
 struct RingKernels {
-    /// How many clusters the device runs at once, with rings of so many tiles.
+    /// Sets `count` to the number of clusters that the device runs at once, with rings of `tiles`
+    /// tiles.
     int (*clusters)(const LossGradCall&, int tiles, int& count);
     int (*token_loss_grad)(const LossGradCall&, int tiles, int64_t clusters);
 };
@@ -31,15 +33,17 @@ inline bool rows_are_aligned(const void* p, const RowStrides& strides, const Cal
 }
 inline bool rows_are_aligned(const Call& call) { return rows_are_aligned(call.logits, call.strides, call); }
 
-/// Streaming kernels serve every call; the ring kernel serves token_loss_grad where it can. Both give the same bits.
+/// The streaming kernels serve every call. The ring kernel serves token_loss_grad where it can.
+/// Both give the same bits.
 int token_stats(const StatsCall& call);
 int token_grad(const GradCall& call);
 int token_loss_grad(const LossGradCall& call);
 
-/// Why the streaming kernel would serve the call; empty: the ring kernel would.
+/// Says why the streaming kernel would serve the call. Empty if the ring kernel would.
 std::string ring_unsupported_reason(const LossGradCall& call);
 
-/// "auto", or "streaming" or "ring" to compare them: "ring" makes a call that the ring cannot serve fail with cudaErrorNotSupported.
+/// Chooses "auto", or "streaming" or "ring" to compare them. With "ring", a call that the ring
+/// cannot serve fails with cudaErrorNotSupported.
 void set_kernel(const std::string& name);
 
 }  // namespace reweight_ops

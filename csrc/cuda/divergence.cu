@@ -1,8 +1,9 @@
-// Two logits tensors: divergences of their softmaxes and the gradient by the first. A persistent grid, one block a row; each tensor is read once
-// for statistics and once for a gradient. Compiled once per dtype of the first tensor, with RW_ELEMENT and RW_DTYPE naming it.
+// Divergences of the softmaxes of two logits tensors, and the gradient by the first. The grid is persistent, with one block
+// per row. Each tensor is read once for statistics and once for a gradient. The file is compiled once per dtype of the
+// first tensor; RW_ELEMENT and RW_DTYPE name the dtype.
 //
-// With t = (x - top)·log2(e)/T and e = 2^t a state holds, for each tensor, Σe, Σe·t and Σe·(own t - the other's t): where the distributions are
-// close, the differences themselves are small.
+// With t = (x - top)·log2(e)/T and e = 2^t a state holds, for each tensor, Σe, Σe·t and Σe·(own t - the other's t): where
+// the distributions are close, the differences themselves are small.
 #include "divergence.h"
 
 #include "common/concat.h"
@@ -11,10 +12,11 @@
 namespace reweight_ops {
 namespace {
 
-/// Columns that a thread takes of both tensors at once, whatever their dtypes: a vector of 16 bits, two of 32.
+/// Columns of both tensors that a thread takes at once, for every dtype: one 16-bit vector or two
+/// 32-bit vectors.
 constexpr int kColumns = 8;
-/// Groups of so many columns in flight: of two tensors in fp32, and element by element, registers do not suffice for more than one. The order of
-/// additions does not depend on it.
+/// Groups of columns in flight. Two fp32 tensors, and rows that are read element by element, leave
+/// registers for only one. The order of additions does not depend on it.
 template <class T, class U, bool kAligned>
 constexpr int kInFlight = kAligned && sizeof(T) + sizeof(U) < 8 ? 2 : 1;
 constexpr int kBlocksPerProcessor = 2;
@@ -25,12 +27,12 @@ struct Side {
 
 struct State {
     Side p, q;
-    float p_zero = 0.0f, q_zero = 0.0f;  // 1: a column has p = 0 < q; q = 0 < p
+    float p_zero = 0.0f, q_zero = 0.0f;  // 1 if a column has p = 0 < q; q = 0 < p
 };
 
 using States = State[kWarps];
 
-/// How both tensors of a row become distributions.
+/// The scales of both tensors of a row.
 struct Scales {
     float p, q;  // log2(e) / T
 };
@@ -45,10 +47,11 @@ RW_DEVICE void rebase(Side& s, float top, float shift, float others_shift) {
     s.top = top;
 }
 
-/// The same sums relative to other maxima.
+/// Makes the sums relative to other maxima.
 RW_DEVICE void rebase(State& s, float p_top, float q_top, const Scales& scales) {
     if (p_top == s.p.top && q_top == s.q.top) return;
-    // Bounded: a maximum may be the lowest number of all, by which logits are masked, and -inf - -inf would be NaN.
+    // The bound: a maximum may be the lowest finite number, by which logits are masked, and -inf -
+    // -inf would be NaN.
     const auto shift = [](float from, float to, float scale) { return from == -kInf || from == to ? 0.0f : fmaxf((from - to) * scale, -1e30f); };
     const float p_shift = shift(s.p.top, p_top, scales.p), q_shift = shift(s.q.top, q_top, scales.q);
     rebase(s.p, p_top, p_shift, q_shift);
@@ -76,14 +79,16 @@ RW_DEVICE State merge_lanes(State s, const Scales& scales) {
     return s;
 }
 
-/// log2 of a column's exponential. Only -inf is probability 0: a number that masks, so low that the product overflows, is not, or threads that see
-/// nothing else would disagree with the others.
+/// log2 of a column's exponential. Only -inf has probability 0. A finite masking number may
+/// overflow the product, but must not count as -inf: threads that see only such numbers would
+/// disagree with the others.
 RW_DEVICE float exponent(float x, float base, float scale) {
     const float t = (x - base) * scale;
     return t < -1e30f && x > -kInf ? -1e30f : t;
 }
 
-/// What n columns add to the sums. kPlain: none is -inf, and no difference overflows: what the others have to look at in every column is not there.
+/// The sums of n columns. kPlain: no column is -inf and no difference overflows, so that no column
+/// needs a check.
 template <bool kPlain, int n>
 RW_DEVICE void add(State& s, const float (&x)[n], const float (&y)[n], float p_base, float q_base, const Scales& scales) {
     Side p, q;
@@ -105,7 +110,8 @@ RW_DEVICE void add(State& s, const float (&x)[n], const float (&y)[n], float p_b
     s.q.sum += q.sum, s.q.dot += q.dot, s.q.cross += q.cross;
 }
 
-/// Adds n columns of both to a thread's sums. A NaN is no maximum, but makes the sum NaN.
+/// Adds n columns of both tensors to a thread's sums. A NaN does not change the maximum, but makes
+/// the sum NaN.
 template <bool kCapped, int n>
 RW_DEVICE void absorb(State& s, float (&x)[n], float (&y)[n], const Scales& scales, const Softcap& p_cap, const Softcap& q_cap) {
     constexpr float kLarge = 1e20f;
@@ -129,7 +135,7 @@ RW_DEVICE void absorb(State& s, float (&x)[n], float (&y)[n], const Scales& scal
     }
 }
 
-/// A group of columns as it is in memory.
+/// A group of columns in its memory format.
 template <class T>
 struct Group8 {
     static constexpr int kVectors = kColumns / kPerVector<T>;
@@ -162,7 +168,8 @@ struct Rows {
     }
 };
 
-/// The groups begin, begin + kThreads, ... that are in flight together: first all are loaded, then f(first column, columns of one, of the other).
+/// Loads the groups begin, begin + kThreads, ... that are in flight together, then calls f(first
+/// column, columns of one tensor, of the other) for each.
 template <class T, class U, bool kAligned, class F>
 RW_DEVICE void for_each_group(const Rows<T, U>& row, int begin, int groups, const F& f) {
     constexpr int kGroups = kInFlight<T, U, kAligned>;
@@ -186,7 +193,7 @@ RW_DEVICE void for_each_group(const Rows<T, U>& row, int begin, int groups, cons
     }
 }
 
-/// A thread's sums: groups in the order of columns, then the columns after the last whole group, a thread each.
+/// A thread's sums: its groups in the order of columns, then one column after the last whole group.
 template <class T, class U, bool kCapped, bool kAligned>
 RW_DEVICE State sweep_statistics(const Rows<T, U>& row, int columns, const Softcap& p_cap, const Softcap& q_cap) {
     State s;
@@ -202,7 +209,7 @@ RW_DEVICE State sweep_statistics(const Rows<T, U>& row, int columns, const Softc
     return s;
 }
 
-/// What the table holds of a row.
+/// A row of the table.
 struct Known {
     float values[kDivergenceTable] = {};
 
@@ -220,8 +227,9 @@ struct Known {
     }
 };
 
-/// log2 of a probability is (x - center)·scale + rest: the center is T·lse rounded. The rest goes into the factors, so that an exponent is
-/// exactly 0, and its exponential 1, where the probability is almost 1.
+/// log2 of a probability is (x - center)·scale + rest. The center is T·lse, rounded. The factors
+/// take the rest, so that an exponent is exactly 0, and its exponential 1, where the probability is
+/// almost 1.
 struct Center {
     float center, rest;
 
@@ -233,8 +241,9 @@ struct Center {
     RW_DEVICE float factor() const { return 1.0f + expm1f(rest * kLn2f); }
 };
 
-/// With t = (x - center)·scale of both tensors and e = 2^t: e_p·(constant + log·t_p + ratio·(t_p - t_q)) - other·e_q times the slope of the soft
-/// cap, or one value in every column.
+/// The gradient of a column: one value in every column if `fill`, else e_p·(constant + log·t_p +
+/// ratio·(t_p - t_q)) - other·e_q times the slope of the soft cap. t = (x - center)·scale for each
+/// tensor, and e = 2^t.
 struct Gradient {
     bool fill;
     float value;
@@ -272,14 +281,16 @@ RW_DEVICE float gradient_of(float x, float y, const Gradient& g, const Scales& s
         if (p_cap.on) slope = p_cap.apply(x);
         if (q_cap.on) q_cap.apply(y);
     }
-    // 2^-200 is 0, and 0 times anything finite is 0; where q is 0 and p is not, the row was filled with NaN.
+    // 2^-200 is 0, and 0 times a finite number is 0. Where q is 0 and p is not, the row was already
+    // filled with NaN.
     const float a = fmaxf((x - g.p_center) * scales.p, -200.0f), b = (y - g.q_center) * scales.q;
     const float p = exp2_approximate(a), q = exp2_approximate(b);
     const float factor = fmaf(a, g.log, fmaf(a - fmaxf(b, -1e30f), g.ratio, g.constant));
-    return (p * factor - g.other * q) * slope;  // two roundings: where p and q are equal, so are both products
+    return (p * factor - g.other * q) * slope;  // two roundings keep both products equal where p and q are equal
 }
 
-/// From the last groups to the first: what the statistics sweep read last is what the second-level cache still has. May be in place.
+/// Sweeps from the last group to the first: the L2 cache still has what the statistics sweep read
+/// last. It may write in place.
 template <class T, class U, bool kCapped, bool kAligned>
 RW_DEVICE void sweep_gradient(const Rows<T, U>& row, T* out, int columns, const Gradient& g, const Softcap& p_cap, const Softcap& q_cap) {
     const int groups = columns / kColumns, tail = groups * kColumns + thread_index();
@@ -296,7 +307,7 @@ RW_DEVICE void sweep_gradient(const Rows<T, U>& row, T* out, int columns, const 
     }
 }
 
-/// One value in columns [from, to).
+/// Writes one value to columns [from, to).
 template <class T>
 RW_DEVICE void fill(T* out, int from, int to, float value) {
     for (int64_t i = from + thread_index(); i < to; i += kThreads) narrow(value, out[i]);
@@ -356,7 +367,8 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) divergence_kernel(RW_PARAMETER Divergen
 
 // ---- launches
 
-/// Two blocks a processor, for one waits at barriers; one where the rows in flight are more than half of the cache that a second read is for.
+/// Two blocks per processor, because one waits at barriers. One block if the rows in flight exceed
+/// half of the cache that the second read needs.
 template <class U>
 int launch_rows(const DivergenceCall& call) {
     const Device device = device_of(call.device);

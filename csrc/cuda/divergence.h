@@ -1,11 +1,13 @@
-// The primitives on two logits tensors. Launches only, as in dispatch.h; every function returns a CUDA status, 0 for success.
+// The primitives on two logits tensors. They only launch, as in dispatch.h. Every function returns
+// a CUDA status; 0 is success.
 #pragma once
 
 #include "common/divergence.h"
 
 namespace reweight_ops {
 
-/// By the dtype of the first tensor. What a call does follows from the pointers it has: statistics for a table, a gradient for an out.
+/// One function for each dtype of the first tensor. The pointers decide what a call computes:
+/// statistics if it has a table, a gradient if it has an out.
 using DivergenceLaunch = int (*)(const DivergenceCall&);
 extern const DivergenceLaunch divergence_f32, divergence_bf16, divergence_f16;
 

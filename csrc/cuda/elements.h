@@ -1,5 +1,5 @@
-// Rows as 16-byte vectors of fp32, bf16 or fp16. Of a row that is not aligned a vector is cut out of the two aligned ones that hold it: which thread
-// adds which column never depends on an address.
+// Rows as 16-byte vectors of fp32, bf16 or fp16. A vector of an unaligned row is cut out of the two
+// aligned vectors that hold it: the thread that adds a column never depends on an address.
 #pragma once
 
 #include <type_traits>
@@ -60,7 +60,7 @@ RW_DEVICE Vector pack(const float* x) {
     return v;
 }
 
-/// The largest element, a NaN being none: -inf or more.
+/// The largest element, ignoring NaN. It is -inf or more.
 template <class T, int n>
 RW_DEVICE float largest(const Vector (&v)[n]) {
     float top = -kInf;
@@ -82,11 +82,12 @@ RW_DEVICE float largest(const Vector (&v)[n]) {
     }
 }
 
-/// -inf has an exponential of 0, and 0 * -inf would be NaN. Bounding two bf16 at once by -1e20 costs half as much as bounding their exponents; fp16
-/// has no number that is as good as -inf.
+/// The exponential of -inf is 0, and 0 * -inf would be NaN. Bounding two bf16 at once by -1e20
+/// costs half as much as bounding their exponents. fp16 has no finite number that can stand for
+/// -inf.
 template <class T>
 constexpr bool kBoundsPairs = std::is_same_v<T, Bf16>;
-constexpr float kLowest = 1e18f;  // a row whose largest logit is within this has none of it where logits were bounded
+constexpr float kLowest = 1e18f;  // below this magnitude of the largest logit, bounded logits have no mass
 
 RW_DEVICE Vector bounded(Vector v) {
     constexpr uint32_t low = 0xe0ade0adu;  // -9.97e19
@@ -131,12 +132,12 @@ RW_DEVICE Vector load_vector(const T* p, bool aligned) {
     return aligned ? load16(p) : load_elements(p);
 }
 
-/// Reads vectors of a row at any address, and nothing around it.
+/// Reads vectors of a row at any address, and no memory outside the row's blocks.
 template <class T>
 struct ShiftedRow {
     const T* x;
-    const Vector* blocks;  // the aligned one that holds the row's first byte
-    int skip, vectors;     // bytes of it before the row
+    const Vector* blocks;  // the first is the aligned vector with the row's first byte
+    int skip, vectors;     // bytes of that vector before the row
 
     RW_DEVICE ShiftedRow(const T* row, int whole_vectors) : x(row), skip(int(reinterpret_cast<uintptr_t>(row) & 15)), vectors(whole_vectors) {
         blocks = reinterpret_cast<const Vector*>(reinterpret_cast<uintptr_t>(row) - uintptr_t(skip));

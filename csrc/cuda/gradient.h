@@ -9,20 +9,22 @@
 namespace reweight_ops {
 namespace {
 
-/// What a gradient sweep needs to know of its row, with p = 2^rest·e and e = 2^t: t = scale·x - base; of `far` and `full` t = scale·(x - base), as
-/// exponents of logits of any size have to be. A, B and D of Terms are constant, log and p_coef.
+/// Constants of a row's gradient sweep, with p = 2^rest·e and e = 2^t. t = scale·x - base, but t =
+/// scale·(x - base) for the terms `far` and `full`, whose logits may have any size. A, B and D of
+/// Terms are constant, log and p_coef.
 struct RowGradient {
     Terms terms;
-    float value;  // of a fill
+    float value;  // of Terms::fill
     float scale, base, constant, log, p_coef;
     float target;  // the gradient of the target
 };
 
-/// Where a row's exponents start: `near` for one multiply-add a logit, relative to a product; else relative to a logit.
+/// The origin of a row's exponents. `near`: it is a product, and a logit takes one fma. Otherwise
+/// it is a logit.
 struct Origin {
     bool near;
     float base;
-    float rest, factor;  // log2 of p/e, and 2^rest. NaN: there is no distribution
+    float rest, factor;  // log2 of p/e, and 2^rest; NaN without a distribution
 };
 
 RW_DEVICE RowGradient row_gradient(const Derivatives<float>& d, float temperature, float scale, const Origin& from, const Target& target, bool full) {
@@ -44,7 +46,7 @@ RW_DEVICE RowGradient row_gradient(const Derivatives<float>& d, float temperatur
     return g;
 }
 
-/// kBounded: x is not -inf.
+/// kBounded means that x is not -inf.
 template <Terms kTerms, bool kBounded = false>
 RW_DEVICE float gradient_of(float x, const RowGradient& g, const Softcap& softcap) {
     if constexpr (kTerms == Terms::fill) return g.value;
@@ -60,7 +62,7 @@ RW_DEVICE float gradient_of(float x, const RowGradient& g, const Softcap& softca
     return e * factor;
 }
 
-/// The gradient in place of a vector of logits.
+/// The gradient of a vector of logits.
 template <class T, Terms kTerms>
 RW_DEVICE Vector gradient_of(const Vector& v, const RowGradient& g, const Softcap& softcap) {
     constexpr bool kBounded = kBoundsPairs<T> && kTerms == Terms::entropy;
@@ -71,7 +73,8 @@ RW_DEVICE Vector gradient_of(const Vector& v, const RowGradient& g, const Softca
     return pack<T>(values);
 }
 
-/// f(terms) with those of a row, as a constant of the compiler. kFull: the kernel for softcap and Σp² terms, which has no others.
+/// Calls f(terms) with the row's terms as a compile-time constant. kFull: the kernel for softcap
+/// and Σp² terms, which has no other terms.
 template <bool kFull, class F>
 RW_DEVICE void with_terms(Terms terms, const F& f) {
     if (terms == Terms::fill) {
@@ -87,7 +90,7 @@ RW_DEVICE void with_terms(Terms terms, const F& f) {
     }
 }
 
-/// One step of a gradient sweep: the vectors at `at`, at + kThreads, ... of both.
+/// One step of a gradient sweep: reads and writes the vectors at `at`, at + kThreads, ...
 template <class T, Terms kTerms, int kInFlight>
 RW_DEVICE void write_vectors(const T* x, T* out, int at, const RowGradient& g, const Softcap& softcap) {
     constexpr int n = kPerVector<T>;
@@ -100,8 +103,10 @@ RW_DEVICE void write_vectors(const T* x, T* out, int at, const RowGradient& g, c
     for (int u = 0; u < kInFlight; ++u) store16(out + int64_t(at + u * kThreads) * n, gradient_of<T, kTerms>(v[u], g, softcap));
 }
 
-/// Which columns of a row its threads write: `head` a thread each, whole vectors, and what is left a thread each. A gradient depends on no order, so
-/// that vectors are where they are aligned in memory, if logits and gradient agree about it; else everything goes element by element.
+/// Divides a row's columns among threads: `head` columns, one per thread; whole vectors; and the
+/// remaining columns, one per thread. The order of a gradient does not matter, so that vectors
+/// start where they are aligned in memory, if logits and gradient agree. Otherwise every column is
+/// written by itself.
 struct GradientColumns {
     int head, vectors;
 
@@ -112,7 +117,7 @@ struct GradientColumns {
         if (head > vocab) head = vocab;
         vectors = !reads || off(x) == off(out) ? (vocab - head) / kPerVector<T> : 0;
     }
-    /// The thread that writes a column, and which may therefore write it again without a barrier.
+    /// The thread that writes a column. It may write the column again without a barrier.
     template <class T>
     RW_DEVICE int owner(int column) const {
         const int in_vectors = column - head, after = in_vectors - vectors * kPerVector<T>;
@@ -120,10 +125,11 @@ struct GradientColumns {
     }
 };
 
-/// From the last columns to the first: what the statistics sweep read last is what the second-level cache still has. May be in place.
+/// Sweeps from the last column to the first: the L2 cache still has what the statistics sweep read
+/// last. It may write in place.
 template <class T, Terms kTerms, int kVectors>
 RW_DEVICE void sweep_gradient(const T* x, T* out, int vocab, const GradientColumns& columns, const RowGradient& g, const Softcap& softcap) {
-    // Registers: with a softcap, they do not suffice for more.
+    // With a softcap, registers do not suffice for more.
     constexpr int kInFlight = kTerms == Terms::far ? 1 : kTerms == Terms::full ? kUnroll / 2 : kVectors;
     constexpr int n = kPerVector<T>, kStep = kThreads * kInFlight;
     const auto write = [&](int column) { narrow(gradient_of<kTerms>(kTerms == Terms::fill ? 0.0f : widen(x[column]), g, softcap), out[column]); };
@@ -136,17 +142,18 @@ RW_DEVICE void sweep_gradient(const T* x, T* out, int vocab, const GradientColum
     if (thread_index() < columns.head) write(thread_index());
 }
 
-/// A row whose gradient's constants are known.
+/// A row with the constants of its gradient.
 template <class T>
 struct GradientRow {
     const T* x;
     T* out;
-    int target;  // its column, -1: in another shard, or in none
+    int target;  // its column; -1 if another shard has it or no shard does
     RowGradient g;
 };
 
-/// Writes one gradient row, padding included. kFull: with softcap or Σp² terms. kVectors: in flight, a thread. A row in shared memory is read again
-/// after the sweep, whose registers are scarce.
+/// Writes one gradient row with its padding. kFull: with softcap or Σp² terms. kVectors: vectors in
+/// flight per thread. A row in shared memory is read again after the sweep, because the sweep's
+/// registers are scarce.
 template <class T, bool kFull, int kVectors>
 RW_DEVICE void write_gradient(const GradientRow<T>& row, int vocab, int columns, const Softcap& softcap) {
     const RowGradient g = row.g;

@@ -1,5 +1,6 @@
-// Sums over part of a row that keep what a sure token leaves: the largest logit, and the rest without it. In such a row the sum of all exponentials
-// rounds to 1; the log-prob of its token is -log1p(rest), and 1 - p is rest / (1 + rest).
+// Sums over part of a row that stay exact for a sure token: the largest logit, and the sums of all
+// others. In such a row the sum of all exponentials rounds to 1. The log-prob of its token is
+// -log1p(rest), and 1 - p is rest / (1 + rest).
 #pragma once
 
 #include "common/constants.h"
@@ -15,14 +16,16 @@ struct Softcap {
     float cap;
     RW_DEVICE explicit Softcap(float c) : on(c < kInf), cap(c) {}
 
-    /// cap·tanh(x / cap); returns its derivative. Infinities stay: -inf has no mass, +inf has to make the row NaN.
+    /// Sets x to cap·tanh(x / cap) and returns the derivative. Infinities stay: -inf has no mass,
+    /// and +inf must make the row NaN.
     RW_DEVICE float apply(float& x) const {
         const float r = tanhf(x / cap);
         if (fabsf(x) != kInf) x = cap * r;
         return 1.0f - r * r;
     }
 
-    /// The same in fp64, for the one logit whose error nothing averages out: fp32 would cost its log-prob two units in the last place.
+    /// The same in fp64 for the one logit whose error does not average out: fp32 would cost its
+    /// log-prob two units in the last place.
     RW_DEVICE double exactly(float x, float& slope) const {
         const double r = 1.0 - 2.0 / (exp(2.0 * double(x) / double(cap)) + 1.0);
         slope = float(1.0 - r * r);
@@ -30,7 +33,8 @@ struct Softcap {
     }
 };
 
-/// The target's logit, -inf if it is not here: as the sweeps cap it, exactly, and the derivative of that.
+/// The target's logit: as the sweeps cap it, its exact value, and the derivative of the cap. It is
+/// -inf if another shard has the target.
 struct Target {
     float swept = -kInf;
     double exact = -kInf;
@@ -44,7 +48,8 @@ struct Target {
     }
 };
 
-/// With t = scale·(x - top) and e = 2^t: Σe, Σe·t and Σe² over the columns but the largest, whose own are 1, 0 and 1. Of nothing: top = -inf.
+/// Σe, Σe·t and Σe² over all columns but the largest, with t = scale·(x - top) and e = 2^t. The
+/// largest column's own terms are 1, 0 and 1. An empty Partial has top = -inf.
 struct Partial {
     float top, rest, dot, sum_sq;
 };
@@ -52,11 +57,11 @@ struct Partial {
 using SlicePartials = Partial[kWarps];
 using RowPartials = SlicePartials[kMaxSlices];
 
-/// The same bits in either order.
+/// Merges two Partials. The order does not change the bits.
 RW_DEVICE Partial merge(const Partial& a, const Partial& b, float scale) {
     const bool second = b.top > a.top;
     const Partial w = second ? b : a, l = second ? a : b;
-    // Bounded: -inf - -inf is NaN, and so would be 0 * -inf.
+    // The bound avoids NaN from -inf - -inf and from 0 * -inf.
     const float shift = fmaxf((l.top - w.top) * scale, -1e30f), e = exp2_approximate(shift);
     return {w.top, fmaf(e, l.rest, w.rest) + e, fmaf(e, fmaf(shift, 1.0f + l.rest, l.dot), w.dot), fmaf(e * e, l.sum_sq, w.sum_sq) + e * e};
 }
@@ -70,10 +75,11 @@ RW_DEVICE Partial merge_lanes(Partial s, float scale) {
     return s;
 }
 
-/// The sums of a slice, by a warp: in every one of its threads.
+/// Merges the sums of a slice with one warp. Every thread of the warp gets the result.
 RW_DEVICE Partial merge_slice(const SlicePartials& partials, float scale) { return merge_lanes<kWarps>(partials[thread_index() % kWarps], scale); }
 
-/// log2 of a number from 2^-126 on. The exponent apart: the logarithm of a mantissa has a smaller error, and costs no fp64 function.
+/// log2 of a number >= 2^-126. It treats the exponent separately: the logarithm of a mantissa has a
+/// smaller error and needs no fp64 function.
 RW_DEVICE double log2_of(float x) {
     const uint32_t bits = as_bits(x);
     return double(int(bits >> 23) - 127) + double(log2f(as_float((bits & 0x7fffffu) | 0x3f800000u)));
@@ -82,16 +88,18 @@ RW_DEVICE double log2_of(float x) {
 /// The natural logarithm of 1 + x.
 RW_DEVICE double log1p_of(float x) { return x < 1.0f ? double(log1pf(x)) : log2_of(1.0f + x) * kLn2; }
 
-/// lse - top/T by the logits as swept. NaN for a row that holds NaN or +inf, and for one that is all -inf: there is no distribution.
+/// lse - top/T of the logits as they were swept. It is NaN without a distribution: if the row holds
+/// NaN or +inf, or only -inf.
 RW_DEVICE double log_sum(const Partial& s) { return s.rest < kInf && s.top > -kInf ? log1p_of(s.rest) : kNaN; }
 
-/// A dozen fp64 operations, once a row: what is rounded here, the ratio multiplies.
+/// A dozen fp64 operations, once per row: the ratio multiplies every rounding error that is made
+/// here.
 RW_DEVICE RowStats finish(const Partial& s, const Target& target, float temperature, float scale) {
     const double log_s = log_sum(s), mean = double(s.dot / (1.0f + s.rest));
-    const double rounding = double(temperature) * scale - kLog2e;  // of the scale, which sharpens the row by as much
+    const double rounding = double(temperature) * scale - kLog2e;  // relative rounding error of the scale, which sharpens the row by as much
     const double inverse = 1.0 / double(temperature);
     const double swept = log_s - rounding / kLog2e * mean * kLn2;  // lse - top/T
-    // The target's capped logit has an error, which its probability carries into lse.
+    // The target's capped logit has an error. Its probability carries the error into lse.
     const double above = (double(target.swept) - double(s.top)) * inverse - swept;
     const double error = target.exact == double(target.swept) ? 0.0 : (target.exact - double(target.swept)) * inverse;
     RowStats out;

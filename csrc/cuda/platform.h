@@ -1,5 +1,5 @@
-// Everything that differs between nvcc and g++. Kernels use these names only, so the same source runs on a GPU and, compiled by g++
-// against tests/support/cuda_emulation/emulator.h, on the CPU.
+// Everything that differs between nvcc and g++. Kernels use only these names: the same source runs on a GPU and, compiled
+// by g++ against tests/support/cuda_emulation/emulator.h, on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,12 @@
 
 namespace reweight_ops {
 
-/// 16 bytes: what one thread loads or stores at once.
+/// 16 bytes, which one thread loads or stores at once.
 struct alignas(16) Vector {
     uint32_t words[4];
 };
 
-/// Two of each: while some threads still read one, others write the next.
+/// Two buffers: while some threads still read one, others write the next.
 template <class T>
 using DoubleBuffer = T[2];
 
@@ -29,7 +29,7 @@ using DoubleBuffer = T[2];
 
 #define RW_DEVICE __device__ __forceinline__
 #define RW_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-// Parameters stay in constant memory, indexed at run time or not.
+// Parameters stay in constant memory, even if they are indexed at run time.
 #define RW_PARAMETER const __grid_constant__
 #define RW_SHARED(Type, name) __shared__ Type name
 
@@ -43,18 +43,18 @@ RW_DEVICE void warp_barrier() { __syncwarp(); }
 RW_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
 RW_DEVICE float broadcast(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
-/// The lanes of the warp for which it holds, a bit each.
+/// A bit for each lane of the warp for which the condition holds.
 RW_DEVICE uint32_t ballot(bool holds) { return __ballot_sync(0xffffffffu, holds); }
 RW_DEVICE int lowest_bit(uint32_t bits) { return __ffs(int(bits)) - 1; }
 
-/// 2^x with a relative error of at most 2^-22; 0 below 2^-126.
+/// 2^x with a relative error of at most 2^-22. It is 0 below 2^-126.
 RW_DEVICE float exp2_approximate(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// Neither goes through L1: a row is far larger, and a thread reads what it has read before only from L2.
+// Neither uses L1: a row is far larger, and a second read of a row comes from L2.
 RW_DEVICE Vector load16(const void* p) {
     Vector v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -63,7 +63,7 @@ RW_DEVICE Vector load16(const void* p) {
                  : "memory");
     return v;
 }
-/// Through L1: whoever reads every vector twice.
+/// Uses L1, for code that reads every vector twice.
 RW_DEVICE Vector load16_cached(const void* p) {
     Vector v;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -78,7 +78,7 @@ RW_DEVICE void store16(void* p, Vector v) {
                  : "memory");
 }
 
-/// The 32 bits that begin `bits` into two words, the lower of which comes first.
+/// The 32 bits that begin at bit `bits` of two words, the lower word first.
 RW_DEVICE uint32_t shift_pair(uint32_t low, uint32_t high, int bits) { return __funnelshift_r(low, high, uint32_t(bits)); }
 RW_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 RW_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
@@ -103,7 +103,7 @@ RW_DEVICE uint32_t narrow_pair<F16>(float first, float second) {
     return word;
 }
 
-/// The larger of two pairs, each half by itself; a NaN is no maximum.
+/// The maximum of two pairs, each half by itself. It ignores NaN.
 template <class T>
 RW_DEVICE uint32_t max_pair(uint32_t a, uint32_t b);
 template <>
@@ -118,7 +118,7 @@ RW_DEVICE uint32_t max_pair<F16>(uint32_t a, uint32_t b) {
     asm("max.f16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
     return m;
 }
-/// The same, but a NaN stays.
+/// The same, but it keeps NaN.
 RW_DEVICE uint32_t max_pair_or_nan(uint32_t a, uint32_t b) {
     uint32_t m;
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));

@@ -1,6 +1,8 @@
-// A loss program for one row, by the lanes of a warp: side by side they take the operations of a level, whose registers are in shared memory.
+// Evaluates a loss program for one row with the lanes of a warp. The lanes share the operations of a level. Registers are
+// in shared memory.
 //
-// bench/NOTES.md has the model of its time. What a lane needs of the next level, it fetches before it has the operands of this one.
+// bench/NOTES.md has the model of its time. A lane fetches its instruction of the next level before it has the operands of
+// this one.
 #pragma once
 
 #include "common/primitives.h"
@@ -13,7 +15,8 @@ struct ProgramRegisters {
     float values[kMaxSharedRegisters];
 };
 
-/// What an instruction computes. Lanes that branch apart wait for each other, so each computes every cheap operation and keeps its own.
+/// The result of an instruction. Lanes that diverge wait for each other, so that each lane computes
+/// every cheap operation and keeps its own.
 RW_DEVICE float compute(Operation operation, float a, float b, float c) {
     using Real = float;
     float result = 0.0f;
@@ -30,7 +33,7 @@ RW_DEVICE float compute(Operation operation, float a, float b, float c) {
     }
 }
 
-/// Levels [from, to), all lanes of a warp. The first of them begins at instruction `begin`.
+/// Runs levels [from, to) with all lanes of a warp. The first level begins at instruction `begin`.
 RW_DEVICE void run_levels(const ProgramTable& table, int from, int to, int begin, float* registers) {
     const int lane = thread_index() % 32;
     if (from >= to) return;
@@ -51,7 +54,8 @@ RW_DEVICE void run_levels(const ProgramTable& table, int from, int to, int begin
     }
 }
 
-/// What is the same for every row. All lanes of a warp, before its first row.
+/// Computes what is the same for every row. All lanes of a warp call it before the warp's first
+/// row.
 RW_DEVICE void prepare_program(const LossGradCall& call, float* registers) {
     const ProgramTable& table = call.table;
     const int lane = thread_index() % 32;
@@ -61,13 +65,13 @@ RW_DEVICE void prepare_program(const LossGradCall& call, float* registers) {
     run_levels(table, 0, table.uniform_levels, 0, registers);
 }
 
-/// From a row's statistics, which lane 0 has, to its loss and the coefficients of its gradient. All lanes of a warp, which meet again before
-/// they come back with the next row.
+/// Computes a row's loss and the derivatives of its gradient from the statistics, which lane 0 has.
+/// All lanes of a warp call it, and must synchronize before they call it for the next row.
 RW_DEVICE RowLoss evaluate(const LossGradCall& call, int64_t i, const RowStats& s, float* registers) {
     const ProgramTable& table = call.table;
     const int lane = thread_index() % 32;
     float* const inputs = registers + table.inputs;
-    // What was not given, nothing reads; of log_ratio the program computes its own.
+    // Nothing reads an input that is not given. The program computes log_ratio itself.
     const float* const stored[] = {call.old_logp, call.ref_logp, call.sampling_logp, call.adv};
     constexpr int places[] = {kOldLogp, kRefLogp, kSamplingLogp, kAdv};
 #pragma unroll

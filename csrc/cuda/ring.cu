@@ -1,17 +1,19 @@
-// token_loss_grad with the row on chip, for sm_90 and later: a logit is read once and its gradient written once.
+// token_loss_grad with the row on chip, for sm_90 and later. It reads a logit once and writes its gradient once.
 //
-// A persistent cluster of blocks works on one row after another, each block on its slice. The shared memory of a block is a ring of tiles,
-// filled by bulk loads that run across the ends of rows as far ahead as the ring allows. In a block,
-//   the load warp's thread  loads logits, and stores gradients from where logits were, tile by tile;
-//   8 computing warps       sweep statistics of a row and write the gradient of the row before it, in place;
-//   the rule warp           exchanges sums with the other blocks, evaluates the row's rules and gives the gradient its constants, meanwhile.
-// Where a whole row fits ahead, statistics of row k + 1 are complete before the gradient of row k: S(0) S(1) G(0) S(2) G(1) ... Else the ring holds a
-// row and the first tiles of the next: first S(k + 1) of those, G(k) but for as many tiles, S(k + 1) of the others, and then the rest of G(k), so
-// that memory has something to do while the sums of row k + 1 are exchanged.
-// Every wait is on a barrier in shared memory; after the start no barrier is for all threads.
+// A persistent cluster of blocks works on one row after another; each block has one slice of the row. The shared memory of
+// a block is a ring of tiles. Bulk loads fill it across the ends of rows, as far ahead as the ring allows. In a block,
+//   the load warp's thread  loads logits and stores gradients in their place, tile by tile;
+//   8 computing warps       sweep the statistics of a row and write the gradient of the preceding row in place;
+//   the rule warp           exchanges sums with the other blocks, evaluates the row's rules and provides the constants of
+//                           the gradient at the same time.
+// If a whole row fits ahead, the statistics of row k + 1 are complete before the gradient of row k: S(0) S(1) G(0) S(2)
+// G(1) ... Otherwise the ring holds a row and the first n tiles of the next. The order is then S(k + 1) of those n tiles,
+// G(k) without its last n tiles, S(k + 1) of its other tiles, and the rest of G(k): memory is busy while the blocks exchange
+// the sums of row k + 1.
+// Every wait is on a barrier in shared memory. After the start, no barrier spans all threads.
 //
-// Sums are added in the order of slices.h, and the rest is the streaming kernel's own code: both give the same bits.
-// Compiled once per dtype, with RW_ELEMENT and RW_DTYPE naming it.
+// Sums are added in the order of slices.h, and everything else is the streaming kernel's code: both give the same bits.
+// The file is compiled once per dtype; RW_ELEMENT and RW_DTYPE name the dtype.
 #include "ring.h"
 
 #include "common/concat.h"
@@ -43,7 +45,7 @@ RW_DEVICE void move_tiles(const RingCall& call, const BlockSlice& slice, const R
             bulk_store(static_cast<T*>(call.out) + element(out), ring.tile(out.state.index), slice.tile_vectors(out.tile) * 16, stores);
             wait_group_read<kStoresInFlight>();
         }
-        if (stored >= kStoresInFlight) load_next(in);  // where the tile was that is no longer in motion
+        if (stored >= kStoresInFlight) load_next(in);  // into the slot of the tile whose store is done
         out.advance(call, slice, call.out_strides, ring.tiles);
     }
     if constexpr (!kDirect) wait_group<0>();
@@ -65,7 +67,8 @@ RW_DEVICE void evaluate_rows(const RingCall& call, const BlockSlice& slice, cons
         RowStage& stage = ring.stage(state.index);
         prefetch_inputs(call, i, lane);
         const Row<T> row(call, i, rows.now.id, rows.now.temperature);
-        // The target's logit is read by the block that will overwrite it, and before anybody can: they wait for the message that has it.
+        // The block that will overwrite the target's logit reads it, before any thread can
+        // overwrite it: all wait for the message that carries it.
         const int vector = row.target / kPerVector<T>;
         const int owner = vector < slice.slices.vectors ? vector / slice.slices.each : slice.slices.count - 1;
         const float target = row.target >= 0 && owner == slice.rank ? widen(row.x[row.target]) : -kInf;
@@ -90,7 +93,7 @@ RW_DEVICE void evaluate_rows(const RingCall& call, const BlockSlice& slice, cons
             stage.row = i;
             arrive(stage.gradient_full);
         }
-        warp_barrier();  // the others would wait for the next row's sums in this warp's time
+        warp_barrier();  // keeps lanes together: the others would spin for the next row's sums
         state.advance(kStages);
     }
 }
@@ -127,7 +130,8 @@ RW_DEVICE void sweep_tiles(const BlockSlice& slice, const Ring& ring, int from, 
     tile.advance(ring.tiles);
 }
 
-/// Gives the warp's sums of a row whose first tile is at `first`: all of them are still in the ring.
+/// Gives the warp's sums of a row whose first tile is at `first`. All tiles of the row are still in
+/// the ring.
 template <class T, Sums kSums>
 RW_DEVICE void finish_sweep(const RingCall& call, const BlockSlice& slice, const Ring& ring, int64_t i, int first, Sweep& s, float scale,
                             RowStage& stage, const Softcap& softcap) {
@@ -150,16 +154,18 @@ RW_DEVICE void finish_sweep(const RingCall& call, const BlockSlice& slice, const
     }
 }
 
-/// A row whose gradient is being written: g, its target's column or -1, and where it goes.
+/// A row whose gradient is being written: the gradient, the target's column or -1, and the
+/// destination.
 template <class T>
 struct Output {
     RowGradient g;
     int target;
-    T* slice;  // the block's first column; used for direct stores alone
+    T* slice;  // the block's first column, used only by direct stores
     uint64_t policy;
 };
 
-/// The gradient of tiles [from, to) of the slice, in the place of their logits or directly to memory.
+/// Writes the gradient of tiles [from, to) of the slice, in the place of their logits or directly
+/// to memory.
 template <class T, Terms kTerms>
 RW_DEVICE void write_tiles(const BlockSlice& slice, const Ring& ring, int from, int to, PipelineState& tile, const Output<T>& out,
                            const Softcap& softcap) {
@@ -211,7 +217,7 @@ RW_DEVICE void write_tiles(const BlockSlice& slice, const Ring& ring, int from, 
     finish_tile(slice.whole_tiles);
 }
 
-/// The columns that are in no tile: those after the last whole vector, and padding.
+/// Writes the columns that no tile has: those after the last whole vector, and padding.
 template <class T, Terms kTerms>
 RW_DEVICE void write_tail(const RingCall& call, int64_t i, const RowGradient& g, int target, const Softcap& softcap) {
     const int vocab = int(call.vocab_size), tail = tail_of<T>(thread_index(), vocab);
@@ -223,7 +229,8 @@ RW_DEVICE void write_tail(const RingCall& call, int64_t i, const RowGradient& g,
     for (int64_t column = vocab + thread_index(); column < call.columns; column += kThreads) narrow(0.0f, out[column]);
 }
 
-/// The gradient of tiles [from, to) of the row at `stage`; with the last ones, of what is in no tile.
+/// Writes the gradient of tiles [from, to) of the row at `stage`. The last call also writes the
+/// columns that no tile has.
 template <class T, bool kFull>
 RW_DEVICE void write_row(const RingCall& call, const BlockSlice& slice, const Ring& ring, int from, int to, bool last, PipelineState& tile,
                          const PipelineState& at, const Softcap& softcap) {
@@ -242,7 +249,7 @@ RW_DEVICE void write_row(const RingCall& call, const BlockSlice& slice, const Ri
     });
 }
 
-/// A row that holds nothing to compute is not in the ring: zeros, written to memory.
+/// Writes zeros to memory for a row with nothing to compute. Such a row is not in the ring.
 template <class T>
 RW_DEVICE void write_zeros(const RingCall& call, const BlockSlice& slice, int64_t i) {
     T* const out = static_cast<T*>(call.out) + call.out_strides.offset(i);
@@ -258,7 +265,7 @@ RW_DEVICE void compute_rows(const RingCall& call, const BlockSlice& slice, const
     const Lookahead look(ring.tiles, slice.tiles);
     const int at_once = slice.tiles - look.kept;
     PipelineState swept, written, sums_stage, gradient_stage;  // tiles, and rows
-    int pending = 0;                                           // rows whose sums are given and whose gradient is not written
+    int pending = 0;                                           // rows with sums but without a gradient yet
     RowCursor rows(call, slice, skip);
     while (rows.more() || pending) {
         const bool sweeps = rows.more(), writes = pending == look.rows || !sweeps;
@@ -301,7 +308,7 @@ RW_KERNEL(kRingThreads, 1) ring_kernel(RW_PARAMETER RingCall call) {
     } else if (thread_index() == kLoadWarp * 32) {
         move_tiles<T>(call, slice, ring);
     }
-    // No barrier at the end: whatever is sent to a block, it has waited for.
+    // No barrier is needed at the end: a block has waited for everything that is sent to it.
 #endif
 }
 

@@ -1,4 +1,5 @@
-// The parts of a block that keeps rows on chip, see ring.cu: what it holds in shared memory, and how it walks through rows and tiles.
+// Parts of a block that keeps rows on chip (see ring.cu): its shared memory, and its iteration over
+// rows and tiles.
 #pragma once
 
 #include "asynchronous.h"
@@ -9,15 +10,16 @@
 namespace reweight_ops {
 
 struct RingCall : LossGradCall {
-    int tiles;  // that fit in the ring
+    int tiles;  // capacity of the ring
 };
 
 namespace {
 
-/// 8 warps compute, one moves tiles, one evaluates rows.
+/// 8 warps compute, one warp moves tiles, and one warp evaluates rows.
 constexpr int kLoadWarp = kWarps, kRuleWarp = kWarps + 1, kRingThreads = kThreads + 64;
 
-/// What a block of the cluster tells the others of a row: the sums of its slice, and the target's logit if that is in its slice.
+/// A block's message to its cluster about a row: the sums of its slice, and the target's logit if
+/// its slice has it.
 struct SlicePartial {
     Vector sums, target;
 };
@@ -25,21 +27,22 @@ struct SlicePartial {
 RW_DEVICE Vector as_vector(const Partial& s) { return {as_bits(s.top), as_bits(s.rest), as_bits(s.dot), as_bits(s.sum_sq)}; }
 RW_DEVICE Partial as_partial(const Vector& v) { return {as_float(v.words[0]), as_float(v.words[1]), as_float(v.words[2]), as_float(v.words[3])}; }
 
-/// A row on its way through the block. A block sends row k after it has this block's message of row k - 1, which is sent when row k - 2 is evaluated;
-/// and its warps have written the gradient of row k - kStages when they give the sums of row k.
+/// The state of a row in the block. A block sends its message of row k after it has all messages of
+/// row k - 1. Those are sent when row k - 2 is evaluated. A block's warps have written the gradient
+/// of row k - kStages when they give the sums of row k.
 struct RowStage {
     SlicePartial sent[kMaxSlices];
     SlicePartials partials;
     RowGradient gradient;
     int target;
     int64_t row;
-    Barrier partials_full;  // the warps' sums are in
-    Barrier cluster_full;   // the sums of all blocks are in
-    Barrier gradient_full;  // the gradient's constants are in
+    Barrier partials_full;  // the sums of the block's warps are written
+    Barrier cluster_full;   // the messages of all blocks have arrived
+    Barrier gradient_full;  // the constants of the gradient are written
 };
 constexpr int kStages = kRowsAhead + 1;
 
-/// Which of several buffers that come round is next, and the parity of the phase to wait for there.
+/// The index of the next of several buffers in rotation, and the parity of the phase to wait for.
 struct PipelineState {
     int index = 0, phase = 0;
     RW_DEVICE void advance(int count) {
@@ -51,7 +54,7 @@ struct PipelineState {
 
 static_assert(kBytesPerTile == kTileBytes + 2 * sizeof(Barrier) && kBytesBesides >= kStages * sizeof(RowStage) + sizeof(ProgramRegisters));
 
-/// Shared memory of a block.
+/// The shared memory of a block.
 struct Ring {
     unsigned char* bytes;  // aligned to 128
     int tiles;
@@ -59,8 +62,8 @@ struct Ring {
     RW_DEVICE Vector* tile(int i) const { return reinterpret_cast<Vector*>(bytes + i * kTileBytes); }
     RW_DEVICE RowStage& stage(int i) const { return reinterpret_cast<RowStage*>(bytes + tiles * kTileBytes)[i]; }
     RW_DEVICE ProgramRegisters& program() const { return *reinterpret_cast<ProgramRegisters*>(&stage(kStages)); }
-    RW_DEVICE Barrier& full(int i) const { return reinterpret_cast<Barrier*>(&program() + 1)[i]; }  // the logits are in
-    RW_DEVICE Barrier& empty(int i) const { return full(tiles + i); }  // the warps are through: they have left the gradient there, or written it
+    RW_DEVICE Barrier& full(int i) const { return reinterpret_cast<Barrier*>(&program() + 1)[i]; }  // the logits are loaded
+    RW_DEVICE Barrier& empty(int i) const { return full(tiles + i); }  // the warps are done: the gradient is in the tile, or written
 
     RW_DEVICE void initialize_barriers() const {
         for (int i = 0; i < tiles; ++i) {
@@ -76,7 +79,7 @@ struct Ring {
     }
 };
 
-/// A block's share: a slice of every row of its cluster.
+/// A block's part: one slice of every row of its cluster.
 struct BlockSlice {
     Slices slices;
     int rank, begin, vectors, tiles, whole_tiles;
@@ -103,8 +106,10 @@ struct BlockSlice {
     RW_DEVICE int tile_vectors(int tile) const { return vectors - tile * kTileVectors < kTileVectors ? vectors - tile * kTileVectors : kTileVectors; }
 };
 
-/// How far statistics run ahead of gradients. `rows` have their sums sent before the gradient of the oldest is begun; of the next one `ahead` tiles
-/// are swept before that, and `kept` tiles of the gradient wait until its sums are sent. Besides tiles in use, kStoresInFlight are in motion.
+/// The distance between statistics and gradients. The sums of `rows` rows are sent before the
+/// gradient of the oldest one begins. Of the next row, `ahead` tiles are swept before that
+/// gradient. `kept` tiles of the gradient wait until the sums of that row are sent. kStoresInFlight
+/// further tiles of the ring are being stored.
 struct Lookahead {
     int rows, ahead, kept;
 
@@ -116,7 +121,8 @@ struct Lookahead {
     }
 };
 
-/// A row, and what decides whether it has anything to compute, on its way from memory: who peeks a row ahead does not wait for it.
+/// A row, with the loads that decide whether it has anything to compute. Peeking one row ahead
+/// hides their latency.
 struct Peek {
     int64_t row, id = 0;
     float temperature = 1.0f;
@@ -128,7 +134,8 @@ struct Peek {
     }
 };
 
-/// The rows of a cluster that have something to compute; `skip` is told of the others.
+/// Iterates over the rows of a cluster that have something to compute. It calls `skip` for the
+/// others.
 struct RowCursor {
     int64_t step, end;
     Peek now, next;
@@ -157,7 +164,7 @@ private:
     }
 };
 
-/// Brings near what the row's rules will read, by a lane each.
+/// Prefetches the inputs of the row's rules, one input per lane.
 RW_DEVICE void prefetch_inputs(const LossGradCall& call, int64_t i, int lane) {
     const float* const inputs[] = {call.old_logp, call.adv, call.ref_logp, call.sampling_logp};
     const float* at = nullptr;
@@ -169,10 +176,10 @@ RW_DEVICE void prefetch_inputs(const LossGradCall& call, int64_t i, int lane) {
     if (at) prefetch(at);
 }
 
-/// The tiles of a block, in order. An offset takes a division: once a row.
+/// Iterates over the tiles of a block. An offset takes a division, once per row.
 struct TileCursor {
     RowCursor rows;
-    int64_t offset;  // of the row, in elements
+    int64_t offset;  // offset of the row, in elements
     int tile = 0;
     PipelineState state;
 

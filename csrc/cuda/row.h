@@ -1,4 +1,5 @@
-// One row of a call: where it is and what its statistics come to. Shared by the kernels, which differ only in how a row is moved.
+// One row of a call: its address and the evaluation of its statistics. The kernels share this code;
+// they differ only in how they move a row.
 #pragma once
 
 #include "common/row_view.h"
@@ -10,13 +11,14 @@ namespace {
 
 template <class T>
 struct Row : RowView<T, int> {
-    float scale;  // log2(e) / T
+    float scale;  // scale is log2(e) / T
 
     RW_DEVICE Row(const Call& call, int64_t i) : Row(call, i, call.ids[i], temperature_of(call, i)) {}
     RW_DEVICE Row(const Call& call, int64_t i, int64_t id, float t) : RowView<T, int>(call, i, id, t), scale(kLog2ef / t) {}
 };
 
-/// Of a row whose sums are known. With t_top the largest logit's exponent: p = 2^(t - t_top) / (1 + rest).
+/// The origin of a row from its sums. With t_top the exponent of the largest logit, p = 2^(t -
+/// t_top) / (1 + rest).
 RW_DEVICE Origin origin_of(const Partial& sums, float scale, bool full) {
     const float whole = float(-log_sum(sums) * kLog2e), inverse = 1.0f / (1.0f + sums.rest);
     if (full || !is_near(sums.top, scale)) return {false, sums.top, whole, inverse};
@@ -24,8 +26,9 @@ RW_DEVICE Origin origin_of(const Partial& sums, float scale, bool full) {
     return {true, base, whole - t, inverse * (1.0f + expm1f(-t * kLn2f))};
 }
 
-/// From a row's sums to its loss, its outputs (if `writes`), and its gradient's constants. All lanes of a warp; sums and target are lane 0's, and
-/// so is what is returned.
+/// Computes a row's loss, its outputs (if `writes`) and the constants of its gradient from its
+/// sums. All lanes of a warp call it. Lane 0 has the sums and the target, and only its result is
+/// valid.
 template <class T>
 RW_DEVICE RowGradient loss_of_row(const LossGradCall& call, int64_t i, const Row<T>& row, const Partial& sums, const Target& target, bool writes,
                                   const Softcap& softcap, ProgramRegisters& program) {

@@ -1,5 +1,6 @@
-// A gradient times a factor that only the device knows: nothing at all where that is exactly 1, else one read and one write. Products are
-// fp32, rounded once. Compiled once per dtype, with RW_ELEMENT and RW_DTYPE naming it.
+// Multiplies a gradient by a factor that only the device knows. It does nothing if the factor is exactly 1, and otherwise
+// reads and writes once. Products are fp32, rounded once. The file is compiled once per dtype; RW_ELEMENT and RW_DTYPE name
+// the dtype.
 #include "scale.h"
 
 #include "common/concat.h"
@@ -8,11 +9,12 @@
 namespace reweight_ops {
 namespace {
 
-constexpr int kScaleThreads = 256, kScaleBlocks = 4;  // a block, and on a processor
-constexpr int kInFlight = 4;                          // vectors of a thread: 64 KiB of loads on a processor
+constexpr int kScaleThreads = 256, kScaleBlocks = 4;  // per block, and per processor
+constexpr int kInFlight = 4;                          // vectors per thread: 64 KiB of loads per processor
 constexpr int64_t kScaleTile = kScaleThreads * kInFlight;
 
-/// At least one, whose block also takes the columns outside of vectors.
+/// Tiles of a row, at least one. The block of the first tile also takes the columns outside of
+/// vectors.
 template <class T>
 constexpr int64_t tiles_of_row(int64_t columns) {
     return columns < kPerVector<T> ? 1 : (columns / kPerVector<T> + kScaleTile - 1) / kScaleTile;
@@ -23,7 +25,8 @@ RW_DEVICE void scale_element(T* p, float factor) {
     narrow(widen(*p) * factor, *p);
 }
 
-/// The columns before the first multiple of 16 bytes and after the last: fewer than two vectors.
+/// Scales the columns before the first and after the last multiple of 16 bytes: fewer than two
+/// vectors.
 template <class T>
 RW_DEVICE void scale_ends(T* x, int64_t head, int64_t tail, int64_t columns, float factor) {
     const int64_t i = thread_index();
@@ -63,7 +66,7 @@ RW_KERNEL(kScaleThreads, kScaleBlocks) scale_kernel(RW_PARAMETER ScaleCall call)
     const int64_t tiles = tiles_of_row<T>(call.columns);
     for (int64_t tile = block_index(); tile < call.rows * tiles; tile += block_count()) {
         const int64_t row = call.rows == 1 ? 0 : tile / tiles, of_row = tile - row * tiles;
-        T* const x = static_cast<T*>(call.data) + (row == 0 ? 0 : call.strides.offset(row));  // no division for a gradient without gaps
+        T* const x = static_cast<T*>(call.data) + (row == 0 ? 0 : call.strides.offset(row));  // a gradient without gaps needs no division
         const int64_t before = int64_t(-reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T));
         const int64_t head = before < call.columns ? before : call.columns;
         const int64_t vectors = (call.columns - head) / n;

@@ -1,11 +1,13 @@
-// A finished gradient times its upstream gradient, in place. Launches only, as in dispatch.h; returns a CUDA status, 0 for success.
+// Multiplies a finished gradient by its upstream gradient in place. It only launches, as in
+// dispatch.h, and returns a CUDA status.
 #pragma once
 
 #include "common/primitives.h"
 
 namespace reweight_ops {
 
-/// Rows may start at any element and have any stride; a gradient without gaps is one row. `factor` is on the device.
+/// Rows may start at any element and have any stride. A gradient without gaps is one row. `factor`
+/// is in device memory.
 struct ScaleCall {
     DType dtype;
     void* data;

@@ -1,4 +1,4 @@
-// The statistics sweep: a thread's own sums of a slice.
+// The statistics sweep: one thread's sums of a slice.
 #pragma once
 
 #include "common/terms.h"
@@ -7,16 +7,19 @@
 namespace reweight_ops {
 namespace {
 
-/// A thread's sums while it sweeps, the largest logit among them, with t = scale·x - reference(top): one multiply-add a logit.
+/// A thread's sums during a sweep, with the largest logit included. t = scale·x - reference(top)
+/// takes one fma per logit.
 struct Sweep {
     float top = -kInf, sum = 0.0f, dot = 0.0f, sum_sq = 0.0f;
 };
 
-/// Up to here a rounded reference is as good as any. Beyond, exponents lose their digits: such a thread sums again.
+/// Up to this magnitude a rounded reference is precise enough. Beyond it, exponents lose digits,
+/// and such a thread sums again.
 constexpr float kFar = 131072.0f;
 RW_DEVICE bool is_near(float top, float scale) { return fabsf(top * scale) <= kFar && fabsf(top) <= kLowest; }
 
-/// Bounded: while everything is -inf, differences of references are not NaN, and the sums of a thread that is far away are finite or infinite.
+/// The bound avoids NaN from differences of references while every logit is -inf. It keeps the sums
+/// of a thread far from zero finite or infinite.
 RW_DEVICE float reference(float top, float scale) { return fminf(fmaxf(top * scale, -5.36870912e8f), 5.36870912e8f); }
 
 RW_DEVICE void rebase(Sweep& s, float top, float scale) {
@@ -28,7 +31,7 @@ RW_DEVICE void rebase(Sweep& s, float top, float scale) {
     s.top = top;
 }
 
-/// What a group of logits adds to the sums. kBounded: none of them is -inf.
+/// The sums of a group of logits. kBounded: none of them is -inf.
 template <Sums kSums, bool kBounded>
 struct Group {
     float scale, ref;
@@ -45,7 +48,8 @@ struct Group {
     }
 };
 
-/// Adds a group of logits to a thread's sums: `top` is their maximum, for_each(f) calls f with each. A NaN is no maximum, but makes the sum NaN.
+/// Adds a group of logits to a thread's sums. `top` is their maximum; for_each(f) calls f with
+/// each. A NaN does not change the maximum, but makes the sum NaN.
 template <Sums kSums, bool kBounded, class ForEach>
 RW_DEVICE void absorb(Sweep& s, float top, float scale, const Softcap& softcap, const ForEach& for_each) {
     if (kSums == Sums::full && softcap.on) softcap.apply(top);  // it is monotonic
@@ -57,11 +61,11 @@ RW_DEVICE void absorb(Sweep& s, float top, float scale, const Softcap& softcap, 
     s.sum_sq += group.sum_sq;
 }
 
-/// Adds a thread's vectors of one tile; what lies beyond the slice is -inf.
+/// Adds a thread's vectors of one tile. Vectors beyond the slice are -inf.
 template <class T, Sums kSums>
 RW_DEVICE void absorb_tile(Sweep& s, const Vector (&v)[kUnroll], float scale, const Softcap& softcap) {
     constexpr bool kBounded = kBoundsPairs<T> && kSums == Sums::entropy;
-    absorb<kSums, kBounded>(s, largest<T>(v), scale, softcap, [&](const auto& f) {  // unpacked only here: registers are scarcer than shifts
+    absorb<kSums, kBounded>(s, largest<T>(v), scale, softcap, [&](const auto& f) {  // unpacks only here: registers are scarcer than shifts
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             float values[kPerVector<T>];
@@ -72,14 +76,14 @@ RW_DEVICE void absorb_tile(Sweep& s, const Vector (&v)[kUnroll], float scale, co
     });
 }
 
-/// The column after the last whole vector that `thread` has, or -1.
+/// The thread's column after the last whole vector, or -1.
 template <class T>
 RW_DEVICE int tail_of(int thread, int columns) {
     const int tail = columns / kPerVector<T> * kPerVector<T> + thread;
     return tail < columns ? tail : -1;
 }
 
-/// The columns after the last whole vector, a thread each. `x` is the row.
+/// Adds the columns after the last whole vector, one per thread. `x` is the row.
 template <class T, Sums kSums>
 RW_DEVICE void absorb_tail(Sweep& s, const T* x, int columns, float scale, const Softcap& softcap) {
     const int tail = tail_of<T>(thread_index(), columns);
@@ -90,11 +94,13 @@ RW_DEVICE void absorb_tail(Sweep& s, const T* x, int columns, float scale, const
 
 // ---- from a sweep to sums without the largest logit
 
-/// Below this share of the largest exponential, what the thread that has it has besides was rounded away while it was added to it.
+/// Below this share of the largest exponential, the thread with the largest logit has lost its
+/// other terms to rounding.
 constexpr float kRoundedAway = 0x1p-10f;
 
-/// By the whole warp, with for_each(f) calling f with a lane's share of one thread's logits: their sums, of which `top` is the largest. Exponents are
-/// of differences, and what equals the largest is counted: nothing is added to it.
+/// Sums one thread's logits again with the whole warp, relative to their maximum `top`. for_each(f)
+/// calls f with a lane's share of them. Exponents are of differences. Logits equal to the maximum
+/// are counted: nothing is added to their 1.
 template <Sums kSums, class ForEach>
 RW_DEVICE Partial sum_again(float top, float scale, const Softcap& softcap, const ForEach& for_each) {
     float tops = 0.0f, rest = 0.0f, dot = 0.0f, sum_sq = 0.0f;
@@ -119,11 +125,11 @@ RW_DEVICE Partial sum_again(float top, float scale, const Softcap& softcap, cons
     return {top, (tops - 1.0f) + rest, dot, (tops - 1.0f) + sum_sq};
 }
 
-/// A thread's sums relative to its largest logit, and without it. What is taken away is what the sweep added: the same instruction on the same
-/// number.
+/// A thread's sums relative to its largest logit and without it. It subtracts what the sweep added,
+/// with the same instruction on the same number.
 template <Sums kSums>
 RW_DEVICE Partial without_top(const Sweep& s, float scale) {
-    if (!is_near(s.top, scale)) {  // to be summed again if it counts at all; a NaN stays
+    if (!is_near(s.top, scale)) {  // summed again if it has any mass; keeps NaN
         const float nothing = s.sum != s.sum || s.top == kInf ? kNaN : 0.0f;
         return {s.top, nothing, nothing, nothing};
     }
@@ -135,13 +141,15 @@ RW_DEVICE Partial without_top(const Sweep& s, float scale) {
     return out;
 }
 
-/// The sums of a warp's part of a slice, in all its threads. share_of(thread, f) calls f with this lane's share of the logits that `thread` swept.
+/// The sums of a warp's part of a slice, in all its threads. share_of(thread, f) calls f with this
+/// lane's share of the logits that `thread` swept.
 template <Sums kSums, class ShareOf>
 RW_DEVICE Partial merge_warp(const Sweep& swept, float scale, const Softcap& softcap, const ShareOf& share_of) {
     Partial s = without_top<kSums>(swept, scale), merged = merge_lanes<32>(s, scale);
     const bool far = !is_near(merged.top, scale);
     if (far ? fabsf(merged.top) < kInf : merged.rest < kRoundedAway) {
-        // The thread that has the largest; if that is far away, everybody who counts. What others have lost is little beside their own largest.
+        // Sum again for the thread that has the maximum, or, far from zero, for every thread with
+        // mass. The losses of other threads are small next to their own maximum.
         for (uint32_t todo = ballot(far ? (s.top - merged.top) * scale > kFloor : s.top == merged.top); todo; todo &= todo - 1) {
             const int lane = lowest_bit(todo);
             const int thread = thread_index() / 32 * 32 + lane;
@@ -153,7 +161,8 @@ RW_DEVICE Partial merge_warp(const Sweep& swept, float scale, const Softcap& sof
     return merged;
 }
 
-/// This lane's share of the vectors that a thread has swept of a slice: load(i) gives the slice's vector i.
+/// Calls f with this lane's share of the vectors that `thread` swept in a slice. load(i) gives
+/// vector i of the slice.
 template <class T, class Load, class F>
 RW_DEVICE void for_each_of(int thread, int vectors, const Load& load, const F& f) {
 #pragma unroll 1

@@ -1,5 +1,5 @@
-// The three primitives for rows of any length: a persistent grid, one block a row, statistics read from memory and gradients from what the
-// second-level cache still holds. Compiled once per dtype, with RW_ELEMENT and RW_DTYPE naming it.
+// The three primitives for rows of any length. The grid is persistent, with one block per row. Statistics read from memory;
+// gradients read what the L2 cache still holds. The file is compiled once per dtype; RW_ELEMENT and RW_DTYPE name the dtype.
 #include "common/concat.h"
 #include "common/primitives.h"
 #include "dispatch.h"
@@ -9,7 +9,8 @@
 namespace reweight_ops {
 namespace {
 
-/// Of the kernel that evaluates rules: with a softcap, and on Ampere, its registers do not fit more often on a processor.
+/// Blocks per processor of the kernel that evaluates rules. With a softcap, and on Ampere, its
+/// registers fit only once.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <bool kFull>
 constexpr int kRuleBlocks = 1;
@@ -17,16 +18,16 @@ constexpr int kRuleBlocks = 1;
 template <bool kFull>
 constexpr int kRuleBlocks = kFull ? 1 : RW_RULE_BLOCKS;
 #endif
-/// With a softcap, registers for more are not to be had.
+/// With a softcap, registers do not suffice for more blocks.
 constexpr int blocks_of(bool full, int blocks) { return full && blocks > 2 ? 2 : blocks; }
 
-/// The target's logit, as it is in memory.
+/// The target's logit, read from memory.
 template <class T>
 RW_DEVICE Target target_of(const Row<T>& row, const Softcap& softcap) {
     return row.target < 0 ? Target() : Target(widen(row.x[row.target]), softcap);
 }
 
-/// A thread's sums of a slice: whole tiles, then what is left of it. load(i) gives the slice's vector i.
+/// A thread's sums of a slice: whole tiles, then the rest. load(i) gives vector i of the slice.
 template <class T, Sums kSums, class Load>
 RW_DEVICE Sweep sweep_slice(int vectors, float scale, const Softcap& softcap, const Load& load) {
     const int whole = vectors / kTileVectors * kTileVectors;
@@ -50,7 +51,7 @@ RW_DEVICE Sweep sweep_slice(int vectors, float scale, const Softcap& softcap, co
     return s;
 }
 
-/// Leaves the sums of each warp in `partials`.
+/// Writes the sums of each warp to `partials`.
 template <class T, Sums kSums, bool kAligned>
 RW_DEVICE void sweep_statistics(const T* x, int columns, const Slices& slices, float scale, const Softcap& softcap, RowPartials& partials) {
     const ShiftedRow<T> shifted(x, slices.vectors);
@@ -70,7 +71,8 @@ RW_DEVICE void sweep_statistics(const T* x, int columns, const Slices& slices, f
     }
 }
 
-/// The sums of a row, in every thread of warp 0 (unspecified elsewhere). One barrier; `partials` may be reused after the next one.
+/// The sums of a row, in every thread of warp 0; other threads get an unspecified value. It has one
+/// barrier. `partials` may be reused after the next one.
 template <Sums kSums, bool kAligned, class T>
 RW_DEVICE Partial sum_row(const Row<T>& row, int columns, const Slices& slices, const Softcap& softcap, RowPartials& partials) {
     sweep_statistics<T, kSums, kAligned>(row.x, columns, slices, row.scale, softcap, partials);
@@ -89,10 +91,10 @@ RW_DEVICE void fill_zero(T* out, int64_t columns) {
 
 // ---- token_stats
 
-/// kAligned: every row starts at a multiple of 16 bytes.
+/// kAligned means that every row starts at a multiple of 16 bytes.
 template <class T, Sums kSums, bool kAligned>
 RW_KERNEL(kThreads, blocks_of(kSums == Sums::full || !kAligned, kStatsBlocks)) stats_kernel(RW_PARAMETER StatsCall call) {
-    // Two: while warp 0 merges those of one row, the others write those of the next.
+    // Two buffers: while warp 0 merges the sums of one row, the others write those of the next.
     RW_SHARED(DoubleBuffer<RowPartials>, partials);
     const Softcap softcap(call.softcap);
     const Slices slices(int(call.vocab_size) / kPerVector<T>);
@@ -117,13 +119,13 @@ RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, in
     const Derivatives<float> d{get(call.d_logp), get(call.d_entropy), get(call.d_lse),       get(call.d_p_sq),
                                call.logp[i],     get(call.entropy),   get(call.log_sum_p_sq)};
     const Target target = d.all_zero() ? Target() : target_of(row, softcap);
-    const double unit = double(row.temperature) * row.scale;  // log2(e), with the rounding that the scale has
+    const double unit = double(row.temperature) * row.scale;  // log2(e) with the rounding of the scale
     const double lse = call.lse[i], low = get(call.lse_low), lse2 = unit * (lse + low);
     if (!full && fabs(lse2) <= kFar) {
         const float base = float(lse2), rest = float(base - lse2);
         return row_gradient(d, row.temperature, row.scale, {true, base, rest, exp2f(rest)}, target, full);
     }
-    // Relative to a logit near lse.
+    // Exponents are relative to a logit near lse.
     const bool by_target = is_by_target(row.target >= 0, call.lse[i], d.logp);
     const float base = float(by_target ? target.exact : lse * row.temperature);
     const double from = by_target ? (base - target.exact) * row.scale + unit * d.logp : (double(base) * row.scale - unit * lse) - unit * low;
@@ -131,10 +133,11 @@ RW_DEVICE RowGradient known_gradient(const GradCall& call, const Row<T>& row, in
     return row_gradient(d, row.temperature, row.scale, {false, base, rest, exp2f(rest)}, target, full);
 }
 
-/// 8 warps write a row, and one gets the next ready meanwhile: its chain of reads, divisions and fp64 would hold up all of them.
+/// 8 warps write a row while one warp prepares the next: its chain of reads, divisions and fp64
+/// would delay all of them.
 constexpr int kGradThreads = kThreads + 32;
 
-/// A row that holds nothing to compute is zeros.
+/// A row with nothing to compute is zeros.
 template <class T>
 RW_DEVICE GradientRow<T> known_row(const GradCall& call, int64_t i, const Softcap& softcap, bool full) {
     T* const out = static_cast<T*>(call.out) + call.out_strides.offset(i);
@@ -154,7 +157,7 @@ RW_KERNEL(kGradThreads, blocks_of(kFull, kGradBlocks)) grad_kernel(RW_PARAMETER 
     int buffer = 0;
     prepare(block_index(), buffer);
     for (int64_t i = block_index(); i < call.rows; i += block_count()) {
-        barrier();  // this row is ready, and nobody reads the one before any more
+        barrier();  // this row is ready, and no thread reads the preceding one any more
         prepare(i + block_count(), buffer ^ 1);
         if (writes) write_gradient<T, kFull, 2 * kUnroll>(known[buffer], int(call.vocab_size), int(call.columns), softcap);
         buffer ^= 1;
@@ -192,7 +195,8 @@ RW_KERNEL(kThreads, kRuleBlocks<kFull>) loss_grad_kernel(RW_PARAMETER LossGradCa
 
 // ---- packed rows: a block each, of any address and length
 
-/// Their registers need not make room for more, for rows that a sampler keeps are short.
+/// Rows that a sampler keeps are short, so that their registers need not leave room for more
+/// blocks.
 constexpr int kPackedBlocks = 2;
 
 template <class T, Sums kSums>
@@ -209,11 +213,11 @@ RW_KERNEL(kThreads, kPackedBlocks) packed_stats_kernel(RW_PARAMETER StatsCall ca
         const Row<T> row(call, i);
         const Partial sums = sum_row<kSums, false>(row, columns, Slices(columns / kPerVector<T>), softcap, partials[buffer]);
         if (thread_index() == 0) put_row(call, i, finish(sums, target_of(row, softcap), row.temperature, row.scale));
-        buffer ^= 1;  // while warp 0 merges, the others begin the next row
+        buffer ^= 1;  // the others begin the next row while warp 0 merges
     }
 }
 
-/// Rows that hold nothing to compute are not written.
+/// Rows with nothing to compute are not written.
 template <class T, bool kFull>
 RW_KERNEL(kThreads, kPackedBlocks) packed_grad_kernel(RW_PARAMETER GradCall call) {
     RW_SHARED(GradientRow<T>, known);
@@ -227,13 +231,13 @@ RW_KERNEL(kThreads, kPackedBlocks) packed_grad_kernel(RW_PARAMETER GradCall call
         }
         barrier();  // the row is ready
         write_gradient<T, kFull, kUnroll>(known, columns, columns, softcap);
-        barrier();  // nobody reads it any more
+        barrier();  // no thread reads it any more
     }
 }
 
 // ---- launches
 
-/// A persistent grid of so many blocks a processor.
+/// Launches a persistent grid with `blocks_per_processor` blocks per processor.
 template <class C>
 int launch_rows(void (*kernel)(const C), const C& call, int blocks_per_processor, int threads = kThreads) {
     if (call.rows == 0) return 0;
@@ -243,7 +247,7 @@ int launch_rows(void (*kernel)(const C), const C& call, int blocks_per_processor
     return launch(kernel, {call.rows < blocks ? call.rows : blocks, threads}, call);
 }
 
-/// Calls f(full, aligned) with constants of the compiler.
+/// Calls f(full, aligned) with compile-time constants.
 template <class F>
 int with_kind(bool full, bool aligned, const F& f) {
     if (full) return aligned ? f(std::true_type(), std::true_type()) : f(std::true_type(), std::false_type());
@@ -269,7 +273,8 @@ int launch_grad(const GradCall& call) {
     return launch_rows(full ? grad_kernel<RW_ELEMENT, true> : grad_kernel<RW_ELEMENT, false>, call, blocks_of(full, kGradBlocks), kGradThreads);
 }
 
-/// As many blocks as fit: where their rows are more than the second-level cache holds, the second read comes from memory, but enough is in flight.
+/// Launches as many blocks as fit. If their rows exceed the L2 cache, the second read comes from
+/// memory, but enough loads are in flight.
 int launch_loss_grad(const LossGradCall& call) {
     return with_kind(call.reads_p_sq || call.softcap < kInf, rows_are_aligned(call), [&](auto full, auto aligned) {
         return launch_rows(loss_grad_kernel<RW_ELEMENT, full.value, aligned.value>, call, full.value ? 2 : RW_RULE_BLOCKS);

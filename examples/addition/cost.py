@@ -1,4 +1,7 @@
-"""What the loss alone costs at a real vocabulary on this machine: time and memory of eager PyTorch, torch.compile and the fused op."""
+"""Time and memory of the loss alone at a real vocabulary on this machine.
+
+It compares eager PyTorch, torch.compile and the fused op.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,11 @@ VOCAB = 151936
 
 
 class Head(torch.autograd.Function):
-    """Logits that a model has made: no leaf, so they may be written over. What becomes of their gradient is the model's own cost."""
+    """Logits that a model has computed: they are not a leaf, so that an op may
+    overwrite them.
+
+    The further use of their gradient is part of the model's own cost.
+    """
 
     gradient: Tensor | None = None
 
@@ -33,7 +40,9 @@ class Head(torch.autograd.Function):
 
 
 class Cost(NamedTuple):
-    """Of one forward and backward: the median of several, and the most bytes alive at once besides the logits."""
+    """Cost of one forward and backward: the median time, and peak bytes in addition to
+    the logits.
+    """
 
     name: str
     milliseconds: float
@@ -54,7 +63,9 @@ def candidates(ids: Tensor, advantages: Tensor, old: Tensor, compiled: bool) -> 
 
 
 def measure(rows: int, vocab: int = VOCAB, rounds: int = 5, compiled: bool = True) -> list[Cost]:
-    """All of them in turns, round after round, on the same bf16 logits; and the gradients compared with one another."""
+    """Measure all variants in turns, round after round, on the same bf16 logits, and
+    compare their gradients.
+    """
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(1, rows, vocab, generator=generator).bfloat16()
     ids = torch.randint(vocab, (1, rows), generator=generator)
@@ -64,7 +75,7 @@ def measure(rows: int, vocab: int = VOCAB, rounds: int = 5, compiled: bool = Tru
     times: dict[str, list[float]] = {name: [] for name in calls}
     extra, gradients = {}, {}
     values.requires_grad_()
-    for name, call in calls.items():  # once apart: compilation, and memory, whose measurement takes time
+    for name, call in calls.items():  # one separate run: compilation, and the slow measurement of memory
         logits = Head.apply(values)
         extra[name] = most_alive(lambda call=call, logits=logits: call(logits).backward())
         gradients[name] = Head.gradient

@@ -1,7 +1,8 @@
-"""Advantage reweighting's mechanism: which tokens the gradient comes from.
+"""The mechanism of advantage reweighting: the tokens that the gradient comes from.
 
-The loss's gradient by one token's logits is ``coef * (onehot - p)``, of norm ``|coef| * sqrt(1 - 2 p_y + sum p^2)``: large for unlikely
-tokens. AR (arXiv:2505.12929) multiplies coef by ``alpha p_y + 1 - alpha``, which takes from them.
+The loss's gradient by one token's logits is ``coef * (onehot - p)``, with norm ``|coef|
+* sqrt(1 - 2 p_y + sum p^2)``, which is large for unlikely tokens. AR (arXiv:2505.12929)
+multiplies coef by ``alpha p_y + 1 - alpha``, which reduces their share.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ REWEIGHTED = PLAIN.with_weight(rw.weights.AdvantageReweighting(alpha=0.3))
 
 
 class TokenGradients(NamedTuple):
-    """Per token that has an advantage: its probability, and the norm of the gradient by its logits."""
+    """For each token with an advantage: its probability, and the norm of the gradient
+    by its logits.
+    """
 
     probability: Tensor
     plain: Tensor
@@ -27,7 +30,7 @@ class TokenGradients(NamedTuple):
 
 @torch.no_grad()
 def token_gradients(model: Any, rollout: dict[str, Any], temperature: float) -> TokenGradients:
-    """Of the tokens of a rollout, under the current model."""
+    """Gradients of a rollout's tokens under the current model."""
     ids, mask = rollout["completion_ids"], rollout["completion_mask"]
     logits = model(
         input_ids=torch.cat([rollout["prompt_ids"], ids], 1),
@@ -48,7 +51,9 @@ def token_gradients(model: Any, rollout: dict[str, Any], temperature: float) -> 
 
 
 class QuartileShares(NamedTuple):
-    """By quartile of token probability: its upper bound, and its share of the summed norms."""
+    """For each quartile of token probability: its upper bound, and its share of the
+    summed norms.
+    """
 
     upper: list[float]
     plain: list[float]
@@ -58,7 +63,7 @@ class QuartileShares(NamedTuple):
 def quartile_shares(parts: list[TokenGradients]) -> QuartileShares:
     probability, plain, reweighted = (torch.cat(column) for column in zip(*parts, strict=True))
     if len(probability) < 4:
-        raise SystemExit("No group of completions had different rewards, so no token has a gradient: give --warm-start more steps.")
+        raise SystemExit("No group of completions had different rewards, so no token has a gradient: set --warm-start to more steps.")
     quarters = probability.argsort().tensor_split(4)
 
     def shares(norm: Tensor) -> list[float]:

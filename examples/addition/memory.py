@@ -1,4 +1,4 @@
-"""The most memory that PyTorch's tensors take at once."""
+"""Peak memory of PyTorch's tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def most_alive(call: Callable[[], object]) -> int:
-    """Most bytes alive at once, above the start, while ``call`` runs."""
+    """Peak of the bytes alive while ``call`` runs, above the start."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     alive = peak = 0

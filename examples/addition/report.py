@@ -17,7 +17,7 @@ from .mechanism import QuartileShares
 from .runs import PASSES, Agreement, Run
 
 WINDOW = 5  # rollouts of the moving average
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 GREY, BLUE, ORANGE, GREEN = "#666666", "#0072B2", "#D55E00", "#009E73"
 COLOURS = {"fused": BLUE, "fused + AR": ORANGE, "fused, Lopti": GREEN}
 
@@ -36,7 +36,7 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def agreement_table(found: list[Agreement]) -> Table:
-    table = _table("One rollout: the fused op against TRL's own loss", "update", "loss", "difference", "gradient, relative difference")
+    table = _table("One rollout: the fused op compared to TRL's own loss", "update", "loss", "difference", "gradient, relative difference")
     for a in found:
         policy = "on-policy" if a.update == 1 else "off-policy"
         table.add_row(f"{a.update} ({policy})", f"{a.loss:+.2e}", f"{a.loss_difference:.1e}", f"{a.gradient_difference:.1e}")
@@ -61,13 +61,13 @@ def runs_table(runs: list[Run]) -> Table:
     table.caption = (
         f"reward: first and last {WINDOW} rollouts; loss: last 10 updates; clipped: share of tokens, off-policy updates; ms: an update.\n"
         "MiB: peak of forward, loss and backward. Stock TRL's head has a buffer of 32768 columns for a vocabulary of any size, here 64: "
-        "no prediction for real models."
+        "the numbers do not predict real models."
     )
     return table
 
 
 def distance(a: Run, b: Run) -> float:
-    """Mean distance of two smoothed reward curves."""
+    """Mean distance between two smoothed reward curves."""
     return fmean(abs(x - y) for x, y in zip(smoothed(a.series("reward")), smoothed(b.series("reward")), strict=True))
 
 
@@ -81,7 +81,7 @@ def cost_table(costs: list[Cost], rows: int) -> Table:
 
 
 def cost_panels(time: plt.Axes, memory: plt.Axes, costs: list[Cost]) -> None:
-    """The loss at a real vocabulary: milliseconds, and MiB."""
+    """Draw the loss at a real vocabulary: milliseconds and MiB."""
     names = [c.name for c in costs][::-1]
     colours = [BLUE if "fused" in name else GREY for name in names]
     for axes, values, unit in (
@@ -98,7 +98,11 @@ def cost_panels(time: plt.Axes, memory: plt.Axes, costs: list[Cost]) -> None:
 
 
 def picture(stock: list[Run], others: list[Run], shares: QuartileShares, costs: list[Cost], path: Path) -> None:
-    """Reward curves over the spread of the stock seeds, and the gradient's share by token probability; below, what the loss costs."""
+    """Draw reward curves over the spread of the stock seeds, and the gradient's share
+    by token probability.
+
+    The lower row shows the cost of the loss.
+    """
     lines = 2 if costs else 1
     figure, grid = plt.subplots(
         lines,

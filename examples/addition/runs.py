@@ -1,4 +1,6 @@
-"""The runs of the demo: a trainer for each, what it logged, and the comparison of one rollout with TRL's own loss."""
+"""The demo's runs: a trainer for each, its log, and the comparison of one rollout with
+TRL's own loss.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,14 @@ from . import task
 from .mechanism import TokenGradients, token_gradients
 from .memory import most_alive
 
-PASSES = 2  # updates for each rollout: the second is off-policy, so that clipping has something to do
+PASSES = 2  # updates per rollout: the second is off-policy, so that clipping has an effect
 RECORD_EVERY = 5  # rollouts
 
 
 class RecordingTrainer(ReweightGRPOTrainer):
-    """Keeps the gradient norms of some rollouts' tokens; the time this takes is no part of the training."""
+    """Trainer that records the gradient norms of some rollouts' tokens, outside of the
+    measured time.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -50,7 +54,7 @@ class Progress(TrainerCallback):
 
 @dataclass
 class Run:
-    """What one training run logged: a reward for each rollout, the rest for each update."""
+    """Log of one training run: one reward per rollout, the other values per update."""
 
     name: str
     seed: int
@@ -71,7 +75,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a run's trainer is built."""
+    """Settings of a run's trainer."""
 
     name: str
     trainer: type[GRPOTrainer]
@@ -87,7 +91,11 @@ LOPTI = Kind("fused, Lopti", ReweightGRPOTrainer, {"spec": [rw.methods.lopti("lo
 def make_trainer(
     kind: Kind, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, out: str, lm_head: str
 ) -> GRPOTrainer:
-    """A trainer on a copy of the model: 32 prompts x 8 completions a rollout, TRL's default loss (dapo). ``lm_head``: of our trainers."""
+    """Build a trainer on a copy of the model.
+
+    A rollout has 32 prompts x 8 completions; the loss is TRL's default (dapo).
+    ``lm_head`` selects the head of the fused trainers.
+    """
     options = kind.options if kind is STOCK else {**kind.options, "lm_head": lm_head}
     config = GRPOConfig(
         output_dir=out,
@@ -131,7 +139,7 @@ def train(kind: Kind, trainer: GRPOTrainer, on_step: Callable[[], None], peak_by
 
 @dataclass(frozen=True)
 class Agreement:
-    """One update computed by TRL and through the fused op."""
+    """One update, computed by TRL and by the fused op."""
 
     update: int
     loss: float
@@ -140,9 +148,13 @@ class Agreement:
 
 
 def compare(stock: GRPOTrainer, fused: ReweightGRPOTrainer) -> list[Agreement]:
-    """Loss and gradient of the updates on one rollout: TRL's own code against the fused op, from the same parameters."""
+    """Loss and gradient of the updates on one rollout, by TRL's own code and by the
+    fused op.
+
+    Both start from the same parameters.
+    """
     for trainer in (stock, fused):
-        trainer.current_gradient_accumulation_steps = 1  # set by the training loop only
+        trainer.current_gradient_accumulation_steps = 1  # only the training loop sets it
         trainer.model.train()
     rollout = stock._prepare_inputs(next(iter(stock.get_train_dataloader())))
     optimizer = torch.optim.Adam(stock.model.parameters(), lr=3e-4)
@@ -166,7 +178,9 @@ def _loss_and_gradient(trainer: GRPOTrainer, rollout: dict[str, Any]) -> tuple[f
 
 
 def peak_memory(trainer: GRPOTrainer) -> int:
-    """Most bytes alive at once, above the start, in one forward, loss and backward on a rollout."""
+    """Peak of the bytes alive during one forward, loss and backward on a rollout, above
+    the start.
+    """
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     rollout = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))

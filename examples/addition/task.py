@@ -1,7 +1,9 @@
-"""Two-digit addition for a tiny language model: tokenizer, model, prompts, reward, and a warm start on noisy answers.
+"""Two-digit addition for a tiny language model: tokenizer, model, prompts, reward, and
+a warm start on noisy answers.
 
-Numbers are written least significant digit first (``21+43=640`` is 12 + 34 = 046), so each digit depends on few others. The warm start sees
-answers in which 30 % of the digits are random: it leaves a model that can add and is unsure, which is what RL can improve on.
+Numbers are written least significant digit first (``21+43=640`` is 12 + 34 = 046), so
+each digit depends on few others. The warm start trains on answers in which 30 % of the
+digits are random. The model can then add, but it is unsure: RL can improve it.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 TOKENS = ["<pad>", "<eos>", "<unk>", *"0123456789", "+", "="]  # 15 real tokens
-VOCAB_SIZE = 64  # of the model's head
+VOCAB_SIZE = 64  # columns of the model's head
 NOISE = 0.3
 ANSWER_TOKENS = 4  # three digits and <eos>
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """Tokenizer with one token per character."""
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()  # no spaces between characters
@@ -62,7 +64,7 @@ def make_prompts(count: int, seed: int) -> Dataset:
 
 
 def exact_match(completions: list[str], answer: list[str], **_: object) -> list[float]:
-    """The reward: 1 for the right answer, else 0."""
+    """Reward: 1 for the right answer, otherwise 0."""
     return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
 
 

@@ -1,1 +1,3 @@
-"""How the package works. What a user types stands one folder up; nobody outside imports from here."""
+"""The implementation of the package. The folder above has the public names, and users
+do not import from here.
+"""

@@ -1,7 +1,9 @@
-"""Entropies that carry no gradient, and say so where they meet autograd: an entropy bonus made of them would silently do nothing.
+"""Entropies without a gradient that warn when they meet autograd. An entropy bonus made
+of them would silently do nothing.
 
-Of the detached results only these are marked. Log-probs are what the next call takes, often in a compiled function, and torch.compile's first run
-takes no tensor of a class of its own: pass ``entropies.detach()`` to one.
+Only these detached results are marked. Log-probs go into the next call, often in a
+compiled function, and the first run of torch.compile does not take a tensor of another
+class. Pass ``entropies.detach()`` to a compiled function.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 _TORCH = str(Path(torch.__file__).parent)
 
-#: Said once in a process.
+#: Warnings that this process has given. Each is given once.
 _said: set[str] = set()
 
 _MESSAGE = (
@@ -27,12 +29,15 @@ _MESSAGE = (
     "entropy bonus is a penalty of the spec. If they are a constant: .detach() says so."
 )
 
-#: What gives an ordinary tensor: whoever calls it knows that there is no gradient, or asks for another class.
+#: Functions that give an ordinary tensor. Their caller knows that there is no gradient,
+#: or asks for another class.
 _PLAIN = (Tensor.detach, Tensor.data.__get__, Tensor.as_subclass)  # type: ignore[attr-defined]
 
 
 class Detached(Tensor):
-    """An ordinary tensor but for one warning; so is what is computed from it."""
+    """An ordinary tensor that gives one warning. Tensors computed from it are marked
+    too.
+    """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,7 +62,9 @@ class Detached(Tensor):
 
 
 def _seen(result: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """A result of an operation on detached ones, still marked; or the warning, and the result as it is."""
+    """Return the result of an operation on detached tensors, still marked, or warn and
+    return it unmarked.
+    """
     if not result.requires_grad:
         return result.as_subclass(Detached) if type(result) is Tensor and result.is_floating_point() else result
     if not _said and all(not x.requires_grad for x in tree_leaves((args, kwargs)) if isinstance(x, Detached)):
@@ -67,7 +74,7 @@ def _seen(result: Tensor, args: Any, kwargs: Any) -> Tensor:
 
 
 def _depth() -> int:
-    """How many frames of PyTorch and this file are above the caller's line."""
+    """Return how many frames of PyTorch and this file are above the caller's line."""
     frame, depth = sys._getframe(1), 0
     while frame.f_back is not None and frame.f_code.co_filename.startswith((__file__, _TORCH)):
         frame, depth = frame.f_back, depth + 1
@@ -75,12 +82,16 @@ def _depth() -> int:
 
 
 def marked(t: Tensor, loss: Tensor) -> Tensor:
-    """``t`` as it is given beside a loss: marked if the loss has a gradient, and autograd runs here and now."""
+    """Return ``t`` marked if the loss has a gradient and autograd runs now, else as it
+    is.
+    """
     if not loss.requires_grad or type(t) is not Tensor or torch.compiler.is_compiling():
         return t
     return t.as_subclass(Detached)
 
 
 def plain(t: Any) -> Any:
-    """An argument as an ordinary tensor: what follows from a call's entropies may be an argument of the next."""
+    """Return an argument as an ordinary tensor. A tensor that follows from a call's
+    entropies may be an argument of the next call.
+    """
     return t.detach() if type(t) is Detached and not t.requires_grad else t

@@ -7,7 +7,11 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Other processes see the old file or the new one, never a part. What is interrupted leaves the old one, and nothing beside it."""
+    """Write a file so that other processes see the old file or the new one, never a
+    part.
+
+    An interruption leaves the old file, and nothing beside it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)

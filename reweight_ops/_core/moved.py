@@ -1,4 +1,4 @@
-"""Import paths of before the house was rebuilt: each fails with the name of what replaced it."""
+"""Import paths of earlier layouts. Each fails with the name of its replacement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 
 _PACKAGE = __name__.split(".")[0]
 
-#: Old module to new one, below the package.
+#: Maps an old module to the new one, below the package.
 MOVED = {
     "autograd": "_core.engine.autograd",
     "backends": "_core.backends",
@@ -81,7 +81,7 @@ MOVED = {
 
 
 class _Moved(importlib.abc.MetaPathFinder):
-    """Asked last, so only for what no other finder knows."""
+    """A finder that comes last, so it sees only modules that no other finder knows."""
 
     def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> None:
         new = MOVED.get(name.removeprefix(f"{_PACKAGE}."))

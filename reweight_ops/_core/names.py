@@ -1,11 +1,13 @@
-"""What was meant by the name of a hyper-parameter that a method, rule or weight does not have."""
+"""Suggestions for the name of a hyper-parameter that a method, rule or weight does not
+have.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-#: What others call a hyper-parameter, and what it may be here.
+#: Other libraries' names of a hyper-parameter, and its names here.
 _CLIP = ("epsilon_low", "epsilon_high")
 ALIASES = {
     "epsilon": _CLIP, "eps": _CLIP, "clip_eps": _CLIP, "eps_clip": _CLIP, "clip_range": _CLIP, "cliprange": _CLIP, "clip_ratio": _CLIP,
@@ -16,7 +18,9 @@ ALIASES = {
 
 
 def unexpected(owner: str, name: str, known: Iterable[str]) -> TypeError:
-    """The error for a keyword that is none: with its name here, or the nearest, or all of them."""
+    """Return the error for an unknown keyword. It has the keyword's name here, or the
+    nearest name, or all names.
+    """
     known = tuple(known)
     here = [alias for alias in ALIASES.get(name, ()) if alias in known]
     near = difflib.get_close_matches(name, known, n=1)

@@ -1,4 +1,6 @@
-"""Attributes that are computed when they are first read, also in a function that torch.compile traces."""
+"""Attributes that are computed at their first read. They also work in a function that
+torch.compile traces.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,30 @@ T = TypeVar("T")
 
 
 def keeps(like: Tensor) -> bool:
-    """Whether what is computed now from tensors like this one may be kept: not what a mode makes of them (fake or inference tensors) and would outlive it."""
+    """Return whether a result computed now from tensors like this one may be kept.
+
+    The results that a mode makes (fake or inference tensors) may not, because they
+    would outlive it.
+    """
     if torch.compiler.is_compiling():
         return True
     return not torch._C._len_torch_dispatch_stack() and (not torch.is_inference_mode_enabled() or like.is_inference())
 
 
 def outside_of_modes(function: Callable[[], T]) -> T:
-    """What the function gives where no mode is active, for what is kept whatever mode it is read in."""
+    """Return the result of the function with no mode active. It is for results that are
+    kept whatever mode reads them.
+    """
     with _disable_current_modes(), torch.inference_mode(False):
         return function()
 
 
 class computed_once(Generic[T]):
-    """``functools.cached_property`` of a result with a ``loss``, without its lock, which Python 3.11 still has and torch.compile cannot take. What is
-    read in a mode that :func:`keeps` nothing is computed again."""
+    """``functools.cached_property`` of a result with a ``loss``, without its lock.
+
+    Python 3.11 still has that lock, and torch.compile cannot take it. An attribute that
+    is read in a mode where :func:`keeps` allows nothing is computed again.
+    """
 
     def __init__(self, function: Callable[[Any], T]) -> None:
         self.function = function
@@ -44,5 +55,5 @@ class computed_once(Generic[T]):
             return self
         value = self.function(owner)
         if keeps(owner.loss):
-            object.__setattr__(owner, self.name, value)  # found there from now on, also where the class is frozen
+            object.__setattr__(owner, self.name, value)  # later reads find it there; this works for a frozen class too
         return value

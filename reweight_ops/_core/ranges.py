@@ -1,8 +1,12 @@
-"""Which numbers a hyper-parameter may be, said once, beside its default: ``epsilon_low: NonNegative[Any] = 0.2``.
+"""The numbers that a hyper-parameter may be, written once, beside its default:
+``epsilon_low: NonNegative[Any] = 0.2``.
 
-:func:`ranged` reads these annotations of a function or a dataclass, checks what is given, and adds them to the docstring. A Python number is
-checked; a tensor is not read, nor is a formula that stands for a number (:class:`Unread`). Booleans, strings and NaN are no numbers.
-In a compiled function it is checked while that is compiled, as far as it is a constant there: not a number that torch.compile made an input.
+:func:`ranged` reads these annotations of a function or a dataclass, checks the given
+values, and adds the ranges to the docstring. It checks a Python number. It does not
+read a tensor, or a formula that stands for a number (:class:`Unread`). Booleans,
+strings and NaN are not numbers. In a compiled function a value is checked while the
+function is compiled, if it is a constant there. A number that torch.compile turned into
+an input is not checked.
 """
 
 from __future__ import annotations
@@ -27,14 +31,17 @@ T = TypeVar("T")
 
 
 class Unread:
-    """Base of what stands for a number and is none, beside tensors."""
+    """The base of objects other than tensors that stand for a number."""
 
 
 class Interval:
-    """An interval as one writes it, ``"[0, inf)"``: infinity is in it where the bracket is square.
+    """An interval in the usual notation, ``"[0, inf)"``. A square bracket at infinity
+    includes it.
 
-    ``whole``: integers only. ``fixed``: no tensor in their place, as for whole numbers, whose annotated type says so if one may be. ``words`` are
-    allowed besides. ``entries``: the interval of a tuple's entries; without ``text`` only a tuple is allowed.
+    With ``whole`` only integers are allowed. With ``fixed`` a tensor is not allowed in
+    their place. The same holds for whole numbers, unless their annotated type allows
+    one. ``words`` are allowed too. ``entries`` is the interval of the entries of a
+    tuple. Without ``text`` only a tuple is allowed.
     """
 
     def __init__(self, text: str = "", *, whole: bool = False, fixed: bool = False, words: tuple[str, ...] = (), entries: str = "") -> None:
@@ -42,7 +49,7 @@ class Interval:
         self.entries = Interval(entries) if entries else None
         if text:
             low, high = (float(bound) for bound in text[1:-1].split(","))
-            # As closed intervals: an open end is the next number.
+            # The interval is stored as closed. An open end is the next number.
             self.low = math.nextafter(low, math.inf) if text[0] == "(" else low
             self.high = math.nextafter(high, -math.inf) if text[-1] == ")" else high
 
@@ -54,7 +61,7 @@ class Interval:
         return " or ".join(kinds)
 
     def has(self, value: Any) -> bool:
-        """Whether the value is in the interval."""
+        """Return whether the value is in the interval."""
         kind = type(value)
         if kind is float or kind is int:  # nearly always
             return bool(self.text) and self.low <= value <= self.high and (kind is int or not self.whole)
@@ -66,12 +73,12 @@ class Interval:
             return bool(self.text)
         if isinstance(value, bool) or not isinstance(value, AnyReal) or not self.text:
             return False
-        number = float(value)  # numpy's, or a fraction
+        number = float(value)  # a number of numpy's, or a fraction
         return self.low <= number <= self.high and (not self.whole or number.is_integer())
 
 
 class Range:
-    """An interval, and whether None or a tensor may stand in the place of its numbers."""
+    """An interval, and whether None or a tensor may replace its numbers."""
 
     def __init__(self, interval: Interval, optional: bool, tensor: bool) -> None:
         self.interval, self.optional, self.tensor = interval, optional, tensor
@@ -91,12 +98,14 @@ class Range:
         return f"{self.interval}{' or None' if self.optional else ''}"
 
 
-#: Of a field of a user's rule or weight that says ``float`` and no more.
+#: The range of a field of a user's rule or weight that is annotated only as ``float``.
 PLAIN = Interval("[-inf, inf]")
 
 
 class Flag(Range):
-    """What is written ``bool``: neither 1 nor a text, which would be true whatever it says."""
+    """The range of an argument annotated as ``bool``. 1 is not allowed, and neither is
+    a text, because any text would count as true.
+    """
 
     def __init__(self, optional: bool) -> None:
         super().__init__(PLAIN, optional, False)
@@ -109,10 +118,11 @@ class Flag(Range):
         return f"True or False{' or None' if self.optional else ''}"
 
 
-if TYPE_CHECKING:  # arithmetic with a formula is none that a type checker follows
+if TYPE_CHECKING:  # a type checker cannot follow arithmetic with a formula
     Number: TypeAlias = Any
 else:
-    #: What a hyper-parameter may be: a number, a 0-d tensor or one a row, or a formula that stands for one.
+    #: A hyper-parameter: a number, a 0-d tensor or one number per row, or a formula
+    #: that stands for one.
     Number = float | Tensor | Unread
 
 Real = Annotated[T, Interval("(-inf, inf)")]
@@ -120,7 +130,7 @@ NonNegative = Annotated[T, Interval("[0, inf)")]
 NonNegativeOrInf = Annotated[T, Interval("[0, inf]")]
 Positive = Annotated[T, Interval("(0, inf)")]
 PositiveOrInf = Annotated[T, Interval("(0, inf]")]
-#: Constants of a kernel, and of a graph: no tensor stands in their place.
+#: Constants of a kernel and of a graph. A tensor may not replace them.
 FixedPositiveOrInf = Annotated[T, Interval("(0, inf]", fixed=True)]
 FixedOpenUnit = Annotated[T, Interval("(0, 1)", fixed=True)]
 AtLeastOne = Annotated[T, Interval("[1, inf)")]
@@ -131,7 +141,7 @@ CountOrZero = Annotated[T, Interval("[0, inf)", whole=True)]
 
 
 def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range | None:
-    """The range in an annotation. ``plain``: a bare ``float`` has one too."""
+    """Return the range in an annotation. With ``plain`` a bare ``float`` has one too."""
     if isinstance(annotation, str):
         try:
             annotation = eval(annotation, vars(sys.modules[module]))
@@ -151,7 +161,11 @@ def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range |
 
 
 def ranges_of(what: Any, plain: bool = False) -> dict[str, Range]:
-    """Name to range, of the parameters of a function or the fields of a dataclass. ``plain``: a bare ``float`` is any number."""
+    """Return the ranges by name of the parameters of a function or the fields of a
+    dataclass.
+
+    With ``plain`` a bare ``float`` is any number.
+    """
     annotations: dict[str, tuple[Any, str]] = {}
     if inspect.isclass(what):
         for base in reversed(what.__mro__):
@@ -170,17 +184,21 @@ def ranges_of(what: Any, plain: bool = False) -> dict[str, Range]:
 
 
 def ranged(what: T, plain: bool = False) -> T:
-    """Check the hyper-parameters of a function's calls, or of a dataclass's instances, by their annotations; also as a decorator."""
+    """Check the hyper-parameters of a function's calls, or of a dataclass's instances,
+    by their annotations.
+
+    It is also a decorator.
+    """
     target: Any = what
     if "__ranges__" in vars(target):
         return what
     ranges = ranges_of(target, plain)
     said = {name: allowed for name, allowed in ranges.items() if allowed.interval is not PLAIN}
     target.__ranges__, target.__doc__ = ranges, described(target.__doc__, said)
-    is_class = inspect.isclass(what)  # of target it would narrow the type
+    is_class = inspect.isclass(what)  # inspect.isclass(target) would narrow the type
     call = target.__init__ if is_class else target
     parameters = inspect.signature(target).parameters
-    # What takes any keyword says itself which it does not know.
+    # A function that takes any keyword refuses unknown ones itself.
     target.__known__ = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
     if not ranges and target.__known__ is None:
         return what
@@ -229,7 +247,7 @@ def is_constant(value: Any) -> bool:
 
 
 def described(doc: str | None, ranges: dict[str, Range]) -> str | None:
-    """A docstring, and the ranges of its hyper-parameters."""
+    """Return a docstring with the ranges of its hyper-parameters."""
     if doc is None or not ranges:
         return doc
     return f"{inspect.cleandoc(doc)}\n\nRanges: {'; '.join(f'``{name}`` {allowed}' for name, allowed in ranges.items())}."

@@ -1,9 +1,12 @@
 """Advantage estimators: rewards in, advantages out, as pure functions on tensors.
 
-``[B]`` rewards and groups of completions (see :mod:`reweight_ops._core.rows.grouped` for the convention) give ``[B]`` advantages; token-level estimators take
-and give ``[B, T]`` with a ``completion_mask``. Either goes straight into :func:`reweight_ops.policy_loss`. All of them: fp32 or fp64 (16 bits are
-an error), detached, on the inputs' device without waiting for it; a NaN reward marks a completion without a score, which is in no statistic and
-has advantage 0 (TRL's convention); a group of one, or of equal rewards, has advantage 0 unless the docstring says otherwise.
+``[B]`` rewards and groups of completions (:mod:`reweight_ops._core.rows.grouped` has
+the convention) give ``[B]`` advantages. Token-level estimators take and give ``[B, T]``
+with a ``completion_mask``. Both go straight into :func:`reweight_ops.policy_loss`. All
+of them take fp32 or fp64 (16 bits are an error), are detached, and run on the inputs'
+device without waiting for it. A NaN reward marks a completion without a score, which is
+in no statistic and has advantage 0 (TRL's convention). A group of one, or of equal
+rewards, has advantage 0 unless the docstring says otherwise.
 
     advantages = rw.advantages.grpo(rewards, group_size=8)
 """

@@ -1,4 +1,6 @@
-"""Estimators for the best of several attempts, for the likelihood of a correct one, and for what is right and wrong apart."""
+"""Estimators for the best of several attempts, for the likelihood of a correct one, and
+for separate treatment of right and wrong.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,13 @@ if TYPE_CHECKING:
 def grpo_passk(
     rewards: Tensor, *, scale_rewards: bool = True, epsilon: NonNegative[float] = 1e-6, **groups: Unpack[GroupKeywords]
 ) -> Tensor:
-    """``A = (r_1st - r_2nd) [/ (std_g + epsilon)]`` for the best response of a group, of equal ones the first; 0 for the others. ``[B] -> [B]``.
+    """``A = (r_1st - r_2nd) [/ (std_g + epsilon)]`` for the best response of a group
+    (the first of equal ones), 0 for the others. ``[B] -> [B]``.
 
     ``std_g`` is unbiased. A group of one has advantage 0 (verl: an error).
     """
     g = grouped("grpo_passk", rewards, groups)
-    place = g.rank(-g.values)  # from the largest, of equal ones the first row first
+    place = g.rank(-g.values)  # from the largest; of equal ones the first row comes first
     first, second = (g.sum(torch.where(place == k, g.values, 0)) for k in range(2))
     gap = torch.where((place == 0) & (g.size > 1), first - second, 0)
     return g.result(gap / (g.std(g.values) + epsilon) if scale_rewards else gap)
@@ -46,7 +49,8 @@ def grpo_passk(
     level="group",
 )
 def passk_training(correct: Tensor, *, k: Count[int], epsilon: NonNegative[float] = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
-    """Each response's share in the reward "one of k is right", over all choices of k of the group's n. ``[B] -> [B]``.
+    """The share of each response in the reward "one of k is right", over all choices of
+    k of the group's n. ``[B] -> [B]``.
 
     ``ρ = 1 - C(n-c, k)/C(n, k)`` with ``c`` correct responses of n, ``σ = sqrt(ρ(1-ρ))``; ``A = (1-ρ)/(σ + epsilon)`` of a correct one and
     ``(1 - ρ - C(n-c-1, k-1)/C(n-1, k-1))/(σ + epsilon)`` of a wrong one. ``k = 1`` is GRPO's advantage for 0/1 rewards, by the population deviation.
@@ -69,15 +73,15 @@ def passk_training(correct: Tensor, *, k: Count[int], epsilon: NonNegative[float
 @published(
     "maxrl",
     "Maximum likelihood RL (MaxRL)",
-    paper="MaxRL, as named in SkyRL",
-    arxiv="unknown",
-    certainty="secondary",
+    paper="Maximum Likelihood Reinforcement Learning",
+    arxiv="2602.02710",
     level="group",
 )
 def maxrl(rewards: Tensor, *, epsilon: NonNegative[float] = 1e-6, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
-    """``A = (r - mean_g) / (mean_g + epsilon)``: of 0/1 rewards the gradient of the log of the success rate. ``[B] -> [B]``.
+    """``A = (r - mean_g) / (mean_g + epsilon)``. ``[B] -> [B]``.
 
-    ``singleton``: what a group of one gets, ``"zero"`` or ``"reward"`` (SkyRL). Transcribed from SkyRL.
+    ``singleton``: what a group of one gets, ``"zero"`` or ``"reward"`` (SkyRL). Differs from the paper: the authors' code gives it its reward over
+    ``epsilon``.
     """
     g = grouped("maxrl", rewards, groups)
     mean = g.mean(g.values)
@@ -94,7 +98,9 @@ def maxrl(rewards: Tensor, *, epsilon: NonNegative[float] = 1e-6, singleton: str
 def psr_nsr(correct: Tensor, *, positive_weight: NonNegative[float] = 0.1, negative_weight: NonNegative[float] = 1.0) -> Tensor:
     """``positive_weight`` for a correct response, ``-negative_weight`` for a wrong one; no baseline. ``[B] -> [B]``.
 
-    W-REINFORCE by default; NSR is ``positive_weight=0``, PSR ``positive_weight=1, negative_weight=0``. NaN: without a score, 0. The authors' loss is PPO's.
+    The default is W-REINFORCE. NSR is ``positive_weight=0``, and PSR is
+    ``positive_weight=1, negative_weight=0``. NaN marks a response without a score,
+    which gets 0. The authors' loss is PPO's.
     """
     x = floats("psr_nsr", "correct", correct)
     right = (x != 0).to(x.dtype)

@@ -1,4 +1,6 @@
-"""Estimators that look at how difficult a prompt is: by the share of its correct completions, or with something in place of absent ones."""
+"""Estimators that depend on the difficulty of a prompt, by the share of its correct
+completions or with substitutes for missing ones.
+"""
 
 from __future__ import annotations
 
@@ -63,9 +65,10 @@ def grpo_lead(
 def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: NonNegative[float] = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
     """``A = (1 - λ)·(r - mean_g)/(std_g + epsilon) + λ·(r - mean_g)/(mean_g + epsilon)`` with ``λ = 1 - 4p(1 - p)``. ``[B], [B] -> [B]``.
 
-    ``correct``: which completions are right (non-zero), and ``p`` their share of the group: the more certain a prompt is, the more the deviation
-    counts in percent of the mean. Rewards must not be negative: a mean near 0 or below would blow advantages up or turn their sign (one
-    correct of 8 with rewards of ±1 would get -0.23).
+    ``correct`` marks the right completions (nonzero), and ``p`` is their share of the
+    group. The more certain a prompt is, the more the deviation counts in percent of the
+    mean. Rewards must not be negative: a mean near 0 or below would make advantages
+    very large or turn their sign (one correct of 8 with rewards of ±1 would get -0.23).
 
     Differs from the paper: ``correct`` is an argument; the authors' code tests ``r == 1``, which a format reward breaks.
     """
@@ -91,9 +94,11 @@ def difficulty_prior(
     """``A = (r - mean_g)·exp(slope·(1 - p))`` with the share ``p`` of correct completions of the group: hard prompts count more. ``[B], [B] ->
     [B]``.
 
-    Derived: the paper states no formula; its review says that a steep exponential of the accuracy takes the place of the standard deviation and did
-    best. ``slope`` is ours to choose, so it must be given. ``normalize``: divide the weights by their mean over the batch.
-    The paper keeps prompts with ``0.1 <= p <= 0.87`` only, which is a filter before this.
+    Derived: the paper states no formula. Its review says that a steep exponential of
+    the accuracy replaces the standard deviation and did best. ``slope`` is our choice,
+    so it must be given. ``normalize`` divides the weights by their mean over the batch.
+    The paper keeps only prompts with ``0.1 <= p <= 0.87``, which is a filter before
+    this.
     """
     g = grouped("difficulty_prior", rewards, groups)
     weight = torch.exp(slope * (1 - g.mean(g.mask("correct", correct).to(g.values.dtype))))
@@ -120,9 +125,12 @@ def ngrpo(
 ) -> Tensor:
     """GRPO with ``num_virtual`` completions of ``max_reward`` added to the mean and the unbiased standard deviation. ``[B] -> [B]``.
 
-    So an all-wrong group learns: at 0/1 rewards its advantage is ``-1/sqrt(G + 1)`` (-1/3 for G = 8, -0.447 for G = 4). A group whose rewards
-    all are ``max_reward`` has advantage 0. ``singleton``: what a group of one gets, ``"reward"`` (the authors' code: mean 0, standard deviation 1) or
-    ``"zero"``. The loss is ``methods.ngrpo``; the authors leave out groups whose completions are all correct.
+    An all-wrong group therefore learns: at 0/1 rewards its advantage is
+    ``-1/sqrt(G + 1)`` (-1/3 for G = 8, -0.447 for G = 4). A group whose rewards are all
+    ``max_reward`` has advantage 0. ``singleton`` is the advantage of a group of one,
+    ``"reward"`` (the authors' code: mean 0, standard deviation 1) or ``"zero"``. The
+    loss is ``methods.ngrpo``. The authors leave out groups whose completions are all
+    correct.
     """
     g = grouped("ngrpo", rewards, groups)
     count = g.size + num_virtual
@@ -150,16 +158,19 @@ def lens(
     epsilon: NonNegative[float] = 1e-4,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """Wrong answers are punished by how confident they were, so all-wrong groups learn too. ``[B], [B, T], [B, T] -> [B]``.
+    """Wrong answers are penalized by their confidence, so that all-wrong groups learn
+    too. ``[B], [B, T], [B, T] -> [B]``.
 
     ``π_i = exp(mean_t logp)``; ``r~_i = 1`` if correct, else ``-(1/G)·π_i/(D - π_i)``; ``D = max(D_imp, 2·max_j π_j)`` with
     ``D_imp = G / sum_{i correct} 1/π(o_i)`` in a mixed group, and ``2·max_j π_j`` in an all-wrong one (so the fraction is at most 1).
     Mixed: ``A = (r~ - mean)/(std + epsilon)``. All wrong: ``A = negative_weight·(r~ - mean)``. All correct: ``r~`` is constant, ``A = 0``.
 
-    ``importance``: the paper leaves open which ``π(o_i)`` ``D_imp`` has. ``"length_normalized"`` is ``π_i``; ``"raw"`` is ``exp(sum_t logp)``,
-    with which ``D_imp`` vanishes beside the other term for texts of any length.
+    ``importance`` selects the ``π(o_i)`` of ``D_imp``, which the paper leaves open.
+    ``"length_normalized"`` is ``π_i``. ``"raw"`` is ``exp(sum_t logp)``, with which
+    ``D_imp`` vanishes beside the other term for texts of any length.
 
-    Differs from the paper: it does not state ``epsilon`` nor which standard deviation; this one is unbiased. All-correct groups are 0/0 there.
+    Differs from the paper: the paper does not state ``epsilon`` or the kind of standard
+    deviation; this one is unbiased. All-correct groups are 0/0 there.
     """
     if importance not in ("length_normalized", "raw"):
         raise InvalidCall(f"lens: importance is {importance!r}, expected 'length_normalized' or 'raw'.")

@@ -1,4 +1,8 @@
-"""Optimal token baselines: one a position, weighted by how uncertain each response has been up to there, from Σπ² of the rollout's read."""
+"""Optimal token baselines, one per position.
+
+A response is weighted by its uncertainty up to the position, from the Σπ² of the
+rollout's read.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ from ..errors import InvalidCall
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_PAPER = "Optimal Token Baseline, as named in verl 0.9.1"
+_PAPER = "The Optimal Token Baseline: Variance Reduction for Long-Horizon LLM-RL"
 
 
-@published("otb", "Optimal Token Baseline (OTB)", paper=_PAPER, arxiv="unknown", certainty="secondary", level="token")
+@published("otb", "Optimal Token Baseline (OTB)", paper=_PAPER, arxiv="2602.07078", certainty="secondary", level="token")
 def otb(
     rewards: Tensor,
     completion_mask: Tensor,
@@ -32,10 +36,15 @@ def otb(
 ) -> Tensor:
     """``A_t = G_t - B_t``, ``B_t = Σ_g G_t·W_t / (Σ_g W_t + epsilon)``, ``W_t = Σ_{s<=t} (1 - 2π_s + Σ_v π²)·ρ²``. ``[B, T] or [B], [B, T]... -> [B, T]``.
 
-    ``G_t``: the rewards from t on (``rewards`` ``[B]``: on each response's last token). ``W``: the squared norms of the tokens' gradients by their logits, a
-    proxy of the path's variance. ``log_sum_p_sq`` is ``token_stats``'s, of the policy of ``old_per_token_logps``; ``ρ`` is 1 or
-    ``importance_sampling_ratio``. Positions are columns. ``zero_tail``: where the longest response of a group is alone, its baseline is 0. So is that of a
-    group of one. A response with a reward of NaN is in no baseline and has advantage 0. Transcribed from verl (``optimal_token_baseline``).
+    ``G_t`` is the sum of rewards from t on (``rewards`` ``[B]`` are on each response's
+    last token). ``W`` sums the squared norms of the tokens' gradients by their logits,
+    a proxy of the path's variance. ``log_sum_p_sq`` comes from ``token_stats``, under
+    the policy of ``old_per_token_logps``. ``ρ`` is 1 or ``importance_sampling_ratio``.
+    Positions are columns. With ``zero_tail`` the baseline is 0 where only the longest
+    response of a group remains, and for a group of one. A response with a reward of NaN
+    is in no baseline and has advantage 0. Transcribed from verl
+    (``optimal_token_baseline``).
+    is the paper's (PMLR v306).
     """
     return _baselined(
         "otb", rewards, completion_mask, old_per_token_logps, log_sum_p_sq, importance_sampling_ratio, zero_tail, epsilon, groups
@@ -46,7 +55,7 @@ def otb(
     "tir_otb",
     "Optimal Token Baseline of tool-integrated reasoning (TIR-OTB)",
     paper=_PAPER,
-    arxiv="unknown",
+    arxiv="2602.07078",
     certainty="secondary",
     level="token",
 )
@@ -61,7 +70,9 @@ def tir_otb(
     epsilon: NonNegative[float] = 1e-8,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """:func:`otb` whose positions count a response's own tokens: those of tools, masked, are none (verl's ``tir_optimal_token_baseline``)."""
+    """:func:`otb` with positions that count only a response's own tokens. Masked tokens
+    of tools do not count (verl's ``tir_optimal_token_baseline``).
+    """
     mask = _mask("tir_otb", completion_mask)
     # Valid tokens first, in their order; each response then has its n-th token in column n.
     order = (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices
@@ -112,13 +123,15 @@ def _baselined(
 
 
 def _by_column(g: Grouped, x: Tensor) -> Tensor:
-    """``[B, T]``: each row gets its group's sum."""
+    """Return ``[B, T]``: each row gets its group's sum."""
     total = x.new_zeros(g.groups.count + 1, x.shape[1]).index_put((g.index,), x, accumulate=True)
     return total[g.index]
 
 
 def _alone(g: Grouped, mask: Tensor) -> Tensor:
-    """``[B, T]``: the columns of a group's one longest response behind the second longest."""
+    """Return ``[B, T]``: the columns of a group's longest response beyond the second
+    longest, if only one is longest.
+    """
     lengths = g.values
     longest = g.max(lengths)
     at_top = lengths == longest

@@ -1,4 +1,4 @@
-"""Estimators from a group's rewards alone: what the baseline is, and what divides."""
+"""Estimators from a group's rewards alone. They differ in the baseline and the divisor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def batch_std(x: Tensor, scored: Tensor) -> Tensor:
-    """Unbiased standard deviation of the scored rows, 0-d; 0 for fewer than two."""
+    """Return the unbiased standard deviation of the scored rows, 0-d. It is 0 for fewer
+    than two.
+    """
     count = scored.sum()
     mean = torch.where(scored, x, 0).sum() / count.clamp(min=1)
     squares = torch.where(scored, (x - mean) ** 2, 0).sum()
@@ -27,7 +29,9 @@ def batch_std(x: Tensor, scored: Tensor) -> Tensor:
 
 
 def singletons(g: Grouped, advantages: Tensor, singleton: str) -> Tensor:
-    """What a group of one gets: ``"zero"``, or ``"reward"`` for its reward as it is (verl: mean 0, standard deviation 1)."""
+    """Return advantages with those of groups of one: ``"zero"``, or ``"reward"`` for
+    the reward itself (verl: mean 0, standard deviation 1).
+    """
     if singleton not in ("zero", "reward"):
         raise InvalidCall(f"{g.op}: singleton is {singleton!r}, expected 'zero' (as TRL) or 'reward' (as verl).")
     return g.result(torch.where(g.size == 1, g.values if singleton == "reward" else 0, advantages))
@@ -50,10 +54,12 @@ def grpo(
 ) -> Tensor:
     """``A = (r - mean_g) / (std_g + epsilon)`` (section 4.1.2), ``std_g`` unbiased. ``[B] -> [B]``.
 
-    ``scale_rewards``: ``"group"``, ``"batch"`` (the standard deviation of all rewards) or ``"none"``, as TRL's. ``epsilon`` is TRL's 1e-4; verl has
-    1e-6. ``singleton``: what a group of one gets, ``"zero"`` (TRL) or ``"reward"`` (verl).
+    ``scale_rewards`` is ``"group"``, ``"batch"`` (the standard deviation of all
+    rewards) or ``"none"``, as in TRL. ``epsilon`` is TRL's 1e-4; verl has 1e-6.
+    ``singleton`` is the advantage of a group of one, ``"zero"`` (TRL) or ``"reward"``
+    (verl).
 
-    Differs from the paper: ``epsilon``, which the paper does not have.
+    Differs from the paper: the paper has no ``epsilon``.
     """
     g = grouped("grpo", rewards, groups)
     if scale_rewards == "group":
@@ -76,7 +82,9 @@ def grpo(
     level="group",
 )
 def dr_grpo(rewards: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
-    """``A = r - mean_g``: GRPO without the division, which favours questions that are too easy or too hard (section 3.1). ``[B] -> [B]``."""
+    """``A = r - mean_g``: GRPO without its division, which favours questions that are
+    too easy or too hard (section 3.1). ``[B] -> [B]``.
+    """
     g = grouped("dr_grpo", rewards, groups)
     return singletons(g, g.centered, singleton)
 
@@ -90,14 +98,15 @@ def dr_grpo(rewards: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupK
     level="group",
 )
 def gdpo(rewards: Tensor, weights: Tensor | None = None, *, epsilon: NonNegative[float] = 1e-4, **groups: Unpack[GroupKeywords]) -> Tensor:
-    """Each of K rewards normalized in its group, then summed, then normalized over the batch. ``[B, K] -> [B]``.
+    """Each of K rewards is normalized in its group; then they are summed, and the sum
+    is normalized over the batch. ``[B, K] -> [B]``.
 
     ``a = sum_k w_k (r_k - mean_gk) / (std_gk + epsilon)``, ``A = (a - mean) / (std + epsilon)``: TRL's ``normalize_then_sum``. ``weights [K]``: 1
     each by default. A NaN is a reward that does not apply to its completion; a completion without any has advantage 0.
     """
     x = floats("gdpo", "rewards", rewards)
     if x.dim() != 2:
-        raise InvalidCall(f"gdpo: rewards has shape {tuple(x.shape)}, expected (B, K): K rewards a completion.")
+        raise InvalidCall(f"gdpo: rewards has shape {tuple(x.shape)}, expected (B, K): K rewards per completion.")
     w = x.new_ones(x.shape[1]) if weights is None else floats("gdpo", "weights", weights, (x.shape[1],)).to(x.dtype)
     parts = [grouped("gdpo", column, groups) for column in x.unbind(1)]
     total = torch.stack([v * g.result(g.centered / (g.std(g.values) + epsilon)) for v, g in zip(w, parts, strict=True)]).sum(0)
@@ -123,15 +132,17 @@ def rloo(
 ) -> Tensor:
     """``A_i = r_i - mean_{j != i} r_j``, that is ``n/(n-1)·(r_i - mean_g)``. ``[B] -> [B]``.
 
-    ``normalize_advantages``: TRL's option, ``(A - mean)/(std + epsilon)`` over the batch. ``singleton``: what a group of one gets, ``"zero"``
-    (TRL) or ``"reward"`` (verl).
+    ``normalize_advantages`` is TRL's option, ``(A - mean)/(std + epsilon)`` over the
+    batch. ``singleton`` is the advantage of a group of one, ``"zero"`` (TRL) or
+    ``"reward"`` (verl).
     """
     g = grouped("rloo", rewards, groups)
     advantages = singletons(g, g.centered * g.size / (g.size - 1).clamp(min=1), singleton)
     forbid_unused("rloo", rloo, {"epsilon": epsilon}, "normalize_advantages=False", {"epsilon": normalize_advantages})
     if not normalize_advantages:
         return advantages
-    # TRL drops a group with one scored completion from the normalization, as its advantage is 0/0 there.
+    # TRL drops a group with one scored completion from the normalization, because its
+    # advantage is 0/0 there.
     kept = g.scored & (g.size > 1) if singleton == "zero" else g.scored
     mean = torch.where(kept, advantages, 0).sum() / kept.sum().clamp(min=1)
     return torch.where(kept, (advantages - mean) / (batch_std(advantages, kept) + epsilon), 0)
@@ -148,8 +159,9 @@ def rloo(
 def opo(rewards: Tensor, lengths: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
     """``A = r - sum_j L_j r_j / sum_j L_j``: the baseline of least variance if a completion's gradient norm grows with its length. ``[B], [B] -> [B]``.
 
-    ``lengths``: valid tokens. No division by a standard deviation; strictly on-policy. ``singleton``: what a group of one gets, ``"zero"`` or
-    ``"reward"`` (verl).
+    ``lengths`` are numbers of valid tokens. There is no division by a standard
+    deviation. The method is strictly on-policy. ``singleton`` is the advantage of a
+    group of one, ``"zero"`` or ``"reward"`` (verl).
     """
     g = grouped("opo", rewards, groups)
     return singletons(g, g.values - g.mean(g.values, g.like("lengths", lengths)), singleton)
@@ -193,15 +205,20 @@ def aapo(
     level="group",
 )
 def pvpo(rewards: Tensor, reference_rewards: Tensor, **groups: Unpack[GroupKeywords]) -> Tensor:
-    """``A_i = r_i - mean_m r_ref``: a baseline that the reference policy's rollouts gave beforehand, no division. ``[B], [num_groups, M] -> [B]``.
+    """``A_i = r_i - mean_m r_ref``, without division. ``[B], [num_groups, M] -> [B]``.
 
-    ``reference_rewards``: M rewards of the reference policy for each group's prompt (NaN: fewer). Dropping prompts of accuracy 1 and injecting a
-    ground truth into those of accuracy 0 are steps of the sampler, before this.
+    The baseline comes from rollouts of the reference policy, beforehand.
+
+    ``reference_rewards`` has M rewards of the reference policy for each group's prompt;
+    NaN fills up fewer. Dropping prompts of accuracy 1 and injecting a ground truth into
+    those of accuracy 0 are steps of the sampler, before this.
     """
     g = grouped("pvpo", rewards, groups)
     reference = floats("pvpo", "reference_rewards", reference_rewards).to(g.values.dtype)
     if reference.dim() != 2 or reference.shape[0] != g.groups.count:
-        raise InvalidCall(f"pvpo: reference_rewards has shape {tuple(reference.shape)}, expected ({g.groups.count}, M): M rewards a group.")
+        raise InvalidCall(
+            f"pvpo: reference_rewards has shape {tuple(reference.shape)}, expected ({g.groups.count}, M): M rewards per group."
+        )
     return g.result(g.values - g.groups.spread(reference.nanmean(1)))
 
 
@@ -222,10 +239,12 @@ def qae(
 ) -> Tensor:
     """``A = (r - b) / (std_g + epsilon)`` with the ``quantile`` K of the group as baseline, ``b = inf{x: F(x) >= K}``. ``[B] -> [B]``.
 
-    For 0/1 rewards with a share p of ones: ``b = 0`` (only correct answers count) if ``p <= 1 - K``, else 1 (only wrong ones). Which of the group's
-    values is ``b`` is decided by integer counts: K is read as the nearest fraction with a denominator up to a million, so ties are exact.
-    ``correction``: 0 is the population standard deviation, which the paper's totals ``sqrt(p/(1-p))`` assume; the authors' snippet has 1.
-    The rest of the method is DAPO. K is 0.4; 0.6 where entropy collapses.
+    For 0/1 rewards with a share p of ones, ``b = 0`` (only correct answers count) if
+    ``p <= 1 - K``, else 1 (only wrong ones). Integer counts decide which of the group's
+    values is ``b``: K is read as the nearest fraction with a denominator up to a
+    million, so ties are exact. ``correction=0`` is the population standard deviation,
+    which the paper's totals ``sqrt(p/(1-p))`` assume; the authors' snippet has 1. The
+    rest of the method is DAPO. K is 0.4, and 0.6 where entropy collapses.
 
     Differs from the paper: ``epsilon``. The authors' snippet interpolates the quantile, which is not the paper's ``b``.
     """
@@ -246,9 +265,12 @@ def qae(
     level="batch",
 )
 def lite_ppo(rewards: Tensor, *, epsilon: NonNegative[float] = 1e-4, **groups: Unpack[GroupKeywords]) -> Tensor:
-    """``A = (r - mean_g) / (std + epsilon)``, the standard deviation that of the whole batch, unbiased: ``grpo(scale_rewards="batch")``. ``[B] -> [B]``.
+    """``A = (r - mean_g) / (std + epsilon)`` with the unbiased standard deviation of
+    the whole batch. ``[B] -> [B]``.
 
-    The loss is ``methods.ppo``: the other of its two tricks is the token mean.
+    This is ``grpo(scale_rewards="batch")``.
+
+    The loss is ``methods.ppo``. The other of the paper's two tricks is the token mean.
     """
     return grpo(rewards, scale_rewards="batch", epsilon=epsilon, **groups)
 
@@ -262,9 +284,12 @@ def lite_ppo(rewards: Tensor, *, epsilon: NonNegative[float] = 1e-4, **groups: U
     level="batch",
 )
 def gpg(rewards: Tensor, *, f_norm: Positive[float] = 1.0, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
-    """``A = α·(r - mean_g) / f_norm``, ``α`` the number of responses over that of responses with a reward that is not 0. ``[B] -> [B]``.
+    """``A = α·(r - mean_g) / f_norm``. ``[B] -> [B]``.
 
-    ``singleton``: what a group of one gets, ``"zero"`` or ``"reward"`` (verl: α times its reward). The loss is ``methods.gpg``. Transcribed from verl.
+    ``α`` is the number of responses over that of responses with a nonzero reward.
+
+    ``singleton`` is the advantage of a group of one, ``"zero"`` or ``"reward"`` (verl:
+    α times its reward). The loss is ``methods.gpg``. Transcribed from verl.
     """
     g = grouped("gpg", rewards, groups)
     alpha = g.scored.sum().to(g.values.dtype) / ((g.values != 0) & g.scored).sum().clamp(min=1)
@@ -282,7 +307,9 @@ def gpg(rewards: Tensor, *, f_norm: Positive[float] = 1.0, singleton: str = "zer
 def a_star_po(rewards: Tensor, reference_rewards: Tensor, *, beta: Positive[float] = 0.5, **groups: Unpack[GroupKeywords]) -> Tensor:
     """``A = r - V*``, ``V* = β·log(mean_m exp(r_ref/β))`` from M rewards of the reference policy for the prompt. ``[B], [num_groups, M] -> [B]``.
 
-    NaN: fewer than M. For ``methods.a_star_po``. Prompts that the reference never solves are left out beforehand. β is ``beta1`` of TRL's ``A2POTrainer``.
+    NaN fills up fewer than M. It is for ``methods.a_star_po``. Prompts that the
+    reference never solves are left out beforehand. β is ``beta1`` of TRL's
+    ``A2POTrainer``.
     """
     g = grouped("a_star_po", rewards, groups)
     reference = floats("a_star_po", "reference_rewards", reference_rewards).to(g.values.dtype)

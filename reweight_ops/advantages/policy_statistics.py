@@ -1,4 +1,6 @@
-"""Estimators that compare a group's completions by a statistic of the policy that wrote them: entropy, or length."""
+"""Estimators that compare a group's completions by a statistic of the sampling policy:
+entropy or length.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,15 @@ def canon(
     beta: Real[float] = 0.0,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """The group is split by a metric; a completion is compared with the other half and with its own. ``[B], [B] -> [B]``.
+    """The group is split by a metric, and a completion is compared with the other half
+    and with its own. ``[B], [B] -> [B]``.
 
-    The ``floor(n/2)`` completions with the least ``metric`` are S, the others L; equal metrics by row, so the split is defined. ``inter = r -
-    mean(other half)``, ``intra = r - mean(own half)``, ``A = μ·inter + (1 - μ)·intra`` with ``μ = inter_weight``, 1 as the authors' code and scripts
-    have it: only the other half counts. At μ = 1/2 the metric has no effect in groups of even size: that is Dr. GRPO's ``r - mean_g``.
+    The ``floor(n/2)`` completions with the least ``metric`` are S, the others L. Equal
+    metrics are ordered by row, so the split is defined.
+    ``inter = r - mean(other half)``, ``intra = r - mean(own half)``,
+    ``A = μ·inter + (1 - μ)·intra`` with ``μ = inter_weight``. The default 1, as in the
+    authors' code and scripts, compares only with the other half. At μ = 1/2 the metric
+    has no effect in groups of even size: A is Dr. GRPO's ``r - mean_g``.
 
     ``alpha`` and ``beta`` (eq. 8) favour one half in ``inter``. ``metric_kind="entropy"`` (the mean token entropy under the old policy): L has
     ``r - α·mean(S) + β``, S has ``α·r - mean(L) - β``. ``"length"``: L has ``α·r - mean(S) + β``, S has ``r - α·mean(L) - β`` (α = 0.9 for
@@ -77,12 +83,14 @@ def edge_grpo(
 ) -> Tensor:
     """GRPO's advantage divided by the completion's relative entropy: confident answers count more. ``[B], [B] -> [B]``.
 
-    ``A = (r - mean_g)/(std_g + epsilon) / P``, ``P = entropy_i / mean_g(entropy)``. ``entropy``: the mean over a completion's valid tokens, used
-    detached.
+    ``A = (r - mean_g)/(std_g + epsilon) / P``, ``P = entropy_i / mean_g(entropy)``.
+    ``entropy`` is the mean over a completion's valid tokens. It is detached.
 
-    Differs from the paper: ``P`` is kept in ``bounds``, a line that the authors' code has but disables, as a completion without entropy would
-    get an infinite advantage; ``(0, math.inf)`` is the paper's form. The authors' code also averages over padding, over all processes instead of
-    the group, and lets the gradient through the entropy.
+    Differs from the paper: ``P`` is kept in ``bounds``, because a completion without
+    entropy would get an infinite advantage. The authors' code has this line but
+    disables it. ``(0, math.inf)`` is the paper's form. The authors' code also averages
+    over padding, over all processes instead of the group, and lets the gradient through
+    the entropy.
     """
     g = grouped("edge_grpo", rewards, groups)
     p = g.like("entropy", entropy)

@@ -22,8 +22,11 @@ _SPO = "Segment Policy Optimization: Effective Segment-Level Credit Assignment i
 
 
 class SpoSegments(NamedTuple):
-    """``segment_ids [B, T]`` int64: 0 before the first cut, then 1, 2, ...; ``cuts [B]`` int64: how many cuts a row has, that is how many values
-    it needs."""
+    """The segments of completions.
+
+    ``segment_ids [B, T]`` int64 is 0 before the first cut, then 1, 2, ... ``cuts [B]``
+    int64 is the number of cuts of a row, which is the number of values that it needs.
+    """
 
     segment_ids: Tensor
     cuts: Tensor
@@ -33,9 +36,11 @@ class SpoSegments(NamedTuple):
 def spo_segments(
     old_per_token_logps: Tensor, completion_mask: Tensor, *, threshold: Annotated[float, Interval("(0, 1]")] = 0.9, interval: Count[int] = 5
 ) -> SpoSegments:
-    """Where SPO-chain cuts: before the first token with ``p_old < threshold``, and before every ``interval``-th of them. ``[B, T], [B, T]``.
+    """The cuts of SPO-chain: before the first token with ``p_old < threshold``, and
+    before every ``interval``-th of them. ``[B, T], [B, T]``.
 
-    Between cuts the policy hardly had a choice, so a value estimate there would be wasted. arXiv:2505.23564, section 4.1.
+    Between cuts the policy had almost no choice, so a value estimate there would be
+    wasted. arXiv:2505.23564, section 4.1.
     """
     logps = floats("spo_segments", "old_per_token_logps", old_per_token_logps)
     valid = like("spo_segments", "completion_mask", completion_mask, logps) != 0
@@ -47,7 +52,8 @@ def spo_segments(
 
 @published("spo_chain", "Segment Policy Optimization, chain", paper=_SPO, arxiv="2505.23564", level="segment")
 def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion_mask: Tensor) -> Tensor:
-    """All tokens of a segment get what it added to the value: ``A = V_end - V_start``. ``[B, S], [B], segments, [B, T] -> [B, T]``.
+    """All tokens of a segment get the gain of the value over it:
+    ``A = V_end - V_start``. ``[B, S], [B], segments, [B, T] -> [B, T]``.
 
     ``values[:, k]`` is the Monte Carlo value (9 rollouts in the paper) of the completion up to its k-th cut, from :func:`spo_segments`; columns
     from ``cuts`` on are not read. The last segment ends in the ``reward``. Tokens before the first cut had no choice: 0. Use it with the
@@ -68,7 +74,7 @@ def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion
     gains = torch.cat([v.new_zeros(len(v), 1), bounds.diff(dim=1)], 1)  # by segment; 0 before the first cut
     cut = (ids <= cuts[:, None]) & (cuts <= v.shape[1])[:, None]
     advantages = require(
-        "spo_chain", cut | ~valid, "a token is in a segment behind its row's last cut.", gains.gather(1, ids.clamp(max=v.shape[1]))
+        "spo_chain", cut | ~valid, "a token is in a segment after its row's last cut.", gains.gather(1, ids.clamp(max=v.shape[1]))
     )
     return torch.where(valid, advantages, 0)
 
@@ -81,11 +87,14 @@ def spo_chain(values: Tensor, rewards: Tensor, segments: SpoSegments, completion
     level="segment",
 )
 def spo_tree(values: Tensor, parents: Tensor, *, scale: str = "none", epsilon: NonNegative[float] = 1e-8) -> Tensor:
-    """An edge's advantage is what the child's value adds to the parent's: ``A = V_child - V_parent``. ``[N], [N] -> [N]``.
+    """An edge's advantage is the gain of the child's value over the parent's:
+    ``A = V_child - V_parent``. ``[N], [N] -> [N]``.
 
-    Nodes of any number of trees in one list: ``parents[i]`` is the row of i's parent, -1 for a root (advantage 0). ``values`` are given; in the
-    paper a leaf's is its reward and an inner node's the mean of its children's. ``scale="std"`` divides by the (population) standard deviation of
-    the siblings plus ``epsilon``. Segments of zero advantage may be dropped from the batch.
+    The nodes of any number of trees are in one list. ``parents[i]`` is the row of i's
+    parent, -1 for a root (advantage 0). ``values`` are given; in the paper a leaf's is
+    its reward and an inner node's is the mean of its children's. ``scale="std"``
+    divides by the (population) standard deviation of the siblings plus ``epsilon``.
+    Segments of zero advantage may be dropped from the batch.
     """
     if scale not in ("none", "std"):
         raise InvalidCall(f"spo_tree: scale is {scale!r}, expected 'none' or 'std'.")
@@ -96,7 +105,7 @@ def spo_tree(values: Tensor, parents: Tensor, *, scale: str = "none", epsilon: N
     parents = indices("spo_tree", "parents", parents, tuple(v.shape), len(v), "the number of rows", least=-1)
     v = torch.where(parents < len(v), v, torch.nan)
     root = parents < 0
-    # Roots are siblings of each other, in a group of their own that is dropped in the end.
+    # Roots are siblings of each other, in a separate group that is dropped at the end.
     siblings = grouped(
         "spo_tree",
         v,
@@ -145,7 +154,7 @@ def gigpo(
     g = grouped("gigpo", episode_rewards, groups, name="episode_rewards")
     rows = {"step_returns": step_returns, "episode_ids": episode_ids, "anchor_ids": anchor_ids}
     if any(not isinstance(x, Tensor) or x.dim() != 1 or x.shape != step_returns.shape for x in rows.values()):
-        raise InvalidCall(f"gigpo: step_returns, episode_ids and anchor_ids must be (B,), one row a step. {describe(rows)}")
+        raise InvalidCall(f"gigpo: step_returns, episode_ids and anchor_ids must be (B,), one row per step. {describe(rows)}")
     episode_ids = indices("gigpo", "episode_ids", episode_ids, tuple(step_returns.shape), len(g.values), "the number of episodes")
     anchor_ids = indices("gigpo", "anchor_ids", anchor_ids, tuple(step_returns.shape), num_anchors, "num_anchors")
     episode = grouped("gigpo", step_returns, {"group_ids": episode_ids, "num_groups": len(g.values)}, name="step_returns")

@@ -22,14 +22,18 @@ _REINFORCE_PLUS_PLUS = "REINFORCE++: Stabilizing Critic-Free Policy Optimization
 
 
 class Gae(NamedTuple):
-    """Both ``[B, T]``: ``advantages`` for the policy, ``returns`` to train the critic on; 0 where masked."""
+    """``advantages`` for the policy and ``returns`` to train the critic on. Both are
+    ``[B, T]`` and 0 where masked.
+    """
 
     advantages: Tensor
     returns: Tensor
 
 
 def _scan(b: Tensor, a: Tensor) -> Tensor:
-    """``y_t = b_t + a_t·y_{t+1}`` along the last dimension, backwards, in ``log2(T)`` steps: no loop over tokens."""
+    """Compute ``y_t = b_t + a_t·y_{t+1}`` backwards along the last dimension, in
+    ``log2(T)`` steps without a loop over tokens.
+    """
     step = 1
     while step < b.shape[-1]:
         rest = (0, step)
@@ -47,7 +51,9 @@ def _masked(op: str, completion_mask: Tensor) -> Tensor:
 
 
 def _token_rewards(op: str, rewards: Tensor, mask: Tensor) -> Tensor:
-    """``[B, T]`` as it is, 0 where masked; ``[B]``: on each row's last valid token."""
+    """Return ``[B, T]`` rewards with 0 where masked. ``[B]`` rewards go to each row's
+    last valid token.
+    """
     r = floats(op, "rewards", rewards)
     if r.shape == mask.shape:
         return torch.where(mask, r, 0)
@@ -60,7 +66,9 @@ def _token_rewards(op: str, rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, completion_mask: Tensor) -> Tensor:
-    """``(x - mean)/sqrt(var + 1e-8)`` over the valid tokens of the call, ``var`` unbiased; 0 where masked. ``[B, T]``."""
+    """``(x - mean)/sqrt(var + 1e-8)`` over the valid tokens of the call, with unbiased
+    ``var``. It is 0 where masked. ``[B, T]``.
+    """
     mask = _masked("whiten", completion_mask)
     values = torch.where(mask, floats("whiten", "x", x, tuple(mask.shape)), 0)
     count = mask.sum()
@@ -71,7 +79,11 @@ def whiten(x: Tensor, completion_mask: Tensor) -> Tensor:
 
 @ranged
 def discounted_returns(rewards: Tensor, completion_mask: Tensor, *, gamma: Unit[float]) -> Tensor:
-    """``R_t = r_t + gamma·R_{t+1}`` over the valid tokens (a masked one neither discounts nor stops). ``[B, T]`` or ``[B]``, ``[B, T] -> [B, T]``."""
+    """``R_t = r_t + gamma·R_{t+1}`` over the valid tokens. ``[B, T]`` or ``[B]``,
+    ``[B, T] -> [B, T]``.
+
+    A masked token neither discounts nor stops.
+    """
     mask = _masked("discounted_returns", completion_mask)
     r = _token_rewards("discounted_returns", rewards, mask)
     return torch.where(mask, _scan(r, torch.where(mask, gamma * torch.ones_like(r), 1)), 0)
@@ -108,9 +120,10 @@ def gae(
     """``A_t = sum_k (gamma·lam)^k δ_{t+k}``, ``δ_t = r_t + gamma·V_{t+1} - V_t`` (eq. 16); returns ``A + V``. ``[B, T]`` or ``[B]``, ``[B, T],
     [B, T]``.
 
-    Rewards per completion sit on the last valid token. A masked token inside a completion (a tool's answer) is skipped: the next valid token
-    follows. ``whitened``: advantages have mean 0 and variance 1 over the call's valid tokens, as in TRL and verl. ``lam``: a number, or ``[B]``,
-    one a row.
+    Rewards per completion are on the last valid token. A masked token inside a
+    completion (a tool's answer) is skipped, and the next valid token follows. With
+    ``whitened`` the advantages have mean 0 and variance 1 over the call's valid tokens,
+    as in TRL and verl. ``lam`` is a number, or ``[B]`` with one per row.
     """
     mask = _masked("gae", completion_mask)
     advantages = _gae("gae", rewards, values, mask, gamma, lam)
@@ -150,7 +163,8 @@ def decoupled_gae(
 
 @published("reinforce_plus_plus", "REINFORCE++", paper=_REINFORCE_PLUS_PLUS, arxiv="2501.03262", level="token")
 def reinforce_plus_plus(rewards: Tensor, completion_mask: Tensor, *, gamma: Unit[float] = 1.0) -> Tensor:
-    """Discounted returns, normalized over all valid tokens of the batch; no groups, no critic. ``[B, T]`` or ``[B]``, ``[B, T] -> [B, T]``.
+    """Discounted returns, normalized over all valid tokens of the batch, without groups
+    or a critic. ``[B, T]`` or ``[B]``, ``[B, T] -> [B, T]``.
 
     The paper's KL penalty is part of the token rewards: ``r_t = 1[t = end]·r - β·(logp - ref_logp)``.
     """
@@ -164,8 +178,9 @@ def reinforce_plus_plus_baseline(
 ) -> Tensor:
     """``r - mean_g``, normalized over all valid tokens of the batch instead of by the group. ``[B], [B, T] -> [B, T]``.
 
-    ``singleton``: what a group of one gets before the normalization, ``"zero"`` or ``"reward"`` (verl). A completion without a score is left out
-    of it.
+    ``singleton`` is the advantage of a group of one before the normalization,
+    ``"zero"`` or ``"reward"`` (verl). A completion without a score is left out of the
+    normalization.
     """
     g = grouped("reinforce_plus_plus_baseline", rewards, groups)
     mask = _masked("reinforce_plus_plus_baseline", completion_mask)
@@ -194,9 +209,11 @@ def remax(
 ) -> Tensor:
     """The reward of the prompt's greedy completion is the baseline: ``A_t = r - r_greedy``. ``[B], [B], [B, T] -> [B, T]``.
 
-    The defaults are the paper's algorithm 1. The authors' code has ``A_t = gamma^n·clip(r - r_greedy, ±reward_clip) - kl_coef·(logp_t -
-    ref_logp_t)``, ``n`` the number of valid tokens from t to the end, t included, with ``reward_clip=5, gamma=0.99, kl_coef=0.05`` in its
-    scripts; the log-probs are those at sampling time. The loss is ``methods.reinforce``.
+    The defaults are the paper's algorithm 1. The authors' code has ``A_t =
+    gamma^n·clip(r - r_greedy, ±reward_clip) - kl_coef·(logp_t - ref_logp_t)``, where
+    ``n`` is the number of valid tokens from t to the end, t included, with
+    ``reward_clip=5, gamma=0.99, kl_coef=0.05`` in its scripts. The log-probs are those
+    at sampling time. The loss is ``methods.reinforce``.
     """
     mask = _masked("remax", completion_mask)
     r = floats("remax", "rewards", rewards, (len(mask),))
@@ -204,7 +221,7 @@ def remax(
     remaining = mask.flip(-1).cumsum(-1).flip(-1).to(r.dtype)
     advantages = gain[:, None] * gamma**remaining
     if (per_token_logps is None) != (ref_per_token_logps is None) or (kl_coef != 0) != (per_token_logps is not None):
-        raise InvalidCall("remax: kl_coef needs per_token_logps and ref_per_token_logps, and without kl_coef they would have no effect.")
+        raise InvalidCall("remax: kl_coef needs per_token_logps and ref_per_token_logps; without kl_coef they would have no effect.")
     if per_token_logps is not None:
         logps, ref = (
             floats("remax", name, x, tuple(mask.shape)).to(r.dtype)

@@ -1,4 +1,7 @@
-"""A second logits tensor, or another normaliser than the softmax's. Every loss here is per token, of shape R, with a gradient to the logits."""
+"""Losses with a second logits tensor, or with another normaliser than the softmax.
+
+Every loss is per token, of shape R, with a gradient to the logits.
+"""
 
 from .._core.engine.distillation import DistillationLossOutput
 from .._core.losses.distillation import distillation_loss, token_divergence

@@ -28,12 +28,14 @@ _OWN = ("completion_mask",)
 
 def _options(op: str, keywords: Any, own: tuple[str, ...]) -> SoftmaxOptions:
     options: SoftmaxOptions = parse(op, dict(keywords), SoftmaxOptions, own=own)[0]
-    refuse_sampling_mask(op, options, "this loss is of the whole vocabulary")
+    refuse_sampling_mask(op, options, "this loss is over the whole vocabulary")
     return options
 
 
 def _label(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``[n, 1]`` columns, and which ids are columns: on a GPU nobody has looked at them."""
+    """Return ``[n, 1]`` columns, and which ids are columns. On a GPU the ids are
+    unchecked.
+    """
     inside = ids.clamp(0, x.size(-1) - 1)
     return inside[:, None], inside == ids
 
@@ -65,8 +67,10 @@ def confidence_masked_kl(
 ) -> Tensor:
     """``1[max_v q₁(v) > threshold]·KL(q_T‖p)`` per token: R. ``q_T`` is the softmax of the teacher's logits over ``sharpening_temperature``, ``q₁`` over 1.
 
-    Tokens on which the teacher is not confident get exactly 0 and count in whatever mean the caller takes, as in the paper. Other arguments:
-    :func:`token_divergence`. Differs from the paper: per token, where it has one prediction per example.
+    Tokens on which the teacher is not confident get exactly 0. They count in any mean
+    that the caller takes, as in the paper. The other arguments are those of
+    :func:`token_divergence`. Differs from the paper: it is per token, where the paper
+    has one prediction per example.
     """
     kl = token_divergence(logits, teacher_logits, completion_mask=completion_mask, other_temperature=sharpening_temperature, **keywords)
     head = {name: value for name, value in keywords.items() if name in ("vocab_size", "process_group", "backend")}
@@ -93,12 +97,15 @@ def kd(
 ) -> Tensor:
     """``α·(-log p(y)) + (1-α)·T²·KL(q_T‖p_T)`` per token: R. Softmax of both logits over ``kd_temperature`` T in the KL, and over 1 in the first term.
 
-    ``vocab_size``, ``softcap``, ``backend``: of :func:`token_divergence`. The defaults are ours: the paper weighs the first term less, its
-    section 4.1 by "a relative weight of 0.5". Two reads of the logits.
+    ``vocab_size``, ``softcap`` and ``backend`` are those of :func:`token_divergence`.
+    The defaults are ours: the paper gives the first term less weight, in its section
+    4.1 "a relative weight of 0.5". The logits are read twice.
     """
     for name in ("temperature", "other_temperature"):
         if name in keywords:
-            raise InvalidCall(f"kd: {name} is not read; kd_temperature is that of both distributions in the KL, and the labels' is 1.")
+            raise InvalidCall(
+                f"kd: {name} is not read: kd_temperature is the temperature of both distributions in the KL, and that of the labels is 1."
+            )
     ce: Tensor = -token_logps(logits, completion_ids, completion_mask=completion_mask, **keywords)
     both = {"completion_mask": completion_mask, "temperature": kd_temperature, "other_temperature": kd_temperature, **keywords}
     return alpha * ce + (1 - alpha) * kd_temperature**2 * token_divergence(logits, teacher_logits, **both)
@@ -133,7 +140,8 @@ def pld(
         label, valid = _label(y, t)
         order = t.scatter(-1, label, math.inf).sort(dim=-1, descending=True, stable=True).indices
         s, q = s.gather(-1, order), q.gather(-1, order)
-        # From the end; a tail of -inf logits has no sum, and its q must be 0.
+        # The sum runs from the end. A tail of -inf logits has no sum, and its q must be
+        # 0.
         tail = torch.logcumsumexp(s.flip(-1), -1).flip(-1)
         losses = torch.where(q == 0, 0, q * (torch.where(q == 0, 0, tail) - torch.where(q == 0, 0, s)))
         return torch.where(valid, losses.sum(-1), math.nan)
@@ -161,7 +169,7 @@ def dhkd(
     call = resolve_two_logits(op, logits, teacher_logits, completion_mask, _options(op, keywords, (*_OWN, "temperature")), None, None, {})
 
     def rows(s: Tensor, t: Tensor) -> Tensor:
-        # Columns masked in both are equal.
+        # A column that is masked in both counts as equal.
         masked = (s == -math.inf) & (t == -math.inf)
         u = (torch.where(masked, 0, s - t) / (2 * temperature)).abs()
         return temperature**2 * (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1)
@@ -184,14 +192,20 @@ def ldr(
 ) -> Tensor:
     """``λ·log( 1/V·Σ_k exp((c·1[k≠y] + f_k - f_y)/λ) )`` per token: R. c is ``margin``; λ = 1 and c = 0 is cross-entropy less log V.
 
-    Equal to ``λ·(log(1 + (1/p - 1)·e^(c/λ)) - log V)`` with p the label's probability at temperature λ, so it needs the label's log-prob only and runs on every
-    backend; where p is 1 in fp32, ``1/p - 1`` counts as 2⁻²⁴, so ``c/λ`` should stay below
-    about 10. ``lambda_``: a number, or one per row (ALDR's state). Differs from the paper: the released code
-    first rescales the logits (softplus
-    over its mean, or over the mean absolute value); here they are taken as they are.
+    It equals ``λ·(log(1 + (1/p - 1)·e^(c/λ)) - log V)`` with p the label's probability
+    at temperature λ. It therefore needs only the label's log-prob and runs on every
+    backend. Where p is 1 in fp32, ``1/p - 1`` counts as 2⁻²⁴, so ``c/λ`` should stay
+    below about 10. ``lambda_`` is a number, or one per row (ALDR's state). With
+    ``process_group``, ``vocab_size`` is required. Differs from the paper: the released
+    code first rescales the logits (softplus over its mean, or over the mean absolute
+    value). Here they are not rescaled.
     """
     if "temperature" in keywords:
-        raise InvalidCall("ldr: temperature is lambda_ here.")
+        raise InvalidCall("ldr: the temperature is called lambda_ here.")
+    if keywords.get("process_group") is not None and keywords.get("vocab_size") is None:
+        raise InvalidCall(
+            "ldr: process_group needs vocab_size: the loss is relative to log V, and a rank sees only its own columns: pass V."
+        )
     logp = token_logps(logits, completion_ids, completion_mask=completion_mask, temperature=lambda_, **keywords)
     columns = keywords.get("vocab_size") or logits.shape[-1]
     loss = lambda_ * (F.softplus(log1mexp(logp) - logp + margin / lambda_) - math.log(columns))
@@ -208,10 +222,12 @@ def aldr(
 ) -> Tensor:
     """The next λ of :func:`ldr` for every row: ``λ ← λ₀ - λ₀·KL(p‖U)/(α·log V)``, ``KL(p‖U) = log V - H(p)``.
 
-    ``entropies``: of the softmax at the row's current λ (``token_logps(..., temperature=lambda_, return_entropy=True)``), any shape; the result is detached.
-    λ is a state of the example: an uncertain row keeps λ₀, a sure one gets a smaller λ. Differs from the paper: the code adds
-    1e-5 to p before its entropy, and a term
-    ``-α·log V/(2·λ₀)·(λ - λ₀)²`` to the loss that has no gradient.
+    ``entropies`` are those of the softmax at the row's current λ
+    (``token_logps(..., temperature=lambda_, return_entropy=True)``), in any shape. The
+    result is detached. λ is a state of the example: an uncertain row keeps λ₀, and a
+    sure one gets a smaller λ. Differs from the paper: the code adds 1e-5 to p before
+    its entropy, and a term ``-α·log V/(2·λ₀)·(λ - λ₀)²`` without a gradient to the
+    loss.
     """
     log_v = math.log(vocab_size)
     return lambda0 - lambda0 * (log_v - entropies.detach()) / (alpha * log_v)
@@ -232,7 +248,7 @@ def stablemax(
     call = resolve_logits(op, logits, completion_ids, _options(op, keywords, _OWN), {"completion_mask": completion_mask})
 
     def rows(x: Tensor, y: Tensor) -> Tensor:
-        # Each branch sees arguments of its own sign only, so that no gradient is NaN.
+        # Each branch sees only arguments of its own sign, so that no gradient is NaN.
         s = torch.where(x >= 0, x.clamp(min=0) + 1, 1 / (1 - x.clamp(max=0)))
         label, valid = _label(y, x)
         return torch.where(valid, s.sum(-1).log() - s.gather(-1, label)[:, 0].log(), math.nan)

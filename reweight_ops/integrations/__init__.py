@@ -1,1 +1,3 @@
-"""Other libraries' trainers on our ops. Each module imports its library, so none is imported by the package itself."""
+"""Other libraries' trainers on our ops. Each module imports its library, so the package
+itself imports none of them.
+"""

@@ -39,7 +39,7 @@ _LOSS = (
     "logprobs", "proximal_logprobs", "old_logprobs", "advantages", "eps_clip", "loss_mask", "eps_clip_higher", "c_clip", "rejection_sampling",
     "importance_sampling_level", "cu_seqlens",
 )  # fmt: skip
-#: Options of AReaL's loss, with the values at which they are left alone.
+#: Options of AReaL's loss, with the values at which they have no effect.
 _OPTIONS = {"eps_clip": 0.2, "eps_clip_higher": None, "c_clip": None, "importance_sampling_level": "token"}
 
 __all__ = ["loss_fn", "patch_logprobs", "patch_loss"]
@@ -47,15 +47,17 @@ __all__ = ["loss_fn", "patch_logprobs", "patch_loss"]
 
 def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
     if {agg_mode(r) for r in spec.reductions} != {"token-mean"}:
-        return "its reduction is no token mean, and AReaL weighs micro-batches by their tokens"
+        return "its reduction is not a token mean, and AReaL weighs micro-batches by their tokens"
     return _HOST.unsupported_reason(spec)
 
 
 def loss_fn(spec: PolicyLossSpec | str) -> Any:
     """A spec, or the name of a method, with the call and the two results of AReaL's ``ppo_actor_loss_fn``.
 
-    ``proximal_logprobs`` are ``old_logp`` of the spec, ``old_logprobs``, of the policy that wrote the tokens, ``sampling_logp``. AReaL's rejection sampling
-    stays: the tokens it drops are out and still counted in the mean, and its weight multiplies the surrogate. A sequence ratio leaves the tokens' own
+    ``proximal_logprobs`` are ``old_logp`` of the spec. ``old_logprobs``, those of the
+    policy that wrote the tokens, are ``sampling_logp``. AReaL's rejection sampling
+    stays: the tokens that it drops are ignored but still count in the mean, and its
+    weight multiplies the surrogate. With a sequence ratio the tokens keep their own
     advantages, which AReaL replaces by their mean.
 
     Raises:
@@ -116,7 +118,7 @@ def loss_fn(spec: PolicyLossSpec | str) -> Any:
             num_items_in_batch=loss_mask.count_nonzero().clamp(min=1),
             importance_sampling_ratio=weight,
             cu_seqlens=cu_seqlens if logprobs.dim() == 1 else None,
-            unused="ignore",  # AReaL hands over what it has
+            unused="ignore",  # AReaL passes what it has
         )
         stat = {
             "loss": out.per_token_loss if weight is None else out.per_token_loss * weight,
@@ -142,8 +144,10 @@ def loss_fn(spec: PolicyLossSpec | str) -> Any:
 def patch_logprobs(*engines: Any, backend: str = "auto") -> Patch:
     """Replace ``gather_logprobs`` and ``gather_logprobs_entropy`` in engine modules: ``fsdp_engine``, ``megatron_engine``, ``archon_engine``.
 
-    Both results have gradients, and logits of any dtype are read without an fp32 copy. With a tensor-parallel group of several ranks a call is left to
-    AReaL. Returns a patch with ``undo()``, ``fused_calls`` and ``delegated_calls``, also a context manager.
+    Both results have gradients, and logits of any dtype are read without an fp32 copy.
+    With a tensor-parallel group of several ranks a call is left to AReaL. Returns a
+    patch with ``undo()``, ``fused_calls`` and ``delegated_calls``, also a context
+    manager.
 
     Raises:
         InvalidCall: no engine.
@@ -189,7 +193,7 @@ def patch_loss(spec: PolicyLossSpec | str, *, actor: Any) -> Patch:
 
     def sapo_loss_fn(**given: Any) -> None:
         raise InvalidCall(
-            "actor.use_sapo_loss=True goes round the loss that patch_loss has put in: set it to False (methods.sapo is SAPO)."
+            "actor.use_sapo_loss=True bypasses the loss that patch_loss has installed: set it to False (methods.sapo is SAPO)."
         )
 
     sapo = ("logprobs", "old_logprobs", "advantages", "tau_pos", "tau_neg", "loss_mask", "importance_sampling_level", "cu_seqlens")

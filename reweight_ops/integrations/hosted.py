@@ -1,4 +1,6 @@
-"""A spec inside another trainer's loss: whether the trainer hands over what the spec reads, and the spec's divisors from the trainer's counts."""
+"""A spec inside another trainer's loss: whether the trainer passes the inputs that the
+spec reads, and the spec's divisors from the trainer's counts.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from ..errors import InvalidCall
 class Host:
     """A trainer, as its loss sees it.
 
-    ``leaves``: what it hands over, by what formulas read. ``penalties``: the options of its own KL and entropy terms, None where it adds none.
+    ``leaves`` are the inputs that it passes, by what formulas read. ``penalties`` are
+    the options of its own KL and entropy terms, None if it adds none.
     """
 
     name: str
@@ -26,32 +29,38 @@ class Host:
     penalties: str | None = None
 
     def unsupported_reason(self, spec: PolicyLossSpec) -> str | None:
-        """Why the trainer cannot train a spec, None if it can; reductions apart."""
+        """Return why the trainer cannot train a spec, or None if it can. Reductions are
+        checked elsewhere.
+        """
         if spec.penalties and self.penalties is not None:
             return f"it has penalties, and {self.name} adds its own: leave them out and set {self.penalties}"
         missing = sorted(spec.requires - self.leaves)
         if missing:
-            return f"it reads {', '.join(missing)}, which {self.name} does not hand to a loss"
+            return f"it reads {', '.join(missing)}, which {self.name} does not pass to a loss"
         if "adv" not in spec.requires:
-            return f"it reads no advantages, so {self.name}'s reward would have no effect"
+            return f"it does not read advantages, so {self.name}'s reward would have no effect"
         if spec.ratio.level == "segment":
             return f"its ratio is of segments, which {self.name} does not know"
         return None
 
 
 def level_unsupported_reason(entry: Entry, part: str) -> str | None:
-    """Why a method of the catalogue is another one where a call is only ``part`` of a batch, None if it is the same."""
+    """Return why a method of the catalogue changes if a call is only ``part`` of a
+    batch, or None if it is the same.
+    """
     return None if level(entry) in ("token", "sequence") else f"it is of level {level(entry)}, and {part} is not the batch"
 
 
 def per_sequence(x: Tensor, mask: Tensor) -> Tensor:
-    """``[B, T] -> [B]``: the mean over the tokens that are in, 0 without any."""
+    """Return the mean over the valid tokens, ``[B, T] -> [B]``. It is 0 without any."""
     kept = mask.to(x.dtype)
     return (x * kept).sum(-1) / kept.sum(-1).clamp(min=1)
 
 
 def agg_mode(reduction: Reduction) -> str | None:
-    """A reduction by the name that verl has for it (``loss_agg_mode``), None where trainers have none."""
+    """Return verl's name of a reduction (``loss_agg_mode``), or None if trainers have
+    none.
+    """
     if isinstance(reduction, TokenMean):
         return "token-mean" if reduction.weight is None and not reduction.per_call else None
     if isinstance(reduction, TokenSum):
@@ -61,9 +70,10 @@ def agg_mode(reduction: Reduction) -> str | None:
 
 
 def divisors(reduction: Reduction, ranks: int, tokens: Any, sequences: Any) -> dict[str, Any]:
-    """The keywords of :func:`~reweight_ops.policy_loss_from_logps` for a loss that ``ranks`` ranks average, over the counts of the global batch.
+    """Return the keywords of :func:`~reweight_ops.policy_loss_from_logps` for a loss
+    that ``ranks`` ranks average, from the counts of the global batch.
 
-    ``tokens`` and ``sequences`` are those counts, None where there is only this call's.
+    ``tokens`` and ``sequences`` are those counts, None if only this call's are known.
 
     Raises:
         InvalidCall: there are several ranks and the count that the reduction needs is missing.

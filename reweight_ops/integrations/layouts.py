@@ -1,4 +1,8 @@
-"""Where a trainer's tokens are: which position predicts which token, padded or packed. The ops never shift; every shift is made here."""
+"""The layout of a trainer's tokens, padded or packed: which position predicts which
+token.
+
+The ops never shift. Every shift is made here.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,20 @@ from ..errors import InvalidCall
 
 
 def predicting(x: Tensor, keep: int) -> Tensor:
-    """``[B, S, ...] -> [B, keep, ...]``: the positions that predict the last ``keep`` tokens."""
+    """Return the positions that predict the last ``keep`` tokens:
+    ``[B, S, ...] -> [B, keep, ...]``.
+    """
     return x[:, -(keep + 1) : -1]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Sequences one behind the other in ``[T]`` positions, prompts first; what is left of T is padding.
+    """Consecutive sequences in ``[T]`` positions, prompts first. The rest of T is
+    padding.
 
-    ``targets``: ``[T]`` int64, the next token of the same sequence, ``-100`` where there is none. ``sequence_ids``: ``[T]`` int64, ``num_sequences`` for
-    padding. ``rows``: ``[R]`` int64, the positions that predict the responses' tokens, in order.
+    ``targets`` is ``[T]`` int64, the next token of the same sequence, ``-100`` if there
+    is none. ``sequence_ids`` is ``[T]`` int64, ``num_sequences`` for padding. ``rows``
+    is ``[R]`` int64, the positions that predict the responses' tokens, in order.
     """
 
     targets: Tensor
@@ -30,17 +38,20 @@ class Packed:
     rows: Tensor
 
     def spread(self, values: Sequence[Tensor]) -> Tensor:
-        """One number a response token, in a tensor a sequence, as ``[T]``; 0 elsewhere."""
+        """Spread one number per response token, given as one tensor per sequence, to
+        ``[T]``, 0 elsewhere.
+        """
         flat = torch.cat(list(values))
         return flat.new_zeros(self.targets.numel()).index_put((self.rows,), flat)
 
     def gather(self, x: Tensor) -> Tensor:
-        """``[T] -> [R]``: of the responses' tokens."""
+        """Gather the values of the responses' tokens, ``[T] -> [R]``."""
         return x[self.rows]
 
 
 def packed(tokens: Sequence[Tensor], response_lengths: Sequence[int], length: int) -> Packed:
-    """The layout of ``length`` positions that hold ``tokens``, ``[L]`` each, of which the last ``response_lengths`` are the response.
+    """Return the layout of ``length`` positions that hold ``tokens``, ``[L]`` each. The
+    last ``response_lengths`` of them are the response.
 
     Raises:
         InvalidCall: the sequences do not fit, or a response has no token before it.

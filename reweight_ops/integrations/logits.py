@@ -43,7 +43,9 @@ _HOME = "trl.trainer.utils"
 
 
 class _Functions:
-    """What stands in for one module's functions. ``originals``: that module's, by name."""
+    """The replacements of one module's functions. ``originals`` are that module's, by
+    name.
+    """
 
     def __init__(self, backend: str, counts: Counts, originals: dict[str, Callable[..., Any]]) -> None:
         self.backend = backend
@@ -53,7 +55,7 @@ class _Functions:
     def selective_log_softmax(
         self, logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None, **new: Any
     ) -> Tensor:
-        """``logits.log_softmax(-1)`` at ``index``, 0 where ``row_mask`` is."""
+        """Return ``logits.log_softmax(-1)`` at ``index``, 0 where ``row_mask`` is 0."""
         given = _given(temperature, row_mask) | new
         reason = _unsupported_reason(logits, index, new)
         if reason is not None:
@@ -63,7 +65,11 @@ class _Functions:
         return _own(token_logps(logits, index, completion_mask=row_mask, temperature=temperature, backend=self.backend))
 
     def entropy_from_logits(self, logits: Tensor, chunk_size: int = 128, **new: Any) -> Tensor:
-        """``-Σ p·log p`` over the last dimension. ``chunk_size``, TRL's rows at a time, is not read: no softmax is formed."""
+        """Return ``-Σ p·log p`` over the last dimension.
+
+        ``chunk_size``, TRL's number of rows at a time, is not read, because no softmax
+        is formed.
+        """
         reason = _unsupported_reason(logits, None, new)
         if reason is not None:
             self.counts.left(reason)
@@ -82,7 +88,7 @@ class _Functions:
         row_mask: Tensor | None = None,
         **new: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Both in one read of the logits; 0 where ``row_mask`` is."""
+        """Return both from one read of the logits, 0 where ``row_mask`` is 0."""
         given = _given(temperature, row_mask) | new
         reason = _unsupported_reason(logits, index, new)
         if reason is not None:
@@ -96,31 +102,33 @@ class _Functions:
 
 
 def _given(temperature: float, row_mask: Tensor | None) -> dict[str, Any]:
-    """The arguments that TRL before 1.14 does not have are handed on only where a caller gave them."""
+    """Return the arguments that TRL before 1.14 does not have, if a caller gave them."""
     return ({} if temperature == 1.0 else {"temperature": temperature}) | ({} if row_mask is None else {"row_mask": row_mask})
 
 
 def _own(found: Any) -> Tensor:
-    """A tensor of its own: trainers write zeros into what they get, which autograd allows of no view that an op returns."""
+    """Return a separate tensor. Trainers write zeros into the result, which autograd
+    does not allow for a view that an op returns.
+    """
     result: Tensor = found.clone()
     return result
 
 
 def _unsupported_reason(logits: Tensor, index: Tensor | None, new: dict[str, Any]) -> str | None:
-    """Why TRL has to compute this, or None."""
+    """Return why TRL has to compute this, or None."""
     if new:
         return f"the arguments {', '.join(new)}"
     if isinstance(logits, torch.distributed.tensor.DTensor):
         return "logits that are a DTensor"
     if index is not None and index.dim() == logits.dim():
-        return "several tokens a position (top-k)"
+        return "several tokens per position (top-k)"
     if logits.dim() < 2 or logits.stride(-1) != 1:
         return "logits whose last dimension is not contiguous, or the only one"
     return None
 
 
 def _holders() -> list[ModuleType]:
-    """Every loaded module that has one of the functions from TRL."""
+    """Return every loaded module that has one of the functions from TRL."""
     home = sys.modules.get(_HOME)
     theirs = {id(vars(home)[name]) for name in _PARAMETERS if name in vars(home)} if home is not None else set()
     modules = [m for m in list(sys.modules.values()) if isinstance(m, ModuleType)]

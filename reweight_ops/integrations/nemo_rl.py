@@ -6,7 +6,8 @@
     loss_fn = PolicyLoss(master_config)                         # NeMo-RL's loss
     loss_fn = PolicyLoss(master_config, "gspo", logits=True)    # another one, from logits, which are read once
 
-``logits=True`` asks NeMo-RL for logits (``LossInputType.LOGIT``), else it hands over log-probs (``LossInputType.LOGPROB``).
+``logits=True`` asks NeMo-RL for logits (``LossInputType.LOGIT``). Otherwise it passes
+log-probs (``LossInputType.LOGPROB``).
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ _KL = {"k1": K1OnPolicy, "k2": K2OnPolicy, "k3": K3OnPolicy}
 
 
 def _kl(options: Any) -> tuple[Penalty, ...]:
-    """NeMo-RL's KL term, none where it is in the reward."""
+    """Return NeMo-RL's KL term, or none if it is in the reward."""
     if options.use_kl_in_reward or options.reference_policy_kl_penalty == 0:
         return ()
     if options.use_on_policy_kl_approximation:
-        raise UnsupportedRequest("use_on_policy_kl_approximation is not here: leave the loss to NeMo-RL's ClippedPGLossFn.")
+        raise UnsupportedRequest("use_on_policy_kl_approximation is not supported here: leave the loss to NeMo-RL's ClippedPGLossFn.")
     if options.reference_policy_kl_type not in _KL:
         raise InvalidCall(f"reference_policy_kl_type is {options.reference_policy_kl_type!r}, expected one of {', '.join(_KL)}.")
     clamp, cap = (math.inf if x is None else x for x in (options.kl_input_clamp_value, options.kl_output_clamp_value))
@@ -101,7 +102,7 @@ def _correction(options: Any) -> tuple[TokenWeight, ...]:
 
 
 def spec_of(options: Any) -> PolicyLossSpec:
-    """The loss that NeMo-RL's ``ClippedPGLossConfig`` asks for.
+    """Return the loss that NeMo-RL's ``ClippedPGLossConfig`` asks for.
 
     Raises:
         UnsupportedRequest: ``positive_example_nll_weight``, ``use_on_policy_kl_approximation``, or ``ratio_clip_c`` with ``disable_ppo_ratio``.
@@ -121,7 +122,7 @@ def spec_of(options: Any) -> PolicyLossSpec:
 
 @dataclasses.dataclass(frozen=True)
 class _Setting:
-    """What of NeMo-RL's configuration decides whether a loss can be computed."""
+    """The part of NeMo-RL's configuration that decides whether a loss can be computed."""
 
     ranks: dict[str, int]
     filtered: bool
@@ -141,7 +142,7 @@ class _Setting:
         return cls(ranks, filtered, bool(megatron.get("enabled") and megatron.get("use_fused_linear_logprobs")))
 
     def refuse(self, spec: PolicyLossSpec, logits: bool) -> None:
-        """Raise for what a loss of this input cannot be under this configuration."""
+        """Raise if this configuration does not allow a loss of this input."""
         reasons = []
         if logits:
             reasons += [f"{kind} parallelism of {n}: a call's rows are whole" for kind, n in self.ranks.items() if n > 1]
@@ -162,16 +163,18 @@ def _unsupported_reason(spec: PolicyLossSpec, logits: bool) -> str | None:
         return "it has a KL penalty, and NeMo-RL's options are added: leave it out and set loss_fn.reference_policy_kl_penalty"
     modes = {agg_mode(r) for r in spec.reductions}
     if not modes <= {"token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"}:
-        return f"its reduction, {spec.reduction!r}, is none of NeMo-RL's"
+        return f"its reduction, {spec.reduction!r}, is not one of NeMo-RL's"
     if "token-mean" in modes and len(modes) > 1:
         return "its terms are divided by tokens and by sequences, and NeMo-RL knows one count"
     if any(isinstance(r, SequenceMean) and r.per == "constant" and r.horizon is None for r in spec.reductions):
-        return "its reduction divides by the padded length, which differs between micro-batches: give it a horizon"
+        return "its reduction divides by the padded length, which differs between micro-batches: pass a horizon"
     return Host("NeMo-RL", frozenset(leaves)).unsupported_reason(spec)
 
 
 def _replacing(spec: PolicyLossSpec | str, options: Any, logits: bool) -> PolicyLossSpec:
-    """A spec in place of NeMo-RL's surrogate, with NeMo-RL's KL; an option that would have no effect is an error."""
+    """Return a spec in place of NeMo-RL's surrogate, with NeMo-RL's KL. An option that
+    would have no effect is an error.
+    """
     reason = level_unsupported_reason(METHODS[spec], "a micro-batch") if isinstance(spec, str) and spec in METHODS else None
     spec = named_spec("nemo_rl.PolicyLoss", spec)
     name = spec.name or "the spec"
@@ -194,8 +197,10 @@ def _replacing(spec: PolicyLossSpec | str, options: Any, logits: bool) -> Policy
 class PolicyLoss:
     """NeMo-RL's loss by the options of ``master_config.loss_fn``, or ``spec`` (or the name of a method) with NeMo-RL's KL term.
 
-    ``logits``: compute it from logits, which ``prepare_loss_input`` then hands over, in one read and one write where the spec takes one pass. Entropies have
-    gradients there. The loss is divided by ``global_valid_toks`` or ``global_valid_seqs``. Metrics have NeMo-RL's names.
+    With ``logits`` it is computed from logits, which ``prepare_loss_input`` then
+    passes, in one read and one write if the spec takes one pass. Entropies have
+    gradients there. The loss is divided by ``global_valid_toks`` or
+    ``global_valid_seqs``. Metrics have NeMo-RL's names.
 
     Raises:
         UnsupportedRequest: NeMo-RL, or this configuration of it, cannot train the spec; the reason is named.
@@ -233,7 +238,9 @@ class PolicyLoss:
         logits: Tensor | None = None,
         next_token_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        """``(loss, metrics)`` of ``[B, S, V]`` logits, or of ``[B, S - 1]`` log-probs; an ignored token may have any number."""
+        """Return ``(loss, metrics)`` of ``[B, S, V]`` logits, or of ``[B, S - 1]``
+        log-probs. An ignored token may have any value.
+        """
         after = {n: data[n][:, 1:] for n in ("input_ids", "advantages", "generation_logprobs", "token_mask")}
         mask = after["token_mask"] * data["sample_mask"].unsqueeze(-1)
         reads = self.spec.requires
@@ -246,7 +253,7 @@ class PolicyLoss:
             "old_per_token_logps": previous,
             "sampling_per_token_logps": after["generation_logprobs"] if "sampling_logp" in reads else None,
             "ref_per_token_logps": data["reference_policy_logprobs"][:, 1:] if "ref_logp" in reads else None,
-            "unused": "ignore",  # NeMo-RL hands over what it has
+            "unused": "ignore",  # NeMo-RL passes what it has
             **divisors(self.spec.reduction, 1, global_valid_toks, global_valid_seqs),
         }
         if logits is not None:
@@ -264,7 +271,9 @@ class PolicyLoss:
     def _metrics(
         self, out: PolicyLossOutput, data: Any, mask: Tensor, previous: Tensor | None, tokens: Any, named: dict[str, Any]
     ) -> dict[str, float]:
-        """NeMo-RL's, to be summed over micro-batches, but for the extrema; one transfer to the host."""
+        """Return NeMo-RL's metrics, to be summed over micro-batches except the extrema.
+        It takes one transfer to the host.
+        """
         keep, logps = mask != 0, out.per_token_logps
         count = mask.sum() if tokens is None else tokens
         before = logps if previous is None else previous
@@ -291,7 +300,7 @@ class PolicyLoss:
         return dict(zip(found, numbers, strict=True))
 
     def _penalty(self, out: PolicyLossOutput, keep: Tensor, before: Tensor, named: dict[str, Any]) -> Tensor:
-        """NeMo-RL's KL, reduced as the loss is; 0 without one."""
+        """Return NeMo-RL's KL, reduced as the loss is. It is 0 without one."""
         own: list[Rule] = [p.rule for p in self.spec.penalties if isinstance(p.rule, K1OnPolicy)]
         total = out.loss.new_zeros(())
         for rule in own:
@@ -312,5 +321,7 @@ _TOKEN_METRICS = (
 
 
 def _distance(kind: str, log_ratio: Tensor) -> Tensor:
-    """NeMo-RL's ``calculate_kl`` without bounds, of ``logprobs_reference - logprobs``."""
+    """Return NeMo-RL's ``calculate_kl`` without bounds, for
+    ``logprobs_reference - logprobs``.
+    """
     return {"k1": -log_ratio, "k2": log_ratio.square() / 2}.get(kind, torch.expm1(log_ratio) - log_ratio)

@@ -45,9 +45,11 @@ __all__ = ["PolicyLoss", "patch"]
 class PolicyLoss(torch.nn.Module):
     """A spec, or the name of a method, in place of OpenRLHF's ``PolicyLoss``: the same call, the same five results.
 
-    The loss is a token mean over ``batch_num_tokens`` or a mean over ``global_batch_size`` samples, times ``dp_size``, as the spec's reduction says. The
-    sampler's log-probs are ``sampling_logp`` of the spec's weights (``rw.weights.TruncatedImportance``, ...), in place of ``is_correction_...``.
-    The last two results, statistics of OpenRLHF's own correction, are None.
+    The loss is a token mean over ``batch_num_tokens`` or a mean over
+    ``global_batch_size`` samples, times ``dp_size``, by the spec's reduction. The
+    sampler's log-probs are ``sampling_logp`` of the spec's weights
+    (``rw.weights.TruncatedImportance``, ...), which replace ``is_correction_...``. The
+    last two results, statistics of OpenRLHF's own correction, are None.
 
     Raises:
         UnsupportedRequest: OpenRLHF cannot train the spec; the reason is named.
@@ -66,7 +68,9 @@ class PolicyLoss(torch.nn.Module):
 
     @property
     def token_level_loss(self) -> bool:
-        """Whether the loss is a mean over tokens; OpenRLHF's KL and entropy must be reduced alike."""
+        """Return whether the loss is a mean over tokens. OpenRLHF's KL and entropy must
+        be reduced in the same way.
+        """
         return agg_mode(self.spec.reduction) == "token-mean"
 
     def forward(
@@ -80,7 +84,9 @@ class PolicyLoss(torch.nn.Module):
         batch_num_tokens: Any = None,
         global_batch_size: Any = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """``(loss, share of clipped tokens, mean of old_log_probs - log_probs, None, None)``; all tensors ``[B, T]``."""
+        """Return ``(loss, share of clipped tokens, mean of old_log_probs - log_probs,
+        None, None)``. All tensors are ``[B, T]``.
+        """
         if isinstance(self.spec.ratio, GeometricMeanRatio):
             advantages = per_sequence(advantages, torch.ones_like(advantages) if action_mask is None else action_mask)
         out = policy_loss_from_logps(
@@ -90,7 +96,7 @@ class PolicyLoss(torch.nn.Module):
             old_per_token_logps=old_log_probs,
             sampling_per_token_logps=rollout_log_probs,
             completion_mask=action_mask,
-            unused="ignore",  # OpenRLHF hands over what it has
+            unused="ignore",  # OpenRLHF passes what it has
             **divisors(self.spec.reduction, dp_size, batch_num_tokens, global_batch_size),
         )
         clipped = next(
@@ -102,7 +108,9 @@ class PolicyLoss(torch.nn.Module):
 
 
 def _in_place_of(spec: PolicyLossSpec | str) -> Any:
-    """What ``ActorPPOTrainer`` calls as ``PolicyLoss(...)`` with its options, which must be those that the spec leaves open."""
+    """Return what ``ActorPPOTrainer`` calls as ``PolicyLoss(...)`` with its options.
+    They must be those that the spec leaves open.
+    """
     ours = PolicyLoss(spec)
     parameters = inspect.signature(Theirs.__init__).parameters
 
@@ -112,7 +120,8 @@ def _in_place_of(spec: PolicyLossSpec | str) -> Any:
             raise InvalidCall(f"{ours.name} reduces by {wanted}: set actor.loss_agg_mode={wanted} (OpenRLHF's KL and entropy follow it).")
         defaults = {"is_correction_threshold": options.get("is_correction_threshold")}  # read only with a level other than off
         if "sampling_logp" in ours.spec.requires:
-            # Of the correction only its switch is read: OpenRLHF asks the sampler for its log-probs where it is on.
+            # Only the switch of the correction is read. OpenRLHF asks the sampler for
+            # its log-probs if it is on.
             if options.get("is_correction_level", "off") == "off":
                 raise InvalidCall(
                     f"{ours.name} reads the sampler's log-probs: set algo.advantage.is_correction_level=token, or OpenRLHF asks for none."
@@ -129,8 +138,10 @@ def _in_place_of(spec: PolicyLossSpec | str) -> Any:
 def patch(*, spec: PolicyLossSpec | str | None = None, backend: str = "auto", ppo_actor: Any = None) -> Patch:
     """Replace ``log_probs_from_logits`` and ``compute_entropy`` of ``openrlhf.models.actor``; with ``spec``, the loss of ``ppo_actor`` too.
 
-    ``ppo_actor``: the module ``openrlhf.trainer.ray.ppo_actor``, needed with ``spec`` (importing it starts ray and vLLM, so this does not).
-    Entropies have gradients. Logits of any dtype are served; ``Actor.forward`` casts them to fp32 before.
+    ``ppo_actor`` is the module ``openrlhf.trainer.ray.ppo_actor``, needed with ``spec``
+    (importing it starts ray and vLLM, so this function does not).
+    Entropies have gradients. Logits of any dtype are served. ``Actor.forward`` casts
+    them to fp32 first.
 
     Raises:
         InvalidCall: ``spec`` without ``ppo_actor`` or the reverse; when the trainer is built, an option of OpenRLHF's loss that would have no effect.

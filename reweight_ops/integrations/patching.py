@@ -1,4 +1,7 @@
-"""The one place that changes another library: what is replaced is checked first, what runs is counted, and all of it can be undone."""
+"""Changes to another library, all made here.
+
+What is replaced is checked first, calls are counted, and every change can be undone.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from ..errors import BackendUnavailable, InvalidCall
 
 
 class Counts:
-    """What ran here and what was left to the trainer's own code; with ``total``, counted there too.
+    """Counts of the calls that ran here and of those left to the trainer's own code.
+    ``total`` counts them too.
 
     Attributes:
         fused_calls: calls that ran here, by op.
@@ -54,8 +58,10 @@ class Counts:
 class Replacement:
     """``owner.name``, an attribute of a module or class, becomes ``value``.
 
-    ``parameters``: the leading parameters that the original must have; every further one must be optional. None: it is not a function.
-    ``read_from``: the function whose signature that is, where the attribute itself is none (a class with an ``apply``).
+    ``parameters`` are the leading parameters that the original must have. Every further
+    one must be optional. None means that it is not a function. ``read_from`` is the
+    function with that signature, if the attribute itself is not a function (a class
+    with an ``apply``).
     """
 
     owner: Any
@@ -72,7 +78,7 @@ class Replacement:
 def check_signature(library: str, owner: Any, name: str, expected: tuple[str, ...]) -> None:
     """Raise :class:`BackendUnavailable` unless ``owner.name`` takes ``expected`` and then only optional parameters.
 
-    ``name`` may be dotted. ``library`` is a name and a version, for the message.
+    ``name`` may be dotted. ``library`` is a name and a version for the message.
     """
     function = owner
     for part in name.split("."):
@@ -92,7 +98,7 @@ def _required(parameter: inspect.Parameter) -> bool:
 
 
 def source_digest(function: Callable[..., Any]) -> str:
-    """A fingerprint of a function's source."""
+    """Return a fingerprint of a function's source."""
     return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
 
 
@@ -103,7 +109,7 @@ _ACTIVE: dict[tuple[int, str], Patch] = {}
 class Patch:
     """Replaced attributes of another library. ``undo()``, or leaving the ``with`` block, restores them.
 
-    ``counts`` are of everything that ran under the patch.
+    ``counts`` has everything that ran under the patch.
 
     Raises:
         InvalidCall: one of the attributes is patched already.
@@ -135,7 +141,9 @@ class Patch:
         return self.counts.delegated_calls
 
     def undo(self) -> None:
-        """Restore the attributes; doing it twice does nothing. One that was replaced again in the meantime stays as it is, with a warning."""
+        """Restore the attributes. A second call does nothing. An attribute that was
+        replaced again in the meantime stays as it is, with a warning.
+        """
         while self._undo:
             each, own, original = self._undo.pop()
             del _ACTIVE[id(each.owner), each.name]

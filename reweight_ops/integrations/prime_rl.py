@@ -9,7 +9,8 @@
     method = "advantage_reweighting"
     options = { alpha = 0.3 }
 
-A module of one's own, named by ``import_path`` in the same way, may hold ``loss_fn(spec)`` and call ``patch_head()``.
+Your own module, named by ``import_path`` in the same way, may hold ``loss_fn(spec)``
+and call ``patch_head()``.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ except ImportError as error:
 #: The installed version, for messages.
 LIBRARY = check_version("prime-rl")
 _HOST = Host("prime-rl", frozenset({"adv", "logp", "log_ratio", "old_logp", "ref_logp"}))
-#: Metrics that are no mean of a sequence; prime-rl averages over sequences.
+#: Metrics that are not a mean over a sequence. prime-rl averages over sequences.
 _COUNTS = ("tokens", "sequences", "rows_skipped")
 
 __all__ = ["loss", "loss_fn", "patch_head"]
@@ -53,15 +54,17 @@ def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
     if "sampling_logp" in spec.requires:
         return "it reads sampling_logp beside old_logp, and prime-rl has one policy before the update: the sampler's, which the ratio is against"
     if {agg_mode(r) for r in spec.reductions} != {"token-mean"}:
-        return "its reduction is no token mean, and prime-rl divides by the tokens of the global batch"
+        return "its reduction is not a token mean, and prime-rl divides by the tokens of the global batch"
     return _HOST.unsupported_reason(spec)
 
 
 def loss_fn(spec: PolicyLossSpec | str) -> Callable[[LossInputs], LossOutputs]:
     """A spec, or the name of a method, as prime-rl's custom loss of one sample: the sum over its tokens, which prime-rl divides.
 
-    The ratio is against ``inference_logprobs``. ``ref_logprobs`` are the reference's, where the algorithm ships them. ``loss_weights`` multiply the
-    tokens' loss, penalties included. Penalties of the spec are the only ones: prime-rl adds none. Statistics of a batch are those of one sample.
+    The ratio is against ``inference_logprobs``. ``ref_logprobs`` are the reference's,
+    if the algorithm provides them. ``loss_weights`` multiply the tokens' loss,
+    penalties included. The only penalties are those of the spec, because prime-rl adds
+    none. Statistics of a batch are those of one sample.
 
     Raises:
         UnsupportedRequest: prime-rl cannot train the spec; the reason is named.
@@ -76,7 +79,7 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[[LossInputs], LossOutputs]:
 
     def sample_loss(inputs: LossInputs) -> LossOutputs:
         if "ref_logp" in spec.requires and inputs.ref_logprobs is None:
-            raise UnsupportedRequest(f"{name} reads the reference's log-probs, and the algorithm ships none (ref_logprobs is None).")
+            raise UnsupportedRequest(f"{name} reads the reference's log-probs, but the algorithm provides none (ref_logprobs is None).")
         weights, resolved = inputs.loss_weights, summed
         if weights is not None:
             resolved = dataclasses.replace(summed, reduction=FromFunction(lambda token_loss, mask: (token_loss * weights).sum()))
@@ -87,7 +90,7 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[[LossInputs], LossOutputs]:
             old_per_token_logps=inputs.inference_logprobs[None],
             ref_per_token_logps=inputs.ref_logprobs[None] if "ref_logp" in spec.requires else None,
             completion_mask=inputs.loss_mask[None],
-            unused="ignore",  # prime-rl hands over the sampler's log-probs whatever the loss reads
+            unused="ignore",  # prime-rl always passes the sampler's log-probs
         )
         return LossOutputs(loss=out.loss, metrics={n: v for n, v in out.metrics.items() if n not in _COUNTS})
 
@@ -103,15 +106,19 @@ def _named_loss(method: str, options: str) -> Callable[[LossInputs], LossOutputs
 
 
 def loss(inputs: LossInputs, method: str, options: dict[str, Any] | None = None) -> LossOutputs:
-    """:func:`loss_fn` of the method of that name with these hyper-parameters, as ``trainer.loss.import_path`` names it."""
+    """Evaluate :func:`loss_fn` of the method of that name with these hyper-parameters,
+    as ``trainer.loss.import_path`` names it.
+    """
     return _named_loss(method, json.dumps(options or {}, sort_keys=True))(inputs)
 
 
 def patch_head(*, backend: str = "auto", memory_budget: int | None = None) -> Patch:
     """Replace the forwards of prime-rl's fused heads, ``FusedOutputLinear`` and Gemma's, which has a soft cap.
 
-    Log-probs and entropies are fp32 and have gradients, entropies too, where prime-rl's assert. ``memory_budget``: bytes of logits at a time, in
-    place of prime-rl's token chunk. Returns a patch with ``undo()``, ``fused_calls`` and ``delegated_calls``, also a context manager.
+    Log-probs and entropies are fp32 and have gradients; prime-rl's entropies have none.
+    ``memory_budget`` is the number of bytes of logits at a time. It replaces prime-rl's
+    token chunk. Returns a patch with ``undo()``, ``fused_calls`` and
+    ``delegated_calls``, also a context manager.
 
     Raises:
         BackendUnavailable: prime-rl's heads are not the ones that are replaced here.
@@ -124,7 +131,7 @@ def patch_head(*, backend: str = "auto", memory_budget: int | None = None) -> Pa
 
         def forward(self: Any, hidden_states: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None) -> Any:
             if labels is None or temperature is None:
-                return original(self, hidden_states, labels, temperature)  # which says what is missing
+                return original(self, hidden_states, labels, temperature)  # its error says what is missing
             if type(self.weight).__name__ == "DTensor":
                 counts.left("a head that is a DTensor")
                 return original(self, hidden_states, labels, temperature)

@@ -6,7 +6,8 @@
     register()                                                  # before validate_cfg, in the script that starts training
     register({"mine": rw.methods.dapo(epsilon_high=0.3), "stale": PolicyLoss("dppo_tv", anchor="rollout")})
 
-SkyRL folds the reduction into the advantages: its losses are plain sums, and a token's share of the mean is the factor of its advantage.
+SkyRL puts the reduction into the advantages. Its losses are plain sums, and a token's
+share of the mean is a factor of its advantage.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ _HOST = Host(
     frozenset({"adv", "logp", "log_ratio", "old_logp", "sampling_logp"}),
     "algorithm.use_kl_loss and kl_loss_coef, or use_entropy_loss and entropy_loss_coef",
 )
-#: A reduction by ours and by SkyRL's names. A sum has no factor of its own, so it takes whichever SkyRL folds in.
+#: The reductions by our names and SkyRL's. A sum has no factor of its own, so it takes
+#: any that SkyRL applies.
 _REDUCTIONS = {
     "token-mean": ("token_mean", "token_mean_legacy"), "seq-mean-token-mean": ("sequence_mean",),
     "seq-mean-token-sum-norm": ("seq_mean_token_sum_norm",),
@@ -58,9 +60,9 @@ def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
     if reason is not None:
         return reason
     if agg_mode(spec.reduction) not in _REDUCTIONS:
-        return f"its reduction, {spec.reduction!r}, is none of SkyRL's"
+        return f"its reduction, {spec.reduction!r}, is not one of SkyRL's"
     if spec.ratio.one_advantage:
-        return "its ratio has one advantage a sequence, and SkyRL's are one a token"
+        return "its ratio has one advantage per sequence, and SkyRL's are one per token"
     if not _follows_advantages(spec):
         return "its loss is not proportional to the advantage's size, which SkyRL scales by the reduction"
     return None
@@ -90,10 +92,12 @@ def _method_unsupported_reason(entry: Entry) -> str | None:
 
 
 class PolicyLoss:
-    """A spec, or the name of a method, as a policy loss of SkyRL's: the same call, the same two results.
+    """A spec, or the name of a method, as a policy loss of SkyRL: the same call, the
+    same two results.
 
     The sum over the tokens, whose advantages carry the reduction. SkyRL's ``off_policy_correction`` is applied to it, as to SkyRL's own losses.
-    ``anchor``: whose log-probs the ratio is against, ``"old"`` or ``"rollout"`` (the sampler's: fully asynchronous training, as SkyRL's ``dppo``).
+    ``anchor`` selects the log-probs that the ratio is against, ``"old"`` or
+    ``"rollout"`` (the sampler's: fully asynchronous training, as in SkyRL's ``dppo``).
 
     Raises:
         UnsupportedRequest: SkyRL cannot train the spec; the reason is named.
@@ -145,7 +149,7 @@ class PolicyLoss:
         loss_mask: Tensor | None = None,
         rollout_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        """``(loss, metrics)``; all tensors ``[B, T]``."""
+        """Return ``(loss, metrics)``. All tensors are ``[B, T]``."""
         self._check(config)
         if self.anchor == "rollout" and rollout_logprobs is None:
             raise InvalidCall(f"{self.name}: anchor='rollout' needs the sampler's log-probs (generator.sampling_params.logprobs).")
@@ -156,7 +160,7 @@ class PolicyLoss:
             old_per_token_logps=old_log_probs if self.anchor == "old" else rollout_logprobs,
             sampling_per_token_logps=rollout_logprobs,
             completion_mask=loss_mask,
-            unused="ignore",  # SkyRL hands over what it has
+            unused="ignore",  # SkyRL passes what it has
         )
         values = out.metrics.as_floats()
         metrics = {"clip_ratio": 0.0} | {theirs: values[ours] for ours, theirs in _METRICS.items() if ours in values}
@@ -166,7 +170,10 @@ class PolicyLoss:
 
 
 def register(specs: Mapping[str, PolicyLossSpec | PolicyLoss] | None = None) -> tuple[str, ...]:
-    """Put losses into SkyRL's registry and return their names: ``specs`` by the names given, or every method that SkyRL can train as ``rw_<method>``.
+    """Put losses into SkyRL's registry and return their names.
+
+    ``specs`` are registered by their names. Without it every method that SkyRL can
+    train is registered as ``rw_<method>``.
 
     Raises:
         UnsupportedRequest: SkyRL cannot train one of ``specs``; the reason is named.
@@ -182,6 +189,6 @@ def register(specs: Mapping[str, PolicyLossSpec | PolicyLoss] | None = None) -> 
 
 
 def left_out() -> dict[str, str]:
-    """The methods that :func:`register` gives no name, each with the reason."""
+    """Return the methods that :func:`register` leaves out, each with the reason."""
     reasons = {name: _method_unsupported_reason(entry) for name, entry in METHODS.items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}

@@ -45,13 +45,13 @@ except ImportError as error:
 
 __all__ = ["loss", "spec_of"]
 
-#: Options of slime's surrogate, with the values at which they are left alone.
+#: Options of slime's surrogate, with the values at which they have no effect.
 _SURROGATE = {"eps_clip": (0.2,), "eps_clip_high": (0.2, None), "eps_clip_c": (None,), "use_tis": (False,), "use_opsm": (False,)}
 _KL: dict[str, Rule] = {"k1": K1(), "k2": K2(clamp=math.inf), "k3": K3(clamp=math.inf), "low_var_kl": K3(clamp=math.inf, cap=10.0)}
 
 
 def _refuse(args: Any) -> None:
-    """Raise for what slime's own loss does and one call of the op cannot."""
+    """Raise for an option of slime's own loss that one call of the op does not support."""
     sizes = {"tensor": mpu.get_tensor_model_parallel_world_size(), "context": mpu.get_context_parallel_world_size()}
     reasons = [f"{kind} parallelism of {size}: the rows of a call are whole" for kind, size in sizes.items() if size > 1]
     for name in ("custom_tis_function_path", "custom_pg_loss_reducer_function_path"):
@@ -68,7 +68,8 @@ def _refuse(args: Any) -> None:
 
 
 def spec_of(args: Any) -> PolicyLossSpec:
-    """The loss that slime's arguments ask for: ``reweight_method`` with ``reweight_options``, or slime's own; with slime's KL and entropy terms.
+    """Return the loss that slime's arguments ask for: ``reweight_method`` with
+    ``reweight_options``, or slime's own, with slime's KL and entropy terms.
 
     Raises:
         InvalidCall: an option that would have no effect beside ``reweight_method``, or a reduction that is not slime's.
@@ -85,7 +86,7 @@ def spec_of(args: Any) -> PolicyLossSpec:
                 f"reweight_method={name!r} replaces slime's loss, so {', '.join(ignored)} would have no effect: use reweight_options."
             )
         if "adv" not in spec.requires:
-            raise UnsupportedRequest(f"reweight_method={name!r} reads no advantages, so slime's reward would have no effect.")
+            raise UnsupportedRequest(f"reweight_method={name!r} does not read advantages, so slime's reward would have no effect.")
         wanted = "token-mean" if args.calculate_per_token_loss else "seq-mean-token-mean"
         if agg_mode(spec.reduction) != wanted:
             flag = "leave out" if args.calculate_per_token_loss else "set"
@@ -131,7 +132,9 @@ def _kl(args: Any) -> Rule:
 
 
 def _kept(args: Any, batch: dict[str, Any], layout: Packed) -> SamplingMask | None:
-    """What the rollout's top-p kept of every position, None where it cut nothing."""
+    """Return the ids that the rollout's top-p kept at every position, or None if it
+    removed none.
+    """
     if args.rollout_top_p == 1.0:
         return None
     names = ("rollout_top_p_token_ids", "rollout_top_p_token_offsets")
@@ -153,12 +156,15 @@ def _kept(args: Any, batch: dict[str, Any], layout: Packed) -> SamplingMask | No
 def loss(
     args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """slime's ``policy_loss_function`` by one :func:`~reweight_ops.policy_loss` call on ``[1, T, V]`` logits.
+    """Compute slime's ``policy_loss_function`` with one
+    :func:`~reweight_ops.policy_loss` call on ``[1, T, V]`` logits.
 
-    With ``rollout_top_p`` log-probs are over the tokens that the rollout kept (:class:`~reweight_ops.SamplingMask`), entropies over the vocabulary, as slime's.
-    The reduction is slime's ``sum_of_sample_mean``, whatever it divides by. Metrics have slime's names: ``loss``, ``pg_loss``, ``entropy_loss``,
-    ``pg_clipfrac``, ``ppo_kl``, and ``kl_loss`` and ``train_rollout_logprob_abs_diff`` where slime has them. With ``eps_clip_c``, ``pg_clipfrac`` counts
-    its clip too.
+    With ``rollout_top_p`` log-probs are over the tokens that the rollout kept
+    (:class:`~reweight_ops.SamplingMask`), and entropies are over the vocabulary, as in
+    slime. The reduction is slime's ``sum_of_sample_mean`` with any divisor. Metrics
+    have slime's names: ``loss``, ``pg_loss``, ``entropy_loss``, ``pg_clipfrac``,
+    ``ppo_kl``, and ``kl_loss`` and ``train_rollout_logprob_abs_diff`` if slime has
+    them. With ``eps_clip_c``, ``pg_clipfrac`` counts its clip too.
 
     Raises:
         UnsupportedRequest: tensor or context parallelism, a top-p that did not record all tokens, a custom correction or reducer.
@@ -188,7 +194,7 @@ def loss(
         sampling_per_token_logps=layout.spread(sampled) if "sampling_logp" in reads and sampled else None,
         sampling_mask=kept,
         entropy_over="kept" if kept is None else "vocabulary",
-        unused="ignore",  # slime hands over what it has
+        unused="ignore",  # slime passes what it has
     )
     return out.loss, _metrics(spec, out, layout, sum_of_sample_mean, old, batch, args.use_rollout_logprobs)
 

@@ -7,7 +7,8 @@
     weights = token_weights(spec, masks)        # a datum's loss_fn_inputs["weights"], ["advantages"], ["old_logprobs"]
     training_client.forward_backward_custom(data, handle)
 
-Tinker runs the loss where the model is, on the log-probs of one datum, so no kernel of ours takes part: the catalogue's formulas do.
+Tinker runs the loss on the machine of the model, on the log-probs of one datum. It uses
+the formulas of the catalogue and none of our kernels.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import Divisors
 from ..errors import UnsupportedRequest
 
-#: The key in a datum's ``loss_fn_inputs`` of what formulas read; ``logprobs`` are the current ones, which Tinker passes.
+#: The keys in a datum's ``loss_fn_inputs`` for the leaves that formulas read. Tinker
+#: passes ``logprobs``, the current ones.
 INPUTS = {"adv": "advantages", "old_logp": "old_logprobs", "ref_logp": "ref_logprobs", "sampling_logp": "sampling_logprobs"}
 
 
@@ -68,7 +70,7 @@ def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
     if len(set(spec.reductions)) > 1:
         return "its terms have different reductions, and a token has one weight"
     if spec.reduction.weight is not None or not spec.reduction.scalar:
-        return f"its reduction, {spec.reduction!r}, gives no weight that is known before the loss"
+        return f"its reduction, {spec.reduction!r}, gives weights that are unknown before the loss"
     if any(not isinstance(v, (int, float)) for f in (*spec.rules, *spec.weights) for v in f.parameters().values()):
         return "it has a hyper-parameter that is a tensor or a formula, which a traced loss cannot hold"
     if any(not isinstance(p.coef, (int, float)) for p in spec.penalties):
@@ -79,9 +81,11 @@ def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
 def custom_loss(spec: PolicyLossSpec | str) -> Any:
     """A token-level spec, or the name of a method, as ``loss(logprobs, *inputs) -> (scalar, metrics)``; ``loss.input_ranks`` are the ranks.
 
-    The inputs are those that the spec reads of ``advantages``, ``old_logprobs``, ``ref_logprobs`` and ``sampling_logprobs``, and ``weights``: each token's
-    weight in the loss, 0 where it is out, as :func:`token_weights` gives it. All are ``[T]``, fp32. The loss is ``Σ_t weights_t · ℓ_t``, and Tinker adds
-    up the data's. Metrics: ``custom/tokens:sum``, and ``custom/clipped:sum`` of a loss that clips.
+    The inputs are those of ``advantages``, ``old_logprobs``, ``ref_logprobs`` and
+    ``sampling_logprobs`` that the spec reads, and ``weights``: each token's weight in
+    the loss, 0 if it is ignored, as :func:`token_weights` gives it. All are ``[T]``,
+    fp32. The loss is ``Σ_t weights_t · ℓ_t``, and Tinker sums over the data. Metrics
+    are ``custom/tokens:sum``, and ``custom/clipped:sum`` for a loss that clips.
 
     Raises:
         UnsupportedRequest: a traced loss cannot be the spec; the reason is named.
@@ -136,9 +140,11 @@ def _loss(spec: PolicyLossSpec, logp: Any, stored: dict[str, Any], weights: Any)
 
 
 def token_weights(spec: PolicyLossSpec | str, masks: Sequence[Tensor], **divisors: Any) -> list[Tensor]:
-    """A batch's ``weights``, one ``[T]`` fp32 tensor a datum: what the spec's reduction makes of the masks, each a datum's ``[T]``.
+    """Return a batch's ``weights``, one ``[T]`` fp32 tensor per datum, by the spec's
+    reduction of the masks, ``[T]`` each.
 
-    ``num_items_in_batch`` or ``num_sequences_in_batch`` replace the count of this batch, where it is a part of one.
+    ``num_items_in_batch`` or ``num_sequences_in_batch`` replace the count of this batch
+    if it is a part of a larger one.
     """
     spec = named_spec("tinker.token_weights", spec)
     padded = torch.nn.utils.rnn.pad_sequence([m.bool() for m in masks], batch_first=True)

@@ -5,7 +5,8 @@
     from reweight_ops.integrations.torchtitan import PolicyLoss
     loss=ChunkedLossWrapper.Config(num_chunks=8, loss_fn=PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3}))
 
-The logits that the trainer, or its ``ChunkedLossWrapper``, hands over are read once and their gradient is written once.
+The logits that the trainer, or its ``ChunkedLossWrapper``, passes are read once, and
+their gradient is written once.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ __all__ = ["PolicyLoss"]
 def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
     missing = sorted(spec.requires & {"ref_logp", "sampling_logp"})
     if missing:
-        return f"it reads {', '.join(missing)}, which torchtitan does not hand to a loss: it has the generator's log-probs, which the ratio is against"
+        return f"it reads {', '.join(missing)}, which torchtitan does not pass to a loss: it has the generator's log-probs, which the ratio is against"
     if "adv" not in spec.requires:
-        return "it reads no advantages, so the reward would have no effect"
+        return "it does not read advantages, so the reward would have no effect"
     if spec.couples_rows:
-        return "it couples tokens, and torchtitan hands over chunks of packed tokens without their sequences"
+        return "it couples tokens, and torchtitan passes chunks of packed tokens without their sequences"
     if {agg_mode(r) for r in spec.reductions} != {"token-mean"}:
-        return "its reduction is no token mean, and torchtitan divides by global_valid_tokens"
+        return "its reduction is not a token mean, and torchtitan divides by global_valid_tokens"
     return None
 
 
@@ -86,16 +87,18 @@ class PolicyLoss(BaseLoss):  # type: ignore[misc]  # torchtitan has no types her
         advantages: Tensor,
         loss_mask: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``(loss, metrics)`` of ``[T, V]`` logits and ``[T]`` labels, already shifted; the sum over the tokens, over ``global_valid_tokens``.
+        """Return ``(loss, metrics)`` of ``[T, V]`` logits and ``[T]`` labels, already
+        shifted. The loss is the sum over the tokens, divided by
+        ``global_valid_tokens``.
 
-        A token whose generator's log-prob is no finite number is out, as in torchtitan.
+        A token is ignored if its generator's log-prob is not finite, as in torchtitan.
         """
         if isinstance(logits, torch.distributed.tensor.DTensor):
             raise UnsupportedRequest(
                 "the logits are a DTensor: a call's rows are whole; use torchtitan's own loss with tensor parallelism."
             )
         ranks = spmd_mesh_size("tp")
-        if ranks > 1:  # the default backend hands over plain tensors, of a rank's part of the vocabulary
+        if ranks > 1:  # the default backend passes plain tensors with a rank's part of the vocabulary
             raise UnsupportedRequest(
                 f"tensor parallelism of {ranks}: the logits are a rank's part of the vocabulary, and a call's rows are whole; use torchtitan's own loss."
             )
@@ -109,14 +112,14 @@ class PolicyLoss(BaseLoss):  # type: ignore[misc]  # torchtitan has no types her
             old_per_token_logps=generator_logprobs,
             completion_mask=keep,
             num_items_in_batch=divisor,
-            unused="ignore",  # torchtitan hands over the generator's log-probs whatever the loss reads
+            unused="ignore",  # torchtitan always passes the generator's log-probs
         )
         return out.loss, _metrics(out, generator_logprobs, keep, divisor)
 
 
 @torch.no_grad()
 def _metrics(out: PolicyLossOutput, generator_logprobs: Tensor, keep: Tensor, divisor: Any) -> dict[str, Tensor]:
-    """torchtitan's, to be summed over ranks, but for the maximum."""
+    """Return torchtitan's metrics, to be summed over ranks except the maximum."""
     drift = torch.where(keep, out.per_token_logps - generator_logprobs, 0)
     assert out.entropies is not None
     return {

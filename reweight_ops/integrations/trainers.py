@@ -1,4 +1,6 @@
-"""The trainers that there are integrations for: their versions, which of them were tested, and the hook to use. Imports none of them."""
+"""The trainers with an integration: their versions, which of them were tested, and the
+hook to use. This module imports none of them.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from ..errors import InvalidCall
 class Trainer:
     """A trainer as its users know it.
 
-    ``tested``: versions that the parity tests passed with, oldest first; all later ones up to the last are served. ``commit``: of one that is on no
-    package index, what the tests' transcription was made from.
+    ``tested`` has the versions with which the parity tests passed, oldest first. All
+    later ones up to the last are served. ``commit`` belongs to a trainer that is on no
+    package index: the tests' transcription was made from it.
     """
 
     name: str
@@ -27,14 +30,14 @@ class Trainer:
 
     @property
     def installed(self) -> str | None:
-        """The installed version, None where there is none."""
+        """Return the installed version, or None."""
         try:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
             return None
 
     def standing(self, version: str) -> str:
-        """``version`` against the tested ones, in words."""
+        """Return in words how ``version`` compares with the tested ones."""
         if not self.tested:
             return f"compared with a transcription of {self.commit}"
         if version in self.tested:
@@ -108,14 +111,16 @@ _reported: set[str] = set()
 
 
 def named(name: str) -> Trainer:
-    """The trainer of this name."""
+    """Return the trainer of this name."""
     if name not in TRAINERS:
         raise InvalidCall(f"no integration for {name!r}; there are: {', '.join(TRAINERS)}.")
     return TRAINERS[name]
 
 
 def check_version(name: str) -> str:
-    """The installed version of a trainer as ``"name version"``; one that is newer than any tested warns, once."""
+    """Return the installed version of a trainer as ``"name version"``. A version newer
+    than any tested warns once.
+    """
     trainer = named(name)
     version = trainer.installed
     if version is None:

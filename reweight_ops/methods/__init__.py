@@ -1,4 +1,7 @@
-"""The catalogue: a published method is one function that returns a spec, ``methods.dapo()``. ``trl`` and ``verl`` speak those libraries' names.
+"""The methods of the catalogue. A published method is one function that returns a spec:
+``methods.dapo()``.
+
+``trl`` and ``verl`` take the option names of those libraries.
 
 Every module of this folder is imported, and every registered method is an attribute: a new method is one new file and no other edit.
 """
@@ -14,7 +17,7 @@ from .verl import verl
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
-# A module may have its method's name; the method is what the attribute means.
+# A module may have the name of its method. The attribute is then the method.
 globals().update({name: entry.function for name, entry in METHODS.items()})
 
 __all__ = ["METHODS", "method", "published", "trl", "verl"]

@@ -1,4 +1,6 @@
-"""Methods that differ in how the token-level ratio is clipped, and the ones that have no ratio."""
+"""Methods that differ in how the token-level ratio is clipped, and methods without a
+ratio.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from .penalties import entropy, kl
 def ppo(epsilon: NonNegativeOrInf[Number] = 0.2, entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
     """``-min(r·A, clip(r, 1-ε, 1+ε)·A)``, token mean (eq. 7); ``entropy_coef`` is c₂ of eq. 9.
 
-    Differs from the paper: no value loss; it is no function of the policy's logits.
+    Differs from the paper: there is no value loss, because it is not a function of the
+    policy's logits.
     """
     return PolicyLossSpec(surrogate=Clip(epsilon_low=epsilon, epsilon_high=epsilon), penalties=entropy(entropy_coef), name="ppo")
 
@@ -27,7 +30,7 @@ def ppo(epsilon: NonNegativeOrInf[Number] = 0.2, entropy_coef: Real[Number] = 0.
 def dual_clip_ppo(
     epsilon_low: NonNegativeOrInf[Number] = 0.2, epsilon_high: NonNegativeOrInf[Number] = 0.2, clip_ratio_c: AtLeastOne[Number] = 3.0
 ) -> PolicyLossSpec:
-    """PPO, and for ``A < 0`` a loss of at most ``-c·A`` (eq. 5), token mean."""
+    """PPO with a loss of at most ``-c·A`` for ``A < 0`` (eq. 5), token mean."""
     return PolicyLossSpec(
         surrogate=DualClip(epsilon_low=epsilon_low, epsilon_high=epsilon_high, clip_ratio_c=clip_ratio_c), name="dual_clip_ppo"
     )
@@ -63,7 +66,7 @@ def dr_grpo(
 ) -> PolicyLossSpec:
     """Clip, each sequence's sum over a constant, ``horizon`` (the generation budget; default the padded length), mean over sequences.
 
-    The advantages are to be ``reward - mean``, not divided by the standard deviation.
+    The advantages should be ``reward - mean``, not divided by the standard deviation.
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(surrogate=clip, penalties=kl(beta), reduction=SequenceMean(per="constant", horizon=horizon), name="dr_grpo")
@@ -92,7 +95,8 @@ def dapo(
 def cispo(ratio_max: PositiveOrInf[Number] = 5.0, ratio_min: Real[Number] = 0.0, entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
     """``-sg(clip(r, ratio_min, ratio_max))·A·logp``, token mean (eq. 4): no token loses its gradient.
 
-    Differs from the paper: it does not publish its bounds; 5.0 is the cap of the ScaleRL recipe (arXiv:2510.13786) and of TRL's documentation.
+    Differs from the paper: the paper does not publish its bounds. 5.0 is the cap of the
+    ScaleRL recipe (arXiv:2510.13786) and of TRL's documentation.
     """
     return PolicyLossSpec(surrogate=Cispo(ratio_min=ratio_min, ratio_max=ratio_max), penalties=entropy(entropy_coef), name="cispo")
 
@@ -131,7 +135,9 @@ def dppo_tv(
     arxiv="unknown",
 )
 def reinforce(entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
-    """``-A·logp``, token mean; with non-negative weights for A it is the advantage-weighted log-likelihood."""
+    """``-A·logp``, token mean. With non-negative weights for A it is the
+    advantage-weighted log-likelihood.
+    """
     return PolicyLossSpec(surrogate=Reinforce(), penalties=entropy(entropy_coef), name="reinforce")
 
 
@@ -139,7 +145,11 @@ def reinforce(entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
     "gpg", "Group Policy Gradient", paper="GPG: A Simple and Strong Reinforcement Learning Baseline for Model Reasoning", arxiv="2504.02546"
 )
 def gpg() -> PolicyLossSpec:
-    """``-A·logp``, token mean over the batch. The paper's α rescales the advantages and its filter drops groups: both before this loss."""
+    """``-A·logp``, token mean over the batch.
+
+    The paper's α rescales the advantages, and its filter drops groups. Both happen
+    before this loss.
+    """
     return PolicyLossSpec(surrogate=Reinforce(), name="gpg")
 
 

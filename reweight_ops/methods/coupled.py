@@ -1,4 +1,8 @@
-"""Methods in which the sequences of a prompt, or a whole batch, decide about each other's coefficients. All take two passes."""
+"""Methods in which the coefficients of a sequence depend on the other sequences of its
+prompt, or on the whole batch.
+
+All take two passes.
+"""
 
 from __future__ import annotations
 
@@ -109,9 +113,8 @@ def drpo(
 @published(
     "real",
     "REAL: rewards as labels",
-    paper="REAL, as named in ms-swift",
+    paper="Rewards as Labels: Revisiting RLVR from a Classification Perspective",
     arxiv="2602.05630",
-    certainty="secondary",
     level="group",
 )
 def real(tau: Positive[Number] = 0.5, beta: NonNegative[Number] = 0.0, group_size: Count[int] | None = None) -> PolicyLossSpec:
@@ -119,7 +122,8 @@ def real(tau: Positive[Number] = 0.5, beta: NonNegative[Number] = 0.0, group_siz
     see :class:`~reweight_ops._core.spec.coupled.GroupClassification`.
 
     ``advantages``: labels, rewards or group advantages, one a sequence; positive where above 0. Prompts all of whose responses have one label add 0.
-    ``beta``: of k3 to the reference, the mean over the call's tokens. Differs from the paper: transcribed from ms-swift's ``loss_type="real"``.
+    The authors' code (``compute_policy_loss_real``) reads rewards of 1 and 0. ``beta``: of k3 to the reference, the mean over the call's tokens, as
+    ms-swift's ``loss_type="real"`` has it.
     """
     reduction = GroupClassification(temperature=tau, group_size=group_size)
     penalties = kl(beta, reduction=TokenMean(per_call=True))

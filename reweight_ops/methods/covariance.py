@@ -1,4 +1,6 @@
-"""Clip-Cov and KL-Cov: the few tokens whose log-prob and advantage vary together lose their gradient, or pay for moving."""
+"""Clip-Cov and KL-Cov: the few tokens with the largest covariance of log-prob and
+advantage lose their gradient, or pay a penalty for moving.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def kl_cov(fraction: Unit[Number] = 2e-4, kl_coef: NonNegative[Number] = 1.0) ->
     """``-r·A``, plus ``kl_coef·|log r|`` for the ``fraction`` of the tokens with the largest ``(A - mean A)·(logp - mean logp)``; token mean.
 
     Differs from the paper: transcribed from verl (``kl_cov``), which is the authors' code; the paper writes KL(old, current) for ``|log r|``.
-    Of tokens with equal covariances the first are taken; where only rounding tells two apart, as always with two tokens, it decides, and may decide
-    otherwise on another backend.
+    Of tokens with equal covariances the first are taken. If only rounding distinguishes
+    two, as is always so with two tokens, rounding decides, and another backend may
+    decide differently.
     """
     return PolicyLossSpec(surrogate=KlCov(kl_coef=TopCovariance(fraction=fraction, value=kl_coef)), name="kl_cov")

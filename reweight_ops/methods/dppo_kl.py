@@ -8,7 +8,8 @@ from .._core.ranges import NonNegativeOrInf, Number, PositiveOrInf
 from .._core.spec.policy import PolicyLossSpec
 from ..rules.surrogates import DppoTV
 
-#: What verl adds to the probabilities of all other tokens, so that a certain token has a finite divergence.
+#: verl adds this to the probabilities of all other tokens, so that a certain token has
+#: a finite divergence.
 _SMALLEST = 1e-8
 
 

@@ -1,4 +1,6 @@
-"""DRO: a log-likelihood weighted by the advantage, with a square of the log-ratio instead of a clip."""
+"""DRO: a log-likelihood weighted by the advantage, with the square of the log-ratio
+instead of a clip.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from .._core.spec.ratio import TokenRatio
 class Dro(Rule):
     """``-A·logp + beta/2·(log r)²``."""
 
-    beta: NonNegative[float] = 0.1  # of the rule alone: the method has no default
+    beta: NonNegative[float] = 0.1  # default of the rule only: the method has none
 
     def loss(self, xp, t):
         return -t.adv * t.logp + 0.5 * self.beta * t.log_ratio * t.log_ratio
@@ -30,9 +32,13 @@ class Dro(Rule):
     example={"beta": 0.1},
 )
 def dro(beta: NonNegative[Number]) -> PolicyLossSpec:
-    """``-(A·logp - β/2·(log r)²)``, token mean: the square of ``A - β·log r`` without what does not depend on the policy, over β.
+    """``-(A·logp - β/2·(log r)²)``, token mean.
 
-    Differs from the paper: per token and against the old policy, as verl (``dro``) and Tinker have it; the paper's is one square a response, against the
-    reference, with a learned value for A's baseline. No trainer states a default for β.
+    This is the square of ``A - β·log r`` over β, without the terms that do not depend
+    on the policy.
+
+    Differs from the paper: it is per token and against the old policy, as in verl
+    (``dro``) and Tinker. The paper has one square per response, against the reference,
+    with a learned value for A's baseline. No trainer states a default for β.
     """
     return PolicyLossSpec(surrogate=Dro(beta=beta), ratio=TokenRatio(clamp=math.inf), name="dro")

@@ -15,7 +15,7 @@ class RatioMask(Rule):
 
     def loss(self, xp, t):
         r = xp.exp(t.log_ratio)
-        outside = (r <= 1 - self.epsilon_low) | (r >= 1 + self.epsilon_high)  # and a NaN is not left out: it shows
+        outside = (r <= 1 - self.epsilon_low) | (r >= 1 + self.epsilon_high)  # a NaN is not dropped, so that it shows
         return -xp.stop_gradient(xp.where(outside, 0.0, r)) * t.adv * t.logp
 
 

@@ -1,4 +1,7 @@
-"""Methods that read no advantage: shapes of the cross-entropy, and unlearning. Call ``policy_loss(..., advantages=None, spec=...)``."""
+"""Methods that do not read advantages: shapes of the cross-entropy, and unlearning.
+
+Call ``policy_loss(..., advantages=None, spec=...)``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from ..weights.probability import CurrentAdvantageReweighting, SignWeight
 from .penalties import is_zero
 
 _WAGLE = "WAGLE: Strategic Weight Attribution for Effective and Modular Unlearning in Large Language Models"
-#: What is to be forgotten, and what retained, by the sign of a label.
+#: Weights that select the examples to forget, and those to retain, by the sign of a
+#: label.
 _LABELS = SignWeight(positive=0.0, negative=1.0), SignWeight(positive=1.0, negative=0.0)
 
 
@@ -34,7 +38,11 @@ def sft() -> PolicyLossSpec:
     certainty="secondary",
 )
 def dft() -> PolicyLossSpec:
-    """``-sg(p)·logp``, token mean: the cross-entropy without the weight ``1/p`` that its gradient has beside a policy gradient's."""
+    """``-sg(p)·logp``, token mean.
+
+    This is the cross-entropy without the weight ``1/p`` that its gradient has relative
+    to a policy gradient.
+    """
     return PolicyLossSpec(surrogate=NLL(), weights=(CurrentAdvantageReweighting(alpha=1.0),), name="dft")
 
 
@@ -87,24 +95,31 @@ def mae() -> PolicyLossSpec:
 def ldam(margin: NonNegative[Number]) -> PolicyLossSpec:
     """``log(1 + (1/p - 1)·e^Δ)``, token mean: the cross-entropy of logits whose target is Δ lower.
 
-    ``margin``: a number (one pass), or one per token, ``C / n_y^(1/4)`` of the target's class frequency (two passes). The authors' code scales the
-    logits by 30 first: ``temperature=1/30``, with the margin times 30. Up to a constant ``-log V`` it is LDR (arXiv:2112.14869) at λ = 1 with margin Δ.
+    ``margin`` is a number (one pass), or one per token, ``C / n_y^(1/4)`` of the
+    target's class frequency (two passes). The authors' code first scales the logits by
+    30: use ``temperature=1/30`` and the margin times 30. Up to a constant ``-log V`` it
+    is LDR (arXiv:2112.14869) at λ = 1 with margin Δ.
     """
     return PolicyLossSpec(surrogate=MarginNLL(margin=margin), name="ldam")
 
 
 @published("gradient_ascent", "Gradient ascent (unlearning)", paper=_WAGLE, arxiv="2410.17509")
 def gradient_ascent() -> PolicyLossSpec:
-    """``logp``, token mean over the tokens to forget: minus their cross-entropy. Unbounded below."""
+    """``logp``, token mean over the tokens to forget: minus their cross-entropy. It is
+    unbounded below.
+    """
     return PolicyLossSpec(surrogate=LikelihoodAscent(), name="gradient_ascent")
 
 
 @published("grad_diff", "Gradient difference (unlearning)", paper=_WAGLE, arxiv="2410.17509", example={"gamma": 1.0})
 def grad_diff(gamma: NonNegative[Number]) -> PolicyLossSpec:
-    """``-NLL(forget) + γ·NLL(retain)``, each the mean over its own tokens, of one batch with both.
+    """``-NLL(forget) + γ·NLL(retain)``, each the mean over its own tokens, for one
+    batch with both.
 
-    ``advantages`` are the labels, one a sequence or token: negative to forget, positive to retain. The paper's two batches in two calls are
-    ``gradient_ascent()`` and ``sft()`` with ``loss_scale=γ``. WAGLE itself is a mask of parameters and no part of the loss.
+    ``advantages`` are the labels, one per sequence or token: negative to forget,
+    positive to retain. The paper's two batches in two calls are ``gradient_ascent()``
+    and ``sft()`` with ``loss_scale=γ``. WAGLE itself is a mask of parameters and not
+    part of the loss.
     """
     forget, retain = _LABELS
     return PolicyLossSpec(
@@ -125,11 +140,14 @@ def grad_diff(gamma: NonNegative[Number]) -> PolicyLossSpec:
 def npo(beta: Positive[Number] = 0.1, gamma: NonNegative[Number] = 0.0, level: str = "sequence") -> PolicyLossSpec:
     """``-(2/β)·log σ(-β·log(π/π_ref))``, the log-ratio summed over the sequence, mean over sequences to forget. Needs ``ref_per_token_logps``.
 
-    ``gamma``: plus ``γ·NLL(retain)``, the mean over the tokens to retain, of one batch with both. ``advantages`` are then the labels, one a sequence:
-    negative to forget, positive to retain, and the first mean is over the sequences to forget. With ``gamma=0`` every sequence is one to forget.
+    ``gamma`` adds ``γ·NLL(retain)``, the mean over the tokens to retain, for one batch
+    with both. ``advantages`` are then the labels, one per sequence: negative to forget,
+    positive to retain. The first mean is over the sequences to forget. With ``gamma=0``
+    every sequence is one to forget.
 
-    ``level="batch"`` is the form of WAGLE's code (arXiv:2410.17509): one log-ratio, the mean over all tokens to forget. For β → 0 the gradient is
-    gradient ascent's: ``gradient_ascent()`` with ``level="batch"``, on sequence sums without.
+    ``level="batch"`` is the form of WAGLE's code (arXiv:2410.17509): one log-ratio, the
+    mean over all tokens to forget. For β → 0 the gradient is that of gradient ascent:
+    of ``gradient_ascent()`` with ``level="batch"``, and on sequence sums otherwise.
     """
     if level not in ("sequence", "batch"):
         raise InvalidCall(f"npo: level is {level!r}, expected 'sequence' (the paper) or 'batch' (WAGLE's code).")

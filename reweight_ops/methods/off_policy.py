@@ -1,4 +1,6 @@
-"""Methods for data of an older policy: they bound or regularize the update without PPO's clip, or weigh two older policies."""
+"""Methods for data of an older policy. They bound or regularize the update without
+PPO's clip, or weigh two older policies.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,14 @@ from .dro import Dro
     certainty="secondary",
 )
 def topr(level: str = "sequence", ratio_max: Positive[Number] = 1.0) -> PolicyLossSpec:
-    """``-sg(w)·A·log π(y)``: ``w`` is 1 where ``A >= 0``, else the response's ratio, at most ``ratio_max`` (eq. 8). Sums over tokens, mean over sequences.
+    """``-sg(w)·A·log π(y)``, summed over tokens, mean over sequences.
 
-    A response that is to become unlikely loses its weight as it does; one that is to become likely is imitated. ``level="token"``, as ROLL: every token's
-    own ratio, token mean. The paper's rewards are 1 and -1 less a baseline.
+    ``w`` is 1 where ``A >= 0``, else the response's ratio, at most ``ratio_max`` (eq.
+    8).
+
+    A response with ``A < 0`` loses its weight as it becomes unlikely. One with
+    ``A >= 0`` is imitated. ``level="token"`` is ROLL's form: every token's own ratio,
+    token mean. The paper's rewards are 1 and -1 minus a baseline.
     """
     rule = Topr(ratio_max=ratio_max)
     if level == "token":
@@ -48,7 +54,8 @@ def topr(level: str = "sequence", ratio_max: Positive[Number] = 1.0) -> PolicyLo
 def kimi_opmd(tau: NonNegative[Number] = 0.1, level: str = "sequence") -> PolicyLossSpec:
     """``-A·log π(y) + τ/2·(log π(y) - log π_old(y))²`` of whole responses, mean over sequences (eq. 3); A is the reward less the group's mean.
 
-    ``level="token"``, as ROLL: of every token, token mean, which is ``dro(beta=tau)``. τ is ROLL's default; the paper states none.
+    ``level="token"`` is ROLL's form, per token with a token mean, which is
+    ``dro(beta=tau)``. τ is ROLL's default; the paper states none.
     """
     if level == "token":
         return PolicyLossSpec(surrogate=Dro(beta=tau), ratio=TokenRatio(clamp=math.inf), name="kimi_opmd")
@@ -56,7 +63,7 @@ def kimi_opmd(tau: NonNegative[Number] = 0.1, level: str = "sequence") -> Policy
         raise InvalidCall(f"kimi_opmd: level is {level!r}, expected 'sequence' (the paper) or 'token' (ROLL).")
     return PolicyLossSpec(
         surrogate=Reinforce(),
-        penalties=(Penalty(DriftK2(), tau, SequenceMean()),),  # a mean of one number, repeated over the sequence's tokens
+        penalties=(Penalty(DriftK2(), tau, SequenceMean()),),  # the mean of a number that is repeated over the sequence's tokens
         ratio=SequenceRatio(clamp=math.inf, normalize=False),
         reduction=SequenceMean(per="token_sum"),
         name="kimi_opmd",
@@ -78,8 +85,10 @@ def decoupled_ppo(
 ) -> PolicyLossSpec:
     """``-w·min(u·A, clip(u, 1-ε_low, 1+ε_high)·A)``, ``u = π/π_prox``, ``w = π_prox/π_behave``, token mean: PPO around a recent policy, data of an older one.
 
-    ``old_per_token_logps`` are the proximal policy's, ``sampling_per_token_logps`` those of the policy that wrote the tokens. A ``w`` above ``ratio_max``
-    is cut to it (``mode="truncate"``) or drops the token (``"mask"``, AReaL's ``behav_imp_weight_cap``); the paper's objective has no bound.
+    ``old_per_token_logps`` are those of the proximal policy, and
+    ``sampling_per_token_logps`` those of the policy that wrote the tokens. A ``w``
+    above ``ratio_max`` is cut to it (``mode="truncate"``), or the token is dropped
+    (``"mask"``, AReaL's ``behav_imp_weight_cap``). The paper's objective has no bound.
     """
     modes = {"truncate": TruncatedImportance, "mask": MaskedImportance}
     if mode not in modes:

@@ -1,4 +1,4 @@
-"""Penalties that several methods share, from the coefficients that users know them by."""
+"""Penalties that several methods share, from the coefficients under their usual names."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from ..rules.penalties import K3, EntropyBonus
 
 
 def is_zero(coef: Any) -> bool:
-    """Whether a coefficient is the constant 0: its term is then left out. A tensor is a schedule and stays."""
+    """Return whether a coefficient is the constant 0, so that its term is left out. A
+    tensor is a schedule and stays.
+    """
     return not isinstance(coef, Tensor) and coef == 0
 
 
 def kl(beta: Any, rule: Any = None, reduction: Reduction | None = None) -> tuple[Penalty, ...]:
-    """``beta`` times a KL estimator, k3 by default; nothing for 0."""
+    """Return ``beta`` times a KL estimator, k3 by default, or nothing for 0."""
     return () if is_zero(beta) else (Penalty(K3() if rule is None else rule, beta, reduction),)
 
 
 def entropy(coef: Any, reduction: Reduction | None = None) -> tuple[Penalty, ...]:
-    """``coef`` times the entropy bonus; nothing for 0."""
+    """Return ``coef`` times the entropy bonus, or nothing for 0."""
     return () if is_zero(coef) else (Penalty(EntropyBonus(), coef, reduction),)

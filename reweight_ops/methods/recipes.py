@@ -24,8 +24,10 @@ from ..weights.probability import SignWeight
 def scale_rl(ratio_max: PositiveOrInf[Number] = 5.0, group_size: Count[int] | None = None) -> PolicyLossSpec:
     """``-sg(min(r, ratio_max))·A·logp``, the mean over all tokens of a prompt's responses, then over prompts.
 
-    ``group_size`` consecutive sequences share a prompt, or the call's ``group_ids``. The rest of the recipe is outside of the loss: advantages over the
-    batch's standard deviation (``advantages.grpo(scale_rewards="batch")``), logits in fp32, prompts without variance left out. 5.0 as TRL's documentation.
+    ``group_size`` consecutive sequences share a prompt, or the call's ``group_ids``
+    tell. The rest of the recipe is outside of the loss: advantages over the batch's
+    standard deviation (``advantages.grpo(scale_rewards="batch")``), logits in fp32, and
+    prompts without variance left out. The default 5.0 is that of TRL's documentation.
     """
     return PolicyLossSpec(surrogate=Cispo(ratio_max=ratio_max), reduction=PromptMean(group_size=group_size), name="scale_rl")
 
@@ -45,8 +47,10 @@ def vapo(
 ) -> PolicyLossSpec:
     """Clip, token mean, plus ``mu·NLL``, the mean over the tokens of correct responses.
 
-    ``correct``: 1 for a correct response and else 0, one a sequence or token, a tensor. None: where ``A > 0``, which is the same for advantages by outcome;
-    VAPO's own are a critic's (``advantages.decoupled_gae``), of either sign inside a response: give ``correct``. Its value loss is no part of this.
+    ``correct`` is a tensor, 1 for a correct response and 0 otherwise, one per sequence
+    or token. None means ``A > 0``, which is the same for advantages by outcome. VAPO's
+    own advantages come from a critic (``advantages.decoupled_gae``) and may have either
+    sign inside a response: pass ``correct``. Its value loss is not included.
     """
     weight = SignWeight(positive=1.0, negative=0.0) if correct is None else Precomputed(values=correct)
     imitation = Penalty(NLL(), mu, TokenMean(weight=weight))

@@ -1,4 +1,6 @@
-"""Methods with one term a response, of its log-ratio to the reference: a regression onto the reward, and unpaired preferences."""
+"""Methods with one term per response, in its log-ratio to the reference: a regression
+onto the reward, and unpaired preferences.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def _against_reference() -> SequenceRatio:
 def a_star_po(beta: Positive[Number] = 1e-3) -> PolicyLossSpec:
     """``(β·log(π(y)/π_ref(y)) - (r - V*))²``, mean over responses. Needs ``ref_per_token_logps``.
 
-    ``advantages``: ``advantages.a_star_po``, the reward less the prompt's optimal value. Transcribed from TRL's ``A2POTrainer``; β is its ``beta2``.
+    ``advantages`` come from ``advantages.a_star_po``: the reward minus the prompt's
+    optimal value. Transcribed from TRL's ``A2POTrainer``; β is its ``beta2``.
     """
     return PolicyLossSpec(surrogate=AdvantageRegression(beta=beta), ratio=_against_reference(), reduction=SequenceMean(), name="a_star_po")
 
@@ -71,10 +74,13 @@ def kto(
 ) -> PolicyLossSpec:
     """``λ_D·(1 - σ(β·(x - z)))`` of a desirable response, ``λ_U·(1 - σ(β·(z - x)))`` of another, ``x = log(π(y)/π_ref(y))``; mean over responses (eq. 7).
 
-    Unpaired: ``advantages`` are the labels, one a sequence, desirable where above 0. Needs ``ref_per_token_logps``. ``kl``: z, a number or a 0-d tensor,
-    by ``preference.kto_baseline`` from the batch's mismatched pairs. ``kl=0`` is TRL's ``apo_zero_unpaired``.
+    The preferences are unpaired: ``advantages`` are the labels, one per sequence,
+    desirable where above 0. It needs ``ref_per_token_logps``. ``kl`` is z, a number or
+    a 0-d tensor, from ``preference.kto_baseline`` and the batch's mismatched pairs.
+    ``kl=0`` is TRL's ``apo_zero_unpaired``.
 
-    As TRL's ``KTOTrainer`` (``desirable_weight`` and ``undesirable_weight`` are its names), whose mean leaves out no response.
+    It follows TRL's ``KTOTrainer`` (``desirable_weight`` and ``undesirable_weight`` are
+    its names), whose mean includes every response.
     """
     rule = Kto(beta=beta, kl=kl, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     return PolicyLossSpec(surrogate=rule, ratio=_against_reference(), reduction=SequenceMean(), name="kto")

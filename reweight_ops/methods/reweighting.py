@@ -32,7 +32,8 @@ from .penalties import entropy, is_zero, kl
 
 _AR_PAPER = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 _SIGMOIDS = ("sigmoid", "negative_sigmoid", "balanced_sigmoid")
-#: Options of AR that only some modes read; ``negative_weight`` as the authors' code reads its ``neg_adv_weight``.
+#: Options of AR that only some modes read. ``negative_weight`` is read as the authors'
+#: code reads its ``neg_adv_weight``.
 _READ_BY = {
     "alpha": ("linear", "positive_linear", "raft_linear"), "steepness": _SIGMOIDS, "midpoint": _SIGMOIDS, "interval": ("interval",),
     "negative_weight": ("linear", "positive_linear", "sigmoid", "balanced_sigmoid"),
@@ -40,7 +41,7 @@ _READ_BY = {
 
 
 def _clip(epsilon_low: Any, epsilon_high: Any, clip_ratio_c: Any) -> Rule:
-    """PPO's clip, or dual clip where there is a third bound."""
+    """Return PPO's clip, or dual clip if there is a third bound."""
     if clip_ratio_c is None:
         return Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return DualClip(epsilon_low=epsilon_low, epsilon_high=epsilon_high, clip_ratio_c=clip_ratio_c)
@@ -93,7 +94,7 @@ def advantage_reweighting(
     weights = modes[mode]
     if probabilities == "current":
         if mode != "linear":
-            raise InvalidCall(f"advantage_reweighting: mode={mode!r} is of the authors' code, which has probabilities='old'.")
+            raise InvalidCall(f"advantage_reweighting: mode={mode!r} comes from the authors' code, which has probabilities='old'.")
         weights = (CurrentAdvantageReweighting(alpha=alpha),)
     if isinstance(negative_weight, Tensor) or negative_weight != 1:
         weights = (*weights, SignWeight(negative=negative_weight))
@@ -115,7 +116,8 @@ def lopti(
 ) -> PolicyLossSpec:
     """One of two updates over the same batch with fixed old log-probs: ``half="low"`` (``p_old < η``) first, then ``"high"`` (section 4.2).
 
-    All terms are masked, over the full denominator. Two updates are not one loss of two halves: step the optimizer in between.
+    All terms are masked, over the full denominator. Two updates are not one loss with
+    two halves: step the optimizer in between.
 
     ``split="quantile"``: the authors' other split, by ``p_old`` below or from its quantile η over this call's tokens (two passes); where a batch is several
     calls, as mini-batches are, theirs is the whole batch's: find it beforehand and give it as ``eta`` of the first split. ``alpha``: AR on top, the
@@ -145,7 +147,9 @@ def lopti(
 def top_entropy(
     fraction: Unit[Number] = 0.2, epsilon_low: NonNegativeOrInf[Number] = 0.2, epsilon_high: NonNegativeOrInf[Number] = 0.28
 ) -> PolicyLossSpec:
-    """DAPO on the ``fraction`` of the batch's tokens with the highest entropy (eq. 6); the others stay in the denominator, as in TRL."""
+    """DAPO on the ``fraction`` of the batch's tokens with the highest entropy (eq. 6).
+    The other tokens stay in the denominator, as in TRL.
+    """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(surrogate=clip, weights=(TopEntropy(fraction=fraction),), name="top_entropy")
 
@@ -165,12 +169,14 @@ def hapo(
     pivot: Unit[Number] = 0.8,
     entropies: Tensor | TokenWeight | None = None,
 ) -> PolicyLossSpec:
-    """Dual clip with bounds of every token's own, and advantages redistributed between tokens of high and low entropy; token mean.
+    """Dual clip with separate bounds for every token, and advantages redistributed
+    between tokens of high and low entropy; token mean.
 
     With h in [-1, 1] from the lowest entropy over the ``pivot`` quantile to the highest: ``ε_low·(1 - α·h)`` where h <= 0, ``ε_high·(1 + α·h)`` where
     h > 0, and the term times ``1 + β·h`` where :class:`~reweight_ops.weights.HapoRedistribution` says. ``entropies``: stored ones; default current.
 
-    Differs from the authors' code, not from the paper: the code's h is never negative, by a sign error; its scripts have ``epsilon_high=0.2``.
+    Differs from the authors' code, not from the paper: the code's h is never negative,
+    because of a sign error. Its scripts have ``epsilon_high=0.2``.
     Its token-level group average is ``advantages.hapo``, its sampling temperature is outside of a loss.
     """
     shared = {"alpha": alpha, "pivot": pivot, "entropies": Entropy() if entropies is None else entropies}

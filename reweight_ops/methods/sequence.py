@@ -1,4 +1,4 @@
-"""Methods whose importance ratio, or weight, is one number a sequence."""
+"""Methods with one importance ratio, or weight, per sequence."""
 
 from __future__ import annotations
 
@@ -42,9 +42,11 @@ def gspo_token(
 def luspo(
     epsilon_low: NonNegativeOrInf[Number] = 3e-4, epsilon_high: NonNegativeOrInf[Number] = 4e-4, beta: NonNegative[Number] = 0.0
 ) -> PolicyLossSpec:
-    """GSPO with each sequence's loss times its length: the sum over tokens, mean over sequences.
+    """GSPO with each sequence's loss times its length: the sum over tokens, then the
+    mean over sequences.
 
-    Differs from the paper: transcribed from TRL's ``loss_type="luspo"``; default bounds are GSPO's.
+    Differs from the paper: transcribed from TRL's ``loss_type="luspo"``. The default
+    bounds are GSPO's.
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     reduction = SequenceMean(per="token_sum")
@@ -57,8 +59,10 @@ def gmpo(
 ) -> PolicyLossSpec:
     """``-A·(Π_t r_t)^(1/L)``, each ``log r_t`` clipped to ``[-ε_low, ε_high]`` on the side that its advantage pushes to; mean over sequences.
 
-    The bounds are in log space: ratios of ``e^±0.4``. The paper's A is the sequence's, for tokens of different signs it has no geometric mean: a tensor
-    of one advantage a token is an error (TRL's ``GMPOTrainer`` takes one a sequence; verl's ``geo_mean`` says that it supports no other).
+    The bounds are in log space: ratios of ``e^±0.4``. The paper's A belongs to the
+    sequence. For tokens of different signs the geometric mean is undefined, so a tensor
+    with one advantage per token is an error (TRL's ``GMPOTrainer`` takes one per
+    sequence; verl's ``geo_mean`` says that it supports no other).
     """
     ratio = GeometricMeanRatio(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(surrogate=Unclipped(), penalties=kl(beta), ratio=ratio, reduction=SequenceMean(), name="gmpo")
@@ -81,7 +85,8 @@ def vespo(
 ) -> PolicyLossSpec:
     """``-sg(W^k·exp(λ(1 - W)))·A·logp``, token mean, with W the product of the sequence's token ratios, and k, λ by the sign of A.
 
-    W against the sampler (staleness and mismatch together): pass its log-probs as ``old_per_token_logps``.
+    To measure W against the sampler (staleness and mismatch together), pass its
+    log-probs as ``old_per_token_logps``.
     Differs from the paper: transcribed from TRL's ``loss_type="vespo"``, whose clamps of log W it has.
     """
     gamma = SequenceGamma(k_pos=k_pos, lambda_pos=lambda_pos, k_neg=k_neg, lambda_neg=lambda_neg)

@@ -13,7 +13,10 @@ from ..weights.credit import PrefixDiscrepancy
 
 @rule("gated_distillation", kind="penalty")
 class GatedDistillation(Rule):
-    """``sg(σ(gate_beta·d))·d``, ``d = ref_logp - logp``: towards the teacher, the more where it is the more certain. SDAR, arXiv:2605.15155."""
+    """``sg(σ(gate_beta·d))·d``, ``d = ref_logp - logp``. SDAR, arXiv:2605.15155.
+
+    It pulls towards the teacher, more strongly where the teacher is more certain.
+    """
 
     gate_beta: Positive[float] = 5.0
 
@@ -24,7 +27,11 @@ class GatedDistillation(Rule):
 
 @rule("teacher_reinforce")
 class TeacherReinforce(Rule):
-    """``-(ref_logp - old_logp)·logp``: REINFORCE whose advantage is the teacher's log-prob over the sampler's, the reverse KL's. Reads no advantage."""
+    """``-(ref_logp - old_logp)·logp``. It does not read advantages.
+
+    This is REINFORCE for the reverse KL: its advantage is the teacher's log-prob minus
+    the sampler's.
+    """
 
     def loss(self, xp, t):
         return -(t.ref_logp - t.old_logp) * t.logp
@@ -61,7 +68,9 @@ def sdar(
     certainty="secondary",
 )
 def opd() -> PolicyLossSpec:
-    """``-(log p_T - log p_old)·logp``, token mean: the policy gradient of the reverse KL to the teacher, on sampled tokens. Reads no advantage.
+    """``-(log p_T - log p_old)·logp``, token mean. It does not read advantages.
+
+    This is the policy gradient of the reverse KL to the teacher, on sampled tokens.
 
     Thinking Machines (a blog post, 2025). ``old_per_token_logps`` are the sampler's. The full distributions' KL is ``distillation_loss``.
     """
@@ -71,7 +80,7 @@ def opd() -> PolicyLossSpec:
 @published(
     "iw_opd",
     "Importance-Weighted On-Policy Distillation (IW-OPD)",
-    paper="IW-OPD, as named in TRL 1.16",
+    paper="On the Position Bias of On-Policy Distillation",
     arxiv="2606.22600",
     certainty="secondary",
     level="token",
@@ -79,6 +88,7 @@ def opd() -> PolicyLossSpec:
 def iw_opd(gamma: NonNegative[Number] = 1.0) -> PolicyLossSpec:
     """``-w_t·a_t·logp_t``, token mean, ``a = log p_T - log p_old``, ``w_t = 1 + γ·(1 - Σ_{s<t}|a_s|/Σ_s|a_s|)``: earlier disagreements count more.
 
-    Reads no advantage. Differs from the paper: transcribed from TRL's ``IWOPDTrainer``.
+    It does not read advantages. Differs from the paper: transcribed from TRL's
+    ``IWOPDTrainer``.
     """
     return PolicyLossSpec(surrogate=TeacherReinforce(), weights=(PrefixDiscrepancy(gamma=gamma),), name="iw_opd")

@@ -1,4 +1,4 @@
-"""TRL's GRPO losses by GRPOConfig's own names and defaults; works without TRL."""
+"""TRL's GRPO losses by the names and defaults of GRPOConfig. They work without TRL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from ..weights.importance import (
 )
 from .penalties import entropy, is_zero, kl
 
-#: Options that only some loss types read, with their defaults; TRL ignores them elsewhere.
+#: Options that only some loss types read, with their defaults. TRL ignores them for
+#: other types.
 _CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
 _READ_BY: dict[str, tuple[str, ...]] = {
     "epsilon": (*_CLIPPED, "cispo"), "epsilon_high": (*_CLIPPED, "cispo"), "delta": _CLIPPED,
@@ -70,11 +71,14 @@ def trl(
     :mod:`reweight_ops.integrations.trl`). ``off_policy_mask_threshold`` is against ``old_per_token_logps``, as in TRL without vLLM; against the
     sampler's log-probs it is ``weights.SamplerSequenceMask``.
 
-    ``vllm_importance_sampling_mode``: TRL's correction for ``sampling_per_token_logps``; None, the default here, is none, or one that the call
-    has as ``importance_sampling_ratio``. ``vespo`` folds it into its sequence ratio, which a ratio of the call does not reach: give the mode there. The
-    KL's bias correction is by the ratio to the old policy in any case.
+    ``vllm_importance_sampling_mode`` is TRL's correction for
+    ``sampling_per_token_logps``. None, the default here, means no correction, or one
+    that the call has as ``importance_sampling_ratio``. ``vespo`` puts it into its
+    sequence ratio, where a ratio of the call has no effect, so pass the mode there. The
+    KL's bias correction always uses the ratio to the old policy.
 
-    An option that the loss type does not read is an error where it differs from its default; ``unused="ignore"`` takes a whole configuration.
+    An option that the loss type does not read is an error if it differs from its
+    default. ``unused="ignore"`` accepts a whole configuration.
     """
     if unused not in ("error", "ignore"):
         raise InvalidCall(f"methods.trl: unused is {unused!r}, expected 'error' or 'ignore'.")
@@ -94,7 +98,7 @@ def trl(
         surrogate = Sapo(temperature_pos=sapo_temperature_pos, temperature_neg=sapo_temperature_neg)
     elif loss_type == "vespo":
         if importance_sampling_level != "token":
-            raise InvalidCall("methods.trl: loss_type='vespo' has a sequence ratio of its own; importance_sampling_level must be 'token'.")
+            raise InvalidCall("methods.trl: loss_type='vespo' has its own sequence ratio; importance_sampling_level must be 'token'.")
         surrogate = Reinforce()
     correction = _correction(loss_type, vllm_importance_sampling_mode, vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max)
     if unused == "error":
@@ -115,7 +119,8 @@ def trl(
     masked = isinstance(top_entropy_quantile, (int, float)) and top_entropy_quantile >= 1
     top = None if masked else TopEntropy(fraction=top_entropy_quantile)
     estimator = K3Corrected(clamp=math.inf) if use_bias_correction_kl else K3(clamp=math.inf)
-    # The bonus is a mean over this call's tokens whatever the loss type divides by, and under a top-entropy mask over the masked ones.
+    # The bonus is a mean over this call's tokens, whatever the divisor of the loss type
+    # is. Under a top-entropy mask it is over the masked tokens.
     bonus = entropy(entropy_coef, TokenMean(per_call=True, weight=top))
     weights: tuple[TokenWeight, ...] = () if top is None else (top,)
     if loss_type == "vespo":
@@ -136,7 +141,7 @@ def trl(
 
 
 def _correction(loss_type: str, mode: str | None, clip_min: Any, clip_max: Any) -> TokenWeight | None:
-    """TRL's correction of the sampler's mismatch."""
+    """Return TRL's correction of the sampler's mismatch."""
     if mode is None:
         return None
     if mode not in _IMPORTANCE:

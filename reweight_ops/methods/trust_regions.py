@@ -1,4 +1,6 @@
-"""Methods whose clip or mask depends on where a token stands in its sequence, on the whole call, or on probabilities instead of ratios."""
+"""Methods whose clip or mask depends on a token's position in its sequence, on the
+whole call, or on probabilities instead of ratios.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from .penalties import is_zero
 def two_sided_clip(delta: AtLeastOne[Number], epsilon: NonNegativeOrInf[Number] = 0.2) -> PolicyLossSpec:
     """``-min(min(r, δ)·A, clip(r, 1-ε, 1+ε)·A)``, token mean: also for ``A < 0`` no ratio counts as more than ``δ > 1+ε``.
 
-    As TRL's ``delta``. The paper's values were not found in print, so ``delta`` must be given.
+    It is TRL's ``delta``. The paper's values were not found in print, so ``delta`` must
+    be given.
     """
     return PolicyLossSpec(surrogate=Clip(epsilon_low=epsilon, epsilon_high=epsilon, delta=delta), name="two_sided_clip")
 
@@ -123,7 +126,9 @@ def prime_rl(
 def fipo(
     epsilon_low: NonNegativeOrInf[Number] = 0.2, epsilon_high: NonNegativeOrInf[Number] = 0.2, half_life: Positive[Number] = 32.0
 ) -> PolicyLossSpec:
-    """Clip, token mean, weighted by :class:`~reweight_ops.weights.FutureInfluence`: by how the policy has moved on what follows a token.
+    """Clip, token mean, weighted by :class:`~reweight_ops.weights.FutureInfluence`.
+
+    The weight tells how the policy has moved on the tokens that follow.
 
     Differs from the paper: transcribed from ms-swift, with TRL's symmetric clip as its default.
     """

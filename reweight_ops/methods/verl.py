@@ -1,4 +1,4 @@
-"""verl's policy losses by its own option names and defaults; works without verl."""
+"""verl's policy losses by verl's option names and defaults. They work without verl."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOSS_MODES = (
     "vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov", "geo_mean", "dro", "bypass_mode",
 )  # fmt: skip
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
-#: Options that only some modes read; verl ignores them elsewhere.
+#: Options that only some modes read. verl ignores them in other modes.
 _CLIPPED = ("vanilla", "gspo", "cispo", "dppo_tv", "dppo_kl", "clip_cov", "geo_mean", "bypass_mode")
 _READ_BY: dict[str, tuple[str, ...]] = {
     "clip_ratio": _CLIPPED, "clip_ratio_low": _CLIPPED, "clip_ratio_high": _CLIPPED,
@@ -34,7 +34,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "ppo_kl_coef": ("kl_cov",), "dro_beta": ("dro",), "rollout_loss_type": ("bypass_mode",), "rollout_is": ("bypass_mode",),
     "rollout_is_threshold": ("bypass_mode",),
 }  # fmt: skip
-#: Modes that average their own term in one way.
+#: Modes that always average their own term in the same way.
 _ALONE: dict[str, Reduction] = {"sapo": SequenceMean(per="token_mean", count="nonempty"), "geo_mean": SequenceMean()}
 KL_TYPES: dict[str, Rule] = {
     "kl": K1(), "k1": K1(), "abs": Absolute(), "mse": K2(clamp=math.inf), "k2": K2(clamp=math.inf), "low_var_kl": K3(cap=10.0), "k3": K3(cap=10.0),
@@ -59,7 +59,7 @@ def _reduction(mode: str, loss_scale_factor: float | None) -> Reduction:
 
 
 def _bypass(clip: Rule, loss_type: str, level: str | None, threshold: Any) -> tuple[Rule, tuple[TokenWeight, ...]]:
-    """The surrogate and weights of ``bypass_mode``."""
+    """Return the surrogate and weights of ``bypass_mode``."""
     if loss_type not in ("ppo_clip", "reinforce"):
         raise InvalidCall(f"methods.verl: rollout_loss_type is {loss_type!r}, expected 'ppo_clip' or 'reinforce'.")
     if level not in (None, "token", "sequence"):

@@ -2,8 +2,9 @@
 
     L = loss_scale · mean_i w_i · Σ_k coef_k · ℓ_k(pair i)
 
-A spec is a score (how tokens become a sequence's score), terms (functions of margins) and detached weights; each is a record with one formula on ``[P]``
-vectors, in ``scores.py``, ``losses.py`` and ``weights.py``.
+A spec is a score (how tokens become a sequence's score), terms (functions of margins)
+and detached weights. Each is a record with one formula on ``[P]`` vectors, in
+``scores.py``, ``losses.py`` and ``weights.py``.
 """
 
 from .._core.engine.pairs import PreferenceLossOutput

@@ -1,4 +1,4 @@
-"""Losses of pairs that are compositions of others: sums of terms, other scores, a third sequence."""
+"""Losses of pairs that combine others: sums of terms, other scores, a third sequence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def f_dpo(beta: Positive[Number] = 0.1, divergence: str = "js_divergence", alpha
     paper="Length Desensitization in Direct Preference Optimization", example={"ld_alpha": 0.5},
 )  # fmt: skip
 def ld_dpo(ld_alpha: Unit[float], beta: Positive[Number] = 0.1) -> PairSpec:
-    """``dpo(ld_alpha=...)``: tokens beyond the shorter sequence's length have weight ``ld_alpha`` in both log-probs; 1 is DPO. TRL's ``ld_alpha``."""
+    """``dpo(ld_alpha=...)``: tokens beyond the shorter sequence's length have weight
+    ``ld_alpha`` in both log-probs. 1 is DPO. This is TRL's ``ld_alpha``.
+    """
     return dpo(beta, ld_alpha=ld_alpha).replace(name="ld_dpo")
 
 
@@ -42,7 +44,11 @@ def ld_dpo(ld_alpha: Unit[float], beta: Positive[Number] = 0.1) -> PairSpec:
     paper="Distributional Preference Alignment of LLMs via Optimal Transport",
 )  # fmt: skip
 def aot(beta: Positive[Number] = 0.1, label_smoothing: Annotated[Number, Interval("[0, 1)")] = 0.0, paired: bool = True) -> PairSpec:
-    """The sigmoid loss of the k-th smallest against the k-th smallest: TRL's ``aot``; ``paired=False`` its ``aot_unpaired``. See :class:`Aot`."""
+    """The sigmoid loss of the k-th smallest against the k-th smallest; see
+    :class:`Aot`.
+
+    It is TRL's ``aot``, and with ``paired=False`` its ``aot_unpaired``.
+    """
     return PairSpec(terms=(PairTerm(loss=Aot(label_smoothing=label_smoothing, paired=paired)),), beta=beta, name="aot")
 
 
@@ -53,7 +59,8 @@ def aot(beta: Positive[Number] = 0.1, label_smoothing: Annotated[Number, Interva
 def irpo(beta: Positive[Number] = 0.1, alpha: NonNegative[Number] = 1.0) -> PairSpec:
     """``-log σ(β·m) - α·log π(y_w)/|y_w|``: DPO and the chosen sequence's NLL per token (eq. 1 and 2).
 
-    TRL's ``["sigmoid", "sft"]`` has the mean NLL over all chosen tokens of the batch instead: ``preference.trl``.
+    TRL's ``["sigmoid", "sft"]`` uses the mean NLL over all chosen tokens of the batch
+    instead: ``preference.trl``.
     """
     terms = (PairTerm(loss=Sigmoid()), PairTerm(loss=ChosenNll(per="sequence"), coef=alpha))
     return PairSpec(terms=terms, beta=beta, name="irpo")
@@ -84,7 +91,8 @@ def mpo(
 def alpha_po(alpha: Real[float], beta: Positive[Number] = 2.0, gamma: NonNegative[Number] = 1.0) -> PairSpec:
     """``-log σ(β·(r(y_w) - r(y_l)) - γ)``, ``r = (1 - p^-α)/α`` of the geometric mean ``p`` of the tokens' probabilities; ``α → 0`` is SimPO.
 
-    As TRL's ``CPOTrainer`` with ``loss_type="simpo"`` and ``cpo_alpha=0``; β and γ, tuned per model in the paper, have SimPO's defaults.
+    It is TRL's ``CPOTrainer`` with ``loss_type="simpo"`` and ``cpo_alpha=0``. β and γ
+    are tuned per model in the paper; the defaults are SimPO's.
     """
     return PairSpec(terms=(PairTerm(loss=Sigmoid(target=gamma)),), beta=beta, score=AlphaLikelihood(alpha=alpha), name="alpha_po")
 
@@ -102,9 +110,10 @@ def tpo(
 ) -> PairSpec:
     """``-log σ(β·(log π(y_w) - log π(y_l))) + α·NLL(y_gold)``: no reference; triples of chosen, rejected and gold responses, ``[3·P, T]``.
 
-    ``loss_type="tpo-l"``: means over tokens and a target margin, ``β·m - γ``; ``"hinge"`` and ``"ipo"`` as in TRL's ``TPOTrainer``. The NLL is the mean over
-    all gold tokens. ``gamma`` is read by ``"tpo-l"``, ``label_smoothing`` by ``"sigmoid"`` and ``"tpo-l"``; with another
-    loss they are errors.
+    ``loss_type="tpo-l"`` has means over tokens and a target margin, ``β·m - γ``.
+    ``"hinge"`` and ``"ipo"`` are as in TRL's ``TPOTrainer``. The NLL is the mean over
+    all gold tokens. ``"tpo-l"`` reads ``gamma``; ``"sigmoid"`` and ``"tpo-l"`` read
+    ``label_smoothing``. With another loss they are errors.
     """
     given = locals()
     sums, means = Likelihood(), Likelihood(average=True)

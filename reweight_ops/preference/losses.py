@@ -1,4 +1,7 @@
-"""The terms of pair losses: functions of margins and log-ratios. Names and defaults are TRL's where TRL has the loss."""
+"""The terms of pair losses: functions of margins and log-ratios.
+
+Names and defaults are TRL's if TRL has the loss.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ def squared(x: Tensor) -> Tensor:
 @ranged
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(PairLoss):
-    """``-(1-ε)·log σ(β·m - target) - ε·log σ(-(β·m - target))``, ``m`` the margin; ``average``: of scores per token."""
+    """``-(1-ε)·log σ(β·m - target) - ε·log σ(-(β·m - target))``, with the margin ``m``.
+    ``average`` takes scores per token.
+    """
 
     label_smoothing: Annotated[Number, Interval("[0, 1)")] = 0.0
     target: Real[Number] = 0.0
@@ -43,7 +48,7 @@ class Sigmoid(PairLoss):
 
 
 def averaged_margins(p: Pairs) -> Tensor:
-    """The margin of scores divided by their sequences' lengths."""
+    """Return the margin of scores divided by their sequences' lengths."""
     chosen, rejected = (side.scores / side.lengths.clamp(min=1) for side in (p.chosen, p.rejected))
     return chosen - rejected
 
@@ -71,7 +76,10 @@ class Hinge(PairLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class Ipo(PairLoss):
-    """``(m - 1/(2β))²``; ``average``: of scores per token, as TRL does with the authors' consent. arXiv:2310.12036, eq. 17."""
+    """``(m - 1/(2β))²``. arXiv:2310.12036, eq. 17.
+
+    ``average`` takes scores per token, as TRL does with the authors' consent.
+    """
 
     average: bool = True
 
@@ -105,7 +113,9 @@ class NcaPair(PairLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class BcoPair(PairLoss):
-    """``-log σ(r_w) - log σ(-r_l)``. arXiv:2404.04656, without its reward shift, as TRL."""
+    """``-log σ(r_w) - log σ(-r_l)``. arXiv:2404.04656, without its reward shift, as in
+    TRL.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
@@ -126,8 +136,12 @@ class SppoHard(PairLoss):
 @ranged
 @dataclass(frozen=True, kw_only=True)
 class Aot(PairLoss):
-    """The sigmoid loss of the k-th smallest against the k-th smallest: policy and reference log-ratios of pairs, or (``paired=False``) chosen and
-    rejected log-ratios, sorted over the batch. arXiv:2406.05882."""
+    """The sigmoid loss of the k-th smallest against the k-th smallest, sorted over the
+    batch. arXiv:2406.05882.
+
+    It compares the policy's and the reference's log-ratios of pairs, or with
+    ``paired=False`` chosen and rejected log-ratios.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
@@ -141,7 +155,8 @@ class Aot(PairLoss):
             left, right = chosen.logps - rejected.logps, chosen.ref_logps - rejected.ref_logps
         else:
             left, right = chosen.logratios, rejected.logratios
-        # Ignored pairs sort last on both sides; a loss belongs to the pair of its left value.
+        # Ignored pairs sort last on both sides. A loss belongs to the pair of its left
+        # value.
         left, order = torch.where(p.keep, left, torch.inf).sort()
         right = torch.where(p.keep, right, torch.inf).sort().values
         there = torch.arange(left.numel(), device=left.device) < p.keep.sum()
@@ -180,15 +195,19 @@ class Discopop(PairLoss):
     def loss(self, p: Pairs) -> Tensor:
         x = p.beta * p.margins
         gate = torch.sigmoid(x / self.tau)
-        # One exponent: exp(-x) alone is inf where the gate is 0.
+        # There is only one exponent, because exp(-x) alone is inf where the gate is 0.
         return -F.logsigmoid(x) * (1 - gate) + torch.exp(F.logsigmoid(x / self.tau) - x)
 
 
 @ranged
 @dataclass(frozen=True, kw_only=True)
 class ChosenNll(PairLoss):
-    """The negative log-likelihood of the chosen sequences: ``per`` ``"batch"`` the mean over all their tokens (TRL's ``sft``), ``"sequence"``
-    each one's token mean, ``"sum"`` each one's sum. ``side``: of another sequence of the group instead (TPO's gold responses are the third)."""
+    """The negative log-likelihood of the chosen sequences.
+
+    ``per="batch"`` is the mean over all their tokens (TRL's ``sft``), ``"sequence"`` is
+    each one's token mean, and ``"sum"`` is each one's sum. ``side`` selects another
+    sequence of the group (TPO's gold responses are the third).
+    """
 
     per: str = "batch"
     side: CountOrZero[int] = 0
@@ -237,7 +256,9 @@ class SearchConfidence(PairLoss):
 @ranged
 @dataclass(frozen=True, kw_only=True)
 class SquaredNash(PairLoss):
-    """``(D - (τ/η)·D_ref - ((η-τ)/η)·D_old - 1/(2η))²``, ``D`` the chosen log-prob less the rejected one."""
+    """``(D - (τ/η)·D_ref - ((η-τ)/η)·D_old - 1/(2η))²``, where ``D`` is the chosen
+    log-prob minus the rejected one.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("ref", "old")
 
@@ -272,10 +293,12 @@ class MaskNorm(PairLoss):
 @ranged
 @dataclass(frozen=True, kw_only=True)
 class Ensemble(PairLoss):
-    """``sg[g_i]·s_i`` with ``s = β·m``: ``g`` are the slopes of a random convex loss, from ``noise`` ``[P+1]`` of standard normal draws.
+    """``sg[g_i]·s_i`` with ``s = β·m``. ``g`` are the slopes of a random convex loss,
+    from ``noise`` ``[P+1]`` of standard normal draws.
 
-    ``max(-T(noise), -1)``, ``T`` the inverse Box-Cox transform with ``box_cox`` (0: exp), is sorted and dealt out in the order of the margins
-    (the last draw is for a margin of 0); where ``s > 1`` it is divided by ``s``; 1e-6 is taken off.
+    ``max(-T(noise), -1)``, with ``T`` the inverse Box-Cox transform with ``box_cox``
+    (0: exp), is sorted and assigned in the order of the margins (the last draw is for a
+    margin of 0). Where ``s > 1`` it is divided by ``s``. 1e-6 is subtracted.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("noise",)
@@ -288,7 +311,10 @@ class Ensemble(PairLoss):
 
 
 def ensemble_slopes(s: Tensor, noise: Tensor, box_cox: float, keep: Tensor) -> Tensor:
-    """The slope of the drawn loss at every margin ``s`` ``[P]``; ``noise`` ``[P+1]``: one draw more than margins, for the margin 0."""
+    """Return the slope of the drawn loss at every margin ``s`` ``[P]``.
+
+    ``noise`` ``[P+1]`` has one more draw than there are margins, for the margin 0.
+    """
     raw = noise.exp() if box_cox == 0 else (1 + box_cox * noise).clamp(min=0) ** (1 / box_cox)
     slopes = (-raw).sort().values.clamp(min=-1.0)
     margins = torch.cat([torch.where(keep, s, torch.inf), s.new_zeros(1)])
@@ -306,14 +332,17 @@ class ListLikelihood(PairLoss):
     def loss(self, p: Pairs) -> Tensor:
         s: Tensor = p.beta * torch.stack([side.scores for side in p.sides])
         if self.skips == "all":
-            # logsumexp from the end: 1 + sum of what follows, relative to s_i.
+            # The logsumexp runs from the end. It is 1 + the sum of the following terms,
+            # relative to s_i.
             return (torch.logcumsumexp(s.flip(0), 0).flip(0) - s)[:-1].sum(0)
         return torch.stack([F.softplus(-(s[:-k] - s[k:])).sum(0) for k in self.skips]).sum(0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inconsistency(PairLoss):
-    """``(σ(β·m) - σ(judge margin))²``: how far two internal rewards disagree about a pair."""
+    """``(σ(β·m) - σ(judge margin))²``: the disagreement of two internal rewards about a
+    pair.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("judge_margins",)
 

@@ -12,10 +12,13 @@ from ..errors import InvalidCall
 
 
 def mapo_masks(activations: Sequence[Tensor], completion_mask: Tensor) -> Tensor:
-    """``[B, T]``, detached: MAPO's mask from activations, for ``reward_mask`` and ``kl_mask`` of :func:`sparse_po`.
+    """MAPO's mask from activations, for ``reward_mask`` and ``kl_mask`` of
+    :func:`sparse_po`. It is ``[B, T]`` and detached.
 
-    For each of ``activations`` ``[B, T, D]`` (layers, hooks): the mean over features, standardised over the sequence's tokens, then brought to [0, 1] by the
-    sequence's minimum and maximum; then the mean over the list. A sequence whose values are all equal gets 0.
+    For each of ``activations`` ``[B, T, D]`` (layers, hooks), the mean over features is
+    standardised over the sequence's tokens and then scaled to [0, 1] by the sequence's
+    minimum and maximum. The mask is the mean over the list. A sequence with equal
+    values gets 0.
 
     >>> import torch
     >>> mapo_masks([torch.tensor([[[1.0], [2.0], [3.0]]])], torch.tensor([[1, 1, 1]]))
@@ -30,14 +33,16 @@ def mapo_masks(activations: Sequence[Tensor], completion_mask: Tensor) -> Tensor
             raise InvalidCall(f"mapo_masks: an activation is {tuple(a.shape)}, expected {tuple(keep.shape)} + (D,).")
         x = a.detach().float().mean(-1)
         low = torch.where(keep, x, torch.inf).amin(-1, keepdim=True)
-        # Standardising first changes nothing: the range that follows undoes it.
+        # Standardising first would change nothing, because the scaling to a range
+        # undoes it.
         span = torch.where(keep, x, -torch.inf).amax(-1, keepdim=True) - low
         total = total + torch.where(keep & (span > 0), (x - low) / torch.where(span > 0, span, 1), 0)
     return total / len(activations)
 
 
 def rank_consistency(rewards: Tensor, previous_rewards: Tensor, *, kind: str = "kendall") -> Tensor:
-    """``[N, G], [N, G] -> [N]`` in [0, 1]: CREAM's consistency of two rankings of the same G responses.
+    """CREAM's consistency of two rankings of the same G responses.
+    ``[N, G], [N, G] -> [N]`` in [0, 1].
 
     ``kendall``: ``(τ + 1)/2``, τ over all pairs, a tie in either counting 0 (τ-a). ``spearman``: ``(ρ + 1)/2``, ρ the correlation of ranks (ties by position).
     ``toporder``: 1 where both agree on the best and on the worst response, else 0.

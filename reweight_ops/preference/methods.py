@@ -47,7 +47,8 @@ def _terms(*losses: PairLoss | tuple[PairLoss, Any]) -> tuple[PairTerm, ...]:
 def dpo(beta: Positive[Number] = 0.1, ld_alpha: Unit[Number] = None, divergence: str = "reverse_kl", alpha: Real[float] = 1.0) -> PairSpec:
     """``-log σ(β·m)``, ``m = (log π - log π_ref)(y_w) - (log π - log π_ref)(y_l)`` (eq. 7).
 
-    ``ld_alpha``: LD-DPO's weight of the tokens beyond the shorter sequence's length. ``divergence``, ``alpha``: f-DPO, see :class:`LogRatio`.
+    ``ld_alpha`` is LD-DPO's weight of the tokens beyond the shorter sequence's length.
+    ``divergence`` and ``alpha`` are f-DPO's; see :class:`LogRatio`.
     """
     score = LogRatio(ld_alpha=ld_alpha, divergence=divergence, alpha=alpha)
     return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=score, name="dpo")
@@ -58,7 +59,9 @@ def dpo(beta: Positive[Number] = 0.1, ld_alpha: Unit[Number] = None, divergence:
     paper="A note on DPO with noisy preferences & relationship to IPO",
 )  # fmt: skip
 def cdpo(beta: Positive[Number] = 0.1, label_smoothing: Annotated[Number, Interval("[0, 1)")] = 0.1) -> PairSpec:
-    """``-(1-ε)·log σ(β·m) - ε·log σ(-β·m)``: a share ε of the labels is wrong. The default of ε is ours."""
+    """``-(1-ε)·log σ(β·m) - ε·log σ(-β·m)``, for labels of which a share ε is wrong.
+    The default of ε is ours.
+    """
     return PairSpec(terms=_terms(Sigmoid(label_smoothing=label_smoothing)), beta=beta, name="cdpo")
 
 
@@ -76,7 +79,9 @@ def robust_dpo(beta: Positive[Number] = 0.1, label_smoothing: Annotated[Number, 
     paper="SLiC-HF: Sequence Likelihood Calibration with Human Feedback",
 )  # fmt: skip
 def hinge(beta: Positive[Number] = 0.1) -> PairSpec:
-    """``max(0, 1 - β·m)`` (TRL's ``hinge``). Differs from the paper: the margin is of log-ratios to the reference, not of log-probs."""
+    """``max(0, 1 - β·m)`` (TRL's ``hinge``). Differs from the paper: the margin is
+    between log-ratios to the reference, not log-probs.
+    """
     return PairSpec(terms=_terms(Hinge()), beta=beta, name="hinge")
 
 
@@ -85,9 +90,11 @@ def hinge(beta: Positive[Number] = 0.1) -> PairSpec:
     paper="A General Theoretical Paradigm to Understand Learning from Human Preferences",
 )  # fmt: skip
 def ipo(beta: Positive[Number] = 0.1, average: bool = True) -> PairSpec:
-    """``(m - 1/(2β))²`` (eq. 17, β is the paper's τ). ``average=True``, as TRL: ``m`` of log-ratios per token.
+    """``(m - 1/(2β))²`` (eq. 17, β is the paper's τ). With ``average=True``, as in TRL,
+    ``m`` is the margin of log-ratios per token.
 
-    Differs from the paper: the average; its formula has sums (``average=False``).
+    Differs from the paper: the paper's formula has sums (``average=False``) instead of
+    averages.
     """
     return PairSpec(terms=_terms(Ipo(average=average)), beta=beta, name="ipo")
 
@@ -219,7 +226,8 @@ def no_sft_ratio_w_unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
 def wpo(beta: Positive[Number] = 0.01, clamp: bool = True, label_smoothing: Annotated[Number, Interval("[0, 1)")] = 0.0) -> PairSpec:
     """``sg[w(y_w)·w(y_l)]`` times DPO's loss, ``w = exp(mean_t(log π(y_t) - log Σ_v π(v)²))`` (eq. 2, sampled alignment).
 
-    ``clamp=True``, as the authors' code: a pair's weight is at most 1; ``clamp=False``, as TRL. Needs log Σπ², which the statistics pass computes.
+    With ``clamp=True``, as in the authors' code, a pair's weight is at most 1.
+    ``clamp=False`` is TRL's form. It needs log Σπ², which the statistics pass computes.
     """
     terms = _terms(Sigmoid(label_smoothing=label_smoothing))
     return PairSpec(terms=terms, beta=beta, weights=(SampledAlignment(clamp=clamp),), name="wpo")
@@ -239,7 +247,7 @@ def madpo(
     """``w·(-log σ(β·m))``; ``h`` = ``reward_margins`` of a reward model, ``w = σ(c·h)/σ(h)`` where ``h > -τ``, else 1.
 
     ``c = c_min + (c_max - c_min)/(1 + (c_max-1)/(1-c_min)·exp(λ(|h| - τ)))``. Defaults: ``c_min = 1/c_max`` and ``τ = ln(0.999/0.001)``, as the paper; the
-    authors' class has 0.5 and 2. The weight jumps at ``h = -τ``, as theirs.
+    authors' class has 0.5 and 2. The weight jumps at ``h = -τ``, as in theirs.
     """
     tau = math.log(0.999 / 0.001) if tau is None else tau
     weight = MarginAdaptive(c_min=1 / c_max if c_min is None else c_min, c_max=c_max, lambda_=lambda_, tau=tau)
@@ -251,7 +259,7 @@ def madpo(
     paper="Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial Regularizer",
 )  # fmt: skip
 def rpo(form: str = "cumulative", beta: Positive[Number] = None, eta: Positive[Number] = 0.005) -> PairSpec:
-    """DPO and a likelihood term of the chosen answer. Two forms, both the authors':
+    """DPO and a likelihood term of the chosen answer, in one of the authors' two forms.
 
     ``"cumulative"``: ``-log σ(β·m) - η·β·Σ_t log π(y_w,t)``, η 0.005, β 0.01 (their recipes use 0.01 and 0.05). ``"average"``:
     ``-log σ(β·m) + 0.2·mean-NLL(y_w)`` of each sequence, β 0.5 (their OpenRLHF script); ``eta`` is not part of it.
@@ -274,7 +282,8 @@ def rpo(form: str = "cumulative", beta: Positive[Number] = None, eta: Positive[N
 def inpo(eta: Positive[float] = 7.5e-3, tau: Positive[float] = 2.5e-3) -> PairSpec:
     """``(D - (τ/η)·D_ref - ((η-τ)/η)·D_old - 1/(2η))²``, ``D = log π(y_w) - log π(y_l)`` in sums; ``old_*_logps`` are of the policy that sampled the pairs.
 
-    Defaults as the port that the notes read (τ = η/3). The implicit rewards of the metrics are ``η·(log π - log π_ref)``.
+    The defaults are those of a port of the method (τ = η/3). The implicit rewards of
+    the metrics are ``η·(log π - log π_ref)``.
     """
     return PairSpec(terms=_terms(SquaredNash(eta=eta, tau=tau)), beta=eta, name="inpo")
 
@@ -286,7 +295,8 @@ def inpo(eta: Positive[float] = 7.5e-3, tau: Positive[float] = 2.5e-3) -> PairSp
 def cream(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-c·log σ(β·m) - (1-c)·log σ(-β·m)``, ``consistency`` c of each pair's prompt: :func:`rank_consistency` of the rankings by two successive models.
 
-    c per prompt is the authors' ``dyn``; their ``avg`` is the data set's mean c for every pair.
+    One c per prompt is the authors' ``dyn``. Their ``avg`` uses the data set's mean c
+    for every pair.
     """
     return PairSpec(terms=_terms(SoftLabel()), beta=beta, name="cream")
 
@@ -298,8 +308,9 @@ def cream(beta: Positive[Number] = 0.1) -> PairSpec:
 def mcts_dpo(beta: Positive[Number] = 0.1, loss: str = "conservative") -> PairSpec:
     """DPO on the tokens from a pair's first difference on. ``loss="conservative"``: labels smoothed by ``ε = min(1 - c, ½)``, ``c = 1/(1 + q_l/max(1, q_w))``.
 
-    ``chosen_values``, ``rejected_values``: the search's q. ``"sigmoid"``: no smoothing. ``"ipo"``: ``(m - 1/(2β))²``
-    with scores divided by the number of these tokens, as in the released code (``norm_prob``). β is 0.1 in the authors' scripts.
+    ``chosen_values`` and ``rejected_values`` are the search's q. ``"sigmoid"`` has no
+    smoothing. ``"ipo"`` is ``(m - 1/(2β))²`` with scores divided by the number of these
+    tokens, as in the released code (``norm_prob``). β is 0.1 in the authors' scripts.
     """
     kinds: dict[str, PairLoss] = {"conservative": SearchConfidence(), "sigmoid": Sigmoid(), "ipo": Ipo()}
     if loss not in kinds:
@@ -316,9 +327,12 @@ def sparse_po(
 ) -> PairSpec:
     """``-log σ(β·(u - d)) + c_u·‖m_u‖₁ + c_d·‖m_d‖₁``, norms over both sequences of a pair.
 
-    ``u = Δ Σ_t m_u(t)·(log π - log π_ref)(y_t)``, ``d = -Δ Σ_t m_d(t)·KL_t(π_ref‖π)`` over the whole vocabulary, with its gradient (TDPO's term). Masks are
-    arguments of the call: ``reward_mask`` m_u and ``kl_mask`` m_d. Learned masks get exact gradients; activation masks are :func:`mapo_masks`, detached.
-    β: 0.8 (IMDB, TL;DR) and 0.1 (HH) in the authors' runs; the norms' coefficients are 0 there by default, 0.001 in some.
+    ``u = Δ Σ_t m_u(t)·(log π - log π_ref)(y_t)``, and
+    ``d = -Δ Σ_t m_d(t)·KL_t(π_ref‖π)`` over the whole vocabulary, with its gradient
+    (TDPO's term). The masks are arguments of the call: ``reward_mask`` is m_u and
+    ``kl_mask`` is m_d. Learned masks get exact gradients. Activation masks come from
+    :func:`mapo_masks`, detached. In the authors' runs β is 0.8 (IMDB, TL;DR) and 0.1
+    (HH), and the norms' coefficients are 0 by default, 0.001 in some.
     """
     off = [isinstance(c, (int, float)) and c == 0 for c in (reward_norm_coef, kl_norm_coef)]
     norms = [
@@ -332,12 +346,14 @@ def sparse_po(
     paper="EnsLoss: Stochastic Calibrated Loss Ensembles for Preventing Overfitting in Classification",
 )  # fmt: skip
 def ens_loss(beta: Positive[Number] = 0.1, box_cox: Real[float] = 0.0) -> PairSpec:
-    """``sg[g_i]·s_i``, ``s = β·m``, ``g`` the slopes of a convex, calibrated loss that is drawn anew at every step.
+    """``sg[g_i]·s_i``, ``s = β·m``, where ``g`` are the slopes of a convex, calibrated
+    loss that is drawn again at every step.
 
-    Derived: the paper's binary classifier, with DPO's margin as the classifier's and label +1. ``noise`` ``[P+1]`` are standard normal draws;
-    ``-T(noise)``, ``T`` the inverse Box-Cox transform (``box_cox=0``: exp), cut at -1 from
-    below, sorted and dealt out by increasing margin, the extra draw to a margin of 0; over
-    ``s`` where ``s > 1``; less 1e-6.
+    Derived: from the paper's binary classifier, with DPO's margin as the classifier's
+    margin and label +1. ``noise`` ``[P+1]`` are standard normal draws. ``-T(noise)``,
+    with ``T`` the inverse Box-Cox transform (``box_cox=0``: exp), is cut at -1 from
+    below, sorted, and assigned by increasing margin; the extra draw belongs to a margin
+    of 0. It is divided by ``s`` where ``s > 1``, and 1e-6 is subtracted.
     """
     return PairSpec(terms=_terms(Ensemble(box_cox=box_cox)), beta=beta, name="ens_loss")
 
@@ -349,8 +365,11 @@ def ens_loss(beta: Positive[Number] = 0.1, box_cox: Real[float] = 0.0) -> PairSp
 def rank_list(group_size: Annotated[int, Interval("[2, inf)", whole=True)], beta: Positive[Number] = 0.1, skips: Any = (1, 2)) -> PairSpec:
     """``Σ_{k in skips} Σ_i softplus(-β(s_i - s_{i+k}))`` over a list of ``group_size`` answers, best first; ``s`` are log-ratios to the reference.
 
-    Derived: from the abstract (RankNet probabilities of local and skip-wise pairs; a log-sum-exp surrogate). ``skips="all"``: that surrogate,
-    ``Σ_i log(1 + Σ_{j>i} e^(β(s_j - s_i)))``. ``pairs="interleaved"``: a list after the other; ``"halves"``: all best, then all second, ...
+    Derived: from the abstract (RankNet probabilities of local and skip-wise pairs; a
+    log-sum-exp surrogate). ``skips="all"`` is that surrogate,
+    ``Σ_i log(1 + Σ_{j>i} e^(β(s_j - s_i)))``. With ``pairs="interleaved"`` the lists
+    follow one another. With ``"halves"`` all best answers come first, then all second
+    ones, ...
     """
     if skips != "all" and (not skips or any(not 1 <= k < group_size for k in skips)):
         raise InvalidCall(f"rank_list: skips is {skips!r}, expected distances from 1 to {group_size - 1}, or 'all'.")
@@ -364,7 +383,8 @@ def rank_list(group_size: Annotated[int, Interval("[2, inf)", whole=True)], beta
 def scir(coef: NonNegative[Number], beta: Positive[Number] = 0.1) -> PairSpec:
     """``1[the two rewards agree]·(-log σ(β·m) + coef·(σ(β·m) - σ(h))²)``, ``h`` = ``judge_margins`` of the model as a judge.
 
-    Derived: from the abstract (DPO on the pairs on which the judge and the implicit reward agree, with a penalty on their inconsistency); the paper's formulas
-    were not found, nor its confidence term.
+    Derived: from the abstract (DPO on the pairs on which the judge and the implicit
+    reward agree, with a penalty on their inconsistency). The paper's formulas and its
+    confidence term were not found.
     """
     return PairSpec(terms=_terms(Sigmoid(), (Inconsistency(), coef)), beta=beta, weights=(Agreement(),), name="scir")

@@ -1,4 +1,6 @@
-"""How a sequence is scored: its log-ratio to a reference, its likelihood alone, or a masked sum of its tokens."""
+"""The scores of a sequence: its log-ratio to a reference, its likelihood alone, or a
+masked sum over its tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from .._core.spec.pair_score import LogRatio as LogRatio
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood(Score):
-    """``log π(y)``, without a reference; ``average``: per token."""
+    """``log π(y)``, without a reference. With ``average`` it is per token."""
 
     average: bool = False
 
@@ -28,7 +30,9 @@ class Likelihood(Score):
 @ranged
 @dataclass(frozen=True, kw_only=True)
 class AlphaLikelihood(Score):
-    """``(1 - p^-α)/α``, ``p`` the geometric mean of the tokens' probabilities; ``α = 0``: its limit ``log p``. AlphaPO, arXiv:2501.03884."""
+    """``(1 - p^-α)/α``, where ``p`` is the geometric mean of the tokens' probabilities.
+    At ``α = 0`` it is the limit ``log p``. AlphaPO, arXiv:2501.03884.
+    """
 
     alpha: Real[float]
 
@@ -39,7 +43,12 @@ class AlphaLikelihood(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodAgainstUnlikelihood(Score):
-    """``log π(y)`` of a chosen sequence, ``-Σ_t log(1 - π(y_t))`` of a rejected one; ``reference``: less ``log π_ref(y)``, and plus it."""
+    """``log π(y)`` of a chosen sequence, and ``-Σ_t log(1 - π(y_t))`` of a rejected
+    one.
+
+    With ``reference``, ``log π_ref(y)`` is subtracted from the first and added to the
+    second.
+    """
 
     reference: bool = False
 
@@ -56,12 +65,14 @@ class LikelihoodAgainstUnlikelihood(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLogRatio(Score):
-    """``Σ_t m_u(t)·(log π - log π_ref)(y_t) + m_d(t)·KL_t(π_ref‖π)``; the masks may have gradients, which are exact."""
+    """``Σ_t m_u(t)·(log π - log π_ref)(y_t) + m_d(t)·KL_t(π_ref‖π)``. The masks may
+    have gradients, which are exact.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("ref_tokens", "kl", "reward_mask", "kl_mask")
 
     def scores(self, s: Sequences, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
         t = s.tokens
-        # A mask of 0 selects: a KL of inf behind it must not become NaN.
+        # A mask of 0 selects 0: a KL of inf under it must not become NaN.
         parts = ((t["reward_mask"], t["logp"] - t["ref_logp"]), (t["kl_mask"], t["kl"]))
         return s.sum(sum((m * torch.where((m == 0) & ~x.isfinite(), 0, x) for m, x in parts), torch.zeros_like(t["logp"])))

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer by its own names."""
+"""TRL's DPOTrainer losses by TRL's names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from .losses import (  # fmt: skip
 from .scores import LogRatio
 from .weights import SampledAlignment
 
-#: TRL 1.16's ``loss_type`` to the term; the second value: whether ``label_smoothing`` is part of it.
+#: Maps TRL 1.16's ``loss_type`` to the term. The second value tells whether
+#: ``label_smoothing`` is part of it.
 LOSS_TYPES: dict[str, tuple[Any, bool]] = {
     "sigmoid": (lambda e: Sigmoid(), False),
     "hinge": (lambda e: Hinge(), False),
@@ -62,7 +63,10 @@ def trl(
     use_weighting: bool = False,
     ld_alpha: Unit[float] | None = None,
 ) -> PairSpec:
-    """The loss of TRL 1.16's ``DPOTrainer`` with ``DPOConfig``'s names and defaults; several loss types are summed with ``loss_weights``.
+    """The loss of TRL 1.16's ``DPOTrainer`` with the names and defaults of
+    ``DPOConfig``.
+
+    Several loss types are summed with ``loss_weights``.
 
     >>> from reweight_ops import preference
     >>> preference.trl(["sigmoid", "sft"], loss_weights=[1.0, 0.005]).requires
@@ -89,7 +93,7 @@ def trl(
             f"preference.trl: f_divergence_type={f_divergence_type!r} is defined for {', '.join(sorted(_ANY_DIVERGENCE))} only."
         )
     if use_weighting and {"aot", "aot_unpaired"} & set(types):
-        raise InvalidCall("preference.trl: use_weighting weighs pairs, and 'aot' sorts them apart.")
+        raise InvalidCall("preference.trl: use_weighting weighs pairs, but 'aot' sorts their sides separately.")
 
     def term(name: str) -> PairLoss:
         found: PairLoss = Discopop(tau=discopop_tau) if name == "discopop" else LOSS_TYPES[name][0](label_smoothing)

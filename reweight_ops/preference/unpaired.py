@@ -1,4 +1,6 @@
-"""What unpaired preferences need besides ``methods.kto``: the reference point of a batch."""
+"""The reference point of a batch, which unpaired preferences need beside
+``methods.kto``.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,15 @@ from ..errors import InvalidCall
 
 @torch.no_grad()
 def kto_baseline(per_token_logps: Tensor, ref_per_token_logps: Tensor, completion_mask: Tensor, *, process_group: Any = None) -> Tensor:
-    """``z = max(0, mean_i log(π(y'_i|x_i)/π_ref(y'_i|x_i)))``, 0-d: KTO's estimate of the KL, of prompts with other prompts' responses (eq. 6).
+    """``z = max(0, mean_i log(π(y'_i|x_i)/π_ref(y'_i|x_i)))``, 0-d.
 
-    ``[B, T]`` log-probs of the policy and the reference on mismatched pairs, such as each prompt with the next one's response. Give the result as
-    ``methods.kto(kl=...)``. ``process_group``: the mean over all its ranks, as TRL's trainer takes it.
+    This is KTO's estimate of the KL, from prompts with the responses to other prompts
+    (eq. 6).
+
+    It takes ``[B, T]`` log-probs of the policy and the reference on mismatched pairs,
+    such as each prompt with the next one's response. Pass the result as
+    ``methods.kto(kl=...)``. With ``process_group`` the mean is over all its ranks, as
+    in TRL's trainer.
 
     >>> import torch
     >>> kto_baseline(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.5, -3.0]]), torch.tensor([[1, 0]]))

@@ -17,7 +17,9 @@ from ..errors import InvalidCall
 
 @dataclass(frozen=True, kw_only=True)
 class SampledAlignment(PairWeight):
-    """``w(y_w)·w(y_l)``, ``w = exp(mean_t(log π(y_t) - log Σ_v π_v²))``; ``clamp``: at most 1."""
+    """``w(y_w)·w(y_l)``, ``w = exp(mean_t(log π(y_t) - log Σ_v π_v²))``. With ``clamp``
+    it is at most 1.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("log_sum_p_sq",)
 
@@ -34,7 +36,11 @@ class SampledAlignment(PairWeight):
 @ranged
 @dataclass(frozen=True, kw_only=True)
 class MarginAdaptive(PairWeight):
-    """``σ(c·h)/σ(h)`` where ``h > -τ``, else 1; ``h`` a reward model's margin, ``c`` falls from about ``c_max`` (small ``|h|``) to ``c_min``."""
+    """``σ(c·h)/σ(h)`` where ``h > -τ``, else 1.
+
+    ``h`` is a reward model's margin. ``c`` falls from about ``c_max`` (small ``|h|``)
+    to ``c_min``.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("reward_margins",)
 

@@ -45,7 +45,7 @@ ALL = (
         entry="rw.advantages.opo",
         advantages="rw.advantages.opo(rewards, lengths, group_size=group_size)",
         spec="rw.methods.reinforce()",
-        rollout=("Strictly on-policy: one update a rollout.",),
+        rollout=("Strictly on-policy: one update per rollout.",),
     ),
     Recipe(
         name="aapo",
@@ -125,6 +125,15 @@ ALL = (
         rollout=(
             "By length instead of entropy: `metric_kind='length'` with `lengths`. First-Intra-Later-Inter: `inter_weight=rewards.mean()`.",
         ),
+    ),
+    Recipe(
+        name="canon_scheduled",
+        entry="rw.schedules.canon",
+        schedule='rw.schedules.canon(step, order="intra_first")',
+        advantages="rw.advantages.canon(rewards, mean_entropies, inter_weight=schedule, group_size=group_size)",
+        spec="rw.methods.dr_grpo(epsilon_high=0.28)",
+        settings=published(SCRIPT, total_steps=150, warmup_steps=30, cycles=3, lowest=0.4, epsilon_low=0.2, epsilon_high=0.28),
+        rollout=("Cosine, First-Intra-Later-Inter. `order='inter_first'` is First-Inter-Later-Intra.",),
     ),
     Recipe(
         name="edge_grpo",

@@ -33,6 +33,33 @@ ALL = (
             "The authors' logits are cosines, times a scale of 30 after the margin: `temperature=1/30` with margins times 30.",
         ),
     ),
+    Recipe(name="dft", entry="rw.methods.dft", spec="rw.methods.dft()", settings=published("TRL's documentation", learning_rate="5e-5")),
+    Recipe(
+        name="dynamic_loss_reweighting",
+        entry="rw.sample_weights.dynamic_loss_reweighting",
+        schedule="rw.schedules.dynamic_loss_reweighting(step, temperature=0.4)",
+        sample_weights="rw.sample_weights.dynamic_loss_reweighting("
+        "-(old_per_token_logps * completion_mask).sum(-1) / lengths, temperature=schedule)",
+        spec="rw.methods.sft()",
+        settings=published(SCRIPT, strategy="linupper", temperature="0.4 or 1", burn_in_steps=1000),
+        rollout=("`old_per_token_logps` are the model's before the step: the weights are of its losses on this batch, over all ranks.",),
+    ),
+    Recipe(
+        name="upweight",
+        entry="rw.sample_weights.upweight",
+        sample_weights="rw.sample_weights.upweight(source_ids, source_counts, temperature=3.3)",
+        spec="rw.methods.sft()",
+        settings=published(EXAMPLE, temperature=3.3),
+        rollout=("Samples are drawn uniformly. Cooldown: a temperature that falls as training goes.",),
+    ),
+    Recipe(
+        name="kl_dro",
+        entry="rw.sample_weights.kl_dro",
+        sample_weights="rw.sample_weights.kl_dro(-(old_per_token_logps * completion_mask).sum(-1) / lengths, temperature=1.0)",
+        spec="rw.methods.sft()",
+        settings=published(EXAMPLE, temperature=1),
+        rollout=("`old_per_token_logps` are the model's before the step.",),
+    ),
     Recipe(
         name="kd",
         entry="rw.divergences.kd",

@@ -47,7 +47,10 @@ ALL = (
             *published(PAPER, epsilon_low=0.2, epsilon_high=0.28, alpha=1, beta=1, pivot=0.8, temperature_step=0.1),
             *published(SCRIPT, epsilon_high=0.2, clip_ratio_c=10, temperature_step=0.05),
         ),
-        rollout=("The sampling temperature adapts to each token's entropy: T·(1 + τ·h), with τ the temperature step.",),
+        rollout=(
+            "The sampling temperature adapts to each token's entropy: `rw.schedules.hapo_temperature(entropies, rollout_entropies, completion_mask, "
+            "tau=0.1)`, with τ the temperature step.",
+        ),
     ),
     Recipe(
         name="steer",

@@ -1,4 +1,8 @@
-"""The per-token maths of every loss, each formula once. Surrogates, likelihood terms, penalties, and how a user adds one: :mod:`.base`."""
+"""The per-token formulas of every loss, each written once: surrogates, likelihood terms
+and penalties.
+
+:mod:`.base` tells how a user adds one.
+"""
 
 from .._core.formula.base import LEAVES, RULES, WEIGHTS, Rule, TokenWeight, rule, weight
 from . import likelihood as likelihood

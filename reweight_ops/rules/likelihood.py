@@ -1,4 +1,6 @@
-"""Likelihood terms: they read no advantage, and stand as surrogates (``advantages=None``) or as penalties. ``p = exp(logp)``."""
+"""Likelihood terms. They do not read advantages, and are surrogates
+(``advantages=None``) or penalties. ``p = exp(logp)``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ class NLL(Rule):
 
 @rule("likelihood_ascent", kind="any")
 class LikelihoodAscent(Rule):
-    """``logp``: gradient ascent on the cross-entropy (unlearning). Unbounded below."""
+    """``logp``: gradient ascent on the cross-entropy (unlearning). It is unbounded
+    below.
+    """
 
     def loss(self, xp, t):
         return t.logp
@@ -26,7 +30,7 @@ class LikelihoodAscent(Rule):
 class CompSum(Rule):
     """``(p^(τ-1) - 1)/(1-τ)``, at ``τ = 1`` its limit ``-logp``. Comp-sum losses, arXiv:2304.07288.
 
-    Of the log-prob alone, since ``Σ_v≠y e^(z_v-z_y) = 1/p - 1``.
+    It depends on the log-prob alone, since ``Σ_v≠y e^(z_v-z_y) = 1/p - 1``.
 
     τ = 0 sum-exponential loss, 1 cross-entropy, between 1 and 2 generalised cross-entropy with ``q = τ-1``, 2 ``1 - p`` (mean absolute error).
     Below τ = 1 it overflows fp32 for ``p < exp(-88/(1-τ))``.
@@ -43,7 +47,8 @@ class CompSum(Rule):
 class MarginNLL(Rule):
     """``log(1 + (1/p - 1)·e^Δ)``: cross-entropy with ``margin`` Δ taken off the target's logit (LDAM, arXiv:1906.07413; LDR at λ = 1).
 
-    Written ``log1p((1-p)·(e^Δ - 1)) - logp``, which keeps every digit as p goes to 1.
+    It is computed as ``log1p((1-p)·(e^Δ - 1)) - logp``, which keeps every digit as p
+    goes to 1.
     """
 
     margin: NonNegative[float] = 0.1
@@ -54,12 +59,17 @@ class MarginNLL(Rule):
 
 @rule("npo", kind="any")
 class NPO(Rule):
-    """``-(2/β)·log σ(-β·log_ratio)``. Negative Preference Optimization, arXiv:2404.05868; the log-ratio is a sequence's sum against the reference."""
+    """``-(2/β)·log σ(-β·log_ratio)``. Negative Preference Optimization,
+    arXiv:2404.05868.
+
+    The log-ratio is a sequence's sum against the reference.
+    """
 
     beta: Positive[float] = 0.1
 
     def loss(self, xp, t):
-        # log(1 + exp(x)) without overflow, and with its slope of 1/2 at x = 0, where training starts.
+        # log(1 + exp(x)) without overflow, and with its slope of 1/2 at x = 0, where
+        # training starts
         x = self.beta * t.log_ratio
         positive = x > 0
         above = x + xp.log1p(xp.exp(-xp.where(positive, x, 0.0)))
@@ -76,7 +86,9 @@ class LikelihoodRatio(Rule):
 
 @rule("drift_k1", kind="any")
 class DriftK1(Rule):
-    """``-log_ratio``: k1 of KL(old, current), of tokens that the old policy sampled."""
+    """``-log_ratio``: the k1 estimator of KL(old, current) on tokens that the old
+    policy sampled.
+    """
 
     def loss(self, xp, t):
         return -t.log_ratio
@@ -84,7 +96,9 @@ class DriftK1(Rule):
 
 @rule("drift_k3", kind="penalty")
 class DriftK3(Rule):
-    """``r - log_ratio - 1``: k3 of KL(old, current), of tokens that the old policy sampled."""
+    """``r - log_ratio - 1``: the k3 estimator of KL(old, current) on tokens that the
+    old policy sampled.
+    """
 
     def loss(self, xp, t):
         return xp.expm1(t.log_ratio) - t.log_ratio

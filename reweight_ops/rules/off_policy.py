@@ -14,14 +14,14 @@ class Topr(Rule):
 
     def loss(self, xp, t):
         tapered = xp.minimum(xp.exp(t.log_ratio), self.ratio_max)
-        # A ratio that is NaN is no weight of 1.
+        # A NaN ratio must not become a weight of 1.
         unread = (t.adv >= 0) & (t.log_ratio == t.log_ratio)
         return -xp.stop_gradient(xp.where(unread, 1.0, tapered)) * t.adv * t.logp
 
 
 @rule("drift_k2", kind="penalty")
 class DriftK2(Rule):
-    """``log_ratio²/2``: k2 of the move away from the old policy."""
+    """``log_ratio²/2``: the k2 estimator of the distance from the old policy."""
 
     def loss(self, xp, t):
         return 0.5 * t.log_ratio * t.log_ratio

@@ -1,7 +1,10 @@
-"""KL penalties to the reference whose gradient has the score function's term, for tokens that the policy being trained has drawn.
+"""KL penalties to the reference with the gradient's score-function term, for tokens
+that the trained policy has sampled.
 
-The mean of an estimator over the policy's own tokens has two gradients: through the estimator, and through which tokens are drawn. ``d = ref_logp - logp``;
-the value is the estimator ``k(d)``, and the derivative by ``logp`` is ``k(d) - k'(d)``. arXiv:2506.09477; NeMo-RL's ``calculate_kl``.
+The mean of an estimator over the policy's own tokens has two gradients: through the
+estimator, and through the choice of tokens. ``d = ref_logp - logp``. The value is the
+estimator ``k(d)``, and the derivative by ``logp`` is ``k(d) - k'(d)``.
+arXiv:2506.09477; NeMo-RL's ``calculate_kl``.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class K1OnPolicy(Rule):
 
 @rule("k2_on_policy", kind="penalty")
 class K2OnPolicy(K1OnPolicy):
-    """``k(d) = d²/2``; bounds as in :class:`K1OnPolicy`."""
+    """``k(d) = d²/2``. The bounds are those of :class:`K1OnPolicy`."""
 
     def estimate(self, xp, d):
         return 0.5 * d * d
@@ -41,7 +44,7 @@ class K2OnPolicy(K1OnPolicy):
 
 @rule("k3_on_policy", kind="penalty")
 class K3OnPolicy(K1OnPolicy):
-    """``k(d) = exp(d) - d - 1``; bounds as in :class:`K1OnPolicy`."""
+    """``k(d) = exp(d) - d - 1``. The bounds are those of :class:`K1OnPolicy`."""
 
     def estimate(self, xp, d):
         return xp.expm1(d) - d

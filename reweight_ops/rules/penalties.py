@@ -1,7 +1,9 @@
-"""Penalties: terms that read no advantage. KL estimators follow Schulman's "Approximating KL divergence" (2020).
+"""Penalties: terms that do not read advantages. KL estimators follow Schulman's
+"Approximating KL divergence" (2020).
 
-``d = ref_logp - logp``. The argument of k2, k3 and of the straight-through forms is clipped to ``±clamp`` with zero gradient
-outside: bare ``exp`` overflows in fp32. ``clamp=inf`` is TRL's bare form.
+``d = ref_logp - logp``. The argument of k2, k3 and of the straight-through forms is
+clipped to ``±clamp`` with zero gradient outside, because a bare ``exp`` overflows in
+fp32. ``clamp=inf`` is TRL's bare form.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ def _k3(xp, d):
 
 @rule("k1", kind="penalty")
 class K1(Rule):
-    """``logp - ref_logp``. Its gradient is not the gradient of the KL: expectation zero on-policy."""
+    """``logp - ref_logp``. Its gradient is not that of the KL: on-policy its
+    expectation is zero.
+    """
 
     def loss(self, xp, t):
         return t.logp - t.ref_logp
@@ -99,7 +103,9 @@ class K3StraightThrough(Rule):
 
 
 def _reverse_kl_gradient(xp, t, value, ratio_max):
-    """``value`` (cut at ±10) with the off-policy gradient of the reverse KL, that of ``sg(min(r, ratio_max))·k2``."""
+    """Return ``value`` (cut at ±10) with the off-policy gradient of the reverse KL,
+    which is that of ``sg(min(r, ratio_max))·k2``.
+    """
     d = t.ref_logp - t.logp
     weighted = xp.stop_gradient(xp.minimum(xp.exp(t.log_ratio), ratio_max)) * 0.5 * d * d
     return xp.straight_through(weighted, xp.clip(value, -10.0, 10.0))
@@ -138,7 +144,9 @@ class K3Unbiased(Rule):
 
 @rule("entropy_bonus", kind="penalty")
 class EntropyBonus(Rule):
-    """``-H``, with the entropy's real gradient; a positive coefficient rewards entropy."""
+    """``-H``, with the exact gradient of the entropy. A positive coefficient rewards
+    entropy.
+    """
 
     def loss(self, xp, t):
         return -t.entropy

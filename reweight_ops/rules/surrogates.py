@@ -41,9 +41,10 @@ class Unclipped(Rule):
 
 @rule("dual_clip")
 class DualClip(Rule):
-    """:class:`Clip` without ``delta``, and for ``A < 0`` never above ``-clip_ratio_c·A``.
+    """:class:`Clip` without ``delta``. For ``A < 0`` the loss is never above
+    ``-clip_ratio_c·A``.
 
-    Ye et al. 2019, arXiv:1912.09729, eq. 5. On by default in verl.
+    Ye et al. 2019, arXiv:1912.09729, eq. 5. It is verl's default.
     """
 
     epsilon_low: NonNegativeOrInf[float] = 0.2
@@ -97,7 +98,9 @@ class Sapo(Rule):
 
 @rule("reinforce")
 class Reinforce(Rule):
-    """``-A·logp``: REINFORCE (Williams 1992), advantage-weighted log-likelihood, and GPG (arXiv:2504.02546). Reads no ratio."""
+    """``-A·logp``: REINFORCE (Williams 1992), advantage-weighted log-likelihood, and
+    GPG (arXiv:2504.02546). It does not read the ratio.
+    """
 
     def loss(self, xp, t):
         return -t.adv * t.logp
@@ -107,8 +110,9 @@ class Reinforce(Rule):
 class DppoTV(Rule):
     """``-sg(min(r, ratio_max)·keep)·A·logp``, ``keep``: ``p - p_old <= divergence_high`` where ``A > 0``, else ``>= -divergence_low``.
 
-    Divergence PPO with the binary total variation, arXiv:2602.04879. Differs from the paper: written, as in verl, with the
-    log-prob instead of the ratio (the same gradient), and with the ratio truncated at ``ratio_max`` (the paper's section 5.4).
+    Divergence PPO with the binary total variation, arXiv:2602.04879. Differs from the
+    paper: as in verl, it is written with the log-prob instead of the ratio (the same
+    gradient), and the ratio is truncated at ``ratio_max`` (the paper's section 5.4).
     """
 
     divergence_low: NonNegativeOrInf[float] = 0.2

@@ -1,4 +1,6 @@
-"""What tests, benchmarks and ``reweight-ops check`` share: meaningful batches, fp64 truth, and the accuracy criterion."""
+"""The common tools of tests, benchmarks and ``reweight-ops check``: meaningful batches,
+fp64 truth, and the accuracy criterion.
+"""
 
 from .batches import double_batch, double_spec, make_batch
 from .criterion import ERROR_FLOOR, ERROR_RATIO, Comparison, compare, gradient_errors, value_error

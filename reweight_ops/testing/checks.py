@@ -24,14 +24,14 @@ from .pairs import compare_divergence, compare_pairs, make_divergence, make_pair
 
 #: The kinds that are compared with the fp64 reference; of the divergences the one that has kernels, the others have golden rows.
 LOSS_KINDS = ("policy_loss", "pair_loss", "divergence")
-#: Ops and modules, which are no entries of the catalogue.
+#: Ops and modules, which are not entries of the catalogue.
 OP = "op"
 _KERNELS = ("token_divergence",)
 DIRECTIONS = ("forward_kl", "reverse_kl")
 #: The policy loss that is compared with a sampling mask too, and with an entropy bonus.
 _MASKED = "grpo"
 DTYPES = ("float32", "bfloat16", "float16")
-#: So that fp16 gradients are no subnormals.
+#: A loss scale that keeps fp16 gradients from being subnormal.
 LOSS_SCALE = 64.0
 
 
@@ -42,7 +42,8 @@ class Case:
     dtype: str
     device: str
     kind: str = "policy_loss"
-    #: Of a divergence: which. Of a policy loss with a sampling mask: over what its entropy is. Of an op: which result, or keyword.
+    #: The direction of a divergence; for a policy loss with a sampling mask, the set of
+    #: its entropy; for an op, the result or keyword.
     direction: str = ""
 
 

@@ -118,6 +118,20 @@ TRAINERS = (
     Golden("sample_weight", "upweight", {"source_ids": [0, 1], "source_counts": [1.0, 9], "temperature": inf}, [5, 5 / 9]),
     Golden("schedule", "drw", {"epoch": 159}, [0]),
     Golden("schedule", "drw", {"epoch": 160}, [0.9999]),
+    # Of 150 steps: a fifth of the warm-up to 3/5; a quarter of the first cycle of 40; its end but one step; the second cycle's top.
+    Golden("schedule", "canon", {"step": 5}, [1 - 0.6 / 5]),
+    Golden("schedule", "canon", {"step": 40}, [1 - 0.3 * (1 + sqrt(0.5))]),
+    Golden("schedule", "canon", {"step": 50, "order": "inter_first"}, [0.7]),
+    Golden("schedule", "canon", {"step": 70, "order": "inter_first"}, [1]),
+    Golden("schedule", "dynamic_loss_reweighting", {"step": 999, "temperature": 0.4}, [inf]),
+    Golden("schedule", "dynamic_loss_reweighting", {"step": 1000, "temperature": 0.4}, [0.4]),
+    # Of entropies 1, 2, 4, 16 the third is the quantile 2/3: half way up, at it, half way down, above the highest.
+    Golden(
+        "schedule", "hapo_temperature",
+        {"entropies": [8.0, 4.0, 2.0, 64.0], "rollout_entropies": [[4.0, 16, 9], [1, 2, 9]], "completion_mask": [[1, 1, 0], [1, 1, 0]],
+         "tau": 0.2, "pivot": 2 / 3, "temperature": 0.5},
+        [0.55, 0.5, 0.45, 0.6],
+    ),
     # Mean gaps 2 and -8 against running means of 1 and -3.5: 1 + 1/2·1, and 1 - 1/2·4.5 < 0.
     Golden("schedule", "beta_dpo", {"beta": 1.0, "a": 0.5, "momentum": 0.5}, [1.5, 0.001], updates=([1.0, 3], [-8.0])),
     # log 2 of equal logits against p = (1/4, 3/4): KL = 1/4·log(1/2) + 3/4·log(3/2), at T = 1.

@@ -1,6 +1,8 @@
-"""Token weights: multipliers of loss terms. A weight that reads no ``batch`` is evaluated inside the one-pass kernel.
+"""Token weights: factors of loss terms. A weight that does not read ``batch`` is
+evaluated inside the one-pass kernel.
 
-They multiply the *term*, not the advantage: the two differ for negative factors, and clip metrics must use the unweighted advantage.
+They multiply the *term*, not the advantage. The two differ for negative factors, and
+clip metrics must use the unweighted advantage.
 """
 
 from .._core.catalogue.registry import published_names

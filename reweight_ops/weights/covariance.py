@@ -1,4 +1,6 @@
-"""Weights that single out the tokens whose log-prob and advantage vary together: those that cost a policy its entropy (arXiv:2505.22617)."""
+"""Weights that select the tokens with a large covariance of log-prob and advantage.
+These tokens reduce a policy's entropy (arXiv:2505.22617).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from .._core.ranges import NonNegativeOrInf, Number, Real, Unit
 
 
 def _covariance(t, batch):
-    """``(A - mean A)·(logp - mean logp)``, the means over this call's tokens."""
+    """Return ``(A - mean A)·(logp - mean logp)``, with means over this call's tokens."""
     return (t.adv - batch.mean(t.adv)) * (t.logp - batch.mean(t.logp))
 
 
@@ -16,7 +18,8 @@ class ClipCov(TokenWeight):
     """0 for ``max(1, floor(fraction·n))`` of the n tokens, drawn among those with a covariance in ``(lower, upper)`` that a clip with these bounds leaves;
     else 1.
 
-    The draw is a permutation of the call's positions that ``seed`` decides (a number, or a 0-d tensor such as the step), the same on every backend.
+    The draw is a permutation of the call's positions that follows from ``seed`` (a
+    number, or a 0-d tensor such as the step). It is the same on every backend.
     """
 
     fraction: Unit[float] = 2e-4

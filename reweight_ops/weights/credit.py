@@ -1,4 +1,6 @@
-"""Weights that say which tokens of a sequence the advantage is due to: by what follows them, by a teacher, or by how likely they are."""
+"""Weights that assign the advantage to tokens of a sequence: by the tokens that follow,
+by a teacher, or by their probability.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ from .._core.ranges import NonNegative, NonNegativeOrInf, Positive, PositiveOrIn
 class FutureInfluence(TokenWeight):
     """``clip(exp(F_t), weight_min, weight_max)``, ``F_t = Σ_{s>=t} γ^(s-t)·log r_s`` over the sequence, ``γ = 2^(-1/half_life)``.
 
-    A token is weighted by how the policy has since moved on what follows it. Tokens with ``r > participation_max`` are left out of the sums (the bound of a
-    dual clip). Where ``A < 0`` and ``r > safety_ratio`` the weight is clipped to [0.8, 1]. The loss is a clip with a token mean.
+    A token's weight tells how the policy has since moved on the tokens that follow.
+    Tokens with ``r > participation_max`` (the bound of a dual clip) are left out of the
+    sums. Where ``A < 0`` and ``r > safety_ratio`` the weight is clipped to [0.8, 1].
+    The loss is a clip with a token mean.
 
     Differs from the paper: transcribed from ms-swift's ``loss_type="fipo"`` and its defaults; distances count completion tokens, there also masked ones.
     """
@@ -69,7 +73,8 @@ def _evidence(self, xp, t):
 class SelfDistilledEvidence(TokenWeight):
     """``1 - λ + λ·clip(exp(sign(A)·(log p_T - log p_old)), 1-ε, 1+ε)``: more weight where an informed self agrees with the reward. λ is ``mixing``.
 
-    ``ref_per_token_logps`` are the teacher's: of the same policy that has seen the answer. The weight is positive, so no advantage changes its sign.
+    ``ref_per_token_logps`` are those of the teacher, which is the same policy after it
+    has seen the answer. The weight is positive, so no advantage changes its sign.
     Differs from the paper: transcribed from ms-swift's ``advantage_reweight="rlsd"`` and its defaults. Only wrong responses are reweighted by
     :class:`NegativeSelfDistilledEvidence` (its ``rlsd_negative_only``).
     """
@@ -103,9 +108,11 @@ class NegativeSelfDistilledEvidence(TokenWeight):
 )
 @weight
 class TokenRegulation(TokenWeight):
-    """``clip(alpha·(σ(p/tau) - mu), lower, upper)``, p the token's current probability: less weight for unlikely tokens, whose gradients are large.
+    """``clip(alpha·(σ(p/tau) - mu), lower, upper)``, where p is the token's current
+    probability. Unlikely tokens, whose gradients are large, get less weight.
 
-    Differs from the paper: the formula is a port's; its constants were not found in print, so they must be given.
+    Later versions of the paper have another title and call it GRPO-SG (sharpness-guided, by probability shaping). Differs from the paper: the formula is
+    that of ports; its constants were not found in print, so they must be given.
     """
 
     alpha: Positive[float]
@@ -131,8 +138,10 @@ class TokenRegulation(TokenWeight):
 class SpuriousTokens(TokenWeight):
     """0 where ``A > 0``, ``p < probability`` and ``H`` is below its ``entropy_quantile`` over the call's tokens, else 1.
 
-    Unlikely tokens of certain distributions in correct responses: few, with the largest gradients. The method renormalizes over what is left:
-    ``reduction=TokenMean(weight=SpuriousTokens(...))`` in a clipped loss. Differs from the paper: the rule is its abstract's; the thresholds differ
+    These are unlikely tokens of certain distributions in correct responses. They are
+    few, and have the largest gradients. The method renormalizes over the remaining
+    tokens: ``reduction=TokenMean(weight=SpuriousTokens(...))`` in a clipped loss.
+    Differs from the paper: the rule comes from its abstract. The thresholds differ
     between its accounts, so they must be given.
     """
 

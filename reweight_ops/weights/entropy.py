@@ -1,4 +1,7 @@
-"""Weights from a token's entropy, current (the default) or stored: pass the rollout's entropies as ``entropies=``, one a token."""
+"""Weights from a token's entropy, current (the default) or stored.
+
+For stored ones pass the rollout's entropies as ``entropies=``, one per token.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from ..errors import InvalidCall
 
 @weight
 class Entropy(TokenWeight):
-    """The token's current entropy: the default of what other formulas take as ``entropies``."""
+    """The token's current entropy. It is the default of ``entropies`` in other
+    formulas.
+    """
 
     def weight(self, xp, t, batch):
         return t.entropy
@@ -33,7 +38,7 @@ class TopEntropy(TokenWeight):
 
     def weight(self, xp, t, batch):
         chosen = xp.where(t.entropy >= batch.quantile(t.entropy, 1 - self.fraction), 1.0, 0.0)
-        return xp.where(t.entropy == t.entropy, chosen, t.entropy)  # a NaN is not left out: it shows
+        return xp.where(t.entropy == t.entropy, chosen, t.entropy)  # a NaN is not dropped, so that it shows
 
 
 @published(
@@ -49,9 +54,11 @@ class TopEntropy(TokenWeight):
 class DualLevelDownSampling(TokenWeight):
     """1 for the ``fraction`` of this call's tokens with the largest ``|A|·H``, else 0: ``max(1, ceil(fraction·n))`` of n, of equal ones the first.
 
-    The samples that the method leaves out beforehand are left out by ``completion_mask``. Differs from the paper: it states neither the budgets (so
-    ``fraction`` has no default) nor the denominator; ``reduction=TokenMean(weight=...)`` divides by the tokens kept, which is our reading. Only these
-    are secondary: the abstract states the rule.
+    ``completion_mask`` leaves out the samples that the method drops beforehand. Differs
+    from the paper: the paper states neither the budgets (so ``fraction`` has no
+    default) nor the denominator. ``reduction=TokenMean(weight=...)`` divides by the
+    kept tokens, which is our reading. Only these points are secondary: the abstract
+    states the rule.
     """
 
     fraction: Unit[float]
@@ -72,7 +79,9 @@ class _Steer(TokenWeight):
     entropies: Tensor | TokenWeight = _CURRENT
 
     def change(self, xp, t):
-        """``|Ω|``: the first-order change of the token's entropy by its update, up to the learning rate; 0 where the update is clipped."""
+        """Return ``|Ω|``, the first-order change of the token's entropy by its update,
+        up to the learning rate. It is 0 where the update is clipped.
+        """
         p = xp.clip(xp.exp(t.logp), 1e-8, 1 - 1e-8)
         p_old = xp.maximum(xp.exp(t.old_logp), 1e-8)
         size = xp.abs(t.adv) / p_old * p * (1 - p) * xp.abs(xp.log(p) + self.entropies) * xp.exp(self.p_power * xp.log(p))
@@ -83,7 +92,9 @@ class _Steer(TokenWeight):
 
 @weight
 class SteerLinear(_Steer):
-    """``w_max - (|Ω| - min|Ω|)·(w_max - w_min)/(max|Ω| - min|Ω|)``; half way where all ``|Ω|`` are equal. See :func:`steer`."""
+    """``w_max - (|Ω| - min|Ω|)·(w_max - w_min)/(max|Ω| - min|Ω|)``. It is half way
+    where all ``|Ω|`` are equal. See :func:`steer`.
+    """
 
     w_max: Positive[float] = 1.2
 
@@ -131,8 +142,9 @@ def steer(
     ``mapping="exponential"``: ``exp(log(w_min)·|Ω|/max(max|Ω|, floor))``, at least ``w_min``; ``floor=0`` is the paper's later form.
     ``"linear"``: from ``w_max`` at the smallest ``|Ω|`` to ``w_min`` at the largest. The authors run both over dual-clip PPO (0.2, 0.28, c = 10).
 
-    ``entropies``: the rollout's, one a token, as the authors' code; default the current ones. Differs from the paper: the two published Ω differ by
-    the factor ``p``, and which one its experiments had was not found.
+    ``entropies`` are the rollout's, one per token, as in the authors' code; the default
+    is the current ones. Differs from the paper: the two published Ω differ by the
+    factor ``p``, and it was not found which one its experiments used.
     """
     given = locals()
     powers = {"code": 0.0, "exact": 1.0}
@@ -156,7 +168,9 @@ class _Hapo(TokenWeight):
     entropies: Tensor | TokenWeight = _CURRENT
 
     def standing(self, xp, batch):
-        """``h``, from -1 at the lowest entropy over 0 at the ``pivot`` quantile to 1 at the highest, by its logarithm."""
+        """Return ``h``: -1 at the lowest entropy, 0 at the ``pivot`` quantile, 1 at the
+        highest, by the logarithm of the entropy.
+        """
         log_h = xp.log(xp.maximum(self.entropies, 1e-8))
         distance = log_h - batch.quantile_nearest(log_h, self.pivot)
         # The paper first divides by the standard deviation, which cancels here.

@@ -1,4 +1,8 @@
-"""Gates against a sampler that has drifted from the policy: what is over a divergence is dropped. A sampler's log-prob of NaN counts as no drift."""
+"""Gates against a sampler that has drifted from the policy. They drop tokens above a
+divergence.
+
+A NaN log-prob of the sampler counts as no drift.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from ..errors import InvalidCall
 
 
 def _probabilities(xp, t):
-    """The sampled token's probability under the sampler and the old policy, off 0 and 1 as in OpenRLHF so that the logarithms are finite."""
+    """Return the sampled token's probability under the sampler and the old policy.
+
+    They are kept off 0 and 1, as in OpenRLHF, so that the logarithms are finite.
+    """
     sampling = xp.where(t.sampling_logp == t.sampling_logp, t.sampling_logp, t.old_logp)
     return tuple(xp.clip(xp.exp(x), 1e-6, 1 - 1e-6) for x in (sampling, t.old_logp))
 
@@ -26,7 +33,10 @@ def _total_variation(xp, t):
 
 @weight("binary_kl_gate")
 class BinaryKLGate(TokenWeight):
-    """1 where ``p·log(p/q) + (1-p)·log((1-p)/(1-q)) <= threshold``, else 0; p the token's probability under the sampler, q under the old policy."""
+    """1 where ``p·log(p/q) + (1-p)·log((1-p)/(1-q)) <= threshold``, else 0.
+
+    p is the token's probability under the sampler, and q under the old policy.
+    """
 
     threshold: NonNegative[float]
 
@@ -76,8 +86,10 @@ class SequenceTotalVariationGate(TokenWeight):
 def divergence_gate(threshold: NonNegative[float], divergence: str = "binary_kl", level: str = "sequence") -> TokenWeight:
     """1 where the divergence of the sampler to the old policy, of the sampled token alone, is at most ``threshold``, else 0.
 
-    ``divergence``: ``"binary_kl"`` or ``"tv"`` (total variation). ``level``: ``"sequence"`` (the mean over its tokens) or ``"token"``. In OpenRLHF
-    (``is_correction_gating``) what is kept has the ratio of old policy to sampler as its weight: ``TruncatedImportance(ratio_max=inf)`` beside this.
+    ``divergence`` is ``"binary_kl"`` or ``"tv"`` (total variation). ``level`` is
+    ``"sequence"`` (the mean over its tokens) or ``"token"``. In OpenRLHF
+    (``is_correction_gating``) the kept tokens have the ratio of old policy to sampler
+    as their weight: use ``TruncatedImportance(ratio_max=inf)`` beside this.
     """
     kinds: dict[tuple[str, str], type] = {
         ("binary_kl", "token"): BinaryKLGate, ("tv", "token"): TotalVariationGate,

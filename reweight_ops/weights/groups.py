@@ -1,6 +1,7 @@
 """Weights that compare the responses to one prompt at each position: TW-GRPO from their logits, GTPO from stored entropies.
 
-Both are functions: their result is a tensor ``[B, T]``, detached, for ``token_weights=`` (or :class:`Precomputed`, for every term of the loss).
+Both are functions. Their result is a detached tensor ``[B, T]`` for ``token_weights=``
+(or :class:`Precomputed`, for every term of the loss).
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ _CHUNK = 1 << 24
 
 @weight
 class Precomputed(TokenWeight):
-    """``values``: one number a token, or a sequence, from wherever. ``token_weights=`` is the same for the surrogate alone, in one pass."""
+    """A weight with given ``values``, one per token or per sequence.
+
+    ``token_weights=`` does the same for the surrogate alone, in one pass.
+    """
 
     values: Any
 
@@ -52,7 +56,7 @@ def _groups(op: str, rows: int, device: torch.device, group_size: int | None, gr
         return _Groups(indices(op, "group_ids", group_ids, (rows,), num_groups, "num_groups"), num_groups)
     assert group_size is not None
     if rows % whole_number(op, "group_size", group_size):
-        raise InvalidCall(f"{op}: {rows} sequences are no multiple of group_size = {group_size}.")
+        raise InvalidCall(f"{op}: {rows} sequences are not a multiple of group_size = {group_size}.")
     return _Groups(torch.arange(rows, device=device) // group_size, rows // group_size)
 
 
@@ -122,7 +126,8 @@ def _divergence(logits: Tensor, keep: Tensor, groups: _Groups, size: Tensor, tem
     columns = max(1, chunk_elements // max(B * t, 1))
 
     def chunk(v: int) -> Tensor:
-        # Uniform behind the end; logits there may be anything, NaN too.
+        # The distribution is uniform after the end. Logits there may have any value,
+        # even NaN.
         return torch.where(keep[..., None], logits[..., v : v + columns].to(size.dtype) / temperature, 0)
 
     lse = logits.new_full((B, t), -torch.inf, dtype=size.dtype)
@@ -132,7 +137,7 @@ def _divergence(logits: Tensor, keep: Tensor, groups: _Groups, size: Tensor, tem
     for v in range(0, V, columns):
         logp = chunk(v) - lse[..., None]
         mean = groups.spread(groups.sum(logp) / size[:, None, None])
-        d = torch.where(logp == -torch.inf, 0, mean - logp).clamp(-11, 11)  # p = 0 is its own geometric mean
+        d = torch.where(logp == -torch.inf, 0, mean - logp).clamp(-11, 11)  # a p of 0 is its own geometric mean
         total += groups.sum((torch.expm1(d) - d).sum(-1))
     return total / size[:, None]
 
@@ -185,7 +190,9 @@ def gtpo(
 
 
 def _standardised(x: Tensor, inside: Tensor, groups: _Groups, eps: float) -> Tensor:
-    """``x`` minus its mean, over its deviation, among the tokens of each group."""
+    """Return ``x`` minus its mean, divided by its deviation, over the tokens of each
+    group.
+    """
     count = groups.sum(inside.to(x).sum(1)).clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:
@@ -199,7 +206,8 @@ def _standardised(x: Tensor, inside: Tensor, groups: _Groups, eps: float) -> Ten
 def confidence_mask(max_logps: Tensor, threshold: Annotated[float, Interval("[0, 1)")]) -> Tensor:
     """``1[max_v p_v > threshold]``, bool, from ``token_stats(..., stats=("max_logp",)).max_logp``: UDA's confidence mask (arXiv:1904.12848).
 
-    For ``completion_mask`` or a consistency loss against the distribution whose confidence it is.
+    It is for ``completion_mask``, or for a consistency loss against the distribution
+    whose confidence it measures.
 
     >>> import torch
     >>> confidence_mask(torch.tensor([0.9, 0.5]).log(), 0.8)

@@ -9,7 +9,9 @@ from ..errors import InvalidCall
 
 
 def _drift(xp, t):
-    """``old_logp - sampling_logp``, and 0 (a ratio of 1) where the sampler's log-prob is NaN, as in TRL 1.16."""
+    """Return ``old_logp - sampling_logp``. It is 0 (a ratio of 1) where the sampler's
+    log-prob is NaN, as in TRL 1.16.
+    """
     return xp.where(t.sampling_logp == t.sampling_logp, t.old_logp - t.sampling_logp, 0.0)
 
 
@@ -23,7 +25,8 @@ class TruncatedImportance(TokenWeight):
     """``clip(exp(old_logp - sampling_logp), ratio_min, ratio_max)``: truncated importance sampling against the sampler's own log-probs.
 
     TIS, Yao et al. 2025 (a blog post); TRL's ``token_truncate``. ``ratio_max`` is 2 in the post's runs.
-    A token whose sampler's log-prob is NaN has ratio 1, here and in the three below.
+    A token with a NaN log-prob of the sampler has ratio 1, here and in the three
+    weights below.
     """
 
     ratio_min: NonNegative[float] = 0.0
@@ -105,7 +108,8 @@ class GeometricSequenceMask(TokenWeight):
 class OffPolicySequenceMask(TokenWeight):
     """0 for every token of a sequence with ``A < 0`` and a mean of ``old_logp - logp`` above ``threshold``, else 1 (TRL's ``off_policy_mask_threshold``).
 
-    DeepSeek-V3.2, arXiv:2512.02556, eq. 9. Against the sampler's own log-probs: :class:`SamplerSequenceMask`.
+    DeepSeek-V3.2, arXiv:2512.02556, eq. 9. :class:`SamplerSequenceMask` measures
+    against the sampler's own log-probs.
     """
 
     threshold: Real[float]
@@ -116,7 +120,9 @@ class OffPolicySequenceMask(TokenWeight):
 
 @weight
 class SamplerSequenceMask(TokenWeight):
-    """:class:`OffPolicySequenceMask` of ``sampling_logp - logp``: staleness and the sampler's mismatch together. A token with a NaN counts as 0."""
+    """:class:`OffPolicySequenceMask` of ``sampling_logp - logp``, which measures
+    staleness and the sampler's mismatch together. A token with a NaN counts as 0.
+    """
 
     threshold: Real[float]
 
@@ -133,8 +139,10 @@ _SMALLEST_LOG_RATIO = -18.420680743952367  # log 1e-8
 class SequenceGamma(TokenWeight):
     """``φ(W) = W^k·exp(λ·(1 - W))``, ``W`` the sequence's ratio (a product, not a mean); ``k, λ`` by the sign of A. VESPO, arXiv:2602.10693.
 
-    ``log W`` is clamped to ``[log 1e-8, 20]``, a token's share to ±20, as in TRL. ``correction``: a factor of W for each token, the old policy's
-    ratio to the sampler: :class:`TruncatedImportance` or :class:`MaskedImportance`, or a tensor; its log is clamped to ``[log 1e-8, 20]``.
+    ``log W`` is clamped to ``[log 1e-8, 20]``, and a token's share to ±20, as in TRL.
+    ``correction`` is a factor of W for each token, the old policy's ratio to the
+    sampler: :class:`TruncatedImportance` or :class:`MaskedImportance`, or a tensor. Its
+    log is clamped to ``[log 1e-8, 20]``.
     """
 
     k_pos: NonNegative[float] = 2.0

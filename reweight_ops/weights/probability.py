@@ -1,4 +1,6 @@
-"""Weights from a token's probability: Advantage Reweighting in all of its authors' modes, bands and masks, training signal annealing."""
+"""Weights from a token's probability: Advantage Reweighting in all modes of its
+authors, bands and masks, training signal annealing.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,15 @@ _AR = "Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs"
 @published("advantage_reweighting", "Advantage Reweighting (AR)", paper=_AR, arxiv="2505.12929", level="token")
 @weight
 class AdvantageReweighting(TokenWeight):
-    """``α·p_old + 1 - α`` with the probability under the old policy: damps the gradient of unlikely tokens (section 4.1).
+    """``α·p_old + 1 - α`` with the probability under the old policy. It damps the
+    gradient of unlikely tokens (section 4.1).
 
-    As the authors' code has it. Differs from the paper: it writes the current policy, :class:`CurrentAdvantageReweighting`. The code's other modes:
-    :class:`PositiveAdvantageReweighting`, :class:`SigmoidReweighting`, :class:`NegativeSigmoidReweighting`, :class:`BalancedSigmoidReweighting`,
-    :class:`ProbabilityInterval`, :class:`RewardRanked`, and :class:`SignWeight` for its ``neg_adv_weight``.
+    This is the form of the authors' code. Differs from the paper: the paper uses the
+    current policy, :class:`CurrentAdvantageReweighting`. The code's other modes are
+    :class:`PositiveAdvantageReweighting`, :class:`SigmoidReweighting`,
+    :class:`NegativeSigmoidReweighting`, :class:`BalancedSigmoidReweighting`,
+    :class:`ProbabilityInterval`, :class:`RewardRanked`, and :class:`SignWeight` for its
+    ``neg_adv_weight``.
     """
 
     alpha: Unit[float] = 0.3
@@ -77,8 +83,9 @@ class NegativeSigmoidReweighting(TokenWeight):
 class BalancedSigmoidReweighting(TokenWeight):
     """:class:`NegativeSigmoidReweighting`, and the negatives scaled to the positives' mass: ``ΣA⁺·p / -ΣA⁻·u·p`` over the call's valid tokens.
 
-    The code's ``negative_sigmoid_balance1``; ``u`` is the sigmoid weight itself. Without negatives nothing is scaled. Differs from the authors' code:
-    its sums run over padding too.
+    It is the code's ``negative_sigmoid_balance1``. ``u`` is the sigmoid weight itself.
+    Without negatives nothing is scaled. Differs from the authors' code: the sums of
+    that code include padding.
     """
 
     steepness: Positive[float] = 5.0
@@ -107,8 +114,9 @@ class SignWeight(TokenWeight):
 class RewardRanked(TokenWeight):
     """``1/A`` where ``A > 0``, else 0: the surrogate of advantages ``1[A > 0]``, whatever their size.
 
-    The ``RAFT`` mode of AR's code (with :class:`AdvantageReweighting`: ``RAFT_linear``). For surrogates that are linear in a positive A: all but
-    those with a gate of their own for its sign's size.
+    It is the ``RAFT`` mode of AR's code (with :class:`AdvantageReweighting`:
+    ``RAFT_linear``). It is for surrogates that are linear in a positive A, which
+    excludes those with a gate that depends on the size of A.
     """
 
     def weight(self, xp, t, batch):
@@ -117,9 +125,11 @@ class RewardRanked(TokenWeight):
 
 @weight
 class ProbabilityBand(TokenWeight):
-    """1 where ``lower <= p_old < upper``, else 0; of every term, over the full denominator.
+    """1 where ``lower <= p_old < upper``, else 0. It multiplies every term, over the
+    full denominator.
 
-    The two halves of Lopti, arXiv:2505.12929, section 4.2: first ``p_old < η``, then ``p_old >= η``, each a full update.
+    It gives the two halves of Lopti, arXiv:2505.12929, section 4.2: first
+    ``p_old < η``, then ``p_old >= η``, each a full update.
     """
 
     scope: str = "all"
@@ -133,9 +143,11 @@ class ProbabilityBand(TokenWeight):
 
 @weight
 class ProbabilityQuantile(TokenWeight):
-    """``below`` where ``p_old`` is less than its ``quantile`` over this call's tokens, else ``above``; of every term, over the full denominator.
+    """``below`` where ``p_old`` is less than its ``quantile`` over this call's tokens,
+    else ``above``. It multiplies every term, over the full denominator.
 
-    Linear interpolation between order statistics, as ``torch.quantile``. Lopti's split by portions (its code's ``seperate_portion``).
+    The quantile interpolates linearly between order statistics, as ``torch.quantile``
+    does. This is Lopti's split by portions (its code's ``seperate_portion``).
     """
 
     scope: str = "all"
@@ -168,7 +180,8 @@ class ProbabilityInterval(TokenWeight):
     level="token",
 )
 def spo_probability_mask(threshold: Unit[float] = 0.9) -> TokenWeight:
-    """``1[p_old < threshold]`` of every term: only tokens at which the old policy was not certain are trained.
+    """``1[p_old < threshold]`` for every term: only tokens at which the old policy was
+    uncertain are trained.
 
     The authors leave the others out of the denominator too: ``reduction=TokenMean(weight=spo_probability_mask())``, which takes one pass.
     """
@@ -185,11 +198,14 @@ def spo_probability_mask(threshold: Unit[float] = 0.9) -> TokenWeight:
 )
 @weight
 class TrainingSignalAnnealing(TokenWeight):
-    """``1[p <= η]`` with the current probability: what is already learnt is left out, up to a ``threshold`` η that a schedule raises to 1.
+    """``1[p <= η]`` with the current probability. It leaves out tokens that are already
+    learnt. A schedule raises the ``threshold`` η to 1.
 
-    The paper's mean is over what is left: ``reduction=TokenMean(weight=TrainingSignalAnnealing(threshold=η))`` (two passes; as a weight of the
-    spec, over the full denominator, one). Differs from the paper: per token instead of per example; its η has the number of classes as the
-    vocabulary has words.
+    The paper's mean is over the remaining tokens:
+    ``reduction=TokenMean(weight=TrainingSignalAnnealing(threshold=η))`` (two passes; as
+    a weight of the spec, over the full denominator, one). Differs from the paper: it is
+    per token instead of per example. The number of classes in the paper's η becomes the
+    size of the vocabulary.
     """
 
     threshold: Unit[float]

@@ -1,4 +1,6 @@
-"""STARE: the most surprising tokens, by the sign of their advantage, with a controller that a trainer holds."""
+"""STARE: weights of the most surprising tokens by the sign of their advantage, and a
+controller whose state the trainer keeps.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class SurprisalReweighting(TokenWeight):
 
 
 class StareState(NamedTuple):
-    """What the controller carries from step to step, 0-d tensors: the two weights, and whether the gate is open (1 or 0)."""
+    """The state of the controller, 0-d tensors: the two weights, and whether the gate
+    is open (1 or 0).
+    """
 
     amplify: NonNegative[Tensor]
     damp: NonNegative[Tensor]
@@ -48,7 +52,7 @@ class StareState(NamedTuple):
 
 @ranged
 def stare_state(amplify: NonNegative[float] = 1.1, damp: NonNegative[float] = 0.9, device: torch.device | str | None = None) -> StareState:
-    """The controller before the first step: the gate is open."""
+    """Return the state before the first step. The gate is open."""
     return StareState(*(torch.full((), x, dtype=torch.float32, device=device) for x in (amplify, damp, 1.0)))
 
 
@@ -62,7 +66,8 @@ def stare_update(
     amplify_max: AtLeastOne[float] = 1.5,
     damp_min: Unit[float] = 0.5,
 ) -> tuple[StareState, SurprisalReweighting]:
-    """The controller of sections 4.3 and 4.4, from the batch's mean ``entropy`` (0-d): ``(state, weight)``, without a synchronisation.
+    """Update the controller of sections 4.3 and 4.4 with the batch's mean ``entropy``
+    (0-d), and return ``(state, weight)`` without a synchronisation.
 
     The gate is open while the entropy is below ``target_entropy``. ``step`` (α, 0: static weights) moves ``amplify`` up to ``amplify_max`` and ``damp``
     down to ``damp_min`` below the target, and back above it. An entropy that is not finite leaves the state as it is.

@@ -1,4 +1,6 @@
-"""Weights and clip bounds that bound how far the policy moves, by a budget over the call or along each sequence."""
+"""Weights and clip bounds that limit how far the policy moves, by a budget over the
+call or along each sequence.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from ..errors import InvalidCall
 
 
 def _second_moment_bound(xp, t, batch, budget):
-    """The largest ``|log r|`` among tokens that move to their advantage's side such that, cut there, their mean ``(log r)²`` is below the budget."""
+    """Return the largest ``|log r|`` among tokens that move to their advantage's side
+    such that their mean ``(log r)²``, cut there, is below the budget.
+    """
     harmful = ((t.adv > 0) & (t.log_ratio > 0)) | ((t.adv < 0) & (t.log_ratio < 0))
     capped = batch.capped_mean(t.log_ratio * t.log_ratio, harmful)
     within = batch.max(xp.where(harmful & (capped < budget), xp.abs(t.log_ratio), 0.0))
@@ -54,7 +58,8 @@ class SecondMomentMask(TokenWeight):
     """0 for the tokens of largest ``(old_logp - sampling_logp)²``, as many as it takes for the mean of the others to be below ``threshold``, else 1.
 
     At least one token is left. ``old_logp`` is the proximal policy's, as in ``methods.decoupled_ppo``; a sampler's log-prob of NaN counts as no drift.
-    Differs from the paper: AReaL's reading of it. The authors' code clips instead (``methods.m2po``).
+    Differs from the paper: this is AReaL's form. The authors' code clips instead
+    (``methods.m2po``).
     """
 
     threshold: Positive[float] = 0.04
@@ -115,7 +120,9 @@ def _tv(xp, t):
 
 @weight
 class MaxK2Mask(TokenWeight):
-    """0 for a sequence of which a token has ``(logp - old_logp)²/2`` above ``threshold``, else 1."""
+    """0 for a sequence with a token whose ``(logp - old_logp)²/2`` is above
+    ``threshold``, else 1.
+    """
 
     threshold: NonNegative[float]
 
@@ -125,7 +132,9 @@ class MaxK2Mask(TokenWeight):
 
 @weight
 class MaxK3Mask(TokenWeight):
-    """0 for a sequence of which a token has ``r - log r - 1`` above ``threshold``, else 1."""
+    """0 for a sequence with a token whose ``r - log r - 1`` is above ``threshold``,
+    else 1.
+    """
 
     threshold: NonNegative[float]
 
@@ -135,7 +144,9 @@ class MaxK3Mask(TokenWeight):
 
 @weight
 class MaxTotalVariationMask(TokenWeight):
-    """0 for a sequence of which a token has ``|p - p_old|`` above ``threshold``, else 1."""
+    """0 for a sequence with a token whose ``|p - p_old|`` is above ``threshold``, else
+    1.
+    """
 
     threshold: NonNegative[float]
 
@@ -158,7 +169,8 @@ def trm(threshold: NonNegative[float], divergence: str = "k3") -> TokenWeight:
     ``divergence`` of a token, from the sampled token alone: ``"k3"`` ``r - log r - 1`` and ``"k2"`` ``(log r)²/2`` (verl's ``seq_max_k3``, ``seq_max_k2``,
     ``log r`` cut at ±20), or ``"tv"`` ``|p - p_old|``. Pass the sampler's log-probs as the old ones.
 
-    Differs from the paper: it bounds the divergence of whole distributions where they are kept; the paper's threshold was not found, so it must be given.
+    Differs from the paper: the paper bounds the divergence of whole distributions if
+    they are kept. Its threshold was not found, so it must be given.
     """
     kinds: dict[str, type] = {"k2": MaxK2Mask, "k3": MaxK3Mask, "tv": MaxTotalVariationMask}
     if divergence not in kinds:

@@ -1,4 +1,6 @@
-"""A machine with Triton and a CUDA build of PyTorch, but without a driver or without the GPU that is asked for: a login node, a CI."""
+"""A machine with Triton and a CUDA build of PyTorch, but without a driver or the requested
+GPU: a login node, a CI.
+"""
 
 import subprocess
 import sys
@@ -15,7 +17,7 @@ CALL = (torch.empty(2, 3, 8, requires_grad=True, **META), torch.empty(2, 3, dtyp
 
 @pytest.fixture
 def properties(monkeypatch):
-    """Asking PyTorch about a GPU that is not there raises."""
+    """Asking PyTorch about a missing GPU raises."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a driver")
 
@@ -47,7 +49,7 @@ def test_a_gpu_that_the_machine_has_not(properties, monkeypatch):
 
 WITHOUT_TRITON = """
 import sys
-sys.modules["triton"] = None  # as where it is not installed
+sys.modules["triton"] = None  # as if it were not installed
 import torch, reweight_ops as rw
 from reweight_ops.cli import main
 logits, ids = torch.randn(2, 3, 8, requires_grad=True), torch.zeros(2, 3, dtype=torch.long)
@@ -64,7 +66,10 @@ main()
 
 
 def test_a_machine_without_triton():
-    """What a CPU-only installation is: ordinary calls, explain and the command line answer, and the backend by name says what is missing."""
+    """On a CPU-only installation ordinary calls, explain and the command line work.
+
+    A backend requested by name says what is missing.
+    """
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Triton cannot be imported") >= 3

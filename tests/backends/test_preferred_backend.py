@@ -1,4 +1,4 @@
-"""The order in which backends are tried is the one that the committed measurements favour."""
+"""Backends are tried in the order that the committed measurements favour."""
 
 import json
 import statistics
@@ -11,7 +11,8 @@ from reweight_ops._core.backends import preference
 from reweight_ops._core.backends.preference import ORDER, kind_of
 from reweight_ops._core.backends.select import candidates
 
-#: The kernels of b5116b6: the providers of each backend, where rows stay on chip and where they do not.
+#: The kernels of b5116b6: the providers of each backend, for rows that stay on chip and
+#: for others.
 ON_CHIP = {
     "cuda": ("cuda ring in place", "cuda stats", "cuda grad in place"),
     "triton": ("triton in place", "triton stats", "triton grad in place"),
@@ -20,13 +21,13 @@ OFF_CHIP = {"cuda": ("cuda streaming in place",), "triton": ("triton in place",)
 
 
 def medians():
-    """Of every case of the file, the median time of each provider that has one."""
+    """The median time of each provider in every case of the file."""
     for case in json.loads((ROOT / "bench/results/h200-kernels.json").read_text())["cases"]:
         yield {result["provider"]: statistics.median(result["ms"]) for result in case["results"] if result["ms"]}
 
 
 def ratios(providers):
-    """Times of ``cuda`` by those of ``triton``, in every case that has both."""
+    """Times of ``cuda`` divided by those of ``triton``, for every case that has both."""
     for times in medians():
         for ours, theirs in zip(providers["cuda"], providers["triton"], strict=True):
             if ours in times and theirs in times:

@@ -1,4 +1,6 @@
-"""The stubs of the compiled extensions against the extensions: the same names, with the signatures that pybind11 writes into their docstrings."""
+"""The stubs of the compiled extensions have the names of the extensions, with the
+signatures of pybind11's docstrings.
+"""
 
 import ast
 import importlib
@@ -11,13 +13,13 @@ from cuda_emulation import fixtures
 import reweight_ops
 
 NUMBERS = {"typing.SupportsInt | typing.SupportsIndex": "int", "typing.SupportsFloat | typing.SupportsIndex": "float"}
-#: Where nvcc did not build it, the emulated kernels have the same bindings but for these.
+#: If nvcc did not build it, the emulated kernels have the same bindings except these.
 EMULATED_ALONE = {"set_schedule", "set_device", "set_status", "last_error"}
 NOT_EMULATED = {"sources", "runtime_version", "archs"}
 
 
 def stub(name):
-    """Its members; what it imports is another stub's."""
+    """Members of a stub; an import is another stub's member."""
     body = ast.parse((Path(reweight_ops.__file__).parent / f"{name}.pyi").read_text()).body
     found = members(body)
     for node in body:
@@ -41,7 +43,7 @@ def members(body, prefix=""):
 
 
 def built(module):
-    """The same of an extension, from its docstrings."""
+    """The members of an extension, from its docstrings."""
     found = {}
     for name, value in vars(module).items():
         if name.startswith("__"):
@@ -58,7 +60,9 @@ def definition(doc):
 
 
 def written(annotation, sizes=None):
-    """An annotation as the stub writes it. A sequence of a fixed size is a tuple of that size, or any sequence."""
+    """An annotation in the stub's form. A sequence of a fixed size is a tuple of that
+    size, or any sequence.
+    """
     text = ast.unparse(annotation).replace("collections.abc.", "")
     text = re.sub(r"\b(reweight_ops\.)?_(C|cuda|cuda_emulated)\.", "", text)
     for long, short in NUMBERS.items():
@@ -81,7 +85,7 @@ def agrees(ours, theirs):
 
 
 def disagreements(ours, theirs):
-    """Between a stub's members and an extension's."""
+    """Disagreements between a stub's members and an extension's."""
     found = []
     for name in ours.keys() & theirs.keys():
         mine, other = ours[name], theirs[name]

@@ -1,4 +1,7 @@
-"""Rows with one very likely token, and rows with a large common offset: log-probs and gradients that fp32's 1 + x = 1 must not swallow."""
+"""Rows with one very likely token, and rows with a large common offset.
+
+Log-probs and gradients must not be lost to 1 + x = 1 in fp32.
+"""
 
 import math
 
@@ -23,7 +26,7 @@ try:
 except ImportError:
     cpu = None
 
-#: Where a soft cap makes margins of the margins: capped at 200, logits 119 apart are 107 apart.
+#: A soft cap changes margins: capped at 200, logits 119 apart are 107 apart.
 CAP = 200.0
 REINFORCE = Program.of(("reinforce",)), torch.tensor([-20.0, 20.0, 1.0])
 
@@ -44,7 +47,7 @@ def capped(logits, cap):
 
 
 def assert_kept(got, truth, what, rounding=0.0):
-    """Within the tolerance; ``rounding``: half the smallest step of the result's dtype."""
+    """Assert the tolerance; ``rounding`` is half the smallest step of the result's dtype."""
     error = (got.double() - truth).abs()
     assert (error <= TOLERANCE * truth.abs() + rounding).all(), f"{what}: {worst(got, truth):.3g} relative"
 
@@ -74,7 +77,7 @@ def test_primitives_keep_log_prob_and_gradient(primitives, dtype, vocab, cap):
 
 
 def test_narrow_rows(primitives):
-    """Of one column, and of two in either order."""
+    """Rows of one column, and of two in either order."""
     stats = contract.stats_of(primitives, torch.tensor([[7.0], [-1e30]]), torch.zeros(2, dtype=torch.int64))
     assert all((value == 0).all() for name, value in stats.items() if name != "lse")
     for target in (0, 1):
@@ -123,11 +126,13 @@ def test_public_ops(backend, dtype):  # docs/semantics.md: S27
 @pytest.mark.parametrize("vocab", [3, 257, 5003])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_divergences(backend, vocab):
-    """The entropies of both, and the two directions of KL, where everybody but the likeliest token is a nat likelier in q."""
+    """The entropies of both, and both directions of KL, where all tokens but the likeliest
+    are one nat likelier in q.
+    """
     rows = sure_rows(vocab)
     z = rows.logits
     y = (z + 1).scatter(1, rows.ids[:, None], 0.0)
-    y = torch.where(y > z.amax(1, keepdim=True), z, y)  # not where that makes another one likelier
+    y = torch.where(y > z.amax(1, keepdim=True), z, y)  # except where that makes another token likelier
 
     def log_probs(t):
         x = t.double()

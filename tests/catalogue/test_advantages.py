@@ -1,4 +1,8 @@
-"""Advantage estimators against TRL's and verl's arithmetic, against the papers' equations in loops, and by hand; and what all of them share."""
+"""Advantage estimators against TRL's and verl's arithmetic, the papers' equations in
+loops, and by hand.
+
+The tests also cover what all estimators share.
+"""
 
 import math
 

@@ -66,7 +66,7 @@ def test_names_and_registration_fail_loudly():
         published("x", "X", kind="reward", paper="p", arxiv="unknown", certainty="sure")
     with pytest.raises(rw.InvalidCall, match="taken by"):
         published("dapo", "X", kind="policy_loss", paper="p", arxiv="unknown")(lambda: None)
-    with pytest.raises(rw.InvalidCall, match="test_catalogue says no kind"):
+    with pytest.raises(rw.InvalidCall, match="test_catalogue has no kind of its own"):
         published("x", "X", paper="p", arxiv="unknown")(lambda: None)
 
 

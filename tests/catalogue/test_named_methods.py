@@ -68,7 +68,7 @@ def test_kd_is_cross_entropy_and_the_softened_kl():
 
 def test_kd_has_one_temperature():
     logits, ids = torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64)
-    with pytest.raises(rw.InvalidCall, match="kd_temperature is that of both"):
+    with pytest.raises(rw.InvalidCall, match="kd_temperature is the temperature of both"):
         rw.divergences.kd(logits, logits, ids, temperature=2.0)
 
 
@@ -79,7 +79,7 @@ def test_soft_multi_choice_counts_options():
     expected = [len(set(a.split(","))) / 3 if set(a.split(",")) <= set("ABC") else 0.0 for a in answers]
     assert rw.rewards.soft_multi_choice(marks, correct).tolist() == pytest.approx(expected)
     assert rw.rewards.soft_multi_choice(marks[:1], torch.zeros(1, 4)).isnan().all()
-    with pytest.raises(rw.InvalidCall, match="one mark an option"):
+    with pytest.raises(rw.InvalidCall, match="one mark per option"):
         rw.rewards.soft_multi_choice(marks[0], correct[0])
 
 

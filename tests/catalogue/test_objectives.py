@@ -110,7 +110,7 @@ def test_recap_needs_a_window():
 
 
 def test_updates_read_no_value():
-    """Meta tensors have none: whatever would wait for a GPU fails on them."""
+    """Meta tensors have no values: code that would wait for a GPU fails on them."""
     for mixer, count in (
         (objectives.ConstrainedRLHF(thresholds=(0.1, 0.2)), ()),
         (objectives.GradientRewardWeighting(), (2,)),

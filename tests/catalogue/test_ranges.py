@@ -1,4 +1,6 @@
-"""Numbers that cannot be meant are refused: every hyper-parameter of the public surface states its range, which is checked and documented."""
+"""Numbers out of range are refused: every public hyper-parameter states its range, which
+is checked and documented.
+"""
 
 import inspect
 import math
@@ -227,7 +229,7 @@ def test_intervals(interval, inside, outside):
 
 
 def test_a_users_rule(registry):
-    """A bare ``float`` is any number; NaN, strings and booleans are none."""
+    """A bare ``float`` accepts any number; NaN, strings and booleans are not numbers."""
 
     @rw.rule
     class Powered(rw.Rule):

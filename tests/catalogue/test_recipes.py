@@ -1,4 +1,6 @@
-"""Recipes: each is executed, line by line and as the loop that it prints, and every paper that needs one has one."""
+"""Every recipe is executed, line by line and as the printed loop, and every paper that
+needs a recipe has one.
+"""
 
 import ast
 import dataclasses
@@ -90,7 +92,8 @@ def test_a_paper_is_one_title_one_id_one_year():
 def test_old_log_probs_are_given_wherever_a_ratio_is_read():
     for r in RECIPES.values():
         if "log_ratio" in r.requires:
-            assert "old_per_token_logps" in r.reads, r.name
+            given = r.loss_keywords()["old_per_token_logps"]  # the sampler's may stand for them
+            assert given in ("old_per_token_logps", "sampling_per_token_logps") and given in r.reads, r.name
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_a_recipe_of_ones_own():
     )
     made = mine.prepare(rewards=torch.tensor([3.0, 1, 1]), group_size=3)
     assert made["advantages"].tolist() == pytest.approx([2, -1, -1])
-    with pytest.raises(rw.InvalidCall, match="reads rewards, group_size, which is not given"):
+    with pytest.raises(rw.InvalidCall, match="reads rewards, group_size: pass it"):
         mine.prepare()
     with pytest.raises(rw.InvalidCall, match="reads lenghts, which no batch has"):
         register(dataclasses.replace(mine, sample_weights="lenghts"))

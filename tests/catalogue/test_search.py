@@ -1,4 +1,4 @@
-"""Whoever has read a paper finds its entry: by acronym as printed, arXiv id, title, or words."""
+"""A reader of a paper finds its entry: by acronym as printed, arXiv id, title, or words."""
 
 import pytest
 from typer.testing import CliRunner

@@ -1,1 +1,5 @@
-"""``make conformance``: other projects' own functions over their options, ours beside them, one line each; what differs, and why that is known."""
+"""``make conformance``: functions of other projects with their options, compared with
+ours, one line each.
+
+Known differences have a reason.
+"""

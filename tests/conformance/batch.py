@@ -1,4 +1,8 @@
-"""What every peer is given: hidden states and a head, their logits, and rows with ratios on both sides of any clip, an empty sequence, ragged masks."""
+"""The data of every peer: hidden states and a head, their logits, and rows with ratios on
+both sides of any clip.
+
+One sequence is empty, and the masks are ragged.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,9 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """``theirs`` and ``ours`` compute the same thing, if both are right. ``because``: why they are known to differ."""
+    """``theirs`` and ``ours`` should compute the same values. ``because`` says why they
+    are known to differ.
+    """
 
     peer: str
     options: str

@@ -1,4 +1,4 @@
-"""Outputs and autograd: what is differentiable, what upstream gradients, second backwards and consumed logits do. API.md, section 5."""
+"""Outputs and autograd: what is differentiable, what upstream gradients, second backwards and consumed logits do (docs/api.md)."""
 
 import dataclasses
 import gc
@@ -73,7 +73,7 @@ def test_a_scalar_upstream_scales_the_gradient(batch, backend, plan, upstream):
 
 
 def test_upstream_one_does_no_work(batch, monkeypatch):
-    """No memory is touched: the saved gradient itself is handed out."""
+    """No memory is touched: the saved gradient itself is returned."""
     calls = []
     monkeypatch.setattr(torch.Tensor, "mul_", lambda self, other: calls.append(other) or self)
     z = leaf(batch)
@@ -118,7 +118,7 @@ def test_gradient_to_advantages_and_token_weights_is_exact(backend):
     batch = make_batch(rw.methods.grpo(), (3, 8), 29, dtype=torch.float64)
     z = leaf(batch)
     w = torch.rand(3, 8, dtype=torch.float64)
-    w[0, 0] = 0  # a weight of zero has a gradient all the same
+    w[0, 0] = 0  # a weight of zero still has a gradient
 
     def loss(adv, weights):
         return rw.policy_loss(**{**batch, "logits": z, "advantages": adv}, spec="grpo", token_weights=weights).loss
@@ -136,7 +136,7 @@ def test_a_hyper_parameter_may_learn():
 
 
 def test_per_row_hyper_parameters(batch, backend):
-    """HAPO's clip bounds: one number a row, equal to the calls with each number."""
+    """HAPO's clip bounds, one number per row, equal the calls with each number."""
     z = leaf(batch)
     high = torch.where(torch.arange(3) == 1, 0.5, 0.1)[:, None].expand(3, 8)
     out = call(batch, z, rw.methods.dapo(epsilon_high=high), backend=backend)

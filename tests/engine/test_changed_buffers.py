@@ -1,4 +1,6 @@
-"""What is computed at first read is of the call, or an error: a trainer refills its buffers."""
+"""Outputs that are computed at the first read are those of the call, or an error: a
+trainer refills its buffers.
+"""
 
 import copy
 
@@ -24,7 +26,7 @@ def buffers():
 
 
 def call_spec():
-    """Reads the old policy and the reference."""
+    """A spec that reads the old policy and the reference."""
     return rw.methods.dapo().with_penalty(rw.Penalty(rw.methods.grpo(beta=0.1).penalties[0].rule, 0.1))
 
 
@@ -90,7 +92,7 @@ def test_a_schedule_that_is_advanced():
 
 
 def test_what_a_call_copied_may_change():
-    """Another dtype, a constant, a mask: nothing later reads the caller's memory."""
+    """With another dtype, a constant or a mask, no later read uses the caller's memory."""
     given = buffers()
     given["advantages"] = given["advantages"].double()
     want = value(call(given, "two_pass"), "metrics")

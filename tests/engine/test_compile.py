@@ -46,7 +46,7 @@ def ops_arguments(backend, drop_last):
     tail, whole = (v, float("inf"), bool(drop_last)), (v, float("inf"), 0, v, bool(drop_last))
     params = torch.tensor([v if torch.is_tensor(v) else float(v) for v in SPEC.parameter_values])
     weights = torch.full((len(SPEC.rules), n * t), 0.1)
-    two = (torch.randn(n, t, v, generator=g), ids, one, one)  # the other logits, and what both have
+    two = (torch.randn(n, t, v, generator=g), ids, one, one)  # the other logits, and arguments of both
     two_tail = (v, float("inf"), 5.0, bool(drop_last), backend)
     table = torch.ops.reweight_ops.divergence_stats(z, *two, *two_tail)
     mixed = torch.tensor([0.5, 0.7, -0.3])
@@ -122,7 +122,7 @@ def test_fullgraph_by_name(spec):
 
 
 def test_fullgraph_inductor(backend):
-    """Through the real compiler once: the middle of two_pass is generated code then."""
+    """Runs the real compiler once: the middle of two_pass is then generated code."""
     batch = make_batch(SPEC, (3, 8), 29)
 
     def step(z, batch):
@@ -149,7 +149,9 @@ def test_fullgraph_token_logps(backend):
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_a_schedule_over_any_hyper_parameter_compiles_once(plan):
-    """Every hyper-parameter a 0-d tensor whose value changes each step: one compilation, and each step's own value."""
+    """Every hyper-parameter is a 0-d tensor that changes each step: there is one
+    compilation, and each step uses its own value.
+    """
     values = [torch.tensor(x) for x in (0.2, 0.3, 1.5, 0.04, 0.01, 0.3, 1.0, 30.0, 1.5)]
     low, high, delta, beta, bonus, alpha, temperature, items, scale = values
     spec = rw.methods.dapo(epsilon_low=low, epsilon_high=high).replace(**{"surrogate.delta": delta})
@@ -182,7 +184,7 @@ def test_a_schedule_over_any_hyper_parameter_compiles_once(plan):
 
 
 def test_the_first_call_of_a_process_compiles():
-    """Nothing was uploaded before: what the trace uploads must be found by the same trace."""
+    """Nothing was uploaded before: the trace must find what it uploads itself."""
     script = (
         "import torch, reweight_ops as rw\n"
         "def loss(z, ids, t):\n"

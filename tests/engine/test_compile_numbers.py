@@ -1,7 +1,7 @@
-"""torch.compile as people write it: numbers that change, specs that are built inside, metrics that are read inside. Each with ``fullgraph=True``.
+"""Usual torch.compile code with ``fullgraph=True``: changing numbers, specs built inside, metrics read inside.
 
-A compilation is one graph. torch.compile takes the first value of a number for a constant; its second value makes an input of it, in a second graph;
-``dynamic=True`` makes inputs of all numbers at once.
+A compilation is one graph. torch.compile treats the first value of a number as a constant. Its second value
+makes it an input, in a second graph. ``dynamic=True`` makes all numbers inputs at once.
 """
 
 import pytest
@@ -48,7 +48,7 @@ def kl(coef):
     return rw.methods.dapo().with_penalty(rw.Penalty(rw.rules.penalties.K3(), coef))
 
 
-#: What changes to a loss of the logits and the number. The numbers of every case lie in (0, 1).
+#: Losses of the logits and a number. The numbers of every case lie in (0, 1).
 NUMBERS = {
     "temperature": lambda z, x: loss(z, rw.methods.dapo(), temperature=x),
     "temperature, two_pass": lambda z, x: loss(z, rw.methods.dapo(), temperature=x, plan="two_pass"),
@@ -80,7 +80,7 @@ VALUES = (0.3, 0.2, 0.25, 0.4, 0.45)
 
 
 def compare(function, compiled, *arguments):
-    """The loss and its gradient of a compiled function against the function itself."""
+    """Compare the loss and gradient of a compiled function with the function itself."""
     found = []
     for call in (function, compiled):
         z = LOGITS.clone().requires_grad_()
@@ -91,7 +91,9 @@ def compare(function, compiled, *arguments):
 
 
 def test_twice_is_pytorchs_own():
-    """Nothing of ours: a plain number that multiplies a tensor is a constant at first, and an input from its second value on."""
+    """This is PyTorch's own: a plain number that multiplies a tensor is first a constant,
+    and an input from its second value on.
+    """
     counter = CompileCounter()
     compiled = torch.compile(lambda z, x: z * x, fullgraph=True, backend=counter)
     for x in VALUES:
@@ -135,7 +137,9 @@ def test_numbers_through_the_compilers_own_middle(plan):
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("kind", ["numbers", "tensors"])
 def test_a_spec_that_is_made_anew_for_each_step(kind, plan):
-    """An argument of the compiled function; with tensors in it nothing is compiled again."""
+    """The spec is an argument of the compiled function; with tensors in it nothing is
+    compiled again.
+    """
     make = torch.tensor if kind == "tensors" else float
 
     def step(z, spec):
@@ -161,7 +165,7 @@ def test_a_spec_that_is_built_inside():
 
 
 def test_every_part_of_a_spec_is_built_inside():
-    """Penalties, weights, a ratio, reductions of their own and a schedule, in one graph."""
+    """Penalties, weights, a ratio, separate reductions and a schedule, in one graph."""
 
     def step(z, alpha):
         spec = rw.PolicyLossSpec(

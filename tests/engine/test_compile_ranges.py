@@ -1,4 +1,6 @@
-"""Numbers that cannot be meant, in what a compiled function builds or passes: refused while it is compiled, with the words of the plain call."""
+"""Numbers out of range that a compiled function builds or passes are refused during
+compilation, with the plain call's message.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""What torch.compile makes of backward: nothing writes over what forward saved, and gradients are right where inductor saves padded rows."""
+"""Compiled backwards: nothing overwrites what forward saved, and gradients are right where
+inductor saves padded rows.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from reweight_ops._core.engine import ops as library
 from reweight_ops.testing import make_batch
 
 SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01)
-#: Rows long enough for inductor to pad, of a length that it wants to.
+#: Rows of a length that inductor pads.
 BATCH = make_batch(SPEC, (4, 6), 1031, torch.bfloat16)
 IDS, REST = BATCH["completion_ids"], {k: v for k, v in BATCH.items() if k != "logits"}
 OTHER = torch.randn(4, 6, 1031, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -61,11 +63,11 @@ def leaf():
 
 
 def written_over(graph: torch.fx.Graph) -> list[str]:
-    """Inputs of a graph that an op writes over, or a view of which it does."""
+    """Inputs of a graph that an op writes over, directly or through a view."""
     names = []
     for node in graph.nodes:
         if "auto_functionalized" in str(node.target):
-            assert "_all_bases" in node.kwargs, "a version of PyTorch that says this in other words"
+            assert "_all_bases" in node.kwargs, "this version of PyTorch names it differently"
             names += [base.name for base in node.kwargs["_all_bases"] if base.op == "placeholder"]
         elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             names += [a.name for a in node.all_input_nodes if a.op == "placeholder"]
@@ -79,7 +81,7 @@ def backward_graph_of(loss) -> torch.fx.Graph:
         graphs.append(module.graph)
         return make_boxed_func(module.forward)
 
-    # The partition that inductor takes: what backward recomputes, it may save instead.
+    # Inductor's partition may save what backward would recompute.
     compiler = aot_autograd(
         fw_compiler=lambda module, inputs: make_boxed_func(module.forward),
         bw_compiler=keep,
@@ -97,13 +99,15 @@ def test_a_compiled_backward_writes_over_nothing_that_forward_saved(name):
 
 
 def test_that_it_would_be_seen(monkeypatch):
-    """The negative control: as in eager mode, where backward writes over the logits."""
+    """The negative control: in eager mode backward writes over the logits."""
     monkeypatch.setattr(library, "may_overwrite", lambda consume: consume)
     assert len(written_over(backward_graph_of(policy("two_pass", True)))) == 1
 
 
 def test_gradients_where_inductor_pads():
-    """On GPUs it saves rows at padded strides; here it is told to do so on a CPU. One compilation, a leaf for each loss."""
+    """On GPUs inductor saves rows at padded strides; here a setting makes it do so on a
+    CPU. One compilation, a leaf for each loss.
+    """
     names = [name for name in LOSSES if "consume" in name or "linear" in name]
 
     def step(*leaves):

@@ -1,4 +1,6 @@
-"""Consumed logits hold a gradient, under whatever name they are read again; what beside them shares their memory does not."""
+"""Consumed logits hold a gradient under every name. Tensors that only share their storage
+stay valid.
+"""
 
 import pytest
 import torch
@@ -42,7 +44,7 @@ def test_another_name_is_refused(name, plan):  # docs/semantics.md: S20
 
 def test_other_parts_of_the_memory_are_served():
     z = logits()
-    for row in range(4):  # one sequence after the other
+    for row in range(4):  # one sequence after another
         consume(z[row : row + 1, :3], ids[row : row + 1, :3])
     assert rw.token_logps(z.detach()[:, 3:6], ids[:, 3:]).isfinite().all()
     with pytest.raises(rw.InvalidCall, match="consumed"):
@@ -50,7 +52,7 @@ def test_other_parts_of_the_memory_are_served():
 
 
 def test_boxes_against_every_element():
-    """Any two slices of a tensor: the answer is whether they share an element."""
+    """For any two slices of a tensor, the answer is whether they share an element."""
     base = torch.arange(3 * 5 * 2).view(3, 5, 2)
     slices = [base[a:b, c:d] for a in range(3) for b in range(a + 1, 4) for c in range(5) for d in range(c + 1, 6)]
     regions = [consumed._region(x) for x in slices]

@@ -1,4 +1,4 @@
-"""The accuracy criterion on batches that fuzzing found it wrong about."""
+"""The accuracy criterion on batches where fuzzing found it wrong."""
 
 import dataclasses
 
@@ -19,7 +19,9 @@ def test_a_batch_without_rows_passes(shape):
 
 
 def far_batch():
-    """Unlikely targets: the log-prob in CISPO's loss, and in its weight, of which the gradient is stopped."""
+    """Unlikely targets. CISPO's loss has the log-prob, and so has its weight, whose
+    gradient is stopped.
+    """
     batch = make_batch(rw.methods.cispo(), (4, 8), 31)
     batch["logits"] = batch["logits"].detach() * 8
     batch["old_per_token_logps"] = rw.token_logps(batch["logits"].double(), batch["completion_ids"], backend="reference").float()
@@ -27,12 +29,14 @@ def far_batch():
 
 
 def test_a_stopped_gradient_is_part_of_the_losss_conditioning(monkeypatch):
-    """An error of four roundings in the log-probs is no error of the loss; one of a hundred is."""
+    """Errors of four roundings in the log-probs do not count as an error of the loss;
+    errors of a hundred do.
+    """
 
     def moved_by(roundings):
         def token_loss_grad(logits, ids, temperature, softmax, inputs, program, params, out):
             rows = load("reference").token_loss_grad(logits, ids, temperature, softmax, inputs, program, params, out)
-            if logits.dtype == torch.float32:  # what the loss is where every log-prob is wrong by as much
+            if logits.dtype == torch.float32:  # the loss if every log-prob has this error
                 logp, adv = rows[0].double(), inputs.adv.double()
                 wrong = logp * (1 + roundings * 2.0**-24)
                 rows[2] = (inputs.weights[0] * -(torch.exp(wrong - inputs.old_logp).clamp(max=5.0)) * adv * wrong).float()

@@ -1,4 +1,8 @@
-"""Two processes under DistributedDataParallel or fully_shard (gloo) have the gradient of one process with the whole batch; checkpointing changes no gradient."""
+"""Two processes with DistributedDataParallel or fully_shard (gloo) have the gradient of
+one process with the whole batch.
+
+Checkpointing changes no gradient.
+"""
 
 import datetime
 from dataclasses import dataclass, field
@@ -53,13 +57,13 @@ class Case:
     spec: object = "dapo"
     options: dict = field(default_factory=dict)
     micro_batches: int = 1
-    steps: int = 1  # the last one's gradients count
-    empty_rank: bool = False  # every row of the last rank is out
-    outside: bool = False  # the loss outside of what is wrapped
+    steps: int = 1  # the last step's gradients are compared
+    empty_rank: bool = False  # every row of the last rank is ignored
+    outside: bool = False  # the loss is outside of the wrapped module
     checkpoint: bool = False
     ddp: dict = field(default_factory=dict)
     sharded: bool = False  # fully_shard instead of DistributedDataParallel
-    module: bool = False  # the head is a module that gives the loss; sharded, it is a unit of its own
+    module: bool = False  # the head is a module that returns the loss; sharded, it is a separate unit
 
 
 BOTH = {
@@ -90,7 +94,9 @@ CASES |= {
 
 
 def whole_batch(case):
-    """The batch of all ranks, ragged: the first rank has more tokens than the last, and some rows no advantage."""
+    """The ragged batch of all ranks: the first rank has more tokens than the last, and
+    some rows have no advantage.
+    """
     g = torch.Generator().manual_seed(1)
 
     def normal(*shape):
@@ -113,21 +119,25 @@ def whole_batch(case):
 
 
 def divisors(case, mask, ranks):
-    """DistributedDataParallel averages gradients: of the whole batch's divisor each rank takes its share."""
+    """DistributedDataParallel averages gradients: each rank takes its share of the whole
+    batch's divisor.
+    """
     reads = rw.method(case.spec).reduction.reads if isinstance(case.spec, str) else case.spec.reduction.reads
     total = {"num_items_in_batch": mask.sum().item(), "num_sequences_in_batch": len(mask)}
     return {name: total[name] / ranks for name in reads}
 
 
 def gradients(case, policy, module, data):
-    """After a step in micro-batches; ``data`` is this process's part, its divisors those of the whole batch."""
+    """Gradients after a step in micro-batches; ``data`` is this process's part, with the
+    whole batch's divisors.
+    """
     parts = [
         {name: x if name == "divisors" else x.chunk(case.micro_batches)[i] for name, x in data.items()} for i in range(case.micro_batches)
     ]
     for i, part in [*enumerate(parts)] * case.steps:
         if i == 0:
             policy.zero_grad()
-        module.require_backward_grad_sync = i == len(parts) - 1  # what DistributedDataParallel's no_sync() sets
+        module.require_backward_grad_sync = i == len(parts) - 1  # as DistributedDataParallel's no_sync() does
         result = module(part, case)
         value = checkpointed(case, partial(loss, policy, part, case), result) if case.outside else result
         value.backward()
@@ -168,7 +178,7 @@ def process(rank, folder):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
-    """Every case in one test, for the processes take seconds to start."""
+    """All cases are in one test, because the processes take seconds to start."""
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=RANKS)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     wrong = []
@@ -188,7 +198,9 @@ def test_checkpointing_changes_no_gradient(name):
 
 @pytest.mark.parametrize(("plan", "passes"), [("one_pass", 2), ("two_pass", 3)])
 def test_what_checkpointing_the_head_costs(plan, passes, monkeypatch):
-    """Every logit once more: its memory was one chunk anyway. The logits' GEMMs are counted in rows."""
+    """Every logit is computed once more: its memory was one chunk anyway. The logits'
+    GEMMs are counted in rows.
+    """
     from reweight_ops._core.engine.linear.gemms import Chunk
 
     seen = []

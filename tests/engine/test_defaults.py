@@ -1,6 +1,6 @@
-"""Results depend on no default of the process: the default dtype, the default device.
+"""Results do not depend on the process's default dtype or default device.
 
-Each default has a process of its own, for a kernel that writes fp32 into a smaller buffer corrupts the heap.
+Each default runs in a separate process, because a kernel that writes fp32 into a smaller buffer corrupts the heap.
 """
 
 import os
@@ -77,7 +77,7 @@ def test_results_are_those_of_the_usual_default(which, usual, tmp_path):  # docs
 )
 @pytest.mark.parametrize("wrong", [{"dtype": torch.float16}, {"dtype": torch.float64}, {"size": -1}], ids=str)
 def test_a_result_that_the_kernel_would_overrun_is_refused(wrong, monkeypatch):
-    """The modules are given addresses: what they write is checked before they write it."""
+    """The modules receive addresses: their outputs are checked before they write."""
     empty = torch.empty
 
     def other(size, **keywords):

@@ -1,4 +1,6 @@
-"""Detached entropies that meet autograd say so, once; in every other way they are ordinary tensors."""
+"""Detached entropies that meet autograd warn once; in every other way they are ordinary
+tensors.
+"""
 
 import copy
 import io

@@ -76,7 +76,9 @@ def test_they_are_the_loops(data, backend, plan):
 
 
 def test_the_entropy_change_is_that_of_a_step(data):
-    """A step of each token's own logit against its gradient changes the mean of entropies so, to first order."""
+    """To first order, a step of each token's own logit against its gradient changes the
+    mean of entropies by this.
+    """
     out = evaluate(data, spec=rw.methods.grpo(), sampling_per_token_logps=None)
     z, step = data["logits"].detach(), 1e-6
     own = torch.nn.functional.one_hot(data["ids"], V) * (out.coef * -torch.expm1(data["logps"]))[..., None]
@@ -138,7 +140,30 @@ def test_empty_calls_and_compiled_graphs(data):
 
 
 def test_the_ranking_accuracy_of_pairs_is_of_likelihoods():
-    """Of rewards both pairs are right; by likelihood one is."""
+    """By rewards both pairs are right; by likelihood one is."""
     logps, ref = torch.tensor([[-1.0], [-3.0], [-2.0], [-2.0]]), torch.tensor([[-2.0], [-5.0], [-2.0], [-2.0]])
     out = rw.preference_loss_from_logps(logps, spec=preference.dpo(), ref_per_token_logps=ref)
     assert float(out.metrics["rewards/accuracies"]) == 1.0 and float(out.metrics["logps/accuracies"]) == 0.5
+
+
+def test_reading_them_takes_no_pass_over_the_vocabulary(data):
+    """Reading them computes only data of the size of the rows: it reads none of the 4000
+    logits of 12 tokens again.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in _pytree.tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor))
+            return result
+
+    vocab = 4000
+    logits = torch.randn(B, T, vocab, requires_grad=True)
+    out = evaluate({**data, "logits": logits})
+    out.loss.backward()
+    with Sizes():
+        out.diagnostics.as_floats()
+    assert sizes and max(sizes) < vocab, max(sizes)

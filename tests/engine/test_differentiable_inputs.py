@@ -47,11 +47,9 @@ def given(d, spec):
     return dict(completion_mask=d["mask"], differentiable_inputs=True, unused="ignore", **found, **groups)
 
 
-@pytest.mark.parametrize(
-    "name", ["grpo", "gspo", "against ref"]
-)  # nothing of these is detached, so finite differences see what autograd does
+@pytest.mark.parametrize("name", ["grpo", "gspo", "against ref"])  # nothing in these is detached, so that finite differences match autograd
 def test_exact_under_autograd(name):
-    """Against finite differences, second derivatives and transforms included."""
+    """Exact against finite differences, including second derivatives and transforms."""
     d, spec = make(), SPECS[name]
     leaves = inputs(d, spec)
     assert leaves
@@ -85,7 +83,7 @@ def test_every_plan_and_source_agrees(name, dtype, backend):
     plans = ("one_pass", "two_pass") if spec.one_pass_unsupported_reason is None else ("two_pass",)
     for call in calls:
         for plan in plans:
-            for _ in range(2):  # the second may be a kept call
+            for _ in range(2):  # the second one may be a kept call
                 out = call(plan)
                 assert out.plan == plan
                 for a, b in zip(torch.autograd.grad(2 * out.loss, leaves), wanted, strict=True):

@@ -1,4 +1,6 @@
-"""torch.export of every public op: the program gives what the op gives, and leaves nothing fake behind for the calls after it."""
+"""torch.export of every public op: the program returns the op's results, and no fake
+tensor remains for later calls.
+"""
 
 import io
 

@@ -1,4 +1,6 @@
-"""Calls that were made before: the same results and messages as the first time, whatever has changed since."""
+"""Repeated calls have the results and messages of the first call, whatever has changed
+since.
+"""
 
 import gc
 import itertools
@@ -76,7 +78,8 @@ def host_work(call):
     return found["call"], found["torch"]
 
 
-#: A loss, and at most how many functions of Python, and of PyTorch, one more call runs, backward too.
+#: A loss, and the maximum of functions of Python and of PyTorch that one more call
+#: runs, backward included.
 WORK = {"one_pass": (95, 55), "two_pass": (350, 195)}
 
 
@@ -98,7 +101,7 @@ def test_a_warm_call_does_little(kept_calls, plan):
 
 
 def test_what_a_call_is_told_apart_by(kept_calls):
-    """After a call is kept, others that differ from it in one thing each."""
+    """After a call is kept, calls that differ from it in one argument each."""
     spec = rw.methods.dapo()
     batch = batch_of(spec, 0)
     result(batch, spec=spec)
@@ -246,7 +249,7 @@ def test_a_rule_defined_again(kept_calls):
 
 
 def test_a_spec_that_is_gone(kept_calls):
-    """Its place in memory may be another spec's by now."""
+    """Another spec may have its place in memory by now."""
     batch = batch_of(rw.methods.dapo(), 0)
     spec = rw.methods.dapo(epsilon_low=0.1)
     result(batch, spec=spec)

@@ -1,4 +1,6 @@
-"""What a call makes a GPU do beside its vocabulary-sized kernels; that it copies nothing from the host, and waits for nothing."""
+"""The GPU work of a call other than its vocabulary-sized kernels. It copies nothing from
+the host and waits for nothing.
+"""
 
 import functools
 
@@ -14,7 +16,9 @@ from reweight_ops._core.rows import constants
 
 @pytest.fixture
 def meta(monkeypatch):
-    """Calls on meta tensors, whose vectors of numbers are kept as a GPU's would be, until the test is over."""
+    """Calls on meta tensors. Their vectors of numbers are kept until the end of the test,
+    like those of a GPU.
+    """
     monkeypatch.setattr(constants, "_kept", constants.OrderedDict())
     monkeypatch.setattr(constants, "lasts", lambda vector: type(vector) is torch.Tensor)
     with on_meta():
@@ -76,7 +80,7 @@ def leaf(*shape, dtype=torch.bfloat16):
 
 
 def trl_call(tensors, **options):
-    """A batch as TRL hands it, and numbers or tensors for what it divides and multiplies by."""
+    """A batch as TRL passes it, with numbers or tensors for divisors and factors."""
     rows = torch.empty(4, 32, device="meta")
     one = (lambda: torch.empty((), device="meta")) if tensors else (lambda: 0.5)
     integers = torch.empty(4, 33, dtype=torch.long, device="meta")[:, 1:]
@@ -102,7 +106,7 @@ def launches(call, metrics=False):
 
 DAPO, GRPO = rw.methods.dapo(), rw.methods.grpo(beta=0.04)
 
-#: Losses, and at most how much they may launch beside their vocabulary-sized kernels.
+#: Losses, and the maximum of their launches other than vocabulary-sized kernels.
 GOALS = {
     "one pass": (DAPO, "one_pass", {"num_items_in_batch": 7.0}, 6),
     "one pass, a penalty, means of sequences": (GRPO, "one_pass", {}, 6),
@@ -124,7 +128,7 @@ def test_few_launches(meta, name, tensors):
         options = {**options, "ref_per_token_logps": None}
     call = trl_call(tensors, spec=spec, plan=plan, **options)
     found, _ = launches(call)
-    # A tensor temperature may not be positive: one operation makes it NaN then, where the goal allows none.
+    # A tensor temperature may be not positive: one operation then makes it NaN, and the goal allows none.
     assert 0 < found.beside <= most + tensors, found
     found, more = launches(call, metrics=True)
     assert 0 < more <= 6, found
@@ -175,7 +179,7 @@ def test_no_cache_keeps_a_tensor_without_elements():
 
     call("cpu")
     with torch._subclasses.FakeTensorMode(), torch.no_grad():
-        call("cpu")  # the real one has kept its vectors
+        call("cpu")  # the real device has kept its vectors
     call("meta")
     from_logits = rw.policy_loss(
         torch.zeros(2, 3, 5, requires_grad=True), torch.zeros(2, 3, dtype=torch.long), 1.0, spec="dapo", plan="two_pass"

@@ -1,4 +1,6 @@
-"""Columns that are masked by the lowest number of the dtype: what -inf gives, also where a temperature takes it beyond that dtype."""
+"""Columns masked by the lowest number of the dtype act like -inf, also where a temperature
+takes it beyond that dtype.
+"""
 
 import math
 
@@ -48,7 +50,9 @@ def test_the_lowest_number_is_minus_infinity(call, backend, order, temperature):
 
 @pytest.mark.parametrize("name", ["grpo", "top_entropy"])
 def test_a_loss_over_them(name):
-    """Its entropy's gradient, and the whole reference, were NaN below a temperature of 1."""
+    """Its entropy's gradient, and the whole reference, used to be NaN below a temperature
+    of 1.
+    """
     spec = rw.METHODS[name].build().with_penalty(rw.Penalty(rw.rules.penalties.EntropyBonus(), 0.1))
     found = []
     for low in (LOWEST, -math.inf):

@@ -1,4 +1,4 @@
-"""New memory: on huge pages where the system has them, and never anything but a plain tensor otherwise."""
+"""New memory is on huge pages if the system has them, and otherwise always a plain tensor."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def advised(address: int) -> bool:
-    """Whether huge pages were asked for at an address: the flag ``hg`` of its mapping."""
+    """Whether huge pages were requested at an address: the flag ``hg`` of its mapping."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split(maxsplit=1)[0]
@@ -26,7 +26,7 @@ def advised(address: int) -> bool:
 
 @pytest.fixture
 def reported(monkeypatch, tmp_path):
-    """What the kernel says of the free blocks that it reports to a host."""
+    """The kernel's setting for free blocks that it reports to a host."""
 
     def say(text):
         monkeypatch.setattr(memory, "_REPORTED", tmp_path / "order")
@@ -42,7 +42,7 @@ def reported(monkeypatch, tmp_path):
 def test_whole_pages_inside_are_asked_for_and_nothing_else(reported):
     reported(None)
     page = memory._huge_page()
-    out = memory.empty((4, page), torch.float32, CPU)  # 16 pages: mapped by itself, whatever the allocator holds
+    out = memory.empty((4, page), torch.float32, CPU)  # 16 pages have their own mapping, whatever the allocator holds
     begin, end = -(-out.data_ptr() // page) * page, (out.data_ptr() + out.nbytes) // page * page
     assert advised(begin) and advised(end - 1)
     for outside in (begin - 1, end):
@@ -50,7 +50,7 @@ def test_whole_pages_inside_are_asked_for_and_nothing_else(reported):
             assert not advised(outside)
     if os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
         plain = torch.empty(16 * page, dtype=torch.uint8)
-        assert not advised(plain.data_ptr() + 8 * page), "plain memory has the flag too: this test shows nothing"
+        assert not advised(plain.data_ptr() + 8 * page), "plain memory also has the flag: this test shows nothing"
 
 
 @pytest.mark.skipif(not memory._HUGE_PAGE.exists(), reason="this system has no transparent huge pages")
@@ -64,12 +64,12 @@ def test_not_where_a_host_takes_free_memory_back(reported, text, asked):
 
 @pytest.mark.parametrize("shape", [(), (0, 7), (3, 5), (2, 3, 131)])
 def test_small_ones_are_plain(shape, monkeypatch):
-    monkeypatch.setattr(memory, "_libc", lambda: pytest.fail("nothing to ask for in less than a page"))
+    monkeypatch.setattr(memory, "_libc", lambda: pytest.fail("less than a page must not request huge pages"))
     out = memory.empty(shape, torch.bfloat16, CPU)
     assert out.shape == shape and out.dtype == torch.bfloat16 and out.is_contiguous()
 
 
 def test_without_huge_pages(monkeypatch):
     monkeypatch.setattr(memory, "_huge_page", lambda: 0)
-    monkeypatch.setattr(memory, "_libc", lambda: pytest.fail("there is nothing to ask for"))
+    monkeypatch.setattr(memory, "_libc", lambda: pytest.fail("there is nothing to request"))
     assert memory.empty((1 << 22,), torch.float32, CPU).shape == (1 << 22,)

@@ -1,4 +1,8 @@
-"""A row that is all -inf, or holds +inf or NaN: NaN in that row, whatever its rule compares, and nowhere else. Every backend, plan and method."""
+"""A row that is all -inf, or holds +inf or NaN, is NaN, whatever its rule compares, and no
+other row is.
+
+This holds for every backend, plan and method.
+"""
 
 import dataclasses
 import math
@@ -83,7 +87,9 @@ def test_choosing_tokens_does_not_hide_a_nan_row():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_a_nan_row_that_no_term_selects_is_zero(plan, backend):
-    """A weight of zero selects zero, here too: neither the loss nor a gradient knows of it."""
+    """A weight of zero selects zero here too: neither the loss nor a gradient sees the
+    row.
+    """
     spec = rw.methods.grpo()
     batch = make_batch(spec, (2, 6), 37)
     batch["completion_mask"].fill_(True)
@@ -103,9 +109,10 @@ def test_log_probs_that_are_nan_have_a_nan_gradient():
     assert logps.grad[0, 1].isnan() and logps.grad[0, [0, 2]].isfinite().all()
 
 
-#: Weights that compare a stored log-prob, and so give a token with a NaN none: it is in no term.
+#: Weights that compare a stored log-prob, and so give a token with a NaN no weight: it
+#: is in no term.
 DROPPED = {("lopti", "old_logp"), ("top_entropy", "old_logp")}
-#: Weights to which a sampler's NaN is a ratio of 1.
+#: Weights that treat a sampler's NaN as a ratio of 1.
 UNKNOWN = {("decoupled_ppo", "sampling_logp")}
 STORED = {"old_logp": "old_per_token_logps", "ref_logp": "ref_per_token_logps", "sampling_logp": "sampling_per_token_logps"}
 
@@ -141,7 +148,9 @@ def test_a_stored_log_prob_of_nan_is_a_gradient_of_nan(name, backend, plan):  # 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 def test_an_overflow_that_is_not_selected_has_no_gradient(backend, plan):  # docs/semantics.md: S11
-    """K3 without a clamp at a difference of 100: the value is the cap, the slope 0. And TRL's clip with a ratio that overflows."""
+    """K3 without a clamp at a difference of 100 has the cap as value and slope 0. And
+    TRL's clip with a ratio that overflows.
+    """
     spec = rw.methods.grpo().replace(ratio=rw.TokenRatio(clamp=math.inf)).with_penalty(rw.Penalty(K3(clamp=math.inf, cap=10.0), 0.1))
     batch = make_batch(spec, (2, 6), 37)
     batch["completion_mask"].fill_(True)
@@ -155,7 +164,7 @@ def test_an_overflow_that_is_not_selected_has_no_gradient(backend, plan):  # doc
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 def test_a_log_prob_of_minus_inf_in_a_sequence_ratio(backend):
-    """GSPO-token has GSPO's values: its own gradient's path is no part of them."""
+    """GSPO-token has GSPO's values; the path of its own gradient is not part of them."""
     losses = []
     for spec in (rw.methods.gspo(), rw.methods.gspo_token()):
         batch = make_batch(spec, (2, 6), 37)

@@ -1,4 +1,6 @@
-"""What a second call of a signature meets and the first did not: tensors that are no plain memory, and numbers that have no fp32."""
+"""Arguments of a second call of a signature that the first did not have: unusual tensors,
+and numbers without fp32.
+"""
 
 import threading
 
@@ -81,4 +83,4 @@ def test_threads_read_one_output():
             t.join()
     assert not wrong
     object.__setattr__(out, "_rest", None)
-    assert out.__getattr__("loss") is out.loss, "what another thread has read meanwhile"
+    assert out.__getattr__("loss") is out.loss, "another thread has read it in the meantime"

@@ -1,4 +1,6 @@
-"""Plans and truth: the fp64 reference passes gradcheck, one pass means two passes, and every fp32/16-bit result meets the criterion."""
+"""Plans and the reference: gradcheck passes in fp64, one pass equals two passes, and every
+result meets the criterion.
+"""
 
 import dataclasses
 import math

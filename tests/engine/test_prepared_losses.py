@@ -68,7 +68,9 @@ def test_prepared_losses_write_where_they_should(kept_calls, drop_last, consume)
 
 
 def test_a_prepared_loss_reads_what_it_was_given(kept_calls):
-    """Rows that are read later are those of the call, whatever has become of its arguments."""
+    """Rows that are read later are those of the call, whatever happened to its arguments
+    since.
+    """
     spec = rw.methods.grpo(beta=0.1)
     batch = batch_of(spec, 0)
     expected = result(batch, spec=spec)

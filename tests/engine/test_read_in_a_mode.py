@@ -1,4 +1,6 @@
-"""What is first read in a mode (fake tensors, inference) is not kept beyond it: the next read, outside, is of the call."""
+"""Outputs that are first read in a mode (fake tensors, inference) are not kept: the next
+read, outside, is of the call.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ MODES = {"fake": lambda: FakeTensorMode(allow_non_fake_inputs=True), "inference"
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("what", READ)
 def test_the_next_read_is_of_the_call(what, mode, plan):
-    for _ in range(2):  # the second call is a kept one, which knows only the loss at first
+    for _ in range(2):  # the second call is a kept one, which has only the loss at first
         out, whole = (rw.policy_loss(LOGITS.clone().requires_grad_(), **BATCH, spec=SPEC, plan=plan) for _ in range(2))
         want = READ[what](whole)
         if what == "metrics made before":

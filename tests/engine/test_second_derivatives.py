@@ -1,6 +1,6 @@
-"""Second derivatives and ``torch.func``: right where autograd can have a graph of the gradient, an error where it cannot, nowhere zero.
+"""Second derivatives and ``torch.func`` are right if autograd can have a graph of the gradient, and else an error.
 
-What is right is autograd's own word on a plain PyTorch transcription of each op.
+They are never silently zero. The reference is autograd on a plain PyTorch transcription of each op.
 """
 
 import math
@@ -20,7 +20,8 @@ from reweight_ops.testing import make_batch
 SPEC = rw.methods.grpo(beta=0.1, entropy_coef=0.02)
 BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
 VOCAB, CAP, T = 13, 4.0, 0.8
-#: How PyTorch refuses to differentiate a compiled backward; until 2.10 by a gradient without a graph.
+#: PyTorch's message when it refuses to differentiate a compiled backward; until 2.10,
+#: that of a gradient without a graph.
 PYTORCHS = "double backward|element 0 of tensors does not require grad"
 
 
@@ -35,7 +36,7 @@ def inputs(dtype=torch.float32):
 
 
 def plain_stats(z: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """The statistics as anybody writes them."""
+    """The statistics in plain PyTorch."""
     masked = z == -math.inf
     x = torch.where(masked, -math.inf, CAP * torch.tanh(torch.where(masked, 0, z) / CAP) / T)
     x = torch.where(mask[..., None], x, 0)

@@ -1,4 +1,8 @@
-"""The gradient by the temperature: that of eager PyTorch, from logits and from hidden states, and an error wherever it would be dropped."""
+"""The gradient by the temperature is that of eager PyTorch, from logits and from hidden
+states.
+
+It is an error wherever it would be dropped.
+"""
 
 import math
 
@@ -39,7 +43,7 @@ def logits_of(d):
 
 
 def eager(z, ids, heat, softcap=None):
-    """``(logps, entropies, lse, log Σp²)`` as people write them."""
+    """``(logps, entropies, lse, log Σp²)`` in plain PyTorch."""
     x = (z if softcap is None else softcap * torch.tanh(z / softcap)) / (
         heat[..., None] if heat.shape == z.shape[:-1] else heat.view(-1, 1, 1)
     )
@@ -79,7 +83,9 @@ def test_statistics(shape, softcap, frozen, backend):
 
 
 def test_each_statistic_alone_and_the_second_moment(backend):
-    """``log_sum_p_sq`` too, which losses read; a name that only a derivative reads is not returned."""
+    """Also ``log_sum_p_sq``, which losses read; a name that only a derivative reads is not
+    returned.
+    """
     d = make(dtype=torch.float32)
     heat = d["heat"].detach().double().requires_grad_()
     truth = dict(zip(("logp", "entropy", "lse", "log_sum_p_sq"), eager(logits_of(d).double(), d["ids"], heat), strict=True))
@@ -95,7 +101,9 @@ def test_each_statistic_alone_and_the_second_moment(backend):
 @pytest.mark.parametrize("spec", ["grpo", "gspo", rw.methods.dapo(entropy_coef=0.1)], ids=["grpo", "gspo", "dapo"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_losses(spec, shape):
-    """The gradient that the loss on eager statistics has; ``auto`` takes two passes, and ``explain`` says why."""
+    """The gradient is that of the loss on eager statistics; ``auto`` takes two passes, and
+    ``explain`` says why.
+    """
     d = make(shape)
     z = logits_of(d)
     old = eager(z, d["ids"], d["heat"])[0].detach() + 0.1 * d["upstream"][0]
@@ -132,7 +140,11 @@ def test_a_loss_of_pairs():
 
 
 def test_columns_and_rows_without_probability(backend):
-    """``-inf`` columns have no part in it; an ignored row adds exactly 0, whatever it holds; a target of ``-inf`` without a coefficient is no NaN."""
+    """``-inf`` columns do not contribute. An ignored row adds exactly 0, whatever it
+    holds.
+
+    A target of ``-inf`` with a zero derivative gives no NaN.
+    """
     d = make(dtype=torch.float32)
     z = logits_of(d).detach().clone()
     z[..., 3] = -math.inf
@@ -179,7 +191,7 @@ def test_transforms_compiled_and_second_derivatives():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for a, e in zip(torch.autograd.grad(compiled(d["heat"], d["hidden"]), [d["heat"], d["hidden"]]), want, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
-    with pytest.raises(rw.UnsupportedRequest, match=r"where the temperature requires grad: torch.func \(grad, hessian\) has them"):
+    with pytest.raises(rw.UnsupportedRequest, match=r"but the temperature requires grad: torch.func \(grad, hessian\) has them"):
         torch.autograd.grad(loss(d["heat"], d["hidden"]), d["heat"], create_graph=True)
 
 
@@ -190,7 +202,7 @@ REFUSED = {
     "distillation_loss": lambda z, ids, t: rw.distillation_loss(z, z.detach(), temperature=t),
     "linear_token_divergence": lambda z, ids, t: rw.linear_token_divergence(z, torch.eye(V), z.detach(), temperature=t),
     "the teacher's": lambda z, ids, t: rw.linear_distillation_loss(z, torch.eye(V), z.detach(), teacher_temperature=t),
-    "a composite": lambda z, ids, t: rw.divergences.pld(z, z.detach(), ids, temperature=t),
+    "does not write over its logits": lambda z, ids, t: rw.divergences.pld(z, z.detach(), ids, temperature=t),
 }
 
 

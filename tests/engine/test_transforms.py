@@ -1,4 +1,6 @@
-"""``torch.func``'s transforms and forward-mode differentiation of every public op: what autograd gives, from the torch formula."""
+"""``torch.func``'s transforms and forward-mode differentiation of every public op agree
+with autograd of the torch formula.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ def forward_mode(f):
         return forward_ad.unpack_dual(f(forward_ad.make_dual(LOGITS.clone(), DIRECTION))).tangent
 
 
-#: Transform of a function to a number: what it gives, and the same from the function's values and gradients at two points.
+#: Transforms of a function to a number: the transform, and the same value from the
+#: function's values and gradients at two points.
 TRANSFORMS = {
     "grad": (lambda f: torch.func.grad(f)(LOGITS), lambda values, grads: grads[0]),
     "vjp": (lambda f: torch.func.vjp(f, LOGITS)[1](torch.ones((), dtype=torch.float64))[0], lambda values, grads: grads[0]),

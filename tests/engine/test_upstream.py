@@ -1,4 +1,6 @@
-"""A one-pass gradient times its upstream gradient: every public op, every backend that runs here, eager and compiled."""
+"""A one-pass gradient times its upstream gradient: every public op, every available
+backend, eager and compiled.
+"""
 
 import math
 
@@ -42,7 +44,7 @@ def policy_in_place(z, backend):
 
 
 def policy_in_padded_place(z, backend):
-    """Over logits whose rows are further apart than they are long."""
+    """In place over logits whose row stride exceeds the row length."""
     apart = torch.nn.functional.pad(z, (0, 5))[..., :VOCAB]
     return policy(apart, backend, consume_logits=True)
 
@@ -88,10 +90,12 @@ def gradients(name, backend, upstream, compiler=None):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_it_is_the_fp32_product_rounded_once(name, backend):  # docs/semantics.md: S19
-    """Bit for bit. The zero rows of masked tokens too: 0 * inf is NaN, as everywhere in PyTorch."""
+    """It is bitwise equal. Zero rows of masked tokens are multiplied too: 0 * inf is NaN,
+    as everywhere in PyTorch.
+    """
     plain = gradients(name, backend, 1.0)
     assert all(bool((g == 0).any()) for g in plain[:1])
-    for upstream in UPSTREAMS if backend != "triton" else (0.3, math.inf):  # the interpreter takes its time
+    for upstream in UPSTREAMS if backend != "triton" else (0.3, math.inf):  # the interpreter is slow
         for got, of_one in zip(gradients(name, backend, upstream), plain, strict=True):
             want = (of_one.float() * torch.tensor(upstream)).to(of_one.dtype)
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m, u=upstream: f"{u}: {m}")
@@ -106,7 +110,7 @@ def test_compiled(name):
 
 
 def test_the_backend_that_made_the_gradient_scales_it(monkeypatch):
-    """And not another one; one call for each gradient."""
+    """The backend that made the gradient scales it, with one call for each gradient."""
     seen = []
     monkeypatch.setattr(library, "scale_", lambda grad, factor, backend: seen.append((tuple(grad.shape), backend)))
     for name in LOSSES:
@@ -116,7 +120,9 @@ def test_the_backend_that_made_the_gradient_scales_it(monkeypatch):
 
 
 def test_an_earlier_user_of_what_is_scaled_raises():
-    """The version of a gradient that is scaled in place is counted, as PyTorch's own in-place operations do."""
+    """The version of a gradient that is scaled in place is counted, as for PyTorch's own
+    in-place operations.
+    """
     grad = torch.ones(2, 3)
     before = grad._version
     library.scaled(grad, torch.tensor(2.0), "reference")

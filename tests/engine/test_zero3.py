@@ -1,5 +1,9 @@
-"""ZeRO-3's parameters: right where they are gathered, refused with what to do where they are not. The stand-in does what
-``deepspeed/runtime/zero/partition_parameters.py`` does to a parameter (``_convert_to_deepspeed_param``, ``free_param``, ``GatheredParameters``)."""
+"""ZeRO-3's parameters work if they are gathered, and are refused with instructions if they
+are not.
+
+The stand-in does what ``deepspeed/runtime/zero/partition_parameters.py`` does to a
+parameter (``_convert_to_deepspeed_param``, ``free_param``, ``GatheredParameters``).
+"""
 
 import contextlib
 import enum
@@ -24,7 +28,7 @@ def free(parameter):
 
 
 def convert(parameter):
-    """The parameter in parts: its data are in ``ds_tensor``, of one rank all of them."""
+    """Convert a parameter: ``ds_tensor`` holds its data, on one rank all of them."""
     parameter.ds_id, parameter.ds_shape, parameter.ds_numel = 7, parameter.shape, parameter.numel()
     parameter.ds_tensor = parameter.detach().flatten().clone()
     free(parameter)
@@ -43,7 +47,11 @@ def GatheredParameters(parameters):
 
 
 class Head(nn.Linear):
-    """A module whose hooks gather, as the engine's do: around its forward, and from the gradient of its output on until backward is through it."""
+    """A module whose hooks gather like the engine's.
+
+    They gather around its forward, and from the gradient of its output until backward
+    has passed it.
+    """
 
     def forward(self, hidden, call):
         with GatheredParameters(self.parameters()):

@@ -1,4 +1,8 @@
-"""A call that fails in its middle (no memory, Ctrl-C): the caller's logits are what they were or known to be none any more, and the next call works."""
+"""A call that fails in the middle (no memory, Ctrl-C) leaves the caller's logits unchanged
+or known to be consumed.
+
+The next call works.
+"""
 
 import dataclasses
 import signal
@@ -23,7 +27,7 @@ SPEC = rw.methods.grpo(beta=0.1)
 
 @pytest.fixture(params=[False, True], ids=["first call", "again"])
 def warm(request):
-    """Whether the call has been made before: what is kept takes another way."""
+    """Whether the call has been made before: kept calls take another path."""
     KEPT._calls.clear()
     return request.param
 
@@ -50,7 +54,7 @@ class Failing:
 
 
 def after(function, error):
-    """What it does is done, and then it raises: as a signal that comes while a kernel runs."""
+    """Do the work and then raise, like a signal during a kernel."""
 
     def run(*arguments, **keywords):
         function(*arguments, **keywords)
@@ -103,7 +107,9 @@ def test_no_memory(backend, plan, consume, warm, monkeypatch):
 @pytest.mark.parametrize("primitive", ["token_loss_grad", "token_stats"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ctrl_c_while_a_kernel_runs(backend, primitive, monkeypatch):
-    """It is raised when the kernel returns: its gradient is where the logits were."""
+    """The exception is raised when the kernel returns: its gradient is then in the logits'
+    memory.
+    """
     batch, plan = batch_of(SPEC, 0), "one_pass" if primitive == "token_loss_grad" else "two_pass"
     expected = result(batch, spec=SPEC, plan=plan, backend=backend)
     KEPT._calls.clear()
@@ -148,7 +154,7 @@ def test_ctrl_c_in_a_call_that_is_made_again(where, monkeypatch):
 
 
 def test_a_call_that_is_refused_marks_nothing():
-    """An id that is none is found by the kernel of a call that is made again: its logits are still logits."""
+    """In a repeated call the kernel finds a bad id: the logits are still logits."""
     batch = batch_of(SPEC, 0)
     call(logits(batch), batch, "auto", "auto", consume=True)
     z, ids = logits(batch), batch["completion_ids"].clone()
@@ -159,7 +165,7 @@ def test_a_call_that_is_refused_marks_nothing():
 
 
 def test_ctrl_c_at_any_moment():
-    """A timer's signals, wherever they come: after each, every call gives what it did."""
+    """A timer's signals arrive anywhere: after each, every call gives its usual result."""
     batch = batch_of(SPEC, 0, (4, 8))
     expected = result(batch, spec=SPEC)
 

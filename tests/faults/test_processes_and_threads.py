@@ -1,4 +1,6 @@
-"""Other processes and threads: a fork after use, two that write one rule, two that call at once, a cache that a crash left short."""
+"""Other processes and threads: a fork after use, two writers of one rule, two callers at
+once, a truncated cache.
+"""
 
 import importlib.util
 import os
@@ -26,7 +28,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def script(text: str, timeout: float = 120, **environment: str) -> str:
-    """What a process of its own prints; a child that hangs fails."""
+    """The output of a separate process; a child that hangs fails."""
     found = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text)], capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
     )

@@ -128,7 +128,7 @@ def assert_within_running_error(cls, got: torch.Tensor, params: dict[str, float]
         worst = int(excess.argmax())
         at = {k: v[worst].item() for k, v in points().items()}
         assert excess[worst] <= 0, f"{cls.name}.{name}: {have[worst]} instead of {want[worst]}, bound {bound[worst]:.1e}, at {at}"
-        # The bound is no blank cheque: nearly everywhere it is a few hundred units in the last place.
+        # The bound is tight: nearly everywhere it is a few hundred units in the last place.
         tight = bound <= 2.0**-14 * (1 + want.abs())
         assert tight.double().mean() > 0.9, (cls.name, name)
 

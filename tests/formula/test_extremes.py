@@ -1,4 +1,4 @@
-"""Infinite and unknown inputs: both ways to a row's gradient, autograd on the rules and the derived graph that kernels run, say the same.
+"""Infinite and unknown inputs: autograd on the rules and the derived graph that kernels run give the same gradient of a row.
 
 ``0·inf`` selects zero; a NaN loss has a NaN gradient; what overflows is finite in neither.
 """

@@ -78,10 +78,12 @@ def test_entry_equals_its_golden_row(row, dtype):
 
 @pytest.mark.parametrize("row", GOLDEN, ids=[f"{i}-{r.kind}/{r.name}" for i, r in enumerate(GOLDEN)])
 def test_every_number_of_a_row_is_looked_at(row):
-    """Any one of them off by a millionth fails, as does one too few or too many."""
+    """A single value that is off by a millionth fails, and so does a missing or additional
+    value.
+    """
     numbers = list(flat(row.expected))
     for i, x in enumerate(numbers):
-        wrong = 0.0 if math.isnan(x) else x + 1e-6
+        wrong = x + 1e-6 if math.isfinite(x) else 0.0
         assert golden_error(dataclasses.replace(row, expected=[*numbers[:i], wrong, *numbers[i + 1 :]])) > 1
     assert (
         golden_error(dataclasses.replace(row, expected=[*numbers, 0.0]))

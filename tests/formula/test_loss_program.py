@@ -78,7 +78,7 @@ def redefined(formula):
 
 @pytest.mark.parametrize("backend", ONE_PASS_BACKENDS)
 def test_a_rule_defined_again_runs_as_redefined(backend):
-    """Two cells of a notebook, one name: the second formula is what runs."""
+    """Two notebook cells define one name: the second formula is the one that runs."""
     z = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(0))
     ids = torch.randint(0, 17, (2, 5), generator=torch.Generator().manual_seed(1))
     losses = []

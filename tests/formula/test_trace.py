@@ -1,4 +1,6 @@
-"""Tracing: what is recorded, what is refused and how, and derivatives against autograd on generated formulas."""
+"""Tracing: what is recorded, what is refused and how, and derivatives against autograd on
+generated formulas.
+"""
 
 from __future__ import annotations
 

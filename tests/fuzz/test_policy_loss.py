@@ -1,4 +1,6 @@
-"""Any policy loss that can be drawn, against the fp64 reference by the package's criterion, and what must not change its result."""
+"""Random policy losses against the fp64 reference by the package's criterion, and changes
+that must not affect the result.
+"""
 
 import math
 
@@ -13,7 +15,7 @@ COMPILED = [b for b in BACKENDS if b != "triton"]
 
 
 def result(call: PolicyCall, batch, **options):
-    """What a call gives, and its gradient."""
+    """A call's results and its gradient."""
     z = batch["logits"].detach().requires_grad_()
     given = {**call.head(), **options}
     logits = z * 1 if given.get("consume_logits") else z

@@ -1,4 +1,6 @@
-"""Where the tests of this folder run, and the few things that are spelled differently on a GPU and in a dry run on the CPU."""
+"""The device of this folder's tests, and the operations that differ between a GPU and a
+dry run on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,7 @@ def other_stream() -> Any:
 
 
 def keep_busy(milliseconds: float) -> Any:
-    """The current stream does nothing else for that long; returns an event that comes after it."""
+    """Keep the current stream busy for that long; return an event after it."""
     if DRY:
         return None
     cycles = int(milliseconds * 2e6)  # of a clock of at most about 2 GHz
@@ -91,7 +93,7 @@ def keep_busy(milliseconds: float) -> Any:
 
 @contextlib.contextmanager
 def no_synchronization() -> Any:
-    """An error for whatever makes the host wait for the GPU. In a dry run nothing can."""
+    """Raise if anything makes the host wait for the GPU. In a dry run nothing can."""
     if DRY:
         yield
         return
@@ -104,7 +106,7 @@ def no_synchronization() -> Any:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int | None:
-    """Bytes that ``run`` held at most, beyond what was there before; None in a dry run."""
+    """Peak bytes of ``run`` beyond the existing ones; None in a dry run."""
     run()  # what is allocated once and for all
     if DRY:
         return None

@@ -1,4 +1,6 @@
-"""What only a device shows: graphs, streams, other devices, compiled callers, waiting, memory, and tensors beyond 2³¹ elements."""
+"""Behaviour that needs a device: graphs, streams, other devices, compiled callers,
+waiting, memory, tensors beyond 2³¹ elements.
+"""
 
 import pytest
 import torch
@@ -123,7 +125,9 @@ def test_a_schedule_in_a_graph(place):
 
 
 def test_it_runs_on_the_current_stream(place):
-    """The stream sleeps, then the logits are written, then we are called: whoever runs on another stream reads what was there before."""
+    """The stream sleeps, then the logits are written, then the op runs: code on another
+    stream would read the old contents.
+    """
     batch = batch_on(place, SPEC)
     want = loss_and_gradient(batch, place)
     late = torch.zeros_like(batch["logits"])

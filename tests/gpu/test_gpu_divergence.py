@@ -1,4 +1,6 @@
-"""Two logits tensors on every GPU backend: against the fp64 reference, layouts against each other bitwise, and what only a device shows."""
+"""Two logits tensors on every GPU backend: against the fp64 reference, layouts bitwise,
+and behaviour that needs a device.
+"""
 
 import itertools
 import math
@@ -218,7 +220,9 @@ def test_in_a_graph(place, op):
 @pytest.mark.parametrize("op", [divergence, distillation])
 @pytest.mark.parametrize("late", [0, 1])
 def test_it_runs_on_the_current_stream(place, op, late):
-    """The stream sleeps, then one of the tensors is written, then we are called: whoever runs on another stream reads what was there before."""
+    """The stream sleeps, then one tensor is written, then the op runs: code on another
+    stream would read the old contents.
+    """
     z, other, mask = two_logits(place)
     want = op(z, other, mask, place)
     written = [z, other]

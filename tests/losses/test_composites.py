@@ -1,4 +1,6 @@
-"""Losses of :mod:`reweight_ops.divergences` beside KL: against their formulas by loops, by hand, in chunks, at their edges."""
+"""The losses of :mod:`reweight_ops.divergences` other than KL: against loops, by hand, in
+chunks, at their edges.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,7 @@ def log_softmax(x):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("elements", [1 << 24, 2 * V])
 def test_against_loops_and_gradcheck(name, elements, monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", elements)  # 12 rows in one chunk, or two a chunk
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", elements)  # 12 rows in one chunk, or two per chunk
     call, formula = CASES[name]
     z, t, ids, mask = batch()
     got = call(z, t, ids, completion_mask=mask)
@@ -165,7 +167,7 @@ def test_wrong_calls():
         (lambda: divergences.dhkd(z, t, temperature=0.0), r"expected a number in \(0, inf\)"),
         (lambda: divergences.pld(z, t, ids[:2]), r"completion_ids is \(2, 4\), so expected"),
         (lambda: divergences.pld(z, t[..., :5], ids), "pass vocab_size"),
-        (lambda: divergences.ldr(z, ids, temperature=2.0), "temperature is lambda_ here"),
+        (lambda: divergences.ldr(z, ids, temperature=2.0), "the temperature is called lambda_ here"),
         (lambda: divergences.stablemax((z.requires_grad_() * 1), ids, consume_logits=True), "does not write over"),
     ):
         with pytest.raises(rw.InvalidCall, match=message):

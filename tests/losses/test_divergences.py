@@ -1,4 +1,6 @@
-"""Two logits tensors: against textbook formulas in fp64, on every backend by the accuracy criterion, and where probabilities are 0."""
+"""Two logits tensors: against textbook formulas in fp64, by the accuracy criterion on
+every backend, and with zero probabilities.
+"""
 
 from __future__ import annotations
 
@@ -86,13 +88,13 @@ def test_any_width_mixed_dtypes_and_strides(backend, columns):
 def test_zero_probabilities(backend, dtype):
     available(backend)
     inf = math.inf
-    # 70 columns: whole vectors of nothing, and a tail.
+    # 70 columns: whole vectors without mass, and a tail.
     z = torch.randn(8, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
     other = z.roll(1, 0).clone()
     z[0, 3] = -inf  # p = 0 < q
     other[1, 64] = -inf  # q = 0 < p
-    z[2, 5] = other[2, 5] = -inf  # both 0: nothing
-    z[3, :64] = other[3, :64] = -inf  # whole vectors of nothing
+    z[2, 5] = other[2, 5] = -inf  # both 0: no contribution
+    z[3, :64] = other[3, :64] = -inf  # whole vectors without mass
     z[4] = -inf  # no distribution
     other[5, 0] = math.nan
     z[6, 0] = inf
@@ -144,7 +146,11 @@ def test_equal_tensors_give_exact_zeros(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("low", [-1e4, -1e30, -math.inf, None])
 def test_masked_columns(backend, dtype, low):
-    """By -inf or by a number, the lowest of all (None) too; in both tensors, or in p more than in q. KL(p‖q) by hand over the columns that are left."""
+    """Columns masked by -inf or by a number, also the lowest finite one (None), in both
+    tensors or more in p than in q.
+
+    KL(p‖q) is computed by hand over the other columns.
+    """
     available(backend)
     low = torch.finfo(dtype).min if low is None else low
     z, other, _ = two_logits((1, 4), 700, dtype)
@@ -161,7 +167,7 @@ def test_masked_columns(backend, dtype, low):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_far_apart_and_extreme(backend):
-    """Where q has mass, p is 2^-1400; the difference of logits is all of KL(q‖p)."""
+    """Where q has mass, p is 2^-1400: the difference of logits is all of KL(q‖p)."""
     available(backend)
     z, other = torch.zeros(1, 3000), torch.zeros(1, 3000)
     z[0, 7], other[0, 2900] = 1000.0, 1000.0
@@ -246,7 +252,7 @@ def test_threads_change_nothing():
 
 
 def test_memory_of_one_pass_in_place():
-    """No tensor of the logits' size beside the two that the caller has."""
+    """No tensor of the logits' size exists except the caller's two."""
     z, other, _ = two_logits((2, 8), 4001, torch.float32)
     x = z.clone().requires_grad_()
     used = x * 1

@@ -1,4 +1,6 @@
-"""Calls without a row in the loss, because every row is out or because there is none: a differentiable 0, and metrics."""
+"""Calls without a row in the loss give a differentiable 0 and metrics: every row is
+ignored, or there is none.
+"""
 
 import math
 
@@ -76,7 +78,9 @@ def test_losses_with_a_divisor_of_zero(backend, plan, how):
 
 
 def test_micro_batches_without_a_row_change_no_extremum():
-    """Combining leaves them out, and a batch of only such micro-batches still has none."""
+    """Combining leaves them out, and a batch of only such micro-batches still has no
+    extremum.
+    """
     batch = make_batch(rw.methods.grpo(), (3, 4), 19)
     full = rw.policy_loss(**batch, spec="grpo").metrics
     nothing = rw.policy_loss(**emptied(batch, "all masked"), spec="grpo").metrics

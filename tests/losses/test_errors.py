@@ -1,4 +1,4 @@
-"""Wrong calls: every one an error of the right class that says what was got, what was expected, and what to do. API.md, section 6."""
+"""Wrong calls are errors of the right class that say what was got, what was expected, and what to do (docs/api.md)."""
 
 import pytest
 import torch
@@ -76,7 +76,9 @@ def test_classes_derive_from_what_a_caller_would_catch():
 
 
 def test_per_sequence_values_where_sequences_are_as_many_as_rows():
-    """[S] is refused when S == N: it could be per token; here it is read as per token."""
+    """[S] is refused when S == N because it could be per token; this op reads it as per
+    token.
+    """
     z, ids = Z.view(6, 7), IDS.view(6)
     per_row = torch.arange(6.0)
     out = rw.policy_loss(z, ids, per_row, spec="reinforce", cu_seqlens=torch.arange(7))
@@ -184,7 +186,7 @@ def test_wrong_specs():
         (lambda: rw.schedules.lopti("random"), "order is 'random'"),
         (lambda: rw.methods.advantage_reweighting(probabilities="new"), "probabilities is 'new'"),
         (lambda: rw.methods.dapo().replace(epsilon=1), "has no field 'epsilon'"),
-        (lambda: rw.methods.dapo().replace(**{"penalties.0.coef": 1}), "no position"),
+        (lambda: rw.methods.dapo().replace(**{"penalties.0.coef": 1}), "not a position"),
     ):
         with pytest.raises(rw.InvalidCall, match=why):
             make()

@@ -1,4 +1,8 @@
-"""Losses that couple rows, shapes of the cross-entropy and unlearning: the op against independent transcriptions, loss and gradient, in fp64."""
+"""Losses that couple rows, shapes of the cross-entropy, and unlearning, against
+independent transcriptions in fp64.
+
+Loss and gradient are compared.
+"""
 
 import dataclasses
 import math
@@ -54,13 +58,15 @@ def test_gmpo(batch):
 
 
 def test_gmpo_has_one_advantage_a_sequence(batch):
-    """The paper's A is the sequence's; before, advantages of a token each gave a number that it does not define."""
+    """The paper's A is per sequence; advantages per token used to give a number that the
+    paper does not define.
+    """
     spec, per_token = rw.methods.gmpo(), batch["A"][:, None].expand_as(batch["old"])
-    with pytest.raises(rw.InvalidCall, match="one advantage a sequence, these are one a token"):
+    with pytest.raises(rw.InvalidCall, match="one advantage per sequence, these are one per token"):
         ours(batch, spec, per_token)
     packed = dict(cu_seqlens=torch.tensor([0, 4, 9]), completion_mask=None, old_per_token_logps=batch["old"][0])
     one = {**batch, "logits": batch["logits"][0], "ids": batch["ids"][0]}
-    with pytest.raises(rw.InvalidCall, match="these are one a token"):
+    with pytest.raises(rw.InvalidCall, match="these are one per token"):
         ours(one, spec, per_token[0], **packed)
     want = ours(one, spec, batch["A"][:2, None], **packed).loss
     assert want.isfinite() and ours(one, spec, 1.0, **packed).loss != want
@@ -89,7 +95,7 @@ def test_topr(batch):
     drift = ((batch["logp"] - batch["old"]) * batch["mask"]).sum(1)
     advantages = batch["A"].abs()
     assert drift.max() > 0 > drift.min()
-    advantages[torch.stack([drift.argmax(), drift.argmin()])] *= -1  # a ratio over 1, and one under it
+    advantages[torch.stack([drift.argmax(), drift.argmin()])] *= -1  # one ratio above 1, and one below
     same(ours(batch, "topr", advantages).loss, papers.topr(batch["logp"], batch["old"], advantages, batch["mask"]), batch)
     r, A = (batch["logp"] - batch["old"]).exp().detach(), batch["A"][:, None]
     expected = (-torch.where(A < 0, r.clamp(max=1), 1.0) * A * batch["logp"])[batch["mask"]].mean()
@@ -155,7 +161,9 @@ def test_drpo(batch):
 
 
 def test_drpo_of_any_preference(batch):
-    """``exp(r_i/λ)`` of the positives' rewards, large ones without overflow; the length is one of them, up to a constant."""
+    """``exp(r_i/λ)`` of the positives' rewards, also large ones without overflow; the
+    length is one of them, up to a constant.
+    """
     rows = papers.sequences(batch["mask"], batch["logp"], batch["old"])
     scores = torch.stack([lp.mean() for lp, _ in rows])
     groups, options = [0, 0, 0, 0, 1, 1, 1, 1], dict(kl_strength=0.0, group_size=4)
@@ -204,7 +212,11 @@ def test_coupled_losses_take_prompts_by_id_and_packed_rows(batch):
 
 
 def test_coupled_losses_scale_and_mean_what_they_say(batch):
-    """``loss_scale`` is a factor of a loss that is not linear; a row's shares add up; coefficients are the gradient; outs are the same in both levels."""
+    """``loss_scale`` is a factor of a nonlinear loss, a row's shares add up, and
+    coefficients are the gradient.
+
+    Ignored rows are the same at both levels.
+    """
     spec = rw.methods.drpo(group_size=4, kl_strength=2.0, kl_bound=-1.0)
     one, eight = (ours(batch, spec, batch["rewards"], loss_scale=s) for s in (1.0, 8.0))
     torch.testing.assert_close(eight.loss, 8 * one.loss)
@@ -218,7 +230,7 @@ def test_coupled_losses_scale_and_mean_what_they_say(batch):
 
 def test_coupled_corner_cases(batch):
     spec = rw.methods.disco(kl_strength=0.0, group_size=4)
-    for rewards in (torch.zeros(B), torch.ones(B)):  # every prompt one-sided
+    for rewards in (torch.zeros(B), torch.ones(B)):  # every prompt has one label
         out = ours(batch, spec, rewards)
         assert out.loss == 0 and (torch.autograd.grad(out.loss, batch["logits"], retain_graph=True)[0] == 0).all()
     nothing = ours({**batch, "mask": torch.zeros_like(batch["mask"])}, spec, batch["rewards"])
@@ -325,7 +337,9 @@ def test_npo(batch):
 
 
 def test_npo_with_retained_sequences_and_of_a_batch(batch):
-    """The mean is over the sequences to forget, whatever is retained beside them; WAGLE's code has one log-ratio a batch."""
+    """The mean is over the sequences to forget, whatever is retained; WAGLE's code has one
+    log-ratio per batch.
+    """
     logp, ref, mask = batch["logp"], batch["ref"], batch["mask"]
     labels = torch.tensor([-1.0, 1, 1, -1, -1, 1, 1, 1])
     forget, retain = mask & (labels < 0)[:, None], mask & (labels > 0)[:, None]

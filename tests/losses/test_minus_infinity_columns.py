@@ -1,4 +1,7 @@
-"""A column that is ``-inf`` in every tensor of a call is a column that is not there: the same value, the same gradient in the others, 0 in it."""
+"""A column that is ``-inf`` in every tensor of a call does not exist.
+
+The value and the gradient of the other columns are unchanged, and its gradient is 0.
+"""
 
 import math
 
@@ -46,7 +49,9 @@ def test_token_divergence(kind, backend):
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_generalized_jsd_where_one_has_no_mass(beta):
-    """Finite for any two distributions; the gradient is that of the formula on the columns with mass."""
+    """It is finite for any two distributions; the gradient is that of the formula on the
+    columns with mass.
+    """
     z, other, _ = inputs()
     other[:, 2] = -math.inf
     z[:, 6] = -math.inf

@@ -1,4 +1,4 @@
-"""Own parts and names put wrongly: each error names what was meant."""
+"""Wrong parts and names: each error names what was meant."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ class BareWeight(rw.TokenWeight):
 
 
 class Derived(type(CLIP)):
-    """Without a decorator of its own it would pass for a clip."""
+    """Without its own decorator it would count as a clip."""
 
     def loss(self, xp, t):
         return -t.adv * t.logp
@@ -116,7 +116,7 @@ def test_what_the_catalogue_lists_under_a_namespace_is_in_it(kind):
 
 
 def test_decorated_classes_are_what_they_were(registry):
-    """One line above the class is all it takes; an ``__init__`` of one's own stays."""
+    """One line above the class suffices; the class's own ``__init__`` stays."""
     assert dataclasses.is_dataclass(
         rw.rule("bare_rule")(type("BareRule", (rw.Rule,), {"loss": Bare.loss, "x": 1.0, "__annotations__": {"x": float}}))
     )
@@ -131,7 +131,7 @@ def test_decorated_classes_are_what_they_were(registry):
 
 
 def test_a_lora_as_a_plain_tuple():
-    """As the keywords' type says it may be."""
+    """The type of the keyword allows it."""
     a, b = torch.ones(2, 4), torch.ones(4, 2)
     for lora in (rw.Lora(a, b, 0.5), (a, b, 0.5)):
         found = rw.linear_token_logps(Z, torch.eye(4), IDS, lora=lora)

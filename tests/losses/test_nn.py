@@ -1,4 +1,8 @@
-"""The modules: the ops' numbers, the parameters and state dict of the ``nn.Linear`` they replace, and what they refuse."""
+"""The modules have the ops' numbers, and the parameters and state dict of the
+``nn.Linear`` that they replace.
+
+They refuse heads that do more.
+"""
 
 import copy
 
@@ -61,7 +65,9 @@ def test_entropies_and_the_whole_output():
 
 
 def test_parameters_are_those_of_a_linear(module):
-    """Own ones as ``nn.Linear`` initialises them, borrowed ones the same objects, the state dict the same names; tied weights stay tied."""
+    """Own parameters are initialised like ``nn.Linear``'s, borrowed ones are the same
+    objects, names are equal, ties stay.
+    """
     cls, own = module
     for bias in (False, True):
         torch.manual_seed(0)
@@ -122,8 +128,8 @@ def _weight(linear, weight):
 
 
 REFUSED = {
-    "a class of its own": (Quantised(D, V), "Quantised, which is no plain nn.Linear: dequantise or merge it, or pass head"),
-    "no module": (torch.zeros(3), "Tensor, which is no plain nn.Linear"),
+    "a class of its own": (Quantised(D, V), "Quantised, which is not a plain nn.Linear: dequantise or merge it, or pass head"),
+    "no module": (torch.zeros(3), "Tensor, which is not a plain nn.Linear"),
     "integers": (_weight(nn.Linear(D, V), torch.zeros(V, D, dtype=torch.uint8)), "quantised, its weight is torch.uint8"),
     "fp8": (_weight(nn.Linear(D, V), torch.zeros(V, D).to(torch.float8_e4m3fn)), "quantised, its weight is torch.float8_e4m3fn"),
     "a wrapped tensor": (_weight(nn.Linear(D, V), torch.zeros(V, D).as_subclass(Wrapper)), "quantised, its weight is a Wrapper"),
@@ -146,7 +152,7 @@ def test_the_op_says_what_to_do_with_a_quantised_weight():
 @pytest.mark.parametrize("name", ["lm_head_bias", "lora", "row_index", "consume_logits", "drop_last"])
 def test_keywords_that_are_no_setting(module, name):
     cls, own = module
-    with pytest.raises(rw.InvalidCall, match=f"{cls.__name__}: {name} is no setting"):
+    with pytest.raises(rw.InvalidCall, match=f"{cls.__name__}: {name} is not a setting"):
         cls(D, V, **own, **{name: None})
 
 

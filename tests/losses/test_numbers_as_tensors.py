@@ -1,4 +1,8 @@
-"""Numbers of a call that are tensors: what has no gradient refuses one that wants it, and constants of the kernels are no tensors."""
+"""Numbers of a call that are tensors: an argument without a gradient refuses one that
+requires it.
+
+Constants of the kernels cannot be tensors.
+"""
 
 import math
 
@@ -64,7 +68,7 @@ def test_a_logit_scale_is_one_positive_number():
         with pytest.raises(rw.InvalidCall, match=f"logit_scale.* {message}"):
             rw.linear_token_logps(HIDDEN, WEIGHT, IDS, logit_scale=wrong)
     # The cap is divided by the scale, and is a number: the gradient by the scale would be wrong.
-    with pytest.raises(rw.InvalidCall, match="logit_scale is a tensor beside a softcap"):
+    with pytest.raises(rw.InvalidCall, match="logit_scale is a tensor, but softcap is a number"):
         rw.linear_token_logps(HIDDEN, WEIGHT, IDS, logit_scale=x, softcap=3.0)
 
 

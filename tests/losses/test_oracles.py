@@ -1,4 +1,6 @@
-"""The oracles against each other where two sources state the same loss, and against finite differences."""
+"""The oracles compared with each other where two sources state the same loss, and with
+finite differences.
+"""
 
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_paper_equals_verl(batch, name):
 
 
 def test_advantage_reweighting_of_certain_and_impossible_tokens():
-    """p_old = 1 keeps the advantage, p_old -> 0 leaves 1 - alpha of it."""
+    """p_old = 1 keeps the advantage; p_old -> 0 leaves 1 - alpha of it."""
     A = papers.advantage_reweighting(lambda a: a, torch.tensor([2.0, -4.0]), torch.tensor([[0.0, -100.0]] * 2), alpha=0.25)
     torch.testing.assert_close(A, torch.tensor([[2.0, 1.5], [-4.0, -3.0]]))
 
@@ -112,7 +114,7 @@ def test_entropy_and_its_gradient(batch):
 
 @pytest.mark.parametrize("kind", verl.KL_TYPES)
 def test_kl_penalties(batch, kind):
-    """Value by the paper's estimator; with ``+`` the gradient of k2."""
+    """The value is the paper's estimator; with ``+`` the gradient is that of k2."""
     logp, ref = batch["logp"], batch["ref"]
     value = {"k1": papers.k1, "abs": lambda a, b: (a - b).abs(), "k2": papers.k2}.get(kind.removesuffix("+"), papers.k3)
     got = verl.kl_penalty(logp, ref, kind)

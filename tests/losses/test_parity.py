@@ -1,4 +1,6 @@
-"""The whole op against independent transcriptions of TRL, verl and the papers: loss, gradient by the logits, and metrics, in fp64."""
+"""The whole op against independent transcriptions of TRL, verl and the papers: loss,
+gradient by the logits, metrics, in fp64.
+"""
 
 import itertools
 
@@ -91,7 +93,9 @@ def test_trl(batch, loss_type, level, extras):
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
 def test_trl_correction_for_vllm(batch, loss_type, mode, bounds):
-    """From the sampler's log-probs. The KL's bias correction stays by the ratio to the old policy."""
+    """The correction uses the sampler's log-probs. The KL's bias correction still uses the
+    ratio to the old policy.
+    """
     options = {f"vllm_importance_sampling_{name}": value for name, value in {"mode": mode, **bounds}.items()}
     if loss_type == "vespo" and mode.startswith("sequence"):
         with pytest.raises(rw.InvalidCall, match="needs a token mode"):
@@ -110,7 +114,7 @@ def test_trl_correction_for_vllm(batch, loss_type, mode, bounds):
     same(out.loss, theirs, batch["logits"])
 
 
-#: Options of a mode's own, so that they act on this batch.
+#: Options of each mode that make it act on this batch.
 VERL_OWN = {
     "clip_cov": dict(clip_cov_ratio=0.2, clip_cov_lb=1.8), "kl_cov": dict(kl_cov_ratio=0.2, ppo_kl_coef=0.3), "dro": dict(dro_beta=0.5),
     "dppo_tv": dict(clip_ratio_low=0.04, clip_ratio_high=0.06), "dppo_kl": dict(clip_ratio_low=0.001, clip_ratio_high=0.002),
@@ -130,14 +134,14 @@ def test_verl(batch, loss_mode, mode, around):
     bounds = dict(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5)
     own = dict(loss_agg_mode=mode, **VERL_AROUND[around], **(bounds | VERL_OWN.get(loss_mode, {})))
     weights, adv = batch["ratios"]["token"], batch["adv"]["token"]
-    if loss_mode == "geo_mean":  # of sequences: the same for every token
+    if loss_mode == "geo_mean":  # per sequence: the same for every token
         adv = batch["adv"]["sequence"][:, None].expand_as(adv)
     theirs, _ = verl.policy_loss(
         loss_mode, logp, adv, mask, old_logps=batch["old"], ref_logps=batch["ref"], entropies=entropy,
         rollout_is_weights=weights, **own,
     )  # fmt: skip
     spec = rw.methods.verl(loss_mode, use_kl_loss="kl" in around, unused="ignore", **own)
-    if loss_mode == "geo_mean":  # verl takes the weights' geometric mean, in which a 1e-10 is added to each
+    if loss_mode == "geo_mean":  # verl takes the weights' geometric mean and adds 1e-10 to each
         adv = batch["adv"]["sequence"]
         weights = ((weights + 1e-10).log() * mask).sum(-1, keepdim=True).div(mask.sum(-1, keepdim=True).clamp(min=1)).exp()
     out = ours(batch, spec, adv, completion_mask=mask, importance_sampling_ratio=weights)
@@ -149,7 +153,9 @@ def test_verl(batch, loss_mode, mode, around):
 
 
 def test_the_batch_meets_the_rare_branches_of_verl(batch):
-    """Tokens are dropped, drawn and clipped, or the comparison above would prove little."""
+    """Tokens are dropped, drawn and clipped; otherwise the comparison above would prove
+    little.
+    """
     for mode in ("dppo_tv", "dppo_kl", "clip_cov", "geo_mean"):
         spec = rw.methods.verl(mode, unused="ignore", **VERL_OWN.get(mode, {}))
         changed = rw.methods.verl(mode, unused="ignore", clip_ratio=10.0, clip_cov_lb=4.9)
@@ -171,7 +177,9 @@ BYPASS = [
 
 @pytest.mark.parametrize("options", BYPASS, ids=[" ".join(map(str, b.values())) for b in BYPASS])
 def test_verl_bypass_mode(batch, options):
-    """The old log-probs are the sampler's: as such for REINFORCE with weights, as the old policy's for the clip."""
+    """The old log-probs are the sampler's: directly for REINFORCE with weights, and as the
+    old policy's for the clip.
+    """
     logp, _ = statistics(batch)
     theirs, _ = verl.policy_loss(
         "bypass_mode", logp, batch["adv"]["token"], batch["mask"], old_logps=batch["old"], clip_ratio_c=1.5, **options
@@ -275,7 +283,9 @@ def test_lopti(batch, plan):
 
 
 def test_lopti_by_quantile_with_ar_and_dual_clip(batch):
-    """The authors' other split, on what their scripts train: reweighted advantages, dual clip."""
+    """The authors' other split, on their scripts' settings: reweighted advantages and a
+    dual clip.
+    """
     logp, _ = statistics(batch)
     old, ratio = batch["old"], (logp - batch["old"]).exp()
     A = (0.3 * old.exp() + 0.7) * batch["adv"]["token"]

@@ -1,4 +1,6 @@
-"""Log-probs of several ids a row: ``selected_logps``, ``topk_logps``, ``topk_ids`` of ``token_stats`` and ``linear_token_stats``."""
+"""Log-probs of several ids per row: ``selected_logps``, ``topk_logps``, ``topk_ids`` of
+``token_stats`` and ``linear_token_stats``.
+"""
 
 import math
 
@@ -21,7 +23,10 @@ def backend(request):
 
 
 def make(dtype=torch.float64, seed=0, offset=0.0):
-    """Lists with the row's own id, an id twice, padding, and a column without mass; an ignored row and one whose first token is sure."""
+    """Lists with the row's own id, a repeated id, padding, and a column without mass.
+
+    One row is ignored, and one has a sure first token.
+    """
     g = torch.Generator().manual_seed(seed)
     z = (torch.randn(B, T + 1, V, generator=g, dtype=torch.float64) * 3 + offset).to(dtype)
     ids, picked = torch.randint(V - 3, (B, T), generator=g), torch.randint(1, V - 3, (B, T, K), generator=g)
@@ -39,7 +44,7 @@ def make(dtype=torch.float64, seed=0, offset=0.0):
 
 
 def oracle(z, d, softcap, top_ids=None):
-    """Plain PyTorch, in the dtype of ``z``: the differentiable statistics by name."""
+    """Differentiable statistics by name, in plain PyTorch and the dtype of ``z``."""
     x = z[:, :-1, : V - 2]
     masked = x == -math.inf
     x = x if softcap is None else torch.where(masked, x, softcap * torch.tanh(torch.where(masked, 0, x) / softcap))
@@ -56,7 +61,7 @@ def oracle(z, d, softcap, top_ids=None):
 
 
 def total(found, d):
-    """The sum with upstream gradients, none for the column without mass."""
+    """The sum with upstream gradients, which are 0 for the column without mass."""
     parts = []
     for name, up in d["up"].items():
         value = found[name] if isinstance(found, dict) else getattr(found, name)
@@ -224,5 +229,5 @@ def test_an_id_that_nobody_could_read_is_nan_without_a_gradient(monkeypatch):
 def test_a_sampling_mask_has_no_picked_ids(stat):
     z, ids = torch.zeros(2, 4), torch.tensor([1, 0])
     kept = rw.SamplingMask(torch.tensor([1, 3, 0]), torch.tensor([0, 2, 3]))
-    with pytest.raises(rw.UnsupportedRequest, match="of the whole vocabulary: ask for them without sampling_mask"):
+    with pytest.raises(rw.UnsupportedRequest, match="over the whole vocabulary: request them without sampling_mask"):
         rw.token_stats(z, ids, stats=(stat,), top_k=2, sampling_mask=kept)

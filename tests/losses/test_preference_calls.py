@@ -71,7 +71,7 @@ WRONG = {
     "both references": (dict(spec="dpo", ref_per_token_logps=torch.zeros(4, 3), ref_sequence_logps=torch.zeros(4)), "not both"),
     "a reference for nothing": (dict(spec="simpo", ref_sequence_logps=torch.zeros(4)), "'simpo' does not read ref_sequence_logps; it would have no effect"),
     "an input for nothing": (dict(spec="dpo", ref_sequence_logps=torch.zeros(4), noise=torch.zeros(3)), "does not read noise"),
-    "odd": (dict(spec="simpo", logps=torch.zeros(3, 3)), "there are 3 sequences, which form no pairs"),
+    "odd": (dict(spec="simpo", logps=torch.zeros(3, 3)), "there are 3 sequences, which do not form pairs"),
     "a flat tensor": (dict(spec="simpo", logps=torch.zeros(6)), "a pair loss needs sequences"),
     "layout": (dict(spec="simpo", pairs="thirds"), "pairs is 'thirds'"),
     "margins of another size": (dict(spec="madpo", ref_sequence_logps=torch.zeros(4), reward_margins=torch.zeros(4)), r"reward_margins has shape \(4,\), expected \(2,\)"),
@@ -85,7 +85,7 @@ WRONG = {
     "no default": (dict(spec="dpo_gamma"), "'dpo_gamma' has no default for gamma"),
     "a policy spec": (dict(spec=rw.methods.grpo()), "spec is a PolicyLossSpec, which rw.policy_loss takes"),
     "scale": (dict(spec="simpo", loss_scale=torch.ones(2)), "loss_scale has shape"),
-    "ld_alpha by ids": (dict(spec=preference.dpo(ld_alpha=0.5), logps=torch.zeros(6), sequence_ids=torch.tensor([0, 1, 0, 1, 0, 1]), num_sequences=2, ref_per_token_logps=torch.zeros(6)), "one after the other"),
+    "ld_alpha by ids": (dict(spec=preference.dpo(ld_alpha=0.5), logps=torch.zeros(6), sequence_ids=torch.tensor([0, 1, 0, 1, 0, 1]), num_sequences=2, ref_per_token_logps=torch.zeros(6)), "must be consecutive"),
     "fp16 log-probs": (dict(spec="simpo", logps=torch.zeros(4, 3).half()), "expected fp32 or fp64"),
 }  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_wrong_specs_and_keywords():
         (lambda: preference.trl("sigmoid", label_smoothing=0.1), "label_smoothing has no effect"),
         (lambda: preference.trl("kto"), "loss_type is 'kto'"),
         (lambda: preference.trl("apo_zero", f_divergence_type="forward_kl"), "is defined for"),
-        (lambda: preference.trl("aot", use_weighting=True), "sorts them apart"),
+        (lambda: preference.trl("aot", use_weighting=True), "sorts their sides separately"),
         (lambda: preference.trl(["sigmoid"], loss_weights=[1, 2]), "2 loss_weights for 1"),
         (lambda: preference.dpo(beta=0.0), r"expected a number in \(0, inf\)"),
         (lambda: preference.dpo(divergence="kl"), "divergence is 'kl'"),

@@ -1,4 +1,6 @@
-"""Preference losses that are compositions: as sums of the terms that they name, by hand, and the specs of TRL's names that they equal."""
+"""Composed preference losses: as sums of their named terms, by hand, and as the specs of
+TRL's names that they equal.
+"""
 
 import math
 
@@ -59,7 +61,7 @@ def test_irpo_by_its_equations(data):
 
 
 def test_tpo_reads_triples():
-    """Chosen, rejected and gold responses, in halves or one triple after the other."""
+    """Chosen, rejected and gold responses, in halves or as consecutive triples."""
     g = torch.Generator().manual_seed(2)
     logps = -torch.rand(6, 4, generator=g, dtype=torch.float64)
     spec = preference.tpo(beta=0.5, alpha=0.3)

@@ -1,4 +1,6 @@
-"""The sets that a sampler keeps, computed from its logits: against a transcription of vLLM's sampler."""
+"""The sets that a sampler keeps, computed from its logits, against a transcription of
+vLLM's sampler.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,11 @@ import reweight_ops as rw
 
 
 def vllm(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """vLLM's order of a request's settings, one row at a time: temperature, min-p, top-k, top-p; what is finite then may be sampled."""
+    """vLLM's order of a request's settings, one row at a time: temperature, min-p, top-k,
+    top-p.
+
+    Ids whose logits stay finite may be sampled.
+    """
     kept = []
     for i, z in enumerate(logits.float()):
         t, k, p, m = (x if not isinstance(x, torch.Tensor) else x[i] for x in (temperature, top_k, top_p, min_p))
@@ -34,7 +40,7 @@ def vllm(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
 def dense(kept, shape, vocab):
     mask = torch.zeros(*shape, vocab, dtype=torch.bool).view(-1, vocab)
     for i, (a, b) in enumerate(zip(kept.offsets[:-1], kept.offsets[1:], strict=True)):
-        assert kept.token_ids[a:b].diff().gt(0).all()  # ascending, as vLLM's
+        assert kept.token_ids[a:b].diff().gt(0).all()  # ascending, like vLLM's
         mask[i, kept.token_ids[a:b].long()] = True
     return mask
 

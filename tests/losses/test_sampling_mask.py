@@ -1,4 +1,6 @@
-"""Kept sets: what the sampler kept of each row is its distribution. Against a plain masked log-softmax in fp64."""
+"""Kept sets: a row's distribution is over the ids that the sampler kept. Against a plain
+masked log-softmax in fp64.
+"""
 
 import pytest
 import torch
@@ -180,7 +182,9 @@ def test_of_no_rows_and_of_ignored_rows():
 
 
 def test_nothing_waits_for_a_device():
-    """On meta tensors every wait is an error: the checks, the gather and the scatter make none."""
+    """On meta tensors every wait is an error: the checks, the gather and the scatter do
+    not wait.
+    """
     meta = {"device": "meta"}
     for shape in ((6, 9), (2, 3, 9)):
         z = torch.empty(shape, dtype=torch.bfloat16, **meta)
@@ -194,7 +198,7 @@ def test_nothing_waits_for_a_device():
         assert rows.values.shape == (20,) and rows.bounds.shape == (2, 6)
 
 
-# --- what cannot be meant
+# --- invalid arguments
 
 ROW = torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 0.0, 0.0]])
 
@@ -204,8 +208,8 @@ def sets(ids, offsets, dtype=torch.int64):
 
 
 MALFORMED = {
-    "the id is not kept": (sets([1, 0, 2], [0, 1, 3]), [1, 3], r"completion_ids\[1\] \(flat\) is 3, which is none of the 2 ids that sampling_mask keeps there"),
-    "nothing is kept": (sets([1], [0, 1, 1]), [1, 3], r"completion_ids\[1\] \(flat\) is 3, which is none of the 0 ids"),
+    "the id is not kept": (sets([1, 0, 2], [0, 1, 3]), [1, 3], r"completion_ids\[1\] \(flat\) is 3, which is not one of the 2 ids that sampling_mask keeps there"),
+    "nothing is kept": (sets([1], [0, 1, 1]), [1, 3], r"completion_ids\[1\] \(flat\) is 3, which is not one of the 0 ids"),
     "an id twice": (sets([1, 3, 0, 3], [0, 1, 4]), [1, 3], r"keeps an id of row 1 \(flat\) more than once"),
     "an id outside": (sets([1, 3, 4], [0, 1, 3]), [1, 3], r"token_ids\[2\] is 4, in row 1 \(flat\), expected 0 to 3"),
     "a negative id": (sets([1, -1, 3], [0, 1, 3]), [1, 3], r"token_ids\[1\] is -1, in row 1"),
@@ -224,7 +228,7 @@ def test_a_set_that_cannot_be_meant_names_its_row_or_is_nan_in_it(case, backend,
     ids = torch.tensor(ids)
     with pytest.raises(rw.InvalidCall, match=message):
         rw.token_logps(ROW, ids, sampling_mask=kept)
-    # As on a GPU, where nothing is read: NaN in that row alone, and no gradient.
+    # As on a GPU, where the host reads nothing: NaN in that row alone, and no gradient.
     monkeypatch.setattr(module, "is_readable", lambda t: False)
     for over in OVER:
         z = ROW.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""API.md's sentences on shapes, masks, ids, divisors and gradients, one test each, on every backend that runs here."""
+"""The rules of docs/semantics.md on shapes, masks, ids, divisors and gradients, on every available backend."""
 
 import math
 
@@ -150,7 +150,9 @@ def test_segments_are_runs_inside_a_sequence(data):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("how", ["mask", "ids", "float_mask"])
 def test_a_row_that_is_out_is_never_read(data, backend, plan, how):  # docs/semantics.md: S2
-    """Whatever it holds: NaN logits, stored values of NaN and inf; its outputs and gradient are exactly 0."""
+    """It may hold NaN logits, and stored values of NaN and inf; its outputs and gradient
+    are exactly 0.
+    """
     inside = data["mask"].bool()
     z, old, adv = data["z"].clone(), data["old"].clone(), data["adv"].clone()
     z[~inside], old[~inside], adv[~inside] = math.nan, math.inf, math.nan
@@ -233,7 +235,7 @@ def test_a_bad_id_behind_a_mask_is_fine(data):
 
 
 def test_the_kernel_itself_answers_a_bad_id_with_nan(data, backend):  # docs/semantics.md: S7
-    """What a GPU call gives, where checking would synchronise."""
+    """The result of a GPU call, where checking would synchronise."""
     from reweight_ops import kernels
 
     ids = data["ids"].flatten().clone()
@@ -292,7 +294,9 @@ def test_a_bad_row_is_nan_alone(data, backend, plan, value):  # docs/semantics.m
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_ratio_that_would_overflow(data, backend, plan):  # docs/semantics.md: S15
-    """exp(200) is inf in fp32; the clamp bounds it, and a clipped token's gradient is 0, not NaN."""
+    """exp(200) is inf in fp32; the clamp bounds it, and a clipped token's gradient is 0,
+    not NaN.
+    """
     old = data["old"].clone()
     old[0, 0], old[0, 1] = -250.0, 200.0
     for spec in ("grpo", "sapo", "cispo", rw.methods.grpo(beta=0.1)):
@@ -403,7 +407,7 @@ def test_no_reduction_takes_a_per_row_upstream(data, backend):
     _, want = loss_and_grad(data["z"], data["ids"], data["adv"], rw.methods.dapo().replace(reduction=rw.TokenSum()), token_weights=upstream,
                                    completion_mask=data["mask"], old_per_token_logps=data["old"], backend=backend)  # fmt: skip
     torch.testing.assert_close(grad, want)
-    # An expanded upstream gradient, as .sum() makes, is no special case.
+    # An expanded upstream gradient, as from .sum(), is not a special case.
     (ones,) = torch.autograd.grad(rw.token_logps(z, data["ids"], backend=backend).sum(), z)
     (reference,) = torch.autograd.grad(torch.log_softmax(z, -1).gather(-1, data["ids"][..., None]).sum(), z)
     torch.testing.assert_close(ones, reference)
@@ -450,7 +454,7 @@ def test_constants_are_uploaded_once(data):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_row_depends_on_itself_alone(data, backend, plan):  # docs/semantics.md: S4
-    """Bitwise, wherever it stands in the batch and whatever is beside it."""
+    """A row has the same bits at every position in the batch and next to any other rows."""
     g = torch.Generator().manual_seed(9)
     z = torch.randn(40, 1003, generator=g) * 3
     ids, adv = torch.randint(1003, (40,), generator=g), torch.randn(40, generator=g)

@@ -22,7 +22,9 @@ def backend(request):
 
 
 def make(dtype=torch.float64):
-    """A teacher whose lists are of several lengths: padding by id, padding by log-prob. One row is out, and holds nonsense."""
+    """A teacher whose lists have several lengths: padding by id and by log-prob. One row
+    is ignored and holds nonsense.
+    """
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in ((B, T, D), (V, D)))
     values, ids = torch.log_softmax(torch.randn(B, T, V, generator=g, dtype=torch.float64) * 2, -1).topk(K)
@@ -115,7 +117,7 @@ def test_is_trls(kind, tail):
 
 
 def test_the_whole_vocabulary_is_the_divergence_of_the_logits():
-    """With every id listed nothing is left for the bucket."""
+    """With every id listed, nothing is left for the bucket."""
     d = make()
     z, other = d["hidden"] @ d["weight"].T, torch.randn(B, T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for kind in ALL:
@@ -143,7 +145,9 @@ def test_second_derivatives_and_transforms(tail):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_an_empty_list_and_a_sure_student(tail):
-    """A list of padding alone says nothing; a student that is sure of a listed id has no mass left for the bucket."""
+    """A list of only padding adds nothing; a student that is sure of a listed id has no
+    mass left for the bucket.
+    """
     ids, logps = torch.tensor([[-100, -100], [1, 2]]), torch.tensor([[0.0, 0.0], [-0.1, -3.0]])
     z = torch.zeros(2, 5)
     z[1, 1] = 200.0

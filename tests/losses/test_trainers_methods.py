@@ -1,4 +1,6 @@
-"""Methods that trainers have: the op against independent transcriptions, loss and gradient, in fp64."""
+"""Methods of trainers: the op against independent transcriptions, loss and gradient, in
+fp64.
+"""
 
 import math
 
@@ -65,7 +67,9 @@ def test_glm5(batch):
 
 @pytest.mark.parametrize(("budget", "least"), [(0.04, 0.0), (0.15, 0.0), (0.04, 0.3), (100.0, 0.0), (1e-9, 0.05)])
 def test_m2po(batch, budget, least):
-    """One bound for the call; the token that is exactly at it may be on either side, and its gradient with it."""
+    """There is one bound for the call. The token exactly at it may be on either side, and
+    its gradient too.
+    """
     low, high = oracle.m2po_bounds(*args(batch), budget, least, least)
     expected = papers.dapo(*args(batch), low, high)
     out = ours(batch, rw.methods.m2po(budget, least, least), batch["A"])
@@ -85,7 +89,7 @@ def test_ctpo(batch, options):
 
 
 def test_ctpo_of_packed_rows(batch):
-    """The same sequences one after the other have the same loss."""
+    """The same sequences in packed form have the same loss."""
     inside, lengths = batch["mask"], batch["mask"].sum(1)
     cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     packed = rw.policy_loss(
@@ -134,7 +138,9 @@ def test_iw_opd(batch):
 
 @pytest.mark.parametrize("tau", [0.5, 0.01])
 def test_real(batch, tau):
-    """Also of groups with one label only, and where exp(1/tau) would overflow for some scores."""
+    """Also for groups with one label only, and where exp(1/tau) would overflow for some
+    scores.
+    """
     for rewards in (batch["rewards"], torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 0])):
         scores = torch.stack([(lp - o).mean() for lp, o in papers.sequences(batch["mask"], batch["logp"], batch["old"])])
         expected = oracle.real(scores, rewards, GROUPS, tau)

@@ -1,4 +1,6 @@
-"""Nothing is silently ignored: an argument or option without effect is an error, unless the caller says that it hands over everything."""
+"""Nothing is silently ignored: an argument or option without effect is an error, unless
+the caller passes everything.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""DTensors sharded on the vocabulary are recognised, and give DTensor gradients; what cannot be had over ranks is refused with the reason."""
+"""DTensors sharded on the vocabulary are recognised and give DTensor gradients;
+unsupported calls are refused with the reason.
+"""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -134,15 +136,15 @@ def reducer(z, ids, group):
 
 
 WHY = {
-    "one_pass": "a row's statistics are known when all ranks have told theirs",
+    "one_pass": "a row's statistics need those of all ranks",
     "graph": "create_graph=True needs the whole vocabulary on one rank",
     "transform": "torch.func's transforms",
     "segments": "segments that are runs of one rank's tokens",
     "horizon": "give horizon",
-    "reducer": "sees this rank's rows alone",
+    "reducer": "sees only this rank's rows",
     "fsdp": "If this is FSDP's parameter",
     "partial": "redistribute it to Shard or Replicate",
-    "two groups": "process_group is given, and DTensors say which it is",
+    "two groups": "process_group is given, and the DTensors name it already",
     "hidden": "which is not the vocabulary's",
     "no group": "sequence_group is a str, expected a torch.distributed.ProcessGroup",
 }

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank is an error on every rank, within a bounded time."""
+"""A failure on one rank is an error on every rank, within a bounded time."""
 
 import os
 import time
@@ -25,7 +25,7 @@ def raised(function):
 
 
 def faults(ranks):
-    """Fault to what this rank raises; and after all of them the ranks still agree."""
+    """Map each fault to this rank's exception; after all of them the ranks still agree."""
     group, odd = ranks.group(range(4)), ranks.rank == 2
     n = 6 + odd
     ids, few = torch.zeros(n, dtype=torch.long), torch.arange(6)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -156,46 +155,3 @@ def sharded_by_fsdp(ranks):
 
 def test_a_parameter_that_fsdp_has_sharded_is_right_or_refused(four):
     four.check(sharded_by_fsdp)
-
-
-def compiled(ranks, which):
-    """torch.compile leaves a call of several ranks to Python, and says so where that is forbidden."""
-    group = ranks.group(range(2))
-    if ranks.rank > 1:
-        return []
-    torch._dynamo.reset()
-    g = torch.Generator().manual_seed(0)
-    z, hidden, ids = torch.randn(6, 10, generator=g), torch.randn(6, D, generator=g), torch.arange(6)
-    weight, part = torch.randn(10, D, generator=g), slice(5 * ranks.rank, 5 * ranks.rank + 5)
-
-    def from_logits(x, **over):
-        return rw.policy_loss(x.tanh()[None], ids[None], 1.0, spec=rw.methods.trl(entropy_coef=0.1), **over).loss
-
-    def from_hidden(w, **over):
-        return rw.linear_token_logps(hidden, w.tanh(), ids, **over).sum()
-
-    wrong = []
-    for name, function, x, dim in (("logits", from_logits, z, -1), ("hidden", from_hidden, weight, 0)):
-        if name != which:
-            continue
-        whole = x.clone().requires_grad_()
-        want = function(whole)
-        want.backward()
-        own = x.narrow(dim, part.start, 5).clone().requires_grad_()
-        got = torch.compile(function, backend="aot_eager")(own, process_group=group)
-        got.backward()
-        same = torch.allclose(got, want, atol=1e-5) and torch.allclose(own.grad, whole.grad.narrow(dim, part.start, 5), atol=1e-6)
-        wrong += [] if same else [f"{name}: {got} of {want}"]
-        torch._dynamo.reset()
-        try:
-            torch.compile(function, backend="aot_eager", fullgraph=True)(own, process_group=group)
-            wrong.append(f"{name}: a whole graph")
-        except torch._dynamo.exc.Unsupported:
-            pass
-        torch._dynamo.reset()
-    return wrong
-
-
-@pytest.mark.parametrize("which", ["logits", pytest.param("hidden", marks=pytest.mark.slow)])
-def test_a_compiled_call_of_several_ranks_is_right_or_an_error(four, which):
-    four.check(compiled, which)

@@ -12,7 +12,7 @@ from reweight_ops._core.formula.base import WEIGHTS
 
 SURROGATE = rw.methods.grpo().surrogate
 
-#: A spec for everything that is summed over a sequence or over the call's rows.
+#: A spec for every quantity that is summed over a sequence or over the call's rows.
 SPECS = {
     "token mean": rw.methods.dapo(),
     "sequence mean": rw.methods.grpo(),
@@ -25,10 +25,11 @@ SPECS = {
     "entropy": rw.methods.trl(entropy_coef=0.01),
 }
 
-#: Statistics of a batch that know the rows of one rank.
+#: Statistics of a batch that use the rows of one rank only.
 ONE_RANK = {"rank", "mean_below", "capped_mean", "seq_rank", "seq_quantile", "seq_max", "seq_min", "seq_cumsum", "seq_suffix_sum"}
 
-#: Weights that read the batch. A draw is among positions in the order of ranks, so it is another one.
+#: Weights that read the batch. A draw uses positions in the order of ranks, so that it
+#: differs.
 READ_BATCH = {
     name: weight
     for name, weight in WEIGHTS.items()

@@ -1,4 +1,4 @@
-"""Collectives and bytes of a call, by the formulas of docs/scaling.md."""
+"""Collectives and bytes of a call agree with the formulas of docs/scaling.md."""
 
 from unittest.mock import patch
 
@@ -23,7 +23,7 @@ def rows(statistics, fp64=False):
 
 
 def counted(ranks):
-    """What differs from the formulas, of every kind of call."""
+    """Differences from the formulas, for every kind of call."""
     group = ranks.group(range(4))
     ids, z, h, w = inputs()
     adv, agree, wrong = torch.ones(3), ("all_gather", AGREEMENT), []
@@ -92,7 +92,9 @@ def test_collectives_and_bytes_are_those_of_the_formulas(four):
 
 
 def launches(ranks):
-    """What a rank begins and waits for in backward from hidden states, in its order."""
+    """The collectives that a rank starts and waits for in backward from hidden states, in
+    order.
+    """
     seen = []
     reduce, logits = torch.distributed.all_reduce, Chunk.logits
 
@@ -128,7 +130,9 @@ def test_the_hidden_gradient_is_summed_while_the_next_chunk_is_computed(four):
 
 
 def bits(ranks):
-    """A row's results are the same bits on every rank, and whatever else is in the batch; with other shards they differ by rounding."""
+    """A row's results have the same bits on every rank and in every batch; with other
+    shards they differ by rounding.
+    """
     ids, z, _, _ = inputs()
     z = torch.cat([z] * 4, -1)
     z += torch.arange(4 * V) / 50

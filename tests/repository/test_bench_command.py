@@ -1,4 +1,6 @@
-"""``python -m bench`` as a command: where results go, what it never overwrites, and what it says of a word that no case has."""
+"""``python -m bench`` as a command: its result files, what it never overwrites, and its
+error for an unknown case.
+"""
 
 import json
 import sys
@@ -65,7 +67,9 @@ def test_the_real_results_are_the_committed_ones(monkeypatch):
 
 
 def test_processes_of_its_own_fail_without_a_traceback(capfd):
-    """By default there is one for each kind of pages; the first that fails ends the command, which says no more than that one."""
+    """By default there is one process for each kind of pages; the first that fails ends
+    the command, with only its own message.
+    """
     with pytest.raises(SystemExit) as code:
         harness.main(["--only", "no such case"])
     said = capfd.readouterr().err

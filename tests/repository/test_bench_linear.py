@@ -50,7 +50,9 @@ def test_update_keeps_the_other_cases(tmp_path, monkeypatch):
 
 
 def test_a_slow_baseline_is_run_once(capsys):
-    """The run that counts is the one after the gate, whose memory is measured too; ours are never left out of the rounds."""
+    """The counted run is the one after the gate, whose memory is also measured; our ops
+    are never left out of the rounds.
+    """
     chosen = [p for p in linear_providers(("cpu",)) if p.name in ("eager", OURS[0])]
     results, limits, _ = run_case(CASES[0], chosen, Effort(rounds=3, slow=0.0, memory=Memory("cpu")), lambda: None)
     assert {r.provider: len(r.ms) for r in results} == {"eager": 1, OURS[0]: 3}
@@ -67,7 +69,7 @@ def test_a_slow_baseline_is_run_once(capsys):
 
 
 def test_the_gate_refuses_wrong_gradients(monkeypatch):
-    """Ours with one gradient off by a tenth, in hidden states or in the weight."""
+    """Our op with one gradient off by a tenth, in hidden states or in the weight."""
     data = CASES[0].data()
     value, grads = linear.ours("cpu", "one_pass")(data)()
     assert data.error(False, value, grads) <= 1
@@ -83,7 +85,9 @@ def test_rows_without_advantage_are_spread_over_the_chunks():
 
 @pytest.mark.parametrize("zero", [False, True])
 def test_only_rows_without_advantage_are_dropped(zero):
-    """The clipped ones are there, but too few to be dropped: what is timed against three GEMMs of all rows computes all rows."""
+    """There are clipped rows, but too few to be dropped: the op that is timed against
+    three GEMMs of all rows computes all rows.
+    """
     data = LinearCase("linear", 2048, 64, 640, "float32", "cpu", zero).data()
     rows = dict(old_per_token_logps=data.old, chunk_rows=256, plan="one_pass")
     out = rw.linear_policy_loss(data.hidden, data.weight, data.ids, data.advantages, spec=rw.methods.ppo(0.2), **rows)
@@ -104,7 +108,7 @@ def test_both_limits_are_the_three_gemms(dtype):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_distillation(job):
-    """Everyone passes the gate, which a gradient of another divergence does not."""
+    """Every provider passes the gate; a gradient of another divergence does not."""
     case = DistillCase(job, *TINY_SHAPE, "float32", "cpu")
     results, limits, _ = run_case(case, distill_providers(("cpu",)), Effort(rounds=1), lambda: None)
     assert [r.provider for r in results if r.ms] == ["eager", "TRL chunked", *OURS] and len(limits["gemms"]) == 1

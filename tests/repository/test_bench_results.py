@@ -1,4 +1,4 @@
-"""The committed measurements: each can be shown, and says what it was measured on and of which commit."""
+"""The committed measurements can be shown, and name their machine and commit."""
 
 import json
 import re

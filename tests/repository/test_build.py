@@ -1,4 +1,6 @@
-"""The build: what a wheel holds, what happens without a compiler, that a changed header rebuilds, and the kernels under sanitizers."""
+"""The build: a wheel's contents, builds without a compiler, rebuilds after a changed
+header, and kernels under sanitizers.
+"""
 
 import base64
 import hashlib
@@ -15,7 +17,7 @@ from paths import ROOT
 
 SOURCES = ("pyproject.toml", "setup.py", "build_backend.py", "MANIFEST.in", "LICENSE", "README.md")
 SOURCES += ("csrc", "reweight_ops", "triton_kernels", "bench")
-#: What else the tests read.
+#: Other files that the tests read.
 MORE = ("CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "constraints.txt", ".ci", ".clang-format", "docs", "examples", "tests")
 
 pytestmark = pytest.mark.slow
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the sources without anything that was built."""
+    """A copy of the sources without build outputs."""
     to = tmp_path_factory.mktemp("tree")
     copy(SOURCES, to)
     return to
@@ -118,7 +120,7 @@ def test_without_a_compiler(tree, tmp_path):
 
 
 def hook(tree, name, to, **environment):
-    """What an installer calls of the build backend: the path of what it made."""
+    """Call the build backend like an installer; return the path of its output."""
     code, log = run(sys.executable, "-c", f"import build_backend as b; b.{name}({str(to)!r})", cwd=tree, **environment)
     assert code == 0, log
     (made,) = (path for path in to.iterdir() if path.suffix in (".whl", ".gz"))

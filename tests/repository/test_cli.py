@@ -46,7 +46,9 @@ def test_version(run):
 
 
 def test_bench_hands_over_everything(run, monkeypatch):
-    """Its own help too. In an installation the module is part of the package; a test of the wheel runs that one."""
+    """It also has its own help. In an installation the module is part of the package; a
+    test of the wheel runs that one.
+    """
     monkeypatch.setitem(sys.modules, "reweight_ops.bench.__main__", harness)
     result = run("bench", "--help")
     assert (
@@ -112,7 +114,9 @@ def test_check_says_which_vocabularies_it_takes(run):
 
 
 def test_check_runs_every_entry(run):
-    """Each of every kind, but the divergences that are composites of the others; and every op (tests/repository/test_check_ops.py)."""
+    """One entry of every kind except the divergences that are composites of others, and
+    every op (tests/repository/test_check_ops.py).
+    """
     selection = checks.Selection(("reference",), dtypes=("float32",))
     names = [(case.kind, case.method) for case in checks.cases(selection)] + [(c.kind, c.name) for c in checks.golden_cases(selection)]
     assert {n for n in names if n[0] not in ("divergence", checks.OP)} == {

@@ -1,4 +1,6 @@
-"""The table of ``make conformance``: what it says of agreement, of known and unexpected differences, and that it runs on what is installed."""
+"""The table of ``make conformance``: agreement, known and unexpected differences, and that
+it runs on installed peers.
+"""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What ``help`` says of the public surface: what it lacks is named."""
+"""The content of ``help`` on the public surface; a failure names what is missing."""
 
 import inspect
 import re

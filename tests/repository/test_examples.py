@@ -27,9 +27,41 @@ def test_trl_addition(tmp_path):
     assert (tmp_path / "out" / "trl_addition.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_ablations(tmp_path):
+    """In its smallest form: every run of a group is there, and so are the picture and its table."""
+    for library in ("transformers", "datasets", "typer", "rich", "matplotlib"):
+        pytest.importorskip(library)
+    options = ["--rollouts", "1", "--seeds", "2", "--warm-start", "2", "--jobs", "1", "--only", "hapo", "--out", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, str(EXAMPLES / "ablations.py"), *options], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads((tmp_path / "out" / "ablations.json").read_text())
+    names = [variant["name"] for variant in numbers["variants"]]
+    assert names[0] == "GRPO, dual clip" and len(names) == 6 and all(name.startswith("HAPO") for name in names[1:])
+    assert all(len(variant["reward"]) == len(variant["rewards"]) == 2 for variant in numbers["variants"])
+    assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000 and not (tmp_path / "out" / "ablations_start.pt").exists()
+
+
+def test_the_page_of_ablations_is_fresh(monkeypatch):
+    """Every figure of it is the result file's: another number would be another page."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    report = importlib.import_module("addition.ablation_report")
+    numbers = json.loads((ROOT / "docs" / "demo" / "ablations.json").read_text())
+    page = (ROOT / "docs" / "ablations.md").read_text()
+    assert report.page(numbers) == page, "run python examples/ablations.py --page"
+    variants = importlib.import_module("addition.variants").VARIANTS
+    assert [v["name"] for v in numbers["variants"]] == [v.name for v in variants], "a variant without numbers: run make ablations"
+    for variant in numbers["variants"]:
+        assert len(variant["reward"]) == numbers["settings"]["seeds"] >= 3
+        changed = {**variant, "reward": [x + 0.01 for x in variant["reward"]]}
+        assert report.page({**numbers, "variants": [changed if v is variant else v for v in numbers["variants"]]}) != page
+
+
 @pytest.mark.parametrize("lopti", [False, True])
 def test_group_advantages_learns(lopti):
-    """From a rate of guessing (one digit in ten), in thirty steps."""
+    """It starts from the rate of guessing (one digit in ten) and runs thirty steps."""
     spec = importlib.util.spec_from_file_location("group_advantages", EXAMPLES / "group_advantages.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

@@ -1,4 +1,6 @@
-"""``make gpu-kernels`` where there is no GPU: its script and variants, emulated and interpreted; what nvcc makes of one; and what it refuses."""
+"""``make gpu-kernels`` without a GPU: its script and variants, emulated and interpreted,
+compiled, and what it refuses.
+"""
 
 import json
 import os
@@ -13,7 +15,9 @@ from bench import gpu_kernels, gpu_variants, triton_shapes
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
 def test_the_dry_run(tmp_path, capsys):
-    """Two variants by name: each gives the bits of what is shipped, in shapes that take the ring and the streaming kernel."""
+    """Two variants by name: each gives the bits of the released defaults, in shapes for
+    the ring and the streaming kernel.
+    """
     pytest.importorskip("pybind11")
     arguments = ["--dry-run", "--out", str(tmp_path), "direct=RING_DIRECT=1", "more=RING_ROWS_AHEAD=2 RING_STORES=2"]
     assert gpu_kernels.main(arguments) == 0
@@ -68,7 +72,7 @@ def test_a_table_with_other_numbers_is_wrong(planted):
 
 
 def test_a_variant_with_other_bits_is_wrong(monkeypatch):
-    """The gate: it is told and not timed."""
+    """The gate: a failing variant is named and not timed."""
     pytest.importorskip("pybind11")
     if compiler() is None:
         pytest.skip("no C++ compiler to build the emulated kernels")
@@ -99,7 +103,7 @@ def test_settings():
         gpu_variants.parse(["c=TRITON_SHAPES=four programs"])
     assert set(triton_shapes.VARIANTS) == {f"triton, {name}" for name in triton_shapes.config.VARIANTS}
     for text in ("=RING_KEEP=0", "shipped=RING_KEEP=0"):
-        with pytest.raises(ValueError, match="a name of its own"):
+        with pytest.raises(ValueError, match="expected a unique name"):
             gpu_variants.parse([text])
     for settings in gpu_variants.VARIANTS.values():
         gpu_variants.defines(settings)
@@ -108,7 +112,9 @@ def test_settings():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_nvcc_builds_variants(tmp_path):
-    """Every variant that is timed by default: no spills, and modules that live beside each other."""
+    """Every default variant compiles without spills, and several modules can be loaded
+    together.
+    """
     paths = gpu_variants.build(gpu_variants.VARIANTS, "90", tmp_path)
     modules = {name: gpu_variants.load(path) for name, path in paths.items()}
     assert len({id(module) for module in modules.values()}) == len(gpu_variants.VARIANTS)

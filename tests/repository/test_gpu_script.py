@@ -1,4 +1,6 @@
-"""``make gpu`` where there is no GPU: the same script, stages, tests and benchmark in tiny shapes; and what its runner does when things go wrong."""
+"""``make gpu`` without a GPU: the same script, stages, tests and benchmark in tiny shapes,
+and its runner on failures.
+"""
 
 import json
 import os
@@ -117,7 +119,7 @@ def test_the_whole_run_fits_in_ten_minutes(tmp_path):
     every = stages(tmp_path, False, 580)
     assert sum(s.least for s in every) <= 580
     assert {s.kind for s in every} == {"build", "test", "bench"}
-    # No network: nothing is fetched, and nothing of it can be.
+    # There is no network, and nothing can be fetched.
     assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(every[0].command)
     assert every[0].environment["REWEIGHT_OPS_BUILD"] == "cuda", "a GPU's kernels are asked for by name: without them the run shows nothing"
 

@@ -1,4 +1,6 @@
-"""The package's layers, read from its imports: data flow one way, and nothing reaches into another folder's private names."""
+"""The package's layers, read from its imports: data flows one way, and no module uses
+another folder's private names.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from reweight_ops._core.moved import MOVED
 
 PACKAGE = ROOT / "reweight_ops"
 
-#: Lowest first. What stands in one line may not import each other; a folder is one unit, a file at the top is one too.
+#: The layers, lowest first. Units in one line must not import each other; a folder is
+#: one unit, and so is a file at the top.
 LAYERS = (
     ("errors", "_core.detached", "_core.files", "_core.moved", "_core.names", "_core.once", "_core.transforms", "triton_kernels"),
     ("_core.ranges",),
@@ -59,7 +62,9 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(root: Path, known: dict[str, Path]) -> Iterator[Import]:
-    """Every import of the package by itself, those inside functions and under ``TYPE_CHECKING`` included."""
+    """Every import of the package by itself, including those inside functions and under
+    ``TYPE_CHECKING``.
+    """
     for module, path in known.items():
         tree = ast.parse(path.read_text())
         package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
@@ -164,7 +169,9 @@ PLANTED = {
 
 @pytest.mark.parametrize("kind", PLANTED)
 def test_a_planted_offence_is_found(kind: str, tmp_path: Path) -> None:
-    """The test above can fail: a copy of the sources with one bad line more has an offence of its kind."""
+    """The test above can fail: a copy of the sources with one wrong line has a violation
+    of its kind.
+    """
     copy = tmp_path / PACKAGE.name
     for path in PACKAGE.rglob("*.py"):
         to = copy / path.relative_to(PACKAGE)

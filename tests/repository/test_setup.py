@@ -1,4 +1,6 @@
-"""What setup.py decides to build: by the request, the PyTorch that is there, the compilers and the GPUs; and that it remembers what it left out."""
+"""What setup.py builds, by request, PyTorch, compilers and GPUs; and that it records what
+it left out.
+"""
 
 import importlib.util
 import json
@@ -56,7 +58,9 @@ def test_auto_makes_cuda_kernels_for_a_pytorch_of_cuda(setup, monkeypatch, tmp_p
 
 
 def test_the_pytorch_that_pip_hides_from_a_build_is_found(setup, monkeypatch, tmp_path):
-    """As pip does it: an environment of the build's own, by a sitecustomize that takes the interpreter's packages off the path."""
+    """Like pip: a separate build environment, by a sitecustomize that removes the
+    interpreter's packages from the path.
+    """
     real = setup.installed_torch()
     assert real is not None and "cuda" in real
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n")
@@ -120,7 +124,9 @@ def test_beside_a_pytorch_of_the_cpu_nvcc_is_never_run(tmp_path):
 
 
 def test_what_the_compiler_said_is_remembered(tmp_path):
-    """Not only that a command failed: in pip's output nobody sees more."""
+    """The message says more than that a command failed: in pip's output it is all that a
+    user sees.
+    """
     cxx = tool(tmp_path, "g++", "case \"$*\" in *-E*) exit 0;; *) echo 'kernels.cpp:7: fatal error: no such header' >&2; exit 1;; esac")
     code, log, missing = build(tmp_path, CXX=str(cxx), REWEIGHT_OPS_BUILD="auto")
     assert code == 0 and missing["_C"] == "kernels.cpp:7: fatal error: no such header", log

@@ -1,4 +1,6 @@
-"""The documentation site: it builds without a warning, its code runs, and what it says of the package is what the package says."""
+"""The documentation site builds without a warning, its code runs, and its statements about
+the package are true.
+"""
 
 import os
 import re
@@ -30,7 +32,8 @@ def test_it_builds_without_a_warning(tmp_path):
     assert catalogue.count("<math") > 400 and "<code>-A·logp</code>" not in catalogue
 
 
-#: Their blocks run by themselves. Those of recipes.md need a policy and rollouts: tests/catalogue/test_recipes.py runs each of them.
+#: The blocks of these pages run by themselves. Those of recipes.md need a policy and
+#: rollouts: tests/catalogue/test_recipes.py runs each of them.
 RUN = [p for p in PAGES if "```python" in p.read_text() and p != DOCS / "recipes.md"]
 
 

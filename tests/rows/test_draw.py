@@ -1,4 +1,6 @@
-"""``batch.draw`` and ``batch.largest``: how many, of whom, and that a draw is one."""
+"""``batch.draw`` and ``batch.largest``: how many they select, from which rows, and that a
+draw is random.
+"""
 
 import math
 from types import SimpleNamespace

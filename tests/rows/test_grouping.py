@@ -1,4 +1,6 @@
-"""What all functions on rewards share: group arguments, dtypes, ties, missing scores, errors; on any device and inside ``torch.compile``."""
+"""What all functions on rewards share: group arguments, dtypes, ties, missing scores,
+errors, devices, ``torch.compile``.
+"""
 
 import functools
 import math
@@ -149,14 +151,16 @@ def test_shape_dtype_and_detachment(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_nothing_reads_a_value(name):
-    """Meta tensors have none: whatever would wait for a GPU fails on them."""
+    """Meta tensors have no values: code that would wait for a GPU fails on them."""
     got = ALL[name](columns(device="meta"))
     assert got.device.type == "meta" and got.shape[0] == B
 
 
 @pytest.mark.parametrize("kind", ["advantage", "reward", "sample_weight"])
 def test_compiles_into_one_graph(kind):
-    """All of a kind in one graph: a trace each would take a minute and a half."""
+    """All functions of a kind are in one graph: separate traces would take a minute and a
+    half.
+    """
     torch._dynamo.reset()
     names = [name for name in ALL if name.startswith(kind)]
     together = lambda c: tuple(ALL[name](c) for name in names)  # noqa: E731

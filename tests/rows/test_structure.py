@@ -1,4 +1,6 @@
-"""How rows group, said wrongly: an error that names the place where values may be read, and NaN, never a wrong number, where they are not."""
+"""Wrong row groupings: an error that names the place if values may be read, and otherwise
+NaN, never a wrong number.
+"""
 
 import math
 
@@ -56,7 +58,7 @@ FINE = {
 
 @pytest.fixture
 def unread(monkeypatch):
-    """A CPU on which no value may be looked at, as on a GPU."""
+    """A CPU on which no value may be read, like a GPU."""
     for module in (structure, rows, grouped, hidden):
         monkeypatch.setattr(module, "is_readable", lambda t: False)
 
@@ -127,7 +129,7 @@ def test_in_a_graph(plan):
 
 @pytest.mark.parametrize("keywords", [k for k, _ in MALFORMED.values()])
 def test_nothing_is_read_of_a_device(keywords):
-    """Meta tensors have no values: whoever reads one fails."""
+    """Meta tensors have no values: code that reads one fails."""
     on_meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
     old = OLD.to("meta")
     why = rw.explain(rw.policy_loss, LOGITS.to("meta"), IDS.to("meta"), 1.0, spec="gspo", old_per_token_logps=old, device="cuda", **on_meta)

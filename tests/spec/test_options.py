@@ -14,7 +14,7 @@ METHODS = {
     for name, function in inspect.getmembers(module, inspect.isfunction)
     if not name.startswith("_") and name != "method" and str(inspect.signature(function).return_annotation).endswith("Spec")
 }
-#: Of a default that is none of these kinds nothing is tried: a schedule's tensor, a formula.
+#: Defaults of other kinds are not varied: a schedule's tensor, a formula.
 TRIED = {bool: (True, False), int: (2, 3), float: (0.37, 0.9, 2.0, 3.0), tuple: ((0.1, 0.6),), type(None): (2, 0.4, 3.0)}
 #: With an effect that is not in the spec: what it stands for is an argument of the call.
 ELSEWHERE = {"unused", "process_group"}
@@ -32,7 +32,7 @@ def build(function, options):
 
 
 def words(function, needed, name):
-    """What an option with words may be, from the message that refuses another."""
+    """The allowed words of an option, from the message that refuses another word."""
     refused = build(function, needed | {name: "?"})
     assert isinstance(refused, rw.InvalidCall), f"{name}='?' is accepted"
     return re.findall(r"[\w+-]+", str(refused).rpartition("expected")[2])

@@ -1,4 +1,4 @@
-"""Specs, user rules, user weights, batch statistics and metrics. API.md, sections 3 to 5."""
+"""Specs, user rules, user weights, batch statistics and metrics (docs/api.md)."""
 
 import dataclasses
 import math

@@ -1,7 +1,9 @@
-"""Compile what the Triton backend would launch, for GPUs that are not here. Run in a process without TRITON_INTERPRET.
+"""Compile the Triton backend's launches for GPUs that are not available.
 
-A pretended driver names the target; the backend's own launch is replaced by Triton's ``warmup``, which specializes on the very arguments
-(dtypes, alignments, constants) and compiles, but launches nothing. So what is measured is what a GPU would run.
+Run it in a process without TRITON_INTERPRET. A stand-in driver names the target.
+Triton's ``warmup`` replaces the backend's own launch: it specializes on the same
+arguments (dtypes, alignments, constants) and compiles, but launches nothing. The
+measurements are therefore those of the code that a GPU would run.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ TARGETS = {
 
 
 class PretendedDriver:
-    """Enough of a driver for ``warmup``. Each target is a device of its own, so compilations are kept apart."""
+    """The parts of a driver that ``warmup`` needs. Each target is a separate device, so
+    that compilations are kept apart.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -56,7 +60,9 @@ class PretendedDriver:
 
 @dataclass
 class Compiled:
-    """One kernel as compiled: registers, bytes of stack (NVIDIA) or scratch (AMD), and its 16-byte loads and stores."""
+    """A compiled kernel: registers, bytes of stack (NVIDIA) or scratch (AMD), 16-byte
+    loads and stores.
+    """
 
     target: str
     kernel: str
@@ -86,14 +92,16 @@ def inspect(target: str, name: str, dtype: str, kernel) -> Compiled:
         out = subprocess.run(
             [str(tool) if tool.exists() else "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         )
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", out.stdout).groups()  # LOCAL stays 0 when registers spill: STACK tells
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", out.stdout).groups()  # LOCAL stays 0 when registers spill, but STACK does not
     ptx = kernel.asm["ptx"]
     loads, stores = (len(re.findall(rf"{kind}\.global\S*\.v4\.b32", ptx)) for kind in ("ld", "st"))
     return Compiled(target, name, dtype, int(registers), int(stack), loads, stores, kernel.metadata.shared)
 
 
 class Recorder:
-    """Stands in for ``triton_launch.launch``: compiles for ``target`` and keeps what came out, once for each specialization."""
+    """Replaces ``triton_launch.launch``: compiles for ``target`` and keeps the result of
+    each specialization.
+    """
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -121,7 +129,7 @@ MONITOR = Monitor.of([RULES["clip"], RULES["k3"]])
 
 
 def call_all(dtype: torch.dtype, vocab: int, rows: int = 4, softcap: float = float("inf"), program: Program = PROGRAM) -> None:
-    """Every primitive once, on tensors that are described and never read."""
+    """Call every primitive once, on tensors that are described and never read."""
     logits = torch.empty(rows, vocab, dtype=dtype)
     ids, temperature, softmax = torch.zeros(rows, dtype=torch.int64), torch.ones(1), SoftmaxParams(vocab, softcap)
     backend.token_stats(logits, ids, temperature, softmax, ("logp", "entropy", "lse", "lse_low"))
@@ -141,7 +149,9 @@ def compile_all(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float3
 
 
 def split_and_capped(target: str) -> list[Compiled]:
-    """The variants that the plain call does not launch: a softcap, and with it split rows; unaligned rows, split."""
+    """Compile variants that the plain call does not launch: a softcap, split rows with it,
+    and unaligned split rows.
+    """
     whole = compile_all(target, (torch.bfloat16,), softcap=30.0)
     triton_launch.processors = lambda device: 10**6
     try:
@@ -151,7 +161,9 @@ def split_and_capped(target: str) -> list[Compiled]:
 
 
 def every_shape(target: str) -> list[Compiled]:
-    """Whole rows in every line of the tables of shapes, with a rule that has an entropy gradient."""
+    """Compile whole rows for every line of the tables of shapes, with a rule that has an
+    entropy gradient.
+    """
     result = []
     for name, table in VARIANTS.items():
         os.environ["REWEIGHT_OPS_TRITON_SHAPES"] = name
@@ -162,7 +174,7 @@ def every_shape(target: str) -> list[Compiled]:
 
 
 def loops(kernel) -> list[list[str]]:
-    """The instructions of each innermost loop of a kernel, as the machine runs them (SASS)."""
+    """The instructions of each innermost loop of a kernel (SASS)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -183,8 +195,12 @@ def loops(kernel) -> list[list[str]]:
 
 
 def whole_tile_loops(target: str) -> list[dict]:
-    """Of the default shape's loops over whole tiles, in bf16 and with an entropy gradient: the logits of an iteration, its instructions, how many of them
-    come before the last 16-byte load, and how many before the first exponential."""
+    """Counts of the default shape's loops over whole tiles, in bf16 and with an entropy
+    gradient.
+
+    They are the logits of an iteration, its instructions, and the number of
+    instructions before the last 16-byte load and before the first exponential.
+    """
     result = []
     with Recorder(target) as recorder:
         call_all(torch.bfloat16, 151936)
@@ -204,7 +220,11 @@ def whole_tile_loops(target: str) -> list[dict]:
 
 
 def count_compilations(target: str = "sm_90") -> dict[str, int]:
-    """Compilations of each kernel over calls that differ in everything that must not matter, for one dtype, program and alignment."""
+    """Count compilations of each kernel over calls that differ in everything that must not
+    matter.
+
+    Dtype, program and alignment are fixed.
+    """
     program = Program.of(("clip", "k3"))
     with Recorder(target) as recorder:
         for rows, length, temperature, beta, softcap in (
@@ -222,7 +242,8 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
                     ids, softmax = torch.zeros(n, dtype=torch.int64), SoftmaxParams(vocab, softcap)
                     for t in (torch.full((1,), temperature), torch.full((n,), temperature)):
                         spare = torch.zeros(3 * n + 1)
-                        # Rows of a tensor start anywhere: their alignment is no reason to compile either.
+                        # Rows of a tensor start anywhere: their alignment must not
+                        # cause a compilation either.
                         inputs = RowInputs(torch.ones(2, n), spare[1 : n + 1], spare[:n], spare[n : 2 * n], None)
                         params = torch.tensor([-20.0, 20.0, 1.0, 0.2, beta, 9.0, beta, 20.0, 10.0])
                         backend.token_loss_grad(logits, ids, t, softmax, inputs, program, params, logits)
@@ -235,7 +256,10 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
 
 
 def scales(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -> list[Compiled]:
-    """Scaling: once for each dtype of gradients without gaps, once for others, whatever their sizes, strides and addresses are."""
+    """Compile scaling: once per dtype for gradients without gaps, and once for others.
+
+    Sizes, strides and addresses must not matter.
+    """
     result = []
     for dtype in dtypes:
         with Recorder(target) as recorder:
@@ -248,7 +272,11 @@ def scales(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -
 
 
 def packed_rows(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -> list[Compiled]:
-    """Packed rows, all statistics and coefficients and a few: as often as that, whatever their number and lengths are; with a softcap once more."""
+    """Compile packed rows with all statistics and derivatives, and with a few.
+
+    Each is compiled once, whatever the number and lengths of rows, and once more with a
+    softcap.
+    """
     result = []
     for dtype in dtypes:
         with Recorder(target) as recorder:
@@ -268,7 +296,10 @@ def packed_rows(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float3
 
 
 def row_kernels(target: str) -> list[Compiled]:
-    """The kernels on rows, by the calls that launch them: lengths and addresses are no reason to compile one again."""
+    """Compile the kernels on rows through the calls that launch them.
+
+    Lengths and addresses must not cause another compilation.
+    """
     with Recorder(target) as recorder:
         for sequences, length in ((4, 1000), (3, 1023)):
             n = sequences * length

@@ -1,4 +1,8 @@
-"""Compile the kernel on two logits tensors for GPUs that are not here; see tests/support/aot.py. Run in a process without TRITON_INTERPRET."""
+"""Compile the kernel on two logits tensors for GPUs that are not available; see
+tests/support/aot.py.
+
+Run it in a process without TRITON_INTERPRET.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from reweight_ops._core.backends.base import DivergenceInputs, SoftmaxParams
 def call_all(
     dtype: torch.dtype, other: torch.dtype, vocab: int = 151936, softcap: float = float("inf"), rows: int = 4, temperatures: int = 1
 ) -> None:
-    """Every primitive once, on tensors that are described and never read."""
+    """Call every primitive once, on tensors that are described and never read."""
     x, y = torch.empty(rows, vocab, dtype=dtype), torch.empty(rows, vocab, dtype=other)
     t = torch.ones(temperatures)
     two = DivergenceInputs(

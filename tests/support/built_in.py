@@ -1,4 +1,6 @@
-"""The package's own rules and weights that a kernel can evaluate, sorted by name. A test's are not among them."""
+"""The package's own rules and weights that a kernel can evaluate, sorted by name, without
+those of tests.
+"""
 
 from __future__ import annotations
 

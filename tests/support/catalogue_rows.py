@@ -187,9 +187,9 @@ NAMED = {
     "EDGE-GRPO's error correction": "EDGE-GRPO: guided error correction",
     "TW-GRPO's soft reward": ("reward/soft_multi_choice",),
     "TW-GRPO's question-answer inversion": "Data augmentation by question-answer inversion",
-    "CANON's schedules": "CANON's schedules",
-    "Dynamic reweighting's burn-in": "Dynamic loss reweighting: burn-in",
-    "HAPO's temperature": "HAPO: adaptive temperature",
+    "CANON's schedules (cosine; first-inter-later-intra)": ("schedule/canon",),
+    "Dynamic reweighting's burn-in": ("schedule/dynamic_loss_reweighting",),
+    "HAPO's temperature": ("schedule/hapo_temperature",),
     "Regret-loss": "Regret-loss",
     "Infra, RICL": "Infra, RICL",
 }

@@ -1,5 +1,9 @@
-"""The rules of reweight_ops/_core/backends/base.py, asked of three primitives: one set of checks for the compiled backends, which say with which
-instruction sets, dtypes, threads or schedules they run. ``primitives`` has ``token_stats``, ``token_grad`` and ``token_loss_grad`` on CPU tensors."""
+"""The rules of reweight_ops/_core/backends/base.py, as checks of three primitives.
+
+All compiled backends share these checks. Each backend says with which instruction sets,
+dtypes, threads or schedules it runs them. ``primitives`` has ``token_stats``,
+``token_grad`` and ``token_loss_grad`` on CPU tensors.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from reweight_ops._core.rows.groups import IGNORE_INDEX
 
 ONE = torch.ones(1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: (temperature, softcap); no temperature: one a row.
+#: (temperature, softcap). None as temperature means one per row.
 SOFTMAXES = {"plain": (1.0, math.inf), "cold": (0.7, math.inf), "per_row": (None, math.inf), "softcap": (1.3, 15.0)}
 #: Kinds of rows of :func:`kernel_oracle.rows`, with heads.
 KINDS = (
@@ -108,7 +112,7 @@ def check_token_loss_grad(primitives, dtype, n, v, softmax, bonus):
     assert_gradient(out, grad32, truth, (derivatives["logp"].abs() + derivatives["entropy"].abs()) / t.expand(n), ids)
 
 
-# --- infinities, NaN, and rows that are not there -------------------------------------------------------------------------------
+# --- infinities, NaN, and ignored rows -------------------------------------------------------------------------------
 
 
 def check_minus_infinity(primitives, dtype, softcap):
@@ -134,7 +138,9 @@ def check_minus_infinity(primitives, dtype, softcap):
 
 
 def check_masked_by_a_number(primitives, dtype, low):
-    """Whoever masks by a number far below all others, even the lowest that there is, gets what -inf gives."""
+    """A mask by a number far below all others, even the lowest finite one, gives the
+    results of -inf.
+    """
     low = torch.finfo(dtype).min if low == "lowest" else max(low, torch.finfo(dtype).min)
     v = 9001
     z, _ = rows(3, v, dtype, "plain")
@@ -153,7 +159,9 @@ def check_masked_by_a_number(primitives, dtype, low):
 
 
 def check_a_masked_target(primitives):
-    """logp is -inf, the loss follows by formula, the other columns get their gradient and the target's is 0."""
+    """logp is -inf, the loss follows by formula, the other columns get their gradient, and
+    the target's is 0.
+    """
     z, ids = rows(1, 300, torch.float32, "plain")
     z[0, ids[0]] = -math.inf
     got, grad = loss_grad(primitives, z, ids, program=(Program.of(("reinforce",)), torch.tensor([-20.0, 20.0, 1.0])))
@@ -173,7 +181,10 @@ def check_a_sure_row(primitives):
 
 
 def check_a_bad_row(primitives, dtype, softcap, at):
-    """NaN or +inf in column ``at``, or nothing but -inf: NaN in that row alone. Of the latter, and of no other, ``lse_low`` is -inf."""
+    """NaN or +inf in column ``at``, or only -inf, gives NaN in that row alone.
+
+    ``lse_low`` is -inf in a row of only -inf, and in no other row.
+    """
     z, ids = rows(6, 5003, dtype, "plain")
     softmax = SoftmaxParams(5003, softcap)
     clean_stats, clean = stats_of(primitives, z, ids, softmax=softmax), loss_grad(primitives, z, ids, softmax=softmax)
@@ -195,7 +206,7 @@ def check_a_bad_row(primitives, dtype, softcap, at):
 
 
 def check_ignored_rows_or_invalid(primitives, dtype):
-    """They are never read."""
+    """Such rows are never read."""
     z, ids = rows(5, 777, dtype, "plain")
     clean = loss_grad(primitives, z, ids)
     z[[1, 3]] = math.nan
@@ -212,7 +223,9 @@ def check_ignored_rows_or_invalid(primitives, dtype):
 
 
 def check_zero_gradient_rows(primitives, dtype):
-    """A zero coefficient in both primitives: exact zeros, even where a sweep would find something to multiply."""
+    """A zero derivative in both primitives gives exact zeros, even where a sweep would
+    find something to multiply.
+    """
     z, ids = rows(4, 2500, dtype, "plain")
     stats = stats_of(primitives, z, ids)
     stats["lse"][2] = math.nan  # a sweep of row 2 would show
@@ -254,7 +267,7 @@ def check_padding_and_shards(primitives, dtype):
 
 
 def _layouts(dtype, n, v):
-    """Views with rows of their own strides: padded, unaligned, batched and sliced, transposed."""
+    """Views with different strides: padded, unaligned, batched and sliced, transposed."""
     flat, ids = rows(n, v, dtype, "plain")
     yield "unaligned", torch.empty(n * (v + 3) + 1, dtype=dtype)[1:].view(n, v + 3)[:, :v], flat, ids
     yield "every second row", torch.empty(2 * n, v, dtype=dtype)[::2], flat, ids
@@ -263,7 +276,7 @@ def _layouts(dtype, n, v):
 
 
 def check_layouts(primitives, dtype, v):
-    """Any of them gives the bits that rows aligned to 16 bytes give."""
+    """Every layout gives the bits of rows aligned to 16 bytes."""
     for name, view, values, ids in _layouts(dtype, 6, v):
         view.copy_(values)
         aligned = torch.empty(*values.shape[:-1], v + 15 & ~15, dtype=dtype)[..., :v]
@@ -290,7 +303,9 @@ def check_nothing_is_written_around_rows(primitives, dtype):
 
 
 def check_offsets_beyond_two_to_the_31(primitives):
-    """Two rows 2^31 + 5 elements apart, in memory that is mapped but for those rows never touched."""
+    """Two rows 2^31 + 5 elements apart, in memory that is mapped and, outside of those
+    rows, never touched.
+    """
     v, stride = 1000, 2**31 + 5
     far = torch.empty(stride + v, dtype=torch.bfloat16).as_strided((2, v), (stride, 1))
     values, ids = rows(2, v, torch.bfloat16, "plain")
@@ -305,7 +320,9 @@ def check_offsets_beyond_two_to_the_31(primitives):
 
 
 def check_the_target_of_a_sure_row(primitives):
-    """1 - p of the given log-prob to the precision of fp32, where the difference from a rounded p would keep a digit or two."""
+    """1 - p of the given log-prob to the precision of fp32; the difference from a rounded
+    p would keep one or two digits.
+    """
     v, n = 100, 5
     z = torch.zeros(n, v)
     z[:, 7] = torch.linspace(12, 18, n)

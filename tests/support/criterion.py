@@ -1,4 +1,8 @@
-"""The package's accuracy criterion (reweight_ops/testing/criterion.py), asserted of what kernels return: one for every backend."""
+"""Asserts the package's accuracy criterion (reweight_ops/testing/criterion.py) for the
+results of kernels.
+
+All backends share it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,11 @@ from reweight_ops.testing import ERROR_FLOOR, gradient_errors, value_error
 
 
 def assert_values(got: Tensor, fp32: Tensor, truth: Tensor, what: str, scale: Tensor | None = None) -> None:
-    """1.5 times the error of fp32 PyTorch, plus four fp32 roundings: relative to ``scale``, which is 1 + |value|, not that of the largest one."""
+    """Assert at most 1.5 times the error of fp32 PyTorch, plus four fp32 roundings.
+
+    The roundings are relative to ``scale``, by default 1 + |value|, and not to the
+    largest value.
+    """
     assert got.isfinite().all(), f"{what}: {(~got.isfinite()).sum()} values are not finite"
     if got.numel():
         error = value_error(got, fp32, truth, 1 + truth.abs() if scale is None else scale)
@@ -17,8 +25,12 @@ def assert_values(got: Tensor, fp32: Tensor, truth: Tensor, what: str, scale: Te
 
 
 def assert_gradient(got: Tensor, fp32: Tensor, truth: Tensor, size: Tensor, columns: Tensor) -> None:
-    """The same for gradients ``[N, V]``, target (``columns``) and other columns apart, maximum and rms. ``size``: sum of |coefficients| / T of
-    each row. ``fp32`` is rounded once to the dtype."""
+    """The same for gradients ``[N, V]``, by maximum and rms, for the target (``columns``)
+    and the other columns apart.
+
+    ``size`` is the sum of |coefficients| / T of each row. ``fp32`` is rounded once to
+    the dtype.
+    """
     assert got.isfinite().all(), f"gradient: {(~got.isfinite()).sum()} values are not finite"
     is_target = torch.arange(truth.size(1)) == columns[:, None]
     floor = (ERROR_FLOOR * size.double() + 1e-300)[:, None]

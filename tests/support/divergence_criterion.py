@@ -1,4 +1,6 @@
-"""Divergences of two logits tensors by the public op: textbook formulas in fp64, and the accuracy criterion against them."""
+"""Divergences of two logits tensors by the public op, compared to textbook formulas in
+fp64 by the accuracy criterion.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ U = 2.0**-24
 
 
 def textbook(x, y, kind, beta=0.5):
-    """``x`` and ``y`` already divided by temperatures; written from the definitions."""
+    """Divergence by its definition; ``x`` and ``y`` are already divided by temperatures."""
     p, q = torch.softmax(x, -1), torch.softmax(y, -1)
     log_p, log_q = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
     forward, reverse = (q * (log_q - log_p)).sum(-1), (p * (log_p - log_q)).sum(-1)

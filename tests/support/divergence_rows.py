@@ -1,4 +1,6 @@
-"""Calls on two logits tensors and how their results are judged: for the tests of a backend's kernels, emulated and on a GPU."""
+"""Calls on two logits tensors and the checks of their results, for kernel tests in the
+emulation and on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ U = 2.0**-24
 
 
 def make(n, v, dtype=torch.float32, other=None, case="plain", seed=0, device="cpu"):
-    """A call of n rows; of its rows every fourth is out."""
+    """A call of n rows, of which every fourth is ignored."""
     g = torch.Generator().manual_seed(seed + v)
     z = 2 * torch.randn(n, v, generator=g, dtype=torch.float64)
     z += torch.where(torch.rand(z.shape, generator=g) < 4 / v, 8.0, 0.0)
@@ -44,7 +46,10 @@ def as_dtype(two, dtype):
 
 
 def pytorch_fp32(two, constants, weights):
-    """The yardstick, which shares nothing with the package: four values and two log-sum-exps of each row, and the gradient, by ``torch.log_softmax``."""
+    """The yardstick in fp32 by ``torch.log_softmax``; it shares no code with the package.
+
+    It has four values and two log-sum-exps of each row, and the gradient.
+    """
 
     def scaled(x, softmax, temperature):
         x = x.float()
@@ -70,7 +75,7 @@ def close_enough(got, single, exact, floor, what):
 
 
 def both_plans(primitives, two, constants, weights):
-    """Yields (plan, table, gradient), of one pass also in place."""
+    """Yield (plan, table, gradient); one pass also in place."""
     out = torch.full_like(two.logits, math.nan)
     yield "one pass", primitives.divergence_loss_grad(two, constants, weights, out), out
     table, out = primitives.divergence_stats(two), torch.full_like(two.logits, math.nan)
@@ -81,7 +86,10 @@ def both_plans(primitives, two, constants, weights):
 
 
 def assert_accurate(primitives, two, constants, same_bits=True):
-    """One pass, two passes and in place, by the criterion against the reference in fp64. ``same_bits``: and equal to the bit."""
+    """One pass, two passes and in place, by the criterion against the reference in fp64.
+
+    ``same_bits`` also asserts that they are bitwise equal.
+    """
     n, v = two.ids.numel(), two.logits.size(-1)
     constants, weights = torch.tensor(constants, device=two.logits.device), torch.linspace(0.5, 2, n, device=two.logits.device)
     exact_out = torch.empty_like(two.logits, dtype=torch.float64)
@@ -103,8 +111,11 @@ def assert_accurate(primitives, two, constants, same_bits=True):
 
 
 def assert_far_rows(primitives, two, constants, weights, far, stride):
-    """The rows of one of the three tensors (``logits``, ``other``, ``out``) ``stride`` elements apart, in memory that is mapped but for those
-    rows never touched: the same bits."""
+    """Rows of ``logits``, ``other`` or ``out`` that are ``stride`` elements apart give the
+    same bits.
+
+    The memory is mapped and, outside of those rows, never touched.
+    """
     want = torch.empty_like(two.logits)
     table = primitives.divergence_loss_grad(two, constants, weights, want)
     n, v = want.shape

@@ -1,5 +1,9 @@
-"""Calls of the public ops as hypothesis draws them: shapes, layouts, dtypes, masks, options and values. What is drawn is a few words and a seed,
-so that hypothesis can shrink it; the numbers come from the seed."""
+"""Calls of the public ops that hypothesis draws: shapes, layouts, dtypes, masks, options
+and values.
+
+A draw is a few words and a seed, so that hypothesis can shrink it; the numbers come
+from the seed.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +26,20 @@ from reweight_ops._core.spec.ratio import SegmentRatio
 BACKENDS = [
     b for b in ("reference", "cpu", "triton") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
 ]
-#: Every method; packed sequences have no padded length, so those that divide by one are told it.
+#: Every method. Packed sequences have no padded length, so that methods that divide by
+#: one receive it.
 SPECS = {name: entry.build() for name, entry in sorted(rw.METHODS.items())}
 SPECS |= {"drpo": rw.methods.drpo(max_length=8), "dr_grpo": rw.methods.dr_grpo(horizon=8)}
 METHODS = list(SPECS)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-#: They select tokens by rank. Where tokens tie but for a rounding (sure ones, uniform ones), two precisions may select different ones.
+#: These select tokens by rank. If tokens tie except for rounding (sure or uniform
+#: ones), two precisions may select different ones.
 BY_RANK = ("clip_cov", "kl_cov", "top_entropy")
 #: Rows without such ties.
 DISTINCT = ("plain", "masked")
 
-#: Penalties that any policy loss can be given besides its own.
+#: Penalties that any policy loss accepts in addition to its own.
 PENALTIES = {
     "none": None,
     "k1": rw.Penalty(rw.rules.penalties.K1(), 0.1),
@@ -41,7 +47,8 @@ PENALTIES = {
     "entropy": rw.Penalty(rw.rules.penalties.EntropyBonus(), 0.02),
 }
 
-#: What the logits of a row may look like. The first is a language model's; in each the target may be any column but a masked one.
+#: Kinds of logits. The first is like a language model's. In each, the target may be any
+#: column that is not masked.
 ROWS = ("plain", "sure", "wide", "far", "equal", "tiny", "huge", "masked", "lowest")
 
 
@@ -99,7 +106,7 @@ class PolicyCall:
         return torch.Generator().manual_seed(self.seed)
 
     def head(self) -> dict[str, Any]:
-        """Keywords of the softmax, of the loss's scale and of who computes it."""
+        """Keywords of the softmax, the loss's scale and the backend."""
         found = dict(self.options)
         shape = self.shape if not self.packed else (math.prod(self.shape),)
         if found.get("temperature") == "row":
@@ -107,7 +114,7 @@ class PolicyCall:
         return found
 
     def batch(self) -> dict[str, Any]:
-        """The rest of the keywords, logits contiguous, rows ``[S, T]`` or packed."""
+        """The other keywords: contiguous logits, rows ``[S, T]`` or packed."""
         g, (s, t), spec, dtype = self.generator, self.shape, self.spec, DTYPES.get(self.dtype, torch.float64)
         columns = dict(self.options).get("vocab_size", self.vocab)
         row = torch.float64 if dtype == torch.float64 else torch.float32
@@ -146,14 +153,14 @@ class PolicyCall:
 
 
 def log_probs(z: Tensor, ids: Tensor, columns: int, temperature: Any = 1.0, softcap: float | None = None) -> Tensor:
-    """Of the ids, plainly."""
+    """Log-probs of the ids by plain PyTorch."""
     x = z[..., :columns]
     x = x if softcap is None else softcap * torch.tanh(x / softcap)
     return torch.log_softmax(x / temperature, -1).gather(-1, ids[..., None])[..., 0] if x.numel() else z.new_zeros(ids.shape)
 
 
 def mask_of(kind: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    """``random`` and ``ragged`` of three dtypes, ``empty``: no row at all."""
+    """A mask: ``random`` and ``ragged`` with three dtypes, or ``empty`` without any row."""
     if kind == "empty":
         return torch.zeros(shape, dtype=torch.bool)
     if kind == "ragged":
@@ -163,7 +170,9 @@ def mask_of(kind: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
 
 
 def packed(batch: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
-    """The same rows, one sequence after another, as ``[N]`` with offsets. Every row stays, in or out."""
+    """The same rows, one sequence after another, as ``[N]`` with offsets. Every row stays,
+    also ignored ones.
+    """
     (s, t), n = shape, math.prod(shape)
     found = {"cu_seqlens": torch.arange(s + 1) * t}
     for name, value in batch.items():
@@ -188,13 +197,15 @@ def _options() -> st.SearchStrategy:
 
 
 def policy_calls(backends: list[str], dtypes: tuple[str, ...] = tuple(DTYPES), methods: list[str] = METHODS) -> st.SearchStrategy:
-    """Any policy loss. The interpreter that runs Triton here is slow, so its calls are small."""
+    """Any policy loss. The interpreter that runs Triton here is slow, so that its calls
+    are small.
+    """
 
     @st.composite
     def drawn(draw: Callable) -> PolicyCall:
         backend, method = draw(st.sampled_from(backends)), draw(st.sampled_from(methods))
         small = backend == "triton"
-        # Rows enough that the error of fp32 PyTorch, which is the measure, is no lucky one; or none.
+        # Enough rows that the error of fp32 PyTorch, the measure, is not small by luck; or none.
         shape = draw(st.sampled_from([(4, 3), (0, 3), (3, 0)] if small else [(4, 3), (3, 9), (12, 2), (2, 33), (24, 1), (0, 3), (3, 0)]))
         plans = ["two_pass"] if SPECS[method].one_pass_unsupported_reason else ["one_pass", "two_pass"]
         dtype = draw(st.sampled_from(dtypes))
@@ -219,7 +230,10 @@ def policy_calls(backends: list[str], dtypes: tuple[str, ...] = tuple(DTYPES), m
 
 
 def fuzz(check: Callable[[Any], None], calls: st.SearchStrategy, examples: int, repeatable: bool) -> None:
-    """``check`` of that many calls; the same ones each time where it is to be ``repeatable``. A failure prints the smallest call that fails."""
+    """Run ``check`` on ``examples`` calls, the same ones each time if ``repeatable``.
+
+    A failure prints the smallest call that fails.
+    """
     run = settings(
         max_examples=examples,
         derandomize=repeatable,
@@ -232,7 +246,11 @@ def fuzz(check: Callable[[Any], None], calls: st.SearchStrategy, examples: int, 
 
 
 def lengths(short: int, long: int) -> list[Any]:
-    """Parameters of a test: a few examples in the normal run, many new ones with the slow mark. ``REWEIGHT_OPS_FUZZ`` multiplies those."""
+    """Parameters of a test: a few examples in the normal run, many new ones with the slow
+    mark.
+
+    ``REWEIGHT_OPS_FUZZ`` multiplies the latter.
+    """
     import pytest
 
     many = int(long * float(os.environ.get("REWEIGHT_OPS_FUZZ", "1")))

@@ -1,4 +1,4 @@
-"""Calls that are kept, and the same calls with nothing kept: for tests of what keeping them may not change."""
+"""Kept calls, and the same calls with nothing kept, to test that keeping changes nothing."""
 
 import torch
 
@@ -14,7 +14,7 @@ def batch_of(spec, seed, shape=SHAPE, dtype=torch.float32):
 
 
 def result(batch, **options):
-    """What a call gives, its gradient and metrics too."""
+    """The results of a call, with its gradient and metrics."""
     z = batch["logits"].detach().requires_grad_(batch["logits"].requires_grad or torch.is_grad_enabled())
     out = rw.policy_loss(**{**batch, "logits": z, **options})
     grads = torch.autograd.grad(out.loss.sum(), z) if out.loss.requires_grad else ()

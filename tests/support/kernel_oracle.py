@@ -1,5 +1,8 @@
-"""The truth that kernels are tested against: statistics and gradients of rows in plain PyTorch, in any dtype, differentiated by autograd.
-Written for the tests alone; it shares nothing with the package."""
+"""Reference for kernel tests: statistics and gradients of rows in plain PyTorch, by
+autograd, in any dtype.
+
+It is written for the tests alone and shares no code with the package.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,14 @@ STATS = ("logp", "entropy", "lse", "log_sum_p_sq", "max_logp")
 
 
 def lse_low(lse: Tensor) -> Tensor:
-    """What rounding an exact log-sum-exp to fp32 loses, rounded to fp32."""
+    """The part that rounding an exact log-sum-exp to fp32 loses, rounded to fp32."""
     return (lse - lse.float()).float()
 
 
 def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float = math.inf, vocab_start: int = 0) -> dict[str, Tensor]:
-    """Of every row ``[N]``, differentiably. ``logp`` is -inf where the id is none of the columns."""
+    """Differentiable statistics of every row ``[N]``. ``logp`` is -inf if no column has
+    the id.
+    """
     masked = logits == -math.inf
     x = logits if math.isinf(softcap) else softcap * torch.tanh(logits / softcap)
     x = torch.where(masked, -math.inf, x) / temperature[:, None]
@@ -39,7 +44,9 @@ def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float 
 def gradient(
     logits: Tensor, ids: Tensor, temperature: Tensor, derivatives: dict[str, Tensor], softcap: float = math.inf, vocab_start: int = 0
 ) -> Tensor:
-    """By the logits, of row statistics that have these derivatives; a log-prob of -inf has no slope."""
+    """Gradient by the logits from these derivatives of row statistics; a log-prob of -inf
+    has no slope.
+    """
     z = logits.detach().clone().requires_grad_()
     stats = statistics(z, ids, temperature, softcap, vocab_start)
     outputs = [torch.where(stats[name].isfinite(), stats[name], 0) for name in derivatives]
@@ -48,15 +55,20 @@ def gradient(
 
 
 def clip_loss(stats: dict[str, Tensor], old: Tensor, adv: Tensor, weight: Tensor, eps: float, bonus: float) -> Tensor:
-    """[N]: each row's share of the total of a clipped surrogate with an entropy bonus."""
+    """[N]: each row's contribution to a clipped surrogate with an entropy bonus."""
     ratio = torch.exp(stats["logp"] - old)
     surrogate = -torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)
     return weight * (surrogate - bonus * stats["entropy"])
 
 
 def rows(n: int, v: int, dtype: torch.dtype, kind: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits [n, v] and ids. ``plain``: a language model's spread with outliers and a target of any mass; ``peaked``: sure rows;
-    ``shifted``: a large common offset, ``far``: a very large one; ``low``: everything at or below -100; ``wide``: hundreds of nats apart."""
+    """Logits [n, v] and ids of one kind.
+
+    ``plain`` has a language model's spread with outliers and a target of any mass;
+    ``peaked`` has sure rows; ``shifted`` has a large common offset and ``far`` a very
+    large one; ``low`` has everything at or below -100; ``wide`` is hundreds of nats
+    apart.
+    """
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(n, v, generator=g, dtype=torch.float64) * 3
     ids = torch.randint(0, v, (n,), generator=g)

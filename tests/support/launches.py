@@ -1,7 +1,8 @@
-"""What a call makes a GPU do, counted without one: the call runs on meta tensors, through a door to the Triton backend.
+"""Counts the GPU work of a call without a GPU: the call runs on meta tensors with the
+Triton backend.
 
-A meta tensor has no elements: what would wait for one raises. Kernels are counted where they would be launched, PyTorch's own operations
-where they are dispatched.
+A meta tensor has no elements: code that would wait for one raises. Kernels are counted
+where they would be launched, and PyTorch's own operations where they are dispatched.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from reweight_ops._core.engine.ops import BODIES
 #: Kernels whose work is of the size of the vocabulary.
 VOCABULARY = ("partial_kernel", "stats_kernel", "loss_grad_kernel", "target_kernel", "gradient_kernel", "divergence_kernel")
 
-#: What allocates, or describes the same elements anew, and is no view by its schema.
+#: Operations that allocate, or describe the same elements again, and are not views by
+#: their schema.
 _FREE = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::_unsafe_view", "aten::lift_fresh"}
 
 
@@ -29,7 +31,9 @@ def costs_nothing(op) -> bool:
 
 
 class Counted(TorchDispatchMode):
-    """``operations`` of PyTorch, ``kernels`` of the package: each name and how many times a device would run it."""
+    """``operations`` of PyTorch and ``kernels`` of the package, by name, with the number
+    of times that a device would run them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +64,7 @@ class Counted(TorchDispatchMode):
 
     @property
     def beside(self) -> int:
-        """All of it but the vocabulary-sized kernels."""
+        """All counts without the vocabulary-sized kernels."""
         return self.operations.total() + sum(n for name, n in self.kernels.items() if name not in VOCABULARY)
 
     def __str__(self) -> str:
@@ -68,11 +72,13 @@ class Counted(TorchDispatchMode):
 
 
 class HostCopy(Exception):
-    """Numbers of the host became a tensor of the device, or a tensor crossed between the two."""
+    """Numbers of the host became a tensor of the device, or a tensor moved between the
+    two.
+    """
 
 
 class NoHostCopies(TorchFunctionMode):
-    """Raises where elements would cross between host and device."""
+    """Raises where elements would move between host and device."""
 
     _CONSTRUCTORS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.scalar_tensor)
 
@@ -89,7 +95,7 @@ class NoHostCopies(TorchFunctionMode):
 
 @contextmanager
 def on_meta():
-    """Meta tensors are served by the Triton backend, whose kernels are only counted."""
+    """The Triton backend serves meta tensors; its kernels are only counted."""
     backend = dataclasses.replace(BACKEND, unsupported_reason=_reason)
     with door("meta", backend):
         yield

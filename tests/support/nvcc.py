@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda as setup.py does, for the tests of what the compiler makes. Needs no GPU."""
+"""Compiles csrc/cuda as setup.py does, to test the compiler's output. It needs no GPU."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ def nvcc() -> Path:
 
 
 def archs() -> list[str]:
-    """Those that setup.py builds for if nobody names others."""
+    """The targets of setup.py by default."""
     return SETUP["cuda_archs"](nvcc())
 
 
 def compile_kernels(csrc: Path, kernel: str, dtype: str, archs: list[str], target: Path, flags: list[str] = FLAGS) -> str:
-    """Writes a fatbin of one file of kernels for one dtype. Returns what the compiler said besides; raises if it refuses."""
+    """Write a fatbin of one file of kernels for one dtype; return the compiler's other
+    output; raise if it fails.
+    """
     defines = [f"-DRW_ELEMENT={DTYPES[dtype]}", f"-DRW_DTYPE={dtype}"]
     words = [nvcc(), *flags, *SETUP["cuda_targets"](archs), f"-I{csrc}", *defines, "-fatbin", csrc / f"cuda/{kernel}.cu", "-o", target]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -49,7 +51,7 @@ def sass(fatbin: Path, arch: str) -> str:
 
 
 def dumper() -> str | None:
-    """On the PATH, or as Triton ships it."""
+    """The dumper on the PATH, or the one that Triton ships."""
     found, spec = shutil.which("cuobjdump"), importlib.util.find_spec("triton")
     if found is None and spec is not None and spec.origin:
         shipped = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"

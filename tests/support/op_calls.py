@@ -1,4 +1,6 @@
-"""Calls of every public op as functions of fp32 or fp64 logits, for what is to work with all of them: torch.export, transforms."""
+"""Calls of every public op as functions of fp32 or fp64 logits, for torch.export and
+transforms.
+"""
 
 import torch
 
@@ -24,7 +26,7 @@ def logps(z):
 
 
 def seen(out):
-    """What of a policy loss every way of running it can return."""
+    """The outputs of a policy loss that every way of running it can return."""
     return out.loss, out.per_token_logps, out.ratio, out.per_token_loss, out.is_clipped, out.metrics["entropy"], out.metrics["kl"]
 
 

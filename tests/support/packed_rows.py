@@ -1,4 +1,6 @@
-"""What is asked of packed rows: the checks of rows of logits (contract.py), of the same rows packed; and that rows do not touch each other."""
+"""Checks of packed rows: those of rows of logits (contract.py) on packed rows, and that
+rows do not affect each other.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ SENTINEL = 7.0
 
 
 class AsLogits:
-    """``token_stats`` and ``token_grad`` of rows ``[N, V]`` by a backend's ``packed_stats`` and ``packed_grad``: the rows lie in another order, with gaps."""
+    """``token_stats`` and ``token_grad`` of rows ``[N, V]`` by a backend's
+    ``packed_stats`` and ``packed_grad``.
+
+    The rows lie in another order, with gaps.
+    """
 
     def __init__(self, backend):
         self.backend = backend
@@ -47,7 +53,7 @@ class AsLogits:
         out[:, : softmax.vocab_size] = torch.where(read[:, None], packed[at], 0)
 
     def token_loss_grad(self, z, ids, temperature, softmax, inputs, program, params, out):
-        """As the engine has it: statistics, the program on rows, the gradient."""
+        """Like the engine: statistics, the program on rows, the gradient."""
         names = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq")
         stats = dict(zip(names, self.token_stats(z, ids, temperature, softmax, names), strict=True))
         leaves = {"old_logp": stats["logp"]} | {name: stats[name] for name in STATISTICS} | inputs.stored()
@@ -77,7 +83,11 @@ def check_sure_rows(backend):
 
 
 def check_each_row_alone(backend, dtype, longest=1900, many=False):
-    """Rows of many lengths, with ``many`` more than there are blocks: each has the bits of the same row of logits, one that is out gives 0, one without a place NaN, and neither is read."""
+    """Rows of many lengths; with ``many``, more rows than blocks.
+
+    Each has the bits of the same row of logits. An ignored row gives 0, one without a
+    position NaN, and neither is read.
+    """
     g = torch.Generator().manual_seed(longest)
     lengths = [n for n in (1, 2, 3, 15, 16, 17, 64, 129, 511, 1025, longest) if n <= longest] + [longest] * (many and 9) + [5, 0, 4]
     n, total = len(lengths), sum(lengths)

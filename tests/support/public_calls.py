@@ -1,4 +1,4 @@
-"""One small call of every public op, by name: for tests of what no op may depend on (default dtype, default device, anomaly mode).
+"""One small call of every public op, by name: for tests of settings that no op may depend on (default dtype, default device, anomaly mode).
 
 Inputs have named dtypes and are on the CPU, whatever the process's defaults are.
 """
@@ -109,7 +109,9 @@ def head(dtype: torch.dtype, lora: bool) -> dict:
 
 
 def _linear_distillation(op, made, two, options) -> list[Tensor]:
-    """The hidden states' divergence to the logits ``two`` of another model, and to a head over them as its hidden states."""
+    """Divergence of the hidden states to the logits ``two`` of another model, and to a
+    head on them as its hidden states.
+    """
     leaves = {name: leaf(x) for name, x in made.items()}
     other = two["other_logits"].to(leaves["hidden"].dtype)
     found: list[Tensor] = []
@@ -132,7 +134,7 @@ def linear(op, made, ids, options) -> list[Tensor]:
 
 
 def calls(backends: list[str] = BACKENDS) -> dict[str, Call]:
-    """Name to call, every one of which returns the same tensors whenever it runs."""
+    """Calls by name. Each returns the same tensors at every run."""
     made: dict[str, Call] = {}
     for name in sorted(METHODS):
         spec = METHODS[name].build()
@@ -185,7 +187,7 @@ def calls(backends: list[str] = BACKENDS) -> dict[str, Call]:
 
 
 def golden_calls() -> dict[str, Call]:
-    """Golden rows in fp32: what happens before the loss."""
+    """Golden rows in fp32 of the functions before the loss."""
 
     def run(row) -> list[Tensor]:
         return [torch.tensor(result_of(row, torch.float32, "cpu"), dtype=torch.float64, device="cpu")]

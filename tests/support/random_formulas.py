@@ -1,4 +1,6 @@
-"""Rules and weights drawn from the grammar of formulas, and their truth: fp64 autograd with exact slopes."""
+"""Rules and weights drawn from the grammar of formulas, and their reference: fp64 autograd
+with exact slopes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def draw(r: random.Random, size: int) -> str:
     if kind == "unary":
         function = r.choice(_UNARY)
         inner = draw(r, size - 1)
-        # Inside of the function's domain for the leaves of `leaves()`, mostly.
+        # Mostly inside the function's domain, for the leaves of `leaves()`.
         argument = {"log": f"xp.abs({inner}) + 0.5", "log1p": f"xp.abs({inner})"}.get(function, inner)
         return f"xp.{function}({argument} + 0 * t.adv)"
     if kind == "neg":
@@ -56,7 +58,9 @@ def drawn_weight(seed: int, name: str = "drawn_weight", size: int = 4) -> type[T
 
 
 class _Exact(torch.autograd.Function):
-    """A function with its slope given apart: torch's own 1 - tanh(x)² and expm1(x) + 1 lose their digits in the tails."""
+    """A function with a separate slope: torch's own 1 - tanh(x)² and expm1(x) + 1 lose
+    their digits in the tails.
+    """
 
     @staticmethod
     def forward(ctx, x, function, slope):

@@ -1,4 +1,6 @@
-"""Losses of random rules and weights (tests/support/random_formulas.py), and what every backend's result for them is held against."""
+"""Losses of random rules and weights (tests/support/random_formulas.py), and the reference
+for every backend.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ class Drawn:
         self.row_weights[:, ::7] = 0.0
 
     def environment(self, leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Everything that the graph's nodes name, in fp64."""
+        """Every value that the graph's nodes name, in fp64."""
         found = {name: x.double() for name, x in leaves.items()}
         found |= {f"w{k}": w.double() for k, w in enumerate(self.row_weights)}
         return found | {f"p{i}": x.double() for i, x in enumerate(self.params.unbind())}
@@ -54,7 +56,9 @@ class Drawn:
         return good
 
     def check(self, got: torch.Tensor, names: tuple[str, ...], leaves: dict[str, torch.Tensor], u: float, slack: float = 1.0) -> int:
-        """Every output within ``slack`` running error bounds of the truth; how many values were judged."""
+        """Check that every output is within ``slack`` running error bounds of the
+        reference; return the number of checked values.
+        """
         graph = loss_graph(self.program, "log_ratio" in leaves)
         roots = [graph[name] for name in names]
         exact, judged = truth(self.rules, self.weights, self.params, leaves, self.row_weights), 0
@@ -71,7 +75,9 @@ class Drawn:
 
 
 def check_one_pass(module: Any, seeds: Iterable[int]) -> None:
-    """From logits: the rows from the backend's own statistics, the gradient from the true derivatives by them."""
+    """Check from logits: the rows from the backend's own statistics, the gradient from the
+    exact derivatives by them.
+    """
     n, v, judged, asked = 24, 40, 0, 0
     names = ("logp", "entropy", "log_sum_p_sq", "lse")
     for seed in seeds:

@@ -1,4 +1,7 @@
-"""Gloo ranks that live as long as the tests that use them, so that processes start once: a pool runs functions of test modules on every rank."""
+"""A pool of gloo ranks that lives as long as its tests, so that processes start once.
+
+The pool runs functions of test modules on every rank.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-#: Seconds until a collective that misses a rank fails, and until a test that still waits for a rank calls it a hang.
+#: Seconds until a collective with a missing rank fails, and until a test that waits for
+#: a rank counts as a hang.
 TIMEOUT, HANG = 20, 90
 
 
 class Ranks:
-    """What a function is given of its place: the rank, and the groups of any factorisation of all ranks."""
+    """The place of a function: its rank, and the groups of any factorisation of all ranks."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
         self._groups = {}
 
     def axes(self, *sizes: int):
-        """``(coordinates, groups)`` of the ranks as a grid of these sizes: along each axis the group of the ranks that differ there alone."""
+        """``(coordinates, groups)`` of the ranks as a grid of these sizes.
+
+        The group of an axis has the ranks that differ only along it.
+        """
         assert torch.Size(sizes).numel() == self.world
         grid = torch.arange(self.world).view(sizes)
         groups = []
@@ -38,7 +45,10 @@ class Ranks:
         return at, groups
 
     def group(self, members, fresh=False, timeout=TIMEOUT):
-        """The group of these ranks; every rank of the pool must ask for it. ``fresh``: of the test's own, for it will be broken."""
+        """The group of these ranks; every rank of the pool must request it.
+
+        ``fresh`` makes a group for this test only, which it may break.
+        """
         key = tuple(members)
         if fresh or key not in self._groups:
             made = dist.new_group(list(members), timeout=timedelta(seconds=timeout))
@@ -61,11 +71,13 @@ def _worker(rank, world, folder, paths, environment, pipe):
         except BaseException as error:
             pipe.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
     dist.destroy_process_group()
-    os._exit(0)  # nothing is left to do, and an interpreter takes seconds to end
+    os._exit(0)  # there is nothing left to do, and an interpreter takes seconds to exit
 
 
 class Pool:
-    """``world`` processes; ``run`` calls a function of a test module on all of them and returns what each gave."""
+    """``world`` processes; ``run`` calls a function of a test module on all of them and
+    returns their results.
+    """
 
     def __init__(self, world: int) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -86,7 +98,9 @@ class Pool:
             pipe.send((function.__module__, function.__name__, arguments))
 
     def results(self, alive=None):
-        """``(whether it returned, what it returned or raised)`` of every rank in ``alive`` (default: all); a rank that hangs is a failed test."""
+        """``(returned, value or exception)`` of every rank in ``alive`` (default: all); a
+        rank that hangs fails the test.
+        """
         found = []
         for rank, pipe in itertools.compress(enumerate(self.pipes), alive or [True] * len(self.pipes)):
             if not pipe.poll(HANG):
@@ -102,7 +116,7 @@ class Pool:
         return [what for _, what in found]
 
     def check(self, function, *arguments):
-        """Run a function that gives what is wrong on its rank, as a list of strings."""
+        """Run a function that returns the errors of its rank as a list of strings."""
         wrong = {f"rank {rank}: {what}" for rank, found in enumerate(self.run(function, *arguments)) for what in found}
         assert not wrong, "\n".join(sorted(wrong))
 

@@ -1,4 +1,6 @@
-"""Batches of rollouts with everything that a recipe may read, and a policy so small that a loop takes milliseconds."""
+"""Batches of rollouts with every quantity that a recipe may read, and a policy so small
+that a loop takes milliseconds.
+"""
 
 from types import SimpleNamespace
 
@@ -22,7 +24,9 @@ class Policy(torch.nn.Module):
 
 
 def make_rollout(policy, name, seed=0):
-    """A batch for the recipe of that name. What differs between recipes under one name (``values``) is told by it."""
+    """A batch for the recipe ``name``, which decides what differs between recipes under
+    one name (``values``).
+    """
     g = torch.Generator().manual_seed(seed)
     mask = (torch.arange(T) < torch.tensor([6, 3, 5, 4, 6, 2, 6, 1])[:, None]).float()
     batch = SimpleNamespace(completion_ids=torch.randint(V, (B, T), generator=g), completion_mask=mask, group_size=GROUP, vocab_size=V)
@@ -61,11 +65,16 @@ def make_rollout(policy, name, seed=0):
         labels=torch.tensor([1.0, -1] * 4),
         returns=torch.rand(B, generator=g),
         start_values=torch.rand(B, generator=g),
+        source_ids=torch.arange(B) % 3,
+        source_counts=torch.tensor([3.0, 3, 2]),
         teacher_logits=4 * torch.randn(B, T, V, generator=g),
         augmented=SimpleNamespace(completion_ids=torch.randint(V, (B, T), generator=g)),
         lambdas=torch.ones(B, T),
         metrics=(0.5 + seed, 0.25),
         gradients=torch.randn(2, 5, generator=g),
     )
+    if name == "tpo":  # triples
+        vars(batch).update(completion_ids=batch.completion_ids[:6], completion_mask=mask[:6])
+        return batch
     batch.segments = rw.advantages.spo_segments(batch.old_per_token_logps, mask)
     return batch

@@ -1,9 +1,12 @@
-"""Evaluate an expression graph in fp64 and bound the error that the same graph has in a shorter arithmetic.
+"""Evaluate an expression graph in fp64 and bound the error of the same graph in a shorter
+arithmetic.
 
-Running error analysis (Higham, Accuracy and Stability of Numerical Algorithms, section 3.3): every operation rounds once with unit
-``u``, every function of ``xp`` is wrong by at most ``FUNCTION_ULPS`` units (tests/formula/test_codegen.py measures that), and what the
-operands' errors do to the result is followed exactly, by intervals. A comparison whose operands are closer than their errors may
-come out either way, so a select on it is bounded over both branches.
+This is running error analysis (Higham, Accuracy and Stability of Numerical Algorithms,
+section 3.3). Every operation rounds once with unit ``u``. Every function of ``xp`` is
+wrong by at most ``FUNCTION_ULPS`` units (tests/formula/test_codegen.py measures that).
+Intervals follow the effect of the operands' errors on the result exactly. A comparison
+of operands that are closer than their errors may have either result, so that the bound
+of a select on it covers both branches.
 """
 
 from __future__ import annotations
@@ -100,7 +103,9 @@ def _node(x: Expr, args, values, shape, u, lipschitz):  # one branch per operati
 
 
 def no_tie(traced, values) -> torch.Tensor:
-    """Rows in which no minimum or maximum is a tie, nor the two bounds of a clip: there the conventions differ, by contract."""
+    """Rows in which no minimum, maximum or clip has a tie: there the conventions differ by
+    contract.
+    """
     ties = [x for x in walk(traced.result) if x.op in ("min", "max", "clip")]
     sides = evaluate([operand for x in ties for operand in x.args[-2:]], values)
     unequal = [a[0] != b[0] for a, b in zip(sides[::2], sides[1::2], strict=True)]

@@ -1,4 +1,4 @@
-"""Batches with sampling masks, and what a plain masked log-softmax in fp64 makes of them."""
+"""Batches with sampling masks, and their results by a plain masked log-softmax in fp64."""
 
 import torch
 
@@ -8,7 +8,9 @@ SHAPE, VOCAB = (3, 4), 13
 
 
 def kept_batch(shape=SHAPE, vocab=VOCAB, dtype=torch.float64, share=0.4, seed=0):
-    """``(logits, ids, mask)``: every row keeps its id and some others; one keeps nothing else, and one everything."""
+    """``(logits, ids, mask)``: every row keeps its id and some others; one row keeps only
+    its id, and one keeps everything.
+    """
     g = torch.Generator().manual_seed(seed)
     z = (3 * torch.randn(*shape, vocab, generator=g, dtype=torch.float64)).to(dtype)
     ids = torch.randint(vocab, shape, generator=g)
@@ -19,7 +21,7 @@ def kept_batch(shape=SHAPE, vocab=VOCAB, dtype=torch.float64, share=0.4, seed=0)
 
 
 def shuffled(mask, seed=0):
-    """The sets of a bool mask, the ids of a row in any order, int64."""
+    """The sets of a bool mask as int64; the ids of a row are in random order."""
     kept = rw.SamplingMask.from_mask(mask)
     g = torch.Generator().manual_seed(seed)
     rows = [kept.token_ids[a:b] for a, b in zip(kept.offsets[:-1], kept.offsets[1:], strict=True)]
@@ -34,7 +36,9 @@ def scaled(z, temperature=1.0, softcap=None, vocab_size=None):
 
 
 def oracle(z, ids, mask, entropy_over="kept", **softmax):
-    """Differentiable statistics by their public names, and mask ``None`` for the whole vocabulary."""
+    """Differentiable statistics by their public names; mask ``None`` means the whole
+    vocabulary.
+    """
     x = scaled(z, **softmax)
     log_p = torch.where(mask, x, -torch.inf).log_softmax(-1)
     whole = x.log_softmax(-1) if entropy_over == "vocabulary" else log_p

@@ -1,4 +1,7 @@
-"""Gradients in every layout that the ops hand out, and how scaling them is judged: for the kernels' tests, emulated, interpreted and on a GPU."""
+"""Gradients in every layout that the ops return, and the checks of scaling them.
+
+They serve the kernels' tests in the emulation, in the interpreter and on a GPU.
+"""
 
 import math
 
@@ -8,7 +11,7 @@ import torch
 from reweight_ops._core.backends.scale import spans_of
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-#: Exactly 1, and beside it; what underflows, overflows and spoils.
+#: Exactly 1, a number next to it, and numbers that underflow, overflow or give NaN.
 FACTORS = [1.0, 1.0 + 2.0**-23, 2.0, 1 / 3, -0.7, 0.0, 1e-30, 3e38, math.inf, -math.inf, math.nan]
 GUARD = -77.0
 
@@ -30,7 +33,10 @@ def layouts(columns: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], i
 def gradient(
     layout: tuple[tuple[int, ...], tuple[int, ...], int], dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(view, memory)``: what is between and around the rows is GUARD. With a zero row, as of a masked token, and what overflows."""
+    """``(view, memory)``: memory between and around the rows is GUARD.
+
+    One row is zero, like a masked token's, and some values overflow.
+    """
     shape, strides, offset = layout
     size = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
     memory = torch.full((size + 64,), GUARD, dtype=dtype)
@@ -46,7 +52,11 @@ def gradient(
 
 
 def check_scaling(scale, dtype: torch.dtype, columns: int, device: str = "cpu", factors=FACTORS) -> None:
-    """Bit for bit the fp32 product rounded once; nothing between rows is touched. Two factors in every layout, all of them in one."""
+    """Check that the result is bitwise the fp32 product rounded once, and that nothing
+    between rows is touched.
+
+    Two factors run in every layout, and all factors in one layout.
+    """
     for name, layout in layouts(columns).items():
         for factor in factors if name == "rows anywhere" else [1.0, 1 / 3]:
             view, memory = gradient(layout, dtype, device)
@@ -61,7 +71,7 @@ def check_scaling(scale, dtype: torch.dtype, columns: int, device: str = "cpu", 
 
 
 def check_untouched_at_one(scale, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Not even a NaN's payload is written anew."""
+    """Check that a factor of 1 writes nothing, not even a NaN's payload."""
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     pattern = torch.full(
         (64,), {torch.bfloat16: 0x7F81, torch.float16: 0x7C01, torch.float32: 0x7F800001}[dtype], dtype=bits, device=device

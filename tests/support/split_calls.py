@@ -1,4 +1,6 @@
-"""One batch, cut among ranks by data, vocabulary and sequence; and what the ranks found put together again."""
+"""One batch, divided among ranks by data, vocabulary and sequence, and the ranks' results
+put together again.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,19 @@ B, T, V = 4, 16, 257
 
 
 def columns_of(v, vocab, padding=0):
-    """Uneven shards: ``(start, stop)`` of each rank's columns; with padding the last ranks have columns beyond the vocabulary."""
+    """Uneven shards: ``(start, stop)`` of each rank's columns.
+
+    With padding, the last ranks have columns beyond the vocabulary.
+    """
     even = -(-(vocab + padding) // v)
     edges = [min(i * even + (7 * i) % 5 * (0 < i < v), vocab + padding) for i in range(v)] + [vocab + padding]
     return list(itertools.pairwise(edges))
 
 
 def positions_of(s, length, layout):
-    """The positions of each rank's part of a sequence: a run, or of 2·s runs the i-th and the i-th from the end."""
+    """The positions of each rank's part of a sequence: one run, or the i-th run from the
+    start and from the end of 2·s runs.
+    """
     runs = torch.arange(length).tensor_split(s if layout == "contiguous" else 2 * s)
     if layout == "contiguous":
         return list(runs)
@@ -33,7 +40,7 @@ def positions_of(s, length, layout):
 
 @dataclass
 class Split:
-    """How a batch is cut, and this rank's part."""
+    """The division of a batch, and this rank's part."""
 
     data: int = 1
     vocab: int = 1
@@ -54,7 +61,7 @@ class Split:
         return self
 
     def of(self, x):
-        """This rank's rows of ``[B, T, ...]``, or of one number a sequence."""
+        """This rank's rows of ``[B, T, ...]``, or of one number per sequence."""
         x = x[self.rows]
         return x if x.dim() < 2 or x.size(1) == 1 else x[:, self.positions]
 
@@ -81,7 +88,9 @@ PER_SEQUENCE = ("group_ids", "num_groups")
 
 
 def split_loss(spec, batch, split, **options):
-    """``(gradient by the whole logits, results)`` of a policy loss that all ranks compute together, each from its part."""
+    """``(gradient by the whole logits, results)`` of a policy loss that all ranks compute
+    together from their parts.
+    """
     z = batch["logits"].detach()
     if split.padding:
         z = torch.cat([z, torch.full((B, T, split.padding), 1e4, dtype=z.dtype)], -1)
@@ -105,7 +114,7 @@ def split_loss(spec, batch, split, **options):
 
 
 def errors_of(spec, split, dtype=torch.float32, divisors=(), backend="auto", **options):
-    """What misses the criterion, as a list of strings: nothing if all is right."""
+    """Violations of the criterion, as a list of strings."""
     batch = make_batch(spec, (B, T), V, dtype)
     batch |= {name: {"num_items_in_batch": float(batch["completion_mask"].sum()), "num_sequences_in_batch": B}[name] for name in divisors}
     grad, results = split_loss(spec, batch, split, backend=backend, **options)
@@ -114,7 +123,9 @@ def errors_of(spec, split, dtype=torch.float32, divisors=(), backend="auto", **o
 
 
 def outputs_and_gradients(function, leaves, **options):
-    """What a call gives, and the gradient of a fixed weighted sum of all of it by every leaf."""
+    """The results of a call, and the gradient of a fixed weighted sum of them by every
+    leaf.
+    """
     outputs = [x for x in function(leaves, **options) if x is not None]
     g = torch.Generator().manual_seed(7)
     weights = [torch.rand(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in outputs]
@@ -125,7 +136,7 @@ def outputs_and_gradients(function, leaves, **options):
 
 
 def leaf(x, dtype, part=None, dim=0):
-    """A tensor as a leaf of its own, of the columns ``part``; anything else as it is."""
+    """A tensor's columns ``part`` as a separate leaf; anything else unchanged."""
     if not isinstance(x, torch.Tensor):
         return x
     own = x.detach() if part is None else x.detach().narrow(dim, part.start, part.stop - part.start)
@@ -134,15 +145,18 @@ def leaf(x, dtype, part=None, dim=0):
 
 
 def padded(x, dim, columns):
-    """More columns of a vocabulary, of which nothing may be read."""
+    """Add columns to a vocabulary; none of them may be read."""
     dim %= x.dim()
     return torch.cat([x.detach(), x.new_full((*x.shape[:dim], columns, *x.shape[dim + 1 :]), 3.0)], dim).requires_grad_(x.requires_grad)
 
 
 def differences(function, tensors, vocab, split, dtype=torch.float64, **options):
-    """How a call of several ranks differs from one process's, as strings. ``function(tensors, **options)`` gives tensors; ``vocab`` names the dimension of
-    the vocabulary of those that have one; ``split``: ``(group, rank, world, padding)``. In fp32 the errors of both against fp64 are compared, by the
-    criterion of the package."""
+    """Differences between a call of several ranks and one process's call, as strings.
+
+    ``function(tensors, **options)`` returns tensors. ``vocab`` names the vocabulary
+    dimension of tensors that have one. ``split`` is ``(group, rank, world, padding)``.
+    In fp32 the package's criterion compares the errors of both against fp64.
+    """
     group, rank, world, padding = split
     truth, truth_grads = outputs_and_gradients(function, {name: leaf(x, torch.float64) for name, x in tensors.items()})
     alone, alone_grads = outputs_and_gradients(function, {name: leaf(x, dtype) for name, x in tensors.items()}, **options)

@@ -1,7 +1,9 @@
-"""Rows with one very likely token, and their exact log-probs: what every backend must keep of them.
+"""Rows with one very likely token and their exact log-probs, which every backend must
+keep.
 
-In such a row the fp32 sum of exponentials is exactly 1 from a margin of 16.6 nats on, so ``torch.log_softmax`` gives a log-prob and a
-gradient of exactly 0. The package keeps both, so its bound is absolute: :data:`TOLERANCE`, relative, for margins up to 80 nats.
+In such a row the fp32 sum of exponentials is exactly 1 from a margin of 16.6 nats on,
+so that ``torch.log_softmax`` gives a log-prob and a gradient of exactly 0. The package
+keeps both. Its bound is :data:`TOLERANCE`, relative, for margins up to 80 nats.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def sure_rows(vocab: int, dtype: torch.dtype = torch.float32, offset: float = 0.
     for margin in MARGINS:
         for place in ("next", "before", "first", "last", "anywhere", "everywhere"):
             target = int(torch.randint(1, vocab - 1, (), generator=g))
-            # Everybody else is far below the runner-up, but where all of them are runners-up.
+            # All others are far below the runner-up, unless all of them are runners-up.
             row = torch.full((vocab,), -margin if place == "everywhere" else -margin - 40.0, dtype=torch.float64)
             runner_up = {
                 "next": target + 1,
@@ -53,7 +55,9 @@ def sure_rows(vocab: int, dtype: torch.dtype = torch.float32, offset: float = 0.
 
 
 def exact(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """``log p`` and ``1 - p`` of the ids in fp64, for ids that are the likeliest token of their row: neither is formed as a difference."""
+    """``log p`` and ``1 - p`` of ids that are the likeliest token of their row, in fp64;
+    neither is a difference.
+    """
     x = logits.double()
     top = x.gather(-1, ids[:, None])
     assert bool((x <= top).all()), "an id is not the likeliest token of its row"

@@ -1,6 +1,8 @@
-"""Trainers that are not in the test environment: their code from build/trainers (``make trainers``), with stand-ins for what it only names.
+"""Imports trainers that are not in the test environment from build/trainers (``make
+trainers``).
 
-A stand-in is there while the trainer is imported and gone afterwards, so that no other library takes it for installed.
+Stand-ins replace the packages that a trainer only names. A stand-in exists only during
+the trainer's import, so that no other library takes it for installed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ FOLDER = Path(os.environ.get("REWEIGHT_OPS_TRAINERS", ROOT / "build" / "trainers
 
 
 class _StandIn(types.ModuleType):
-    """A module of which every attribute exists."""
+    """A module in which every attribute exists."""
 
     __path__: list[str] = []  # noqa: RUF012
     __version__ = "0.0"
@@ -38,7 +40,9 @@ class _StandIn(types.ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the named packages, and everything below them, as stand-ins. Comes last, so an installed one is itself."""
+    """Finds the named packages, and everything below them, as stand-ins. It comes last, so
+    that an installed package is found first.
+    """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
@@ -66,13 +70,15 @@ def stand_ins(*names: str) -> Iterator[None]:
 
 
 def on_path() -> None:
-    """Trainers of build/trainers are importable, behind everything that is installed."""
+    """Make the trainers of build/trainers importable, after everything that is installed."""
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
 
 
 def trainer(package: str, *modules: str, missing: tuple[str, ...] = ()) -> list[types.ModuleType]:
-    """The named modules of a trainer; the test module is skipped, with the reason, where the package is not there."""
+    """Import the named modules of a trainer; skip the test module, with the reason, if the
+    package is missing.
+    """
     on_path()
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: make trainers puts it into build/trainers", allow_module_level=True)

@@ -1,8 +1,11 @@
-"""What tests/backends/triton/test_triton.py asks of the three primitives: batches run, and judged against fp64 by the criterion (tests/support/criterion.py).
+"""Checks of tests/backends/triton/test_triton.py: they run batches and judge the three
+primitives against fp64.
 
-Truth knows nothing of any kernel: autograd through log_softmax (tests/support/kernel_oracle.py) and through the rules' own formulas. No primitive is given
-another one's results (but statistics under a softcap): the gradient of ``token_loss_grad`` is judged from the logits on, with the coefficients
-that fp64 finds.
+They use the criterion (tests/support/criterion.py). The reference shares nothing with a
+kernel: autograd through log_softmax (tests/support/kernel_oracle.py) and through the
+rules' own formulas. No primitive receives the results of another (except statistics
+under a softcap): the gradient of ``token_loss_grad`` is judged from the logits on, with
+the derivatives that fp64 finds.
 """
 
 from __future__ import annotations
@@ -31,8 +34,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def fuse_multiply_add() -> None:
-    """Triton's interpreter rounds ``tl.fma`` twice before 3.9, which no GPU does: the kernels count on one rounding. (The product of two fp32 numbers is
-    exact in fp64; the sum is rounded there first, which shows in hardly any fp32 result.)"""
+    """Make Triton's interpreter round ``tl.fma`` once.
+
+    Before 3.9 it rounds twice, which no GPU does, and the kernels rely on one rounding.
+    (The product of two fp32 numbers is exact in fp64. The sum is rounded there first,
+    which changes hardly any fp32 result.)
+    """
     import numpy
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -49,12 +56,16 @@ if triton_launch.interpreted() and tuple(int(n) for n in triton.__version__.spli
 
 
 def small_config(columns: int, itemsize: int, capped: bool) -> Config:
-    """Tiles of 128 columns and segments of 256: several of both at sizes that the interpreter likes."""
+    """Tiles of 128 columns and segments of 256: several of both at sizes that suit the
+    interpreter.
+    """
     return Config(64 * itemsize // 16, 2, 16 // itemsize, 256, Launch(32, 64), Launch(32, 64, 2), Launch(64 * itemsize // 16, 64), 2)
 
 
 def rows_in(program: Program) -> list[tuple[type, list[str]]]:
-    """The classes of a program's parameters, in the order of the vector, with the names of theirs (a term's coefficient first)."""
+    """The classes of a program's parameters in the order of the vector, with their names
+    (a term's coefficient first).
+    """
     rules = {write_formula(trace_rule(cls)): cls for cls in RULES.values()}
     weights = {write_formula(t): cls for cls in WEIGHTS.values() if not (t := trace_weight(cls)).uses_batch}
     terms = [(rules[text], ["coef", *rules[text].parameter_names()]) for text in program.terms]
@@ -120,7 +131,7 @@ def judge_stats(batch: Batch, got: dict[str, torch.Tensor]) -> None:
         assert torch.equal(ours[batch.ids == IGNORE_INDEX], torch.zeros(int((batch.ids == IGNORE_INDEX).sum())))
         assert ours[batch.bad].isnan().all()
         if name == "lse_low":
-            continue  # means something only beside lse
+            continue  # meaningful only together with lse
         infinite = batch.usable & (truth[name] == -math.inf)
         assert (ours[infinite] == -math.inf).all()
         finite = batch.usable & ~infinite
@@ -135,7 +146,7 @@ def judge_stats(batch: Batch, got: dict[str, torch.Tensor]) -> None:
 
 
 def random_derivatives(n: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Of these statistics; every fifth is 0."""
+    """Derivatives of these statistics; every fifth is 0."""
     g = torch.Generator().manual_seed(1)
     every = {name: torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.8) for name in DERIVATIVES}
     return {name: every[name] for name in names}
@@ -151,8 +162,11 @@ def run_grad(batch: Batch, stats: dict[str, torch.Tensor], derivatives: dict[str
 
 
 def check_grad(batch: Batch, names: tuple[str, ...] = DERIVATIVES, in_place: bool = False) -> None:
-    """From exact statistics rounded to fp32. Under a softcap from the backend's own: a log-sum-exp then has to be that of the capped logits as its
-    kernels round them, as it is that of its own capped logits in fp32 PyTorch."""
+    """Check the gradient from exact statistics, rounded to fp32.
+
+    Under a softcap it uses the backend's own statistics: the log-sum-exp must then be
+    that of the capped logits as its kernels round them, as in fp32 PyTorch.
+    """
     exact = batch.statistics(torch.float64)
     stats = {name: x.float() for name, x in exact.items()} | {"lse_low": lse_low(exact["lse"])}
     if batch.softmax.softcap < math.inf:
@@ -171,7 +185,9 @@ def of_usable_rows(batch: Batch, derivatives: dict[str, torch.Tensor]) -> dict[s
 
 
 def judge_gradient(batch: Batch, got: torch.Tensor, derivatives: dict[str, torch.Tensor], truth: torch.Tensor, fp32: torch.Tensor) -> None:
-    """Exact zeros where rows are out and in the columns of padding, the criterion everywhere else."""
+    """Check for exact zeros in ignored rows and padding columns, and the criterion
+    everywhere else.
+    """
     v, n, usable = batch.softmax.vocab_size, batch.ids.numel(), batch.usable
     rows = got.reshape(n, got.size(-1))
     assert torch.equal(rows[:, v:], torch.zeros_like(rows[:, v:])), "columns of padding have a gradient"
@@ -185,7 +201,9 @@ def judge_gradient(batch: Batch, got: torch.Tensor, derivatives: dict[str, torch
 
 
 def program_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Rows of LOSS_ROWS, the coefficients, and what roundings of the two losses are relative to; by autograd, all maths in ``dtype``."""
+    """Rows of LOSS_ROWS, the derivatives, and the scales of rounding of the two losses, by
+    autograd in ``dtype``.
+    """
     stats = batch.statistics(dtype)
     xp, inputs, keep = TorchNamespace(dtype), batch.inputs, batch.ids != IGNORE_INDEX
     leaves = {name: torch.where(keep, stats[name], 0).detach().requires_grad_() for name in ("logp", "entropy", "log_sum_p_sq")}
@@ -218,7 +236,9 @@ def program_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, torch.Tens
         return dict(zip(leaves, found, strict=True))
 
     def size(x: torch.Tensor) -> torch.Tensor:
-        """Of a loss and of its slopes times what they multiply: the package's (reweight_ops/testing/criterion.py) row by row."""
+        """Size of a loss and of its slopes times their factors, as in the package
+        (reweight_ops/testing/criterion.py), per row.
+        """
         return (x.abs() + sum(d.abs() * (1 + leaves[name].abs()) for name, d in derivatives_of(x).items())).detach()
 
     derivatives = derivatives_of(weighted)

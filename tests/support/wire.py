@@ -1,4 +1,4 @@
-"""What a rank puts on the wire: every collective of a call, with the bytes that it hands over."""
+"""The communication of a rank: every collective of a call, with its bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 @contextmanager
 def collectives():
-    """A list that gets ``(name, bytes)`` of every collective that is begun inside."""
+    """A list of ``(name, bytes)`` of every collective that starts inside."""
     seen = []
     gather, reduce = dist.all_gather, dist.all_reduce
 

@@ -1,28 +1,40 @@
 """The contract of a backend: six primitives on rows of logits, and a reason for every request it cannot serve.
 
-Everything vocabulary-sized happens in these primitives; autograd, plans, ratios, reductions and metrics exist once, above them.
+Everything vocabulary-sized happens in these primitives. Autograd, plans, ratios,
+reductions and metrics exist once, above them.
 
 **Rows.** ``logits`` has shape ``R + (V,)`` with R of one or two dimensions, the last one contiguous, any other stride (see
 :func:`rows_of`). ``ids`` is int64 ``[N]``, contiguous, ``N = numel(R)``. Per-row tensors are ``[N]``, contiguous, fp32 (fp64 when the
 logits are fp64: only the reference takes those). ``temperature`` has 1 or N elements.
 
-* ``ids[i] == IGNORE_INDEX`` (-100): the row is never read, its outputs are 0, its gradient row exact zeros.
-* another id outside ``[0, vocab_total)``: outputs NaN, gradient row exact zeros, nothing read out of the row. Inside, but not in this
-  shard ``[vocab_start, vocab_start + vocab_size)``: ``logp`` is ``-inf`` and there is no one-hot; everything else as usual.
-* columns from ``vocab_size`` on (padding of the head) are not in the softmax; their gradient is exact zeros.
-* ``-inf`` logits: p = 0, gradient 0 (tested on the logit, before the softcap). A row with NaN or ``+inf``, or all ``-inf``: NaN in that row.
-* fp32 arithmetic for fp16, bf16 and fp32 logits, one rounding at the end; the target's gradient is formed in fp32 from ``logp``.
-* The result of a row depends, bitwise, only on the row, V and the dtype; ``token_stats`` and ``token_loss_grad`` of one backend give
-  bitwise the same ``logp`` (so an on-policy ratio is exactly 1).
+* ``ids[i] == IGNORE_INDEX`` (-100): the row is never read. Its outputs are 0, and its
+  gradient row is exactly 0.
+* Another id outside ``[0, vocab_total)``: the outputs are NaN, the gradient row is
+  exactly 0, and nothing outside of the row is read. An id inside that is not in this
+  shard ``[vocab_start, vocab_start + vocab_size)``: ``logp`` is ``-inf`` and there is
+  no one-hot. Everything else is as usual.
+* Columns from ``vocab_size`` on (padding of the head) are not in the softmax. Their
+  gradient is exactly 0.
+* ``-inf`` logits: p = 0 and the gradient is 0 (tested on the logit, before the
+  softcap). A row with NaN or ``+inf``, or with ``-inf`` only, is NaN.
+* fp32 arithmetic for fp16, bf16 and fp32 logits, with one rounding at the end. The
+  target's gradient is formed in fp32 from ``logp``.
+* The result of a row depends, bitwise, only on the row, V and the dtype.
+  ``token_stats`` and ``token_loss_grad`` of one backend give bitwise the same ``logp``,
+  so an on-policy ratio is exactly 1.
 
-**Two logits tensors** (divergences). p is the softmax of ``logits``, q that of ``other``; each has its own temperature and soft cap, both have
-``vocab_size`` columns. Of the ids only whether they are :data:`IGNORE_INDEX` matters. Only ``logits`` gets a gradient.
+**Two logits tensors** (divergences). p is the softmax of ``logits``, and q that of
+``other``. Each has its own temperature and soft cap, and both have ``vocab_size``
+columns. The ids only tell which rows are :data:`IGNORE_INDEX`. Only ``logits`` gets a
+gradient.
 
-* ``-inf`` logits are probabilities of 0: ``0·log(0/x) = 0``; KL(q‖p) is ``inf`` iff a column has p = 0 and q > 0, KL(p‖q) iff one has q = 0
-  and p > 0. A row in which either tensor has no finite logit, or a NaN or ``+inf``: NaN.
+* ``-inf`` logits are probabilities of 0: ``0·log(0/x) = 0``. KL(q‖p) is ``inf`` iff a
+  column has p = 0 and q > 0, and KL(p‖q) iff a column has q = 0 and p > 0. A row is NaN
+  if either tensor has no finite logit in it, or a NaN or ``+inf``.
 
-**Packed rows** (sampling masks): rows of any length, elements ``bounds[0, i]`` to ``bounds[1, i]`` of a vector; an id is a place in its row. All else is as
-for a row of logits that has no other columns, bit for bit.
+**Packed rows** (sampling masks) are rows of any length: elements ``bounds[0, i]`` to
+``bounds[1, i]`` of a vector. An id is a place in its row. All else is bit for bit as
+for a row of logits that has no other columns.
 """
 
 from __future__ import annotations
@@ -37,16 +49,22 @@ from torch import Tensor
 from ..formula.loss_program import Program
 from ..rows.primitives import RowPrimitives
 
-#: Row statistics that ``token_stats`` can return: ``max_logp`` is ``max x - lse``, the log-prob of the likeliest token. ``lse_low`` is what
-#: rounding ``lse`` lost: from one fp32 number alone probabilities would lose digits when all logits share an offset. It is about 0 in fp64, and
-#: ``-inf`` in a row of nothing but ``-inf``, which one shard of a row may be.
+#: Row statistics that ``token_stats`` can return. ``max_logp`` is ``max x - lse``, the
+#: log-prob of the likeliest token. ``lse_low`` is the part of ``lse`` that rounding
+#: lost. With one fp32 number alone, probabilities would lose digits when all logits
+#: share an offset. It is about 0 in fp64. It is ``-inf`` in a row that has only
+#: ``-inf``, as one shard of a row may have.
 STATS = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq", "max_logp")
 
 #: Before the name of a statistic of the whole vocabulary, where those without it are of the sets that a sampler kept.
 VOCABULARY = "vocabulary_"
 
-#: Per-row outputs of ``token_loss_grad``, in this order: ``weighted_loss`` is the row's share of the total loss, ``loss`` the
-#: same without the row weight of the reduction, ``d_logp`` and ``d_entropy`` the derivatives of the total by logp and entropy.
+#: Per-row outputs of ``token_loss_grad``, in this order. ``weighted_loss`` is the row's
+#: share of the total loss, and ``loss`` is the same without the row weight of the
+#: reduction. ``d_logp`` and ``d_entropy`` are the derivatives of the total by logp and
+#: entropy.
+#: reduction. ``d_logp`` and ``d_entropy`` are the derivatives of the total by logp and
+#: entropy.
 LOSS_ROWS = ("logp", "entropy", "weighted_loss", "loss", "d_logp", "d_entropy")
 
 #: Coefficients of ``token_grad``: derivatives of the loss by these row statistics.
@@ -55,7 +73,8 @@ DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
 #: Row statistics of two logits tensors, in the order of ``divergence_stats``; ``_low`` as in :data:`STATS`.
 DIVERGENCE_STATS = ("forward_kl", "reverse_kl", "entropy", "other_entropy", "lse", "lse_low", "other_lse", "other_lse_low")
 
-#: Those that have a gradient, in the order of coefficients: KL(q‖p), KL(p‖q), H(p).
+#: The statistics that have a gradient, in the order of coefficients: KL(q‖p), KL(p‖q),
+#: H(p).
 DIVERGENCE_DERIVATIVES = ("forward_kl", "reverse_kl", "entropy")
 
 Primitive = Literal[
@@ -64,7 +83,9 @@ Primitive = Literal[
 
 
 class SoftmaxParams(NamedTuple):
-    """How a row of logits becomes a distribution: ``x = cap*tanh(z/cap)/T`` over ``vocab_size`` columns. Off is ``inf``."""
+    """How a row of logits becomes a distribution: ``x = cap*tanh(z/cap)/T`` over
+    ``vocab_size`` columns. ``inf`` disables a parameter.
+    """
 
     vocab_size: int
     softcap: float = float("inf")
@@ -76,7 +97,11 @@ class SoftmaxParams(NamedTuple):
 
 
 class RowAddresses(NamedTuple):
-    """Where the rows of a logits tensor are, in elements: row ``i`` starts at ``(i // per_batch) * batch_stride + (i % per_batch) * row_stride``."""
+    """Where the rows of a logits tensor are, in elements.
+
+    Row ``i`` starts at ``(i // per_batch) * batch_stride + (i % per_batch) *
+    row_stride``.
+    """
 
     per_batch: int
     batch_stride: int
@@ -84,14 +109,19 @@ class RowAddresses(NamedTuple):
 
 
 def rows_of(logits: Tensor) -> RowAddresses:
-    """The addresses, relative to ``data_ptr()``, of the rows of logits with one or two leading dimensions."""
+    """Return the addresses, relative to ``data_ptr()``, of the rows of logits with one
+    or two leading dimensions.
+    """
     if logits.dim() == 2:
         return RowAddresses(max(logits.size(0), 1), 0, logits.stride(0))
     return RowAddresses(max(logits.size(1), 1), logits.stride(0), logits.stride(1))
 
 
 class RowInputs(NamedTuple):
-    """Per-row inputs of ``token_loss_grad``. ``old_logp=None``: on-policy, ``old_logp = logp`` without gradient."""
+    """Per-row inputs of ``token_loss_grad``.
+
+    ``old_logp=None`` means on-policy: ``old_logp = logp`` without gradient.
+    """
 
     weights: Tensor  # [K, N]: row weight of each term; dimension 0 may be expanded (stride 0)
     old_logp: Tensor | None = None
@@ -100,12 +130,16 @@ class RowInputs(NamedTuple):
     sampling_logp: Tensor | None = None
 
     def stored(self) -> dict[str, Tensor]:
-        """What the call was given besides the weights, by the names of a formula's leaves."""
+        """Return the inputs of the call without the weights, by the names of a
+        formula's leaves.
+        """
         return {name: t for name, t in zip(self._fields[1:], self[1:], strict=True) if t is not None}
 
 
 class DivergenceInputs(NamedTuple):
-    """The two tensors of a call and how each becomes distributions. ``temperature``: 1 or N elements."""
+    """The two tensors of a call, and how each becomes distributions. ``temperature``
+    has 1 or N elements.
+    """
 
     logits: Tensor
     other: Tensor
@@ -117,8 +151,13 @@ class DivergenceInputs(NamedTuple):
 
 
 class PackedRows(NamedTuple):
-    """Rows of different lengths: ``values`` ``[M]`` contiguous, ``bounds`` int64 ``[2, N]`` contiguous. ``ids``: the place of each row's id
-    in it. IGNORE_INDEX, or another negative number for NaN: then neither its bounds nor its values are read."""
+    """Rows of different lengths: ``values`` ``[M]`` contiguous, ``bounds`` int64
+    ``[2, N]`` contiguous.
+
+    ``ids`` has the place of each row's id in the row. It may also be IGNORE_INDEX, or
+    another negative number for NaN. Then neither the bounds nor the values of the row
+    are read.
+    """
 
     values: Tensor
     bounds: Tensor
@@ -128,17 +167,22 @@ class PackedRows(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a call asks of a backend: enough to say no before any memory is touched."""
+    """What a call asks of a backend. It is enough to refuse the call before any memory
+    is touched.
+    """
 
     primitive: Primitive
     device: torch.device
     dtype: torch.dtype
     program: Program | None = None
-    other_dtype: torch.dtype | None = None  # of a second logits tensor
+    other_dtype: torch.dtype | None = None  # dtype of a second logits tensor
 
 
 def gpu_unsupported_reason(device: torch.device) -> str | None:
-    """Why PyTorch has no such GPU: on a login node there is no driver, and asking for a GPU's properties would raise."""
+    """Return why PyTorch has no such GPU.
+
+    A login node has no driver, and to ask for a GPU's properties would raise.
+    """
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
     count = torch.cuda.device_count()
@@ -147,38 +191,60 @@ def gpu_unsupported_reason(device: torch.device) -> str | None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Backend:
-    """Six primitives and the reason why not. ``unsupported_reason`` never raises for a well-formed request and never guesses.
+    """A backend: six primitives and a capability check.
 
-    * ``token_stats(logits, ids, temperature, softmax, stats) -> Tensor [len(stats), N]``: the named statistics, a subset of :data:`STATS`.
-    * ``top_stats(logits, ids, temperature, softmax, stats, top) -> (Tensor [len(stats), N], Tensor [N, top])``: ``token_stats``, and of the same read the int64
-      ids of the ``top`` largest logits, at most ``most_top`` and ``vocab_size``: largest first, NaN before all, of equal ones the lowest id; IGNORE_INDEX in
-      ignored rows. None: a caller takes :func:`.picked.top_ids`.
-    * ``token_grad(logits, ids, temperature, softmax, stats, derivatives, out) -> None``: writes ``dL/dlogits`` to ``out`` (shape of logits, own strides; may be
-      ``logits`` itself). ``stats`` maps ``logp`` and ``lse`` always, ``entropy`` and ``log_sum_p_sq`` when their coefficient is given, to ``[N]``;
-      without ``lse_low`` (0 then) probabilities are only as exact as an fp32 number of the size of ``lse``; with it they are exact to fp32 while
-      ``|lse| < 2^24``, and at any size where T is 1. The target's own element comes from ``logp``;
-      ``derivatives`` maps names of :data:`DERIVATIVES` to ``[N]`` or None (zero). A row whose coefficients are all 0 is not read.
-    * ``token_loss_grad(logits, ids, temperature, softmax, inputs, program, params, out) -> Tensor [len(LOSS_ROWS), N]``, and writes ``out``.
-    * ``scale(grad, factor) -> None``: ``grad *= factor``, a 0-d tensor, in at least fp32 with one rounding, for a gradient that the backend has made (of
-      logits, or of what a head is made of). A kernel reads the factor on the device, and returns at once if it is exactly 1. None: torch does it.
-    * ``evaluate_rows(program, params, leaves, row_weights, outputs, keep) -> Tensor [len(outputs), N]``: a program on stored rows, without logits,
-      all in fp32 or all in fp64. ``leaves`` maps the leaves that the outputs depend on to ``[N]``; with ``log_ratio`` among them the program
-      does not form it from ``logp - old_logp``. ``row_weights`` is ``[K, N]``; ``outputs`` names those of
-      :class:`~reweight_ops._core.formula.loss_program.LossGraph`; rows where ``keep`` (bool ``[N]``, or None) is False are 0. None: the backend has none.
+    ``unsupported_reason`` never raises for a well-formed request and never guesses.
+
+    * ``token_stats(logits, ids, temperature, softmax, stats) -> Tensor [len(stats),
+      N]`` returns the named statistics, a subset of :data:`STATS`.
+    * ``top_stats(logits, ids, temperature, softmax, stats, top) -> (Tensor [len(stats),
+      N], Tensor [N, top])`` is ``token_stats``, and from the same read the int64 ids of
+      the ``top`` largest logits, at most ``most_top`` and ``vocab_size``. The largest
+      comes first, NaN before all, and of equal ones the lowest id. Ignored rows have
+      IGNORE_INDEX. None means that callers take :func:`.picked.top_ids`.
+    * ``token_grad(logits, ids, temperature, softmax, stats, derivatives, out) -> None``
+      writes ``dL/dlogits`` to ``out`` (shape of logits, own strides; it may be
+      ``logits`` itself). ``stats`` always maps ``logp`` and ``lse`` to ``[N]``, and
+      also ``entropy`` and ``log_sum_p_sq`` if their coefficient is given. Without
+      ``lse_low`` (then 0) probabilities are only as exact as an fp32 number of the size
+      of ``lse``. With it they are exact to fp32 while ``|lse| < 2^24``, and at any size
+      where T is 1. The target's own element comes from ``logp``. ``derivatives`` maps
+      names of :data:`DERIVATIVES` to ``[N]`` or None (zero). A row whose coefficients
+      are all 0 is not read.
+    * ``token_loss_grad(logits, ids, temperature, softmax, inputs, program, params, out)
+      -> Tensor [len(LOSS_ROWS), N]`` also writes ``out``.
+    * ``scale(grad, factor) -> None`` computes ``grad *= factor``, a 0-d tensor, in at
+      least fp32 with one rounding. The gradient is one that the backend has made (of
+      logits, or of the parts of a head). A kernel reads the factor on the device, and
+      returns at once if it is exactly 1. If it is None, torch does it.
+    * ``evaluate_rows(program, params, leaves, row_weights, outputs, keep) -> Tensor
+      [len(outputs), N]`` evaluates a program on stored rows, without logits, all in
+      fp32 or all in fp64. ``leaves`` maps the leaves that the outputs depend on to
+      ``[N]``. If ``log_ratio`` is among them, the program does not form it from
+      ``logp - old_logp``. ``row_weights`` is ``[K, N]``. ``outputs`` names those of
+      :class:`~reweight_ops._core.formula.loss_program.LossGraph`. Rows where ``keep``
+      (bool ``[N]``, or None) is False are 0. None means that the backend does not have
+      it.
 
     The gradient of a row, with ``x`` the capped and scaled logit, ``p = exp(x - lse - lse_low)`` and ``c_*`` the coefficients::
 
         1/T * (1 - (capped/cap)^2) * [ c_logp*(1[v=y] - p) - c_ent*p*(log p + H) + c_lse*p + 2*c_p2*p*(p/exp(log_sum_p_sq) - 1) ]
 
     * ``divergence_stats(inputs) -> Tensor [len(DIVERGENCE_STATS), N]``, 0 in ignored rows.
-    * ``divergence_grad(inputs, table, derivatives [3, N], out) -> None``: writes, per row and column, with ``c`` the coefficients in the order of
-      :data:`DIVERGENCE_DERIVATIVES`, ``1/T · slope · [c_0·(p - q) + p·(c_1·(log p - log q - KL(p‖q)) - c_2·(log p + H(p)))]``; 0 on ``-inf`` logits,
-      in ignored rows and in rows whose coefficients are all 0 (which are not read); NaN in a row with ``c_1 ≠ 0`` and an infinite
-      KL(p‖q). ``out`` may be ``logits`` itself.
-    * ``divergence_loss_grad(inputs, constants [3], weights [N], out) -> Tensor [len(DIVERGENCE_STATS), N]``: both at once, with
+    * ``divergence_grad(inputs, table, derivatives [3, N], out) -> None`` writes, per
+      row and column, ``1/T · slope · [c_0·(p - q) + p·(c_1·(log p - log q - KL(p‖q)) -
+      c_2·(log p + H(p)))]``, where ``c`` are the coefficients in the order of
+      :data:`DIVERGENCE_DERIVATIVES`. It writes 0 on ``-inf`` logits, in ignored rows,
+      and in rows whose coefficients are all 0 (which are not read). It writes NaN in a
+      row with ``c_1 ≠ 0`` and an infinite KL(p‖q). ``out`` may be ``logits`` itself.
+    * ``divergence_loss_grad(inputs, constants [3], weights [N], out) -> Tensor
+      [len(DIVERGENCE_STATS), N]`` does both at once, with
       ``c_k = weights·constants_k``.
-    * ``packed_stats(rows, stats) -> Tensor [len(stats), N]`` and ``packed_grad(rows, stats, derivatives, out) -> None``: ``token_stats`` and ``token_grad``
-      of packed rows. ``out`` is like ``values``; what is in no row, or in one that is not read, is not written. None: the backend has none.
+    * ``packed_stats(rows, stats) -> Tensor [len(stats), N]`` and
+      ``packed_grad(rows, stats, derivatives, out) -> None`` are ``token_stats`` and
+      ``token_grad`` of packed rows. ``out`` is like ``values``. An element that is in
+      no row, or in a row that is not read, is not written. None means that the backend
+      does not have them.
     """
 
     name: str
@@ -195,11 +261,15 @@ class Backend:
     packed_grad: Callable[[PackedRows, dict[str, Tensor], dict[str, Tensor | None], Tensor], None] | None = None
     scale: Callable[[Tensor, Tensor], None] | None = None
     evaluate_rows: Callable[[Program, Tensor, dict[str, Tensor], Tensor, tuple[str, ...], Tensor | None], Tensor] | None = None
-    #: What it does with rows in one launch each, if it has kernels for that.
+    #: The operations on rows that take one launch each, if the backend has kernels for
+    #: them.
     rows: RowPrimitives | None = None
-    #: Which of several kernels token_loss_grad takes, and why (logits, vocab_size, device).
+    #: Returns which of several kernels token_loss_grad takes, and why (logits,
+    #: vocab_size, device).
     kernel_of: Callable[[Tensor, int, torch.device], str] | None = None
-    #: One-pass losses that are called again and again; see :mod:`.prepared`, which has the type.
+    #: Prepares one-pass losses that are called repeatedly; :mod:`.prepared` has the
+    #: type.
     prepare: Callable[[Any, Any], Any] | None = None
-    #: It serves everything, slowly: ``auto`` prefers a faster backend's two passes to its one.
+    #: True for a backend that serves everything slowly. ``auto`` prefers two passes of
+    #: a faster backend to its one.
     is_fallback: bool = False

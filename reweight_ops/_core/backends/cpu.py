@@ -1,4 +1,5 @@
-"""The C++ backend: fp32, bf16 and fp16 logits on the CPU, every program of pointwise rules.
+"""The C++ backend: fp32, bf16 and fp16 logits on the CPU, and every program of
+pointwise rules.
 
 Threads follow ``torch.set_num_threads``. A row is swept twice for a loss, the second time from the cache.
 """

@@ -1,4 +1,7 @@
-"""One-pass losses on the CPU of which all but the tensors is known: masks, row weights, loss and gradient by one call of the module."""
+"""One-pass losses on the CPU that are known except for their tensors.
+
+One call of the module computes masks, row weights, loss and gradient.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from .prepared import INPUTS, OnePassArguments, OnePassPlan, Prepared
 
 
 class _Found:
-    """The rows of a call: a table, and a buffer that holds what is seldom read."""
+    """The rows of a call: a table, and a buffer for the values that are seldom read."""
 
     def __init__(self, table: Tensor, buffer: Tensor, loss: _OnePass) -> None:
         self.table, self._buffer, self._loss = table, buffer, loss
@@ -35,7 +38,7 @@ class _Found:
     def given(self, name: str) -> Tensor | None:
         at, n = INPUTS.index(name), self.table.size(1)
         if name == "token_weights" and self._loss.is_given[at - 1]:
-            at -= 1  # both factors are multiplied there
+            at -= 1  # that part has the product of both factors
         return self._part(self._loss.layout[2] + 4 * n * at, n, torch.float32) if self._loss.is_given[at] else None
 
 
@@ -49,7 +52,7 @@ class _OnePass:
         self._is_number = tuple(not isinstance(value, Tensor) for value in first.inputs)
         self._n = first.ids.numel()
         self._absent = (first.mask is None) + (first.denominator is None) + sum(self._is_number)
-        # The addresses of this call are forgotten: every call brings its own.
+        # The addresses of this call are forgotten, because every call brings its own.
         call = native.call(
             first.logits,
             torch.empty(self._n, dtype=torch.int64, device="cpu"),
@@ -88,7 +91,9 @@ class _OnePass:
 
 
 def _argument(value: Any, ids: Tensor, run: int) -> tuple[int, int, bool, bool]:
-    """Between sequences, between rows, whether it is given, whether it is a number."""
+    """Return the stride between sequences, the stride between rows, whether it is
+    given, and whether it is a number.
+    """
     if not isinstance(value, Tensor):
         return 0, 0, value is not None, True
     if value.dim() == 0:
@@ -99,7 +104,9 @@ def _argument(value: Any, ids: Tensor, run: int) -> tuple[int, int, bool, bool]:
 
 
 def _is_regular(value: Any, ids: Tensor) -> bool:
-    """Whether the module reads such an input: fp32, a number a row or a sequence."""
+    """Return whether the module reads such an input: fp32, one number per row or per
+    sequence.
+    """
     if not isinstance(value, Tensor):
         return True
     shapes = [ids.shape, torch.Size([])]

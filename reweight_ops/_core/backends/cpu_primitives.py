@@ -1,4 +1,7 @@
-"""What the C++ backend does with a call's rows: masks and row weights in one pass each. The module checks nothing, so it is checked here."""
+"""The row primitives of the C++ backend: masks and row weights in one pass each.
+
+The module checks nothing, so everything is checked here.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..rows.primitives import Masked, RowPrimitives, Weighing
 
-#: Dtypes whose bits say whether a number is 0; of floating point all but the sign.
+#: Dtypes whose bits tell whether a number is 0. The sign bit of floating point does not
+#: count.
 _KNOWN = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
 )  # fmt: skip
-#: How the module knows what 1 is divided by.
+#: The code of the divisor for the module.
 _DIVIDE = {None: 0, "rows": 2, "sequences": 3}
 _BY_VALUE = 1
 
@@ -70,15 +74,21 @@ def result(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def weighing_numbers(weighing: Weighing) -> tuple[int, float, float]:
-    """How the module knows what 1 is divided by, the number if it is one, and the horizon."""
+    """Return the code of the divisor for the module, the divisor if it is a number, and
+    the horizon.
+    """
     by, horizon = weighing.divisor, 1.0 if weighing.horizon is None else float(weighing.horizon)
     divide, number = (_DIVIDE[by], 1.0) if by is None or isinstance(by, str) else (_BY_VALUE, float(by))
     return divide, number, horizon
 
 
 def number_layout(t: Tensor | None, run: int) -> tuple[int, int, int, int, int] | None:
-    """How a tensor of rows lies in memory, for the module: no address, strides between sequences and between rows, bytes of an element, whether its
-    highest bit is a sign. None for a dtype whose bits do not say what is 0."""
+    """Return the layout of a tensor of rows for the module, without its address.
+
+    It has the strides between sequences and between rows, the bytes of an element, and
+    whether its highest bit is a sign. It is None for a dtype whose bits do not tell
+    what is 0.
+    """
     if t is None:
         return 0, 0, 0, 0, 0
     if t.dtype not in _KNOWN:
@@ -88,7 +98,10 @@ def number_layout(t: Tensor | None, run: int) -> tuple[int, int, int, int, int] 
 
 
 def _readable(name: str, t: Tensor | None, ids: Tensor, run: int) -> Tensor | None:
-    """The tensor, or one of bools that is True where it is not 0, after a check that the module reads no other memory."""
+    """Return the tensor, or a bool tensor that is True where it is not 0.
+
+    The check ensures that the module reads no other memory.
+    """
     if t is None:
         return None
     if t.device.type != "cpu" or t.shape != ids.shape or t.dim() not in (1, 2) or (t.dim() == 2 and t.size(1) != run):

@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 class _Loaded(NamedTuple):
-    table: Any  # of the module's own class
+    table: Any  # an object of the module's own class
     words: Tensor  # what it points at
     outputs: tuple[int, ...]
     reads: frozenset[str]
@@ -58,7 +58,7 @@ class RowsEvaluator:
         terms, n = loaded.terms, row_weights.size(-1)
         missing = sorted(x for x in loaded.reads if x in LEAVES and x not in leaves)
         if missing:
-            raise InvalidCall(f"evaluate_rows: the loss reads {', '.join(missing)}, which was not given.")
+            raise InvalidCall(f"evaluate_rows: the loss reads {', '.join(missing)}, but the call did not give it.")
         if params.dtype not in _DTYPES:
             raise InvalidCall(f"evaluate_rows: params are {params.dtype}, expected fp32 or fp64.")
         shared = terms == 1 or row_weights.stride(0) == 0

@@ -1,7 +1,9 @@
-"""How many threads a call of the CPU kernels may use: PyTorch's number, but one in the child of a process that had threads.
+"""The number of threads of a call of the CPU kernels.
 
-OpenMP's worker threads do not survive a fork, and a parallel region of the child would wait for them forever (PyTorch's own operations do; its data
-loaders set one thread for that reason). A child of a process that had no threads yet starts its own.
+It is PyTorch's number, except in the child of a process that had threads, where it is
+one. OpenMP's worker threads do not survive a fork, and a parallel region of the child
+would wait for them forever. PyTorch's own operations do wait; its data loaders set one
+thread for that reason. A child of a process that had no threads yet starts its own.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ _lost = False
 
 
 def threads() -> int:
-    """What to pass to the module."""
+    """Return the number of threads to pass to the module."""
     return 1 if _lost else torch.get_num_threads()
 
 

@@ -1,17 +1,22 @@
-"""The CUDA backend: NVIDIA GPUs from Ampere (compute capability 8.0) on, programs of up to 320 registers (a dozen terms).
+"""The CUDA backend for NVIDIA GPUs from Ampere (compute capability 8.0) on.
 
-Kernels run on the current stream of the logits' device. Nothing here or below synchronizes, and nothing allocates but the outputs, through
-PyTorch: calls can be captured in a CUDA graph.
+It takes programs of up to 320 registers (a dozen terms).
 
-``token_loss_grad`` has two kernels that give the same bits. *Ring* keeps a row on chip, in the shared memory of a cluster of 1, 2, 4 or 8 blocks, so
-that a logit is read once and its gradient written once. It serves a call if
+Kernels run on the current stream of the logits' device. Nothing here or below
+synchronizes. Only the outputs are allocated, through PyTorch. Calls can therefore be
+captured in a CUDA graph.
+
+``token_loss_grad`` has two kernels that give the same bits. *Ring* keeps a row on chip,
+in the shared memory of a cluster of 1, 2, 4 or 8 blocks. It reads each logit once and
+writes its gradient once. It serves a call if
 
 * the GPU is of compute capability 9.0 or later and can run such a cluster,
 * every row of the logits and of the gradient starts at a multiple of 16 bytes (a row stride of whole 16 bytes; any vocabulary size),
 * a row and the beginning of the next fit on chip: on sm_90 and sm_100 up to 786432 columns in 16 bits and 393216 in 32, on sm_120 32768 and
   16384.
 
-*Streaming* serves every other call and reads the logits twice, the second time from the second-level cache where that holds them.
+*Streaming* serves every other call. It reads the logits twice, the second time from the
+L2 cache where that holds them.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from .built import why_missing
 from .native import DTYPES, Native, checked, dtype_unsupported_reason
 from .native_divergence import NativeDivergence
 
-#: Rows in few launches: there is one set of kernels for that, and it is Triton's.
+#: The row primitives. There is one set of kernels for them, and it is Triton's.
 _row_kernels: dict[str, Any] = {}
 try:
     from . import triton_launch, triton_rows
@@ -60,7 +65,7 @@ _cuda: Any = checked(_load(), "cuda")
 
 
 def _check(status: int) -> None:
-    """Raises for a CUDA status other than success."""
+    """Raise for a CUDA status other than success."""
     if status == 0:
         return
     if status == _INSUFFICIENT_DRIVER and torch.cuda.is_available():

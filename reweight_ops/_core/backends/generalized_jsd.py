@@ -1,4 +1,8 @@
-"""The generalised Jensen-Shannon divergence of two logits tensors, in PyTorch for every backend: a few rows at a time, so that its temporaries are small."""
+"""The generalised Jensen-Shannon divergence of two logits tensors, in PyTorch for every
+backend.
+
+It takes a few rows at a time, so that its temporaries are small.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,21 @@ from torch import Tensor
 from ..rows.groups import IGNORE_INDEX
 from .base import DivergenceInputs
 
-#: Elements that are worked on at once, of about ten temporaries: on a CPU few enough for a cache, on a GPU enough for its bandwidth.
+#: The number of elements that are computed at once, in about ten temporaries. On a CPU
+#: they fit a cache. On a GPU they are enough for its bandwidth.
 _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def generalized_jsd(two: DivergenceInputs, beta: float, weights: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """``D = β·KL(q‖m) + (1-β)·KL(p‖m)`` with ``m = β·q + (1-β)·p`` of every row of logits ``[N, V]``: ``[N]``, 0 in rows
-    that are out.
+    """Return ``D = β·KL(q‖m) + (1-β)·KL(p‖m)`` ``[N]`` of every row of logits
+    ``[N, V]``. It is 0 in ignored rows.
 
-    With ``out``, which may be the logits, it also writes ``weights · dD/dlogits``: ``1/T · slope · (1-β)·p·(log p - log m - KL(p‖m))``, 0 in rows whose
-    weight is 0 and on ``-inf`` logits. m depends on p too, but what its derivative adds sums to 0.
+    The mixture is ``m = β·q + (1-β)·p``.
+
+    With ``out``, which may be the logits, it also writes ``weights · dD/dlogits``. That
+    is ``1/T · slope · (1-β)·p·(log p - log m - KL(p‖m))``, and 0 in rows whose weight
+    is 0 and on ``-inf`` logits. m depends on p too, but the terms of its derivative sum
+    to 0.
     """
     kl_p, kl_q = to_the_mixture(two, beta, weights, out).unbind()
     return beta * kl_q + (1 - beta) * kl_p
@@ -53,20 +62,22 @@ def to_the_mixture(
 
 
 def _log_probs(z: Tensor, inside: Tensor, temperature: Tensor, softcap: float, known: Tensor | None) -> tuple[Tensor, Tensor | float]:
-    """Log-probs in the dtype of the temperature, and the slope of the soft cap. In an ignored row they are those of zeros. ``known``: as in the
+    """Return log-probs in the dtype of the temperature, and the slope of the soft cap.
+
+    In an ignored row they are those of zeros.
     caller, of these rows."""
     x: Tensor = torch.where(inside, z.to(temperature.dtype), 0)
     slope: Tensor | float = 1.0
     if math.isfinite(softcap):
         tanh = torch.tanh(x / softcap)
-        x = torch.where(x.isinf(), x, softcap * tanh)  # +inf makes the row NaN, as it does without a cap
+        x = torch.where(x.isinf(), x, softcap * tanh)  # +inf makes the row NaN, as without a cap
         slope = 1 - tanh * tanh
     x = x / temperature[:, None]
     return torch.log_softmax(x, -1) if known is None else (x - known[0, :, None]) - known[1, :, None], slope
 
 
 def _mixture(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``p``, ``log p - log m`` (0 where p is), ``KL(p‖m)`` and ``KL(q‖m)``."""
+    """Return ``p``, ``log p - log m`` (0 where p is 0), ``KL(p‖m)`` and ``KL(q‖m)``."""
     log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
     p, q = log_p.exp(), log_q.exp()
     gap, gap_q = (torch.where(log_x == -math.inf, 0, log_x - log_m) for log_x in (log_p, log_q))

@@ -1,4 +1,7 @@
-"""Moments of a row's log-probs, which the gradient by the temperature reads: in PyTorch for every backend, at the price of one more read each."""
+"""Moments of a row's log-probs, which the gradient by the temperature reads.
+
+They are in PyTorch for every backend. Each costs one more read of the logits.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,17 @@ from torch import Tensor
 from .base import SoftmaxParams
 from .mean_logit import blocks, capped
 
-#: ``Σ p·(log p + H)²``, the variance of log p; and ``Σ p²·log p / Σ p²``. Their names among the statistics of an op.
+#: The names of these moments among the statistics of an op: ``Σ p·(log p + H)²``, the
+#: variance of log p, and ``Σ p²·log p / Σ p²``.
 VARIANCE, MEAN_BY_P_SQ = "log_p_variance", "log_p_mean_by_p_sq"
 
 
 def log_p_moment(name: str, logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> Tensor:
-    """The named moment of logits ``R + (V,)``: ``[N]`` in fp32 (fp64 for fp64 logits). Columns without probability have no part in it."""
+    """Return the named moment of logits ``R + (V,)``: ``[N]`` in fp32 (fp64 for fp64
+    logits).
+
+    Columns without probability do not contribute.
+    """
     z = logits[..., : softmax.vocab_size]
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     t, parts, first = temperature.to(dtype).expand(z.shape[:-1].numel()), list[Tensor](), 0

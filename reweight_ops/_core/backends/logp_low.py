@@ -1,4 +1,7 @@
-"""What rounding a log-prob lost, of a shard of a vocabulary: its log-prob is a part of the row's, and the sum is to be rounded once."""
+"""The rounding error of a log-prob in a shard of a vocabulary.
+
+The shard's log-prob is a part of the row's, and the sum must be rounded only once.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,17 @@ from .mean_logit import capped
 
 #: Its name among the statistics of an op.
 LOGP_LOW = "logp_low"
-#: Above it a log-prob is rounded finely enough, and its digits beside a log-sum-exp would be fewer.
+#: A log-prob above this is rounded finely enough. Its digits beside a log-sum-exp would
+#: be fewer.
 _FINE = -1.0
 
 
 def logp_low(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, rows: dict[str, Tensor]) -> Tensor:
-    """``x[id] - lse - lse_low - logp`` in the precision of ``rows``, which hold these statistics; 0 where the id is not in this shard."""
+    """Return ``x[id] - lse - lse_low - logp`` in the precision of ``rows``, which hold
+    these statistics.
+
+    It is 0 where the id is not in this shard.
+    """
     local = ids - softmax.vocab_start
     inside = (local >= 0) & (local < softmax.vocab_size)
     where = torch.where(inside, local, 0).view(*logits.shape[:-1], 1)

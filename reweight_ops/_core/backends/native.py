@@ -1,4 +1,4 @@
-"""What the compiled backends share: calls of a module of kernels, checked.
+"""The common part of the compiled backends: checked calls of a module of kernels.
 
 The modules take raw addresses and check nothing, so everything that could make them read or write out of bounds is checked here, once.
 """
@@ -25,9 +25,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def checked(module: Any, part: str) -> Any:
-    """The module, unless it was built from other sources than those beside the package (an installation from a wheel has none).
+    """Return the module, or raise if it was built from other sources than those beside
+    the package.
 
-    Of that a warning tells too: where other backends can serve the calls, nobody sees the error, only that they are slow.
+    An installation from a wheel has no sources. There is a warning too: if other
+    backends can serve the calls, the user would not see the error but only slow calls.
     """
     expected = source_hash(part)
     if expected is not None and getattr(module, "sources", None) != expected:
@@ -39,7 +41,7 @@ def checked(module: Any, part: str) -> Any:
 
 
 def dtype_unsupported_reason(request: Request) -> str | None:
-    """Why a compiled backend cannot take the dtypes of a request."""
+    """Return why a compiled backend cannot take the dtypes of a request."""
     for name, dtype in (("logits", request.dtype), ("the other logits", request.other_dtype)):
         if dtype is not None and dtype not in DTYPES:
             return f"{name} are {dtype}, expected fp32, bf16 or fp16"
@@ -47,9 +49,11 @@ def dtype_unsupported_reason(request: Request) -> str | None:
 
 
 class Native:
-    """The token primitives of :class:`~.base.Backend` on tensors of one device type, and what every call of the module is checked for.
+    """The token primitives of :class:`~.base.Backend` on tensors of one device type,
+    and the checks of every call of the module.
 
-    ``place(device)`` gives the last arguments of the module's ``Call``; ``check(status)`` sees what every primitive returned.
+    ``place(device)`` gives the last arguments of the module's ``Call``.
+    ``check(status)`` sees the status that every primitive returns.
     """
 
     def __init__(
@@ -67,7 +71,9 @@ class Native:
         return self._programs.compile(program, device)
 
     def address(self, name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> int:
-        """``data_ptr()`` of a contiguous tensor of exactly this shape and dtype, on the device of ``like``; 0 for None."""
+        """Return the ``data_ptr()`` of a contiguous tensor of exactly this shape and
+        dtype on the device of ``like``, or 0 for None.
+        """
         if t is None:
             return 0
         if t.shape != shape or t.dtype != dtype or t.device != like.device or not t.is_contiguous():
@@ -78,7 +84,11 @@ class Native:
         return t.data_ptr()
 
     def rows(self, names: tuple[str, ...], like: Tensor, n: int) -> tuple[Tensor, list[int]]:
-        """New rows ``[len(names), n]`` for a primitive to fill, and the address of each: fp32, whatever PyTorch's default dtype is."""
+        """Return new rows ``[len(names), n]`` for a primitive to fill, and the address
+        of each.
+
+        They are fp32, whatever PyTorch's default dtype is.
+        """
         rows = torch.empty((len(names), n), dtype=torch.float32, device=like.device)
         self.address("a result", rows, (len(names), n), like)
         first, size = rows.data_ptr(), 4 * n
@@ -107,13 +117,15 @@ class Native:
         )  # fmt: skip
 
     def packed_call(self, rows: PackedRows) -> Any:
-        """The same of rows of different lengths, whose bounds nobody has checked: they may be on a device that is not waited for."""
+        """Return the call for packed rows. Their bounds are unchecked: they may be on a
+        device, and nothing waits for it.
+        """
         values, ids, temperature = rows.values, rows.ids, rows.temperature
         if values.dtype not in DTYPES or values.device.type != self.device_type:
             raise InvalidCall(f"values are {values.dtype} on {values.device}, expected fp32, bf16 or fp16 on {self.device_type}.")
         n, entries, per_row = ids.numel(), max(values.numel(), 1), temperature.numel() != 1
         if entries > _MAX_COLUMNS:
-            raise InvalidCall(f"{entries} ids are kept in all, at most {_MAX_COLUMNS} are supported: make several calls.")
+            raise InvalidCall(f"{entries} ids are kept in total, at most {_MAX_COLUMNS} are supported: make several calls.")
         return self.module.Call(
             DTYPES[values.dtype], self.address("values", values, (values.numel(),), values, values.dtype), RowAddresses(1, 0, 0), n,
             max(entries // max(n, 1), 1), (entries, 0, entries), rows.softcap, self.address("ids", ids, (n,), values, torch.int64),
@@ -128,7 +140,7 @@ class Native:
                 f"out is {tuple(out.shape)} {out.dtype} {out.device}, expected {tuple(logits.shape)} {logits.dtype} {logits.device} like the logits."
             )
         if not out.numel():
-            return rows_of(out)  # without memory: its address is that of everything without memory
+            return rows_of(out)  # no memory: every tensor without memory has the same address
         same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
         if not same and out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() and _overlap(out, logits):
             raise InvalidCall("out overlaps the logits without being the same view of them.")
@@ -185,7 +197,7 @@ class Native:
         self.check(self.module.token_grad(call, known, by, to, RowAddresses(1, 0, 0)))
 
     def _known(self, like: Tensor, n: int, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None]) -> tuple[list[int], list[int]]:
-        """The addresses of statistics and coefficients."""
+        """Return the addresses of statistics and coefficients."""
         for name in ("logp", "lse", *(name for name in ("entropy", "log_sum_p_sq") if derivatives.get(name) is not None)):
             if stats.get(name) is None:
                 raise InvalidCall(f"token_grad: the statistic {name!r} is needed and missing.")

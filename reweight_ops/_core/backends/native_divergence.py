@@ -1,4 +1,8 @@
-"""Two logits tensors in a compiled backend. Every argument is checked here: the modules take raw addresses and check nothing."""
+"""Two logits tensors in a compiled backend.
+
+Every argument is checked here, because the modules take raw addresses and check
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,9 @@ class NativeDivergence:
     def _calls(self, two: DivergenceInputs) -> tuple[Any, Any]:
         rows = [t.shape[:-1] for t in (two.logits, two.other)]
         if rows[0] != rows[1] or two.softmax.vocab_size != two.other_softmax.vocab_size:
-            raise InvalidCall(f"the two logits tensors are {tuple(two.logits.shape)} and {tuple(two.other.shape)}: other rows or columns.")
+            raise InvalidCall(
+                f"the two logits tensors are {tuple(two.logits.shape)} and {tuple(two.other.shape)}: their rows or columns differ."
+            )
         if two.logits.device != two.other.device:
             raise InvalidCall(f"the two logits tensors are on {two.logits.device} and {two.other.device}.")
         return (

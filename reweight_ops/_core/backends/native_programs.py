@@ -13,9 +13,9 @@ from ..formula.table import OPERATIONS, Table, build_table
 
 
 class Compiled(NamedTuple):
-    """A program for a module, and what a launch must know of it."""
+    """A program for a module, and the facts that a launch needs about it."""
 
-    table: Any  # of the module's own class
+    table: Any  # an object of the module's own class
     parameters: int
     reads_p_sq: bool
     entropy_gradient: bool
@@ -23,20 +23,23 @@ class Compiled(NamedTuple):
 
 
 class Programs:
-    """Any program that fits in the registers of a module's kernels."""
+    """The programs of a module: any that fits in the registers of its kernels."""
 
     def __init__(self, module: Any) -> None:
         if tuple(module.operations) != OPERATIONS:
-            raise BackendUnavailable(f"{module.__name__} knows other operations; rebuild it with pip install -e .")
+            raise BackendUnavailable(f"{module.__name__} has other operations; rebuild it with pip install -e .")
         self.module = module
 
     def program_unsupported_reason(self, program: Program) -> str | None:
-        """Why the module cannot run a program."""
+        """Return why the module cannot run a program."""
         registers, most = build_table(loss_graph(program)).registers, self.module.max_registers
         return f"the loss takes {registers} registers, one pass holds {most}" if registers > most else None
 
     def compile(self, program: Program, device: torch.device) -> Compiled:
-        """The program where kernels on ``device`` read it: uploaded by the first call, so before a CUDA graph is captured."""
+        """Return the program where kernels on ``device`` read it.
+
+        The first call uploads it, before a CUDA graph is captured.
+        """
         graph = loss_graph(program)
         table = build_table(graph)
         words = torch.tensor(table.words(), dtype=torch.int64, device="cpu").to(device)
@@ -44,7 +47,7 @@ class Programs:
         return Compiled(self.load(table, words), graph.parameters, reads_p_sq, graph.moves("entropy"), words)
 
     def load(self, table: Table, words: Tensor) -> Any:
-        """The module's own view of a table."""
+        """Return the module's own view of a table."""
         counts = (
             table.parameters, len(table.constants), table.uniform_levels, len(table.levels), table.uniform, len(table.instructions),
             table.inputs, table.terms, table.registers,

@@ -1,6 +1,7 @@
-"""Log-probs of chosen ids, several a row: a gather beside a backend's log-sum-exp. In PyTorch for every backend, on ``[N, K]`` numbers only.
+"""Log-probs of several chosen ids per row: a gather beside a backend's log-sum-exp.
 
-Elements of a list that name no id (``IGNORE_INDEX``) have a log-prob of 0 and no gradient, as ignored rows.
+It is in PyTorch for every backend, and only on ``[N, K]`` numbers. An element that is
+not an id (``IGNORE_INDEX``) has a log-prob of 0 and no gradient, like an ignored row.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ from .base import SoftmaxParams
 
 
 def top_ids(logits: Tensor, ids: Tensor, k: int, softmax: SoftmaxParams) -> Tensor:
-    """``[N, k]``: the ids of the k largest logits of each row, of a shard's columns; largest first, of equal ones any. IGNORE_INDEX in ignored rows."""
+    """Return ``[N, k]``: the ids of the k largest logits of each row, largest first.
+
+    Of equal logits any may be taken. Ignored rows have IGNORE_INDEX.
+    """
     found = logits[..., : softmax.vocab_size].topk(k).indices.reshape(-1, k) + softmax.vocab_start
     return torch.where((ids == IGNORE_INDEX)[:, None], IGNORE_INDEX, found)
 
 
 class Picked:
-    """The logits of chosen ids, which are read before a gradient is written over the others.
+    """The logits of chosen ids. They are read before a gradient is written over the
+    others.
 
-    ``logits`` has shape ``R + (V,)``, ``ids`` ``[N]`` are the rows' own, ``picked`` is ``[N, K]``. Of a vocabulary in shards this rank reads those of its own
+    ``logits`` has shape ``R + (V,)``, ``ids`` ``[N]`` are the targets of the rows, and
+    ``picked`` is ``[N, K]``.
     columns; ``known`` ``[N, K]`` are the logits of all.
     """
 
@@ -44,7 +50,8 @@ class Picked:
                 logits.gather(-1, self.index.view(self.shape)).view(picked.shape) if softmax.vocab_size else logits.new_zeros(picked.shape)
             )
         self.logits = known
-        # In fp64: of few numbers it costs nothing, and a log-sum-exp of two fp32 numbers is as exact.
+        # fp64 costs nothing for so few numbers, and a log-sum-exp of two fp32 numbers
+        # is as exact.
         z = known.double()
         self.is_masked, self.temperature = z == -math.inf, temperature.double().view(-1, 1)
         tanh = torch.tanh(z / softmax.softcap) if math.isfinite(softmax.softcap) else None
@@ -52,17 +59,20 @@ class Picked:
         self.x = (z if tanh is None else torch.where(z.isinf(), z, softmax.softcap * tanh)) / self.temperature
 
     def logps(self, lse: Tensor, lse_low: Tensor) -> Tensor:
-        """``[N, K]`` log-probs: NaN for an id that does not exist."""
+        """Return ``[N, K]`` log-probs, NaN for an id that does not exist."""
         return torch.where(self.bad, math.nan, torch.where(self.inside, self._below(lse, lse_low), 0))
 
     def masked(self, by: Tensor) -> Tensor:
-        """``[N, K]`` without the elements that have no gradient."""
+        """Return ``[N, K]`` without the elements that have no gradient."""
         return torch.where(self.inside, by, 0)
 
     def write_gradient(self, out: Tensor, ids: Tensor, by: Tensor, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None]) -> None:
-        """Write the elements of chosen ids over those of a gradient by the other statistics, ``out``, in one rounding.
+        """Write the elements of chosen ids over those of a gradient by the other
+        statistics, ``out``, with one rounding.
 
-        ``by`` ``[N, K]``: the derivatives by the log-probs. ``derivatives``: those by the row's statistics, with the sum of ``-by`` in that by lse already.
+        ``by`` ``[N, K]`` are the derivatives by the log-probs. ``derivatives`` are
+        those by the row's statistics. The one by lse already contains the sum of
+        ``-by``.
         """
 
         def column(t: Tensor | None) -> Tensor:
@@ -71,7 +81,8 @@ class Picked:
         c, e, z, q = (column(derivatives.get(name)) for name in ("logp", "entropy", "lse", "log_sum_p_sq"))
         moved = (by != 0).any(-1, keepdim=True)
         by = torch.where(self.here, by, 0)
-        # A list may name an id twice, or the row's own. Elements without an id here stand for the first column, which the gradient has anyway.
+        # A list may name an id twice, or the row's own id. An element without an id
+        # stands for id 0, which the gradient has anyway.
         own = self._sums(by) + torch.where(self.index + self.start == ids[:, None], c, 0)
         logp = self._below(stats["lse"], stats["lse_low"])
         p = logp.exp()
@@ -89,7 +100,11 @@ class Picked:
         return (self.x - lse.double()[:, None] - lse_low.double()[:, None]).to(lse.dtype)
 
     def _sums(self, by: Tensor) -> Tensor:
-        """``[N, K]``: for every element the sum over all elements of its row with the same id; the order of a sum is always the same."""
+        """Return ``[N, K]``: for every element the sum over all elements of its row
+        with the same id.
+
+        The order of a sum is always the same.
+        """
         first = torch.searchsorted(self.index.sort(-1).values, self.index)
         row = torch.arange(by.size(0), device=by.device)[:, None].expand_as(first)
         return torch.zeros_like(by).index_put((row, first), by, accumulate=True).gather(-1, first)

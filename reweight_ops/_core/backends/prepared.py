@@ -1,4 +1,7 @@
-"""A one-pass loss of which everything is known but its tensors: what the engine asks of a backend for a call that is made again and again."""
+"""One-pass losses that are known except for their tensors.
+
+This is the interface through which the engine asks a backend for a repeated call.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,20 @@ from ..formula.loss_program import Program
 from ..rows.primitives import Masked, Weighing
 from .base import SoftmaxParams
 
-#: What a row of a loss is given, by the names of a call's arguments; the last two are factors of its weight.
+#: The inputs of a row of a loss, by the names of a call's arguments. The last two are
+#: factors of its weight.
 INPUTS = (
     "advantages", "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio", "token_weights",
 )  # fmt: skip
 
 
 class OnePassPlan(NamedTuple):
-    """``terms``: of the loss, all of which have the same row weight but for the factors. ``run``: rows of a sequence, or that are counted together."""
+    """The plan of a one-pass loss.
+
+    ``terms`` is the number of terms of the loss. All have the same row weight except
+    for the factors. ``run`` is the number of rows of a sequence, or of rows that are
+    counted together.
+    """
 
     softmax: SoftmaxParams
     program: Program
@@ -29,8 +38,12 @@ class OnePassPlan(NamedTuple):
 
 
 class OnePassArguments(NamedTuple):
-    """The arguments of one call. ``logits``: ``[N, V]`` or ``[S, run, V]``; ids and masks of the shape of its rows; ``inputs``: in the order of
-    :data:`INPUTS`, each None, a number or a tensor of that shape, of a number a sequence, or of one number."""
+    """The arguments of one call.
+
+    ``logits`` is ``[N, V]`` or ``[S, run, V]``. Ids and masks have the shape of its
+    rows. ``inputs`` are in the order of :data:`INPUTS`. Each is None, a number, or a
+    tensor of that shape, of one number per sequence, or of one number.
+    """
 
     logits: Tensor
     ids: Tensor
@@ -43,7 +56,10 @@ class OnePassArguments(NamedTuple):
 
 
 class OnePassRows(Protocol):
-    """What a call found of its rows. ``table``: as ``token_loss_grad`` returns it. The rest is made when somebody reads it."""
+    """The rows that a call has computed.
+
+    ``table`` is what ``token_loss_grad`` returns. The rest is made when it is read.
+    """
 
     @property
     def table(self) -> Tensor: ...
@@ -51,11 +67,15 @@ class OnePassRows(Protocol):
     def masked(self) -> Masked: ...
 
     def given(self, name: str) -> Tensor | None:
-        """An input as ``[N]``; ``"token_weights"``: the product of both factors."""
+        """Return an input as ``[N]``. ``"token_weights"`` is the product of both
+        factors.
+        """
 
 
-#: Runs a call whose arguments have the layouts of the first, and writes the gradient; None, with nothing written, if an id is no token.
+#: Runs a call whose arguments have the layouts of the first, and writes the gradient.
+#: Returns None, with nothing written, if an id is not a token.
 Prepared = Callable[[OnePassArguments, Tensor], OnePassRows | None]
 
-#: A call that is to be made again; None if the backend's kernel does not take arguments of such layouts. It keeps no tensor.
+#: Prepares a repeated call. Returns None if the backend's kernel does not take
+#: arguments of such layouts. It keeps no tensor.
 Prepare = Callable[[OnePassPlan, OnePassArguments], Prepared | None]

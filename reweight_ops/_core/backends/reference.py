@@ -1,4 +1,8 @@
-"""The reference: plain PyTorch, on any device and in any float dtype, fp64 included. It is truth, not speed."""
+"""The reference backend: plain PyTorch, on any device and in any float dtype, fp64
+included.
+
+It is for correctness and not for speed.
+"""
 
 from __future__ import annotations
 

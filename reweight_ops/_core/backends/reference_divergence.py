@@ -14,7 +14,9 @@ from .reference_token import Distribution
 
 
 class _Logs(NamedTuple):
-    """A row, its log-probs (0 on masked columns), its probabilities, masked columns, its log-sum-exp, and what rounding that lost."""
+    """A row, its log-probs (0 on masked columns), its probabilities, its masked
+    columns, its log-sum-exp, and the rounding error of that.
+    """
 
     at: Distribution
     log: Tensor
@@ -25,7 +27,11 @@ class _Logs(NamedTuple):
 
 
 def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, softmax: object, known: Tensor | None = None) -> _Logs:
-    """``known``: the log-sum-exp ``[2, N]`` of the whole row, of which the logits may be a shard; None: theirs."""
+    """Return the logs of one tensor.
+
+    ``known`` is the log-sum-exp ``[2, N]`` of the whole row, if the logits are a shard
+    of it. None takes that of the logits.
+    """
     dtype = torch.float64 if two.logits.dtype == torch.float64 else torch.float32
     at = Distribution(logits.to(dtype) if logits.dtype.itemsize < dtype.itemsize else logits, two.ids, temperature, softmax)  # type: ignore[arg-type]
     total = at.log_total() if known is None else ((known[0] - at.top) + known[1]).to(dtype)
@@ -33,7 +39,7 @@ def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, softmax: o
     lse_low = ((at.top - lse) + total).to(dtype)
     total = total[:, None]
     log = at.below - total
-    # A row without any finite logit is NaN everywhere: there, nothing is masked.
+    # A row without any finite logit is NaN everywhere. Nothing is masked there.
     masked = ((at.below == -math.inf) | at.masked) & ~total.isnan()
     return _Logs(at, torch.where(masked, 0, log), torch.where(masked, 0, log.exp()), masked, lse, lse_low)
 
@@ -61,7 +67,8 @@ def divergence_grad(two: DivergenceInputs, table: Tensor, derivatives: Tensor, o
     g = g - torch.where(entropy == 0, 0, entropy * a.p * (a.log + h))
     g = g * a.at.slope / a.at.temperature
     g = torch.where(a.masked, 0, g)
-    # inf - inf in every column with mass: no direction is right, so none is given.
+    # The gradient is inf - inf in every column with mass. No direction is right, so it
+    # is NaN.
     g = torch.where((reverse != 0) & ~kl.isfinite(), math.nan, g)
     has_gradient = ((two.ids != IGNORE_INDEX) & (derivatives != 0).any(0))[:, None]
     g = torch.where(has_gradient, g, 0)

@@ -1,4 +1,7 @@
-"""The reference's primitives of packed rows: those of logits, on rows that are filled up with columns without mass."""
+"""The reference's primitives of packed rows.
+
+They are those of logits, on rows that are filled up with columns without mass.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ from .reference_token import token_grad, token_stats
 
 
 def _entries(rows: PackedRows) -> tuple[Tensor, Tensor]:
-    """``[N, K]``: where in ``values`` each row's elements are, and which there are; K is the length of the longest row."""
+    """Return ``[N, K]``: where in ``values`` the elements of each row are, and which
+    elements exist.
+
+    K is the length of the longest row.
+    """
     start, length = rows.bounds[0], torch.where(rows.ids < 0, 0, rows.bounds[1] - rows.bounds[0])
     column = torch.arange(max(int(length.max()) if length.numel() else 0, 1), device=length.device)
     there = column < length[:, None]
@@ -21,7 +28,9 @@ def _entries(rows: PackedRows) -> tuple[Tensor, Tensor]:
 
 
 def filled(rows: PackedRows) -> tuple[Tensor, Tensor]:
-    """The rows as ``[N, K]`` logits, ``-inf`` where a row has no element, and their ids."""
+    """Return the rows as ``[N, K]`` logits, ``-inf`` where a row has no element, and
+    their ids.
+    """
     at, there = _entries(rows)
     values = rows.values if rows.values.numel() else rows.values.new_zeros(1)
     return torch.where(there, values[at], -math.inf), torch.where((rows.ids < 0) & (rows.ids != IGNORE_INDEX), -1, rows.ids)

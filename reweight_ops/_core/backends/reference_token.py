@@ -12,8 +12,9 @@ from ..formula.program import evaluate_rows
 from ..rows.groups import IGNORE_INDEX
 from .base import DERIVATIVES, RowInputs, SoftmaxParams
 
-#: Up to here ``lse`` and ``lse_low``, both fp32, give probabilities to the precision of fp32 at any temperature; beyond, a log-prob of the target
-#: above ``LEAST_LOGP`` does.
+#: Up to ``LARGEST_LSE``, ``lse`` and ``lse_low``, both fp32, give probabilities to the
+#: precision of fp32 at any temperature. Beyond it, a log-prob of the target above
+#: ``LEAST_LOGP`` does.
 LARGEST_LSE, LEAST_LOGP = 2.0**24, -50.0
 
 
@@ -22,7 +23,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Distribution:
-    """``x`` of every row and what the primitives need of it, in the accumulation dtype."""
+    """``x`` of every row and the values that the primitives need of it, in the
+    accumulation dtype.
+    """
 
     def __init__(self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> None:
         n = ids.numel()
@@ -35,11 +38,13 @@ class Distribution:
             capped = softmax.softcap * torch.tanh(z / softmax.softcap)
             self.slope = 1 - (capped / softmax.softcap) ** 2
             z = torch.where(z == -math.inf, z, torch.where(z == math.inf, math.nan, capped))
-        # Everything is relative to the largest logit: an offset that all share costs no digits.
+        # Everything is relative to the largest logit. An offset that all logits share
+        # costs no digits.
         largest, self.where = z.max(-1, keepdim=True)
         self.top = largest[:, 0].double() / self.temperature[:, 0].double()
         self.below = (z - largest) / self.temperature
-        # Also what a temperature or the distance takes beyond the smallest number: a mask of finfo.min is one of -inf.
+        # This also masks a logit that a temperature or the distance takes below the
+        # smallest number. A mask of finfo.min acts as one of -inf.
         self.masked = (z == -math.inf) | ((self.below == -math.inf) & self.top.isfinite()[:, None])
         self.bad = self.inside & ((ids < 0) | (ids >= softmax.total()))
         local = ids - softmax.vocab_start
@@ -47,11 +52,14 @@ class Distribution:
         self.target = torch.where(self.has_target, local, 0)[:, None]
 
     def sum_of_others(self, values: Tensor) -> Tensor:
-        """Over all columns but the largest, whose 1 would swallow what the others have in a row with a sure token."""
+        """Sum over all columns but the largest.
+
+        Its 1 would swallow the values of the others in a row with a sure token.
+        """
         return values.scatter(-1, self.where, 0).sum(-1)
 
     def log_total(self) -> Tensor:
-        """The log-sum-exp relative to the largest."""
+        """Return the log-sum-exp relative to the largest logit."""
         return torch.where(self.top.isfinite(), torch.log1p(self.sum_of_others(self.below.exp())), math.nan)
 
 
@@ -92,13 +100,15 @@ def token_grad(
 
     every = (slice(None), None)
     log_total = (stats["lse"] - d.top) + stats.get("lse_low", zero)
-    # There the quotient top/T has no fraction: the target says more about the others than the log-sum-exp does.
+    # There the quotient top/T has no fraction. The target tells more about the other
+    # columns than the log-sum-exp does.
     by_target = d.has_target & (stats["lse"].abs() > LARGEST_LSE) & (stats["logp"] > LEAST_LOGP)
     log_total = torch.where(by_target, d.below.gather(-1, d.target)[:, 0] - stats["logp"], log_total)
     logp = d.below - log_total[:, None].to(d.below.dtype)
     p = logp.exp()
     grad = terms(p, torch.where(d.masked, 0, logp), every) - c[:, None] * p
-    # The target's own element from its log-prob: p - 1 of a rounded neighbour loses everything as p goes to 1.
+    # The target's own element comes from its log-prob. The difference p - 1 with a
+    # rounded p loses all digits as p goes to 1.
     y, everything = stats["logp"], slice(None)
     p_y = y.exp()
     at_target = terms(p_y, torch.where(p_y > 0, y, 0), everything) - c * torch.expm1(y)

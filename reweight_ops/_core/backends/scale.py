@@ -1,4 +1,7 @@
-"""A finished gradient times its upstream gradient, in place: how such gradients lie in memory, and the product in torch."""
+"""Multiplication of a finished gradient by its upstream gradient, in place.
+
+The module has the layouts of such gradients in memory, and the product in torch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from .base import RowAddresses, rows_of
 
 
 class Spans(NamedTuple):
-    """``rows`` runs of ``columns`` elements each. A gradient without gaps is one."""
+    """``rows`` runs of ``columns`` elements each. A gradient without gaps is one run."""
 
     addresses: RowAddresses
     rows: int
@@ -18,7 +21,11 @@ class Spans(NamedTuple):
 
 
 def spans_of(grad: Tensor) -> Spans | None:
-    """Where the elements are; None for a layout that no kernel takes: more than two dimensions of rows, columns apart, or rows one over another."""
+    """Return where the elements are, or None for a layout that no kernel takes.
+
+    No kernel takes more than two dimensions of rows, columns with gaps, or overlapping
+    rows.
+    """
     if grad.is_contiguous():
         return Spans(RowAddresses(1, 0, 0), 1, grad.numel())
     if grad.dim() not in (2, 3) or grad.stride(-1) != 1:
@@ -29,11 +36,14 @@ def spans_of(grad: Tensor) -> Spans | None:
 
 
 def scale_in_torch(grad: Tensor, factor: Tensor) -> None:
-    """``grad *= factor``, for every device and layout; on the CPU no memory is touched when the factor is exactly 1."""
+    """Compute ``grad *= factor`` for every device and layout.
+
+    On the CPU no memory is touched when the factor is exactly 1.
+    """
     if grad.device.type == "cpu":
         if factor.item() != 1:
             grad.mul_(factor)
     elif grad.dtype.itemsize < 4:
-        grad.copy_(grad.float() * factor)  # mul_ there rounds the factor to the gradient's dtype first
+        grad.copy_(grad.float() * factor)  # mul_ would round the factor to the gradient's dtype first
     else:
         grad.mul_(factor)

@@ -1,4 +1,7 @@
-"""Which backend serves a call, and why not the others. A backend asked for by name never falls back."""
+"""The choice of the backend that serves a call, and the reasons against the others.
+
+A backend requested by name never falls back.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ _VARIABLE = "REWEIGHT_OPS_BACKEND"
 
 
 def load(name: str) -> Backend:
-    """The backend of that name, imported on first use. Raises :class:`BackendUnavailable` with what would fix it."""
+    """Return the backend of that name. It is imported on first use.
+
+    Raises :class:`BackendUnavailable`, which says what would fix it.
+    """
     if name not in NAMES:
         raise InvalidCall(f"unknown backend {name!r}; the backends are {', '.join(NAMES)} and auto.")
     if name not in _loaded:
@@ -45,9 +51,11 @@ def load(name: str) -> Backend:
 
 @contextmanager
 def door(device_type: str, backend: Backend) -> Iterator[None]:
-    """For tests: ``backend`` serves calls on tensors of that device type, in the place of the one of its name.
+    """Let ``backend`` serve calls on tensors of that device type, in place of the
+    backend of its name. For tests.
 
-    So calls on meta tensors take the path that a GPU takes, with a backend that launches nothing.
+    Calls on meta tensors then take the path that a GPU takes, with a backend that
+    launches nothing.
     """
     order, loaded = dict(ORDER), dict(_loaded)
     ORDER[device_type], _loaded[backend.name] = (backend.name, "reference"), backend
@@ -60,7 +68,7 @@ def door(device_type: str, backend: Backend) -> Iterator[None]:
 
 
 def unsupported_reason(name: str, request: Request) -> str | None:
-    """None if the backend can serve the request, else the reason."""
+    """Return None if the backend can serve the request, else the reason."""
     try:
         backend = load(name)
         if request.primitive in ("packed_stats", "packed_grad") and backend.packed_stats is None:
@@ -71,7 +79,10 @@ def unsupported_reason(name: str, request: Request) -> str | None:
 
 
 def candidates(device: torch.device, name: str = "auto") -> tuple[str, ...]:
-    """The backends to try, in order. ``REWEIGHT_OPS_BACKEND`` replaces "auto", and then nothing else is tried."""
+    """Return the backends to try, in order.
+
+    ``REWEIGHT_OPS_BACKEND`` replaces "auto", and then nothing else is tried.
+    """
     if name == "auto":
         name = os.environ.get(_VARIABLE, "auto")
     if name == "auto":
@@ -82,17 +93,23 @@ def candidates(device: torch.device, name: str = "auto") -> tuple[str, ...]:
 
 
 def state() -> tuple[Any, ...]:
-    """What a choice depends on besides its request: equal as long as the same request has the same answer."""
+    """Return the state that a choice depends on, apart from its request.
+
+    While it is equal, the same request has the same answer.
+    """
     return (os.environ.get(_VARIABLE), *ORDER.values(), *_loaded.values())
 
 
 def unsupported_reasons(request: Request, name: str = "auto") -> dict[str, str | None]:
-    """Every candidate and why it cannot serve the request (None: it can)."""
+    """Return every candidate and why it cannot serve the request (None if it can)."""
     return {candidate: unsupported_reason(candidate, request) for candidate in candidates(request.device, name)}
 
 
 def choose(request: Request, name: str = "auto") -> str:
-    """The first candidate without a reason against it. Raises with every candidate's reason when none is left."""
+    """Return the first candidate without a reason against it.
+
+    If none is left, it raises with the reason of every candidate.
+    """
     found = {}
     for candidate in candidates(request.device, name):
         found[candidate] = unsupported_reason(candidate, request)
@@ -109,8 +126,11 @@ def choose(request: Request, name: str = "auto") -> str:
 
 
 def row_primitives(logits: Tensor, name: str) -> RowPrimitives | None:
-    """Kernels for a call's rows, of the backend that serves its logits; None where PyTorch does it: in a graph, whose compiler fuses it, and in
-    ``torch.func``'s transforms."""
+    """Return the kernels for a call's rows, from the backend that serves its logits.
+
+    It is None where PyTorch computes them: in a graph, whose compiler fuses them, and
+    in the transforms of ``torch.func``.
+    """
     device, dtype = logits.device, logits.dtype
     if dtype == torch.float64 or is_traced(logits) or in_transform():
         return None
@@ -122,5 +142,8 @@ def row_primitives(logits: Tensor, name: str) -> RowPrimitives | None:
 
 @torch.compiler.assume_constant_result
 def choose_divergence(device: torch.device, dtype: torch.dtype, other_dtype: torch.dtype, name: str) -> str:
-    """:func:`choose` for two logits tensors, from plain arguments: torch.compile takes no record for a constant."""
+    """Return :func:`choose` for two logits tensors, from plain arguments.
+
+    torch.compile does not take a record as a constant.
+    """
     return choose(Request("divergence_stats", device, dtype, other_dtype=other_dtype), name)

@@ -1,4 +1,7 @@
-"""Whether a compiled extension was built from the sources that lie beside the package. Imports nothing of it: setup.py reads this file too."""
+"""Tells whether a compiled extension was built from the sources beside the package.
+
+This module imports nothing of the package, because setup.py reads this file too.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,11 @@ CSRC = Path(__file__).resolve().parents[3] / "csrc"
 
 
 def source_hash(part: str, csrc: Path = CSRC) -> str | None:
-    """Of all C++ and CUDA sources of ``part`` (``cpu`` or ``cuda``), by name and text; None in an installation without sources."""
+    """Hash all C++ and CUDA sources of ``part`` (``cpu`` or ``cuda``), by name and
+    text.
+
+    Return None in an installation without sources.
+    """
     if not (csrc / part).is_dir():
         return None
     digest = hashlib.sha256()

@@ -1,18 +1,27 @@
-"""The Triton backend: NVIDIA from Ampere on, AMD's data-center GPUs, and Triton's interpreter (which runs on the CPU, for tests).
+"""The Triton backend: NVIDIA GPUs from Ampere on, AMD's data-center GPUs, and Triton's
+interpreter (which runs on the CPU, for tests).
 
-Each primitive is one launch, a program each row. A few long rows (fewer than twice the multiprocessors) are split over programs. Programs of
-one launch can wait for each other only where the hardware promises to run them at once, so a split takes another launch where a program
-needs what another one computes or writes over:
+Each primitive is one launch with one program per row. If there are few long rows (fewer
+than twice the multiprocessors), a row is split over several programs. Programs of one
+launch may wait for each other only if the hardware guarantees that they run at the same
+time. A split therefore takes another launch where a program needs a result of another
+program, or writes over its input:
 
-* ``token_stats``: slots of segments, then their merge. (The last program of a row could merge without waiting, if it knew that it is the
-  last; but the counter for that has to be zeroed in each call, a launch as well, or shared by calls of other streams and graphs.)
-* ``token_loss_grad``: slots of segments, their merge, then the rest. A merge may have to read columns again, so all of them are done before
-  any program writes a gradient. Every program of a row evaluates the rule itself.
-* ``token_grad``: one launch. The two numbers of a log-sum-exp are all that the programs of a row share.
+* ``token_stats``: slots of segments, then their merge. (The last program of a row could
+  merge without waiting, if it knew that it is the last. But the counter for that would
+  have to be zeroed in each call, which is also a launch, or shared by calls of other
+  streams and graphs.)
+* ``token_loss_grad``: slots of segments, their merge, then the rest. A merge may have
+  to read columns again, so all merges are done before any program writes a gradient.
+  Every program of a row evaluates the rule itself.
+* ``token_grad``: one launch. The programs of a row share only the two numbers of a
+  log-sum-exp.
 
-There is no persistent grid: a row of a real vocabulary is hundreds of kilobytes, against which the start of its program is small.
+There is no persistent grid. A row of a real vocabulary is hundreds of kilobytes, and
+the start of its program costs little against that.
 
-``scale`` is a persistent grid, for the common factor is 1: then a few hundred programs read it and end.
+``scale`` is a persistent grid, because the usual factor is 1. A few hundred programs
+then read it and end.
 """
 
 from __future__ import annotations
@@ -41,7 +50,7 @@ def unsupported_reason(request: Request) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(request.device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
     if torch.version.hip is not None and triton_launch.wave(request.device) != 64:
-        return "the GPU is none of AMD's data-center line (gfx90a, gfx942, gfx950)"
+        return "the GPU is not of AMD's data-center line (gfx90a, gfx942, gfx950)"
     return None
 
 

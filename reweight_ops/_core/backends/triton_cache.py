@@ -1,7 +1,10 @@
-"""A program's Triton function: printed once, kept as a module in a cache folder (Triton compiles from source files), imported once.
+"""A program's Triton function.
 
-The folder is ``REWEIGHT_OPS_CACHE``, else ``reweight_ops`` in the platform's cache folder. A file's name is the hash of its text, files are
-written atomically and never changed, so any number of processes may share the folder.
+It is printed once, kept as a module in a cache folder (Triton compiles from source
+files), and imported once. The folder is ``REWEIGHT_OPS_CACHE``, or else
+``reweight_ops`` in the platform's cache folder. The name of a file is the hash of its
+text. Files are written atomically and never changed, so any number of processes may
+share the folder.
 """
 
 from __future__ import annotations
@@ -31,18 +34,19 @@ def cache_folder() -> Path:
 
 
 def load_source(text: str, folder: Path) -> ModuleType:
-    """The module with this text, from ``folder/programs/<hash>.py``."""
+    """Return the module with this text, from ``folder/programs/<hash>.py``."""
     name = f"reweight_ops_program_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     if name in sys.modules:
         return sys.modules[name]
     path = folder / "programs" / f"{name}.py"
-    # A file that a crash or a disk left short would fail forever: compare, do not trust the name.
+    # A file that a crash or a full disk left short would fail forever. The text is
+    # compared, and the name is not trusted.
     if not path.is_file() or path.read_bytes() != text.encode():
         write_atomically(path, text)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    exec(compile(text, str(path), "exec"), module.__dict__)  # not by its loader: it would trust bytecode that a crash left short
+    exec(compile(text, str(path), "exec"), module.__dict__)  # the loader would trust bytecode that a crash left short
     sys.modules[name] = module
     return module
 
@@ -51,7 +55,7 @@ _functions: dict[Any, Any] = {}
 
 
 def program_function(program: Program, given_ratio: bool = False, outputs: tuple[str, ...] = ONE_PASS) -> Any:
-    """The ``@triton.jit`` function of a program."""
+    """Return the ``@triton.jit`` function of a program."""
     what = (program, given_ratio, outputs)
     if what not in _functions:
         _functions[what] = load_source(program_py(*what), cache_folder()).program
@@ -59,7 +63,7 @@ def program_function(program: Program, given_ratio: bool = False, outputs: tuple
 
 
 def monitor_function(monitor: Monitor) -> Any:
-    """The ``@triton.jit`` function of what metrics evaluate in a row."""
+    """Return the ``@triton.jit`` function that evaluates a row's metrics."""
     if monitor not in _functions:
         _functions[monitor] = load_source(monitor_py(monitor), cache_folder()).program
     return _functions[monitor]

@@ -1,6 +1,7 @@
 """Two logits tensors in Triton: one launch for statistics, for a gradient, or for both.
 
-A few long rows are split over programs as in :mod:`..backends.triton`: slots of segments, their merge, and, if asked for, the gradient.
+A few long rows are split over programs as in :mod:`..backends.triton`: slots of
+segments, their merge, and, if requested, the gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .base import DIVERGENCE_STATS, DivergenceInputs, rows_of
 
 
 class _Call:
-    """What the launches of one call have in common."""
+    """The common arguments of the launches of one call."""
 
     def __init__(self, two: DivergenceInputs, out: Tensor | None) -> None:
         x, y = two.logits, two.other

@@ -1,4 +1,6 @@
-"""How Triton kernels are launched here: on which machine, with which options, and what is known of tensors beforehand."""
+"""The launch of Triton kernels: the machine, the options, and the known alignment of
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,22 @@ from torch import Tensor
 from ...triton_kernels import kernels, triton
 from ...triton_kernels.config import Launch
 
-#: The oldest and the newest Triton that the tests were run with; ``make triton-versions`` runs them with each.
+#: The oldest and the newest Triton that the tests ran with. ``make triton-versions``
+#: runs them with each.
 TESTED = ((3, 6), (3, 9))
 
 
 def warn_if_untested(version: str) -> None:
-    """An older Triton may work, and may miscompile: once, when the backend is loaded. A newer one is what a newer PyTorch brings: no word."""
+    """Warn once, when the backend is loaded, about an older Triton. It may work, and it
+    may miscompile.
+
+    There is no warning about a newer one, which comes with a newer PyTorch.
+    """
     numbers = tuple(int(x) for x in version.split(".")[:2])
     if numbers < TESTED[0]:
         oldest, newest = (".".join(map(str, v)) for v in TESTED)
         warnings.warn(
-            f"reweight_ops: Triton {version} is older than any that its kernels were tested with ({oldest} to {newest}); "
+            f"reweight_ops: Triton {version} is older than the versions that its kernels were tested with ({oldest} to {newest}); "
             "`reweight-ops check --backend triton` tells whether it computes right here.",
             RuntimeWarning,
             stacklevel=2,
@@ -33,11 +40,14 @@ warn_if_untested(triton.__version__)
 
 
 def interpreted() -> bool:
-    """Whether the kernels were decorated for Triton's interpreter (``TRITON_INTERPRET=1`` when they were imported)."""
+    """Return whether the kernels were decorated for Triton's interpreter
+    (``TRITON_INTERPRET=1`` at their import).
+    """
     return not isinstance(kernels.stats_kernel, triton.runtime.JITFunction)
 
 
-#: Rows up to which a row is split over programs: below this many programs per multiprocessor a device idles.
+#: Up to this many rows per multiprocessor, a row is split over programs. With fewer
+#: programs a device idles.
 _ROWS_PER_PROCESSOR = 2
 
 
@@ -55,27 +65,31 @@ def processors(device: torch.device) -> int:
 
 
 def is_split(rows: int, segments: int, device: torch.device) -> bool:
-    """Whether there are too few rows for a program each."""
+    """Return whether there are too few rows for one program each."""
     return segments > 1 and rows < _ROWS_PER_PROCESSOR * processors(device)
 
 
 def launch(kernel: Any, programs: int, *args: Any, shape: Launch, wave: int = 32, **meta: Any) -> None:
-    """The one place where anything is launched."""
+    """Launch a kernel. Every launch goes through here."""
     if interpreted():
         import numpy
 
-        with numpy.errstate(all="ignore"):  # it warns of every 0 * inf in a branch that a select then drops
+        with numpy.errstate(all="ignore"):  # it warns about every 0 * inf in a branch that a select drops
             kernel[(programs,)](*args, **meta)
     else:
         kernel[(programs,)](*args, **meta, **options(shape, wave, torch.version.hip is not None))
 
 
 def options(shape: Launch, wave: int, hip: bool) -> dict[str, Any]:
-    # Contraction off: kernels that share a sweep must round alike. Registers bounded, or ptxas spills for an occupancy nobody needs.
+    # Contraction is off, because kernels that share a sweep must round alike. Registers
+    # are bounded, because ptxas would otherwise spill for an occupancy that is not
+    # needed.
     return {"num_warps": shape.threads // wave, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": shape.registers})
 
 
 def alignment(*tensors: Tensor) -> int:
-    """Bytes to which every row of every tensor is aligned: 16, 4, or that of an element."""
+    """Return the bytes to which every row of every tensor is aligned: 16, 4, or the
+    size of an element.
+    """
     addresses = [a for t in tensors for a in (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))]
     return next(n for n in (16, 4, 2) if n <= tensors[0].element_size() or all(a % n == 0 for a in addresses))

@@ -1,4 +1,7 @@
-"""Packed rows in Triton: a launch each, a program each row. Their lengths are not known here, so one shape serves all."""
+"""Packed rows in Triton: one launch per primitive, one program per row.
+
+The lengths of the rows are not known here, so one launch shape serves all.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ from ...triton_kernels.config import Config, Launch, config_for
 from . import triton_launch
 from .base import DERIVATIVES, STATS, PackedRows
 
-#: Threads and registers of a program: at any address a row takes more of them than one that begins at a multiple of 16 bytes.
+#: Threads and registers of a program. A row at any address takes more registers than
+#: one that begins at a multiple of 16 bytes.
 _LAUNCH = Launch(128, 128)
 
 
 class _Call:
-    """What the two launches have in common."""
+    """The common arguments of the two launches."""
 
     def __init__(self, rows: PackedRows) -> None:
         capped, size = rows.softcap != float("inf"), rows.values.element_size()
@@ -48,7 +52,7 @@ def packed_grad(rows: PackedRows, stats: dict[str, Tensor], derivatives: dict[st
         _Call(rows),
         [derivatives.get(name) for name in DERIVATIVES],
         stats["logp"],
-    )  # nothing: in the place of what no program reads
+    )  # placeholders for arguments that no program reads
     triton_launch.launch(
         packed.packed_gradient_kernel, n, rows.values, out, rows.bounds, rows.ids, rows.temperature, stats["logp"], stats["lse"],
         stats.get("lse_low", nothing), stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing),

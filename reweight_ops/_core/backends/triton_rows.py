@@ -19,12 +19,13 @@ from .triton_cache import monitor_function, program_function
 _LARGEST = 4096
 _EVALUATED = 256
 
-#: Rows are few, and what a thread holds of them is many numbers: more registers than a sweep may have, or they spill.
+#: There are few rows, and a thread holds many numbers of each. It needs more registers
+#: than a sweep may have, or they spill.
 _REGISTERS = 128
 
 
 def _block(run: int) -> int:
-    """Rows of a sequence at a time."""
+    """Return how many rows of a sequence are taken at a time."""
     return min(_LARGEST, max(64, 1 << (run - 1).bit_length()))
 
 
@@ -34,7 +35,9 @@ def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, BLOCK:
 
 
 def _strides(t: Tensor | None, run: int) -> tuple[int, int]:
-    """Between the first rows of two sequences, and between two rows of one."""
+    """Return the stride between the first rows of two sequences, and the stride between
+    two rows of one.
+    """
     if t is None:
         return 0, 0
     return (t.stride(0) * run, t.stride(0)) if t.dim() == 1 else (t.stride(0), t.stride(1))
@@ -55,7 +58,7 @@ def mask(ids: Tensor, mask: Tensor | None, denominator: Tensor | None, run: int)
 
 
 def _number(value: Any) -> tuple[float, bool]:
-    """A number as it is passed, and whether it is a tensor instead."""
+    """Return a number as the kernel receives it, and whether it is a tensor."""
     return (1.0, True) if isinstance(value, Tensor) else (float(value), False)
 
 
@@ -99,7 +102,7 @@ def adjoint(
     )  # fmt: skip
 
 
-#: A formula's leaves as the kernels take them.
+#: The leaves of a formula in the order in which the kernels take them.
 _ORDER = ("logp", "old_logp", "ref_logp", "sampling_logp", "adv", "entropy", "log_sum_p_sq", "log_ratio")
 
 

@@ -1,4 +1,7 @@
-"""A gradient times the upstream gradient in Triton: one launch, which touches nothing where the factor is exactly 1."""
+"""Multiplication of a gradient by the upstream gradient in Triton.
+
+It is one launch, which touches nothing where the factor is exactly 1.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from .scale import scale_in_torch, spans_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-#: Threads of a program that scales, vectors of each in flight, and programs on a multiprocessor: 64 KiB of loads there.
+#: Threads of a scaling program, its vectors in flight, programs per multiprocessor (64
+#: KiB of loads there), and registers.
 _THREADS, _VECTORS, _PROGRAMS, _REGISTERS = 256, 4, 4, 64
 
 
@@ -23,7 +27,7 @@ def scale(grad: Tensor, factor: Tensor) -> None:
         return
     size = grad.element_size()
     block = _THREADS * _VECTORS * 16 // size
-    tiles = (spans.columns + 16 // size - 2) // block + 1  # a row begins at most one element less than a vector into its first tile
+    tiles = (spans.columns + 16 // size - 2) // block + 1  # a row begins less than one vector into its first tile
     if not spans.rows * spans.columns:
         return
     programs = min(spans.rows * tiles, _PROGRAMS * triton_launch.processors(grad.device))

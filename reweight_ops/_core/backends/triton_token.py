@@ -14,7 +14,7 @@ from .triton_cache import program_function
 
 
 class _Call:
-    """What the launches of one call have in common."""
+    """The common arguments of the launches of one call."""
 
     def __init__(self, logits: Tensor, temperature: Tensor, softmax: SoftmaxParams, out: Tensor | None = None) -> None:
         self.where = rows_of(logits)
@@ -33,7 +33,11 @@ class _Call:
         self.device = torch.device("cuda", logits.device.index or 0) if logits.device.type == "cuda" else logits.device
 
     def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, merge: bool) -> Tensor | None:
-        """The segments' slots and the targets' logits, if the rows are split; ``merge``: and the rows' states."""
+        """Return the slots of the segments and the logits of the targets if the rows
+        are split.
+
+        With ``merge``, return the states of the rows too.
+        """
         if not self.split:
             return None
         size = 4 * self.config.slots * self.segments + 5
@@ -49,7 +53,7 @@ class _Call:
         return partial
 
     def programs(self, out: Tensor) -> int:
-        """Programs that write a gradient."""
+        """Return how many programs write a gradient."""
         return self.rows * (-(-out.size(-1) // self.config.segment) if self.split else 1)
 
 
@@ -83,7 +87,7 @@ def token_grad(
         return
     call = _Call(logits, temperature, softmax, out)
     by = [derivatives.get(name) for name in DERIVATIVES]
-    nothing = stats["logp"]  # in the place of what no program reads
+    nothing = stats["logp"]  # a placeholder for what no program reads
     to = rows_of(out)
     triton_launch.launch(
         kernels.gradient_kernel, call.programs(out), logits, out, ids, temperature, stats["logp"], stats["lse"],

@@ -1,1 +1,1 @@
-"""How a call's arguments become what the engine runs."""
+"""Resolution of a call's arguments into what the engine runs."""

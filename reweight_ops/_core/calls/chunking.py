@@ -1,4 +1,6 @@
-"""How many rows of logits at a time a linear head works on, and of how many the logits outlive forward."""
+"""The chunks of a linear head: how many rows of logits exist at a time, and how many
+outlive forward.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ _FEWEST_ROWS = 256
 
 
 class Chunking(NamedTuple):
-    """How many rows at a time, and of how many the logits outlive forward."""
+    """How many rows exist at a time, and how many rows of logits outlive forward."""
 
     chunk_rows: int
     keep_rows: int
@@ -21,8 +23,10 @@ class Chunking(NamedTuple):
 def chunking(rows: int, row_bytes: int, device: torch.device, chunk_rows: int | None = None, memory_budget: int | None = None) -> Chunking:
     """The chunks of ``rows`` rows with ``row_bytes`` bytes of logits each.
 
-    The working chunk gets the device's budget (or the caller's, if smaller), but at least 256 rows; their size is chosen so that the
-    padded last one wastes little. What the caller's budget leaves over keeps chunks for backward; a single chunk is always kept, for it is there anyway.
+    The working chunk gets the device's budget (or the caller's, if smaller), but at
+    least 256 rows. The chunk size is chosen so that the padded last chunk wastes
+    little. The rest of the caller's budget keeps chunks for backward. A single chunk is
+    always kept, because it exists anyway.
     """
     row_bytes = max(row_bytes, 1)
     if chunk_rows is None:
@@ -38,7 +42,11 @@ def chunking(rows: int, row_bytes: int, device: torch.device, chunk_rows: int | 
 
 
 def balanced(rows: int, most: int) -> int:
-    """The size of chunks of at most ``most`` rows that pads least (the largest such): a multiple of 64, for a GEMM's tiles, if it may be."""
+    """Return the size of chunks of at most ``most`` rows that pads least (the largest
+    such).
+
+    It is a multiple of 64, for a GEMM's tiles, if possible.
+    """
     if rows <= most:
         return max(rows, 1)
     grain = 64 if most >= 128 else 1

@@ -1,4 +1,8 @@
-"""Which logits hold a gradient now: marked on their storage, so that a view, a slice or ``detach()`` of them is known too."""
+"""Which logits hold a gradient now.
+
+The mark is on their storage, so a view, a slice or ``detach()`` of them is recognised
+too.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,9 @@ class _Region(NamedTuple):
         return self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) + 1
 
     def box(self) -> list[tuple[int, int]]:
-        """First and last index of every dimension, largest stride first, in a tensor that begins where the storage does."""
+        """Return the first and last index of every dimension, largest stride first, in
+        a tensor that begins where the storage does.
+        """
         rest, bounds = self.offset, []
         for n, stride in sorted(zip(self.shape, self.strides, strict=True), key=lambda x: -x[1]):
             first, rest = divmod(rest, stride) if stride else (0, rest)
@@ -29,12 +35,18 @@ class _Region(NamedTuple):
         return bounds
 
     def wraps(self) -> bool:
-        """Whether an index runs beyond its dimension: then the tensor begins elsewhere, and boxes say nothing."""
+        """Return whether an index runs beyond its dimension. The tensor then begins
+        elsewhere, and boxes say nothing.
+        """
         strides = sorted(self.strides, reverse=True)
         return any((last + 1) * inner > outer for (_, last), outer, inner in zip(self.box()[1:], strides, strides[1:], strict=False))
 
     def overlaps(self, other: _Region) -> bool:
-        """Exact for two slices of one tensor; else whether their spans meet."""
+        """Return whether two regions overlap.
+
+        This is exact for two slices of one tensor. Otherwise it tells whether their
+        spans meet.
+        """
         if not all(self.shape) or not all(other.shape) or self.offset >= other.end() or other.offset >= self.end():
             return False
         if self.strides != other.strides or self.wraps() or other.wraps():
@@ -48,20 +60,20 @@ def _region(logits: Tensor) -> _Region:
 
 
 def mark(logits: Tensor) -> None:
-    """Its elements hold a gradient from now on."""
+    """Mark the elements of ``logits``: they hold a gradient from now on."""
     if not torch.compiler.is_compiling() and torch._C._has_storage(logits):
         storage = logits.untyped_storage()
         setattr(storage, _MARK, (*getattr(storage, _MARK, ()), _region(logits)))
 
 
 def unmark(logits: Tensor) -> None:
-    """Nothing was written to them after all: the last :func:`mark` is taken back."""
+    """Take back the last :func:`mark`, because nothing was written."""
     storage = logits.untyped_storage()
     setattr(storage, _MARK, getattr(storage, _MARK)[:-1])
 
 
 def is_consumed(logits: Tensor) -> bool:
-    """Whether an element of it does."""
+    """Return whether an element of ``logits`` holds a gradient."""
     if torch.compiler.is_compiling() or not torch._C._has_storage(logits):
         return False
     regions = getattr(logits.untyped_storage(), _MARK, ())
@@ -69,6 +81,9 @@ def is_consumed(logits: Tensor) -> bool:
 
 
 def forget(logits: Tensor) -> None:
-    """Its storage has been filled anew, through a tensor that autograd does not know to be the same memory."""
+    """Forget the marks of a storage that has new contents.
+
+    They came through a tensor that autograd does not know to be the same memory.
+    """
     if hasattr(logits.untyped_storage(), _MARK):
         delattr(logits.untyped_storage(), _MARK)

@@ -1,7 +1,9 @@
-"""DTensors among a call's arguments: their local parts, and the group over which the vocabulary is sharded.
+"""DTensors among a call's arguments: their local parts, and the group over which the
+vocabulary is sharded.
 
-What each rank computes is of its local rows and columns, so its arguments without a placement are read as local too. Gradients are DTensors of the
-arguments' placements, by ``DTensor.to_local``.
+Each rank computes its local rows and columns, so its arguments without a placement are
+read as local too. Gradients are DTensors with the arguments' placements, by
+``DTensor.to_local``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 from ...errors import InvalidCall, UnsupportedRequest
 from .keywords import HiddenLogits, Lora
 
-#: Arguments with a dimension of the vocabulary, and which it is.
+#: The arguments that have a vocabulary dimension, and which dimension it is.
 _VOCABULARY = {
     "logits": -1, "other_logits": -1, "teacher_logits": -1, "ref_logits": -1, "other": -1, "teacher": -1,
     "lm_head_weight": 0, "lm_head_bias": 0, "lora.a": None, "lora.b": 0,
@@ -31,7 +33,7 @@ class _Axis(NamedTuple):
 
 
 def has_dtensors(values: Iterable[Any]) -> bool:
-    """Whether one of a call's arguments is a DTensor, or holds one."""
+    """Return whether one of a call's arguments is a DTensor, or holds one."""
     found = sys.modules.get("torch.distributed.tensor")
     if found is None:
         return False
@@ -42,7 +44,9 @@ def has_dtensors(values: Iterable[Any]) -> bool:
 
 
 def localized(op: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with local tensors in the place of DTensors, and with the ``process_group`` that their placements name."""
+    """Return the arguments with local tensors in place of DTensors, and with the
+    ``process_group`` that their placements name.
+    """
     placed = {name: x for name, x in _parts(arguments) if hasattr(x, "placements")}
     vocabulary = {_vocabulary_axis(op, name, x) for name, x in placed.items()} - {None}
     if len(vocabulary) > 1:
@@ -51,7 +55,7 @@ def localized(op: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     for axis in vocabulary:
         assert axis is not None
         if arguments.get("process_group") is not None:
-            raise InvalidCall(f"{op}: process_group is given, and DTensors say which it is: pass one of them.")
+            raise InvalidCall(f"{op}: process_group is given, and the DTensors name it already: pass one of them.")
         if "lm_head_weight" in placed and not _is_replicated(placed.get("hidden"), axis):
             raise UnsupportedRequest(
                 f"{op}: lm_head_weight is sharded on its rows, and hidden is not a DTensor that is replicated over the same ranks. If this is FSDP's "
@@ -67,7 +71,9 @@ def localized(op: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts(arguments: Mapping[Any, Any]) -> Iterable[tuple[Any, Any]]:
-    """Names and tensors, those inside of a LoRA term or a second model included."""
+    """Yield names and tensors. Those inside of a LoRA term or a second model are
+    included.
+    """
     for name, x in arguments.items():
         if isinstance(x, HiddenLogits):
             yield from ((f"{name}.{part}", y) for part, y in _parts(x._asdict()))
@@ -87,7 +93,7 @@ def _rebuilt(name: str, x: Any, local: Mapping[str, Tensor]) -> Any:
 
 
 def _own_name(name: str) -> str:
-    """Of ``teacher.lm_head_weight``, the argument's own name."""
+    """Return the argument's own name, such as that of ``teacher.lm_head_weight``."""
     return name if name.startswith("lora.") else ".".join(name.split(".")[1:]) or name
 
 
@@ -112,7 +118,7 @@ def _vocabulary_axis(op: str, name: str, x: Any) -> _Axis | None:
 
 
 def _row_shards(name: str, x: Any) -> list[int]:
-    """The dimensions of the mesh over which a tensor has its rows sharded."""
+    """Return the dimensions of the mesh over which the rows of a tensor are sharded."""
     if _own_name(name) in _HEAD:
         return []
     vocabulary = _VOCABULARY.get(_own_name(name))
@@ -130,7 +136,7 @@ def _local(name: str, x: Any, rows: set[_Axis]) -> Tensor:
     if _own_name(name) not in _HEAD:
         local: Tensor = x.to_local()
         return local
-    # Where ranks have rows of their own, each has its share of a parameter's gradient.
+    # Where each rank has other rows, it has its share of a parameter's gradient.
     partial = [Partial() if _Axis(x.device_mesh, i) in rows else placement for i, placement in enumerate(x.placements)]
     shared: Tensor = x.to_local(grad_placements=partial)
     return shared

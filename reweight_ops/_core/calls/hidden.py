@@ -1,4 +1,6 @@
-"""Hidden states and the LM head of a call, resolved: the rows that are computed, and everything per row for them."""
+"""Resolution of the hidden states and the LM head of a call: the rows that are
+computed, and everything per row for them.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +31,18 @@ _LORA_SCALE = Range(Interval("(-inf, inf)", fixed=True), False, False)
 
 
 class ChunkSettings(NamedTuple):
-    """What a chunk needs besides tensors."""
+    """The settings of a chunk, which are not tensors."""
 
     softmax: SoftmaxParams
     backend: str
     chunk_rows: int
     logits_dtype: torch.dtype
     compute_dtype: torch.dtype  # of the GEMMs' operands
-    lora_dtype: torch.dtype  # of the low-rank term's
-    accumulate_dtype: torch.dtype | None  # of the weight's gradient over chunks; None: by the number of chunks
-    drop_zero_gradient: bool  # rows without a coefficient may be counted on the host and dropped
-    keep_rows: int  # of these leading rows two_pass keeps the logits for backward
-    shards: VocabShards | None = None  # of a vocabulary that several ranks have, once they have agreed on it
+    lora_dtype: torch.dtype  # of the operands of the low-rank term
+    accumulate_dtype: torch.dtype | None  # of the weight's gradient over chunks; None: chosen by the number of chunks
+    drop_zero_gradient: bool  # whether rows without a coefficient may be counted on the host and dropped
+    keep_rows: int  # two_pass keeps the logits of this many leading rows for backward
+    shards: VocabShards | None = None  # the shards of a vocabulary over several ranks, once the ranks have agreed on it
 
 
 class LMHead(NamedTuple):
@@ -53,7 +55,7 @@ class LMHead(NamedTuple):
     lora_scale: float
 
     def cast(self, settings: ChunkSettings) -> LMHead:
-        """The same in the dtypes of the GEMMs."""
+        """Return the head in the dtypes of the GEMMs."""
         compute, lora = settings.compute_dtype, settings.lora_dtype
         w, b, lora_a, lora_b = (None if t is None else t.to(d) for t, d in zip(self[:4], (compute, compute, lora, lora), strict=True))
         assert w is not None
@@ -64,7 +66,8 @@ class LMHead(NamedTuple):
 class Hidden:
     """The hidden states of the rows that are computed, the head, and everything per row for them.
 
-    ``index`` selects the computed rows of the call; None means all. With ``kept`` a row's distribution is over its set, and ``ids`` are places in it.
+    ``index`` selects the computed rows of the call, and None means all. With ``kept``,
+    the distribution of a row is over its set, and ``ids`` are places in that set.
     """
 
     states: Tensor  # [M, D]
@@ -75,7 +78,7 @@ class Hidden:
     temperature: Tensor  # [1] or [M]
     settings: ChunkSettings
     kept: KeptSets | None = None
-    shard: VocabGroup | None = None  # of a vocabulary that several ranks have, each its columns
+    shard: VocabGroup | None = None  # a vocabulary over several ranks, each with its columns
 
     @property
     def needs_grad(self) -> bool:
@@ -83,11 +86,13 @@ class Hidden:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in parts)
 
     def gather(self, row: Tensor) -> Tensor:
-        """``[..., N] -> [..., M]``: the computed rows."""
+        """Select the computed rows: ``[..., N] -> [..., M]``."""
         return row if self.index is None else row[..., self.index]
 
     def scatter(self, row: Tensor, fill: int = 0) -> Tensor:
-        """``[M, ...] -> [N, ...]``, ``fill`` in the rows that are not computed; differentiable."""
+        """Scatter ``[M, ...]`` to ``[N, ...]``, with ``fill`` in the rows that are not
+        computed. It is differentiable.
+        """
         if self.index is None:
             return row
         found = row.new_full((self.rows.count, *row.shape[1:]), fill).index_put((self.index,), row)
@@ -106,7 +111,10 @@ def resolve_hidden(
     named: dict[str, Any],
     validate: bool = False,
 ) -> Hidden:
-    """Check hidden states, head and ids against each other. ``named`` holds the other tensors of the call by their public names."""
+    """Check hidden states, head and ids against each other.
+
+    ``named`` holds the other tensors of the call by their public names.
+    """
     lora = None if linear.lora is None else Lora(*linear.lora)  # a plain tuple may be given
     tensors = {
         "hidden": hidden, "lm_head_weight": weight, "completion_ids": completion_ids, "lm_head_bias": linear.lm_head_bias,
@@ -123,7 +131,7 @@ def resolve_hidden(
     refuse_released(op, ((name, tensors[name]) for name in of_head))
     for name in ("consume_logits", "drop_last"):
         if getattr(options, name):
-            raise fail(f"{name} is for logits; here they are the op's own.")
+            raise fail(f"{name} is for an op that takes logits; this op computes them.")
     if completion_ids.dtype not in (torch.int32, torch.int64):
         raise fail(f"completion_ids are {completion_ids.dtype}, expected int32 or int64.")
     shape, width = tuple(completion_ids.shape), hidden.size(-1)
@@ -165,7 +173,8 @@ def resolve_hidden(
     sampled = resolve_sampling_mask(rows, options, softmax.total(), validate, fail)
     all_ids = rows.ids if sampled is None else sampled.position
     assert all_ids is not None
-    # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s: the scale costs no pass and no rounding.
+    # cap·tanh(s·z/cap)/T is the same function of z with cap/s and T/s. The scale
+    # therefore costs no pass and no rounding.
     temperature = resolve_temperature(rows, options.temperature, fail) / resolve_logit_scale(linear.logit_scale, softmax, fail)
     index, compact, trust = _row_index(rows, linear, validate, fail)
     if trust is not None:
@@ -191,12 +200,15 @@ def resolve_hidden(
 
 
 def _scaled_cap(softmax: SoftmaxParams, scale: float) -> SoftmaxParams:
-    # No quotient without a cap: of a scale that a compiled graph takes as an input, it would be one too, and a cap is a constant.
+    # There is no quotient without a cap. A compiled graph may take the scale as an
+    # input. The quotient would then be an input too, but a cap is a constant.
     return softmax._replace(softcap=softmax.softcap / scale) if math.isfinite(softmax.softcap) else softmax
 
 
 def _row_index(rows: Rows, linear: LMHeadOptions, validate: bool, fail: Fail) -> tuple[Tensor | None, bool, Tensor | None]:
-    """The rows to compute, whether rows may be counted on the host, and :attr:`Rows.trust` of rows that a caller named."""
+    """Return the rows to compute, whether rows may be counted on the host, and
+    :attr:`Rows.trust` of rows that a caller named.
+    """
     readable = rows.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform()
     capturing = rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     compact = (readable if linear.compact_rows is None else linear.compact_rows) and not capturing
@@ -216,7 +228,11 @@ def _row_index(rows: Rows, linear: LMHeadOptions, validate: bool, fail: Fail) ->
 
 
 def _unread_row_index(index: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Positions that exist, and NaN if one did not, if a row is named twice, or one that is in is not; nothing waits for the device."""
+    """Return positions that exist, and NaN if they are invalid.
+
+    They are invalid if a position does not exist, if a row is named twice, or if a
+    valid row is missing. Nothing waits for the device.
+    """
     outside = (index < 0) | (index >= rows.count)
     times = index.new_zeros(rows.count + 1)
     times = times.index_put((torch.where(outside, rows.count, index),), torch.ones_like(index), accumulate=True)
@@ -238,12 +254,14 @@ def _check_row_index(index: Tensor, rows: Rows, fail: Fail) -> None:
         raise fail(f"row_index names row {int((times > 1).nonzero()[0, 0])} more than once.")
     missing = rows.keep & (times == 0)
     if bool(missing.any()):
-        raise fail(f"row_index leaves out row {int(missing.nonzero()[0, 0])}, which is in the loss: mask it, or name it.")
+        raise fail(f"row_index leaves out row {int(missing.nonzero()[0, 0])}, but it is in the loss: mask it, or name it.")
 
 
 def _compute_dtype(hidden: Tensor) -> tuple[torch.dtype, bool]:
-    """The dtype of the GEMMs' operands, and whether it is autocast's, as for ``F.linear``."""
-    # A meta tensor's device has no autocast, and says so by raising.
+    """Return the dtype of the GEMMs' operands, and whether autocast sets it, as for
+    ``F.linear``.
+    """
+    # A meta tensor's device has no autocast, and raises when it is asked.
     if hidden.device.type == "meta" or hidden.dtype == torch.float64 or not torch.is_autocast_enabled(hidden.device.type):
         return hidden.dtype, False
     return torch.get_autocast_dtype(hidden.device.type), True

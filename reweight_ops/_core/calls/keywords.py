@@ -1,6 +1,8 @@
-"""The keywords that ops share, by record: how logits become distributions, what a policy loss reads per row, ... Each has one default.
+"""The keywords that ops share, in records.
 
-An unknown keyword is a TypeError that names the nearest known one, and what a TRL or verl name is called here.
+There is one record for how logits become distributions, one for the per-row inputs of a
+policy loss, and so on. Each keyword has one default. An unknown keyword is a TypeError
+that names the nearest known one, or the name here of a TRL or verl name.
 """
 
 from __future__ import annotations
@@ -23,21 +25,21 @@ if TYPE_CHECKING:
 
 
 class Options:
-    """Base of the records: frozen dataclasses of keywords, each with its default."""
+    """The base of the records: frozen dataclasses of keywords, each with its default."""
 
     NAMES: ClassVar[tuple[str, ...]] = ()
     RANGES: ClassVar[dict[str, Range]] = {}
-    #: Its switches, and whether None may stand in their place.
+    #: The switches of a record, and whether None is allowed for them.
     FLAGS: ClassVar[dict[str, bool]] = {}
 
     def named(self) -> dict[str, Any]:
-        """The values by public name, for the resolver and its messages."""
+        """Return the values by public name, for the resolver and its messages."""
         return {name: getattr(self, name) for name in self.NAMES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxOptions(Options):
-    """How a row of logits becomes a distribution, and who computes it."""
+    """How a row of logits becomes a distribution, and which backend computes it."""
 
     temperature: Positive[Number] = 1.0
     softcap: FixedPositiveOrInf[float] | None = None
@@ -52,7 +54,7 @@ class SoftmaxOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyOptions(Options):
-    """What a policy loss reads beside logits and advantages."""
+    """The inputs that a policy loss reads beside logits and advantages."""
 
     completion_mask: Any = None
     denominator_mask: Any = None
@@ -79,8 +81,10 @@ class PolicyOptions(Options):
 class Lora(NamedTuple):
     """A low-rank term of the head: ``logits += scale · (hidden @ aᵀ) @ bᵀ``, ``a [r, D]``, ``b [V, r]``. ``W + scale·b·a`` is never built.
 
-    The factors have hidden's dtype or, both, a wider one (PEFT's fp32 beside a bf16 head): the term and its gradients are then computed in theirs,
-    and only the sum with the head's own logits is rounded. Autocast casts them as it casts the head.
+    The factors have the dtype of hidden, or both have a wider one (PEFT's fp32 beside a
+    bf16 head). The term and its gradients are then computed in that dtype, and only the
+    sum with the head's own logits is rounded. Autocast casts the factors as it casts
+    the head.
     """
 
     a: Tensor
@@ -89,9 +93,14 @@ class Lora(NamedTuple):
 
 
 class HiddenLogits(NamedTuple):
-    """Logits that are never formed as a whole: ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``, plus a LoRA term before the scale.
+    """Logits that are never formed as a whole.
 
-    ``hidden``: ``R + (D,)``. ``lm_head_weight``: ``[V, D]``. ``lm_head_bias``: ``[V]``. ``logits_dtype``: of the logits, as in :func:`linear_token_logps`.
+    They are ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``, plus a LoRA
+    term before the scale.
+
+    ``hidden`` is ``R + (D,)``, ``lm_head_weight`` is ``[V, D]``, and ``lm_head_bias``
+    is ``[V]``. ``logits_dtype`` is the dtype of the logits, as in
+    :func:`linear_token_logps`.
     """
 
     hidden: Tensor
@@ -103,16 +112,23 @@ class HiddenLogits(NamedTuple):
 
 
 class TopKLogps(NamedTuple):
-    """A teacher's log-probs of K ids a row, as an inference server returns them and a trainer stores them; the rest of its vocabulary is not known.
+    """A teacher's log-probs of K ids per row, as an inference server returns them and a
+    trainer stores them.
 
-    ``token_ids``: ``R + (K,)``, int32 or int64, distinct in a row. ``logps``: ``R + (K,)``, fp32 or fp64, of the teacher's own softmax (its temperature
-    included). An id of ``-100`` or a log-prob of ``-inf`` is padding: the list is shorter there. ``tail``, with S_p and S_q the listed mass of the
-    student p and the teacher q:
+    The rest of its vocabulary is unknown.
 
-    * ``"bucket"``: what is left, 1 - S, is one more event of each (TRL's ``loss_add_tail=True``). Its logarithm is ``log(1 - exp(log S))`` with
-      ``log S`` at most half an ulp below 0, without a gradient there (TRL: at most -1e-7).
+    ``token_ids`` is ``R + (K,)``, int32 or int64, without repeats in a row. ``logps``
+    is ``R + (K,)``, fp32 or fp64, of the teacher's own softmax (its temperature
+    included). An id of ``-100`` or a log-prob of ``-inf`` is padding, so lists may have
+    different lengths. ``tail`` says what becomes of the rest. S_p and S_q are the
+    listed mass of the student p and the teacher q:
+
+    * ``"bucket"``: the remaining mass, 1 - S, is one more event of each (TRL's
+      ``loss_add_tail=True``). Its logarithm is ``log(1 - exp(log S))`` with ``log S``
+      at most half an ulp below 0, where it has no gradient (TRL: at most -1e-7).
     * ``"renormalize"``: both are divided by their S (TRL's ``loss_add_tail=False``).
-    * ``"ignore"``: the sums run over the list alone, and may be negative (verl's ``forward_kl_topk``, without its clamps).
+    * ``"ignore"``: the sums are over the list only, and may be negative (verl's
+      ``forward_kl_topk``, without its clamps).
     """
 
     token_ids: Tensor
@@ -121,10 +137,15 @@ class TopKLogps(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """A full-vocabulary divergence from a second model as a term of a policy loss: ``coef · Σ_i w_i · D(p_i, q_i)``, w the row weights of the spec's reduction.
+    """A full-vocabulary divergence from a second model as a term of a policy loss.
 
-    ``logits``: the teacher's, :class:`HiddenLogits` or ``R + (V,)``, detached. ``kind`` and ``beta``: of :func:`token_divergence`; reverse_kl is
-    KL(policy‖teacher). ``temperature``, ``softcap``: the teacher's own; default: the policy's temperature, and no soft cap.
+    The term is ``coef · Σ_i w_i · D(p_i, q_i)``, where w are the row weights of the
+    spec's reduction.
+
+    ``logits`` are the teacher's, as :class:`HiddenLogits` or ``R + (V,)``, detached.
+    ``kind`` and ``beta`` are those of :func:`token_divergence`; reverse_kl is
+    KL(policy‖teacher). ``temperature`` and ``softcap`` are the teacher's own. The
+    defaults are the policy's temperature and no soft cap.
     """
 
     logits: HiddenLogits | Tensor
@@ -266,7 +287,8 @@ class PairOptions(Options):
     validate: bool = False
 
 
-#: What users of TRL, verl, Liger and others may type, and what it is here.
+#: Names that users of TRL, verl, Liger and other libraries may type, and the names
+#: here.
 ALIASES = {
     "epsilon": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
     "epsilon_low": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
@@ -334,7 +356,11 @@ for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
 
 
 def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple[str, ...] = ()) -> list[Any]:
-    """One of each record from the keywords; a keyword of none is a TypeError. ``own``: the op's other keywords, for the message."""
+    """Return one of each record from the keywords.
+
+    A keyword of no record is a TypeError. ``own`` has the op's other keywords, for the
+    message.
+    """
     if torch.compiler.is_compiling():
         constants = tuple([(name, value) for name, value in keywords.items() if is_constant(value)])
         _check_constants(op, tuple(keywords), constants, records, own)
@@ -369,7 +395,7 @@ def _check_constants(
 
 
 def check_flag(op: str, name: str, value: Any, optional: bool = False) -> None:
-    """Raise for what is neither True nor False: any text would be true."""
+    """Raise for a value that is neither True nor False. Any text would count as true."""
     if type(value) is not bool and not (optional and value is None):
         raise InvalidCall(f"{op}: {name} is {value!r}, expected True or False{' or None' if optional else ''}.")
 
@@ -385,12 +411,16 @@ def _reject(op: str, name: str, known: tuple[str, ...]) -> NoReturn:
 
 
 def _target(alias: str) -> str:
-    """The argument that an alias stands for."""
+    """Return the argument that an alias stands for."""
     return alias.split("=")[0].split(",")[0]
 
 
 def misnamed(op: str, signature: inspect.Signature, given: int, keywords: Iterable[str]) -> TypeError | None:
-    """The error for an argument that is missing because the caller has given it another library's name; ``given``: how many came by position."""
+    """Return the error for an argument that is missing because the caller used another
+    library's name.
+
+    ``given`` is the number of positional arguments.
+    """
     known = signature.parameters
     missing = {name for at, (name, p) in enumerate(known.items()) if p.default is p.empty and (at >= given or p.kind is p.KEYWORD_ONLY)}
     for name in keywords:

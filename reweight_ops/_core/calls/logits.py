@@ -1,4 +1,6 @@
-"""The logits of a call, resolved: which dimension is what, how a row becomes a distribution, and whether the tensor may be overwritten."""
+"""Resolution of the logits of a call: their dimensions, how a row becomes a
+distribution, and whether the tensor may be overwritten.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ from .vocab_group import VocabGroup, vocab_group
 
 @dataclass(frozen=True)
 class Logits:
-    """A call's logits: ``values`` as ``[N, V]`` or ``[B, T(+1), V]`` (a view), the ids of its rows, and their softmax.
+    """The logits of a call: ``values`` as ``[N, V]`` or ``[B, T(+1), V]`` (a view), the
+    ids of its rows, and their softmax.
 
-    ``temperature`` is ``[1]`` or ``[N]``; ``backend`` is what the caller asked for. With ``kept`` a row's distribution is over its set, and ``ids`` are places
-    in it.
+    ``temperature`` is ``[1]`` or ``[N]``. ``backend`` is the one that the caller
+    requested. With ``kept``, the distribution of a row is over its set, and ``ids`` are
+    places in that set.
     """
 
     values: Tensor
@@ -38,7 +42,7 @@ class Logits:
     backend: str
     original: Tensor
     kept: KeptSets | None = None
-    shard: VocabGroup | None = None  # of a vocabulary that several ranks have, each its columns
+    shard: VocabGroup | None = None  # a vocabulary over several ranks, each with its columns
 
     @property
     def needs_grad(self) -> bool:
@@ -52,7 +56,10 @@ class Logits:
 def resolve_logits(
     op: str, logits: Any, completion_ids: Any, options: SoftmaxOptions, data: dict[str, Any], validate: bool = False
 ) -> Logits:
-    """Check logits against ids and resolve the rows. ``data`` holds the other tensors of the call by their public names."""
+    """Check logits against ids and resolve the rows.
+
+    ``data`` holds the other tensors of the call by their public names.
+    """
     tensors = {"logits": logits, "completion_ids": completion_ids, "temperature": options.temperature, **data}
     if options.sampling_mask is not None:
         tensors |= mask_tensors(options.sampling_mask)
@@ -96,7 +103,7 @@ def resolve_logits(
     sampled = resolve_sampling_mask(rows, options, softmax.total(), validate, fail)
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad
     if consume and logits.is_leaf:
-        raise fail("consume_logits=True would overwrite a leaf that requires grad; it is for logits that a model computed.")
+        raise fail("consume_logits=True would overwrite a leaf that requires grad; use it only for logits that a model computed.")
     ids, kept = (rows.ids, None) if sampled is None else (sampled.position, sampled.sets)
     return Logits(
         collapsed("logits", logits, fail), rows, ids, resolve_temperature(rows, options.temperature, fail), softmax, options.drop_last,
@@ -112,5 +119,5 @@ def collapsed(name: str, logits: Tensor, fail: Fail) -> Tensor:
         return logits.view(-1, *logits.shape[-2:])
     except RuntimeError:
         raise fail(
-            f"the leading dimensions of {name}, with strides {logits.stride()}, are no single batch dimension: pass {name}.contiguous() or [B, T, V]."
+            f"the leading dimensions of {name}, with strides {logits.stride()}, do not form a single batch dimension: pass {name}.contiguous() or [B, T, V]."
         ) from None

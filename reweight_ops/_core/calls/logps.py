@@ -1,4 +1,4 @@
-"""Log-probs that a caller has computed already."""
+"""Resolution of log-probs that the caller has computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from ..rows.rows import Rows, resolve_rows
 
 
 def resolve_logps(op: str, per_token_logps: Any, tensors: dict[str, Any], validate: bool = False) -> Rows:
-    """The rows of fp32 or fp64 log-probs of shape R. ``tensors`` holds the other tensors of the call by their public names."""
+    """Return the rows of fp32 or fp64 log-probs of shape R.
+
+    ``tensors`` holds the other tensors of the call by their public names.
+    """
     if not isinstance(per_token_logps, Tensor) or per_token_logps.dtype not in (torch.float32, torch.float64):
         got = per_token_logps.dtype if isinstance(per_token_logps, Tensor) else type(per_token_logps).__name__
         raise InvalidCall(f"{op}: per_token_logps is {got}, expected fp32 or fp64 log-probs (.float()).")

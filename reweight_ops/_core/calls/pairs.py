@@ -1,4 +1,4 @@
-"""The keywords of a pair loss, and which of them a spec needs."""
+"""Checks of the keywords of a pair loss against the needs of its spec."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ..rows.rows import Rows
 from ..spec.pairs import PairSpec
 from .keywords import PairOptions
 
-#: What a part may need: any one of these keywords. ``order`` (sequences one after the other) and ``log_sum_p_sq`` are seen to elsewhere.
+#: The needs of parts. Any one of the keywords satisfies a need. ``order`` (consecutive
+#: sequences) and ``log_sum_p_sq`` are handled elsewhere.
 NEEDS = {
     "ref": ("ref_per_token_logps", "ref_sequence_logps"),
     "ref_tokens": ("ref_per_token_logps",),
@@ -36,14 +37,14 @@ _PER_PAIR = ("reward_margins", "judge_margins", "consistency", "chosen_values", 
 
 
 def check_inputs(rows: Rows, spec: PairSpec, options: PairOptions) -> None:
-    """Everything the spec needs is there, once, and nothing else is."""
+    """Check that everything the spec needs is given once, and nothing else."""
     name = f"the spec {spec.name!r}" if spec.name else "the spec"
     if options.pairs not in LAYOUTS:
         raise rows.error(f"pairs is {options.pairs!r}, expected 'halves' (all chosen, then all rejected) or 'interleaved'.")
     sequences = rows.need_sequences("a pair loss")
     if sequences.count % spec.group_size:
         what = "pairs" if spec.group_size == 2 else f"lists of {spec.group_size}"
-        raise rows.error(f"there are {sequences.count} sequences, which form no {what}.")
+        raise rows.error(f"there are {sequences.count} sequences, which do not form {what}.")
     for need in sorted(spec.requires):
         given = [k for k in NEEDS.get(need, ()) if getattr(options, k) is not None]
         if need in NEEDS and len(given) != 1:
@@ -54,11 +55,11 @@ def check_inputs(rows: Rows, spec: PairSpec, options: PairOptions) -> None:
         if getattr(options, keyword) is not None:
             raise rows.error(f"{name} does not read {keyword}; it would have no effect.")
     if "order" in spec.requires and options.sequence_ids is not None:
-        raise rows.error("ld_alpha counts positions, so sequences must lie one after the other: pass [B, T] tensors or cu_seqlens.")
+        raise rows.error("ld_alpha counts positions, so sequences must be consecutive: pass [B, T] tensors or cu_seqlens.")
 
 
 def token_inputs(rows: Rows, options: PairOptions) -> dict[str, Tensor]:
-    """The stored token vectors ``[N]``, 0 where a row is out."""
+    """Return the stored token vectors ``[N]``, 0 in ignored rows."""
     found = {}
     for key, keyword, stored in (
         ("ref_logp", "ref_per_token_logps", True),
@@ -76,7 +77,7 @@ def token_inputs(rows: Rows, options: PairOptions) -> dict[str, Tensor]:
 
 
 def sequence_inputs(rows: Rows, options: PairOptions) -> dict[str, Tensor]:
-    """The stored sums ``[S]``."""
+    """Return the stored sums ``[S]``."""
     count = rows.need_sequences("a pair loss").count
     return {
         key: _vector(rows, keyword, getattr(options, keyword), count, "sequence", stored=True)
@@ -86,7 +87,7 @@ def sequence_inputs(rows: Rows, options: PairOptions) -> dict[str, Tensor]:
 
 
 def pair_inputs(rows: Rows, options: PairOptions, pairs: int) -> dict[str, Tensor]:
-    """The caller's inputs per pair ``[P]`` (``noise``: ``[P + 1]``), detached."""
+    """Return the caller's inputs per pair ``[P]`` (``noise``: ``[P + 1]``), detached."""
     found = {k: _vector(rows, k, getattr(options, k), pairs, "pair") for k in _PER_PAIR if getattr(options, k) is not None}
     if options.noise is not None:
         found["noise"] = _vector(rows, "noise", options.noise, pairs + 1, "pair, and one more")

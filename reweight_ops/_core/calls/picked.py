@@ -1,4 +1,6 @@
-"""Lists of ids of which a call wants the log-probs, or a teacher has given them: ``[N, K]``, checked."""
+"""Checks of lists of ids ``[N, K]`` whose log-probs a call needs, or a teacher has
+given.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from ..rows.structure import is_readable
 
 
 def resolve_ids(rows: Rows, name: str, ids: Any, vocab_size: int) -> Tensor:
-    """``[N, K]`` ids of every row, from one list each, ``R + (K,)``, or one for all, ``[K]``."""
+    """Return the ``[N, K]`` ids of every row, from one list per row, ``R + (K,)``, or
+    one list for all, ``[K]``.
+    """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise rows.error(f"{name} are {got}, expected a tensor of int32 or int64.")
@@ -39,7 +43,7 @@ def check_ids(rows: Rows, name: str, ids: Tensor, vocab_size: int) -> None:
 
 
 def check_top(rows: Rows, name: str, count: Any, vocab_size: int) -> int:
-    """A number of likeliest ids."""
+    """Check a number of likeliest ids."""
     if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= vocab_size:
         raise rows.error(f"{name} is {count!r}, expected an integer from 1 to {vocab_size}, the columns.")
     return count

@@ -1,4 +1,8 @@
-"""One call of a policy loss, resolved: its rows, its spec, and everything per row as ``[N]``. Both plans and the metrics start from it."""
+"""Resolution of a call of a policy loss: its rows, its spec, and everything per row as
+``[N]``.
+
+Both plans and the metrics start from it.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +27,20 @@ from .keywords import PolicyOptions
 from .softmax import refuse_learnt
 from .unused import without_unused
 
-#: Stored log-probs to the leaf of a formula that they are.
+#: Maps stored log-probs to the leaf of a formula.
 _LEAVES = {"old_per_token_logps": "old_logp", "ref_per_token_logps": "ref_logp", "sampling_per_token_logps": "sampling_logp"}
 
-#: The statistics of the current policy that the middle differentiates through.
+#: The statistics of the current policy through which the loss is differentiated.
 STATISTICS = ("logp", "entropy", "log_sum_p_sq")
 
 
 @dataclass(frozen=True)
 class LossCall:
-    """``factor`` is the caller's detached factor of the surrogate (token weights, importance-sampling ratio), part of its row weight."""
+    """A resolved call of a policy loss.
+
+    ``factor`` is the caller's detached factor of the surrogate (token weights,
+    importance-sampling ratio). It is part of the row weight of the surrogate.
+    """
 
     spec: PolicyLossSpec
     rows: Rows
@@ -46,31 +54,37 @@ class LossCall:
     adv_per_sequence: bool = False
 
     def by_argument(self) -> dict[str, Tensor | None]:
-        """What formulas read of the call's arguments, by their names."""
+        """Return the arguments of the call that formulas read, by name."""
         return {
             "advantages": self.adv, "old_per_token_logps": self.old_logp, "ref_per_token_logps": self.ref_logp,
             "sampling_per_token_logps": self.sampling_logp,
         }  # fmt: skip
 
     def differentiated(self) -> dict[str, Tensor]:
-        """Stored log-probs that require grad, by leaf."""
+        """Return the stored log-probs that require grad, by leaf."""
         stored = {"old_logp": self.old_logp, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
         return {name: t for name, t in stored.items() if t is not None and t.requires_grad} if torch.is_grad_enabled() else {}
 
     @property
     def inputs_require_grad(self) -> bool:
-        """Whether anything that the call was given per row does."""
-        # A loop: every call asks, and a generator's steps are as many Python calls.
+        """Return whether any per-row argument of the call requires grad."""
+        # This is a loop, because every call comes here, and a generator's steps are as
+        # many Python calls.
         for t in (self.adv, self.factor, self.old_logp, self.ref_logp, self.sampling_logp):  # noqa: SIM110
             if t is not None and t.requires_grad:
                 return True
         return False
 
     def released(self) -> LossCall:
-        """The same without the call's arguments (kept for error messages): a result must not keep the logits alive."""
+        """Return the same call without its arguments, which are kept for error
+        messages.
+
+        A result must not keep the logits alive.
+        """
         if not self.rows.tensors:
             return self
-        # Written out: older versions of torch.compile do not trace dataclasses.replace.
+        # This is written out, because older versions of torch.compile cannot trace
+        # dataclasses.replace.
         rows = self.rows.released()
         return LossCall(
             self.spec, rows, self.divisors, self.loss_scale, self.adv, self.old_logp, self.ref_logp, self.sampling_logp, self.factor,
@@ -78,7 +92,10 @@ class LossCall:
         )  # fmt: skip
 
     def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
-        """``[K, N]``: every term's row weight, ``loss_scale`` included. ``statistics`` are needed only if a reduction is over a weight."""
+        """Return ``[K, N]``: the row weight of every term, ``loss_scale`` included.
+
+        ``statistics`` are needed only if a reduction is over a weight.
+        """
         if self.rows.primitives is not None and (fused := self._fused_row_weights()) is not None:
             return fused
         found: dict[int, Tensor] = {}
@@ -86,7 +103,7 @@ class LossCall:
             reduction = self.spec.reductions[k]
             u = None if reduction.weight is None else self._evaluate_weight(reduction.weight, statistics)
             w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
-            # A coupled reduction is scaled after it, being no linear function.
+            # A coupled reduction is scaled afterwards, because it is not linear.
             found[k] = w * self._scale if self._is_scaled and not reduction.coupled else w
         per_term = [found[k] for k in self.spec.reduction_of_term]
         if self.factor is None and len(found) == 1:
@@ -96,17 +113,23 @@ class LossCall:
         return torch.stack(per_term)
 
     def reduction_weights(self) -> Tensor:
-        """``[N]``: the row weights of the surrogate's reduction, ``loss_scale`` included and the caller's factors not: for a term beside the spec's."""
+        """Return ``[N]``: the row weights of the surrogate's reduction, for a term
+        beside those of the spec.
+
+        They include ``loss_scale`` and not the caller's factors.
+        """
         reduction = self.spec.reduction
         if reduction.coupled or reduction.weight is not None or not reduction.scalar:
             raise self.rows.error(
-                f"a term beside the spec's has no row weights by {type(reduction).__name__}, which is no fixed sum over rows."
+                f"a term beside the spec's has no row weights by {type(reduction).__name__}, which is not a fixed sum over rows."
             )
         found = reduction.row_weights(self.rows, self.divisors).to(self.rows.dtype)
         return found * self._scale if self._is_scaled else found
 
     def _fused_row_weights(self) -> Tensor | None:
-        """The same, a launch for each reduction; None if a kernel cannot form one of them."""
+        """Return the row weights with one launch per reduction, or None if a kernel
+        cannot form one of them.
+        """
         rows, terms = self.rows, self.spec.reductions
         assert rows.primitives is not None and rows.masked is not None
         own = self.spec.reduction_of_term
@@ -133,11 +156,14 @@ class LossCall:
         return self.loss_scale if self.rows.trust is None else self.loss_scale * self.rows.trust
 
     def inputs(self) -> RowInputs:
-        """What a one-pass kernel reads per row."""
+        """Return the per-row inputs of a one-pass kernel."""
         return RowInputs(self.row_weights(), self.old_logp, self.adv, self.ref_logp, self.sampling_logp)
 
     def bound(self, formula: Any, statistics: dict[str, Tensor] | None) -> Any:
-        """A rule or weight with its per-row hyper-parameters as ``[N]``: tensors flattened, formulas evaluated, detached."""
+        """Return a rule or weight with its per-row hyper-parameters as ``[N]``.
+
+        Tensors are flattened. Formulas are evaluated and detached.
+        """
 
         def resolve(name: str, value: Any) -> Tensor:
             return self.rows.per_row(name, value) if isinstance(value, Tensor) else self._evaluate_weight(value, statistics)
@@ -145,7 +171,7 @@ class LossCall:
         return resolved(formula, resolve)
 
     def terms(self, statistics: dict[str, Tensor]) -> Terms:
-        """The spec's rules and weights bound to this call's values."""
+        """Return the spec's rules and weights, bound to this call's values."""
         spec = self.spec
         terms = []
         coefs = [1.0, *(p.coef for p in spec.penalties)]
@@ -161,41 +187,49 @@ class LossCall:
         return shares
 
     def log_ratio(self, logp: Tensor) -> Tensor:
-        """The clamped log-ratio at the spec's level."""
+        """Return the clamped log-ratio at the spec's level."""
         denominator = self.ref_logp if self.spec.ratio.against == "ref" else self.old_logp
         found = self.spec.ratio.log_ratio(self.rows, logp, logp.detach() if denominator is None else denominator, self.adv)
         return found if self.rows.trust is None or self.spec.ratio.level == "token" else found * self.rows.trust
 
     def leaves(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Every leaf that this call can give a formula."""
+        """Return every leaf that this call can give to a formula."""
         logp = statistics["logp"]
         found = {**statistics, "old_logp": logp.detach() if self.old_logp is None else self.old_logp, "log_ratio": self.log_ratio(logp)}
         return {**found, **self.stored()}
 
     def safe_leaves(self, statistics: dict[str, Tensor]) -> Leaves:
-        """The same, with harmless values in the ignored rows."""
+        """Return the same leaves with harmless values in the ignored rows."""
         return Leaves(safe_where(self.rows.keep, self.leaves(statistics)))
 
     def evaluate(self, statistics: dict[str, Tensor]) -> TermResult:
-        """The middle of two_pass: per-row losses from :data:`STATISTICS`, exact under autograd."""
+        """Compute per-row losses from :data:`STATISTICS`. They are exact under
+        autograd.
+        """
         leaves = self.leaves(statistics)
         return evaluate(self.terms(statistics), leaves, self.row_weights(statistics), self.rows.keep, BatchStatistics(self.rows))
 
     def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
-        """A weight outside of the terms: of a reduction, or of a hyper-parameter. Without statistics it may read stored leaves only."""
+        """Evaluate a weight outside of the terms: that of a reduction or of a
+        hyper-parameter.
+
+        Without statistics it may read stored leaves only.
+        """
         leaves = self.safe_leaves(statistics) if statistics is not None else Leaves(safe_where(self.rows.keep, self.stored()))
         with torch.no_grad():
             u: Tensor = self.bound(weight, statistics).weight(TorchNamespace(self.rows.dtype), leaves, BatchStatistics(self.rows))
         return u.detach()
 
     def stored(self) -> dict[str, Tensor]:
-        """The leaves that the call was given."""
+        """Return the leaves that the call was given."""
         found = {"old_logp": self.old_logp, "adv": self.adv, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
         return {name: value for name, value in found.items() if value is not None}
 
     @property
     def params(self) -> Tensor:
-        """The hyper-parameters as one vector on the rows' device: what crosses the op boundary."""
+        """Return the hyper-parameters as one vector on the rows' device. It crosses the
+        op boundary.
+        """
         return parameter_vector(self.spec.parameter_values, self.rows.dtype, self.rows.device)
 
 
@@ -232,7 +266,10 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Policy
 
 
 def bind_loss(rows: Rows, data: Mapping[str, Any], spec: PolicyLossSpec) -> LossCall:
-    """The call with these values, by the names of arguments. Only what each of them is by itself is checked here."""
+    """Return the call with these values, given by the names of arguments.
+
+    Only checks that need a single argument are made here.
+    """
 
     differentiable = bool(data.get("differentiable_inputs"))
 
@@ -251,14 +288,18 @@ def bind_loss(rows: Rows, data: Mapping[str, Any], spec: PolicyLossSpec) -> Loss
 
 
 def _check_differentiable(rows: Rows, spec: PolicyLossSpec, name: str, allowed: bool) -> None:
-    """Raise for stored log-probs that require grad where no gradient is asked for, or none can reach them."""
+    """Raise for stored log-probs that require grad if no gradient is requested for
+    them, or none can reach them.
+    """
     if not allowed:
         raise rows.error(
             f"{name} requires grad, but no gradient flows to stored log-probs: pass it detached, or differentiable_inputs=True for its gradient."
         )
     leaf = _LEAVES[name]
     if leaf not in spec.moving and torch.is_grad_enabled():
-        raise rows.error(f"{name} requires grad, but what the spec reads of it is detached, so it would get none: pass it detached.")
+        raise rows.error(
+            f"{name} requires grad, but the spec detaches everything it reads of it, so it would get no gradient: pass it detached."
+        )
 
 
 def _factor(rows: Rows, data: Mapping[str, Any]) -> Tensor | None:

@@ -1,4 +1,6 @@
-"""What a sampler keeps of a row of logits: top-k, top-p and min-p, as vLLM orders them."""
+"""The ids that a sampler keeps of a row of logits: top-k, top-p and min-p, as vLLM
+orders them.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,16 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..rows.structure import is_readable
 
-#: Elements that are sorted at once.
+#: The number of elements that are sorted at once.
 _BLOCK = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 def kept_by_sampler(logits: Tensor, settings: dict[str, Any]) -> Iterator[Tensor]:
-    """bool ``[n, V]`` of a few rows of ``R + (V,)`` logits after the other: which ids may be sampled. ``settings``: top_k, top_p, min_p and temperature."""
+    """Yield bool ``[n, V]`` for a few rows of ``R + (V,)`` logits at a time: which ids
+    may be sampled.
+
+    ``settings`` has top_k, top_p, min_p and temperature.
+    """
     shape, columns = tuple(logits.shape[:-1]), logits.size(-1)
     rows = logits.reshape(-1, columns)
     per_row = {name: _per_row(name, value, shape, rows) for name, value in settings.items()}
@@ -45,19 +51,20 @@ def _kept(z: Tensor, top_k: Any, top_p: Any, min_p: Any, temperature: Any) -> Te
     return torch.zeros_like(z, dtype=torch.bool).scatter(-1, ids, ascending > -math.inf)
 
 
-#: Of each setting: its least and largest value, whether the least may be, and what to say of others.
+#: For each setting: its least and largest value, whether the least is allowed, and the
+#: words for the allowed values.
 _RANGES = {
     "top_k": (-1, math.inf, True, "a count, or 0 or -1 for all"),
     "top_p": (0, 1, False, "above 0 and at most 1"),
     "min_p": (0, 1, True, "from 0 to 1"),
     "temperature": (0, sys.float_info.max, False, "a positive number"),
 }
-#: The number with which a setting does nothing.
+#: The value with which a setting has no effect.
 _WITHOUT = {"top_p": 1.0, "min_p": 0.0}
 
 
 def _per_row(name: str, value: Any, shape: tuple[int, ...], rows: Tensor) -> Any:
-    """A setting as ``[N]``, or None where it does nothing."""
+    """Return a setting as ``[N]``, or None if it has no effect."""
     if value is None or (not isinstance(value, Tensor) and value == _WITHOUT.get(name)):
         return None
     _check(name, value, shape, rows.device)
@@ -74,7 +81,7 @@ def _check(name: str, value: Any, shape: tuple[int, ...], device: torch.device) 
     if isinstance(value, Tensor):
         if tuple(value.shape) not in ((), shape) or value.device != device or (name == "top_k" and value.is_floating_point()):
             got = f"{tuple(value.shape)} {value.dtype} on {value.device}"
-            raise InvalidCall(f"{op}: {name} is {got}, expected {words}: one number, or one a row, {shape} on {device}.")
+            raise InvalidCall(f"{op}: {name} is {got}, expected {words}: one number, or one per row, {shape} on {device}.")
         if is_readable(value) and not bool(((value >= least if closed else value > least) & (value <= most)).all()):
             raise InvalidCall(f"{op}: {name} has a value that is not {words}.")
         return

@@ -1,4 +1,6 @@
-"""The ids that a sampler kept of each row, and what becomes of them in a call: a row's distribution is renormalised over its set."""
+"""The ids that a sampler kept of each row. The distribution of a row is renormalised
+over its set.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from .keywords import SoftmaxOptions
 from .sampled import kept_by_sampler
 from .softmax import Fail
 
-#: Over what the entropy of a call with a mask is taken.
+#: The sets over which the entropy of a call with a mask may be taken.
 ENTROPIES = ("kept", "vocabulary")
 
 #: The place of a row's id in its set where the set is a shard's part of it, and the id is in another's.
@@ -26,9 +28,12 @@ _MOST_IDS = 2**31
 
 
 class SamplingMask(NamedTuple):
-    """The ids that a sampler (top-k, top-p, min-p) kept of every row, in vLLM's form: row i may be ``token_ids[offsets[i]:offsets[i + 1]]``.
+    """The ids that a sampler (top-k, top-p, min-p) kept of every row, in vLLM's form.
 
-    ``token_ids``: ``[M]``, int32 or int64, in any order, none twice in a row. ``offsets``: ``[N + 1]``, int32 or int64, for the N rows of ``completion_ids``
+    The ids of row i are ``token_ids[offsets[i]:offsets[i + 1]]``.
+
+    ``token_ids`` is ``[M]``, int32 or int64, in any order, without repeats in a row.
+    ``offsets`` is ``[N + 1]``, int32 or int64, for the N rows of ``completion_ids``
     (flat). An ignored row may keep nothing.
 
     >>> import torch, reweight_ops as rw
@@ -42,7 +47,10 @@ class SamplingMask(NamedTuple):
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> SamplingMask:
-        """The sets of a bool mask ``R + (V,)``, True where an id is kept. On a GPU this waits, for how many they are."""
+        """Return the sets of a bool mask ``R + (V,)``, True where an id is kept.
+
+        On a GPU this waits for the number of kept ids.
+        """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2:
             got = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise InvalidCall(f"SamplingMask.from_mask: mask is {got}, expected bool R + (V,).")
@@ -67,16 +75,25 @@ class SamplingMask(NamedTuple):
         temperature: float | Tensor = 1.0,
         vocab_size: int | None = None,
     ) -> SamplingMask:
-        """The sets that vLLM would sample from, for a trainer that was not given them: of the sampler's own logits, ``R + (V,)``.
+        """Return the sets that vLLM would sample from, computed from the sampler's own
+        logits ``R + (V,)``.
 
-        In fp32 and in vLLM's order (``topk_topp_sampler.py``, its PyTorch path). Logits over ``temperature``; of them go the ids whose probability is below
-        ``min_p`` times the largest; then those whose logit is below the ``top_k``-th largest, so that ties with it stay; then, of what is left,
-        renormalised and sorted ascending, those whose cumulative probability is at most ``1 - top_p``, the smaller of two that tie there first, but
-        never the last. ``-inf`` is never kept.
+        It is for a trainer that did not receive the sets.
 
-        ``top_k`` (0 or -1: all), ``top_p``, ``min_p`` and ``temperature`` are numbers, or tensors of one a row, of shape R. On a GPU this waits, as
-        :meth:`from_mask` does. Differs from the sampler where its logits do: another kernel's rounding may move an id across a threshold. Nor do vLLM's
-        kernels for GPUs (Triton, FlashInfer) promise the order of its PyTorch path where probabilities tie.
+        The arithmetic is in fp32 and in vLLM's order (``topk_topp_sampler.py``, its
+        PyTorch path). The logits are divided by ``temperature``. First, ids whose
+        probability is below ``min_p`` times the largest are removed. Then ids whose
+        logit is below the ``top_k``-th largest are removed, so that ties with it stay.
+        The rest is renormalised and sorted ascending, and ids whose cumulative
+        probability is at most ``1 - top_p`` are removed. Of two that tie there the
+        smaller id goes first. The last id is never removed, and ``-inf`` is never kept.
+
+        ``top_k`` (0 or -1: all), ``top_p``, ``min_p`` and ``temperature`` are numbers,
+        or tensors with one number per row, of shape R. On a GPU this waits, as
+        :meth:`from_mask` does. The result differs from the sampler's if its logits
+        differ: the rounding of another kernel may move an id across a threshold. vLLM's GPU
+        kernels (Triton, FlashInfer) do not promise the order of its PyTorch path either,
+        where probabilities tie.
 
         Raises:
             InvalidCall: a setting out of its range or of another shape.
@@ -101,15 +118,19 @@ class SamplingMask(NamedTuple):
 
 
 class KeptSets(NamedTuple):
-    """The sets of a call's rows, checked. Entry j is ``token_ids[j]`` of row ``row[j]``; the entries of row i are ``bounds[0, i]`` to ``bounds[1, i]``."""
+    """The checked sets of a call's rows.
+
+    Entry j is ``token_ids[j]`` of row ``row[j]``. The entries of row i are
+    ``bounds[0, i]`` to ``bounds[1, i]``.
+    """
 
     token_ids: Tensor  # [M] int64, inside of the vocabulary
-    row: Tensor  # [M] int64; a number that is no row's: in none
+    row: Tensor  # [M] int64; a number that is not a row: in no set
     bounds: Tensor  # [2, N] int64
     over_vocabulary: bool  # the entropy
 
     def select(self, index: Tensor) -> KeptSets:
-        """The sets of the rows ``index`` ``[n]``, in this order."""
+        """Return the sets of the rows ``index`` ``[n]``, in this order."""
         place = self.row.new_full((self.bounds.size(1) + 1,), -1)
         place[index] = torch.arange(index.numel(), device=index.device)
         return self._replace(row=place[self.row.clamp(0, self.bounds.size(1))], bounds=self.bounds[:, index])
@@ -134,36 +155,41 @@ class KeptSets(NamedTuple):
         return (beyond[self.bounds[1]] == beyond[self.bounds[0]]) | (position < 0)
 
     def rows(self, rows: slice) -> KeptSets:
-        """The sets of a run of rows."""
+        """Return the sets of a run of rows."""
         return self._replace(row=self.row - rows.start, bounds=self.bounds[:, rows].contiguous())
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What :func:`resolve_sampling_mask` gives: the sets, and the place of each row's id in its set ``[N]`` (IGNORE_INDEX where out; -1: NaN)."""
+    """The result of :func:`resolve_sampling_mask`: the sets, and the place of each
+    row's id in its set ``[N]``.
+
+    The place is IGNORE_INDEX in an ignored row. -1 makes the row NaN.
+    """
 
     sets: KeptSets
     position: Tensor
 
 
 def refuse_sampling_mask(op: str, options: SoftmaxOptions, why: str) -> None:
-    """Raise where an op has no distribution over kept sets."""
+    """Raise if an op does not support distributions over kept sets."""
     if options.sampling_mask is not None:
         raise UnsupportedRequest(f"{op}: sampling_mask: {why}.")
 
 
 def mask_tensors(value: Any) -> dict[str, Any]:
-    """The tensors of the keyword, by the names that messages give them."""
+    """Return the tensors of the keyword, by the names that messages use."""
     if isinstance(value, tuple) and len(value) == 2:
         return {"sampling_mask.token_ids": value[0], "sampling_mask.offsets": value[1]}
     return {"sampling_mask": value}
 
 
 def resolve_sampling_mask(rows: Rows, options: SoftmaxOptions, vocab_size: int, validate: bool, fail: Fail) -> Sampled | None:
-    """The kept sets of a call, None without a mask.
+    """Return the kept sets of a call, or None without a mask.
 
-    What may be read (on a CPU, or with ``validate=True``) is checked, and an error names the row. Elsewhere a row whose set cannot be meant gets the id -1,
-    which makes it NaN.
+    Values that may be read (on a CPU, or with ``validate=True``) are checked, and an
+    error names the row. Elsewhere a row with an invalid set gets the id -1, which makes
+    it NaN.
     """
     if options.entropy_over not in ENTROPIES:
         raise fail(f"entropy_over is {options.entropy_over!r}, expected one of {', '.join(ENTROPIES)}.")
@@ -205,7 +231,7 @@ def _checked_tensors(given: Any, rows: Rows, fail: Fail) -> tuple[Tensor, Tensor
 
 
 class _Checks:
-    """Whether sets can be meant, of tensors in int64."""
+    """Checks of sets, as tensors in int64."""
 
     def __init__(self, rows: Rows, token_ids: Tensor, offsets: Tensor, vocab_size: int, fail: Fail) -> None:
         assert rows.ids is not None
@@ -217,7 +243,7 @@ class _Checks:
         self.inside = (token_ids >= 0) & (token_ids < vocab_size)
 
     def read(self) -> Tensor | None:
-        """Raises for what cannot be meant."""
+        """Raise for an invalid set."""
         values = self.offsets.tolist()
         if values[0] != 0 or values[-1] != self.entries:
             raise self.fail(
@@ -238,18 +264,20 @@ class _Checks:
         return None
 
     def flagged(self) -> Tensor:
-        """``[N]``: rows whose set can be meant."""
+        """Return ``[N]``: the rows whose set is valid."""
         start, stop = self.offsets[:-1], self.offsets[1:]
         whole = (self.offsets[0] == 0) & (self.offsets[-1] == self.entries) & (stop >= start).all()
         return whole & ~self._twice() & (self._per_row((~self.inside).long(), 0) == 0)
 
     def _per_row(self, x: Tensor, start: int) -> Tensor:
-        """``[M] -> [N]``: the largest of each row; ``start`` of a row without entries."""
+        """Return the largest value of each row, ``[M] -> [N]``. It is ``start`` for a
+        row without entries.
+        """
         n = self.rows.count
         return x.new_full((n + 1,), start).scatter_reduce(0, self.row, x, "amax")[:n]
 
     def _twice(self) -> Tensor:
-        """``[N]``: rows that keep an id more than once."""
+        """Return ``[N]``: the rows that keep an id more than once."""
         most = min(self.vocab_size, _MOST_IDS)
         key, order = (self.row * (most + 2) + self.token_ids.clamp(-1, most) + 1).sort()
         again = torch.zeros_like(key)
@@ -258,7 +286,9 @@ class _Checks:
         return again.new_zeros(n + 1).scatter_reduce(0, self.row[order], again, "amax")[:n] > 0
 
     def result(self, ok: Tensor | None, over_vocabulary: bool, named: bool) -> Sampled:
-        """``named``: an id outside of its set is an error."""
+        """Return the sets and places. With ``named``, an id outside of its set is an
+        error.
+        """
         keep = self.rows.keep
         known = torch.cat([self.ids, self.ids.new_full((1,), IGNORE_INDEX)])
         start, at = self.offsets[:-1], torch.arange(self.entries, device=self.row.device)
@@ -268,7 +298,7 @@ class _Checks:
             i = int(missing.nonzero()[0, 0])
             kept = int(self.offsets[i + 1] - start[i])
             raise self.fail(
-                f"completion_ids[{i}] (flat) is {int(self.ids[i])}, which is none of the {kept} ids that sampling_mask keeps there."
+                f"completion_ids[{i}] (flat) is {int(self.ids[i])}, which is not one of the {kept} ids that sampling_mask keeps there."
             )
         bounds = torch.stack([start, self.offsets[1:]])
         if ok is not None:

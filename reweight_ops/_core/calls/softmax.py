@@ -1,4 +1,6 @@
-"""How a call's rows of logits become distributions: ``x = cap·tanh(z/cap)/T`` over ``vocab_size`` columns."""
+"""Resolution of how a call's rows of logits become distributions:
+``x = cap·tanh(z/cap)/T`` over ``vocab_size`` columns.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,18 @@ Fail = Callable[[str], InvalidCall]
 
 
 def refuse_process_group(op: str, process_group: Any, why: str) -> None:
-    """The one place where a call that cannot be made by several processes is refused."""
+    """Refuse a call that several processes cannot make together. Every refusal goes
+    through here.
+    """
     if process_group is not None:
         raise UnsupportedRequest(f"{op}: process_group: {why}")
 
 
 def resolve_softmax(op: str, options: SoftmaxOptions, columns: int, fail: Fail) -> SoftmaxParams:
-    """The softmax over logits with that many columns; of a shard, that of its own columns until the ranks have agreed."""
+    """Return the softmax over logits with that many columns.
+
+    For a shard it is that of its own columns until the ranks have agreed.
+    """
     if options.process_group is not None:
         check_group(op, "process_group", options.process_group)
         return SoftmaxParams(columns, resolve_softcap(options.softcap), 0, options.vocab_size or ANY_ID)
@@ -40,18 +47,20 @@ def resolve_softmax(op: str, options: SoftmaxOptions, columns: int, fail: Fail) 
 
 
 def resolve_softcap(value: float | None) -> float:
-    """The cap; inf disables it."""
+    """Return the soft cap. inf disables it."""
     return math.inf if value is None else float(value)
 
 
 def refuse_learnt(value: Any, fail: Fail, name: str = "temperature") -> None:
-    """Raise where an op would drop the gradient by a number."""
+    """Raise if an op would drop the gradient by a number."""
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         raise fail(f"{name} requires grad, but no gradient of this op flows to it: pass it detached.")
 
 
 def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
-    """The temperature as ``[1]`` or ``[N]`` in the row dtype, in the graph of the caller's."""
+    """Return the temperature as ``[1]`` or ``[N]`` in the row dtype, in the caller's
+    graph.
+    """
     if isinstance(value, Tensor):
         found = value.to(rows.dtype).view(1) if value.dim() == 0 else rows.per_row("temperature", value)
         if is_readable(found):
@@ -64,13 +73,16 @@ def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
 
 
 def resolve_logit_scale(value: Any, softmax: SoftmaxParams, fail: Fail) -> Any:
-    """The factor of the logits, a positive number or 0-d tensor; NaN for a tensor that is not positive where it cannot be read."""
+    """Return the factor of the logits, a positive number or a 0-d tensor.
+
+    It is NaN for a tensor that is not positive and cannot be read.
+    """
     if not isinstance(value, Tensor):
         return value
     if value.dim() != 0:
         raise fail(f"logit_scale has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
     if math.isfinite(softmax.softcap):
-        raise fail("logit_scale is a tensor beside a softcap, which is a number and is divided by it: pass logit_scale as a number.")
+        raise fail("logit_scale is a tensor, but softcap is a number and is divided by it: pass logit_scale as a number.")
     if is_readable(value):
         if not 0 < float(value.detach()) < math.inf:
             raise fail(f"logit_scale is {float(value.detach())}, expected a positive number.")

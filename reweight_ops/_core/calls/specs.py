@@ -1,4 +1,4 @@
-"""A spec by itself, or by its method's name."""
+"""Resolution of a spec, given as it is or by its method's name."""
 
 from __future__ import annotations
 
@@ -15,29 +15,36 @@ from ..spec.pairs import PairSpec
 from ..spec.parts import called
 from ..spec.policy import PolicyLossSpec
 
-#: Name to :class:`~reweight_ops._core.catalogue.registry.Entry`: the losses of the catalogue.
+#: The losses of the catalogue, as :class:`~reweight_ops._core.catalogue.registry.Entry`
+#: by name.
 METHODS = CATALOGUE["policy_loss"]
 
 
 def method(name: str, **options: Any) -> PolicyLossSpec:
-    """The spec of the method of that name: ``method("dapo", epsilon_high=0.3)`` is ``methods.dapo(epsilon_high=0.3)``."""
+    """Return the spec of the method of that name.
+
+    ``method("dapo", epsilon_high=0.3)`` is ``methods.dapo(epsilon_high=0.3)``.
+    """
     spec: PolicyLossSpec = entry_of(name, "policy_loss").function(**options)
     return spec
 
 
 _PACKAGE = __name__.split(".")[0]
 
-#: Name of a method to its spec with all defaults.
+#: The specs of methods with all defaults, by name.
 _named: dict[str, PolicyLossSpec] = {}
 
 
 def _is_own(function: Any) -> bool:
-    """Whether it is a method of the package: one of the user's may be defined again, or a rule that it is made of."""
+    """Return whether a method belongs to the package.
+
+    A method of the user's may be defined again, or a rule that it uses.
+    """
     return function.__module__.startswith(f"{_PACKAGE}.")  # type: ignore[no-any-return]
 
 
 def _need_defaults(op: str, entry: Entry, namespace: str) -> None:
-    """Raise for a name that does not say all that its method needs."""
+    """Raise for a name whose method needs more arguments."""
     missing = [name for name, default in entry.defaults.items() if default is inspect.Parameter.empty]
     if missing:
         call = f"rw.{namespace}.{entry.name}({', '.join(f'{name}=...' for name in missing)})"
@@ -46,11 +53,12 @@ def _need_defaults(op: str, entry: Entry, namespace: str) -> None:
 
 @torch.compiler.assume_constant_result
 def _build(op: str, name: str) -> None:
-    # A side effect on purpose: torch.compile runs this while tracing, and then reads the finished spec from the global above.
+    # The side effect is on purpose. torch.compile runs this while tracing, and then
+    # reads the finished spec from the global above.
     entry = entry_of(name, "policy_loss")
     _need_defaults(op, entry, "methods")
     function = entry.function
-    # A method of the user's own may be defined again, or a rule that it is made of.
+    # A method of the user's may be defined again, or a rule that it uses.
     if name not in _named or not _is_own(function):
         _named[name] = function()
 
@@ -71,7 +79,11 @@ def named_spec(op: str, spec: Any) -> PolicyLossSpec:
 
 
 def lasting_spec(spec: Any) -> PolicyLossSpec | None:
-    """A spec that :func:`named_spec` gives each time; None for the name of a method that may be another by then, and for what is no spec."""
+    """Return a spec that :func:`named_spec` gives each time.
+
+    It is None for the name of a method that may be redefined, and for a value that is
+    not a spec.
+    """
     if isinstance(spec, str):
         known, entry = _named.get(spec), METHODS.get(spec)
         return known if entry is not None and _is_own(entry.function) else None

@@ -1,4 +1,6 @@
-"""A teacher of which a few log-probs a row are stored, resolved against the rows of a call."""
+"""Resolution of a teacher with a few stored log-probs per row, against the rows of a
+call.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ TAILS = ("bucket", "renormalize", "ignore")
 
 
 class TopTeacher(NamedTuple):
-    """``ids`` and ``logps`` ``[N, K]``; an id of IGNORE_INDEX is padding."""
+    """``ids`` and ``logps`` are ``[N, K]``. An id of IGNORE_INDEX is padding."""
 
     ids: Tensor
     logps: Tensor
@@ -30,14 +32,14 @@ def resolve_top_teacher(rows: Rows, given: TopKLogps, of_other: OtherOptions, vo
     name = of_other.name
     for option, value in (("temperature", of_other.temperature), ("softcap", of_other.softcap)):
         if value is not None:
-            raise rows.error(f"{name}_{option} would have no effect: stored log-probs are those of the teacher's own softmax.")
+            raise rows.error(f"{name}_{option} would have no effect: stored log-probs are of the teacher's own softmax.")
     if given.tail not in TAILS:
         raise rows.error(f"{name}.tail is {given.tail!r}, expected one of {', '.join(TAILS)}.")
     ids, logps = resolve_ids(rows, f"{name}.token_ids", given.token_ids, vocab_size), given.logps
     _check_logps(rows, f"{name}.logps", logps, (*rows.shape, ids.size(-1)))
     flat = logps.reshape(rows.count, -1).to(rows.dtype)
     if is_readable(flat) and bool(((flat > 1e-3) & (ids != IGNORE_INDEX) & rows.keep[:, None]).any()):
-        raise rows.error(f"{name}.logps has numbers above 0, so they are no log-probs: pass their logarithm.")
+        raise rows.error(f"{name}.logps has numbers above 0, so they are not log-probs: pass their logarithm.")
     return TopTeacher(torch.where(flat == -torch.inf, IGNORE_INDEX, ids), flat, given.tail)
 
 

@@ -1,4 +1,7 @@
-"""Hidden states beside a second model's hidden states or logits, resolved: the rows that are computed, and how each becomes distributions."""
+"""Resolution of hidden states beside a second model's hidden states or logits.
+
+It finds the rows that are computed, and how each becomes distributions.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,11 @@ from .two_logits import NO_TWO, check_columns, check_other_logits
 
 @dataclass(frozen=True)
 class OtherRows:
-    """The frozen logits of q: ``values`` are the hidden states ``[M, D]`` of the computed rows, or with ``head=None`` logits of all rows."""
+    """The frozen logits of q.
+
+    ``values`` are the hidden states ``[M, D]`` of the computed rows. With ``head=None``
+    they are the logits of all rows.
+    """
 
     values: Tensor
     head: LMHead | None
@@ -38,7 +45,9 @@ class OtherRows:
 
 @dataclass(frozen=True)
 class TwoHidden:
-    """The hidden states and head of p, with the call's rows and options, and what belongs to q."""
+    """The hidden states and head of p, the call's rows and options, and the inputs of
+    q.
+    """
 
     p: Hidden
     other: OtherRows
@@ -46,7 +55,7 @@ class TwoHidden:
 
 @dataclass(frozen=True)
 class OtherOptions:
-    """The keywords of q, and what they are called in messages."""
+    """The keywords of q, and their names in messages."""
 
     temperature: Any
     softcap: float | None
@@ -54,7 +63,9 @@ class OtherOptions:
 
 
 def no_ids(op: str, hidden: Any) -> Tensor:
-    """Ids of an op that asks for none: ``completion_mask`` alone says which rows are in."""
+    """Return ids for an op that does not take any. ``completion_mask`` alone tells
+    which rows are valid.
+    """
     if not isinstance(hidden, Tensor) or hidden.dim() < 2:
         raise InvalidCall(f"{op}: hidden must be a tensor R + (D,).")
     return torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
@@ -63,7 +74,11 @@ def no_ids(op: str, hidden: Any) -> Tensor:
 def resolve_two_hidden(
     op: str, hidden: Any, weight: Any, other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions, named: dict[str, Any]
 ) -> TwoHidden:  # fmt: skip
-    """Check the two models against each other. ``mask`` alone says which rows are in; ``named`` holds the other tensors of the call."""
+    """Check the two models against each other.
+
+    ``mask`` alone tells which rows are valid. ``named`` holds the other tensors of the
+    call.
+    """
     refuse_sampling_mask(op, softmax, NO_TWO)
     p = resolve_hidden(op, hidden, weight, no_ids(op, hidden), head, softmax, {"completion_mask": mask, **named})
     tensors = {"hidden": hidden, "lm_head_weight": weight, of_other.name: other, "completion_mask": mask, **named}
@@ -73,7 +88,11 @@ def resolve_two_hidden(
 def beside(
     p: Hidden, tensors: dict[str, Any], other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions
 ) -> TwoHidden:
-    """Hidden states that are resolved, and the second model for the same rows: those of ``mask``. ``tensors``: of the call, for messages."""
+    """Return resolved hidden states, and the second model for the same rows, those of
+    ``mask``.
+
+    ``tensors`` are those of the call, for messages.
+    """
     op, weight = p.rows.op, p.head.weight
 
     def fail(message: str) -> InvalidCall:
@@ -129,11 +148,11 @@ def _other_logits(p: Hidden, weight: Tensor, other: Tensor, softmax: SoftmaxOpti
 
 
 def _chunked(p: Hidden, q: OtherRows, head: LMHeadOptions) -> tuple[Hidden, OtherRows]:
-    """Both with the same chunks, whose budget is for the logits of both models."""
+    """Return both with the same chunks. Their budget is for the logits of both models."""
     row_bytes = p.head.weight.size(0) * p.settings.logits_dtype.itemsize
     if q.head is not None:
         row_bytes += q.head.weight.size(0) * q.settings.logits_dtype.itemsize
     size, keep = chunking(p.states.size(0), row_bytes, p.states.device, head.chunk_rows, head.memory_budget)
-    keep = keep if p.settings.keep_rows else 0  # without a gradient, and in a graph, nothing is kept
+    keep = keep if p.settings.keep_rows else 0  # nothing is kept without a gradient or in a graph
     own = p.settings._replace(chunk_rows=size, keep_rows=keep)
     return dataclasses.replace(p, settings=own), dataclasses.replace(q, settings=q.settings._replace(chunk_rows=size, keep_rows=keep))

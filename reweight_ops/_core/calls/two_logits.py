@@ -1,4 +1,6 @@
-"""Two logits tensors of a call, resolved: the rows, and how each becomes distributions."""
+"""Resolution of two logits tensors of a call: the rows, and how each becomes
+distributions.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ from .logits import Logits, collapsed, resolve_logits
 from .sampling_mask import refuse_sampling_mask
 from .softmax import Fail, refuse_learnt, resolve_softcap, resolve_temperature
 
-#: Why there is no divergence of kept sets.
-NO_TWO = "a divergence is of two distributions over the whole vocabulary, and a mask is of one of them"
+#: The reason why kept sets have no divergence.
+NO_TWO = "a divergence compares two distributions over the whole vocabulary, and a mask belongs to one of them"
 
 
 @dataclass(frozen=True)
 class TwoLogits:
-    """The logits of p, with the call's rows and options, and what belongs to q."""
+    """The logits of p, the call's rows and options, and the inputs of q."""
 
     p: Logits
     other: Tensor
@@ -34,7 +36,9 @@ class TwoLogits:
 def check_other_logits(
     logits: Tensor, other: Tensor, shape: tuple[int, ...], vocab_size: int | None, fail: Fail, sharded: bool = False
 ) -> None:
-    """Check ``other_logits``, ``shape + (V,)``, against logits of any rows: their device, dtype and columns."""
+    """Check the device, dtype and columns of ``other_logits``, ``shape + (V,)``,
+    against logits of any rows.
+    """
     if other.device != logits.device:
         raise fail(f"other_logits are on {other.device}, logits on {logits.device}.")
     if not other.is_floating_point() or other.dtype.itemsize < 2 or (other.dtype == torch.float64) != (logits.dtype == torch.float64):
@@ -51,7 +55,10 @@ def check_other_logits(
 
 
 def check_columns(columns: int, other_columns: int, vocab_size: int | None, fail: Fail, sharded: bool = False) -> None:
-    """Both softmaxes are over the same columns; where they are ``sharded``, this rank has the same of both."""
+    """Check that both softmaxes are over the same columns.
+
+    If they are ``sharded``, this rank has the same columns of both.
+    """
     if sharded:
         if columns != other_columns:
             raise fail(f"logits have {columns} columns on this rank, other_logits {other_columns}: shard both vocabularies alike.")
@@ -65,7 +72,10 @@ def check_columns(columns: int, other_columns: int, vocab_size: int | None, fail
 def resolve_two_logits(
     op: str, logits: Any, other: Any, mask: Any, options: SoftmaxOptions, other_temperature: Any, other_softcap: Any, more: dict[str, Any]
 ) -> TwoLogits:
-    """Check the two tensors against each other. Without ``completion_ids`` in ``more``, ``mask`` alone says which rows are in."""
+    """Check the two tensors against each other.
+
+    Without ``completion_ids`` in ``more``, ``mask`` alone tells which rows are valid.
+    """
     refuse_sampling_mask(op, options, NO_TWO)
     tensors = {"logits": logits, "other_logits": other, "completion_mask": mask, "temperature": options.temperature, **more}
 
@@ -83,7 +93,7 @@ def resolve_two_logits(
         other = other[..., :-1, :]
     check_other_logits(logits, other, tuple(shape), options.vocab_size, fail, call.shard is not None)
     softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap(other_softcap))
-    # A view: torch.compile takes no tensor twice.
+    # This is a view, because torch.compile does not take a tensor twice.
     temperature = call.temperature.view(-1) if other_temperature is None else resolve_temperature(call.rows, other_temperature, fail)
     refuse_learnt(call.temperature, fail)
     refuse_learnt(temperature, fail, "other_temperature")

@@ -1,4 +1,7 @@
-"""Arguments of a policy loss that its spec does not read: an error, or left out where the caller always hands over everything."""
+"""Arguments of a policy loss that its spec does not read.
+
+They are errors. If the caller always passes everything, they are left out.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,11 @@ MODES = ("error", "ignore")
 
 
 def without_unused(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: PolicyOptions) -> tuple[Any, PolicyOptions]:
-    """Advantages and the other arguments, those without effect as None: ``unused="ignore"``; else they are errors."""
+    """Return advantages and the other arguments, with None for those without effect if
+    ``unused="ignore"``.
+
+    Otherwise an argument without effect is an error.
+    """
     if data.unused not in MODES:
         raise rows.error(f"unused is {data.unused!r}, expected one of {', '.join(MODES)}.")
     given = {"advantages": advantages, **data.named()}
@@ -31,11 +38,11 @@ def without_unused(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Poli
 
 def _error(rows: Rows, found: tuple[str, str]) -> InvalidCall:
     name, why = found
-    return rows.error(f'{name} would have no effect: {why}. Leave it out, or pass unused="ignore" where a trainer hands over everything.')
+    return rows.error(f'{name} would have no effect: {why}. Leave it out, or pass unused="ignore" if a trainer passes everything.')
 
 
 def _without_effect(spec: PolicyLossSpec, data: PolicyOptions) -> dict[str, str]:
-    """What this spec does not read, and why."""
+    """Return the arguments that this spec does not read, and why."""
     reads = spec.requires
     against_old = "log_ratio" in reads and spec.ratio.against == "old"
     found = {}
@@ -55,7 +62,7 @@ def _without_effect(spec: PolicyLossSpec, data: PolicyOptions) -> dict[str, str]
 
 
 def _counts(reduction: Reduction, data: PolicyOptions) -> bool:
-    """Whether a reduction counts the rows of the denominator mask."""
+    """Return whether a reduction counts the rows of the denominator mask."""
     if isinstance(reduction, TokenMean):
         return reduction.weight is None and (reduction.per_call or data.num_items_in_batch is None)
     if isinstance(reduction, SequenceMean):

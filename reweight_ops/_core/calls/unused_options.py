@@ -1,4 +1,6 @@
-"""Options of a method that its mode, or a trainer's chosen loss, does not read."""
+"""Errors for options of a method that its mode, or a trainer's chosen loss, does not
+read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The catalogue: one record for everything published that the package offers, whatever its kind."""
+"""The catalogue: one record for every published method that the package offers, of any
+kind.
+"""
 
 from .registry import CATALOGUE, KINDS, Entry, published
 from .search import Hit, entry_of, find

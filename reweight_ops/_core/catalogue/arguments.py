@@ -1,4 +1,8 @@
-"""The ``Args`` of an entry, from its signature: type, default, range, and for what many entries take what it is, said once."""
+"""The ``Args`` of an entry, from its signature: type, default, range, and a
+description.
+
+The description of an argument that many entries take is written once, here.
+"""
 
 from __future__ import annotations
 
@@ -11,68 +15,68 @@ SHARED = {
     "advantages": "``[B]`` or ``[B, T]``.",
     "backend": "``auto``, or the name of one, which then never falls back.",
     "consume_logits": "Write the gradient over the logits.",
-    "drop_last": "Logits have one position more than rows.",
-    "kind": "One of those above.",
+    "drop_last": "Logits have one more position than rows.",
+    "kind": "One of the kinds above.",
     "kl_estimator": "``k1`` or ``k3``.",
-    "process_group": "Of the ranks that have the columns of one vocabulary; where it is refused, the message says why.",
-    "singleton": "What a group of one gets: ``zero`` or ``reward``.",
-    "softcap": "The cap of a tanh soft cap on the raw logits; None for off.",
+    "process_group": "The ranks that share the columns of one vocabulary. If it is refused, the message says why.",
+    "singleton": "The advantage of a group of one: ``zero`` or ``reward``.",
+    "softcap": "The cap of a tanh soft cap on the raw logits; None disables it.",
     "temperature": "A positive number, or a tensor as the formula says.",
-    "sampling_mask": "Refused: a divergence is of two whole distributions.",
+    "sampling_mask": "Refused, because a divergence compares two whole distributions.",
     "entropy_over": "Only with ``sampling_mask``.",
-    "answers": "``[B, K]``, not 0 where an option was chosen.",
-    "class_counts": "``[K]``, how many samples each class has.",
-    "importance_sampling_ratio": "``[B, T]``, each token's ratio to the sampler; None: 1.",
+    "answers": "``[B, K]``, nonzero where an option was chosen.",
+    "class_counts": "``[K]``, the number of samples of each class.",
+    "importance_sampling_ratio": "``[B, T]``, each token's ratio to the sampler; None means 1.",
     "log_sum_p_sq": "``[B, T]``, the logarithm of the sum of squared probabilities (``token_stats``).",
     "scale_rewards": "Whether, or by which spread, differences of rewards are divided.",
-    "source_counts": "``[K]``, how many samples each source has.",
-    "zero_tail": "Whether the baseline is 0 where only the longest response of a group is left.",
-    "vocab_size": "Columns of the softmax where the head is padded beyond them.",
+    "source_counts": "``[K]``, the number of samples of each source.",
+    "zero_tail": "Whether the baseline is 0 where only the longest response of a group remains.",
+    "vocab_size": "The number of columns of the softmax, if the head is padded beyond them.",
     "anchor_ids": "``[B]``, the state in which each step was taken.",
     "completion_ids": "``[B, T]``, int32 or int64.",
-    "completion_mask": "``[B, T]``; a token is in iff not 0.",
-    "correct": "``[B]``, not 0 where a completion is right.",
+    "completion_mask": "``[B, T]``; 0 marks an ignored token.",
+    "correct": "``[B]``, nonzero where a completion is right.",
     "detach": "Whether no gradient flows through the weight.",
-    "entropies": "One a token, of the policy that sampled; default: the current ones.",
+    "entropies": "One per token, of the policy that sampled; default: the current ones.",
     "episode_ids": "``[B]``, each step's episode.",
-    "episode_rewards": "``[E]``, one an episode.",
-    "format_rewards": "``[B]``, for the form of a completion.",
-    "greedy_rewards": "``[B]``, of the greedy completion of the same prompt.",
+    "episode_rewards": "``[E]``, one per episode.",
+    "format_rewards": "``[B]``, for the format of a completion.",
+    "greedy_rewards": "``[B]``, the reward of the greedy completion of the same prompt.",
     "group_ids": "``[B]``, each completion's group, in ``[0, num_groups)``; instead of ``group_size``.",
-    "group_size": "Completions of a group, which are consecutive.",
-    "lengths": "``[B]``, tokens of each completion.",
+    "group_size": "The number of completions in a group; they are consecutive.",
+    "lengths": "``[B]``, the number of tokens of each completion.",
     "logits": "``R + (V,)``.",
-    "losses": "``[B]``, one a sample.",
-    "mask": "``[B, T]``; a token is in iff not 0.",
+    "losses": "``[B]``, one per sample.",
+    "mask": "``[B, T]``; 0 marks an ignored token.",
     "max_logps": "``[B, T]``, the log-prob of each position's likeliest token.",
-    "num_groups": "How many groups there are, an int.",
+    "num_groups": "The number of groups, an int.",
     "old_logps": "``[B, T]``, log-probs of the policy that sampled.",
     "old_per_token_logps": "``[B, T]``, log-probs of the policy that sampled.",
     "outcome_rewards": "``[B]``, for the answer.",
-    "parents": "``[N]``, each node's parent; -1 of a root.",
+    "parents": "``[N]``, each node's parent; -1 for a root.",
     "per_token_logps": "``[B, T]``, log-probs of the policy.",
-    "previous_rewards": "``[B]``, of the step before.",
+    "previous_rewards": "``[B]``, the rewards of the step before.",
     "ref_per_token_logps": "``[B, T]``, log-probs of the reference model.",
-    "reference_rewards": "``[B]``, of the reference model's completions.",
-    "rewards": "``[B]``, one a completion, or ``[B, T]``, one a token, as the formula says; NaN: no score.",
-    "scope": "Which terms of the loss it multiplies: ``surrogate`` or ``all``.",
+    "reference_rewards": "``[B]``, rewards of the reference model's completions.",
+    "rewards": "``[B]``, one per completion, or ``[B, T]``, one per token, as the formula says; NaN means no score.",
+    "scope": "The terms of the loss that it multiplies: ``surrogate`` or ``all``.",
     "source_ids": "``[B]``, the source of each sample.",
     "step_returns": "``[B]``, the return of each step.",
     "teacher_logits": "``R + (V,)``, detached.",
     "thinking_rewards": "``[B]``, for the reasoning.",
-    "values": "What a critic, or a tree, says of each position.",
+    "values": "The value of each position, from a critic or a tree.",
 }
 
 
 def missing_arguments(function: Callable[..., Any]) -> list[str]:
-    """Parameters of which neither the docstring nor :data:`SHARED` says anything."""
+    """Return the parameters that neither the docstring nor :data:`SHARED` describes."""
     doc, ranges = inspect.getdoc(function) or "", getattr(function, "__ranges__", {})
     prose = doc.partition("\nArgs:\n")[0]
     return [name for name in inspect.signature(function).parameters if name not in SHARED and name not in ranges and name not in prose]
 
 
 def with_arguments(function: Callable[..., Any]) -> str:
-    """The docstring, and every parameter."""
+    """Return the docstring with every parameter."""
     text, ranges = inspect.cleandoc(function.__doc__ or ""), getattr(function, "__ranges__", {})
     lines = []
     for name, p in inspect.signature(function).parameters.items():

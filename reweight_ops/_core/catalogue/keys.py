@@ -1,4 +1,6 @@
-"""What an entry of the catalogue is called: its name, the acronyms that its paper prints, its title and its arXiv id."""
+"""The names of an entry of the catalogue: its name, the acronyms that its paper prints,
+its title and its arXiv id.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from collections.abc import Iterator
 from typing import Protocol
 
 _GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "λ": "lambda", "μ": "mu", "ξ": "xi", "τ": "tau"}
-#: A longer beginning of a title, up to its colon, is no acronym.
+#: A beginning of a title (up to its colon) with more words than this is not an acronym.
 _MOST_WORDS = 3
 
 
 class Named(Protocol):
-    """What an entry of the registry is searched by."""
+    """The fields of an entry by which the registry is searched."""
 
     @property
     def name(self) -> str: ...
@@ -26,7 +28,10 @@ class Named(Protocol):
 
 
 def key(text: str) -> str:
-    """The letters and digits of a text in lower case, Greek letters spelt out: ``GRPO-λ`` is ``grpolambda``, ``Vc-PPO`` is ``vcppo``.
+    """Return the letters and digits of a text in lower case, with Greek letters spelt
+    out.
+
+    ``GRPO-λ`` is ``grpolambda``, and ``Vc-PPO`` is ``vcppo``.
 
     >>> key("GRPO-λ"), key("arXiv:2505.12929")
     ('grpolambda', '250512929')
@@ -36,7 +41,7 @@ def key(text: str) -> str:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text, as keys.
+    """Return the words of a text, as keys.
 
     >>> words("Low-probability tokens, GRPO-λ")
     ('low', 'probability', 'tokens', 'grpo', 'lambda')
@@ -45,19 +50,21 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def _head(text: str) -> str:
-    """A title up to its colon, comma, bracket or dash."""
+    """Return a title up to its colon, comma, bracket or dash."""
     return re.split(r"[:(,]| - ", text)[0].strip()
 
 
 def _acronyms(entry: Named) -> Iterator[str]:
-    """As papers print them: what stands in brackets or before a colon."""
+    """Yield acronyms as papers print them, in brackets or before a colon."""
     for bracket in re.findall(r"\(([^)]*)\)", entry.full_name):
         yield from re.split(r"[,;]", bracket)
     yield from (head for head in (_head(entry.full_name), _head(entry.paper)) if len(words(head)) <= _MOST_WORDS)
 
 
 def _initials(entry: Named) -> Iterator[str]:
-    """Of what is spelt out, and of the capitalised words with which a title begins: Robust Mean Teacher for ... is RMT."""
+    """Yield initials of spelt-out names, and of the capitalised words with which a
+    title begins: Robust Mean Teacher for ... is RMT.
+    """
     for text in (entry.full_name, entry.paper):
         parts = re.findall(r"\w+", _head(text))
         capitals = list(itertools.takewhile(lambda part: part[0].isupper(), parts))
@@ -65,7 +72,7 @@ def _initials(entry: Named) -> Iterator[str]:
 
 
 def names(entry: Named) -> Iterator[tuple[str, str]]:
-    """Every key of an entry, with what it is; the surest first."""
+    """Yield every key of an entry with its kind, the surest first."""
     yield key(entry.name), "name"
     if entry.arxiv != "unknown":
         yield key(entry.arxiv), "arXiv id"

@@ -26,26 +26,32 @@ def _compiled(text: str) -> CodeType:
 
 @lru_cache(maxsize=512)
 def reads(text: str) -> tuple[str, ...]:
-    """The names that an expression reads, in its order; ``rw``, the package, is none of them."""
+    """Return the names that an expression reads, in its order. ``rw``, the package, is
+    not among them.
+    """
     names = (node.id for node in ast.walk(_parsed(text)) if isinstance(node, ast.Name))
     return tuple(dict.fromkeys(name for name in names if name != "rw"))
 
 
 def functions(text: str) -> tuple[str, ...]:
-    """What an expression calls of the package, as it is written: ``rw.advantages.hapo``."""
+    """Return the functions of the package that an expression calls, as written:
+    ``rw.advantages.hapo``.
+    """
     called = (ast.unparse(node.func) for node in ast.walk(_parsed(text)) if isinstance(node, ast.Call))
     return tuple(name for name in called if name.startswith("rw."))
 
 
 def run(text: str, values: Mapping[str, Any]) -> Any:
-    """The expression's value, of the values that it reads.
+    """Return the value of an expression.
+
+    ``values`` has the names that it reads.
 
     Raises:
         InvalidCall: one of them is missing.
     """
     missing = [name for name in reads(text) if name not in values]
     if missing:
-        raise InvalidCall(f"{text} reads {', '.join(missing)}, which is not given.")
+        raise InvalidCall(f"{text} reads {', '.join(missing)}: pass it.")
     return eval(_compiled(text), {"rw": importlib.import_module(_PACKAGE), "__builtins__": {}}, dict(values))
 
 
@@ -58,12 +64,16 @@ class _Renamed(ast.NodeTransformer):
 
 
 def renamed(text: str, rename: Callable[[str], str]) -> str:
-    """The expression with its names replaced by others, or by expressions; strings in double quotes."""
+    """Return the expression with its names replaced by others, or by expressions.
+    Strings are in double quotes.
+    """
     return ast.unparse(_Renamed(rename).visit(ast.parse(text, mode="eval"))).replace("'", '"')
 
 
 def wrapped(line: str, indent: str, width: int = 100) -> str:
-    """A line of code in several, broken behind commas, which in an expression are inside of brackets."""
+    """Break a line of code into several, after commas. In an expression these are
+    inside of brackets.
+    """
     rows = [indent]
     for part in line.split(", "):
         piece = f"{part}, "

@@ -9,16 +9,19 @@ from .search import exact
 
 
 def recipe(name: str) -> Recipe:
-    """Everything that one paper needs, in one record: by the recipe's name, or by what leads to its paper.
+    """Return everything that one paper needs, in one record.
+
+    It is found by the recipe's name, or by anything that leads to its paper.
 
     Args:
         name: ``"hapo"``, or an acronym, a title or an arXiv id as :func:`reweight_ops.find` takes them, in any case.
 
     Returns:
-        The recipe; its :meth:`~Recipe.to_own_loop` is a training loop.
+        The recipe. Its :meth:`~Recipe.to_own_loop` is a training loop.
 
     Raises:
-        InvalidCall: nothing is called so, or a paper has several recipes; the message has their names.
+        InvalidCall: nothing has this name, or the paper has several recipes. The
+        message has their names.
 
     Example:
         >>> import reweight_ops as rw

@@ -1,4 +1,6 @@
-"""What is known of a paper beside its title: its year, and where its authors' code is."""
+"""Facts about a paper apart from its title: its year, and the repository of its
+authors.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from dataclasses import dataclass
 
 from .registry import CATALOGUE, Entry
 
-#: The authors' repositories on GitHub, by arXiv id: those that entries were compared with. A port by others is none.
+#: The authors' repositories on GitHub, by arXiv id. Entries were compared with these. A
+#: port by others is not among them.
 REPOSITORIES = {
     "2505.12929": "zhyang2226/AR-Lopti",
     "2504.09696": "aeroplanepaper/GRPO-LEAD",
@@ -24,6 +27,8 @@ REPOSITORIES = {
     "2510.04474": "Optimization-AI/DRPO",
     "2310.10505": "liziniu/ReMax",
     "2507.21848": "ZhangXJ199/EDGE-GRPO",
+    "2602.05630": "Red-RL/REAL",
+    "2602.02710": "tajwarfahim/maxrl",
     "2502.06733": "sowmaster/Sample-Level-Loss-Reweighting-ICLR-2025",
     "2510.05342": "sirano1004/Margin-Apative-Direct-Preference-Optimization",
     "2406.11827": "wzhouad/WPO",
@@ -49,7 +54,7 @@ REPOSITORIES = {
     "1906.07413": "kaidic/LDAM-DRW",
 }
 
-#: Years of what is not on arXiv, by title.
+#: The years of publications that are not on arXiv, by title.
 _YEARS = {
     "Simple statistical gradient-following algorithms for connectionist reinforcement learning": 1992,
     "FlashREINFORCE, as named in OpenRLHF 0.11.2": 2026,
@@ -58,15 +63,17 @@ _YEARS = {
     "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch": 2025,
     "Doubly Robust Instance-Reweighted Adversarial Training": 2023,
     "On-Policy Distillation": 2025,
-    "MaxRL, as named in SkyRL": 2026,
-    "Optimal Token Baseline, as named in verl 0.9.1": 2026,
     "A note on DPO with noisy preferences & relationship to IPO": 2023,
 }
 
 
 @dataclass(frozen=True)
 class Paper:
-    """One publication. ``year``: of its first version, None if unknown. ``repository``: its authors', empty if none was read."""
+    """One publication.
+
+    ``year`` is that of its first version, None if unknown. ``repository`` is that of
+    its authors, empty if none was read.
+    """
 
     title: str
     arxiv: str
@@ -75,7 +82,7 @@ class Paper:
 
     @property
     def source(self) -> str:
-        """Title, year, arXiv id and code, as far as they are known, in one line."""
+        """Return title, year, arXiv id and code in one line, as far as they are known."""
         known = (self.title, str(self.year or ""), f"arXiv:{self.arxiv}" if self.arxiv != "unknown" else "", self.url)
         return ", ".join(part for part in known if part)
 
@@ -86,13 +93,13 @@ class Paper:
 
 
 def paper_of(entry: Entry) -> Paper:
-    """The paper of an entry; an arXiv id begins with the year."""
+    """Return the paper of an entry. An arXiv id begins with the year."""
     year = 2000 + int(entry.arxiv[:2]) if entry.arxiv != "unknown" else _YEARS.get(entry.paper)
     return Paper(entry.paper, entry.arxiv, year, REPOSITORIES.get(entry.arxiv, ""))
 
 
 def papers() -> dict[str, list[Entry]]:
-    """Every paper of the catalogue by title, with its entries."""
+    """Return every paper of the catalogue by title, with its entries."""
     found: dict[str, list[Entry]] = {}
     for of_kind in CATALOGUE.values():
         for entry in of_kind.values():

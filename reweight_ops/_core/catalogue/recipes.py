@@ -1,4 +1,6 @@
-"""Recipes: what a paper trains with, from rewards to the loss, in one record."""
+"""Recipes. A recipe is one record of everything that a paper trains with, from rewards
+to the loss.
+"""
 
 from __future__ import annotations
 
@@ -14,51 +16,55 @@ from .lines import functions, reads, renamed, run, wrapped
 from .papers import Paper, paper_of
 from .registry import CATALOGUE, Entry
 
-#: What the lines of a recipe may read of a batch of rollouts, and what it is: B completions of T tokens, those of a prompt one behind the other.
+#: The attributes of a batch of rollouts that the lines of a recipe may read. There are
+#: B completions of T tokens. The completions of a prompt are consecutive.
 QUANTITIES = {
-    "rewards": "`[B]`, one a completion",
-    "rewards_per_func": "`[B, K]`, a column for each of K rewards",
-    "group_size": "a number: how many consecutive completions answer one prompt",
+    "rewards": "`[B]`, one per completion",
+    "rewards_per_func": "`[B, K]`, one column for each of K rewards",
+    "group_size": "a number: the consecutive completions that answer one prompt",
     "lengths": "`[B]`, valid tokens of each completion",
     "correct": "`[B]`, 1 where the answer is right, else 0",
-    "chosen_options": "`[B, K]`, not 0 where a completion chose that option of a question with K",
-    "right_options": "`[B, K]`, not 0 where that option is right",
+    "chosen_options": "`[B, K]`, nonzero where a completion chose that option of a question with K options",
+    "right_options": "`[B, K]`, nonzero where that option is right",
     "completion_ids": "`[B, T]`, the sampled tokens",
     "completion_mask": "`[B, T]`, 1 where a token is valid, else 0",
     "old_per_token_logps": "`[B, T]`, log-probs under the policy that sampled, kept while the batch is trained on",
     "ref_per_token_logps": "`[B, T]`, log-probs under the reference policy",
     "sampling_per_token_logps": "`[B, T]`, log-probs that the sampler reported",
-    "log_sum_p_sq": "`[B, T]`, `rw.token_stats`'s, of the policy of `old_per_token_logps`",
+    "log_sum_p_sq": "`[B, T]`, from `rw.token_stats`, under the policy of `old_per_token_logps`",
     "entropies": "`[B, T]`, entropies under the policy that sampled",
     "mean_entropies": "`[B]`, their mean over a completion's valid tokens",
     "reference_rewards": "rewards of the reference policy's completions",
     "greedy_rewards": "`[B]`, the reward of the prompt's greedy completion",
-    "values": "`[B, T]`, the critic's values; of SPO, the values at the cuts, `[B, S]`, or of the tree's nodes, `[B]`",
+    "values": "`[B, T]`, the critic's values; for SPO, the values at the cuts, `[B, S]`, or of the tree's nodes, `[B]`",
     "segments": "`rw.advantages.spo_segments(old_per_token_logps, completion_mask)`",
     "parents": "`[B]`, the row of each node's parent, -1 for a root",
-    "episode_rewards": "`[E]`, one an episode",
+    "episode_rewards": "`[E]`, one per episode",
     "step_returns": "`[B]`, the discounted return of each step",
-    "episode_ids": "`[B]`, which episode a step belongs to",
-    "anchor_ids": "`[B]`, which state a step was taken from, in `[0, num_anchors)`",
+    "episode_ids": "`[B]`, the episode of a step",
+    "anchor_ids": "`[B]`, the state from which a step was taken, in `[0, num_anchors)`",
     "num_anchors": "a number",
     "labels": "`[B]`, negative for a text to forget, positive for one to retain",
     "returns": "`[B]`, the return of each trajectory of the data set",
-    "start_values": "`[B]`, the value of the state that a trajectory starts from",
-    "teacher_logits": "`[B, T, V]`, of the teacher, or of the policy on the original text",
+    "start_values": "`[B]`, the value of the first state of a trajectory",
+    "teacher_logits": "`[B, T, V]`, logits of the teacher, or of the policy on the original text",
     "vocab_size": "a number",
-    "class_counts": "`[V]`, how often each token is a target in the data set; 1 where never",
-    "augmented": "another batch: texts without labels, augmented",
+    "class_counts": "`[V]`, how often each token is a target in the data set; 1 for a token that never is",
+    "source_ids": "`[B]`, which source a sample is from",
+    "source_counts": "`[K]`, how many samples each source has",
+    "augmented": "another batch: augmented texts without labels",
     "lambdas": "`[B, T]`, each token's own λ, kept with its example",
     "metrics": "K numbers: the validation metrics after the step",
-    "gradients": "`[K, P]`, the objectives' gradients of some layers, flattened",
+    "gradients": "`[K, P]`, the flattened gradients of the objectives in some layers",
     "step": "a number: the optimizer steps so far",
     "total_steps": "a number: the optimizer steps of the whole training",
 }
 
-#: The lines that are run on a whole batch of rollouts, before the updates, in this order. Each makes what it is named after.
+#: The lines that run on a whole batch of rollouts before the updates, in this order.
+#: Each makes the value of its name.
 STAGES = ("schedule", "rewards", "advantages", "sample_weights")
 
-#: Keyword of a policy loss by what a formula reads.
+#: Maps a leaf that a formula reads to the keyword of a policy loss.
 _STORED = {
     "log_ratio": "old_per_token_logps",
     "old_logp": "old_per_token_logps",
@@ -68,7 +74,11 @@ _STORED = {
 
 
 class Setting(NamedTuple):
-    """A hyper-parameter as published: ``source`` says by whom, or that it is an example because nobody did."""
+    """A hyper-parameter as published.
+
+    ``source`` names where it was published, or says that it is an example because
+    nothing was.
+    """
 
     name: str
     value: str
@@ -77,21 +87,26 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What one paper trains with, from rewards to the loss. Every line is an expression over ``rw``, the package, and a batch of rollouts.
+    """Everything that one paper trains with, from rewards to the loss.
+
+    Every line is an expression over ``rw``, the package, and a batch of rollouts.
 
     Attributes:
-        name: what :func:`recipe` finds it by.
-        entry: the entry of the catalogue that it is about, as it is called; its paper is the recipe's.
-        schedule: what changes from step to step.
+        name: the name by which :func:`recipe` finds it.
+        entry: the entry of the catalogue that the recipe is about, as it is called. Its
+        paper is the recipe's.
+        schedule: the values that change from step to step.
         rewards: the transform of the rewards.
         advantages: the advantage estimator.
-        sample_weights: one weight or choice a sample.
-        spec: the spec of the loss with its weights; several are one after the other, each a full update over the batch.
-        loss: the loss where it is not :func:`reweight_ops.policy_loss` of that spec.
-        keywords: what the loss is given besides, by its keywords.
-        setup, after: assignments before the loop and at its end, for what keeps a state.
+        sample_weights: one weight or choice per sample.
+        spec: the spec of the loss with its weights. Several specs follow one another,
+        and each is a full update over the batch.
+        loss: the loss if it is not :func:`reweight_ops.policy_loss` of that spec.
+        keywords: the further keywords of the loss.
+        setup, after: assignments before the loop and at its end, for objects with a
+        state.
         settings: hyper-parameters as published.
-        rollout: what happens at rollout, or is the caller's for another reason.
+        rollout: the steps at rollout, and other steps that are left to the caller.
 
     Example:
         >>> import reweight_ops as rw
@@ -126,40 +141,46 @@ class Recipe:
 
     @property
     def stages(self) -> dict[str, str]:
-        """The lines for a whole batch of rollouts that there are, by what they make."""
+        """Return the existing lines for a whole batch of rollouts, by the value that
+        they make.
+        """
         return {name: getattr(self, name) for name in STAGES if getattr(self, name)}
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """All lines, in the order in which they are run; those of :attr:`after` last."""
+        """Return all lines in the order in which they run. Those of :attr:`after` are
+        last.
+        """
         first = (*self.setup.values(), *self.stages.values(), self.spec, self.loss, *self.keywords.values(), *self.after.values())
         return tuple(line for line in first if line)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The entries of the catalogue that it uses."""
+        """Return the entries of the catalogue that it uses."""
         by_call = {entry.call: entry for of_kind in CATALOGUE.values() for entry in of_kind.values()}
         found = dict.fromkeys(name for line in self.lines for name in functions(line))
         return tuple(by_call[name] for name in found if name in by_call)
 
     @property
     def paper(self) -> str:
-        """The title of its paper."""
+        """Return the title of its paper."""
         return self._entry.paper
 
     @property
     def arxiv(self) -> str:
-        """The arXiv id of its paper, or ``unknown``."""
+        """Return the arXiv id of its paper, or ``unknown``."""
         return self._entry.arxiv
 
     @property
     def publication(self) -> Paper:
-        """Its paper: title, arXiv id, year, the authors' repository."""
+        """Return its paper: title, arXiv id, year, the authors' repository."""
         return paper_of(self._entry)
 
     @property
     def certainty(self) -> str:
-        """The least sure of what its paper's entries are: see ``docs/methods.md``."""
+        """Return the lowest certainty among its paper's entries; see
+        ``docs/methods.md``.
+        """
         of_paper = {entry.certainty for entry in self.entries if entry.paper == self.paper}
         return next(c for c in ("derived", "secondary", "verified") if c in of_paper)
 
@@ -172,19 +193,22 @@ class Recipe:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What it reads of a batch of rollouts: names of :data:`QUANTITIES`."""
+        """Return the attributes of a batch of rollouts that it reads: names of
+        :data:`QUANTITIES`.
+        """
         return self._given(*self.lines, self._loss())
 
     def _given(self, *lines: str) -> tuple[str, ...]:
-        """The names that these lines of it read and no line before makes."""
+        """Return the names that these lines read and no earlier line makes."""
         targets = {name.strip() for target in (*self.setup, *self.after) for name in target.split(",")}
         made = {*self.stages, *targets, "spec", "policy", "batch"}
-        # A reward transform reads the rewards that it makes anew.
+        # A reward transform reads the rewards that it replaces.
         made -= {"rewards"} & set(reads(self.rewards or "0"))
         return tuple(dict.fromkeys(name for line in lines for name in reads(line) if name not in made))
 
     def prepare(self, **values: Any) -> dict[str, Any]:
-        """What the lines before the updates make of a whole batch of rollouts, by the names in :attr:`stages`.
+        """Return the values that the lines before the updates make of a whole batch of
+        rollouts, by the names in :attr:`stages`.
 
         Raises:
             InvalidCall: a value that a line reads is missing.
@@ -195,7 +219,8 @@ class Recipe:
         return made
 
     def specs(self, **values: Any) -> tuple[Any, ...]:
-        """The specs of the updates over one batch, or over a mini-batch of it, whose values these are.
+        """Return the specs of the updates over one batch, or over a mini-batch, with
+        these values.
 
         Raises:
             InvalidCall: the recipe has no spec, or a value that it reads is missing.
@@ -207,19 +232,30 @@ class Recipe:
 
     @property
     def requires(self) -> frozenset[str]:
-        """What the spec's formulas read, by the leaves' names; ``log_ratio`` is the ratio to the old policy, one to the reference reads ``ref_logp``."""
+        """Return the leaves that the spec's formulas read.
+
+        ``log_ratio`` is the ratio to the old policy. A ratio to the reference reads
+        ``ref_logp``.
+        """
         specs = self.stand_ins() if self.spec and not self.loss else ()
         return frozenset().union(*(spec.requires - ({"log_ratio"} if spec.ratio.against == "ref" else set()) for spec in specs))
 
     def stand_ins(self) -> tuple[Any, ...]:
-        """The specs with zeros in place of a batch: for what they read, and how many there are."""
-        values: dict[str, Any] = {name: torch.zeros(1, 1) for name in QUANTITIES} | {"step": 0, "total_steps": 1, "vocab_size": 2}
+        """Return the specs with zeros in place of a batch. They tell what the specs
+        read, and how many there are.
+        """
+        values: dict[str, Any] = {name: torch.zeros(1, 1) for name in QUANTITIES} | {
+            "step": 0,
+            "total_steps": 1,
+            "vocab_size": 2,
+            "group_size": 1,
+        }
         if self.schedule:
             values["schedule"] = run(self.schedule, values)
         return self.specs(**values)
 
     def loss_keywords(self) -> dict[str, str]:
-        """The keywords of the policy loss, each with its line."""
+        """Return the keywords of the policy loss, each with its line."""
         stored = {name: name for leaf, name in _STORED.items() if leaf in self.requires}
         weights = {"token_weights": "sample_weights"} if self.sample_weights else {}
         return {"completion_mask": "completion_mask", **stored, **(self.keywords or weights)}
@@ -232,14 +268,18 @@ class Recipe:
         return f"rw.policy_loss(policy(batch), completion_ids, {advantages}, spec=spec, {keywords}).loss"
 
     def to_own_loop(self) -> str:
-        """A training loop in Python. It runs where ``policy(batch)`` returns logits ``[B, T, V]`` of the completions' tokens, ``optimizer`` is one of
-        PyTorch's, and every batch of ``rollouts`` has what :attr:`reads` says, as attributes."""
+        """Return a training loop in Python.
+
+        It runs if ``policy(batch)`` returns logits ``[B, T, V]`` of the completions'
+        tokens, ``optimizer`` is one of PyTorch's, and every batch of ``rollouts`` has
+        the attributes in :attr:`reads`.
+        """
         read = self.reads
         in_loop = {name: name if name in ("step", "total_steps") else f"batch.{name}" for name in read}
         by_name = {**in_loop, **{name: name for name in self.stages}}
 
         def line(text: str, own: str = "") -> str:
-            # The line that makes the rewards reads those of the batch.
+            # The line that makes the rewards reads the rewards of the batch.
             return renamed(text, lambda name: in_loop.get(name, name) if name == own else by_name.get(name, name))
 
         fixed = bool(self.spec) and not reads(self.spec)
@@ -257,7 +297,7 @@ class Recipe:
         return "\n".join(["import reweight_ops as rw", "", *(wrapped(row, indent) for rows, indent in indented for row in rows)])
 
 
-#: Name to recipe. Filled by importing the package.
+#: The recipes by name. Importing the package fills it.
 RECIPES: dict[str, Recipe] = {}
 
 
@@ -265,7 +305,7 @@ def register(*recipes: Recipe) -> None:
     """Add recipes to those that :func:`recipe` finds.
 
     Raises:
-        InvalidCall: a name is taken, or a line reads what no batch has.
+        InvalidCall: a name is taken, or a line reads a name that no batch has.
     """
     for each in recipes:
         unknown = [name for name in each._given(*each.lines) if name not in QUANTITIES]
@@ -277,6 +317,6 @@ def register(*recipes: Recipe) -> None:
 
 
 def recipes_of(entries: Iterable[Entry]) -> list[Recipe]:
-    """The recipes of the papers of these entries."""
+    """Return the recipes of the papers of these entries."""
     papers = {entry.paper for entry in entries}
     return [each for each in RECIPES.values() if each.paper in papers]

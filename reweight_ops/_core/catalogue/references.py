@@ -1,4 +1,4 @@
-"""The paper of an entry at the end of its docstring, from the one place that says which it is."""
+"""Appends the paper of an entry to its docstring."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ _HEADING = "References:"
 
 
 def with_reference(doc: str | None, paper: str, arxiv: str) -> str:
-    """A docstring and its paper. A function of several entries has several papers, each once."""
+    """Return a docstring with its paper.
+
+    A function of several entries has several papers, each once.
+    """
     text = inspect.cleandoc(doc or "")
     line = f"    {paper}." if arxiv == "unknown" else f"    {paper}. arXiv:{arxiv}, https://arxiv.org/abs/{arxiv}"
     if line in text.splitlines():

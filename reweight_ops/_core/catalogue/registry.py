@@ -1,4 +1,6 @@
-"""Entries of the catalogue, and the decorator that registers them beside their formula."""
+"""Entries of the catalogue, and the decorator that registers a function or class as an
+entry.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,17 @@ from .arguments import with_arguments
 from .references import with_reference
 from .signatures import collected_by, written_out
 
-#: Kind of entry: where it is called from, and what it is.
+#: The kinds of entries: the namespace, and what its members are.
 KINDS = {
     "policy_loss": ("rw.methods", "functions that return the spec of a loss"),
-    "token_weight": ("rw.weights", "multipliers of a loss term, one a token"),
+    "token_weight": ("rw.weights", "factors of a loss term, one per token"),
     "advantage": ("rw.advantages", "rewards in, advantages out"),
     "reward": ("rw.rewards", "rewards in, rewards out"),
     "objective": ("rw.objectives", "weights of several rewards or losses, with state"),
-    "sample_weight": ("rw.sample_weights", "one weight or choice a sample"),
+    "sample_weight": ("rw.sample_weights", "one weight or choice per sample"),
     "pair_loss": ("rw.preference", "functions that return the spec of a loss of pairs"),
     "divergence": ("rw.divergences", "a second logits tensor, or another normaliser"),
-    "schedule": ("rw.schedules", "what changes from step to step"),
+    "schedule": ("rw.schedules", "values that change from step to step"),
 }
 
 CERTAINTIES = {
@@ -38,7 +40,11 @@ _Published = TypeVar("_Published", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Entry:
-    """One published method. ``function`` is the function or class that a user calls; its docstring is the formula."""
+    """One published method.
+
+    ``function`` is the function or class that a user calls. Its docstring has the
+    formula.
+    """
 
     name: str
     full_name: str
@@ -49,42 +55,53 @@ class Entry:
     function: Callable[..., Any]
     level: str | None = None
     plan: str | None = None
-    #: Values for the arguments without a default (those that the paper does not state), for ``show``, ``check`` and the table only.
+    #: Values for the arguments without a default, which the paper does not state. Only
+    #: ``show``, ``check`` and the table use them.
     example: dict[str, Any] = field(default_factory=dict)
 
     @property
     def formula(self) -> str:
-        """The docstring: formula, equation, and what differs from the paper."""
+        """Return the docstring: formula, equation, and differences from the paper."""
         return inspect.getdoc(self.function) or ""
 
     @property
     def differs(self) -> str | None:
-        """The sentence(s) after ``Differs from the paper:`` in the docstring."""
+        """Return the sentences after ``Differs from the paper:`` in the docstring."""
         found = re.search(r"Differs from the paper:\s*(.+?)(?:\n\s*\n|\Z)", self.formula, re.DOTALL)
         return None if found is None else " ".join(found[1].split())
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Parameter name to default; ``inspect.Parameter.empty`` for one that must be given. Not what ``**`` collects (group arguments)."""
+        """Return the defaults by parameter name.
+
+        A required parameter has ``inspect.Parameter.empty``. Parameters that ``**``
+        collects (group arguments) are not included.
+        """
         collected = collected_by(self.function)
         return {name: p.default for name, p in inspect.signature(self.function).parameters.items() if name not in collected}
 
     @property
     def call(self) -> str:
-        """How a user writes it: ``rw.methods.dapo``."""
+        """Return the expression that a user writes: ``rw.methods.dapo``."""
         return f"{KINDS[self.kind][0]}.{self.function.__name__}"
 
     def build(self, **options: Any) -> Any:
-        """The spec that a method returns, with the example's values for arguments that have no default."""
+        """Return the spec that a method returns. Arguments without a default have the
+        values of the example.
+        """
         return self.function(**{**self.example, **options})
 
 
-#: Kind, then name, to entry. Filled by importing the package.
+#: The entries by kind and name. Importing the package fills it.
 CATALOGUE: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 
 
 def published_names(kind: str) -> Callable[[str], Any]:
-    """A module's ``__getattr__``: what the catalogue lists under its namespace is an attribute by that name, classes too."""
+    """Return a module's ``__getattr__``.
+
+    Everything that the catalogue lists under the module's namespace, classes too, is an
+    attribute by that name.
+    """
 
     def attribute(name: str) -> Any:
         if name in CATALOGUE[kind]:
@@ -99,7 +116,7 @@ def _kind_of_module(module: str) -> str:
     for kind, (where, _) in KINDS.items():
         if f"{module}.".startswith(f"{where.replace('rw', package, 1)}."):
             return kind
-    raise InvalidCall(f"published: {module} says no kind; the kinds are: {', '.join(KINDS)}.")
+    raise InvalidCall(f"published: {module} has no kind of its own; the kinds are: {', '.join(KINDS)}.")
 
 
 def published(
@@ -114,11 +131,14 @@ def published(
     plan: str | None = None,
     example: dict[str, Any] | None = None,
 ) -> Callable[[_Published], _Published]:
-    """Register a function or class, whose hyper-parameters are checked by their annotations (:mod:`reweight_ops._core.ranges`).
+    """Register a function or class. Its hyper-parameters are checked by their
+    annotations (:mod:`reweight_ops._core.ranges`).
 
-    ``arxiv`` is the id, or ``unknown``; never invented. ``level``: token, segment, sequence, group, pair, ...
+    ``arxiv`` is the id, or ``unknown``, and never invented. ``level`` is token,
+    segment, sequence, group, pair, ...
 
-    ``kind``: one of :data:`KINDS`; in the package's own modules it follows from the module.
+    ``kind`` is one of :data:`KINDS`. In the package's own modules it follows from the
+    module.
     """
     if kind is not None and kind not in KINDS:
         raise InvalidCall(f"published: kind is {kind!r}; the kinds are: {', '.join(KINDS)}.")

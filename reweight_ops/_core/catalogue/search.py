@@ -12,16 +12,20 @@ from .left_out import LEFT_OUT
 from .recipes import recipes_of
 from .registry import CATALOGUE, KINDS, Entry
 
-#: A shorter word has to be met whole: "ar" is in every other title.
+#: A shorter word must match a whole word: "ar" is in every other title.
 _LEAST_PREFIX = 4
 
-#: What a text may be of an entry, the surest first.
+#: The keys of an entry that a text may match, the surest first.
 _RANKS = (("name",), ("arXiv id", "title", "full name", "acronym"), ("initials",))
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One thing that a search has found. ``call`` is what to write, empty for what the package leaves out; ``why`` is what has matched."""
+    """One result of a search.
+
+    ``call`` is the expression to write, empty for a method that the package leaves out.
+    ``why`` tells what has matched.
+    """
 
     call: str
     full_name: str
@@ -35,15 +39,18 @@ class Hit:
 
 
 def entries(kind: str | None = None) -> list[Entry]:
-    """All entries, or those of a kind, in the catalogue's order."""
+    """Return all entries, or those of a kind, in the catalogue's order."""
     if kind is not None and kind not in KINDS:
         raise InvalidCall(f"find: kind is {kind!r}; the kinds are: {', '.join(KINDS)}.")
     return [entry for k in (KINDS if kind is None else (kind,)) for entry in CATALOGUE[k].values()]
 
 
 def exact(text: str, kind: str | None = None) -> list[tuple[Entry, str]]:
-    """Entries that are called so, with what the text is of them: those by name if there are any, else by id, title or acronym, else by initials, else by
-    the class that one writes."""
+    """Return the entries that a text names exactly, with the kind of the match.
+
+    These are the entries with that name, if any. Otherwise they are those with that id,
+    title or acronym, then those with these initials, then those with that class name.
+    """
     wanted = key(text)
     matches = [(entry, why) for entry in entries(kind) for name, why in names(entry) if name == wanted]
     if not matches:
@@ -53,7 +60,9 @@ def exact(text: str, kind: str | None = None) -> list[tuple[Entry, str]]:
 
 
 def find(text: str, kind: str | None = None) -> list[Hit]:
-    """Entries of the catalogue that a text leads to, the surest first: names, acronyms, titles and arXiv ids, then words, then spelling.
+    """Find entries of the catalogue, the surest first.
+
+    Names, acronyms, titles and arXiv ids come first, then words, then spelling.
 
     Args:
         text: ``"AR"``, ``"GRPO-λ"``, ``"2505.12929"``, the title of a paper, or a few words of it, in any case.
@@ -61,9 +70,11 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
             ``"sample_weight"``, ``"pair_loss"``, ``"divergence"``, ``"schedule"``.
 
     Returns:
-        Hits; ``hit.call`` is what to write, ``hit.why`` what has matched. Other entries of a paper that was found follow it, and then its recipes. A
-        method that the package leaves out is a hit without a call, whose ``full_name`` says why. Without any match, the nearest spellings; an empty
-        list if there are none.
+        Hits. ``hit.call`` is the expression to write, and ``hit.why`` tells what has
+        matched. After an entry that was found by its paper come the other entries of
+        that paper, and then its recipes. A method that the package leaves out is a hit
+        without a call, and its ``full_name`` says why. If nothing matches, the hits are
+        the nearest spellings, or none.
 
     Raises:
         InvalidCall: the text has no letters or digits, or there is no such kind.
@@ -94,7 +105,9 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
 
 
 def entry_of(name: str, kind: str) -> Entry:
-    """The entry of that kind and name; an error that says what was probably meant if there is none."""
+    """Return the entry of that kind and name. If there is none, the error says what was
+    probably meant.
+    """
     if name in CATALOGUE[kind]:
         return CATALOGUE[kind][name]
     what = kind.replace("_", " ")
@@ -134,7 +147,7 @@ def _by_words(text: str, kind: str | None) -> list[tuple[Entry, str]]:
 
 
 def _by_spelling(text: str, kind: str | None) -> list[tuple[Entry, str]]:
-    # An entry by its own name, before others whose paper's title has it.
+    # An entry with that name comes before entries whose paper's title has it.
     called = {
         name: entry for which in ("acronym", "name") for entry in reversed(entries(kind)) for name, why in names(entry) if why == which
     }

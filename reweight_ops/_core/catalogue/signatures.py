@@ -1,4 +1,8 @@
-"""What ``inspect.signature`` and ``help`` show of a function that takes ``**keywords: Unpack[SomeKeywords]``: every keyword, with its type and default."""
+"""The signature that ``inspect.signature`` and ``help`` show of a function with
+``**keywords: Unpack[SomeKeywords]``.
+
+It has every keyword with its type and default.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-#: Keyword to default, of every record of keywords; filled where the records are.
+#: The defaults of all records of keywords. The modules of the records fill it.
 DEFAULTS: dict[str, Any] = {}
 
 
 def written_out(function: Callable[..., Any]) -> inspect.Signature:
-    """The function's signature, the keywords of its ``TypedDict`` in the place of ``**keywords``."""
+    """Return the function's signature with the keywords of its ``TypedDict`` in place
+    of ``**keywords``.
+    """
     signature = inspect.signature(function)
     found: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
@@ -29,7 +35,9 @@ def written_out(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def collected_by(function: Callable[..., Any]) -> frozenset[str]:
-    """The keywords that :func:`written_out` shows of a function, and that are no parameters of its own."""
+    """Return the keywords that :func:`written_out` shows and that are not the
+    function's own parameters.
+    """
     original = inspect.unwrap(function)
     if not inspect.isfunction(original):
         return frozenset()

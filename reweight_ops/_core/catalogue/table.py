@@ -10,13 +10,13 @@ from .registry import CATALOGUE, CERTAINTIES, KINDS, Entry
 _HEAD = """\
 # The catalogue
 
-Generated from the registry by `python -m reweight_ops.codegen`; do not edit. Below each table stand its entries'
-papers, formulas, and what differs from the paper. `reweight-ops show NAME` prints them with the defaults and the ranges.
+Generated from the registry by `python -m reweight_ops.codegen`; do not edit. `reweight-ops show NAME` prints an entry's formula, its defaults and
+its differences from the paper.
 
 {certainties}
 
-An entry that is *derived* is not presented as its authors'. What takes one pass or two runs on every backend. A *composite* is PyTorch code with bounded
-memory. Entries without a plan work on rewards, log-probs or masks and never see logits; PyTorch computes them wherever their tensors are.
+An entry that is *derived* is not presented as its authors'. A *composite* is PyTorch code with bounded memory. Entries without a plan work on rewards,
+log-probs or masks and never see logits. PyTorch computes them on the device of their tensors.
 
 In formulas, `p` is the probability of the token that was chosen, `logp` its log, `H` the entropy, `r` the importance ratio, `A` the advantage (of
 advantages and rewards, `r` is the reward), `sg` stops the gradient, `σ` is the sigmoid, `1[...]` is 1 where the condition holds, `y_w` the chosen and
@@ -25,7 +25,7 @@ advantages and rewards, `r` is the reward), `sg` stops the gradient, `σ` is the
 
 
 def plan(entry: Entry) -> str:
-    """How an entry reaches the logits."""
+    """Return how an entry reaches the logits."""
     if entry.plan is not None:
         return entry.plan
     if entry.kind == "policy_loss":
@@ -37,7 +37,9 @@ def plan(entry: Entry) -> str:
 
 
 def level(entry: Entry) -> str:
-    """At which level it acts: given, or the ratio's of a loss."""
+    """Return the level at which an entry acts: the given one, or that of a loss's
+    ratio.
+    """
     if entry.level is None and entry.kind == "policy_loss":
         return str(entry.build().ratio.level)
     return entry.level or ""

@@ -1,1 +1,1 @@
-"""Runs a call: plan, autograd, custom ops, outputs."""
+"""The engine that runs a call: plans, autograd, custom ops, outputs."""

@@ -1,7 +1,11 @@
-"""The row statistics as differentiable torch: what runs where autograd wants a graph of the gradient, and in ``torch.func``'s transforms.
+"""The row statistics as differentiable torch.
 
-Kernels know first derivatives only. Under ``create_graph=True`` the backward of a statistic differentiates its formula here, so second
-derivatives are autograd's. Memory is eager PyTorch's: several tensors of the logits' size.
+They run where autograd wants a graph of the gradient, and in the transforms of
+``torch.func``.
+
+Kernels compute first derivatives only. Under ``create_graph=True`` the backward of a
+statistic differentiates its formula here, so autograd gives the second derivatives. It
+takes the memory of eager PyTorch: several tensors of the logits' size.
 """
 
 from __future__ import annotations
@@ -27,14 +31,19 @@ TORCH = "torch"
 
 
 def wants_graph() -> bool:
-    """Asked in backward: whether autograd wants a graph of the gradient. A compiled graph has none, and PyTorch raises there."""
+    """Return, in backward, whether autograd wants a graph of the gradient.
+
+    A compiled graph has none, and PyTorch raises there.
+    """
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def gradient(
     formula: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], upstream: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of ``formula(*inputs)`` by its inputs, with a graph of their own; None for an input that needs none."""
+    """Return the gradients of ``formula(*inputs)`` by its inputs, with a graph of their
+    own, and None for an input that needs none.
+    """
     pairs = [(out, g) for out, g in zip(formula(*inputs), upstream, strict=True) if g is not None and out.requires_grad]
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     outputs, grads = [out for out, _ in pairs], [g for _, g in pairs]
@@ -49,10 +58,14 @@ def rows(logits: Tensor, drop_last: bool) -> Tensor:
 
 
 def log_probs(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> tuple[Tensor, Tensor, Tensor]:
-    """``(x, log_softmax(x), masked)`` of ``[N, V]`` logits: x as the kernels form it, and the columns without mass, which have no gradient."""
+    """Return ``(x, log_softmax(x), masked)`` of ``[N, V]`` logits.
+
+    x is formed as in the kernels. ``masked`` marks the columns without mass, which have
+    no gradient.
+    """
     z = logits[:, : softmax.vocab_size]
     z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
-    # A row without any finite logit is NaN everywhere: there, nothing is masked.
+    # A row without any finite logit is NaN everywhere. Nothing is masked there.
     served = z.amax(-1, keepdim=True).isfinite()
     masked, t = (z == -math.inf) & served, temperature.view(-1, 1)
     x = torch.where(masked, 0, z)
@@ -67,9 +80,11 @@ def token_stats(
     logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str], picked: Tensor | None = None,
     sets: KeptSets | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The named statistics of ``[N, V]`` logits, ``[N]`` each; as :class:`~reweight_ops._core.backends.base.Backend` defines them.
+    """Return the named statistics of ``[N, V]`` logits, ``[N]`` each, as
+    :class:`~reweight_ops._core.backends.base.Backend` defines them.
 
-    ``picked`` ``[N, K]`` ids: those of the statistics that are log-probs of them. ``sets``: distributions are over these columns.
+    ``picked`` has ``[N, K]`` ids, for the statistics that are log-probs of them. With
+    ``sets``, distributions are over these columns.
     """
     if sets is not None:
         return _kept_stats(logits, ids, temperature, softmax, names, sets)
@@ -77,7 +92,7 @@ def token_stats(
     x, log_p, _ = log_probs(torch.where(inside[:, None], logits, 0), temperature, softmax)
     bad = inside & ((ids < 0) | (ids >= softmax.total()))
     known = torch.where(inside & ~bad, ids, 0)[:, None]
-    finite = torch.where(log_p.exp() == 0, 0, log_p)  # whose log-prob of -inf, or -1e38, would make a slope of NaN
+    finite = torch.where(log_p.exp() == 0, 0, log_p)  # a log-prob of -inf, or -1e38, would make the slope NaN
     formulas: dict[str, Callable[[], Tensor]] = {
         "logp": lambda: log_p.gather(-1, known)[:, 0],
         "entropy": lambda: -(log_p.exp() * finite).sum(-1),
@@ -115,7 +130,9 @@ def _kept_stats(
 
 
 def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSettings) -> Tensor:
-    """``[M, V]`` logits of a linear head, in the dtypes of the chunked one; an ignored row is never read."""
+    """Return the ``[M, V]`` logits of a linear head in the dtypes of the chunked head.
+    An ignored row is never read.
+    """
     weight, bias, a, b, scale = head.cast(settings)
     h, dtype = torch.where(keep[:, None], hidden, 0).to(settings.compute_dtype), settings.logits_dtype
     wide = torch.promote_types(dtype, settings.lora_dtype)
@@ -126,7 +143,9 @@ def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSetti
 
 
 def other_logits(hidden: Tensor, head: LMHead | None, index: Tensor | None, keep: Tensor, settings: ChunkSettings) -> Tensor:
-    """``[M, V]`` logits of a frozen second tensor: of its hidden states and head, or rows of the logits that were given."""
+    """Return the ``[M, V]`` logits of a frozen second model, from its hidden states and
+    head, or as rows of the given logits.
+    """
     if head is not None:
         return head_logits(hidden, head, keep, settings)
     flat = rows(hidden, False)
@@ -135,7 +154,8 @@ def other_logits(hidden: Tensor, head: LMHead | None, index: Tensor | None, keep
 
 def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """``β·KL(q‖m) + (1-β)·KL(p‖m)``, ``m = β·q + (1-β)·p``, of rows of log-probs."""
-    # A column without mass in either has no mixture, whose slope would be NaN; it is multiplied by their p and q, which are 0.
+    # A column without mass in both has no mixture, and its slope would be NaN. It is
+    # multiplied by p and q, which are 0 there.
     masked = (log_p == -math.inf) & (log_q == -math.inf)
     share: Any = number_like(beta, log_p) if varies(beta) else beta
     log_share, log_rest = (share.log(), torch.log1p(-share)) if varies(beta) else (math.log(beta), math.log1p(-beta))
@@ -178,5 +198,5 @@ def row_divergences(
 
 
 def _at_least_zero(x: Tensor) -> Tensor:
-    """Rounding apart a divergence is: its value without the sign of a rounding, its gradient whole."""
+    """Clamp the value of a divergence at 0 against rounding. Its gradient stays whole."""
     return x - x.detach().clamp(max=0)

@@ -1,7 +1,8 @@
 """The autograd Functions on logits: statistics (two_pass) and the one-pass loss, of one tensor and of two.
 
-All call registered custom ops only, so torch.compile traces through. What is saved goes through ``save_for_backward``: the version
-counters then catch a tensor that was changed in between, and nothing is kept alive (or cloned) longer than autograd needs it.
+They call only registered custom ops, so torch.compile traces through them. They save
+tensors by ``save_for_backward``. The version counters then catch a tensor that was
+changed in between, and nothing is kept alive (or cloned) longer than autograd needs it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .picks import PICKED, PICKED_IDS, Picks
 
 
 class OpOptions(NamedTuple):
-    """What every op of a call is told beside tensors and softmaxes."""
+    """The options of every op of a call, apart from tensors and softmaxes."""
 
     drop_last: bool
     backend: str
@@ -38,13 +39,17 @@ class OpOptions(NamedTuple):
 
 
 def forbid_second_backward(ctx: Any, op: str) -> None:
-    """Raise at a second backward through a one-pass loss: the first scaled the gradient in place and gave it away. And where autograd wants a
-    graph of the gradient, for there is none: what is differentiated through it would silently be 0."""
+    """Raise at a second backward through a one-pass loss, and where autograd wants a
+    graph of the gradient.
+
+    The first backward scaled the gradient in place and gave it away. There is no graph
+    of the gradient. A derivative through it would silently be 0.
+    """
     if torch.compiler.is_compiling():
         return
     if again.wants_graph():
         raise UnsupportedRequest(
-            f'{op}: create_graph=True asks a one-pass loss for second derivatives, but its gradient was formed in forward. plan="two_pass" has them.'
+            f'{op}: create_graph=True asks a one-pass loss for second derivatives, but its gradient was computed in forward. plan="two_pass" has them.'
         )
     if getattr(ctx, "gradient_released", False):
         raise ReweightOpsError(
@@ -57,12 +62,15 @@ def forbid_second_backward(ctx: Any, op: str) -> None:
 #: Statistics without a gradient.
 FIXED = ("max_logp", MEAN_LOGIT, VARIANCE, MEAN_BY_P_SQ, VOCABULARY + VARIANCE)
 
-#: What the kernel of a gradient reads and no caller does.
+#: A statistic that the gradient kernel reads, but no caller.
 LSE_LOW = "lse_low"
 
 
 def asked_for(stats: str, needs_grad: bool, shards: VocabShards | None = None) -> str:
-    """The names of the statistics to compute for a caller who wants ``stats``; of a shard, what it is merged by besides."""
+    """Return the names of the statistics to compute for a caller who wants ``stats``.
+
+    For a shard they include those by which shards are merged.
+    """
     if not needs_grad and shards is None:
         return stats
     names = [*stats.split(","), LSE_LOW]
@@ -89,7 +97,10 @@ def stats_table(
 def whole_rows(
     table: Tensor, names: str, ids: Tensor, shards: VocabShards | None, picks: Picks | None = None, picked: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """A table of the named statistics; of a shard's, merged over all shards, and without what only serves that. Beside it, of a shard's ``picks`` and what it
+    """Return a table of the named statistics.
+
+    A shard's is merged over all shards, and without the statistics that only serve the
+    merge.
     knows of them (``picked``), the logits and ids of the whole row's."""
     if shards is None:
         return table, None
@@ -107,7 +118,9 @@ def merged_rows(
 
 
 def forbid_graph(shards: VocabShards | None) -> None:
-    """Asked in backward: raise where autograd wants a graph of a gradient that one rank cannot form."""
+    """Raise, in backward, if autograd wants a graph of a gradient that one rank cannot
+    form.
+    """
     if shards is not None and again.wants_graph():
         raise UnsupportedRequest(f"{shards.op}: create_graph=True needs the whole vocabulary on one rank, and process_group shards it.")
 
@@ -116,9 +129,11 @@ def written_gradient(
     logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, known: dict[str, Tensor], by: dict[str, Tensor | None],
     options: OpOptions, over: bool, sets: KeptSets | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """The gradient by logits from derivatives ``by`` statistics ``known``; None if it stands ``over`` them now.
+    """Return the gradient by logits from derivatives ``by`` statistics ``known``, or
+    None if it was written ``over`` them.
 
-    Log-probs of picked ids are one derivative by lse in every column, and the elements of those ids, which are written over.
+    Log-probs of picked ids are one derivative by lse in every column. The elements of
+    those ids are written over.
     """
     if sets is not None:
         table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax, options.drop_last, options.backend)
@@ -142,7 +157,11 @@ def written_gradient(
 
 
 class RowStatistics(torch.autograd.Function):
-    """``(logp, entropy, lse, log_sum_p_sq)`` of every row, differentiable with respect to the logits; with picks their log-probs and ids ``[N, K]`` besides."""
+    """``(logp, entropy, lse, log_sum_p_sq)`` of every row, differentiable with respect
+    to the logits.
+
+    With picks there are also their log-probs and ids ``[N, K]``.
+    """
 
     @staticmethod
     def forward(
@@ -195,7 +214,10 @@ class RowStatistics(torch.autograd.Function):
 
 
 class OnePassLoss(torch.autograd.Function):
-    """``(loss, rows)``: the gradient for upstream 1 is computed in forward; backward hands it out, scaled on device if it must be."""
+    """``(loss, rows)``. Forward computes the gradient for upstream 1.
+
+    Backward returns it, scaled on the device if necessary.
+    """
 
     @staticmethod
     def forward(
@@ -237,7 +259,11 @@ class OnePassLoss(torch.autograd.Function):
 
 
 class FinishedLoss(torch.autograd.Function):
-    """The loss of a ``table`` of ``token_loss_grad`` whose gradient is there already, for upstream 1: backward hands it out as :class:`OnePassLoss`."""
+    """The loss of a ``table`` of ``token_loss_grad`` whose gradient for upstream 1
+    exists already.
+
+    Backward returns it like :class:`OnePassLoss`.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, grad: Tensor, table: Tensor, backend: str) -> Tensor:
@@ -251,16 +277,22 @@ class FinishedLoss(torch.autograd.Function):
         return OnePassLoss.backward(ctx, upstream, None)[:4]
 
 
-#: What crosses the boundary of an op on two tensors: columns of both softmaxes, and their soft caps.
+#: The softmaxes as they cross the boundary of an op on two tensors: the columns of
+#: both, and their soft caps.
 Softmaxes = tuple[int, float, float]
 
 
 def with_empty(table: Tensor, two: tuple[Tensor, ...], softmaxes: Softmaxes, backend: str) -> Tensor:
-    """The divergences of a shard, which may hold nothing but -inf of one of the tensors. Of such rows the kernel has none: where they may be, each tensor's
-    own statistics are read besides, on a GPU always, for nothing waits to see whether they must be."""
+    """Return the divergences of a shard whose logits of one tensor may all be -inf.
+
+    The kernel has no divergences of such rows. Where they are possible, the statistics
+    of each tensor are read too. On a GPU and in a graph this is always so, because nothing
+    waits to see whether it is necessary.
+    """
     logits, other, ids, t, t_other = two
     vocab_size, cap, other_cap = softmaxes
-    if not vocab_size or (table.device.type == "cpu" and not bool(table[DIVERGENCE_STATS.index("lse")].isnan().any())):
+    looked = table.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not vocab_size or (looked and not bool(table[DIVERGENCE_STATS.index("lse")].isnan().any())):
         return table
     inside, names = torch.where(ids == IGNORE_INDEX, IGNORE_INDEX, 0), "lse,lse_low,entropy"
     of = ((logits, t, cap), (other, t_other, other_cap))
@@ -320,7 +352,9 @@ class DivergenceStatistics(torch.autograd.Function):
 
 
 class OnePassDivergence(torch.autograd.Function):
-    """``(Σ weights·Σ_k constants_k·stat_k, table)``: the gradient for upstream 1 is computed in forward; backward hands it out."""
+    """``(Σ weights·Σ_k constants_k·stat_k, table)``. Forward computes the gradient for
+    upstream 1, and backward returns it.
+    """
 
     @staticmethod
     def forward(
@@ -345,6 +379,8 @@ class OnePassDivergence(torch.autograd.Function):
 
 
 def weighted_sum(table: Tensor, constants: Tensor, weights: Tensor) -> Tensor:
-    """``Σ_i w_i·Σ_k c_k·table[k, i]``; a factor of 0 selects 0, also beside an infinite divergence."""
+    """Return ``Σ_i w_i·Σ_k c_k·table[k, i]``. A factor of 0 selects 0, even beside an
+    infinite divergence.
+    """
     terms = torch.where(constants[:, None] == 0, 0, constants[:, None] * table[:3]).sum(0)
     return torch.where(weights == 0, 0, weights * terms).sum()

@@ -1,4 +1,6 @@
-"""Losses that are not worth a kernel: a per-row formula in torch, evaluated and differentiated a few rows at a time."""
+"""Losses without a kernel: a per-row formula in torch that is evaluated and
+differentiated a few rows at a time.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from .run import Call
 from .source import PlainSource, SourceInfo
 from .statistics import StatisticsObjective
 
-#: Elements of a chunk: with the dozen temporaries of a formula in fp32 about a gigabyte at most.
+#: The number of elements of a chunk. With the dozen temporaries of a formula in fp32 it
+#: takes about a gigabyte at most.
 CHUNK_ELEMENTS = 1 << 24
 
 Formula = Callable[..., Tensor]  # x [n, V], then whatever else per row -> [n]
@@ -34,7 +37,11 @@ def _x(z: Tensor, dtype: torch.dtype, softmax: SoftmaxParams, temperature: Tenso
 
 
 class ChunkedRows(torch.autograd.Function):
-    """``formula(x, *rest)`` of every row; backward evaluates it again, chunk by chunk, so memory is one chunk and the gradient."""
+    """``formula(x, *rest)`` of every row.
+
+    Backward evaluates it again, chunk by chunk. The memory is one chunk and the
+    gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, keep: Tensor, formula: Formula, prepare: Callable[..., Tensor], *rest: Tensor) -> Tensor:
@@ -56,21 +63,31 @@ class ChunkedRows(torch.autograd.Function):
         for i in range(0, z.size(0), step):
             with torch.enable_grad():
                 part = z[i : i + step].detach().requires_grad_()
-                value = ctx.formula(ctx.prepare(part, i), *(r[i : i + step] for r in rest))
-            (grad,) = torch.autograd.grad(value, part, torch.where(keep[i : i + step], upstream[i : i + step], 0))
-            out[i : i + step] = torch.where(keep[i : i + step, None] & (part > -torch.inf), grad, 0)
+                x = ctx.prepare(part, i)
+                value = ctx.formula(x, *(r[i : i + step] for r in rest))
+            selected = keep[i : i + step] & (upstream[i : i + step] != 0)
+            (grad,) = torch.autograd.grad(value, part, torch.where(selected, upstream[i : i + step], 0))
+            # As the kernels': NaN in every column of a row that is selected and has no value, 0 in one that is not selected.
+            columns = grad[:, : x.size(-1)]
+            columns[:] = torch.where(value.isnan()[:, None], torch.nan, torch.where(part[:, : x.size(-1)] > -torch.inf, columns, 0))
+            out[i : i + step] = torch.where(selected[:, None], grad, 0)
         return out, None, None, None, *(None for _ in rest)
 
 
 def _whole(z: Tensor, keep: Tensor, formula: Formula, prepare: Callable[..., Tensor], *rest: Tensor) -> Tensor:
-    """The same for autograd to differentiate as often as it likes."""
-    x = torch.where(z == -torch.inf, -torch.inf, z)  # no gradient to what has no mass
+    """Evaluate the formula on all rows, so that autograd can differentiate it any
+    number of times.
+    """
+    x = torch.where(z == -torch.inf, -torch.inf, z)  # no gradient to columns without mass
     return torch.where(keep, formula(prepare(x, 0), *rest), 0)
 
 
 @dataclass(frozen=True)
 class FormulaSource(PlainSource):
-    """``formula(x, [y,] *more)`` of every row that is in, under the name ``value``: x and y are capped and divided by their temperatures.
+    """``formula(x, [y,] *more)`` of every valid row, under the name ``value``.
+
+    x and y are capped and divided by their temperatures. ``more`` has ``[N, ...]``
+    tensors.
 
     ``more``: ``[N, ...]`` tensors.
     """
@@ -113,18 +130,18 @@ class FormulaSource(PlainSource):
             def formula(x: Tensor, y: Tensor, t: Tensor, inside: Tensor, *rest: Tensor) -> Tensor:
                 return self.formula(x, _x(torch.where(inside[:, None], y, 0), rows.dtype, two.other_softmax, t), *rest)
 
-        if in_transform() or torch.compiler.is_compiling():  # the compiler makes the chunks of it that it sees fit
+        if in_transform() or torch.compiler.is_compiling():  # the compiler chooses its own chunks
             return {"value": _whole(z, rows.keep, formula, prepare, *more)}
         return {"value": ChunkedRows.apply(z, rows.keep, formula, prepare, *more)}  # type: ignore[no-untyped-call]
 
 
 def refuse_consumed(p: Logits) -> None:
     if p.consume:
-        raise p.rows.error("consume_logits=True: this loss is a composite that does not write over its logits.")
+        raise p.rows.error("consume_logits=True has no effect: this loss does not write over its logits.")
 
 
 def formula_call(source: FormulaSource) -> Call[Tensor]:
-    """The call of an op that returns the formula's value per token, of shape R."""
+    """Return the call of an op that returns the formula's value per token, of shape R."""
     if source.p.shard is not None:
-        raise source.rows.unsupported("process_group: this loss is a formula over whole rows, and the shards of one do not add up to it.")
+        raise source.rows.unsupported("process_group: this loss is a formula of whole rows in PyTorch, and no rank has one.")
     return Call(source, StatisticsObjective(("value",), lambda found: source.rows.unflatten(found["value"])))

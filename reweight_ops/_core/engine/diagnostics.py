@@ -1,6 +1,8 @@
-"""Diagnostics of a policy loss: which tokens its gradient is due to, how far the sampler is off, what the update does to the entropy.
+"""Diagnostics of a policy loss: which tokens its gradient comes from, how far off the
+sampler is, and how the update changes the entropy.
 
-They are computed when they are first read, from ``[N]`` vectors that the call has anyway, on the device and without a synchronisation.
+They are computed at their first read, on the device and without a synchronisation, from
+``[N]`` vectors that the call has anyway.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ from .metrics import Metrics, _extremum
 
 @torch.no_grad()
 def policy_diagnostics(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor]) -> Metrics:
-    """From the row statistics and the loss's derivatives by logp and entropy. One name only where it applies."""
+    """Compute the diagnostics from the row statistics and the loss's derivatives by
+    logp and entropy.
+
+    A name exists only where it applies.
+    """
     rows, t = call.rows, call.safe_leaves(leaves)
     keep = rows.keep.to(rows.dtype)
     count = keep.sum()
@@ -39,7 +45,9 @@ def policy_diagnostics(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tens
 
 
 def _gradient_share(call: LossCall, size: Tensor, p: Tensor) -> dict[str, tuple[Tensor, Tensor | int]]:
-    """How much of ``Σ |∂loss/∂logp|·(1 - p)`` comes from each quarter of the tokens, the unlikeliest first."""
+    """Return how much of ``Σ |∂loss/∂logp|·(1 - p)`` comes from each quarter of the
+    tokens, the unlikeliest first.
+    """
     rank = BatchStatistics(call.rows).rank(p)
     quarter = (4 * rank / call.rows.keep.sum().clamp(min=1)).floor()
     size = torch.where(call.rows.keep, size, 0)
@@ -47,7 +55,9 @@ def _gradient_share(call: LossCall, size: Tensor, p: Tensor) -> dict[str, tuple[
 
 
 def _against_sampler(known: Tensor, drift: Tensor) -> dict[str, tuple[Tensor, Tensor | int]]:
-    """Of ``old_logp - sampling_logp`` where the sampler's log-prob is no NaN, as TRL counts them."""
+    """Return statistics of ``old_logp - sampling_logp`` where the sampler's log-prob is
+    not NaN, as TRL counts them.
+    """
     d = torch.where(known, drift, 0)
     ratio, count = d.exp(), known.sum()
     return {
@@ -63,6 +73,9 @@ def _against_sampler(known: Tensor, drift: Tensor) -> dict[str, tuple[Tensor, Te
 
 
 def _effective(w: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """``(Σw)²/(n·Σw²)``: as many tokens of equal weight, out of n, have the same variance."""
+    """Return ``(Σw)²/(n·Σw²)``, the effective sample size as a fraction.
+
+    That fraction of n tokens with equal weight has the same variance.
+    """
     w = torch.where(keep > 0, w, 0)
     return w.sum() ** 2 / w.square().sum().clamp(min=torch.finfo(w.dtype).tiny), keep.sum()

@@ -1,5 +1,8 @@
-"""A policy loss in one pass, made again: a backend that has prepared it takes the arguments as they are, and what else a result tells is found when
-somebody reads it."""
+"""A repeated policy loss in one pass.
+
+A backend that has prepared the loss takes the arguments as they are. Everything else in
+the result is computed when it is read.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,12 @@ _SCALES = (*_DIVISORS, "loss_scale")
 
 @dataclass(frozen=True)
 class _Reader:
-    """Which of a call's arguments a backend is given. ``divisor``: the argument that is one, or the number that always is."""
+    """The arguments of a call that a backend receives.
 
-    reads: tuple[str | None, ...]  # of INPUTS, those with an effect
+    ``divisor`` is the argument that is the divisor, or the number that it always is.
+    """
+
+    reads: tuple[str | None, ...]  # the INPUTS that have an effect
     divisor: str | float
     drop_last: bool
 
@@ -60,12 +66,14 @@ class DirectLoss:
     consume: bool
 
     def __call__(self, spec: PolicyLossSpec, logits: Tensor, data: Mapping[str, Any]) -> PolicyLossOutput | None:
-        """The result; None, with nothing changed, if the values are none that a loss has."""
+        """Return the result, or None if the values are invalid for a loss. Then nothing
+        has changed.
+        """
         arguments, drop_last = self.reader.arguments(logits, data), self.reader.drop_last
         if not 0 < arguments.temperature < math.inf:
             return None
         grad = logits if self.consume else empty(logits.shape, logits.dtype, logits.device)
-        if self.consume:  # beforehand: what interrupts the kernel is raised when it returns, and its gradient is there then
+        if self.consume:  # mark first: an interrupt is raised when the kernel returns, after it has written the gradient
             consumed.mark(logits)
         found = self.run(arguments, without_last_position(grad, drop_last))
         if found is None:
@@ -91,7 +99,10 @@ class DirectLoss:
 
 
 def direct_loss(logits: Logits, call: LossCall, layout: RowLayout, choice: Choice) -> DirectLoss | None:
-    """The loss of a call that has succeeded, for others like it; None if it is not so simple, or its backend prepares none."""
+    """Return the loss of a call that has succeeded, for similar calls.
+
+    It is None if the call is not so simple, or if its backend prepares no loss.
+    """
     spec, data, prepare = call.spec, call.rows.tensors, load(choice.backend).prepare
     if (
         choice.plan != "one_pass"

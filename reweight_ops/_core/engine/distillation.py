@@ -17,7 +17,8 @@ from .autograd import weighted_sum
 from .plan import Choice
 from .source import DivergenceWork, MoreMetrics, SourceInfo
 
-#: Kind to the coefficients of (KL(q‖p), KL(p‖q), H(p), H(q)). The last has no gradient: q is the other tensor's.
+#: Maps each kind to the coefficients of (KL(q‖p), KL(p‖q), H(p), H(q)). The last has no
+#: gradient, because q is the other tensor's.
 KINDS = {
     "forward_kl": (1.0, 0.0, 0.0, 0.0),
     "reverse_kl": (0.0, 1.0, 0.0, 0.0),
@@ -29,12 +30,16 @@ KINDS = {
 
 STATISTICS = ("forward_kl", "reverse_kl", "entropy", "other_entropy")
 
-#: A kind that is no sum of them, with a parameter ``beta``.
+#: A kind that is not a sum of them. It has a parameter ``beta``.
 GENERALIZED_JSD = "generalized_jsd"
 
 
 def check_kind(op: str, kind: str, beta: float | None) -> float | None:
-    """``beta``, by default 0.5, of a generalised JSD; None for the other kinds. Raises for an unknown kind, and for a beta without effect."""
+    """Return ``beta`` of a generalised JSD (0.5 by default), or None for the other
+    kinds.
+
+    Raises for an unknown kind, and for a beta without effect.
+    """
     if kind not in (*KINDS, GENERALIZED_JSD):
         raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}, {GENERALIZED_JSD}.")
     if kind != GENERALIZED_JSD:
@@ -48,7 +53,9 @@ def check_kind(op: str, kind: str, beta: float | None) -> float | None:
 
 
 def divergence_of(kind: str, values: tuple[Tensor, ...]) -> Tensor:
-    """The divergence of that kind from its :data:`STATISTICS`, and from the generalised JSD where that is the kind."""
+    """Return the divergence of that kind from its :data:`STATISTICS`. The generalised
+    JSD is its own statistic.
+    """
     if kind == GENERALIZED_JSD:
         return values[-1]
     used = [c * x for c, x in zip(KINDS[kind], values[:4], strict=True) if c]
@@ -57,9 +64,11 @@ def divergence_of(kind: str, values: tuple[Tensor, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class DistillationLossOutput:
-    """The result of :func:`distillation_loss`; all but ``loss`` are detached, of shape R, 0 where a row is out.
+    """The result of :func:`distillation_loss`. All but ``loss`` are detached, of shape
+    R, and 0 in ignored rows.
 
-    ``per_token_divergence``: before weights. ``forward_kl``, ``reverse_kl``, ``entropies`` (of the student) and ``teacher_entropies`` come with the same read.
+    ``per_token_divergence`` is without weights. ``forward_kl``, ``reverse_kl``,
+    ``entropies`` (of the student) and ``teacher_entropies`` come from the same read.
     """
 
     loss: Tensor
@@ -74,7 +83,9 @@ class DistillationLossOutput:
 
 @dataclass(frozen=True)
 class DistillationObjective:
-    """``Σ_i weights_i·D(p_i, q_i)``; ``weights`` ``[N]`` hold divisor and scale, 0 where a row is out."""
+    """``Σ_i weights_i·D(p_i, q_i)``. ``weights`` ``[N]`` include divisor and scale, and
+    are 0 in ignored rows.
+    """
 
     kind: str
     rows: Rows
@@ -116,7 +127,7 @@ class DistillationObjective:
 
 
 def distillation_weights(rows: Rows, token_weights: Any, num_items_in_batch: Any, loss_scale: Any) -> Tensor:
-    """The weights of a :class:`DistillationObjective`."""
+    """Return the weights of a :class:`DistillationObjective`."""
     for name, value in (("num_items_in_batch", num_items_in_batch), ("loss_scale", loss_scale)):
         if isinstance(value, Tensor) and value.dim() != 0:
             raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")

@@ -1,4 +1,7 @@
-"""Gradients of a one-pass loss to stored log-probs: the derivatives of the same graph that the kernel evaluates, on ``[N]`` vectors."""
+"""Gradients of a one-pass loss to stored log-probs.
+
+They are the derivatives of the graph that the kernel evaluates, on ``[N]`` vectors.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from . import again
 
 
 class _GivenDerivatives(torch.autograd.Function):
-    """A loss as it is, with derivatives ``[K, N]`` by ``inputs`` that are known; those by what else it is made of pass through."""
+    """A loss with known derivatives ``[K, N]`` by ``inputs``. Its other derivatives
+    pass through unchanged.
+    """
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, derivatives: Tensor, *inputs: Tensor) -> Tensor:
@@ -32,7 +37,7 @@ class _GivenDerivatives(torch.autograd.Function):
 
 
 def with_derivatives(call: LossCall, loss: Tensor, statistics: dict[str, Tensor]) -> Tensor:
-    """The loss, differentiable to the call's stored log-probs that require grad."""
+    """Return the loss, differentiable to the call's stored log-probs that require grad."""
     inputs = call.differentiated()
     program = call.spec.program
     if not inputs or program is None:

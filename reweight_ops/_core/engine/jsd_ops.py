@@ -1,4 +1,6 @@
-"""The generalised JSD of two logits tensors ``[N, V]`` as custom ops, beside the kernels' divergences in :mod:`.ops`."""
+"""The generalised JSD of two logits tensors ``[N, V]`` as custom ops. :mod:`.ops` has
+the divergences with kernels.
+"""
 
 from __future__ import annotations
 

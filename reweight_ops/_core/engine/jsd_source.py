@@ -1,4 +1,6 @@
-"""The generalised JSD of two logits tensors beside the divergences that have kernels."""
+"""A source of the generalised JSD of two logits tensors, together with the divergences
+that have kernels.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,13 @@ from .sources import TwoLogitsSource
 
 
 def jsd_rows(source: TwoLogitsSource, beta: float) -> FormulaSource:
-    """The JSD of every row, in chunks: it has no kernel."""
+    """Return the JSD of every row, in chunks, because it has no kernel."""
     return FormulaSource(source.both, lambda x, y: generalized_jsd(torch.log_softmax(x, -1), torch.log_softmax(y, -1), beta))
 
 
 @dataclass(frozen=True)
 class JsdSource(PlainSource):
-    """Of the JSD there is a gradient, of the other divergences only values."""
+    """A source with a gradient by the JSD. The other divergences are values only."""
 
     divergences: TwoLogitsSource
     beta: float
@@ -47,11 +49,10 @@ class JsdSource(PlainSource):
             values = self.divergences.statistics(names, backend)
         return {**values, GENERALIZED_JSD: jsd_rows(self.divergences, self.beta).statistics(("value",), backend)["value"]}
 
-    @torch.compiler.disable
     def _of_shards(self, backend: str) -> dict[str, Tensor]:
         refuse_consumed(self.divergences.both.p)
-        softmaxes, options = self.divergences.of_shards((*STATISTICS, GENERALIZED_JSD, self.beta), backend)
-        values = JsdOfShards.apply(*self.divergences.tensors, self.beta, softmaxes, options)  # type: ignore[no-untyped-call]
+        *tensors, softmaxes, options = self.divergences.of_shards((*STATISTICS, GENERALIZED_JSD, self.beta), backend)
+        values = JsdOfShards.apply(*tensors, self.beta, softmaxes, options)  # type: ignore[no-untyped-call]
         return dict(zip((*STATISTICS, GENERALIZED_JSD), values, strict=True))
 
 

@@ -1,9 +1,12 @@
-"""Policy losses are called again and again with the same signature: what was found for the first such call is kept for the others.
+"""Repeated policy losses: the decisions of the first call with a signature are kept for
+later calls.
 
-A signature is the spec and everything about the arguments but their values: which are given, their types, shapes, strides, dtypes, devices,
-whether they require grad; settings such as ``plan`` by their values; and what a choice depends on besides, from grad mode to an environment
-variable. A kept call holds no tensor, and binds the tensors of each new one. Whatever depends on values is checked each time; a call that fails is
-resolved from the start, so that its message is the same.
+A signature is the spec and everything about the arguments except their values: which
+are given, their types, shapes, strides, dtypes, devices, and whether they require grad.
+It also has the values of settings such as ``plan``, and everything else that a choice
+depends on, from grad mode to an environment variable. A kept call holds no tensor. It
+binds the tensors of each new call. Checks that depend on values are made each time. A
+call that fails is resolved from the start, so that its message is the same.
 """
 
 from __future__ import annotations
@@ -38,10 +41,11 @@ from .policy import PolicyObjective
 from .run import Call
 from .sources import LogitsSource
 
-#: How many calls are kept: batches of many shapes may alternate with each other, and each shape is one.
+#: The number of kept calls. Batches of many shapes may alternate, and each shape is one
+#: call.
 MOST = 256
 
-#: Keywords that choose what is done, which a signature holds by value. All others are data.
+#: Keywords that are settings. A signature holds their values. All others are data.
 _SETTINGS = frozenset(
     [
         "softcap",
@@ -58,7 +62,8 @@ _SETTINGS = frozenset(
     ]
 )
 
-#: Keywords of calls that are not kept: the sets are data of any size, and ranks agree on each call.
+#: Calls with these keywords are not kept. The sets are data of any size, and ranks
+#: agree on each call.
 _NEVER_KEPT = ("sampling_mask", "process_group", "sequence_group")
 
 #: The ranges of the numbers among a call's data.
@@ -70,12 +75,15 @@ _RANGES = {
 }  # fmt: skip
 
 
-#: Beyond it a finite number has no fp32.
+#: A finite number beyond this does not fit in fp32.
 _LARGEST = torch.finfo(torch.float32).max
 
 
 def _is_odd(value: Any) -> bool:
-    """NaN, or finite and too large for fp32: what to say of it is known where a call is resolved."""
+    """Return whether a number is NaN, or finite and too large for fp32.
+
+    The resolution of a call raises the fitting error for it.
+    """
     return value != value or (isinstance(value, (int, float)) and _LARGEST < abs(value) < math.inf)
 
 
@@ -83,7 +91,9 @@ _DIVISORS = ("num_items_in_batch", "num_sequences_in_batch")
 
 
 def _in_range(data: Mapping[str, Any]) -> bool:
-    """Whether every number is one that may be, whatever the rows are: not NaN, and no divisor is 0."""
+    """Return whether every number is allowed, whatever the rows are: it is not NaN, and
+    no divisor is 0.
+    """
     for name, value in data.items():
         if (not isinstance(value, Tensor) and _is_odd(value)) or (name in _DIVISORS and type(value) is not Tensor and value == 0):
             return False
@@ -94,7 +104,10 @@ def _in_range(data: Mapping[str, Any]) -> bool:
 
 
 def _kind(value: Any) -> Any:
-    """What a signature holds of data. LookupError for a tensor of which a call cannot be kept."""
+    """Return the part of data that a signature holds.
+
+    Raises LookupError for a tensor whose call cannot be kept.
+    """
     kind = type(value)
     if kind is not Tensor and kind is not torch.nn.Parameter:
         if isinstance(value, Tensor):
@@ -106,7 +119,9 @@ def _kind(value: Any) -> Any:
 
 
 def signature(spec: Any, settings: Iterable[Hashable], arguments: Mapping[str, Any]) -> Hashable | None:
-    """The key of a call; None if it is being traced or transformed, or is none to keep."""
+    """Return the key of a call, or None if the call is traced or transformed, or cannot
+    be kept.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or in_transform():
         return None
     lasting = lasting_spec(spec)
@@ -127,13 +142,15 @@ def signature(spec: Any, settings: Iterable[Hashable], arguments: Mapping[str, A
 
 
 def _is_one(scale: Any) -> bool:
-    """Whether gradients in fp16 would be rounded as they are: the one choice that depends on a number."""
+    """Return whether gradients in fp16 would be rounded as they are. Only this choice
+    depends on a number.
+    """
     return isinstance(scale, (int, float)) and scale == 1
 
 
 @dataclass(frozen=True)
 class KeptCall:
-    """What a call is beside its values."""
+    """A call without its values."""
 
     spec: weakref.ref[PolicyLossSpec]
     rows: RowLayout
@@ -147,7 +164,10 @@ class KeptCall:
     direct: DirectLoss | None
 
     def run(self, logits: Tensor, data: Mapping[str, Any]) -> PolicyLossOutput | None:
-        """The result with these values, where the backend has prepared the loss; None if it has not, or something about them is wrong."""
+        """Return the result with these values if the backend has prepared the loss.
+
+        It is None if the backend has not, or if a value is invalid.
+        """
         spec = self.spec()
         if (
             self.direct is None
@@ -160,7 +180,11 @@ class KeptCall:
         return self.direct(spec, logits, data)
 
     def bind(self, logits: Tensor, data: Mapping[str, Any]) -> Call[Any] | None:
-        """The call with these values; None if something about them is wrong, or the spec is another that is where the first was in memory."""
+        """Return the call with these values.
+
+        It is None if a value is invalid, or if the spec is another object at the memory
+        address of the first.
+        """
         spec = self.spec()
         if spec is None or not _in_range(data) or consumed.is_consumed(logits):
             return None
@@ -177,7 +201,10 @@ class KeptCall:
 
 
 class KeptCalls:
-    """The last :data:`MOST` signatures and their calls. Threads may share it: what one drops, another finds anew."""
+    """The last :data:`MOST` signatures and their calls.
+
+    Threads may share it. A call that one thread drops is resolved again by another.
+    """
 
     def __init__(self) -> None:
         self._calls: OrderedDict[Hashable, KeptCall] = OrderedDict()
@@ -199,7 +226,11 @@ class KeptCalls:
                 self._calls.popitem(last=False)
 
     def keep(self, key: Hashable, logits: Logits, objective: PolicyObjective, choice: Choice) -> None:
-        """A call that has succeeded, if a backend's kernels found its rows and can weigh them: others are rare, and slow anyway."""
+        """Keep a call that has succeeded, if a backend's kernels found its rows and can
+        weigh them.
+
+        Other calls are rare, and slow anyway.
+        """
         call, rows = objective.call, objective.call.rows
         if (
             rows.primitives is None

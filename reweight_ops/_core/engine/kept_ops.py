@@ -1,4 +1,6 @@
-"""Statistics and gradients of kept sets (sampling masks) as custom ops: a call's kept logits as packed rows, their gradient back in its place.
+"""Statistics and gradients of kept sets (sampling masks) as custom ops.
+
+A call's kept logits become packed rows, and their gradient goes back to its place.
 
 Every op takes, after the logits: ``position`` (the place of each row's id in its set), ``token_ids``, ``row`` and ``bounds`` of
 :class:`~reweight_ops._core.calls.sampling_mask.KeptSets`. A statistic named ``vocabulary_<name>`` is of the whole row.
@@ -25,14 +27,17 @@ from .ops import BODIES, clear_last, gradient_ops, op, row_dtype, token_stats, w
 
 #: Statistics of packed rows without a kernel.
 _MOMENTS = (VARIANCE, MEAN_BY_P_SQ)
-#: Devices on which the first and the last entry of a few rows are known at once.
+#: Devices where the first and the last entry of a few rows can be read without waiting.
 _READABLE = ("cpu",)
-#: What a row's gradient by its entropy reads.
+#: The statistics that a row's gradient by its entropy reads.
 OF_ENTROPY = ("logp", "lse", "lse_low", "entropy")
 
 
 class _Kept:
-    """The entries of a call's sets, in the logits ``z`` ``R + (V,)`` of its rows. Where that costs no wait, only those that can be of these rows."""
+    """The entries of a call's sets in the logits ``z`` ``R + (V,)`` of its rows.
+
+    If it takes no wait, they are only the entries that may belong to these rows.
+    """
 
     def __init__(self, z: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor) -> None:
         count = position.numel()
@@ -45,16 +50,24 @@ class _Kept:
         self.where = (flat, token_ids) if z.dim() == 2 else (flat // z.size(1), flat % z.size(1), token_ids)
 
     def gather(self, z: Tensor, temperature: Tensor, softcap: float, wide: bool = False) -> PackedRows:
-        """``wide``: in the dtype of row arithmetic. Entries of other rows are numbers that nobody reads."""
+        """Return the packed rows. With ``wide`` they are in the dtype of row
+        arithmetic.
+
+        Entries of other rows are numbers that are never read.
+        """
         values = z[self.where] if self.position.numel() else z.new_zeros(0)
         return PackedRows(values.to(row_dtype(z)) if wide else values, self.bounds, self.position, temperature, softcap)
 
     def scatter(self, values: Tensor, out: Tensor, add: bool) -> None:
-        """Writes the entries of the rows to ``out``, or adds them to it. How many they are is not known: those of other rows do as the first of these."""
+        """Write the entries of the rows to ``out``, or add them to it.
+
+        Their number is not known. Entries of other rows act as the first entry of these
+        rows.
+        """
         if not self.position.numel() or not values.numel():
             return
         values = (out[self.where].to(values.dtype) + values if add else values).to(out.dtype)
-        first = self.inside.long().argmax().view(1)  # without any, one of another row, whose value is 0
+        first = self.inside.long().argmax().view(1)  # without any entry, one of another row, whose value is 0
         place = tuple(torch.where(self.inside, at, at[first]) for at in self.where)
         out[place] = torch.where(self.inside, values, values[first])
 
@@ -83,7 +96,7 @@ def _statistics(z: Tensor, kept: _Kept, temperature: Tensor, softmax: SoftmaxPar
 def _gradient(
     out: Tensor, z: Tensor, kept: _Kept, temperature: Tensor, softmax: SoftmaxParams, known: dict[str, Tensor], by: dict[str, Tensor | None], backend: str
 ) -> None:  # fmt: skip
-    """Writes the gradient of the rows of logits ``z`` to ``out``, which may be ``z``."""
+    """Write the gradient of the rows of logits ``z`` to ``out``, which may be ``z``."""
     by_whole = by.get(VOCABULARY + "entropy")
     shard = ShardRows(kept.gather(z, temperature, softmax.softcap, wide=by_whole is not None), softmax)
     found, primitive = torch.zeros_like(shard.rows.values), load(backend).packed_grad
@@ -119,7 +132,9 @@ def kept_stats(
 
 
 def stacked(known: dict[str, Tensor], by: dict[str, Tensor | None]) -> tuple[Tensor, str, Tensor, str]:
-    """Statistics and derivatives by them as :data:`kept_grad` takes them; one of ``by`` is there."""
+    """Return statistics, and derivatives by them, as :data:`kept_grad` takes them. At
+    least one of ``by`` is given.
+    """
     given = {name: g for name, g in by.items() if g is not None}
     return torch.stack([*known.values()]), ",".join(known), torch.stack([*given.values()]), ",".join(given)
 
@@ -128,7 +143,9 @@ def _write_kept_grad(
     out: Tensor, logits: Tensor, position: Tensor, token_ids: Tensor, row: Tensor, bounds: Tensor, temperature: Tensor, table: Tensor, names: str,
     d_rows: Tensor, by: str, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool, backend: str,
 ) -> None:  # fmt: skip
-    """``table`` ``[K, N]``: the statistics ``names``; ``d_rows``: derivatives of the loss by those named in ``by``."""
+    """Write the gradient. ``table`` ``[K, N]`` has the statistics ``names``, and
+    ``d_rows`` the derivatives of the loss by those named in ``by``.
+    """
     if not vocab_size:
         out.zero_()
         return

@@ -1,11 +1,15 @@
 """New memory for results as large as logits.
 
-A CPU tensor of that size is memory that the system has never handed out: every page of it is cleared when it is first written. With pages
-of 4 KiB that costs several times the loss itself, so Linux is asked for huge ones (``madvise``, where ``transparent_hugepage`` allows it;
-PyTorch does the same for every tensor under ``THP_MEM_ALLOC_ENABLE=1``). Only whole pages inside the tensor: it takes no byte more.
+A CPU tensor of that size is memory that the system has never handed out. Every page of
+it is cleared at its first write. With pages of 4 KiB that costs several times the loss
+itself. Therefore Linux is asked for huge pages (``madvise``, where
+``transparent_hugepage`` allows it; PyTorch does the same for every tensor under
+``THP_MEM_ALLOC_ENABLE=1``). Only whole pages inside the tensor are asked for, so it
+does not take more memory.
 
-Not in a virtual machine that gives free memory back to its host while it runs: there the free huge pages are those that the host has taken
-and must first find again, which takes longer than to clear small ones that were in use a moment ago.
+This is not done in a virtual machine that returns free memory to its host while it
+runs. There the host has taken the free huge pages and must find them again first. That
+takes longer than to clear small pages that were in use a moment ago.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ _MADV_HUGEPAGE = 14
 
 
 _HUGE_PAGE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
-#: The smallest free block, as a power of two of pages, that is reported to the host; -1 where nobody wants to know.
+#: The smallest free block, as a power of two of pages, that is reported to the host, or
+#: -1 if none is.
 _REPORTED = Path("/sys/module/page_reporting/parameters/page_reporting_order")
 
 
@@ -35,7 +40,10 @@ def _number(path: Path) -> int | None:
 
 @functools.cache
 def _huge_page() -> int:
-    """Bytes of a huge page; 0 where there are none to ask for, or where asking costs more than it gives."""
+    """Return the bytes of a huge page.
+
+    It is 0 if there are none, or if they cost more than they save.
+    """
     reported = _number(_REPORTED)
     taken_back = reported is not None and 0 <= reported < 2**31  # the kernel prints its -1 without a sign
     return 0 if taken_back else _number(_HUGE_PAGE) or 0
@@ -49,7 +57,9 @@ def _libc() -> ctypes.CDLL:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``torch.empty``, on huge pages where that can be had. Asking may fail, and nothing is lost but time."""
+    """Return ``torch.empty``, on huge pages if possible. If the request fails, only
+    time is lost.
+    """
     out = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and not torch.compiler.is_compiling() and (page := _huge_page()):
         begin = -(-out.data_ptr() // page) * page

@@ -1,4 +1,7 @@
-"""Metrics of a policy loss, under TRL's names: computed from ``[N]`` vectors after the pass, on device, without a synchronisation.
+"""Metrics of a policy loss, under TRL's names.
+
+They are computed from ``[N]`` vectors after the pass, on the device and without a
+synchronisation.
 
 Each metric is a numerator and a denominator (or an extremum), so that micro-batches and ranks combine exactly.
 """
@@ -27,13 +30,14 @@ _EXTREMA = {
 }  # fmt: skip
 _SUMS = ("entropy_change", "tokens", "sequences", "rows_skipped", "rows_dropped_forward", "rows_dropped_backward")
 
-#: verl's names of how far the sampler is off.
+#: verl's names of the metrics that tell how far off the sampler is.
 _ROLLOUT = {
     "sampling/kl": "/rollout_corr/kl", "sampling/k3_kl": "/rollout_corr/k3_kl", "sampling/eff_sample_size": "/rollout_corr/rollout_is_eff_sample_size",
     **{f"sampling/importance_sampling_ratio/{x}": f"/rollout_corr/rollout_is_{x}" for x in ("min", "mean", "max")},
 }  # fmt: skip
-#: By whose names: what stands before every one of them, and other names of the same numbers; a metric without one keeps its name. A name that begins
-#: with a slash is whole: nothing stands before it.
+#: Maps a library to the prefix of its names, and to its names of the same numbers. A
+#: metric without one keeps its name. A name that begins with a slash is complete and
+#: gets no prefix.
 NAMINGS: dict[str, tuple[str, dict[str, str]]] = {
     "trl": ("", {}),
     "verl": ("actor/", {"clip_ratio/region_mean": "pg_clipfrac", "approx_kl": "ppo_kl", "kl": "kl_loss", **_ROLLOUT}),
@@ -41,7 +45,11 @@ NAMINGS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 class Metrics(Mapping[str, Tensor]):
-    """Name to 0-d tensor. ``sums`` is one ``[M, 2]`` tensor of numerators and denominators (value and 1 for an extremum)."""
+    """A mapping from names to 0-d tensors.
+
+    ``sums`` is one ``[M, 2]`` tensor of numerators and denominators (value and 1 for an
+    extremum).
+    """
 
     def __init__(self, names: tuple[str, ...], sums: Tensor, values: Tensor | None = None) -> None:
         self.names = names
@@ -57,7 +65,7 @@ class Metrics(Mapping[str, Tensor]):
 
     @property
     def all_values(self) -> Tensor:
-        """``[M]``: all of them, divided at once when the first is read."""
+        """Return ``[M]``: all values. They are divided together when the first is read."""
         if self._values is None:
             sums = self.sums
             means = tuple(0.0 if name in _EXTREMA or name in _SUMS else 1.0 for name in self.names)
@@ -79,7 +87,9 @@ class Metrics(Mapping[str, Tensor]):
 
     @staticmethod
     def combine(parts: Iterable[Metrics]) -> Metrics:
-        """The metrics of several micro-batches as of one: numerators and denominators add, extrema compare."""
+        """Return the metrics of several micro-batches as those of one. Numerators and
+        denominators add, extrema compare.
+        """
         parts = list(parts)
         if not parts or any(p.names != parts[0].names for p in parts):
             raise InvalidCall("Metrics.combine: expected metrics of calls with one spec, the same names in each.")
@@ -88,12 +98,12 @@ class Metrics(Mapping[str, Tensor]):
         return Metrics(parts[0].names, _reduced(parts[0].names, stacked.sum(0), low, high))
 
     def all_reduce(self, group: Any = None) -> Metrics:
-        """The metrics over all ranks of ``group``."""
+        """Return the metrics over all ranks of ``group``."""
         import torch.distributed as dist
 
         results = []
         for op in (dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX):
-            # NaN stands for "no row here"; it must not win an extremum.
+            # NaN means that there is no row here. It must not win an extremum.
             neutral = {dist.ReduceOp.MIN: math.inf, dist.ReduceOp.MAX: -math.inf}.get(op)
             value = self.sums.clone() if neutral is None else _neutral(self.sums, neutral)
             dist.all_reduce(value, op=op, group=group)
@@ -101,9 +111,11 @@ class Metrics(Mapping[str, Tensor]):
         return Metrics(self.names, _reduced(self.names, *results))
 
     def as_floats(self, names: str = "trl", prefix: str | None = None) -> dict[str, float]:
-        """Plain numbers: the one synchronisation. ``names`` is ``"trl"`` or ``"verl"``.
+        """Return plain numbers. This is the only synchronisation. ``names`` is
+        ``"trl"`` or ``"verl"``.
 
-        ``prefix`` stands before every name. The default is the library's own: none for TRL, ``actor/`` for verl.
+        ``prefix`` is put before every name. The default is that of the library: none
+        for TRL, ``actor/`` for verl.
         """
         if names not in NAMINGS:
             raise InvalidCall(f"Metrics.as_floats: names is {names!r}, expected {' or '.join(map(repr, NAMINGS))}.")
@@ -119,7 +131,10 @@ def _neutral(sums: Tensor, neutral: float) -> Tensor:
 
 
 def _extremum(values: Tensor, there: Tensor, which: str) -> Tensor:
-    """The least or greatest of the values that are there; NaN without any, which a trainer's mean over steps leaves out (TRL)."""
+    """Return the least or greatest of the existing values.
+
+    It is NaN without any, which a trainer's mean over steps leaves out (TRL).
+    """
     end = math.inf if which == "min" else -math.inf
     ended = torch.cat([torch.where(there, values, end), values.new_full((1,), end)])
     return torch.where(there.any(), ended.amin() if which == "min" else ended.amax(), math.nan)
@@ -135,7 +150,11 @@ def _reduced(names: tuple[str, ...], total: Tensor, low: Tensor, high: Tensor) -
 def policy_metrics(
     call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None, more: dict[str, Any] | None = None
 ) -> Metrics:
-    """The metrics of a call from its row statistics; ``by`` are the loss's derivatives by logp and entropy, if known; ``more`` sums to add."""
+    """Return the metrics of a call from its row statistics.
+
+    ``by`` are the loss's derivatives by logp and entropy, if known. ``more`` has sums
+    to add.
+    """
     rows, spec = call.rows, call.spec
     if (fused := _fused(call, leaves, by)) is not None and not more:
         return fused
@@ -174,7 +193,7 @@ def policy_metrics(
     return Metrics(tuple(found), torch.stack(flat).view(-1, 2))
 
 
-#: What a kernel finds, by the name of the metric.
+#: Maps the name of a metric to the name of what a kernel computes.
 _FUSED = {
     "kl": "kl", "entropy": "entropy", "ratio/mean": "ratio", "ratio/max": "largest ratio", "approx_kl": "approx_kl", "weight/mean": "weight",
     "tokens": "tokens", "sequences": "sequences", "rows_skipped": "skipped", "clip_ratio/low_min": "low_min", "clip_ratio/high_max": "high_max",
@@ -182,7 +201,7 @@ _FUSED = {
 
 
 def _fused(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None) -> Metrics | None:
-    """The metrics by a backend's kernels; None if they cannot."""
+    """Return the metrics from a backend's kernels, or None if they cannot compute them."""
     rows, spec = call.rows, call.spec
     monitor = spec.monitor
     if rows.primitives is None or rows.masked is None or monitor is None or by is None or torch.compiler.is_compiling():
@@ -213,7 +232,7 @@ def _fused(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] 
 
 
 def _clip_names(call: LossCall) -> dict[str, str]:
-    """Metric of a clip to what a kernel finds; see :func:`_clip_metrics`."""
+    """Return what a kernel computes for each clip metric; see :func:`_clip_metrics`."""
     cispo, sequences = call.spec.surrogate.name == "cispo", call.rows.sequences is not None
     names = {"cispo_clip_ratio": "high"} if cispo else {f"clip_ratio/{kind}_mean": kind for kind in ("low", "high", "region")}
     if sequences and isinstance(call.spec.ratio, SequenceRatio) and call.adv_per_sequence:
@@ -233,7 +252,8 @@ def _clip_metrics(call: LossCall, low: Tensor, high: Tensor, count: Tensor) -> d
     per_sequence = {kind: rows.sequences.sum(x) / lengths for kind, x in kinds.items()}
     found: dict[str, tuple[Tensor, Any]]
     if isinstance(call.spec.ratio, SequenceRatio) and call.adv_per_sequence:
-        # One ratio and one advantage a sequence: TRL then counts sequences, not tokens.
+        # With one ratio and one advantage per sequence, TRL counts sequences instead of
+        # tokens.
         found = {name: (per_sequence[kind].nan_to_num(0).sum(), rows.sequences.count) for kind, name in names.items()}
     else:
         found = {name: (kinds[kind].sum(), count) for kind, name in names.items()}

@@ -1,7 +1,11 @@
-"""The package's custom ops: the primitives of a backend as ``torch.ops.reweight_ops.*``, with fakes, so that torch.compile sees through.
+"""The package's custom ops.
 
-Every op takes logits of shape ``R + (V,)`` (``drop_last``: one position more), flat ``[N]`` rows, and a backend's name. The mutating ones
-write the gradient over the logits and bump the version counter: an earlier autograd user of the logits then raises.
+They are the primitives of a backend as ``torch.ops.reweight_ops.*``, with fakes, so
+that torch.compile can trace them.
+
+Every op takes logits of shape ``R + (V,)`` (with ``drop_last`` one more position), flat
+``[N]`` rows, and a backend's name. A mutating op writes the gradient over the logits
+and bumps the version counter. An earlier autograd user of the logits then raises.
 """
 
 from __future__ import annotations
@@ -30,13 +34,18 @@ from .memory import empty
 
 _library = Library("reweight_ops", "DEF")  # type: ignore[no-untyped-call]
 
-#: Op to what it runs. A meta tensor's op is its fake; a test that counts what a device runs looks the function up here.
+#: Maps an op to the function that it runs. For a meta tensor that is its fake. A test
+#: that counts what a device runs looks the function up here.
 BODIES: dict[Any, Callable[..., Any]] = {}
 
 
 def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An op for every device. Not ``torch.library.custom_op``: its layers for autograd (ours is in :mod:`.autograd`) and for default
-    arguments are Python too, and cost as much as everything else that a call does."""
+    """Define an op for every device.
+
+    ``torch.library.custom_op`` is not used. Its layers for autograd (ours is in
+    :mod:`.autograd`) and for default arguments are Python too, and cost as much as
+    everything else that a call does.
+    """
     _library.define(name + schema)  # type: ignore[no-untyped-call]
     # A compiled graph that calls the op must not be traced any further.
     _library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -47,13 +56,17 @@ def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable
 
 
 def op(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """The function as an op of its name."""
+    """Return a decorator that defines the function as an op of its name."""
     return lambda function: _define(function.__name__, infer_schema(function, mutates_args=mutates), function, fake)
 
 
 def gradient_ops(name: str, write: Callable[..., Any], fake_rows: Callable[..., Tensor] | None = None) -> tuple[Any, Any]:
-    """The ops ``name``, which gives a new tensor, and ``name_``, which writes over the logits, from ``write(out, logits, ...)``, which writes
-    a gradient to ``out``. Rows that it returns besides, of the shape of ``fake_rows(logits, ...)``, come first."""
+    """Define the ops ``name`` and ``name_`` from ``write(out, logits, ...)``, which
+    writes a gradient to ``out``.
+
+    ``name`` returns a new tensor. ``name_`` writes over the logits. If ``write`` also
+    returns rows, of the shape of ``fake_rows(logits, ...)``, they come first.
+    """
     arguments = infer_schema(write, mutates_args=()).removeprefix("(Tensor out, Tensor logits, ").rpartition(" -> ")[0]
 
     def out_of_place(logits: Tensor, *rest: Any) -> Any:
@@ -92,18 +105,18 @@ def called(defined: Any, *arguments: Any) -> Any:
 
 
 def without_last_position(t: Tensor, drop_last: bool) -> Tensor:
-    """The positions of logits that have an id."""
+    """Return the positions of logits that have an id."""
     return t[..., :-1, :] if drop_last else t
 
 
 def clear_last(out: Tensor, drop_last: bool) -> None:
-    """The gradient of the position that has none."""
+    """Clear the gradient of the position without an id."""
     if drop_last:
         out[..., -1, :].zero_()
 
 
 def row_dtype(logits: Tensor) -> torch.dtype:
-    """What row arithmetic is done in."""
+    """Return the dtype of row arithmetic."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
@@ -115,7 +128,7 @@ def fake_stats(
     return logits.new_empty((len(stats.split(",")), ids.numel()), dtype=row_dtype(logits))
 
 
-#: Statistics that no backend has a kernel for.
+#: Statistics without a kernel in any backend.
 _UNFUSED: dict[str, Callable[[Tensor, Tensor, SoftmaxParams], Tensor]] = {
     MEAN_LOGIT: mean_logit,
     VARIANCE: functools.partial(log_p_moment, VARIANCE),
@@ -146,7 +159,8 @@ def stats_of(
     rows = dict(zip(kernel, found.unbind(), strict=True))
     for name in names:
         if name in _UNFUSED:
-            # As every statistic: 0 in an ignored row, NaN in a row without a distribution.
+            # As with every statistic, it is 0 in an ignored row and NaN in a row
+            # without a distribution.
             value = torch.where(rows["lse"].isnan(), math.nan, _UNFUSED[name](z, temperature, softmax))
             rows[name] = torch.where(ids == IGNORE_INDEX, 0, value)
     if LOGP_LOW in names:
@@ -299,10 +313,12 @@ divergence_loss_grad, divergence_loss_grad_ = gradient_ops("divergence_loss_grad
 def may_overwrite(consume: bool) -> bool:
     """Whether backward may write a gradient over logits: never in a compiled graph.
 
-    There a write becomes a copy, taken with the strides that the logits had when the graph was traced. Inductor may have saved them with others, for
-    it pads rows on GPUs (and may save what backward was to recompute), and then the copy takes wrong elements: a wrong gradient without a word
-    (PyTorch 2.11 and 2.13). What a compiled backward calls therefore gives a new tensor. A write in forward is over a tensor of the same graph,
-    whose strides are kept.
+    There a write becomes a copy with the strides that the logits had when the graph was
+    traced. Inductor may have saved them with other strides, because it pads rows on
+    GPUs (and may save what backward was to recompute). The copy then takes wrong
+    elements, which silently gives a wrong gradient (PyTorch 2.11 and 2.13). Therefore
+    the op that a compiled backward calls returns a new tensor. A write in forward is
+    over a tensor of the same graph, whose strides are kept.
     """
     return consume and not torch.compiler.is_compiling()
 
@@ -319,6 +335,6 @@ def scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
     compiled graph (see :func:`may_overwrite`), where it is arithmetic that the compiler fuses with what comes next."""
     if torch.compiler.is_compiling():
         return (grad.to(row_dtype(grad)) * factor).to(grad.dtype)
-    if grad.device.type != "cpu" or factor.item() != 1:  # on the CPU it is known here, so most calls do not even reach the op
+    if grad.device.type != "cpu" or factor.item() != 1:  # on the CPU the factor is known here, so most calls do not reach the op
         called(scale_, grad, factor, backend)
     return grad

@@ -1,6 +1,8 @@
-"""What a policy loss returns: the loss, detached per-row results, and metrics. What costs extra work is computed when it is first read.
+"""The result of a policy loss: the loss, detached per-row results, and metrics.
 
-An error then if a tensor that it is computed from has been written in place since the call."""
+Results that cost extra work are computed when they are first read. That raises if a
+tensor from which they are computed has been written in place since the call.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from .versions import Versions
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Per-row statistics, shape R, fp32 (fp64 for fp64 logits), 0 where a row is out; what was not asked for is None.
+    """Per-row statistics, shape R, fp32 (fp64 for fp64 logits), 0 in ignored rows. A
+    statistic that was not requested is None.
 
     ``logps`` log-prob of the id · ``entropies`` · ``lse`` log-sum-exp of the scaled logits · ``log_sum_p_sq`` log Σp² · ``max_logp`` log-prob
     of the likeliest token · ``is_top1`` bool: the id is a likeliest token · ``log1m_p`` log(1 - p) of the id, from its log-prob (so its error
@@ -50,11 +53,14 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class PolicyLossOutput:
-    """The result of a policy loss. All but ``loss`` are detached in both plans (unless ``differentiable_outputs=True``).
+    """The result of a policy loss. All fields but ``loss`` are detached in both plans
+    (unless ``differentiable_outputs=True``).
 
-    Shape R, fp32 (fp64 for fp64 logits), 0 where a row is out: ``per_token_logps``, ``entropies`` (None if not known),
-    ``per_token_loss`` (``Σ_k coef_k·u_k·ℓ_k``: before row weights, which are the reduction, ``loss_scale``, ``token_weights`` and
-    ``importance_sampling_ratio``), ``ratio`` (at the spec's level, clamped), ``coef`` (∂loss/∂logp of the total), ``is_clipped`` (bool).
+    These have shape R, are fp32 (fp64 for fp64 logits), and are 0 in ignored rows:
+    ``per_token_logps``; ``entropies`` (None if unknown); ``per_token_loss``, which is
+    ``Σ_k coef_k·u_k·ℓ_k``, before the row weights of reduction, ``loss_scale``,
+    ``token_weights`` and ``importance_sampling_ratio``; ``ratio`` (at the spec's level,
+    clamped); ``coef`` (∂loss/∂logp of the total); ``is_clipped`` (bool).
     """
 
     loss: Tensor
@@ -68,21 +74,26 @@ class PolicyLossOutput:
     _by: tuple[Tensor, Tensor] | None = field(repr=False)
     #: More metrics (sums), from the loss's derivatives by logp and entropy.
     _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False)
-    #: Of what the properties read, and of what the derivatives read besides.
+    #: The versions of the tensors that the properties read, and of those that only the
+    #: derivatives read.
     _versions: tuple[Versions, Versions] | None = field(repr=False)
-    #: The divergences from a teacher, of a loss that has a term of them: ``loss`` holds it, everything else here is the spec's own.
+    #: The divergences from a teacher, if the loss has a term of them. ``loss`` includes
+    #: that term. Everything else here belongs to the spec alone.
     teacher: DistillationLossOutput | None = None
 
     @classmethod
     def later(cls, loss: Tensor, plan: str, backend: str, rest: Callable[[], PolicyLossOutput]) -> PolicyLossOutput:
-        """A result of which only the loss is known yet: ``rest`` gives it whole, and is called when anything else is read."""
+        """Return a result whose loss alone is known yet.
+
+        ``rest`` returns the complete result. It is called when anything else is read.
+        """
         out = object.__new__(cls)
         out.__dict__.update(loss=loss, plan=plan, backend=backend, _rest=rest)
         return out
 
     def __getattr__(self, name: str) -> Any:
         rest = self.__dict__.get("_rest")
-        if rest is None and name in self.__dict__:  # another thread has read it meanwhile
+        if rest is None and name in self.__dict__:  # another thread has read it in the meantime
             return self.__dict__[name]
         if rest is None or name not in self.__dataclass_fields__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -121,7 +132,7 @@ class PolicyLossOutput:
             return self._by
         if torch.compiler.is_exporting():
             raise self._call.rows.unsupported(
-                "torch.export has no derivatives of two_pass, so no coef: return the loss and what else you need."
+                "torch.export has no derivatives of two_pass, so there is no coef: return the loss and the other results that you need."
             )
         return coefficients(self._call, self._leaves)
 
@@ -139,10 +150,15 @@ class PolicyLossOutput:
 
     @computed_once
     def diagnostics(self) -> Metrics:
-        """Which tokens the gradient is due to, how far the sampler is off, what the update does to the entropy; apart from :attr:`metrics`, and
-        computed when first read."""
+        """Diagnostics: which tokens the gradient comes from, how far off the sampler
+        is, and how the update changes the entropy.
+
+        They are apart from :attr:`metrics`, and are computed when first read.
+        """
         if "_call" not in self.__dict__ and "_rest" not in self.__dict__:
-            raise UnsupportedRequest("diagnostics are not among what leaves a compiled graph: read them in the function that is compiled.")
+            raise UnsupportedRequest(
+                "diagnostics are not among the outputs of a compiled graph: read them in the function that is compiled."
+            )
         self._unchanged("diagnostics", derivatives=True)
         return policy_diagnostics(self._call, self._leaves, self._derivatives)
 
@@ -157,7 +173,7 @@ def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def _transformed_gradients(call: LossCall, known: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    # Transforms nest, and torch.compile traces them; of autograd.grad neither is so.
+    # Transforms nest, and torch.compile traces them. Neither is true of autograd.grad.
     found = torch.func.grad(lambda probes: call.evaluate(probes).weighted_loss.sum())(known)
     return found.get("logp"), found.get("entropy")
 

@@ -22,13 +22,18 @@ from .source import MoreMetrics, SourceInfo
 
 @dataclass(frozen=True)
 class PreferenceLossOutput:
-    """The result of a pair loss; all but ``loss`` are detached.
+    """The result of a pair loss. All fields but ``loss`` are detached.
 
-    ``per_pair_loss`` ``[P]``: the weighted terms, 0 where a pair is out. ``weights`` ``[P]`` or None. ``chosen_rewards``, ``rejected_rewards`` ``[P]``:
-    ``β·(log π - log π_ref)`` of the sequence, without a reference ``β·log π``. ``chosen_logps``, ``rejected_logps`` ``[P]``. ``per_token_logps``: R.
-    ``metrics``: TRL's names
-    ``rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected``, and ``weight/mean tokens sequences`` and
-    ``logps/accuracies``: how often the chosen sequence is the likelier one (the ranking accuracy of arXiv:2405.19534).
+    ``per_pair_loss`` ``[P]`` has the weighted terms, 0 in ignored pairs. ``weights`` is
+    ``[P]`` or None. ``chosen_rewards`` and ``rejected_rewards`` ``[P]`` are
+    ``β·(log π - log π_ref)`` of the sequence, or ``β·log π`` without a reference.
+    ``chosen_logps`` and ``rejected_logps`` are ``[P]``, and ``per_token_logps`` has
+    shape R.
+
+    ``metrics`` has TRL's names ``rewards/chosen rewards/rejected rewards/margins
+    rewards/accuracies logps/chosen logps/rejected``, and
+    ``weight/mean tokens sequences``. ``logps/accuracies`` tells how often the chosen
+    sequence is the likelier one (the ranking accuracy of arXiv:2405.19534).
     """
 
     loss: Tensor
@@ -60,7 +65,7 @@ _pytree.register_pytree_node(PreferenceLossOutput, _flatten, _unflatten, seriali
 
 @dataclass(frozen=True)
 class PairCall:
-    """A resolved call: everything but the current policy's statistics."""
+    """A resolved call: everything except the current policy's statistics."""
 
     spec: PairSpec
     rows: Rows
@@ -113,7 +118,10 @@ class PairObjective:
 
 
 def evaluate(call: PairCall, statistics: dict[str, Tensor], backend: str) -> PreferenceLossOutput:
-    """``statistics``: ``logp`` ``[N]``, and ``log_sum_p_sq`` and ``kl`` where the spec reads them; gradients flow to all of them."""
+    """Evaluate the loss from ``statistics``. Gradients flow to all of them.
+
+    They are ``logp`` ``[N]``, and ``log_sum_p_sq`` and ``kl`` if the spec reads them.
+    """
     spec, rows = call.spec, call.rows
     tokens = {name: torch.where(rows.keep, value, 0) for name, value in {**call.tokens, **statistics}.items()}
     if rows.trust is not None:
@@ -130,7 +138,7 @@ def evaluate(call: PairCall, statistics: dict[str, Tensor], backend: str) -> Pre
     per_pair = torch.where(pairs.keep, total, 0)
     count = call.options.num_pairs_in_batch
     rows.check_divisor("num_pairs_in_batch", count)
-    # Of a call without a pair the loss is 0, whatever the divisor.
+    # Without a pair in the call the loss is 0, whatever the divisor is.
     divisor = pairs.keep.sum().clamp(min=1) if count is None else count + (~pairs.keep.any()).to(per_pair.dtype)
     loss = per_pair.sum() / divisor
     scale = call.options.loss_scale

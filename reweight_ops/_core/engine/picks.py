@@ -1,4 +1,4 @@
-"""Which ids of a row, several at once, a call wants the log-probs of: ids that it gives, and the likeliest ones."""
+"""The ids of a row whose log-probs a call needs: given ids, and the likeliest ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from ..backends.shard_picks import merged_picks, pick_states
 from ..calls.picked import check_ids, check_top
 from ..rows.rows import Rows
 
-#: Names of the statistics ``[N, K]``: log-probs, differentiable, and the ids they are of.
+#: The names of the statistics ``[N, K]``: log-probs, which are differentiable, and
+#: their ids.
 PICKED, PICKED_IDS = "picked_logps", "picked_ids"
 
 
 class Picks(NamedTuple):
-    """``given`` ids ``[N, K]``, and then the ``top`` likeliest; ``name`` is what messages call the first."""
+    """The ``given`` ids ``[N, K]``, and then the ``top`` likeliest ids."""
 
     given: Tensor | None = None
     top: int = 0
@@ -36,11 +37,13 @@ class Picks(NamedTuple):
             check_top(rows, "top_k", self.top, vocab_size)
 
     def of(self, logits: Tensor, ids: Tensor, softmax: SoftmaxParams) -> Tensor:
-        """``[N, K + top]`` ids of logits ``R + (V,)``; ``ids`` are the rows' own."""
+        """Return the ``[N, K + top]`` ids for logits ``R + (V,)``. ``ids`` are the
+        targets of the rows.
+        """
         return self.joined(top_ids(logits, ids, self.top, softmax) if self.top else None)
 
     def joined(self, likeliest: Tensor | None) -> Tensor:
-        """The same where the ``top`` likeliest are known."""
+        """Return the same ids where the ``top`` likeliest are known."""
         parts = [t for t in (self.given, likeliest) if t is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 

@@ -1,6 +1,7 @@
-"""The two plans of a loss, and which one a call takes.
+"""The two plans of a loss, and the choice between them.
 
-``one_pass`` is an optimisation of ``two_pass``, never a different result: it needs everything but the row's own statistics beforehand.
+``one_pass`` is an optimisation of ``two_pass`` and never gives a different result. It
+needs everything except the row's own statistics beforehand.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Output = TypeVar("Output", covariant=True)
 
 
 class Choice(NamedTuple):
-    """A plan, a backend, and why not one pass (None when it is one pass)."""
+    """A plan, a backend, and the reason against one pass (None if the plan is one
+    pass).
+    """
 
     plan: str
     backend: str
@@ -32,9 +35,11 @@ class Choice(NamedTuple):
 
 
 class Objective(Protocol[Output]):
-    """A loss bound to a call's data, or just statistics: what becomes of a source's statistics.
+    """A loss bound to a call's data, or the statistics alone: what a source's
+    statistics become.
 
-    ``reads``: the statistics it takes, by name. ``program``: as it crosses the op boundary, None for a loss without.
+    ``reads`` has the names of the statistics that it takes. ``program`` is the form
+    that crosses the op boundary, None for a loss without one.
     """
 
     @property
@@ -44,13 +49,16 @@ class Objective(Protocol[Output]):
     def program(self) -> str | None: ...
 
     def one_pass_unsupported_reason(self, info: SourceInfo, requested: bool) -> str | None:
-        """Why this call, whatever the backend, does not take one pass.
+        """Return why this call does not take one pass on any backend.
 
-        ``requested``: the caller asked for it, which settles the matters of taste.
+        ``requested`` means that the caller asked for one pass. Then reasons of
+        preference do not count.
         """
 
     def work(self) -> Any:
-        """What a fused loss computes: an argument of :meth:`~.source.Source.one_pass`."""
+        """Return what a fused loss computes, an argument of
+        :meth:`~.source.Source.one_pass`.
+        """
 
     def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> Output: ...
 
@@ -67,15 +75,18 @@ def pick(
     one_pass: Primitive | None,
     program: str | None,
 ) -> Choice:
-    """The first backend that runs the loss in one pass, if one is asked for and any does; else the first that has the statistics."""
+    """Return the first backend that runs the loss in one pass, if one pass is requested
+    and a backend can. Otherwise return the first backend that has the statistics.
+    """
 
     def request(primitive: Primitive, decoded: Program | None = None) -> Request:
         other = other_dtype if primitive.startswith("divergence") else None
         return Request(primitive, device, dtype, decoded, other)
 
-    best = None  # the first that serves, with why it takes no one pass
+    best = None  # the first that serves, with the reason against one pass
     for backend in candidates(device, name):
-        # The fallback knows every program, which is no reason to prefer it to a fast backend that needs two passes.
+        # The fallback runs every program. That is no reason to prefer it to a fast
+        # backend that needs two passes.
         if best is not None and load(backend).is_fallback:
             continue
         if any(unsupported_reason(backend, request(primitive)) is not None for primitive in statistics):
@@ -88,13 +99,16 @@ def pick(
         best = best or Choice("two_pass", backend, reason)
     if best is None:
         for primitive in statistics:
-            choose(request(primitive), name)  # raises, with everybody's reason
+            choose(request(primitive), name)  # raises, with the reason of every backend
     assert best is not None
     return best
 
 
 def choose_plan(source: Source, objective: Objective[Any], plan: str, info: SourceInfo | None = None) -> Choice:
-    """The plan and backend of a call, with the reason against one pass. Raises if the plan that was asked for is impossible."""
+    """Return the plan and backend of a call, with the reason against one pass.
+
+    Raises if the requested plan is impossible.
+    """
     op = source.rows.op
     info = info or source.info
     transformed = in_transform()
@@ -122,7 +136,9 @@ def choose_plan(source: Source, objective: Objective[Any], plan: str, info: Sour
 
 
 def unsupported_reasons(info: SourceInfo, choice: Choice, program: str | None) -> dict[str, str | None]:
-    """Every backend, and why it cannot run the chosen plan of a call (None: it can)."""
+    """Return every backend, and why it cannot run the chosen plan of a call (None if it
+    can).
+    """
     if info.backend is None:
         return {}
     if choice.plan == "one_pass":

@@ -1,4 +1,6 @@
-"""Runs a call of a public op: an objective, evaluated on statistics that a source gets from a backend, by a plan."""
+"""Runs a call of a public op: evaluates an objective on the statistics that a source
+gets from a backend, by a plan.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """A call of a public op, resolved. Nothing has been computed, so it can be explained as well as run."""
+    """A resolved call of a public op. Nothing has been computed, so it can be explained
+    as well as run.
+    """
 
     source: Source
     objective: Objective[T]
@@ -25,14 +29,14 @@ class Call(Generic[T]):
 
 @dataclass(frozen=True)
 class Again(Generic[T]):
-    """A call that was made before: ``direct`` may know its result at once, and gives None if it does not."""
+    """A repeated call. ``direct`` returns the result if it can, else None."""
 
     direct: Callable[[], T | None]
     resolve: Callable[[], Call[T]]
 
 
 def run(call: Call[T] | Again[T]) -> T:
-    """The result of a call."""
+    """Return the result of a call."""
     if isinstance(call, Again):
         result = call.direct()
         if result is not None:
@@ -49,7 +53,7 @@ def run(call: Call[T] | Again[T]) -> T:
             result = objective.from_one_pass(loss, table, choice, more)
         else:
             result = objective.from_statistics(source.statistics(objective.reads, choice.backend), choice, more)
-    except BaseException:  # no memory, Ctrl-C, ...: logits that hold a gradient by now, or a part of one, are no logits any more
+    except BaseException:  # no memory, Ctrl-C, ...: the tensor may already hold a gradient, or a part of one, instead of logits
         if source.version() != unwritten:
             source.close()
         raise

@@ -1,4 +1,6 @@
-"""What a sampling mask changes of a source: which primitives it takes, and what its statistics are called on the way."""
+"""The effect of a sampling mask on a source: the primitives that it takes, and the
+internal names of its statistics.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +12,31 @@ from ..calls.sampling_mask import KeptSets
 from ..rows.rows import Rows
 from .picks import PICKED, PICKED_IDS
 
-#: Statistics of one tensor that the kernel of their gradient reads besides.
+#: Statistics of one tensor that the kernel of their gradient also reads.
 _ALWAYS = ("logp", "lse")
 
 
 def primitives(kept: KeptSets | None) -> tuple[tuple[Primitive, ...], Primitive]:
-    """Those that statistics take, and the one that a fused loss takes."""
+    """Return the primitives that statistics take, and the one that a fused loss takes."""
     if kept is None:
         return ("token_stats",), "token_loss_grad"
     return ("packed_stats", "token_stats") if kept.over_vocabulary else ("packed_stats",), "packed_grad"
 
 
 def statistics_of(kept: KeptSets | None, names: tuple[str, ...], rows: Rows) -> tuple[str, ...]:
-    """What is computed for a caller who reads ``names``, picked ids apart."""
+    """Return what is computed for a caller who reads ``names``, without picked ids."""
     found = (*_ALWAYS, *[name for name in names if name not in (*_ALWAYS, PICKED, PICKED_IDS)])
     if kept is None:
         return found
     if PICKED in names or PICKED_IDS in names:
-        raise rows.unsupported("picked ids and their log-probs are of the whole vocabulary: ask for them without sampling_mask.")
+        raise rows.unsupported("picked ids and their log-probs are over the whole vocabulary: request them without sampling_mask.")
     if MEAN_LOGIT in found:
-        raise rows.unsupported("mean_logits is of the whole vocabulary: ask for it without sampling_mask.")
+        raise rows.unsupported("mean_logits is over the whole vocabulary: request it without sampling_mask.")
     return tuple([VOCABULARY + name if name == "entropy" and kept.over_vocabulary else name for name in found])
 
 
 def by_reader(found: dict[str, Tensor], kept: KeptSets | None) -> dict[str, Tensor]:
-    """What was computed, by the names of who reads it."""
+    """Return what was computed, by the names that the caller reads."""
     if kept is None:
         return found
     return {name.removeprefix(VOCABULARY): t for name, t in found.items()}

@@ -1,4 +1,4 @@
-"""What the engine asks of a source: where differentiable row statistics come from."""
+"""The interface of a source, which gives differentiable row statistics."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ MoreMetrics = Callable[[tuple[Tensor, Tensor]], dict[str, Any]]
 
 
 class SourceInfo(NamedTuple):
-    """What a plan depends on of a source. Nothing has been computed.
+    """The facts about a source that a plan depends on. Nothing has been computed.
 
-    ``backend``: what the caller asked for; None for a source that needs none. ``statistics``: the primitives that
-    its statistics take; ``one_pass``: the one that a fused loss takes, None if there is none;
-    ``one_pass_unsupported_reason``: what of this call the fused loss has no gradient for.
+    ``backend`` is the one that the caller requested, None for a source that needs none.
+    ``statistics`` has the primitives that its statistics take. ``one_pass`` is the
+    primitive that a fused loss takes, None if there is none.
+    ``one_pass_unsupported_reason`` tells which gradient of this call the fused loss
+    lacks.
     """
 
     device: torch.device
@@ -34,7 +36,7 @@ class SourceInfo(NamedTuple):
 
 
 class PolicyWork(NamedTuple):
-    """What a fused policy loss computes: a program, and what it reads per row."""
+    """What a fused policy loss computes: a program and its per-row inputs."""
 
     inputs: RowInputs
     params: Tensor
@@ -58,29 +60,33 @@ class Source(Protocol):
     def info(self) -> SourceInfo: ...
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-        """The named row statistics, ``[N]`` each, differentiable to what the source is made of."""
+        """Return the named row statistics, ``[N]`` each, differentiable to the tensors
+        of the source.
+        """
 
     def one_pass(self, work: Any, backend: str) -> tuple[Tensor, Tensor]:
-        """``(loss, table)``: the 0-d loss, whose gradient is formed already, and what the kernel returns per row."""
+        """Return ``(loss, table)``: the 0-d loss, whose gradient exists already, and
+        the kernel's per-row results.
+        """
 
     def more_metrics(self, plan: str) -> MoreMetrics | None:
-        """Metrics of the source beside those of the loss."""
+        """Return metrics of the source, apart from those of the loss."""
 
     def kernel(self, backend: str, device: torch.device) -> str | None:
-        """Which of a backend's several kernels the fused loss takes, and why."""
+        """Return which of a backend's several kernels the fused loss takes, and why."""
 
     def search(self, backend: str) -> str | None:
         """How the likeliest ids are found, if the call asks for some."""
 
     def version(self) -> int:
-        """Of the memory that the call may overwrite."""
+        """Return the version of the memory that the call may overwrite."""
 
     def close(self) -> None:
-        """The call is over."""
+        """Close the source after the call."""
 
 
 class PlainSource:
-    """What a source answers that has no fused loss, no metrics and nothing to close."""
+    """A source without a fused loss, without metrics, and with nothing to close."""
 
     def one_pass(self, work: Any, backend: str) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} has no fused loss")

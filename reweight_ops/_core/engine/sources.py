@@ -1,4 +1,6 @@
-"""The sources that are not made in chunks: one logits tensor, two, stored log-probs, and a formula over rows."""
+"""The sources without chunks: one logits tensor, two, stored log-probs, and a formula
+over rows.
+"""
 
 from __future__ import annotations
 
@@ -28,26 +30,28 @@ from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
 
 
 def _version(logits: Logits) -> int:
-    """Grows when a call has begun to write over the logits; 0 of those that none may."""
+    """Return a number that grows when a call begins to write over the logits. It is 0
+    if no call may.
+    """
     return int(logits.original._version) if logits.consume and not torch.compiler.is_compiling() else 0
 
 
 def one_pass_unsupported_reason(shard: VocabGroup | None, learnt: Tensor | None = None) -> str | None:
-    """What of a source the fused loss cannot have."""
+    """Return what a source has that the fused loss does not support."""
     if shard is not None:
         return vocab_group.WHY_TWO_PASSES
     return temperature.WHY_TWO_PASSES if learnt is not None and temperature.learns(learnt) else None
 
 
 def agreed(
-    shard: VocabGroup, rows: Rows, wanted: tuple[str, ...], needs_grad: bool, picks: Picks | None, kept: KeptSets | None
-) -> VocabShards:
-    """The columns of every rank, which all have the same call."""
+    shard: VocabGroup, rows: Rows, ids: Tensor, wanted: tuple[str, ...], needs_grad: bool, picks: Picks | None, kept: KeptSets | None
+) -> tuple[VocabShards, Tensor]:
+    """The columns of every rank, which all have the same call, and the ids to go on with."""
     picks, lists = picks or Picks(), () if kept is None else (kept.token_ids, kept.bounds)
     asked = (*wanted, picks.top, *(x.size(1) for x in picks.lists), kept is not None)
-    shards = shard.agreed(rows, asked, needs_grad, picks.lists + lists)
+    shards, ids = shard.agreed(rows, ids, asked, needs_grad, picks.lists + lists)
     picks.check(rows, shards.total)
-    return shards
+    return shards, ids
 
 
 def part_of(kept: KeptSets | None, position: Tensor, shards: VocabShards, rows: Rows) -> tuple[KeptSets | None, Tensor]:
@@ -62,16 +66,20 @@ def part_of(kept: KeptSets | None, position: Tensor, shards: VocabShards, rows: 
 
 
 def refuse_transforms(rows: Rows, backend: str) -> None:
-    """Raise where the statistics of a sharded vocabulary would be PyTorch's formula, which knows one rank."""
+    """Raise if the statistics of a sharded vocabulary would be PyTorch's formula, which
+    sees only one rank.
+    """
     if backend == again.TORCH:
         raise rows.unsupported(
-            "process_group: torch.func's transforms differentiate a formula of the whole vocabulary, and here it is in shards."
+            "process_group: torch.func's transforms differentiate a formula of the whole vocabulary, but the vocabulary is in shards."
         )
 
 
 @dataclass(frozen=True)
 class LogitsSource(PlainSource):
-    """Statistics of one logits tensor: of ``STATS`` in :mod:`reweight_ops._core.backends.base`, and of picked ids."""
+    """Statistics of one logits tensor: those of ``STATS`` in
+    :mod:`reweight_ops._core.backends.base`, and those of picked ids.
+    """
 
     logits: Logits
     picks: Picks | None = None
@@ -103,13 +111,12 @@ class LogitsSource(PlainSource):
             return by_reader(known, z.kept)
         return self._statistics(wanted, z.softmax, self._options(backend))
 
-    @torch.compiler.disable
     def _of_shards(self, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         z = self.logits
         assert z.shard is not None
         refuse_transforms(z.rows, backend)
-        shards = agreed(z.shard, z.rows, wanted, z.needs_grad, self.picks, z.kept)
-        kept, ids = part_of(z.kept, z.ids, shards, z.rows)
+        shards, ids = agreed(z.shard, z.rows, z.ids, wanted, z.needs_grad, self.picks, z.kept)
+        kept, ids = part_of(z.kept, ids, shards, z.rows)
         part = replace(self, logits=replace(z, kept=kept, ids=ids))
         return part._statistics(wanted, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards))
 
@@ -170,7 +177,7 @@ class TwoLogitsSource(PlainSource):
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         if self.both.p.shard is not None:
-            values = DivergenceStatistics.apply(*self.tensors, *self.of_shards(DIVERGENCE_STATS, backend))  # type: ignore[no-untyped-call]
+            values = DivergenceStatistics.apply(*self.of_shards(DIVERGENCE_STATS, backend))  # type: ignore[no-untyped-call]
         elif backend == again.TORCH:
             softmaxes, options = self._rest(backend)
             values = again.divergence_stats(self.tensors, softmaxes, options.drop_last)
@@ -178,15 +185,15 @@ class TwoLogitsSource(PlainSource):
             values = DivergenceStatistics.apply(*self.tensors, *self._rest(backend))  # type: ignore[no-untyped-call]
         return dict(zip(("forward_kl", "reverse_kl", "entropy", "other_entropy"), values, strict=True))
 
-    @torch.compiler.disable
-    def of_shards(self, asked: tuple[Any, ...], backend: str) -> tuple[Softmaxes, OpOptions]:
-        """What an op is told beside the tensors where several ranks have the vocabulary, once they have agreed that ``asked`` is asked of all."""
+    def of_shards(self, asked: tuple[Any, ...], backend: str) -> tuple[Any, ...]:
+        """What an op is told where several ranks have the vocabulary, once they have agreed that ``asked`` is asked of all."""
         p = self.both.p
         assert p.shard is not None
         refuse_transforms(p.rows, backend)
-        shards = p.shard.agreed(p.rows, asked, p.needs_grad)
+        shards, ids = p.shard.agreed(p.rows, p.ids, asked, p.needs_grad)
         (_, cap, other_cap), options = self._rest(backend)
-        return (shards.params(cap).vocab_size, cap, other_cap), options._replace(shards=shards)
+        logits, other, _, *temperatures = self.tensors
+        return logits, other, ids, *temperatures, (shards.params(cap).vocab_size, cap, other_cap), options._replace(shards=shards)
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
         loss, table = OnePassDivergence.apply(*self.tensors, *work, *self._rest(backend))  # type: ignore[no-untyped-call]
@@ -211,7 +218,9 @@ class TwoLogitsSource(PlainSource):
 
 @dataclass(frozen=True)
 class JoinedSource(PlainSource):
-    """A source and, under the name ``kl``, the forward divergence of a second one over the same rows."""
+    """A source and, under the name ``kl``, the forward divergence of a second source
+    over the same rows.
+    """
 
     first: LogitsSource
     second: TwoLogitsSource
@@ -238,7 +247,7 @@ class JoinedSource(PlainSource):
 
 @dataclass(frozen=True)
 class LogpsSource(PlainSource):
-    """Statistics that the caller has computed already; ``given`` by name, ``[N]``."""
+    """Statistics that the caller has computed, ``[N]`` each, by name in ``given``."""
 
     rows: Rows
     given: dict[str, Tensor]

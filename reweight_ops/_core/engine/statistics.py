@@ -1,4 +1,4 @@
-"""Statistics as they are: the objective of an op that computes no loss."""
+"""The objective of an op that computes statistics and no loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StatisticsObjective(Generic[T]):
-    """``finish`` makes the op's result of the statistics."""
+    """An objective whose ``finish`` turns the statistics into the op's result."""
 
     reads: tuple[str, ...]
     finish: Callable[[dict[str, Tensor]], T]

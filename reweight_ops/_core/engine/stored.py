@@ -1,7 +1,10 @@
-"""The middle of two_pass as one launch: a pointwise loss on stored row statistics, by a backend's ``evaluate_rows``.
+"""The middle of two_pass as one launch: a pointwise loss on stored row statistics, by a
+backend's ``evaluate_rows``.
 
-The same numbers as :meth:`~reweight_ops._core.calls.policy.LossCall.evaluate`, which PyTorch differentiates, with the derivatives from the same
-evaluation. A compiled graph takes that one, for its compiler fuses it, and so does a loss that is no program.
+It gives the same numbers as :meth:`~reweight_ops._core.calls.policy.LossCall.evaluate`,
+which PyTorch differentiates, and the derivatives from the same evaluation. A compiled
+graph takes that method, because its compiler fuses it. So does a loss that is not a
+program.
 """
 
 from __future__ import annotations
@@ -19,12 +22,15 @@ from ..rows.primitives import is_traced
 from ..spec.ratio import SequenceRatio
 from . import again
 
-#: What a loss is differentiated by, and the outputs of its evaluation.
+#: The statistics by which a loss is differentiated. They name the outputs of its
+#: evaluation.
 _BY = ("logp", "entropy", "log_sum_p_sq", "log_ratio")
 
 
 class _StoredRows(torch.autograd.Function):
-    """``(loss, table)`` of ``evaluate()``, whose table begins with the weighted loss, the loss, and the derivatives by ``statistics``."""
+    """``(loss, table)`` of ``evaluate()``. The table begins with the weighted loss, the
+    loss, and the derivatives by ``statistics``.
+    """
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, moving: tuple[bool, ...], call: LossCall, *statistics: Tensor | None) -> Tensor:
@@ -40,7 +46,8 @@ class _StoredRows(torch.autograd.Function):
             return (None,) * (3 + len(ctx.moving))
         table, *statistics = ctx.saved_tensors
         if again.wants_graph():
-            # The formula from the statistics alone: the ratio is among what follows from the log-probs.
+            # The formula takes the statistics alone. The ratio follows from the
+            # log-probs.
             return None, None, None, *again.gradient(_formula(ctx.call), statistics[:-1], (upstream,)), None
         begin = at[0]
         scaled = table[2 + begin : 3 + at[-1]] * upstream
@@ -56,10 +63,12 @@ def _formula(call: LossCall) -> Callable[..., tuple[Tensor]]:
 
 
 def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor, bool] | None:
-    """``(loss, table, total)`` from differentiable statistics; None if the backend or the loss has no such evaluation.
+    """Return ``(loss, table, total)`` from differentiable statistics, or None if the
+    backend or the loss has no such evaluation.
 
-    The table's rows are the weighted loss, the loss and the derivatives by logp, entropy and log_sum_p_sq: ``total`` says whether those
-    through the ratio are among them.
+    The table's rows are the weighted loss, the loss and the derivatives by logp,
+    entropy and log_sum_p_sq. ``total`` tells whether these include the path through the
+    ratio.
     """
     program, rows, found = call.spec.stored_program, call.rows, load(backend)
     if program is None or found.evaluate_rows is None or found.is_fallback or not rows.count:

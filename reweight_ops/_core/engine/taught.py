@@ -1,4 +1,4 @@
-"""A policy loss with a term that holds the policy to a teacher: one objective of two."""
+"""A policy loss with a term that keeps the policy near a teacher: one objective of two."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .plan import Choice
 from .policy import PolicyObjective
 from .source import DivergenceWork, MoreMetrics, PolicyWork, SourceInfo
 
-#: What stands before the names of the statistics that are divergences from a teacher.
+#: The prefix of the statistics that are divergences from a teacher.
 TEACHER = "teacher "
 
 
@@ -28,7 +28,9 @@ class TaughtWork(NamedTuple):
 
 @dataclass(frozen=True)
 class TaughtObjective:
-    """``policy + teacher``: the weights of the teacher's loss hold its coefficient."""
+    """The objective ``policy + teacher``. The weights of the teacher's loss include its
+    coefficient.
+    """
 
     policy: PolicyObjective
     teacher: DistillationObjective

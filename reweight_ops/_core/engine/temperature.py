@@ -1,6 +1,8 @@
-"""The gradient by the temperature, of statistics that are differentiable to the logits already: sums over the vocabulary that other statistics hold.
+"""The gradient by the temperature of statistics that are already differentiable to the
+logits.
 
-With x = z/T every statistic s has ``ds/dT = -1/T·Σ_v x_v·ds/dx_v``, which is in terms of the row's statistics::
+The sums over the vocabulary that it needs are themselves statistics. With x = z/T every
+statistic s has ``ds/dT = -1/T·Σ_v x_v·ds/dx_v``. In terms of the row's statistics::
 
     logp           -(logp + H)/T                 lse            -(lse - H)/T
     entropy        Var_p(log p)/T                log_sum_p_sq   -2·(Σ p²·log p / Σ p² + H)/T
@@ -19,7 +21,7 @@ from ..backends.log_p_moments import MEAN_BY_P_SQ, VARIANCE
 from . import again
 from .picks import PICKED
 
-#: Statistic to what its derivative reads besides.
+#: Maps a statistic to the further statistics that its derivative reads.
 _READS = {
     "logp": ("entropy",), "lse": ("entropy",), "entropy": (VARIANCE,), "log_sum_p_sq": ("entropy", MEAN_BY_P_SQ), PICKED: ("entropy",),
     f"{VOCABULARY}entropy": (VOCABULARY + VARIANCE,),
@@ -29,12 +31,16 @@ WHY_TWO_PASSES = "temperature requires grad"
 
 
 def learns(temperature: Tensor) -> bool:
-    """Whether a gradient by it is asked for."""
+    """Return whether a gradient by the temperature is needed."""
     return torch.is_grad_enabled() and temperature.requires_grad
 
 
 def with_reads(names: tuple[str, ...], temperature: Tensor, picked: bool = False) -> tuple[str, ...]:
-    """``names``, and what the derivatives by the temperature read where they are asked for: of these, and with ``picked`` of picked ids' log-probs."""
+    """Return ``names``, and the statistics that the derivatives by the temperature read
+    if those are needed.
+
+    With ``picked`` the derivatives of the log-probs of picked ids are included.
+    """
     if not learns(temperature):
         return names
     moving = (*names, PICKED) if picked else names
@@ -42,7 +48,9 @@ def with_reads(names: tuple[str, ...], temperature: Tensor, picked: bool = False
 
 
 def differentiable(found: dict[str, Tensor], names: tuple[str, ...], temperature: Tensor) -> dict[str, Tensor]:
-    """The statistics ``names`` of ``found``, differentiable to the temperature ``[1]`` or ``[N]`` too."""
+    """Return the statistics ``names`` of ``found``, differentiable to the temperature
+    ``[1]`` or ``[N]`` too.
+    """
     if not learns(temperature):
         return found
     moving = tuple(name for name in names if name in _READS)
@@ -52,7 +60,7 @@ def differentiable(found: dict[str, Tensor], names: tuple[str, ...], temperature
 
 
 class _ByTemperature(torch.autograd.Function):
-    """The statistics as they are; backward adds the temperature's gradient to theirs."""
+    """The unchanged statistics. Backward adds the temperature's gradient to theirs."""
 
     @staticmethod
     def forward(ctx: Any, temperature: Tensor, names: tuple[str, ...], reads: dict[str, Tensor], *values: Tensor) -> tuple[Tensor, ...]:
@@ -65,7 +73,7 @@ class _ByTemperature(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if again.wants_graph():
             raise UnsupportedRequest(
-                "create_graph=True asks for second derivatives where the temperature requires grad: torch.func (grad, hessian) has them."
+                "create_graph=True asks for second derivatives, but the temperature requires grad: torch.func (grad, hessian) has them."
             )
         temperature, *reads = ctx.saved_tensors
         derivatives = _derivatives_of(dict(zip(ctx.reads, reads, strict=True)))
@@ -78,7 +86,7 @@ class _ByTemperature(torch.autograd.Function):
 
 
 def _derivatives_of(s: dict[str, Tensor]) -> dict[str, Any]:
-    """``T·ds/dT`` of every statistic, evaluated when it is called."""
+    """Return functions that evaluate ``T·ds/dT`` of every statistic."""
     return {
         "logp": lambda: -(s["logp"] + s["entropy"]),
         "lse": lambda: s["entropy"] - s["lse"],

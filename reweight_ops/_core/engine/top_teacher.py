@@ -1,4 +1,6 @@
-"""Divergences from a teacher of which a few log-probs a row are stored: what is left of the vocabulary is one bucket, or left out."""
+"""Divergences from a teacher with a few stored log-probs per row. The rest of the
+vocabulary is one bucket, or left out.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ from .sources import LogitsSource
 
 @dataclass(frozen=True)
 class TopTeacherSource(PlainSource):
-    """Divergences of the student ``p``, whose picks are the teacher's ids: those of :class:`~.sources.TwoLogitsSource`, and with ``beta`` the JSD."""
+    """Divergences of the student ``p``, whose picks are the teacher's ids.
+
+    They are those of :class:`~.sources.TwoLogitsSource`, and with ``beta`` the JSD.
+    """
 
     p: LogitsSource | HiddenSource
     teacher: TopTeacher
@@ -51,13 +56,17 @@ class TopTeacherSource(PlainSource):
 
 
 def buckets(logps: Tensor, listed: Tensor, tail: str) -> Tensor:
-    """Log-probs ``[N, K]`` of the ids that are listed, ``-inf`` in the others. ``tail``: what becomes of the rest of the vocabulary: ``[N, K + 1]`` with it
-    as one bucket, or the list as a distribution of its own, or no part of the sums."""
+    """Return the log-probs ``[N, K]`` of the listed ids, ``-inf`` in the others.
+
+    ``tail`` says what becomes of the rest of the vocabulary. It is one bucket, which
+    makes ``[N, K + 1]``; or the list becomes a distribution of its own; or the rest is
+    not in the sums.
+    """
     inside = torch.where(listed, logps, -torch.inf)
     if tail == "ignore":
         return inside
     empty = ~(inside > -torch.inf).any(-1, keepdim=True) & ~inside.isnan().any(-1, keepdim=True)
-    # Where nothing is listed a logsumexp would have a gradient of NaN.
+    # If nothing is listed, a logsumexp would have a gradient of NaN.
     mass = torch.where(empty, 0, inside).logsumexp(-1, keepdim=True)
     if tail == "renormalize":
         return torch.where(empty, -torch.inf, inside - mass)

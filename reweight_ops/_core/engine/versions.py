@@ -1,4 +1,7 @@
-"""What a result is computed from when it is first read must be what it was in the call: version counters of tensors that are the caller's memory."""
+"""Version counters of the caller's tensors.
+
+A result that is computed at its first read needs its tensors as they were in the call.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class Versions:
         return Versions, ()  # a copy has tensors of its own
 
     def check(self, what: str) -> None:
-        """Raise if one has been written since."""
+        """Raise if a tensor has been written since the call."""
         for name, tensor, version in self._seen:
             if tensor._version != version:
                 raise ReweightOpsError(
@@ -40,7 +43,11 @@ class Versions:
 
 
 def versions_of(call: LossCall, leaves: dict[str, Tensor], per_token_loss: Tensor) -> tuple[Versions, Versions] | None:
-    """Of what every later result reads, and of what only the loss's derivatives read besides. None in a graph, where all is read at once."""
+    """Return the versions of the tensors that every later result reads, and of those
+    that only the loss's derivatives read.
+
+    It is None in a graph, where everything is read at once.
+    """
     if torch.compiler.is_compiling():
         return None
     read = (

@@ -1,1 +1,1 @@
-"""One formula: written, traced, derived, interpreted, printed."""
+"""Formulas: writing, tracing, differentiating, interpreting and printing them."""

@@ -1,11 +1,15 @@
-"""Partial derivatives of a traced formula: forward mode, one leaf at a time, sharing nodes with the value.
+"""Partial derivatives of a traced formula, in forward mode, one leaf at a time.
 
-Two things keep the result finite where the formula is. A branch that is not taken is dropped by a *select*, and the select is
-always the last step: ``where(c, dx, 0)`` times a factor that may be infinite becomes ``where(c, dx * factor, 0)``, never
-``0 * inf``. And slopes that are small differences are not formed as such: ``sigmoid'(x) = sigmoid(x) * sigmoid(-x)``.
+The derivatives share nodes with the value.
 
-Conventions: ``clip`` passes the gradient on its bounds, ``abs`` has slope 0 at 0, a tie of ``minimum`` or ``maximum`` goes to
-the first argument, a comparison has no slope.
+Two things keep the result finite where the formula is finite. A *select* drops a branch
+that is not taken, and the select is always the last step: ``where(c, dx, 0)`` times a
+factor that may be infinite becomes ``where(c, dx * factor, 0)``, never ``0 * inf``. A
+slope that is a small difference is not computed as a difference: ``sigmoid'(x) =
+sigmoid(x) * sigmoid(-x)``.
+
+Conventions: ``clip`` passes the gradient on its bounds. ``abs`` has slope 0 at 0. A tie
+of ``minimum`` or ``maximum`` goes to the first argument. A comparison has no slope.
 """
 
 from __future__ import annotations
@@ -84,7 +88,10 @@ def select(condition: Expr, a: Expr, b: Expr) -> Expr:
 
 
 def _through(slope: Expr, factor: Expr, combine: Callable[[Expr, Expr], Expr] = mul) -> Expr:
-    """``slope * factor`` (or ``/``), where a slope that a select has made 0 stays 0 even if the factor is infinite."""
+    """Return ``slope * factor`` (or ``/``).
+
+    A slope that a select has made 0 stays 0 even if the factor is infinite.
+    """
     if slope.op == "where":
         condition, a, b = slope.args
         return select(condition, _through(a, factor, combine), _through(b, factor, combine))
@@ -95,7 +102,9 @@ def _through(slope: Expr, factor: Expr, combine: Callable[[Expr, Expr], Expr] = 
 
 
 def _saturating(slope: Expr, factor: Expr) -> Expr:
-    """The same for a factor that becomes 0 in rounding, where the slope may have overflowed."""
+    """Return ``slope * factor`` where the factor may round to 0 and the slope may have
+    overflowed.
+    """
     result = _through(slope, factor)
     if any(x.op in ("exp", "expm1") for x in walk(slope)):
         return select(slope.graph.arithmetic("eq", factor, 0.0), slope.graph.const(0.0), result)
@@ -103,7 +112,9 @@ def _saturating(slope: Expr, factor: Expr) -> Expr:
 
 
 class Derivative:
-    """d/d``variable`` of the nodes of one graph, where the nodes ``fixed`` do not depend on it."""
+    """Differentiate the nodes of one graph by ``variable``. The nodes ``fixed`` do not
+    depend on it.
+    """
 
     def __init__(self, variable: Expr, fixed: tuple[Expr, ...] = ()) -> None:
         zero, one = variable.graph.const(0.0), variable.graph.const(1.0)
@@ -160,7 +171,10 @@ class Derivative:
 
 
 def value_of(root: Expr) -> Expr:
-    """``a + stop(b - a)``, the straight-through idiom, becomes ``b``: the sum would lose b's digits to a's."""
+    """Rewrite ``a + stop(b - a)``, the straight-through idiom, as ``b``.
+
+    The sum would lose the digits of b where a is larger.
+    """
     memo: dict[int, Expr] = {}
     for x in walk(root):
         operands = [memo[a.index] if isinstance(a, Expr) else a for a in x.args]
@@ -171,11 +185,13 @@ def value_of(root: Expr) -> Expr:
 
 
 def value(traced: Traced) -> Expr:
-    """The formula's value; see :func:`value_of`."""
+    """Return the formula's value; see :func:`value_of`."""
     return value_of(traced.result)
 
 
 def derive(traced: Traced) -> dict[str, Expr]:
-    """The partial derivative of the formula by each of :data:`~reweight_ops._core.formula.base.DIFFERENTIABLE_LEAVES`."""
+    """Return the partial derivative of the formula by each of
+    :data:`~reweight_ops._core.formula.base.DIFFERENTIABLE_LEAVES`.
+    """
     graph = traced.result.graph
     return {leaf: Derivative(graph.node("leaf", leaf))(traced.result) for leaf in DIFFERENTIABLE_LEAVES}

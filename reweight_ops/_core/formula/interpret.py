@@ -1,4 +1,6 @@
-"""Evaluate a traced expression graph on tensors: the kernels' arithmetic in torch."""
+"""Evaluate a traced expression graph on tensors. This is the arithmetic of the kernels
+in torch.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def evaluate(roots: Sequence[Expr], leaves: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[Tensor]:
-    """The values of ``roots``: ``leaves`` are ``[N]``, ``parameters`` 0-d, all of one dtype."""
+    """Return the values of ``roots``.
+
+    ``leaves`` are ``[N]`` and ``parameters`` are 0-d. All have one dtype.
+    """
     like = next(iter(leaves.values()))
     xp = TorchNamespace(like.dtype)
     values: dict[int, Tensor] = {}

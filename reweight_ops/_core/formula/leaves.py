@@ -1,18 +1,19 @@
-"""A token's fields as a formula sees them, with harmless values where a term does not select the row."""
+"""The fields of a token that a formula reads. Unselected rows get harmless values."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: What a row that a term does not select is evaluated at: finite for every rule, so that its discarded derivative is no NaN.
+#: Placeholder fields of unselected rows. Every rule must be finite here:
+#: ``torch.where`` discards the value, but a NaN gradient would survive it.
 _SAFE = {
     "logp": -1.0, "old_logp": -1.0, "log_ratio": 0.0, "ref_logp": -1.0, "sampling_logp": -1.0, "adv": 1.0, "entropy": 1.0, "log_sum_p_sq": -1.0,
 }  # fmt: skip
 
 
 class Leaves:
-    """What a formula reads of its tokens: attributes ``[N]``."""
+    """The fields that a formula reads, as attributes ``[N]``."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         self.values = values
@@ -24,5 +25,5 @@ class Leaves:
 
 
 def safe_where(selected: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The leaves with harmless values in the rows that are not selected."""
+    """Return the leaves with harmless values in the rows that are not selected."""
     return {name: torch.where(selected, value, _SAFE[name]) for name, value in values.items()}

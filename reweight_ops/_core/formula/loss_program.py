@@ -1,7 +1,9 @@
-"""A whole pointwise loss as one expression graph, with its derivatives: what every backend evaluates per row.
+"""A whole pointwise loss and its derivatives as one expression graph, which every
+backend evaluates per row.
 
-:class:`Program` names a loss by the texts of its formulas. :func:`loss_graph` composes them: PyTorch interprets
-the graph, Triton prints it, C++ and CUDA interpret it from a table (:mod:`.table`).
+:class:`Program` names a loss by the texts of its formulas. :func:`loss_graph` composes
+them into a graph. PyTorch interprets the graph, Triton prints it, and C++ and CUDA
+interpret it from a table (:mod:`.table`).
 """
 
 from __future__ import annotations
@@ -20,21 +22,24 @@ from .trace import Expr, Graph, trace_rule, trace_weight, walk
 #: The row statistics through which a gradient reaches the logits.
 STATISTICS = ("logp", "entropy", "log_sum_p_sq")
 
-#: What a one-pass kernel computes per row: the two losses, and the derivatives of the first by :data:`STATISTICS`.
+#: The outputs of a one-pass kernel per row: the two losses, and the derivatives of the
+#: first by :data:`STATISTICS`.
 ONE_PASS = ("weighted_loss", "loss", *(f"d_{name}" for name in STATISTICS))
 
 
 class Program(NamedTuple):
-    """A pointwise loss, by the texts of its formulas (:mod:`.text`): hashable, and never a rule's name.
+    """A pointwise loss, given by the texts of its formulas (:mod:`.text`).
 
-    With ``log_ratio = clip(logp - old_logp, clamp_low, clamp_high)``, without gradient outside of the bounds::
+    It is hashable and never contains a rule's name. ``log_ratio`` is ``clip(logp -
+    old_logp, clamp_low, clamp_high)``; outside of the bounds it has no gradient::
 
         loss          = sum_k coef_k * u_k * rule_k(leaves)            u_0 = product of all weights, u_k = product of scope "all"
         weighted_loss = sum_k w_k * coef_k * u_k * rule_k(leaves)      w_k: the row weight of term k, an input
 
-    A term whose ``w_k * coef_k * u_k`` is 0 contributes exactly 0 (never ``0 * inf``) to each of them and to every
-    derivative. ``params`` is one vector: ``[clamp_low, clamp_high, (coef_k, fields of rule k)..., (fields of weight
-    j)...]``. Term 0 is the surrogate.
+    A term whose ``w_k * coef_k * u_k`` is 0 contributes exactly 0 (never ``0 * inf``)
+    to each loss and to every derivative. ``params`` is one vector: ``[clamp_low,
+    clamp_high, (coef_k, fields of rule k)..., (fields of weight j)...]``. Term 0 is the
+    surrogate.
     """
 
     terms: tuple[str, ...]
@@ -42,14 +47,19 @@ class Program(NamedTuple):
 
     @classmethod
     def of(cls, rules: Iterable[type[Rule] | str], weights: Iterable[tuple[type[TokenWeight] | str, str]] = ()) -> Program:
-        """The program of rules and of (weight, scope), each a class or the name of a registered one."""
+        """Return the program of these rules and of these pairs (weight, scope).
+
+        Each rule and each weight is a class or the name of a registered one.
+        """
         classes = [RULES[r] if isinstance(r, str) else r for r in rules]
         scoped = [(WEIGHTS[w] if isinstance(w, str) else w, scope) for w, scope in weights]
         terms = tuple(write_formula(trace_rule(c)) for c in classes)
         return cls(terms, tuple((write_formula(trace_weight(c)), scope) for c, scope in scoped))
 
     def encode(self) -> str:
-        """As one string, which is what crosses the boundary of a custom op."""
+        """Return the program as one string, which can cross the boundary of a custom
+        op.
+        """
         return f"{','.join(self.terms)}|{','.join(f'{scope}={text}' for text, scope in self.weights)}"
 
     @staticmethod
@@ -65,15 +75,21 @@ def _is_zero(node: Expr) -> bool:
 
 
 class LossGraph:
-    """The outputs of a loss by name, each a node of one graph.
+    """The outputs of a loss by name. Each is a node of one graph.
 
-    ``weighted_loss`` and ``loss``; ``d_<leaf>``, the derivative of the weighted loss by a leaf, ``d_logp`` and
-    ``d_old_logp`` through the ratio too; ``d_w<k>``, that by the row weight of term ``k``. Leaves are those of a
-    formula and ``w0, w1, ...``, the row weights; parameters are ``p0, p1, ...``. A row whose ``logp`` is NaN has a
-    NaN loss and ``d_logp`` if any term selects it, whatever the comparisons of a rule make of a NaN, and so has a row
-    whose loss is NaN; a statistic that is NaN makes its own derivative NaN where the loss has one.
+    The outputs are ``weighted_loss``, ``loss``, ``d_<leaf>`` and ``d_w<k>``.
+    ``d_<leaf>`` is the derivative of the weighted loss by a leaf; ``d_logp`` and
+    ``d_old_logp`` include the path through the ratio. ``d_w<k>`` is its derivative by
+    the row weight of term ``k``. Leaves are those of a formula and ``w0, w1, ...``, the
+    row weights. Parameters are ``p0, p1, ...``.
 
-    ``given_ratio``: ``log_ratio`` is a leaf like any other, with a derivative of its own.
+    If any term selects a row whose ``logp`` is NaN, its loss and ``d_logp`` are NaN,
+    whatever the comparisons of a rule make of a NaN. The same holds for a row whose
+    loss is NaN. A statistic that is NaN makes its own derivative NaN where the loss has
+    one.
+
+    With ``given_ratio``, ``log_ratio`` is a leaf like any other and has a derivative of
+    its own.
     """
 
     def __init__(self, program: Program, given_ratio: bool = False) -> None:
@@ -87,7 +103,8 @@ class LossGraph:
 
         low, high = parameter(), parameter()
         raw = self._leaf("logp") - self._leaf("old_logp")
-        # Both comparisons are false for a NaN, which has to reach the loss and the gradient.
+        # Both comparisons are false for a NaN. The NaN must reach the loss and the
+        # gradient.
         self._clamped = None if given_ratio else (raw < low) | (high < raw)
         self._ratio = self._leaf("log_ratio") if given_ratio else g.arithmetic("clip", raw, low, high)
 
@@ -111,7 +128,7 @@ class LossGraph:
     def _compose(self, rules: list[tuple[Expr, Expr]], weights: list[tuple[Expr, str]]) -> None:
         zero = self.graph.const(0.0)
         self._weighted = self._loss = zero
-        self._off: list[Expr] = []  # per term: whether it selects zero
+        self._off: list[Expr] = []  # per term, whether it selects zero
         for k, (factor, rule) in enumerate(rules):
             for u, scope in weights:
                 factor = factor * u if k == 0 or scope == "all" else factor
@@ -148,15 +165,15 @@ class LossGraph:
         return slope
 
     def reads(self, outputs: Iterable[str] = ONE_PASS) -> frozenset[str]:
-        """The leaves that these outputs depend on."""
+        """Return the leaves that these outputs depend on."""
         return frozenset(x.args[0] for x in walk(*(self[name] for name in outputs)) if x.op == "leaf")
 
     def moves(self, name: str) -> bool:
-        """Whether the weighted loss can depend on a leaf, by its formulas."""
+        """Return whether the formulas let the weighted loss depend on a leaf."""
         return not _is_zero(self[f"d_{name}"])
 
 
 @functools.lru_cache(maxsize=512)
 def loss_graph(program: Program, given_ratio: bool = False) -> LossGraph:
-    """The graph of a program, composed once."""
+    """Return the graph of a program. It is composed once."""
     return LossGraph(program, given_ratio)

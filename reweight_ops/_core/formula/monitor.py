@@ -1,4 +1,7 @@
-"""What the metrics of a loss evaluate in every row: which tokens the surrogate clips, and the divergence from the reference model."""
+"""The formulas that the metrics of a loss evaluate in every row.
+
+They tell which tokens the surrogate clips, and the divergence from the reference model.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ from .trace import Expr, Graph, trace_clip, trace_rule
 
 
 class Monitor(NamedTuple):
-    """By the texts of formulas, like a :class:`~.loss_program.Program`, whose ``params`` it reads.
+    """The texts of the monitored formulas. They read the ``params`` of a
+    :class:`~.loss_program.Program`.
 
-    ``clip``: below and above, 1 or 0, of the surrogate; None if it does not clip. ``kl``: a penalty's rule, and where its fields begin.
+    ``clip`` has the two formulas of the surrogate, below and above, each 1 or 0; it is
+    None if the surrogate does not clip. ``kl`` has a penalty's rule and the place where
+    its fields begin.
     """
 
     clip: tuple[str, str] | None = None
@@ -21,7 +27,11 @@ class Monitor(NamedTuple):
 
     @classmethod
     def of(cls, rules: Sequence[type[Rule]]) -> Monitor:
-        """Of the rules of a loss, the surrogate first. TypeError or AttributeError if a formula is none that a kernel can evaluate."""
+        """Return the monitor of the rules of a loss. The surrogate is the first rule.
+
+        Raises TypeError or AttributeError if a kernel cannot evaluate one of the
+        formulas.
+        """
         clip = trace_clip(rules[0])
         first = 3  # after the bounds of the ratio and the surrogate's coefficient
         at, kl = first + len(rules[0].parameter_names()), None
@@ -32,7 +42,10 @@ class Monitor(NamedTuple):
         return cls(None if clip is None else (write_formula(clip[0]), write_formula(clip[1])), kl)
 
     def graph(self) -> list[Expr]:
-        """``[low, high, kl]`` as nodes of one graph; 0 for what there is not. Leaves are a formula's, parameters ``p0, p1, ...``."""
+        """Return ``[low, high, kl]`` as nodes of one graph. An absent formula is 0.
+
+        Leaves are those of a formula. Parameters are ``p0, p1, ...``.
+        """
         g = Graph()
         zero = g.const(0.0)
 

@@ -1,7 +1,9 @@
-"""``xp`` for torch: the functions that a formula may use, with the conventions every backend shares.
+"""The torch ``xp``: the functions that a formula may use, with the conventions that
+every backend shares.
 
-The traced namespace of :mod:`reweight_ops.codegen` has exactly these names. Ties: ``minimum`` and ``maximum`` of two equal
-arguments may split the gradient (torch) or send it to the first (generated code), so a rule must not depend on it; ``clip``
+The traced namespace of :mod:`reweight_ops.codegen` has exactly these names. The
+gradient of ``minimum`` and ``maximum`` of two equal arguments may be split (torch) or
+may go to the first argument (generated code), so a rule must not depend on it. ``clip``
 passes the gradient on the bounds.
 """
 
@@ -16,19 +18,25 @@ from torch import Tensor
 
 from ..transforms import in_transform
 
-#: The closed vocabulary of ``xp``, besides arithmetic, comparison and ``& | ~`` of comparisons.
+#: The functions of ``xp``. A formula may use nothing else but arithmetic, comparisons,
+#: and ``& | ~`` of comparisons.
 FUNCTIONS = (
     "exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs", "minimum", "maximum", "clip", "where", "stop_gradient", "straight_through",
 )  # fmt: skip
 
 
 def _unary(of_tensor: Callable[[Tensor], Tensor], of_number: Callable[[float], float]) -> Any:
-    """A function of a value of the token, or of a hyper-parameter that is a number."""
+    """Return a function of a token's value or of a hyper-parameter that is a number."""
     return staticmethod(lambda x: of_tensor(x) if isinstance(x, Tensor) else of_number(x))
 
 
 class _Exponential(torch.autograd.Function):
-    """``exp`` (``shift`` 0) or ``expm1`` (1) whose gradient is 0 where nothing is to pass, also where it has overflowed: ``0·inf`` selects zero."""
+    """``exp`` (``shift`` 0) or ``expm1`` (``shift`` 1) with a gradient that survives
+    overflow.
+
+    The gradient is 0 where the upstream gradient is 0, even if the function has
+    overflowed: ``0·inf`` selects zero.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: int) -> Tensor:
@@ -44,7 +52,7 @@ class _Exponential(torch.autograd.Function):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The second argument, with the gradient of the first."""
+    """Return the second argument with the gradient of the first."""
 
     @staticmethod
     def forward(ctx: Any, slope: Tensor, value: Tensor) -> Tensor:
@@ -58,7 +66,8 @@ class _StraightThrough(torch.autograd.Function):
 class TorchNamespace:
     """The reference implementation of ``xp`` in one floating dtype; autograd differentiates it.
 
-    ``unbounded``: arguments of ``exp`` may overflow, and a gradient that a clip has stopped is 0 all the same, as in kernels.
+    With ``unbounded``, arguments of ``exp`` may overflow. A gradient that a clip has
+    stopped is still 0, as in the kernels.
     """
 
     log = _unary(torch.log, math.log)
@@ -85,7 +94,8 @@ class TorchNamespace:
         return torch.expm1(x) if shift else torch.exp(x)
 
     def _lift(self, value: Any, device: torch.device) -> Tensor:
-        # Without the dtype a literal such as 1.05 would be rounded to fp32 inside an fp64 reference.
+        # Without the dtype, a literal such as 1.05 would be rounded to fp32 inside an
+        # fp64 reference.
         return value if isinstance(value, Tensor) else torch.full((), value, dtype=self.dtype, device=device)
 
     def _pair(self, a: Any, b: Any) -> tuple[Tensor, Tensor]:
@@ -99,14 +109,14 @@ class TorchNamespace:
         return a.clamp(min=b) if isinstance(b, (int, float)) else torch.maximum(*self._pair(a, b))
 
     def clip(self, x: Any, low: Any, high: Any) -> Any:
-        if not isinstance(x, Tensor):  # a hyper-parameter that is a number, as the bounds are then
+        if not isinstance(x, Tensor):  # a hyper-parameter that is a number; the bounds are numbers too
             return min(max(x, low), high)
         if isinstance(low, Tensor) or isinstance(high, Tensor):
             low, high = self._lift(low, x.device), self._lift(high, x.device)
         return torch.clamp(x, low, high)
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
-        if isinstance(condition, bool):  # of hyper-parameters that are numbers
+        if isinstance(condition, bool):  # the hyper-parameters are numbers
             return a if condition else b
         return torch.where(condition, self._lift(a, condition.device), self._lift(b, condition.device))
 
@@ -116,5 +126,6 @@ class TorchNamespace:
     def straight_through(self, slope: Tensor, value: Tensor) -> Any:
         if in_transform():
             return slope + (value - slope).detach()
-        # Not as this sum, which is NaN where the slope's formula is infinite.
+        # The sum ``slope + stop(value - slope)`` would be NaN where the slope's formula
+        # is infinite.
         return _StraightThrough.apply(slope, value)  # type: ignore[no-untyped-call]

@@ -13,7 +13,11 @@ from .trace import Expr, unstopped, walk
 
 
 class Language(NamedTuple):
-    """``templates``: op to format string; an operand of an infix template is put in parentheses if it is infix itself."""
+    """How a language writes expressions.
+
+    ``templates`` maps an op to a format string. An infix operand of an infix template
+    is put in parentheses.
+    """
 
     templates: Mapping[str, str]
     infix: frozenset[str]
@@ -22,7 +26,7 @@ class Language(NamedTuple):
     infinity: str
     leaf: str
     reserved: frozenset[str]
-    alone: str = "{}"  # a number where the language does not know its type from another operand
+    alone: str = "{}"  # how to write a number whose type no other operand tells
 
     def constant(self, value: float) -> str:
         if math.isnan(value):
@@ -32,18 +36,25 @@ class Language(NamedTuple):
         return self.number.format(repr(float(value)))
 
     def local(self, name: str) -> str:
-        """The variable of a hyper-parameter: its own name, unless that means something else in the generated function."""
+        """Return the variable of a hyper-parameter.
+
+        It has the hyper-parameter's name, unless that name means something else in the
+        generated function.
+        """
         taken = name in self.reserved or name in LEAVES or re.fullmatch(r"[vd]\d+|rw_\w+|[tp]", name)
         return f"{name}_" if taken else name
 
 
 def statements(language: Language, roots: Sequence[Expr]) -> tuple[list[str], list[str]]:
-    """Statements that compute ``roots``, and the expression of each root. What is used once is written where it is used."""
+    """Return the statements that compute ``roots``, and the expression of each root.
+
+    A node that is used once is written where it is used.
+    """
     nodes = walk(*roots)
     uses = Counter(unstopped(a).index for x in nodes if x.op != "stop" for a in x.operands)
     uses.update(unstopped(x).index for x in roots)
     lines: list[str] = []
-    text: dict[int, tuple[str, bool]] = {}  # the second: may stand as an operand without parentheses
+    text: dict[int, tuple[str, bool]] = {}  # the bool tells whether the text may be an operand without parentheses
 
     for x in nodes:
         if x.op == "stop":

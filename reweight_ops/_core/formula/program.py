@@ -1,4 +1,4 @@
-"""A loss program in torch: its graph, interpreted."""
+"""Evaluation of a loss program in torch: its graph is interpreted."""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
 """A loss graph as a table that C++ and CUDA interpret: operations on numbered registers, level by level.
 
-Registers, in this order: the program's parameters; the constants; what follows from those two alone and is computed
-once a call (uniform); a row's inputs, which are :data:`~reweight_ops._core.formula.base.LEAVES` and the row weights; the
-values between, each register used again as soon as a level has read its value for the last time.
+The registers are, in this order: the program's parameters; the constants; the uniform
+values, which follow from those two alone and are computed once a call; the inputs of a
+row, which are :data:`~reweight_ops._core.formula.base.LEAVES` and the row weights; the
+intermediate values. A register of the last kind is used again as soon as a level has
+read its value for the last time.
 
-A level holds operations that do not depend on each other, and writes no register that it reads: the lanes of a warp
-can take them side by side. A condition is 1 or 0.
+The operations of a level do not depend on each other, and a level writes no register
+that it reads. The lanes of a warp can therefore compute them side by side. A condition
+is 1 or 0.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ OPERATIONS = (
     "div", "exp", "expm1", "log", "log1p", "sigmoid", "tanh",
 )  # fmt: skip
 
-#: Registers that an operation can name.
+#: The number of registers that an operation can name.
 MAX_REGISTERS = 1 << 12
 
 
@@ -40,7 +43,11 @@ class Instruction:
     operands: tuple[int, ...]
 
     def encode(self) -> int:
-        """One 64-bit word: 8 bits of code, then four times 12 bits of register (an absent operand repeats the first)."""
+        """Return the instruction as one 64-bit word.
+
+        The word has 8 bits of code, then four times 12 bits of register. An absent
+        operand repeats the first.
+        """
         fields = (self.out, *self.operands, *[self.operands[0]] * (3 - len(self.operands)))
         word = OPERATIONS.index(self.op)
         for i, register in enumerate(fields):
@@ -50,7 +57,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Table:
-    """A program as instructions. ``levels``: where each level ends; the first ``uniform_levels`` are computed once a call."""
+    """A program as instructions.
+
+    ``levels`` tells where each level ends. The first ``uniform_levels`` levels are
+    computed once a call.
+    """
 
     instructions: tuple[Instruction, ...]
     levels: tuple[int, ...]
@@ -64,20 +75,24 @@ class Table:
 
     @property
     def uniform(self) -> int:
-        """How many instructions are computed once a call."""
+        """Return how many instructions are computed once a call."""
         return self.levels[self.uniform_levels - 1] if self.uniform_levels else 0
 
     def words(self) -> list[int]:
-        """The instructions, the constants as the bits of fp64 numbers, and the ends of levels, as int64."""
+        """Return the instructions, the constants as the bits of fp64 numbers, and the
+        ends of the levels, all as int64.
+        """
         bits = struct.unpack(f"{len(self.constants)}q", struct.pack(f"{len(self.constants)}d", *self.constants))
         return [*(i.encode() for i in self.instructions), *bits, *self.levels]
 
 
 class _Lowering:
-    """The same values, to the bit, from fewer kinds of operations and in fewer levels.
+    """Rewrite a graph with fewer kinds of operations and fewer levels. The values stay
+    the same to the bit.
 
-    Lanes of a warp that take different operations wait for each other. A condition is 1 or 0, so that *and* is a
-    product, *or* a maximum and *not* a difference; ``-x`` is a product too.
+    Lanes of a warp that take different operations wait for each other. A condition is 1
+    or 0. Therefore *and* becomes a product, *or* a maximum, *not* a difference, and
+    ``-x`` a product.
     """
 
     def __init__(self, roots: Sequence[Expr]) -> None:
@@ -130,9 +145,12 @@ class _Lowering:
 
 
 def _leveled(nodes: Sequence[Expr]) -> list[list[Expr]]:
-    """The nodes level by level: as few levels as their dependences allow, and in each as few kinds of operations.
+    """Return the nodes level by level.
 
-    A node that has room is put where its operation is taken anyway.
+    There are as few levels as the dependences allow, and as few kinds of operations in
+    each level.
+
+    A node that fits several levels goes to one that has its operation already.
     """
     earliest: dict[int, int] = {}
     for x in nodes:
@@ -207,5 +225,5 @@ def _build(graph: LossGraph, outputs: tuple[str, ...]) -> Table:
 
 
 def build_table(graph: LossGraph, outputs: Iterable[str] = ONE_PASS) -> Table:
-    """The table that computes these outputs of a loss."""
+    """Return the table that computes these outputs of a loss."""
     return _build(graph, tuple(outputs))

@@ -1,6 +1,8 @@
-"""The middle of the computation, on ``[N]`` vectors: rules, weights and coefficients from row statistics to per-row losses.
+"""From row statistics to per-row losses: rules, weights and coefficients on ``[N]``
+vectors.
 
-This is two_pass's middle, differentiated by autograd. One_pass evaluates the same loss as a graph in the kernel (:mod:`.loss_program`).
+This is the middle of the two-pass plan. Autograd differentiates it. The one-pass plan
+evaluates the same loss as a graph in the kernel (:mod:`.loss_program`).
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from .namespace import TorchNamespace
 
 
 class Term(NamedTuple):
-    """One term of the loss: a rule whose fields are bound to values, and its coefficient (a number or 0-d tensor).
+    """One term of the loss: a rule whose fields are bound to values, and its
+    coefficient (a number or a 0-d tensor).
 
-    ``shares`` of a coupled reduction: from the term's weighted token losses (its coefficient apart) to what they add to the loss.
+    ``shares`` belongs to a coupled reduction. It maps the term's weighted token losses,
+    without the coefficient, to what they add to the loss.
     """
 
     rule: Rule
@@ -29,7 +33,10 @@ class Term(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """All terms (0 is the surrogate), and the weights, fields bound. ``unbounded``: a log-ratio may be larger than ``exp`` can take."""
+    """All terms (0 is the surrogate) and the weights, with bound fields.
+
+    With ``unbounded``, a log-ratio may be larger than ``exp`` can take.
+    """
 
     terms: Sequence[Term]
     weights: Sequence[TokenWeight]
@@ -42,10 +49,13 @@ class TermResult(NamedTuple):
 
 
 def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep: Tensor, batch: Any) -> TermResult:
-    """Per-row losses from every leaf (``log_ratio`` included) and the row weights ``[K, N]``.
+    """Compute the per-row losses from every leaf (``log_ratio`` included) and the row
+    weights ``[K, N]``.
 
-    A term selects the rows where its weight is not zero and evaluates only those, so that nothing of the others, not even an overflow,
-    reaches the loss or a gradient. A weight that requires grad selects every row: its gradient is not zero where it is.
+    A term selects the rows where its weight is not zero and evaluates only those.
+    Nothing of the other rows, not even an overflow, reaches the loss or a gradient. A
+    weight that requires grad selects every row, because its gradient is not zero where
+    the weight is.
     """
     xp = TorchNamespace(leaves["logp"].dtype, terms.unbounded)
     scoped: dict[str, Tensor | None] = {"surrogate": None, "all": None}
@@ -73,8 +83,10 @@ def evaluate(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep:
             loss = loss + torch.where(selected, term.coef * factor * value, 0)
             weighted = weighted + term.coef * term.shares(own)
         chosen = chosen | selected
-    # NaN in a row that counts is the row's loss and gradient: every comparison with NaN is false, so a clip would have stopped the gradient.
-    # Times NaN in NaN rows only: in the others a NaN, though discarded, would alarm autograd's anomaly mode.
+    # A NaN in a counted row must become the row's loss and gradient. Every comparison
+    # with NaN is false, so a clip would have stopped the gradient.
+    # Only NaN rows are multiplied by NaN. In the other rows a NaN, although discarded,
+    # would alarm autograd's anomaly mode.
     logp = leaves["logp"]
     unknown = chosen & logp.isnan()
     is_nan = unknown | weighted.isnan()

@@ -1,8 +1,12 @@
-"""A traced formula as text, and back: what names a formula wherever an object cannot go, such as through a custom op.
+"""A traced formula as text, and back.
 
-``3 log_ratio exp:0 $2 min:1:2``: the number of hyper-parameters, then the nodes, operands before their users.
-``$2`` is a hyper-parameter, ``#0.5`` a number, ``min:1:2`` the operation on nodes 1 and 2; the last node is
-the result. Equal graphs have equal texts, so a text is a key: a rule that is defined anew has another one.
+The text names a formula wherever an object cannot go, such as through a custom op.
+
+An example is ``3 log_ratio exp:0 $2 min:1:2``. First comes the number of
+hyper-parameters, then the nodes, operands before their users. ``$2`` is a
+hyper-parameter, ``#0.5`` a number, and ``min:1:2`` the operation on nodes 1 and 2. The
+last node is the result. Equal graphs have equal texts, so a text is a key: a rule that
+is defined again with another formula has another text.
 """
 
 from __future__ import annotations
@@ -14,9 +18,9 @@ from .trace import Expr, Graph, Traced, walk
 
 
 def write_formula(traced: Traced) -> str:
-    """The text of a formula. TypeError if it reads the batch."""
+    """Return the text of a formula. Raises TypeError if the formula reads the batch."""
     if traced.uses_batch:
-        raise TypeError("a formula that reads the batch: no kernel can evaluate it.")
+        raise TypeError("the formula reads the batch, and no kernel can evaluate that.")
     nodes = walk(traced.result)
     at = {x.index: i for i, x in enumerate(nodes)}
 
@@ -33,7 +37,9 @@ def write_formula(traced: Traced) -> str:
 
 
 def read_formula(text: str, graph: Graph, parameter: Callable[[], Expr], leaf: Callable[[str], Expr]) -> Expr:
-    """The result of a formula as a node of ``graph``; ``parameter()`` gives the next hyper-parameter."""
+    """Return the result of a formula as a node of ``graph``. ``parameter()`` gives the
+    next hyper-parameter.
+    """
     count, *tokens = text.split(" ")
     fields = [parameter() for _ in range(int(count))]
     nodes: list[Expr] = []

@@ -1,8 +1,10 @@
-"""Run a formula once on symbols and keep what it computed: an expression graph, common subexpressions shared.
+"""Run a formula once on symbols and keep what it computed as an expression graph.
 
-``trace_rule(cls)`` and ``trace_weight(cls)`` call the one method of a rule or weight with leaves, hyper-parameters and ``xp`` that
-record instead of compute. Whatever a kernel could not do (a Python branch on a traced value, ``math.exp``, ``torch.exp``) raises
-here, and says what to write instead.
+Common subexpressions are shared. ``trace_rule(cls)`` and ``trace_weight(cls)`` call the
+one method of a rule or a weight with leaves, hyper-parameters and an ``xp`` that record
+instead of compute. An operation that a kernel cannot do (a Python branch on a traced
+value, ``math.exp``, ``torch.exp``) raises here, and the message says what to write
+instead.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ COMPARISONS = frozenset({"lt", "le", "eq", "ne"})
 LOGICAL = frozenset({"and", "or", "not"})
 SYMBOLS = frozenset({"leaf", "param", "const"})
 
-#: What ``batch`` offers to a weight: statistics over the valid rows of the call, of each row's sequence, or of each row's prompt.
+#: The statistics that ``batch`` offers to a weight: over the valid rows of the call, of
+#: each row's sequence, or of each row's prompt.
 BATCH_FUNCTIONS = (
     "mean", "sum", "min", "max", "quantile", "quantile_nearest", "top", "largest", "draw", "rank", "mean_below", "capped_mean", "seq_mean", "seq_sum",
     "seq_min",
     "seq_max", "seq_rank", "seq_quantile", "seq_cumsum", "seq_suffix_sum", "group_sum", "group_mean", "group_min", "group_max",
 )  # fmt: skip
 
-#: Names under which other libraries know a function of ``xp``.
+#: The names that other libraries give to a function of ``xp``.
 _ALIASES = {
     "clamp": "clip", "clamp_min": "maximum", "clamp_max": "minimum", "min": "minimum", "max": "maximum",
     "fmin": "minimum", "fmax": "maximum", "relu": "maximum",
@@ -51,7 +54,9 @@ def _refuse(what: str, name: str) -> NoReturn:
 
 
 class Graph:
-    """The nodes of one trace. Two equal expressions are one node (hash-consing), so identity is equality."""
+    """The nodes of one trace. Two equal expressions are one node (hash-consing), so
+    identity is equality.
+    """
 
     def __init__(self) -> None:
         self._nodes: dict[tuple[Any, ...], Expr] = {}
@@ -69,12 +74,12 @@ class Graph:
     def lift(self, value: Any) -> Expr:
         if isinstance(value, Expr):
             if value.graph is not self:
-                raise TypeError("a formula used a value that an earlier call of it left behind; compute it anew.")
+                raise TypeError("a formula used a value that an earlier call left behind; compute it again.")
             return value
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return self.const(value)
         raise TypeError(
-            f"a formula computed with a {type(value).__name__}; numbers, self.<field>, t.<leaf> and xp.<function> are what a kernel knows."
+            f"a formula computed with a {type(value).__name__}; a kernel knows only numbers, self.<field>, t.<leaf> and xp.<function>."
         )
 
     def number(self, value: Any) -> Expr:
@@ -94,7 +99,7 @@ class Graph:
 
     def power(self, base: Expr, exponent: Any) -> Expr:
         if not isinstance(exponent, int) or isinstance(exponent, bool) or not 1 <= abs(exponent) <= 8:
-            raise TypeError("x ** n is traced for whole n from 1 to 8 (or -1 to -8) only: use xp.exp(n * xp.log(x)).")
+            raise TypeError("x ** n is traced only for whole n from 1 to 8 (or -1 to -8): use xp.exp(n * xp.log(x)).")
         result = x = self.number(base)
         for _ in range(abs(exponent) - 1):
             result = result * x
@@ -102,7 +107,9 @@ class Graph:
 
 
 class Expr:
-    """A node: an operation and its operands. It behaves like a number inside a formula, and like nothing else outside."""
+    """A node: an operation and its operands. It behaves like a number inside a formula
+    only.
+    """
 
     __slots__ = ("__weakref__", "args", "graph", "index", "is_bool", "op")
 
@@ -185,7 +192,7 @@ class Expr:
     def __invert__(self) -> Expr:
         return self.graph.node("not", self.graph.condition(self))
 
-    # --- everything a kernel cannot do -------------------------------------------------------------------------------------
+    # --- operations that a kernel cannot do -------------------------------------------------------------------------------
     def __bool__(self) -> bool:
         raise TypeError(
             "if, and, or, not, min() and max() need the value of a traced expression, which differs per token: "
@@ -198,7 +205,7 @@ class Expr:
     __int__ = __index__ = __complex__ = __float__
 
     def __iter__(self) -> Iterator[Any]:
-        raise TypeError("a traced value is one number of one token, it cannot be iterated.")
+        raise TypeError("a traced value is one number of one token, so it cannot be iterated.")
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"a traced value has no attribute {name!r}: {_instead(name)}.")
@@ -207,7 +214,7 @@ class Expr:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         name = getattr(func, "__name__", str(func))
         if name.startswith("__"):
-            raise TypeError("a torch tensor met a traced value: a formula computes with numbers, self.<field>, t.<leaf> and xp.<function>.")
+            raise TypeError("a torch tensor met a traced value: a formula uses only numbers, self.<field>, t.<leaf> and xp.<function>.")
         _refuse(f"torch.{name}", name)
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -215,7 +222,7 @@ class Expr:
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         name = ufunc.__name__
-        if method == "__call__" and name in _NUMPY_OPERATORS and not kwargs:  # np.float64(2) * x, where numpy's operator runs first
+        if method == "__call__" and name in _NUMPY_OPERATORS and not kwargs:  # np.float64(2) * x: numpy's operator runs first
             return _NUMPY_OPERATORS[name](*(a if isinstance(a, Expr) else self.graph.number(a) for a in args))
         _refuse(f"numpy.{name}", name)
 
@@ -224,7 +231,9 @@ class Expr:
 
 
 class TracedNamespace:
-    """``xp`` that records: exactly the names of :data:`~reweight_ops._core.formula.namespace.FUNCTIONS`."""
+    """An ``xp`` that records. It has exactly the names of
+    :data:`~reweight_ops._core.formula.namespace.FUNCTIONS`.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
@@ -289,7 +298,10 @@ class _Leaves:
 
 
 class _Batch:
-    """``batch`` of a weight: each call is a node that only two_pass can evaluate; its operands still count as read."""
+    """The ``batch`` of a weight. Each call is a node that only two_pass can evaluate.
+
+    The operands of the call still count as read.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
@@ -302,7 +314,9 @@ class _Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """One formula as data. ``leaves`` and ``statistics`` (of ``batch``) are those that the result depends on."""
+    """One formula as data. The result depends on ``leaves`` and on ``statistics`` (of
+    ``batch``).
+    """
 
     result: Expr
     leaves: frozenset[str]
@@ -311,24 +325,28 @@ class Traced:
 
     @property
     def uses_batch(self) -> bool:
-        """Whether no kernel can evaluate it."""
+        """Return whether the formula reads the batch, which no kernel can evaluate."""
         return bool(self.statistics)
 
     @property
     def reads_groups(self) -> bool:
-        """Whether it needs to know which sequences share a prompt."""
+        """Return whether the formula needs to know which sequences share a prompt."""
         return any(name.startswith("group_") for name in self.statistics)
 
 
 def unstopped(x: Expr) -> Expr:
-    """The node whose value ``x`` has, which is itself unless it only stops the gradient."""
+    """Return the node whose value ``x`` has. It is ``x`` itself unless ``x`` only stops
+    the gradient.
+    """
     return unstopped(x.args[0]) if x.op == "stop" else x
 
 
 def walk(*roots: Expr) -> list[Expr]:
-    """Every node that ``roots`` depend on, operands before their users, each once."""
+    """Return every node that ``roots`` depend on, each once, operands before their
+    users.
+    """
     order: dict[int, Expr] = {}
-    waiting = list(reversed(roots))  # a stack, and no recursion: a loss of many terms is a deep graph
+    waiting = list(reversed(roots))  # a stack instead of recursion: a loss of many terms is a deep graph
     while waiting:
         x = waiting[-1]
         missing = [a for a in x.operands if a.index not in order] if x.index not in order else []
@@ -341,7 +359,8 @@ def walk(*roots: Expr) -> list[Expr]:
 
 
 def _symbolic_self(cls: type[Formula], graph: Graph) -> Any:
-    # An instance made without __init__: methods, properties, super() and settings work as ever, the fields are symbols.
+    # The instance is made without __init__. Methods, properties, super() and settings
+    # work as usual, and the fields are symbols.
     self = object.__new__(cls)
     for name in cls.parameter_names():
         object.__setattr__(self, name, graph.node("param", name))
@@ -360,20 +379,25 @@ def _trace(cls: type[Formula], call: Callable[[Any, TracedNamespace, _Leaves, Gr
     return Traced(result, leaves, cls.parameter_names(), statistics)
 
 
-# Weak: a class that a notebook cell redefines is another class, is traced anew, and the old one can be collected.
+# The references are weak. A class that a notebook cell redefines is another class: it
+# is traced again, and the old one can be collected.
 _rules: weakref.WeakKeyDictionary[type[Rule], Traced] = weakref.WeakKeyDictionary()
 _weights: weakref.WeakKeyDictionary[type[TokenWeight], Traced] = weakref.WeakKeyDictionary()
 
 
 def trace_rule(cls: type[Rule]) -> Traced:
-    """The expression graph of ``cls.loss``. TypeError or AttributeError if the formula does what a kernel cannot."""
+    """Return the expression graph of ``cls.loss``.
+
+    Raises TypeError or AttributeError if the formula does something that a kernel
+    cannot do.
+    """
     if cls not in _rules:
         _rules[cls] = _trace(cls, lambda self, xp, t, graph: cls.loss(self, xp, t))
     return _rules[cls]
 
 
 def trace_weight(cls: type[TokenWeight]) -> Traced:
-    """The expression graph of ``cls.weight``; see :func:`trace_rule`."""
+    """Return the expression graph of ``cls.weight``; see :func:`trace_rule`."""
     if cls not in _weights:
         _weights[cls] = _trace(cls, lambda self, xp, t, graph: cls.weight(self, xp, t, _Batch(graph)))
     return _weights[cls]
@@ -383,7 +407,10 @@ _clips: weakref.WeakKeyDictionary[type[Rule], tuple[Traced, Traced] | None] = we
 
 
 def trace_clip(cls: type[Rule]) -> tuple[Traced, Traced] | None:
-    """``cls.clipped`` as two graphs, 1 where a token is clipped and else 0; None if the rule does not clip."""
+    """Return ``cls.clipped`` as two graphs, or None if the rule does not clip.
+
+    A graph is 1 where a token is clipped, and 0 elsewhere.
+    """
     if cls not in _clips:
 
         def side(k: int) -> Callable[[Any, TracedNamespace, _Leaves, Graph], Any]:

@@ -1,6 +1,8 @@
-"""Print a loss as Triton: a module with one function, ``program``, that a kernel calls once per row.
+"""Print a loss as Triton source: a module with one function, ``program``, that a kernel
+calls once per row.
 
-It is everything between the row's statistics and the coefficients of its gradient.
+The function computes everything between the row's statistics and the coefficients of
+its gradient.
 """
 
 from __future__ import annotations
@@ -40,10 +42,12 @@ _LEAVES = ", ".join(x for x in LEAVES if x != "log_ratio")
 
 
 def program_py(program: Program, given_ratio: bool = False, outputs: tuple[str, ...] = ONE_PASS) -> str:
-    """The source of a module whose ``program`` evaluates a whole loss for one row.
+    """Return the source of a module whose ``program`` evaluates a whole loss for one
+    row.
 
-    ``program(params, w, w_stride, <leaves but log_ratio>)`` returns the outputs; ``w + k * w_stride`` is the address of
-    the row weight of term ``k``. ``given_ratio``: ``log_ratio`` comes last.
+    ``program(params, w, w_stride, <leaves but log_ratio>)`` returns the outputs. ``w +
+    k * w_stride`` is the address of the row weight of term ``k``. With ``given_ratio``,
+    ``log_ratio`` is the last argument.
     """
     graph = loss_graph(program, given_ratio)
     loads = [f"w{k} = tl.load(w + {k} * w_stride)" for k in range(graph.terms)]
@@ -51,7 +55,10 @@ def program_py(program: Program, given_ratio: bool = False, outputs: tuple[str, 
 
 
 def monitor_py(monitor: Monitor) -> str:
-    """The source of a module whose ``program(params, <leaves>)``, ``log_ratio`` the last of them, returns :meth:`Monitor.graph`."""
+    """Return the source of a module whose ``program`` returns :meth:`Monitor.graph`.
+
+    Its arguments are ``params`` and the leaves. ``log_ratio`` is the last.
+    """
     return _module(monitor.graph(), f"params, {_LEAVES}, log_ratio", [])
 
 

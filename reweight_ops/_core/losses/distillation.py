@@ -53,7 +53,10 @@ def token_divergence(
     other_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[Tensor]:
-    """The divergence of two next-token distributions over the whole vocabulary, per token, with its gradient to ``logits``.
+    """The divergence of two next-token distributions over the whole vocabulary, per
+    token.
+
+    It has a gradient to ``logits``.
 
     With p the softmax of ``logits`` (the policy, the student) and q that of ``other_logits`` (the reference, the teacher; detached)::
 
@@ -63,14 +66,18 @@ def token_divergence(
         cross_entropy            H(q, p) = -Σ q·log p                   reverse_cross_entropy  H(p, q);   symmetric_cross_entropy  half of each
         generalized_jsd          β·KL(q‖m) + (1-β)·KL(p‖m), m = β·q + (1-β)·p: Agarwal et al. 2023, arXiv:2306.13649 (a composite in chunks)
 
-    One read of each tensor forward, one more of each and one write backward. KL(q‖p) is ``inf`` iff a column has p = 0 (a ``-inf`` logit) and q > 0,
-    KL(p‖q) iff one has q = 0 and p > 0, whose gradient is then NaN in that row; ``0·log 0 = 0``. A column with p = 0 has gradient 0.
+    Forward reads each tensor once. Backward reads each once more and writes once.
+    KL(q‖p) is ``inf`` iff a column has p = 0 (a ``-inf`` logit) and q > 0. KL(p‖q) is
+    ``inf`` iff a column has q = 0 and p > 0, and its gradient is then NaN in that row.
+    ``0·log 0 = 0``. A column with p = 0 has gradient 0.
 
     Args:
         logits: ``R + (V,)``; other_logits: the same rows, any of fp16, bf16 and fp32 beside any other (fp64 beside fp64); or ``TopKLogps(token_ids, logps,
             tail=)``, a teacher's stored log-probs of K ids: the divergence of what those leave of both distributions, from K logits and one log-sum-exp of p.
-        completion_mask: R; ignored rows are never read, give 0, and get a gradient of exact 0.
-        beta: of ``generalized_jsd`` only; default 0.5 (0 would be forward_kl, and 1 reverse_kl).
+        completion_mask: R. Ignored rows are never read. Their result is 0, and their
+        gradient is exactly 0.
+        beta: of ``generalized_jsd`` only. The default is 0.5 (0 would be forward_kl,
+        and 1 reverse_kl).
         other_temperature, other_softcap: q's own; default: the temperature of p, and no soft cap.
         temperature, softcap, vocab_size, drop_last, consume_logits, backend: as in :func:`token_logps`. ``vocab_size`` is needed where the two heads are padded
             differently.
@@ -97,7 +104,7 @@ def token_divergence(
 
 
 def divergence_call(source: Source, kind: str) -> Call[Tensor]:
-    """The call of an op that returns the divergence of that kind per token."""
+    """Return the call of an op that returns the divergence of that kind per token."""
     reads = STATISTICS if kind in KINDS else (*STATISTICS, GENERALIZED_JSD)
     return Call(
         source, StatisticsObjective(reads, lambda found: source.rows.unflatten(divergence_of(kind, tuple(found[name] for name in reads))))
@@ -132,14 +139,19 @@ def distillation_loss(
     teacher_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[DistillationLossOutput]:
-    """``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items``: distillation with one read of each tensor and one write of the gradient.
+    """The distillation loss ``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items``.
+
+    It reads each tensor once and writes the gradient once.
 
     ``kind``, ``beta`` and the tensors are those of :func:`token_divergence` (``teacher_logits`` is its ``other_logits``); ``token_weights`` w are per row,
     detached.
-    ``num_items_in_batch`` is the final divisor (default: the rows that are in). Hinton's factor T² is the caller's: ``loss_scale=T**2``.
+    ``num_items_in_batch`` is the final divisor (default: the number of valid rows). The
+    caller applies Hinton's factor T²: ``loss_scale=T**2``.
 
-    ``one_pass`` (the default where a gradient is needed) forms the gradient in forward; a second backward raises, ``plan="two_pass"`` keeps the logits.
-    ``consume_logits=True`` writes the gradient over the logits: no extra memory. ``generalized_jsd`` and a teacher of ``TopKLogps`` take two passes.
+    ``one_pass`` (the default if a gradient is needed) computes the gradient in forward.
+    A second backward raises; ``plan="two_pass"`` keeps the logits for it.
+    ``consume_logits=True`` writes the gradient over the logits and needs no extra
+    memory. ``generalized_jsd`` and a teacher of ``TopKLogps`` take two passes.
 
     >>> import torch, reweight_ops as rw
     >>> logits = torch.zeros(1, 2, requires_grad=True)

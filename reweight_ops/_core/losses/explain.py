@@ -1,4 +1,6 @@
-"""``explain``: which plan and backend a call takes, and why not the others. Runs nothing, accepts meta tensors."""
+"""``explain`` tells which plan and backend a call takes, and why not the others. It
+runs nothing and accepts meta tensors.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,17 @@ from .documented import documented
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Keywords that name processes which make a call together.
+#: The keywords that name processes which make a call together.
 GROUPS = ("process_group", "sequence_group")
 
-#: Public op to the function that resolves its arguments to a call.
+#: Maps a public op to the function that resolves its arguments to a call.
 _PREPARED: dict[Any, Callable[..., Call[Any] | Again[Any]]] = {}
 
 
 def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
-    """The op that runs the call which ``prepare`` resolves. :func:`explain` asks for the call alone."""
+    """Return the op that runs the call which ``prepare`` resolves. :func:`explain`
+    takes only the call.
+    """
 
     prepare = ranged(prepare)
 
@@ -40,7 +44,8 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
     def op(*args: P.args, **keywords: P.kwargs) -> T:
         if not torch.compiler.is_compiling() and has_dtensors((*args, *keywords.values())):
             return op(**local(*args, **keywords))  # type: ignore[call-arg]
-        if keywords.get("process_group") is None and keywords.get("sequence_group") is None:
+        alone = keywords.get("process_group") is None and keywords.get("sequence_group") is None
+        if alone or torch.compiler.is_compiling():
             return run(resolve(*args, **keywords))
         groups = {name: keywords[name] for name in GROUPS if keywords.get(name) is not None}
         tensors = (x for x in (*args, *keywords.values()) if isinstance(x, torch.Tensor))
@@ -70,9 +75,11 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would do: plan, backend, and why not the others; in one pass also the kernel, of a backend that has several.
+    """The plan and backend that a call would take, and why not the others.
 
-    ``top_k``: how the likeliest ids are found, where a call asks for them: in the read of the statistics, or in one more.
+    In one pass it also has the kernel, if the backend has several. ``top_k`` says how the
+    likeliest ids are found, if the call asks for them: in the read of the statistics, or
+    in one more.
     """
 
     plan: str
@@ -93,9 +100,12 @@ class Explanation:
 
 
 def explain(op: Any, *args: Any, device: torch.device | str | None = None, **keywords: Any) -> Explanation:
-    """What ``op(*args, **keywords)`` would do, for every public op that takes logits, hidden states or log-probs.
+    """Explain what ``op(*args, **keywords)`` would do.
 
-    ``device``: explain for that device instead of the tensors' own; with meta tensors the default is a GPU if there is one, else the CPU.
+    It takes every public op on logits, hidden states or log-probs.
+
+    ``device`` replaces the device of the tensors. For meta tensors the default is a GPU
+    if there is one, else the CPU.
 
     >>> import torch, reweight_ops as rw
     >>> logits = torch.empty(2, 3, 8, device="meta", requires_grad=True)

@@ -1,4 +1,6 @@
-"""The public ops from hidden states: the same numbers as from logits, which never exist as a whole."""
+"""The public ops from hidden states. They give the same numbers as from logits, which
+never exist as a whole.
+"""
 
 from __future__ import annotations
 
@@ -51,28 +53,34 @@ def linear_token_logps(
     return_entropy: bool = False,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[Any]:
-    """:func:`token_logps` of ``logits = logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``, a few rows of logits at a time.
+    """:func:`token_logps` from hidden states, a few rows of logits at a time.
+
+    The logits are ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``.
 
     Args:
         hidden: ``R + (D,)``. lm_head_weight: ``[V, D]`` in the same dtype (or under autocast, which casts as ``F.linear`` does).
         completion_ids, completion_mask, return_entropy, temperature, softcap, vocab_size, sampling_mask, entropy_over, backend: as in :func:`token_logps`.
         lm_head_bias: ``[V]``. logit_scale: a number, before the soft cap.
         logits_dtype: dtype of a chunk's logits (default: hidden's). ``torch.float32`` from 16-bit operands rounds once less.
-        accumulate_dtype: dtype in which the weight's gradient is summed over chunks. Default: the weight's where that is fp32 (also under
-            autocast) or there are at most 8 chunks, each of which then rounds the sum once; else fp32, rounded once, for a buffer of its size.
+        accumulate_dtype: dtype in which the weight's gradient is summed over chunks.
+        The default is the weight's dtype if that is fp32 (also under autocast), or if
+        there are at most 8 chunks, each of which rounds the sum once. Otherwise it is
+        fp32, rounded once, and takes a buffer of the weight's size.
         chunk_rows: rows a chunk; default: multiples of 64, at most 96 MiB of logits on a CPU and 1 GiB on a GPU, or 256 rows.
-        memory_budget: bytes of logits. Bounds a chunk, and what is left over keeps chunks for backward, which then need not be recomputed.
-            Default: one chunk.
+        memory_budget: bytes of logits. It bounds a chunk. The rest of it keeps chunks
+        for backward, which are then not recomputed. Default: one chunk.
         lora: ``Lora(a, b, scale)``, a low-rank term of the head.
-        row_index: ``[M]`` int64, flat positions of the rows to compute, each once, known to the host: nothing waits. Rows that are in must be
-            among them (checked on a CPU, and with ``validate=True``).
+        row_index: ``[M]`` int64, flat positions of the rows to compute, each once. The
+        host knows them, so nothing waits. They must include the valid rows (checked on
+        a CPU, and with ``validate=True``).
         compact_rows: drop the ignored rows before the first GEMM, and rows without a coefficient from the backward ones. On a CPU it
             costs nothing and is the default. On a GPU it waits: once for the rows, and in backward once (one_pass: in forward, once a chunk);
             off by default, and under CUDA-graph capture.
 
-    Gradients go to hidden, weight, bias and the LoRA factors, exactly those that require one; any upstream gradient, per row too. Backward
-    recomputes the logits of the chunks that were not kept (one more GEMM). For one ``chunk_rows`` a row's results are the same bits wherever
-    it stands: the last chunk is padded.
+    Gradients go to hidden, weight, bias and the LoRA factors that require them. Any
+    upstream gradient is allowed, per row too. Backward recomputes the logits of the
+    chunks that were not kept (one more GEMM). For one ``chunk_rows`` the results of a
+    row are the same bits at any position, because the last chunk is padded.
 
     >>> import torch, reweight_ops as rw
     >>> rw.linear_token_logps(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 3]))
@@ -97,7 +105,9 @@ def linear_token_stats(
     completion_mask: Tensor | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[TokenStats]:
-    """:func:`token_stats` from hidden states, a few rows of logits at a time: the same names, the same gradients, from one set of GEMMs.
+    """:func:`token_stats` from hidden states, a few rows of logits at a time.
+
+    The names and gradients are the same, and one set of GEMMs serves all.
 
     The other arguments are those of :func:`linear_token_logps`.
 
@@ -127,15 +137,21 @@ def linear_policy_loss(
     teacher: Teacher | None = None,
     **keywords: Unpack[LinearPolicyLossKeywords],
 ) -> Call[PolicyLossOutput]:
-    """:func:`policy_loss` from hidden states: arguments of :func:`linear_token_logps` and of :func:`policy_loss`.
+    """:func:`policy_loss` from hidden states.
 
-    ``one_pass`` forms every gradient in forward from three GEMMs a chunk; ``two_pass`` recomputes the logits in backward (four).
+    It takes the arguments of :func:`linear_token_logps` and of :func:`policy_loss`.
 
-    ``teacher=Teacher(HiddenLogits(...) or logits, coef, kind="reverse_kl")`` adds ``coef · Σ_i w_i · D(p_i, q_i)``, a divergence over the whole vocabulary in
-    the same chunks, with w the row weights of the spec's reduction (``num_items_in_batch`` and ``loss_scale`` included, ``token_weights`` not). It is the sum
-    of this loss and :func:`linear_distillation_loss` in both plans, without the policy's logits being computed twice; a chunk's budget is
-    then for the logits of both models. Both gradients are formed in fp32 a few rows at a time, and their sum is rounded once.
-    ``out.teacher`` holds the divergences.
+    ``one_pass`` computes every gradient in forward with three GEMMs per chunk.
+    ``two_pass`` recomputes the logits in backward (four GEMMs).
+
+    ``teacher=Teacher(HiddenLogits(...) or logits, coef, kind="reverse_kl")`` adds
+    ``coef · Σ_i w_i · D(p_i, q_i)``, a divergence over the whole vocabulary in the same
+    chunks. w are the row weights of the spec's reduction. They include
+    ``num_items_in_batch`` and ``loss_scale``, but not ``token_weights``. In both plans
+    the result is the sum of this loss and :func:`linear_distillation_loss`, but the
+    policy's logits are computed only once. The budget of a chunk is then for the logits
+    of both models. Both gradients are computed in fp32 a few rows at a time, and their
+    sum is rounded once. ``out.teacher`` has the divergences.
 
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(1, 2, 3, requires_grad=True)
@@ -163,16 +179,18 @@ def linear_policy_loss(
 
 
 def check_teacher(rows: Rows, teacher: Any) -> float | None:
-    """The ``beta`` of a teacher's term, None for kinds without; raises for what a term cannot be."""
+    """Return the ``beta`` of a teacher's term, None for kinds without one. Raises for
+    an invalid term.
+    """
     if not isinstance(teacher, Teacher):
         raise rows.error(f"teacher is a {type(teacher).__name__}, expected a Teacher(logits, coef).")
     if isinstance(teacher.logits, TopKLogps):
         raise rows.error(
-            "teacher.logits is a TopKLogps: add linear_distillation_loss(...).loss, which reads a few of the policy's logits only."
+            "teacher.logits is a TopKLogps: add linear_distillation_loss(...).loss, which reads only a few of the policy's logits."
         )
     coef = teacher.coef
     if isinstance(coef, Tensor) and (coef.dim() != 0 or coef.requires_grad):
-        raise rows.error("teacher.coef must be a number, or a 0-d tensor that requires no grad.")
+        raise rows.error("teacher.coef must be a number, or a 0-d tensor that does not require grad.")
     if not isinstance(coef, Tensor) and not 0 <= coef < math.inf:
         raise rows.error(f"teacher.coef is {coef}, expected a number in [0, inf).")
     return check_kind(rows.op, teacher.kind, teacher.beta)

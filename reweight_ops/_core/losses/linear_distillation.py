@@ -1,4 +1,6 @@
-"""Divergences and distillation from hidden states: neither the student's logits nor the teacher's exist as a whole."""
+"""Divergences and distillation from hidden states. The logits of neither the student
+nor the teacher exist as a whole.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,10 @@ def linear_token_divergence(
 ) -> Call[Tensor]:
     """:func:`token_divergence` from hidden states, a few rows of both models' logits at a time.
 
-    p is the softmax of ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)`` (the policy, the student), q that of ``other`` (the reference, the
-    teacher), which gets no gradient. Every kind is the same number, with the same gradient, as from logits.
+    p is the softmax of ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)`` (the
+    policy, the student). q is that of ``other`` (the reference, the teacher), which
+    gets no gradient. Every kind gives the same number, with the same gradient, as from
+    logits.
 
     Args:
         hidden: ``R + (D,)``. lm_head_weight: ``[V, D]``, and the other arguments of p's head: as in :func:`linear_token_logps`.
@@ -50,8 +54,9 @@ def linear_token_divergence(
         memory_budget: bytes of both models' logits, as in :func:`linear_token_logps`.
 
     Returns:
-        R in fp32 (fp64 for fp64 hidden states), with gradients to hidden, weight, bias and LoRA factors. Backward computes the logits of both
-        models again where they were not kept.
+        R in fp32 (fp64 for fp64 hidden states), with gradients to hidden, weight, bias
+        and LoRA factors. Backward recomputes the logits of both models if they were not
+        kept.
 
     Raises:
         InvalidCall: a shape or dtype that does not fit, or a tensor of ``other`` that requires grad.
@@ -99,13 +104,18 @@ def linear_distillation_loss(
     teacher_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[DistillationLossOutput]:
-    """:func:`distillation_loss` from hidden states: ``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items`` without either model's logits.
+    """:func:`distillation_loss` from hidden states.
+
+    It is ``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items`` without the logits of
+    either model.
 
     ``kind``, ``beta`` and the two models are those of :func:`linear_token_divergence` (``teacher`` is its ``other``), ``generalized_jsd`` included;
     ``token_weights``, ``num_items_in_batch`` and ``loss_scale`` those of :func:`distillation_loss`.
 
-    ``one_pass`` (the default where a gradient is needed) forms every gradient in forward: three GEMMs a chunk for the student, one for the teacher.
-    ``two_pass`` computes both logits again in backward (four and two), and supports a second one.
+    ``one_pass`` (the default if a gradient is needed) computes every gradient in
+    forward, with three GEMMs per chunk for the student and one for the teacher.
+    ``two_pass`` recomputes both logits in backward (four and two GEMMs), and supports a
+    second backward.
 
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(1, 2, requires_grad=True)

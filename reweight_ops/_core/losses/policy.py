@@ -34,10 +34,13 @@ def policy_loss(
     differentiable_outputs: bool = False,
     **keywords: Unpack[PolicyLossKeywords],
 ) -> Call[PolicyLossOutput] | Again[PolicyLossOutput]:
-    """A reweighted policy loss from logits, ``loss_scale · Σ_k coef_k · Σ_i w_ki · u_ki · ℓ_k(row i)``, and its gradient.
+    """A reweighted policy loss from logits, and its gradient.
 
-    Per-row arguments have exactly one of the shapes R (token), ``R[:-1]`` or ``R[:-1] + (1,)`` (sequence; with ``cu_seqlens`` ``[S]`` or
-    ``[S, 1]``), or are a number. Log-probs are fp32 or fp64 and detached.
+    The loss is ``loss_scale · Σ_k coef_k · Σ_i w_ki · u_ki · ℓ_k(row i)``.
+
+    A per-row argument has exactly one of the shapes R (token), ``R[:-1]`` or
+    ``R[:-1] + (1,)`` (sequence; with ``cu_seqlens`` ``[S]`` or ``[S, 1]``), or is a
+    number. Log-probs are fp32 or fp64 and detached.
 
     Args:
         logits, completion_ids, completion_mask, temperature, softcap, vocab_size, drop_last, sampling_mask, entropy_over, backend: as in
@@ -46,22 +49,28 @@ def policy_loss(
         spec: a :class:`PolicyLossSpec` or a method's name.
         plan: ``"auto"``, ``"one_pass"`` (gradient in forward, one read and one write per logit) or ``"two_pass"`` (everything else).
         differentiable_outputs: put ``per_token_logps`` and ``entropies`` into the graph; selects two_pass.
-        denominator_mask: which rows count in denominators only (default: the effective mask).
+        denominator_mask: the rows that count in denominators (default: the effective
+        mask).
         cu_seqlens: ``[S + 1]``, packed rows; or ``sequence_ids`` with ``num_sequences``; else one sequence per last dimension.
         segment_ids: sub-sequence segments, for :class:`SegmentRatio`.
         group_ids, num_groups: ``[S]``, which prompt each sequence answers, for a reduction or weight that reads prompts.
-        old_per_token_logps: of the behaviour policy; None: on-policy (ratio 1, gradient kept).
-        ref_per_token_logps: of the reference policy, if a penalty reads it.
-        sampling_per_token_logps: of the sampler, if a weight reads it.
+        old_per_token_logps: log-probs of the behaviour policy. None means on-policy
+        (ratio 1, gradient kept).
+        ref_per_token_logps: log-probs of the reference policy, if a penalty reads them.
+        sampling_per_token_logps: log-probs of the sampler, if a weight reads them.
         importance_sampling_ratio, token_weights: detached factors on the surrogate only, already clipped by the caller.
         num_items_in_batch: the final divisor of this call's sum. DDP and FSDP average gradients, so pass total / world_size.
         num_sequences_in_batch: the same for a mean over sequences.
         loss_scale: multiplies loss and gradient before any rounding (GradScaler's scale, 1/accumulation steps); metrics stay unscaled.
-        validate: check ids, offsets and groups even on a GPU, which waits for it; without it they make the loss and its gradient NaN there.
-        differentiable_inputs: old, reference and sampling log-probs that require grad get their gradient: of the ratio and of the rules, and through
-            weights that are not detached. Without it they are an error.
-        unused: what the spec does not read is an ``"error"``, or ``"ignore"``: for trainers that always hand over everything.
-        consume_logits: overwrite the logits with their gradient: no extra memory. Using them afterwards is an error.
+        validate: check ids, offsets and groups on a GPU too. The call then waits for
+        the GPU. Without it, bad values make the loss and its gradient NaN there.
+        differentiable_inputs: give gradients to old, reference and sampling log-probs
+        that require them, through the ratio, the rules, and weights that are not
+        detached. Without it such log-probs are an error.
+        unused: an argument that the spec does not read is an ``"error"``. ``"ignore"``
+        drops it, for trainers that always pass everything.
+        consume_logits: overwrite the logits with their gradient, which needs no extra
+        memory. Using them afterwards is an error.
 
     Raises:
         InvalidCall, UnsupportedRequest, BackendUnavailable; TypeError for an unknown keyword.
@@ -101,9 +110,12 @@ def policy_loss_from_logps(
     log_sum_p_sq: Tensor | None = None,
     **keywords: Unpack[PolicyKeywords],
 ) -> Call[PolicyLossOutput]:
-    """The middle of two_pass alone, for trainers that have log-probs already (verl, prime-rl, OpenRLHF): exact autograd to
-    ``per_token_logps`` (R, fp32 or fp64) and to ``entropies`` and ``log_sum_p_sq`` where the spec reads them. Other arguments as in
-    :func:`policy_loss`.
+    """The policy loss from log-probs, for trainers that have them already (verl,
+    prime-rl, OpenRLHF).
+
+    It is exact under autograd to ``per_token_logps`` (R, fp32 or fp64), and to
+    ``entropies`` and ``log_sum_p_sq`` if the spec reads them. The other arguments are
+    those of :func:`policy_loss`.
 
     >>> import torch, reweight_ops as rw
     >>> logps = torch.full((1, 2), -1.0, requires_grad=True)

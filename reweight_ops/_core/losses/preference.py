@@ -35,18 +35,24 @@ class LinearPreferenceKeywords(PairKeywords, LMHeadKeywords, total=False):
 def preference_loss(
     logits: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Unpack[PreferenceKeywords]
 ) -> Call[PreferenceLossOutput]:
-    """A loss of pairs of completions from logits, ``loss_scale · mean_i w_i · Σ_k coef_k · ℓ_k(pair i)``, and its gradient.
+    """A loss of pairs of completions from logits, and its gradient.
 
-    Two reads of the logits and one write of their gradient (:func:`token_logps`), on every backend; what is between them is ``[S]`` vectors in torch.
+    The loss is ``loss_scale · mean_i w_i · Σ_k coef_k · ℓ_k(pair i)``.
+
+    Every backend reads the logits twice and writes their gradient once
+    (:func:`token_logps`). In between there are only ``[S]`` vectors in torch.
 
     Args:
         logits, completion_ids, temperature, softcap, vocab_size, drop_last, consume_logits, backend: as in :func:`token_logps`.
-        spec: a :class:`PairSpec` or the name of a pair loss, whose arguments without a default make it a call: ``rw.preference.inpo(...)``.
-        completion_mask: R; a row is in iff not 0. A pair is out iff both its sequences are; it counts in no mean.
+        spec: a :class:`PairSpec` or the name of a pair loss. If the loss has arguments
+        without a default, it is a call: ``rw.preference.inpo(...)``.
+        completion_mask: R; 0 marks an ignored row. A pair is ignored iff both its
+        sequences are, and then it counts in no mean.
         pairs: ``"halves"`` (TRL: all chosen sequences, then all rejected) or ``"interleaved"`` (chosen, rejected, chosen, ...).
         cu_seqlens, or sequence_ids with num_sequences: packed rows; else one sequence per last dimension.
         ref_per_token_logps: R, or ref_sequence_logps: ``[S]``, already summed as the spec's score sums them; fp32 or fp64, detached.
-        old_per_token_logps, old_sequence_logps: of the policy that the pairs were sampled from (INPO), likewise.
+        old_per_token_logps, old_sequence_logps: the same for the policy that sampled
+        the pairs (INPO).
         ref_logits: a second logits tensor of the shape of ``logits``, for a spec that reads KL(π_ref‖π) (SparsePO): one read of each.
         reward_mask, kl_mask: R, token masks of any non-negative value; may require grad.
         reward_margins, judge_margins, consistency, chosen_values, rejected_values: ``[P]``, detached; what a spec reads is in its docstring.
@@ -55,7 +61,8 @@ def preference_loss(
         loss_scale: multiplies loss and gradient before any rounding.
 
     Raises:
-        InvalidCall: a shape or dtype that does not fit, an input that the spec needs and that is missing, or one that it does not read.
+        InvalidCall: a shape or dtype that does not fit, a missing input that the spec
+        needs, or an input that it does not read.
 
     >>> import torch, reweight_ops as rw
     >>> logits = torch.zeros(2, 3, 4, requires_grad=True)
@@ -89,9 +96,14 @@ def preference_loss_from_logps(
     log_sum_p_sq: Tensor | None = None,
     **keywords: Unpack[PairKeywords],
 ) -> Call[PreferenceLossOutput]:
-    """The loss alone, for trainers that have log-probs already: exact autograd to ``per_token_logps`` (R, fp32 or fp64), and to ``per_token_kl``.
+    """A loss of pairs from log-probs, for trainers that have them already.
 
-    ``completion_ids``: R, only for specs that look at where a pair first differs. ``log_sum_p_sq``: R, for WPO. Other arguments: :func:`preference_loss`.
+    It is exact under autograd to ``per_token_logps`` (R, fp32 or fp64) and to
+    ``per_token_kl``.
+
+    ``completion_ids``: R, only for specs that read where a pair first differs.
+    ``log_sum_p_sq``: R, for WPO. The other arguments are those of
+    :func:`preference_loss`.
 
     >>> import torch, reweight_ops as rw
     >>> logps = torch.tensor([[-1.0, -2.0], [-2.0, -3.0]], requires_grad=True)
@@ -118,7 +130,9 @@ def preference_loss_from_logps(
 def linear_preference_loss(
     hidden: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Unpack[LinearPreferenceKeywords]
 ) -> Call[PreferenceLossOutput]:
-    """:func:`preference_loss` from hidden states, a few rows of logits at a time: head arguments of :func:`linear_token_logps`.
+    """:func:`preference_loss` from hidden states, a few rows of logits at a time.
+
+    The head arguments are those of :func:`linear_token_logps`.
 
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(2, 3, 5, requires_grad=True)
@@ -130,14 +144,14 @@ def linear_preference_loss(
     softmax, options, head = parse(op, dict(keywords), SoftmaxOptions, PairOptions, LMHeadOptions, own=("spec",))
     spec = named_pair_spec(op, spec)
     if options.ref_logits is not None:
-        raise UnsupportedRequest(f"{op}: ref_logits as a whole is what this op avoids; pass per_token_kl.")
+        raise UnsupportedRequest(f"{op}: this op avoids logits as a whole, such as ref_logits; pass per_token_kl.")
     tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
     resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, softmax, tensors, options.validate)
     return Call(HiddenSource(resolved), PairObjective(resolve_pairs(resolved.rows, spec, options)))
 
 
 def _mask(op: str, spec: PairSpec, options: PairOptions, completion_ids: Any) -> Any:
-    """The completion mask that the spec makes of the caller's."""
+    """Return the completion mask that the spec makes of the caller's."""
     if spec.tokens == "completion":
         return options.completion_mask
     if options.cu_seqlens is not None or options.sequence_ids is not None:

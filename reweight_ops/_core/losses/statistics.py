@@ -1,4 +1,4 @@
-"""The public ops that give row statistics from logits."""
+"""The public ops that compute row statistics from logits."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ..rows.numerics import log1mexp_or_inf
 from ..rows.rows import Rows
 from .explain import public_op
 
-#: Public statistic -> the row statistics it is made of.
+#: Maps a public statistic to the row statistics from which it is made.
 _STATS = {
     "logps": ("logp",), "entropies": ("entropy",), "lse": ("lse",), "log_sum_p_sq": ("log_sum_p_sq",),
     "max_logp": ("max_logp",), "is_top1": ("logp", "max_logp"), "log1m_p": ("logp",),
     "mean_logits": (MEAN_LOGIT,), "selected_logps": (PICKED,), "topk_logps": (PICKED,), "topk_ids": (PICKED_IDS,),
 }  # fmt: skip
 
-#: Argument to the statistics that read it.
+#: Maps an argument to the statistics that read it.
 _PICKING = {"selected_ids": ("selected_logps",), "top_k": ("topk_logps", "topk_ids")}
 
 
 def logps_call(source: Source, return_entropy: bool) -> Call[Any]:
-    """The call of an op that returns log-probs, or ``(logps, entropies)``."""
+    """Return the call of an op that returns log-probs, or ``(logps, entropies)``."""
     unflatten = source.rows.unflatten
     if return_entropy:
         return Call(source, StatisticsObjective(("logp", "entropy"), lambda s: (unflatten(s["logp"]), unflatten(s["entropy"]))))
@@ -53,32 +53,43 @@ def token_logps(
     return_entropy: bool = False,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[Any]:
-    """Log-probs of the given ids, and the entropies, both differentiable: ``log_softmax(x)[id]`` and ``-Σ p log p`` with ``x = cap·tanh(z/cap)/T``.
+    """Log-probs of the given ids, and optionally the entropies, all differentiable.
 
-    The primitive for a trainer that keeps its own loss.
+    They are ``log_softmax(x)[id]`` and ``-Σ p log p`` with ``x = cap·tanh(z/cap)/T``.
+
+    This is the primitive for a trainer that keeps its own loss.
 
     Args:
         logits: ``R + (V,)``, fp16, bf16, fp32 or fp64; any batch and row stride, the last dimension contiguous. The op never shifts.
-        completion_ids: R, int32 or int64. ``-100``: the row is out.
-        completion_mask: R, any dtype; a row is in iff not 0. Ignored rows are never read, give 0, and get a gradient of exact 0.
+        completion_ids: R, int32 or int64. ``-100`` marks an ignored row.
+        completion_mask: R, any dtype; 0 marks an ignored row. Ignored rows are never
+        read. Their results are 0, and their gradient is exactly 0.
         return_entropy: also return the entropies.
-        temperature: T, a positive number, a 0-d tensor, or one per row (or sequence). A tensor that requires grad gets its gradient, by two passes; that
-            of the entropy takes one more read of the logits.
-        softcap: the cap of a tanh soft cap on the raw logits, None for off.
-        vocab_size: columns of the softmax if the head is padded beyond them; the others get a gradient of exact 0.
-        drop_last: logits have one position more than ids (the last is unread, its gradient 0): the layout without a copy in backward.
+        temperature: T, a positive number, a 0-d tensor, or one number per row (or
+        sequence). A tensor that requires grad gets its gradient in two passes. That of
+        the entropy takes one more read of the logits.
+        softcap: the cap of a tanh soft cap on the raw logits. None disables it.
+        vocab_size: columns of the softmax if the head is padded beyond them. The
+        gradient of the others is exactly 0.
+        drop_last: logits have one more position than ids (the last is unread, its
+        gradient is 0). This layout needs no copy in backward.
         consume_logits: write the gradient over the logits in backward; saves one tensor of their size. Using them afterwards is an error.
-        sampling_mask: the ids that the sampler kept of each row, a :class:`SamplingMask` or a bool mask ``R + (V,)``: log-probs and all else are of
-            the distribution renormalised over them. Only their logits are read, and the gradient of all others is exactly 0.
-        entropy_over: with a mask, the entropy of the ``"kept"`` ids, or of the whole ``"vocabulary"``, which is then read too and whose gradient is everywhere.
+        sampling_mask: the ids that the sampler kept of each row, a
+        :class:`SamplingMask` or a bool mask ``R + (V,)``. Log-probs and everything else
+        are those of the distribution renormalised over these ids. Only their logits are
+        read, and the gradient of all others is exactly 0.
+        entropy_over: with a mask, the entropy of the ``"kept"`` ids or of the whole
+        ``"vocabulary"``. The latter is then read too, and its gradient is everywhere.
         backend: ``"auto"``, or ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``, which then never falls back.
 
     Returns:
         ``logps`` of shape R in fp32 (fp64 for fp64 logits), or ``(logps, entropies)``.
 
     Raises:
-        InvalidCall: a shape, dtype or id that does not fit, or is not kept (on a GPU a bad id gives NaN in its row, without a synchronisation).
-        UnsupportedRequest, BackendUnavailable: nobody, or not the named backend, can run this.
+        InvalidCall: a shape, dtype or id that does not fit, or an id that is not kept
+        (on a GPU a bad id gives NaN in its row, without a synchronisation).
+        UnsupportedRequest, BackendUnavailable: no backend, or not the named one, can
+        run this.
 
     >>> import torch, reweight_ops as rw
     >>> rw.token_logps(torch.zeros(2, 4), torch.tensor([1, 3]))
@@ -102,15 +113,20 @@ def token_stats(
     completion_mask: Tensor | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Call[TokenStats]:
-    """Statistics of every row in one read of the logits; see :class:`TokenStats` for the names, :func:`token_logps` for the arguments.
+    """Statistics of every row from one read of the logits.
+
+    :class:`TokenStats` has the names, and :func:`token_logps` the arguments.
 
     ``logps``, ``entropies`` and ``lse`` are differentiable; ``log_sum_p_sq``, ``max_logp``, ``is_top1``, ``log1m_p`` and ``mean_logits`` are not.
-    ``mean_logits`` has no kernel: it takes one more read, in PyTorch. So do the ids of ``topk_ids`` on other backends than ``cpu``, and there if ``top_k`` is
-    above 128; :func:`explain` says which.
+    ``mean_logits`` has no kernel and takes one more read, in PyTorch. So do the ids of
+    ``topk_ids``, except on the ``cpu`` backend with ``top_k`` up to 128. :func:`explain`
+    says which.
 
     Args:
-        selected_ids: of ``selected_logps``: int32 or int64, ``R + (K,)``, or ``[K]`` for all rows. ``-100`` is padding: 0, without a gradient.
-        top_k: of ``topk_logps`` and ``topk_ids``: how many of the likeliest ids, likeliest first.
+        selected_ids: the ids of ``selected_logps``, int32 or int64, ``R + (K,)``, or
+        ``[K]`` for all rows. ``-100`` is padding: 0, without a gradient.
+        top_k: the number of likeliest ids in ``topk_logps`` and ``topk_ids``, likeliest
+        first.
 
     ``selected_logps`` and ``topk_logps`` are differentiable: with g_k the derivatives by them, the gradient is ``1/T · (Σ_k g_k·1[v = id_k] - p_v·Σ_k g_k)``.
     They come from the log-sum-exp of the same read and K logits; the gradient is one write for all of the statistics.
@@ -132,7 +148,9 @@ def token_stats(
 
 
 def check_stats(op: str, stats: Sequence[str], **picking: Any) -> None:
-    """Raise for names that are none of :class:`TokenStats`, and where one of the arguments ``picking`` and its statistics are not both there."""
+    """Raise for names that :class:`TokenStats` does not have, and if an argument in
+    ``picking`` and its statistics are not both given.
+    """
     if not stats or isinstance(stats, str) or any(name not in _STATS for name in stats):
         raise InvalidCall(f"{op}: stats is {stats!r}; expected some of {', '.join(_STATS)}.")
     for argument, names in _PICKING.items():
@@ -144,7 +162,7 @@ def check_stats(op: str, stats: Sequence[str], **picking: Any) -> None:
 
 
 def resolve_picks(rows: Rows, selected_ids: Any, top_k: Any, vocab_size: int) -> Picks | None:
-    """Which ids' log-probs are wanted; None for none."""
+    """Return the ids whose log-probs are wanted, or None."""
     if selected_ids is None and top_k is None:
         return None
     given = None if selected_ids is None else resolve_ids(rows, "selected_ids", selected_ids, vocab_size)
@@ -152,7 +170,9 @@ def resolve_picks(rows: Rows, selected_ids: Any, top_k: Any, vocab_size: int) ->
 
 
 def stats_call(source: Source, stats: Sequence[str], picks: Picks | None = None) -> Call[TokenStats]:
-    """The call of an op that returns the named statistics; ``picks`` are those of the source."""
+    """Return the call of an op that returns the named statistics. ``picks`` are those
+    of the source.
+    """
     rows = source.rows
     given = 0 if picks is None or picks.given is None else picks.given.size(-1)
 

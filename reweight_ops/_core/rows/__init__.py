@@ -1,1 +1,1 @@
-"""The ``[N]`` vectors of a call: which rows count, and how they group."""
+"""The ``[N]`` vectors of a call: the rows that count, and how they form groups."""

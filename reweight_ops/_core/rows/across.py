@@ -1,7 +1,10 @@
-"""Sequences whose tokens several ranks have: sums, counts and order statistics over all of them, and their gradients.
+"""Sequences whose tokens several ranks have: sums, counts and order statistics over all
+tokens, and their gradients.
 
-Each rank's loss is its own rows' share, and the loss of the call is the sum over the ranks. A sum over ranks is read by every rank's share, so what flows
-back to a row is the sum of what every rank has for it: the adjoint of a sum over ranks is one.
+The loss of a rank is the share of its own rows. The loss of the call is the sum over
+the ranks. The share of every rank reads a sum over ranks, so the gradient of a row is
+the sum of what every rank has for it. The adjoint of a sum over ranks is therefore a
+sum over ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from .ranks import agreed, check_group, gathered, size_and_rank, summed_
 
 @dataclass(frozen=True)
 class Across:
-    """The ranks that have the rest of this rank's sequences."""
+    """The ranks that have the other tokens of this rank's sequences."""
 
     op: str
     group: Any
@@ -28,13 +31,16 @@ class Across:
 
     @torch.compiler.disable
     def agree(self, device: torch.device, sequences: int, needs_grad: bool) -> None:
-        """Raises on every rank if their calls do not fit together, before anything else is sent."""
+        """Raise on every rank if the calls of the ranks do not fit together.
+
+        This happens before anything else is sent.
+        """
         same = {"number of sequences": sequences, "whether a gradient is needed": int(needs_grad)}
         agreed(f"{self.op}, sequence_group", self.group, device, same, {})
 
     @torch.compiler.disable
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks, on every rank, and differentiable."""
+        """Return the sum over ranks on every rank. It is differentiable."""
         if torch.is_floating_point(x):
             found: Tensor = _Summed.apply(x, self)  # type: ignore[no-untyped-call]
             return found
@@ -42,7 +48,12 @@ class Across:
 
     @torch.compiler.disable
     def gather(self, x: Tensor) -> tuple[Tensor, slice]:
-        """``x`` ``[N]`` of every rank, one after the other, and where this rank's is; differentiable. A wait, for the ranks' N are not known."""
+        """Return ``x`` ``[N]`` of every rank in the order of ranks, and the slice of
+        this rank.
+
+        The result is differentiable. The call waits, because the N of the other ranks
+        are not known.
+        """
         sizes = gathered(self.op, self.group, torch.tensor([x.numel()], device=x.device)).view(-1).tolist()
         _, rank = size_and_rank(self.group)
         before, after = sum(sizes[:rank]), sum(sizes[rank + 1 :])
@@ -51,7 +62,7 @@ class Across:
 
 
 def across(op: str, group: Any) -> Across | None:
-    """What a call's ``sequence_group`` stands for."""
+    """Return the ranks that a call's ``sequence_group`` stands for."""
     check_group(op, "sequence_group", group)
     return None if group is None else Across(op, group)
 

@@ -1,6 +1,9 @@
-"""``batch`` of a weight: statistics over this call's valid rows, each row's sequence, or each row's prompt. A weight that uses it takes two passes.
+"""The ``batch`` of a weight: statistics over the valid rows of this call, of each row's
+sequence, or of each row's prompt.
 
-Where several ranks have the sequences, all of this is over the rows of all of them, in the order of ranks; what orders a sequence's tokens is refused.
+A weight that uses it takes two passes. If several ranks have the sequences, the
+statistics are over the rows of all ranks, in the order of ranks. A function that needs
+the order of a sequence's tokens is then refused.
 """
 
 from __future__ import annotations
@@ -18,18 +21,29 @@ from .rows import Rows
 
 
 class BatchStatistics:
-    """Statistics of values, one a row (or one number), over the valid rows; nothing waits for the device, and masked rows may hold anything.
+    """Statistics of values over the valid rows. The values are one per row, or one
+    number.
 
-    Over the call: ``sum mean min max quantile quantile_nearest top largest draw rank mean_below capped_mean``. Over each row's sequence ``[N]``: ``seq_sum
-    seq_mean seq_min seq_max seq_rank seq_quantile``, and along it ``seq_cumsum seq_suffix_sum``. Over each row's prompt, by the call's ``group_ids``:
-    ``group_sum group_mean group_min group_max``. A place in an order has no gradient; everything else has. ``batch.seq_cumsum(1.0)`` counts tokens.
+    Nothing waits for the device, and masked rows may hold any value. There are three
+    kinds:
+
+    * over the call: ``sum mean min max quantile quantile_nearest top largest draw rank
+      mean_below capped_mean``;
+    * over each row's sequence, ``[N]``:
+      ``seq_sum seq_mean seq_min seq_max seq_rank seq_quantile``, and along the sequence
+      ``seq_cumsum seq_suffix_sum``;
+    * over each row's prompt, given by the call's ``group_ids``:
+      ``group_sum group_mean group_min group_max``.
+
+    A place in an order has no gradient. Everything else has one.
+    ``batch.seq_cumsum(1.0)`` counts tokens.
     """
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
     def _only(self, x: Any, other: float) -> Tensor:
-        """``x`` in the rows that are in, else ``other``."""
+        """Return ``x`` in the valid rows and ``other`` in the rest."""
         x = x if isinstance(x, Tensor) else torch.full((), x, dtype=self._rows.dtype, device=self._rows.device)
         return torch.where(self._rows.keep, x, other)
 
@@ -45,12 +59,18 @@ class BatchStatistics:
         return self._rows.total(self._only(x, 0))
 
     def mean(self, x: Any) -> Tensor:
-        # In fp64, so that the mean of equal numbers is that number: what is left of them after it is 0, and no rounding's sign.
+        # The mean is in fp64, so that the mean of equal numbers is exactly that number.
+        # What remains of them after the mean is subtracted is then 0, without the sign
+        # of a rounding error.
         chosen = self._only(x, 0)
         return (self._rows.total(chosen.double()) / self._rows.total(self._rows.keep).clamp(min=1)).to(chosen.dtype)
 
     def _ended(self, x: Tensor, other: float) -> Tensor:
-        """``x`` in the rows that are in, else ``other``, and one more of those: a batch without rows has an extremum too."""
+        """Return ``x`` in the valid rows and ``other`` in the rest, and append one more
+        ``other``.
+
+        A batch without rows then has an extremum too.
+        """
         own, across = self._only(x, other), self._rows.across
         return torch.cat([own if across is None else across.gather(own)[0], x.new_full((1,), other)])
 
@@ -65,33 +85,50 @@ class BatchStatistics:
         return ordered, q * (self._rows.total(self._rows.keep) - 1).clamp(min=0).to(x.dtype)
 
     def quantile(self, x: Tensor, q: Any) -> Tensor:
-        """Linear interpolation between order statistics, as ``torch.quantile``, of any number of rows and without reading one on the host."""
+        """Interpolate linearly between order statistics, as ``torch.quantile`` does.
+
+        It takes any number of rows and reads no value on the host.
+        """
         ordered, at = self._order_statistics(x, q)
         below, above = (ordered.gather(0, k.long().view(1)).view(()) for k in (at.floor(), at.ceil()))
         result: Tensor = below + (at - at.floor()) * (above - below)
         return result
 
     def quantile_nearest(self, x: Tensor, q: Any) -> Tensor:
-        """The order statistic nearest to the quantile, halves to the even one (``interpolation="nearest"``)."""
+        """Return the order statistic that is nearest to the quantile
+        (``interpolation="nearest"``).
+
+        A half rounds to the even one.
+        """
         ordered, at = self._order_statistics(x, q)
         result: Tensor = ordered.gather(0, at.round().long().view(1)).view(())
         return result
 
     def top(self, x: Tensor, fraction: Any, where: Tensor) -> Tensor:
-        """1.0 for the ``max(1, ceil(fraction·n))`` largest ``x`` among the n valid rows with ``where``, else 0.0; of equal ones the first."""
+        """Return 1.0 for the ``max(1, ceil(fraction·n))`` largest ``x`` among the n
+        valid rows with ``where``, else 0.0.
+
+        Of equal values the first comes first.
+        """
         candidate = self._rows.keep & where
-        # 0.07·100 is a rounding above 7 and means 7.
+        # In floating point 0.07·100 is slightly more than 7, but means 7.
         count = (fraction * self._rows.total(candidate).double() + 0.999999).floor()
         return self._first(x, candidate, count)
 
     def largest(self, x: Tensor, fraction: Any) -> Tensor:
-        """1.0 for the ``max(1, floor(fraction·n))`` largest ``x`` among the n valid rows, else 0.0; of equal ones the first."""
+        """Return 1.0 for the ``max(1, floor(fraction·n))`` largest ``x`` among the n
+        valid rows, else 0.0.
+
+        Of equal values the first comes first.
+        """
         return self._first(x, self._rows.keep, self._count(fraction))
 
     def draw(self, fraction: Any, where: Tensor, seed: Any) -> Tensor:
-        """1.0 for ``max(1, floor(fraction·n))`` of the n valid rows, or as many as have ``where``, drawn among those; else 0.0.
+        """Draw ``max(1, floor(fraction·n))`` of the n valid rows among those with
+        ``where``. Return 1.0 for them, else 0.0.
 
-        The draw is a permutation of the positions that ``seed`` decides.
+        If fewer rows have ``where``, all of those are drawn. The draw is a permutation
+        of the positions that follows from ``seed``.
         """
         across = self._rows.across
         position = torch.arange(where.numel(), device=where.device)
@@ -110,13 +147,16 @@ class BatchStatistics:
         return count
 
     def _first(self, x: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
-        """1.0 for the ``max(1, count)`` largest ``x`` among the candidates."""
+        """Return 1.0 for the ``max(1, count)`` largest ``x`` among the candidates, else
+        0.0.
+        """
         across = self._rows.across
         own = slice(None)
         if across is not None:
             x, own = across.gather(x)
             candidate, _ = across.gather(candidate)
-        # Candidates first, the largest of them first: two stable sorts, the major key last. Exact where a value is infinite.
+        # Candidates come first, and the largest of them first. The order takes two
+        # stable sorts, the major key last. It is exact where a value is infinite.
         order = torch.where(candidate, x, 0).sort(descending=True, stable=True).indices
         order = order[candidate[order].to(torch.uint8).sort(descending=True, stable=True).indices]
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
@@ -124,24 +164,32 @@ class BatchStatistics:
         return result[own]
 
     def _own_order(self, what: str) -> None:
-        """Raise for what orders rows, where other ranks have more of them."""
+        """Raise for a function that orders rows if other ranks have more of the rows."""
         self._rows.refuse_across(f"batch.{what}", "compares rows by place or size, and sees those of one rank.")
 
     # --- by size ----------------------------------------------------------------------------------------------------------------
     def rank(self, x: Tensor) -> Tensor:
-        """``[N]``: how many valid rows have a smaller ``x``; of equal ones the first counts as smaller."""
+        """Return ``[N]``: how many valid rows have a smaller ``x``. Of equal values the
+        first counts as smaller.
+        """
         self._own_order("rank")
         return self._rank(x, Ordered.by((~self._rows.keep).long(), x))
 
     def mean_below(self, x: Tensor) -> Tensor:
-        """``[N]``: the mean of ``x`` over the valid rows that rank no higher; it grows with the rank."""
+        """Return ``[N]``: the mean of ``x`` over the valid rows whose rank is not
+        higher. It grows with the rank.
+        """
         self._own_order("mean_below")
         ordered = Ordered.by((~self._rows.keep).long(), x)
         total = self._only(x, 0)[ordered.order].cumsum(0)
         return self._only(ordered.back(total / torch.arange(1, total.numel() + 1, device=total.device)), 0)
 
     def capped_mean(self, x: Tensor, where: Tensor) -> Tensor:
-        """``[N]``: the mean of ``min(x_j, x)`` over the valid rows j with ``where``, for a row that is one of them; it grows with ``x``."""
+        """Return ``[N]``: the mean of ``min(x_j, x)`` over the valid rows j with
+        ``where``, for a row that is one of them.
+
+        It grows with ``x``.
+        """
         self._own_order("capped_mean")
         ordered = Ordered.by((~(self._rows.keep & where)).long(), x)
         values = torch.where(ordered.key == 0, x[ordered.order], 0)
@@ -150,12 +198,12 @@ class BatchStatistics:
         return self._only(ordered.back(torch.where(ordered.key == 0, total / count, 0)), 0)
 
     def seq_rank(self, x: Tensor) -> Tensor:
-        """``[N]``: :meth:`rank` among the row's sequence."""
+        """Return ``[N]``: the :meth:`rank` within the row's sequence."""
         self._own_order("seq_rank")
         return self._rank(x, Ordered.by(self._owner(), x))
 
     def seq_quantile(self, x: Tensor, q: Any) -> Tensor:
-        """``[N]``: :meth:`quantile` of the row's sequence."""
+        """Return ``[N]``: the :meth:`quantile` of the row's sequence."""
         self._own_order("seq_quantile")
         ordered = Ordered.by(self._owner(), x)
         values = self._only(x, 0)[ordered.order]
@@ -168,7 +216,9 @@ class BatchStatistics:
 
     # --- over each row's sequence ---------------------------------------------------------------------------------------------------
     def _owner(self) -> Tensor:
-        """``[N]`` int64: each row's sequence, and one more for the ignored rows."""
+        """Return ``[N]`` int64: the sequence of each row. Ignored rows have the number
+        after the last sequence.
+        """
         groups, keep = self._sequences(), self._rows.keep
         index = groups.index
         if index is None:
@@ -176,7 +226,7 @@ class BatchStatistics:
         return torch.where(keep, index, groups.count)
 
     def seq_sum(self, x: Any) -> Tensor:
-        """``[N]``: every row gets its sequence's sum."""
+        """Return ``[N]``: every row gets the sum of its sequence."""
         return self._sequences().spread(self._sequences().sum(self._only(x, 0)))
 
     def seq_mean(self, x: Any) -> Tensor:
@@ -191,11 +241,15 @@ class BatchStatistics:
         return -self.seq_max(-x)
 
     def seq_cumsum(self, x: Any, decay: Any = 1.0) -> Tensor:
-        """``[N]``: ``Σ_{s<=t} decay^(t-s)·x_s`` over the row's sequence; ``t - s`` counts valid tokens."""
+        """Return ``[N]``: ``Σ_{s<=t} decay^(t-s)·x_s`` over the row's sequence.
+        ``t - s`` counts valid tokens.
+        """
         return self._along(x, decay, False)
 
     def seq_suffix_sum(self, x: Any, decay: Any = 1.0) -> Tensor:
-        """``[N]``: ``Σ_{s>=t} decay^(s-t)·x_s`` over the row's sequence; ``s - t`` counts valid tokens."""
+        """Return ``[N]``: ``Σ_{s>=t} decay^(s-t)·x_s`` over the row's sequence.
+        ``s - t`` counts valid tokens.
+        """
         return self._along(x, decay, True)
 
     def _along(self, x: Any, decay: Any, reverse: bool) -> Tensor:
@@ -213,7 +267,9 @@ class BatchStatistics:
         return self._only(self._sequences().spread(self._prompts().spread(y)), 0)
 
     def group_sum(self, x: Any) -> Tensor:
-        """``[N]``: every row gets the sum over the tokens of all sequences of its prompt."""
+        """Return ``[N]``: every row gets the sum over the tokens of all sequences of
+        its prompt.
+        """
         return self._of_prompt(self._by_prompt(self._only(x, 0)))
 
     def group_mean(self, x: Any) -> Tensor:
@@ -228,7 +284,9 @@ class BatchStatistics:
 
 
 def _scattered(position: Tensor, seed: Any) -> Tensor:
-    """A 62-bit hash of each position and the seed (SplitMix64's two rounds)."""
+    """Return a 62-bit hash of each position and the seed (the two rounds of
+    SplitMix64).
+    """
     z = position + (seed.long() if isinstance(seed, Tensor) else int(seed)) * 0x51ED2701
     for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor

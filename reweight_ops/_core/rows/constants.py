@@ -1,4 +1,8 @@
-"""Numbers as vectors on a device: filled there, never copied from the host, and kept while they are in use."""
+"""Numbers as vectors on a device.
+
+A vector is filled on the device and never copied from the host. It is kept while it is
+in use.
+"""
 
 from __future__ import annotations
 
@@ -16,43 +20,51 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class _Constants:
-    """Vectors of compiled graphs, each an attribute: torch.compile looks attributes up when it needs them, but reads a dictionary once and for all."""
+    """Vectors of compiled graphs, each an attribute.
+
+    torch.compile looks up an attribute when it needs it, but reads a dictionary only
+    once.
+    """
 
 
 _constants = _Constants()
 
-#: What a vector of a compiled graph holds, its dtype and device, to its attribute. As many as there are graphs, which find them there when they run.
+#: Maps the values, dtype and device of a compiled graph's vector to its attribute.
+#: There are as many entries as graphs. The graphs find the vectors there when they run.
 _names: dict[tuple[tuple[float, ...], torch.dtype, torch.device], str] = {}
-_serial = itertools.count()  # and not len(_names): two threads may make one at once
+_serial = itertools.count()  # not len(_names): two threads may make one at the same time
 
 
 @torch.compiler.assume_constant_result
 def _compiled_in(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> str:
-    # Returns a name and no tensor, so that torch.compile finds the finished tensor in the global above.
+    # This returns a name instead of a tensor, so that torch.compile finds the finished
+    # tensor in the global above.
     what = (values, dtype, device)
     if what not in _names:
         name = f"vector{next(_serial)}"
-        with _disable_current_modes():  # torch.export runs Python on fake tensors, which must not outlive it
+        with _disable_current_modes():  # torch.export runs Python on fake tensors; they must not outlive it
             setattr(_constants, name, _filled(values, dtype, device))
         _names[what] = name
     return _names[what]
 
 
-#: How many vectors of eager calls are kept: a schedule makes a new one at every step.
+#: The number of vectors of eager calls that are kept. A schedule makes a new one at
+#: every step.
 MOST = 256
 
 _kept: OrderedDict[Any, Tensor] = OrderedDict()
 
-#: False on a machine without a GPU, where only a fake tensor says that it is on one.
+#: False on a machine without a GPU. There only a fake tensor can be on a GPU.
 _initialized: Callable[[], bool] = torch.cuda.is_initialized
 
 
 def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # What is kept outlives any of torch.func's transforms.
+    # A kept vector outlives every transform of torch.func.
     with torch.inference_mode(False), torch._C._DisableFuncTorch():
         if device.type == "cpu":
             return torch.tensor(values, dtype=dtype, device=device)
-        # The numbers are arguments of launches: a copy from the host would wait, and is illegal under CUDA-graph capture.
+        # The numbers are launch arguments. A copy from the host would wait, and it is
+        # illegal under CUDA-graph capture.
         vector = torch.empty(len(values), dtype=dtype, device=device)
         start = 0
         for value, run in itertools.groupby(values):
@@ -63,16 +75,19 @@ def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 
 def lasts(vector: Tensor) -> bool:
-    """Whether other calls may use it: not one that has no elements, nor one that a CUDA graph fills when it is replayed."""
+    """Return whether other calls may use the vector.
+
+    They may not if it has no elements, or if a CUDA graph fills it at each replay.
+    """
     if type(vector) is not Tensor or vector.device.type == "meta":
         return False
-    if torch._C._len_torch_dispatch_stack():  # FakeTensorMode takes no other tensors than its own
+    if torch._C._len_torch_dispatch_stack():  # FakeTensorMode takes only its own tensors
         return False
     return not (vector.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Filled in the order of a stream, so another stream has its own.
+    # A vector is filled in the order of a stream, so each stream has its own.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" and _initialized() else 0
     what = (values, dtype, device, stream)
     vector = _kept.get(what)
@@ -89,26 +104,38 @@ def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 
 def varies(value: Any) -> bool:
-    """Whether it is a number that a compiled graph takes as an input: the second value that torch.compile meets makes it one."""
+    """Return whether the value is a number that a compiled graph takes as an input.
+
+    The second value that torch.compile meets turns a number into an input.
+    """
     return torch.compiler.is_compiling() and isinstance(value, (int, float)) and not has_static_value(value)
 
 
 def as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number that :func:`varies` as a 0-d tensor. By a sum: of that torch.compile makes one of tensors, any value of which is the same graph."""
+    """Return a number that :func:`varies` as a 0-d tensor.
+
+    It is made by a sum. torch.compile turns a sum into one of tensors, so any value of
+    the number has the same graph.
+    """
     number: Tensor = torch.zeros((), dtype=dtype, device=device) + value
     return number
 
 
 def is_infinite(value: Any) -> bool:
-    """Whether it is a number, and infinite; torch.compile takes no infinity as an input."""
+    """Return whether the value is an infinite number. torch.compile does not take
+    infinity as an input.
+    """
     return isinstance(value, (int, float)) and not varies(value) and math.isinf(value)
 
 
 def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers and 0-d tensors as one vector. Numbers are kept per device; tensors must live on the device already."""
+    """Return numbers and 0-d tensors as one vector.
+
+    Numbers are kept per device. Tensors must already be on the device.
+    """
     if torch.compiler.is_compiling():
         values = tuple([as_tensor(v, dtype, device) if varies(v) else v for v in values])
-    elif device.type == "cpu":  # the usual call there, whose time is mostly Python
+    elif device.type == "cpu":  # the usual call on a CPU: its time is mostly Python
         known = _kept.get((values, dtype, device, 0))
         if known is not None and lasts(known):
             return known
@@ -124,7 +151,7 @@ def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.
 
 
 def number_like(value: Any, like: Tensor) -> Tensor:
-    """A number or 0-d tensor in the dtype of ``like``, on its device."""
+    """Return a number or a 0-d tensor in the dtype and on the device of ``like``."""
     if isinstance(value, Tensor):
         return value if value.dtype == like.dtype else value.to(like.dtype)
     if varies(value):

@@ -1,8 +1,12 @@
-"""Completions in groups, those of one prompt: the one resolver of group arguments, and a group's statistics.
+"""Completions in groups, one group per prompt: the resolver of group arguments, and
+statistics of a group.
 
-Every function on rewards takes ``[B]`` tensors and one of ``group_size=G`` (an int: consecutive rows, ``B`` a multiple of ``G``) or
-``group_ids`` (``[B]``, ints in ``[0, num_groups)``, ragged groups in any order) with ``num_groups`` (an int, so that nothing waits for a GPU).
-An id outside of that range is an error on the CPU; on a GPU, and inside ``torch.compile``, its row is NaN.
+Every function on rewards takes ``[B]`` tensors and one of two arguments.
+``group_size=G`` is an int: groups are runs of consecutive rows, and ``B`` is a multiple
+of ``G``. ``group_ids`` is ``[B]`` with ints in ``[0, num_groups)``: groups may differ
+in size and come in any order. It needs ``num_groups``, an int, so that nothing waits
+for a GPU. An id outside of that range is an error on the CPU. On a GPU, and inside
+``torch.compile``, its row is NaN.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from .structure import is_readable
 
 
 class GroupKeywords(TypedDict, total=False):
-    """How rows form groups: ``group_size``, or ``group_ids`` with ``num_groups``."""
+    """The keywords that say how rows form groups: ``group_size``, or ``group_ids`` with
+    ``num_groups``.
+    """
 
     group_size: int | None
     group_ids: Tensor | None
@@ -28,7 +34,10 @@ class GroupKeywords(TypedDict, total=False):
 
 
 def require(op: str, ok: Tensor, message: str, x: Tensor) -> Tensor:
-    """``x``, if ``ok`` (bool, the shape of ``x``) holds everywhere: else an error on the CPU, NaN where it fails on a GPU."""
+    """Return ``x`` if ``ok`` (bool, the shape of ``x``) holds everywhere.
+
+    Otherwise raise on the CPU. On a GPU, return NaN where it does not hold.
+    """
     if is_readable(ok):
         if not bool(ok.all()):
             raise InvalidCall(f"{op}: {message}")
@@ -37,7 +46,11 @@ def require(op: str, ok: Tensor, message: str, x: Tensor) -> Tensor:
 
 
 def floats(op: str, name: str, value: Any, shape: tuple[int, ...] | None = None) -> Tensor:
-    """A tensor argument, detached: fp32 or fp64 as it is, integers and bools as fp32; 16 bits and wrong shapes are errors."""
+    """Return a tensor argument, detached.
+
+    fp32 and fp64 stay as they are. Integers and bools become fp32. 16-bit floats and
+    wrong shapes are errors.
+    """
     if not isinstance(value, Tensor):
         raise InvalidCall(f"{op}: {name} is a {type(value).__name__}, expected a tensor.")
     if value.dtype in (torch.float16, torch.bfloat16):
@@ -49,12 +62,14 @@ def floats(op: str, name: str, value: Any, shape: tuple[int, ...] | None = None)
 
 
 def like(op: str, name: str, value: Any, x: Tensor) -> Tensor:
-    """A second tensor argument, of the shape and dtype of the first, ``x``."""
+    """Return a second tensor argument. It must have the shape and dtype of the first,
+    ``x``.
+    """
     return floats(op, name, value, tuple(x.shape)).to(x.dtype)
 
 
 class _CheckedGroups(Groups):
-    """Groups whose rows of no group are visible: NaN."""
+    """Groups that show a row of no group as NaN."""
 
     def spread(self, y: Tensor) -> Tensor:
         if self.index is None:
@@ -64,7 +79,11 @@ class _CheckedGroups(Groups):
 
 @dataclass(frozen=True)
 class Grouped:
-    """``values [B]`` in groups. A statistic is ``[B]`` too: each row holds its group's. Rows not ``scored`` (NaN rewards) are in none."""
+    """``values [B]`` in groups.
+
+    A statistic is ``[B]`` too, and each row holds that of its group. Rows that are not
+    ``scored`` (NaN rewards) are in no statistic.
+    """
 
     op: str
     groups: Groups
@@ -72,16 +91,16 @@ class Grouped:
     scored: Tensor
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over the scored rows of a group."""
+        """Return the sum over the scored rows of a group."""
         return self.groups.spread(self.groups.sum(torch.where(self.scored, x, 0)))
 
     @property
     def size(self) -> Tensor:
-        """How many rows of the group are scored."""
+        """Return how many rows of the group are scored."""
         return self.sum(torch.ones_like(self.values))
 
     def max(self, x: Tensor) -> Tensor:
-        """-inf for a group without a scored row."""
+        """Return the maximum of a group. It is -inf for a group without a scored row."""
         x = torch.where(self.scored, x, -torch.inf)
         if self.groups.index is None:
             return self.groups.spread(x.view(self.groups.count, self.groups.length).amax(-1))
@@ -92,7 +111,11 @@ class Grouped:
         return -self.max(-x)
 
     def mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Measured from the least value that counts, so that the mean of equal values is exactly that value. 0 for an empty group."""
+        """Return the mean of a group. It is 0 for an empty group.
+
+        It is measured from the least value that counts, so that the mean of equal
+        values is exactly that value.
+        """
         w = torch.ones_like(x) if weights is None else weights
         least = self.min(x if weights is None else torch.where(w > 0, x, torch.inf))
         anchor = torch.where(least.isfinite(), least, torch.where(least.isnan(), least, 0))
@@ -100,62 +123,80 @@ class Grouped:
         return anchor + self.sum(w * (x - anchor)) / torch.where(total == 0, 1, total)
 
     def std(self, x: Tensor, correction: int = 1, weights: Tensor | None = None) -> Tensor:
-        """``correction`` 1 divides by ``n - 1`` (``torch.std``), 0 by ``n``. 0 for a group of one."""
+        """Return the standard deviation of a group. It is 0 for a group of one.
+
+        ``correction=1`` divides by ``n - 1`` (as ``torch.std``), and 0 by ``n``.
+        """
         w = torch.ones_like(x) if weights is None else weights
         squares = self.sum(w * (x - self.mean(x, weights)) ** 2)
         return (squares / (self.sum(w) - correction).clamp(min=1)).sqrt()
 
     @property
     def centered(self) -> Tensor:
-        """Values minus their group's mean: exactly 0 where a group's values are equal."""
+        """Return the values minus the mean of their group. It is exactly 0 where the
+        values of a group are equal.
+        """
         return self.values - self.mean(self.values)
 
     @property
     def index(self) -> Tensor:
-        """``[B]`` int64: each row's group."""
+        """Return ``[B]`` int64: the group of each row."""
         if self.groups.index is not None:
             return self.groups.index
         return torch.arange(len(self.values), device=self.values.device) // self.groups.length
 
     def order(self, key: Tensor) -> Tensor:
-        """``[B]`` int64: rows by group, then key, then row; rows without a score last in their group."""
+        """Return ``[B]`` int64: the rows sorted by group, then key, then row.
+
+        Rows without a score are last in their group.
+        """
         first = torch.where(self.scored, key, torch.nan).sort(stable=True).indices
         return first[self.index[first].sort(stable=True).indices]
 
     def rank(self, key: Tensor) -> Tensor:
-        """``[B]`` int64: the place of a row in its group by ascending key, from 0; ties by row, rows without a score last."""
+        """Return ``[B]`` int64: the place of a row in its group by ascending key, from
+        0.
+
+        Ties are ordered by row. Rows without a score are last.
+        """
         place = torch.empty_like(self.index).scatter_(0, self.order(key), torch.arange(len(key), device=key.device))
         return place - self.start[self.index]
 
     @property
     def start(self) -> Tensor:
-        """``[count + 1]`` int64: where a group begins in :meth:`order`; the last entry is for rows of no group."""
+        """Return ``[count + 1]`` int64: where each group begins in :meth:`order`.
+
+        The last entry is for rows of no group.
+        """
         sizes = torch.zeros(self.groups.count + 1, dtype=torch.int64, device=self.index.device)
         sizes = sizes.index_put((self.index,), torch.ones_like(self.index), accumulate=True)
         return sizes.cumsum(0) - sizes
 
     def result(self, x: Tensor) -> Tensor:
-        """The values to return: 0 for a row without a score."""
+        """Return the values with 0 for a row without a score."""
         return torch.where(self.scored, x, 0)
 
     def like(self, name: str, value: Any) -> Tensor:
-        """A further ``[B]`` argument."""
+        """Return another ``[B]`` argument."""
         return like(self.op, name, value, self.values)
 
     def mask(self, name: str, value: Any) -> Tensor:
-        """A further ``[B]`` argument as bool: set iff it is not 0."""
+        """Return another ``[B]`` argument as bool, True where it is not 0."""
         return self.like(name, value) != 0
 
 
 def grouped(op: str, rewards: Any, keywords: Any, *, name: str = "rewards", whole: bool = False) -> Grouped:
-    """Resolve ``[B]`` rewards and :class:`GroupKeywords`. ``whole``: without keywords all rows are one group."""
+    """Resolve ``[B]`` rewards and :class:`GroupKeywords`.
+
+    With ``whole``, all rows are one group if there are no keywords.
+    """
     for key in keywords:
         if key not in GroupKeywords.__annotations__:
             near = difflib.get_close_matches(key, GroupKeywords.__annotations__, n=1)
             raise TypeError(f"{op}() got an unexpected keyword argument {key!r}.{f' Did you mean {near[0]}?' if near else ''}")
     x = floats(op, name, rewards)
     if x.dim() != 1:
-        raise InvalidCall(f"{op}: {name} has shape {tuple(x.shape)}, expected (B,): one value a completion. {describe({name: x})}")
+        raise InvalidCall(f"{op}: {name} has shape {tuple(x.shape)}, expected (B,): one value per completion. {describe({name: x})}")
     size, ids, count = (keywords.get(k) for k in ("group_size", "group_ids", "num_groups"))
     if whole and size is None and ids is None and count is None:
         size = len(x)
@@ -174,14 +215,18 @@ def _equal(op: str, name: str, x: Tensor, size: Any) -> Groups:
 
 
 def whole_number(op: str, name: str, value: Any, least: int = 1) -> int:
-    """A count: an int, so that nothing waits for a GPU."""
+    """Check a count. It is an int, so that nothing waits for a GPU."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < least:
         raise InvalidCall(f"{op}: {name} is {value!r}, expected {'a positive int' if least == 1 else f'an int of at least {least}'}.")
     return value  # type: ignore[return-value]
 
 
 def indices(op: str, name: str, ids: Any, shape: tuple[int, ...], count: int, total: str, least: int = 0) -> Tensor:
-    """Indices as int64: those outside of ``[least, count)`` are an error on the CPU, ``count`` elsewhere. ``total``: what ``count`` is called."""
+    """Return indices as int64.
+
+    An index outside of ``[least, count)`` is an error on the CPU, and becomes ``count``
+    elsewhere. ``total`` is the name of ``count`` in messages.
+    """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or tuple(ids.shape) != shape:
         raise InvalidCall(f"{op}: {name} must be an int32 or int64 tensor of shape {shape}. {describe({name: ids})}")
     inside = (ids >= least) & (ids < count)

@@ -1,4 +1,7 @@
-"""Rows by key: sums along a sequence and places in an order, by sorts and scans whose number follows from shapes, so that no value is read on the host."""
+"""Rows sorted by key: sums along a sequence and places in an order.
+
+The sorts and scans depend in number on shapes only, so no value is read on the host.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ordered:
-    """Rows sorted by key: those of one key are a run. ``order`` ``[N]`` says which row is at a place, ``key`` ``[N]`` whose run the place is in."""
+    """Rows sorted by key. The rows of one key are a run.
+
+    ``order`` ``[N]`` tells which row is at a place. ``key`` ``[N]`` tells to which run
+    the place belongs.
+    """
 
     order: Tensor
     key: Tensor
 
     @staticmethod
     def by(key: Tensor, then: Tensor | None = None) -> Ordered:
-        """Rows by key, then by a value if there is one, then as they are."""
+        """Sort rows by key, then by a value if there is one, then by their position."""
         # Two stable sorts, the major key last. NaN is the largest value.
         if then is None:
             order = key.sort(stable=True).indices
@@ -28,25 +35,28 @@ class Ordered:
         return Ordered(order, key[order])
 
     def place(self) -> Tensor:
-        """``[N]``, by place: how many of its run come before."""
+        """Return ``[N]``, by place: how many rows of its run come before."""
         return torch.arange(self.key.numel(), device=self.key.device) - self.start()
 
     def start(self) -> Tensor:
-        """``[N]``, by place: the place at which its run begins."""
+        """Return ``[N]``, by place: the place at which its run begins."""
         return torch.searchsorted(self.key, self.key)
 
     def count(self) -> Tensor:
-        """``[N]``, by place: how many rows its run has."""
+        """Return ``[N]``, by place: how many rows its run has."""
         return torch.searchsorted(self.key, self.key, right=True) - self.start()
 
     def back(self, y: Tensor) -> Tensor:
-        """By place to by row."""
+        """Map a vector by place to a vector by row."""
         return torch.zeros_like(y).scatter(0, self.order, y)
 
     def cumsum(self, x: Tensor, decay: Any, longest: int, reverse: bool = False) -> Tensor:
-        """``[N]``: ``Σ decay^d·x`` over the row and those before it (``reverse``: after it) in its run, ``d`` rows away; runs have at most ``longest``.
+        """Return ``[N]``: ``Σ decay^d·x`` over the row and those before it in its run,
+        ``d`` rows away.
 
-        The sums of a run see nothing of the others, not even an inf. About ``log2(longest)`` steps, each of all rows.
+        With ``reverse`` the sum is over the row and those after it. A run has at most
+        ``longest`` rows. The sums of a run see nothing of other runs, not even an inf.
+        There are about ``log2(longest)`` steps, each over all rows.
         """
         y, key = x[self.order], self.key
         if reverse:

@@ -1,4 +1,7 @@
-"""What the parts of a pair loss see: tokens that sum to sequences, sequences that form pairs (or longer lists, best first)."""
+"""The data that the parts of a pair loss see.
+
+Tokens sum to sequences. Sequences form pairs, or longer lists with the best first.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,26 @@ LAYOUTS = ("halves", "interleaved")
 
 @dataclass(frozen=True)
 class Sequences:
-    """The S sequences of a call. ``tokens``: ``[N]`` by name, 0 where a row is out; ``given``: sums ``[S]`` that the caller had already."""
+    """The S sequences of a call.
+
+    ``tokens`` has vectors ``[N]`` by name, 0 in ignored rows. ``given`` has sums
+    ``[S]`` that the caller already had.
+    """
 
     tokens: dict[str, Tensor]
     given: dict[str, Tensor]
     keep: Tensor  # [N] bool
     groups: Groups
     layout: str
-    size: int  # sequences of one pair: 2, or more for a list
+    size: int  # sequences per pair: 2, or more for a list
 
     @property
     def lengths(self) -> Tensor:
-        """``[S]``: tokens that are in."""
+        """Return ``[S]``: the number of valid tokens."""
         return self.sum(torch.ones_like(self.tokens["logp"]))
 
     def sum(self, x: Tensor) -> Tensor:
-        """``[N] -> [S]`` over the tokens that are in."""
+        """Sum ``[N]`` to ``[S]`` over the valid tokens."""
         return self.groups.sum(torch.where(self.keep, x, 0))
 
     def spread(self, y: Tensor) -> Tensor:
@@ -39,20 +46,22 @@ class Sequences:
         return self.groups.spread(y)
 
     def split(self, y: Tensor) -> Tensor:
-        """``[S] -> [size, P]``: row 0 the chosen ones."""
+        """Reshape ``[S]`` to ``[size, P]``. Row 0 has the chosen sequences."""
         return y.view(self.size, -1) if self.layout == "halves" else y.view(-1, self.size).transpose(0, 1)
 
     def join(self, y: Tensor) -> Tensor:
-        """The inverse of :meth:`split`."""
+        """Invert :meth:`split`."""
         return (y if self.layout == "halves" else y.transpose(0, 1)).reshape(-1)
 
     def rank(self) -> Tensor:
-        """``[S]`` int64: 0 for a chosen sequence, 1 for a rejected one."""
+        """Return ``[S]`` int64: 0 for a chosen sequence, 1 for a rejected one."""
         pairs = self.groups.count // self.size
         return self.join(torch.arange(self.size, device=self.keep.device)[:, None].expand(self.size, pairs))
 
     def position(self) -> Tensor:
-        """``[N]``: the position of each token in its sequence, from 1. The sequences must lie one after the other."""
+        """Return ``[N]``: the 1-based position of each token in its sequence. The
+        sequences must be consecutive.
+        """
         seen = self.keep.long().cumsum(0)
         lengths = self.groups.sum(self.keep.long())
         return seen - self.spread(lengths.cumsum(0) - lengths)
@@ -60,7 +69,10 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Side:
-    """The chosen or the rejected sequence of every pair, all ``[P]``. ``logps``: as the score sums the tokens; ``sums``: plainly."""
+    """The chosen or the rejected sequence of every pair. All fields are ``[P]``.
+
+    ``logps`` are summed as the score sums the tokens. ``sums`` are the plain sums.
+    """
 
     logps: Tensor
     sums: Tensor
@@ -71,19 +83,22 @@ class Side:
 
     @property
     def logratios(self) -> Tensor:
-        """``log π(y) - log π_ref(y)``."""
+        """Return ``log π(y) - log π_ref(y)``."""
         assert self.ref_logps is not None
         return self.logps - self.ref_logps
 
     @property
     def mean_logps(self) -> Tensor:
-        """Per token; 0 for an empty sequence."""
+        """Return the log-prob per token. It is 0 for an empty sequence."""
         return self.sums / self.lengths.clamp(min=1)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a pair loss or weight reads: two sides (or more, for lists), and the caller's inputs per pair, ``[P]``."""
+    """The data that a pair loss or weight reads.
+
+    It has two sides (more for lists), and the caller's inputs per pair, ``[P]``.
+    """
 
     beta: Any
     sides: tuple[Side, ...]
@@ -101,19 +116,22 @@ class Pairs:
 
     @property
     def margins(self) -> Tensor:
-        """The chosen score less the rejected one, before β."""
+        """Return the chosen score minus the rejected score, before β."""
         return self.chosen.scores - self.rejected.scores
 
     def per_side(self, y: Tensor) -> tuple[Tensor, ...]:
-        """``[S]`` to one ``[P]`` a side."""
+        """Split ``[S]`` into one ``[P]`` per side."""
         return tuple(self.sequences.split(y).unbind())
 
 
 def from_first_difference(completion_ids: Tensor, completion_mask: Tensor | None = None, *, pairs: str = "halves") -> Tensor:
-    """``[B, T]`` bool: the tokens of ``completion_mask`` from the first column on in which the two sequences of a pair differ.
+    """Return a ``[B, T]`` bool mask of the tokens from the first column on in which the
+    two sequences of a pair differ.
 
-    Steps of a search tree share a prefix; only what follows it says anything about the preference. ``B`` is even, ``pairs`` as in :func:`preference_loss`.
-    A pair that does not differ has no token left.
+    It is a subset of ``completion_mask``. Steps of a search tree share a prefix, and
+    only what follows it says anything about the preference. ``B`` is even, and
+    ``pairs`` is as in :func:`preference_loss`. A pair that does not differ has no token
+    left.
 
     >>> import torch
     >>> from_first_difference(torch.tensor([[5, 6, 7], [5, 8, 7]])).int()

@@ -1,4 +1,7 @@
-"""What a backend may do with a call's rows in one launch each, where PyTorch launches one kernel for every operation."""
+"""The operations that a backend may do on a call's rows in one launch each.
+
+PyTorch launches one kernel for every operation of them.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,25 @@ _MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PR
 
 
 def is_traced(t: Tensor) -> bool:
-    """Whether a call on ``t`` is being recorded rather than run: a kernel that is no op would find no elements, or be left out of the graph."""
+    """Return whether a call on ``t`` is being recorded instead of run.
+
+    A kernel that is not a registered op would then find no elements, or be missing from
+    the graph.
+    """
     if torch.compiler.is_compiling() or isinstance(t, torch._subclasses.FakeTensor):
         return True
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
 
 
 class Masked(NamedTuple):
-    """``ids`` ``[N]`` int64, IGNORE_INDEX where a row is out; ``keep`` and ``counted`` (in denominators) bool ``[N]``; ``lengths`` int32 ``[2, S]``, how many
-    rows of each sequence are the one and the other. Rows without sequences count in runs. ``bounds``: the least and the largest id of the rows that
-    are in, from a backend that knows them on the host."""
+    """The masked rows of a call.
+
+    ``ids`` ``[N]`` int64 is IGNORE_INDEX in an ignored row. ``keep`` and ``counted``
+    (in denominators) are bool ``[N]``. ``lengths`` int32 ``[2, S]`` tells how many rows
+    of each sequence are kept and counted. Rows without sequences count in runs.
+    ``bounds`` is the least and the largest id of the kept rows, from a backend that
+    knows them on the host.
+    """
 
     ids: Tensor
     keep: Tensor
@@ -32,9 +44,11 @@ class Masked(NamedTuple):
 
 
 class Weighing(NamedTuple):
-    """A row weight: ``keep / divisor / (the sequence's counted rows if per_length) / horizon``.
+    """A row weight: ``keep / divisor / (the sequence's counted rows if per_length) /
+    horizon``.
 
-    ``divisor``: a number, a 0-d tensor, all counted rows, all sequences that have one, or None; each count is at least 1.
+    ``divisor`` is a number, a 0-d tensor, all counted rows, all sequences that have
+    one, or None. Each count is at least 1.
     """
 
     divisor: float | Tensor | Literal["rows", "sequences"] | None = None
@@ -42,7 +56,8 @@ class Weighing(NamedTuple):
     horizon: float | None = None
 
 
-#: What :attr:`RowPrimitives.metrics` can find, in this order: means over rows; sums and extrema; means over sequences of the shares of their rows.
+#: The metrics that :attr:`RowPrimitives.metrics` can find, in this order: means over
+#: rows; sums and extrema; means over sequences of the shares of their rows.
 METRICS = (
     "entropy", "kl", "low", "high", "region", "ratio", "approx_kl", "weight", "skipped", "largest ratio", "tokens", "sequences", "low_min",
     "high_max", "sequence low", "sequence high", "sequence region",
@@ -51,17 +66,27 @@ METRICS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RowPrimitives:
-    """* ``mask(ids, mask, denominator, run)``: ids and masks of shape ``[N]`` or ``[S, run]``, any strides.
-    * ``weigh(masked, run, weighing, scale, factor, terms) -> [terms, N]``: times ``scale`` (a number or a 0-d tensor), and in term 0 times ``factor``.
-    * ``ratio(masked, run, logp, old_logp, params, normalize) -> (log_ratio [N], means [S])``: each sequence's mean of ``logp - old_logp`` (0 where
-      that is None; the sum without ``normalize``) in all of its rows, between ``params[0]`` and ``params[1]``.
-    * ``adjoint(masked, run, d_ratio, d_logp, params, means, normalize, shared)``: adds to ``d_logp`` what ``d_ratio`` is through it; each row's own
-      without ``shared``.
-    * ``metrics(masked, run, monitor, params, leaves, names) -> (sums [M, 2], values [M])``: those of :data:`METRICS` that are named. ``monitor`` is a
-      :class:`~reweight_ops._core.formula.monitor.Monitor`; ``leaves`` are a formula's, and ``d_logp``, ``d_entropy`` and ``factor``; without
-      ``log_ratio`` it is formed in the row, as a loss program forms it.
+    """The row primitives of a backend.
 
-    Where one of the last three is None, PyTorch does it; ``ratio`` and ``adjoint`` go together.
+    * ``mask(ids, mask, denominator, run)`` takes ids and masks of shape ``[N]`` or
+      ``[S, run]`` with any strides.
+    * ``weigh(masked, run, weighing, scale, factor, terms) -> [terms,
+      N]`` multiplies by ``scale`` (a number or a 0-d tensor), and in term 0 also by ``factor``.
+    * ``ratio(masked, run, logp, old_logp, params, normalize) -> (log_ratio [N], means
+      [S])`` gives all rows of a sequence its mean of ``logp -
+      old_logp``, between ``params[0]`` and ``params[1]``. An ``old_logp`` of None is 0. Without ``normalize``
+      it is the sum.
+    * ``adjoint(masked, run, d_ratio, d_logp, params, means, normalize,
+      shared)`` adds to ``d_logp`` the part of ``d_ratio`` that flows through it. Without ``shared``
+      a row gets only its own part.
+    * ``metrics(masked, run, monitor, params, leaves, names) -> (sums [M, 2], values
+      [M])`` computes the named :data:`METRICS`. ``monitor`` is a
+      :class:`~reweight_ops._core.formula.monitor.Monitor`. ``leaves`` are those of a
+      formula, and ``d_logp``, ``d_entropy`` and ``factor``. A missing ``log_ratio`` is
+      formed in the row, as a loss program forms it.
+
+    PyTorch computes each of the last three that is None. ``ratio`` and ``adjoint`` are
+    both given or both None.
     """
 
     mask: Callable[[Tensor, Tensor | None, Tensor | None, int], Masked]

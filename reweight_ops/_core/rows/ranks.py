@@ -1,14 +1,17 @@
-"""Processes that make one call together: what they agree on before it, and the collectives that a call takes.
+"""Processes that make one call together: what they agree on before the call, and its
+collectives.
 
-A rank whose arguments differ, or that has raised, is found in an exchange of :data:`FACTS` integers before anything else is sent, and every rank
-raises. A rank that dies, or raises later, ends the wait of the others with an error: at once where its connection closes, else after the group's
-timeout. Nothing here waits longer than that.
+Before anything else is sent, the ranks exchange :data:`FACTS` integers. The exchange
+finds a rank whose arguments differ, or that has raised, and then every rank raises. If
+a rank dies, or raises later, the wait of the others ends with an error: at once if its
+connection closes, and otherwise after the group's timeout. Nothing here waits longer
+than that.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from threading import local
 from typing import Any
@@ -19,11 +22,16 @@ from torch import Tensor
 
 from ...errors import InvalidCall, ReweightOpsError
 
-#: Integers that each rank tells the others of a call: whether it has failed, which call it is, and what they are asked for.
+#: The number of integers that each rank sends about a call: whether it has failed,
+#: which call it is, and the values to compare.
 FACTS = 8
-_FAILED, _OP, _FIRST = 0, 1, 2
+_STATE, _OP, _FIRST = 0, 1, 2
 
-_pending = local()  # the groups that a call of this thread has been given and not yet met
+#: States of a rank: it makes the call, it has raised, or it traces a graph of the call.
+#: A larger number means that it runs a graph (:func:`graph_for`).
+CALLS, FAILED, TRACES = 0, 1, 2
+
+_pending = local()  # the groups of this thread's call whose other ranks it has not met yet
 
 
 def check_group(op: str, name: str, group: Any) -> None:
@@ -37,58 +45,95 @@ def check_group(op: str, name: str, group: Any) -> None:
 
 
 def size_and_rank(group: Any) -> tuple[int, int]:
-    """How many processes the group has, and which of them this one is."""
+    """Return how many processes the group has, and the rank of this one."""
     return dist.get_world_size(group), dist.get_rank(group)
 
 
 @contextmanager
 def announced(op: str, groups: Mapping[str, Any], device: torch.device) -> Iterator[None]:
-    """A call that is given these groups: if it raises before it has met the other ranks of one, they are told, and raise too."""
+    """Announce a call with these groups.
+
+    If the call raises before it has met the other ranks of a group, they are told and
+    raise too.
+    """
     before = getattr(_pending, "groups", [])
     _pending.groups = [
         group for group in groups.values() if group is not None and dist.is_available() and isinstance(group, dist.ProcessGroup)
     ]
     try:
         yield
-    except Exception:  # whatever it is, it is raised again: the others must not wait for this rank until the group's time is out
+    except Exception:  # any error is raised again: the others must not wait for this rank until the group's timeout
         for group in _pending.groups:
-            with suppress(ReweightOpsError):  # the error that is raised is this rank's own
-                gathered(op, group, _facts(op, {}, failed=True, device=device))
+            with suppress(ReweightOpsError):  # the error to raise is this rank's own
+                gathered(op, group, _facts(op, {}, FAILED, device))
         raise
     finally:
         _pending.groups = before
 
 
-def agreed(op: str, group: Any, device: torch.device, same: Mapping[str, int], own: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """``own`` of every rank, by name; raises on every rank if they differ in ``same``, are in different calls, or one of them has raised."""
+def agreed(
+    op: str, group: Any, device: torch.device, same: Mapping[str, int], own: Mapping[str, int], state: int = CALLS
+) -> dict[str, tuple[int, ...]]:
+    """Return ``own`` of every rank, by name.
+
+    Raises on every rank if the ranks differ in ``same`` or are in different calls, or
+    if one of them has raised. A rank that traces a graph of the call asks only for
+    ``own``. The others answer, and meet it again when it makes the call.
+    """
     facts = {**same, **own}
     _pending.groups = [other for other in getattr(_pending, "groups", []) if other is not group]
-    told = gathered(op, group, _facts(op, facts, failed=False, device=device)).tolist()
+    told = gathered(op, group, _facts(op, facts, state, device)).tolist()
     mine = told[size_and_rank(group)[1]]
     for rank, theirs in enumerate(told):
-        if theirs[_FAILED]:
+        if theirs[_STATE] == FAILED:
             raise ReweightOpsError(f"{op}: rank {rank} of the group raised before its part of this call; see its own error.")
     for rank, theirs in enumerate(told):
         if theirs[_OP] != mine[_OP]:
             raise InvalidCall(
-                f"{op}: rank {rank} of the group is in another call: all ranks of a group make the same calls in the same order."
+                f"{op}: rank {rank} of the group is in another call: all ranks of a group must make the same calls in the same order."
+            )
+    found = {name: tuple(theirs[at] for theirs in told) for at, name in enumerate(facts, _FIRST) if name in own}
+    if state == TRACES:
+        return found
+    if any(theirs[_STATE] == TRACES for theirs in told):
+        return agreed(op, group, device, same, own, state)
+    for rank, theirs in enumerate(told):
+        if theirs[_STATE] > TRACES and theirs[_STATE] != graph_for(found):
+            raise InvalidCall(
+                f"{op}: rank {rank} of the group runs a graph of torch.compile for other numbers than the ranks have: {found}. Shards may "
+                "change their sizes on all ranks at once, or after torch._dynamo.reset()."
             )
     for at, name in enumerate(same, _FIRST):
         values = [theirs[at] for theirs in told]
         if len(set(values)) > 1:
             raise InvalidCall(f"{op}: the ranks of the group differ in {name}, rank by rank: {', '.join(map(str, values))}.")
-    return {name: tuple(theirs[at] for theirs in told) for at, name in enumerate(facts, _FIRST) if name in own}
+    return found
 
 
-def _facts(op: str, facts: Mapping[str, int], failed: bool, device: torch.device) -> Tensor:
-    numbers = [int(failed), zlib.crc32(op.encode()), *facts.values()]
+def graph_for(found: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the state of a rank whose graph was traced for these results of :func:`agreed`."""
+    return TRACES + 1 + zlib.crc32(repr(dict(found)).encode())
+
+
+def digest(lists: Sequence[Tensor]) -> int:
+    """Return a number that differs where lists of ids or their order differ."""
+    return sum((i + 1) * _digest(x) for i, x in enumerate(lists)) % 2**62
+
+
+def _digest(ids: Tensor) -> int:
+    odd = 2 * torch.arange(ids.numel(), device=ids.device) + 1
+    return int(((ids.flatten() + 1000) * odd).sum())
+
+
+def _facts(op: str, facts: Mapping[str, int], state: int, device: torch.device) -> Tensor:
+    numbers = [state, zlib.crc32(op.encode()), *facts.values()]
     assert len(numbers) <= FACTS
     return torch.tensor([*numbers, *[0] * (FACTS - len(numbers))], dtype=torch.int64, device=device)
 
 
 @contextmanager
 def waiting(op: str) -> Iterator[None]:
-    """A collective: what goes wrong in it says which call it was, and what may have happened."""
+    """Run a collective. An error says which call it was and what may have happened."""
     try:
         yield
     except RuntimeError as error:
@@ -98,7 +143,9 @@ def waiting(op: str) -> Iterator[None]:
 
 
 def gathered(op: str, group: Any, x: Tensor) -> Tensor:
-    """``[W, *shape]``: ``x`` of every rank, in the order of ranks. One collective."""
+    """Return ``[W, *shape]``: ``x`` of every rank, in the order of ranks. It takes one
+    collective.
+    """
     world, _ = size_and_rank(group)
     x = x.detach().contiguous()
     out = x.new_empty((world, *x.shape))
@@ -109,7 +156,10 @@ def gathered(op: str, group: Any, x: Tensor) -> Tensor:
 
 
 def summed_(op: str, group: Any, x: Tensor) -> Tensor:
-    """``x``, over which the sum of every rank's stands now; whatever the order of arrival, all ranks have the same bits."""
+    """Sum ``x`` over all ranks in place, and return it.
+
+    All ranks have the same bits, whatever the order of arrival.
+    """
     if x.numel():
         with waiting(op):
             dist.all_reduce(x, group=group)
@@ -117,14 +167,18 @@ def summed_(op: str, group: Any, x: Tensor) -> Tensor:
 
 
 class Sums:
-    """Sums over ranks of parts of a tensor that run while the next part is computed."""
+    """Sums over ranks of the parts of a tensor. A sum runs while the next part is
+    computed.
+    """
 
     def __init__(self, op: str, group: Any) -> None:
         self.op, self.group = op, group
         self._running: list[Any] = []
 
     def start(self, part: Tensor) -> None:
-        """Sum a contiguous view in place. Nothing may touch it before :meth:`finish`."""
+        """Start to sum a contiguous view in place. Nothing may use it before
+        :meth:`finish`.
+        """
         if part.numel():
             with waiting(self.op):
                 self._running.append(dist.all_reduce(part, group=self.group, async_op=True))

@@ -1,4 +1,6 @@
-"""The one resolver of shapes: what a call's rows are, which are in, how they form sequences, and per-row arguments as ``[N]``."""
+"""The resolver of shapes: a call's rows, which of them are valid, how they form
+sequences, and per-row arguments as ``[N]``.
+"""
 
 from __future__ import annotations
 
@@ -19,33 +21,37 @@ from .groups import IGNORE_INDEX, Groups, describe
 from .primitives import Masked, RowPrimitives
 from .structure import Structure, is_fake, is_readable
 
-#: Rows without sequences are counted in runs of so many.
+#: Rows without sequences are counted in runs of this many.
 RUN = 1024
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A call's rows: shape R, masks and groups. Everything per row is flat, ``[N]``."""
+    """The rows of a call: shape R, masks and groups. Everything per row is flat,
+    ``[N]``.
+    """
 
     op: str
     shape: tuple[int, ...]
     device: torch.device
-    dtype: torch.dtype  # of the row arithmetic: fp32, or fp64 for fp64 logits
+    dtype: torch.dtype  # dtype of the row arithmetic: fp32, or fp64 for fp64 logits
     keep: Tensor  # [N] bool: rows in the loss
     denominator: Tensor  # [N] bool: rows that count in denominators
     sequences: Groups | None
     segments: Groups | None
     tensors: dict[str, Any] = field(repr=False)
     ids: Tensor | None = None  # [N] int64, IGNORE_INDEX where not kept
-    prompts: Groups | None = None  # of the sequences: those of one prompt
-    primitives: RowPrimitives | None = None  # a backend's, that found keep, denominator and ids
+    prompts: Groups | None = None  # groups of sequences: those of one prompt
+    primitives: RowPrimitives | None = None  # the backend's primitives that found keep, denominator and ids
     masked: Masked | None = None  # what they found
-    trust: Tensor | None = None  # []: NaN where sequences or groups turn out to be malformed on a device that is not waited for, else 1
+    trust: Tensor | None = None  # []: 1, or NaN where the device finds that sequences or groups are malformed and nothing waits for it
     across: Across | None = None  # ranks that have more tokens of the same sequences
 
     @property
     def run(self) -> int:
-        """Rows that one program of the :attr:`primitives` takes: a sequence, or a run of rows without sequences."""
+        """Return how many rows one program of the :attr:`primitives` takes: a sequence,
+        or a run of rows without sequences.
+        """
         return RUN if self.sequences is None else self.sequences.length
 
     @property
@@ -59,33 +65,47 @@ class Rows:
         return UnsupportedRequest(f"{self.op}: {message}")
 
     def released(self) -> Rows:
-        """The same without the call's arguments."""
+        """Return the same rows without the arguments of the call."""
         return self if not self.tensors else Rows(
             self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids,
             self.prompts, self.primitives, self.masked, self.trust, self.across,
         )  # fmt: skip
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of ``[N]``, a 0-d tensor: over all rows of the call, those of other ranks included."""
+        """Return the sum of ``[N]`` as a 0-d tensor. It includes the rows of other
+        ranks.
+        """
         return x.sum() if self.across is None else self.across.sum(x.sum())
 
     def refuse_across(self, what: str, why: str) -> None:
-        """Raise where several ranks have the sequences, for what knows the rows of one."""
+        """Raise if several ranks have the sequences. ``what`` knows only the rows of
+        one rank.
+        """
         if self.across is not None:
             raise self.unsupported(f"sequence_group: {what} {why}")
 
     def check_divisor(self, name: str, value: Any) -> None:
-        """A divisor of 0 is right where no row is in, and the loss 0; else it is an error, where rows may be read."""
+        """Raise for a divisor of 0 if there are valid rows, where they may be read.
+
+        Without a valid row a divisor of 0 is right, and the loss is 0.
+        """
         if is_readable(self.keep) and isinstance(value, (int, float)) and value == 0 and bool(self.keep.any()):
-            raise self.error(f"{name} is 0, and rows are in: pass how many there are in the whole batch, or None for those of this call.")
+            raise self.error(
+                f"{name} is 0, but rows are valid: pass how many there are in the whole batch, or None for those of this call."
+            )
 
     def check_ids(self, vocab_total: int) -> None:
-        """Raise for an id that is none of so many, where ids may be read: of a call that knew no number when its rows were resolved."""
+        """Raise for an id outside of ``[0, vocab_total)``, where ids may be read.
+
+        It is for a call that did not know the vocabulary when its rows were resolved.
+        """
         assert self.ids is not None
         _check_ids(self.op, self.ids, vocab_total, False, self.tensors)
 
     def trusted(self, loss: Tensor) -> Tensor:
-        """The loss, NaN where :attr:`trust` is: also if malformed offsets leave no row in."""
+        """Return the loss, or NaN if :attr:`trust` is NaN. This holds also if malformed
+        offsets leave no valid row.
+        """
         return loss if self.trust is None else loss + (self.trust - 1)
 
     def need_sequences(self, why: str) -> Groups:
@@ -94,7 +114,9 @@ class Rows:
         return self.sequences
 
     def need_prompts(self, why: str, group_size: int | None = None) -> Groups:
-        """The groups of sequences that share a prompt: the call's ``group_ids``, or runs of ``group_size`` sequences."""
+        """Return the groups of sequences that share a prompt: the call's ``group_ids``,
+        or runs of ``group_size`` sequences.
+        """
         count = self.need_sequences(why).count
         if (group_size is None) == (self.prompts is None):
             raise self.error(f"{why} needs either a group_size, or group_ids [S] with num_groups.")
@@ -102,15 +124,19 @@ class Rows:
             assert self.prompts is not None
             return self.prompts
         if count % group_size:
-            raise self.error(f"{why}: {count} sequences are no multiple of group_size = {group_size}.")
+            raise self.error(f"{why}: {count} sequences are not a multiple of group_size = {group_size}.")
         return Groups(count // group_size, length=group_size)
 
     def unflatten(self, x: Tensor) -> Tensor:
         return x.view(self.shape)
 
     def per_row(self, name: str, value: Any, *, logps: bool = False, differentiable: bool = False) -> Tensor:
-        """A per-row argument as ``[N]`` in the row dtype: token shape, sequence shape, or a constant; any other shape is an error. ``logps``: log-probs,
-        which have no gradient unless they are ``differentiable``."""
+        """Return a per-row argument as ``[N]`` in the row dtype.
+
+        It may have the token shape or the sequence shape, or be a constant. Any other
+        shape is an error. With ``logps`` the argument holds log-probs. They have no
+        gradient unless they are ``differentiable``.
+        """
         if not isinstance(value, Tensor):
             if varies(value):
                 return as_tensor(value, self.dtype, self.device).expand(self.count).contiguous()
@@ -126,7 +152,9 @@ class Rows:
         return flat.to(self.dtype).contiguous()
 
     def is_per_token(self, value: Tensor) -> bool:
-        """Whether a per-row argument is one a token and could differ inside a sequence."""
+        """Return whether a per-row argument has one value per token, which may differ
+        inside a sequence.
+        """
         short = self.sequences is not None and self.sequences.index is None and self.sequences.length < 2
         return value.dim() > 0 and not short and tuple(value.shape) in (self.shape, (self.count,))
 
@@ -160,7 +188,9 @@ class Rows:
 
 
 class RowLayout(NamedTuple):
-    """Rows that a backend's kernels find: all but the tensors that say which are in."""
+    """The layout of rows that a backend's kernels resolve: everything except the
+    tensors that say which rows are valid.
+    """
 
     op: str
     shape: tuple[int, ...]
@@ -194,7 +224,11 @@ def _shape_error(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors:
 
 
 def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: dict[str, Any], structure: Structure) -> Groups | None:
-    """The sequences of a call. Rows of ids outside of them are in none here: only those that are in are an error, and which are is not known yet."""
+    """Return the sequences of a call.
+
+    A row whose sequence id is out of range is in no sequence here. Such an id is an
+    error only in a valid row, and the valid rows are not known yet.
+    """
     cu: Tensor | None
     ids: Tensor | None
     count: int | None
@@ -228,7 +262,9 @@ def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: d
 def _segments(
     op: str, shape: tuple[int, ...], device: torch.device, sequences: Groups | None, tensors: dict[str, Any], structure: Structure
 ) -> Groups | None:
-    """A segment is a run of equal ``segment_ids`` inside one sequence."""
+    """Return the segments of a call. A segment is a run of equal ``segment_ids`` inside
+    one sequence.
+    """
     segment_ids = tensors.get("segment_ids")
     if segment_ids is None:
         return None
@@ -273,9 +309,10 @@ def resolve_rows(
     validate: bool = False,
     primitives: RowPrimitives | None = None,
 ) -> Rows:
-    """Check masks, ids and sequences of a call and flatten them. ``tensors`` holds the call's arguments by their public names.
+    """Check the masks, ids and sequences of a call, and flatten them.
 
-    ``primitives`` of the backend do it for ids of sequences of one length, where they are given.
+    ``tensors`` holds the arguments of the call by their public names. ``primitives`` of
+    the backend, if given, do the work for ids of sequences of equal length.
     """
     if not shape:
         raise InvalidCall(f"{op}: the rows have no dimension; expected completion_ids of shape [N] or [B, T]. {describe(tensors)}")
@@ -287,13 +324,13 @@ def resolve_rows(
             and not is_fake(t)
         ):
             raise UnsupportedRequest(f"{op}: {name} is a {type(t).__name__}; tensor subclasses are not supported, pass the local tensor.")
-        if isinstance(t, Tensor) and not torch.compiler.is_compiling() and t.is_neg():  # kernels are given addresses
+        if isinstance(t, Tensor) and not torch.compiler.is_compiling() and t.is_neg():  # kernels receive addresses
             raise UnsupportedRequest(f"{op}: {name} is a lazy negation (Tensor.is_neg); pass {name}.resolve_neg().")
     over = across(op, tensors.get("sequence_group"))
     structure = Structure(op, tensors, validate)
     sequences = _sequences(op, shape, device, tensors, structure)
     if over is not None:
-        primitives = None  # kernels of rows know those of one rank
+        primitives = None  # the row kernels know the rows of one rank only
         sequences = None if sequences is None else Groups(sequences.count, sequences.length, sequences.index, over)
     segments = _segments(op, shape, device, sequences, tensors, structure)
     prompts = _prompts(op, device, sequences, tensors, structure)
@@ -329,7 +366,9 @@ def resolve_rows(
 
 
 def _check_sequence_ids(structure: Structure, tensors: dict[str, Any], masks: list[Tensor]) -> None:
-    """An ignored row by the caller's ``masks`` may have any sequence id."""
+    """Check sequence ids. A row that the caller's ``masks`` ignore may have any
+    sequence id.
+    """
     index, count = tensors.get("sequence_ids"), tensors.get("num_sequences")
     if index is not None and count is not None:
         structure.indices(
@@ -338,7 +377,11 @@ def _check_sequence_ids(structure: Structure, tensors: dict[str, Any], masks: li
 
 
 def bind_rows(layout: RowLayout, tensors: Mapping[str, Any], vocab_total: int) -> Rows:
-    """The rows of a call whose tensors have been checked before, all but their values. No message describes them."""
+    """Return the rows of a call whose tensors, except their values, have been checked
+    before.
+
+    No message describes them.
+    """
     found = _masked(layout, tensors)
     assert found is not None, "the first call of this layout had ids"
     _check_ids(layout.op, found.ids, vocab_total, False, {}, found.bounds)
@@ -346,14 +389,15 @@ def bind_rows(layout: RowLayout, tensors: Mapping[str, Any], vocab_total: int) -
 
 
 def _masked(layout: RowLayout, tensors: Mapping[str, Any]) -> Masked | None:
-    """The ids and masks of a call, by one launch; None without ids."""
+    """Return the ids and masks of a call from one launch, or None without ids."""
     op, shape = layout.op, layout.shape
     given = []
     for name in ("completion_ids", "completion_mask", "denominator_mask"):
         t = tensors.get(name)
         if t is not None and (not isinstance(t, Tensor) or t.shape != shape):
             raise _shape_error(op, name, t, shape, tensors)
-        # At most one dimension of sequences, so that strides say where each begins.
+        # There is at most one dimension of sequences, so that strides say where each
+        # begins.
         given.append(t if t is None or len(shape) <= 2 else t.reshape(-1, shape[-1]))
     ids, mask, denominator = given
     if ids is None or any(t is not None and t.device != layout.device for t in (mask, denominator)):
@@ -370,7 +414,7 @@ def _check_ids(
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low >= 0 and high < vocab_total:
-        return  # the usual case, in one sweep
+        return  # the usual case takes one sweep
     bad = ((ids < 0) & (ids != IGNORE_INDEX)) | (ids >= vocab_total)
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])

@@ -1,7 +1,9 @@
-"""Whether what says how rows group can be meant: offsets of sequences, and every index.
+"""Checks of the arguments that say how rows form groups: offsets of sequences, and
+every index.
 
-Where values may be read (on a CPU, or with ``validate=True``) what cannot be meant is an error that names the place. Elsewhere nothing waits for
-the device: one flag there says whether all of it can be meant, and what depends on it is NaN where not.
+Where values may be read (on a CPU, or with ``validate=True``), an invalid value is an
+error that names the place. Elsewhere nothing waits for the device: a flag on the device
+says whether all values are valid, and results that depend on them are NaN if not.
 """
 
 from __future__ import annotations
@@ -21,12 +23,16 @@ def is_fake(t: Tensor) -> bool:
 
 
 def is_readable(t: Tensor) -> bool:
-    """Whether a value may be looked at without a wait for a device, a break in a graph, or a choice between the tensors of ``vmap``."""
+    """Return whether a value may be read.
+
+    It may if that causes no wait for a device, no graph break, and no choice between
+    the tensors of ``vmap``.
+    """
     return t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(t) and not is_wrapped(t)
 
 
 class Structure:
-    """Checks of one call. ``tensors`` are its arguments by their public names."""
+    """The checks of one call. ``tensors`` are its arguments by their public names."""
 
     def __init__(self, op: str, tensors: dict[str, Any], validate: bool) -> None:
         self._op, self._tensors, self._validate = op, tensors, validate
@@ -36,7 +42,9 @@ class Structure:
         return InvalidCall(f"{self._op}: {message} {describe(self._tensors)}")
 
     def tensor(self, name: str, value: Any, device: torch.device) -> None:
-        """An index argument is a tensor of int32 or int64 where the rows are."""
+        """Check that an index argument is an int32 or int64 tensor on the device of the
+        rows.
+        """
         if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
             got = value.dtype if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise self.error(f"{name} must be int32 or int64, got {got}.")
@@ -44,12 +52,12 @@ class Structure:
             raise self.error(f"{name} is on {value.device}, the rows are on {device}.")
 
     def count(self, name: str, value: Any) -> None:
-        """A number of groups is an int, so that nothing waits for a device."""
+        """Check that a number of groups is an int, so that nothing waits for a device."""
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < 0:
             raise self.error(f"{name} is {value!r}, expected an int of at least 0.")
 
     def offsets(self, name: str, cu: Tensor, rows: int) -> None:
-        """Offsets begin at 0, never fall, and do not pass the last row."""
+        """Check that offsets begin at 0, never fall, and do not pass the last row."""
         if not self._reads(cu):
             self._and((cu[0] == 0) & (cu[-1] <= rows) & (cu[1:] >= cu[:-1]).all())
             return
@@ -64,13 +72,15 @@ class Structure:
             raise self.error(f"{name}[{at}] is {values[at]}, but there are {rows} rows.")
 
     def indices(self, name: str, index: Tensor, count: int, total: str, where: Tensor | None = None) -> None:
-        """Indices (of the rows ``where``, else all) lie in ``[0, count)``; ``total`` is the name of ``count``."""
+        """Check that indices (of the rows ``where``, or of all rows) lie in
+        ``[0, count)``. ``total`` is the name of ``count``.
+        """
         if not index.numel():
             return
         if self._reads(index):
             low, high = (int(bound) for bound in torch.aminmax(index))
             if low >= 0 and high < count:
-                return  # the usual case, in one sweep
+                return  # the usual case takes one sweep
         bad = (index < 0) | (index >= count)
         if where is not None:
             bad = bad & where
@@ -83,11 +93,15 @@ class Structure:
             )
 
     def require(self, ok: Tensor) -> None:
-        """A condition of the caller's own, where nothing may be read."""
+        """Add a condition of the caller where nothing may be read."""
         self._and(ok)
 
     def trust(self, dtype: torch.dtype) -> Tensor | None:
-        """None if everything was read. Else a factor on the device, ``[]``: 1 if all of it can be meant, else NaN."""
+        """Return None if everything was read.
+
+        Otherwise return a factor ``[]`` on the device: 1 if all values are valid, else
+        NaN.
+        """
         if self._flag is None:
             return None
         return torch.full((), torch.nan, dtype=dtype, device=self._flag.device).masked_fill(self._flag, 1.0)

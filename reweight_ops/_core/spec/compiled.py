@@ -1,4 +1,8 @@
-"""What torch.compile needs of a spec: a description in constants where a graph builds it, and tensors for the numbers that it takes as inputs."""
+"""The form of a spec for torch.compile.
+
+A graph that builds a spec has its description in constants, and tensors for the numbers
+that it takes as inputs.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,20 @@ from ..rows.constants import as_tensor, varies
 
 
 def set_default(spec: Any, field: str, make: Callable[[], Any]) -> None:
-    """The object that None stands for in a field of a frozen record. torch.compile follows no default that is an object itself."""
+    """Set the object that None stands for in a field of a frozen record.
+
+    torch.compile cannot follow a default that is itself an object.
+    """
     if getattr(spec, field) is None:
         object.__setattr__(spec, field, make())
 
 
 def describe(node: Any) -> Any:
-    """A part, a tuple of parts or the value of a field in nested tuples of classes and constants.
+    """Describe a part, a tuple of parts or a field's value in nested tuples of classes
+    and constants.
 
-    A formula is traced by running it on symbols. torch.compile cannot follow that, and what comes of it depends on the kinds of the values only.
+    A formula is traced by running it on symbols. torch.compile cannot follow that. The
+    result depends only on the kinds of the values.
     """
     if isinstance(node, Tensor):
         return "tensor", node.dim(), node.requires_grad
@@ -33,11 +42,11 @@ def describe(node: Any) -> Any:
         return "constant", node
     if dataclasses.is_dataclass(node):
         return "part", type(node), tuple([(f.name, describe(getattr(node, f.name))) for f in dataclasses.fields(node)])
-    return "constant", None  # a function of the caller's: nothing follows from it
+    return "constant", None  # the caller's own function: nothing follows from it
 
 
 def rebuild(description: Any) -> Any:
-    """What :func:`describe` described, placeholders for its tensors."""
+    """Rebuild what :func:`describe` described, with placeholders for its tensors."""
     kind, *rest = description
     if kind == "tensor":
         dimensions, requires_grad = rest
@@ -54,7 +63,9 @@ def rebuild(description: Any) -> Any:
 
 
 def with_tensors(node: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A spec or a part of one, 0-d tensors for the numbers that a compiled graph takes as inputs."""
+    """Return a spec, or a part of one, with 0-d tensors for the numbers that a compiled
+    graph takes as inputs.
+    """
     if not _takes_inputs(node):
         return node
     if isinstance(node, tuple):
@@ -76,6 +87,6 @@ def _takes_inputs(node: Any) -> bool:
     elif dataclasses.is_dataclass(node):
         parts = tuple([getattr(node, f.name) for f in dataclasses.fields(node)])
     found = False
-    for part in parts:  # written out: older versions of torch.compile trace no any() of this
+    for part in parts:  # a loop, because older versions of torch.compile cannot trace any() of this
         found = found or _takes_inputs(part)
     return found

@@ -1,7 +1,10 @@
-"""Reductions that couple tokens: the loss is no fixed weighted sum of token losses, so it needs the statistics of the whole call (two_pass).
+"""Reductions that couple tokens. The loss is not a fixed weighted sum of token losses,
+so it needs the statistics of the whole call (two_pass).
 
-Each turns a term's weighted token losses into per-row shares whose sum is the term's loss, in differentiable torch on ``[N]`` vectors: the gradient
-is autograd's, and every metric, ``loss_scale`` and backward works as for any other reduction.
+Each reduction turns a term's weighted token losses into per-row shares. Their sum is
+the term's loss. The shares are differentiable torch on ``[N]`` vectors: autograd gives
+the gradient, and every metric, ``loss_scale`` and backward works as for any other
+reduction.
 """
 
 from __future__ import annotations
@@ -23,16 +26,24 @@ from .reduction import Divisors, Reduction, TokenMean
 @ranged
 @dataclass(frozen=True)
 class GroupContrast(Reduction):
-    """Positive against negative sequences of each prompt, by their scores ``s_i``: minus the mean over the valid tokens of the token loss. ::
+    """Contrast the positive with the negative sequences of each prompt, by their scores
+    ``s_i``.
+
+    A score is minus the mean of the token loss over the valid tokens. ::
 
         loss = -1/Q Σ_q { Σ_{i in q+} ω_i·s_i / Σ_{i in q+} ω_i  -  τ·log( 1/|q-| Σ_{j in q-} exp(s_j/τ) ) }
 
-    ``q+`` are the sequences of prompt q with advantage (label, reward) above 0, ``q-`` the others; ``ω_i = exp((1 - L_i/L_max)/λ)`` prefers short
-    positives. A prompt with positives only, or negatives only, adds 0, and counts in Q, the number of prompts with a token in the call.
+    ``q+`` are the sequences of prompt q with an advantage (label, reward) above 0, and
+    ``q-`` the others. ``ω_i = exp((1 - L_i/L_max)/λ)`` prefers short positives. A
+    prompt that has only positives, or only negatives, adds 0. It counts in Q, the
+    number of prompts with a token in the call.
 
-    ``preference="advantages"``: ``ω_i = exp(A_i/λ)`` instead, A the positives' own advantages (rewards), whatever they prefer.
-    ``temperature=inf`` is the plain mean over the negatives; ``length_temperature=inf``, λ of either preference, is ω = 1. ``max_length=None``: the
-    padded length. Prompts are runs of ``group_size`` sequences, or the call's ``group_ids``; every response of a prompt must be in the call.
+    With ``preference="advantages"``, ``ω_i = exp(A_i/λ)``, where A are the positives'
+    own advantages (rewards). ``temperature=inf`` gives the plain mean over the
+    negatives. ``length_temperature=inf``, the λ of either preference, gives ω = 1.
+    ``max_length=None`` is the padded length. Prompts are runs of ``group_size``
+    sequences, or the call's ``group_ids``. Every response of a prompt must be in the
+    call.
     """
 
     temperature: PositiveOrInf[Number] = 10.0
@@ -78,7 +89,8 @@ class GroupContrast(Reduction):
         if self.preference == "length":
             omega = self._omega(rows, sequences, lengths)
         else:
-            # Less the prompt's largest, which cancels in the normalisation: no exp overflows.
+            # The prompt's largest value is subtracted. It cancels in the normalisation,
+            # and no exp overflows.
             preferred = torch.where(positive, total / lengths.clamp(min=1), -math.inf) / self.length_temperature
             top = prompts.spread(prompts.max(preferred))
             omega = torch.exp(torch.where(positive, preferred - torch.where(top > -math.inf, top, 0), 0))
@@ -96,13 +108,16 @@ class GroupContrast(Reduction):
         if longest is None:
             if sequences.index is not None:
                 raise rows.error("GroupContrast over packed sequences has no padded length: give max_length.")
-            rows.refuse_across("GroupContrast", "knows the padded length of one rank's part: give max_length.")
+            rows.refuse_across("GroupContrast", "knows only the padded length of one rank's part: give max_length.")
             longest = sequences.length
-        # The constant 1/λ cancels in the normalisation; without it no exp overflows, and equal lengths are exactly equal weights.
+        # The constant 1/λ cancels in the normalisation. Without it no exp overflows,
+        # and equal lengths have exactly equal weights.
         return torch.exp(-lengths / (longest * self.length_temperature))
 
     def _soft_maximum(self, prompts: Groups, scores: Tensor, negative: Tensor) -> Tensor:
-        """``[S]``: each sequence gets its prompt's ``τ·logmeanexp(s_j/τ)`` over the negatives; 0 without any."""
+        """Return ``[S]``: each sequence gets its prompt's ``τ·logmeanexp(s_j/τ)`` over
+        the negatives, or 0 without any.
+        """
         counts = prompts.sum(negative.to(scores.dtype))
         if is_infinite(self.temperature):
             return prompts.spread(prompts.sum(torch.where(negative, scores, 0)) / counts.clamp(min=1))
@@ -118,12 +133,17 @@ class GroupContrast(Reduction):
 @ranged
 @dataclass(frozen=True)
 class GroupClassification(Reduction):
-    """Each prompt's sequences as a classification into positive and negative ones, by their scores ``s_i``: minus the mean of the token loss. ::
+    """Classify each prompt's sequences into positive and negative ones, by their scores
+    ``s_i``.
+
+    A score is minus the mean of the token loss. ::
 
         loss = 1/Q Σ_q { log(1 + Σ_{j in q-} exp(s_j/τ)) + log(1 + Σ_{i in q+} exp(-s_i/τ)) }
 
-    ``q+`` are the sequences of prompt q with a mean advantage (label, reward) above 0. A prompt with positives only, or negatives only, adds 0, and counts
-    in Q, the number of prompts with a token in the call. Prompts as in :class:`GroupContrast`. REAL, arXiv:2602.05630.
+    ``q+`` are the sequences of prompt q with a mean advantage (label, reward) above 0.
+    A prompt that has only positives, or only negatives, adds 0. It counts in Q, the
+    number of prompts with a token in the call. Prompts are as in
+    :class:`GroupContrast`. REAL, arXiv:2602.05630.
     """
 
     temperature: Positive[Number] = 0.5
@@ -155,13 +175,14 @@ class GroupClassification(Reduction):
         both = torch.stack([prompts.sum(side.to(rows.dtype)) for side, _ in sides]).amin(0) > 0
         total = sum((self._log_one_plus(prompts, side, x) for side, x in sides), torch.zeros_like(both, dtype=rows.dtype))
         count = (prompts.sum(present.to(rows.dtype)) > 0).sum().clamp(min=1)
-        # A prompt's loss is its sequences' in equal parts, and theirs their tokens'.
+        # A prompt's loss is split equally among its sequences, and a sequence's share
+        # among its tokens.
         share = torch.where(both | total.isnan(), total, 0) / prompts.sum(present.to(rows.dtype)).clamp(min=1) / count
         per_sequence = prompts.spread(share) / lengths.clamp(min=1)
         return torch.where(rows.keep, sequences.spread(per_sequence), 0)
 
     def _log_one_plus(self, prompts: Groups, side: Tensor, x: Tensor) -> Tensor:
-        """``[P]``: ``log(1 + Σ exp(x))`` over the sequences of a side."""
+        """Return ``[P]``: ``log(1 + Σ exp(x))`` over the sequences of a side."""
         top = prompts.max(torch.where(side, x.detach(), 0)).clamp(min=0)
         inside = torch.where(side, torch.exp(torch.where(side, x, 0) - prompts.spread(top)), 0)
         result: Tensor = top + torch.log(torch.exp(-top) + prompts.sum(inside))
@@ -173,7 +194,8 @@ class GroupClassification(Reduction):
 class Constraint(Reduction):
     """A squared-hinge constraint on the mean: ``sg(strength·max(K - bound, 0))·K``, with ``K`` the term's token mean over this call.
 
-    Its gradient is that of ``strength/2·max(K - bound, 0)²``: nothing while ``K`` is below the bound.
+    Its gradient is that of ``strength/2·max(K - bound, 0)²``. It is 0 while ``K`` is
+    below the bound.
     """
 
     strength: NonNegative[Number] = 1000.0

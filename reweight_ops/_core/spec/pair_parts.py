@@ -1,5 +1,8 @@
-"""The kinds of parts that a :class:`PairSpec` is made of. Each is a frozen record with one formula, written on ``[P]`` vectors in torch;
-autograd differentiates it."""
+"""The kinds of parts of a :class:`PairSpec`.
+
+Each is a frozen record with one formula, written on ``[P]`` vectors in torch. Autograd
+differentiates it.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,35 @@ from ..rows.pairs import Pairs, Sequences
 
 @dataclass(frozen=True, kw_only=True)
 class PairPart:
-    """``reads``: what a part needs from the caller, by :data:`~reweight_ops._core.calls.pairs.NEEDS`."""
+    """The base of all parts.
+
+    ``reads`` has what a part needs from the caller, by
+    :data:`~reweight_ops._core.calls.pairs.NEEDS`.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ()
 
     def needs(self) -> tuple[str, ...]:
-        """:attr:`reads`, where it depends on the fields."""
+        """Return :attr:`reads`. A part overrides this where its needs depend on its
+        fields.
+        """
         return self.reads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score(PairPart):
-    """How the tokens of a sequence become its score; the score times β is its implicit reward."""
+    """A score: how the tokens of a sequence become one number. β times the score is the
+    implicit reward.
+    """
 
     def sums(self, s: Sequences, name: str) -> Tensor:
-        """``[S]``: the sequence's log-prob of that name, summed as this score does."""
+        """Return ``[S]``: the sequence's log-prob of that name, summed as this score
+        does.
+        """
         return s.given[name] if name in s.given else s.sum(s.tokens[name])
 
     def scores(self, s: Sequences, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-        """``[S]``, from the sums."""
+        """Return the scores ``[S]`` from the sums."""
         raise NotImplementedError(f"{type(self).__name__} defines no scores(self, s, logps, ref_logps)")
 
 
@@ -46,7 +59,7 @@ class PairLoss(PairPart):
 
 @dataclass(frozen=True, kw_only=True)
 class PairWeight(PairPart):
-    """A factor of the whole loss of a pair; it is detached where it is used."""
+    """A factor of the whole loss of a pair. It is detached where it is used."""
 
     def weight(self, p: Pairs) -> Tensor:
         """``[P]``."""

@@ -21,11 +21,15 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 @ranged
 @dataclass(frozen=True, kw_only=True)
 class LogRatio(Score):
-    """``f'(π/π_ref)`` of the sequence; with reverse KL (plain DPO) ``log π(y) - γ·log π_ref(y)``.
+    """``f'(π/π_ref)`` of the sequence. With reverse KL (plain DPO) it is
+    ``log π(y) - γ·log π_ref(y)``.
 
-    ``gamma``: the reference's exponent (DPO^γ). ``ld_alpha``: weight of the tokens beyond the shorter sequence's length (LD-DPO, arXiv:2409.06411); None: 1.
-    ``divergence``: f-DPO (arXiv:2309.16240), TRL's names; ``forward_kl`` ``1 - 1/t``, ``js_divergence`` ``log(2t/(t+1))``,
-    ``alpha_divergence`` ``(t^(α-1) - 1)/(α-1)`` with the exponent's argument cut at 80 as in TRL.
+    ``gamma`` is the reference's exponent (DPO^γ). ``ld_alpha`` is the weight of the
+    tokens beyond the length of the shorter sequence (LD-DPO, arXiv:2409.06411); None
+    means 1. ``divergence`` selects f-DPO (arXiv:2309.16240) by TRL's names:
+    ``forward_kl`` is ``1 - 1/t``, ``js_divergence`` is ``log(2t/(t+1))``, and
+    ``alpha_divergence`` is ``(t^(α-1) - 1)/(α-1)`` with the exponent's argument cut at
+    80 as in TRL.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("ref",)

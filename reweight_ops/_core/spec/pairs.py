@@ -1,4 +1,4 @@
-"""What a pair method is: a score, terms, weights."""
+"""The spec of a pair method: a score, terms, weights."""
 
 from __future__ import annotations
 
@@ -39,9 +39,12 @@ class PairTerm:
 class PairSpec:
     """``L = loss_scale · mean_i w_i · Σ_k coef_k · ℓ_k(pair i)``.
 
-    ``score`` says how tokens become a sequence's score, ``beta`` times a score is its implicit reward, ``terms`` are the losses ℓ, ``weights``
-    multiply into the detached w. ``tokens="from_first_difference"``: only tokens from the first column on in which a pair differs. ``group_size``:
-    sequences of one pair, 2; more for lists (best first). ``score``: by default ``LogRatio()``. Hyper-parameters are numbers or 0-d tensors (a schedule).
+    ``score`` says how tokens become a sequence's score; the default is ``LogRatio()``.
+    ``beta`` times a score is its implicit reward. ``terms`` are the losses ℓ. The
+    product of ``weights`` is the detached w. ``tokens="from_first_difference"`` uses
+    only the tokens from the first column on in which a pair differs. ``group_size`` is
+    the number of sequences per pair: 2, or more for lists (best first).
+    Hyper-parameters are numbers or 0-d tensors (a schedule).
     """
 
     terms: tuple[PairTerm, ...]
@@ -74,17 +77,19 @@ class PairSpec:
 
     @property
     def requires(self) -> frozenset[str]:
-        """What the parts need from the caller, by :data:`~reweight_ops._core.calls.pairs.NEEDS`."""
+        """Return what the parts need from the caller, by
+        :data:`~reweight_ops._core.calls.pairs.NEEDS`.
+        """
         return frozenset(need for part in self.parts for need in part.needs())
 
     def replace(self, **fields: Any) -> PairSpec:
-        """A copy with other fields."""
+        """Return a copy with other fields."""
         return dataclasses.replace(self, **fields)
 
     def with_term(self, loss: PairLoss, coef: Real[Number] = 1.0) -> PairSpec:
-        """A copy with one term more."""
+        """Return a copy with one more term."""
         return dataclasses.replace(self, terms=(*self.terms, PairTerm(loss=loss, coef=coef)))
 
     def with_weight(self, weight: PairWeight) -> PairSpec:
-        """A copy with one weight more."""
+        """Return a copy with one more weight."""
         return dataclasses.replace(self, weights=(*self.weights, weight))

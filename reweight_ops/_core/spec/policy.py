@@ -1,4 +1,7 @@
-"""What a method is: a surrogate, penalties, a ratio level, weights and a reduction. Data and facts of the model head are call arguments."""
+"""The spec of a method: a surrogate, penalties, a ratio level, weights and a reduction.
+
+Data and facts of the model head are call arguments.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,18 @@ from .parts import require_part, require_tuple
 from .ratio import Ratio, TokenRatio
 from .reduction import NoReduction, Reduction, TokenMean
 
-#: ``exp`` of more overflows in fp32, with some room.
+#: ``exp`` of a larger number overflows in fp32, with some margin.
 _LARGEST_EXPONENT = 80.0
 
 
 @ranged
 @dataclass(frozen=True)
 class Penalty:
-    """``coef * sum_i w_i * rule(row i)``, ``w`` of the spec's reduction or the penalty's own. The coefficient is not part of the rule, so
-    that the metric of the same name is unscaled."""
+    """A penalty: ``coef * sum_i w_i * rule(row i)``.
+
+    ``w`` comes from the spec's reduction or from the penalty's own. The coefficient is
+    not part of the rule, so that the metric of the same name is unscaled.
+    """
 
     rule: Rule
     coef: Real[Number]
@@ -44,11 +50,14 @@ class Penalty:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossSpec:
-    """``L = loss_scale * Σ_k coef_k · Σ_i w_ki · u_ki · ℓ_k(row i)``; k = 0 is the surrogate (coef 1), k > 0 the penalties.
+    """``L = loss_scale * Σ_k coef_k · Σ_i w_ki · u_ki · ℓ_k(row i)``. k = 0 is the
+    surrogate (coef 1), k > 0 are the penalties.
 
-    ``w`` comes from the reductions, ``u`` from the weights (scope ``"surrogate"`` or ``"all"``). Hyper-parameters are numbers, 0-d tensors
-    (a schedule: nothing is recompiled when their value changes), per-row tensors, or formulas (:class:`TokenWeight`, detached; both two_pass).
-    ``ratio``: by default ``TokenRatio()``; ``reduction``: ``TokenMean()``.
+    ``w`` comes from the reductions, ``u`` from the weights (scope ``"surrogate"`` or
+    ``"all"``). A hyper-parameter is a number, a 0-d tensor (a schedule: nothing is
+    recompiled when its value changes), a per-row tensor, or a formula (a detached
+    :class:`TokenWeight`). The last two take two_pass. The default of ``ratio`` is
+    ``TokenRatio()``, and that of ``reduction`` is ``TokenMean()``.
     """
 
     surrogate: Rule
@@ -78,7 +87,8 @@ class PolicyLossSpec:
             require_part("PolicyLossSpec", "weights", w, TokenWeight, primitive="holds")
         if isinstance(self.reduction, NoReduction) and self.reduction.weight is not None:
             raise InvalidCall("PolicyLossSpec: NoReduction takes no weight.")
-        # Traced now, and kept: a call, and torch.compile above it, only reads the results.
+        # Formulas are traced now and kept. A call, and torch.compile above it, only
+        # reads the results.
         object.__setattr__(self, "_reductions", (self.reduction, *[p.reduction or self.reduction for p in self.penalties]))
         object.__setattr__(self, "_reduction_of_term", (0, *[k if p.reduction else 0 for k, p in enumerate(self.penalties, 1)]))
         object.__setattr__(self, "_values", self._find_values())
@@ -90,7 +100,9 @@ class PolicyLossSpec:
             object.__setattr__(self, "_tensors", tensors_of(self))
 
     def _find_facts(self) -> None:
-        """What the formulas say, by tracing them; depends on the kinds of the hyper-parameters only."""
+        """Find the facts of the formulas by tracing them. They depend only on the kinds
+        of the hyper-parameters.
+        """
         self._refuse_learnt()
         object.__setattr__(self, "_requires", self._find_requires())
         object.__setattr__(self, "_unsupported_reason", self._find_unsupported_reason())
@@ -105,7 +117,7 @@ class PolicyLossSpec:
     # --- what follows from the fields ---------------------------------------------------------------------------------------
     @property
     def requires(self) -> frozenset[str]:
-        """The leaves that the formulas read, found by tracing them."""
+        """Return the leaves that the formulas read. Tracing finds them."""
         return self._requires  # type: ignore[attr-defined,no-any-return]
 
     @property
@@ -114,7 +126,7 @@ class PolicyLossSpec:
 
     @property
     def all_weights(self) -> tuple[TokenWeight, ...]:
-        """The weights of the terms and those that reductions are made of."""
+        """Return the weights of the terms and those that reductions use."""
         own = [r.weight for r in (self.reduction, *(p.reduction for p in self.penalties)) if r is not None and r.weight is not None]
         return (*self.weights, *own)
 
@@ -125,64 +137,81 @@ class PolicyLossSpec:
 
     @property
     def reduction_of_term(self) -> tuple[int, ...]:
-        """Which reduction is each term's: the position of the first term that has it."""
+        """Return the reduction of each term, as the position of the first term that has
+        it.
+        """
         return self._reduction_of_term  # type: ignore[attr-defined,no-any-return]
 
     @property
     def couples_rows(self) -> bool:
-        """Whether a row's coefficients depend on the statistics of others."""
+        """Return whether a row's coefficients depend on the statistics of other rows."""
         formulas = (*self.all_weights, *self._inner_formulas())
         batch = any(trace_weight(type(w)).uses_batch for w in formulas)
         return self.ratio.level != "token" or batch or any(r.coupled for r in self.reductions)
 
     @property
     def program(self) -> Program | None:
-        """What a one-pass kernel evaluates in the row; None where :attr:`one_pass_unsupported_reason` says why not."""
+        """Return what a one-pass kernel evaluates in a row.
+
+        It is None if :attr:`one_pass_unsupported_reason` gives a reason.
+        """
         return self._program  # type: ignore[attr-defined,no-any-return]
 
     @property
     def stored_program(self) -> Program | None:
-        """The same on stored rows, where a ratio of any level may be given; None if the loss is no program."""
+        """Return the program for stored rows, where a ratio of any level may be given.
+
+        It is None if the loss cannot be a program.
+        """
         return self._stored_program  # type: ignore[attr-defined,no-any-return]
 
     @property
     def monitor(self) -> Monitor | None:
-        """What metrics evaluate in a row; None if no kernel can."""
+        """Return what metrics evaluate in a row, or None if no kernel can evaluate it."""
         return self._monitor  # type: ignore[attr-defined,no-any-return]
 
     @property
     def program_text(self) -> str | None:
-        """:attr:`program` as it crosses the boundary of a custom op."""
+        """Return :attr:`program` in the form that crosses the boundary of a custom op."""
         return self._program_text  # type: ignore[attr-defined,no-any-return]
 
     @property
     def one_pass_unsupported_reason(self) -> str | None:
-        """Why no call with this spec can take one pass, whatever the backend; None if one can."""
+        """Return why no call with this spec can take one pass on any backend, or None
+        if one can.
+        """
         return self._unsupported_reason  # type: ignore[attr-defined,no-any-return]
 
     @property
     def parameter_values(self) -> tuple[Any, ...]:
-        """The hyper-parameters in the order of :class:`~reweight_ops._core.backends.base.Program`."""
+        """Return the hyper-parameters in the order of
+        :class:`~reweight_ops._core.backends.base.Program`.
+        """
         return self._values  # type: ignore[attr-defined,no-any-return]
 
     @property
     def unbounded(self) -> bool:
-        """Whether an ``exp`` in a formula may overflow: its argument is neither clipped by numbers nor a log-prob."""
+        """Return whether an ``exp`` in a formula may overflow.
+
+        It cannot if its argument is clipped by numbers or is a log-prob.
+        """
         return self._unbounded  # type: ignore[attr-defined,no-any-return]
 
     @property
     def reads_groups(self) -> bool:
-        """Whether it reads the call's ``group_ids``."""
+        """Return whether the spec reads the call's ``group_ids``."""
         return self._weights_read_groups or any(r.reads_groups for r in self.reductions)  # type: ignore[attr-defined]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The hyper-parameters that are tensors, by the names that :meth:`replace` takes."""
-        found: dict[str, Tensor] | None = vars(self).get("_tensors")  # not of a spec that a compiled graph has built
+        """Return the hyper-parameters that are tensors, by the names that
+        :meth:`replace` takes.
+        """
+        found: dict[str, Tensor] | None = vars(self).get("_tensors")  # a spec that a compiled graph has built has none
         return tensors_of(self) if found is None else found
 
     def _refuse_learnt(self) -> None:
-        """Raise for a hyper-parameter that requires grad and would get none."""
+        """Raise for a hyper-parameter that requires grad but would get no gradient."""
         rules = {"surrogate": self.surrogate} | {f"penalties.{at}.rule": p.rule for at, p in enumerate(self.penalties)}
         for path, rule in rules.items():
             refuse("PolicyLossSpec", stopped_in(rule, trace_rule(type(rule)), path), "the formula detaches it")
@@ -231,12 +260,15 @@ class PolicyLossSpec:
 
     @property
     def moving(self) -> frozenset[str]:
-        """The stored log-probs that the loss has a gradient by: those that a rule, the ratio or a weight reads, and does not detach."""
+        """Return the stored log-probs by which the loss has a gradient.
+
+        A rule, the ratio or a weight reads them and does not detach them.
+        """
         return self._moving  # type: ignore[attr-defined,no-any-return]
 
     def _find_moving(self) -> frozenset[str]:
         stored, program = {"old_logp", "ref_logp", "sampling_logp"}, self.stored_program
-        if program is not None:  # its derivatives know what a formula stops
+        if program is not None:  # its derivatives know which gradients a formula stops
             token = self.ratio.one_pass_unsupported_reason is None
             graph = loss_graph(program, not token)
             found = {name for name in stored if graph.moves(name)}
@@ -250,7 +282,7 @@ class PolicyLossSpec:
         return frozenset(found | {f"{self.ratio.against}_logp"} if ratio else found)
 
     def _inner_formulas(self) -> list[TokenWeight]:
-        """The formulas that stand as hyper-parameters of rules and weights."""
+        """Return the formulas that are hyper-parameters of rules and weights."""
         found: list[TokenWeight] = []
         waiting: list[Any] = [*self.rules, *self.all_weights]
         while waiting:
@@ -270,7 +302,7 @@ class PolicyLossSpec:
             return None
         try:
             return Monitor.of([type(rule) for rule in self.rules])
-        except (TypeError, AttributeError):  # a user's clipped() may do what only torch can
+        except (TypeError, AttributeError):  # a user's clipped() may do something that only torch can do
             return None
 
     def _own_program(self) -> Program:
@@ -288,7 +320,7 @@ class PolicyLossSpec:
         return self.ratio.one_pass_unsupported_reason or self._find_row_unsupported_reason()
 
     def _find_row_unsupported_reason(self) -> str | None:
-        """Why the rest of the loss is none that a kernel can evaluate in a row."""
+        """Return why a kernel cannot evaluate the rest of the loss in a row."""
         if not self.reduction.scalar:
             return "the loss is not reduced to a number"
         for w in self.weights:
@@ -314,18 +346,22 @@ class PolicyLossSpec:
 
     # --- variations ---------------------------------------------------------------------------------------------------------
     def replace(self, **fields: Any) -> PolicyLossSpec:
-        """A copy with other fields; dotted names reach inside: ``spec.replace(**{"surrogate.epsilon_high": 0.28, "penalties.0.coef": 0.01})``."""
+        """Return a copy with other fields. Dotted names reach inside.
+
+        An example is ``spec.replace(**{"surrogate.epsilon_high": 0.28,
+        "penalties.0.coef": 0.01})``.
+        """
         result = self
         for path, value in fields.items():
             result = _replaced(result, path.split("."), value, path)
         return result
 
     def with_weight(self, weight: TokenWeight) -> PolicyLossSpec:
-        """A copy with one weight more."""
+        """Return a copy with one more weight."""
         return dataclasses.replace(self, weights=(*self.weights, weight))
 
     def with_penalty(self, penalty: Penalty) -> PolicyLossSpec:
-        """A copy with one penalty more."""
+        """Return a copy with one more penalty."""
         return dataclasses.replace(self, penalties=(*self.penalties, penalty))
 
 
@@ -337,24 +373,27 @@ def _bare(penalty: Any) -> str:
     return f" Write rw.Penalty({kind.__name__}(...), coef)." if issubclass(kind, Rule) else ""
 
 
-#: What :meth:`PolicyLossSpec._find_facts` finds.
+#: The facts that :meth:`PolicyLossSpec._find_facts` finds.
 _FACTS = (
     "_requires", "_moving", "_unsupported_reason", "_program", "_stored_program", "_monitor", "_program_text", "_unbounded", "_weights_read_groups",
 )  # fmt: skip
 
 
 class _Described:
-    """The facts of specs that compiled graphs build, each an attribute, where torch.compile looks for them."""
+    """The facts of specs that compiled graphs build. Each is an attribute, where
+    torch.compile looks for it.
+    """
 
 
 _described = _Described()
 _attributes: dict[Any, str] = {}  # by description
-_serial = itertools.count()  # and not len(_attributes): two threads may describe one at once
+_serial = itertools.count()  # not len(_attributes): two threads may describe one at the same time
 
 
 @torch.compiler.assume_constant_result
 def _facts_of(description: Any) -> str:
-    # Returns a name, so that torch.compile finds the finished facts in the global above.
+    # This returns a name, so that torch.compile finds the finished facts in the global
+    # above.
     if description not in _attributes:
         spec = rebuild(description)
         object.__setattr__(spec, "_reductions", (spec.reduction, *[p.reduction or spec.reduction for p in spec.penalties]))
@@ -371,7 +410,7 @@ def _replaced(node: Any, path: list[str], value: Any, whole: str) -> Any:
     head, *rest = path
     if isinstance(node, tuple):
         if not head.isdigit() or int(head) >= len(node):
-            raise InvalidCall(f"replace: {whole!r}: {head!r} is no position of a tuple of {len(node)}.")
+            raise InvalidCall(f"replace: {whole!r}: {head!r} is not a position in a tuple of {len(node)}.")
         at = int(head)
         return (*node[:at], _replaced(node[at], rest, value, whole), *node[at + 1 :])
     if not dataclasses.is_dataclass(node) or head not in {f.name for f in dataclasses.fields(node)}:
@@ -381,12 +420,18 @@ def _replaced(node: Any, path: list[str], value: Any, whole: str) -> Any:
 
 
 def reads_stored_only(weight: TokenWeight) -> bool:
-    """Whether a weight is known before the pass: it reads nothing of the current policy."""
+    """Return whether a weight is known before the pass, because it reads nothing of the
+    current policy.
+    """
     inner = (v for v in weight.parameters().values() if isinstance(v, TokenWeight))
     return trace_weight(type(weight)).leaves.isdisjoint(DIFFERENTIABLE_LEAVES) and all(map(reads_stored_only, inner))
 
 
 def resolved(formula: Any, resolve: Any) -> Any:
-    """A rule or weight with its per-row hyper-parameters passed through ``resolve(name, tensor or formula)``; itself if it has none."""
+    """Return a rule or weight whose per-row hyper-parameters are passed through
+    ``resolve(name, tensor or formula)``.
+
+    It is returned as it is if it has none.
+    """
     rows = {name: v for name, v in formula.parameters().items() if isinstance(v, TokenWeight) or (isinstance(v, Tensor) and v.dim() > 0)}
     return dataclasses.replace(formula, **{name: resolve(f"{formula.name}.{name}", v) for name, v in rows.items()}) if rows else formula

@@ -1,7 +1,9 @@
-"""Importance ratios: how per-token log-probs become the ``log_ratio`` that rules read, with an exact adjoint by autograd.
+"""Importance ratios: how per-token log-probs become the ``log_ratio`` that rules read.
+Autograd gives the exact adjoint.
 
-The log-ratio is clamped with zero gradient outside, in every backend and in the reference: bare ``exp`` overflows in fp32 and turns a
-clipped token's zero gradient into NaN. ``clamp=inf`` is TRL's bare form.
+Every backend and the reference clamp the log-ratio, with zero gradient outside of the
+bounds. A bare ``exp`` overflows in fp32 and turns the zero gradient of a clipped token
+into NaN. ``clamp=inf`` is TRL's bare form.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ from ..rows.rows import Rows
 @ranged
 @dataclass(frozen=True)
 class Ratio:
-    """``clamp`` is a bound on ``|log_ratio|``, or a pair of bounds. ``against``: the denominator, ``"old"`` or ``"ref"`` (the reference model)."""
+    """The base of all ratios.
+
+    ``clamp`` is a bound on ``|log_ratio|``, or a pair of bounds. ``against`` selects
+    the denominator, ``"old"`` or ``"ref"`` (the reference model).
+    """
 
     level: ClassVar[str]
     clamp: Annotated[Number, Interval("(0, inf]", entries="[-inf, inf]")] = 20.0
@@ -39,26 +45,33 @@ class Ratio:
 
     @property
     def one_pass_unsupported_reason(self) -> str | None:
-        """Why a row's kernel cannot form this ratio; None if it can."""
+        """Return why a row's kernel cannot form this ratio, or None if it can."""
         if self.level != "token":
             return f"the ratio is at {self.level} level"
         return "the ratio is against the reference" if self.against != "old" else None
 
     @property
     def one_advantage(self) -> bool:
-        """Whether the advantage is the sequence's, so that one a token is an error."""
+        """Return whether the ratio needs one advantage per sequence. One per token is
+        then an error.
+        """
         return False
 
     def check(self, rows: Rows, advantages: Any) -> None:
-        """Raise if the advantages are none that this ratio is defined for: by their shape, so that no value is read."""
+        """Raise if this ratio is not defined for the advantages. Only their shape is
+        checked, and no value is read.
+        """
         if self.one_advantage and isinstance(advantages, Tensor) and rows.is_per_token(advantages):
             raise rows.error(
-                f"{type(self).__name__} has one advantage a sequence, these are one a token: pass [B] or [B, 1] (of packed rows [S, 1]); "
-                "of advantages that are repeated over the tokens, the first of each sequence."
+                f"{type(self).__name__} takes one advantage per sequence, these are one per token: pass [B] or [B, 1] (of packed rows [S, 1]); "
+                "if they repeat one value over the tokens, pass the first of each sequence."
             )
 
     def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
-        """``[N]`` from ``[N]``; ignored rows contribute nothing. ``adv`` is None for a loss that reads no advantages."""
+        """Return ``[N]`` from ``[N]``. Ignored rows contribute nothing.
+
+        ``adv`` is None for a loss that reads no advantages.
+        """
         return self._clamped(logp - old_logp)
 
     def _clamped(self, log_ratio: Tensor) -> Tensor:
@@ -83,8 +96,9 @@ class TokenRatio(Ratio):
 class SequenceRatio(Ratio):
     """``log_ratio_t = mean over the sequence of (logp - old_logp)`` (the sum with ``normalize=False``). GSPO, arXiv:2507.18071, eq. 7.
 
-    ``gradient="sequence"``: through the mean, to every token (GSPO). ``"token"``: ``sg(mean) + logp_t - sg(logp_t)``, each token's own
-    gradient (GSPO-token, eq. 14; verl's ``gspo``).
+    With ``gradient="sequence"`` the gradient flows through the mean to every token
+    (GSPO). With ``"token"`` the ratio is ``sg(mean) + logp_t - sg(logp_t)``, and each
+    token has its own gradient (GSPO-token, eq. 14; verl's ``gspo``).
     """
 
     level = "sequence"
@@ -110,7 +124,8 @@ class SequenceRatio(Ratio):
             total = total / groups.sum(rows.keep.to(rows.dtype)).clamp(min=1)
         result = groups.spread(total)
         if self.gradient == "token":
-            # A log-prob of -inf has no own gradient, and must not make NaN of the sequence's value.
+            # A log-prob of -inf has no gradient of its own, and must not turn the
+            # sequence's value into NaN.
             own = torch.where(logp.isfinite(), logp, 0)
             result = result.detach() + (own - own.detach())
         return self._clamped(result)
@@ -133,7 +148,9 @@ class SegmentRatio(SequenceRatio):
 @ranged
 @dataclass(frozen=True)
 class CumulativeRatio(Ratio):
-    """``log_ratio_t = sg(Σ_{s<=t}(logp_s - old_logp_s)) + logp_t - sg(logp_t)``: of the sequence up to each token, with the token's own gradient.
+    """``log_ratio_t = sg(Σ_{s<=t}(logp_s - old_logp_s)) + logp_t - sg(logp_t)``.
+
+    This is the ratio of the sequence up to each token, with the token's own gradient.
 
     CTPO, arXiv:2605.07331.
     """
@@ -151,11 +168,15 @@ class CumulativeRatio(Ratio):
 @ranged
 @dataclass(frozen=True)
 class GeometricMeanRatio(SequenceRatio):
-    """The geometric mean of the sequence's token ratios, each clipped in log space where that makes the objective smaller: for ``A > 0`` at most
-    ``epsilon_high``, else at least ``-epsilon_low``. GMPO, arXiv:2507.20673; a clipped token has no gradient.
+    """The geometric mean of the sequence's token ratios. GMPO, arXiv:2507.20673.
 
-    The advantage is the sequence's: a tensor with one for each token is an error, by its shape. With ``token_advantages`` each token has its own
-    (verl's ``geo_mean``, whose trainer repeats the sequence's).
+    Each ratio is clipped in log space where that makes the objective smaller: for
+    ``A > 0`` to at most ``epsilon_high``, else to at least ``-epsilon_low``. A clipped
+    token has no gradient.
+
+    The advantage belongs to the sequence. A tensor with one value for each token is an
+    error, found by its shape. With ``token_advantages`` each token has its own, as in
+    verl's ``geo_mean``, whose trainer repeats the sequence's advantage.
     """
 
     epsilon_low: NonNegativeOrInf[Number] = 0.4
@@ -176,9 +197,10 @@ class GeometricMeanRatio(SequenceRatio):
 @ranged
 @dataclass(frozen=True)
 class BatchMeanRatio(Ratio):
-    """``log_ratio_t = mean over this call's tokens of (logp - old_logp)``, with its gradient to every one of them.
+    """``log_ratio_t = mean over this call's tokens of (logp - old_logp)``. The gradient
+    flows to every token.
 
-    ``negative_only``: over the tokens whose advantage is not positive.
+    With ``negative_only`` the mean is over the tokens whose advantage is not positive.
     """
 
     level = "batch"
@@ -197,9 +219,12 @@ class BatchMeanRatio(Ratio):
 @ranged
 @dataclass(frozen=True)
 class CenteredRatio(Ratio):
-    """``log_ratio_t = scale·(logp_t - old_logp_t - sg(mean))``, the mean over this call's tokens: centred where a stale policy's is not.
+    """``log_ratio_t = scale·(logp_t - old_logp_t - sg(mean))``, with the mean over this
+    call's tokens.
 
-    ``scale="std"`` divides by their standard deviation (detached) instead.
+    It is centred even if a stale policy's log-ratio is not.
+
+    ``scale="std"`` divides by the standard deviation of the tokens (detached) instead.
     """
 
     level = "batch"

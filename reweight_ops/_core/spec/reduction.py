@@ -1,4 +1,8 @@
-"""Reductions are data: each turns masks into one weight a row, so that the loss is ``sum_i w_i * l_i`` and no kernel knows any."""
+"""Reductions. Each turns masks into one weight per row, so that the loss is
+``sum_i w_i * l_i``.
+
+No kernel knows any reduction.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +23,30 @@ from .parts import require_part
 
 @dataclass(frozen=True)
 class Divisors:
-    """What the caller knows about the whole batch: the *final* divisors of this call's sum (numbers or 0-d tensors)."""
+    """The caller's knowledge of the whole batch: the *final* divisors of this call's
+    sum (numbers or 0-d tensors).
+    """
 
     num_items_in_batch: Any = None
     num_sequences_in_batch: Any = None
 
 
 class Reduction:
-    """Base of all reductions; they are frozen dataclasses."""
+    """The base of all reductions. They are frozen dataclasses."""
 
-    #: Which of the two divisors this reduction reads; giving the other one is an error, since it would have no effect.
+    #: The divisors that this reduction reads. To give the other one is an error, since
+    #: it would have no effect.
     reads: ClassVar[tuple[str, ...]] = ()
     #: Whether the result is one number.
     scalar: ClassVar[bool] = True
-    #: A token weight that the row weights are made of, if any.
+    #: The token weight from which the row weights are made, if any.
     weight: TokenWeight | None = None
     #: Hyper-parameters that a gradient does not reach.
     detaches: ClassVar[tuple[str, ...]] = ()
-    #: Leaves and per-call data that it reads besides.
+    #: Further leaves and per-call data that it reads.
     requires: ClassVar[tuple[str, ...]] = ()
-    #: Whether the loss is no fixed linear combination of the token losses: :meth:`shares` then says what it is (always two_pass).
+    #: Whether the loss is not a fixed linear combination of the token losses.
+    #: :meth:`shares` then defines it (always two_pass).
     coupled: ClassVar[bool] = False
 
     def check(self, rows: Rows) -> None:
@@ -46,19 +54,25 @@ class Reduction:
 
     @property
     def reads_groups(self) -> bool:
-        """Whether it reads the call's ``group_ids``."""
+        """Return whether the reduction reads the call's ``group_ids``."""
         return False
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
-        """The row weights as a backend's kernel forms them; None if only :meth:`row_weights` can."""
+        """Return the row weights as a backend's kernel forms them, or None if only
+        :meth:`row_weights` can.
+        """
         return None
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
-        """``[N]`` in the row dtype; 0 where a row is out."""
+        """Return ``[N]`` in the row dtype. It is 0 in an ignored row."""
         raise NotImplementedError(f"{type(self).__name__} defines no row_weights(self, rows, divisors, weight)")
 
     def shares(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
-        """Of a coupled reduction: ``[N]`` whose sum is the term's loss, from the weighted token losses ``[N]``; exact under autograd."""
+        """Return ``[N]`` whose sum is the term's loss, from the weighted token losses
+        ``[N]``.
+
+        Only a coupled reduction has shares. They are exact under autograd.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no shares(self, rows, weighted, adv)")
 
 
@@ -75,10 +89,13 @@ def _over(numerator: Tensor, divisor: Any) -> Tensor:
 @ranged
 @dataclass(frozen=True)
 class TokenMean(Reduction):
-    """``sum(l) / num_items_in_batch``, or over the denominator mask's count when that is not given.
+    """``sum(l) / num_items_in_batch``. Without that number, the count of the
+    denominator mask is the divisor.
 
-    ``per_call=True``: always this call's own count (TRL's entropy bonus). ``weight``: the mean over the tokens that a token weight
-    selects, ``sum(u*l) / max(sum(u), 1)`` (TRL's entropy bonus under a top-entropy mask); always this call's own.
+    With ``per_call=True`` the divisor is always this call's own count (TRL's entropy
+    bonus). With ``weight`` it is the mean over the tokens that a token weight selects,
+    ``sum(u*l) / max(sum(u), 1)`` (TRL's entropy bonus under a top-entropy mask), always
+    of this call.
     """
 
     per_call: bool = False
@@ -119,13 +136,18 @@ class TokenSum(Reduction):
 @ranged
 @dataclass(frozen=True)
 class SequenceMean(Reduction):
-    """The mean over sequences of a per-sequence number: ``per`` is its token mean, its token sum, or its sum over a ``"constant"`` horizon.
+    """The mean over sequences of a number per sequence.
 
-    ``horizon=None`` is the padded length (verl's default); TRL's Dr. GRPO has ``max_completion_length``. The mean is over
-    ``num_sequences_in_batch`` when given, else over all sequences (TRL) or the non-empty ones (verl), by ``count``.
+    ``per`` selects the number: the token mean, the token sum, or the token sum over a
+    ``"constant"`` horizon.
 
-    ``weight``: of the tokens that a token weight selects. A sequence's length is then its sum of weights, and the mean is over the sequences that
-    have any.
+    ``horizon=None`` is the padded length (verl's default). TRL's Dr. GRPO uses
+    ``max_completion_length``. The mean is over ``num_sequences_in_batch`` if given, and
+    else over all sequences (TRL) or the non-empty ones (verl), by ``count``.
+
+    With ``weight`` the number is over the tokens that a token weight selects. The
+    length of a sequence is then its sum of weights, and the mean is over the sequences
+    with a nonzero sum.
     """
 
     per: str = "token_mean"
@@ -173,7 +195,7 @@ class SequenceMean(Reduction):
             if self.horizon is None and sequences.index is not None:
                 raise rows.error("SequenceMean(per='constant') over packed sequences has no padded length: give horizon.")
             if self.horizon is None:
-                rows.refuse_across("SequenceMean(per='constant')", "knows the padded length of one rank's part: give horizon.")
+                rows.refuse_across("SequenceMean(per='constant')", "knows only the padded length of one rank's part: give horizon.")
             return _over(keep, self.horizon if self.horizon is not None else sequences.length)
         return keep
 
@@ -183,7 +205,8 @@ class SequenceMean(Reduction):
 class PromptMean(Reduction):
     """The mean over prompts of the mean over all tokens of a prompt's responses (ScaleRL's prompt average, arXiv:2510.13786).
 
-    Prompts are runs of ``group_size`` sequences, or the call's ``group_ids``; one without a token in the call does not count.
+    Prompts are runs of ``group_size`` sequences, or the call's ``group_ids``. A prompt
+    without a token in the call does not count.
     """
 
     group_size: Count[int] | None = None
@@ -207,9 +230,11 @@ class PromptMean(Reduction):
 
 @dataclass(frozen=True)
 class FromFunction(Reduction):
-    """Any linear reducer of a trainer: ``fn(per_token_loss, mask) -> scalar``, both of the rows' shape.
+    """Any linear reducer of a trainer: ``fn(per_token_loss, mask) -> scalar``. Both
+    arguments have the rows' shape.
 
-    Its weights are its gradient, taken by one autograd call; a function that is not linear in the loss gives wrong weights.
+    Its weights are its gradient, from one autograd call. A function that is not linear
+    in the loss gives wrong weights.
     """
 
     fn: Callable[[Tensor, Tensor], Tensor]
@@ -219,7 +244,7 @@ class FromFunction(Reduction):
             raise InvalidCall(f"FromFunction: fn is {self.fn!r}, expected a function of (per_token_loss, mask).")
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
-        rows.refuse_across("FromFunction", "sees this rank's rows alone.")
+        rows.refuse_across("FromFunction", "sees only this rank's rows.")
         with torch.enable_grad():
             probe = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device, requires_grad=True)
             total = self.fn(probe, rows.unflatten(rows.keep.to(rows.dtype)))
@@ -231,7 +256,9 @@ class FromFunction(Reduction):
 
 @dataclass(frozen=True)
 class NoReduction(Reduction):
-    """No reduction: the loss has the rows' shape and takes a per-row upstream gradient (always two_pass)."""
+    """No reduction. The loss has the rows' shape and takes a per-row upstream gradient
+    (always two_pass).
+    """
 
     scalar = False
 

@@ -71,7 +71,7 @@ _SIGNATURES = {
     "_compute_loss": ("self", "model", "inputs"),
 }  # fmt: skip
 
-#: Those of the methods that a recipe needs besides.
+#: The signatures of the further methods that a recipe needs.
 _ROLLOUT_SIGNATURES = {
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_generate_and_score_completions": ("self", "inputs"),
@@ -121,7 +121,7 @@ class Options:
 
     @property
     def own_method(self) -> bool:
-        """Whether the loss is not TRL's."""
+        """Return whether the loss is not TRL's."""
         of_recipe = self.recipe is not None and bool(self.recipe.spec or self.recipe.sample_weights or self.recipe.keywords)
         return self.spec is not None or bool(self.weights) or of_recipe
 
@@ -161,7 +161,9 @@ class Hooks:
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``[B,T]`` log-probs and entropies of the last ``logits_to_keep`` tokens, 0 where masked; both differentiable."""
+        """Return ``[B,T]`` log-probs and entropies of the last ``logits_to_keep``
+        tokens, 0 where masked. Both are differentiable.
+        """
         reason = _token_unsupported_reason(compute_aux_loss, multimodal)
         chunks = {"batch_size": batch_size, "compute_entropy": compute_entropy}
         if reason is not None:
@@ -200,7 +202,9 @@ class Hooks:
 
     # --- the loss -------------------------------------------------------------------------------------------------------------
     def loss(self, trainer: Any, original: Callable[..., Any], model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The loss of one micro-batch, scaled as TRL scales it, with TRL's metrics logged."""
+        """Return the loss of one micro-batch, scaled as TRL scales it, and log TRL's
+        metrics.
+        """
         if not self.fused:
             return original(model, inputs)  # type: ignore[no-any-return]
         own_spec = bool(self.passes) or self._of_recipe is not None
@@ -220,7 +224,7 @@ class Hooks:
             "old_per_token_logps": inputs.get("old_per_token_logps"),
             "ref_per_token_logps": inputs.get("ref_per_token_logps"),
             "sampling_per_token_logps": inputs.get("sampling_per_token_logps"),
-            "unused": "ignore",  # TRL hands over what it has
+            "unused": "ignore",  # TRL passes what it has
         }
         if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
             data["importance_sampling_ratio"] = inputs["importance_sampling_ratio"]
@@ -239,7 +243,7 @@ class Hooks:
         return out.loss
 
     def _policy_loss(self, trainer: Any, model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> PolicyLossOutput:
-        """The loss of the completions, without logits where the head allows it."""
+        """Return the loss of the completions, without logits if the head allows it."""
         ids, advantages = inputs["completion_ids"], inputs["advantages"]
         all_ids = torch.cat([inputs["prompt_ids"], ids], dim=1)
         all_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -257,12 +261,17 @@ class Hooks:
 
         with fused_forward(trainer, model, ids.size(1), form, compute), trainer.accelerator.autocast():
             loss = model(input_ids=all_ids, attention_mask=all_mask, fused_lm_head=True).loss
-        # The loss as the wrapped model hands it out: DDP and FSDP may have put their own node around it.
+        # This is the loss as the wrapped model returns it. DDP and FSDP may have put
+        # their own node around it.
         return dataclasses.replace(found[0], loss=loss)
 
     def _linear_form(self, trainer: Any, model: Any) -> Form | None:
-        """How the head's logits follow from hidden states, None where they are built; what decides it may change between calls (adapters are
-        switched off for the reference)."""
+        """Return how the head's logits follow from hidden states, or None if the logits
+        are built.
+
+        The facts that decide it may change between calls (adapters are switched off for
+        the reference).
+        """
         if self.head == "logits":
             return None
         reason = linear_unsupported_reason(trainer, model)
@@ -281,7 +290,7 @@ class Hooks:
 
     @property
     def _of_recipe(self) -> Rollout | None:
-        """The rollout whose recipe has a spec."""
+        """Return the rollout whose recipe has a spec."""
         return self.rollout if self.rollout is not None and self.rollout.recipe.spec else None
 
     def _spec(self, trainer: Any, inputs: dict[str, Any]) -> PolicyLossSpec:
@@ -316,7 +325,7 @@ def _token_unsupported_reason(compute_aux_loss: bool, multimodal: dict[str, Any]
 
 
 def _loss_unsupported_reason(trainer: Any, inputs: dict[str, Any], own_spec: bool) -> str | None:
-    """Why TRL has to compute this loss, or None."""
+    """Return why TRL has to compute this loss, or None."""
     if trainer.aux_loss_enabled:
         return "the MoE auxiliary loss"
     given = [name for name in _MULTIMODAL if inputs.get(name) is not None]
@@ -336,7 +345,7 @@ def _loss_unsupported_reason(trainer: Any, inputs: dict[str, Any], own_spec: boo
 
 
 def _log(trainer: Any, mode: str, out: PolicyLossOutput) -> None:
-    """TRL's metrics of the loss, over all processes."""
+    """Log TRL's metrics of the loss, over all processes."""
     metrics = out.metrics if trainer.accelerator.num_processes == 1 else out.metrics.all_reduce()
     values = metrics.as_floats()
     for name in _METRICS:
@@ -345,7 +354,9 @@ def _log(trainer: Any, mode: str, out: PolicyLossOutput) -> None:
 
 
 def _log_bonus(trainer: Any, mode: str, policy: Tensor) -> None:
-    """What TRL logs besides when there is an entropy bonus: the loss without it, and its coefficient."""
+    """Log what TRL also logs with an entropy bonus: the loss without it, and its
+    coefficient.
+    """
     trainer._metrics[mode]["policy_loss"].append(trainer.accelerator.gather(policy.detach()).nanmean().item())
     if mode == "train" and trainer.accelerator.sync_gradients:
         trainer._metrics[mode]["entropy_coef"].append(trainer.entropy_coef)
@@ -429,7 +440,7 @@ def _grpo_replacements(options: Options, total: Counts) -> list[Replacement]:
 
     @functools.wraps(logps)
     def patched_logps(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(trainer, ReweightGRPOTrainer):  # reached through super(): it has hooks of its own
+        if isinstance(trainer, ReweightGRPOTrainer):  # reached through super(): it has its own hooks
             return logps(trainer, *args, **kwargs)
         return hooks(trainer).token_logps(trainer, logps.__get__(trainer), *args, **kwargs)
 

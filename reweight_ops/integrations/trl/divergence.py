@@ -25,7 +25,9 @@ _PARAMETERS = (
 
 
 class ChunkedDivergence:
-    """Stands in for TRL's autograd function: ``apply`` of the same arguments and results, counted."""
+    """A replacement of TRL's autograd function: ``apply`` with the same arguments and
+    results, counted.
+    """
 
     def __init__(self, backend: str, counts: Counts, original: Any) -> None:
         self.backend = backend
@@ -87,7 +89,7 @@ _Head = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:
-    """In which TRL projects: autocast's, or the hidden states'."""
+    """Return the dtype in which TRL projects: autocast's, or that of the hidden states."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
@@ -111,7 +113,11 @@ def _unsupported_reason(*heads: _Head) -> str | None:
 
 
 def divergence_replacements(backend: str, counts: Counts) -> list[Replacement]:
-    """The function, and which devices drop the positions out of the mask before it: TRL 1.16 does on Triton's, here CPUs do too."""
+    """Return the replacements: the function, and the devices that drop masked positions
+    before it.
+
+    TRL 1.16 drops them on Triton's devices; here CPUs do too.
+    """
     owner: Any = distillation_trainer
     name = "ChunkedDivergenceFunction"
     if not hasattr(owner, name):

@@ -1,4 +1,5 @@
-"""The language-model head of a TRL model, two ways: its logits, or its hidden states and weight, from which logits are never built.
+"""The language-model head of a TRL model in two ways: its logits, or its hidden states
+and weight without logits.
 
 The second way replaces the model's ``forward`` for the duration of one call, as TRL's own fused head replaces it for good: the loss is computed
 inside the wrapped model's forward, so that what DDP, FSDP, PEFT and autocast do around a forward is done here too.
@@ -42,7 +43,7 @@ HEADS = ("auto", "linear", "logits")
 
 @dataclass
 class HeadOutput(ModelOutput):
-    """What a model returns instead of logits; the fields that TRL reads."""
+    """The output of a model instead of logits, with the fields that TRL reads."""
 
     loss: Tensor | None = None
     log_probs: Tensor | None = None
@@ -51,13 +52,13 @@ class HeadOutput(ModelOutput):
 
 
 def base_model(trainer: Any, model: Any) -> Any:
-    """The causal language model under wrappers and adapters."""
+    """Return the causal language model under wrappers and adapters."""
     base = trainer.accelerator.unwrap_model(model)
     return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
 def linear_unsupported_reason(trainer: Any, model: Any) -> str | None:
-    """Why this model's head needs logits, or None."""
+    """Return why this model's head needs logits, or None."""
     if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "DeepSpeed ZeRO-3, which frees the head's weight before backward"
     if is_compiled_module(trainer.accelerator.unwrap_model(model, keep_torch_compile=True)):
@@ -66,13 +67,14 @@ def linear_unsupported_reason(trainer: Any, model: Any) -> str | None:
 
 
 def adapts_head(trainer: Any, model: Any) -> bool:
-    """Whether an adapter is on the head that TRL's own fused head would ignore."""
+    """Return whether the head has an adapter that TRL's own fused head would ignore."""
     return isinstance(base_model(trainer, model).get_output_embeddings(), LoraLinear)
 
 
 @contextlib.contextmanager
 def adapters_on_head_allowed(cast_lm_head_to_fp32: bool) -> Iterator[None]:
-    """TRL's constructor refuses an adapter on the head because TRL's fused head would ignore it; ours does not.
+    """Allow an adapter on the head. TRL's constructor refuses it because TRL's fused
+    head would ignore it; ours does not.
 
     Its refusal of an adapter under ``cast_lm_head_to_fp32`` stands: that replaces the head's forward.
     """
@@ -80,7 +82,7 @@ def adapters_on_head_allowed(cast_lm_head_to_fp32: bool) -> Iterator[None]:
         yield
         return
     original = grpo_trainer.BaseTunerLayer
-    # The name is used for nothing but this check.
+    # TRL uses the name only for this check.
     grpo_trainer.BaseTunerLayer = type("NoTunerLayer", (), {})
     try:
         yield
@@ -95,7 +97,7 @@ def _module_unsupported_reason(head: Any) -> str | None:
         return _module_unsupported_reason(head.base_layer) or _lora_unsupported_reason(head)
     kind = type(head)
     if not isinstance(head, torch.nn.Linear) or kind.forward is not torch.nn.Linear.forward or not head.weight.is_floating_point():
-        return f"a head of class {kind.__module__}.{kind.__qualname__}, which is no plain nn.Linear"
+        return f"a head of class {kind.__module__}.{kind.__qualname__}, which is not a plain nn.Linear"
     return "a head that is offloaded" if head.weight.is_meta else None
 
 
@@ -126,14 +128,16 @@ def _saved_module(wrapper: Any) -> Any:
 
 
 def decoder(base: Any) -> Any:
-    """The module whose last hidden states the head takes."""
+    """Return the module whose last hidden states the head takes."""
     config = base.config.get_text_config()
     old_multimodal = config is not base.config and int(transformers.__version__.split(".")[0]) < 5
     return base.model if old_multimodal else base.base_model
 
 
 def head_keywords(base: Any, hidden: Tensor, form: Any) -> dict[str, Any]:
-    """The head as the keywords of the linear ops, ``lm_head_weight`` included, with the scale and soft cap of ``form``."""
+    """Return the head as the keywords of the linear ops, ``lm_head_weight`` included,
+    with the scale and soft cap of ``form``.
+    """
     head = base.get_output_embeddings()
     lora = None
     if isinstance(head, ModulesToSaveWrapper):
@@ -153,7 +157,9 @@ def head_keywords(base: Any, hidden: Tensor, form: Any) -> dict[str, Any]:
 
 
 def scale_and_softcap(config: Any) -> tuple[float, float | None]:
-    """The number that a model multiplies its logits by, under the names that model families have for it, and its soft cap."""
+    """Return the number by which a model multiplies its logits, under the names of
+    model families, and its soft cap.
+    """
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
         scale = getattr(config, name, None)
         if isinstance(scale, (int, float)):  # MPT has names here, which its forward ignores

@@ -46,7 +46,8 @@ class ChunkedLogProb:
     ) -> tuple[Tensor | None, ...]:
         """``(log-probs, entropy, log Σp², mean of the scaled logits, is top-1)``, ``[N]`` each, None where not asked for.
 
-        Where several tokens are the likeliest each of them is top-1; in TRL the first one is.
+        If several tokens are the likeliest, each of them is top-1; in TRL only the
+        first is.
         ``chunk_size``, TRL's width of a tile, is not read: the op bounds its own chunks.
         """
         reason = _unsupported_reason(hidden, weight, outputs)
@@ -73,7 +74,7 @@ class ChunkedLogProb:
 
 
 def _unsupported_reason(hidden: Tensor, weight: Tensor, outputs: Sequence[str]) -> str | None:
-    """Why TRL has to compute this, or None."""
+    """Return why TRL has to compute this, or None."""
     others = [name for name in outputs if name not in _STATS]
     if others:
         return f"outputs {', '.join(others)}"
@@ -85,7 +86,11 @@ def _unsupported_reason(hidden: Tensor, weight: Tensor, outputs: Sequence[str]) 
 
 
 def head_replacements(backend: str, counts: Counts) -> list[Replacement]:
-    """The head function, and which devices drop the positions without a label before it: TRL 1.16 does on Triton's, here CPUs do too."""
+    """Return the replacements: the head function, and the devices that drop positions
+    without a label before it.
+
+    TRL 1.16 drops them on Triton's devices; here CPUs do too.
+    """
     utils: Any = trl.trainer.utils
     head = ChunkedLogProb(backend, counts, utils._ChunkedLogProbFunction)
     replacements = [Replacement(utils, "_ChunkedLogProbFunction", head, _PARAMETERS, read_from="forward")]

@@ -1,7 +1,10 @@
-"""Whether a model's logits are what the linear ops make of its hidden states: asked of the model itself, once, on a few positions.
+"""A probe that asks the model itself, once, on a few positions, whether its logits are
+what the linear ops make of its hidden states.
 
-No list of model families can know that one scales its logits, cuts padded columns, caps them under a name of its own or transforms hidden states
-before the head, nor what a hook does. It is asked again when hooks, adapters, modes or the identity of modules and parameters change.
+No list of model families can know that one scales its logits, cuts padded columns, caps
+them under its own name or transforms hidden states before the head, or what a hook
+does. The probe is repeated when hooks, adapters, modes or the identity of modules and
+parameters change.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ class Prober:
 
 
 def _state(base: Any) -> tuple[Any, ...]:
-    """What decides the form: read at every call, so nothing in it is a tensor's value."""
+    """Return the state that decides the form. It is read at every call, so it contains
+    no value of a tensor.
+    """
     modules = [base, decoder(base), *base.get_output_embeddings().modules()]
     found: list[Any] = [base.training]
     for module in modules:

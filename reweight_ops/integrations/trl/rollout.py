@@ -1,7 +1,10 @@
-"""What a recipe does in ``GRPOTrainer``: rewards and advantages of a whole rollout, and the spec of each mini-batch of it.
+"""A recipe in ``GRPOTrainer``: rewards and advantages of a whole rollout, and the spec
+of each mini-batch of it.
 
-The lines before the updates see the completions of all processes, as TRL's own advantages do, and each process keeps its rows. What they make travels
-with the completions (TRL shuffles and splits it with them), so a spec that reads stored entropies gets those of its mini-batch.
+The lines before the updates see the completions of all processes, as TRL's own
+advantages do, and each process keeps its rows. Their results travel with the
+completions (TRL shuffles and splits them together), so a spec that reads stored
+entropies gets those of its mini-batch.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ from ..._core.catalogue.recipes import Recipe
 from ...errors import InvalidCall, UnsupportedRequest
 from .spec import check_updates
 
-#: What a trainer has of its own.
+#: The quantities that a trainer has itself.
 _HAS = (
     "rewards", "rewards_per_func", "group_size", "lengths", "completion_ids", "completion_mask", "old_per_token_logps", "ref_per_token_logps",
     "sampling_per_token_logps", "entropies", "mean_entropies", "step", "total_steps",
 )  # fmt: skip
-#: What a reward function of that name can return: a number a completion.
+#: The quantities that a reward function of that name can return: one number per
+#: completion.
 _COLUMNS = ("correct", "reference_rewards", "greedy_rewards", "labels", "returns", "start_values")
 
 
@@ -54,7 +58,9 @@ def choose_recipe(recipe: Recipe | str | None, **lines: str | None) -> Recipe | 
 
 
 def settled(config: Any, recipe: Recipe | None) -> Any:
-    """GRPOConfig with what the recipe decides where it was left alone: ``num_iterations`` and ``beta``. The given one is not changed."""
+    """Return GRPOConfig with the recipe's ``num_iterations`` and ``beta`` where these
+    were left alone. The given one is not changed.
+    """
     if config is None or recipe is None or not recipe.spec:
         return config
     config = copy.copy(config)
@@ -101,12 +107,14 @@ class Rollout:
 
     # --- a whole rollout ------------------------------------------------------------------------------------------------------
     def keep_rewards(self, rewards_per_func: Tensor) -> Tensor:
-        """TRL's ``_calculate_rewards`` has returned these, of all processes."""
+        """Keep the rewards of all processes that TRL's ``_calculate_rewards`` has
+        returned.
+        """
         self._rewards = rewards_per_func
         return rewards_per_func
 
     def complete(self, trainer: Any, output: dict[str, Any]) -> dict[str, Any]:
-        """TRL's rollout with what the recipe makes of it."""
+        """Return TRL's rollout with the results of the recipe."""
         mode = "train" if trainer.model.training else "eval"
         mask = _mask(output)
         stored = self._stored(trainer, output, mask)
@@ -123,9 +131,9 @@ class Rollout:
         start = trainer.accelerator.process_index * rows
         for name, x in made.items():
             if not torch.is_tensor(x) or len(x) != rows * trainer.accelerator.num_processes:
-                raise InvalidCall(f"recipe {self.recipe.name!r}: its {name} are no tensor of a number a completion.")
+                raise InvalidCall(f"recipe {self.recipe.name!r}: its {name} are not a tensor with one number per completion.")
             if name == "advantages":
-                # A completion that no function has scored moves nothing, as in TRL.
+                # A completion without a score has no effect, as in TRL.
                 unscored = values["rewards"].isnan()
                 x = torch.where(unscored if x.dim() == 1 else unscored[:, None], 0, x)
                 _log_advantages(trainer, x)
@@ -134,7 +142,9 @@ class Rollout:
         return output | {name: x for name, x in stored.items() if name != "mean_entropies"}
 
     def _stored(self, trainer: Any, output: dict[str, Any], mask: Tensor) -> dict[str, Tensor]:
-        """Log-probs and entropies of the policy that sampled: one more forward, where a line reads them."""
+        """Return log-probs and entropies of the policy that sampled. This takes one
+        more forward if a line reads them.
+        """
         if not self._measured:
             return {}
         if output.get("pixel_values") is not None:
@@ -151,7 +161,9 @@ class Rollout:
         return {"old_per_token_logps": output.get("old_per_token_logps", logps), "entropies": entropies, "mean_entropies": mean}
 
     def _rewarded(self, trainer: Any) -> dict[str, Tensor]:
-        """Rewards of all processes by what lines call them. A function of weight 0 is no reward."""
+        """Return the rewards of all processes by their names in lines. A function of
+        weight 0 is not a reward.
+        """
         assert self._rewards is not None
         by_function, weights = self._rewards, trainer.reward_weights.to(self._rewards.device)
         total = (by_function * weights).nansum(1)
@@ -161,7 +173,7 @@ class Rollout:
 
     # --- a mini-batch of it ---------------------------------------------------------------------------------------------------
     def values(self, trainer: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What lines read of a mini-batch."""
+        """Return the values that lines read of a mini-batch."""
         mode = "train" if trainer.model.training else "eval"
         mask = _mask(inputs)
         return {
@@ -173,11 +185,11 @@ class Rollout:
         }
 
     def specs(self, trainer: Any, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The specs of the updates, of a mini-batch's values."""
+        """Return the specs of the updates from a mini-batch's values."""
         return self.recipe.specs(**self.values(trainer, inputs))
 
     def keywords(self, trainer: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What the loss is given besides."""
+        """Return the further keywords of the loss."""
         lines = self.recipe.keywords or ({"token_weights": "sample_weights"} if self.recipe.sample_weights else {})
         values = self.values(trainer, inputs)
         return {name: run(line, values) for name, line in lines.items()}
@@ -193,7 +205,7 @@ def _progress(trainer: Any) -> dict[str, int]:
 
 
 def _gathered(trainer: Any, x: Tensor) -> Tensor:
-    """The completions of all processes, padded to the longest."""
+    """Return the completions of all processes, padded to the longest."""
     if trainer.accelerator.num_processes == 1:
         return x
     x = trainer.accelerator.pad_across_processes(x, dim=1) if x.dim() > 1 else x

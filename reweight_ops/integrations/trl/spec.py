@@ -1,4 +1,6 @@
-"""Which loss a TRL trainer asks for, and TRL's arithmetic of gradient accumulation, which exists here and nowhere else."""
+"""The loss that a TRL trainer asks for, and TRL's arithmetic of gradient accumulation,
+which exists only here.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Normalized(NamedTuple):
 
 
 def spec_of_trainer(trainer: Any) -> PolicyLossSpec:
-    """TRL's own loss by the trainer's current attributes (a callback may change them, so they are read at every call)."""
+    """Return TRL's own loss by the trainer's current attributes. A callback may change
+    them, so they are read at every call.
+    """
     return _trl_spec(
         trainer.loss_type,
         epsilon=trainer.epsilon_low,
@@ -56,13 +60,13 @@ def _trl_spec(loss_type: str, **options: Any) -> PolicyLossSpec:
 
 @lru_cache(maxsize=32)
 def with_weights(spec: PolicyLossSpec, weights: tuple[TokenWeight, ...]) -> PolicyLossSpec:
-    """The spec with more token weights."""
+    """Return the spec with more token weights."""
     return dataclasses.replace(spec, weights=(*spec.weights, *weights))
 
 
 @lru_cache(maxsize=32)
 def without_bonus(spec: PolicyLossSpec) -> PolicyLossSpec:
-    """The spec without its entropy bonus: what TRL logs as ``policy_loss``."""
+    """Return the spec without its entropy bonus, which TRL logs as ``policy_loss``."""
     return dataclasses.replace(spec, penalties=tuple(p for p in spec.penalties if not isinstance(p.rule, EntropyBonus)))
 
 
@@ -83,7 +87,7 @@ def resolve_passes(spec: Any, args: Any) -> tuple[PolicyLossSpec, ...]:
 
 
 def check_updates(passes: Sequence[PolicyLossSpec], args: Any) -> None:
-    """Whether GRPOConfig fits the specs of the updates over a rollout.
+    """Raise unless GRPOConfig fits the specs of the updates over a rollout.
 
     Raises:
         InvalidCall: see :func:`resolve_passes`.

@@ -58,7 +58,7 @@ def register(specs: Mapping[str, PolicyLossSpec] | None = None) -> tuple[str, ..
 
 
 def left_out() -> dict[str, str]:
-    """The methods that :func:`register` gives no name, each with the reason."""
+    """Return the methods that :func:`register` leaves out, each with the reason."""
     reasons = {name: method_unsupported_reason(entry) for name, entry in METHODS.items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -81,7 +81,9 @@ def register_advantages(estimators: Mapping[str, Callable[..., Any]] | None = No
 
 
 def left_out_advantages() -> dict[str, str]:
-    """The estimators that :func:`register_advantages` gives no name, each with the reason."""
+    """Return the estimators that :func:`register_advantages` leaves out, each with the
+    reason.
+    """
     reasons = {name: entry_unsupported_reason(entry) for name, entry in CATALOGUE["advantage"].items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -89,7 +91,8 @@ def left_out_advantages() -> dict[str, str]:
 def patch_fused_linear(*, backend: str = "auto") -> Patch:
     """Replace ``FusedLinearForPPO.forward``, which every fused model of verl's torch backend calls.
 
-    ``temperature`` may be a tensor, one number a row, where verl takes one for all. Entropies are fp32 whatever hidden states are, and
+    ``temperature`` may be a tensor with one number per row, where verl takes one for
+    all. Entropies are fp32 for any dtype of hidden states, and
     both results have gradients, per row. Returns a patch with ``undo()``, ``fused_calls`` and ``delegated_calls``, also a context manager.
 
     Raises:

@@ -1,4 +1,6 @@
-"""An advantage estimator under the signature that verl's registry has. Imports no verl."""
+"""An advantage estimator under the signature of verl's registry. This module does not
+import verl.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from torch import Tensor
 from ..._core.catalogue.registry import Entry
 from ...errors import InvalidCall, UnsupportedRequest
 
-#: What verl hands to an estimator, by the parameters of ours.
+#: What verl passes to an estimator, by the parameters of ours.
 _GIVEN = frozenset({"rewards", "lengths", "completion_mask"})
-#: Estimators that take one reward a token, and the discount of verl's configuration.
+#: Estimators that take one reward per token, and the discount of verl's configuration.
 _OF_TOKENS = ("reinforce_plus_plus",)
 _REASONS = {
     "gdpo": "it reads rewards one by one, and verl hands over their sum: verl's own is adv_estimator=gdpo",
@@ -43,7 +45,7 @@ def unsupported_reason(estimator: Callable[..., Any]) -> str | None:
     needed = [n for n, p in _open(estimator).items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     missing = [n for n in needed if n not in _GIVEN]
     if missing:
-        return f"it needs {', '.join(missing)}, which verl does not hand to an estimator"
+        return f"it needs {', '.join(missing)}, which verl does not pass to an estimator"
     return None
 
 

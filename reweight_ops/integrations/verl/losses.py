@@ -1,4 +1,6 @@
-"""A spec under the signature of verl's registered losses, with verl's normalization. Imports no verl."""
+"""A spec under the signature of verl's registered losses, with verl's normalization.
+This module does not import verl.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,14 @@ _METRICS = {
 
 
 def unsupported_reason(spec: PolicyLossSpec) -> str | None:
-    """Why verl cannot train a spec, None if it can."""
+    """Return why verl cannot train a spec, or None if it can."""
     if agg_mode(spec.reduction) is None:
         return f"its reduction, {spec.reduction!r}, is none of verl's: sequences of one prompt may be in different micro-batches"
     return _VERL.unsupported_reason(spec)
 
 
 def method_unsupported_reason(entry: Entry) -> str | None:
-    """Why a method of the catalogue has no name in verl, None if it has one."""
+    """Return why a method of the catalogue has no name in verl, or None if it has one."""
     if entry.example:
         return f"it has no default for {', '.join(entry.example)}: register a spec of it"
     reason = level_unsupported_reason(entry, "a micro-batch")
@@ -114,7 +116,7 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[..., tuple[Tensor, dict[str,
             old_per_token_logps=old_log_prob,
             completion_mask=response_mask,
             importance_sampling_ratio=rollout_is_weights,
-            unused="ignore",  # verl hands over the old log-probs whatever the loss reads
+            unused="ignore",  # verl always passes the old log-probs
             **divisors(spec.reduction, *counts),
         )
         values = out.metrics.as_floats()

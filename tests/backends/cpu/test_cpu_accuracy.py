@@ -1,4 +1,6 @@
-"""The CPU kernels against fp64 at every instruction-set level and dtype, by the accuracy criterion of the package (no tolerance of our own)."""
+"""The CPU kernels against fp64 at every instruction-set level and dtype, by the package's
+accuracy criterion alone.
+"""
 
 import math
 
@@ -59,7 +61,9 @@ def test_exponential_where_everything_is_in_range(level):
 
 
 def test_half_precision_is_converted_exactly(level):
-    """Every finite bf16 and fp16 number, read and written: with V = 1 column, +inf softness aside, lse is the logit itself."""
+    """Every finite bf16 and fp16 number is read and written: with V = 1, lse is the logit
+    itself.
+    """
     for dtype in (torch.bfloat16, torch.float16):
         z = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
         z = z[z.isfinite() & (z.abs().float() < 1e4) & ((z == 0) | (z.abs().float() >= 2.0**-24))]

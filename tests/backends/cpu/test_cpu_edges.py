@@ -1,4 +1,6 @@
-"""The CPU kernels where inputs are unusual: infinities, NaN, layouts, shards, threads; and what the Python layer refuses."""
+"""The CPU kernels on unusual inputs: infinities, NaN, layouts, shards, threads; and what
+the Python layer refuses.
+"""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +117,9 @@ def test_expanded_logits_are_read_but_never_written():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_depends_on_itself_alone(level, dtype, threads):
-    """Bitwise: alone, anywhere in a batch, with any number of threads, in place or not, whatever statistics are asked for."""
+    """A row has the same bits alone, anywhere in a batch, with any number of threads, in
+    place or not, for any statistics.
+    """
     n, v = 48, 5003
     z, ids = rows(n, v, dtype, "plain")
     t = torch.linspace(0.5, 1.5, n)
@@ -139,7 +143,9 @@ def test_a_row_depends_on_itself_alone(level, dtype, threads):
 
 
 def test_several_threads_at_once(threads):
-    """The GIL is released, so calls from Python threads overlap; each has to come out as if alone."""
+    """The GIL is released, so that calls from Python threads overlap; each result must be
+    as if alone.
+    """
     threads(2)
     batches = [rows(40, 5003, torch.bfloat16, "plain", seed=k) for k in range(4)]
     want = [loss_grad(z, ids) for z, ids in batches]
@@ -150,7 +156,9 @@ def test_several_threads_at_once(threads):
 
 
 def test_large_outputs_of_their_own_are_the_same_bits(level):
-    """From 8 MiB on, a new gradient is streamed past the caches; aligned or not, it holds the same as one written in place."""
+    """From 8 MiB on, a new gradient is streamed past the caches. Aligned or not, it equals
+    one written in place.
+    """
     z, ids = rows(40, 65600, torch.float32, "plain")
     assert z.numel() * 4 > 8 << 20
     for columns in (65600, 65599):

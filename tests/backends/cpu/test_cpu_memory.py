@@ -1,4 +1,7 @@
-"""Peak resident growth of a policy loss, in a process of its own: nothing in place, one gradient as a drop-in. Per case, measured, not modelled."""
+"""Peak growth of resident memory of a policy loss, measured in a separate process.
+
+It is nothing in place, and one gradient as a drop-in.
+"""
 
 import json
 import subprocess

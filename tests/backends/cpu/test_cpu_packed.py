@@ -1,4 +1,6 @@
-"""Packed rows on the CPU, at every instruction-set level: as accurate as rows of logits, and of the same bits."""
+"""Packed rows on the CPU, at every instruction-set level, are as accurate as rows of
+logits, with the same bits.
+"""
 
 import packed_rows
 import pytest

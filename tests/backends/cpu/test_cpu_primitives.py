@@ -1,4 +1,4 @@
-"""Masks and row weights by the C++ backend, bit for bit what PyTorch's operations make of them."""
+"""Masks and row weights of the C++ backend are bitwise those of PyTorch's operations."""
 
 import dataclasses
 import itertools
@@ -31,7 +31,7 @@ SHAPES = [(3, 5), (2 * RUN + 7,), (2, 3, 4)]
 
 
 def layouts(t):
-    """The same elements, with other strides."""
+    """The same elements with other strides."""
     yield t
     yield torch.stack([t, t], -1)[..., 0]
     yield t.transpose(0, -1).contiguous().transpose(0, -1)

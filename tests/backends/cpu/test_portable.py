@@ -1,5 +1,8 @@
-"""The portable kernels, which any other processor gets: built as a program here and, where a cross compiler and an emulator are installed
-(Debian: g++-aarch64-linux-gnu, qemu-user), for arm64; judged like every other level."""
+"""The portable kernels, which all other processors use, built here as a program.
+
+If a cross compiler and an emulator are installed (Debian: g++-aarch64-linux-gnu,
+qemu-user), they are also built for arm64. They are judged like every other level.
+"""
 
 import math
 import shutil
@@ -14,7 +17,7 @@ from paths import ROOT
 from reweight_ops._core.backends.native import DTYPES
 
 _C = pytest.importorskip("reweight_ops._C")
-#: compiler, and what runs what it builds
+#: The compiler, and the command that runs its output.
 PROCESSORS = {"here": ("g++", []), "arm64": ("aarch64-linux-gnu-g++", ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"])}
 DEFINES = ["-DRW_HAS_PORTABLE", "-DRW_LEVEL=portable"]
 

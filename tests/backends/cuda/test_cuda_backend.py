@@ -1,4 +1,6 @@
-"""The CUDA backend where there is no GPU: what was compiled, and what it says. The tests marked gpu run it."""
+"""The CUDA backend without a GPU: what was compiled, and its messages. The tests marked
+gpu run it.
+"""
 
 import importlib
 import re
@@ -70,7 +72,11 @@ def test_without_the_extension(monkeypatch):
 
 @pytest.mark.parametrize("part", ["cpu", "cuda"])
 def test_an_extension_built_from_other_sources(monkeypatch, tmp_path, part):
-    """What is installed is from these sources; a change of any of them, or an extension from before there was a hash, is refused with what to do."""
+    """The installed extension is from these sources.
+
+    A change of any of them, or an extension without a hash, is refused with
+    instructions.
+    """
     module = pytest.importorskip("reweight_ops._C" if part == "cpu" else "reweight_ops._cuda", exc_type=ImportError)
     assert native.checked(module, part) is module
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
@@ -87,7 +93,7 @@ def test_an_extension_built_from_other_sources(monkeypatch, tmp_path, part):
     with pytest.warns(UserWarning, match=said), pytest.raises(BackendUnavailable, match=said):
         select.load(part)
     with warnings.catch_warnings(), pytest.raises(BackendUnavailable, match=said):
-        warnings.simplefilter("error")  # told once
+        warnings.simplefilter("error")  # it warns once
         select.load(part)
     older = "older was built from other sources"
     with pytest.warns(UserWarning, match=older), pytest.raises(BackendUnavailable, match=older):
@@ -95,7 +101,7 @@ def test_an_extension_built_from_other_sources(monkeypatch, tmp_path, part):
 
 
 def test_calls_that_a_stale_extension_would_serve_say_so_once(monkeypatch):
-    """They run, by the reference: what tells that it could be faster is the warning of the first one."""
+    """They run on the reference; only the first call warns that a faster backend exists."""
     module = pytest.importorskip("reweight_ops._C", exc_type=ImportError)
     monkeypatch.setitem(sys.modules, "reweight_ops._C", types.SimpleNamespace(__name__=module.__name__, sources="other"))
     monkeypatch.delitem(sys.modules, "reweight_ops._core.backends.cpu", raising=False)

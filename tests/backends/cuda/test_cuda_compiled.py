@@ -1,4 +1,6 @@
-"""What nvcc makes of the CUDA kernels, for every target that setup.py builds for: no spills, no warnings, and loops that are as lean as they were."""
+"""The compiled CUDA kernels of every target of setup.py: no spills, no warnings, and no
+longer loops.
+"""
 
 import re
 import shutil
@@ -13,7 +15,7 @@ CSRC = ROOT / "csrc"
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """By kernel and dtype: the fatbin for all targets, and what the compiler said."""
+    """The fatbin for all targets and the compiler's output, by kernel and dtype."""
     folder, made = tmp_path_factory.mktemp("fatbins"), {}
 
     def get(kernel, dtype="bf16"):
@@ -30,12 +32,15 @@ def compiled(tmp_path_factory):
     [pytest.param(k, d, marks=() if d == "bf16" else pytest.mark.slow) for d in nvcc.DTYPES for k in nvcc.KERNELS],
 )
 def test_no_kernel_spills_on_any_target(compiled, kernel, dtype):
-    """A spill is an error of the build, and ``auto`` would then install without CUDA kernels. No warning either, of any other kind."""
+    """A spill fails the build, and ``auto`` would then install without CUDA kernels. No
+    other warning is allowed either.
+    """
     _, said = compiled(kernel, dtype)
     assert said == ""
 
 
-#: By kernel: what each of its functions must have. UBLKCP is a bulk copy (to shared memory, to global), STAS st.async, SYNCS an mbarrier.
+#: Instructions that each function of a kernel must have. UBLKCP is a bulk copy (to
+#: shared memory, to global), STAS st.async, SYNCS an mbarrier.
 NEEDED = {
     "stats_kernel": [r"LDG\S*\.128"],
     "grad_kernel": [r"LDG\S*\.128", r"STG\S*\.128"],
@@ -58,7 +63,7 @@ STREAMING = 14
 
 
 def problems(sass: str, count: int) -> list[str]:
-    """By function: instructions that are missing, and accesses of local memory."""
+    """Problems by function: missing instructions, and accesses of local memory."""
     found = []
     functions = re.split(r"Function : ", sass)[1:]
     assert len(functions) == count
@@ -72,7 +77,11 @@ def problems(sass: str, count: int) -> list[str]:
 
 
 def loops(function: str) -> list[list[str]]:
-    """The instructions of each loop that has no other inside: all from the target of a branch backwards to the branch, waits and rebasing among them."""
+    """The instructions of each innermost loop, from the target of a backward branch to the
+    branch.
+
+    They include waits and rebasing.
+    """
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", function)]
     places = {at: i for i, (at, _) in enumerate(code)}
     ends = []
@@ -84,7 +93,7 @@ def loops(function: str) -> list[list[str]]:
     return [[text for _, text in code[a : b + 1]] for a, b in inner]
 
 
-#: Instructions a logit of the loops over whole tiles, at most.
+#: Maximum of instructions per logit in the loops over whole tiles.
 LEAN = {"statistics": 7.5, "gradient": 6.0, "gradient with entropy": 8.0}
 LEAN_KERNELS = {
     "stats_kernelINS_4Bf16ELNS0_4SumsE1ELb1E": {"statistics"},
@@ -94,18 +103,23 @@ LEAN_KERNELS = {
 
 
 def kind_of(loop: list[str]) -> str | None:
-    """Of a loop in which a thread has 4 or 8 vectors of 8 logits, an exponential each."""
+    """Kind of a loop in which a thread has 4 or 8 vectors of 8 logits, with one
+    exponential each.
+    """
     count = {name: sum(name in text for text in loop) for name in ("MUFU.EX2", "MNMX", "HMNMX", "STS", "STG")}
     if count["MUFU.EX2"] not in (32, 33, 64):
         return None
     if not count["STS"] and not count["STG"]:
         return "statistics"
-    # Exponents are bounded where an entropy needs it: two logits at once. One by one it is the loop for logits far from zero, which is never hot.
+    # An entropy needs bounded exponents, two logits at once. Bounding one by one is the
+    # loop for logits far from zero, which is never hot.
     return "gradient" if not count["MNMX"] else "gradient with entropy" if count["HMNMX"] else None
 
 
 def too_many(sass: str, kernel: str) -> list[str]:
-    """What is wrong with a kernel's loops over whole tiles: instructions, accesses narrower than 16 bytes, a 64-bit division."""
+    """Problems of a kernel's loops over whole tiles: too many instructions, narrow
+    accesses, a 64-bit division.
+    """
     (function,) = (f for f in re.split(r"Function : ", sass)[1:] if re.search(rf"\d{kernel}", f.split()[0]))
     by_kind = {kind_of(loop): loop for loop in loops(function)}
     found = [f"{kernel}: no loop of {kind}" for kind in LEAN_KERNELS[kernel] - by_kind.keys()]
@@ -114,7 +128,7 @@ def too_many(sass: str, kernel: str) -> list[str]:
         logits = sum("MUFU.EX2" in x for x in loop) // 32 * 32
         if len(loop) > LEAN[kind] * logits:
             found.append(f"{name}: {len(loop) / logits:.2f} instructions a logit, at most {LEAN[kind]}")
-        # Of a row's constants there may be other loads.
+        # A row's constants may have other loads.
         loads = [x for x in loop if re.search(r"\b(LDG|LDS)\.", x)]
         if sum(".128" in x for x in loads) != logits // 8 or any(".U16" in x for x in loads):
             found.append(f"{name}: logits not read by 16 bytes")
@@ -132,7 +146,11 @@ def test_sass_has_wide_accesses_and_no_local_memory(compiled):
 
 
 def test_sass_of_the_ring(compiled):
-    """Bulk copies both ways, messages, and no barrier of all memory in the rows' loop: one comes with the barrier of the cluster at the start."""
+    """There are bulk copies both ways and messages, and no barrier of all memory in the
+    rows' loop.
+
+    One such barrier comes with the barrier of the cluster at the start.
+    """
     sass = nvcc.sass(compiled("ring")[0], SASS_ARCH)
     assert problems(sass, 2) == []
     assert too_many(sass, [*LEAN_KERNELS][2]) == []
@@ -142,7 +160,7 @@ def test_sass_of_the_ring(compiled):
 
 @pytest.fixture
 def planted(tmp_path):
-    """The machine code of a kernel in whose sources something was replaced."""
+    """The machine code of a kernel after a replacement in its sources."""
 
     def get(kernel, file, text, bug, flags=nvcc.FLAGS):
         csrc = tmp_path / "csrc"

@@ -1,4 +1,7 @@
-"""The CUDA kernels on two logits tensors, run thread by thread on the CPU: by the accuracy criterion, and by the rules of divergences/primitives.py."""
+"""The CUDA kernels on two logits tensors, run thread by thread on the CPU.
+
+They are judged by the accuracy criterion and by the rules of divergences.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from reweight_ops.errors import InvalidCall
 def kernels():
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written holds NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that is not written holds NaN
     module, native = emulated()
     yield module, NativeDivergence(native)
     torch.use_deterministic_algorithms(deterministic)
@@ -44,7 +47,9 @@ def test_accuracy(cuda, case, kind, dtype):
 @pytest.mark.parametrize(("dtype", "other"), [c for c in itertools.product(DTYPES, DTYPES) if c[0] != c[1]])
 @pytest.mark.parametrize("v", [1, 7, 8, 33, 2049])
 def test_mixed_dtypes_padding_and_strides(cuda, dtype, other, v):
-    """Both tensors are views in NaNs, of other alignments and paddings: the bits are those of aligned rows."""
+    """Both tensors are views in NaNs, with other alignments and paddings: the bits are
+    those of aligned rows.
+    """
     two = make(5, v, DTYPES[dtype], DTYPES[other])
     constants, weights = torch.tensor(CONSTANTS["all"]), torch.linspace(0.5, 2, 5)
     want = torch.empty(5, v, dtype=torch.float64)
@@ -54,7 +59,8 @@ def test_mixed_dtypes_padding_and_strides(cuda, dtype, other, v):
     torch.testing.assert_close(table[:4].double(), table_want[:4], rtol=1e-5, atol=2e-6)
     rtol = {"fp32": 2e-5, "bf16": 2**-8, "fp16": 2**-11}[dtype]
     torch.testing.assert_close(plain.double(), want, rtol=rtol, atol=2e-6)
-    # A row has room for the columns, a padding of its own and what is around, and starts at a multiple of 16 bytes plus a few elements.
+    # A row has room for the columns, its own padding and a margin, and starts at a
+    # multiple of 16 bytes plus a few elements.
     for starts in ((1, 3, 2), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
         wholes = [torch.full((7, -(-v // 8) * 8 + 16), math.nan, dtype=t.dtype) for t in (plain, two.other, plain)]
         x, y, out = (w[1:6, s : v + s + padding] for w, s, padding in zip(wholes, starts, (4, 8, 4), strict=True))
@@ -74,12 +80,14 @@ def test_offsets_beyond_two_to_the_31(cuda, far):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("low", [-1e4, -1e10, -1e30, "lowest"])
 def test_masked_by_a_number(cuda, dtype, low):
-    """Whoever masks columns of both tensors by a number far below all others, even the lowest that there is, gets what -inf gives."""
+    """Masking columns of both tensors by a number far below all others, even the lowest
+    finite one, gives the results of -inf.
+    """
     low = torch.finfo(DTYPES[dtype]).min if low == "lowest" else max(low, torch.finfo(DTYPES[dtype]).min)
     two, constants, weights = make(3, 9001, DTYPES[dtype]), torch.tensor(CONSTANTS["all"]), torch.ones(3)
     z, y = two.logits, two.other
     masked = torch.zeros(9001, dtype=torch.bool)
-    masked[:5000], masked[5001:8990] = True, True  # all that most threads see
+    masked[:5000], masked[5001:8990] = True, True  # most threads see only these
     z[:, masked] = y[:, masked] = -math.inf
     want = torch.empty_like(z)
     table = cuda.divergence_loss_grad(two, constants, weights, want)
@@ -91,7 +99,9 @@ def test_masked_by_a_number(cuda, dtype, low):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_one_tensor_masked_more_than_the_other(cuda, dtype):
-    """Threads that see nothing but masked columns of p, and of q some that are not: KL(p‖q) and both entropies are what -inf gives."""
+    """Some threads see only masked columns of p, and some unmasked columns of q: KL(p‖q)
+    and both entropies are those of -inf.
+    """
     two = make(3, 9001, DTYPES[dtype])
     two.logits[:, :4999], two.logits[:, 5001:], two.other[:, :4998:3] = -math.inf, -math.inf, -math.inf
     of_p = [DIVERGENCE_STATS.index(name) for name in ("reverse_kl", "entropy", "other_entropy")]
@@ -133,7 +143,7 @@ def test_zero_probabilities_and_nan_rows(cuda, dtype, cap):
         for i in (0, 2, 3, 4, 5, 11):
             assert (grad[i][z[i] == -math.inf] == 0).all() and grad[i].isfinite().all()
             torch.testing.assert_close(grad[i].double(), want[i], rtol=1e-2 if dtype != "fp32" else 1e-4, atol=2e-6)
-    # The forward direction alone is finite where q = 0.
+    # Only the forward direction is finite where q = 0.
     out = torch.full_like(z, math.nan)
     cuda.divergence_loss_grad(two, torch.tensor(CONSTANTS["forward"]), weights, out)
     assert out[1].isfinite().all() and out[0].isfinite().all()
@@ -176,7 +186,9 @@ def test_far_apart(cuda):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_gives_the_same_bits(kernels, schedule):
-    """More rows than blocks, so that buffers are used again; a row alone gives what it gives among others."""
+    """More rows than blocks, so that buffers are reused; a row has the same result alone
+    and among others.
+    """
     module, cuda = kernels
     two = make(13, 2563, torch.bfloat16, torch.float32)
     constants, weights = torch.tensor(CONSTANTS["all"]), torch.linspace(0.5, 2, 13)
@@ -208,7 +220,7 @@ def test_three_dimensions_and_no_rows(cuda):
 def test_bad_arguments_do_not_reach_the_kernel(cuda):
     two = make(4, 60)
     for message, call in {
-        "other rows or columns": lambda: cuda.divergence_stats(two._replace(other=two.other[:3])),
+        "rows or columns differ": lambda: cuda.divergence_stats(two._replace(other=two.other[:3])),
         "vocab_size is 60": lambda: cuda.divergence_stats(two._replace(other=two.other[:, :59])),
         "ids is": lambda: cuda.divergence_stats(two._replace(ids=two.ids[:3])),
         "derivatives is": lambda: cuda.divergence_grad(two, cuda.divergence_stats(two), torch.ones(2, 4), two.logits),

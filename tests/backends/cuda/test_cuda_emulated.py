@@ -1,4 +1,8 @@
-"""The CUDA kernels, run thread by thread on the CPU: accuracy by the package's criterion, the rules of backends/base.py, every schedule."""
+"""The CUDA kernels, run thread by thread on the CPU.
+
+The tests check accuracy by the package's criterion, the rules of backends/base.py, and
+every schedule.
+"""
 
 import math
 
@@ -18,7 +22,8 @@ from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.rows.groups import IGNORE_INDEX
 from reweight_ops.errors import InvalidCall
 
-#: One step of a thread is 4 vectors, one of a block 320 x 4: from a single column to more than two steps.
+#: One step of a thread is 4 vectors, and one of a block 320 x 4: the widths go from one
+#: column to more than two steps.
 WIDTHS = [1, 9, 2563, 11001]
 
 
@@ -66,7 +71,7 @@ def test_token_loss_grad(cuda, dtype, softmax, bonus):
 
 @pytest.mark.parametrize(("name", "weight"), [*zip(own_rules(), [*own_weights()] * 3, strict=False)])
 def test_every_rule_and_weight(cuda, name, weight):
-    """Against the reference's fp32: rows, and gradients of the same coefficients."""
+    """Rows and gradients of the same derivatives, against the reference in fp32."""
     n, v = 8, 700
     z, ids = rows(n, v, torch.float32, "plain")
     g = torch.Generator().manual_seed(1)
@@ -144,8 +149,10 @@ def test_offsets_beyond_two_to_the_31(cuda):
 
 
 def test_a_row_depends_on_itself_alone(cuda, schedule, dtype):
-    """Bitwise: alone, anywhere in a batch, under every schedule, in place or not, whatever statistics are asked for."""
-    n, v = 9, 2563  # four or five rows a block
+    """A row has the same bits alone, anywhere in a batch, under every schedule, in place
+    or not, for any statistics.
+    """
+    n, v = 9, 2563  # four or five rows per block
     z, ids = rows(n, v, dtype, "plain")
     t = torch.linspace(0.5, 1.5, n)
     ids[4] = IGNORE_INDEX
@@ -187,7 +194,9 @@ def test_the_target_of_a_sure_row(cuda):
 
 
 def test_no_bias_from_the_rounded_scale(cuda):
-    """log2(e)/T in fp32 sharpens every row by the same factor. The mean error of many rows shows what the rounding of each would hide."""
+    """log2(e)/T in fp32 sharpens every row by the same factor. The mean error of many rows
+    shows what the rounding of each row hides.
+    """
     n, v = 64, 2563
     z, ids = rows(n, v, torch.float32, "plain")
     t = max(

@@ -1,4 +1,6 @@
-"""Tests of the tests: bugs planted in the CUDA kernels, each of which the tests of the emulated kernels have to find. And sanitizers."""
+"""Tests of the tests: the tests of the emulated kernels must find every planted bug. And
+sanitizers.
+"""
 
 import multiprocessing
 import os
@@ -16,12 +18,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="n
 STREAMING, RING, PAIR, SURE = "test_cuda_emulated.py", "test_cuda_ring.py", "test_cuda_divergence.py", "test_cuda_sure.py"
 SCALE, PROGRAM = "test_cuda_scale.py", "test_cuda_program.py"
 
-#: name: (file, what it says, what the bug says). Bugs of the streaming kernel, of what both kernels share, and of the choice between them.
+#: name: (file, text, text with the bug). Bugs of the streaming kernel, of code that
+#: both kernels share, and of the choice between them.
 MUTANTS = {
     "no barrier before the block's merge": ("streaming.cu", "    barrier();\n    Partial sums{", "    Partial sums{"),
     "no second set of partial sums": ("streaming.cu", "        buffer ^= 1;\n        if (thread_index() == 0) put_row", "        if (thread_index() == 0) put_row"),
     "no barrier before the gradient": ("streaming.cu", "        barrier();\n        write_gradient<T, kFull, kUnroll>", "        write_gradient<T, kFull, kUnroll>"),
-    "no barrier before a known gradient": ("streaming.cu", "        barrier();  // this row is ready, and nobody reads the one before any more\n", ""),
+    "no barrier before a known gradient": ("streaming.cu", "        barrier();  // this row is ready, and no thread reads the preceding one any more\n", ""),
     "no second row of constants": ("streaming.cu", "prepare(i + block_count(), buffer ^ 1);", "prepare(i + block_count(), buffer);"),
     "the constants of a row ahead forgotten": ("streaming.cu", "        prepare(i + block_count(), buffer ^ 1);\n", ""),
     "the constants of the first row forgotten": ("streaming.cu", "    prepare(block_index(), buffer);\n", ""),
@@ -56,9 +59,9 @@ MUTANTS = {
     "columns before the first vector forgotten": ("gradient.h", "    if (thread_index() < columns.head) write(thread_index());\n", ""),
     "logits taken for aligned as the gradient is": ("gradient.h", "!reads || off(x) == off(out) ? (vocab", "true ? (vocab"),
     "the words of a pair swapped": ("elements.h", "narrow_pair<T>(x[2 * j], x[2 * j + 1])", "narrow_pair<T>(x[2 * j + 1], x[2 * j])"),
-    "one set of partial sums of packed rows": ("streaming.cu", "        buffer ^= 1;  // while warp 0 merges, the others begin the next row\n", ""),
+    "one set of partial sums of packed rows": ("streaming.cu", "        buffer ^= 1;  // the others begin the next row while warp 0 merges\n", ""),
     "no barrier before a packed gradient": ("streaming.cu", "        barrier();  // the row is ready\n", ""),
-    "no barrier after a packed gradient": ("streaming.cu", "        barrier();  // nobody reads it any more\n", ""),
+    "no barrier after a packed gradient": ("streaming.cu", "        barrier();  // no thread reads it any more\n", ""),
     "packed rows of one length": ("../common/primitives.h", "call.bounds[call.rows + i] - call.bounds[i] : call", "call.bounds[call.rows] - call.bounds[0] : call"),
     "the scale's rounding ignored": ("partial.h", "rounding / kLog2e * mean * kLn2", "0.0"),
 }  # fmt: skip
@@ -66,7 +69,7 @@ WALK = (
     "for (int from = 0; from < slice.slices.count; ++from) sums = merge(sums, as_partial(load_shared(&stage.sent[from].sums)), row.scale);"
 )
 
-#: Bugs of the ring kernel: its waits, its turns, its slices, its target.
+#: Bugs of the ring kernel: its waits, its pipeline, its slices, its target.
 RING_MUTANTS = {
     "gradient stored before it is there": ("ring.cu", "        wait(ring.empty(out.state.index), out.state.phase);\n", ""),
     "loaded while it is stored": ("ring.cu", "            wait_group_read<kStoresInFlight>();\n", ""),
@@ -115,7 +118,7 @@ RING_MUTANTS = {
     "the device's memory not looked at": ("dispatch.cpp", "(device.shared_bytes - kBytesBesides) / kBytesPerTile", "14"),
 }  # fmt: skip
 
-#: Bugs of what is left beside a sure token, and of logits far from zero: in both kernels.
+#: Bugs of the sums next to a sure token, and of logits far from zero, in both kernels.
 SURE_MUTANTS = {
     "sure: a lost rest": ("partial.h", "fmaf(e, l.rest, w.rest) + e", "w.rest + e"),
     "sure: nothing summed again": ("statistics.h", "fabsf(merged.top) < kInf : merged.rest < kRoundedAway", "fabsf(merged.top) < kInf : false"),
@@ -135,7 +138,7 @@ SURE_MUTANTS = {
     "a log-sum-exp without its low part": ("streaming.cu", "low = get(call.lse_low)", "low = 0.0"),
 }  # fmt: skip
 
-#: Bugs of the kernels on two logits tensors. All are of one file.
+#: Bugs of the kernels on two logits tensors. All are in one file.
 PAIR_MUTANTS = {
     name: ("divergence.cu", text, bug)
     for name, text, bug in (
@@ -236,7 +239,7 @@ PROGRAM_MUTANTS = {
     )
 }  # fmt: skip
 
-#: Those that fp32 shows; all others are built and run in bf16 alone.
+#: Bugs that show in fp32. All others are built and run only in bf16.
 IN_FP32 = {
     "target by its rounded probability",
     "target capped in fp32",
@@ -252,7 +255,7 @@ IN_FP32 = {
     *PROGRAM_MUTANTS,
 }
 
-#: The tests that have to find each.
+#: The tests that must find each bug.
 ALL_MUTANTS = {**MUTANTS, **RING_MUTANTS, **PAIR_MUTANTS, **SURE_MUTANTS, **SCALE_MUTANTS, **PROGRAM_MUTANTS}
 FOUND_BY = {
     **dict.fromkeys(MUTANTS, STREAMING),
@@ -263,19 +266,19 @@ FOUND_BY = {
     **dict.fromkeys(PROGRAM_MUTANTS, PROGRAM),
 }
 
-# Not observable here, and why each is right or harmless:
-# * wait_until_copied() for reads only. The end of a kernel completes its writes; what a block must outlive is the reading of its shared memory.
-# * No barrier of the cluster at the end (there is none). Whatever is sent to a block it has waited for, so nobody writes to one that has ended.
+# Bugs that are not observable here, and why each is right or harmless:
+# * wait_group() for reads only. The end of a kernel completes its writes; a block must only outlive the reading of its shared memory.
+# * No barrier of the cluster at the end (there is none). A block has waited for everything that is sent to it, so no block writes to one that has ended.
 # * Expecting messages after they have been sent. The phase cannot end before the arrival that announces them.
-# * Gradients of a row before the statistics of the next one. Slower, and the same.
+# * Gradients of a row before the statistics of the next one. This is slower, with the same results.
 # * Every block putting a row's outputs instead of the first: the same values.
-# * Two tensors, a block that walks through all rows from its first on: each is written again, with the same bits.
-# * Two tensors, the number of blocks: speed alone.
+# * Two tensors, a block that takes all rows from its first on: each is written again, with the same bits.
+# * Two tensors, the number of blocks: it affects only speed.
 # * Two tensors, an empty sum rebased from its maximum of -inf: the bound of the shift makes the factor 0, and its sums are.
-# * Two tensors, a NaN among the first's logits where the table is of others: a bound of the exponent takes it for -200. Statistics are NaN for it.
-# * Whoever has seen nothing but masked logits sums them again: they count for nothing, however they are summed.
-# * publish_barriers(), acquire.cluster in wait_for_cluster(), L2 hints, the text of the assembly: what the emulator does not execute. The test of
-#   the SASS in test_cuda_compiled.py sees the instructions; that they suffice is for a GPU and its racecheck to say.
+# * Two tensors, a NaN among the first's logits if the table is of other logits: a bound of the exponent makes it -200. The statistics of such a row are NaN.
+# * A thread that has seen only masked logits sums them again: they have no mass, however they are summed.
+# * publish_barriers(), acquire.cluster in wait_for_cluster(), L2 hints, the text of the assembly: the emulator does not execute them. The test of
+#   the SASS in test_cuda_compiled.py sees the instructions; only a GPU and its racecheck can show that they suffice.
 
 
 def run_tests(module: Path, *files: str, **environment: str) -> subprocess.CompletedProcess:
@@ -290,7 +293,8 @@ def run_tests(module: Path, *files: str, **environment: str) -> subprocess.Compl
     )
 
 
-#: Importing PyTorch takes longer than most bugs live: children are forked from a process that has.
+#: Importing PyTorch takes longer than most bugs need to show: children are forked from
+#: a process that has imported it.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["pytest", "torch", "reweight_ops.kernels", "reweight_ops._core.backends.reference", "reweight_ops.testing"])
 
@@ -305,7 +309,7 @@ def run_forked(module: Path, file: str, log: Path) -> None:
 
 
 def test_without_a_bug_everything_passes():
-    """Else a failure would count as found every time."""
+    """Otherwise a failure would count as a found bug every time."""
     result = run_tests(build(), STREAMING, RING, PAIR, SURE, SCALE, PROGRAM)
     assert result.returncode == 0, result.stdout[-2000:]
 
@@ -320,7 +324,7 @@ def test_a_planted_bug_is_found(name, tmp_path):
     path.write_text(source.replace(text, bug))
     dtypes = ("f32",) if name in IN_FP32 else ("bf16",)
     (tmp_path / "build").mkdir()
-    for made in build(dtypes=dtypes).parents[1].glob("*.o"):  # those that the bug does not touch are used again
+    for made in build(dtypes=dtypes).parents[1].glob("*.o"):  # objects that the bug does not change are reused
         (tmp_path / "build" / made.name).symlink_to(made)
     module = build(tmp_path / "csrc", folder=tmp_path / "build", dtypes=dtypes)
     log = tmp_path / "log"
@@ -334,7 +338,7 @@ def test_a_planted_bug_is_found(name, tmp_path):
 @pytest.mark.parametrize("file", [STREAMING, RING, PAIR, SURE, SCALE, PROGRAM])
 def test_sanitizers(file):
     """Reads and writes outside of rows and of shared memory, and undefined behavior, under AddressSanitizer and UBSan."""
-    # libstdc++ too: the sanitizer wants to know how exceptions are thrown before anybody throws one.
+    # also libstdc++: the sanitizer must know how exceptions are thrown before the first one is thrown.
     libraries = [
         subprocess.run([*(compiler() or "").split(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")

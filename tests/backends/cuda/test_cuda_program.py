@@ -38,12 +38,12 @@ def schedule(request, kernels):
 
 
 def test_random_rules(cuda, schedule):
-    """Of a user: whatever order the lanes of the warp go in."""
+    """A user's rules have the same results in every order of the warp's lanes."""
     check_one_pass(cuda, range(20))
 
 
 def test_a_level_wider_than_a_warp(cuda, schedule):
-    """And more row weights than its lanes bring at once."""
+    """Also more row weights than the lanes load at once."""
     terms = 31
     program = Program.of(("clip", *["k2", "k3"] * 4, *["entropy_bonus"] * 22))
     table = build_table(loss_graph(program))
@@ -58,7 +58,9 @@ def test_a_level_wider_than_a_warp(cuda, schedule):
 
 
 def test_on_policy(cuda, schedule):
-    """Without old log-probs the ratio is exactly 1, and the row before has left nothing."""
+    """Without old log-probs the ratio is exactly 1, and nothing of the preceding row
+    remains.
+    """
     z, ids = rows(6, 300, torch.float32, "plain")
     inputs = RowInputs(torch.ones(1, 6), None, torch.randn(6, generator=torch.Generator().manual_seed(0)))
     assert_like_the_reference(cuda, z, ids, inputs, Program.of(("clip",)), [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf])

@@ -1,5 +1,9 @@
-"""The ring kernel, run thread by thread on the CPU. Its truth is the streaming kernel, whose accuracy tests/backends/cuda/test_cuda_emulated.py judges: the two
-must agree in every bit, for any batch, under every schedule of threads, copies and messages."""
+"""The ring kernel, run thread by thread on the CPU.
+
+Its reference is the streaming kernel, whose accuracy
+tests/backends/cuda/test_cuda_emulated.py checks. Both must agree in every bit, for any
+batch, under every schedule of threads, copies and messages.
+"""
 
 import math
 
@@ -15,7 +19,8 @@ from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.rows.groups import IGNORE_INDEX
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: In 16-byte vectors, with the blocks of a cluster: a tile is 1024 vectors, a block holds up to 10 tiles of a row, and 13 of two rows.
+#: Row lengths in 16-byte vectors, and the blocks of a cluster. A tile is 1024 vectors;
+#: a block holds up to 10 tiles of a row, and 13 of two rows.
 SHAPES = {
     "none": (0, 1),
     "part of a tile": (100, 1),
@@ -74,7 +79,9 @@ def aligned(shape, dtype, fill=math.nan):
 
 
 def batch(n, v, dtype, padding=0, seed=0):
-    """Rows of every kind: plain, out, with a bad id, -inf in columns and in whole tiles, a masked target, NaN, and without any gradient."""
+    """Rows of every kind: plain, ignored, with a bad id, -inf in columns and in whole
+    tiles, a masked target, NaN, and without a gradient.
+    """
     values, ids = rows(n, v, dtype, "plain", seed=seed)
     z = aligned((n, v + padding), dtype)
     z[:, :v] = values
@@ -105,7 +112,7 @@ def loss_grad(cuda, z, ids, adv, program=PROGRAMS["entropy"], softmax=None, temp
 
 
 def same(a, b):
-    """Bit for bit: NaN is NaN, and a zero has its sign."""
+    """Bitwise equal: NaN is NaN, and a zero has its sign."""
     kinds = {4: torch.int32, 2: torch.int16}
     return torch.equal(a.contiguous().view(kinds[a.itemsize]), b.contiguous().view(kinds[b.itemsize]))
 
@@ -122,7 +129,8 @@ def by_ring(emulator, cuda, schedule, seed, *args, **keywords):
     return loss_grad(cuda, *args, **keywords)
 
 
-#: Clusters of several blocks under every schedule in one dtype: dtypes differ in no wait.
+#: Clusters of several blocks under every schedule in one dtype: dtypes do not affect
+#: waits.
 CASES = [
     (d, s, k)
     for s in SHAPES
@@ -154,7 +162,7 @@ def test_as_the_streaming_kernel(emulator, cuda, dtype, shape, schedule):
 @pytest.mark.parametrize("schedule", ["late", "random", "skew"])
 @pytest.mark.parametrize("shape", ["part of a tile", "two blocks", "two blocks, part ahead"])
 def test_many_rows(emulator, cuda, shape, schedule, seed):
-    """Long enough for every ring and place to come round several times, in one cluster."""
+    """Enough rows for every ring and stage to be reused several times, in one cluster."""
     v = width(SHAPES[shape][0], torch.bfloat16)
     n = 40 if shape == "part of a tile" else 14
     z, ids, adv = batch(n, v, torch.bfloat16, seed=seed)
@@ -197,7 +205,7 @@ def test_every_rule(emulator, cuda, name):
 
 
 def test_accuracy_over_eight_blocks(emulator, cuda):
-    """By the criterion, against fp64, so that not everything hangs on the streaming kernel."""
+    """The criterion against fp64, so that not everything depends on the streaming kernel."""
     v, n = width(41001, torch.bfloat16), 4
     z, ids = rows(n, v, torch.bfloat16, "plain")
     t, adv = torch.tensor([0.8]), torch.tensor([1.0, -1.0, 2.0, 0.5])
@@ -213,7 +221,9 @@ def test_accuracy_over_eight_blocks(emulator, cuda):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_statistics_agree(emulator, cuda, dtype, shape):
-    """An on-policy ratio is exactly 1, wherever the row starts: token_stats and both kernels add in the same order."""
+    """An on-policy ratio is exactly 1, wherever the row starts: token_stats and both
+    kernels add in the same order.
+    """
     v, n = width(SHAPES[shape][0], dtype, tail=2), 3
     values, ids = rows(n, v, dtype, "plain")
     z = aligned((n, v), dtype)
@@ -308,7 +318,7 @@ def test_the_rule(emulator, cuda):
 
 @pytest.mark.parametrize("device", [(8, 164 << 10, 2), (9, 227 << 10, 0), (9, 40 << 10, 2)])
 def test_what_the_ring_cannot_serve_is_streamed(emulator, cuda, device):
-    """And asked for by name it does not fall back."""
+    """A kernel that is requested by name does not fall back."""
     z, ids = rows(3, 1024, torch.bfloat16, "plain")
     want = by_streaming(emulator, cuda, z, ids, torch.ones(3))
     emulator.set_device(*device)
@@ -320,7 +330,9 @@ def test_what_the_ring_cannot_serve_is_streamed(emulator, cuda, device):
 
 
 def test_a_small_ring(emulator, cuda):
-    """As few tiles as a row needs: the row, one of the next, and one in motion. And a few more, up to a whole row ahead."""
+    """The smallest number of tiles that a row needs: the row, one tile of the next, and
+    one in flight. And a few more, up to a whole row ahead.
+    """
     for v, least in ((5000, 3), (20000, 5)):
         z, ids, adv = batch(20, v, torch.bfloat16)
         want = by_streaming(emulator, cuda, z, ids, adv)

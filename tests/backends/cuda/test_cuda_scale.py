@@ -38,7 +38,9 @@ def test_what_no_kernel_takes(kernels):
 
 
 def test_rows_beyond_two_to_the_31(kernels):
-    """Two rows so far apart that 32 bits do not hold the distance, in memory of which the system makes only what is touched."""
+    """Two rows so far apart that 32 bits cannot hold the distance, in memory that the
+    system allocates only where it is touched.
+    """
     far = 2**31 + 8
     grad = torch.empty(far + 9, dtype=torch.bfloat16).as_strided((2, 9), (far, 1))
     grad.fill_(2.0)

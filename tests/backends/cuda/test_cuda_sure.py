@@ -1,4 +1,8 @@
-"""Sure tokens and large offsets, by the emulated CUDA kernels: log-prob and gradient keep what is left of them (tests/support/sure_rows.py has the bound)."""
+"""Sure tokens and large offsets in the emulated CUDA kernels: log-prob and gradient keep
+their digits.
+
+tests/support/sure_rows.py has the bound.
+"""
 
 import math
 
@@ -11,7 +15,7 @@ from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: From rows that live in one thread to rows over several warps, tiles and slices.
+#: From rows in one thread to rows over several warps, tiles and slices.
 WIDTHS = [9, 65, 257, 5003, 20011]
 ONE = torch.ones(1)
 PLAIN = Program.of(("clip",)), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf])
@@ -60,7 +64,7 @@ def target_gradient(out, ids):
 
 
 def tolerance(dtype):
-    """A gradient is rounded to its dtype besides; in fp16, what is below its numbers is lost."""
+    """A gradient is also rounded to its dtype; in fp16, numbers below its range are lost."""
     return sure_rows.TOLERANCE + torch.finfo(dtype).eps / 2
 
 
@@ -91,7 +95,7 @@ def test_statistics_and_gradient(kernels, dtype, vocab):
     primitives.token_grad(rows.logits, rows.ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(rows.ids.numel())}, out)
     assert_kept(rows, stats["logp"], out, dtype)
     assert torch.equal(stats["max_logp"], stats["logp"])
-    # Σp² is (1 - δ)² and less than e^-2δ; the entropy δ·(1 + margin) and more. Both vanish as the log-prob does.
+    # Σp² is (1 - δ)² and less than e^-2δ; the entropy is at least δ·(1 + margin). Both vanish with the log-prob.
     z = rows.logits.double()
     p = (z - z.amax(-1, keepdim=True)).exp()
     p = p / p.sum(-1, keepdim=True)
@@ -102,7 +106,9 @@ def test_statistics_and_gradient(kernels, dtype, vocab):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_same_bits(kernels, schedule):
-    """Whoever sums again, in whichever kernel: over a ring that holds part of the next row, in blocks of two slices."""
+    """Every kernel and thread that sums again gives the same bits: with a ring that holds
+    part of the next row, in blocks of two slices.
+    """
     module, primitives = kernels
     module.set_schedule(schedule, 3)
     rows = sure_rows.sure_rows(8 * 10 * 1024 + 1003, torch.bfloat16)
@@ -138,7 +144,7 @@ def test_one_value_everywhere(kernels, value, kernel):
         by_primitive = torch.full_like(z, math.nan)
         primitives.token_grad(z, ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_primitive)
         torch.testing.assert_close(by_primitive.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
-        if abs(value) < 1e38:  # else there is no log-sum-exp
+        if abs(value) < 1e38:  # otherwise there is no log-sum-exp
             cold = torch.full((1,), 0.7)
             stats = dict(zip(names, primitives.token_stats(z, ids, cold, SoftmaxParams(vocab), names), strict=True))
             primitives.token_grad(z, ids, cold, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_primitive)
@@ -148,7 +154,9 @@ def test_one_value_everywhere(kernels, value, kernel):
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e5, 1e7])
 @pytest.mark.parametrize("vocab", [257, 5003])
 def test_offsets(kernels, vocab, offset):
-    """Logits that keep their differences at an offset keep their log-probs and gradients: by the row as it is in fp32."""
+    """Logits that keep their differences at an offset keep their log-probs and gradients,
+    judged by the row in fp32.
+    """
     module, primitives = kernels
     rows = sure_rows.sure_rows(vocab, torch.float32, offset)
     for kernel in ("streaming", "ring"):
@@ -177,7 +185,7 @@ def test_an_offset_costs_no_digits(kernels, vocab, offset):
 
 
 def test_masks_far_below_a_sure_token(kernels):
-    """The warps that see nothing but masked logits have nothing to sum again, and those of the few others do."""
+    """Warps that see only masked logits have nothing to sum again; the few others do."""
     module, primitives = kernels
     for dtype in (torch.float32, torch.bfloat16):
         vocab = 20011

@@ -1,4 +1,7 @@
-"""Compile-time variants of the ring (csrc/cuda/variants.h), emulated under every schedule: the bits of the streaming kernel, and no deadlock."""
+"""Compile-time variants of the ring (csrc/cuda/variants.h), emulated under every schedule.
+
+They have the bits of the streaming kernel, and no deadlock.
+"""
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from reweight_ops._core.backends.native import Native
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")]
 
-#: Those that change a wait, an order or a count; what a cache is told, and how many blocks there are, the emulation does not see.
+#: Variants that change a wait, an order or a count. The emulation does not see cache
+#: hints and the number of blocks.
 WAITS = {
     name: settings for name, settings in VARIANTS.items() if any(s in settings for s in ("KEEP", "DIRECT", "STORES", "NEIGHBOURS", "ROWS"))
 }

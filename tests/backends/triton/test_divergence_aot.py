@@ -1,4 +1,6 @@
-"""The kernel on two logits tensors as a GPU would run it: no spills, 16-byte loads and stores, no needless compilation."""
+"""The compiled kernel on two logits tensors: no spills, 16-byte loads and stores, no
+needless compilation.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The Triton backend against an fp64 oracle that knows nothing of it: autograd through log_softmax and the rules' own formulas.
+"""The Triton backend against an independent fp64 oracle: autograd through log_softmax and the rules' formulas.
 
 By the package's criterion (tests/support/criterion.py) and nothing looser. Runs in Triton's interpreter, or on a GPU if there is one.
 """
@@ -41,7 +41,7 @@ def _cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several tiles and segments a row at sizes that the interpreter likes."""
+    """Several tiles and segments per row, at sizes that suit the interpreter."""
     monkeypatch.setattr(backend, "config_for", small_config)
 
 
@@ -49,7 +49,9 @@ def small_tiles(monkeypatch):
 
 
 def make(dtype=torch.float32, n=ROWS, v=400, program=RICH, seed=0, **change) -> Batch:
-    """Logits with outliers, targets with real mass, both sides of the clip, both sides of the clamp."""
+    """Logits with outliers, targets with real mass, both sides of the clip, and both sides
+    of the clamp.
+    """
     g = torch.Generator().manual_seed(seed)
     logits = (torch.randn(n, v, generator=g) * 2.5).to(dtype)
     ids = torch.randint(0, v, (n,), generator=g)
@@ -73,7 +75,9 @@ def make(dtype=torch.float32, n=ROWS, v=400, program=RICH, seed=0, **change) -> 
 
 
 def strided(dtype) -> Batch:
-    """Two leading dimensions, sliced out of a larger tensor full of NaN, with padding columns: every stride matters."""
+    """Two leading dimensions, sliced out of a larger tensor full of NaN, with padding
+    columns, so that every stride matters.
+    """
     batch = make(dtype)
     big = torch.full((3, ROWS // 2 + 1, 500), math.nan, dtype=dtype)
     view = big[1:, : ROWS // 2, 4:444]
@@ -122,7 +126,7 @@ CONDITIONS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_conditions(condition, dtype, small_tiles):
-    if dtype != torch.float16:  # the other primitives differ from this one in no conversion
+    if dtype != torch.float16:  # the other primitives use the same conversions
         check_stats(CONDITIONS[condition](dtype))
         check_grad(CONDITIONS[condition](dtype))
     check_loss_grad(CONDITIONS[condition](dtype))
@@ -184,7 +188,9 @@ def split(monkeypatch, yes: bool) -> None:
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch):
-    """And a primitive of split rows is at most three launches, a gradient and a primitive of whole rows always one."""
+    """Also, a primitive of split rows takes at most three launches, and a gradient or a
+    primitive of whole rows always one.
+    """
     n, v = 6, 1000  # 4 segments of 256 columns and, with padding, 3 chunks of 512
     batch = make(dtype, n=n, v=v + 300, softmax=SoftmaxParams(v), ids=torch.tensor([3, 999, IGNORE_INDEX, 600, v + 1, 511]))
     given = [x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature)]
@@ -247,13 +253,15 @@ def test_a_nan_row_is_nan_and_alone(bad_logit, softcap, small_tiles):
     assert torch.equal(rows[:, others], healthy[:, others])
     assert torch.equal(out[others], healthy_out[others])
     for name, values in run_stats(batch).items():
-        empty = name == "lse_low" and bad_logit == "all -inf"  # a shard of a row may be
+        empty = name == "lse_low" and bad_logit == "all -inf"  # a shard of a row may be empty
         assert values[4] == -math.inf if empty else values[4].isnan()
         assert values[others].isfinite().all()
 
 
 def test_a_nan_row_is_nan_also_where_the_rule_only_compares():
-    """Every comparison with NaN is false, and clip would call the row clipped: no gradient. Padding stays zero all the same."""
+    """Every comparison with NaN is false, so that clip would call the row clipped, without
+    a gradient. Padding still stays zero.
+    """
     batch = make(n=8, program=Program.of(("clip",)), softmax=SoftmaxParams(350), ids=make(n=8).ids % 350)
     batch.logits = batch.logits.clone()
     batch.logits[4, 17] = math.nan
@@ -264,7 +272,9 @@ def test_a_nan_row_is_nan_also_where_the_rule_only_compares():
 
 
 def test_the_targets_slope_keeps_its_digits_as_p_goes_to_1():
-    """1 - p from logp, relatively accurate where a rounded p has no digit left."""
+    """1 - p comes from logp and is relatively accurate where a rounded p has no digits
+    left.
+    """
     logp = -torch.logspace(-9, -1, 24)
     logits = torch.zeros(24, 2)
     logits[:, 1] = torch.log(torch.expm1(-logp.double())).float()
@@ -384,7 +394,7 @@ def test_a_users_rule_runs_in_one_pass_with_its_derivative(registries, monkeypat
     check_loss_grad(make(program=program))
     assert len(list(tmp_path.glob("programs/*.py"))) == 1
 
-    @rule("soft_gate")  # a notebook cell that runs again
+    @rule("soft_gate")  # as in a notebook cell that runs again
     class SoftGate(Rule):  # noqa: F811
         def loss(self, xp, t):
             return -t.adv * t.logp * t.entropy

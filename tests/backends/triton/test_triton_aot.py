@@ -1,6 +1,6 @@
-"""What a GPU would run, compiled without one: no spills, 16-byte loads and stores, and nothing recompiles that need not.
+"""The code of a GPU, compiled without one: no spills, 16-byte loads and stores, no needless compilation.
 
-Each test starts a process of its own (tests/support/aot.py): Triton decides at import whether it interprets or compiles.
+Each test starts a separate process (tests/support/aot.py): Triton decides at import whether it interprets or compiles.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from paths import ROOT
 pytest.importorskip("triton")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
-#: 16-byte loads and stores that each kernel's loops over full tiles need, at least.
+#: The least number of 16-byte loads and stores in each kernel's loops over full tiles.
 WHOLE_ROWS = {"stats_kernel": (1, 0), "gradient_kernel": (1, 1), "loss_grad_kernel": (2, 1)}
 SPLIT_ROWS = {"partial_kernel": (1, 0), "gradient_kernel": (1, 1), "loss_grad_kernel": (1, 1)}
 
 
 @pytest.fixture(scope="module")
 def aot(tmp_path_factory):
-    """Runs tests/support/aot.py and returns what it prints."""
+    """Runs tests/support/aot.py and returns its output."""
     folder = tmp_path_factory.mktemp("aot")
     environment = {
         **os.environ,
@@ -64,7 +64,9 @@ def test_every_primitive_and_dtype_compiles_without_spills_and_streams_16_bytes_
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_variants_compile(aot, target):
-    """Split rows, a softcap, and rows that are not aligned: those may load narrowly, but do not spill."""
+    """Split rows, a softcap, and unaligned rows: the latter may load narrowly, but do not
+    spill.
+    """
     compiled = aot("variants", target)
     assert {"partial_kernel", "merge_kernel", "gradient_kernel"} <= {k["kernel"] for k in compiled}
     assert_sound([k for k in compiled if k["dtype"] == "bfloat16"], SPLIT_ROWS)
@@ -72,14 +74,16 @@ def test_variants_compile(aot, target):
 
 
 def test_loads_come_early_and_logits_cost_few_instructions(aot):
-    """In what a Hopper runs: the compiler could put the next tile's loads after this one's arithmetic, and did so with eight vectors a tile."""
+    """In the code for Hopper. The compiler could put the next tile's loads after this
+    tile's arithmetic, and did so with eight vectors per tile.
+    """
     found = aot("loops", "sm_90")
     assert [(x["kernel"], x["sweep"]) for x in found] == [
         ("stats_kernel", "statistics"), ("gradient_kernel", "gradient"), ("loss_grad_kernel", "statistics"), ("loss_grad_kernel", "gradient")
     ]  # fmt: skip
     for loop in found:
         assert loop["logits"] == 32
-        # The gradient primitive has all four coefficients here, and holds them beside its tiles.
+        # The gradient primitive has all four derivatives here, and holds them with its tiles.
         assert loop["last_load"] < (0.5 if loop["kernel"] == "gradient_kernel" else 0.25) * loop["instructions"], loop
         assert loop["instructions"] <= 9.7 * loop["logits"], loop
 
@@ -87,13 +91,15 @@ def test_loads_come_early_and_logits_cost_few_instructions(aot):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_every_shape_compiles_without_spills(aot, target):
-    """Those that a benchmark can choose as well."""
+    """Also the shapes that a benchmark can choose."""
     assert_sound(aot("shapes", target), {})
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, target):
-    """For gradients without gaps and others. Four loads and four stores: what a thread has in flight."""
+    """Once for gradients without gaps and once for others. Four loads and four stores are
+    what a thread has in flight.
+    """
     compiled = aot("scales", target)
     assert sorted(k["dtype"] for k in compiled) == sorted(["bfloat16", "float16", "float32"] * 2)
     assert_sound(compiled, {"scale_kernel": (4, 4)})
@@ -101,7 +107,9 @@ def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, targ
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_on_rows_compile_without_spills(aot, target):
-    """Once for each option and no more, whatever the lengths of sequences: four row weights, two evaluations and two sums."""
+    """Once for each option, for all lengths of sequences: four row weights, two
+    evaluations and two sums.
+    """
     compiled = aot("rows", target)
     names = [k["kernel"] for k in compiled]
     assert {name: names.count(name) for name in names} == {
@@ -113,7 +121,7 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_packed_rows_compile_without_spills(aot, target):
-    """Twice a dtype, few statistics or all, and with a softcap twice more."""
+    """Twice per dtype, for few statistics or all, and twice more with a softcap."""
     compiled = aot("packed", target)
     names = [(k["kernel"], k["dtype"]) for k in compiled]
     assert {name: names.count(name) for name in names} == {
@@ -124,7 +132,9 @@ def test_packed_rows_compile_without_spills(aot, target):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_spill_gate_fires(aot, target):
-    """The negative control: with tiles that are far too large the same measurement reports spills."""
+    """The negative control: with tiles that are far too large, the same measurement
+    reports spills.
+    """
     assert any(kernel["spilled"] > 0 for kernel in aot("oversized", target))
 
 

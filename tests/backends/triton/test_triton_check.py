@@ -1,4 +1,7 @@
-"""The Triton backend end to end, through the public op, by the package's criterion as it stands: a part of ``reweight-ops check --backend triton``."""
+"""The Triton backend end to end through the public op, by the package's criterion.
+
+It is a part of ``reweight-ops check --backend triton``.
+"""
 
 import warnings
 
@@ -23,7 +26,7 @@ def test_by_the_criterion(method, dtype):
     assert found.backend == "triton" and found.plan == ("two_pass" if method == "gspo_token" else "one_pass")
 
 
-#: What is not served by another op's kernels in another test of this folder.
+#: Ops whose kernels no other test of this folder runs.
 _FIRST = {
     ("token_stats", "selected_logps"), ("token_stats", "topk_logps"), ("token_stats", "topk_ids"), ("linear_token_stats", "topk_logps"),
     ("linear_token_divergence", "TopKLogps"), ("linear_policy_loss", "teacher, one_pass"), ("linear_policy_loss", "teacher, two_pass"),

@@ -1,4 +1,6 @@
-"""Two logits tensors on Triton where rows have several tiles and segments: accuracy, and that splitting rows changes no bit."""
+"""Two logits tensors on Triton, with rows of several tiles and segments: accuracy, and
+equal bits of split rows.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,8 @@ def test_accuracy(case, kind, dtype, split, monkeypatch):
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32), (F32, BF16)], ids=str)
 def test_splitting_rows_changes_no_bit(dtypes, in_place, monkeypatch):
-    """And launches no more than its slots, their merge and the gradient."""
-    n, v = 5, 1003  # 4 segments, the last tile and the last vector not whole, padding after them
+    """Also, it launches only its slots, their merge and the gradient."""
+    n, v = 5, 1003  # 4 segments; the last tile and the last vector are not whole, and padding follows
     g = torch.Generator().manual_seed(0)
     x, y = (4 * torch.randn(n, v + 300, generator=g).to(DEVICE) for _ in range(2))
     x[2, 40:300] = -math.inf

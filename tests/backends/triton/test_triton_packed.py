@@ -1,4 +1,6 @@
-"""Packed rows in Triton's interpreter: by the criterion of rows of logits, and of their bits where the shapes of launches are the same."""
+"""Packed rows in Triton's interpreter: the criterion of rows of logits, and their bits if
+the launch shapes are the same.
+"""
 
 import packed_rows
 import pytest

@@ -18,7 +18,9 @@ def dtype(request):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several tiles a row, and fewer programs than tiles, at sizes that the interpreter likes."""
+    """Several tiles per row, and fewer programs than tiles, at sizes that suit the
+    interpreter.
+    """
     for name, value in (("_THREADS", 32), ("_VECTORS", 2), ("_PROGRAMS", 3)):
         monkeypatch.setattr(backend, name, value)
 
@@ -41,7 +43,7 @@ def test_what_no_kernel_takes():
 
 
 def test_a_factor_beside_one_is_one(dtype):
-    """1 + 2⁻⁵³ is 1 in fp32, which is what the kernel knows."""
+    """1 + 2⁻⁵³ is 1 in fp32, the kernel's type."""
     grad = torch.ones(9, dtype=dtype, device=DEVICE)
     backend.scale(grad, torch.tensor(1 + 2.0**-52, dtype=torch.float64, device=DEVICE))
     assert torch.equal(grad, torch.ones_like(grad))

@@ -1,4 +1,7 @@
-"""Rows with one very likely token on Triton: log-prob and gradient keep their digits, and large common offsets cost none (tests/support/sure_rows.py)."""
+"""Rows with one very likely token on Triton: log-prob and gradient keep their digits.
+
+Large common offsets cost no digits (tests/support/sure_rows.py).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from reweight_ops._core.backends.base import RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-#: V, dtype, offset, tiles, rows split over programs or not. V = 1003 has segments and a vector that is not whole.
+#: V, dtype, offset, tiles, and whether rows are split over programs. V = 1003 has
+#: segments and a vector that is not whole.
 CASES = [
     (9, F32, 0.0, "real", False), (9, BF16, 300.0, "real", False), (257, F32, 300.0, "real", False), (257, F16, 0.0, "real", False),
     (1003, F32, 0.0, "small", False), (1003, F32, 0.0, "small", True), (1003, BF16, 0.0, "small", True), (5003, F32, 0.0, "real", False),
@@ -49,7 +53,7 @@ def test_sure_rows_keep_log_prob_and_gradient(vocab, dtype, offset, tiles, split
     logp, fused_logp, slope, fused_slope = measure(rows)
     assert torch.equal(logp, fused_logp)
     assert worst(logp, rows.logp) <= TOLERANCE
-    # A gradient is rounded to the dtype of the logits: one that fp16 or bf16 cannot hold is not asked for.
+    # A gradient is rounded to the dtype of the logits: gradients that fp16 or bf16 cannot hold are not checked.
     kept = rows.one_minus_p >= torch.finfo(dtype).tiny
     assert worst(slope[kept], rows.one_minus_p[kept]) <= TOLERANCE
     assert worst(fused_slope[kept], rows.one_minus_p[kept]) <= TOLERANCE

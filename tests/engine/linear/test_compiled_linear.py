@@ -1,4 +1,6 @@
-"""Compiled heads whose sums are wider than their operands: every op of the graph is one that inductor can lower."""
+"""Compiled heads whose sums are wider than their operands: inductor can lower every op of
+the graph.
+"""
 
 import pytest
 import torch
@@ -33,12 +35,14 @@ def loss(h, w, ids, adv, plan, **options):
 @pytest.mark.parametrize("wider", WIDER)
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_graphs_of_a_device_that_widens(plan, wider, monkeypatch):
-    """A GPU's branch, as far as a machine without one can go: the ops of both graphs."""
+    """A GPU's branch, as far as a machine without one can run it: the ops of both graphs."""
     monkeypatch.setattr(linear_gemms, "_widens", lambda operand, out: operand.dtype.itemsize == 2 and out == torch.float32)
     seen = set()
 
     def record(graph, inputs):
-        """Its ops, also those inside of ``auto_functionalized``; the graph itself is not run, its results are zeros."""
+        """Record the ops of a graph, also inside ``auto_functionalized``. The graph is not
+        run; its results are zeros.
+        """
         called = [node for node in graph.graph.nodes if node.op == "call_function"]
         seen.update(str(x) for node in called for x in (node.target, *node.args) if not isinstance(x, torch.fx.Node))
         outputs = [None if x is None else x.meta["val"] for x in graph.graph.output_node().args[0]]

@@ -1,4 +1,6 @@
-"""From hidden states: the same numbers as from logits, gradients exactly where asked, work only on rows that matter, memory of one chunk."""
+"""From hidden states: the numbers of logits, exactly the requested gradients, work only on
+rows that matter, one chunk of memory.
+"""
 
 import pytest
 import torch
@@ -185,7 +187,9 @@ def test_every_row_out():
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_accuracy_of_low_precision(backend, dtype, plan):
-    """Against the fp64 loss of the same operands: no worse than 1.5 times the eager head in that dtype (F.linear, then our op)."""
+    """Against the fp64 loss of the same operands: at most 1.5 times the error of the eager
+    head in that dtype (F.linear, then our op).
+    """
     d = make(dtype)
     exact = {k: v.detach().double().requires_grad_(v.requires_grad) if v.is_floating_point() else v for k, v in d.items()}
     inputs = ("hidden", "weight", "bias")
@@ -267,7 +271,7 @@ def test_fullgraph(plan):
     def step(h, w):
         return from_hidden({**d, "hidden": h, "weight": w}, chunk_rows=16, plan=plan, completion_mask=d["mask"]).loss
 
-    eager = torch.autograd.grad(step(d["hidden"], d["weight"]), [d["hidden"], d["weight"]])  # first: it uploads the constants
+    eager = torch.autograd.grad(step(d["hidden"], d["weight"]), [d["hidden"], d["weight"]])  # this runs first: it uploads the constants
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(d["hidden"], d["weight"]), [d["hidden"], d["weight"]]), eager, strict=True):
         torch.testing.assert_close(a, b)

@@ -1,4 +1,6 @@
-"""The chunks of the linear head: their sizes, where a row stands, which logits are kept, what is dropped, and in which dtype gradients are summed."""
+"""The chunks of the linear head: sizes, positions of rows, kept logits, dropped rows, and
+the dtype of gradient sums.
+"""
 
 import json
 import subprocess
@@ -25,7 +27,7 @@ def backend(request):
 
 @pytest.fixture
 def gemms(monkeypatch):
-    """Rows of every forward GEMM and, separately, of every backward one."""
+    """Rows of every forward GEMM, and separately of every backward GEMM."""
     seen = {"forward": [], "backward": []}
     logits, add = Chunk.logits, Gradients.add
 
@@ -69,10 +71,12 @@ def test_explicit_chunks_keep_nothing_by_default():
     assert balanced(10, 4) == 4 and balanced(9, 4) == 3
 
 
-# --- where a row stands -------------------------------------------------------------------------------------------------------------
+# --- positions of rows -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):  # docs/semantics.md: S31
-    """One row at every place of 75 rows in chunks of 32, of which the last is padded: log-prob, entropy and gradient."""
+    """One row at every position of 75 rows in chunks of 32, of which the last is padded:
+    log-prob, entropy and gradient.
+    """
     g = torch.Generator().manual_seed(0)
     n, width, vocab = 75, 96, 1031
     weight = torch.randn(vocab, width, generator=g).to(dtype)
@@ -89,7 +93,10 @@ def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):  # docs/sema
 
 
 def test_a_gradient_is_the_same_bits_whichever_other_rows_have_a_coefficient(backend):
-    """Backward computes again only the logits of rows with a coefficient, by GEMMs of as many rows as forward's: fewer would round otherwise."""
+    """Backward recomputes only the logits of rows with a gradient.
+
+    Its GEMMs have as many rows as forward's: fewer would round differently.
+    """
     g = torch.Generator().manual_seed(0)
     n, width, vocab = 43, 96, 1031
     weight, rows = torch.randn(vocab, width, generator=g), torch.randn(n, width, generator=g)
@@ -103,7 +110,7 @@ def test_a_gradient_is_the_same_bits_whichever_other_rows_have_a_coefficient(bac
 
 
 def test_chunk_sizes_agree(backend):  # docs/semantics.md: S31
-    """Across chunk sizes: to rounding of the logits, not to the bit."""
+    """Different chunk sizes agree to the rounding of the logits, not bitwise."""
     d = make(torch.float32)
     want = rw.linear_token_logps(d["hidden"].double(), d["weight"].double(), d["ids"])
     for size in (1, 2, 5, 16, 1000):
@@ -149,7 +156,9 @@ def test_nothing_is_kept_without_a_gradient(monkeypatch):
 @pytest.mark.parametrize("memory_budget", [None, 4 * V * 8 * 3, 1 << 30])
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_metrics_count_the_rows_of_the_gemms(gemms, plan, memory_budget):
-    """40 % of the rows have no advantage, some are out: the metrics say what the GEMMs did, whatever was kept."""
+    """40 % of the rows have no advantage and some are ignored: the metrics count the rows
+    of the GEMMs, whatever was kept.
+    """
     d = make()
     d["adv"][torch.rand(B, T, generator=torch.Generator().manual_seed(3)) < 0.4] = 0
     lora = rw.Lora(
@@ -227,7 +236,9 @@ def bf16_problem():
 
 @pytest.mark.parametrize("chunk_rows", [32, 8], ids=["8 chunks", "32 chunks"])
 def test_fp32_sums_round_once(chunk_rows):
-    """Asked for, fp32 sums are as good as one GEMM over all rows whatever the number of chunks; sums in bf16 lose with each chunk."""
+    """If requested, fp32 sums are as good as one GEMM over all rows for any number of
+    chunks; bf16 sums lose with each chunk.
+    """
     h, w, ids = bf16_problem()
     truth = weight_gradient(h.double(), w.detach().double().requires_grad_(), ids)
 
@@ -240,7 +251,9 @@ def test_fp32_sums_round_once(chunk_rows):
 
 
 def test_autocast_keeps_an_fp32_weights_gradient_in_fp32():
-    """``F.linear`` under autocast returns bf16 values in an fp32 tensor; here the sum is never rounded to bf16, whatever the number of chunks."""
+    """``F.linear`` under autocast returns bf16 values in an fp32 tensor. Here the sum is
+    never rounded to bf16.
+    """
     h, w, ids = bf16_problem()
     w = w.detach().float().requires_grad_()
     truth = weight_gradient(h.double(), w.detach().double().requires_grad_(), ids)
@@ -299,8 +312,11 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is read from Linux's /proc")
 def test_memory_is_one_chunk():
-    """Beyond the gradients: one chunk of the eight, in both plans and dtypes, also where rows are dropped; all of them where the budget lets
-    two_pass keep them."""
+    """Memory beyond the gradients is one chunk of eight, in both plans and dtypes, also if
+    rows are dropped.
+
+    It is all chunks if the budget lets two_pass keep them.
+    """
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name, chunks in json.loads(done.stdout.splitlines()[-1]).items():

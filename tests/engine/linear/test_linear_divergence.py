@@ -1,4 +1,4 @@
-"""Divergences and distillation from hidden states: the numbers of the logits ops, TRL's function run from its wheel, and the memory of one chunk."""
+"""Divergences and distillation from hidden states, in the memory of one chunk."""
 
 import itertools
 import json
@@ -79,7 +79,7 @@ def same(found, wanted, **tolerance):
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("as_logits", [False, True])
 def test_token_divergence_is_that_of_the_logits(kind, as_logits):
-    """Values and gradients to p's head: any chunks, compaction, kept logits, a second backward, and coefficients that are 0."""
+    """Values and gradients to p's head, by chunks, with kept logits, a second backward."""
     d = make()
     d["upstream"][0, :4] = 0
     want = rw.token_divergence(student_logits(d), teacher_logits(d), **options_of(d, kind))
@@ -122,8 +122,7 @@ def test_the_loss_is_the_weighted_sum(kind, plan, backend):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_trls_function(beta, softcap, plan, backend):
-    """TRL's ``ChunkedDivergenceFunction`` as it is installed, in fp32: values to 1e-6 of the largest number that is subtracted, gradients to 1e-6
-    of their norm."""
+    """TRL's function in fp32: values and gradients to 1e-6 of the largest term."""
     trl = pytest.importorskip("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
     d = make(torch.float32, v=300)
     h, th = (0.3 * d["hidden"]).detach().flatten(0, 1).requires_grad_(), 0.5 * d["t_hidden"].flatten(0, 1)
@@ -146,7 +145,7 @@ def test_trls_function(beta, softcap, plan, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_accuracy_of_low_precision(kind, dtype, plan, backend):
-    """No worse than 1.5 times the eager heads in that dtype (F.linear, then the reference on both logits), by gradient."""
+    """At most 1.5 times the gradient's error of the eager heads in that dtype."""
     d = make(dtype)
     exact = {k: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for k, x in d.items()}
     beta = 0.3 if kind == "generalized_jsd" else None
@@ -308,7 +307,7 @@ def test_a_nan_row_is_nan_and_alone(backend):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("kind", ["reverse_kl", "generalized_jsd"])
 def test_an_infinite_logit_is_no_distribution(kind, softcap, backend):
-    """A soft cap does not make one of it."""
+    """A soft cap does not make one either."""
     d = make(torch.float32)
     with torch.no_grad():
         d["bias"][2] = math.inf
@@ -320,7 +319,7 @@ def test_an_infinite_logit_is_no_distribution(kind, softcap, backend):
 
 @pytest.mark.parametrize("kind", ["forward_kl", "generalized_jsd"])
 def test_columns_without_probability(kind):
-    """``-inf`` in the teacher's logits, and in both by the student's bias: as from logits, and no NaN in a gradient."""
+    """``-inf`` logits of one or both models act as from logits, without NaN gradients."""
     d = make()
     y = teacher_logits(d)[..., :V].clone()
     y[..., 3] = y[..., 5] = -math.inf
@@ -365,7 +364,7 @@ def test_calls_without_rows(shape, kind):
 # --- work and memory ----------------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def gemms(monkeypatch):
-    """Rows and width of every GEMM that gives logits."""
+    """Rows and width of every GEMM that computes logits."""
     seen = []
     logits = Chunk.logits
     monkeypatch.setattr(Chunk, "logits", lambda self, hidden: seen.append(tuple(hidden.shape)) or logits(self, hidden))
@@ -432,7 +431,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is read from Linux's /proc")
 def test_memory_is_one_chunk_of_both_models():
-    """Beyond the gradients: one of the three chunks of each model's logits, in both plans and dtypes. The temporaries of the JSD are a few rows."""
+    """Memory beyond the gradients is one of three chunks of both models' logits."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name, chunks in json.loads(done.stdout.splitlines()[-1]).items():
@@ -452,7 +451,7 @@ def test_the_default_chunk_holds_both_models_logits(monkeypatch):
     assert len(made) == 2 and 0.9 * (96 << 20) < sum(made) <= 96 << 20
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------------------------------
+# --- refused calls ------------------------------------------------------------------------------------------------------------------------
 WRONG = {
     "kind": (dict(kind="kl"), "kind is 'kl', expected one of forward_kl, .*generalized_jsd"),
     "beta": (dict(beta=0.5), "beta belongs to kind='generalized_jsd'"),

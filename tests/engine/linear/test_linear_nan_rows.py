@@ -1,4 +1,6 @@
-"""Hidden states that are not finite, in rows that do not count and in rows that do: no parameter's gradient may know of the former."""
+"""Hidden states that are not finite, in rows that count and in rows that do not: the
+latter reach no parameter's gradient.
+"""
 
 import math
 
@@ -45,7 +47,7 @@ def same(with_nan, healthy, out):
 @pytest.mark.parametrize("plan", ["logps", "one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_rows_reach_no_gradient(backend, plan, dtype, value):  # docs/semantics.md: S32
-    """Without compaction, the default on a GPU and under torch.compile."""
+    """Without compaction, which is the default on a GPU and under torch.compile."""
     made, ids, adv = make(dtype)
     mask = torch.ones(B, T, dtype=torch.bool)
     mask[0, 3] = mask[1, 11:] = False

@@ -1,4 +1,6 @@
-"""A second backward through a linear loss gives the bits of the first, whose kept logits it has to make again."""
+"""A second backward through a linear loss gives the bits of the first; it must recompute
+the logits that the first had kept.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ def make(seed, dtype):
     g = torch.Generator().manual_seed(seed)
     leaves = [torch.randn(size, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for size in ((2, 9, 5), (11, 5))]
     stored = {"advantages": torch.randn(2, 9, generator=g), "completion_mask": torch.rand(2, 9, generator=g) > 0.4}
-    # Many rows are clipped: they have no coefficient, and backward leaves them out.
+    # Many rows are clipped: their gradient is zero, and backward leaves them out.
     stored["old_per_token_logps"] = -2.4 + torch.randn(2, 9, generator=g)
     return leaves, {"completion_ids": torch.randint(11, (2, 9), generator=g), **stored}
 

@@ -1,4 +1,4 @@
-"""Kept sets from hidden states: the same numbers as from logits, of which only chunks exist."""
+"""Kept sets from hidden states: the numbers of logits, of which only chunks exist."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def _policy(op, *first, **keywords):
 @pytest.mark.parametrize("what", ["statistics", "one_pass", "two_pass"])
 @pytest.mark.parametrize("readable", [True, False])
 def test_as_from_logits(what, over, chunks, readable, monkeypatch):
-    if not readable:  # as on a GPU: no chunk knows how many entries it has
+    if not readable:  # as on a GPU: a chunk's number of entries is unknown
         monkeypatch.setattr(kept_ops, "_READABLE", ())
     hidden, weight, ids, kept = head()
     temperature = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE).requires_grad_(what != "one_pass")
@@ -80,7 +80,7 @@ def test_chunks_without_entries_and_rows_without_coefficients(readable, monkeypa
         monkeypatch.setattr(kept_ops, "_READABLE", ())
     hidden, weight, ids, kept = head()
     ids, lengths = ids.clone().view(-1), kept.offsets.diff()
-    ids[4:8], lengths[4:8] = -100, 0  # in chunks of 4 one has no entry
+    ids[4:8], lengths[4:8] = -100, 0  # one chunk of 4 has no entry
     inside = torch.arange(12).repeat_interleave(kept.offsets.diff()) // 4 != 1
     kept = rw.SamplingMask(kept.token_ids[inside], torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]))
     advantages = torch.tensor([1.0, 0, 0, 2, 1, 1, 1, 1, 0, 0, 3, 0], dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_chunks_change_no_bit_and_no_more_logits_exist(plan, backend, monkeypatc
 
 def test_a_module_takes_the_mask_with_the_call():
     hidden, weight, ids, kept = head(torch.float32)
-    with pytest.raises(rw.InvalidCall, match="sampling_mask is no setting: pass it with the call"):
+    with pytest.raises(rw.InvalidCall, match="sampling_mask is not a setting: pass it with the call"):
         rw.FusedLinearLogProbs(WIDTH, VOCAB, sampling_mask=kept)
     module = rw.FusedLinearLogProbs(WIDTH, VOCAB)
     module.weight.data.copy_(weight)

@@ -1,4 +1,6 @@
-"""``linear_token_stats``: the numbers and gradients of ``token_stats`` on the same logits, and those of TRL's fused head, run from its wheel."""
+"""``linear_token_stats``: numbers and gradients of ``token_stats`` on the same logits, and
+of TRL's fused head from its wheel.
+"""
 
 import math
 
@@ -54,7 +56,11 @@ def test_only_what_was_asked_for():
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("strides", ["plain", "drop_last", "packed"])
 def test_mean_logits(backend, strides, softcap):
-    """Against a sum in fp64, to a rounding of each logit; ignored rows are 0, those without a distribution NaN, and a column of -inf makes it -inf."""
+    """Against a sum in fp64, to a rounding of each logit.
+
+    Ignored rows are 0, rows without a distribution NaN, and a column of -inf makes it
+    -inf.
+    """
     v = 5000
     g = torch.Generator().manual_seed(0)
     wide = torch.randn(3, 4, v + 7, generator=g) * 3 + 40
@@ -95,12 +101,15 @@ def test_a_mean_is_the_same_bits_wherever_its_row_stands(backend):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_trls_five_outputs(backend, softcap, bias):
-    """TRL's ``_ChunkedLogProbFunction`` as it is installed, in fp32: values and gradients to 1e-6, of the largest number that is subtracted
-    for a value (the log-sum-exp, which TRL has in fp32), of the largest element of a gradient."""
+    """The installed TRL ``_ChunkedLogProbFunction``, in fp32.
+
+    Values agree to 1e-6 of the largest number that is subtracted (the log-sum-exp,
+    which TRL has in fp32), gradients to 1e-6 of the largest element.
+    """
     utils = pytest.importorskip("trl.trainer.utils")
     trl = utils._ChunkedLogProbFunction
     d = make(torch.float32, v=300)
-    # Not peaked: in fp32 TRL's 1 - p of a sure token is no more than the rounding of p.
+    # The rows are not peaked: in fp32, TRL's 1 - p of a sure token is only the rounding of p.
     h, w, b = (0.3 * d["hidden"]).detach().requires_grad_(), d["weight"], d["bias"] if bias else None
     inputs = [x for x in (h, w, b) if x is not None]
     d["ids"][0] = (h[0] @ w.T + (0 if b is None else b)).argmax(-1)

@@ -1,4 +1,6 @@
-"""LoRA factors that are wider than the head: their term is computed in their dtype, and only the sum is rounded."""
+"""LoRA factors that are wider than the head: their term is computed in their dtype, and
+only the sum is rounded.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 import reweight_ops as rw
 from reweight_ops.testing import ERROR_RATIO
 
-ROWS, D, R, V = 64, 48, 8, 9000  # more columns than one slice
+ROWS, D, R, V = 64, 48, 8, 9000  # exceeds one slice
 
 
 def make(dtype, lora_dtype=torch.float32):
@@ -71,7 +73,9 @@ def test_fp32_logits_have_no_rounding_of_the_head():
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_the_loss_and_second_derivatives_take_the_same_head(plan):
-    """In fp64 beside fp32: exact, so that every product is seen to be formed in the wider dtype."""
+    """fp64 factors with an fp32 head: exact, to show that every product is computed in the
+    wider dtype.
+    """
     parts, ids, upstream = make(torch.float32, torch.float64)
     lora = rw.Lora(parts["a"], parts["b"], 0.5)
     out = rw.linear_policy_loss(

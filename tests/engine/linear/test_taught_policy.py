@@ -1,4 +1,7 @@
-"""A policy loss with a divergence from a teacher in the same chunks (``teacher=``): the sum of the two losses, from one set of logits each."""
+"""A policy loss with a divergence from a teacher in the same chunks (``teacher=``).
+
+It is the sum of the two losses, from one set of logits of each model.
+"""
 
 import json
 import math
@@ -55,7 +58,7 @@ def call(d, spec, **options):
 
 
 def apart(d, spec, kind, divisor, scale=1.0, **options):
-    """The two losses, one after the other."""
+    """The two losses, computed one after the other."""
     policy = call(d, spec, loss_scale=scale, **options)
     rest = {name: value for name, value in data(d).items() if name not in ("completion_mask", "old_per_token_logps")}
     t = teacher(d, kind)
@@ -99,7 +102,7 @@ def test_is_the_sum_of_the_two_losses(kind, plan, backend):
     "spec", ["gspo", "dr_grpo", rw.methods.trl(loss_type="grpo", top_entropy_quantile=0.5)], ids=["gspo", "dr_grpo", "entropy"]
 )
 def test_row_weights_are_the_reductions(spec):
-    """A mean over sequences weighs the teacher's tokens as the policy's."""
+    """A mean over sequences weighs the teacher's tokens like the policy's."""
     d = make()
     named = rw.method(spec) if isinstance(spec, str) else spec
     out = call(d, spec, teacher=teacher(d), chunk_rows=4)
@@ -150,7 +153,11 @@ def test_compiles(plan):
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_rows(plan):
-    """An ignored row may hold anything; a row whose policy gradient is 0 still has the teacher's; without a gradient there are only values."""
+    """An ignored row may hold anything; a row with a zero policy gradient still has the
+    teacher's.
+
+    Without a gradient there are only values.
+    """
     d = make()
     d["adv"][1] = 0.0
     want = call(d, "grpo", teacher=teacher(d), plan=plan, chunk_rows=4)
@@ -186,7 +193,7 @@ def test_calls_without_rows(plan, shape):
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_blocks_change_no_bit(plan, backend, monkeypatch):
-    """However many rows a gradient is added at a time."""
+    """The number of rows by which a gradient is added at a time changes no bit."""
     d = make(torch.float32)
     found = []
     for block in (1, 1 << 30):
@@ -220,7 +227,9 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is read from Linux's /proc")
 def test_memory_is_one_chunk_of_both_models():
-    """Beyond the gradients: of three chunks of rows the logits of one, of both models, and two blocks of 4 MiB, a quarter of bf16's."""
+    """Memory beyond the gradients is one of three chunks of logits of both models, and two
+    blocks of 4 MiB (a quarter of bf16's).
+    """
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name, chunks in json.loads(done.stdout.splitlines()[-1]).items():

@@ -120,13 +120,13 @@ def test_numbers_of_masked_tokens_do_not_matter(areal):
 @pytest.mark.parametrize(
     ("spec", "options", "error", "message"),
     [
-        ("grpo", {}, rw.UnsupportedRequest, "its reduction is no token mean"),
+        ("grpo", {}, rw.UnsupportedRequest, "its reduction is not a token mean"),
         ("kl_cov", {}, rw.UnsupportedRequest, "level batch"),
-        ("sft", {}, rw.UnsupportedRequest, "reads no advantages"),
+        ("sft", {}, rw.UnsupportedRequest, "does not read advantages"),
         (rw.methods.dapo(entropy_coef=0.1), {}, rw.UnsupportedRequest, "it reads entropy"),
         ("dapo", {"eps_clip": 0.1, "c_clip": 3.0}, rw.InvalidCall, "actor.eps_clip=0.1, actor.c_clip=3.0 would have no effect"),
         ("dapo", {"level": "sequence"}, rw.InvalidCall, "importance_sampling_level='sequence'"),
-        ("dapo", {"use_sapo_loss": True}, rw.InvalidCall, "use_sapo_loss=True goes round"),
+        ("dapo", {"use_sapo_loss": True}, rw.InvalidCall, "use_sapo_loss=True bypasses"),
         ("decoupled_ppo", {"rejection_sampling": RejectionSamplingConfig()}, rw.InvalidCall, "would do it twice"),
     ],
 )  # fmt: skip

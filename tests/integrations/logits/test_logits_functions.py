@@ -160,7 +160,7 @@ def test_by_name_only_where_asked(trainer):
 
 
 LEFT = {
-    "several tokens a position": lambda held, logits, index: held.selective_log_softmax(logits, index.unsqueeze(-1).expand(-1, -1, 3)),
+    "several tokens per position": lambda held, logits, index: held.selective_log_softmax(logits, index.unsqueeze(-1).expand(-1, -1, 3)),
     "last dimension is not contiguous": lambda held, logits, index: held.entropy_from_logits(logits.transpose(1, 2)),
     "the arguments reduction": lambda held, logits, index: held.selective_log_softmax(logits, index, reduction="none"),
 }

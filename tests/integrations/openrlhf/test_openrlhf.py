@@ -182,8 +182,8 @@ def test_the_example(rlhf, integration, monkeypatch):
     [
         (rw.methods.grpo(beta=0.1), "it has penalties, and OpenRLHF adds its own"),
         (rw.methods.dr_grpo(), "is neither a token mean nor a mean of the samples' token means"),
-        (rw.methods.top_entropy(), "it reads entropy, which OpenRLHF does not hand to a loss"),
-        (rw.methods.sft(), "reads no advantages"),
+        (rw.methods.top_entropy(), "it reads entropy, which OpenRLHF does not pass to a loss"),
+        (rw.methods.sft(), "does not read advantages"),
         (rw.methods.disco(kl_strength=0.0), "its reduction"),
         ("kl_cov", "it is of level batch, and a micro-batch is not the batch"),
     ],

@@ -104,14 +104,14 @@ def test_a_sequence_ratio_and_the_references_log_probs(prime):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: p.loss_fn("grpo"), "prime-rl cannot train grpo: its reduction is no token mean"),
+        (lambda p: p.loss_fn("grpo"), "prime-rl cannot train grpo: its reduction is not a token mean"),
         (lambda p: p.loss_fn("decoupled_ppo"), "it reads sampling_logp beside old_logp"),
-        (lambda p: p.loss_fn(rw.methods.dapo(entropy_coef=0.01)), "it reads entropy, which prime-rl does not hand to a loss"),
-        (lambda p: p.loss_fn("sft"), "it reads no advantages"),
+        (lambda p: p.loss_fn(rw.methods.dapo(entropy_coef=0.01)), "it reads entropy, which prime-rl does not pass to a loss"),
+        (lambda p: p.loss_fn("sft"), "it does not read advantages"),
         (lambda p: p.loss(None, method="kl_cov"), "it is of level batch, and one sample is not the batch"),
         (
             lambda p: run(p.loss_fn(rw.methods.dapo().with_penalty(rw.Penalty(K3(), 0.1))), sample_streams() | {"ref": None}),
-            "the algorithm ships none",
+            "the algorithm provides none",
         ),
     ],
 )

@@ -96,9 +96,9 @@ def test_every_method_has_a_name_or_a_reason(skyrl, batch):
     assert {n.removeprefix("rw_") for n in names} | set(reasons) == set(rw.METHODS) and len(names) >= 15
     for name, reason in {
         "kl_cov": "level batch",
-        "sft": "no advantages",
-        "luspo": "none of SkyRL's",
-        "gmpo": "one advantage a sequence",
+        "sft": "does not read advantages",
+        "luspo": "not one of SkyRL's",
+        "gmpo": "one advantage per sequence",
     }.items():
         assert reason in reasons[name]
     for name in names:

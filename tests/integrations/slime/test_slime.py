@@ -169,7 +169,7 @@ def test_a_method_by_name(slime, batch, name):
         ({"reweight_method": "dapo", "eps_clip_high": 0.28, "calculate_per_token_loss": True}, rw.InvalidCall, "eps_clip_high=0.28 would have no effect"),
         ({"reweight_method": "dapo", "eps_clip_high": None}, rw.InvalidCall, "set --calculate-per-token-loss"),
         ({"reweight_method": "grpo", "eps_clip_high": None, "calculate_per_token_loss": True}, rw.InvalidCall, "leave out --calculate-per-token-loss"),
-        ({"reweight_method": "sft", "eps_clip_high": None, "calculate_per_token_loss": True}, rw.UnsupportedRequest, "reads no advantages"),
+        ({"reweight_method": "sft", "eps_clip_high": None, "calculate_per_token_loss": True}, rw.UnsupportedRequest, "does not read advantages"),
         ({"reweight_method": "kl_cov", "eps_clip_high": None, "calculate_per_token_loss": True}, rw.UnsupportedRequest, "level batch, and a micro-batch"),
         ({"use_tis": True, "use_rollout_logprobs": True}, rw.UnsupportedRequest, "use_tis with use_rollout_logprobs"),
         ({"use_kl_loss": True, "kl_loss_type": "abs"}, rw.InvalidCall, "kl_loss_type is 'abs'"),

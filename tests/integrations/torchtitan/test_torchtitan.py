@@ -134,9 +134,9 @@ def test_one_pass(titan):
     ("name", "options", "message"),
     [
         ("gspo", {}, "it couples tokens"),
-        ("grpo", {}, "its reduction is no token mean"),
+        ("grpo", {}, "its reduction is not a token mean"),
         ("grpo", {"beta": 0.1}, "it reads ref_logp"),
-        ("sft", {}, "it reads no advantages"),
+        ("sft", {}, "it does not read advantages"),
         ("top_entropy", {}, "it couples tokens"),
     ],
 )

@@ -193,7 +193,7 @@ def test_a_head_of_another_class_needs_logits(make_trainer):
     model.lm_head.__class__ = Doubled
     trainer = make_trainer(ReweightGRPOTrainer, model)
     inputs = make_inputs(trainer)
-    with pytest.warns(UserWarning, match="Doubled, which is no plain nn.Linear"):
+    with pytest.warns(UserWarning, match="Doubled, which is not a plain nn.Linear"):
         logps = log_probs(trainer, inputs)[0]
     mask = inputs["completion_mask"] != 0
     torch.testing.assert_close(logps[mask], current(trainer, inputs)[0][mask])

@@ -95,7 +95,7 @@ def test_every_method_of_a_token_or_sequence_has_a_name_or_a_reason(registry_res
     assert {n.removeprefix("rw_") for n in names} | set(reasons) == set(rw.METHODS) and len(names) >= 15
     assert {"rw_dapo", "rw_gspo", "rw_gmpo", "rw_advantage_reweighting", "rw_opsm"} - set(names) == {"rw_opsm"}
     for name, reason in {
-        "opsm": "no default for threshold", "disco": "level group", "top_entropy": "reads entropy", "sft": "reads no advantages",
+        "opsm": "no default for threshold", "disco": "level group", "top_entropy": "reads entropy", "sft": "does not read advantages",
         "npo": "reads ref_logp", "clip_cov": "level batch",
     }.items():  # fmt: skip
         assert reason in reasons[name], (name, reasons[name])
@@ -128,7 +128,7 @@ def test_every_registered_method_trains(name, registry_restored):
     [
         (rw.methods.grpo(beta=0.1), {}, rw.UnsupportedRequest, "it has penalties, and verl adds its own"),
         (rw.methods.disco(kl_strength=0.0), {}, rw.UnsupportedRequest, "its reduction"),
-        (rw.methods.sft(), {}, rw.UnsupportedRequest, "reads no advantages"),
+        (rw.methods.sft(), {}, rw.UnsupportedRequest, "does not read advantages"),
         (rw.methods.dapo(), {"agg": "token-sum"}, rw.InvalidCall, "set actor.loss_agg_mode=token-mean"),
         (rw.methods.dapo(), {"clip_ratio_high": 0.28}, rw.InvalidCall, "clip_ratio_high=0.28 would have no effect"),
         (rw.methods.dapo(), {"info": {"dp_size": 2}}, rw.InvalidCall, "the count of tokens over all 2 ranks is missing"),

@@ -1,4 +1,4 @@
-// Barriers in shared memory, and copies that take their time.
+// Barriers in shared memory, and copies that take time.
 #include <algorithm>
 
 #include "fibers.h"
@@ -14,7 +14,7 @@ void end_phase_if_over(BarrierState& b) {
     b.pending = b.arrivals;
 }
 
-/// By the scheduler, when the bytes are there.
+/// Called by the scheduler when the bytes have arrived.
 void count_bytes(Block& block, size_t barrier, int bytes) {
     const auto found = block.barriers.find(barrier);
     if (found == block.barriers.end()) {
@@ -28,7 +28,7 @@ void count_bytes(Block& block, size_t barrier, int bytes) {
 BarrierState& own_barrier(const Barrier* barrier) {
     Block& block = *self().block;
     const auto found = block.barriers.find(block.offset(barrier, sizeof(Barrier)));
-    if (found == block.barriers.end()) fail("a barrier is used that was not initialized");
+    if (found == block.barriers.end()) fail("a barrier is used before it is initialized");
     return found->second;
 }
 

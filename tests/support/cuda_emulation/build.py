@@ -1,4 +1,6 @@
-"""Compiles csrc/cuda against the emulator into a Python module, once per text of its sources and flags."""
+"""Compiles csrc/cuda with the emulator into a Python module, once for each text of its
+sources and flags.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from types import ModuleType
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 DTYPES = {"f32": "float", "bf16": "Bf16", "f16": "F16"}
-#: Contraction off as for nvcc (-fmad=false); the fortified longjmp takes a switch of stacks for an attack.
+#: Contraction is off as for nvcc (-fmad=false). The fortified longjmp would treat a
+#: switch of stacks as an attack.
 FLAGS = (
     "-std=c++17",
     "-fPIC",
@@ -36,7 +39,7 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++")
 
 
-#: What kernels of a dtype that was left out return.
+#: The status of kernels of a dtype that is left out.
 NOT_BUILT = -1
 LEFT_OUT = """
 #include "dispatch.h"
@@ -57,7 +60,11 @@ def build(
     folder: Path = ROOT / "build" / "cuda_emulation",
     dtypes: tuple[str, ...] = tuple(DTYPES),
 ) -> Path:
-    """The path of ``_cuda_emulated``. Objects are kept by the hash of what they are made of, so that a change of a kernel leaves the bindings."""
+    """Return the path of ``_cuda_emulated``.
+
+    Objects are cached by the hash of their inputs, so that a changed kernel does not
+    recompile the bindings.
+    """
     import pybind11
 
     includes = [
@@ -74,7 +81,7 @@ def build(
         *sorted(HERE.glob("*.h")),
     ]
     units: dict[str, tuple[Path, list[str], list[Path]]] = {
-        # These see the kernels' arguments and a table, nothing of their code.
+        # These use the kernels' arguments and a table, not their code.
         "bindings": (csrc / "cuda/bindings.cpp", ["-O0"], [csrc / "bindings.h", *host]),
         "dispatch": (csrc / "cuda/dispatch.cpp", ["-O1"], host),
         "emulator": (HERE / "emulator.cpp", ["-O2"], [*host, csrc / "cuda/asynchronous.h"]),
@@ -115,7 +122,7 @@ def build(
 
 
 def run(words: list[str], target: Path) -> None:
-    """g++ to a file of its own first: several processes may build at once."""
+    """Compile to a separate file first: several processes may build at once."""
     with tempfile.TemporaryDirectory(dir=target.parent) as own:
         made = Path(own) / target.name
         subprocess.run([*(compiler() or "g++").split(), *words, "-o", str(made)], check=True)

@@ -1,8 +1,9 @@
 // Clusters, barriers in shared memory and bulk copies, on the CPU: see csrc/cuda/asynchronous.h.
 //
-// A copy moves its bytes when the schedule says so: at once (eager), when nothing else can go on (late) or at any time. Until a copy into
-// shared memory is complete its destination is NaN; a copy out reads its source late, and what a thread has written there without the proxy
-// fence it reads as NaN. Not modeled: the order in which other blocks see what is written without a barrier.
+// A copy moves its bytes when the schedule says so: at once (eager), when nothing else can continue (late) or at any time.
+// Until a copy into shared memory is complete, its destination is NaN. A copy out reads its source late, and reads NaN
+// where a thread has written without the proxy fence. The order in which other blocks see writes without a barrier is
+// not modeled.
 #pragma once
 
 #define RW_DYNAMIC_SHARED(name) unsigned char* const name = emulation::dynamic_shared_memory()
@@ -20,9 +21,9 @@ void wait(const Barrier* b, int parity);
 void send(Vector v, void* to, const Barrier* on, int rank);
 void copy_in(void* shared, const void* global, int bytes, const Barrier* on);
 void copy_out(void* global, const void* shared, int bytes);
-/// Until all but the thread's last `pending` copies out have been read, or are complete.
+/// Waits until all but the thread's last `pending` copies out have been read, or are complete.
 void wait_for_copies(int pending, bool complete);
-/// That the thread has written here, which copies do not see before its next fence.
+/// Records that the thread has written here. Copies do not see it before the thread's next fence.
 void written_to_shared(const void* p, int bytes);
 void proxy_fence();
 

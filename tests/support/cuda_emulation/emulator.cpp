@@ -1,4 +1,5 @@
-// The fibers and their schedules. Fibers start by makecontext and then switch by setjmp/longjmp, which make no system call.
+// The fibers and their schedules. Fibers start with makecontext and then switch with
+// setjmp/longjmp, which make no system call.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -33,7 +34,7 @@ const void* main_stack = nullptr;
 size_t main_stack_size = 0;
 #endif
 
-/// From a fiber back to the scheduler. Returns when the scheduler resumes the fiber.
+/// Switches from a fiber to the scheduler. Returns when the scheduler resumes the fiber.
 void suspend(bool forever) {
     Fiber* self = launch_now->running;
 #if defined(__SANITIZE_ADDRESS__)
@@ -136,7 +137,7 @@ void check_end(Launch& l, const Fiber& f) {
     }
 }
 
-/// Runs one cluster to its end. False and an error if it cannot get there.
+/// Runs one cluster to its end. Returns false and sets an error if it cannot.
 bool run_cluster(Launch& l, const Shape& shape, int64_t first_block) {
     l.fibers.clear();
     l.blocks.clear();
@@ -159,7 +160,7 @@ bool run_cluster(Launch& l, const Shape& shape, int64_t first_block) {
             ended |= fiber->done;
             progress = true;
             if (l.schedule == Schedule::random && l.random() % 16 == 0) advance_any();
-            if (l.schedule == Schedule::skew) break;  // the first that can go on, again
+            if (l.schedule == Schedule::skew) break;  // again the first that can continue
         }
         if (l.schedule == Schedule::skew && progress && l.random() % 256 == 0) advance_any();
         if (l.schedule == Schedule::skew && l.random() % 4096 == 0) prioritize(l, order);
@@ -180,7 +181,7 @@ bool run_cluster(Launch& l, const Shape& shape, int64_t first_block) {
 void wait_until(bool (*ready)(const Fiber&, const void*, uint64_t), const void* on, uint64_t value, const char* reason) {
     Fiber& f = *launch_now->running;
     const bool already = ready(f, on, value);
-    if (already && (launch_now->schedule == Schedule::eager || launch_now->random() % 8)) return;  // some yield nevertheless
+    if (already && (launch_now->schedule == Schedule::eager || launch_now->random() % 8)) return;  // some still yield
     f.ready = ready;
     f.waits_for = on;
     f.value = value;
@@ -207,7 +208,7 @@ void barrier_of_cluster() { meet(launch_now->cluster, "a barrier of the cluster"
 Meeting& own_warp() { return launch_now->running->block->warps[size_t(launch_now->running->thread.index / kWarp)]; }
 void barrier_of_warp() { meet(own_warp(), "a barrier of its warp"); }
 
-/// What the warp's threads bring, in each of them.
+/// The values of the warp's threads, in each of them.
 const float* bring(float value, const char* reason) {
     Meeting& warp = own_warp();
     float* values = warp.values[warp.generation % 2];

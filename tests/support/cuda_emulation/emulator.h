@@ -1,8 +1,9 @@
-// Runs the kernels of csrc/cuda on the CPU. Every CUDA thread is a fiber; whatever waits switches fibers, in an order that a schedule
-// chooses: what is right under every order does not hang on one. One cluster of blocks at a time, for clusters share nothing.
+// Runs the kernels of csrc/cuda on the CPU. Every CUDA thread is a fiber. Every wait switches fibers, in an order that a
+// schedule chooses: code that is right under every order does not depend on one. One cluster of blocks runs at a time,
+// because clusters share nothing.
 //
-// Not modeled: the memory model between barriers, speed, registers. The hardware's approximate exponential is: exact where its argument is
-// an integer, else wrong by up to 2^-22, the documented bound, by a hash of the argument.
+// The memory model between barriers, speed and registers are not modeled. The hardware's approximate exponential is: it is
+// exact if its argument is an integer, and otherwise wrong by up to 2^-22, the documented bound, by a hash of the argument.
 #pragma once
 
 #include <csetjmp>
@@ -21,7 +22,7 @@
 namespace reweight_ops {
 namespace emulation {
 
-// ---- what kernels call
+// ---- for kernels
 
 struct Thread {
     int index;
@@ -38,14 +39,15 @@ uint32_t vote(bool holds);
 /// Ends the launch with an error. Does not return.
 [[noreturn]] void fail(const std::string& what);
 
-// ---- what tests call
+// ---- for tests
 
-/// Schedules: "eager" runs the lowest thread that can go on, and copies at once; "late" the highest, and copies when nothing else can go on;
-/// "random" anything; "skew" one block, warp or thread as far ahead of the others as its waits allow.
+/// Schedules: "eager" runs the lowest thread that can continue, and copies at once. "late" runs the
+/// highest, and copies when nothing else can continue. "random" runs any. "skew" runs one block,
+/// warp or thread as far ahead of the others as its waits allow.
 void set_schedule(const std::string& name, uint64_t seed);
-/// What the host sees: one processor, and so few clusters at once that each gets several rows.
+/// Sets what the host sees: one processor, and so few clusters at once that each gets several rows.
 void set_device(int major, int shared_bytes, int clusters);
-/// What launches return instead of running.
+/// Sets a status that launches return instead of running.
 void set_status(int status);
 std::string last_error();
 

@@ -1,4 +1,5 @@
-// What emulator.cpp (fibers and schedules) and asynchronous.cpp (barriers in shared memory, copies) share.
+// Shared by emulator.cpp (fibers and schedules) and asynchronous.cpp (barriers in shared memory,
+// copies).
 #pragma once
 
 #include <ucontext.h>
@@ -16,7 +17,8 @@ constexpr size_t kStaticShared = 48 << 10;
 constexpr int kWarp = 32;
 constexpr unsigned char kPoison = 0xff;  // NaN in every dtype
 
-/// A rendezvous of `size` threads, and the values they bring: two sets, for a fast thread may be one rendezvous ahead.
+/// A rendezvous of `size` threads, and the values that they bring. It has two sets, because a fast
+/// thread may be one rendezvous ahead.
 struct Meeting {
     int size = 0, arrived = 0;
     uint64_t generation = 0;
@@ -25,7 +27,7 @@ struct Meeting {
 
 struct BarrierState {
     int arrivals, pending;
-    int64_t bytes;  // announced and not yet here; negative while they are here and not yet announced
+    int64_t bytes;  // announced and not yet arrived; negative if they arrived before they were announced
     uint64_t phase;
 };
 
@@ -51,7 +53,7 @@ struct Fiber {
     ucontext_t context;
     char* stack;
     bool started = false, done = false;
-    bool (*ready)(const Fiber&, const void*, uint64_t) = nullptr;  // null: it waits for nothing
+    bool (*ready)(const Fiber&, const void*, uint64_t) = nullptr;  // null: the fiber does not wait
     const void* waits_for = nullptr;
     uint64_t value = 0;
     const char* reason = "";
@@ -90,7 +92,7 @@ struct Launch {
 
 extern Launch* launch_now;
 
-/// The running fiber waits until ready(it, on, value).
+/// Suspends the running fiber until ready(it, on, value).
 void wait_until(bool (*ready)(const Fiber&, const void*, uint64_t), const void* on, uint64_t value, const char* reason);
 /// One step of a copy.
 void advance(size_t copy);

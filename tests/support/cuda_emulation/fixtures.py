@@ -1,4 +1,6 @@
-"""The three primitives on CPU tensors, by the emulated CUDA kernels: what the tests of the CUDA backend call."""
+"""The three primitives on CPU tensors by the emulated CUDA kernels, for the tests of the
+CUDA backend.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ SCHEDULES = ("eager", "late", "random", "skew")
 
 
 def emulated() -> tuple[object, Native]:
-    """The module and its primitives. ``REWEIGHT_OPS_EMULATED`` names another build, of kernels with a planted bug or with sanitizers."""
+    """The module and its primitives.
+
+    ``REWEIGHT_OPS_EMULATED`` names another build, of kernels with a planted bug or with
+    sanitizers.
+    """
     pytest.importorskip("pybind11")
     named = os.environ.get("REWEIGHT_OPS_EMULATED")
     if named is None and compiler() is None:
@@ -24,7 +30,7 @@ def emulated() -> tuple[object, Native]:
 
     def check(status: int) -> None:
         if status == NOT_BUILT:
-            pytest.skip("this build has not the dtype")
+            pytest.skip("this build lacks the dtype")
         assert status == 0, f"status {status}: {module.last_error()}"
 
     return module, Native(module, "cpu", lambda device: {}, check)

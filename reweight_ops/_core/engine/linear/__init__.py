@@ -1,1 +1,1 @@
-"""The head from hidden states, a few rows of logits at a time."""
+"""The LM head from hidden states, a few rows of logits at a time."""

@@ -1,7 +1,9 @@
-"""The chunked LM head's two autograd Functions: logits of a few rows at a time in one reused buffer, and the kernels in place on it.
+"""The two autograd Functions of the chunked LM head.
 
-As for logits there are statistics (backward recomputes a chunk's logits, or has kept them) and the one-pass loss (three GEMMs in forward). Where
-there is a second model, its logits exist for the same chunk.
+The logits of a few rows at a time are in one reused buffer, and the kernels work in
+place on it. As for logits there are statistics (backward recomputes a chunk's logits,
+or has kept them) and the one-pass loss (three GEMMs in forward). If there is a second
+model, its logits exist for the same chunk.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from .works import OnePassWork
 
 
 class LinearStatistics(torch.autograd.Function):
-    """What a measure finds of the head's logits, one element for each of M rows, differentiable to everything the head is made of."""
+    """What a measure finds of the head's logits, one element for each of M rows,
+    differentiable to every tensor of the head.
+    """
 
     @staticmethod
     @torch.no_grad()  # already so, but where torch.export runs it
@@ -59,7 +63,8 @@ class LinearStatistics(torch.autograd.Function):
         outputs, rest = found
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.measure, ctx.lora_scale = settings, measure, lora_scale
-        # Backward writes over the first model's, so they serve once; a second backward makes the same ones again.
+        # Backward writes over the first model's logits, so they serve only once. A
+        # second backward computes the same ones again.
         ctx.kept = kept
         ctx.other = None if other is None else (other.settings, None if other.head is None else other.head.lora_scale)
         others = () if other is None else (other.values, other.picked, *(other.head[:4] if other.head is not None else ()))
@@ -91,7 +96,7 @@ class LinearStatistics(torch.autograd.Function):
         count, kept, ctx.kept = hidden.size(0), ctx.kept, [None] * len(ctx.kept)
         size = min(settings.chunk_rows, count)
         again_from = min(len(kept) * size, count)
-        # Rows without a coefficient are not even computed again.
+        # Rows without a coefficient are not computed again.
         with_gradient = (
             rows_with_gradient(*_at(by, slice(again_from, count))) if settings.drop_zero_gradient and again_from < count else None
         )
@@ -118,7 +123,8 @@ class LinearStatistics(torch.autograd.Function):
         kept = chunk = logits = None  # freed before the working chunk is made
         buffers = buffers if left else None
         for run in chunks(0, left, max(size, 1)):
-            # As many rows as in forward, padding included, so that the same logits are found.
+            # There are as many rows as in forward, padding included, so that the logits
+            # are the same.
             buffers = buffers or Buffers(size, head, settings, other)
             at = slice(again_from + run.start, again_from + run.stop) if with_gradient is None else again_from + with_gradient[run]
             add(at, buffers.logits(hidden, rows, at), buffers.values, False)
@@ -126,7 +132,9 @@ class LinearStatistics(torch.autograd.Function):
 
 
 class LinearOnePass(torch.autograd.Function):
-    """``(loss, table)`` with every gradient formed in forward, from one GEMM for each model's logits and two for the gradients."""
+    """``(loss, table)``. Forward computes every gradient, with one GEMM for each
+    model's logits and two for the gradients.
+    """
 
     @staticmethod
     @torch.no_grad()  # already so, but where torch.export runs it
@@ -156,13 +164,16 @@ class LinearOnePass(torch.autograd.Function):
         forbid_second_backward(ctx, ctx.op)
         refuse_released_since(ctx.op, ctx.partitioned)
         saved = iter(ctx.saved_tensors)
-        # A launch each: of these tensors, of several dtypes, the smallest costs the few microseconds that an empty launch takes.
+        # Each takes one launch. For the smallest of these tensors, which have several
+        # dtypes, an empty launch costs the few microseconds.
         results = [library.scaled(next(saved), upstream, ctx.backend) if given else None for given in ctx.given]
         return (*results, *(None,) * 5)
 
 
 def linear_statistics(hidden: Hidden, rows: PerRow, other: OtherHead | None, measure: Measure) -> tuple[Tensor, ...]:
-    """The outputs of :class:`LinearStatistics`; as plain torch where that is the measure's backend."""
+    """Return the outputs of :class:`LinearStatistics`, as plain torch if that is the
+    measure's backend.
+    """
     if measure.backend == again.TORCH:
         return _in_torch(hidden.states, hidden.head, rows, other, hidden.settings, measure)
     found: tuple[Tensor, ...] = LinearStatistics.apply(  # type: ignore[no-untyped-call]
@@ -178,12 +189,16 @@ def _in_torch(
 
 
 def _runs(hidden: Tensor, size: int) -> list[slice]:
-    """The chunks of a call; an empty one where there are no rows, so that its results have their shapes and dtypes."""
+    """Return the chunks of a call.
+
+    Without rows there is one empty chunk, so that its results have their shapes and
+    dtypes.
+    """
     return list(chunks(0, hidden.size(0), max(size, 1))) or [slice(0, 0)]
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The same of all rows, from what was found of chunks."""
+    """Join the results of chunks into those of all rows."""
     return parts[0] if len(parts) == 1 else tuple(torch.cat(found) for found in zip(*parts, strict=True))
 
 
@@ -192,7 +207,7 @@ def _at(found: tuple[Any, ...], rows: slice | Tensor) -> tuple[Any, ...]:
 
 
 def _split(saved: list[Any], counts: tuple[int, ...]) -> tuple[tuple[Any, ...], ...]:
-    """Runs of ``counts`` elements, and what is left."""
+    """Split into runs of ``counts`` elements, and the rest."""
     runs = []
     for count in counts:
         runs.append(tuple(saved[:count]))

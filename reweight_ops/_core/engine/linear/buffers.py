@@ -1,4 +1,6 @@
-"""The logits of a chunk of rows: of the model whose head has a gradient, and of a frozen second one where there is one."""
+"""The logits of a chunk of rows: those of the model whose head has a gradient, and
+those of a frozen second model if there is one.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from .measures import LogitRows, PerRow
 
 
 class OtherHead(NamedTuple):
-    """The frozen second model: hidden states of the computed rows and their head; or logits of all rows, of which ``picked`` names the computed ones."""
+    """The frozen second model.
+
+    It has hidden states of the computed rows and their head, or logits of all rows,
+    where ``picked`` names the computed ones.
+    """
 
     values: Tensor
     head: LMHead | None
@@ -22,7 +28,7 @@ class OtherHead(NamedTuple):
     settings: ChunkSettings
 
     def given(self, where: slice | Tensor) -> Tensor:
-        """The logits of the computed rows ``where``, which were given."""
+        """Return the given logits of the computed rows ``where``."""
         values, picked = self.values, self.picked
         if picked is not None:
             where = picked[where]
@@ -34,7 +40,9 @@ class OtherHead(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Both models' logits of a chunk, for backward; None where they were given."""
+    """The logits of both models for a chunk, kept for backward. They are None if they
+    were given.
+    """
 
     values: Tensor
     other: Tensor | None
@@ -50,23 +58,25 @@ class Buffers:
 
     @property
     def values(self) -> Tensor:
-        """The first model's logits, padding included."""
+        """Return the first model's logits, padding included."""
         return self._own.data
 
     def logits(self, hidden: Tensor, rows: PerRow, where: slice | Tensor) -> LogitRows:
-        """The logits of the computed rows ``where``, at most ``size``."""
+        """Return the logits of the computed rows ``where``, at most ``size``."""
         own, second = self._own.logits(hidden[where]), None
         if self.other is not None:
             second = self.other.given(where) if self._other is None else self._other.logits(self.other.values[where])
         return LogitRows(own, second, rows.at(where))
 
     def kept(self) -> Kept:
-        """The logits without the head, so that nobody else holds what it was cast to."""
+        """Return the logits without the head, so that nothing else holds the cast copy
+        of the head.
+        """
         return Kept(self.values, None if self._other is None else self._other.data)
 
 
 def made(kept: Kept, other: OtherHead | None, rows: PerRow, where: slice) -> LogitRows:
-    """The logits that were kept, of the computed rows ``where``."""
+    """Return the kept logits of the computed rows ``where``."""
     count, second = where.stop - where.start, None
     if other is not None:
         second = other.given(where) if kept.other is None else kept.other[:count]
@@ -74,7 +84,9 @@ def made(kept: Kept, other: OtherHead | None, rows: PerRow, where: slice) -> Log
 
 
 def torch_logits(hidden: Tensor, head: LMHead, rows: PerRow, keep: Tensor, settings: ChunkSettings, other: OtherHead | None) -> LogitRows:
-    """The logits of all computed rows at once, differentiable as often as one likes."""
+    """Return the logits of all computed rows at once. They are differentiable any
+    number of times.
+    """
     z = again.head_logits(hidden, head, keep, settings)
     y = None if other is None else again.other_logits(other.values, other.head, other.picked, keep, other.settings)
     return LogitRows(z, y, rows)

@@ -1,6 +1,8 @@
-"""The GEMMs of a chunked LM head: a chunk's logits into a reused buffer, and from their gradient those of hidden states, weight, bias and LoRA.
+"""The GEMMs of a chunked LM head.
 
-Which dtype, how many rows at a time, and which rows are left out is decided here and nowhere else.
+They compute a chunk's logits into a reused buffer, and from their gradient those of
+hidden states, weight, bias and LoRA. Only this module decides the dtypes, the number of
+rows at a time, and the rows that are left out.
 """
 
 from __future__ import annotations
@@ -11,22 +13,27 @@ import torch
 from torch import Tensor
 
 from ...calls.hidden import ChunkSettings, LMHead
-from ...rows.ranks import Sums, summed_
+from ...rows.ranks import Sums
 from ..memory import empty
 from ..ops import op
 
-#: Up to this many chunks a 16-bit weight's gradient is summed in its own dtype, beyond in fp32: each chunk rounds the sum once.
+#: Up to this many chunks, the gradient of a 16-bit weight is summed in its own dtype.
+#: With more it is summed in fp32, because each chunk rounds the sum once.
 CHUNKS_IN_WEIGHT_DTYPE = 8
-#: Rows without a coefficient are dropped from the backward GEMMs if at least this share of a chunk is: a gather has its price too.
+#: Rows without a coefficient are dropped from the backward GEMMs if they are at least
+#: this share of a chunk. A gather has a cost too.
 _WORTH_DROPPING = 0.1
-#: Bytes that move at once when a chunk is compacted: on a CPU few enough for a cache, on a GPU enough for its bandwidth.
+#: The number of bytes that move at once when a chunk is compacted. On a CPU they fit a
+#: cache. On a GPU they are enough for its bandwidth.
 _BLOCK = {"cpu": 4 << 20, "cuda": 64 << 20}
-#: Rows of the weight that are worked on at once where a copy in a wider dtype is needed.
+#: The number of rows of the weight at a time where a copy in a wider dtype is needed.
 _SLICE = 8192
 
 
 def _widens(operand: Tensor, out: torch.dtype) -> bool:
-    """Whether a GEMM of 16-bit operands can write ``out`` unrounded: on a GPU, since torch 2.8."""
+    """Return whether a GEMM of 16-bit operands can write ``out`` unrounded. It can on a
+    GPU since torch 2.8.
+    """
     return operand.device.type == "cuda" and operand.dtype.itemsize == 2 and out == torch.float32 and hasattr(torch.ops.aten.mm, "dtype")
 
 
@@ -35,15 +42,20 @@ def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
 
 
 class Chunk:
-    """One chunk's logits, of ``size`` rows: where there are several chunks the last one is padded, for a GEMM with fewer rows may sum in another
-    order, and a row's result must not depend on where it stands."""
+    """The logits of one chunk of ``size`` rows.
+
+    If there are several chunks, the last one is padded. A GEMM with fewer rows may sum
+    in another order, and a row's result must not depend on its position.
+    """
 
     def __init__(self, size: int, head: LMHead, settings: ChunkSettings) -> None:
         self.head = head
         self.data = empty((size, head.weight.size(0)), settings.logits_dtype, head.weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits of up to ``size`` rows: the first rows of the buffer."""
+        """Return the logits of up to ``size`` rows, which are the first rows of the
+        buffer.
+        """
         weight, bias, a, b, scale = self.head
         h, out = padded(hidden, self.data.size(0)).to(weight.dtype), self.data
         if b is not None and torch.promote_types(b.dtype, out.dtype) != out.dtype:
@@ -62,7 +74,10 @@ class Chunk:
         return out[: hidden.size(0)]
 
     def _round_once(self, h: Tensor) -> None:
-        """The logits of a head whose LoRA factors are wider than they: the sum of both terms is rounded, some columns at a time."""
+        """Compute the logits of a head with wider LoRA factors.
+
+        The sum of both terms is rounded once, some columns at a time.
+        """
         weight, bias, a, b, scale = self.head
         assert a is not None and b is not None
         low_rank = scale * (h.to(a.dtype) @ a.t())
@@ -76,12 +91,16 @@ class Chunk:
 
 
 def padded(x: Tensor, rows: int) -> Tensor:
-    """``x`` with rows of zeros below, if it has fewer."""
+    """Return ``x`` with rows of zeros appended if it has fewer than ``rows``."""
     return x if x.size(0) == rows else torch.cat([x, x.new_zeros(rows - x.size(0), x.size(1))])
 
 
 def _mm_wider(h: Tensor, weight: Tensor, out: Tensor) -> None:
-    """fp32 logits from 16-bit operands: one rounding less. On a GPU at GEMM speed; elsewhere in fp32, a slice of the weight at a time."""
+    """Compute fp32 logits from 16-bit operands, which saves one rounding.
+
+    On a GPU this runs at GEMM speed. Elsewhere it is in fp32, a slice of the weight at
+    a time.
+    """
     if _widens(h, out.dtype):
         wide_gemm_(out, h, weight.t(), False)
         return
@@ -91,16 +110,20 @@ def _mm_wider(h: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 class Gradients:
-    """Accumulates what is asked for, from chunks of logit gradients: gradients of hidden, weight, bias and LoRA factors.
+    """Accumulates the requested gradients of hidden, weight, bias and LoRA factors from
+    chunks of logit gradients.
 
-    A parameter's gradient is summed in its own dtype where that is fp32 (also under autocast: no rounding to 16 bits on the way), else as
+    A parameter's gradient is summed in its own dtype if that is fp32. This holds under
+    autocast too: nothing is rounded to 16 bits on the way. Otherwise the dtype is
     ``accumulate_dtype`` says.
     """
 
     def __init__(
         self, hidden: Tensor, parameters: LMHead, head: LMHead, needs: tuple[bool, ...], chunk_count: int, settings: ChunkSettings
     ) -> None:
-        """``parameters`` as the caller has them, ``head`` in the dtype of the GEMMs."""
+        """Start with ``parameters`` as the caller has them and ``head`` in the dtype of
+        the GEMMs.
+        """
         self.head = head
         self.sources = (hidden, *parameters[:4])
         self.needs = [need and x is not None for need, x in zip(needs, self.sources, strict=True)]
@@ -108,15 +131,21 @@ class Gradients:
         compute = settings.compute_dtype
         self.hidden = empty(hidden.shape, compute, hidden.device).zero_() if self.needs[0] else None
         self.totals: list[Tensor | None] = [None] * 4  # a parameter's first chunk writes, the others add
-        self.over_ranks = None if settings.shards is None or self.hidden is None else Sums(settings.shards.op, settings.shards.group)
-        self.summed = 0  # of the leading rows of hidden, those whose sum over ranks has begun
+        running = settings.shards is not None and self.hidden is not None and not torch.compiler.is_compiling()
+        self.over_ranks = Sums(settings.shards.op, settings.shards.group) if running and settings.shards is not None else None
+        self.summed = 0  # the number of leading rows of hidden whose sum over ranks has begun
 
     def add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, with_gradient: Tensor | None) -> None:
-        """``chunk`` holds dL/dlogits of the rows (a run of all rows, or their positions), and padding; ``with_gradient``: positions in the chunk of
-        the only rows whose gradient is not 0, ascending. They are moved to its top, over the others."""
+        """Add the gradients of a chunk.
+
+        ``chunk`` holds dL/dlogits of the rows (a run of all rows, or their positions),
+        and padding. ``with_gradient`` has the ascending positions in the chunk of the
+        only rows whose gradient is not 0. They are moved to its top, over the others.
+        """
         self._add(rows, h, chunk, with_gradient)
         if self.over_ranks is not None and self.hidden is not None and isinstance(rows, slice):
-            # While the next chunk is computed, the gradient of this one's hidden states is summed over the vocabulary's shards.
+            # The gradient of this chunk's hidden states is summed over the vocabulary's
+            # shards while the next chunk is computed.
             self.over_ranks.start(self.hidden[rows])
             self.summed = rows.stop
 
@@ -188,8 +217,12 @@ class Gradients:
             total.addmm_(left, right)
 
     def finish(self) -> tuple[Tensor | None, ...]:
-        """The gradients in the inputs' dtypes: hidden, weight, bias, lora_a, lora_b; zeros where no row had one. Of a sharded vocabulary weight, bias and
-        lora_b are this rank's, and the others those of all ranks."""
+        """Return the gradients in the inputs' dtypes: hidden, weight, bias, lora_a,
+        lora_b.
+
+        A gradient is zeros if no row had one. With a sharded vocabulary those of
+        weight, bias and lora_b are this rank's, and the others are those of all ranks.
+        """
         self._sum_over_ranks()
         results = [self.hidden, *self.totals]
         for i, (need, source) in enumerate(zip(self.needs, self.sources, strict=True)):
@@ -199,6 +232,8 @@ class Gradients:
         return tuple(results)
 
     def _sum_over_ranks(self) -> None:
+        if self.over_ranks is None and self.settings.shards is not None and self.hidden is not None:
+            self.hidden = self.settings.shards.summed(self.hidden)  # in a graph, all rows at once
         if self.over_ranks is not None and self.hidden is not None:
             self.over_ranks.start(self.hidden[self.summed :])  # rows that were picked, all at once
             self.over_ranks.finish()
@@ -208,11 +243,14 @@ class Gradients:
         total = self.totals[2]
         if total is None:  # no row had a gradient here
             total = torch.zeros_like(lora_a, dtype=self._dtype(2), memory_format=torch.contiguous_format)
-        self.totals[2] = summed_(shards.op, shards.group, total)
+        self.totals[2] = shards.summed(total)
 
 
 def _mm_mixed(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in the dtype of ``right``: a slice of the shared dimension at a time where ``left`` has another."""
+    """Return ``left @ right`` in the dtype of ``right``.
+
+    If ``left`` has another dtype, it takes a slice of the shared dimension at a time.
+    """
     if left.dtype == right.dtype:
         return left @ right
     total = right.new_zeros(left.size(0), right.size(1))
@@ -222,31 +260,43 @@ def _mm_mixed(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _finite(h: Tensor) -> Tensor:
-    """Hidden states for the GEMMs that sum over rows, with 0 for what is not finite: an ignored row, or one without a coefficient, may hold anything, and
-    ``0 · NaN`` would be every parameter's gradient. No NaN is hidden: a row that counts has NaN logits there, and a gradient of NaN in every column."""
+    """Return hidden states for the GEMMs that sum over rows, with 0 for values that are
+    not finite.
+
+    An ignored row, or one without a coefficient, may hold any value, and ``0 · NaN``
+    would become the gradient of every parameter. This hides no NaN: a row that counts
+    has NaN logits there, and a gradient of NaN in every column.
+    """
     return torch.nan_to_num(h, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @op(lambda out, left, right, accumulate: None, mutates=("out",))
 def wide_gemm_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
-    """``out = left @ right``, or ``out += left @ right``, into a dtype wider than the operands'.
+    """Compute ``out = left @ right``, or ``out += left @ right``, in a dtype wider than
+    that of the operands.
 
-    An op, for inductor cannot lower ``addmm`` with ``out_dtype``."""
+    This is an op, because inductor cannot lower ``addmm`` with ``out_dtype``.
+    """
     if _widens(left, out.dtype):
         if accumulate:
             torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
         else:
             torch.mm(left, right, out_dtype=out.dtype, out=out)
         return
-    # No such GEMM here: each product is rounded once, their sum is not.
+    # This device has no such GEMM. Each product is rounded once, and their sum is not
+    # rounded.
     for part in chunks(0, left.size(0), _SLICE):
         product = left[part] @ right
         out[part] = out[part] + product if accumulate else product
 
 
 def compacted(chunk: Tensor, with_gradient: Tensor) -> Tensor:
-    """The rows ``with_gradient`` (ascending) of ``chunk``, moved to its top: a view. A row only ever moves up, so a block of rows may overwrite what
-    lies above the next block's sources, and no second chunk is needed."""
+    """Move the rows ``with_gradient`` (ascending) of ``chunk`` to its top and return a
+    view of them.
+
+    A row only ever moves up. A block of rows may therefore overwrite the rows above the
+    next block's sources, and no second chunk is needed.
+    """
     row_bytes = max(chunk.size(1) * chunk.element_size(), 1)
     rows = max(_BLOCK.get(chunk.device.type, _BLOCK["cuda"]) // row_bytes, 1)
     spare = chunk.new_empty(min(rows, with_gradient.numel()), chunk.size(1))
@@ -258,7 +308,9 @@ def compacted(chunk: Tensor, with_gradient: Tensor) -> Tensor:
 
 
 def rows_with_gradient(*derivatives: Tensor | None) -> Tensor | None:
-    """Positions of the rows with a coefficient, or None where dropping the others is not worth it."""
+    """Return the positions of the rows with a coefficient, or None if dropping the
+    others is not worth its cost.
+    """
     known = [(c != 0) if c.dim() == 1 else (c != 0).any(-1) for c in derivatives if c is not None]
     with_gradient = torch.stack(known).any(0)
     index = with_gradient.nonzero()[:, 0]
@@ -270,7 +322,9 @@ def _fewest_to_drop(rows: int) -> float:
 
 
 def zero_gradient_rows_dropped(zero_gradient: Tensor, size: int) -> Tensor:
-    """How many of the rows marked in ``zero_gradient`` ``[M]`` are dropped in chunks of ``size`` rows, by the rule of :func:`rows_with_gradient`."""
+    """Return how many of the rows marked in ``zero_gradient`` ``[M]`` are dropped in
+    chunks of ``size`` rows, by the rule of :func:`rows_with_gradient`.
+    """
     parts = [zero_gradient[rows] for rows in chunks(0, zero_gradient.numel(), size)]
     dropped = [torch.where(x.sum() >= _fewest_to_drop(x.numel()), x.sum(), 0) for x in parts]
     return torch.stack(dropped).sum() if dropped else zero_gradient.sum()

@@ -1,6 +1,8 @@
-"""What is computed of a chunk of logits: a row's statistics and their gradient, from one model's logits or from two models'.
+"""What is computed of a chunk of logits: row statistics and their gradient, for one
+model or two.
 
-A measure knows backends and formulas, and nothing of heads and chunks: those are :mod:`.autograd`'s.
+A measure uses backends and formulas. It does not know heads and chunks, which belong to
+:mod:`.autograd`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from .gemms import chunks
 
 
 class PerRow(NamedTuple):
-    """What is known of every computed row beside its logits. A temperature has one element or one a row."""
+    """The data of every computed row, apart from its logits. A temperature has one
+    element, or one per row.
+    """
 
     ids: Tensor  # [M]
     temperature: Tensor
@@ -35,12 +39,12 @@ class PerRow(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor, temperature: Tensor, picked: Tensor | None, sets: KeptSets | None) -> PerRow:
-        """Of one model's rows."""
+        """Return the data of one model's rows."""
         return cls(ids, temperature, None, picked, *((None,) * 3 if sets is None else sets[:3]))
 
     @property
     def sets(self) -> KeptSets | None:
-        """Whose entropy is meant is told elsewhere."""
+        """Return the kept sets. They do not tell over which set the entropy is taken."""
         if self.kept_ids is None or self.kept_row is None or self.kept_bounds is None:
             return None
         return KeptSets(self.kept_ids, self.kept_row, self.kept_bounds, False)
@@ -56,14 +60,16 @@ class PerRow(NamedTuple):
 
 
 class LogitRows(NamedTuple):
-    """The logits of some rows, those of the second model where there is one, and what else is known of the rows."""
+    """The logits of some rows, those of the second model if there is one, and the other
+    data of the rows.
+    """
 
     values: Tensor  # [n, V]
     other: Tensor | None
     rows: PerRow
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What an op on one tensor or on two takes first."""
+        """Return the first arguments of an op on one tensor or on two."""
         if self.other is None:
             return self.values, self.rows.ids, self.rows.temperature
         assert self.rows.other_temperature is not None
@@ -71,7 +77,10 @@ class LogitRows(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a measure has found of some rows, one element a row: what callers get, and what else its gradient reads."""
+    """The results of a measure for some rows, one element per row.
+
+    They are the outputs for callers, and the further values that their gradient reads.
+    """
 
     outputs: tuple[Tensor, ...]
     rest: tuple[Tensor, ...]
@@ -86,7 +95,11 @@ _BLOCK = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
 def wide_blocks(logits: LogitRows) -> Iterator[tuple[slice, LogitRows]]:
-    """A few rows at a time, with a copy of the first model's logits in the dtype of row arithmetic: where two gradients are added, the sum is rounded once."""
+    """Work on a few rows at a time, with a copy of the first model's logits in the
+    dtype of row arithmetic.
+
+    Where two gradients are added, the sum is rounded once.
+    """
     dtype = library.row_dtype(logits.values)
     most = _BLOCK.get(logits.values.device.type, _BLOCK["cuda"]) // (
         max(logits.values.size(1), 1) * dtype.itemsize
@@ -104,10 +117,14 @@ class Measure(Protocol):
 
     @property
     def differentiable(self) -> tuple[bool, ...]:
-        """Of each output, whether it has a gradient."""
+        """Return for each output whether it has a gradient."""
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
-        """The statistics, and what the gradient reads if there will be one; of a shard, also what it is merged by."""
+        """Return the statistics, and the values that the gradient reads if there will
+        be one.
+
+        For a shard they include those by which shards are merged.
+        """
 
     @property
     def shards(self) -> VocabShards | None:
@@ -130,14 +147,23 @@ class Measure(Protocol):
         """All that is found, with the sums ``[S, M]`` over all shards."""
 
     def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
-        """The gradient by the first model's logits from the derivatives ``by`` each output; None if it stands over them now, which it does if it may."""
+        """Return the gradient by the first model's logits from the derivatives ``by``
+        each output.
+
+        It is None if the gradient was written over them, which happens if ``over``
+        allows it.
+        """
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
-        """The outputs as differentiable torch."""
+        """Return the outputs as differentiable torch."""
 
 
 class TokenMeasure(NamedTuple):
-    """The named statistics of one model's logits; where ids are picked also their log-probs and themselves, ``top`` of them by their logits."""
+    """The named statistics of one model's logits.
+
+    If ids are picked, there are also their log-probs and the ids, ``top`` of them by
+    their logits.
+    """
 
     softmax: SoftmaxParams
     backend: str
@@ -216,12 +242,15 @@ class TokenMeasure(NamedTuple):
 
 
 class DivergenceMeasure(NamedTuple):
-    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` of two models' logits: of the JSD, where there is a ``beta``, the gradient is that of nothing else."""
+    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` of two models' logits.
+
+    With a ``beta`` there is the JSD, and only it has a gradient.
+    """
 
     softmaxes: Softmaxes
     backend: str
     beta: float | None
-    shards: VocabShards | None = None  # over ranks, each with its columns of both models
+    shards: VocabShards | None = None  # shards over ranks, each with its columns of both models
 
     @property
     def differentiable(self) -> tuple[bool, ...]:
@@ -281,7 +310,11 @@ class DivergenceMeasure(NamedTuple):
 
 
 class JointMeasure(NamedTuple):
-    """One model's statistics and its divergences from a second one, of the same chunk of logits: the outputs of the first, then those of the second."""
+    """One model's statistics and its divergences from a second model, from the same
+    chunk of logits.
+
+    The outputs of the first measure come first, then those of the second.
+    """
 
     token: TokenMeasure
     divergence: DivergenceMeasure

@@ -1,4 +1,8 @@
-"""Hidden states and an LM head as a source: the same statistics and fused loss as from logits, which never exist as a whole."""
+"""A source from hidden states and an LM head.
+
+It gives the same statistics and fused loss as logits, but the logits never exist as a
+whole.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +29,9 @@ from .measures import PerRow, TokenMeasure
 from .works import TokenWork
 
 
-def with_shards(hidden: Hidden, shards: VocabShards) -> Hidden:
-    """A rank's call that has agreed with the others on who has which columns."""
-    settings, (kept, ids) = hidden.settings, part_of(hidden.kept, hidden.ids, shards, hidden.rows)
+def with_shards(hidden: Hidden, shards: VocabShards, ids: Tensor) -> Hidden:
+    """Return a rank's call after the ranks have agreed on their columns."""
+    settings, (kept, ids) = hidden.settings, part_of(hidden.kept, ids, shards, hidden.rows)
     return replace(hidden, kept=kept, ids=ids, settings=settings._replace(softmax=shards.params(settings.softmax.softcap), shards=shards))
 
 
@@ -61,12 +65,12 @@ class HiddenSource(PlainSource):
     def search(self, backend: str) -> str | None:
         return search_of(backend, 0 if self.picks is None else self.picks.top)
 
-    @torch.compiler.disable
     def _of_shards(self, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
         assert h.shard is not None
         refuse_transforms(h.rows, backend)
-        return self._statistics(with_shards(h, agreed(h.shard, h.rows, wanted, h.needs_grad, self.picks, h.kept)), wanted, backend)
+        met = agreed(h.shard, h.rows, h.ids, wanted, h.needs_grad, self.picks, h.kept)
+        return self._statistics(with_shards(h, *met), wanted, backend)
 
     def _statistics(self, h: Hidden, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         picks, torch_only = self.picks or Picks(), backend == again.TORCH
@@ -97,9 +101,11 @@ class HiddenSource(PlainSource):
 
 
 class _DroppedRows:
-    """Metrics of the head: rows dropped before the first GEMM, and of the others those dropped from the backward GEMMs.
+    """Metrics of the head: rows dropped before the first GEMM, and further rows dropped
+    from the backward GEMMs.
 
-    In one_pass the latter are counted chunk by chunk. Holds no tensor of the head's size.
+    In one_pass the latter are counted chunk by chunk. This holds no tensor of the
+    head's size.
     """
 
     def __init__(self, hidden: Hidden, dropped_in: int) -> None:

@@ -1,4 +1,8 @@
-"""Hidden states beside a teacher's: a policy's statistics and its divergences from the teacher, from the same chunks of logits."""
+"""A source from hidden states beside a teacher's.
+
+A policy's statistics and its divergences from the teacher come from the same chunks of
+logits.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,10 @@ from .works import JointWork, TokenWork, TwoWork
 
 @dataclass(frozen=True)
 class TaughtSource(PlainSource):
-    """The statistics of :class:`.source.HiddenSource`, and those of :class:`.two_source.TwoHiddenSource` with ``TEACHER`` before their names."""
+    """The statistics of :class:`.source.HiddenSource` and those of
+    :class:`.two_source.TwoHiddenSource`. The names of the latter have the prefix
+    ``TEACHER``.
+    """
 
     two: TwoHiddenSource
 
@@ -39,7 +46,6 @@ class TaughtSource(PlainSource):
             return whole
         return self._statistics(self.two, own, backend)
 
-    @torch.compiler.disable
     def _of_shards(self, own: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         return self._statistics(self.two.agreed(own, backend), own, backend)
 

@@ -1,4 +1,8 @@
-"""Two models' hidden states, or one's and the other's logits, as a source: divergences of logits that never exist as a whole."""
+"""A source from the hidden states of two models, or from those of one and the logits of
+the other.
+
+It gives divergences of logits that never exist as a whole.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,6 @@ class TwoHiddenSource(PlainSource):
             return whole
         return self._statistics(backend)
 
-    @torch.compiler.disable
     def _of_shards(self, backend: str) -> dict[str, Tensor]:
         return self.agreed((), backend)._statistics(backend)
 
@@ -53,7 +56,7 @@ class TwoHiddenSource(PlainSource):
         p = self.both.p
         assert p.shard is not None
         refuse_transforms(p.rows, backend)
-        own = with_shards(p, p.shard.agreed(p.rows, (*asked, *self.names, self.beta), p.needs_grad))
+        own = with_shards(p, *p.shard.agreed(p.rows, p.ids, (*asked, *self.names, self.beta), p.needs_grad))
         return replace(self, both=replace(self.both, p=own))
 
     def _statistics(self, backend: str) -> dict[str, Tensor]:
@@ -68,7 +71,7 @@ class TwoHiddenSource(PlainSource):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The statistics, in the order of the measure's outputs."""
+        """Return the names of the statistics in the order of the measure's outputs."""
         return STATISTICS if self.beta is None else (*STATISTICS, GENERALIZED_JSD)
 
     @property

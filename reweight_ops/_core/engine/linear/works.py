@@ -1,4 +1,6 @@
-"""Fused losses of a chunk of logits: what :class:`.autograd.LinearOnePass` does with each, so that no chunk is computed twice."""
+"""Fused losses of a chunk of logits. :class:`.autograd.LinearOnePass` evaluates them,
+so that no chunk is computed twice.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,23 @@ class OnePassWork(Protocol):
 
     @property
     def op(self) -> str:
-        """The public op, for messages."""
+        """Return the name of the public op, for messages."""
 
     def at(self, rows: slice) -> OnePassWork:
-        """The same loss of these rows."""
+        """Return the same loss for these rows."""
 
     def gradient_(self, logits: LogitRows) -> Tensor:
-        """What the kernel returns per row, ``[S, n]``; the loss's gradient stands over the first model's logits now."""
+        """Return the kernel's per-row results ``[S, n]``. The loss's gradient is
+        written over the first model's logits.
+        """
 
     def rows_with_gradient(self, table: Tensor) -> Tensor | None:
-        """Positions of the rows with a gradient, or None where dropping the others is not worth it."""
+        """Return the positions of the rows with a gradient, or None if dropping the
+        others is not worth its cost.
+        """
 
     def loss(self, table: Tensor) -> Tensor:
-        """The loss from the table of all rows."""
+        """Return the loss from the table of all rows."""
 
 
 class TokenWork(NamedTuple):
@@ -45,7 +51,7 @@ class TokenWork(NamedTuple):
     work: PolicyWork
     softmax: SoftmaxParams
     backend: str
-    over_vocabulary: bool = False  # the entropy, where rows have kept sets
+    over_vocabulary: bool = False  # whether the entropy of rows with kept sets is over the vocabulary
 
     @property
     def op(self) -> str:
@@ -60,12 +66,14 @@ class TokenWork(NamedTuple):
         return table
 
     def gradient(self, logits: LogitRows) -> tuple[Tensor, Tensor]:
-        """The table, and the gradient as a tensor of its own."""
+        """Return the table, and the gradient as a separate tensor."""
         table, grad = self._called(logits, library.token_loss_grad, kept_ops.kept_loss_grad)
         return table, grad
 
     def _called(self, logits: LogitRows, whole: Any, of_sets: Any) -> Any:
-        """What the op gives of rows over the whole vocabulary, or of rows with kept sets."""
+        """Return what the op gives for rows over the whole vocabulary, or for rows with
+        kept sets.
+        """
         inputs, params, program = self.work
         rows, sets, rest = (logits.rows.ids, logits.rows.temperature), logits.rows.sets, (*self.softmax[:2], False, self.backend)
         if sets is None:
@@ -97,7 +105,7 @@ class TwoWork(NamedTuple):
         return self._replace(work=self.work._replace(weights=self.work.weights[rows].contiguous()))
 
     def gradient_(self, logits: LogitRows) -> Tensor:
-        """The kernels' table; with a ``beta`` a row for the JSD besides."""
+        """Return the kernels' table. With a ``beta`` it has one more row for the JSD."""
         softmaxes, backend, beta, _ = self.measure
         two = logits.tensors()
         if beta is None:
@@ -116,7 +124,10 @@ class TwoWork(NamedTuple):
 
 
 class JointWork(NamedTuple):
-    """A program and a weighted sum of divergences, of the same chunk of logits: the rows of the first's table, then those of the second's."""
+    """A program and a weighted sum of divergences of the same chunk of logits.
+
+    The table has the rows of the first, then those of the second.
+    """
 
     token: TokenWork
     two: TwoWork

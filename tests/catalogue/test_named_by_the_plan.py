@@ -1,0 +1,48 @@
+"""Every method that the plan names is found: as an entry of the catalogue, or among those left out, with a reason that the command line shows."""
+
+import pytest
+from typer.testing import CliRunner
+
+import reweight_ops as rw
+from reweight_ops import cli
+from reweight_ops._core.catalogue.left_out import LEFT_OUT
+
+#: What trainers ship, in the plan's words; a pair has its own, and what it leads to.
+TRAINERS = (
+    "DPPO-KL", "DRO", "TOPR", "GLM-5", "Kimi k1.5", "OPMD", "REC (ring", "Kimi K2.5", "IPO mask", "decoupled PPO", "M2PO", "Clip-Cov", "KL-Cov", "TIS",
+    "IcePop", "MIS", "geometric mask", "sequence TIS", "divergence-gated", "TRM", "FIPO", "IW-OPD", "CTPO", "RLSD", "SDAR", "STAPO", "TR-GRPO",
+    "Straight-through KL", "VAPO", "two-sided clip", "adaptive entropy control", "CISPO", "ScaleRL", "Lite PPO", "DFT", "A*-PO", "MaxRL", "pass@k",
+    "OTB", "TIR-OTB", "KTO", "TPO", "AlphaPO", "f-DPO", "AOT", "IRPO", "MPO", "REAL", "GPG", "on-policy distillation", "SDPO", "SDFT", "GOLD",
+    "OPSD", "stable_reinforce", "Lp-Reg", "CaSP", "DVP", "VCPO", "SofT-GRPO",
+)  # fmt: skip
+#: What the survey papers name beside their own methods.
+SURVEYS = (
+    "deferred re-weighting", "class-balanced", "Even your Teacher Needs Guidance", "Distilling the Knowledge", "Upsample or Upweight", "Cooldown",
+    "Bradley-Terry", "beta-DPO", "PSR-NSR", "AdaWAC", "ShrinkMatch", "WEAT", "KaLM", "LongAlign", "GSR", "RENT", "coreset", "RewardFusion", "ConvexDA",
+    "WARM", "Ctrl-U", "Data Mixing Agent", "Aioli", "SuperHF", "GA + KL", "guided error correction", "soft reward", "question-answer inversion",
+    "CANON", "burn-in", "dynamic sampling", "difficulty bands", "all-correct groups", "HAPO temperature", "Regret-loss", "Infra", "RICL",
+)  # fmt: skip
+#: Left out: each has a line of LEFT_OUT. All others have an entry.
+WITHOUT_ENTRY = {
+    "REC (ring", "Straight-through KL", "SDPO", "SDFT", "GOLD", "OPSD", "stable_reinforce", "Lp-Reg", "CaSP", "DVP", "VCPO", "SofT-GRPO",
+    "Even your Teacher Needs Guidance", "Bradley-Terry", "AdaWAC", "ShrinkMatch", "WEAT", "KaLM", "LongAlign", "GSR", "RENT", "coreset", "RewardFusion",
+    "ConvexDA", "WARM", "Ctrl-U", "Data Mixing Agent", "Aioli", "GA + KL", "guided error correction", "question-answer inversion", "difficulty bands",
+    "all-correct groups", "Regret-loss", "Infra", "RICL", "Cooldown",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINERS + SURVEYS)
+def test_a_name_of_the_plan_is_found(name):
+    hits = rw.find(name)
+    if name in WITHOUT_ENTRY:
+        (line,) = {line for line in LEFT_OUT if name.lower() in line.lower()}
+        assert len(LEFT_OUT[line]) > 20
+        assert [hit for hit in hits if not hit.call and LEFT_OUT[line] in hit.full_name], "find shows the reason"
+    else:
+        assert hits and hits[0].call and hits[0].why != "the nearest spelling"
+
+
+def test_the_command_line_shows_the_reason(monkeypatch):
+    monkeypatch.setattr(cli, "console", cli.Console(width=400))
+    found = CliRunner().invoke(cli.app, ["find", "AdaWAC"])
+    assert found.exit_code == 0 and LEFT_OUT["AdaWAC"][:40] in found.stdout
