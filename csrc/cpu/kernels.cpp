@@ -1,4 +1,4 @@
-// The three primitives at one instruction-set level. This file is compiled once per level; RW_LEVEL names the level.
+// The primitives at one instruction-set level. This file is compiled once per level; RW_LEVEL names the level.
 #include "common/concat.h"
 #include "common/row_view.h"
 #include "parallel.h"
@@ -26,8 +26,8 @@ struct Row : RowView<T, int64_t> {
     }
 
     template <Sums kSums>
-    RowSweep sweep(int64_t columns, const Softcap& softcap) const {
-        return RowSweeper<T, kSums>(scale, softcap)(x, columns);
+    RowSweep sweep(int64_t columns, const Softcap& softcap, TopIds<T>* likeliest = nullptr) const {
+        return RowSweeper<T, kSums>(scale, softcap, likeliest)(x, columns);
     }
     FinishedRow<double> finish(const RowSweep& sweep) const { return {double(sweep.top) * scale, sweep.rest}; }
 
@@ -92,25 +92,45 @@ void write_grad(int64_t v, int64_t width, const Row<T>& row, const Derivatives<d
 
 // ---- token_stats
 
+/// One row; `likeliest`: null, or what is to see its columns.
 template <class T, Sums kSums>
-void token_stats(const StatsCall& call) {
+void row_stats(const StatsCall& call, int64_t i, const Softcap& softcap, TopIds<T>* likeliest) {
+    if (is_invalid(call, i)) {
+        put_invalid_row(call, i);
+        if (likeliest) likeliest->see(row_of<T>(call, i), 0, columns_of(call, i));
+        return;
+    }
+    const Row<T> row(call, i, softcap);
+    const RowSweep sweep = row.template sweep<kSums>(columns_of(call, i), softcap, likeliest);
+    put_row(call, i, row.statistics(sweep, row.finish(sweep)));
+}
+
+/// `top`: the same call, if it asks for ids too.
+template <class T, Sums kSums>
+void token_stats(const StatsCall& call, const TopStatsCall* top) {
     const Softcap softcap(call.softcap);
     for_each_row(call.rows, call.vocab_size, threads_for(call.rows, call.vocab_size, call.threads), [&](int64_t i, int64_t) {
-        if (is_invalid(call, i)) return put_invalid_row(call, i);
-        const Row<T> row(call, i, softcap);
-        const RowSweep sweep = row.template sweep<kSums>(columns_of(call, i), softcap);
-        put_row(call, i, row.statistics(sweep, row.finish(sweep)));
+        if (!top) return row_stats<T, kSums>(call, i, softcap, nullptr);
+        int64_t* const ids = top->top_ids + i * top->top;
+        if (is_ignored(call, i)) {
+            put_invalid_row(call, i);
+            std::fill(ids, ids + top->top, kIgnoreIndex);
+            return;
+        }
+        TopIds<T> likeliest(top->top);
+        row_stats<T, kSums>(call, i, softcap, &likeliest);
+        likeliest.write(ids, call.vocab_start);
     });
 }
 
 template <class T>
-void token_stats_of(const StatsCall& call) {
+void token_stats_of(const StatsCall& call, const TopStatsCall* top) {
     if (call.log_sum_p_sq || call.softcap < kInf) {
-        token_stats<T, Sums::full>(call);
+        token_stats<T, Sums::full>(call, top);
     } else if (call.entropy) {
-        token_stats<T, Sums::entropy>(call);
+        token_stats<T, Sums::entropy>(call, top);
     } else {
-        token_stats<T, Sums::plain>(call);
+        token_stats<T, Sums::plain>(call, top);
     }
 }
 
@@ -191,7 +211,11 @@ void by_dtype(const C& call) {
 }
 template <class T>
 struct Stats {
-    static void run(const StatsCall& call) { token_stats_of<T>(call); }
+    static void run(const StatsCall& call) { token_stats_of<T>(call, nullptr); }
+};
+template <class T>
+struct TopStats {
+    static void run(const TopStatsCall& call) { token_stats_of<T>(call, &call); }
 };
 template <class T>
 struct Grad {
@@ -205,6 +229,7 @@ struct LossGrad {
 }  // namespace
 
 extern const Kernels RW_CONCAT(kernels_, RW_LEVEL);
-const Kernels RW_CONCAT(kernels_, RW_LEVEL) = {by_dtype<Stats, StatsCall>, by_dtype<Grad, GradCall>, by_dtype<LossGrad, LossGradCall>, stream};
+const Kernels RW_CONCAT(kernels_, RW_LEVEL) = {by_dtype<Stats, StatsCall>, by_dtype<TopStats, TopStatsCall>, by_dtype<Grad, GradCall>,
+                                               by_dtype<LossGrad, LossGradCall>, stream};
 
 }  // namespace reweight_ops

@@ -1,4 +1,4 @@
-// The three primitives at one instruction-set level, as function pointers.
+// The primitives at one instruction-set level, as function pointers.
 #pragma once
 
 #include "common/primitives.h"
@@ -7,8 +7,18 @@ namespace reweight_ops {
 
 enum class Stream : int { read = 0, update = 1, copy = 2, flush = 3 };
 
+/// The most ids that `top_stats` finds in a row.
+constexpr int kMostTop = 128;
+
+/// Statistics, and the ids of the `top` largest logits of each row.
+struct TopStatsCall : StatsCall {
+    int top;
+    int64_t* top_ids;  // [rows, top], largest first; kIgnoreIndex in ignored rows
+};
+
 struct Kernels {
     void (*token_stats)(const StatsCall&);
+    void (*top_stats)(const TopStatsCall&);
     void (*token_grad)(const GradCall&);
     void (*token_loss_grad)(const LossGradCall&);
     void (*stream)(Stream, float*, float*, int64_t, int);  // a bandwidth probe for the benchmarks

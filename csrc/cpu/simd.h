@@ -132,6 +132,21 @@ inline bool any(VecI v) {
 #endif
 }
 
+/// A bit for each lane, of lanes that are all ones or all zeros.
+inline uint32_t lane_bits(VecI v) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
+#elif defined(__AVX2__)
+    return uint32_t(_mm256_movemask_ps((__m256)v));
+#elif defined(__x86_64__)
+    return uint32_t(_mm_movemask_ps((__m128)v));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < kWidth; ++i) bits |= uint32_t(v[i] != 0) << i;
+    return bits;
+#endif
+}
+
 /// The largest integer <= t, for |t| < 2^22. NaN and -inf pass through.
 inline Vec floor(Vec t) {
 #if defined(__AVX512F__)
@@ -214,6 +229,16 @@ inline Vec tanh(Vec u, Vec& slope) {
 }
 
 // ---- two vectors of logits at a time
+
+/// Whether of two vectors the first one holds the even columns, and not the first ones.
+template <class T>
+constexpr bool kInterleaved = false;
+template <>
+constexpr bool kInterleaved<Bf16> = true;
+#if !defined(__AVX2__)
+template <>
+constexpr bool kInterleaved<F16> = true;
+#endif
 
 inline void load2(const float* p, Vec& a, Vec& b) {
     a = load(p);

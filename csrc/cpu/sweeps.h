@@ -10,6 +10,7 @@
 #include "common/terms.h"
 #include "row_state.h"
 #include "simd.h"
+#include "top_ids.h"
 
 namespace reweight_ops {
 namespace {
@@ -217,8 +218,8 @@ constexpr double kLeap = 8.0;
 template <class T, Sums kSums>
 class RowSweeper {
 public:
-    /// `scale` is log2(e) / T.
-    RowSweeper(double scale, const Softcap& softcap) : scale_(scale), softcap_(softcap) {}
+    /// `scale`: log2(e) / T. `likeliest`: null, or what is to see every block that may hold one of the largest logits.
+    RowSweeper(double scale, const Softcap& softcap, TopIds<T>* likeliest = nullptr) : scale_(scale), softcap_(softcap), likeliest_(likeliest) {}
 
     RowSweep operator()(const T* x, int64_t columns) {
         const T* home = x;  // the block with the largest column is kept apart
@@ -233,6 +234,7 @@ public:
                 at_ = sums.top;
                 sums = rise > kLeap ? sweep_without(x + begin, n, sums.top) : sweep(x + begin, n);
             }
+            if (likeliest_ && may_hold_likeliest(sums)) likeliest_->see(x + begin, begin, n);
             if (sums.top > kept.top) {
                 std::swap(sums, kept);
                 home = x + begin;
@@ -249,6 +251,9 @@ public:
     }
 
 private:
+    /// A maximum says nothing of a block with a NaN, of which the sum tells; and a capped one nothing of logits.
+    bool may_hold_likeliest(const BlockSums& sums) const { return softcap_.on || std::isnan(sums.state.sum) || !likeliest_->is_above(sums.top); }
+
     static int64_t size_of(int64_t left) { return left < kBlock ? left : kBlock; }
 
     /// Sums relative to the reference. Without one, every logit so far is -inf, and any finite
@@ -294,6 +299,7 @@ private:
 
     const double scale_;
     const Softcap& softcap_;
+    TopIds<T>* const likeliest_;
     const Exp2<5> exponential_{1.0};
     float at_ = -kInf;  // the logit that exponentials are relative to
 };

@@ -107,6 +107,18 @@ def _top(batch: dict[str, Any]) -> int:
     return min(PICKED, int(batch["logits"].size(-1)))
 
 
+def _distinct(z: Tensor) -> Tensor:
+    """Return logits in which repeated values are among the lowest, all but the first.
+
+    Backends may order equal logits as they like, and the gradient follows that order.
+    """
+    order, columns = z.detach().sort(dim=-1, descending=True, stable=True)
+    repeated = torch.zeros_like(columns, dtype=torch.bool)
+    repeated[..., 1:] = order.diff(dim=-1) == 0
+    again = torch.zeros_like(repeated).scatter(-1, columns, repeated)
+    return torch.where(again, (-50 - again.cumsum(-1)).to(z.dtype), z)
+
+
 #: By PyTorch, from logits. ``topk_ids``: the logits at those ids, since equal ones may come in any order.
 _PLAIN: dict[str, Callable[[dict[str, Any]], Tensor]] = {
     "logps": lambda b: _own(_log_p(b), b),
@@ -124,7 +136,11 @@ _PLAIN: dict[str, Callable[[dict[str, Any]], Tensor]] = {
 
 
 def _statistic(name: str, hidden: bool) -> Judged:
+    def of(batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "logits": _distinct(batch["logits"])} if name.startswith("topk") else batch
+
     def ours(batch: dict[str, Any], backend: str) -> Tensor:
+        batch = of(batch)
         rest: dict[str, Any] = {"stats": (name,), "completion_mask": batch["completion_mask"], "backend": backend}
         if name == "selected_logps":
             rest["selected_ids"] = batch["picked"]
@@ -139,7 +155,7 @@ def _statistic(name: str, hidden: bool) -> Judged:
             value = torch.where(value < 0, 0, batch["logits"].detach().gather(-1, value.clamp(min=0)))
         return value if value.is_floating_point() else value.to(batch["temperature"].dtype)
 
-    return Judged(ours, lambda batch: _masked(_PLAIN[name](batch), batch))
+    return Judged(ours, lambda batch: _masked(_PLAIN[name](of(batch)), batch))
 
 
 def _masked_statistic(name: str, over: str, hidden: bool) -> Judged:

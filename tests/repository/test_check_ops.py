@@ -81,7 +81,7 @@ def test_a_wrong_gradient_fails(monkeypatch):
 
 
 def test_wrong_picked_ids_fail(monkeypatch):
-    monkeypatch.setattr("reweight_ops._core.engine.picks.top_ids", lambda z, ids, k, softmax: torch.arange(k).expand(ids.numel(), k))
+    monkeypatch.setattr("reweight_ops._core.engine.picked_ops.top_ids", lambda z, ids, k, softmax: torch.arange(k).expand(ids.numel(), k))
     for what in ("topk_ids", "topk_logps"):
         assert not checks.run_case(checks.Case("reference", "token_stats", "float32", "cpu", checks.OP, what), 37).passed
 

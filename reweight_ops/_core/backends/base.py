@@ -201,6 +201,11 @@ class Backend:
 
     * ``token_stats(logits, ids, temperature, softmax, stats) -> Tensor [len(stats),
       N]`` returns the named statistics, a subset of :data:`STATS`.
+    * ``top_stats(logits, ids, temperature, softmax, stats, top) -> (Tensor [len(stats),
+      N], Tensor [N, top])`` is ``token_stats``, and from the same read the int64 ids of
+      the ``top`` largest logits, at most ``most_top`` and ``vocab_size``. The largest
+      comes first, NaN before all, and of equal ones the lowest id. Ignored rows have
+      IGNORE_INDEX. None means that callers take :func:`.picked.top_ids`.
     * ``token_grad(logits, ids, temperature, softmax, stats, derivatives, out) -> None``
       writes ``dL/dlogits`` to ``out`` (shape of logits, own strides; it may be
       ``logits`` itself). ``stats`` always maps ``logp`` and ``lse`` to ``[N]``, and
@@ -254,6 +259,8 @@ class Backend:
     divergence_stats: Callable[[DivergenceInputs], Tensor]
     divergence_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], None]
     divergence_loss_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], Tensor]
+    top_stats: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, tuple[str, ...], int], tuple[Tensor, Tensor]] | None = None
+    most_top: int = 0
     packed_stats: Callable[[PackedRows, tuple[str, ...]], Tensor] | None = None
     packed_grad: Callable[[PackedRows, dict[str, Tensor], dict[str, Tensor | None], Tensor], None] | None = None
     scale: Callable[[Tensor, Tensor], None] | None = None

@@ -154,6 +154,22 @@ class Native:
     def packed_stats(self, rows: PackedRows, stats: tuple[str, ...]) -> Tensor:
         return self._stats(self.packed_call(rows), rows.values, rows.ids.numel(), stats)
 
+    def top_stats(
+        self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, stats: tuple[str, ...], top: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of a module that has it."""
+        most = min(self.module.most_top, softmax.vocab_size)
+        if not 0 < top <= most:
+            raise InvalidCall(f"top_stats: top is {top}, expected 1 to {most}.")
+        found = ids.new_empty(ids.numel(), top)
+        call = self.call(logits, ids, temperature, softmax)
+        out, addresses = self.rows(stats, logits, ids.numel())
+        where = dict(zip(stats, addresses, strict=True))
+        self.module.top_stats(
+            call, [where.get(name, 0) for name in STATS], top, self.address("ids", found, (ids.numel(), top), ids, torch.int64)
+        )
+        return out, found
+
     def _stats(self, call: Any, like: Tensor, n: int, stats: tuple[str, ...]) -> Tensor:
         out, addresses = self.rows(stats, like, n)
         where = dict(zip(stats, addresses, strict=True))

@@ -13,24 +13,24 @@ from torch import Tensor
 
 from ..rows.groups import IGNORE_INDEX
 from .base import SoftmaxParams
-from .picked import Picked, top_ids
+from .picked import Picked
 
 #: Integers that travel as bits of row states, by their size.
 _INTEGERS = {4: torch.int32, 8: torch.int64}
 
 
 def pick_states(
-    logits: Tensor, ids: Tensor, given: Tensor | None, top: int, temperature: Tensor, softmax: SoftmaxParams, dtype: torch.dtype
-) -> Tensor:
-    """``[N, K + 2·top]`` in ``dtype``, of a shard's logits ``R + (V_local,)``: K logits of ``given``, then the ``top`` largest, and the bits of their ids."""
-    n, columns = ids.numel(), softmax.vocab_size
+    logits: Tensor, ids: Tensor, given: Tensor | None, likeliest: Tensor | None, top: int, temperature: Tensor, softmax: SoftmaxParams,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``[N, K + 2·top]`` in ``dtype``, of a shard's logits ``R + (V_local,)``: K logits of ``given``, then those of ``likeliest``, and the bits of their ids.
+
+    ``likeliest`` ``[N, min(top, V_local)]`` are the ids of the shard's largest logits."""
     parts = [] if given is None else [Picked(logits, ids, given, temperature, softmax).logits.to(dtype)]
-    if top:
-        found = min(top, columns)
-        own = top_ids(logits, ids, found, softmax) if found else ids.new_empty(n, 0)
-        z = Picked(logits, ids, own, temperature, softmax).logits.to(dtype)
-        missing = (n, top - found)  # of a shard with fewer columns
-        own = torch.cat([own, own.new_full(missing, IGNORE_INDEX)], 1)
+    if likeliest is not None:
+        z = Picked(logits, ids, likeliest, temperature, softmax).logits.to(dtype)
+        missing = (ids.numel(), top - likeliest.size(1))  # of a shard with fewer columns
+        own = torch.cat([likeliest, ids.new_full(missing, IGNORE_INDEX)], 1)
         parts += [torch.cat([z, z.new_full(missing, -math.inf)], 1), own.to(_INTEGERS[dtype.itemsize]).view(dtype)]
     return torch.cat(parts, 1)
 

@@ -23,7 +23,7 @@ from ..backends.picked import Picked
 from ..backends.shards import VocabShards, with_empty_shards
 from ..calls.sampling_mask import KeptSets
 from ..rows.groups import IGNORE_INDEX
-from . import again, kept_ops
+from . import again, kept_ops, picked_ops
 from . import ops as library
 from .kept_ops import OF_ENTROPY
 from .picks import PICKED, PICKED_IDS, Picks
@@ -80,15 +80,18 @@ def asked_for(stats: str, needs_grad: bool, shards: VocabShards | None = None) -
 
 
 def stats_table(
-    logits: Tensor, ids: Tensor, temperature: Tensor, sets: KeptSets | None, softmax: SoftmaxParams, options: OpOptions, wanted: str
-) -> Tensor:
-    """``[S, N]``: the statistics named in ``wanted``, over the vocabulary or over kept sets."""
-    rest = (options.drop_last, wanted, options.backend)
-    if sets is None:
-        table: Tensor = library.called(library.token_stats, logits, ids, temperature, *softmax, *rest)
-        return table
-    table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax, *rest)
-    return table
+    logits: Tensor, ids: Tensor, temperature: Tensor, sets: KeptSets | None, softmax: SoftmaxParams, options: OpOptions, wanted: str,
+    picks: Picks | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """``[S, N]``: the statistics named in ``wanted``, over the vocabulary or over kept sets. Beside it the likeliest ids of ``picks``, of these columns."""
+    rest, likeliest = (options.drop_last, wanted, options.backend), None
+    if sets is not None:
+        table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax, *rest)
+    elif picks is not None and picks.top:
+        table, likeliest = library.called(picked_ops.top_stats, logits, ids, temperature, *softmax, *rest, picks.top)
+    else:
+        table = library.called(library.token_stats, logits, ids, temperature, *softmax, *rest)
+    return table, likeliest
 
 
 def whole_rows(
@@ -167,8 +170,8 @@ class RowStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         wanted = asked_for(stats, ctx.needs_input_grad[0] or picks is not None, options.shards)
         z, shards = library.without_last_position(logits, options.drop_last), options.shards
-        table = stats_table(logits, ids, temperature, sets, softmax, options, wanted)
-        own = None if picks is None or shards is None else picks.states(z, ids, temperature, softmax, table.dtype)
+        table, likeliest = stats_table(logits, ids, temperature, sets, softmax, options, wanted, picks)
+        own = None if picks is None or shards is None else picks.states(z, ids, temperature, softmax, table.dtype, likeliest)
         rows, picked = whole_rows(table, wanted, ids, shards, picks, own)
         if shards is not None:
             wanted = wanted.removesuffix(f",{LOGP_LOW}")
@@ -178,7 +181,7 @@ class RowStatistics(torch.autograd.Function):
         outputs = known[: len(ctx.names)]
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED]
         if picks is not None:
-            values, chosen = (None, picks.of(z, ids, softmax)) if picked is None else picked
+            values, chosen = (None, picks.joined(likeliest)) if picked is None else picked
             by_name = dict(zip(ctx.wanted, known, strict=True))
             logps = Picked(z, ids, chosen, temperature, softmax, values).logps(by_name["lse"], by_name[LSE_LOW])
             outputs, known = (*outputs, logps, chosen), (*known, chosen)

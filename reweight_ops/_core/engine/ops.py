@@ -120,10 +120,11 @@ def row_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _fake_stats(
+def fake_stats(
     logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool,
     stats: str, backend: str,
 ) -> Tensor:  # fmt: skip
+    """The table of :func:`token_stats`, empty."""
     return logits.new_empty((len(stats.split(",")), ids.numel()), dtype=row_dtype(logits))
 
 
@@ -135,17 +136,24 @@ _UNFUSED: dict[str, Callable[[Tensor, Tensor, SoftmaxParams], Tensor]] = {
 }
 
 
-@op(_fake_stats)
+@op(fake_stats)
 def token_stats(
     logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool,
     stats: str, backend: str,
 ) -> Tensor:  # fmt: skip
     softmax, z = SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total), without_last_position(logits, drop_last)
+    return stats_of(z, ids, temperature, softmax, stats, functools.partial(load(backend).token_stats, z, ids, temperature, softmax))
+
+
+def stats_of(
+    z: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, stats: str, read: Callable[[tuple[str, ...]], Tensor]
+) -> Tensor:
+    """``[S, N]``: the statistics named in ``stats``, of which ``read`` gives those that a backend has."""
     names = stats.split(",")
-    if not vocab_size:
-        return empty_shard(tuple(names), ids.numel(), row_dtype(logits), logits.device)
+    if not softmax.vocab_size:
+        return empty_shard(tuple(names), ids.numel(), row_dtype(z), z.device)
     kernel = tuple([name for name in names if name not in (*_UNFUSED, LOGP_LOW)])
-    found = load(backend).token_stats(z, ids, temperature, softmax, kernel)
+    found = read(kernel)
     if len(kernel) == len(names):
         return found
     rows = dict(zip(kernel, found.unbind(), strict=True))

@@ -33,8 +33,9 @@ class TokenStats:
     ``logps`` log-prob of the id · ``entropies`` · ``lse`` log-sum-exp of the scaled logits · ``log_sum_p_sq`` log Σp² · ``max_logp`` log-prob
     of the likeliest token · ``is_top1`` bool: the id is a likeliest token · ``log1m_p`` log(1 - p) of the id, from its log-prob (so its error
     is an fp32 rounding over 1 - p) · ``mean_logits`` mean of the scaled logits over the vocabulary (``-inf`` if a column is) · ``selected_logps``
-    ``R + (K,)`` log-probs of ``selected_ids`` · ``topk_logps`` and ``topk_ids`` ``R + (k,)`` the ``top_k`` likeliest ids, likeliest first (of equal ones any),
-    ids of ``-100`` where a row is out. The first three, ``selected_logps`` and ``topk_logps`` are differentiable.
+    ``R + (K,)`` log-probs of ``selected_ids`` · ``topk_logps`` and ``topk_ids`` ``R + (k,)`` the ``top_k`` likeliest ids, likeliest first (of equal
+    ones the lowest where the ``cpu`` backend finds them, and else any), ids of ``-100`` where a row is out. The first three, ``selected_logps`` and
+    ``topk_logps`` are differentiable.
     """
 
     logps: Tensor | None = None

@@ -39,14 +39,18 @@ class Picks(NamedTuple):
         """Return the ``[N, K + top]`` ids for logits ``R + (V,)``. ``ids`` are the
         targets of the rows.
         """
-        parts = [] if self.given is None else [self.given]
-        if self.top:
-            parts.append(top_ids(logits, ids, self.top, softmax))
+        return self.joined(top_ids(logits, ids, self.top, softmax) if self.top else None)
+
+    def joined(self, likeliest: Tensor | None) -> Tensor:
+        """Return the same ids where the ``top`` likeliest are known."""
+        parts = [t for t in (self.given, likeliest) if t is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def states(self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, dtype: torch.dtype) -> Tensor:
-        """Of a shard's logits: what this rank tells the others, ``[N, K + 2·top]`` in the dtype of its statistics."""
-        return pick_states(logits, ids, self.given, self.top, temperature, softmax, dtype)
+    def states(
+        self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, dtype: torch.dtype, likeliest: Tensor | None
+    ) -> Tensor:
+        """Of a shard's logits: what this rank tells the others, ``[N, K + 2·top]`` in the dtype of its statistics. ``likeliest``: of its columns."""
+        return pick_states(logits, ids, self.given, likeliest, self.top, temperature, softmax, dtype)
 
     def merged(self, states: Tensor, ids: Tensor, columns: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """``(logits, ids)``, ``[N, K + top]``, from the states ``[W, N, K + 2·top]`` of all ranks."""

@@ -75,6 +75,9 @@ class Source(Protocol):
     def kernel(self, backend: str, device: torch.device) -> str | None:
         """Return which of a backend's several kernels the fused loss takes, and why."""
 
+    def search(self, backend: str) -> str | None:
+        """How the likeliest ids are found, if the call asks for some."""
+
     def version(self) -> int:
         """Return the version of the memory that the call may overwrite."""
 
@@ -92,6 +95,9 @@ class PlainSource:
         return None
 
     def kernel(self, backend: str, device: torch.device) -> str | None:
+        return None
+
+    def search(self, backend: str) -> str | None:
         return None
 
     def version(self) -> int:

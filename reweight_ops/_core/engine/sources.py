@@ -23,6 +23,7 @@ from ..rows.rows import Rows
 from ..rows.structure import is_readable
 from . import again, temperature
 from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
+from .picked_ops import search_of
 from .picks import PICKED, PICKED_IDS, Picks
 from .sampling import by_reader, primitives, statistics_of
 from .source import DivergenceWork, PlainSource, PolicyWork, SourceInfo
@@ -142,6 +143,9 @@ class LogitsSource(PlainSource):
             if kernel_of is None or self.logits.kept is not None
             else kernel_of(self.logits.values, self.logits.softmax.vocab_size, device)
         )
+
+    def search(self, backend: str) -> str | None:
+        return search_of(backend, 0 if self.picks is None else self.picks.top)
 
     def version(self) -> int:
         return _version(self.logits)

@@ -79,7 +79,9 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 class Explanation:
     """The plan and backend that a call would take, and why not the others.
 
-    In one pass it also has the kernel, if the backend has several.
+    In one pass it also has the kernel, if the backend has several. ``top_k`` says how the
+    likeliest ids are found, if the call asks for them: in the read of the statistics, or
+    in one more.
     """
 
     plan: str
@@ -87,6 +89,7 @@ class Explanation:
     one_pass_unsupported_reason: str | None
     backends: dict[str, str | None]
     kernel: str | None = None
+    top_k: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         return renamed_attribute(self, name)
@@ -96,6 +99,8 @@ class Explanation:
             f"plan: {self.plan}" + (f" (not one_pass: {self.one_pass_unsupported_reason})" if self.one_pass_unsupported_reason else ""),
             f"backend: {self.backend}" + (f", kernel: {self.kernel}" if self.kernel else ""),
         ]
+        if self.top_k:
+            lines.append(f"top_k: {self.top_k}")
         return "\n".join([*lines, *(f"  {name}: {'available' if reason is None else reason}" for name, reason in self.backends.items())])
 
 
@@ -123,9 +128,8 @@ def explain(op: Callable[..., Any], *args: Any, device: torch.device | str | Non
     info = source.info._replace(device=_device(source.info.device, device))
     choice = choose_plan(source, objective, call.plan, info)
     kernel = source.kernel(choice.backend, info.device) if choice.plan == "one_pass" else None
-    return Explanation(
-        choice.plan, choice.backend, choice.one_pass_unsupported_reason, unsupported_reasons(info, choice, objective.program), kernel
-    )
+    reasons = unsupported_reasons(info, choice, objective.program)
+    return Explanation(choice.plan, choice.backend, choice.one_pass_unsupported_reason, reasons, kernel, source.search(choice.backend))
 
 
 def _device(own: torch.device, asked: torch.device | str | None) -> torch.device:

@@ -152,7 +152,8 @@ def token_stats(
 
     ``logps``, ``entropies`` and ``lse`` are differentiable; ``log_sum_p_sq``, ``max_logp``, ``is_top1``, ``log1m_p`` and ``mean_logits`` are not.
     ``mean_logits`` has no kernel and takes one more read, in PyTorch. So do the ids of
-    ``topk_ids``.
+    ``topk_ids``, except on the ``cpu`` backend with ``top_k`` up to 128. :func:`explain`
+    says which.
 
     Args:
         selected_ids: the ids of ``selected_logps``, int32 or int64, ``R + (K,)``, or

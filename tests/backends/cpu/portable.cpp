@@ -1,6 +1,7 @@
 // Statistics and gradients of rows by the portable kernels, as a program of its own: another processor's compiler and emulator can run it.
 //
-//   primitives DTYPE ROWS COLUMNS SOFTCAP TEMPERATURE < logits, ids (int64), coefficients [4, rows] > statistics [5, rows], gradient
+//   primitives DTYPE ROWS COLUMNS SOFTCAP TEMPERATURE < logits, ids (int64), coefficients [4, rows] > statistics [5, rows], gradient, the 5 likeliest
+// columns (int64)
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -36,11 +37,13 @@ int main(int, char** argument) {
     const int threads = 2;
     const RowStrides rows{n, 0, v};
     const Call call{dtype, logits.data(), rows, n, v, v, 0, v, softcap, nullptr, ids.data(), &temperature, false, threads, 0, nullptr};
-    StatsCall wanted{};
+    TopStatsCall wanted{};
     static_cast<Call&>(wanted) = call;
+    std::vector<int64_t> likeliest(n * (v < 5 ? v : 5));
+    wanted.top = int(v < 5 ? v : 5), wanted.top_ids = likeliest.data();
     wanted.logp = stat(0), wanted.entropy = stat(1), wanted.lse = stat(2), wanted.log_sum_p_sq = stat(3), wanted.max_logp = stat(4),
     wanted.lse_low = lse_low.data();
-    active_level().kernels->token_stats(wanted);
+    active_level().kernels->top_stats(wanted);
 
     GradCall back{};
     static_cast<Call&>(back) = call;
@@ -51,4 +54,5 @@ int main(int, char** argument) {
 
     output(stats);
     output(gradient);
+    output(likeliest);
 }

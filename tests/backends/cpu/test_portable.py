@@ -47,7 +47,7 @@ def data(t):
 @pytest.mark.parametrize("softcap", [math.inf, 15.0])
 @pytest.mark.parametrize("kind", ["plain", "peaked", "shifted", "low"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics_and_gradient(primitives, dtype, kind, softcap):
+def test_statistics_gradient_and_likeliest_ids(primitives, dtype, kind, softcap):
     if kind in ("shifted", "low") and softcap < math.inf:
         pytest.skip("a softcap takes offsets away")
     temperature = 0.7
@@ -56,9 +56,11 @@ def test_statistics_and_gradient(primitives, dtype, kind, softcap):
         derivatives = torch.randn(4, n, generator=torch.Generator().manual_seed(v))
         arguments = [str(DTYPES[dtype]), str(n), str(v), str(softcap), str(temperature)]
         done = subprocess.run([*primitives, *arguments], input=data(z) + data(ids) + data(derivatives), capture_output=True, check=True)
-        cut = 5 * n * 4
+        cut, end = 5 * n * 4, 5 * n * 4 + z.numel() * z.element_size()
         got = dict(zip(STATS, torch.frombuffer(bytearray(done.stdout[:cut]), dtype=torch.float32).view(5, n), strict=True))
-        out = torch.frombuffer(bytearray(done.stdout[cut:]), dtype=dtype).view(n, v)
+        out = torch.frombuffer(bytearray(done.stdout[cut:end]), dtype=dtype).view(n, v)
+        found = torch.frombuffer(bytearray(done.stdout[end:]), dtype=torch.int64).view(n, -1)
+        assert torch.equal(found, z.sort(dim=-1, descending=True, stable=True).indices[:, :5])
 
         each = torch.full((n,), temperature)
         exact, single = statistics(z.double(), ids, each.double(), softcap), statistics(z.float(), ids, each, softcap)

@@ -184,12 +184,13 @@ class TokenMeasure(NamedTuple):
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
         z, ids, t = self._tensors(logits)
         wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks, self.shards)
-        whole = stats_table(z, ids, t, logits.rows.sets(), self.softmax, OpOptions(False, self.backend, False), wanted)
-        table, picks = whole.unbind(), self._picks(logits.rows)
+        picks, options = self._picks(logits.rows), OpOptions(False, self.backend, False)
+        whole, likeliest = stats_table(z, ids, t, logits.rows.sets(), self.softmax, options, wanted, picks)
+        table = whole.unbind()
         outputs, rest = table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :]
         if self.picks and self.shards is not None:
-            return Found(outputs, (*rest, picks.states(z, ids, t, self.softmax, whole.dtype)))
-        return self._with_picks(outputs, rest, logits.rows, z, picks.of(z, ids, self.softmax)) if self.picks else Found(outputs, rest)
+            return Found(outputs, (*rest, picks.states(z, ids, t, self.softmax, whole.dtype, likeliest)))
+        return self._with_picks(outputs, rest, logits.rows, z, picks.joined(likeliest)) if self.picks else Found(outputs, rest)
 
     def _with_picks(
         self, outputs: tuple[Tensor, ...], rest: tuple[Tensor, ...], rows: PerRow, z: Tensor, chosen: Tensor, known: Tensor | None = None

@@ -18,6 +18,7 @@ from ...calls.hidden import Hidden
 from ...rows.groups import IGNORE_INDEX
 from ...rows.rows import Rows
 from .. import again, temperature
+from ..picked_ops import search_of
 from ..picks import PICKED, PICKED_IDS, Picks
 from ..sampling import by_reader, primitives, statistics_of
 from ..source import MoreMetrics, PlainSource, PolicyWork, SourceInfo
@@ -60,6 +61,9 @@ class HiddenSource(PlainSource):
             whole: dict[str, Tensor] = self._of_shards(wanted, backend)
             return whole
         return self._statistics(self.hidden, wanted, backend)
+
+    def search(self, backend: str) -> str | None:
+        return search_of(backend, 0 if self.picks is None else self.picks.top)
 
     def _of_shards(self, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         h = self.hidden
