@@ -1,4 +1,7 @@
-"""Formulas as the catalogue's texts write them (``-min(r·A, clip(r, 1-ε, 1+ε)·A)``) to LaTeX; what is no formula stays code."""
+"""Converts formulas of the catalogue's texts, such as ``-min(r·A, clip(r, 1-ε, 1+ε)·A)``, to LaTeX.
+
+Text that is not a formula stays code.
+"""
 
 from __future__ import annotations
 

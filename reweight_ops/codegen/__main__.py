@@ -14,7 +14,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 and name the files that are stale")
     check = parser.parse_args().check
     if not (ROOT / "csrc").is_dir():
-        sys.exit(f"{ROOT} is no checkout of the repository: the generated file lives in docs/.")
+        sys.exit(f"{ROOT} is not a checkout of the repository: the generated files are in docs/.")
     stale = stale_files()
     for path in stale:
         print(f"{path} {'is stale: run python -m reweight_ops.codegen' if check else 'written'}")

@@ -312,7 +312,7 @@ TOKEN_WEIGHTS = (
             (0.13, [1.0, 1.0], {"divergence": "tv"}), (0.12, [0.0, 0.0], {"divergence": "tv"}),
         )
     ),
-    # A sampler's log-prob that is not known is no drift.
+    # An unknown log-prob of the sampler means no drift.
     _token_weight("divergence_gate", [1.0, 1.0], {"sampling_logp": [nan, -LN2], "old_logp": [-2 * LN2, -LN2]}, threshold=0.001),
     # r = 2, 1: r/(r + 1), r.
     _token_weight("f_distill", [2 / 3, 0.5], {"logp": -2.0, "ref_logp": [-2 + LN2, -2.0]}),

@@ -1,7 +1,10 @@
-"""What ``reweight-ops check`` compares of ops that are no catalogue entry: statistics, heads, teachers, gradients by other inputs; with plain PyTorch.
+"""The cases of ``reweight-ops check`` for ops outside the catalogue.
 
-From hidden states the logits are those of a batch too: the hidden states are the rows of an identity, the head's weight is the logits, transposed. Every
-GEMM is then exact, the weight's gradient is that of the logits, and what is judged is the op alone.
+They compare statistics, heads, teachers and gradients by other inputs with plain
+PyTorch. From hidden states the logits are also those of a batch: the hidden states are
+the rows of an identity, and the weight of the head is the transposed logits. Every GEMM
+is then exact, and the gradient of the weight is that of the logits. Therefore a case
+judges the op alone.
 """
 
 from __future__ import annotations

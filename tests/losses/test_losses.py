@@ -251,7 +251,7 @@ def test_coupled_corner_cases(batch):
 def test_coupled_calls_fail_loudly(batch):
     for options, message in (
         (dict(spec=rw.methods.drpo()), "either a group_size, or group_ids"),
-        (dict(spec=rw.methods.drpo(group_size=3)), "8 sequences are no multiple"),
+        (dict(spec=rw.methods.drpo(group_size=3)), "8 sequences are not a multiple"),
         (dict(spec=rw.methods.drpo(group_size=4), group_ids=torch.arange(B), num_groups=B), "group_ids would have no effect"),
         (dict(spec=rw.methods.drpo(), group_ids=torch.arange(B)), "group_ids and num_groups go together"),
         (dict(spec=rw.methods.drpo(), group_ids=torch.arange(3), num_groups=3), "one for each of the 8 sequences"),

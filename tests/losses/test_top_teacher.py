@@ -102,7 +102,8 @@ def test_is_trls(kind, tail):
     theirs = pytest.importorskip("trl.experimental.server_distillation.server_distillation_trainer")
     d = make()
     d["ids"], d["logps"] = d["ids"].clamp(min=0, max=V - 1), d["logps"].clamp(min=-9, max=-2)
-    d["ids"][0, 1, 3:], d["ids"][1, 0] = torch.tensor([(set(range(V)) - set(d["ids"][0, 1, :3].tolist())).pop(), V - 1]), torch.arange(K)
+    others = sorted(set(range(V)) - set(d["ids"][0, 1, :3].tolist()))
+    d["ids"][0, 1, 3:], d["ids"][1, 0] = torch.tensor(others[: K - 3]), torch.arange(K)
     z = (d["hidden"] @ d["weight"].T).requires_grad_()
     p, q, there = torch.log_softmax(z, -1).gather(-1, d["ids"]), d["logps"], torch.ones(B, T, K, dtype=torch.bool)
     if tail == "bucket":
@@ -178,11 +179,25 @@ WRONG = {
     "softcap": (dict(other_softcap=2.0), "other_softcap would have no effect"),
     "tail": (dict(tail="drop"), "other.tail is 'drop', expected one of bucket, renormalize, ignore"),
     "id": (dict(token_ids=torch.full((2, 3, 2), 7)), r"other.token_ids has 7 in row 0 \(flat\), expected 0 to 6"),
+    "repeat": (dict(token_ids=torch.full((2, 3, 2), 4)), r"other.token_ids has 4 twice in row 0 \(flat\): list each id once"),
     "shape": (dict(logps=torch.zeros(2, 3, 1)), r"other.logps has shape \(2, 3, 1\) on cpu, expected \(2, 3, 2\)"),
     "dtype": (dict(logps=torch.zeros(2, 3, 2).bfloat16()), "other.logps is torch.bfloat16, expected fp32 or fp64"),
-    "probabilities": (dict(logps=torch.full((2, 3, 2), 0.4)), "other.logps has numbers above 0, so they are no log-probs"),
+    "probabilities": (dict(logps=torch.full((2, 3, 2), 0.4)), "other.logps has numbers above 0, so they are not log-probs"),
     "grad": (dict(logps=torch.full((2, 3, 2), -1.0, requires_grad=True)), "other.logps requires grad"),
 }  # fmt: skip
+
+
+def test_repeats_that_are_padding_or_of_ignored_rows():
+    """Neither is in a sum."""
+    ids, logps = torch.tensor([[[-100, -100, 3], [3, 3, 3]]]), torch.full((1, 2, 3), -2.0)
+    logps[0, 1, :2] = -torch.inf
+    z, mask = torch.randn(1, 2, 7), torch.tensor([[1, 1]])
+    want = rw.token_divergence(z, rw.TopKLogps(ids[..., 2:], logps[..., 2:]), completion_mask=mask)
+    torch.testing.assert_close(rw.token_divergence(z, rw.TopKLogps(ids, logps), completion_mask=mask), want)
+    logps[0, 1] = -2.0
+    with pytest.raises(rw.InvalidCall, match=r"has 3 twice in row 1"):
+        rw.token_divergence(z, rw.TopKLogps(ids, logps), completion_mask=mask)
+    rw.token_divergence(z, rw.TopKLogps(ids, logps), completion_mask=torch.tensor([[1, 0]]))
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -190,7 +205,7 @@ WRONG = {
 def test_wrong_calls(case, linear):
     wrong, message = WRONG[case]
     own = {name: wrong[name] for name in wrong if name in rw.TopKLogps._fields}
-    right = rw.TopKLogps(torch.zeros(2, 3, 2, dtype=torch.int64), torch.full((2, 3, 2), -1.0))
+    right = rw.TopKLogps(torch.arange(2).expand(2, 3, 2), torch.full((2, 3, 2), -1.0))
     op = (rw.linear_token_divergence, torch.zeros(2, 3, 5), torch.zeros(7, 5)) if linear else (rw.token_divergence, torch.zeros(2, 3, 7))
     with pytest.raises(rw.InvalidCall, match=message):
         op[0](*op[1:], right._replace(**own), **{name: value for name, value in wrong.items() if name not in own})

@@ -133,7 +133,7 @@ def calls():
     yield "jsd with holes", jsd, dict(logits=holes.clone().requires_grad_(), other=other_holes.clone(), mask=mask), both
     other_holes[4] = -math.inf
     holes[5, 3] = math.nan
-    yield "jsd of what is no distribution", jsd, dict(logits=holes.requires_grad_(), other=other_holes, mask=mask), both
+    yield "jsd of rows without a distribution", jsd, dict(logits=holes.requires_grad_(), other=other_holes, mask=mask), both
 
 
 def every_call(ranks, world, padding, dtype, options, only=""):

@@ -1,4 +1,4 @@
-"""``reweight-ops check`` of ops that are no catalogue entry: everything that heads and statistics can be asked for is in it, and a wrong number fails."""
+"""``reweight-ops check`` of ops outside the catalogue covers everything that heads and statistics can be asked for, and a wrong number fails."""
 
 import dataclasses
 

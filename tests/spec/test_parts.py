@@ -25,7 +25,7 @@ WRONG = {
     "a bare rule as penalty": (lambda: GRPO.with_penalty(K3()), "Write rw.Penalty(K3(...), coef)."),
     "its class": (lambda: GRPO.with_penalty(K3), "Write rw.Penalty(K3(...), coef)."),
     "its name": (lambda: GRPO.with_penalty("k3"), "Write rw.Penalty(rw.rules.RULES['k3'](), coef)."),
-    "a name that is no text": (lambda: spec(name=3), "PolicyLossSpec: name is 3, expected a str or None."),
+    "a name that is not text": (lambda: spec(name=3), "PolicyLossSpec: name is 3, expected a str or None."),
     "a pair loss's name that is none": (lambda: PAIRS.dpo().replace(name=b"dpo"), "PairSpec: name is b'dpo', expected a str or None."),
     "a surrogate by name": (lambda: spec(surrogate="clip"), "Write rw.rules.RULES['clip'](...)."),
     "a surrogate as class": (lambda: spec(surrogate=CLIP), "It is a class: write Clip(...)."),

@@ -48,7 +48,7 @@ def merged_picks(states: Tensor, ids: Tensor, given: Tensor | None, top: int, co
         z = states[:, :, count : count + top].movedim(0, 1).flatten(1)
         named = states[:, :, count + top :].contiguous().view(_INTEGERS[states.element_size()]).long().movedim(0, 1).flatten(1)
         missing = named == IGNORE_INDEX
-        by_id = torch.where(missing, sum(columns), named).argsort(dim=-1)  # what is no column comes last
+        by_id = torch.where(missing, sum(columns), named).argsort(dim=-1)  # columns that do not exist come last
         z, named = z.gather(1, by_id), named.gather(1, by_id)
         first = z.sort(dim=-1, descending=True, stable=True).indices[:, :top]
         values.append(z.gather(1, first))

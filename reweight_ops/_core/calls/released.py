@@ -1,4 +1,7 @@
-"""Parameters that DeepSpeed's ZeRO-3 has partitioned: outside of the module that owns them nothing is in them, and a shape of ``(0,)`` is no answer."""
+"""Parameters that DeepSpeed's ZeRO-3 has partitioned.
+
+Outside of the module that owns it, such a parameter is empty: its shape is ``(0,)``.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,18 @@ def resolve_top_teacher(rows: Rows, given: TopKLogps, of_other: OtherOptions, vo
     flat = logps.reshape(rows.count, -1).to(rows.dtype)
     if is_readable(flat) and bool(((flat > 1e-3) & (ids != IGNORE_INDEX) & rows.keep[:, None]).any()):
         raise rows.error(f"{name}.logps has numbers above 0, so they are not log-probs: pass their logarithm.")
-    return TopTeacher(torch.where(flat == -torch.inf, IGNORE_INDEX, ids), flat, given.tail)
+    listed = torch.where(flat == -torch.inf, IGNORE_INDEX, ids)
+    if is_readable(listed):
+        _check_repeats(rows, f"{name}.token_ids", listed)
+    return TopTeacher(listed, flat, given.tail)
+
+
+def _check_repeats(rows: Rows, name: str, listed: Tensor) -> None:
+    """Raise if a row lists an id twice: both sums would count its probability twice."""
+    ordered = listed.sort(dim=-1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != IGNORE_INDEX) & rows.keep[:, None]
+    for row, place in repeated.nonzero()[:1].tolist():
+        raise rows.error(f"{name} has {int(ordered[row, place])} twice in row {row} (flat): list each id once.")
 
 
 def _check_logps(rows: Rows, name: str, logps: Any, shape: tuple[int, ...]) -> None:

@@ -55,7 +55,10 @@ def agreed(
 
 
 def part_of(kept: KeptSets | None, position: Tensor, shards: VocabShards, rows: Rows) -> tuple[KeptSets | None, Tensor]:
-    """A shard's part of kept sets, and the places of the rows' ids in it; NaN in a row whose set names what is no column, or an error."""
+    """Return a shard's part of kept sets, and the places of the rows' ids in it.
+
+    A row whose set has an id beyond the vocabulary gives NaN, or an error.
+    """
     if kept is None:
         return None, position
     known = kept.known(position, shards.total)

@@ -23,12 +23,13 @@ def require_name(owner: str, value: Any) -> None:
         raise InvalidCall(f"{owner}: name is {value!r}, expected a str or None.")
 
 
-def require_part(owner: str, field: str, value: Any, kind: type, where: str = "rw", primitive: str = "is") -> None:
-    """Raise for what is no part of the kind. ``where``: the namespace of its classes; rules and weights are named by their registry."""
+def require_part(owner: str, field: str, value: Any, kind: type, where: str = "rw", word: str = "is") -> None:
+    """Raise if a value is not a part of the kind.
+
+    ``where`` is the namespace of its classes. The registry names rules and weights.
+    """
     if not isinstance(value, kind):
-        raise InvalidCall(
-            f"{owner}: {field} {primitive} {value!r}, expected a {kind.__name__}.{called(value) or _named(value, kind, where)}"
-        )
+        raise InvalidCall(f"{owner}: {field} {word} {value!r}, expected a {kind.__name__}.{called(value) or _named(value, kind, where)}")
 
 
 def called(value: Any) -> str:

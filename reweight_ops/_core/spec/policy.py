@@ -85,7 +85,7 @@ class PolicyLossSpec:
             if p.reduction is not None and not (self.reduction.scalar and p.reduction.scalar):
                 raise InvalidCall("PolicyLossSpec: a penalty's own reduction and NoReduction exclude each other: the loss has one shape.")
         for w in self.weights:
-            require_part("PolicyLossSpec", "weights", w, TokenWeight, primitive="holds")
+            require_part("PolicyLossSpec", "weights", w, TokenWeight, word="holds")
         if isinstance(self.reduction, NoReduction) and self.reduction.weight is not None:
             raise InvalidCall("PolicyLossSpec: NoReduction takes no weight.")
         # Formulas are traced now and kept. A call, and torch.compile above it, only

@@ -373,7 +373,7 @@ class ReweightGRPOTrainer(GRPOTrainer):
         reweight: token weights on top of the loss. Both ``spec`` and ``reweight`` imply ``fuse_loss``.
         recipe: train with a :class:`reweight_ops.Recipe`, or one by name: its reward transform, advantages, sample weights, schedule and spec. It sets
             GRPOConfig's ``num_iterations`` and ``beta`` where they are the defaults. What it reads beside what TRL has (``correct``,
-            ``reference_rewards``, ...) are the columns of reward functions of these names; one of weight 0 is no reward.
+            ``reference_rewards``, ...) are the columns of reward functions of these names; one of weight 0 is not a reward.
         rewards, advantages, sample_weights: such a line in place of the recipe's, or without one: of a recipe by name (``advantages="qae"``), or
             by itself (``advantages="rw.advantages.qae(rewards, quantile=0.6, group_size=group_size)"``).
         backend: as in :func:`reweight_ops.policy_loss`.

@@ -90,7 +90,7 @@ class Rollout:
                 raise UnsupportedRequest(f"recipe {recipe.name!r} reads {name}, which GRPOTrainer does not have. Its to_own_loop() runs.")
             if name not in trainer.reward_func_names:
                 raise InvalidCall(
-                    f"recipe {recipe.name!r} reads {name}: give a reward function of that name, of weight 0 in reward_weights if it is no reward."
+                    f"recipe {recipe.name!r} reads {name}: give a reward function of that name, of weight 0 in reward_weights if it is not a reward."
                 )
         self._columns = columns
         if recipe.advantages:

@@ -27,7 +27,7 @@ def prime():
 
 
 def sample_streams(weighted=False):
-    """Three packed samples, masked tokens whose sampler log-probs are no numbers, and one masked token a sample at least."""
+    """Three packed samples, masked tokens whose sampler log-probs are NaN, and at least one masked token a sample."""
     g = torch.Generator().manual_seed(3)
     drawn = lambda scale=1.0: [scale * torch.randn(n, generator=g) for n in LENGTHS]  # noqa: E731
     logprobs = [(-1.5 * torch.rand(n, generator=g) - 0.05).requires_grad_() for n in LENGTHS]

@@ -30,7 +30,7 @@ def tinker():
 
 @pytest.fixture
 def data():
-    """Three data: what formulas read, ``[T]`` each, with masked tokens whose log-probs are no numbers."""
+    """Three data: what formulas read, ``[T]`` each, with masked tokens whose log-probs are NaN."""
     g = torch.Generator().manual_seed(0)
     masks = [torch.rand(n, generator=g) > 0.2 for n in LENGTHS]
     logps = [(-3 * torch.rand(n, generator=g) - 1e-3).requires_grad_() for n in LENGTHS]

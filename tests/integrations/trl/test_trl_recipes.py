@@ -40,7 +40,7 @@ def greedy_rewards(completions, **_):
     return [0.4 for _ in completions]
 
 
-#: The reward functions that are no rewards have weight 0.
+#: The reward functions that only carry inputs have weight 0.
 FUNCTIONS = {"reward_funcs": [correct, style, reference_rewards, greedy_rewards]}
 WEIGHTS = [1.0, 0.5, 0.0, 0.0]
 #: Recipes that GRPOTrainer can run, and those that the normal run trains with: each shows another part.
