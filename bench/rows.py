@@ -102,7 +102,17 @@ class RowsData(Data):
         assert grad is not None
         truth, single = (self._by_logits(d) for d in (torch.float64, torch.float32))
         size = 3 * self.advantages.flatten()[:GATE_ROWS, None].abs() / self.case.rows
-        return _share(exact, grad.detach().flatten(0, -2)[:GATE_ROWS], truth, single.to(grad.dtype), ERROR_FLOOR * size)
+        found, single = grad.detach().flatten(0, -2)[:GATE_ROWS], single.to(grad.dtype)
+        if self.case.job == "picked":
+            found, truth, single = (x.masked_fill(self._tied(), 0) for x in (found, truth, single))
+        return _share(exact, found, truth, single, ERROR_FLOOR * size)
+
+    def _tied(self) -> Tensor:
+        """Return the columns as likely as the last of the likeliest ids, in the first
+        rows. A provider is free to choose among them.
+        """
+        z = self.pristine.flatten(0, 1)[:GATE_ROWS]
+        return z == z.topk(TOP).values[:, -1:]
 
     def _by_logits(self, dtype: torch.dtype) -> Tensor:
         rows = {name: getattr(self, name).flatten()[:GATE_ROWS] for name in ("ids", "advantages", "old")}

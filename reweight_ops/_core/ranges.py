@@ -215,8 +215,13 @@ def ranged(what: T, plain: bool = False) -> T:
         name for name, p in inspect.signature(call).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
     )
 
+    known, names = target.__known__, frozenset(ranges)
+    by_position = not names.isdisjoint(positional)
+
     @functools.wraps(call)
     def checked(*args: Any, **keywords: Any) -> Any:
+        if (known is None or known.issuperset(keywords)) and names.isdisjoint(keywords) and not (args and by_position):
+            return call(*args, **keywords)  # nothing to check: a warm call of an op ends here
         given = [*zip(positional, args, strict=False), *keywords.items()]
         if torch.compiler.is_compiling():
             _check_constants(target, tuple(keywords), tuple([(name, value) for name, value in given if is_constant(value)]))

@@ -142,7 +142,7 @@ def test_a_recipe_of_ones_own():
 
 
 def test_lines_reach_nothing_but_the_package():
-    with pytest.raises(rw.InvalidCall, match="reads open, which is not given"):
+    with pytest.raises(rw.InvalidCall, match="reads open: pass it"):
         dataclasses.replace(rw.recipe("hapo"), advantages="open('file')").prepare()
     for r in RECIPES.values():
         for line in r.lines:

@@ -120,11 +120,11 @@ def test_a_sampler_through_a_weight_that_is_not_detached():
     assert torch.autograd.gradcheck(loss, (sampler, arguments["old_per_token_logps"]), fast_mode=True)
     (grad,) = torch.autograd.grad(loss(sampler, arguments["old_per_token_logps"]), sampler)
     assert grad.abs().max() > 0
-    with pytest.raises(rw.InvalidCall, match="old_per_token_logps requires grad, but what the spec reads of it is detached"):
+    with pytest.raises(rw.InvalidCall, match="old_per_token_logps requires grad, but the spec detaches everything it reads of it"):
         old = dict(old_per_token_logps=arguments["old_per_token_logps"], differentiable_inputs=True)
         rw.policy_loss(d["z"], d["ids"], d["adv"], spec=rw.methods.dppo_kl(), **old)
     detached = rw.methods.reinforce().with_weight(rw.weights.TruncatedImportance())
-    with pytest.raises(rw.InvalidCall, match="sampling_per_token_logps requires grad, but what the spec reads of it is detached"):
+    with pytest.raises(rw.InvalidCall, match="sampling_per_token_logps requires grad, but the spec detaches everything it reads of it"):
         rw.policy_loss(d["z"], d["ids"], d["adv"], spec=detached, **arguments | dict(old_per_token_logps=None), differentiable_inputs=True)
 
 

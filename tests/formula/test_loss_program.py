@@ -149,7 +149,9 @@ def test_stored_rows_refuse_what_they_do_not_know(backend):
     if backend == "reference":
         return
     cases = {
-        "reads old_logp, which": lambda: evaluate_rows(program, params, {"logp": torch.zeros(3), "adv": torch.zeros(3)}, torch.ones(1, 3)),
+        "reads old_logp, but the call did not give it": lambda: evaluate_rows(
+            program, params, {"logp": torch.zeros(3), "adv": torch.zeros(3)}, torch.ones(1, 3)
+        ),
         "adv is": lambda: evaluate_rows(program, params, leaves | {"adv": torch.zeros(4)}, torch.ones(1, 3)),
         "logp is": lambda: evaluate_rows(program, params, leaves | {"logp": torch.zeros(3).double()}, torch.ones(1, 3)),
         "row weights are": lambda: evaluate_rows(program, params, leaves, torch.ones(2, 3)),

@@ -71,7 +71,7 @@ def test_tpo_reads_triples():
     torch.testing.assert_close(loss, expected)
     mixed = logps.view(3, 2, 4).transpose(0, 1).reshape(6, 4)
     torch.testing.assert_close(rw.preference_loss_from_logps(mixed, spec=spec, pairs="interleaved").loss, expected)
-    with pytest.raises(rw.InvalidCall, match="no lists of 3"):
+    with pytest.raises(rw.InvalidCall, match="do not form lists of 3"):
         rw.preference_loss_from_logps(logps[:4], spec=spec)
     with pytest.raises(rw.InvalidCall, match="loss_type is 'dpo'"):
         preference.tpo("dpo")

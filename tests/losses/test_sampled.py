@@ -97,7 +97,7 @@ def test_shapes_padding_and_gradients():
         ({"top_p": torch.tensor([0.5, 1.5, 0.2])}, "top_p has a value that is not above 0 and at most 1"),
         ({"min_p": float("nan")}, "min_p is nan"),
         ({"temperature": 0}, "temperature is 0, expected a positive number"),
-        ({"top_k": torch.tensor([1, 2])}, r"top_k is \(2,\) torch.int64 on cpu, expected .* one a row, \(3,\)"),
+        ({"top_k": torch.tensor([1, 2])}, r"top_k is \(2,\) torch.int64 on cpu, expected .* one per row, \(3,\)"),
         ({"top_k": torch.ones(3)}, "top_k is .* torch.float32"),
         ({"vocab_size": 5}, "vocab_size is 5, logits have 4 columns"),
     ],

@@ -263,7 +263,7 @@ INDICES = {
     "parent below": (lambda: adv.spo_tree(R, with_one(PARENTS, 5, -2)), r"spo_tree: parents\[5\] is -2", [5]),
     "cuts": (lambda: chain(SEGMENTS, torch.tensor([2, 3])), r"spo_chain: segments.cuts\[1\] is 3", [1]),
     "segment": (lambda: chain(with_one(SEGMENTS, (1, 2), -4), CUTS), r"spo_chain: segments.segment_ids\[1, 2\] is -4", [1]),
-    "segment behind the last cut": (lambda: chain(with_one(SEGMENTS, (1, 2), 2), CUTS), "spo_chain: a token is in a segment behind", [1]),
+    "segment behind the last cut": (lambda: chain(with_one(SEGMENTS, (1, 2), 2), CUTS), "spo_chain: a token is in a segment after its row's last cut", [1]),
     "source": (lambda: rw.sample_weights.source_weights(torch.zeros(2), torch.tensor([0, 1, 2])), r"source_ids\[2\] is 2", [2]),
     "tw_grpo": (lambda: rw.weights.tw_grpo(torch.randn(6, 2, 3), torch.ones(6, 2), **{**IDS_OF, "group_ids": with_one(IDS_OF["group_ids"], 4, 2)}), r"tw_grpo: group_ids\[4\] is 2", [4]),
     "gtpo": (lambda: rw.weights.gtpo(torch.rand(6, 2), R > 0, torch.ones(6, 2), **{**IDS_OF, "group_ids": with_one(IDS_OF["group_ids"], 4, 2)}), r"gtpo: group_ids\[4\] is 2", [4]),

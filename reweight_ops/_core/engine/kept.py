@@ -213,10 +213,11 @@ class KeptCalls:
         return len(self._calls)
 
     def get(self, key: Hashable) -> KeptCall | None:
-        found = self._calls.get(key)
-        if found is not None:
-            with suppress(KeyError):
-                self._calls.move_to_end(key)
+        try:
+            found = self._calls[key]
+            self._calls.move_to_end(key)
+        except KeyError:
+            return None
         return found
 
     def put(self, key: Hashable, call: KeptCall) -> None:

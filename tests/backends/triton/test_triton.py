@@ -337,7 +337,7 @@ def test_no_rows_and_no_rows_with_gradient():
     )
     assert rows.shape == (len(LOSS_ROWS), 0)
     batch = make(program=Program.of(("clip",)))
-    batch.inputs = batch.inputs._replace(weights=torch.zeros(1, ROWS))
+    batch.inputs = batch.inputs._replace(row_weights=torch.zeros(1, ROWS))
     rows, out = run_loss_grad(batch)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(rows[2:], torch.zeros_like(rows[2:]))
@@ -456,7 +456,7 @@ def test_launch_shapes(columns, itemsize, shapes, monkeypatch):
         )  # chunks of a split gradient are whole tiles
         for launch in (config.stats, config.one_pass, config.grad):
             assert launch.threads % 64 == 0
-            assert launch.grid() >= 1
+            assert launch.programs() >= 1
         # More threads than slots would do the same work twice.
         assert max(config.stats.threads, config.one_pass.threads) <= config.slots
 

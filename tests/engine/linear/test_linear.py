@@ -304,8 +304,8 @@ WRONG = {
     "chunk": (dict(chunk_rows=0), "chunk_rows is 0"),
     "scale": (dict(logit_scale=0.0), "logit_scale is 0.0"),
     "logits_dtype": (dict(logits_dtype=torch.bfloat16), "logits_dtype is torch.bfloat16"),
-    "consume": (dict(consume_logits=True), "consume_logits is for logits"),
-    "drop_last": (dict(drop_last=True), "drop_last is for logits"),
+    "consume": (dict(consume_logits=True), "consume_logits is for an op that takes logits"),
+    "drop_last": (dict(drop_last=True), "drop_last is for an op that takes logits"),
     "row_index": (dict(row_index=[1, 2]), "row_index must be"),
 }  # fmt: skip
 

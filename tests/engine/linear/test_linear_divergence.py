@@ -468,7 +468,7 @@ WRONG = {
     "fp64 beside fp32": (dict(other=rw.HiddenLogits(torch.zeros(2, 3, 4).double(), torch.zeros(7, 4).double())), "fp64 for both or for none"),
     "softcap": (dict(other_softcap=-1.0), "softcap is -1.0"),
     "temperature": (dict(other_temperature=0.0), r"other_temperature is 0.0, expected a number in \(0, inf\)"),
-    "consume": (dict(consume_logits=True), "consume_logits is for logits"),
+    "consume": (dict(consume_logits=True), "consume_logits is for an op that takes logits"),
 }  # fmt: skip
 
 

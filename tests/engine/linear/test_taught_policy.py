@@ -275,5 +275,5 @@ def test_explain():
 def test_a_sampling_mask_is_refused():
     h, w, ids = torch.zeros(2, 3, 5), torch.ones(7, 5), torch.zeros(2, 3).long()
     mask = torch.ones(2, 3, 7, dtype=torch.bool)
-    with pytest.raises(rw.UnsupportedRequest, match="sampling_mask: a divergence is of two distributions"):
+    with pytest.raises(rw.UnsupportedRequest, match="sampling_mask: a divergence compares two distributions"):
         rw.linear_policy_loss(h, w, ids, 1.0, spec="grpo", sampling_mask=mask, teacher=rw.Teacher(torch.zeros(2, 3, 7), 1.0))
