@@ -189,11 +189,18 @@ def recipe(name: str) -> None:
 @app.command()
 def show(name: str) -> None:
     """Print an entry, by name, acronym, title or arXiv id: formula, paper, parameters.
-    A loss also shows its spec, and its value and slope over the ratio.
+    A loss also shows its spec, and its value and slope over the ratio. A method that the
+    package leaves out shows the reason.
     """
     found = exact(name)
     if not found:
-        near = [hit.call for hit in search(name) if hit.call][:3]
+        hits = search(name)
+        left_out = [hit for hit in hits if not hit.call]
+        for hit in left_out:
+            console.print(f"left out: {hit.paper}. {hit.full_name}.", highlight=False, markup=False, soft_wrap=True)
+        if left_out:
+            return
+        near = [hit.call for hit in hits][:3]
         raise typer.BadParameter(
             f"no entry {name!r}.{' Did you mean ' + ' or '.join(near) + '?' if near else ''} reweight-ops methods lists all."
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._core.catalogue.registry import published
 from ._core.ranges import NonNegative, Positive, Real, Unit
-from ._core.rows.grouped import GroupKeywords, floats, grouped, require
+from ._core.rows.grouped import GroupKeywords, floats, grouped, is_correct, require
 from .errors import InvalidCall
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def grpo_lead_length(
     """
     g = grouped("grpo_lead_length", correct, groups, name="correct")
     length = g.like("lengths", lengths)
-    right = (g.values != 0) & g.scored
+    right = is_correct("grpo_lead_length", "correct", g.values) & g.scored
     w = right.to(length.dtype)
     n = g.sum(w)
     std = torch.where(n > 1, g.std(length, weights=w), 1)
@@ -246,7 +246,7 @@ def grpo_lambda_length(
     """
     g = grouped("grpo_lambda_length", correct, groups, name="correct")
     length = g.like("lengths", lengths)
-    right = (g.values != 0) & g.scored
+    right = is_correct("grpo_lambda_length", "correct", g.values) & g.scored
     w = right.to(length.dtype)
     count = g.groups.count
     scored = g.groups.sum(g.scored.to(w.dtype))
@@ -281,7 +281,7 @@ def traac(correct: Tensor, format_rewards: Tensor, lengths: Tensor, median_lengt
         floats("traac", name, x, shape).to(right.dtype)
         for name, x in (("format_rewards", format_rewards), ("lengths", lengths), ("median_lengths", median_lengths))
     )
-    is_right = torch.where(right.isnan(), torch.nan, (right != 0).to(right.dtype))
+    is_right = torch.where(right.isnan(), torch.nan, is_correct("traac", "correct", right).to(right.dtype))
     return 4 * is_right + form + is_right * torch.sigmoid((median - length) / scale)
 
 
@@ -301,6 +301,6 @@ def soft_multi_choice(answers: Tensor, correct: Tensor) -> Tensor:
     chosen = floats("soft_multi_choice", "answers", answers)
     if chosen.dim() != 2:
         raise InvalidCall(f"soft_multi_choice: answers has shape {tuple(chosen.shape)}, expected (B, K): one mark per option.")
-    right = floats("soft_multi_choice", "correct", correct, tuple(chosen.shape)) != 0
+    right = is_correct("soft_multi_choice", "correct", floats("soft_multi_choice", "correct", correct, tuple(chosen.shape)))
     taken, total = (chosen != 0).to(chosen.dtype).sum(1), right.to(chosen.dtype).sum(1)
     return torch.where(((chosen != 0) & ~right).any(1), 0, taken) / torch.where(total == 0, torch.nan, total)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.ranges import Count, NonNegative
-from .._core.rows.grouped import GroupKeywords, floats, grouped
+from .._core.rows.grouped import GroupKeywords, floats, grouped, is_correct
 from .outcome import singletons
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def passk_training(correct: Tensor, *, k: Count[int], epsilon: NonNegative[float
     A group of fewer than k responses has advantage 0.
     """
     g = grouped("passk_training", correct, groups, name="correct")
-    right = g.values != 0
+    right = is_correct("passk_training", "correct", g.values)
     n = g.size
     wrong = n - g.sum(right.to(n.dtype))
     fail, fail_with = torch.ones_like(n), torch.ones_like(n)
@@ -103,5 +103,5 @@ def psr_nsr(correct: Tensor, *, positive_weight: NonNegative[float] = 0.1, negat
     which gets 0. The authors' loss is PPO's.
     """
     x = floats("psr_nsr", "correct", correct)
-    right = (x != 0).to(x.dtype)
+    right = is_correct("psr_nsr", "correct", x).to(x.dtype)
     return torch.where(x.isnan(), 0, positive_weight * right - negative_weight * (1 - right))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.ranges import CountOrZero, NonNegative, Real
-from .._core.rows.grouped import GroupKeywords, floats, grouped, require
+from .._core.rows.grouped import GroupKeywords, floats, grouped, is_correct, require
 from ..errors import InvalidCall
 from .outcome import singletons
 
@@ -179,7 +179,7 @@ def lens(
     valid = floats("lens", "completion_mask", completion_mask, tuple(logps.shape)) != 0
     total = torch.where(valid, logps, 0).sum(-1)
     mean_logp = total / valid.sum(-1).clamp(min=1)
-    right = g.values != 0
+    right = is_correct("lens", "correct", g.values)
     likelihood = mean_logp.exp().to(g.values.dtype)
     # In logs: 1/π of a whole text overflows.
     weights = torch.where(right, -(mean_logp if importance == "length_normalized" else total).to(g.values.dtype), -math.inf)

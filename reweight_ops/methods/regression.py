@@ -79,7 +79,8 @@ def kto(
     ``kl=0`` is TRL's ``apo_zero_unpaired``.
 
     It follows TRL's ``KTOTrainer`` (``desirable_weight`` and ``undesirable_weight`` are
-    its names), whose mean includes every response.
+    its names), whose mean includes every response. A response
+    without valid tokens adds 0 and counts in the mean.
     """
     rule = Kto(beta=beta, kl=kl, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     return PolicyLossSpec(surrogate=rule, ratio=_against_reference(), reduction=SequenceMean(), name="kto")

@@ -7,6 +7,8 @@ import torch
 from oracles import trainers as oracle
 
 from reweight_ops import advantages as adv
+from reweight_ops import rewards
+from reweight_ops.errors import InvalidCall
 
 INDEX = [0, 0, 0, 0, 1, 1, 2, 3, 3, 3]
 GROUPS = {"group_ids": torch.tensor(INDEX), "num_groups": 4}
@@ -52,3 +54,24 @@ def test_lite_ppo_is_grpos_batch_scale():
     close(
         adv.lite_ppo(rewards, epsilon=0.1, **GROUPS), [float((x - m) / (rewards.std() + 0.1)) for x, m in zip(rewards, means, strict=True)]
     )
+
+
+LENGTHS = torch.tensor([3.0, 4.0, 5.0, 6.0])
+OF_LABELS = {
+    "psr_nsr": adv.psr_nsr,
+    "passk_training": lambda x: adv.passk_training(x, k=2, group_size=4),
+    "lens": lambda x: adv.lens(x, torch.full((4, 6), -0.5), torch.ones(4, 6), group_size=4),
+    "grpo_lead_length": lambda x: rewards.grpo_lead_length(x, LENGTHS, group_size=4),
+    "grpo_lambda_length": lambda x: rewards.grpo_lambda_length(x, LENGTHS, alpha=0.1, group_size=4),
+    "traac": lambda x: rewards.traac(x, LENGTHS, LENGTHS, LENGTHS, scale=2.0),
+    "soft_multi_choice": lambda x: rewards.soft_multi_choice(torch.ones(1, 4), x[None]),
+}
+
+
+@pytest.mark.parametrize("name", OF_LABELS)
+def test_labels_of_minus_one_are_refused(name):
+    """A wrong response of -1 would otherwise count as correct."""
+    labels = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    OF_LABELS[name](labels.clamp(min=0))
+    with pytest.raises(InvalidCall, match=f"{name}: correct has a number below 0"):
+        OF_LABELS[name](labels)

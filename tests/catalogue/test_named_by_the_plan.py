@@ -46,3 +46,28 @@ def test_the_command_line_shows_the_reason(monkeypatch):
     monkeypatch.setattr(cli, "console", cli.Console(width=400))
     found = CliRunner().invoke(cli.app, ["find", "AdaWAC"])
     assert found.exit_code == 0 and LEFT_OUT["AdaWAC"][:40] in found.stdout
+
+
+def test_the_page_of_a_method_without_an_entry_is_the_reason(monkeypatch):
+    monkeypatch.setattr(cli, "console", cli.Console(width=400))
+    for name in ("AdaWAC", "Bradley-Terry", "GSR"):
+        shown = CliRunner().invoke(cli.app, ["show", name])
+        (reason,) = {LEFT_OUT[line] for line in LEFT_OUT if name in line}
+        assert shown.exit_code == 0 and reason in shown.stdout
+    unknown = CliRunner().invoke(cli.app, ["show", "xqzzt"])
+    assert unknown.exit_code and "no entry" in unknown.output
+
+
+#: Acronyms that other entries could take.
+OWN = {
+    "A*-PO": "rw.methods.a_star_po",
+    "A*PO": "rw.methods.a_star_po",
+    "APO": "rw.preference.apo",
+    "M2PO": "rw.methods.m2po",
+    "TOPR": "rw.methods.topr",
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_an_acronym_leads_to_its_own_entry(name):
+    assert rw.find(name)[0].call == OWN[name]

@@ -117,6 +117,18 @@ def test_a_statistic_is_the_loop(name, args, expected, level, kind):
         torch.testing.assert_close(by.sum(), by_loop.nan_to_num().sum())
 
 
+def test_the_capped_mean_of_infinite_values():
+    """The largest of all may be inf: a token without probability, squared."""
+    rows, owner, _ = layout(next(iter(LAYOUTS)))
+    x = torch.arange(float(len(owner)), dtype=torch.float64)
+    inside = [i for i, s in enumerate(owner) if s is not None]
+    x[inside[-1]] = torch.inf
+    got = BatchStatistics(rows).capped_mean(x, torch.ones(len(owner), dtype=torch.bool))
+    for i in inside:
+        want = torch.stack([torch.minimum(x[j], x[i]) for j in inside]).mean()
+        torch.testing.assert_close(got[i], want)
+
+
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_the_capped_mean_is_the_loop(kind):
     rows, owner, x = layout(kind)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Protocol
 
-_GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "λ": "lambda", "μ": "mu", "ξ": "xi", "τ": "tau"}
+_SPELT = {"α": "alpha", "β": "beta", "γ": "gamma", "λ": "lambda", "μ": "mu", "ξ": "xi", "τ": "tau", "*": "star"}
 #: A beginning of a title (up to its colon) with more words than this is not an acronym.
 _MOST_WORDS = 3
 
@@ -28,16 +28,16 @@ class Named(Protocol):
 
 
 def key(text: str) -> str:
-    """Return the letters and digits of a text in lower case, with Greek letters spelt
-    out.
+    """Return the letters and digits of a text in lower case, with Greek letters and the
+    star spelt out.
 
-    ``GRPO-λ`` is ``grpolambda``, and ``Vc-PPO`` is ``vcppo``.
+    ``GRPO-λ`` is ``grpolambda``, ``A*-PO`` is ``astarpo``, and ``Vc-PPO`` is ``vcppo``.
 
     >>> key("GRPO-λ"), key("arXiv:2505.12929")
     ('grpolambda', '250512929')
     """
     text = re.sub(r"^(https?://)?(www\.)?arxiv(\.org/(abs|pdf)/|:)", "", text.strip().casefold())
-    return "".join(_GREEK.get(c, c) for c in text if c.isalnum())
+    return "".join(_SPELT.get(c, c) for c in text if c.isalnum() or c in _SPELT)
 
 
 def words(text: str) -> tuple[str, ...]:

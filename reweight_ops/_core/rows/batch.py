@@ -194,7 +194,8 @@ class BatchStatistics:
         ordered = Ordered.by((~(self._rows.keep & where)).long(), x)
         values = torch.where(ordered.key == 0, x[ordered.order], 0)
         count = ordered.count()
-        total = values.cumsum(0) + values * (count - 1 - ordered.place())
+        above = count - 1 - ordered.place()
+        total = values.cumsum(0) + torch.where(above == 0, 0, values * above)  # the largest may be inf, and inf * 0 is NaN
         return self._only(ordered.back(torch.where(ordered.key == 0, total / count, 0)), 0)
 
     def seq_rank(self, x: Tensor) -> Tensor:

@@ -45,6 +45,16 @@ def require(op: str, ok: Tensor, message: str, x: Tensor) -> Tensor:
     return torch.where(ok, x, torch.nan)
 
 
+def is_correct(op: str, name: str, x: Tensor) -> Tensor:
+    """Return where labels say correct: above 0.
+
+    A label below 0 is an error on the CPU, because labels of -1 and 1 are easily taken
+    for those of 0 and 1. On a GPU it says wrong.
+    """
+    message = f"{name} has a number below 0: a correct answer is 1, a wrong one 0 (labels.clamp(min=0) makes these of -1 and 1)."
+    return require(op, ~(x < 0), message, x) > 0
+
+
 def floats(op: str, name: str, value: Any, shape: tuple[int, ...] | None = None) -> Tensor:
     """Return a tensor argument, detached.
 
