@@ -136,7 +136,7 @@ def page(numbers: dict[str, Any]) -> str:
         "",
         f"Measured on {where['processor']}, {where['cores']} cores, PyTorch {where['torch']}, commit {where['commit']}, {where['date'][:10]}: "
         f"{settings['seeds']} seeds, {settings['rollouts']} rollouts each, {settings['jobs']} runs at a time,",
-        f"{numbers['processor_seconds']} s of processor time in all.",
+        f"{numbers['processor_seconds']} s of processor time in all, {numbers['seconds']} s from start to end.",
         f"Reward is the share of exact answers, entropy the mean of the sampled tokens in nats: both over the last {LAST} rollouts of a run.",
         "",
         "![A dot a seed for every variant: reward and entropy, beside the range of the baseline's seeds](demo/ablations.png)",
